@@ -1,0 +1,34 @@
+"""The one batch that every objective and every decoder reads."""
+
+import flax.struct
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+
+
+@flax.struct.dataclass
+class Batch:
+    """Clean, unshifted tokens and what they are; every corruption, shift and mask is made on device from these.
+
+    A padding position is known by `segment_ids == 0`, never by its token: pad tokens inside a target canvas are data.
+
+    Attributes:
+      tokens: int32 `[B, L]`. Decoder-only: inputs, then targets, then padding. Encoder-decoder: targets only.
+      target_mask: bool `[B, L]`, the positions that the model must produce. Loss lives here and nowhere else.
+      segment_ids: int32 `[B, L]`, 0 = not there at all, 1..n = the packed example that a position belongs to.
+      positions: int32 `[B, L]`, restarting at 0 with each segment.
+      example_ids: int32 `[B]`. Training: the row's index in the global batch. Evaluation: the example's index in the
+        evaluation set. The randomness of a row is keyed by it.
+    """
+
+    tokens: Array
+    target_mask: Array
+    segment_ids: Array
+    positions: Array
+    example_ids: Array
+
+    @property
+    def input_mask(self) -> Array:
+        """bool `[B, L]`: positions that are there and are given, not produced."""
+        return (self.segment_ids > 0) & ~self.target_mask

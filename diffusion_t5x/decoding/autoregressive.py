@@ -1,0 +1,91 @@
+"""Autoregressive decoding, token by token over a cache of keys and values."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.decoding.decoder import Decoded
+from diffusion_t5x.models.attention import KVCache, write_rows
+from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind
+from diffusion_t5x.models.sampling import Sampling, forbid, sample
+from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.objectives.autoregressive import shift_right, shifted_slots
+from diffusion_t5x.objectives.objective import row_keys
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoregressiveDecoder:
+    """Greedy decoding, or sampling with temperature, top-k and top-p.
+
+    The score is the log-probability of the output up to and including EOS under the model at temperature 1: higher
+    is better.
+
+    Attributes:
+      temperature: 0 is greedy.
+      top_k, top_p: see `Sampling`.
+      prefix: the model was trained with inputs that see each other both ways.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    prefix: bool = False
+
+    def __post_init__(self) -> None:
+        self.sampling  # noqa: B018  (raises on bad values now, not in the middle of a run)
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p)
+
+    @property
+    def attention(self) -> AttentionKind:
+        return PREFIX if self.prefix else CAUSAL
+
+    def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool = False) -> Decoded:
+        vocabulary, length = model.vocabulary, batch.tokens.shape[1]
+        keys = row_keys(key, batch.example_ids)
+        rows = jnp.arange(batch.tokens.shape[0])
+        first_target = jnp.argmax(batch.target_mask, axis=-1)
+        canvas = jnp.where(batch.target_mask, vocabulary.pad_id, batch.tokens)
+
+        # The prompt in one pass. It fills the slots of the targets too, but no query sees them before they are
+        # written anew.
+        prompt = shift_right(canvas, batch.positions, vocabulary.start_id)
+        _, cache = model.extend(
+            prompt, self.attention, KVCache.empty(model.config, shifted_slots(batch)), jnp.zeros_like(first_target)
+        )
+
+        def unfinished(carry):
+            step, _, _, finished, _, _ = carry
+            return (step < length) & ~jnp.all(finished)
+
+        def write_next(carry):
+            step, canvas, cache, finished, scores, history = carry
+            slot = jnp.minimum(first_target + step, length - 1)
+            before = jnp.where(slot == 0, vocabulary.start_id, canvas[rows, slot - 1])
+            hidden, cache = model.extend(before[:, None], self.attention, cache, slot)
+            logits = forbid(model.logits(hidden), vocabulary)
+            step_of_row = jnp.broadcast_to(step, (len(rows), 1))
+            token = sample(logits, keys, step_of_row, self.sampling)[:, 0]
+            # A row is done after EOS (or pad), and where its canvas ends.
+            finished |= ~batch.target_mask[rows, slot]
+            token = jnp.where(finished, canvas[rows, slot], token)
+            log_probability = jax.nn.log_softmax(logits[:, 0])[rows, token]
+            scores += jnp.where(finished, 0, log_probability)
+            canvas = write_rows(canvas, token[:, None], slot)
+            finished |= (token == vocabulary.eos_id) | (token == vocabulary.pad_id)
+            if trace:
+                history = history.at[step + 1].set(canvas)
+            return step + 1, canvas, cache, finished, scores, history
+
+        finished = ~jnp.any(batch.target_mask, axis=-1)
+        history = jnp.broadcast_to(canvas, (length + 1, *canvas.shape)) if trace else None
+        carry = (0, canvas, cache, finished, jnp.zeros(len(rows)), history)
+        steps, canvas, _, _, scores, history = jax.lax.while_loop(unfinished, write_next, carry)
+        if trace:  # steps after the last one that was taken show the end
+            taken = jnp.arange(length + 1)[:, None, None] <= steps
+            history = jnp.where(taken, history, canvas)
+        return Decoded(tokens=canvas, scores=scores, steps=jnp.asarray(steps), trace=history)

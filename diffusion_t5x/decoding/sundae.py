@@ -1,0 +1,88 @@
+"""SUNDAE decoding: denoise whole canvases of random tokens, many at once, and keep the best."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.decoding.decoder import Decoded, end_at_eos
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.masks import BIDIRECTIONAL, Slots
+from diffusion_t5x.models.sampling import Sampling, forbid, sample
+from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.objectives.objective import cross_entropy, row_keys
+
+
+@dataclasses.dataclass(frozen=True)
+class SundaeDecoder:
+    """Denoises `num_samples` canvases of uniform noise for `num_steps` steps and keeps each example's best.
+
+    The score is the cross-entropy, in nats a target position, between the canvas that the last step reads and the
+    logits that it gives: how little the model still wants to change ("model score", arXiv 2401.17181 section 3).
+    Lower is better; it is no log-probability.
+
+    Attributes:
+      num_steps: model steps.
+      num_samples: canvases for each example.
+      temperature: at which every step samples all targets; 0 takes the likeliest.
+    """
+
+    num_steps: int = 10
+    num_samples: int = 8
+    temperature: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1 or self.num_samples < 1 or self.temperature < 0:
+            raise UserError(
+                f"SundaeDecoder needs num_steps and num_samples of at least 1 and a temperature of at least 0; "
+                f"got {self}."
+            )
+
+    def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool = False) -> Decoded:
+        vocabulary, samples = model.vocabulary, self.num_samples
+        example_keys = row_keys(key, batch.example_ids)
+        keys = jax.vmap(lambda k: jax.vmap(lambda n: jax.random.fold_in(k, n))(jnp.arange(samples)))(example_keys)
+        keys = keys.reshape(-1)  # rows: example by example, each one's samples together
+        rows = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), batch)
+        slots = Slots.of(rows)
+
+        def step_keys(step):
+            return jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+
+        def write(tokens):
+            return jnp.where(rows.target_mask, tokens, rows.tokens)
+
+        noise = jax.vmap(vocabulary.sample_noise, (0, None))(step_keys(self.num_steps), rows.tokens.shape[1:])
+
+        def denoise(canvas, step):
+            hidden = model(canvas, slots, BIDIRECTIONAL)
+            keys_of_step = step_keys(step)
+
+            def read_out(logits, tokens, positions):
+                logits = forbid(logits, vocabulary)
+                wish, _ = cross_entropy(logits, tokens)
+                return sample(logits, keys_of_step, positions, Sampling(self.temperature)), wish
+
+            tokens, wish = model.map_logits(read_out, hidden, canvas, rows.positions)
+            score = jnp.sum(jnp.where(rows.target_mask, wish, 0), axis=-1)
+            canvas = write(tokens)
+            return canvas, (score, canvas if trace else None)
+
+        canvas = write(noise)
+        final, (scores, history) = jax.lax.scan(denoise, canvas, jnp.arange(self.num_steps))
+        scores = scores[-1] / jnp.maximum(jnp.sum(rows.target_mask, axis=-1), 1)
+        best = jnp.argmin(scores.reshape(-1, samples), axis=-1)
+
+        def keep(x):  # [..., B * samples, L] -> [..., B, L]
+            x = x.reshape(*x.shape[:-2], -1, samples, x.shape[-1])
+            return x[..., jnp.arange(len(best)), best, :]
+
+        if trace:
+            history = keep(jnp.concatenate([canvas[None], history]))
+        return Decoded(
+            tokens=end_at_eos(keep(final), batch, vocabulary),
+            scores=jnp.min(scores.reshape(-1, samples), axis=-1),
+            steps=jnp.int32(self.num_steps),
+            trace=history,
+        )

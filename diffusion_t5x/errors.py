@@ -1,0 +1,19 @@
+"""The one kind of error that is the user's to mend."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input: a name, a path, a shape, a checkpoint or data that does not fit.
+
+    The message says what is wrong, where, and how to mend it. The verbs print it without a traceback and exit with
+    status 2, so it is raised before the long work starts.
+    """
+
+
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """` Did you mean 'x' or 'y'?` with the candidates most like `name`, for the end of a message; "" where none is."""
+    by_lower_case = {candidate.lower(): candidate for candidate in candidates}
+    close = [by_lower_case[match] for match in difflib.get_close_matches(name.lower(), by_lower_case)]
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""

@@ -1,0 +1,98 @@
+"""Multi-head attention with grouped key/value heads, and the cache of what it has seen."""
+
+from typing import Self
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.layers import RMSNorm, dense, normal, param
+from diffusion_t5x.models.masks import Slots
+from diffusion_t5x.models.positions import rotate
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of the slots seen so far, every layer's stacked, and what all slots of the rows are.
+
+    A slot's keys stand at the slot's own index, so the mask between any queries and the cache follows from `slots`:
+    slots not written yet must not be visible to the queries (attention that looks back only sees to that).
+
+    Attributes:
+      keys, values: `[layers, B, L, kv_heads, head_dim]`.
+      slots: of the rows being decoded, each field `[B, L]`.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    slots: Slots
+
+    @classmethod
+    def empty(cls, config: ModelConfig, slots: Slots) -> Self:
+        shape = (config.num_layers, *slots.positions.shape, config.kv_heads, config.head_dim)
+        zeros = jnp.zeros(shape, config.dtype)
+        return cls(keys=zeros, values=zeros, slots=slots)
+
+
+def write_rows(buffer_BxL: jax.Array, values_BxQ: jax.Array, start_B: jax.Array) -> jax.Array:
+    """The buffer with each row's values written from the row's own start on; trailing axes are carried along."""
+    return jax.vmap(lambda row, new, first: jax.lax.dynamic_update_slice_in_dim(row, new, first, axis=0))(
+        buffer_BxL, values_BxQ, start_B
+    )
+
+
+class Attention(nnx.Module):
+    """Attention of queries over the same rows, or over the cached keys of those rows."""
+
+    def __init__(self, key: jax.Array, config: ModelConfig):
+        embed, heads, kv_heads, head_dim = config.embed_dim, config.num_heads, config.kv_heads, config.head_dim
+        keys = jax.random.split(key, 4)
+        # T5 folds the usual 1/sqrt(head_dim) into the query's initialiser; where attention_scale holds it, not here.
+        query_variance = 1 / (embed * head_dim * config.attention_scale**2)
+        self.query = param(keys[0], normal(query_variance), embed=embed, heads=heads, head_dim=head_dim)
+        self.key = param(keys[1], normal(1 / embed), embed=embed, kv_heads=kv_heads, head_dim=head_dim)
+        self.value = param(keys[2], normal(1 / embed), embed=embed, kv_heads=kv_heads, head_dim=head_dim)
+        self.out = param(keys[3], normal(1 / (heads * head_dim)), heads=heads, head_dim=head_dim, embed=embed)
+        if config.query_key_norm:
+            self.query_norm = RMSNorm(head_dim, config.norm_epsilon, "head_dim")
+            self.key_norm = RMSNorm(head_dim, config.norm_epsilon, "head_dim")
+        self.config = config
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        bias: jax.Array | None,
+        cached: tuple[jax.Array, jax.Array] | None = None,
+        write_at: jax.Array | None = None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """Attends from x `[B, Lq, D]`.
+
+        Args:
+          x: the queries' hidden states.
+          positions: int32 `[B, Lq]`, for rotary positions.
+          mask: bool `[B, Lq, Lk]`.
+          bias: float32 `[B or 1, heads, Lq, Lk]`, or None.
+          cached: this layer's keys and values `[B, Lk, kv_heads, head_dim]`; the queries' own are written into them
+            first. None attends over x itself.
+          write_at: int32 `[B]`, the slot of each row's first query; with `cached` only.
+
+        Returns:
+          `[B, Lq, D]`, and the keys and values with the queries' own written (None without a cache).
+        """
+        config = self.config
+        query, key, value = (dense(x, kernel.get_value()) for kernel in (self.query, self.key, self.value))
+        if config.query_key_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if config.position == "rotary":
+            query, key = (rotate(y, positions, config.rotary_base) for y in (query, key))
+        if cached is not None:
+            key, value = (write_rows(old, new, write_at) for old, new in zip(cached, (key, value), strict=True))
+            cached = (key, value)
+        attended = jax.nn.dot_product_attention(
+            query, key, value, bias, mask[:, None], scale=config.attention_scale, implementation="xla"
+        )
+        return dense(attended, self.out.get_value(), inputs=2), cached

@@ -1,0 +1,108 @@
+"""The dimensions and choices that make a Transformer."""
+
+import dataclasses
+from typing import Literal
+
+from diffusion_t5x.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only Transformer. The defaults are T5 1.1's; the other choices are those of Llama-style models.
+
+    Attributes:
+      embed_dim, num_layers, num_heads, head_dim, mlp_dim: the size.
+      vocab_size: rows of the embedding; None takes the vocabulary's size, rounded up to a multiple of 128.
+      num_kv_heads: key and value heads, shared by groups of query heads; None means one for each query head.
+      position: "relative" is T5's learned bias shared by all layers, "rotary" rotates queries and keys.
+      activation: the gate of the feed-forward layer.
+      tie_embeddings: read the logits out with the embedding; False adds an output matrix of its own.
+      query_key_norm: RMS-normalise queries and keys of each head.
+      attention_scale: factor on query-key products. 1 with T5's initialiser, which holds the scale itself;
+        `head_dim ** -0.5` in most other models.
+      logits_scale: factor on the last hidden state; None is T5's `embed_dim ** -0.5` where embeddings are tied.
+      norm_epsilon: RMSNorm's epsilon.
+      relative_buckets, relative_max_distance: of the relative position bias.
+      rotary_base: the wavelength base of rotary positions.
+      max_length: longest row that the model is meant for; None sets no limit.
+      dropout_rate: after the embedding, on every residual branch, inside the feed-forward layer, after the last norm.
+      dtype: of activations; parameters, softmax, logits and loss are float32.
+      scan_unroll: layers unrolled in one iteration of the scan over layers; True unrolls all (fast on CPU).
+      remat: what the backward pass computes again: "none", all but matrix products ("dots"), or everything ("full").
+    """
+
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    mlp_dim: int
+    vocab_size: int | None = None
+    num_kv_heads: int | None = None
+    position: Literal["relative", "rotary"] = "relative"
+    activation: Literal["gelu", "silu"] = "gelu"
+    tie_embeddings: bool = True
+    query_key_norm: bool = False
+    attention_scale: float = 1.0
+    logits_scale: float | None = None
+    norm_epsilon: float = 1e-6
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    rotary_base: float = 10_000.0
+    max_length: int | None = None
+    dropout_rate: float = 0.0
+    dtype: str = "float32"
+    scan_unroll: int | bool = 1
+    remat: Literal["none", "dots", "full"] = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("embed_dim", "num_layers", "num_heads", "head_dim", "mlp_dim"):
+            if getattr(self, name) < 1:
+                raise UserError(f"ModelConfig.{name} must be at least 1, not {getattr(self, name)}.")
+        for name, known in (
+            ("position", ("relative", "rotary")),
+            ("activation", ("gelu", "silu")),
+            ("remat", ("none", "dots", "full")),
+        ):
+            if getattr(self, name) not in known:
+                raise UserError(f"ModelConfig.{name} must be one of {known}, not {getattr(self, name)!r}.")
+        if self.num_heads % self.kv_heads:
+            raise UserError(
+                f"ModelConfig.num_heads = {self.num_heads} must be a multiple of num_kv_heads = {self.kv_heads}."
+            )
+        if self.position == "rotary" and self.head_dim % 2:
+            raise UserError(f"Rotary positions need an even ModelConfig.head_dim, not {self.head_dim}.")
+        if not 0 <= self.dropout_rate < 1:
+            raise UserError(f"ModelConfig.dropout_rate must lie in [0, 1), not {self.dropout_rate}.")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def readout_scale(self) -> float:
+        if self.logits_scale is not None:
+            return self.logits_scale
+        return self.embed_dim**-0.5 if self.tie_embeddings else 1.0
+
+    def with_vocabulary(self, size: int) -> "ModelConfig":
+        """The same model with an embedding row for each of `size` ids.
+
+        Raises:
+          UserError: `vocab_size` was set and is too small.
+        """
+        if self.vocab_size is None:
+            return dataclasses.replace(self, vocab_size=-(-size // 128) * 128)
+        if self.vocab_size < size:
+            raise UserError(
+                f"ModelConfig.vocab_size = {self.vocab_size} is too small: the task's vocabulary has {size} ids "
+                f"(MASK included). Set it to at least {size}, or to None to take the vocabulary's size."
+            )
+        return self
+
+    def check_length(self, length: int, what: str = "TASK_FEATURE_LENGTHS") -> None:
+        """Raises a UserError when rows of `length` tokens do not fit the model."""
+        if self.max_length is not None and length > self.max_length:
+            raise UserError(
+                f"Features too long for the model: {what} makes rows of {length} tokens, and "
+                f"ModelConfig.max_length is {self.max_length}. Shorten the features or raise max_length."
+            )

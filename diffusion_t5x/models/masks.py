@@ -1,0 +1,81 @@
+"""The mask room: who may see whom."""
+
+import dataclasses
+from typing import Literal, Self
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.errors import UserError
+
+
+@flax.struct.dataclass
+class Slots:
+    """What the mask room knows of every token slot; each field is `[B, L]`.
+
+    Attributes:
+      segment_ids: int32, 0 = nothing there. Slots of different segments never see each other.
+      positions: int32, restarting with each segment.
+      is_input: bool, the slot holds a token that was given.
+    """
+
+    segment_ids: jax.Array
+    positions: jax.Array
+    is_input: jax.Array
+
+    @classmethod
+    def of(cls, batch: Batch) -> Self:
+        """The slots of a batch whose tokens stand where they are (no shift)."""
+        return cls(segment_ids=batch.segment_ids, positions=batch.positions, is_input=batch.input_mask)
+
+    def take(self, start: jax.Array, length: int) -> Self:
+        """Per row b the `length` slots from `start[b]` on: `[B, length]`."""
+        rows = jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, length))
+        return jax.tree.map(lambda field: rows(field, start), self)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionKind:
+    """One of the four ways in which the tokens of a segment see each other.
+
+    Attributes:
+      name: "causal": itself and what is before. "prefix": moreover, every input. "bidirectional": the whole segment.
+        "block_causal": its own block of targets and all that is before (BD3-LM, arXiv 2503.09573); blocks are counted
+        from the segment's first target, backwards too, so inputs stand in blocks of negative index.
+      block_size: tokens a block, for "block_causal" alone.
+    """
+
+    name: Literal["causal", "prefix", "bidirectional", "block_causal"]
+    block_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in ("causal", "prefix", "bidirectional", "block_causal"):
+            raise UserError(f"Unknown attention kind {self.name!r}: causal, prefix, bidirectional or block_causal.")
+        if (self.name == "block_causal") != (self.block_size is not None):
+            raise UserError(f"block_size belongs to block_causal attention alone; got {self}.")
+        if self.block_size is not None and self.block_size < 1:
+            raise UserError(f"block_size must be at least 1, not {self.block_size}.")
+
+    def mask(self, queries: Slots, keys: Slots) -> jax.Array:
+        """bool `[B, Lq, Lk]`: whether a query may see a key. Queries are slots of the same rows as the keys."""
+        query_segment, key_segment = queries.segment_ids[:, :, None], keys.segment_ids[:, None, :]
+        same_segment = (query_segment == key_segment) & (key_segment > 0)
+        query_position, key_position = queries.positions[:, :, None], keys.positions[:, None, :]
+        if self.name == "bidirectional":
+            return same_segment
+        if self.name == "causal":
+            return same_segment & (key_position <= query_position)
+        if self.name == "prefix":
+            return same_segment & ((key_position <= query_position) | keys.is_input[:, None, :])
+        # Inputs come first in a segment, so their number is the position of its first target.
+        first_target = jnp.sum(same_segment & keys.is_input[:, None, :], axis=-1, keepdims=True)
+        query_block = (query_position - first_target) // self.block_size
+        key_block = (key_position - first_target) // self.block_size
+        return same_segment & (key_block <= query_block)
+
+
+CAUSAL = AttentionKind("causal")
+PREFIX = AttentionKind("prefix")
+BIDIRECTIONAL = AttentionKind("bidirectional")

@@ -1,0 +1,65 @@
+"""Where a token stands: T5's relative position bias, and rotary positions."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from diffusion_t5x.models.layers import param
+
+
+def relative_position_bucket(
+    relative_position: jax.Array, *, bidirectional: bool, num_buckets: int = 32, max_distance: int = 128
+) -> jax.Array:
+    """T5's bucket of `key position - query position` (arXiv 1910.10683, section 2.1), of the same shape.
+
+    Half of a direction's buckets are one distance each, the other half grow logarithmically up to `max_distance`.
+    Where attention looks back only, all buckets serve the past and the future falls into bucket 0.
+    """
+    if bidirectional:
+        num_buckets //= 2
+        offset = jnp.where(relative_position > 0, num_buckets, 0)
+        distance = jnp.abs(relative_position)
+    else:
+        offset = jnp.zeros_like(relative_position)
+        distance = jnp.maximum(-relative_position, 0)
+    exact = num_buckets // 2
+    ratio = jnp.log(jnp.maximum(distance, 1) / exact) / math.log(max_distance / exact)
+    far = exact + (ratio * (num_buckets - exact)).astype(jnp.int32)
+    return offset + jnp.where(distance < exact, distance, jnp.minimum(far, num_buckets - 1))
+
+
+class RelativePositionBias(nnx.Module):
+    """A learned bias for each bucket and head, shared by all layers.
+
+    The buckets are the bidirectional ones whatever the attention kind: they are part of the weights, and a model that
+    learned with causal attention must mean the same by them once it is adapted to see both ways.
+    """
+
+    def __init__(self, key: jax.Array, num_heads: int, num_buckets: int, max_distance: int):
+        init = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+        self.embedding = param(key, init, relative_buckets=num_buckets, heads=num_heads)
+        self.max_distance = max_distance
+
+    def __call__(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
+        """float32 `[..., heads, Lq, Lk]` from positions `[..., Lq]` and `[..., Lk]`."""
+        table = self.embedding.get_value()
+        buckets = relative_position_bucket(
+            key_positions[..., None, :] - query_positions[..., :, None],
+            bidirectional=True,
+            num_buckets=table.shape[0],
+            max_distance=self.max_distance,
+        )
+        return jnp.moveaxis(table[buckets], -1, -3)
+
+
+def rotate(x_BxLxHxD: jax.Array, positions_BxL: jax.Array, base: float) -> jax.Array:
+    """Rotary positions (arXiv 2104.09864): turns the pair (i, i + D/2) of every head by position * base^(-2i/D)."""
+    half = x_BxLxHxD.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions_BxL[:, :, None, None].astype(jnp.float32) * frequency
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    x1, x2 = jnp.split(x_BxLxHxD.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+    return turned.astype(x_BxLxHxD.dtype)

@@ -1,0 +1,70 @@
+"""Tokens out of logits."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn.
+
+    Attributes:
+      temperature: logits are divided by it; 0 takes the likeliest token.
+      top_k: only the k likeliest tokens; None allows all.
+      top_p: only the fewest likeliest tokens whose probabilities (at this temperature) sum to at least p.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UserError(f"A sampling temperature must not be negative; got {self.temperature}.")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k must be at least 1; got {self.top_k}.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must lie in (0, 1]; got {self.top_p}.")
+
+
+def forbid(logits: jax.Array, vocabulary: TokenIds) -> jax.Array:
+    """The logits `[..., V]` with -inf for what no model may write: MASK, and rows that stand for no id."""
+    ids = jnp.arange(logits.shape[-1])
+    return jnp.where((ids == vocabulary.mask_id) | (ids >= vocabulary.size), -jnp.inf, logits)
+
+
+def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Logits `[..., V]` over the temperature, -inf outside top-k and top-p; ties at the border all stay."""
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        least = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probabilities = jax.nn.softmax(ordered, axis=-1)
+        kept = jnp.cumsum(probabilities, axis=-1) - probabilities < sampling.top_p
+        least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return logits
+
+
+def sample(logits: jax.Array, keys: jax.Array, positions: jax.Array, sampling: Sampling) -> jax.Array:
+    """Tokens int32 `[B, L]` drawn from float32 logits `[B, L, V]`.
+
+    Args:
+      logits: of every position.
+      keys: `[B]`, a key for each row.
+      positions: int32 `[B, L]`, folded into the row's key: what is drawn at a position depends on its number alone,
+        not on how long the row is.
+      sampling: how to draw.
+    """
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = filter_logits(jax.lax.stop_gradient(logits), sampling)
+    keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, positions)
+    return jax.vmap(jax.vmap(jax.random.categorical))(keys, logits).astype(jnp.int32)

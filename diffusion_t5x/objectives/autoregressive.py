@@ -1,0 +1,74 @@
+"""The autoregressive objective: predict each target from what is before it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind, Slots
+from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.objectives.objective import (
+    LossSums,
+    Normalize,
+    check_normalize,
+    cross_entropy,
+    normalized,
+    row_keys,
+)
+
+
+def shift_right(tokens: jax.Array, positions: jax.Array, start_id: int) -> jax.Array:
+    """What an autoregressive model reads, `[B, L]`: the token before, and the start token first in each segment."""
+    before = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)))
+    return jnp.where(positions == 0, start_id, before)
+
+
+def shifted_slots(batch: Batch) -> Slots:
+    """The slots of shifted tokens: a slot is an input where the token it *holds* is one (the start token is)."""
+    holds_input = jnp.pad(batch.input_mask[:, :-1], ((0, 0), (1, 0))) | (batch.positions == 0)
+    return Slots(
+        segment_ids=batch.segment_ids, positions=batch.positions, is_input=holds_input & (batch.segment_ids > 0)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Autoregressive:
+    """Teacher forcing: cross-entropy of `tokens[i]` given the start token and `tokens[:i]`.
+
+    Attributes:
+      prefix: inputs see each other both ways; by default attention is causal everywhere.
+      label_smoothing, z_loss: as in T5X.
+      normalize: what the summed loss is divided by.
+    """
+
+    prefix: bool = False
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    normalize: Normalize = "target_tokens"
+
+    def __post_init__(self) -> None:
+        check_normalize(self.normalize)
+
+    @property
+    def attention(self) -> AttentionKind:
+        return PREFIX if self.prefix else CAUSAL
+
+    def loss(self, model: Transformer, batch: Batch, key: jax.Array | None, train: bool = True) -> LossSums:
+        """The key serves dropout alone; the objective itself draws nothing."""
+        tokens = shift_right(batch.tokens, batch.positions, model.vocabulary.start_id)
+        dropout_keys = row_keys(key, batch.example_ids) if train else None
+        hidden = model(tokens, shifted_slots(batch), self.attention, dropout_keys)
+
+        def score(logits, labels):
+            loss, nll = cross_entropy(logits, labels, label_smoothing=self.label_smoothing, z_loss=self.z_loss)
+            return loss, nll, jnp.argmax(logits, axis=-1) == labels
+
+        loss, nll, correct = model.map_logits(score, hidden, batch.tokens)
+        return LossSums(
+            loss=normalized(batch, loss, self.normalize),
+            metrics={
+                "nll": normalized(batch, nll, "target_tokens"),
+                "accuracy": normalized(batch, correct, "target_tokens"),
+            },
+        )

@@ -1,0 +1,112 @@
+"""What every objective is, and the pieces that objectives share."""
+
+from typing import Literal, Protocol, Self
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.masks import AttentionKind
+from diffusion_t5x.models.transformer import Transformer
+
+Normalize = Literal["target_tokens", "all_tokens", "sequences"]
+
+
+@flax.struct.dataclass
+class Ratio:
+    """A mean whose numerator and denominator are kept apart, so that it adds up over microbatches and hosts."""
+
+    numerator: jax.Array
+    denominator: jax.Array
+
+    def __add__(self, other: Self) -> Self:
+        return jax.tree.map(jnp.add, self, other)
+
+    def mean(self) -> jax.Array:
+        """0 where there was nothing to average."""
+        return self.numerator / jnp.where(self.denominator == 0, 1, self.denominator)
+
+
+@flax.struct.dataclass
+class LossSums:
+    """What an objective says of a batch.
+
+    Attributes:
+      loss: what is minimised.
+      metrics: what is logged, by name.
+    """
+
+    loss: Ratio
+    metrics: dict[str, Ratio]
+
+    def __add__(self, other: Self) -> Self:
+        return LossSums(self.loss + other.loss, {k: v + other.metrics[k] for k, v in self.metrics.items()})
+
+
+class Objective(Protocol):
+    """A frozen dataclass that corrupts clean tokens on device and scores the model on them."""
+
+    @property
+    def attention(self) -> AttentionKind:
+        """Who sees whom under this objective."""
+
+    def loss(self, model: Transformer, batch: Batch, key: jax.Array | None, train: bool = True) -> LossSums:
+        """The loss of a batch; rows draw from the key by their `example_ids`. `train` switches dropout on."""
+
+
+def row_keys(key: jax.Array, example_ids: jax.Array) -> jax.Array:
+    """A key `[B]` for each row, the same whichever batch, microbatch or device the row is in."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, example_ids)
+
+
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy of labels `[...]` under float32 logits `[..., V]`, in nats.
+
+    Label smoothing gives `1 - label_smoothing` to the label and shares the rest among the other ids; the entropy of
+    that target is subtracted, so that 0 stays the least possible. `z_loss * log(Z)^2` draws the normaliser to 1
+    (both as in T5X).
+
+    Returns:
+      The loss with smoothing and z-loss, and the plain negative log-likelihood, both `[...]`.
+    """
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    nll = log_z - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    loss = nll
+    if label_smoothing:
+        others = logits.shape[-1] - 1
+        rest = label_smoothing / others
+        entropy = -((1 - label_smoothing) * jnp.log(1 - label_smoothing) + label_smoothing * jnp.log(rest))
+        nll_of_others = (others + 1) * log_z - logits.sum(axis=-1) - nll
+        loss = (1 - label_smoothing) * nll + rest * nll_of_others - entropy
+    if z_loss:
+        loss = loss + z_loss * jnp.square(log_z)
+    return loss, nll
+
+
+def check_normalize(normalize: str) -> None:
+    if normalize not in ("target_tokens", "all_tokens", "sequences"):
+        raise UserError(f"normalize must be target_tokens, all_tokens or sequences, not {normalize!r}.")
+
+
+def normalized(batch: Batch, loss: jax.Array, normalize: Normalize) -> Ratio:
+    """The sum of a loss `[B, L]` over target positions, and what to divide it by.
+
+    Args:
+      batch: says which positions are targets.
+      loss: of every position; what it says elsewhere is dropped.
+      normalize: "target_tokens" makes the mean over target positions, "all_tokens" divides by all positions, padding
+        too, "sequences" makes the mean over sequences (packed ones counted one by one) of each one's mean (T5X's
+        NUM_REAL_TARGET_TOKENS, NUM_TOTAL_TARGET_TOKENS and AVERAGE_PER_SEQUENCE).
+    """
+    weights = batch.target_mask.astype(jnp.float32)
+    if normalize == "all_tokens":
+        return Ratio(jnp.sum(loss * weights), jnp.float32(weights.size))
+    if normalize == "sequences":
+        same = batch.segment_ids[:, :, None] == batch.segment_ids[:, None, :]
+        targets = jnp.sum(jnp.where(same, weights[:, None, :], 0), axis=-1)
+        weights = weights / jnp.maximum(targets, 1)
+    return Ratio(jnp.sum(loss * weights), jnp.sum(weights))

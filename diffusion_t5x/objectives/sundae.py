@@ -1,0 +1,113 @@
+"""SUNDAE: a step-unrolled denoising autoencoder, as simplified for text diffusion by paper 1.
+
+"Transfer Learning for Text Diffusion Models" (arXiv 2401.17181, section 3); SUNDAE is arXiv 2112.06749.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.layers import fold_in
+from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind, Slots
+from diffusion_t5x.models.sampling import Sampling, sample
+from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.objectives.objective import (
+    LossSums,
+    Normalize,
+    check_normalize,
+    cross_entropy,
+    normalized,
+    row_keys,
+)
+
+
+def corrupt(batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
+    """Uniform noise at a level of each row's own.
+
+    Each row draws α ~ U[0, 1]; each of its targets is, with probability α, replaced by a token drawn uniformly from
+    the noise vocabulary, which may be the same one. Inputs and padding stay.
+
+    Args:
+      batch: clean tokens.
+      vocabulary: says what noise is drawn from.
+      keys: `[B]`, a key for each row.
+
+    Returns:
+      int32 `[B, L]`.
+    """
+
+    def row(key):
+        level_key, where_key, noise_key = jax.random.split(key, 3)
+        length = batch.tokens.shape[1:]
+        replaced = jax.random.uniform(where_key, length) < jax.random.uniform(level_key)
+        return replaced, vocabulary.sample_noise(noise_key, length)
+
+    replaced, noise = jax.vmap(row)(keys)
+    return jnp.where(replaced & batch.target_mask, noise, batch.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sundae:
+    """Cross-entropy of the clean targets given noisy ones, then given the model's own repair of them, and so on.
+
+    Attributes:
+      num_unrolls: how often the model reads its own output: the loss has `num_unrolls + 1` terms.
+      weights: of the terms; None weighs each 1.
+      temperature: at which the model's output is sampled for the next term; 0 takes the likeliest (paper 1), 1 is
+        SUNDAE's.
+      normalize: what the summed loss is divided by.
+    """
+
+    num_unrolls: int = 1
+    weights: tuple[float, ...] | None = None
+    temperature: float = 0.0
+    normalize: Normalize = "target_tokens"
+
+    def __post_init__(self) -> None:
+        check_normalize(self.normalize)
+        if self.num_unrolls < 0 or self.temperature < 0:
+            raise UserError(f"num_unrolls and temperature must not be negative; got {self}.")
+        if self.weights is not None and len(self.weights) != self.num_unrolls + 1:
+            raise UserError(
+                f"Sundae.weights needs {self.num_unrolls + 1} values, one for each term; got {self.weights}."
+            )
+
+    @property
+    def attention(self) -> AttentionKind:
+        return BIDIRECTIONAL
+
+    def loss(self, model: Transformer, batch: Batch, key: jax.Array, train: bool = True) -> LossSums:
+        noise_keys, sample_keys, dropout_keys = (row_keys(k, batch.example_ids) for k in jax.random.split(key, 3))
+        tokens = corrupt(batch, model.vocabulary, noise_keys)
+        changed = normalized(batch, tokens != batch.tokens, "target_tokens")
+        metrics = {"noise_fraction": changed}
+        terms = []
+        for unroll in range(self.num_unrolls + 1):
+            term_keys = fold_in(dropout_keys, unroll) if train else None
+            hidden = model(tokens, Slots.of(batch), self.attention, term_keys)
+            loss, predicted, repaired = self._read_out(model, hidden, batch, fold_in(sample_keys, unroll))
+            terms.append(normalized(batch, loss, self.normalize))
+            metrics[f"loss_{unroll + 1}"] = normalized(batch, loss, "target_tokens")
+            metrics[f"accuracy_{unroll + 1}"] = normalized(batch, predicted, "target_tokens")
+            # Targets carry the model's output, inputs their clean tokens. No gradient flows through integers.
+            tokens = jnp.where(batch.target_mask, repaired, batch.tokens)
+        weights = self.weights or (1.0,) * len(terms)
+        total = sum(weight * term.numerator for weight, term in zip(weights, terms, strict=True))
+        return LossSums(loss=terms[0].replace(numerator=total), metrics=metrics)
+
+    def _read_out(self, model, hidden, batch, keys):
+        """Of every position `[B, L]`: the clean token's cross-entropy, whether it is likeliest, a sampled token."""
+
+        def score(logits, labels, positions):
+            loss, _ = cross_entropy(logits, labels)
+            best = jnp.argmax(logits, axis=-1).astype(labels.dtype)
+            if self.temperature == 0:
+                return loss, best == labels, best
+            return loss, best == labels, sample(logits, keys, positions, Sampling(self.temperature))
+
+        slots = jnp.broadcast_to(jnp.arange(hidden.shape[1]), batch.tokens.shape)
+        return model.map_logits(score, hidden, batch.tokens, slots)

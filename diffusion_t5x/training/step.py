@@ -1,0 +1,133 @@
+"""One training step, and one evaluation of the loss: pure functions of state and batch."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from diffusion_t5x import partitioning
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.models.transformer import ModelDefinition, Params
+from diffusion_t5x.objectives.objective import LossSums, Objective
+from diffusion_t5x.training.state import TrainState, shardings_of
+
+Metrics = Mapping[str, jax.Array]
+
+
+def loss_and_gradients(
+    definition: ModelDefinition,
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    microbatches: int = 1,
+    normalizing_factor: float | None = None,
+) -> tuple[LossSums, Params]:
+    """The objective's sums over a batch and the gradients of its loss, one microbatch at a time.
+
+    The loss is the sum of the microbatches' numerators over the sum of their denominators, which does not depend on
+    how the rows are dealt out; a mean of means would.
+
+    Args:
+      definition: the model.
+      objective: the objective.
+      params: its parameters.
+      batch: rows divisible by `microbatches`.
+      key: rows draw from it by their `example_ids`.
+      microbatches: pieces that the batch is cut into.
+      normalizing_factor: divides the summed loss in place of the objective's own denominator (T5X's
+        LOSS_NORMALIZING_FACTOR).
+    """
+
+    def numerator(params, batch, key):
+        sums = objective.loss(definition.bind(params), batch, key)
+        return sums.loss.numerator, sums
+
+    gradients = jax.grad(numerator, has_aux=True)
+    if microbatches == 1:
+        grads, sums = gradients(params, batch, key)
+    else:
+        # Rows are dealt out in turn, so every microbatch has rows of every device.
+        pieces = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+
+        def accumulate(total, piece):
+            grads, sums = gradients(params, piece, key)
+            return jax.tree.map(jnp.add, total, (grads, sums)), None
+
+        shapes = jax.eval_shape(gradients, params, jax.tree.map(lambda x: x[0], pieces), key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (grads, sums), _ = jax.lax.scan(accumulate, zeros, pieces)
+    if normalizing_factor is not None:
+        sums = sums.replace(loss=sums.loss.replace(denominator=jnp.float32(normalizing_factor)))
+    scale = 1 / jnp.where(sums.loss.denominator == 0, 1, sums.loss.denominator)
+    return sums, jax.tree.map(lambda g: g * scale, grads)
+
+
+def means(sums: LossSums) -> Metrics:
+    return {"loss": sums.loss.mean(), **{name: ratio.mean() for name, ratio in sums.metrics.items()}}
+
+
+def make_train_step(
+    mesh: Mesh,
+    abstract: TrainState,
+    definition: ModelDefinition,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    microbatches: int = 1,
+    normalizing_factor: float | None = None,
+    ema_decay: float | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The jitted step `(state, batch) -> (state, metrics)`; the state that goes in is given up.
+
+    Noise and dropout of step s are keyed by `(seed, s, example_ids)`, so a resumed run repeats them.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        sums, grads = loss_and_gradients(
+            definition,
+            objective,
+            state.params,
+            batch,
+            key,
+            microbatches=microbatches,
+            normalizing_factor=normalizing_factor,
+        )
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema_decay is not None:
+            ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
+        metrics = {
+            **means(sums),
+            "gradient_norm": optax.tree.norm(grads),
+            "update_norm": optax.tree.norm(updates),
+            "parameter_norm": optax.tree.norm(params),
+            "tokens": jnp.sum(batch.segment_ids > 0),
+        }
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
+
+    shardings = shardings_of(abstract)
+    return jax.jit(
+        step,
+        in_shardings=(shardings, partitioning.batch_sharding(mesh)),
+        out_shardings=(shardings, partitioning.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def make_loss_step(
+    mesh: Mesh, definition: ModelDefinition, objective: Objective, *, seed: int
+) -> Callable[[Params, Batch], LossSums]:
+    """The jitted `(params, batch) -> sums` for evaluation: no dropout, and the same noise at each evaluation."""
+
+    def step(params: Any, batch: Batch) -> LossSums:
+        return objective.loss(definition.bind(params), batch, jax.random.key(seed), train=False)
+
+    return jax.jit(step, out_shardings=partitioning.replicated(mesh))

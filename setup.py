@@ -1,0 +1,57 @@
+"""Packaging: `pip install .`, `pip install -e .[test]`, or a plain checkout on PYTHONPATH."""
+
+import pathlib
+import re
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "diffusion_t5x/__init__.py").read_text(encoding="utf-8"), re.MULTILINE
+).group(1)
+
+setuptools.setup(
+    name="diffusion_t5x",
+    version=VERSION,
+    description="Diffusion language models in JAX, in the T5X manner: pretrain, adapt, fine-tune, evaluate, infer.",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    # `diffusion_t5x/tasks` and `diffusion_t5x/gin` are links to the folders at the top level, so a wheel, an
+    # editable install and a plain checkout all find them in the same place. `gin/` is data, not a package.
+    packages=setuptools.find_packages(include=["diffusion_t5x", "diffusion_t5x.*"]),
+    package_data={"diffusion_t5x": ["gin/*.gin", "gin/**/*.gin"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "numpy>=2.0",
+        "jax>=0.10.2,<0.13",
+        "flax>=0.12.8,<0.13",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12.8,<0.13",
+        "gin-config>=0.5.0",
+        "seqio==0.0.20",
+        "t5==0.9.4",
+        "tensorflow>=2.21,<2.22",
+        "tensorflow-text>=2.21.1,<2.22",
+        "tensorflow-datasets>=4.9.10,<4.10",
+        "importlib_resources",  # tensorflow-datasets imports it without declaring it
+        "protobuf>=6.31.1,<7",  # with 7, the nightly tensorflow-datasets that t5 may bring cannot read anything
+        "sentencepiece>=0.2.1,<0.2.3",  # 0.2.3 needs protobuf 7
+        "tensorboardX>=2.6.2,<3",
+        "sacrebleu>=2.4,<3",
+        "babel>=2.14,<3",
+        "rich>=13",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12,<0.16"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+        "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+    ],
+)
