@@ -29,6 +29,7 @@ setuptools.setup(
         "flax>=0.12.8,<0.13",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
+        "etils[epath]>=1.9",
         "gin-config>=0.5.0",
         "seqio==0.0.20",
         "t5==0.9.4",

@@ -15,5 +15,5 @@ class UserError(Exception):
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """` Did you mean 'x' or 'y'?` with the candidates most like `name`, for the end of a message; "" where none is."""
     by_lower_case = {candidate.lower(): candidate for candidate in candidates}
-    close = [by_lower_case[match] for match in difflib.get_close_matches(name.lower(), by_lower_case)]
+    close = [by_lower_case[match] for match in difflib.get_close_matches(name.lower(), by_lower_case, n=2, cutoff=0.75)]
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""

@@ -1,0 +1,109 @@
+"""Every evaluation that a run asks for: losses, and decoding with scores."""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from jax.sharding import Mesh
+
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.decoding.decoder import Decoder
+from diffusion_t5x.evaluation.inference import Example, make_decode_step, predict
+from diffusion_t5x.evaluation.losses import evaluate_loss
+from diffusion_t5x.models.transformer import ModelDefinition, Params
+from diffusion_t5x.objectives.objective import Objective
+from diffusion_t5x.training.step import make_loss_step
+
+
+class EvalDataset(Protocol):
+    """What evaluation needs of a data set; `data.seqio_source.SeqioDataset` is one."""
+
+    @property
+    def name(self) -> str:
+        """Of the task or mixture."""
+
+    def eval_batches(self, num_examples: int | None = None) -> Iterator[tuple[Batch, Sequence[Example]]]:
+        """The evaluation set in order, with the examples' texts."""
+
+    def to_text(self, tokens: Sequence[int]) -> str:
+        """The text of target tokens, up to EOS."""
+
+    def show_canvas(self, tokens: Sequence[int]) -> str:
+        """The text of target tokens with EOS, padding and all."""
+
+    def score(self, records: Sequence[Example]) -> Mapping[str, float]:
+        """The task's metrics of predictions (see `inference.predict`)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LossEval:
+    """The objective's loss on a data set.
+
+    Attributes:
+      dataset: what to evaluate on.
+      num_batches: at most so many batches; None takes all.
+    """
+
+    dataset: EvalDataset
+    num_batches: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeEval:
+    """A data set's metrics of what a decoder writes.
+
+    Attributes:
+      dataset: what to evaluate on.
+      decoder: what writes.
+      num_examples: only the first so many; None takes all.
+      seed: of the decoder's randomness.
+    """
+
+    dataset: EvalDataset
+    decoder: Decoder
+    num_examples: int | None = None
+    seed: int = 0
+
+
+class Evaluator:
+    """Runs evaluations on parameters, compiled once each.
+
+    Args:
+      mesh: to spread the rows over.
+      definition: the model.
+      objective: of the loss evaluations.
+      loss_evals, decode_evals: what to run.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        definition: ModelDefinition,
+        objective: Objective,
+        loss_evals: Sequence[LossEval],
+        decode_evals: Sequence[DecodeEval],
+    ):
+        self._mesh = mesh
+        self._loss_evals = loss_evals
+        self._loss_step = make_loss_step(mesh, definition, objective, seed=0)
+        self._decode_evals = [(ev, make_decode_step(mesh, definition, ev.decoder, seed=ev.seed)) for ev in decode_evals]
+
+    def losses(self, params: Params) -> dict[str, dict[str, float]]:
+        """The loss and its metrics, by data set."""
+        return {
+            ev.dataset.name: evaluate_loss(
+                self._loss_step, params, (batch for batch, _ in ev.dataset.eval_batches()), self._mesh, ev.num_batches
+            )
+            for ev in self._loss_evals
+        }
+
+    def decode(self, params: Params) -> Iterator[tuple[str, dict[str, float], list[dict[str, Any]]]]:
+        """For each data set its name, metrics and predictions; "decode_seconds" counts compilation and reading too."""
+        for ev, step in self._decode_evals:
+            start = time.monotonic()
+            dataset = ev.dataset
+            batches = dataset.eval_batches(ev.num_examples)
+            records = list(predict(step, params, batches, self._mesh, dataset.to_text, dataset.show_canvas))
+            seconds = time.monotonic() - start
+            yield dataset.name, {**dataset.score(records), "decode_seconds": seconds}, records

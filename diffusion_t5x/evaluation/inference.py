@@ -1,0 +1,79 @@
+"""What a model writes for the examples of a data set."""
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from diffusion_t5x import partitioning
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.decoding.decoder import Decoded, Decoder
+from diffusion_t5x.models.transformer import ModelDefinition, Params
+
+Example = Mapping[str, Any]
+DecodeStep = Callable[[Params, Batch], Decoded]
+
+
+def make_decode_step(
+    mesh: Mesh, definition: ModelDefinition, decoder: Decoder, *, seed: int, trace: bool = False
+) -> DecodeStep:
+    """The jitted `(params, batch) -> Decoded`. Examples draw from `(seed, example_ids)`."""
+
+    def step(params: Params, batch: Batch) -> Decoded:
+        return decoder.decode(definition.bind(params), batch, jax.random.key(seed), trace)
+
+    return jax.jit(step, out_shardings=partitioning.replicated(mesh))
+
+
+def predict(
+    decode_step: DecodeStep,
+    params: Params,
+    batches: Iterable[tuple[Batch, Sequence[Example]]],
+    mesh: Mesh,
+    to_text: Callable[[Sequence[int]], str],
+    show_canvas: Callable[[Sequence[int]], str],
+) -> Iterator[dict[str, Any]]:
+    """One record for each example, in order.
+
+    Args:
+      decode_step: see `make_decode_step`.
+      params: the model's.
+      batches: batches, and the examples (with their texts) that their first rows stand for.
+      mesh: to spread the rows over.
+      to_text: text of target tokens, up to EOS.
+      show_canvas: text of target tokens with EOS, padding and all; for the trace.
+
+    Yields:
+      The example's own fields with "prediction" (text), "score" (see the decoder), and, where the step traces,
+      "trace": the canvas before the first step and after each.
+    """
+    for batch, examples in batches:
+        with jax.set_mesh(mesh):
+            decoded = jax.device_get(decode_step(params, partitioning.put_batch(mesh, batch)))
+        for row, example in enumerate(examples):
+            targets = np.flatnonzero(batch.target_mask[row])
+            record = {
+                **example,
+                "prediction": to_text(decoded.tokens[row, targets].tolist()),
+                "score": float(decoded.scores[row]),
+            }
+            if decoded.trace is not None:
+                record["trace"] = [show_canvas(canvas[row, targets].tolist()) for canvas in decoded.trace]
+            yield record
+
+
+def write_jsonl(path: str, records: Iterable[Mapping[str, Any]]) -> None:
+    """Writes records as JSON lines, all or nothing; only the first process of a run writes."""
+    if jax.process_index():
+        return
+    final = pathlib.Path(path)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = final.with_name(final.name + ".tmp")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    os.replace(unfinished, final)

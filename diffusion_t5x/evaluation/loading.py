@@ -1,0 +1,62 @@
+"""What the verbs do before the work starts: check that data and model fit, and load a model's parameters."""
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import jax
+from jax.sharding import Mesh
+
+from diffusion_t5x import partitioning
+from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.transformer import ModelDefinition, Params
+from diffusion_t5x.training import checkpoints
+from diffusion_t5x.training.assignment import Rule
+
+
+class Dataset(Protocol):
+    """What a data set says of itself before it is read."""
+
+    name: str
+    row_length: int
+    batch_size: int
+
+    def check(self) -> None: ...
+
+
+def check_datasets(datasets: Iterable[Dataset], model: ModelConfig, mesh: Mesh) -> None:
+    """Raises a UserError where a data set is amiss, or its rows or batches do not fit the model or the mesh."""
+    for dataset in datasets:
+        dataset.check()
+        model.check_length(dataset.row_length, f"task_feature_lengths of {dataset.name}")
+        partitioning.check_batch_size(mesh, dataset.batch_size)
+
+
+def load_model(
+    path: str,
+    config: ModelConfig,
+    vocabulary: TokenIds,
+    mesh: Mesh,
+    *,
+    restore_rules: Sequence[Rule] = (),
+    use_ema: bool = True,
+) -> tuple[ModelDefinition, Params]:
+    """The model of a checkpoint.
+
+    Args:
+      path: a checkpoint folder, a folder of them or a MODEL_DIR.
+      config: the model's dimensions.
+      vocabulary: of the task; must be the one the model was trained with.
+      mesh: where the parameters go.
+      restore_rules: as in training; names begin with `params/`.
+      use_ema: take the parameters' moving average where the checkpoint has one.
+
+    Raises:
+      UserError: no checkpoint, another vocabulary, or parameters that do not fit.
+    """
+    vocabulary.check_same(checkpoints.read_metadata(path)["vocabulary"], path)
+    definition = ModelDefinition(config, vocabulary)
+    shapes = definition.abstract()
+    shardings = partitioning.param_shardings(mesh, shapes, definition.axes())
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return definition, checkpoints.restore_params(path, abstract, restore_rules, use_ema)

@@ -1,0 +1,97 @@
+"""Metrics of decoded text, each with its 95 % interval.
+
+A metric is SeqIO's metric function: `f(targets, predictions) -> {name: value}` over strings. The interval of a share of
+examples is Wilson's; that of a score that is no mean over examples is a bootstrap over examples. Both say how far the
+result would move with another test set of this size, not with another training seed.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import sacrebleu
+
+from diffusion_t5x.errors import UserError
+
+CONFIDENCE = 0.95
+_BLEU_ORDER = 4
+
+
+def exact_match(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+    """The percentage of predictions that equal their target, character by character, with Wilson's interval.
+
+    Raises:
+      UserError: no examples, or not one prediction for each target.
+    """
+    _check(targets, predictions)
+    correct = sum(target == prediction for target, prediction in zip(targets, predictions, strict=True))
+    low, high = wilson_interval(correct, len(targets))
+    return {
+        "exact_match": 100 * correct / len(targets),
+        "exact_match_low": 100 * low,
+        "exact_match_high": 100 * high,
+    }
+
+
+def bleu(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+    """Corpus BLEU as sacrebleu computes it (see `bleu_signature`), with a bootstrap interval over sentences.
+
+    Raises:
+      UserError: no examples, or not one prediction for each target.
+    """
+    _check(targets, predictions)
+    # Corpus BLEU is a function of counts summed over sentences. (`effective_order` changes no count; without it
+    # sacrebleu warns about scores of single sentences.)
+    scorer = sacrebleu.BLEU(effective_order=True)
+    sentences = [scorer.sentence_score(p, [t]) for t, p in zip(targets, predictions, strict=True)]
+    counts = np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in sentences])
+    low, high = bootstrap_interval(counts, _bleu_of_counts)
+    return {"bleu": _bleu_of_counts(counts.sum(axis=0)), "bleu_low": low, "bleu_high": high}
+
+
+def bleu_signature() -> str:
+    """sacrebleu's signature: what the score is to be compared with."""
+    return str(sacrebleu.BLEU(references=[[""]]).get_signature())
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """The 95 % interval of a proportion (Wilson 1927): sound near 0 and 1 and for few trials. Within [0, 1]."""
+    z = statistics.NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    share = successes / trials
+    centre = share + z * z / (2 * trials)
+    half_width = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    return max(0.0, (centre - half_width) / scale), min(1.0, (centre + half_width) / scale)
+
+
+def bootstrap_interval(
+    counts: np.ndarray, score: Callable[[np.ndarray], float], num_resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """The 95 % percentile interval of a score under resampling of the examples.
+
+    Args:
+      counts: `[examples, k]`, what each example adds to the score's sufficient statistics.
+      score: the score of summed counts `[k]`.
+      num_resamples: how many test sets of the same size are drawn, with replacement.
+      seed: of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    size = len(counts)
+    # How often each example is drawn, times what it adds.
+    scores = [score(np.bincount(rng.integers(size, size=size), minlength=size) @ counts) for _ in range(num_resamples)]
+    low, high = np.quantile(scores, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def _bleu_of_counts(counts: np.ndarray) -> float:
+    *ngrams, sys_len, ref_len = counts.tolist()
+    correct, total = ngrams[:_BLEU_ORDER], ngrams[_BLEU_ORDER:]
+    return sacrebleu.BLEU.compute_bleu(correct, total, sys_len, ref_len, smooth_method="exp").score
+
+
+def _check(targets: Sequence[str], predictions: Sequence[str]) -> None:
+    if not targets:
+        raise UserError("There are no examples to score: the split is empty, or everything was filtered out.")
+    if len(targets) != len(predictions):
+        raise UserError(f"There are {len(predictions)} predictions for {len(targets)} targets.")

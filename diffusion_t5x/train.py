@@ -1,0 +1,224 @@
+"""Pretrain, adapt or fine-tune: trains a model with an objective on a SeqIO task or mixture."""
+
+import dataclasses
+import logging
+import os
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from diffusion_t5x import config, partitioning
+from diffusion_t5x.data.seqio_source import SeqioDataset
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval
+from diffusion_t5x.evaluation.inference import write_jsonl
+from diffusion_t5x.evaluation.loading import check_datasets
+from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.transformer import ModelDefinition
+from diffusion_t5x.objectives.objective import Objective
+from diffusion_t5x.partitioning import MeshConfig
+from diffusion_t5x.training import checkpoints as checkpointing
+from diffusion_t5x.training.assignment import Rule
+from diffusion_t5x.training.loop import Periods, train_loop
+from diffusion_t5x.training.metrics import make_writer
+from diffusion_t5x.training.state import TrainState, abstract_state, fresh_state, init_state
+from diffusion_t5x.training.step import make_train_step
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointPolicy:
+    """Which checkpoints stay.
+
+    Attributes:
+      keep_last: how many of the newest.
+      keep_best: how many of the best by `best_metric`, beside those.
+      best_metric: of the evaluation that goes with a checkpoint, such as "my_task/exact_match" or "my_task/loss".
+      best_mode: "max" where more is better, "min" where less is.
+    """
+
+    keep_last: int = 1
+    keep_best: int = 0
+    best_metric: str = ""
+    best_mode: str = "max"
+
+
+def train(
+    *,
+    model_dir: str,
+    model: ModelConfig,
+    objective: Objective,
+    train_dataset: SeqioDataset,
+    optimizer: optax.GradientTransformation,
+    train_steps: int,
+    random_seed: int = 0,
+    initial_checkpoint_path: str | None = None,
+    restore_rules: Sequence[Rule] = (),
+    mesh: MeshConfig = MeshConfig(),  # noqa: B008  (frozen)
+    num_microbatches: int = 1,
+    loss_normalizing_factor: float | None = None,
+    ema_decay: float | None = None,
+    periods: Periods = Periods(),  # noqa: B008  (frozen)
+    loss_evals: Sequence[LossEval] = (),
+    decode_evals: Sequence[DecodeEval] = (),
+    checkpoint_policy: CheckpointPolicy = CheckpointPolicy(),  # noqa: B008  (frozen)
+    metric_writers: Sequence[str] = ("jsonl", "tensorboard"),
+    dry_run: bool = False,
+) -> None:
+    """Trains up to `train_steps` and leaves everything in `model_dir`.
+
+    It goes on from the latest checkpoint in `model_dir`; where there is none, it starts from
+    `initial_checkpoint_path` by the assignment rules; without that, from scratch. The log says which.
+
+    Args:
+      model_dir: gets config.gin, model-info.txt, checkpoints/, train/, training_eval/ and inference_eval/.
+      model: dimensions; the vocabulary's size comes from the task.
+      objective: what is minimised.
+      train_dataset: what is read.
+      optimizer: see `training.optimizers`.
+      train_steps: steps in all, those before a resumption (or in the initial checkpoint) counted.
+      random_seed: of initialisation, noise and dropout. The data have a seed of their own.
+      initial_checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
+      restore_rules: `(target regex, source template or None)`, as in T5X; only for `initial_checkpoint_path`.
+      mesh: how the devices are arranged.
+      num_microbatches: pieces in which a step goes through its batch.
+      loss_normalizing_factor: divides the summed loss in place of the objective's own denominator.
+      ema_decay: keeps a moving average of the parameters that evaluation uses; None keeps none.
+      periods: of logging, evaluation and saving.
+      loss_evals: losses measured at each evaluation.
+      decode_evals: decoding and scoring at each evaluation.
+      checkpoint_policy: which checkpoints stay.
+      metric_writers: "jsonl", "tensorboard".
+      dry_run: build model, data and shapes, print them, and train nothing.
+
+    Raises:
+      UserError: anything that does not fit, before training data are read and before anything is compiled.
+    """
+    device_mesh = mesh.make()
+    if not dry_run:
+        checkpointing.ensure_writable(model_dir)
+    checkpoint_folder = os.path.join(model_dir, "checkpoints")
+    resume_path = checkpointing.latest(checkpoint_folder)
+    if initial_checkpoint_path and not resume_path:
+        initial_checkpoint_path = str(checkpointing.find_checkpoint(initial_checkpoint_path))
+    datasets = [train_dataset, *(ev.dataset for ev in [*loss_evals, *decode_evals])]
+    check_datasets(datasets, model, device_mesh)
+    _check_microbatches(device_mesh, train_dataset.batch_size, num_microbatches)
+
+    vocabulary = train_dataset.token_ids()
+    definition = ModelDefinition(model, vocabulary)
+    abstract = abstract_state(device_mesh, definition, optimizer, ema_decay is not None)
+    start_path = resume_path or initial_checkpoint_path
+    if start_path:
+        vocabulary.check_same(checkpointing.read_metadata(start_path)["vocabulary"], start_path)
+    info = _describe(definition, abstract)
+    if dry_run:
+        batch = next(train_dataset.train_iterator())
+        shapes = (f"  {name} {x.dtype}{list(x.shape)}" for name, x in vars(batch).items())
+        print(info, "batch:", *shapes, sep="\n")
+        print(f"Would train to step {train_steps} from {start_path or 'scratch'}. Nothing was written.")
+        return
+
+    data_state = None
+    checkpoints = checkpointing.Checkpoints(checkpoint_folder, **dataclasses.asdict(checkpoint_policy))
+    if resume_path:
+        state, data_state, _ = checkpointing.restore(resume_path, abstract)
+    elif initial_checkpoint_path:
+        state = checkpointing.restore_initial(
+            initial_checkpoint_path,
+            abstract,
+            restore_rules,
+            init=lambda: fresh_state(definition, optimizer, ema_decay is not None, jax.random.key(random_seed)),
+        )
+    else:
+        state = init_state(abstract, definition, optimizer, random_seed)
+    first_step = int(state.step)
+    how = "resuming from" if resume_path else "initialised from"
+    logger.info("%s at step %d of %d", f"{how} {start_path}" if start_path else "from scratch", first_step, train_steps)
+    if first_step >= train_steps:
+        logger.info("%s: all %d steps are taken already, nothing to do", model_dir, train_steps)
+        return
+
+    if jax.process_index() == 0:
+        pathlib.Path(model_dir, "config.gin").write_text(config.operative_text(), encoding="utf-8")
+        pathlib.Path(model_dir, "model-info.txt").write_text(info + "\n", encoding="utf-8")
+    batches = train_dataset.train_iterator(jax.process_count(), jax.process_index())
+    if data_state is not None:
+        batches.load_state_dict(data_state)
+    train_step = make_train_step(
+        device_mesh,
+        abstract,
+        definition,
+        objective,
+        optimizer,
+        seed=random_seed,
+        microbatches=num_microbatches,
+        normalizing_factor=loss_normalizing_factor,
+        ema_decay=ema_decay,
+    )
+    evaluator = Evaluator(device_mesh, definition, objective, loss_evals, decode_evals)
+    writer = make_writer(os.path.join(model_dir, "train"), first_step, metric_writers)
+    eval_writers = {}
+
+    def evaluate(state: TrainState, step: int) -> dict[str, float]:
+        found: dict[str, float] = {}
+
+        def write(kind: str, task: str, metrics: dict[str, float]) -> None:
+            folder = os.path.join(model_dir, kind, task)
+            if folder not in eval_writers:
+                eval_writers[folder] = make_writer(folder, first_step, metric_writers)
+            eval_writers[folder].write(step, metrics)
+            found.update({f"{task}/{name}": value for name, value in metrics.items()})
+
+        for task, metrics in evaluator.losses(state.eval_params).items():
+            write("training_eval", task, metrics)
+        for task, metrics, records in evaluator.decode(state.eval_params):
+            write("inference_eval", task, metrics)
+            write_jsonl(os.path.join(model_dir, "inference_eval", task, f"predictions_{step}.jsonl"), records)
+        if found:
+            logger.info("step %d: %s", step, "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        return found
+
+    try:
+        train_loop(
+            mesh=device_mesh,
+            state=state,
+            train_step=train_step,
+            batches=batches,
+            total_steps=train_steps,
+            periods=periods,
+            evaluate=evaluate,
+            checkpoints=checkpoints,
+            metadata={"vocabulary": vocabulary.describe(), "config": config.operative_text()},
+            writer=writer,
+            description=f"{type(objective).__name__} on {train_dataset.name}",
+        )
+    finally:
+        checkpoints.close()
+        for each in [writer, *eval_writers.values()]:
+            each.close()
+
+
+def _check_microbatches(mesh: Mesh, batch_size: int, num_microbatches: int) -> None:
+    if num_microbatches < 1 or batch_size % num_microbatches:
+        raise UserError(f"A batch of {batch_size} rows cannot be cut into num_microbatches = {num_microbatches}.")
+    partitioning.check_batch_size(mesh, batch_size // num_microbatches)
+
+
+def _describe(definition: ModelDefinition, state: TrainState) -> str:
+    """Size and parameters of the model, one line each with shape, logical axes and partition."""
+    names = jax.tree.leaves(definition.axes(), is_leaf=lambda x: isinstance(x, tuple))
+    rows = [
+        f"  {jax.tree_util.keystr(path, simple=True, separator='/')} {list(leaf.shape)} "
+        f"({', '.join(axes)}) {leaf.sharding.spec}"
+        for (path, leaf), axes in zip(jax.tree_util.tree_leaves_with_path(state.params), names, strict=True)
+    ]
+    return "\n".join([f"model: {definition.num_params():,} parameters", *rows])
+
+
+if __name__ == "__main__":
+    config.run(train)

@@ -1,0 +1,295 @@
+"""Checkpoints. The only module that imports Orbax.
+
+A checkpoint is a folder `checkpoint_<step>` with three items:
+  state: every array of the train state under its "/"-joined name, in plain nested dictionaries. It can be read without
+    knowing the optimizer, in parts, by other names and onto another mesh.
+  data: where the data iterator stands.
+  metadata: JSON, written by the caller: step, tokenizer, operative gin, metrics.
+Its name is given when all of it is written; what a killed process leaves behind is not a checkpoint.
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import traverse_util
+
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.training.assignment import Rule, assign, named_leaves
+
+Tree = TypeVar("Tree")
+
+_NAMES = ocp.path.step.standard_name_format(step_prefix="checkpoint")
+
+
+class Checkpoints:
+    """The checkpoints of one run. Saves in the background; keeps the newest and, if asked to, the best.
+
+    Args:
+      directory: folder of the `checkpoint_<step>` folders; made if it is not there. Left-overs of killed saves are
+        removed, so a folder has one writer at a time.
+      keep_last: how many of the newest checkpoints stay.
+      keep_best: how many of the best stay as well, by `best_metric`.
+      best_metric: key of `metadata["metrics"]`. A checkpoint without it is not among the best.
+      best_mode: "max" where more is better, "min" where less is.
+      asynchronous: write while training goes on; else `save` returns when all is written.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        keep_last: int = 3,
+        keep_best: int = 0,
+        best_metric: str = "",
+        best_mode: str = "max",
+        asynchronous: bool = True,
+    ):
+        if keep_last < 1:
+            raise UserError(f"Checkpoints.keep_last = {keep_last}: at least the newest checkpoint must stay.")
+        if keep_best and not best_metric:
+            raise UserError(f"Checkpoints.keep_best = {keep_best} needs Checkpoints.best_metric: best by what?")
+        if best_mode not in ("max", "min"):
+            raise UserError(f'Checkpoints.best_mode = {best_mode!r}: "max" or "min".')
+        ensure_writable(directory)
+        self.directory = epath.Path(directory).resolve()
+        self._best_metric = best_metric if keep_best else ""
+        worst = -math.inf if best_mode == "max" else math.inf
+
+        def quality(metrics: Mapping[str, float]) -> float:
+            value = metrics[best_metric]
+            return worst if math.isnan(value) else value
+
+        policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep_last)]
+        if keep_best:
+            policies.append(
+                ocp.checkpoint_managers.BestN(
+                    get_metric_fn=quality,
+                    reverse=best_mode == "min",
+                    n=keep_best,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        options = ocp.CheckpointManagerOptions(
+            step_name_format=_NAMES,
+            best_fn=quality if keep_best else None,
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=asynchronous,
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def save(self, step: int, state: Any, data_state: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
+        """Starts to write a checkpoint; does nothing where there is one of this step.
+
+        The state's buffers may be donated as soon as this returns. Waits for the save before, and raises what went
+        wrong in it.
+
+        Args:
+          step: number of finished training steps.
+          state: tree of arrays.
+          data_state: where the data iterator stands, the same on every process.
+          metadata: anything that JSON can hold.
+        """
+        self.wait()
+        if step in steps(self.directory):
+            return
+        json.dumps(metadata)  # raises here and not in the background
+        metrics = metadata.get("metrics", {})
+        items = {
+            "state": ocp.args.PyTreeSave(traverse_util.unflatten_dict(named_leaves(state), sep="/")),
+            "metadata": ocp.args.JsonSave(dict(metadata)),
+        }
+        if data_state:  # Orbax writes no empty tree
+            items["data"] = ocp.args.PyTreeSave(dict(data_state))
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(**items),
+            metrics={self._best_metric: metrics[self._best_metric]} if self._best_metric in metrics else None,
+            force=True,
+        )
+
+    def wait(self) -> None:
+        """Returns when the save under way is finished; raises what went wrong in it."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the save under way and frees the threads."""
+        self._manager.close()
+
+
+def ensure_writable(directory: str) -> None:
+    """Makes the folder if it is not there, and a file in it.
+
+    Raises:
+      UserError: it cannot be made or written to.
+    """
+    probe = epath.Path(directory) / f".writable-{jax.process_index()}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"Cannot write to {directory}: {error.strerror or error}. Choose another folder (MODEL_DIR) or mend its "
+            "permissions."
+        ) from error
+
+
+def steps(directory: str) -> list[int]:
+    """Steps of the finished checkpoints in a folder of `checkpoint_<step>` folders, ascending."""
+    return sorted(found.step for found in _find_all(epath.Path(directory)))
+
+
+def latest(directory: str) -> str | None:
+    """The newest finished checkpoint in a folder of `checkpoint_<step>` folders; None where there is none."""
+    found = steps(directory)
+    return str(epath.Path(directory) / _NAMES.build_name(found[-1])) if found else None
+
+
+def find_checkpoint(path: str) -> epath.Path:
+    """The folder `checkpoint_<step>` that a user's path means.
+
+    Args:
+      path: such a folder; or a folder of them, or a MODEL_DIR whose `checkpoints` is one: then the latest.
+
+    Raises:
+      UserError: no finished checkpoint is there.
+    """
+    given = epath.Path(path).expanduser().resolve()
+    if any(found.path == given for found in _find_all(given.parent)):
+        return given
+    for folder in (given, given / "checkpoints"):
+        if newest := latest(folder):
+            return epath.Path(newest)
+    beside = ", ".join(map(str, steps(given.parent)))
+    there = f" Beside it are the steps {beside}." if beside else ""
+    state = "holds no finished checkpoint" if given.exists() else "does not exist"
+    raise UserError(
+        f"No checkpoint at {path}: it {state}.{there} Give a folder checkpoint_<step>, a folder of such folders, or a "
+        "MODEL_DIR with `checkpoints` in it."
+    )
+
+
+def read_metadata(path: str) -> dict[str, Any]:
+    """The metadata of the checkpoint at a user's path (see `find_checkpoint`)."""
+    return _restore_item(find_checkpoint(path) / "metadata", ocp.args.JsonRestore())
+
+
+def restore(path: str, abstract_state: Tree) -> tuple[Tree, dict[str, np.ndarray], dict[str, Any]]:
+    """All that `Checkpoints.save` wrote, to go on from it: state, data state and metadata.
+
+    Args:
+      path: a user's path, see `find_checkpoint`.
+      abstract_state: tree of `jax.ShapeDtypeStruct` whose shardings say where each array goes, on the mesh that it was
+        saved from or another. A leaf without sharding comes back as a numpy array.
+
+    Raises:
+      UserError: no such checkpoint, or it does not fit the state.
+    """
+    checkpoint = find_checkpoint(path)
+    state = restore_initial(str(checkpoint), abstract_state)
+    data = checkpoint / "data"
+    data_state = _restore_item(data, ocp.args.PyTreeRestore()) if data.exists() else {}
+    return state, data_state, read_metadata(str(checkpoint))
+
+
+def restore_initial(
+    path: str,
+    abstract_state: Tree,
+    rules: Sequence[Rule] = (),
+    init: Callable[[], Tree] | None = None,
+) -> Tree:
+    """A state from a checkpoint by assignment rules, in T5X's manner (see `assignment.assign`).
+
+    Args:
+      path: a user's path, see `find_checkpoint`.
+      abstract_state: tree of `jax.ShapeDtypeStruct` with shardings.
+      rules: `(target regex, source template or None)`, in order. For a fresh optimizer: `("opt_state/.*", None)`.
+      init: makes the fresh state, traceable by `jax.jit`; needed where a rule leaves something fresh. Only what
+        stays fresh is computed.
+
+    Raises:
+      UserError: no checkpoint, an unused rule, or what does not fit.
+    """
+    checkpoint = find_checkpoint(path)
+    targets, sources = named_leaves(abstract_state), _stored_leaves(checkpoint)
+    try:
+        assignment = assign(targets, sources, rules)
+    except UserError as error:
+        raise UserError(f"{checkpoint}: {error}") from error
+    leaves = _initialise({t: targets[t] for t, source in assignment.items() if source is None}, init)
+    leaves |= _restore_leaves(checkpoint, targets, {t: s for t, s in assignment.items() if s is not None})
+    return jax.tree.unflatten(jax.tree.structure(abstract_state), [leaves[name] for name in targets])
+
+
+def restore_params(path: str, abstract_params: Tree, rules: Sequence[Rule] = (), use_ema: bool = False) -> Tree:
+    """Only the parameters of a checkpoint, without the optimizer's state.
+
+    Args:
+      path: a user's path, see `find_checkpoint`.
+      abstract_params: tree of `jax.ShapeDtypeStruct` with shardings.
+      rules: assignment rules; names begin with `params/`.
+      use_ema: take the moving average of the parameters where the checkpoint has it and no rule says otherwise.
+
+    Raises:
+      UserError: no checkpoint, an unused rule, or what does not fit.
+    """
+    if use_ema and any(name.startswith("ema/") for name in _stored_leaves(find_checkpoint(path))):
+        rules = [*rules, (r"params/(.*)", r"ema/\1")]
+    return restore_initial(path, {"params": abstract_params}, rules)["params"]
+
+
+def _find_all(folder: epath.Path) -> list[Any]:
+    with contextlib.suppress(OSError):
+        return list(_NAMES.find_all(folder)) if folder.is_dir() else []
+    return []
+
+
+def _stored_leaves(checkpoint: epath.Path) -> dict[str, Any]:
+    """Shape and dtype of every array of a checkpoint, by name."""
+    try:
+        tree = ocp.PyTreeCheckpointHandler().metadata(checkpoint / "state").tree
+    except FileNotFoundError as error:
+        raise UserError(f"{checkpoint} was not written by this framework: it has no `state`.") from error
+    return named_leaves(tree)
+
+
+def _restore_item(path: epath.Path, args: Any) -> Any:
+    handler = ocp.JsonCheckpointHandler() if isinstance(args, ocp.args.JsonRestore) else ocp.PyTreeCheckpointHandler()
+    with ocp.Checkpointer(handler) as checkpointer:
+        return checkpointer.restore(path, args=args)
+
+
+def _restore_leaves(checkpoint: epath.Path, targets: Mapping[str, Any], sources: dict[str, str]) -> dict[str, Any]:
+    """Reads `targets` from `sources`, straight into their shardings and dtypes."""
+    leaves = {}
+    while sources:
+        # Two targets of one source (parameters and their moving average) need two buffers: one is read later.
+        now = {source: target for target, source in reversed(sources.items())}
+        tree = traverse_util.unflatten_dict({source: targets[target] for source, target in now.items()}, sep="/")
+        restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
+        args = ocp.args.PyTreeRestore(item=tree, restore_args=restore_args, partial_restore=True)
+        restored = named_leaves(_restore_item(checkpoint / "state", args))
+        leaves |= {target: restored[source] for source, target in now.items()}
+        sources = {target: source for target, source in sources.items() if target not in leaves}
+    return leaves
+
+
+def _initialise(abstract: dict[str, Any], init: Callable[[], Any] | None) -> dict[str, jax.Array]:
+    if not abstract:
+        return {}
+    if init is None:
+        names = ", ".join(abstract)
+        raise UserError(f"No assignment rule may leave parameters fresh here, but these would be: {names}.")
+
+    def fresh():
+        leaves = named_leaves(init())
+        return {name: leaves[name] for name in abstract}
+
+    return jax.jit(fresh, out_shardings={name: leaf.sharding for name, leaf in abstract.items()})()

@@ -1,0 +1,142 @@
+"""The training loop. It needs no TensorFlow: batches come from any iterator that can say where it stands."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from diffusion_t5x import partitioning
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.training.checkpoints import Checkpoints
+from diffusion_t5x.training.metrics import Writer
+from diffusion_t5x.training.progress import Progress
+from diffusion_t5x.training.state import TrainState
+from diffusion_t5x.training.step import Metrics
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+class BatchIterator(Protocol):
+    """An endless stream of this host's part of the batches, which can say and take up its position."""
+
+    def __next__(self) -> Batch: ...
+
+    def state_dict(self) -> dict[str, np.ndarray]: ...
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Periods:
+    """How many steps lie between two events of a kind; each comes at the last step too.
+
+    Attributes:
+      log: metrics written, averaged since the last time.
+      eval: evaluation; None never evaluates.
+      save: a checkpoint.
+    """
+
+    log: int = 10
+    eval: int | None = 1000
+    save: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in ("log", "eval", "save"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"Periods.{name} must be at least 1 step, not {value}.")
+
+
+class _Log:
+    """Reads each step's metrics while the next step runs, and writes their means now and then."""
+
+    def __init__(self, writer: Writer, progress: Progress, period: int, total: int):
+        self._writer, self._progress, self._period, self._total = writer, progress, period, total
+        self._pending: tuple[int, Metrics] | None = None
+        self._since: list[Mapping[str, float]] = []
+        self._time = time.monotonic()
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Takes in the metrics of `step`, which may still be running."""
+        self.flush()
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Waits for the metrics taken in last."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self._since.append(values)
+        self._progress.update(step, values["loss"], int(values["tokens"]))
+        if step % self._period == 0 or step == self._total:
+            means = {name: float(np.mean([m[name] for m in self._since])) for name in values if name != "tokens"}
+            seconds = time.monotonic() - self._time
+            means["tokens_per_second"] = sum(m["tokens"] for m in self._since) / seconds
+            means["seconds_per_step"] = seconds / len(self._since)
+            self._writer.write(step, means)
+            self.restart()
+
+    def restart(self) -> None:
+        """Starts a new mean; time spent outside training does not count."""
+        self._since, self._time = [], time.monotonic()
+
+
+def train_loop(
+    *,
+    mesh: Mesh,
+    state: TrainState,
+    train_step: TrainStep,
+    batches: BatchIterator,
+    total_steps: int,
+    periods: Periods,
+    evaluate: Callable[[TrainState, int], Mapping[str, float]],
+    checkpoints: Checkpoints,
+    metadata: Mapping[str, Any],
+    writer: Writer,
+    description: str = "train",
+) -> TrainState:
+    """Trains up to `total_steps`, and saves so that a run killed at any moment goes on from its last checkpoint.
+
+    Args:
+      mesh: in use while training.
+      state: to start from; given up.
+      train_step: see `make_train_step`.
+      batches: standing where `state` has read to.
+      total_steps: of the run as a whole, those before a resumption counted.
+      periods: of logging, evaluation and saving.
+      evaluate: called with the state and its step; its metrics go into the checkpoint.
+      checkpoints: where to save.
+      metadata: goes into every checkpoint; "step" and "metrics" are added.
+      writer: of the training metrics.
+      description: shown by the progress bar.
+
+    Returns:
+      The state after the last step.
+    """
+    start = int(state.step)
+    with jax.set_mesh(mesh), Progress(total_steps, start, description) as progress:
+        log = _Log(writer, progress, periods.log, total_steps)
+        for step in range(start + 1, total_steps + 1):
+            state, metrics = train_step(state, partitioning.put_batch(mesh, next(batches)))
+            log.add(step, metrics)
+            last = step == total_steps
+            evals = periods.eval is not None and (last or step % periods.eval == 0)
+            saves = last or step % periods.save == 0
+            if not (evals or saves):
+                continue
+            log.flush()
+            results = evaluate(state, step) if evals else {}
+            if saves:
+                checkpoints.save(
+                    step, state, batches.state_dict(), {**metadata, "step": step, "metrics": dict(results)}
+                )
+            log.restart()
+        checkpoints.wait()
+    return state

@@ -1,0 +1,140 @@
+"""Optimizers: factories of `optax.GradientTransformation` for nested dictionaries of parameters.
+
+The state keeps its shape when clipping is switched on or off or when another schedule is used, so a run can be resumed
+with either changed. The learning rate of the last update is in the state: `learning_rate(opt_state)`.
+"""
+
+import re
+
+import jax
+import optax
+
+from diffusion_t5x.training import schedules
+
+_STACKED = "blocks"  # parameters below this name carry a leading `layers` axis
+_NO_DECAY = re.compile(r"norm|bias|scale")
+
+
+def adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    max_grad_norm: float | None = None,
+) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101).
+
+    Weight decay leaves out norms and biases, the relative position bias among them: every parameter with `norm`,
+    `bias` or `scale` in its path. Names decide, since layers are stacked and a vector per layer is a matrix too.
+
+    Args:
+      learning_rate: a number, or a schedule.
+      b1: decay of the mean of the gradients.
+      b2: decay of the mean of their squares.
+      eps: added to the root of that mean.
+      weight_decay: share of a parameter that is taken off at a step, times the learning rate.
+      max_grad_norm: gradients with a larger global norm are scaled down to it; None does not clip.
+    """
+    return optax.chain(
+        _clip(max_grad_norm),
+        optax.scale_by_adam(b1, b2, eps),
+        optax.add_decayed_weights(weight_decay, mask=_decay_mask),
+        _scale_by_learning_rate(learning_rate),
+    )
+
+
+def adafactor(
+    learning_rate: optax.ScalarOrSchedule,
+    decay_rate: float = 0.8,
+    clipping_threshold: float = 1.0,
+    multiply_by_parameter_scale: bool = True,
+    min_dim_size_to_factor: int = 128,
+    max_grad_norm: float | None = None,
+) -> optax.GradientTransformation:
+    """Adafactor (Shazeer & Stern, arXiv 1804.04235) with T5X's defaults and no momentum.
+
+    Second moments, clipping and scale are those of each layer's own matrix, as in T5X: optax alone would factor the
+    two largest axes of a stacked parameter, layers and heads included, and clip all layers together.
+
+    Args:
+      learning_rate: a number, or a schedule. Relative to the parameter's scale, so much larger than Adam's.
+      decay_rate: the second moments decay at `1 - step ** -decay_rate`.
+      clipping_threshold: largest root mean square of a parameter's update before the learning rate.
+      multiply_by_parameter_scale: scale an update by the root mean square of its parameter (at least 1e-3).
+      min_dim_size_to_factor: second moments are factored where rows and columns both number at least so many.
+      max_grad_norm: gradients with a larger global norm are scaled down to it; None does not clip.
+    """
+    scale = optax.chain(
+        optax.scale_by_factored_rms(decay_rate=decay_rate, min_dim_size_to_factor=min_dim_size_to_factor),
+        optax.clip_by_block_rms(clipping_threshold),
+        optax.scale_by_param_block_rms() if multiply_by_parameter_scale else optax.identity(),
+    )
+    return optax.chain(_clip(max_grad_norm), _per_matrix(scale), _scale_by_learning_rate(learning_rate))
+
+
+def learning_rate(opt_state: optax.OptState) -> jax.Array:
+    """The learning rate of the last update, a float32 scalar (of the first update, before any)."""
+    return optax.tree_utils.tree_get(
+        opt_state, "learning_rate", filtering=lambda _, value: isinstance(value, jax.Array)
+    )
+
+
+def _scale_by_learning_rate(value: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    schedule = value if callable(value) else schedules.constant(value)
+    return optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=schedule)
+
+
+def _clip(max_grad_norm: float | None) -> optax.GradientTransformation:
+    return optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
+
+
+def _decay_mask(params: optax.Params) -> optax.Params:
+    return jax.tree_util.tree_map_with_path(lambda path, _: not _NO_DECAY.search(_name(path)), params)
+
+
+def _name(path: jax.tree_util.KeyPath) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _per_matrix(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Applies a transformation to each parameter alone and, where layers are stacked, to each layer's matrix alone."""
+
+    def init_one(param):
+        return transform.init(_as_matrix(param))
+
+    def update_one(update, state, param):
+        new_update, new_state = transform.update(_as_matrix(update), state, _as_matrix(param))
+        return new_update.reshape(update.shape), new_state
+
+    def over_layers(path, function):
+        return jax.vmap(function) if _STACKED in _name(path).split("/") else function
+
+    def init(params):
+        return jax.tree_util.tree_map_with_path(lambda path, param: over_layers(path, init_one)(param), params)
+
+    def update(updates, state, params):
+        pairs = jax.tree_util.tree_map_with_path(
+            lambda path, *args: over_layers(path, update_one)(*args), updates, state, params
+        )
+        # The pairs hang where the parameters hung: take them apart into two such trees.
+        treedef = jax.tree.structure(updates)
+        new_updates, new_state = zip(*treedef.flatten_up_to(pairs), strict=True)
+        return treedef.unflatten(new_updates), treedef.unflatten(new_state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _as_matrix(x: jax.Array) -> jax.Array:
+    """Merges axes until two are left, with the fewest rows + columns: `[embed, heads, kv]` -> `[embed, heads * kv]`.
+
+    The parameters of attention are matrices whose rows or columns are written as two axes. The split of the least
+    state is the one between what goes in and what comes out.
+    """
+    if x.ndim <= 2:
+        return x
+    size, rows, splits = x.size, 1, []
+    for axis in x.shape[:-1]:
+        rows *= axis
+        splits.append((rows, size // rows))
+    return x.reshape(min(splits, key=sum))

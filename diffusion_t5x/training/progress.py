@@ -1,0 +1,89 @@
+"""How far a long loop is: a bar on a terminal, a plain line now and then in a log."""
+
+import datetime
+import sys
+import time
+from types import TracebackType
+
+import rich.console
+import rich.progress
+
+
+class Progress:
+    """Shows step, loss, tokens a second and the time that is left, on the standard error.
+
+    Rates count from the first update on: what comes before it is compilation.
+
+    Args:
+      total: the last step.
+      start: the step that the loop starts from (the one it was resumed from).
+      description: what is going on.
+      unit: what a step is; "example" in decoding.
+      interval: seconds between two lines where the standard error is no terminal.
+    """
+
+    def __init__(
+        self, total: int, start: int = 0, description: str = "train", unit: str = "step", interval: float = 30.0
+    ):
+        self._total = total
+        self._description = description
+        self._unit = unit
+        self._interval = interval
+        self._step = start
+        self._loss: float | None = None
+        self._tokens = 0
+        self._first: tuple[float, int] | None = None  # time and step of the first update
+        self._printed = (-float("inf"), start)  # time and step of the last line
+        self._bar: rich.progress.Progress | None = None
+        if sys.stderr.isatty():
+            columns = ("{task.description}", rich.progress.BarColumn(bar_width=None), "{task.fields[status]}")
+            console = rich.console.Console(stderr=True)
+            self._bar = rich.progress.Progress(*columns, console=console, expand=True)
+            self._task = self._bar.add_task(description, total=total, completed=start, status=self._status())
+
+    def update(self, step: int, loss: float | None = None, tokens: int = 0) -> None:
+        """Says that `step` is done.
+
+        Args:
+          step: steps done since the very beginning.
+          loss: its loss.
+          tokens: how many tokens went through since the update before.
+        """
+        now = time.monotonic()
+        self._step, self._loss = step, loss
+        if self._first is None:
+            self._first = (now, step)
+        else:
+            self._tokens += tokens
+        if self._bar:
+            self._bar.update(self._task, completed=step, status=self._status())
+        elif now - self._printed[0] >= self._interval:
+            self._print(now)
+
+    def __enter__(self) -> "Progress":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.stop()
+        elif self._step != self._printed[1]:
+            self._print(time.monotonic())
+
+    def _print(self, now: float) -> None:
+        self._printed = (now, self._step)
+        print(f"{self._description}: {self._status()}", file=sys.stderr, flush=True)
+
+    def _status(self) -> str:
+        parts = [f"{self._unit} {self._step:,}/{self._total:,}"]
+        if self._loss is not None:
+            parts.append(f"loss {self._loss:.4f}")
+        first_time, first_step = self._first or (0.0, self._step)
+        if self._step > first_step:
+            seconds = max(time.monotonic() - first_time, 1e-9)
+            if self._tokens:
+                parts.append(f"{self._tokens / seconds:,.0f} tokens/s")
+            left = round(seconds / (self._step - first_step) * (self._total - self._step))
+            parts.append(f"ETA {datetime.timedelta(seconds=left)}")
+        return "  ".join(parts)

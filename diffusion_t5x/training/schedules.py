@@ -1,0 +1,50 @@
+"""Learning-rate schedules: small factories of `optax.Schedule`, functions of the 0-based step.
+
+Every schedule takes `warmup_steps`. Except in T5's `rsqrt`, warm-up is a linear ramp that starts at 0 with step 0 and
+reaches the peak at step `warmup_steps`.
+"""
+
+import jax.numpy as jnp
+import optax
+
+
+def constant(value: float, warmup_steps: int = 0) -> optax.Schedule:
+    """`value` for ever, after the warm-up."""
+    return _warmed_up(optax.constant_schedule(value), value, warmup_steps)
+
+
+def linear(peak_value: float, total_steps: int, warmup_steps: int = 0, end_value: float = 0.0) -> optax.Schedule:
+    """A straight line from `peak_value` after the warm-up to `end_value` at `total_steps`, and flat from there on."""
+    decay = optax.linear_schedule(peak_value, end_value, total_steps - warmup_steps)
+    return _warmed_up(decay, peak_value, warmup_steps)
+
+
+def cosine(peak_value: float, total_steps: int, warmup_steps: int = 0, end_value: float = 0.0) -> optax.Schedule:
+    """Half a cosine from `peak_value` after the warm-up to `end_value` at `total_steps`, and flat from there on."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup_steps else peak_value,
+        peak_value=peak_value,
+        warmup_steps=warmup_steps,
+        decay_steps=total_steps,
+        end_value=end_value,
+    )
+
+
+def rsqrt(value: float = 1.0, warmup_steps: int = 10_000, linear_warmup: bool = False) -> optax.Schedule:
+    """`value / sqrt(max(step, warmup_steps))`: T5's pretraining schedule, made for Adafactor.
+
+    It is T5X's `factors="constant * rsqrt_decay"`: the warm-up is a plateau, at `value / sqrt(warmup_steps)` (0.01 with
+    the defaults), not a ramp. `linear_warmup` multiplies a ramp into it (T5X's factor of that name), which Adam needs.
+    """
+
+    def schedule(step):
+        decay = value / jnp.sqrt(jnp.maximum(step, max(warmup_steps, 1)))
+        return decay * jnp.minimum(1.0, step / max(warmup_steps, 1)) if linear_warmup else decay
+
+    return schedule
+
+
+def _warmed_up(schedule: optax.Schedule, peak_value: float, warmup_steps: int) -> optax.Schedule:
+    if not warmup_steps:
+        return schedule
+    return optax.join_schedules([optax.linear_schedule(0.0, peak_value, warmup_steps), schedule], [warmup_steps])
