@@ -1,0 +1,157 @@
+"""The quickstart: paper 1's experiment (arXiv 2401.17181) in small, on two CPU cores and without any download.
+
+An autoregressive model is pretrained, then fine-tuned (the baseline); the same pretrained model is adapted to diffusion
+(AR2Diff_N) and fine-tuned with diffusion. Both write 512 held-out strings. Stages are ordinary runs of the verbs; one
+that was interrupted goes on from its last checkpoint when the quickstart is started again.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import rich.box
+import rich.console
+import rich.markup
+import rich.table
+
+from diffusion_t5x import config, infer, train
+from diffusion_t5x import eval as evaluation
+
+RECIPES = "recipes/quickstart"
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+console = rich.console.Console()
+
+
+class Quickstart:
+    """Runs stages below one folder and remembers how long each took.
+
+    Args:
+      folder: each stage gets a folder of its own in it.
+      overrides: command line flags added to each stage of a verb.
+    """
+
+    def __init__(self, folder: pathlib.Path, overrides: Mapping[str, list[str]]):
+        self.folder = folder
+        self.seconds: dict[str, float] = {}
+        self._overrides = overrides
+        self._seconds_file = folder / "seconds.json"
+        if self._seconds_file.exists():
+            self.seconds = json.loads(self._seconds_file.read_text())
+
+    def path(self, stage: str) -> str:
+        return str(self.folder / stage)
+
+    def train(self, stage: str, recipe: str, start: str | None = None) -> None:
+        flags = [f"--gin.MODEL_DIR={self.path(stage)}"]
+        if start:
+            flags.append(f"--gin.INITIAL_CHECKPOINT_PATH={self.path(start)}")
+        self._run(stage, train.train, recipe, flags)
+
+    def evaluate(self, stage: str, recipe: str, model: str) -> dict[str, float]:
+        flags = [f"--gin.CHECKPOINT_PATH={self.path(model)}", f"--gin.EVAL_OUTPUT_DIR={self.path(stage)}"]
+        results = pathlib.Path(self.path(stage), "results.json")
+        if not results.exists():
+            self._run(stage, evaluation.evaluate, recipe, flags)
+        return json.loads(results.read_text(encoding="utf-8"))["results"]["quickstart_pairs"]
+
+    def infer(self, stage: str, recipe: str, model: str) -> list[dict[str, Any]]:
+        flags = [f"--gin.CHECKPOINT_PATH={self.path(model)}", f"--gin.INFER_OUTPUT_DIR={self.path(stage)}"]
+        self._run(stage, infer.infer, recipe, flags)
+        (output,) = pathlib.Path(self.path(stage)).glob("*.jsonl")
+        return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+
+    def _run(self, stage: str, verb: Callable[..., None], recipe: str, flags: list[str]) -> None:
+        flags = [f"--gin_file={RECIPES}/{recipe}.gin", *flags, *self._overrides.get(verb.__name__, [])]
+        console.rule(f"[bold]{stage}")
+        print("python -m", verb.__module__, shlex.join(flags), flush=True)
+        start = time.monotonic()
+        config.run(verb, flags)
+        self.seconds[stage] = self.seconds.get(stage, 0) + time.monotonic() - start
+        self._seconds_file.write_text(json.dumps(self.seconds))
+
+
+def run_experiment(quickstart: Quickstart, full: bool) -> tuple[dict[str, dict[str, float]], list[dict[str, Any]]]:
+    """All stages. Returns each model's scores, and the diffusion model's examples with their canvases."""
+    q = quickstart
+    q.train("pretrain_ar", "pretrain_ar")
+    q.train("finetune_ar", "finetune_ar", start="pretrain_ar")
+    q.train("adapt", "adapt", start="pretrain_ar")
+    q.train("finetune_ar2diff_n", "finetune_diffusion", start="adapt")
+    scores = {
+        "AR": q.evaluate("eval_ar", "eval_ar", "finetune_ar"),
+        "AR2Diff_N": q.evaluate("eval_ar2diff_n", "eval_diffusion", "finetune_ar2diff_n"),
+    }
+    if full:
+        q.train("finetune_ar2diff_0", "finetune_diffusion", start="pretrain_ar")
+        scores["AR2Diff_0"] = q.evaluate("eval_ar2diff_0", "eval_diffusion", "finetune_ar2diff_0")
+        q.train("pretrain_diffusion", "pretrain_diffusion")
+        q.train("finetune_diffusion", "finetune_diffusion", start="pretrain_diffusion")
+        scores["diffusion from scratch"] = q.evaluate("eval_diffusion", "eval_diffusion", "finetune_diffusion")
+    return scores, q.infer("infer_ar2diff_n", "infer_diffusion", "finetune_ar2diff_n")
+
+
+def show(scores: Mapping[str, Mapping[str, float]], examples: list[dict[str, Any]]) -> None:
+    """Prints decoded examples, canvas by canvas, and the table of scores."""
+    console.rule("[bold]how AR2Diff_N writes: the canvas before the first step, and after each")
+    console.print("¶ is the end of the text, · is padding", style="dim")
+    for example in examples[:4]:
+        escaped = {name: rich.markup.escape(str(example[name])) for name in ("inputs_pretokenized", "prediction")}
+        console.print(f"\n[bold]{escaped['inputs_pretokenized']}[/] → [bold green]{escaped['prediction']}[/]")
+        for step, canvas in enumerate(example["trace"]):
+            console.print(f"  {step:2d} {canvas}", markup=False, highlight=False, overflow="ellipsis", no_wrap=True)
+    console.print()
+    table = rich.table.Table(box=rich.box.SIMPLE, title="512 held-out strings, English → French (95 % intervals)")
+    for column in ("model", "exact match %", "BLEU"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for model, metrics in scores.items():
+        cells = (
+            f"{metrics[name]:.1f}  [{metrics[name + '_low']:.1f}, {metrics[name + '_high']:.1f}]"
+            for name in ("exact_match", "bleu")
+        )
+        table.add_row(model, *(rich.markup.escape(cell) for cell in cells))
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="bash launch/quickstart.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--smoke", action="store_true", help="5 steps of every stage: does everything run?")
+    length.add_argument("--full", action="store_true", help="AR2Diff_0 and diffusion from scratch as well")
+    parser.add_argument("--output", type=pathlib.Path, help="folder for all runs (default: runs/quickstart)")
+    parser.add_argument("--fresh", action="store_true", help="remove what is in that folder first")
+    args = parser.parse_args()
+    folder = args.output or ROOT / "runs" / ("smoke" if args.smoke else "quickstart")
+    if args.fresh or args.smoke:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    overrides = {}
+    if args.smoke:
+        few = "--gin.NUM_DECODED_EXAMPLES=16"
+        overrides = {
+            "train": ["--gin.TRAIN_STEPS=5", "--gin.EVAL_STEPS=1"],
+            "evaluate": [few, "--gin.BATCH_SIZE=16"],
+            "infer": ["--gin.NUM_DECODED_EXAMPLES=4", "--gin.BATCH_SIZE=4"],
+        }
+    quickstart = Quickstart(folder, overrides)
+    scores, examples = run_experiment(quickstart, args.full or args.smoke)
+    show(scores, examples)
+    results = folder / "results.json"
+    report = {"scores": scores, "seconds": quickstart.seconds, "examples": examples}
+    results.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"{sum(quickstart.seconds.values()):.0f} s in all. Scores, times and examples: {results}")
+    print(f"Checkpoints, logs and predictions of each stage: {folder}{os.sep}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
