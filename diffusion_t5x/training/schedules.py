@@ -7,6 +7,8 @@ reaches the peak at step `warmup_steps`.
 import jax.numpy as jnp
 import optax
 
+from diffusion_t5x.errors import UserError
+
 
 def constant(value: float, warmup_steps: int = 0) -> optax.Schedule:
     """`value` for ever, after the warm-up."""
@@ -15,12 +17,14 @@ def constant(value: float, warmup_steps: int = 0) -> optax.Schedule:
 
 def linear(peak_value: float, total_steps: int, warmup_steps: int = 0, end_value: float = 0.0) -> optax.Schedule:
     """A straight line from `peak_value` after the warm-up to `end_value` at `total_steps`, and flat from there on."""
+    _check_steps(total_steps, warmup_steps)
     decay = optax.linear_schedule(peak_value, end_value, total_steps - warmup_steps)
     return _warmed_up(decay, peak_value, warmup_steps)
 
 
 def cosine(peak_value: float, total_steps: int, warmup_steps: int = 0, end_value: float = 0.0) -> optax.Schedule:
     """Half a cosine from `peak_value` after the warm-up to `end_value` at `total_steps`, and flat from there on."""
+    _check_steps(total_steps, warmup_steps)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup_steps else peak_value,
         peak_value=peak_value,
@@ -42,6 +46,11 @@ def rsqrt(value: float = 1.0, warmup_steps: int = 10_000, linear_warmup: bool = 
         return decay * jnp.minimum(1.0, step / max(warmup_steps, 1)) if linear_warmup else decay
 
     return schedule
+
+
+def _check_steps(total_steps: int, warmup_steps: int) -> None:
+    if not 0 <= warmup_steps < total_steps:
+        raise UserError(f"A schedule of {total_steps} steps cannot warm up for {warmup_steps}: fewer, but at least 0.")
 
 
 def _warmed_up(schedule: optax.Schedule, peak_value: float, warmup_steps: int) -> optax.Schedule:
