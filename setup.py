@@ -30,14 +30,16 @@ setuptools.setup(
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
         "etils[epath]>=1.9",
-        "gin-config>=0.5.0",
+        "gin-config>=0.5.0,<0.6",  # config.py reads its registry, which is not part of its interface
         "seqio==0.0.20",
         "t5==0.9.4",
         "tensorflow>=2.21,<2.22",
-        "tensorflow-text>=2.21.1,<2.22",
+        "tensorflow-text>=2.21.1,<2.22",  # insists on `tensorflow`: `tensorflow-cpu` does not satisfy it
         "tensorflow-datasets>=4.9.10,<4.10",
         "importlib_resources",  # tensorflow-datasets imports it without declaring it
-        "protobuf>=6.31.1,<7",  # with 7, the nightly tensorflow-datasets that t5 may bring cannot read anything
+        # t5 brings nightly builds of seqio and tensorflow-datasets, which install over the stable ones; which files
+        # stay depends on the installer. With protobuf 7 the nightly tensorflow-datasets cannot read anything.
+        "protobuf>=6.31.1,<7",
         "sentencepiece>=0.2.1,<0.2.3",  # 0.2.3 needs protobuf 7
         "tensorboardX>=2.6.2,<3",
         "sacrebleu>=2.4,<3",

@@ -1,0 +1,279 @@
+"""The edge to SeqIO: tasks and mixtures by name as batches of numpy arrays. TensorFlow is imported on first use."""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import itertools
+import os
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.vocabularies import TokenIds, token_ids
+from diffusion_t5x.errors import UserError
+
+if TYPE_CHECKING:
+    import seqio
+    import tensorflow as tf
+
+    from diffusion_t5x.data.feature_converters import DecoderOnlyConverter
+    from diffusion_t5x.data.train_iterator import TrainIterator
+
+FEATURES = ("inputs", "targets")
+
+
+@functools.cache
+def _libraries() -> tuple[types.ModuleType, types.ModuleType]:
+    """SeqIO and TensorFlow, quiet and away from the accelerators, which are JAX's."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    import seqio
+    import tensorflow as tf
+
+    with contextlib.suppress(RuntimeError):  # the caller has set TensorFlow up already
+        tf.config.set_visible_devices([], "GPU")
+    return seqio, tf
+
+
+@dataclasses.dataclass(frozen=True)
+class SeqioDataset:
+    """A SeqIO task or mixture, read for a decoder-only model. Construction is free; methods import SeqIO.
+
+    Attributes:
+      mixture_or_task_name: as registered with SeqIO; the module that registers it must have been imported.
+      task_feature_lengths: tokens of `inputs` and `targets`; a task without inputs has only `targets`. Longer features
+        are cut by SeqIO. Rows are as long as both together.
+      split: the split to read.
+      batch_size: rows of the global batch, over all shards.
+      shuffle: train in shuffled order, a new one each epoch. Evaluation never shuffles.
+      seed: of the shuffling and of the random choices of preprocessors.
+      pack: several examples to a training row, kept apart by `segment_ids`. Excludes `canvas`.
+      canvas: every target is followed by pad tokens up to the targets' length, and these are to be produced too. This
+        is how diffusion learns where to stop; without it targets end at their last token (EOS).
+      use_cached: read what `seqio_cache_tasks` wrote.
+    """
+
+    mixture_or_task_name: str
+    task_feature_lengths: Mapping[str, int]
+    split: str = "train"
+    batch_size: int = 32
+    shuffle: bool = True
+    seed: int = 0
+    pack: bool = False
+    canvas: bool = True
+    use_cached: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the task or mixture."""
+        return self.mixture_or_task_name
+
+    @property
+    def row_length(self) -> int:
+        """Positions of a row: inputs and targets together."""
+        return sum(self.task_feature_lengths.values())
+
+    def check(self) -> None:
+        """Looks at everything that can be wrong without reading data.
+
+        Raises:
+          UserError: unknown task, split or feature; lengths or batch size that are missing or not positive; packing
+            together with a canvas; inputs and targets of different vocabularies; a cache that is not there.
+        """
+        provider = self._provider()
+        where = f"{self.mixture_or_task_name!r}"
+        if self.split not in provider.splits:
+            raise UserError(f"{where} has no split {self.split!r}, only {', '.join(sorted(provider.splits))}.")
+        wanted = [name for name in FEATURES if name in provider.output_features]
+        if "targets" not in wanted:
+            raise UserError(f"{where} has no feature 'targets', only {', '.join(provider.output_features)}.")
+        if set(self.task_feature_lengths) != set(wanted):
+            raise UserError(
+                f"TASK_FEATURE_LENGTHS must name the features of {where}, {' and '.join(wanted)}, but names "
+                f"{' and '.join(self.task_feature_lengths) or 'none'}."
+            )
+        for name, number in [*self.task_feature_lengths.items(), ("batch size", self.batch_size)]:
+            if not isinstance(number, int) or number < 1:
+                raise UserError(f"The {name}{' length' * (name in FEATURES)} must be a positive integer: {number!r}.")
+        if self.pack and self.canvas:
+            raise UserError("Packing and the target canvas exclude each other: set pack = False or canvas = False.")
+        vocabularies = [provider.output_features[name].vocabulary for name in wanted]
+        if vocabularies[0] != vocabularies[-1]:
+            raise UserError(f"inputs and targets of {where} must share one vocabulary for a decoder-only model.")
+        if self.use_cached:
+            for task in _libraries()[0].get_subtasks(provider):
+                if task.supports_caching and not task.cache_dir:
+                    raise UserError(
+                        f"{task.name!r} is not cached: run seqio_cache_tasks and add its folder with "
+                        "seqio.add_global_cache_dirs, or set USE_CACHED_TASKS = False."
+                    )
+
+    def vocabulary(self) -> "seqio.Vocabulary":
+        """The vocabulary that turns targets into text."""
+        return self._provider().output_features["targets"].vocabulary
+
+    def token_ids(self) -> TokenIds:
+        """What models, objectives and decoders know of the vocabulary."""
+        return token_ids(self.vocabulary())
+
+    def to_text(self, tokens: Sequence[int]) -> str:
+        """The text of target tokens, up to EOS or the first pad."""
+        ends = (self.vocabulary().eos_id, self.vocabulary().pad_id)
+        return self._decode(itertools.takewhile(lambda token: token not in ends, tokens))
+
+    def show_canvas(self, tokens: Sequence[int]) -> str:
+        """The text of target tokens, all of them: EOS as ¶, pad as ·, MASK as ▢."""
+        signs = {self.vocabulary().eos_id: "¶", self.vocabulary().pad_id: "·", self.vocabulary().vocab_size: "▢"}
+        groups = itertools.groupby(tokens, signs.get)
+        return "".join(sign * len(list(group)) if sign else self._decode(group) for sign, group in groups)
+
+    def _decode(self, tokens: Iterable[int]) -> str:
+        text = self.vocabulary().decode(list(tokens))
+        return text if isinstance(text, str) else " ".join(map(str, text))  # a PassThroughVocabulary has no texts
+
+    def score(self, records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """The task's metrics of predictions.
+
+        Args:
+          records: the dictionaries of `eval_batches`, each with a "prediction" (text).
+
+        Raises:
+          UserError: this is a mixture: metrics belong to tasks.
+        """
+        task = self._provider()
+        if not isinstance(task, _libraries()[0].Task):
+            raise UserError(f"Metrics belong to tasks, and {self.name!r} is a mixture: evaluate its tasks one by one.")
+        texts = {True: "targets_pretokenized", False: "prediction"}
+        targets, predictions = (
+            [task.postprocess_fn(record[name], example=record, is_target=is_target) for record in records]
+            for is_target, name in texts.items()
+        )
+        scores = {}
+        for metric in task.predict_metric_fns:
+            scores |= metric(targets, predictions)
+        return scores
+
+    def train_iterator(self, num_shards: int = 1, shard_index: int = 0) -> "TrainIterator":
+        """Endless batches of `batch_size / num_shards` rows, examples of this shard only.
+
+        `example_ids` are the rows' indices in the global batch, in which the shards' rows follow one another.
+
+        Raises:
+          UserError: as `check`, or the shards do not divide the batch.
+        """
+        self.check()
+        if self.batch_size % num_shards:
+            raise UserError(f"The batch size {self.batch_size} does not divide into {num_shards} shards.")
+        rows = self.batch_size // num_shards
+        seqio, _ = _libraries()
+        from diffusion_t5x.data.train_iterator import TrainIterator
+
+        ds = self._provider().get_dataset(
+            sequence_length=dict(self.task_feature_lengths),
+            split=self.split,
+            use_cached=self.use_cached,
+            shuffle=self.shuffle,
+            seed=self.seed,
+            shard_info=seqio.ShardInfo(index=shard_index, num_shards=num_shards),
+            num_epochs=None,
+            try_in_mem_cache=False,  # the cache would become part of every checkpoint
+        )
+        ds = self._converter(self.pack)(ds, self.task_feature_lengths)
+        ds = ds.batch(rows, drop_remainder=True).prefetch(2)
+        ordered = dataclasses.replace(self, task_feature_lengths=dict(sorted(self.task_feature_lengths.items())))
+        source = f"{ordered}, shard {shard_index} of {num_shards}"
+        return TrainIterator(ds, np.arange(shard_index * rows, (shard_index + 1) * rows, dtype=np.int32), source)
+
+    def eval_batches(self, num_examples: int | None = None) -> Iterator[tuple[Batch, list[dict[str, Any]]]]:
+        """One pass in the data's own order, one example per row, whatever `shuffle` and `pack` say.
+
+        A mixture is mixed at its rates until the first of its tasks ends.
+
+        Args:
+          num_examples: only the first so many; None for all.
+
+        Yields:
+          Batches whose `example_ids` are the examples' indices in the evaluation set, the last one filled up with
+          empty rows (`segment_ids` 0) whose ids go on; and for each example, in the rows' order, a dictionary:
+          `example_id`, `inputs_pretokenized`, `targets_pretokenized` (text; decoded from the tokens where the task
+          keeps none) and all that the task carries beside its tokens.
+
+        Raises:
+          UserError: as `check`.
+        """
+        self.check()
+        _, tf = _libraries()
+        converter = self._converter(pack=False)
+        examples = (
+            self._eval_dataset(num_examples)
+            .map(lambda x: (converter.convert_example(x, self.task_feature_lengths), x), tf.data.AUTOTUNE)
+            .prefetch(self.batch_size)
+            .as_numpy_iterator()
+        )
+        return self._group(examples)
+
+    def num_eval_examples(self, num_examples: int | None = None) -> int:
+        """How many examples `eval_batches` gives, by reading them."""
+        self.check()
+        return int(self._eval_dataset(num_examples).reduce(0, lambda count, _: count + 1))
+
+    def _eval_dataset(self, num_examples: int | None) -> "tf.data.Dataset":
+        ds = self._provider().get_dataset(
+            sequence_length=dict(self.task_feature_lengths),
+            split=self.split,
+            use_cached=self.use_cached,
+            shuffle=False,
+            seed=self.seed,
+            num_epochs=1,
+            try_in_mem_cache=False,
+        )
+        return ds if num_examples is None else ds.take(num_examples)
+
+    def _group(self, examples: Iterator[tuple[dict, dict]]) -> Iterator[tuple[Batch, list[dict[str, Any]]]]:
+        empty = {
+            "tokens": np.full(self.row_length, self.vocabulary().pad_id, np.int32),
+            "target_mask": np.zeros(self.row_length, bool),
+            "segment_ids": np.zeros(self.row_length, np.int32),
+            "positions": np.zeros(self.row_length, np.int32),
+        }
+        for first in itertools.count(step=self.batch_size):
+            group = list(itertools.islice(examples, self.batch_size))
+            if not group:
+                return
+            rows = [row for row, _ in group] + [empty] * (self.batch_size - len(group))
+            arrays = {name: np.stack([row[name] for row in rows]) for name in empty}
+            ids = np.arange(first, first + self.batch_size, dtype=np.int32)
+            yield Batch(**arrays, example_ids=ids), [self._describe(first + i, x) for i, (_, x) in enumerate(group)]
+
+    def _describe(self, example_id: int, example: dict[str, Any]) -> dict[str, Any]:
+        described = {"example_id": example_id}
+        for name in FEATURES:
+            described[f"{name}_pretokenized"] = self.to_text(example[name].tolist() if name in example else [])
+        for name, value in example.items():
+            if name not in FEATURES:
+                value = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+                described[name] = value.decode("utf-8") if isinstance(value, bytes) else value
+        return described
+
+    def _provider(self) -> "seqio.Task | seqio.Mixture":
+        seqio, _ = _libraries()
+        name = self.mixture_or_task_name
+        known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+        if name not in known:
+            close = difflib.get_close_matches(name, sorted(known), n=3)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"registered are: {', '.join(sorted(known))}."
+            raise UserError(
+                f"No SeqIO task or mixture is called {name!r}: {hint} "
+                "The module that registers it must be imported: name it in a gin file (import my.tasks)."
+            )
+        return seqio.get_mixture_or_task(name)
+
+    def _converter(self, pack: bool) -> "DecoderOnlyConverter":
+        from diffusion_t5x.data.feature_converters import DecoderOnlyConverter
+
+        has_inputs = "inputs" in self.task_feature_lengths
+        return DecoderOnlyConverter(has_inputs, pack=pack, canvas=self.canvas, pad_id=self.vocabulary().pad_id)

@@ -1,0 +1,58 @@
+"""Endless training batches with an exact position. Imports TensorFlow: import it inside functions."""
+
+import pathlib
+import tempfile
+from collections.abc import Mapping
+
+import numpy as np
+import tensorflow as tf
+
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.errors import UserError
+
+_FILES = {"index": "position.index", "data": "position.data-00000-of-00001"}  # what a TensorFlow checkpoint is made of
+
+
+class TrainIterator:
+    """Batches without end, and the exact position among them.
+
+    Args:
+      dataset: gives dictionaries of the arrays of a `Batch`, example_ids excepted.
+      example_ids: int32 `[rows]`, the same for each batch.
+      source: says which data these are. A position is only good for the data it was taken in.
+    """
+
+    def __init__(self, dataset: tf.data.Dataset, example_ids: np.ndarray, source: str):
+        self._iterator = iter(dataset)
+        self._example_ids = example_ids
+        self._source = np.frombuffer(source.encode(), np.uint8)
+
+    def __iter__(self) -> "TrainIterator":
+        return self
+
+    def __next__(self) -> Batch:
+        arrays = {name: array.numpy() for name, array in next(self._iterator).items()}
+        return Batch(**arrays, example_ids=self._example_ids)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """The position as uint8 arrays: what `load_state_dict` needs to go on with the very next batch."""
+        with tempfile.TemporaryDirectory() as folder:
+            tf.train.Checkpoint(iterator=self._iterator).write(f"{folder}/position")
+            files = {key: pathlib.Path(folder, file).read_bytes() for key, file in _FILES.items()}
+        return {"source": self._source} | {key: np.frombuffer(data, np.uint8) for key, data in files.items()}
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Goes to the position that `state_dict` gave.
+
+        Raises:
+          UserError: the position was taken in other data (task, lengths, batch size, seed, shards ...).
+        """
+        if bytes(state["source"]) != bytes(self._source):
+            raise UserError(
+                f"The checkpoint's position in the data is one in {bytes(state['source']).decode()}, but the run reads "
+                f"{bytes(self._source).decode()}: resume with the same data settings, or start in a new MODEL_DIR."
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            for key, file in _FILES.items():
+                pathlib.Path(folder, file).write_bytes(bytes(state[key]))
+            tf.train.Checkpoint(iterator=self._iterator).read(f"{folder}/position").assert_consumed()

@@ -1,0 +1,71 @@
+"""The command line of the verbs: T5X's flags."""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from diffusion_t5x.errors import UserError, did_you_mean
+
+_ABOUT_OVERRIDES = """
+--gin.NAME=VALUE sets a macro (--gin.TRAIN_STEPS=100) or a parameter (--gin.train.train.train_steps=100).
+VALUE is gin syntax; names and paths may go without quotes (--gin.MODEL_DIR=/tmp/model).
+"""
+
+
+def parse_flags(module: str, argv: Sequence[str], takes_dry_run: bool, examples: Sequence[str]) -> argparse.Namespace:
+    """Reads the flags `argv` of the verb in `module`.
+
+    Args:
+      module: name of the verb's module; its docstring heads the help.
+      argv: the command line without the program's name.
+      takes_dry_run: whether there is a flag `--dry_run`.
+      examples: arguments of commands that the help shows.
+
+    Returns:
+      gin_file, gin_bindings (`--gin.NAME=VALUE` among them, as `NAME=VALUE`), gin_search_paths, print_config, dry_run
+      (if the verb takes it) and tfds_data_dir.
+
+    Raises:
+      UserError: an unknown or malformed flag.
+    """
+    program = f"python -m {module}" if module != "__main__" else f"python {sys.argv[0]}"
+    parser = _Parser(
+        prog=program,
+        usage="%(prog)s --gin_file=FILE [--gin.NAME=VALUE ...] [flags]",
+        description=sys.modules[module].__doc__,
+        epilog="\n".join([_ABOUT_OVERRIDES, *(f"example: {program} {example}" for example in examples)]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--gin_file", action="append", default=[], metavar="FILE", help="gin file; repeatable, later ones win")
+    add("--gin_bindings", action="append", default=[], metavar="'NAME = VALUE'", help="the same as --gin.NAME=VALUE")
+    add(
+        "--gin_search_paths",
+        default=[],
+        type=lambda folders: folders.split(","),
+        metavar="DIR,DIR",
+        help="folders where gin files are looked up, before the shipped ones",
+    )
+    add("--print_config", action="store_true", help="print the resolved configuration and stop")
+    if takes_dry_run:
+        add("--dry_run", action="store_true", help="build model, data and shapes, print them and stop")
+    add("--tfds_data_dir", metavar="DIR", help="folder of the TensorFlow Datasets")
+    return parser.parse_args([_with_binding(argument) for argument in argv])
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        suggestions = [did_you_mean(flag, self._option_string_actions) for flag in re.findall(r"--\w+", message)]
+        raise UserError(f"{message}.{''.join(suggestions)} --help lists the flags.")
+
+
+def _with_binding(argument: str) -> str:
+    """`--gin.NAME=VALUE` as `--gin_bindings=NAME=VALUE`; other arguments as they are."""
+    if not argument.startswith("--gin."):
+        return argument
+    if "=" not in argument:
+        raise UserError(f"{argument}: write --gin.NAME=VALUE, with an equals sign and no space around it.")
+    return "--gin_bindings=" + argument.removeprefix("--gin.")

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Runs the tests; sets up .venv first. Usage, from any folder: bash launch/test.sh [pytest arguments]
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+
+cd "$ROOT"
+exec "$VENV/bin/python" -m pytest "$@"

@@ -1,0 +1,178 @@
+"""The SeqIO tasks of the quickstart: nothing to download, a vocabulary that is trained on first use.
+
+quickstart_corpus_prefix_lm  the Python standard library: the first part of a chunk of text given, the rest asked
+quickstart_pairs             the task to transfer to: English to French dates, numbers, units, names ...
+quickstart_pretrain          both for pretraining; of 10 examples 8 are chunks of the corpus and 2 are pairs
+"""
+
+import functools
+import hashlib
+import io
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+
+import seqio
+import tensorflow as tf
+
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.evaluation import metrics
+from diffusion_t5x.tasks import cldr_pairs, stdlib_corpus
+
+PIECES = 1_947  # with 100 sentinels and MASK: 2,048 ids
+SENTINELS = 100
+CORPUS_CHARACTERS = 3_000_000  # of the corpus that the vocabulary is trained on
+
+
+def cache_folder() -> pathlib.Path:
+    """$DIFFUSION_T5X_CACHE, or ~/.cache/diffusion_t5x."""
+    return pathlib.Path(os.environ.get("DIFFUSION_T5X_CACHE") or "~/.cache/diffusion_t5x").expanduser()
+
+
+def _training_text() -> list[str]:
+    """Every n-th document of the corpus, line by line, and the training side of the pairs."""
+    documents = stdlib_corpus.documents("train")
+    step = max(1, sum(map(len, documents)) // CORPUS_CHARACTERS)
+    lines = [line for document in documents[::step] for line in document.splitlines() if line]
+    return lines + [text for pair in cldr_pairs.pairs("train") for text in (pair.english, pair.french)]
+
+
+@functools.cache
+def vocabulary_file() -> pathlib.Path:
+    """The SentencePiece model, trained now if the cache has none for this very text (about 2 s, same bytes each time).
+
+    Raises:
+      UserError: the cache folder cannot be written.
+    """
+    text = _training_text()
+    settings = {
+        "vocab_size": PIECES,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "split_digits": True,
+        # Text comes back exactly as it went in: no-break spaces, indentation, tabs and line ends are content.
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "user_defined_symbols": ["\n", "\t"],
+        "allow_whitespace_only_pieces": True,
+        "character_coverage": 0.9995,
+        "pad_id": 0,
+        "eos_id": 1,
+        "unk_id": 2,
+        "bos_id": -1,
+        "num_threads": 1,  # recorded in the model: its bytes must not depend on the machine
+        "minloglevel": 2,
+    }
+    fingerprint = hashlib.sha256(repr((settings, text)).encode()).hexdigest()[:16]
+    path = cache_folder() / f"quickstart-{fingerprint}.model"
+    if not path.exists():
+        import sentencepiece
+
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text), model_writer=model, **settings)
+        _write_atomically(path, model.getvalue())
+    return path
+
+
+def _write_atomically(path: pathlib.Path, content: bytes) -> None:
+    """Two processes may both write; each reader sees a whole file or none."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+            file.write(content)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise UserError(f"Cannot write {path} ({error.strerror}): point DIFFUSION_T5X_CACHE elsewhere.") from error
+
+
+class QuickstartVocabulary(seqio.SentencePieceVocabulary):
+    """The vocabulary at `vocabulary_file()`, looked for (and trained) only when its first text is encoded."""
+
+    def __init__(self):
+        super().__init__(sentencepiece_model_file="", extra_ids=SENTINELS)
+
+    def _model_context(self):
+        if not self._sentencepiece_model_file:
+            self._sentencepiece_model_file = str(vocabulary_file())
+        return super()._model_context()
+
+
+def text_source(columns: Callable[[str], Mapping[str, Sequence[str]]], splits: Sequence[str]) -> seqio.DataSource:
+    """Texts held in memory, as a SeqIO source: `columns(split)` gives equally long lists, called when first read.
+
+    The whole split is shuffled by a pseudorandom permutation of its indices, a new one each epoch. It needs no buffer
+    of examples, so the position inside it takes a few bytes of a checkpoint.
+    """
+
+    def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+        table = {name: tf.constant(texts) for name, texts in columns(split).items()}
+        size = len(next(iter(table.values())))
+        blocks = tf.data.Dataset.range(size).batch(64)  # TensorFlow's cost is by the call
+        if shuffle_files:
+            shuffled = functools.partial(tf.random.experimental.index_shuffle, max_index=size - 1)
+            # Two numbers that differ from epoch to epoch. (The position inside `Dataset.random` does not survive a
+            # checkpoint once it has started anew.)
+            epoch = tf.data.Dataset.range(256).shuffle(256, seed=seed).batch(2, drop_remainder=True).take(1)
+            in_order = blocks
+            blocks = epoch.flat_map(lambda key: in_order.map(lambda indices: shuffled(indices, key)))
+        return blocks.map(lambda indices: {name: tf.gather(texts, indices) for name, texts in table.items()}).unbatch()
+
+    return seqio.FunctionDataSource(dataset, splits=splits)
+
+
+def prefix_lm(
+    dataset: tf.data.Dataset, sequence_length: Mapping[str, int], output_features: Mapping[str, seqio.Feature]
+) -> tf.data.Dataset:
+    """Chunks of a tokenised document, the first part (of random length, at least one token) given, the rest asked.
+
+    As t5's `prefix_lm`, but a chunk leaves room for the EOS after either part: wherever it is cut, both parts fit
+    and no token is lost. With equal lengths two chunks fill a packed row to the last position.
+    """
+    from t5.data import preprocessors
+
+    return preprocessors.denoise(
+        preprocessors.split_tokens(dataset, max_tokens_per_segment=min(sequence_length.values()) - 2),
+        output_features,
+        noise_density=0.5,
+        noise_mask_fn=preprocessors.random_prefix_noise_mask,
+        inputs_fn=preprocessors.drop_nonnoise_tokens,
+        targets_fn=preprocessors.drop_noise_tokens,
+    )
+
+
+def _register() -> None:
+    vocabulary = QuickstartVocabulary()
+    features = {name: seqio.Feature(vocabulary, add_eos=True) for name in ("inputs", "targets")}
+    seqio.TaskRegistry.add(
+        "quickstart_corpus_prefix_lm",
+        source=text_source(lambda split: {"targets": stdlib_corpus.documents(split)}, ("train", "validation")),
+        preprocessors=[
+            functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
+            prefix_lm,
+            seqio.preprocessors.append_eos,
+        ],
+        output_features=features,
+        shuffle_buffer_size=2_048,  # chunks: some 200 documents' worth
+    )
+    seqio.TaskRegistry.add(
+        "quickstart_pairs",
+        source=text_source(_pair_columns, ("train", "validation", "test")),
+        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
+        output_features=features,
+        metric_fns=[metrics.bleu, metrics.exact_match],
+        shuffle_buffer_size=1,  # the source shuffles
+    )
+    seqio.MixtureRegistry.add("quickstart_pretrain", [("quickstart_corpus_prefix_lm", 0.8), ("quickstart_pairs", 0.2)])
+
+
+def _pair_columns(split: str) -> dict[str, list[str]]:
+    pairs = cldr_pairs.pairs(split)
+    return {
+        "inputs": [pair.english for pair in pairs],
+        "targets": [pair.french for pair in pairs],
+        "kind": [pair.kind for pair in pairs],
+    }
+
+
+_register()

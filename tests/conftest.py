@@ -1,0 +1,31 @@
+"""What every test runs in: the CPU, no chatter, and real data where the machine has some."""
+
+import os
+import pathlib
+
+# Before JAX or TensorFlow is imported. The suite sees one device, as a laptop does: eight virtual ones would split the
+# machine's few cores and change the numbers that single-device tests hold. Tests of meshes start a process of their own
+# with `eight_devices`.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def test_data() -> pathlib.Path:
+    """The folder of real data that DIFFUSION_T5X_TEST_DATA names; skips where there is none."""
+    folder = os.environ.get("DIFFUSION_T5X_TEST_DATA")
+    if not folder:
+        pytest.skip("DIFFUSION_T5X_TEST_DATA is not set: it names the folder of real test data")
+    if not pathlib.Path(folder).is_dir():
+        pytest.fail(f"DIFFUSION_T5X_TEST_DATA={folder} is not a folder")
+    return pathlib.Path(folder)
+
+
+@pytest.fixture
+def eight_devices() -> dict[str, str]:
+    """The environment of a process that sees eight CPU devices: `subprocess.run(..., env=eight_devices)`."""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    return os.environ | {"XLA_FLAGS": flags.strip()}

@@ -1,0 +1,81 @@
+"""Which ids mean what, against SentencePiece's own account of a model."""
+
+import io
+
+import jax
+import numpy as np
+import pytest
+import sentencepiece
+
+from diffusion_t5x.data import vocabularies
+from diffusion_t5x.errors import UserError
+
+seqio = pytest.importorskip("seqio")
+
+
+def make_model(path, **settings):
+    text = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs"] * 20
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_writer=model, model_type="bpe", minloglevel=2, pad_id=0, eos_id=1, unk_id=2,
+        **({"vocab_size": 330, "byte_fallback": True, "hard_vocab_limit": False, "bos_id": -1} | settings),
+    )  # fmt: skip
+    path.write_bytes(model.getvalue())
+    return str(path)
+
+
+def test_sentencepiece(tmp_path):
+    vocabulary = seqio.SentencePieceVocabulary(make_model(tmp_path / "m"), extra_ids=100)
+    ids = vocabularies.token_ids(vocabulary)
+    assert ids.mask_id == vocabulary.vocab_size == ids.size - 1
+    assert (ids.pad_id, ids.eos_id, ids.start_id) == (0, 1, 0)
+    pieces = ids.size - 101
+    assert ids.noise_ranges == ((0, 2), (3, pieces))  # all but unknown, sentinels and MASK
+    assert vocabulary.encode("<extra_id_0>")[-1] == ids.mask_id - 1
+    byte = vocabulary.tokenizer.PieceToId("<0xFF>")
+    assert byte in ids.noise_ids()
+    assert set(vocabulary.encode("fox ☃")) <= set(ids.noise_ids().tolist())
+
+
+def test_sentinels_bos_and_unused_ids_inside_the_model(tmp_path):
+    path = make_model(tmp_path / "m", bos_id=3, user_defined_symbols="<extra_id_0>,<keep>", control_symbols="<c>")
+    vocabulary = seqio.SentencePieceVocabulary(path)
+    ids = vocabularies.token_ids(vocabulary)
+    assert ids.start_id == 3
+    noise = set(ids.noise_ids().tolist())
+    to_id = vocabulary.tokenizer.PieceToId
+    assert to_id("<keep>") in noise
+    assert not noise & {to_id("<extra_id_0>"), to_id("<c>"), 2, 3, ids.mask_id}
+    assert len(noise) == ids.size - 5
+
+
+def test_bytes_and_plain_ids():
+    ids = vocabularies.token_ids(seqio.ByteVocabulary(extra_ids=10))
+    assert (ids.size, ids.mask_id, ids.noise_ranges) == (270, 269, ((0, 2), (3, 259)))
+    ids = vocabularies.token_ids(seqio.PassThroughVocabulary(27, eos_id=1))
+    assert (ids.size, ids.mask_id, ids.noise_ranges) == (28, 27, ((0, 27),))
+
+
+def test_noise_is_uniform_over_the_noise_vocabulary():
+    ids = vocabularies.token_ids(seqio.ByteVocabulary(extra_ids=10))
+    drawn = np.asarray(ids.sample_noise(jax.random.key(0), (258 * 400,)))
+    counts = np.bincount(drawn, minlength=ids.size)
+    assert set(np.flatnonzero(counts)) == set(ids.noise_ids().tolist())
+    assert np.abs(counts[ids.noise_ids()] - 400).max() < 5 * 400**0.5
+
+
+def test_unfit_vocabularies_are_refused():
+    with pytest.raises(UserError, match="no EOS"):
+        vocabularies.token_ids(seqio.PassThroughVocabulary(27))
+    with pytest.raises(UserError, match="FullCodepointVocabulary is not known"):
+        vocabularies.token_ids(seqio.vocabularies.FullCodepointVocabulary())
+
+
+def test_fingerprint_tells_vocabularies_apart(tmp_path):
+    one, same, other = (
+        vocabularies.token_ids(seqio.SentencePieceVocabulary(make_model(tmp_path / name, vocab_size=size)))
+        for name, size in (("a", 330), ("b", 330), ("c", 320))
+    )
+    one.check_same(same.describe(), "somewhere")
+    with pytest.raises(UserError, match="checkpoints/7 was trained with another vocabulary"):
+        one.check_same(other.describe(), "checkpoints/7")

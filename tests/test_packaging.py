@@ -1,0 +1,140 @@
+"""Wheel, source distribution, editable install and plain checkout: each finds all modules, tasks and gin files.
+
+Built by setuptools itself, so without the package registry; a wheel of pure Python is installed by unpacking it.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+
+import pytest
+
+pytest.importorskip("setuptools")
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONTENT = ("setup.py", "pyproject.toml", "README.md", "diffusion_t5x", "tasks", "gin")
+# Files that only the copy under test has: what is found is this very copy, whatever else is installed here.
+PROBES = {
+    "gin/probe/deeper/probe.gin": "A = 1\n",
+    "gin/probe.gin": "include 'probe/deeper/probe.gin'\n",
+    "tasks/probe.py": "",
+}
+FIND = """
+import importlib.util, json
+import gin
+import diffusion_t5x
+from diffusion_t5x import config
+
+config.load(["probe.gin"])
+config.load(["gin/probe.gin"])
+found = {
+    "package": diffusion_t5x.__file__,
+    "tasks": importlib.util.find_spec("diffusion_t5x.tasks.probe").origin,
+    "gin files": config._shipped(),
+    "gin": gin.__file__,
+}
+print(json.dumps(found))
+"""
+
+
+def python(code, *path, cwd):
+    """Runs `code` with the folders of `path`, then the libraries of this environment, but none of its .pth files."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [*path, sysconfig.get_path("purelib")]))}
+    command = [sys.executable, "-S", "-c", code]
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def build(kind, source, folder):
+    """Has setuptools build the `kind` (wheel, sdist, editable) of the checkout `source`; returns the file."""
+    name = python(f"from setuptools import build_meta; print(build_meta.build_{kind}({str(folder)!r}))", cwd=source)
+    return folder / name.splitlines()[-1]
+
+
+def files_of(source):
+    """What a wheel of the checkout `source` has to hold, by the names it has there."""
+    modules = {path.relative_to(source) for path in (source / "diffusion_t5x").rglob("*.py")}
+    tasks = {pathlib.Path("diffusion_t5x") / path.relative_to(source) for path in (source / "tasks").rglob("*.py")}
+    gin_files = {pathlib.Path("diffusion_t5x") / path.relative_to(source) for path in (source / "gin").rglob("*.gin")}
+    return {path.as_posix() for path in modules | tasks | gin_files}
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkout") / "repository"
+    folder.mkdir()
+    for name in CONTENT:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    for name, text in PROBES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout, tmp_path_factory):
+    return build("wheel", checkout, tmp_path_factory.mktemp("wheel"))
+
+
+def test_wheel_holds_all_modules_tasks_and_gin_files_and_nothing_else(checkout, wheel):
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert names == files_of(checkout)
+    assert {f"diffusion_t5x/{name}" for name in PROBES} < names
+
+
+def test_wheel_of_the_source_distribution_is_the_same(checkout, wheel, tmp_path):
+    archive = build("sdist", checkout, tmp_path)
+    with tarfile.open(archive) as file:
+        file.extractall(tmp_path, filter="data")
+    again = build("wheel", tmp_path / archive.name.removesuffix(".tar.gz"), tmp_path)
+    assert set(zipfile.ZipFile(again).namelist()) == set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_metadata(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    metadata = archive.read(name).decode().splitlines()
+    assert {line for line in metadata if line.startswith("Provides-Extra: ")} == {
+        f"Provides-Extra: {extra}" for extra in ("test", "tpu", "cuda")
+    }
+    assert "Name: diffusion_t5x" in metadata or "Name: diffusion-t5x" in metadata
+    assert any(line.startswith("Requires-Python: ") and "3.11" in line and "3.14" in line for line in metadata)
+
+
+@pytest.mark.parametrize("kind", ["checkout", "wheel", "editable"])
+def test_found_from_any_folder(kind, checkout, wheel, tmp_path):
+    installed, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    if kind == "checkout":
+        location = checkout
+        output = python(FIND, checkout, cwd=elsewhere)
+    elif kind == "wheel":
+        location = installed
+        zipfile.ZipFile(wheel).extractall(installed)
+        output = python(FIND, installed, cwd=elsewhere)
+    else:
+        location = checkout
+        zipfile.ZipFile(build("editable", checkout, tmp_path)).extractall(installed)
+        output = python(f"import site; site.addsitedir({str(installed)!r})\n{FIND}", installed, cwd=elsewhere)
+    found = json.loads(output.splitlines()[-1])
+    assert pathlib.Path(found["package"]) == location / "diffusion_t5x/__init__.py"
+    assert pathlib.Path(found["tasks"]) == location / "diffusion_t5x/tasks/probe.py"
+    assert found["gin files"] == sorted(
+        str(path.relative_to(checkout / "gin")) for path in (checkout / "gin").rglob("*.gin")
+    )
+    assert pathlib.Path(found["gin"]).is_relative_to(sysconfig.get_path("purelib"))
+
+
+def test_gin_folder_does_not_shadow_the_library(checkout):
+    assert not list((ROOT / "gin").rglob("*.py"))
+    # From the checkout itself, its folder `gin` comes first on the path.
+    assert python("import gin; print(gin.parse_config.__name__)", checkout, cwd=checkout) == "parse_config\n"
