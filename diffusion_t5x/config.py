@@ -26,6 +26,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import absl.logging
 import gin
 from gin import config as gin_config  # gin offers no public way to list what is registered and what is bound
 from gin import config_parser
@@ -288,9 +289,25 @@ def _importable(main: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(importlib.import_module(name), main.__name__)
 
 
+class _Stderr(logging.StreamHandler):
+    """Writes to what `sys.stderr` is at the time."""
+
+    def __init__(self):
+        logging.Handler.__init__(self)
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+
+    @property
+    def stream(self):
+        return sys.stderr
+
+
 def _quiet_start() -> None:
     """Our progress on stderr, one short line each, without the chatter of other libraries."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("diffusion_t5x").setLevel(logging.INFO)
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    logger = logging.getLogger("diffusion_t5x")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    if not logger.handlers:
+        logger.addHandler(_Stderr())

@@ -44,8 +44,10 @@ class MeshConfig:
         """The mesh over all devices.
 
         Raises:
-          UserError: the axes do not multiply to the number of devices.
+          UserError: an axis is no number of devices, or they do not multiply to the number of devices.
         """
+        if min(self.fsdp, self.tensor) < 1 or (self.data < 1 and self.data != -1):
+            raise UserError(f"Every axis of {self} must be at least 1; only data may be -1 and take the rest.")
         devices = jax.devices() if devices is None else devices
         sizes = [self.data, self.fsdp, self.tensor]
         if self.data == -1:

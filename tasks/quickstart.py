@@ -102,7 +102,7 @@ def text_source(columns: Callable[[str], Mapping[str, Sequence[str]]], splits: S
     """Texts held in memory, as a SeqIO source: `columns(split)` gives equally long lists, called when first read.
 
     The whole split is shuffled by a pseudorandom permutation of its indices, a new one each epoch. It needs no buffer
-    of examples, so the position inside it takes a few bytes of a checkpoint.
+    of examples, which would make checkpoints large.
     """
 
     def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
@@ -111,8 +111,7 @@ def text_source(columns: Callable[[str], Mapping[str, Sequence[str]]], splits: S
         blocks = tf.data.Dataset.range(size).batch(64)  # TensorFlow's cost is by the call
         if shuffle_files:
             shuffled = functools.partial(tf.random.experimental.index_shuffle, max_index=size - 1)
-            # Two numbers that differ from epoch to epoch. (The position inside `Dataset.random` does not survive a
-            # checkpoint once it has started anew.)
+            # Two numbers that differ from epoch to epoch.
             epoch = tf.data.Dataset.range(256).shuffle(256, seed=seed).batch(2, drop_remainder=True).take(1)
             in_order = blocks
             blocks = epoch.flat_map(lambda key: in_order.map(lambda indices: shuffled(indices, key)))
@@ -131,8 +130,11 @@ def prefix_lm(
     """
     from t5.data import preprocessors
 
+    chunk = min(sequence_length.values()) - 2
+    if chunk < 2:
+        raise UserError(f"Prefix LM needs at least 4 tokens of inputs and of targets, not {dict(sequence_length)}.")
     return preprocessors.denoise(
-        preprocessors.split_tokens(dataset, max_tokens_per_segment=min(sequence_length.values()) - 2),
+        preprocessors.split_tokens(dataset, max_tokens_per_segment=chunk),
         output_features,
         noise_density=0.5,
         noise_mask_fn=preprocessors.random_prefix_noise_mask,

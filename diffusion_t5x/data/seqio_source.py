@@ -169,7 +169,7 @@ class SeqioDataset:
         if self.batch_size % num_shards:
             raise UserError(f"The batch size {self.batch_size} does not divide into {num_shards} shards.")
         rows = self.batch_size // num_shards
-        seqio, _ = _libraries()
+        seqio, tf = _libraries()
         from diffusion_t5x.data.train_iterator import TrainIterator
 
         ds = self._provider().get_dataset(
@@ -183,7 +183,12 @@ class SeqioDataset:
             try_in_mem_cache=False,  # the cache would become part of every checkpoint
         )
         ds = self._converter(self.pack)(ds, self.task_feature_lengths)
-        ds = ds.batch(rows, drop_remainder=True).prefetch(2)
+        # Left alone, TensorFlow makes steps below the repeat run ahead. One that has seen the end of an epoch when the
+        # position is saved forgets the state of that epoch's shuffling: the next epoch would come in another order.
+        options = tf.data.Options()
+        options.experimental_optimization.map_parallelization = False
+        options.experimental_optimization.inject_prefetch = False
+        ds = ds.batch(rows, drop_remainder=True).prefetch(2).with_options(options)
         ordered = dataclasses.replace(self, task_feature_lengths=dict(sorted(self.task_feature_lengths.items())))
         source = f"{ordered}, shard {shard_index} of {num_shards}"
         return TrainIterator(ds, np.arange(shard_index * rows, (shard_index + 1) * rows, dtype=np.int32), source)

@@ -49,6 +49,7 @@ class AutoregressiveDecoder:
         keys = row_keys(key, batch.example_ids)
         rows = jnp.arange(batch.tokens.shape[0])
         first_target = jnp.argmax(batch.target_mask, axis=-1)
+        is_last = batch.target_mask & ~jnp.pad(batch.target_mask[:, 1:], ((0, 0), (0, 1)))
         canvas = jnp.where(batch.target_mask, vocabulary.pad_id, batch.tokens)
 
         # The prompt in one pass. It fills the slots of the targets too, but no query sees them before they are
@@ -70,13 +71,12 @@ class AutoregressiveDecoder:
             logits = forbid(model.logits(hidden), vocabulary)
             step_of_row = jnp.broadcast_to(step, (len(rows), 1))
             token = sample(logits, keys, step_of_row, self.sampling)[:, 0]
-            # A row is done after EOS (or pad), and where its canvas ends.
-            finished |= ~batch.target_mask[rows, slot]
             token = jnp.where(finished, canvas[rows, slot], token)
             log_probability = jax.nn.log_softmax(logits[:, 0])[rows, token]
             scores += jnp.where(finished, 0, log_probability)
             canvas = write_rows(canvas, token[:, None], slot)
-            finished |= (token == vocabulary.eos_id) | (token == vocabulary.pad_id)
+            # A row is done after EOS (or pad), and where its canvas ends.
+            finished |= (token == vocabulary.eos_id) | (token == vocabulary.pad_id) | is_last[rows, slot]
             if trace:
                 history = history.at[step + 1].set(canvas)
             return step + 1, canvas, cache, finished, scores, history

@@ -33,7 +33,8 @@ def evaluate_loss(
     """
     total = None
     for batch in itertools.islice(batches, num_batches):
-        sums = loss_step(params, partitioning.put_batch(mesh, batch))
+        with jax.set_mesh(mesh):
+            sums = loss_step(params, partitioning.put_batch(mesh, batch))
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     if total is None:
         raise UserError("The evaluation set is empty: there is no loss to measure.")

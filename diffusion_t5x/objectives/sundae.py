@@ -26,10 +26,10 @@ from diffusion_t5x.objectives.objective import (
 
 
 def corrupt(batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
-    """Uniform noise at a level of each row's own.
+    """Uniform noise at a level of each example's own.
 
-    Each row draws α ~ U[0, 1]; each of its targets is, with probability α, replaced by a token drawn uniformly from
-    the noise vocabulary, which may be the same one. Inputs and padding stay.
+    Each example, packed ones too, draws α ~ U[0, 1]; each of its targets is, with probability α, replaced by a token
+    drawn uniformly from the noise vocabulary, which may be the same one. Inputs and padding stay.
 
     Args:
       batch: clean tokens.
@@ -40,13 +40,13 @@ def corrupt(batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
       int32 `[B, L]`.
     """
 
-    def row(key):
+    def row(key, segment_ids):
         level_key, where_key, noise_key = jax.random.split(key, 3)
-        length = batch.tokens.shape[1:]
-        replaced = jax.random.uniform(where_key, length) < jax.random.uniform(level_key)
-        return replaced, vocabulary.sample_noise(noise_key, length)
+        levels = jax.random.uniform(level_key, (segment_ids.size + 1,))[segment_ids]
+        replaced = jax.random.uniform(where_key, segment_ids.shape) < levels
+        return replaced, vocabulary.sample_noise(noise_key, segment_ids.shape)
 
-    replaced, noise = jax.vmap(row)(keys)
+    replaced, noise = jax.vmap(row)(keys, batch.segment_ids)
     return jnp.where(replaced & batch.target_mask, noise, batch.tokens)
 
 

@@ -1,8 +1,9 @@
 """The training loop. It needs no TensorFlow: batches come from any iterator that can say where it stands."""
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -81,11 +82,15 @@ class _Log:
             means["tokens_per_second"] = sum(m["tokens"] for m in self._since) / seconds
             means["seconds_per_step"] = seconds / len(self._since)
             self._writer.write(step, means)
-            self.restart()
+            self._since, self._time = [], time.monotonic()
 
-    def restart(self) -> None:
-        """Starts a new mean; time spent outside training does not count."""
-        self._since, self._time = [], time.monotonic()
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """For what is done between two steps: waits for the metrics taken in last, and does not count the time."""
+        self.flush()
+        start = time.monotonic()
+        yield
+        self._time += time.monotonic() - start
 
 
 def train_loop(
@@ -131,12 +136,11 @@ def train_loop(
             saves = last or step % periods.save == 0
             if not (evals or saves):
                 continue
-            log.flush()
-            results = evaluate(state, step) if evals else {}
-            if saves:
-                checkpoints.save(
-                    step, state, batches.state_dict(), {**metadata, "step": step, "metrics": dict(results)}
-                )
-            log.restart()
+            with log.paused():
+                results = evaluate(state, step) if evals else {}
+                if saves:
+                    checkpoints.save(
+                        step, state, batches.state_dict(), {**metadata, "step": step, "metrics": dict(results)}
+                    )
         checkpoints.wait()
     return state

@@ -49,6 +49,27 @@ WORDS = SeqioDataset("test_words", {"inputs": 8, "targets": 10}, batch_size=8)
 PACKED = dataclasses.replace(WORDS, mixture_or_task_name="test_mixture", pack=True, canvas=False)
 
 
+@pytest.fixture(scope="module")
+def word_files(tmp_path_factory):
+    """A task whose source shuffles files."""
+    folder = tmp_path_factory.mktemp("files")
+    for file in range(5):
+        lines = [word(i) for i in range(file * 10, file * 10 + 10)]
+        (folder / f"{file}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    seqio.TaskRegistry.add(
+        "test_files",
+        source=seqio.TextLineDataSource({"train": f"{folder}/*.txt"}),
+        preprocessors=[
+            lambda ds: ds.map(lambda line: {"inputs": line, "targets": line}),
+            seqio.preprocessors.tokenize,
+            seqio.preprocessors.append_eos_after_trim,
+        ],
+        output_features=dict.fromkeys(("inputs", "targets"), seqio.Feature(seqio.ByteVocabulary())),
+        shuffle_buffer_size=7,
+    )
+    return dataclasses.replace(WORDS, mixture_or_task_name="test_files")
+
+
 def same(one, other):
     return all(np.array_equal(getattr(one, field), getattr(other, field)) for field in FIELDS)
 
@@ -59,12 +80,14 @@ def texts(batch, vocabulary):
     return [vocabulary.decode(tokens[mask].tolist()) for tokens, mask in rows]
 
 
-@pytest.mark.parametrize("dataset", [WORDS, PACKED], ids=["task with canvas", "packed mixture"])
-def test_resumed_reading_goes_on_with_the_same_batches(dataset):
+@pytest.mark.parametrize("kind", ["task with canvas", "packed mixture", "files"])
+@pytest.mark.parametrize("batches", [3, 13])
+def test_resumed_reading_goes_on_with_the_same_batches(kind, batches, word_files):
+    dataset = {"task with canvas": WORDS, "packed mixture": PACKED, "files": word_files}[kind]
     reader = dataset.train_iterator()
-    before = [next(reader) for _ in range(13)]
+    before = [next(reader) for _ in range(batches)]
     position = reader.state_dict()
-    after = [next(reader) for _ in range(20)]
+    after = [next(reader) for _ in range(20)]  # several epochs
     assert all(isinstance(x, np.ndarray) and x.dtype == np.uint8 for x in position.values())
 
     resumed = dataset.train_iterator()
@@ -77,7 +100,7 @@ def test_resumed_reading_goes_on_with_the_same_batches(dataset):
 
 def test_another_run_s_position_is_refused():
     position = WORDS.train_iterator().state_dict()
-    with pytest.raises(UserError, match="batch_size=8.*batch_size=4"):
+    with pytest.raises(UserError, match=r"batch_size=8.*batch_size=4"):
         dataclasses.replace(WORDS, batch_size=4).train_iterator().load_state_dict(position)
 
 
@@ -88,7 +111,8 @@ def test_every_epoch_is_whole_and_in_an_order_of_its_own():
     for _ in range(2):
         assert texts(next(reader), vocabulary) == [word(i).upper() for i in range(SIZE)]
     orders = [
-        texts(next(dataclasses.replace(plain, shuffle=True, seed=seed).train_iterator()), vocabulary) for seed in (0, 0, 1)
+        texts(next(dataclasses.replace(plain, shuffle=True, seed=seed).train_iterator()), vocabulary)
+        for seed in (0, 0, 1)
     ]
     assert orders[0] == orders[1] != orders[2]
 

@@ -1,0 +1,277 @@
+"""The Transformer against a plain numpy one, against itself by other ways, and against published sizes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from tiny import LLAMA, RELATIVE, ROTARY
+
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.models import transformer
+from diffusion_t5x.models.attention import KVCache
+from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.masks import BIDIRECTIONAL, CAUSAL, PREFIX, AttentionKind, Slots
+from diffusion_t5x.models.positions import relative_position_bucket
+from diffusion_t5x.models.transformer import ModelDefinition
+
+CONFIGS = {"relative": RELATIVE, "rotary": ROTARY, "llama": LLAMA}
+BLOCKS = AttentionKind("block_causal", 2)
+LENGTH = 14
+PACKED = tiny.pack([tiny.random_examples(0, [(3, 4), (1, 4)])], LENGTH)  # two examples and two slots of padding
+
+
+@functools.cache
+def forward(config):
+    """The jitted `(params, tokens, slots, kind) -> logits`."""
+    definition = ModelDefinition(config, tiny.VOCABULARY)
+
+    def logits(params, tokens, slots, kind):
+        model = definition.bind(params)
+        return model.logits(model(tokens, slots, kind))
+
+    return jax.jit(logits, static_argnums=3)
+
+
+def rms_norm(x, scale):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
+
+
+def turn(x, positions):
+    """Rotary positions of `[L, heads, D]`, by complex numbers."""
+    half = x.shape[-1] // 2
+    pairs = x[..., :half] + 1j * x[..., half:]
+    pairs = pairs * np.exp(1j * positions[:, None, None] * 10_000.0 ** (-np.arange(half) / half))
+    return np.concatenate([pairs.real, pairs.imag], axis=-1)
+
+
+GATES = {
+    "gelu": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+}
+
+
+def plain_transformer(config, params, tokens, mask):
+    """Logits `[L, V]` of one unpacked example, head by head in float64."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    positions = np.arange(len(tokens))
+    buckets = np.asarray(relative_position_bucket(positions - positions[:, None], bidirectional=True))
+    x = params["embedding"][tokens]
+    for layer in range(config.num_layers):
+        block = jax.tree.map(lambda leaf: leaf[layer], params["blocks"])  # noqa: B023  (used at once)
+        weights, mlp = block["attention"], block["mlp"]
+        y = rms_norm(x, block["attention_norm"]["scale"])
+        query, key, value = (np.einsum("ld,dhk->lhk", y, weights[name]) for name in ("query", "key", "value"))
+        if config.query_key_norm:
+            query = rms_norm(query, weights["query_norm"]["scale"])
+            key = rms_norm(key, weights["key_norm"]["scale"])
+        if config.position == "rotary":
+            query, key = turn(query, positions), turn(key, positions)
+        for head in range(config.num_heads):
+            shared = head // (config.num_heads // config.kv_heads)
+            scores = query[:, head] @ key[:, shared].T * config.attention_scale
+            if config.position == "relative":
+                scores = scores + params["relative_bias"]["embedding"][buckets, head]
+            scores = np.where(mask, np.exp(scores), 0)
+            x = x + (scores / scores.sum(-1, keepdims=True)) @ value[:, shared] @ weights["out"][head]
+        y = rms_norm(x, block["mlp_norm"]["scale"])
+        x = x + (GATES[config.activation](y @ mlp["wi_0"]) * (y @ mlp["wi_1"])) @ mlp["wo"]
+    x = rms_norm(x, params["final_norm"]["scale"])
+    if config.tie_embeddings:
+        return x @ params["embedding"].T / np.sqrt(config.embed_dim)
+    return x @ params["head"]
+
+
+@pytest.mark.parametrize("kind", [CAUSAL, PREFIX, BIDIRECTIONAL, BLOCKS], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("name", ["relative", "llama"])
+def test_packed_rows_against_a_plain_transformer_and_who_influences_whom(name, kind):
+    config = CONFIGS[name]
+    _, params = tiny.make_model(config)
+    # Row j holds another token in slot j; the last row is as it was.
+    slots = jax.tree.map(lambda x: np.repeat(x, LENGTH + 1, axis=0), Slots.of(PACKED))
+    tokens = np.repeat(PACKED.tokens, LENGTH + 1, axis=0)
+    tokens[np.arange(LENGTH), np.arange(LENGTH)] = 21
+    logits = np.asarray(forward(config)(params, tokens, slots, kind))
+    sees = np.asarray(kind.mask(slots, slots))[0]
+
+    for segment in (1, 2):
+        where = np.flatnonzero(PACKED.segment_ids[0] == segment)
+        expected = plain_transformer(config, params, tokens[-1, where], sees[np.ix_(where, where)])
+        np.testing.assert_allclose(logits[-1, where], expected, rtol=1e-4, atol=2e-5)
+
+    change = np.abs(logits[:-1] - logits[-1]).max(axis=-1).T  # [slot that reads, slot that was changed]
+    real = PACKED.segment_ids[0] > 0
+    assert (change[real][~sees[real]] <= 1e-6).all()
+    assert (change[sees] > 1e-4).all()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_number_of_parameters(name):
+    config = CONFIGS[name]
+    definition, params = tiny.make_model(config)
+    attention = config.embed_dim * config.head_dim * (2 * config.num_heads + 2 * config.kv_heads)
+    norms = 2 * config.embed_dim + (2 * config.head_dim if config.query_key_norm else 0)
+    blocks = config.num_layers * (attention + norms + 3 * config.embed_dim * config.mlp_dim)
+    embeddings = config.vocab_size * config.embed_dim * (1 if config.tie_embeddings else 2)
+    bias = config.relative_buckets * config.num_heads if config.position == "relative" else 0
+    assert definition.num_params() == embeddings + blocks + config.embed_dim + bias
+    names = jax.tree.map(len, definition.axes(), is_leaf=lambda x: isinstance(x, tuple))
+    assert names == jax.tree.map(lambda x: x.ndim, params)
+
+
+@pytest.mark.parametrize(
+    "dimensions,published",  # arXiv 2401.17181, section 4: decoder-only Base and XL with 256k pieces
+    [((768, 12, 12, 64, 2048), 280e6), ((2048, 24, 32, 64, 5120), 1.7e9)],
+)
+def test_published_sizes(dimensions, published):
+    definition = ModelDefinition(ModelConfig(*dimensions, vocab_size=256_000), tiny.VOCABULARY)
+    assert definition.num_params() == pytest.approx(published, rel=0.02)
+
+
+def assert_trees_close(found, expected, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), found, expected)
+
+
+def loss_and_gradients(config, tokens=PACKED.tokens, slots=Slots.of(PACKED)):
+    """Of a mean over all slots, padding too."""
+    definition, params = tiny.make_model(config)
+
+    def loss(params):
+        model = definition.bind(params)
+        return jnp.mean(model.logits(model(tokens, slots, CAUSAL)) ** 2)
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.fixture(scope="module")
+def expected_loss_and_gradients():
+    return loss_and_gradients(RELATIVE)
+
+
+@pytest.mark.parametrize("changes", [{"scan_unroll": True}, {"remat": "dots"}, {"remat": "full"}], ids=str)
+def test_unrolling_and_rematerialisation_change_nothing(expected_loss_and_gradients, changes):
+    found = loss_and_gradients(dataclasses.replace(RELATIVE, **changes))
+    assert_trees_close(found, expected_loss_and_gradients, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_is_drawn_from_the_rows_keys_and_off_without():
+    config = dataclasses.replace(RELATIVE, dropout_rate=0.2)
+    definition, params = tiny.make_model(config)
+    rows = np.repeat(PACKED.tokens, 3, axis=0), jax.tree.map(lambda x: np.repeat(x, 3, axis=0), Slots.of(PACKED))
+    without = forward(RELATIVE)(params, *rows, CAUSAL)
+    np.testing.assert_array_equal(forward(config)(params, *rows, CAUSAL), without)
+
+    keys = jax.random.split(jax.random.key(0), 2)[np.array([0, 1, 0])]
+    hidden = jax.jit(lambda params: definition.bind(params)(*rows, CAUSAL, keys))(params)
+    np.testing.assert_array_equal(hidden[0], hidden[2])
+    assert np.abs(hidden[0] - hidden[1]).max() > 0.1
+
+
+def test_gradients_are_finite_where_a_row_is_empty():
+    empty = jax.tree.map(np.zeros_like, PACKED)
+    loss, gradients = loss_and_gradients(LLAMA, empty.tokens, Slots.of(empty))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((loss, gradients)))
+
+
+def test_grouped_heads_equal_repeated_ones():
+    grouped = dataclasses.replace(RELATIVE, num_kv_heads=2)
+    _, params = tiny.make_model(grouped)
+    attention = params["blocks"]["attention"]
+    repeated = attention | {name: np.repeat(attention[name], 2, axis=2) for name in ("key", "value")}
+    full = params | {"blocks": params["blocks"] | {"attention": repeated}}
+    rows = PACKED.tokens, Slots.of(PACKED), CAUSAL
+    np.testing.assert_allclose(
+        forward(grouped)(params, *rows), forward(RELATIVE)(full, *rows), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", [CAUSAL, PREFIX], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("name", ["relative", "llama"])
+def test_extending_a_cache_gives_the_logits_of_whole_rows(name, kind):
+    definition, params = tiny.make_model(CONFIGS[name])
+    batch = tiny.one_a_row(tiny.random_examples(1, [(5, 7), (3, 7)]), 12)
+    slots = Slots.of(batch)
+
+    @functools.partial(jax.jit, static_argnums=3)
+    def extend(params, cache, start, size):
+        model = definition.bind(params)
+        tokens = jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, size))(batch.tokens, start)
+        hidden, cache = model.extend(tokens, kind, cache, start)
+        return model.logits(hidden), cache
+
+    found, cache = extend(params, KVCache.empty(definition.config, slots), np.array([0, 0]), 12)
+    # As a decoder does: the prompt's pass wrote rubbish beyond the inputs, and each row goes on from its own place.
+    first = np.array([5, 3])
+    later = jnp.arange(12) >= first[:, None]
+    cache = cache.replace(keys=jnp.where(later[None, :, :, None, None], 7.0, cache.keys))
+    found = np.array(found)
+    for step in range(7):
+        logits, cache = extend(params, cache, first + step, 1)
+        found[[0, 1], first + step] = logits[:, 0]
+    whole = np.asarray(forward(CONFIGS[name])(params, batch.tokens, slots, kind))
+    real = batch.segment_ids > 0
+    np.testing.assert_allclose(found[real], whole[real], rtol=1e-5, atol=1e-5)
+
+
+def test_map_logits_in_pieces_equals_the_whole(monkeypatch):
+    definition, params = tiny.make_model()
+    rng = np.random.default_rng(0)
+    hidden = rng.standard_normal((2, 13, 16)).astype(np.float32)
+    labels, weights = rng.integers(0, 32, (2, 13)), {"of loss": rng.standard_normal((2, 13)).astype(np.float32)}
+    lengths = []
+
+    def score(logits, labels, weights):
+        lengths.append(logits.shape[1])
+        picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+        return weights["of loss"] * picked**2, {"best": jnp.argmax(logits, axis=-1), "wide": logits[..., :3]}
+
+    def run():
+        def loss(params, hidden):
+            squares, rest = definition.bind(params).map_logits(score, hidden, labels, weights)
+            return jnp.sum(squares), (squares, rest)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, hidden)
+
+    expected = run()
+    assert set(lengths) == {13}
+    monkeypatch.setattr(transformer, "MAX_LOGITS_PER_ROW", 5 * 32)
+    lengths.clear()
+    found = run()
+    assert set(lengths) == {5}  # 13 = 5 + 5 + 3
+    assert_trees_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_low_precision_activations_end_in_float32_logits():
+    _, params = tiny.make_model()
+    low = dataclasses.replace(RELATIVE, dtype="bfloat16")
+    found, exact = (forward(c)(params, PACKED.tokens, Slots.of(PACKED), CAUSAL) for c in (low, RELATIVE))
+    assert found.dtype == jnp.float32
+    error = np.abs(found - exact).max()
+    assert 1e-4 < error < 0.1 * np.abs(exact).max()  # it did compute in bfloat16, and rightly
+
+
+def test_fresh_parameters_have_t5s_spread():
+    config = dataclasses.replace(RELATIVE, embed_dim=64, head_dim=32, mlp_dim=256)
+    params = jax.jit(ModelDefinition(config, tiny.VOCABULARY).init)(jax.random.key(0))
+    block = params["blocks"]
+    for kernel, variance in [
+        (params["embedding"], 1),
+        (block["attention"]["query"], 1 / (64 * 32)),
+        (block["attention"]["key"], 1 / 64),
+        (block["attention"]["value"], 1 / 64),
+        (block["attention"]["out"], 1 / (4 * 32)),
+        (block["mlp"]["wi_0"], 1 / 64),
+        (block["mlp"]["wi_1"], 1 / 64),
+        (block["mlp"]["wo"], 1 / 256),
+    ]:
+        assert kernel.dtype == jnp.float32
+        assert np.var(kernel) == pytest.approx(variance, rel=5 * np.sqrt(2 / kernel.size))  # five standard errors
+    assert not np.array_equal(*block["mlp"]["wi_0"])  # each layer draws its own
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_refused():
+    with pytest.raises(UserError, match="vocab_size = 16 is too small"):
+        ModelDefinition(dataclasses.replace(RELATIVE, vocab_size=16), tiny.VOCABULARY)

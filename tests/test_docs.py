@@ -1,0 +1,54 @@
+"""What the pages say holds: their commands resolve, their example is the tested one, their links lead somewhere."""
+
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from diffusion_t5x import config
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# A module that a reader is told to write, and places that a reader's own text goes into.
+NOT_RUN_AS_IT_STANDS = re.compile(r"my_task|…|FILE")
+
+
+def commands() -> list[str]:
+    """Every `python -m diffusion_t5x.…` of the pages and of the run files' comments, on one line each."""
+    found = set()
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            found |= set(re.findall(r"python -m diffusion_t5x\.[^\n]+", block.replace("\\\n", " ")))
+    for file in sorted((ROOT / "gin").rglob("*.gin")):
+        comment = "\n".join(
+            line.removeprefix("#").strip() for line in file.read_text(encoding="utf-8").splitlines() if line[:1] == "#"
+        )
+        found |= set(re.findall(r"python -m diffusion_t5x\.[^\n]+", comment.replace("\\\n", " ")))
+    return sorted(command for command in found if not NOT_RUN_AS_IT_STANDS.search(command))
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_of_the_pages_resolves(command, capsys):
+    _, _, module, *flags = shlex.split(command)
+    verb = {"train": "train", "eval": "evaluate", "infer": "infer"}[module.rpartition(".")[2]]
+    main = getattr(__import__(module, fromlist=[verb]), verb)
+    config.run(main, [*flags, "--print_config"])
+    printed = capsys.readouterr()
+    assert "MODEL" in printed.out and not printed.err
+
+
+def test_there_are_commands_to_resolve():
+    assert len(commands()) >= 10
+
+
+def test_the_readme_shows_the_task_example_that_is_tested():
+    example = (ROOT / "tests" / "tasks" / "own_task_example.py").read_text(encoding="utf-8")
+    for page in (ROOT / "README.md", ROOT / "docs" / "tasks.md"):
+        assert example in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_files_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target

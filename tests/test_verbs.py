@@ -1,0 +1,249 @@
+"""The verbs as users run them: train, kill, resume, adapt, fine-tune, evaluate, infer; and every mistake."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax.traverse_util import flatten_dict
+
+from diffusion_t5x import config, infer, train
+from diffusion_t5x import eval as evaluation
+from diffusion_t5x.training import checkpoints
+
+TINY = [
+    "--gin.ModelConfig.embed_dim=16",
+    "--gin.ModelConfig.num_layers=2",
+    "--gin.ModelConfig.num_heads=2",
+    "--gin.ModelConfig.head_dim=8",
+    "--gin.ModelConfig.mlp_dim=32",
+    "--gin.ModelConfig.scan_unroll=1",
+]
+PRETRAIN = [
+    "--gin_file=recipes/quickstart/pretrain_ar.gin",
+    *TINY,
+    "--gin.BATCH_SIZE=8",
+    "--gin.WARMUP_STEPS=2",
+    "--gin.EVAL_STEPS=1",
+    "--gin.TRAIN_STEPS=20",
+    "--gin.Periods.log=1",
+    "--gin.Periods.save=5",
+]
+MODELS = ["--gin_file=models/decoder_only.gin", "--gin_file=sizes/tiny.gin", "--gin_file=tasks/quickstart.gin"]
+TASK = [
+    "--gin.MIXTURE_OR_TASK_NAME=quickstart_pairs",
+    '--gin.TASK_FEATURE_LENGTHS={"inputs": 24, "targets": 28}',
+    "--gin.BATCH_SIZE=8",
+]
+FINETUNE = [
+    *MODELS,
+    "--gin_file=objectives/sundae.gin",
+    "--gin_file=decoding/sundae.gin",
+    "--gin_file=runs/finetune.gin",
+    *TASK,
+    *TINY,
+    "--gin.TRAIN_STEPS=3",
+    "--gin.EVAL_STEPS=1",
+    "--gin.NUM_DECODED_EXAMPLES=8",
+]
+
+
+def steps(model_dir: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (model_dir / "train" / "metrics.jsonl").read_text().splitlines()]
+
+
+def arrays(model_dir: pathlib.Path) -> dict[str, np.ndarray]:
+    """Every array of the latest checkpoint, as stored."""
+    state = ocp.PyTreeCheckpointer().restore(checkpoints.find_checkpoint(str(model_dir)) / "state")
+    return {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(state).items()}
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory) -> pathlib.Path:
+    """A run of 20 steps that nothing disturbs."""
+    model_dir = tmp_path_factory.mktemp("verbs") / "pretrained"
+    config.run(train.train, [*PRETRAIN, f"--gin.MODEL_DIR={model_dir}"])
+    return model_dir
+
+
+@pytest.fixture(scope="module")
+def finetuned(pretrained) -> pathlib.Path:
+    model_dir = pretrained.parent / "finetuned"
+    config.run(train.train, [*FINETUNE, f"--gin.MODEL_DIR={model_dir}", f"--gin.INITIAL_CHECKPOINT_PATH={pretrained}"])
+    return model_dir
+
+
+def test_a_run_leaves_what_t5x_users_expect(pretrained, finetuned):
+    assert (pretrained / "config.gin").read_text().count("TRAIN_STEPS = 20") == 1
+    assert "params" not in (pretrained / "model-info.txt").read_text().splitlines()[0]
+    assert [line["step"] for line in steps(pretrained)] == list(range(1, 21))
+    assert steps(pretrained)[-1]["loss"] < steps(pretrained)[0]["loss"]
+    assert list((pretrained / "train").glob("events*"))
+    assert (pretrained / "training_eval" / "quickstart_pretrain" / "metrics.jsonl").exists()
+    scores = json.loads((finetuned / "inference_eval" / "quickstart_pairs" / "metrics.jsonl").read_text())
+    assert scores["step"] == 3 and 0 <= scores["exact_match"] <= 100
+    assert (
+        len((finetuned / "inference_eval" / "quickstart_pairs" / "predictions_3.jsonl").read_text().splitlines()) == 8
+    )
+
+
+def test_the_resolved_config_repeats_the_run(pretrained, tmp_path):
+    flags = [f"--gin_file={pretrained / 'config.gin'}", f"--gin.MODEL_DIR={tmp_path}", "--gin.TRAIN_STEPS=20"]
+    config.run(train.train, flags)
+    assert [line["loss"] for line in steps(tmp_path)] == [line["loss"] for line in steps(pretrained)]
+
+
+@pytest.mark.slow
+def test_a_run_killed_and_started_again_is_the_undisturbed_run_bit_for_bit(pretrained, tmp_path):
+    command = [sys.executable, "-m", "diffusion_t5x.train", *PRETRAIN, f"--gin.MODEL_DIR={tmp_path}"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    try:
+        while not list(tmp_path.glob("checkpoints/checkpoint_1[05]")):
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = checkpoints.latest(str(tmp_path / "checkpoints"))
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"resuming from {done}" in again.stderr
+    # The same examples with the same noise give the same losses; each step shows once.
+    assert [(line["step"], line["loss"]) for line in steps(tmp_path)] == [
+        (line["step"], line["loss"]) for line in steps(pretrained)
+    ]
+    undisturbed, resumed = arrays(pretrained), arrays(tmp_path)
+    assert undisturbed.keys() == resumed.keys() and len(undisturbed) > 20
+    for name, array in undisturbed.items():
+        np.testing.assert_array_equal(array, resumed[name], err_msg=name)
+
+
+def test_a_finished_run_started_again_does_nothing(pretrained):
+    before = {path: path.stat().st_mtime_ns for path in pretrained.rglob("*") if path.is_file()}
+    config.run(train.train, [*PRETRAIN, f"--gin.MODEL_DIR={pretrained}"])
+    assert {path: path.stat().st_mtime_ns for path in pretrained.rglob("*") if path.is_file()} == before
+
+
+def test_adaptation_starts_from_the_parameters_with_a_fresh_optimizer(pretrained, tmp_path, capsys):
+    flags = ["--gin_file=recipes/quickstart/adapt.gin", *PRETRAIN[1:], f"--gin.MODEL_DIR={tmp_path}"]
+    flags += [f"--gin.INITIAL_CHECKPOINT_PATH={pretrained}", "--gin.TRAIN_STEPS=4", "--gin.Periods.save=1"]
+    config.run(train.train, [*flags, "--gin.PEAK_LEARNING_RATE=0.0", "--gin.adamw.weight_decay=0.0"])
+    log = capsys.readouterr().err
+    assert f"initialised from {pretrained}" in log and "at step 0 of 4" in log
+    before, after = arrays(pretrained), arrays(tmp_path)
+    for name in before:
+        if name.startswith("params/"):  # a learning rate of zero: what was restored is what is saved
+            np.testing.assert_array_equal(before[name], after[name], err_msg=name)
+    assert after["step"] == 4
+
+
+def test_dry_run_prints_sizes_and_writes_nothing(tmp_path, capsys):
+    model_dir = tmp_path / "never"
+    config.run(train.train, [*PRETRAIN, f"--gin.MODEL_DIR={model_dir}", "--dry_run"])
+    printed = capsys.readouterr().out
+    assert "model: 38,032 parameters" in printed  # 2,048·16 + 2·(4·16·16 + 3·16·32 + 2·16) + 16 + 32·2
+    assert "tokens int32[8, 96]" in printed
+    assert not model_dir.exists()
+
+
+def test_eval_writes_scores_and_all_it_takes_to_repeat_them(finetuned, tmp_path):
+    flags = [*MODELS, "--gin_file=decoding/sundae.gin", "--gin_file=runs/eval.gin", *TASK, *TINY]
+    flags += [f"--gin.CHECKPOINT_PATH={finetuned}", f"--gin.EVAL_OUTPUT_DIR={tmp_path}", "--gin.NUM_DECODED_EXAMPLES=8"]
+    config.run(evaluation.evaluate, flags)
+    report = json.loads((tmp_path / "results.json").read_text())
+    scores = report["results"]["quickstart_pairs"]
+    assert {"bleu", "bleu_low", "bleu_high", "exact_match", "num_examples"} <= scores.keys()
+    assert report["step"] == 3 and report["versions"]["jax"] and "num_samples=8" in report["evaluations"][0]
+    assert len((tmp_path / "quickstart_pairs_predictions.jsonl").read_text().splitlines()) == 8
+
+
+def test_infer_goes_on_where_it_stopped_and_refuses_other_settings(finetuned, tmp_path, capsys):
+    flags = [*MODELS, "--gin_file=decoding/sundae.gin", "--gin_file=runs/infer.gin", *TASK, *TINY]
+    flags += [f"--gin.CHECKPOINT_PATH={finetuned}", "--gin.NUM_DECODED_EXAMPLES=20", "--gin.infer.infer.trace=True"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    config.run(infer.infer, [*flags, f"--gin.INFER_OUTPUT_DIR={whole}"])
+    name = "quickstart_pairs-test.jsonl"
+    lines = (whole / name).read_text().splitlines(keepends=True)
+    records = [json.loads(line) for line in lines]
+    assert [record["example_id"] for record in records] == list(range(20))
+    assert all(len(record["trace"]) == 11 for record in records)
+    # Stopped in the middle of the eleventh line, and then asked for other batches.
+    cut.mkdir()
+    (cut / name).write_text("".join(lines[:10]) + lines[10][:25])
+    (cut / "quickstart_pairs-test.settings.json").write_text(
+        (whole / "quickstart_pairs-test.settings.json").read_text()
+    )
+    config.run(infer.infer, [*flags, f"--gin.INFER_OUTPUT_DIR={cut}", "--gin.BATCH_SIZE=4"])
+    again = [json.loads(line) for line in (cut / name).read_text().splitlines()]
+    assert [(r["example_id"], r["prediction"]) for r in again] == [(r["example_id"], r["prediction"]) for r in records]
+    with pytest.raises(SystemExit):
+        config.run(infer.infer, [*flags, f"--gin.INFER_OUTPUT_DIR={cut}", "--gin.RANDOM_SEED=1"])
+    assert "begun with other settings (random_seed" in capsys.readouterr().err
+    assert len((cut / name).read_text().splitlines()) == 20
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--gin.TRIAN_STEPS=5"], "TRAIN_STEPS"),
+        (["--gin.train.train.train_step=5"], "train_steps"),
+        (["--gin.ModelConfig.embed_dims=8"], "embed_dim"),
+        (["--gin_file=runs/pretrian.gin"], "runs/pretrain.gin"),
+        (["--gin.MIXTURE_OR_TASK_NAME=quickstart_pretrian"], "did you mean quickstart_pretrain"),
+        (['--gin.TASK_FEATURE_LENGTHS={"inputs": 4096, "targets": 4096}'], "max_length is 4096"),
+        (["--gin.INITIAL_CHECKPOINT_PATH=/no/such/folder"], "No checkpoint at /no/such/folder"),
+        (["--gin.MODEL_DIR=/dev/null/model"], "Cannot write to /dev/null/model"),
+        (["--gin.BATCH_SIZE=0"], "batch size"),
+        (["--gin.train.train.num_microbatches=3"], "num_microbatches = 3"),
+        (["--gin.WARMUP_STEPS=20"], "cannot warm up"),
+    ],
+)
+def test_a_mistake_is_one_clear_message_before_the_work_starts(flags, expected, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        config.run(train.train, [*PRETRAIN, f"--gin.MODEL_DIR={tmp_path / 'model'}", *flags])
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert expected in message
+    assert message.count("error: ") == 1 and "Traceback" not in message
+    assert not (tmp_path / "model" / "checkpoints").exists()
+
+
+def test_a_checkpoint_that_does_not_fit_is_listed_parameter_by_parameter(pretrained, tmp_path, capsys):
+    flags = [*FINETUNE, f"--gin.INITIAL_CHECKPOINT_PATH={pretrained}", f"--gin.MODEL_DIR={tmp_path / 'model'}"]
+    with pytest.raises(SystemExit):
+        config.run(train.train, [*flags, "--gin.ModelConfig.mlp_dim=48"])
+    message = capsys.readouterr().err
+    assert "params/blocks/mlp/wi_0" in message and "48" in message and "32" in message
+    assert "params/blocks/attention/query" not in message
+
+
+def test_a_mistake_has_no_traceback_and_a_non_zero_status_as_a_process():
+    command = [sys.executable, "-m", "diffusion_t5x.train", "--gin_file=runs/pretrian.gin"]
+    start = time.monotonic()
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 2
+    assert "error: " in process.stderr and "Traceback" not in process.stderr
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.slow
+def test_eight_devices_give_the_same_losses_however_they_are_arranged(eight_devices, pretrained, tmp_path):
+    losses = {}
+    for data, fsdp in ((8, 1), (2, 4)):
+        model_dir = tmp_path / f"{data}x{fsdp}"
+        flags = [*PRETRAIN, "--gin_file=hardware/mesh.gin", f"--gin.MODEL_DIR={model_dir}", "--gin.TRAIN_STEPS=20"]
+        flags += [f"--gin.MeshConfig.data={data}", f"--gin.MeshConfig.fsdp={fsdp}"]
+        command = [sys.executable, "-m", "diffusion_t5x.train", *flags]
+        subprocess.run(command, check=True, env=eight_devices, cwd=os.fspath(tmp_path))
+        losses[data, fsdp] = [line["loss"] for line in steps(model_dir)]
+        info = (model_dir / "model-info.txt").read_text()
+        assert ("('fsdp',)" in info) == (fsdp > 0)
+    np.testing.assert_allclose(losses[8, 1], losses[2, 4], rtol=1e-5)
+    np.testing.assert_allclose(losses[8, 1], [line["loss"] for line in steps(pretrained)], rtol=1e-5)

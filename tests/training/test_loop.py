@@ -1,0 +1,157 @@
+"""The training loop: what happens at which step, and that a resumed run is the undisturbed run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.objectives.sundae import Sundae
+from diffusion_t5x.partitioning import MeshConfig
+from diffusion_t5x.training import checkpoints
+from diffusion_t5x.training.loop import Periods, train_loop
+from diffusion_t5x.training.state import TrainState
+from diffusion_t5x.training.step import make_train_step
+
+
+class Batches:
+    """Batches of random examples, numbered; every example is drawn from its batch's number."""
+
+    def __init__(self):
+        self.next = 0
+
+    def __next__(self):
+        self.next += 1
+        return tiny.one_a_row(tiny.random_examples(self.next, [(2, 3), (1, 6), (4, 2), (0, 5)]), length=8)
+
+    def state_dict(self):
+        return {"next": np.array(self.next)}
+
+    def load_state_dict(self, state):
+        self.next = int(state["next"])
+
+
+class Recorder:
+    """A writer, and an evaluation, that note what they are given."""
+
+    def __init__(self):
+        self.written, self.evaluated = {}, {}
+
+    def write(self, step, metrics):
+        assert step not in self.written
+        self.written[step] = metrics
+
+    def evaluate(self, state, step):
+        assert int(state.step) == step and step not in self.evaluated
+        self.evaluated[step] = jax.device_get(state.params)
+        return {"score": float(step)}
+
+
+MESH = MeshConfig().make()
+
+
+@jax.jit
+def count(state, batch):
+    """Stands in for a step: the loss of step s is s squared."""
+    step = state.step + 1
+    metrics = {"loss": jnp.float32(step**2), "tokens": jnp.sum(batch.segment_ids > 0)}
+    return TrainState(step=step, params={"sum": state.params["sum"] + step}, opt_state=()), metrics
+
+
+def run(folder, *, total_steps, periods, start=0, train_step=count, state=None, batches=None):
+    recorder, store = Recorder(), checkpoints.Checkpoints(folder, keep_last=99)
+    if state is None:
+        state = TrainState(step=jnp.int32(start), params={"sum": jnp.int32(0)}, opt_state=())
+    final = train_loop(
+        mesh=MESH,
+        state=state,
+        train_step=train_step,
+        batches=batches or Batches(),
+        total_steps=total_steps,
+        periods=periods,
+        evaluate=recorder.evaluate,
+        checkpoints=store,
+        metadata={"config": "text"},
+        writer=recorder,
+    )
+    assert checkpoints.steps(folder)[-1:] == [total_steps] or start == total_steps  # it is there when the loop returns
+    store.close()
+    return final, recorder
+
+
+@pytest.mark.parametrize(
+    "periods,logs,evals,saves",
+    [
+        (Periods(log=4, eval=3, save=5), [4, 8, 10], [3, 6, 9, 10], [5, 10]),
+        (Periods(log=1, eval=None, save=100), list(range(1, 11)), [], [10]),
+        (Periods(log=5, eval=2, save=2), [5, 10], [2, 4, 6, 8, 10], [2, 4, 6, 8, 10]),
+    ],
+)
+def test_everything_happens_at_its_steps(tmp_path, periods, logs, evals, saves):
+    final, recorder = run(tmp_path, total_steps=10, periods=periods)
+    assert int(final.step) == 10 and int(final.params["sum"]) == 55
+    assert sorted(recorder.evaluated) == evals
+    assert all(params["sum"] == step * (step + 1) // 2 for step, params in recorder.evaluated.items())
+    assert checkpoints.steps(tmp_path) == saves
+
+    assert sorted(recorder.written) == logs
+    for before, step in zip([0, *logs], logs, strict=False):
+        metrics = recorder.written[step]
+        # The mean of all steps since the last time, whatever was evaluated or saved in between.
+        assert metrics["loss"] == pytest.approx(np.mean([s**2 for s in range(before + 1, step + 1)]))
+        assert set(metrics) == {"loss", "tokens_per_second", "seconds_per_step"}
+        rows = 23 * (step - before)  # tokens
+        assert metrics["tokens_per_second"] * metrics["seconds_per_step"] * (step - before) == pytest.approx(rows)
+
+
+def test_a_checkpoint_holds_the_step_the_data_position_and_the_evaluation(tmp_path):
+    run(tmp_path, total_steps=4, periods=Periods(log=2, eval=4, save=2))
+    abstract = TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32), params={"sum": jax.ShapeDtypeStruct((), jnp.int32)}, opt_state=()
+    )
+    for step, metrics in ((2, {}), (4, {"score": 4.0})):
+        state, data, metadata = checkpoints.restore(tmp_path / f"checkpoint_{step}", abstract)
+        assert int(state.step) == step and int(data["next"]) == step
+        assert metadata == {"config": "text", "step": step, "metrics": metrics}
+
+
+def test_a_run_goes_on_from_its_step(tmp_path):
+    final, recorder = run(tmp_path, total_steps=10, start=7, periods=Periods(log=2, eval=5, save=5))
+    assert int(final.params["sum"]) == 8 + 9 + 10
+    assert sorted(recorder.written) == [8, 10] and sorted(recorder.evaluated) == [10]
+
+
+def test_a_finished_run_does_nothing(tmp_path):
+    _, recorder = run(tmp_path, total_steps=10, start=10, periods=Periods())
+    assert not recorder.written and not recorder.evaluated and not checkpoints.steps(tmp_path)
+
+
+def test_a_resumed_run_is_the_undisturbed_run_bit_for_bit(tmp_path):
+    definition, optimizer = tiny.make_model()[0], optax.adamw(1e-2)
+    abstract, _ = tiny.fresh_state(MESH, definition, optimizer, keep_ema=True)
+    step = make_train_step(MESH, abstract, definition, Sundae(), optimizer, seed=0, ema_decay=0.9)
+
+    def train(folder, total_steps, state=None, batches=None):
+        state = state or tiny.fresh_state(MESH, definition, optimizer, keep_ema=True)[1]
+        periods = Periods(log=2, eval=None, save=5)
+        return run(folder, total_steps=total_steps, periods=periods, train_step=step, state=state, batches=batches)
+
+    whole, recorder = train(tmp_path / "whole", 10)
+    train(tmp_path / "parts", 5)
+    state, data, _ = checkpoints.restore(tmp_path / "parts", abstract)
+    batches = Batches()
+    batches.load_state_dict(data)
+    resumed, resumed_recorder = train(tmp_path / "parts", 10, state, batches)
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    assert resumed_recorder.written[8]["loss"] == recorder.written[8]["loss"]
+    # Not for want of anything to differ in: the examples and the noise of other steps give other parameters.
+    elsewhere, _ = train(tmp_path / "elsewhere", 10, state=checkpoints.restore(tmp_path / "parts/checkpoint_5", abstract)[0])
+    assert any((x != y).any() for x, y in zip(jax.tree.leaves(elsewhere.params), jax.tree.leaves(whole.params), strict=True))
+
+
+@pytest.mark.parametrize("bad", [{"log": 0}, {"eval": 0}, {"save": -1}])
+def test_periods_of_no_steps_are_refused(bad):
+    with pytest.raises(UserError, match=f"Periods.{next(iter(bad))}"):
+        Periods(**bad)
