@@ -1,0 +1,5 @@
+"""SeqIO tasks and mixtures, one module a family."""
+
+from diffusion_t5x.data.seqio_source import libraries
+
+libraries()  # before a task's module imports TensorFlow in its own, noisier way

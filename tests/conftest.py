@@ -7,6 +7,8 @@ import pathlib
 # machine's few cores and change the numbers that single-device tests hold. Tests of meshes start a process of their own
 # with `eight_devices`.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Tests compile much and compute little: without the backend's optimisation they take about half the time.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
@@ -24,7 +26,7 @@ def test_data() -> pathlib.Path:
     return pathlib.Path(folder)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def eight_devices() -> dict[str, str]:
     """The environment of a process that sees eight CPU devices: `subprocess.run(..., env=eight_devices)`."""
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"

@@ -27,16 +27,30 @@ FEATURES = ("inputs", "targets")
 
 
 @functools.cache
-def _libraries() -> tuple[types.ModuleType, types.ModuleType]:
+def libraries() -> tuple[types.ModuleType, types.ModuleType]:
     """SeqIO and TensorFlow, quiet and away from the accelerators, which are JAX's."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    import seqio
-    import tensorflow as tf
+    with _silent_stderr():
+        import seqio
+        import tensorflow as tf
 
-    with contextlib.suppress(RuntimeError):  # the caller has set TensorFlow up already
-        tf.config.set_visible_devices([], "GPU")
+        with contextlib.suppress(RuntimeError):  # the caller has set TensorFlow up already
+            tf.config.set_visible_devices([], "GPU")
     return seqio, tf
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drops what C++ code writes; TensorFlow reports missing accelerators at import, whatever its log level."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +119,7 @@ class SeqioDataset:
         if vocabularies[0] != vocabularies[-1]:
             raise UserError(f"inputs and targets of {where} must share one vocabulary for a decoder-only model.")
         if self.use_cached:
-            for task in _libraries()[0].get_subtasks(provider):
+            for task in libraries()[0].get_subtasks(provider):
                 if task.supports_caching and not task.cache_dir:
                     raise UserError(
                         f"{task.name!r} is not cached: run seqio_cache_tasks and add its folder with "
@@ -145,7 +159,7 @@ class SeqioDataset:
           UserError: this is a mixture: metrics belong to tasks.
         """
         task = self._provider()
-        if not isinstance(task, _libraries()[0].Task):
+        if not isinstance(task, libraries()[0].Task):
             raise UserError(f"Metrics belong to tasks, and {self.name!r} is a mixture: evaluate its tasks one by one.")
         texts = {True: "targets_pretokenized", False: "prediction"}
         targets, predictions = (
@@ -169,7 +183,7 @@ class SeqioDataset:
         if self.batch_size % num_shards:
             raise UserError(f"The batch size {self.batch_size} does not divide into {num_shards} shards.")
         rows = self.batch_size // num_shards
-        seqio, tf = _libraries()
+        seqio, tf = libraries()
         from diffusion_t5x.data.train_iterator import TrainIterator
 
         ds = self._provider().get_dataset(
@@ -211,7 +225,7 @@ class SeqioDataset:
           UserError: as `check`.
         """
         self.check()
-        _, tf = _libraries()
+        _, tf = libraries()
         converter = self._converter(pack=False)
         examples = (
             self._eval_dataset(num_examples)
@@ -265,7 +279,7 @@ class SeqioDataset:
         return described
 
     def _provider(self) -> "seqio.Task | seqio.Mixture":
-        seqio, _ = _libraries()
+        seqio, _ = libraries()
         name = self.mixture_or_task_name
         known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
         if name not in known:

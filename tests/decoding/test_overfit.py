@@ -28,10 +28,9 @@ def examples():
     "objective,decoder,steps",
     [
         (Autoregressive(), AutoregressiveDecoder(), 200),
-        (Autoregressive(prefix=True), AutoregressiveDecoder(prefix=True), 200),
         (Sundae(), SundaeDecoder(), 600),
     ],
-    ids=["causal", "prefix", "sundae"],
+    ids=["autoregressive", "sundae"],
 )
 def test_eight_examples_are_learnt_by_heart(objective, decoder, steps):
     definition, params = tiny.make_model()

@@ -29,7 +29,7 @@ def test_vocabulary_size_is_rounded_up_or_checked():
     unset = dataclasses.replace(tiny.RELATIVE, vocab_size=None)
     assert [unset.with_vocabulary(size).vocab_size for size in (1, 128, 129)] == [128, 128, 256]
     assert tiny.RELATIVE.with_vocabulary(32).vocab_size == 32
-    with pytest.raises(UserError, match="vocab_size = 32 is too small: .* 33 ids"):
+    with pytest.raises(UserError, match=r"vocab_size = 32 is too small: .* 33 ids"):
         tiny.RELATIVE.with_vocabulary(33)
 
 
@@ -37,5 +37,5 @@ def test_rows_longer_than_the_model_are_refused():
     config = dataclasses.replace(tiny.RELATIVE, max_length=10)
     config.check_length(10)
     tiny.RELATIVE.check_length(10**6)
-    with pytest.raises(UserError, match="11 tokens.*max_length is 10"):
+    with pytest.raises(UserError, match=r"11 tokens.*max_length is 10"):
         config.check_length(11)

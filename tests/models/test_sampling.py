@@ -51,7 +51,9 @@ def test_filters_keep_what_their_definitions_say(logits, temperature, top_k, top
     expected = kept_by_loop(logits, sampling)
     filtered = np.asarray(filter_logits(jnp.asarray(logits), sampling))
     assert set(np.flatnonzero(np.isfinite(filtered))) == expected
-    np.testing.assert_allclose(filtered[sorted(expected)], logits[sorted(expected)] / np.float32(temperature), rtol=1e-6)
+    np.testing.assert_allclose(
+        filtered[sorted(expected)], logits[sorted(expected)] / np.float32(temperature), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.5), Sampling(1.0, top_k=3), Sampling(2.0, top_p=0.6)])
@@ -62,7 +64,10 @@ def test_tokens_come_as_often_as_their_probability(sampling):
     expected = np.where(kept, np.exp(logits / sampling.temperature), 0)
     expected /= expected.sum()
     tokens = sample(
-        jnp.broadcast_to(logits, (1, draws, 5)), jax.random.split(jax.random.key(0), 1), jnp.arange(draws)[None], sampling
+        jnp.broadcast_to(logits, (1, draws, 5)),
+        jax.random.split(jax.random.key(0), 1),
+        jnp.arange(draws)[None],
+        sampling,
     )
     frequency = np.bincount(np.asarray(tokens[0]), minlength=5) / draws
     assert (np.abs(frequency - expected) <= 5 * np.sqrt(expected * (1 - expected) / draws)).all()

@@ -135,13 +135,13 @@ def assert_trees_close(found, expected, **tolerance):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), found, expected)
 
 
-def loss_and_gradients(config, tokens=PACKED.tokens, slots=Slots.of(PACKED)):
+def loss_and_gradients(config, batch=PACKED):
     """Of a mean over all slots, padding too."""
     definition, params = tiny.make_model(config)
 
     def loss(params):
         model = definition.bind(params)
-        return jnp.mean(model.logits(model(tokens, slots, CAUSAL)) ** 2)
+        return jnp.mean(model.logits(model(batch.tokens, Slots.of(batch), CAUSAL)) ** 2)
 
     return jax.jit(jax.value_and_grad(loss))(params)
 
@@ -171,8 +171,7 @@ def test_dropout_is_drawn_from_the_rows_keys_and_off_without():
 
 
 def test_gradients_are_finite_where_a_row_is_empty():
-    empty = jax.tree.map(np.zeros_like, PACKED)
-    loss, gradients = loss_and_gradients(LLAMA, empty.tokens, Slots.of(empty))
+    loss, gradients = loss_and_gradients(LLAMA, jax.tree.map(np.zeros_like, PACKED))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((loss, gradients)))
 
 
@@ -183,9 +182,7 @@ def test_grouped_heads_equal_repeated_ones():
     repeated = attention | {name: np.repeat(attention[name], 2, axis=2) for name in ("key", "value")}
     full = params | {"blocks": params["blocks"] | {"attention": repeated}}
     rows = PACKED.tokens, Slots.of(PACKED), CAUSAL
-    np.testing.assert_allclose(
-        forward(grouped)(params, *rows), forward(RELATIVE)(full, *rows), rtol=1e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(forward(grouped)(params, *rows), forward(RELATIVE)(full, *rows), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [CAUSAL, PREFIX], ids=lambda kind: kind.name)

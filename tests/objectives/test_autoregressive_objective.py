@@ -39,9 +39,7 @@ def negative_log_likelihoods(name):
 
     def of(inputs, targets):
         row = np.array([[21, *inputs, *targets]])
-        return [
-            -float(last_log_probabilities(row[:, : len(inputs) + 1 + n])[token]) for n, token in enumerate(targets)
-        ]
+        return [-float(last_log_probabilities(row[:, : len(inputs) + 1 + n])[token]) for n, token in enumerate(targets)]
 
     return [of(*example) for example in EXAMPLES]
 

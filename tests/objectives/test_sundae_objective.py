@@ -146,7 +146,9 @@ def test_the_best_predictor_attains_the_floor_and_others_do_not(size):
         table = jnp.pad(jnp.log(posterior), ((0, 1), (0, 1)), constant_values=-1e9)  # MASK is never read nor written
         per_row = jax.tree.map(lambda x: x[:, None], batch)
         key, objective, model = jax.random.key(3), Sundae(num_unrolls=0), Table(table, vocabulary)
-        return jax.lax.map(lambda row: objective.loss(model, row, key, train=False).loss.mean(), per_row, batch_size=500)
+        return jax.lax.map(
+            lambda row: objective.loss(model, row, key, train=False).loss.mean(), per_row, batch_size=500
+        )
 
     posterior, _ = exact_posterior(size, 1)
     best = np.asarray(row_losses(posterior))
@@ -169,9 +171,9 @@ def test_a_trained_model_comes_to_the_floor_and_not_below():
         params, opt_state = carry
         data_key, noise_key = jax.random.split(key)
         batch = example.replace(tokens=jax.random.randint(data_key, (128, 16), 0, 4))
-        loss, grads = jax.value_and_grad(
-            lambda p: objective.loss(definition.bind(p), batch, noise_key).loss.mean()
-        )(params)
+        loss, grads = jax.value_and_grad(lambda p: objective.loss(definition.bind(p), batch, noise_key).loss.mean())(
+            params
+        )
         updates, opt_state = optimizer.update(grads, opt_state)
         return (optax.apply_updates(params, updates), opt_state), loss
 

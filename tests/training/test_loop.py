@@ -147,8 +147,12 @@ def test_a_resumed_run_is_the_undisturbed_run_bit_for_bit(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
     assert resumed_recorder.written[8]["loss"] == recorder.written[8]["loss"]
     # Not for want of anything to differ in: the examples and the noise of other steps give other parameters.
-    elsewhere, _ = train(tmp_path / "elsewhere", 10, state=checkpoints.restore(tmp_path / "parts/checkpoint_5", abstract)[0])
-    assert any((x != y).any() for x, y in zip(jax.tree.leaves(elsewhere.params), jax.tree.leaves(whole.params), strict=True))
+    elsewhere, _ = train(
+        tmp_path / "elsewhere", 10, state=checkpoints.restore(tmp_path / "parts/checkpoint_5", abstract)[0]
+    )
+    assert any(
+        (x != y).any() for x, y in zip(jax.tree.leaves(elsewhere.params), jax.tree.leaves(whole.params), strict=True)
+    )
 
 
 @pytest.mark.parametrize("bad", [{"log": 0}, {"eval": 0}, {"save": -1}])

@@ -30,44 +30,35 @@ def assert_close(found, expected, rtol=1e-5, atol=1e-6):
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("microbatches", "normalizing_factor"))
-def _gradients(objective, params, batch, **settings):
+def _gradients(objective, params, batch, key, **settings):
     definition = ModelDefinition(DROPOUT, tiny.VOCABULARY)
-    return loss_and_gradients(definition, objective, params, batch, jax.random.key(0), **settings)
+    return loss_and_gradients(definition, objective, params, batch, key, **settings)
 
 
-def gradients(objective, batch, **settings):
+def gradients(objective, batch, key=jax.random.key(0), **settings):  # noqa: B008
     """With dropout: rows draw from their own keys, so not even that depends on the microbatches."""
-    return _gradients(objective, tiny.make_model()[1], batch, **settings)
+    return _gradients(objective, tiny.make_model()[1], batch, key, **settings)
 
 
-@pytest.mark.parametrize(
-    "objective",
-    [Autoregressive(z_loss=0.01), Autoregressive(normalize="all_tokens"), Sundae(normalize="sequences")],
-    ids=["target_tokens", "all_tokens", "sequences"],
-)
+AR, SUNDAE = Autoregressive(z_loss=0.01), Sundae(normalize="sequences")
+
+
+@pytest.mark.parametrize("objective", [AR, SUNDAE], ids=["target_tokens", "sequences"])
 def test_microbatches_change_nothing(objective):
-    sums, grads = gradients(objective, BATCH)
-    for microbatches in (2, 4):
-        assert_close(gradients(objective, BATCH, microbatches=microbatches), (sums, grads))
-
-
-def test_mean_of_means_would_be_something_else():
-    whole = gradients(Autoregressive(), BATCH)[1]["embedding"]
-    halves = [gradients(Autoregressive(), tiny.rows_of(BATCH, range(n, 8, 2)))[1]["embedding"] for n in (0, 1)]
-    assert np.abs((halves[0] + halves[1]) / 2 - whole).max() > 0.01 * np.abs(whole).max()
+    assert_close(gradients(objective, BATCH, microbatches=4), gradients(objective, BATCH))
 
 
 def test_normalizing_factor_takes_the_place_of_the_denominator():
-    sums, grads = gradients(Autoregressive(), BATCH)
+    sums, grads = gradients(AR, BATCH)
     assert sums.loss.denominator == BATCH.target_mask.sum()
-    other_sums, other_grads = gradients(Autoregressive(), BATCH, normalizing_factor=50.0)
+    other_sums, other_grads = gradients(AR, BATCH, normalizing_factor=50.0)
     assert other_sums.loss.mean() == sums.loss.numerator / 50
     assert_close(other_sums.metrics, sums.metrics)
     assert_close(other_grads, jax.tree.map(lambda g: g * sums.loss.denominator / 50, grads))
 
 
 def test_a_batch_without_targets_is_no_error_and_no_gradient():
-    sums, grads = gradients(Sundae(normalize="sequences"), BATCH.replace(target_mask=np.zeros_like(BATCH.target_mask)))
+    sums, grads = gradients(SUNDAE, BATCH.replace(target_mask=np.zeros_like(BATCH.target_mask)))
     assert sums.loss.mean() == 0
     assert all((g == 0).all() for g in jax.tree.leaves(grads))
 
@@ -76,9 +67,9 @@ def test_a_batch_without_targets_is_no_error_and_no_gradient():
 def run():
     """Three SGD steps with an average: the states before and after each, on the host, and the metrics."""
     mesh, optimizer = MeshConfig().make(), optax.sgd(0.1)
-    definition = tiny.make_model()[0]
+    definition = ModelDefinition(DROPOUT, tiny.VOCABULARY)
     abstract, state = tiny.fresh_state(mesh, definition, optimizer, keep_ema=True)
-    step = make_train_step(mesh, abstract, definition, Sundae(), optimizer, seed=3, ema_decay=0.75)
+    step = make_train_step(mesh, abstract, definition, SUNDAE, optimizer, seed=3, ema_decay=0.75)
     states, metrics = [jax.device_get(state)], []
     with jax.set_mesh(mesh):
         for _ in range(3):
@@ -92,12 +83,10 @@ def run():
 
 
 def test_a_step_is_an_optimizer_step_on_the_loss(run):
-    definition, params = tiny.make_model()
-    key = jax.random.fold_in(jax.random.key(3), 0)
-    sums, grads = jax.jit(lambda p: loss_and_gradients(definition, Sundae(), p, BATCH, key))(params)
-    first = run["states"][1]
+    sums, grads = gradients(SUNDAE, BATCH, jax.random.fold_in(jax.random.key(3), 0))
+    start, first = run["states"][:2]
     assert first.step == 1
-    assert_close(first.params, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads))
+    assert_close(first.params, jax.tree.map(lambda p, g: p - 0.1 * g, start.params, grads))
     metrics = run["metrics"][0]
     norm = np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(grads)))
     assert metrics["loss"] == pytest.approx(float(sums.loss.mean()), rel=1e-5)

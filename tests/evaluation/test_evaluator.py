@@ -1,0 +1,125 @@
+"""Losses over an evaluation set, predictions of its examples, and both through the evaluator."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from diffusion_t5x.decoding.decoder import Decoded
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval
+from diffusion_t5x.evaluation.inference import predict, write_jsonl
+from diffusion_t5x.evaluation.losses import evaluate_loss
+from diffusion_t5x.objectives.autoregressive import Autoregressive
+from diffusion_t5x.objectives.objective import LossSums, Ratio
+from diffusion_t5x.partitioning import MeshConfig
+
+MESH = MeshConfig().make()
+EXAMPLES = tiny.random_examples(0, [(2, 3), (1, 4), (3, 2), (0, 1), (2, 2)])
+
+
+class Dataset:
+    """Five examples in batches of two; the last batch is filled up with an empty row."""
+
+    name = "five"
+
+    def eval_batches(self, num_examples=None):
+        examples = EXAMPLES[:num_examples]
+        for start in range(0, len(examples), 2):
+            some = examples[start : start + 2]
+            batch = tiny.one_a_row([*some, ([], [])][:2], length=6, first_id=start)
+            yield batch, [{"example_id": start + n, "targets": self.to_text(t)} for n, (_, t) in enumerate(some)]
+
+    def to_text(self, tokens):
+        return " ".join(map(str, tokens))
+
+    def show_canvas(self, tokens):
+        return f"<{self.to_text(tokens)}>"
+
+    def score(self, records):
+        return {"right": np.mean([record["prediction"] == record["targets"] for record in records])}
+
+
+def batches():
+    return (batch for batch, _ in Dataset().eval_batches())
+
+
+def count_tokens(params, batch):
+    """Stands in for a loss step: the mean token of the targets."""
+    sums = Ratio(jnp.sum(batch.tokens * batch.target_mask), jnp.sum(batch.target_mask))
+    return LossSums(sums, {"sequences": Ratio(jnp.sum(batch.target_mask), jnp.sum(batch.target_mask.any(axis=1)))})
+
+
+def test_loss_is_the_sum_over_all_batches_divided_once():
+    found = evaluate_loss(count_tokens, None, batches(), MESH)
+    tokens = [token for _, targets in EXAMPLES for token in targets]
+    assert found == {"loss": pytest.approx(np.mean(tokens)), "sequences": pytest.approx(len(tokens) / 5)}
+    first = [token for _, targets in EXAMPLES[:2] for token in targets]
+    assert evaluate_loss(count_tokens, None, batches(), MESH, num_batches=1)["loss"] == pytest.approx(np.mean(first))
+
+
+def test_an_empty_evaluation_set_is_refused():
+    with pytest.raises(UserError, match="empty"):
+        evaluate_loss(count_tokens, None, iter(()), MESH)
+
+
+def double(params, batch):
+    """Stands in for a decode step: writes every target twice as large."""
+    tokens = jnp.where(batch.target_mask, 2 * batch.tokens, batch.tokens)
+    return Decoded(tokens, scores=batch.example_ids / 10, steps=jnp.int32(1), trace=jnp.stack([batch.tokens, tokens]))
+
+
+def test_each_example_gets_its_prediction_in_order():
+    dataset = Dataset()
+    records = list(predict(double, None, dataset.eval_batches(), MESH, dataset.to_text, dataset.show_canvas))
+    assert len(records) == 5  # and none for the row that fills up the last batch
+    for number, (record, (_, targets)) in enumerate(zip(records, EXAMPLES, strict=True)):
+        text = " ".join(str(2 * token) for token in targets)
+        assert record == {
+            "example_id": number,
+            "targets": dataset.to_text(targets),
+            "prediction": text,
+            "score": pytest.approx(number / 10),
+            "trace": [f"<{dataset.to_text(targets)}>", f"<{text}>"],
+        }
+
+
+def test_a_file_of_predictions_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "folder" / "predictions.jsonl"
+    write_jsonl(str(path), [{"prediction": "é"}, {"prediction": "b"}])
+    assert path.read_text(encoding="utf-8").splitlines() == ['{"prediction": "é"}', '{"prediction": "b"}']
+
+    def breaks_off():
+        yield {"prediction": "c"}
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_jsonl(str(path), breaks_off())
+    assert [json.loads(line)["prediction"] for line in path.open(encoding="utf-8")] == ["é", "b"]
+
+
+class Echo:
+    """A decoder that writes the clean targets; it sees what it is bound to and what it draws from."""
+
+    def decode(self, model, batch, key, trace=False):
+        assert model.config == tiny.RELATIVE
+        return Decoded(batch.tokens, jnp.zeros(len(batch.tokens)), jnp.int32(0), None)
+
+
+def test_the_evaluator_measures_losses_and_decodes():
+    definition, params = tiny.make_model()
+    dataset = Dataset()
+    evaluator = Evaluator(
+        MESH, definition, Autoregressive(), [LossEval(dataset)], [DecodeEval(dataset, Echo(), num_examples=3)]
+    )
+    losses = evaluator.losses(params)
+    whole = tiny.one_a_row(EXAMPLES)
+    expected = Autoregressive().loss(definition.bind(params), whole, None, train=False)
+    assert losses["five"]["loss"] == pytest.approx(float(expected.loss.mean()), rel=1e-5)
+    assert losses["five"]["accuracy"] == pytest.approx(float(expected.metrics["accuracy"].mean()))
+
+    [(name, metrics, records)] = evaluator.decode(params)
+    assert name == "five" and metrics["right"] == 1 and metrics["decode_seconds"] > 0
+    assert [record["example_id"] for record in records] == [0, 1, 2] and "trace" not in records[0]

@@ -1,0 +1,73 @@
+"""Trains and decodes on several meshes of eight devices and prints what it saw; run by `test_partitioning.py`."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tiny
+
+from diffusion_t5x import partitioning
+from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
+from diffusion_t5x.decoding.sundae import SundaeDecoder
+from diffusion_t5x.evaluation.inference import make_decode_step
+from diffusion_t5x.objectives.autoregressive import Autoregressive
+from diffusion_t5x.objectives.sundae import Sundae
+from diffusion_t5x.partitioning import MeshConfig
+from diffusion_t5x.training.state import init_state
+from diffusion_t5x.training.step import make_train_step
+
+AUTOREGRESSIVE = Autoregressive(), AutoregressiveDecoder(temperature=0.7)
+SUNDAE = Sundae(), SundaeDecoder(num_steps=3, num_samples=2)
+RUNS = {  # every compilation takes seconds: no more than it takes to try each mesh and, on one, each model
+    "one": (MeshConfig().make(jax.devices()[:1]), [AUTOREGRESSIVE, SUNDAE]),
+    "data": (MeshConfig().make(), [SUNDAE]),
+    "data_fsdp": (MeshConfig(data=2, fsdp=4).make(), [AUTOREGRESSIVE, SUNDAE]),
+    "fsdp_tensor": (MeshConfig(data=1, fsdp=4, tensor=2).make(), [AUTOREGRESSIVE]),
+}
+BATCH = tiny.one_a_row(tiny.random_examples(0, [(n % 4, 6) for n in range(8)]), length=10)
+
+
+def shard(x):
+    return list(x.addressable_shards[0].data.shape)
+
+
+def some_shards(params):
+    return [
+        shard(x) for x in (params["embedding"], params["blocks"]["mlp"]["wi_0"], params["blocks"]["attention"]["out"])
+    ]
+
+
+def see(mesh, pairs):
+    definition, optimizer = tiny.make_model()[0], optax.adam(1e-2)
+    rows = partitioning.put_batch(mesh, BATCH)
+    seen = {"shards": {"batch": shard(rows.tokens)[0]}}
+    with jax.set_mesh(mesh):
+        hidden = jax.jit(lambda x: partitioning.constrain(x, ("batch", "length", "embed")))(jnp.zeros((8, 3, 16)))
+        seen["shards"]["activation"] = shard(hidden)
+        for objective, decoder in pairs:
+            abstract, state = tiny.fresh_state(mesh, definition, optimizer)
+            step = make_train_step(mesh, abstract, definition, objective, optimizer, seed=0)
+            losses = []
+            for _ in range(4):
+                state, metrics = step(state, rows)
+                losses.append(float(metrics["loss"]))
+            decoded = make_decode_step(mesh, definition, decoder, seed=0)(state.params, rows)
+            seen[type(objective).__name__] = {
+                "losses": losses,
+                "tokens": np.asarray(decoded.tokens).tolist(),
+                "scores": np.asarray(decoded.scores).tolist(),
+            }
+        trees = {
+            "parameters": state.params,
+            "first moments": state.opt_state[0].mu,
+            "second moments": state.opt_state[0].nu,
+        }
+        fresh = init_state(abstract, definition, optimizer, seed=0).params
+        seen["shards"] |= {name: some_shards(tree) for name, tree in (trees | {"fresh parameters": fresh}).items()}
+        seen["fresh"] = [float(np.square(x).sum()) for x in jax.tree.leaves(jax.device_get(fresh))]
+    return seen
+
+
+print(json.dumps({name: see(*run) for name, run in RUNS.items()}))

@@ -1,0 +1,144 @@
+"""Meshes: what is refused, where things lie, and that eight devices compute what one does."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from diffusion_t5x import partitioning
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.transformer import ModelDefinition
+from diffusion_t5x.partitioning import MESH_AXES, MeshConfig
+from diffusion_t5x.training.state import abstract_state
+
+
+def abstract_mesh(data, fsdp, tensor):
+    return AbstractMesh((data, fsdp, tensor), MESH_AXES)
+
+
+def test_the_data_axis_takes_what_is_left():
+    assert dict(MeshConfig().make().shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    "config,message",
+    [
+        (MeshConfig(fsdp=3), "2 × 3 × 1 does not make 8 devices"),
+        (MeshConfig(data=4), "4 × 1 × 1 does not make 8 devices"),
+        (MeshConfig(fsdp=16), "1 × 16 × 1 does not make 8 devices"),
+        (MeshConfig(fsdp=0), "at least 1"),
+        (MeshConfig(data=-8, fsdp=-1), "at least 1"),
+    ],
+)
+def test_meshes_that_do_not_fit_the_devices_are_refused(config, message):
+    with pytest.raises(UserError, match=message):
+        config.make(devices=jax.devices() * 8)
+
+
+@pytest.mark.parametrize(
+    "mesh,axis",
+    [(abstract_mesh(1, 5, 1), "'embed' of size 16 .* 5 .*fsdp"), (abstract_mesh(1, 1, 3), "'kv_heads' of size 2 .* 3")],
+)
+def test_a_parameter_that_does_not_divide_is_named(mesh, axis):
+    definition = ModelDefinition(tiny.LLAMA, tiny.VOCABULARY)
+    with pytest.raises(UserError, match=r"blocks/attention/key of shape \(2, 16, 2, 4\): its axis " + axis):
+        partitioning.param_shardings(mesh, definition.abstract(), definition.axes())
+
+
+def test_rows_that_do_not_divide_are_refused():
+    mesh = abstract_mesh(2, 2, 2)
+    partitioning.check_batch_size(mesh, 12)
+    with pytest.raises(UserError, match="6 rows does not divide over 4 devices"):
+        partitioning.check_batch_size(mesh, 6)
+
+
+def specs(tree):
+    return jax.tree.map(lambda x: x.sharding.spec, tree)
+
+
+def test_moments_lie_as_their_parameters_do_and_the_rest_stands_whole():
+    mesh = abstract_mesh(2, 2, 2)
+    definition = ModelDefinition(tiny.RELATIVE, tiny.VOCABULARY)
+    state = abstract_state(mesh, definition, optax.adamw(1e-3), keep_ema=True)
+    assert specs(state.params)["blocks"]["attention"] == {
+        "query": P((), ("fsdp",), ("tensor",), ()),
+        "key": P((), ("fsdp",), ("tensor",), ()),
+        "value": P((), ("fsdp",), ("tensor",), ()),
+        "out": P((), ("tensor",), (), ("fsdp",)),
+    }
+    assert specs(state.params)["embedding"] == P(("tensor",), ("fsdp",))
+    moments = state.opt_state[0]
+    assert specs(moments.mu) == specs(moments.nu) == specs(state.ema) == specs(state.params)
+    assert moments.count.sharding.spec == state.step.sharding.spec == P()
+
+    # Factored moments have shapes of their own.
+    factored = abstract_state(mesh, definition, optax.adafactor(1e-3, min_dim_size_to_factor=8), keep_ema=False)
+    moments = factored.opt_state[0]
+    assert moments.v_row["embedding"].shape == (16,) and moments.v["blocks"]["attention_norm"]["scale"].shape == (2, 16)
+    assert set(
+        map(str, jax.tree.leaves(specs((moments.v_row, moments.v_col)), is_leaf=lambda x: isinstance(x, P)))
+    ) == {str(P())}
+    assert specs(moments.v)["blocks"]["attention_norm"]["scale"] == P((), ("fsdp",))
+
+
+def test_a_mesh_axis_cuts_an_array_once():
+    assert partitioning._mesh_axes(("embed", "embed"), partitioning.LOGICAL_AXIS_RULES) == [("fsdp",), ()]
+    x = jnp.zeros((2, 3))
+    assert partitioning.constrain(x, ("batch", "embed")) is x  # no mesh in use
+
+
+@pytest.fixture(scope="module")
+def on_meshes(eight_devices):
+    """What `on_meshes.py` saw, by mesh: one device, and eight in three ways."""
+    program = pathlib.Path(__file__).parent / "on_meshes.py"
+    done = subprocess.run([sys.executable, program], env=eight_devices, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+EIGHT = [
+    ("data", "Sundae"),
+    ("data_fsdp", "Sundae"),
+    ("data_fsdp", "Autoregressive"),
+    ("fsdp_tensor", "Autoregressive"),
+]
+
+
+@pytest.mark.parametrize("mesh,objective", EIGHT)
+def test_losses_and_outputs_are_those_of_one_device(on_meshes, mesh, objective):
+    one, eight = (on_meshes[name][objective] for name in ("one", mesh))
+    assert len(one["losses"]) == 4 and one["losses"][-1] < 0.9 * one["losses"][0]
+    np.testing.assert_allclose(eight["losses"], one["losses"], rtol=1e-5)
+    assert eight["tokens"] == one["tokens"] and len(np.unique(one["tokens"])) > 5
+    np.testing.assert_allclose(eight["scores"], one["scores"], rtol=1e-4)  # after four steps of Adam
+
+
+SHARDS = {  # what one device holds of embedding [32, 16], wi_0 [2, 16, 32], out [2, 4, 4, 16], a batch [8, L]
+    "one": ([32, 16], [2, 16, 32], [2, 4, 4, 16], 8),
+    "data": ([32, 16], [2, 16, 32], [2, 4, 4, 16], 1),
+    "data_fsdp": ([32, 4], [2, 4, 32], [2, 4, 4, 4], 1),
+    "fsdp_tensor": ([16, 4], [2, 4, 16], [2, 2, 4, 4], 2),
+}
+
+
+@pytest.mark.parametrize("mesh", SHARDS)
+def test_devices_hold_their_part_and_no_more(on_meshes, mesh):
+    *parameters, rows = SHARDS[mesh]
+    for tree in ("fresh parameters", "parameters", "first moments", "second moments"):
+        assert on_meshes[mesh]["shards"][tree] == parameters, tree
+    assert on_meshes[mesh]["shards"]["batch"] == rows
+    assert on_meshes[mesh]["shards"]["activation"] == [rows, 3, 16]
+
+
+@pytest.mark.parametrize("mesh", ["data", "data_fsdp", "fsdp_tensor"])
+def test_fresh_parameters_are_the_same_on_every_mesh(on_meshes, mesh):
+    np.testing.assert_allclose(on_meshes[mesh]["fresh"], on_meshes["one"]["fresh"], rtol=1e-6)
