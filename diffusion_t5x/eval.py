@@ -68,9 +68,7 @@ def evaluate(
         raise UserError("evaluate.loss_evals needs evaluate.objective: whose loss?")
     check_datasets([ev.dataset for ev in evals], model, device_mesh)
     vocabulary = evals[0].dataset.token_ids()
-    definition, params = load_model(
-        path, model, vocabulary, device_mesh, restore_rules=restore_rules, use_ema=use_ema
-    )
+    definition, params = load_model(path, model, vocabulary, device_mesh, restore_rules=restore_rules, use_ema=use_ema)
     if dry_run:
         print(f"Would evaluate {path} ({definition.num_params():,} parameters):", *evals, sep="\n  ")
         return

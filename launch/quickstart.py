@@ -139,7 +139,12 @@ def main() -> None:
     if args.smoke:
         few = "--gin.NUM_DECODED_EXAMPLES=16"
         overrides = {
-            "train": ["--gin.ModelConfig.scan_unroll=1", "--gin.TRAIN_STEPS=5", "--gin.WARMUP_STEPS=1", "--gin.EVAL_STEPS=1"],
+            "train": [
+                "--gin.ModelConfig.scan_unroll=1",
+                "--gin.TRAIN_STEPS=5",
+                "--gin.WARMUP_STEPS=1",
+                "--gin.EVAL_STEPS=1",
+            ],
             "evaluate": [few, "--gin.BATCH_SIZE=16"],
             "infer": ["--gin.NUM_DECODED_EXAMPLES=4", "--gin.BATCH_SIZE=4"],
         }
