@@ -96,3 +96,21 @@ def one_a_row(examples: Sequence[Example], length: int | None = None, first_id: 
 def rows_of(batch: Batch, rows: Sequence[int]) -> Batch:
     """These rows of a batch, in this order."""
     return jax.tree.map(lambda x: x[np.asarray(rows)], batch)
+
+
+class TableModel:
+    """Stands in for a model: the logits at a position are a row of a table, chosen by the token that is read there.
+
+    `calls` notes what it is called with; the n-th call's logits have `added[n]` on top.
+    """
+
+    def __init__(self, table, vocabulary=VOCABULARY, added=None):
+        self.table, self.vocabulary, self.added, self.calls = table, vocabulary, added, []
+
+    def __call__(self, tokens, slots, kind, dropout_keys=None):
+        self.calls.append((tokens, slots, kind, dropout_keys))
+        logits = self.table[tokens]
+        return logits if self.added is None else logits + self.added[len(self.calls) - 1]
+
+    def map_logits(self, fn, hidden, *per_position):
+        return fn(hidden, *per_position)

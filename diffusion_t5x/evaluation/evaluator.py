@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.decoding.decoder import Decoder
+from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.inference import Example, make_decode_step, predict
 from diffusion_t5x.evaluation.losses import evaluate_loss
 from diffusion_t5x.models.transformer import ModelDefinition, Params
@@ -74,6 +75,9 @@ class Evaluator:
       definition: the model.
       objective: of the loss evaluations.
       loss_evals, decode_evals: what to run.
+
+    Raises:
+      UserError: two evaluations of a kind on one data set, whose results could not be told apart.
     """
 
     def __init__(
@@ -84,6 +88,10 @@ class Evaluator:
         loss_evals: Sequence[LossEval],
         decode_evals: Sequence[DecodeEval],
     ):
+        for evals in (loss_evals, decode_evals):
+            names = [ev.dataset.name for ev in evals]
+            if twice := {name for name in names if names.count(name) > 1}:
+                raise UserError(f"Two evaluations of one kind on {twice.pop()!r}: run them apart.")
         self._mesh = mesh
         self._loss_evals = loss_evals
         self._loss_step = make_loss_step(mesh, definition, objective, seed=0)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind, Slots
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.objectives.objective import (
@@ -49,6 +50,8 @@ class Autoregressive:
 
     def __post_init__(self) -> None:
         check_normalize(self.normalize)
+        if not 0 <= self.label_smoothing < 1 or self.z_loss < 0:
+            raise UserError(f"label_smoothing must lie in [0, 1) and z_loss must not be negative; got {self}.")
 
     @property
     def attention(self) -> AttentionKind:

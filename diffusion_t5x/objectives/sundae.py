@@ -13,7 +13,7 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind, Slots
-from diffusion_t5x.models.sampling import Sampling, sample
+from diffusion_t5x.models.sampling import Sampling, forbid, sample
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.objectives.objective import (
     LossSums,
@@ -104,6 +104,7 @@ class Sundae:
 
         def score(logits, labels, positions):
             loss, _ = cross_entropy(logits, labels)
+            logits = forbid(logits, model.vocabulary)  # the next term reads what a decoder could have written
             best = jnp.argmax(logits, axis=-1).astype(labels.dtype)
             if self.temperature == 0:
                 return loss, best == labels, best

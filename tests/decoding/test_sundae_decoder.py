@@ -99,19 +99,6 @@ def test_an_output_depends_on_its_own_inputs_alone(name):
     assert (decode(name, seed=1, **settings).tokens != whole.tokens).any()
 
 
-class Table:
-    """Stands in for a model: the logits at a position are a row of a table, chosen by the token that is read there."""
-
-    def __init__(self, table):
-        self.table, self.vocabulary = jnp.asarray(table), tiny.VOCABULARY
-
-    def __call__(self, tokens, slots, kind):
-        return self.table[tokens]
-
-    def map_logits(self, fn, hidden, *per_position):
-        return fn(hidden, *per_position)
-
-
 TABLE = np.random.default_rng(0).standard_normal((32, 32)).astype(np.float32)
 TABLE[:, 23:] = 9.0  # MASK and what is no id would come first
 
@@ -119,7 +106,9 @@ TABLE[:, 23:] = 9.0  # MASK and what is no id would come first
 def decode_table(batch, **settings):
     decoder = SundaeDecoder(**settings)
     return jax.device_get(
-        jax.jit(lambda batch: decoder.decode(Table(TABLE), batch, jax.random.key(0), trace=True))(batch)
+        jax.jit(
+            lambda batch: decoder.decode(tiny.TableModel(jnp.asarray(TABLE)), batch, jax.random.key(0), trace=True)
+        )(batch)
     )
 
 

@@ -66,6 +66,15 @@ def saved(tmp_path):
     return tmp_path
 
 
+def test_the_tests_of_meshes_pass_where_there_are_eight_devices(eight_devices):
+    if len(jax.devices()) >= 8:
+        pytest.skip("this is the process with eight devices")
+    names = "another_mesh or assignment_rules_rename"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", names]
+    process = subprocess.run(command, env=eight_devices, capture_output=True, text=True)
+    assert process.returncode == 0 and "2 passed" in process.stdout, process.stdout
+
+
 def test_restores_the_same_bits_onto_another_mesh(tmp_path):
     state = init_state(1, ema=True)
     save_mesh, restore_mesh = make_mesh(4, 2), make_mesh(1, 8)
