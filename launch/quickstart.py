@@ -18,6 +18,7 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import jax
 import rich.box
 import rich.console
 import rich.markup
@@ -135,6 +136,8 @@ def main() -> None:
     if args.fresh or args.smoke:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
+    # Several stages run the same programs: each is compiled once.
+    jax.config.update("jax_compilation_cache_dir", os.fspath(folder / "compiled"))
     overrides = {}
     if args.smoke:
         few = "--gin.NUM_DECODED_EXAMPLES=16"
