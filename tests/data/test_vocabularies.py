@@ -79,3 +79,10 @@ def test_fingerprint_tells_vocabularies_apart(tmp_path):
     one.check_same(same.describe(), "somewhere")
     with pytest.raises(UserError, match="checkpoints/7 was trained with another vocabulary"):
         one.check_same(other.describe(), "checkpoints/7")
+
+
+def test_t5s_own_vocabulary(test_data):
+    """32,000 pieces of which 0 is pad, 1 EOS and 2 unknown; T5 adds 100 sentinels, and MASK comes behind them."""
+    ids = vocabularies.token_ids(seqio.SentencePieceVocabulary(str(test_data / "t5_sentencepiece" / "t5_vocab.model"), 100))
+    assert (ids.size, ids.pad_id, ids.eos_id, ids.start_id, ids.mask_id) == (32_101, 0, 1, 0, 32_100)
+    assert ids.noise_ranges == ((0, 2), (3, 32_000))
