@@ -83,6 +83,7 @@ def test_fingerprint_tells_vocabularies_apart(tmp_path):
 
 def test_t5s_own_vocabulary(test_data):
     """32,000 pieces of which 0 is pad, 1 EOS and 2 unknown; T5 adds 100 sentinels, and MASK comes behind them."""
-    ids = vocabularies.token_ids(seqio.SentencePieceVocabulary(str(test_data / "t5_sentencepiece" / "t5_vocab.model"), 100))
+    model = str(test_data / "t5_sentencepiece" / "t5_vocab.model")
+    ids = vocabularies.token_ids(seqio.SentencePieceVocabulary(model, extra_ids=100))
     assert (ids.size, ids.pad_id, ids.eos_id, ids.start_id, ids.mask_id) == (32_101, 0, 1, 0, 32_100)
     assert ids.noise_ranges == ((0, 2), (3, 32_000))
