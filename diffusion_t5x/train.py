@@ -118,7 +118,7 @@ def train(
     info = _describe(definition, abstract)
     if dry_run:
         batch = next(train_dataset.train_iterator())
-        shapes = (f"  {name} {x.dtype}{list(x.shape)}" for name, x in vars(batch).items())
+        shapes = (f"  {name} {x.dtype}{list(x.shape)}" for name, x in vars(batch).items() if x is not None)
         print(info, "batch:", *shapes, sep="\n")
         print(f"Would train to step {train_steps} from {start_path or 'scratch'}. Nothing was written.")
         return

@@ -1,8 +1,10 @@
 """The SeqIO tasks of the quickstart: nothing to download, a vocabulary that is trained on first use.
 
-quickstart_corpus_prefix_lm  the Python standard library: the first part of a chunk of text given, the rest asked
-quickstart_pairs             the task to transfer to: English to French dates, numbers, units, names ...
-quickstart_pretrain          both for pretraining; of 10 examples 8 are chunks of the corpus and 2 are pairs
+quickstart_corpus_prefix_lm          the Python standard library: the first part of a chunk given, the rest asked
+quickstart_corpus_span_corruption    the same: some spans of a chunk hidden, and asked
+quickstart_pairs                     the task to transfer to: English to French dates, numbers, units, names ...
+quickstart_pretrain                  for pretraining: of 10 examples 8 are of the corpus (prefix LM) and 2 are pairs
+quickstart_pretrain_span_corruption  the same with span corruption
 """
 
 import functools
@@ -18,7 +20,7 @@ import tensorflow as tf
 
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import metrics
-from diffusion_t5x.tasks import cldr_pairs, stdlib_corpus
+from diffusion_t5x.tasks import cldr_pairs, preprocessors, stdlib_corpus
 
 PIECES = 1_947  # with 100 sentinels and MASK: 2,048 ids
 SENTINELS = 100
@@ -120,43 +122,21 @@ def text_source(columns: Callable[[str], Mapping[str, Sequence[str]]], splits: S
     return seqio.FunctionDataSource(dataset, splits=splits)
 
 
-def prefix_lm(
-    dataset: tf.data.Dataset, sequence_length: Mapping[str, int], output_features: Mapping[str, seqio.Feature]
-) -> tf.data.Dataset:
-    """Chunks of a tokenised document, the first part (of random length, at least one token) given, the rest asked.
-
-    As t5's `prefix_lm`, but a chunk leaves room for the EOS after either part: wherever it is cut, both parts fit
-    and no token is lost. With equal lengths two chunks fill a packed row to the last position.
-    """
-    from t5.data import preprocessors
-
-    chunk = min(sequence_length.values()) - 2
-    if chunk < 2:
-        raise UserError(f"Prefix LM needs at least 4 tokens of inputs and of targets, not {dict(sequence_length)}.")
-    return preprocessors.denoise(
-        preprocessors.split_tokens(dataset, max_tokens_per_segment=chunk),
-        output_features,
-        noise_density=0.5,
-        noise_mask_fn=preprocessors.random_prefix_noise_mask,
-        inputs_fn=preprocessors.drop_nonnoise_tokens,
-        targets_fn=preprocessors.drop_noise_tokens,
-    )
-
-
 def _register() -> None:
     vocabulary = QuickstartVocabulary()
     features = {name: seqio.Feature(vocabulary, add_eos=True) for name in ("inputs", "targets")}
-    seqio.TaskRegistry.add(
-        "quickstart_corpus_prefix_lm",
-        source=text_source(lambda split: {"targets": stdlib_corpus.documents(split)}, ("train", "validation")),
-        preprocessors=[
-            functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
-            prefix_lm,
-            seqio.preprocessors.append_eos,
-        ],
-        output_features=features,
-        shuffle_buffer_size=2_048,  # chunks: some 200 documents' worth
-    )
+    for objective in (preprocessors.prefix_lm, preprocessors.span_corruption):
+        seqio.TaskRegistry.add(
+            f"quickstart_corpus_{objective.__name__}",
+            source=text_source(lambda split: {"targets": stdlib_corpus.documents(split)}, ("train", "validation")),
+            preprocessors=[
+                functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
+                objective,
+                seqio.preprocessors.append_eos,
+            ],
+            output_features=features,
+            shuffle_buffer_size=2_048,  # chunks: some 200 documents' worth
+        )
     seqio.TaskRegistry.add(
         "quickstart_pairs",
         source=text_source(_pair_columns, ("train", "validation", "test")),
@@ -165,7 +145,11 @@ def _register() -> None:
         metric_fns=[metrics.bleu, metrics.exact_match],
         shuffle_buffer_size=1,  # the source shuffles
     )
-    seqio.MixtureRegistry.add("quickstart_pretrain", [("quickstart_corpus_prefix_lm", 0.8), ("quickstart_pairs", 0.2)])
+    for mixture, corpus in (
+        ("quickstart_pretrain", "quickstart_corpus_prefix_lm"),
+        ("quickstart_pretrain_span_corruption", "quickstart_corpus_span_corruption"),
+    ):
+        seqio.MixtureRegistry.add(mixture, [(corpus, 0.8), ("quickstart_pairs", 0.2)])
 
 
 def _pair_columns(split: str) -> dict[str, list[str]]:

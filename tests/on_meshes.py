@@ -35,7 +35,12 @@ def shard(x):
 
 def some_shards(params):
     return [
-        shard(x) for x in (params["embedding"], params["blocks"]["mlp"]["wi_0"], params["blocks"]["attention"]["out"])
+        shard(x)
+        for x in (
+            params["embedding"],
+            params["decoder"]["blocks"]["mlp"]["wi_0"],
+            params["decoder"]["blocks"]["attention"]["out"],
+        )
     ]
 
 

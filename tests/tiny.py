@@ -25,6 +25,8 @@ LLAMA = dataclasses.replace(  # everything that T5 does not have
     ROTARY, num_kv_heads=2, activation="silu", tie_embeddings=False, query_key_norm=True, attention_scale=0.5
 )
 
+ENCODER_DECODER = dataclasses.replace(RELATIVE, architecture="encoder_decoder", tie_embeddings=False)
+
 Example = tuple[Sequence[int], Sequence[int]]  # inputs, targets
 
 
@@ -93,6 +95,16 @@ def one_a_row(examples: Sequence[Example], length: int | None = None, first_id: 
     return pack([[example] for example in examples], length, first_id)
 
 
+def pack_apart(rows: Sequence[Sequence[Example]], encoder_length: int, length: int, first_id: int = 0) -> Batch:
+    """As `pack`, for an encoder-decoder: inputs and targets in rows of their own."""
+    nothing: list[int] = []
+    encoder = pack([[(inputs, nothing) for inputs, _ in examples] for examples in rows], encoder_length)
+    decoder = pack([[(nothing, targets) for _, targets in examples] for examples in rows], length, first_id)
+    return decoder.replace(
+        encoder_tokens=encoder.tokens, encoder_segment_ids=encoder.segment_ids, encoder_positions=encoder.positions
+    )
+
+
 def rows_of(batch: Batch, rows: Sequence[int]) -> Batch:
     """These rows of a batch, in this order."""
     return jax.tree.map(lambda x: x[np.asarray(rows)], batch)
@@ -107,7 +119,10 @@ class TableModel:
     def __init__(self, table, vocabulary=VOCABULARY, added=None):
         self.table, self.vocabulary, self.added, self.calls = table, vocabulary, added, []
 
-    def __call__(self, tokens, slots, kind, dropout_keys=None):
+    def encode(self, batch, dropout_keys=None):
+        return None
+
+    def __call__(self, tokens, slots, kind, encoded=None, dropout_keys=None):
         self.calls.append((tokens, slots, kind, dropout_keys))
         logits = self.table[tokens]
         return logits if self.added is None else logits + self.added[len(self.calls) - 1]

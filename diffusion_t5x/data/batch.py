@@ -1,10 +1,13 @@
 """The one batch that every objective and every decoder reads."""
 
+from typing import Literal
+
 import flax.struct
 import jax
 import numpy as np
 
 Array = jax.Array | np.ndarray
+Architecture = Literal["decoder_only", "encoder_decoder"]
 
 
 @flax.struct.dataclass
@@ -20,6 +23,8 @@ class Batch:
       positions: int32 `[B, L]`, restarting at 0 with each segment.
       example_ids: int32 `[B]`. Training: the row's index in the global batch. Evaluation: the example's index in the
         evaluation set. The randomness of a row is keyed by it.
+      encoder_tokens, encoder_segment_ids, encoder_positions: int32 `[B, S]`, the inputs, for an encoder-decoder. Inputs
+        and targets of one example have the same segment id. None for a decoder-only model.
     """
 
     tokens: Array
@@ -27,6 +32,9 @@ class Batch:
     segment_ids: Array
     positions: Array
     example_ids: Array
+    encoder_tokens: Array | None = None
+    encoder_segment_ids: Array | None = None
+    encoder_positions: Array | None = None
 
     @property
     def input_mask(self) -> Array:

@@ -1,75 +1,98 @@
 """From SeqIO's `inputs` and `targets` to the rows of a `Batch`. Imports TensorFlow: import it inside functions."""
 
+import abc
 from collections.abc import Mapping
+from typing import ClassVar
 
 import seqio
 import tensorflow as tf
 
 Features = Mapping[str, tf.Tensor]
+Spec = seqio.FeatureConverter.FeatureSpec
 
 
-class DecoderOnlyConverter(seqio.FeatureConverter):
-    """Rows of clean, unshifted tokens for a decoder-only model: `inputs` (if the task has any), then `targets`.
+class RowConverter(seqio.FeatureConverter, abc.ABC):
+    """Rows of clean, unshifted tokens, as in `data.batch.Batch`. Three layouts of the targets (METHODS: target canvas):
 
-    Every row is as long as the feature lengths together, and has `tokens`, `target_mask`, `segment_ids` and
-    `positions` as in `data.batch.Batch`. Three layouts:
-
-      plain                 inputs, targets, padding
-      canvas                inputs, a canvas as long as the targets' length, padding. The canvas holds the targets and,
-                            behind them, pad tokens which are targets as well (METHODS: target canvas)
-      pack                  plain examples one after another, as many as fit, each a segment of its own
+      plain    targets, padding
+      canvas   a canvas as long as the targets' length, which holds the targets and, behind them, pad tokens which are
+               targets as well
+      pack     plain examples one after another, as many as fit, each a segment of its own
 
     Args:
-      has_inputs: whether the task has a feature `inputs`. Without, every position is a target.
+      has_inputs: whether the task has a feature `inputs`.
       pack: several examples per row.
       canvas: fill the targets up to their length. Excludes `pack`.
       pad_id: the token that fills up.
     """
 
-    MODEL_FEATURES = {  # noqa: RUF012 (SeqIO's way of declaring them)
-        "tokens": seqio.FeatureConverter.FeatureSpec(dtype=tf.int32),
-        "target_mask": seqio.FeatureConverter.FeatureSpec(dtype=tf.bool),
-        "segment_ids": seqio.FeatureConverter.FeatureSpec(dtype=tf.int32),
-        "positions": seqio.FeatureConverter.FeatureSpec(dtype=tf.int32),
-    }
-    PACKING_FEATURE_DTYPES = {}  # noqa: RUF012
+    PACKING_FEATURE_DTYPES: ClassVar = {}
 
     def __init__(self, has_inputs: bool = True, pack: bool = False, canvas: bool = False, pad_id: int = 0):
         names = ("inputs", "targets") if has_inputs else ("targets",)
-        self.TASK_FEATURES = {name: seqio.FeatureConverter.FeatureSpec(dtype=tf.int32) for name in names}
+        self.TASK_FEATURES = {name: Spec(dtype=tf.int32) for name in names}
         self._canvas = canvas
         self._pad_id = pad_id
         super().__init__(pack=pack, apply_length_check=False)  # costs two passes; the shapes below are static
+
+    @abc.abstractmethod
+    def convert_example(self, features: Features, task_feature_lengths: Mapping[str, int]) -> Features:
+        """One example as one row (the layouts without packing)."""
+
+    @abc.abstractmethod
+    def _pack_rows(self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]) -> tf.data.Dataset:
+        """Plain examples packed to rows."""
+
+    def _convert_features(self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]) -> tf.data.Dataset:
+        if self.pack:
+            return self._pack_rows(ds, task_feature_lengths)
+        return ds.map(lambda x: self.convert_example(x, task_feature_lengths), num_parallel_calls=tf.data.AUTOTUNE)
+
+    def _targets(self, features: Features, task_feature_lengths: Mapping[str, int]) -> tf.Tensor:
+        """The targets, in the layout "canvas" with the pad tokens behind them."""
+        targets = features["targets"]
+        blank = task_feature_lengths["targets"] - tf.size(targets) if self._canvas else 0
+        return tf.pad(targets, [[0, blank]], constant_values=self._pad_id)
+
+    def _fill_up(self, tokens: tf.Tensor, length: int) -> tf.Tensor:
+        padding = [[0, length - tf.size(tokens)]]
+        return tf.ensure_shape(tf.pad(tokens, padding, constant_values=self._pad_id), [length])
+
+
+class DecoderOnlyConverter(RowConverter):
+    """Rows for a decoder-only model: `inputs` (if the task has any), then `targets`, then padding.
+
+    Every row is as long as the feature lengths together.
+    """
+
+    MODEL_FEATURES: ClassVar = {
+        "tokens": Spec(dtype=tf.int32),
+        "target_mask": Spec(dtype=tf.bool),
+        "segment_ids": Spec(dtype=tf.int32),
+        "positions": Spec(dtype=tf.int32),
+    }
 
     def get_model_feature_lengths(self, task_feature_lengths: Mapping[str, int]) -> Mapping[str, int]:
         return dict.fromkeys(self.MODEL_FEATURES, sum(task_feature_lengths.values()))
 
     def convert_example(self, features: Features, task_feature_lengths: Mapping[str, int]) -> Features:
-        """One example as one row (the layouts without packing)."""
         length = sum(task_feature_lengths.values())
         tokens, target_mask = self._join(features, task_feature_lengths)
         there = tf.sequence_mask(tf.size(tokens), length)
-        padding = [[0, length - tf.size(tokens)]]
         return {
-            "tokens": tf.ensure_shape(tf.pad(tokens, padding, constant_values=self._pad_id), [length]),
-            "target_mask": tf.ensure_shape(tf.pad(target_mask, padding), [length]),
+            "tokens": self._fill_up(tokens, length),
+            "target_mask": tf.ensure_shape(tf.pad(target_mask, [[0, length - tf.size(tokens)]]), [length]),
             "segment_ids": tf.cast(there, tf.int32),
             "positions": tf.where(there, tf.range(length), 0),
         }
 
     def _join(self, features: Features, task_feature_lengths: Mapping[str, int]) -> tuple[tf.Tensor, tf.Tensor]:
         """The tokens of an example and whether each of them is a target."""
-        targets = features["targets"]
-        if self._canvas:
-            blank = task_feature_lengths["targets"] - tf.size(targets)
-            targets = tf.pad(targets, [[0, blank]], constant_values=self._pad_id)
+        targets = self._targets(features, task_feature_lengths)
         inputs = features["inputs"] if "inputs" in self.TASK_FEATURES else targets[:0]
         return tf.concat([inputs, targets], 0), tf.concat([tf.zeros_like(inputs), tf.ones_like(targets)], 0) > 0
 
-    def _convert_features(self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]) -> tf.data.Dataset:
-        if not self.pack:
-            return ds.map(lambda x: self.convert_example(x, task_feature_lengths), num_parallel_calls=tf.data.AUTOTUNE)
-
+    def _pack_rows(self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]) -> tf.data.Dataset:
         # SeqIO's packing takes a zero for padding, whatever it means, and is slow: one feature of positive numbers
         # carries token and mask both.
         def encode(features: Features) -> Features:
@@ -87,4 +110,47 @@ class DecoderOnlyConverter(seqio.FeatureConverter):
 
         ds = ds.map(encode, num_parallel_calls=tf.data.AUTOTUNE)
         ds = self._pack_or_pad(ds, {"row": sum(task_feature_lengths.values())})
+        return ds.map(decode, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+class EncoderDecoderConverter(RowConverter):
+    """Rows for an encoder-decoder: `inputs` for the encoder, `targets` for the decoder, each as long as its feature."""
+
+    MODEL_FEATURES: ClassVar = DecoderOnlyConverter.MODEL_FEATURES | {
+        "encoder_tokens": Spec(dtype=tf.int32),
+        "encoder_segment_ids": Spec(dtype=tf.int32),
+        "encoder_positions": Spec(dtype=tf.int32),
+    }
+
+    def get_model_feature_lengths(self, task_feature_lengths: Mapping[str, int]) -> Mapping[str, int]:
+        return {
+            name: task_feature_lengths["inputs" if name.startswith("encoder_") else "targets"]
+            for name in self.MODEL_FEATURES
+        }
+
+    def convert_example(self, features: Features, task_feature_lengths: Mapping[str, int]) -> Features:
+        row = {}
+        for prefix, name in (("encoder_", "inputs"), ("", "targets")):
+            tokens = features["inputs"] if name == "inputs" else self._targets(features, task_feature_lengths)
+            length = task_feature_lengths[name]
+            there = tf.sequence_mask(tf.size(tokens), length)
+            row[f"{prefix}tokens"] = self._fill_up(tokens, length)
+            row[f"{prefix}segment_ids"] = tf.cast(there, tf.int32)
+            row[f"{prefix}positions"] = tf.where(there, tf.range(length), 0)
+        return row | {"target_mask": row["segment_ids"] > 0}
+
+    def _pack_rows(self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]) -> tf.data.Dataset:
+        def encode(features: Features) -> Features:  # SeqIO's packing takes a zero for padding, whatever it means
+            return {name: 1 + features[name] for name in ("inputs", "targets")}
+
+        def decode(packed: Features) -> Features:
+            row = {}
+            for prefix, name in (("encoder_", "inputs"), ("", "targets")):
+                row[f"{prefix}tokens"] = tf.where(packed[name] > 0, packed[name] - 1, self._pad_id)
+                row[f"{prefix}segment_ids"] = packed[f"{name}_segment_ids"]
+                row[f"{prefix}positions"] = packed[f"{name}_positions"]
+            return row | {"target_mask": packed["targets"] > 0}
+
+        ds = ds.map(encode, num_parallel_calls=tf.data.AUTOTUNE)
+        ds = self._pack_or_pad(ds, {name: task_feature_lengths[name] for name in ("inputs", "targets")})
         return ds.map(decode, num_parallel_calls=tf.data.AUTOTUNE)

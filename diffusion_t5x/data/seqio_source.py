@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.vocabularies import TokenIds, token_ids
 from diffusion_t5x.errors import UserError
 
@@ -20,10 +20,17 @@ if TYPE_CHECKING:
     import seqio
     import tensorflow as tf
 
-    from diffusion_t5x.data.feature_converters import DecoderOnlyConverter
+    from diffusion_t5x.data.feature_converters import RowConverter
     from diffusion_t5x.data.train_iterator import TrainIterator
 
 FEATURES = ("inputs", "targets")
+
+
+def _without_autotuning() -> "tf.data.Options":
+    """Freeing an iterator that TensorFlow tunes waits for the tuning thread: up to a minute of doing nothing."""
+    options = libraries()[1].data.Options()
+    options.autotune.enabled = False
+    return options
 
 
 @functools.cache
@@ -55,12 +62,12 @@ def _silent_stderr() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class SeqioDataset:
-    """A SeqIO task or mixture, read for a decoder-only model. Construction is free; methods import SeqIO.
+    """A SeqIO task or mixture, read for a model. Construction is free; methods import SeqIO.
 
     Attributes:
       mixture_or_task_name: as registered with SeqIO; the module that registers it must have been imported.
       task_feature_lengths: tokens of `inputs` and `targets`; a task without inputs has only `targets`. Longer features
-        are cut by SeqIO. Rows are as long as both together.
+        are cut by SeqIO. A decoder-only model's rows are as long as both together.
       split: the split to read.
       batch_size: rows of the global batch, over all shards.
       shuffle: train in shuffled order, a new one each epoch. Evaluation never shuffles.
@@ -69,6 +76,7 @@ class SeqioDataset:
       canvas: every target is followed by pad tokens up to the targets' length, and these are to be produced too. This
         is how diffusion learns where to stop; without it targets end at their last token (EOS).
       use_cached: read what `seqio_cache_tasks` wrote.
+      architecture: of the model that the rows are for.
     """
 
     mixture_or_task_name: str
@@ -80,6 +88,7 @@ class SeqioDataset:
     pack: bool = False
     canvas: bool = True
     use_cached: bool = False
+    architecture: Architecture = "decoder_only"
 
     @property
     def name(self) -> str:
@@ -88,8 +97,9 @@ class SeqioDataset:
 
     @property
     def row_length(self) -> int:
-        """Positions of a row: inputs and targets together."""
-        return sum(self.task_feature_lengths.values())
+        """Positions of the longest sequence that the model reads."""
+        lengths = self.task_feature_lengths.values()
+        return sum(lengths) if self.architecture == "decoder_only" else max(lengths)
 
     def check(self) -> None:
         """Looks at everything that can be wrong without reading data.
@@ -110,6 +120,8 @@ class SeqioDataset:
                 f"TASK_FEATURE_LENGTHS must name the features of {where}, {' and '.join(wanted)}, but names "
                 f"{' and '.join(self.task_feature_lengths) or 'none'}."
             )
+        if self.architecture == "encoder_decoder" and "inputs" not in wanted:
+            raise UserError(f"{where} has no inputs for the encoder: take a decoder-only model, or another task.")
         for name, number in [*self.task_feature_lengths.items(), ("batch size", self.batch_size)]:
             if not isinstance(number, int) or number < 1:
                 raise UserError(f"The {name}{' length' * (name in FEATURES)} must be a positive integer: {number!r}.")
@@ -117,7 +129,7 @@ class SeqioDataset:
             raise UserError("Packing and the target canvas exclude each other: set pack = False or canvas = False.")
         vocabularies = [provider.output_features[name].vocabulary for name in wanted]
         if vocabularies[0] != vocabularies[-1]:
-            raise UserError(f"inputs and targets of {where} must share one vocabulary for a decoder-only model.")
+            raise UserError(f"inputs and targets of {where} must share one vocabulary, as they share an embedding.")
         if self.use_cached:
             for task in libraries()[0].get_subtasks(provider):
                 if task.supports_caching and not task.cache_dir:
@@ -183,7 +195,7 @@ class SeqioDataset:
         if self.batch_size % num_shards:
             raise UserError(f"The batch size {self.batch_size} does not divide into {num_shards} shards.")
         rows = self.batch_size // num_shards
-        seqio, tf = libraries()
+        seqio, _ = libraries()
         from diffusion_t5x.data.train_iterator import TrainIterator
 
         ds = self._provider().get_dataset(
@@ -199,7 +211,7 @@ class SeqioDataset:
         ds = self._converter(self.pack)(ds, self.task_feature_lengths)
         # Left alone, TensorFlow makes steps below the repeat run ahead. One that has seen the end of an epoch when the
         # position is saved forgets the state of that epoch's shuffling: the next epoch would come in another order.
-        options = tf.data.Options()
+        options = _without_autotuning()
         options.experimental_optimization.map_parallelization = False
         options.experimental_optimization.inject_prefetch = False
         ds = ds.batch(rows, drop_remainder=True).prefetch(2).with_options(options)
@@ -231,6 +243,7 @@ class SeqioDataset:
             self._eval_dataset(num_examples)
             .map(lambda x: (converter.convert_example(x, self.task_feature_lengths), x), tf.data.AUTOTUNE)
             .prefetch(self.batch_size)
+            .with_options(_without_autotuning())
             .as_numpy_iterator()
         )
         return self._group(examples)
@@ -253,16 +266,12 @@ class SeqioDataset:
         return ds if num_examples is None else ds.take(num_examples)
 
     def _group(self, examples: Iterator[tuple[dict, dict]]) -> Iterator[tuple[Batch, list[dict[str, Any]]]]:
-        empty = {
-            "tokens": np.full(self.row_length, self.vocabulary().pad_id, np.int32),
-            "target_mask": np.zeros(self.row_length, bool),
-            "segment_ids": np.zeros(self.row_length, np.int32),
-            "positions": np.zeros(self.row_length, np.int32),
-        }
+        pad_id = self.vocabulary().pad_id
         for first in itertools.count(step=self.batch_size):
             group = list(itertools.islice(examples, self.batch_size))
             if not group:
                 return
+            empty = {name: np.full_like(x, pad_id if name.endswith("tokens") else 0) for name, x in group[0][0].items()}
             rows = [row for row, _ in group] + [empty] * (self.batch_size - len(group))
             arrays = {name: np.stack([row[name] for row in rows]) for name in empty}
             ids = np.arange(first, first + self.batch_size, dtype=np.int32)
@@ -291,8 +300,13 @@ class SeqioDataset:
             )
         return seqio.get_mixture_or_task(name)
 
-    def _converter(self, pack: bool) -> "DecoderOnlyConverter":
-        from diffusion_t5x.data.feature_converters import DecoderOnlyConverter
+    def _converter(self, pack: bool) -> "RowConverter":
+        from diffusion_t5x.data import feature_converters
 
+        converters = {
+            "decoder_only": feature_converters.DecoderOnlyConverter,
+            "encoder_decoder": feature_converters.EncoderDecoderConverter,
+        }
         has_inputs = "inputs" in self.task_feature_lengths
-        return DecoderOnlyConverter(has_inputs, pack=pack, canvas=self.canvas, pad_id=self.vocabulary().pad_id)
+        pad_id = self.vocabulary().pad_id
+        return converters[self.architecture](has_inputs, pack=pack, canvas=self.canvas, pad_id=pad_id)

@@ -54,9 +54,14 @@ class AutoregressiveDecoder:
 
         # The prompt in one pass. It fills the slots of the targets too, but no query sees them before they are
         # written anew.
+        encoded = model.encode(batch)
         prompt = shift_right(canvas, batch.positions, vocabulary.start_id)
         _, cache = model.extend(
-            prompt, self.attention, KVCache.empty(model.config, shifted_slots(batch)), jnp.zeros_like(first_target)
+            prompt,
+            self.attention,
+            KVCache.empty(model.config, shifted_slots(batch)),
+            jnp.zeros_like(first_target),
+            encoded,
         )
 
         def unfinished(carry):
@@ -67,7 +72,7 @@ class AutoregressiveDecoder:
             step, canvas, cache, finished, scores, history = carry
             slot = jnp.minimum(first_target + step, length - 1)
             before = jnp.where(slot == 0, vocabulary.start_id, canvas[rows, slot - 1])
-            hidden, cache = model.extend(before[:, None], self.attention, cache, slot)
+            hidden, cache = model.extend(before[:, None], self.attention, cache, slot, encoded)
             logits = forbid(model.logits(hidden), vocabulary)
             step_of_row = jnp.broadcast_to(step, (len(rows), 1))
             token = sample(logits, keys, step_of_row, self.sampling)[:, 0]

@@ -46,6 +46,8 @@ class SundaeDecoder:
         keys = keys.reshape(-1)  # rows: example by example, each one's samples together
         rows = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), batch)
         slots = Slots.of(rows)
+        encoded = model.encode(batch)
+        encoded = encoded and encoded.repeat(samples)
 
         def step_keys(step):
             return jax.vmap(jax.random.fold_in, (0, None))(keys, step)
@@ -56,7 +58,7 @@ class SundaeDecoder:
         noise = jax.vmap(vocabulary.sample_noise, (0, None))(step_keys(self.num_steps), rows.tokens.shape[1:])
 
         def denoise(canvas, step):
-            hidden = model(canvas, slots, BIDIRECTIONAL)
+            hidden = model(canvas, slots, BIDIRECTIONAL, encoded)
             keys_of_step = step_keys(step)
 
             def read_out(logits, tokens, positions):

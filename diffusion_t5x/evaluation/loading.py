@@ -7,7 +7,9 @@ import jax
 from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning
+from diffusion_t5x.data.batch import Architecture
 from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.training import checkpoints
@@ -20,6 +22,7 @@ class Dataset(Protocol):
     name: str
     row_length: int
     batch_size: int
+    architecture: Architecture
 
     def check(self) -> None: ...
 
@@ -28,6 +31,11 @@ def check_datasets(datasets: Iterable[Dataset], model: ModelConfig, mesh: Mesh) 
     """Raises a UserError where a data set is amiss, or its rows or batches do not fit the model or the mesh."""
     for dataset in datasets:
         dataset.check()
+        if dataset.architecture != model.architecture:
+            raise UserError(
+                f"{dataset.name} is laid out for a model that is {dataset.architecture}, but ModelConfig.architecture "
+                f"is {model.architecture}: set both by including models/{model.architecture}.gin."
+            )
         model.check_length(dataset.row_length, f"task_feature_lengths of {dataset.name}")
         partitioning.check_batch_size(mesh, dataset.batch_size)
 

@@ -44,7 +44,7 @@ def write_rows(buffer_BxL: jax.Array, values_BxQ: jax.Array, start_B: jax.Array)
 
 
 class Attention(nnx.Module):
-    """Attention of queries over the same rows, or over the cached keys of those rows."""
+    """Self-attention over the same rows or their cached keys, or cross-attention over another sequence's."""
 
     def __init__(self, key: jax.Array, config: ModelConfig):
         embed, heads, kv_heads, head_dim = config.embed_dim, config.num_heads, config.kv_heads, config.head_dim
@@ -69,7 +69,7 @@ class Attention(nnx.Module):
         cached: tuple[jax.Array, jax.Array] | None = None,
         write_at: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """Attends from x `[B, Lq, D]`.
+        """Self-attention of x `[B, Lq, D]`.
 
         Args:
           x: the queries' hidden states.
@@ -83,16 +83,36 @@ class Attention(nnx.Module):
         Returns:
           `[B, Lq, D]`, and the keys and values with the queries' own written (None without a cache).
         """
-        config = self.config
-        query, key, value = (dense(x, kernel.get_value()) for kernel in (self.query, self.key, self.value))
-        if config.query_key_norm:
-            query, key = self.query_norm(query), self.key_norm(key)
-        if config.position == "rotary":
-            query, key = (rotate(y, positions, config.rotary_base) for y in (query, key))
+        query = self._project_query(x)
+        key, value = self.keys_values(x)
+        if self.config.position == "rotary":
+            query, key = (rotate(y, positions, self.config.rotary_base) for y in (query, key))
         if cached is not None:
             key, value = (write_rows(old, new, write_at) for old, new in zip(cached, (key, value), strict=True))
             cached = (key, value)
+        return self._attend(query, key, value, mask, bias), cached
+
+    def cross(self, x: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+        """Attention of x `[B, Lq, D]` over what `keys_values` made of other hidden states; it knows no positions.
+
+        Args:
+          x: the queries' hidden states.
+          key, value: `[B, Lk, kv_heads, head_dim]`.
+          mask: bool `[B, Lq, Lk]`.
+        """
+        return self._attend(self._project_query(x), key, value, mask, None)
+
+    def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values `[B, L, kv_heads, head_dim]` of hidden states `[B, L, D]`, not rotated."""
+        key, value = (dense(x, kernel.get_value()) for kernel in (self.key, self.value))
+        return self.key_norm(key) if self.config.query_key_norm else key, value
+
+    def _project_query(self, x):
+        query = dense(x, self.query.get_value())
+        return self.query_norm(query) if self.config.query_key_norm else query
+
+    def _attend(self, query, key, value, mask, bias):
         attended = jax.nn.dot_product_attention(
-            query, key, value, bias, mask[:, None], scale=config.attention_scale, implementation="xla"
+            query, key, value, bias, mask[:, None], scale=self.config.attention_scale, implementation="xla"
         )
-        return dense(attended, self.out.get_value(), inputs=2), cached
+        return dense(attended, self.out.get_value(), inputs=2)

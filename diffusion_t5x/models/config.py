@@ -3,15 +3,18 @@
 import dataclasses
 from typing import Literal
 
+from diffusion_t5x.data.batch import Architecture
 from diffusion_t5x.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only Transformer. The defaults are T5 1.1's; the other choices are those of Llama-style models.
+    """A Transformer. The defaults are T5 1.1's; the other choices are those of Llama-style models.
 
     Attributes:
-      embed_dim, num_layers, num_heads, head_dim, mlp_dim: the size.
+      embed_dim, num_layers, num_heads, head_dim, mlp_dim: the size. An encoder has as many layers as its decoder.
+      architecture: "decoder_only" reads inputs and targets as one sequence; "encoder_decoder" encodes the inputs, and
+        every layer of its decoder attends to them as well.
       vocab_size: rows of the embedding; None takes the vocabulary's size, rounded up to a multiple of 128.
       num_kv_heads: key and value heads, shared by groups of query heads; None means one for each query head.
       position: "relative" is T5's learned bias shared by all layers, "rotary" rotates queries and keys.
@@ -36,6 +39,7 @@ class ModelConfig:
     num_heads: int
     head_dim: int
     mlp_dim: int
+    architecture: Architecture = "decoder_only"
     vocab_size: int | None = None
     num_kv_heads: int | None = None
     position: Literal["relative", "rotary"] = "relative"
@@ -59,6 +63,7 @@ class ModelConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"ModelConfig.{name} must be at least 1, not {getattr(self, name)}.")
         for name, known in (
+            ("architecture", ("decoder_only", "encoder_decoder")),
             ("position", ("relative", "rotary")),
             ("activation", ("gelu", "silu")),
             ("remat", ("none", "dots", "full")),

@@ -36,6 +36,11 @@ class Slots:
         return jax.tree.map(lambda field: rows(field, start), self)
 
 
+def same_segment(queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """bool `[B, Lq, Lk]` of segment ids `[B, Lq]` and `[B, Lk]`: of one segment, and there at all."""
+    return (queries[:, :, None] == keys[:, None, :]) & (keys[:, None, :] > 0)
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionKind:
     """One of the four ways in which the tokens of a segment see each other.
@@ -60,20 +65,19 @@ class AttentionKind:
 
     def mask(self, queries: Slots, keys: Slots) -> jax.Array:
         """bool `[B, Lq, Lk]`: whether a query may see a key. Queries are slots of the same rows as the keys."""
-        query_segment, key_segment = queries.segment_ids[:, :, None], keys.segment_ids[:, None, :]
-        same_segment = (query_segment == key_segment) & (key_segment > 0)
+        together = same_segment(queries.segment_ids, keys.segment_ids)
         query_position, key_position = queries.positions[:, :, None], keys.positions[:, None, :]
         if self.name == "bidirectional":
-            return same_segment
+            return together
         if self.name == "causal":
-            return same_segment & (key_position <= query_position)
+            return together & (key_position <= query_position)
         if self.name == "prefix":
-            return same_segment & ((key_position <= query_position) | keys.is_input[:, None, :])
+            return together & ((key_position <= query_position) | keys.is_input[:, None, :])
         # Inputs come first in a segment, so their number is the position of its first target.
-        first_target = jnp.sum(same_segment & keys.is_input[:, None, :], axis=-1, keepdims=True)
+        first_target = jnp.sum(together & keys.is_input[:, None, :], axis=-1, keepdims=True)
         query_block = (query_position - first_target) // self.block_size
         key_block = (key_position - first_target) // self.block_size
-        return same_segment & (key_block <= query_block)
+        return together & (key_block <= query_block)
 
 
 CAUSAL = AttentionKind("causal")

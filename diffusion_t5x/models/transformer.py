@@ -1,4 +1,4 @@
-"""The decoder-only Transformer, in the manner of T5 1.1."""
+"""The Transformer, decoder-only or encoder-decoder, in the manner of T5 1.1."""
 
 import dataclasses
 import functools
@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.models.attention import Attention, KVCache
+from diffusion_t5x.models.attention import KVCache
 from diffusion_t5x.models.config import ModelConfig
-from diffusion_t5x.models.layers import GatedMLP, RMSNorm, dropout, fold_in, normal, param
-from diffusion_t5x.models.masks import AttentionKind, Slots
-from diffusion_t5x.models.positions import RelativePositionBias
-from diffusion_t5x.partitioning import constrain
+from diffusion_t5x.models.layers import fold_in, normal, param
+from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind, Slots
+from diffusion_t5x.models.stack import Encoded, Stack
 
 Params = dict[str, Any]
 
@@ -24,44 +24,44 @@ Params = dict[str, Any]
 MAX_LOGITS_PER_ROW = 1 << 22
 
 
-class Block(nnx.Module):
-    """Attention and a feed-forward layer, each normed before and added to the residual stream."""
-
-    def __init__(self, key: jax.Array, config: ModelConfig):
-        attention_key, mlp_key = jax.random.split(key)
-        self.attention_norm = RMSNorm(config.embed_dim, config.norm_epsilon)
-        self.attention = Attention(attention_key, config)
-        self.mlp_norm = RMSNorm(config.embed_dim, config.norm_epsilon)
-        self.mlp = GatedMLP(mlp_key, config.embed_dim, config.mlp_dim, config.activation, config.dropout_rate)
-        self.dropout_rate = config.dropout_rate
-
-    def __call__(self, x, positions, mask, bias, cached, write_at, dropout_keys):
-        keys = [fold_in(dropout_keys, use) for use in range(3)]
-        attended, cached = self.attention(self.attention_norm(x), positions, mask, bias, cached, write_at)
-        x = constrain(x + dropout(attended, self.dropout_rate, keys[0]), ("batch", "length", "embed"))
-        fed = self.mlp(self.mlp_norm(x), keys[1])
-        return constrain(x + dropout(fed, self.dropout_rate, keys[2]), ("batch", "length", "embed")), cached
-
-
 class Transformer(nnx.Module):
     """Tokens in, hidden states out; it knows tokens, attention kinds and its cache, and no noise and no loss."""
 
     def __init__(self, key: jax.Array, config: ModelConfig, vocabulary: TokenIds):
-        embed_key, block_key, bias_key, head_key = jax.random.split(key, 4)
+        embed_key, decoder_key, encoder_key, head_key = jax.random.split(key, 4)
+        has_encoder = config.architecture == "encoder_decoder"
         self.embedding = param(embed_key, normal(1.0), vocab=config.vocab_size, embed=config.embed_dim)
-        self.blocks = jax.vmap(lambda k: Block(k, config))(jax.random.split(block_key, config.num_layers))
-        self.final_norm = RMSNorm(config.embed_dim, config.norm_epsilon)
-        if config.position == "relative":
-            self.relative_bias = RelativePositionBias(
-                bias_key, config.num_heads, config.relative_buckets, config.relative_max_distance
-            )
+        if has_encoder:
+            self.encoder = Stack(encoder_key, config)
+        self.decoder = Stack(decoder_key, config, cross_attention=has_encoder)
         if not config.tie_embeddings:
             self.head = param(head_key, normal(1 / config.embed_dim), embed=config.embed_dim, vocab=config.vocab_size)
         self.config = config
         self.vocabulary = vocabulary
 
+    def encode(self, batch: Batch, dropout_keys: jax.Array | None = None) -> Encoded | None:
+        """What the decoder sees of a batch's inputs; None for a decoder-only model, which reads them among its tokens.
+
+        Args:
+          batch: with `encoder_tokens` if the model has an encoder.
+          dropout_keys: `[B]`, a key for each row; None switches dropout off.
+        """
+        if self.config.architecture == "decoder_only":
+            return None
+        segment_ids = batch.encoder_segment_ids
+        slots = Slots(segment_ids=segment_ids, positions=batch.encoder_positions, is_input=segment_ids > 0)
+        x = self._embed(batch.encoder_tokens)
+        hidden = self.encoder(x, slots, BIDIRECTIONAL, dropout_keys=fold_in(dropout_keys, 0))
+        keys, values = self.decoder.cross_keys_values(hidden)
+        return Encoded(keys=keys, values=values, segment_ids=segment_ids)
+
     def __call__(
-        self, tokens: jax.Array, slots: Slots, kind: AttentionKind, dropout_keys: jax.Array | None = None
+        self,
+        tokens: jax.Array,
+        slots: Slots,
+        kind: AttentionKind,
+        encoded: Encoded | None = None,
+        dropout_keys: jax.Array | None = None,
     ) -> jax.Array:
         """Hidden states `[B, L, D]` of whole rows of tokens, int32 `[B, L]`.
 
@@ -69,15 +69,18 @@ class Transformer(nnx.Module):
           tokens: what stands in the slots.
           slots: what the slots are.
           kind: who sees whom.
+          encoded: the inputs, from `encode`.
           dropout_keys: `[B]`, a key for each row; None switches dropout off.
         """
-        # Slots of one segment are as far apart as their positions, so one bias serves all rows, packed ones too.
-        index = jnp.arange(tokens.shape[1])[None]
-        hidden, _ = self._run(tokens, slots, kind.mask(slots, slots), (index, index), None, None, dropout_keys)
-        return hidden
+        return self.decoder(self._embed(tokens), slots, kind, encoded, fold_in(dropout_keys, 1))
 
     def extend(
-        self, tokens: jax.Array, kind: AttentionKind, cache: KVCache, write_at: jax.Array
+        self,
+        tokens: jax.Array,
+        kind: AttentionKind,
+        cache: KVCache,
+        write_at: jax.Array,
+        encoded: Encoded | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Hidden states of the next tokens of each row, and the cache with their keys and values.
 
@@ -86,31 +89,17 @@ class Transformer(nnx.Module):
           kind: the attention kind; what it lets the queries see must have been written, or be among them.
           cache: of the rows.
           write_at: int32 `[B]`, the slot of each row's first token.
+          encoded: the inputs, from `encode`.
         """
         queries = cache.slots.take(write_at, tokens.shape[1])
-        mask = kind.mask(queries, cache.slots)
-        positions = (queries.positions, cache.slots.positions)
         cached = (cache.keys, cache.values)
-        hidden, (keys, values) = self._run(tokens, queries, mask, positions, cached, write_at, None)
+        hidden, (keys, values) = self.decoder.extend(
+            self._embed(tokens), queries, kind, cache.slots, cached, write_at, encoded
+        )
         return hidden, cache.replace(keys=keys, values=values)
 
-    def _run(self, tokens, slots, mask, bias_positions, cached, write_at, dropout_keys):
-        config = self.config
-        keys = [fold_in(dropout_keys, use) for use in range(3)]
-        x = self.embedding.get_value()[tokens].astype(config.dtype)
-        x = constrain(dropout(x, config.dropout_rate, keys[0]), ("batch", "length", "embed"))
-        bias = self.relative_bias(*bias_positions) if config.position == "relative" else None
-
-        def layer(x, scanned):
-            block, cached, number = scanned
-            return block(x, slots.positions, mask, bias, cached, write_at, fold_in(keys[1], number))
-
-        if config.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
-            layer = jax.checkpoint(layer, policy=policy)
-        layers = (self.blocks, cached, jnp.arange(config.num_layers))
-        x, cached = jax.lax.scan(layer, x, layers, unroll=config.scan_unroll)
-        return dropout(self.final_norm(x), config.dropout_rate, keys[2]), cached
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        return self.embedding.get_value()[tokens].astype(self.config.dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 `[..., V]` of hidden states `[..., D]`."""
@@ -189,14 +178,13 @@ class ModelDefinition:
 
     def axes(self) -> Params:
         """Logical axis names of the parameters, a tuple for each: what partitioning maps to the mesh."""
-        names = jax.tree.map(
-            lambda variable: variable.get_metadata("axes"),
-            self._split[1],
-            is_leaf=lambda x: isinstance(x, nnx.Variable),
-        )
-        names = nnx.to_pure_dict(names)
-        stacked = jax.tree.map(lambda axes: ("layers", *axes), names["blocks"], is_leaf=lambda x: isinstance(x, tuple))
-        return {**names, "blocks": stacked}
+
+        def names(path, variable):
+            stacked = ("layers",) if any(getattr(entry, "key", None) == "blocks" for entry in path) else ()
+            return (*stacked, *variable.get_metadata("axes"))
+
+        is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+        return nnx.to_pure_dict(jax.tree_util.tree_map_with_path(names, self._split[1], is_leaf=is_variable))
 
     def bind(self, params: Params) -> Transformer:
         """The model with these parameters."""

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind, Slots
 from diffusion_t5x.models.transformer import Transformer
@@ -57,11 +58,15 @@ class Autoregressive:
     def attention(self) -> AttentionKind:
         return PREFIX if self.prefix else CAUSAL
 
+    def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array | None) -> jax.Array:
+        return shift_right(batch.tokens, batch.positions, vocabulary.start_id)
+
     def loss(self, model: Transformer, batch: Batch, key: jax.Array | None, train: bool = True) -> LossSums:
         """The key serves dropout alone; the objective itself draws nothing."""
-        tokens = shift_right(batch.tokens, batch.positions, model.vocabulary.start_id)
+        tokens = self.model_inputs(model.vocabulary, batch, key)
         dropout_keys = row_keys(key, batch.example_ids) if train else None
-        hidden = model(tokens, shifted_slots(batch), self.attention, dropout_keys)
+        encoded = model.encode(batch, dropout_keys)
+        hidden = model(tokens, shifted_slots(batch), self.attention, encoded, dropout_keys)
 
         def score(logits, labels):
             loss, nll = cross_entropy(logits, labels, label_smoothing=self.label_smoothing, z_loss=self.z_loss)

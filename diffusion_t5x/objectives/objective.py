@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import AttentionKind
 from diffusion_t5x.models.transformer import Transformer
@@ -51,6 +52,9 @@ class Objective(Protocol):
     @property
     def attention(self) -> AttentionKind:
         """Who sees whom under this objective."""
+
+    def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
+        """What the model reads first when `loss` is called with this key, int32 `[B, L]`: shifted, or corrupted."""
 
     def loss(self, model: Transformer, batch: Batch, key: jax.Array | None, train: bool = True) -> LossSums:
         """The loss of a batch; rows draw from the key by their `example_ids`. `train` switches dropout on."""

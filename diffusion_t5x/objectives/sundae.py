@@ -80,15 +80,20 @@ class Sundae:
     def attention(self) -> AttentionKind:
         return BIDIRECTIONAL
 
+    def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
+        noise_key, _, _ = jax.random.split(key, 3)
+        return corrupt(batch, vocabulary, row_keys(noise_key, batch.example_ids))
+
     def loss(self, model: Transformer, batch: Batch, key: jax.Array, train: bool = True) -> LossSums:
-        noise_keys, sample_keys, dropout_keys = (row_keys(k, batch.example_ids) for k in jax.random.split(key, 3))
-        tokens = corrupt(batch, model.vocabulary, noise_keys)
+        _, sample_keys, dropout_keys = (row_keys(k, batch.example_ids) for k in jax.random.split(key, 3))
+        tokens = self.model_inputs(model.vocabulary, batch, key)
         changed = normalized(batch, tokens != batch.tokens, "target_tokens")
         metrics = {"noise_fraction": changed}
         terms = []
+        encoded = model.encode(batch, fold_in(dropout_keys, self.num_unrolls + 1) if train else None)
         for unroll in range(self.num_unrolls + 1):
             term_keys = fold_in(dropout_keys, unroll) if train else None
-            hidden = model(tokens, Slots.of(batch), self.attention, term_keys)
+            hidden = model(tokens, Slots.of(batch), self.attention, encoded, term_keys)
             loss, predicted, repaired = self._read_out(model, hidden, batch, fold_in(sample_keys, unroll))
             terms.append(normalized(batch, loss, self.normalize))
             metrics[f"loss_{unroll + 1}"] = normalized(batch, loss, "target_tokens")

@@ -1,4 +1,4 @@
-"""The converter against row-building in plain numpy."""
+"""The converters against row-building in plain numpy."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 tf = pytest.importorskip("tensorflow")
 
-from diffusion_t5x.data.feature_converters import DecoderOnlyConverter  # noqa: E402
+from diffusion_t5x.data.feature_converters import DecoderOnlyConverter, EncoderDecoderConverter  # noqa: E402
 
 LENGTHS = {"inputs": 5, "targets": 6}
 ROW = 11
@@ -19,14 +19,14 @@ EXAMPLES = st.lists(
 )
 
 
-def convert(examples, lengths=LENGTHS, **layout):
+def convert(examples, lengths=LENGTHS, converter=DecoderOnlyConverter, **layout):
     def generate():
         for inputs, targets in examples:
             yield {"inputs": inputs, "targets": targets} if "inputs" in lengths else {"targets": targets}
 
     spec = {name: tf.TensorSpec([None], tf.int32) for name in lengths}
     ds = tf.data.Dataset.from_generator(generate, output_signature=spec)
-    return list(DecoderOnlyConverter("inputs" in lengths, **layout)(ds, lengths).as_numpy_iterator())
+    return list(converter("inputs" in lengths, **layout)(ds, lengths).as_numpy_iterator())
 
 
 def row(segments, length=ROW, pad_id=0):
@@ -100,3 +100,34 @@ def test_without_inputs_every_position_is_a_target():
     assert_rows(convert(examples, {"targets": 6}), [row([example], 6) for example in examples])
     assert_rows(convert(examples, {"targets": 6}, pack=True), [row(examples, 6)])
     assert_rows(convert(examples, {"targets": 6}, canvas=True)[1:], [row([([], [5, 1, 0, 0, 0, 0])], 6)])
+
+
+def apart(segments):
+    """As `row`, inputs and targets each in a row of their own."""
+    encoder = row([(inputs, []) for inputs, _ in segments], LENGTHS["inputs"])
+    made = row([([], targets) for _, targets in segments], LENGTHS["targets"])
+    return made | {f"encoder_{name}": encoder[name] for name in ("tokens", "segment_ids", "positions")}
+
+
+@settings(max_examples=10, deadline=None)
+@given(EXAMPLES)
+def test_rows_of_an_encoder_decoder(examples):
+    found = convert(examples, converter=EncoderDecoderConverter)
+    assert_rows(found, [apart([example]) for example in examples])
+    canvas = [(inputs, targets + [0] * (6 - len(targets))) for inputs, targets in examples]
+    found = convert(examples, converter=EncoderDecoderConverter, canvas=True)
+    assert_rows(found, [apart([example]) for example in canvas])
+
+
+@settings(max_examples=10, deadline=None)
+@given(EXAMPLES)
+def test_packing_for_an_encoder_decoder_gives_inputs_and_targets_of_an_example_one_segment(examples):
+    rows, free = [[]], (5, 6)
+    for example in examples:
+        sizes = tuple(map(len, example))
+        if sizes[0] > free[0] or sizes[1] > free[1]:
+            rows, free = [*rows, []], (5, 6)
+        rows[-1].append(example)
+        free = (free[0] - sizes[0], free[1] - sizes[1])
+    found = convert(examples, converter=EncoderDecoderConverter, pack=True)
+    assert_rows(found, [apart(segments) for segments in rows])

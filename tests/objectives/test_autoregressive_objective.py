@@ -124,7 +124,7 @@ def test_accuracy_counts_the_likeliest_tokens():
     batch = PADDED.replace(tokens=np.where(PADDED.target_mask, half_right, PADDED.tokens))
 
     class SameReading:
-        vocabulary, map_logits = model.vocabulary, model.map_logits
+        vocabulary, map_logits, encode = model.vocabulary, model.map_logits, model.encode
 
         def __call__(self, _, *args):
             return model(tokens, *args)

@@ -1,0 +1,159 @@
+"""The stack of layers that encoders and decoders are made of, in the manner of T5 1.1."""
+
+from typing import Self
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from diffusion_t5x.models.attention import Attention
+from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.layers import GatedMLP, RMSNorm, dropout, fold_in
+from diffusion_t5x.models.masks import AttentionKind, Slots, same_segment
+from diffusion_t5x.models.positions import RelativePositionBias
+from diffusion_t5x.partitioning import constrain
+
+ACTIVATIONS = ("batch", "length", "embed")
+
+
+@flax.struct.dataclass
+class Encoded:
+    """What a decoder sees of the inputs: keys and values for the cross-attention of every layer, computed once.
+
+    Attributes:
+      keys, values: `[layers, B, S, kv_heads, head_dim]`.
+      segment_ids: int32 `[B, S]`; a target sees the inputs of its own segment.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    segment_ids: jax.Array
+
+    def repeat(self, times: int) -> Self:
+        """Every row `times` times, one after another."""
+        return Encoded(
+            keys=jnp.repeat(self.keys, times, axis=1),
+            values=jnp.repeat(self.values, times, axis=1),
+            segment_ids=jnp.repeat(self.segment_ids, times, axis=0),
+        )
+
+
+class Block(nnx.Module):
+    """Self-attention, in a decoder over an encoder cross-attention, and a feed-forward layer.
+
+    Each is normed before and added to the residual stream.
+    """
+
+    def __init__(self, key: jax.Array, config: ModelConfig, cross_attention: bool):
+        attention_key, mlp_key, cross_key = jax.random.split(key, 3)
+        self.attention_norm = RMSNorm(config.embed_dim, config.norm_epsilon)
+        self.attention = Attention(attention_key, config)
+        if cross_attention:
+            self.cross_attention_norm = RMSNorm(config.embed_dim, config.norm_epsilon)
+            self.cross_attention = Attention(cross_key, config)
+        self.mlp_norm = RMSNorm(config.embed_dim, config.norm_epsilon)
+        self.mlp = GatedMLP(mlp_key, config.embed_dim, config.mlp_dim, config.activation, config.dropout_rate)
+        self.dropout_rate = config.dropout_rate
+
+    def __call__(self, x, positions, mask, bias, cached, write_at, inputs, inputs_mask, dropout_keys):
+        keys = [fold_in(dropout_keys, use) for use in range(4)]
+
+        def add(x, branch, use):
+            return constrain(x + dropout(branch, self.dropout_rate, keys[use]), ACTIVATIONS)
+
+        attended, cached = self.attention(self.attention_norm(x), positions, mask, bias, cached, write_at)
+        x = add(x, attended, 0)
+        if inputs is not None:
+            x = add(x, self.cross_attention.cross(self.cross_attention_norm(x), *inputs, inputs_mask), 3)
+        return add(x, self.mlp(self.mlp_norm(x), keys[1]), 2), cached
+
+
+class Stack(nnx.Module):
+    """Layers, scanned over their stacked parameters, and the norm behind them."""
+
+    def __init__(self, key: jax.Array, config: ModelConfig, cross_attention: bool = False):
+        block_key, bias_key = jax.random.split(key)
+        keys = jax.random.split(block_key, config.num_layers)
+        self.blocks = jax.vmap(lambda k: Block(k, config, cross_attention))(keys)
+        self.final_norm = RMSNorm(config.embed_dim, config.norm_epsilon)
+        if config.position == "relative":
+            self.relative_bias = RelativePositionBias(
+                bias_key, config.num_heads, config.relative_buckets, config.relative_max_distance
+            )
+        self.config = config
+
+    def __call__(
+        self,
+        x: jax.Array,
+        slots: Slots,
+        kind: AttentionKind,
+        encoded: Encoded | None = None,
+        dropout_keys: jax.Array | None = None,
+    ) -> jax.Array:
+        """Hidden states `[B, L, D]` of whole rows of embedded tokens `[B, L, D]`.
+
+        Args:
+          x: embedded tokens.
+          slots: what they are.
+          kind: who sees whom.
+          encoded: the inputs, for cross-attention.
+          dropout_keys: `[B]`, a key for each row; None switches dropout off.
+        """
+        # Slots of one segment are as far apart as their positions, so one bias serves all rows, packed ones too.
+        index = jnp.arange(x.shape[1])[None]
+        hidden, _ = self._run(x, slots, kind.mask(slots, slots), (index, index), None, None, encoded, dropout_keys)
+        return hidden
+
+    def extend(
+        self,
+        x: jax.Array,
+        queries: Slots,
+        kind: AttentionKind,
+        slots: Slots,
+        cached: tuple[jax.Array, jax.Array],
+        write_at: jax.Array,
+        encoded: Encoded | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """As `__call__` for some slots of each row, over the cached keys and values of the others.
+
+        Args:
+          x: embedded tokens `[B, Lq, D]`.
+          queries: their slots.
+          kind: who sees whom.
+          slots: of the whole rows, `[B, L]`.
+          cached: keys and values, `[layers, B, L, kv_heads, head_dim]`.
+          write_at: int32 `[B]`, the slot of each row's first token.
+          encoded: the inputs, for cross-attention.
+
+        Returns:
+          Hidden states `[B, Lq, D]`, and keys and values with those of x written.
+        """
+        positions = (queries.positions, slots.positions)
+        return self._run(x, queries, kind.mask(queries, slots), positions, cached, write_at, encoded, None)
+
+    def cross_keys_values(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Every layer's keys and values `[layers, B, S, kv_heads, head_dim]` of an encoder's hidden states."""
+        return jax.vmap(lambda block: block.cross_attention.keys_values(hidden))(self.blocks)
+
+    def _run(self, x, slots, mask, bias_positions, cached, write_at, encoded, dropout_keys):
+        config = self.config
+        keys = [fold_in(dropout_keys, use) for use in range(3)]
+        x = constrain(dropout(x, config.dropout_rate, keys[0]), ACTIVATIONS)
+        bias = self.relative_bias(*bias_positions) if config.position == "relative" else None
+        inputs = inputs_mask = None
+        if encoded is not None:
+            inputs = (encoded.keys, encoded.values)
+            inputs_mask = same_segment(slots.segment_ids, encoded.segment_ids)
+
+        def layer(x, scanned):
+            block, cached, inputs, number = scanned
+            layer_keys = fold_in(keys[1], number)
+            return block(x, slots.positions, mask, bias, cached, write_at, inputs, inputs_mask, layer_keys)
+
+        if config.remat != "none":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+            layer = jax.checkpoint(layer, policy=policy)
+        layers = (self.blocks, cached, inputs, jnp.arange(config.num_layers))
+        x, cached = jax.lax.scan(layer, x, layers, unroll=config.scan_unroll)
+        return dropout(self.final_norm(x), config.dropout_rate, keys[2]), cached
