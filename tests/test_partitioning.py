@@ -69,7 +69,7 @@ def test_moments_lie_as_their_parameters_do_and_the_rest_stands_whole():
     mesh = abstract_mesh(2, 2, 2)
     definition = ModelDefinition(tiny.RELATIVE, tiny.VOCABULARY)
     state = abstract_state(mesh, definition, optax.adamw(1e-3), keep_ema=True)
-    assert specs(state.params)["blocks"]["attention"] == {
+    assert specs(state.params)["decoder"]["blocks"]["attention"] == {
         "query": P((), ("fsdp",), ("tensor",), ()),
         "key": P((), ("fsdp",), ("tensor",), ()),
         "value": P((), ("fsdp",), ("tensor",), ()),
@@ -83,11 +83,13 @@ def test_moments_lie_as_their_parameters_do_and_the_rest_stands_whole():
     # Factored moments have shapes of their own.
     factored = abstract_state(mesh, definition, optax.adafactor(1e-3, min_dim_size_to_factor=8), keep_ema=False)
     moments = factored.opt_state[0]
-    assert moments.v_row["embedding"].shape == (16,) and moments.v["blocks"]["attention_norm"]["scale"].shape == (2, 16)
+    assert moments.v_row["embedding"].shape == (16,) and moments.v["decoder"]["blocks"]["attention_norm"][
+        "scale"
+    ].shape == (2, 16)
     assert set(
         map(str, jax.tree.leaves(specs((moments.v_row, moments.v_col)), is_leaf=lambda x: isinstance(x, P)))
     ) == {str(P())}
-    assert specs(moments.v)["blocks"]["attention_norm"]["scale"] == P((), ("fsdp",))
+    assert specs(moments.v)["decoder"]["blocks"]["attention_norm"]["scale"] == P((), ("fsdp",))
 
 
 def test_a_mesh_axis_cuts_an_array_once():

@@ -54,9 +54,10 @@ class RowConverter(seqio.FeatureConverter, abc.ABC):
         blank = task_feature_lengths["targets"] - tf.size(targets) if self._canvas else 0
         return tf.pad(targets, [[0, blank]], constant_values=self._pad_id)
 
-    def _fill_up(self, tokens: tf.Tensor, length: int) -> tf.Tensor:
-        padding = [[0, length - tf.size(tokens)]]
-        return tf.ensure_shape(tf.pad(tokens, padding, constant_values=self._pad_id), [length])
+    def _fill_up(self, values: tf.Tensor, length: int, filler: int | None = None) -> tf.Tensor:
+        """`[length]`: values, then the filler (by default pad tokens)."""
+        filler = self._pad_id if filler is None else filler
+        return tf.ensure_shape(tf.pad(values, [[0, length - tf.size(values)]], constant_values=filler), [length])
 
 
 class DecoderOnlyConverter(RowConverter):
@@ -81,7 +82,7 @@ class DecoderOnlyConverter(RowConverter):
         there = tf.sequence_mask(tf.size(tokens), length)
         return {
             "tokens": self._fill_up(tokens, length),
-            "target_mask": tf.ensure_shape(tf.pad(target_mask, [[0, length - tf.size(tokens)]]), [length]),
+            "target_mask": self._fill_up(target_mask, length, False),
             "segment_ids": tf.cast(there, tf.int32),
             "positions": tf.where(there, tf.range(length), 0),
         }
@@ -140,17 +141,26 @@ class EncoderDecoderConverter(RowConverter):
         return row | {"target_mask": row["segment_ids"] > 0}
 
     def _pack_rows(self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]) -> tf.data.Dataset:
-        def encode(features: Features) -> Features:  # SeqIO's packing takes a zero for padding, whatever it means
-            return {name: 1 + features[name] for name in ("inputs", "targets")}
+        names = ("inputs", "targets")
+
+        # SeqIO's packing takes a zero for padding, whatever it means, and numbers the segments of each feature for
+        # itself, without those that are empty: sizes go along, and tell which inputs and targets are one example's.
+        def encode(features: Features) -> Features:
+            sizes = {f"{name}_size": 1 + tf.size(features[name], tf.int32)[None] for name in names}
+            return {name: 1 + features[name] for name in names} | sizes
 
         def decode(packed: Features) -> Features:
             row = {}
             for prefix, name in (("encoder_", "inputs"), ("", "targets")):
-                row[f"{prefix}tokens"] = tf.where(packed[name] > 0, packed[name] - 1, self._pad_id)
-                row[f"{prefix}segment_ids"] = packed[f"{name}_segment_ids"]
+                there, length = packed[name] > 0, task_feature_lengths[name]
+                sizes = tf.maximum(packed[f"{name}_size"] - 1, 0)
+                segment_ids = tf.repeat(tf.range(1, tf.size(sizes) + 1), sizes)
+                row[f"{prefix}tokens"] = tf.where(there, packed[name] - 1, self._pad_id)
+                row[f"{prefix}segment_ids"] = self._fill_up(segment_ids, length, 0)
                 row[f"{prefix}positions"] = packed[f"{name}_positions"]
             return row | {"target_mask": packed["targets"] > 0}
 
         ds = ds.map(encode, num_parallel_calls=tf.data.AUTOTUNE)
-        ds = self._pack_or_pad(ds, {name: task_feature_lengths[name] for name in ("inputs", "targets")})
+        lengths = {name: task_feature_lengths[name] for name in names}
+        ds = self._pack_or_pad(ds, lengths | {f"{name}_size": sum(lengths.values()) for name in names})
         return ds.map(decode, num_parallel_calls=tf.data.AUTOTUNE)

@@ -25,7 +25,7 @@ def make_model(name):
     if name == "rotary":
         params["head"] = params["head"].at[:, 1].multiply(2.0)
     else:
-        params["embedding"] = params["embedding"].at[1].multiply(2.0)
+        params["embedding"] = params["embedding"].at[1].multiply(4.0)
     return dataclasses.replace(definition, vocabulary=VOCABULARY), params
 
 

@@ -28,7 +28,7 @@ def examples():
     "objective,decoder,steps",
     [
         (Autoregressive(), AutoregressiveDecoder(), 200),
-        (Sundae(), SundaeDecoder(), 600),
+        (Sundae(), SundaeDecoder(), 800),
     ],
     ids=["autoregressive", "sundae"],
 )
