@@ -13,7 +13,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -38,12 +38,15 @@ class Quickstart:
     Args:
       folder: each stage gets a folder of its own in it.
       overrides: command line flags added to each stage of a verb.
+      model: gin file of the architecture.
+      pretraining: gin file that chooses the pretraining task, if it is not the recipes' own.
     """
 
-    def __init__(self, folder: pathlib.Path, overrides: Mapping[str, list[str]]):
+    def __init__(self, folder: pathlib.Path, overrides: Mapping[str, list[str]], model: str, pretraining: str | None):
         self.folder = folder
         self.seconds: dict[str, float] = {}
         self._overrides = overrides
+        self._model, self._pretraining = model, pretraining
         self._seconds_file = folder / "seconds.json"
         if self._seconds_file.exists():
             self.seconds = json.loads(self._seconds_file.read_text())
@@ -51,8 +54,11 @@ class Quickstart:
     def path(self, stage: str) -> str:
         return str(self.folder / stage)
 
-    def train(self, stage: str, recipe: str, start: str | None = None) -> None:
-        flags = [f"--gin.MODEL_DIR={self.path(stage)}"]
+    def pretrain(self, stage: str, recipe: str, start: str | None = None) -> None:
+        self.train(stage, recipe, start, [self._pretraining] if self._pretraining else [])
+
+    def train(self, stage: str, recipe: str, start: str | None = None, gin_files: Sequence[str] = ()) -> None:
+        flags = [*(f"--gin_file={file}" for file in gin_files), f"--gin.MODEL_DIR={self.path(stage)}"]
         if start:
             flags.append(f"--gin.INITIAL_CHECKPOINT_PATH={self.path(start)}")
         self._run(stage, train.train, recipe, flags)
@@ -71,7 +77,8 @@ class Quickstart:
         return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
 
     def _run(self, stage: str, verb: Callable[..., None], recipe: str, flags: list[str]) -> None:
-        flags = [f"--gin_file={RECIPES}/{recipe}.gin", *flags, *self._overrides.get(verb.__name__, [])]
+        files = [f"--gin_file={RECIPES}/{recipe}.gin", f"--gin_file={self._model}"]
+        flags = [*files, *flags, *self._overrides.get(verb.__name__, [])]
         console.rule(f"[bold]{stage}")
         print("python -m", verb.__module__, shlex.join(flags), flush=True)
         start = time.monotonic()
@@ -83,9 +90,9 @@ class Quickstart:
 def run_experiment(quickstart: Quickstart, full: bool) -> tuple[dict[str, dict[str, float]], list[dict[str, Any]]]:
     """All stages. Returns each model's scores, and the diffusion model's examples with their canvases."""
     q = quickstart
-    q.train("pretrain_ar", "pretrain_ar")
+    q.pretrain("pretrain_ar", "pretrain_ar")
     q.train("finetune_ar", "finetune_ar", start="pretrain_ar")
-    q.train("adapt", "adapt", start="pretrain_ar")
+    q.pretrain("adapt", "adapt", start="pretrain_ar")
     q.train("finetune_ar2diff_n", "finetune_diffusion", start="adapt")
     scores = {
         "AR": q.evaluate("eval_ar", "eval_ar", "finetune_ar"),
@@ -94,7 +101,7 @@ def run_experiment(quickstart: Quickstart, full: bool) -> tuple[dict[str, dict[s
     if full:
         q.train("finetune_ar2diff_0", "finetune_diffusion", start="pretrain_ar")
         scores["AR2Diff_0"] = q.evaluate("eval_ar2diff_0", "eval_diffusion", "finetune_ar2diff_0")
-        q.train("pretrain_diffusion", "pretrain_diffusion")
+        q.pretrain("pretrain_diffusion", "pretrain_diffusion")
         q.train("finetune_diffusion", "finetune_diffusion", start="pretrain_diffusion")
         scores["diffusion from scratch"] = q.evaluate("eval_diffusion", "eval_diffusion", "finetune_diffusion")
     return scores, q.infer("infer_ar2diff_n", "infer_diffusion", "finetune_ar2diff_n")
@@ -129,10 +136,14 @@ def main() -> None:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--smoke", action="store_true", help="5 steps of every stage: does everything run?")
     length.add_argument("--full", action="store_true", help="AR2Diff_0 and diffusion from scratch as well")
-    parser.add_argument("--output", type=pathlib.Path, help="folder for all runs (default: runs/quickstart)")
+    parser.add_argument("--architecture", choices=("decoder_only", "encoder_decoder"), default="decoder_only")
+    parser.add_argument("--pretraining", choices=("prefix_lm", "span_corruption"), default="prefix_lm")
+    parser.add_argument("--output", type=pathlib.Path, help="folder for all runs (default: one below runs/)")
     parser.add_argument("--fresh", action="store_true", help="remove what is in that folder first")
     args = parser.parse_args()
-    folder = args.output or ROOT / "runs" / ("smoke" if args.smoke else "quickstart")
+    choices = {name: getattr(args, name) for name in ("architecture", "pretraining")}
+    variant = [choice for name, choice in choices.items() if choice != parser.get_default(name)]
+    folder = args.output or ROOT / "runs" / "-".join(["smoke" if args.smoke else "quickstart", *variant])
     if args.fresh or args.smoke:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +162,8 @@ def main() -> None:
             "evaluate": [few, "--gin.BATCH_SIZE=16"],
             "infer": ["--gin.NUM_DECODED_EXAMPLES=4", "--gin.BATCH_SIZE=4"],
         }
-    quickstart = Quickstart(folder, overrides)
+    pretraining = f"{RECIPES}/span_corruption.gin" if args.pretraining == "span_corruption" else None
+    quickstart = Quickstart(folder, overrides, f"models/{args.architecture}.gin", pretraining)
     scores, examples = run_experiment(quickstart, args.full or args.smoke)
     show(scores, examples)
     results = folder / "results.json"

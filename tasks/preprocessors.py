@@ -1,7 +1,7 @@
 """Pretraining objectives as SeqIO preprocessors: tokenised documents (feature `targets`) to `inputs` and `targets`.
 
 Both leave room for the EOS that `seqio.preprocessors.append_eos` adds to either feature, and lose no token. What they
-hide is chosen anew in each epoch, and has nothing to do with a diffusion objective's noise, which is drawn on device.
+hide has nothing to do with a diffusion objective's noise, which is drawn on device.
 """
 
 from collections.abc import Mapping

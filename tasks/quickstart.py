@@ -100,6 +100,10 @@ class QuickstartVocabulary(seqio.SentencePieceVocabulary):
         return super()._model_context()
 
 
+VOCABULARY = QuickstartVocabulary()
+FEATURES = {name: seqio.Feature(VOCABULARY, add_eos=True) for name in ("inputs", "targets")}
+
+
 def text_source(columns: Callable[[str], Mapping[str, Sequence[str]]], splits: Sequence[str]) -> seqio.DataSource:
     """Texts held in memory, as a SeqIO source: `columns(split)` gives equally long lists, called when first read.
 
@@ -123,8 +127,6 @@ def text_source(columns: Callable[[str], Mapping[str, Sequence[str]]], splits: S
 
 
 def _register() -> None:
-    vocabulary = QuickstartVocabulary()
-    features = {name: seqio.Feature(vocabulary, add_eos=True) for name in ("inputs", "targets")}
     for objective in (preprocessors.prefix_lm, preprocessors.span_corruption):
         seqio.TaskRegistry.add(
             f"quickstart_corpus_{objective.__name__}",
@@ -134,14 +136,14 @@ def _register() -> None:
                 objective,
                 seqio.preprocessors.append_eos,
             ],
-            output_features=features,
+            output_features=FEATURES,
             shuffle_buffer_size=2_048,  # chunks: some 200 documents' worth
         )
     seqio.TaskRegistry.add(
         "quickstart_pairs",
         source=text_source(_pair_columns, ("train", "validation", "test")),
         preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
-        output_features=features,
+        output_features=FEATURES,
         metric_fns=[metrics.bleu, metrics.exact_match],
         shuffle_buffer_size=1,  # the source shuffles
     )

@@ -1,0 +1,59 @@
+"""Eight sentences to learn by heart: the first thing to try with a new objective, model or decoder.
+
+overfit_prefix_lm        the beginning of each sentence given, the rest asked
+overfit_span_corruption  some spans of each sentence hidden, and asked
+
+Training and validation hold the same eight examples, cut in the same way every time (28 tokens a feature are enough). A
+model that cannot reproduce them to the last token has a bug.
+"""
+
+import functools
+from collections.abc import Callable
+
+import seqio
+import tensorflow as tf
+
+from diffusion_t5x.evaluation import metrics
+from diffusion_t5x.tasks import preprocessors, quickstart
+
+SENTENCES = (
+    "Text can be written from left to right, one token after another.",
+    "A painter rather sketches everything and goes over it again.",
+    "Noise on the canvas turns into words within a few steps.",
+    "What is wrong in the first draft is mended in the second.",
+    "The reader sees only the last version, never the first one.",
+    "Some holes in a sentence can be filled from both of its sides.",
+    "Old models learn the new way of writing in a short time.",
+    "Whoever repeats these lines exactly has learnt them by heart.",
+)
+
+
+OBJECTIVES = {
+    "prefix_lm": preprocessors.prefix_lm,
+    "span_corruption": functools.partial(  # two spans or three in each of these short texts
+        preprocessors.span_corruption, noise_density=0.3, mean_noise_span_length=2.0
+    ),
+}
+
+
+def _examples(objective: Callable[..., tf.data.Dataset], split: str, shuffle_files: bool, seed: int | None = None):
+    """The sentences, cut. A source, unlike a preprocessor, makes the same random choices in every epoch."""
+    del split, shuffle_files, seed
+    sentences = tf.data.Dataset.from_tensor_slices({"targets": list(SENTENCES)})
+    tokens = seqio.preprocessors.tokenize(sentences, quickstart.FEATURES, copy_pretokenized=False)
+    with seqio.utils.map_seed_manager(0):
+        return objective(tokens, {"inputs": 28, "targets": 28}, quickstart.FEATURES)
+
+
+def _register() -> None:
+    for name, objective in OBJECTIVES.items():
+        seqio.TaskRegistry.add(
+            f"overfit_{name}",
+            source=seqio.FunctionDataSource(functools.partial(_examples, objective), ("train", "validation")),
+            preprocessors=[seqio.preprocessors.append_eos],
+            output_features=quickstart.FEATURES,
+            metric_fns=[metrics.exact_match],
+        )
+
+
+_register()
