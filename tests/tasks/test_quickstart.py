@@ -119,9 +119,25 @@ def test_mixture_holds_its_rates():
     assert abs(drawn / 10_000 - 0.2) < 0.02
 
 
-def test_rows_are_well_filled():
-    reader = PRETRAIN.train_iterator()
-    assert np.mean([next(reader).segment_ids > 0 for _ in range(10)]) > 0.8
+@pytest.mark.parametrize(
+    "architecture,mixture,lengths,least",
+    [
+        ("decoder_only", "quickstart_pretrain", {"inputs": 64, "targets": 64}, 0.8),
+        ("decoder_only", "quickstart_pretrain_span_corruption", {"inputs": 76, "targets": 20}, 0.8),
+        # A chunk is cut anywhere, and inputs and targets must both find room: half of either row is what is to be had.
+        ("encoder_decoder", "quickstart_pretrain", {"inputs": 64, "targets": 64}, 0.5),
+        ("encoder_decoder", "quickstart_pretrain_span_corruption", {"inputs": 76, "targets": 20}, 0.8),
+    ],
+)
+def test_rows_are_well_filled(architecture, mixture, lengths, least):
+    data = dataclasses.replace(
+        PRETRAIN, mixture_or_task_name=mixture, task_feature_lengths=lengths, architecture=architecture
+    )
+    reader = data.train_iterator()
+    batches = [next(reader) for _ in range(10)]
+    assert np.mean([batch.segment_ids > 0 for batch in batches]) > least
+    if architecture == "encoder_decoder":
+        assert np.mean([batch.encoder_segment_ids > 0 for batch in batches]) > least
 
 
 @pytest.mark.parametrize("batches", [0, 2, 3, 5, 7, 8, 9])
