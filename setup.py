@@ -10,6 +10,8 @@ VERSION = re.search(
     r'^__version__ = "(.+)"$', (ROOT / "diffusion_t5x/__init__.py").read_text(encoding="utf-8"), re.MULTILINE
 ).group(1)
 
+WANDB = "wandb>=0.31,<0.32"  # before 0.31, a run without network cannot go on after a resumption
+
 setuptools.setup(
     name="diffusion_t5x",
     version=VERSION,
@@ -47,7 +49,8 @@ setuptools.setup(
         "rich>=13",
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12,<0.16"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12,<0.16", WANDB],
+        "wandb": [WANDB],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
     },

@@ -12,6 +12,7 @@ The flags are T5X's: `--gin_file` (repeatable, later wins), `--gin.NAME=VALUE`, 
 
 import ast
 import contextlib
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -98,22 +99,37 @@ def load(gin_files: Iterable[str], bindings: Iterable[str] = (), search_paths: I
 def operative_text() -> str:
     """The resolved configuration as gin text that can be loaded again: all bindings, and defaults where none is bound.
 
-    A default is written without scope, so it takes effect exactly where the code's own default would have.
+    A default is written without scope, so it takes effect exactly where the code's own default would have. Settings
+    objects as defaults, such as `mesh = MeshConfig()`, have no words in gin: they follow as comments.
     """
     bound = {key: dict(parameters) for key, parameters in gin_config._CONFIG.items()}
     mentioned = {selector: gin_config._REGISTRY[selector] for _, selector in bound}
     for reference in gin_config.iterate_references(gin_config._CONFIG):
         mentioned[reference.configurable.selector] = reference.configurable
+    objects = []
     for selector, configurable in mentioned.items():
-        defaults = {
+        unbound = {
             parameter.name: parameter.default
             for parameter in _parameters(configurable.wrapped)
-            if isinstance(parameter.default, bool | int | float | str | tuple | list | dict | None)
-            and parameter.name != "dry_run"
+            if parameter.name not in bound.get(("", selector), {}) and parameter.name != "dry_run"
         }
-        if defaults:
+        literal = bool | int | float | str | tuple | list | dict | None
+        if defaults := {name: default for name, default in unbound.items() if isinstance(default, literal)}:
             bound["", selector] = defaults | bound.get(("", selector), {})
-    return gin_config._config_str(bound, max_line_length=120)
+        name = f"{configurable.wrapped.__module__}.{configurable.wrapped.__qualname__}"
+        objects += [f"# {name}.{key} = {value}" for key, value in unbound.items() if dataclasses.is_dataclass(value)]
+    title = ["# Defaults that are objects:", f"# {'=' * 118}"] if objects else []
+    return "\n".join([gin_config._config_str(bound, max_line_length=120), *title, *sorted(objects), ""])
+
+
+def operative_values() -> dict[str, Any]:
+    """What `operative_text` binds, nested by the dots of its names; references are text, such as "%MODEL"."""
+    values: dict[str, Any] = {}
+    for statement in config_parser.ConfigParser(operative_text(), _AsText()):
+        if isinstance(statement, config_parser.BindingStatement):
+            *parents, name = f"{statement.scope}/{statement.selector}.{statement.arg_name}".strip("/.").split(".")
+            functools.reduce(lambda inner, key: inner.setdefault(key, {}), parents, values)[name] = statement.value
+    return values
 
 
 def _run(main: Callable[..., Any], argv: Sequence[str]) -> None:
@@ -154,18 +170,20 @@ def _shipped_values(macro: str) -> str:
     return f"; {macro} is set in {', '.join(files[:3])}" if files else ""
 
 
+class _AsText(config_parser.ParserDelegate):
+    """Leaves references as they are spelled."""
+
+    def configurable_reference(self, scoped_selector: str, evaluate: bool) -> str:
+        return f"@{scoped_selector}{'()' if evaluate else ''}"
+
+    def macro(self, macro_name: str) -> str:
+        return f"%{macro_name}"
+
+
 def _gin_value(name: str, value: str) -> str:
     """`value` if it is gin syntax; a bare name or path with quotes around it."""
-
-    class NoLookup(config_parser.ParserDelegate):
-        def configurable_reference(self, scoped_selector: str, evaluate: bool) -> None:
-            del scoped_selector, evaluate
-
-        def macro(self, macro_name: str) -> None:
-            del macro_name
-
     with contextlib.suppress(SyntaxError, tokenize.TokenError):
-        parser = config_parser.ConfigParser(value, NoLookup())
+        parser = config_parser.ConfigParser(value, _AsText())
         parser.parse_value()
         if parser.current_token.type in (tokenize.NEWLINE, tokenize.ENDMARKER):
             return value

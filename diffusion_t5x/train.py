@@ -23,7 +23,7 @@ from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training import checkpoints as checkpointing
 from diffusion_t5x.training.assignment import Rule
 from diffusion_t5x.training.loop import Periods, train_loop
-from diffusion_t5x.training.metrics import make_writer
+from diffusion_t5x.training.metrics import check_writers, make_writer
 from diffusion_t5x.training.state import TrainState, abstract_state, fresh_state, init_state
 from diffusion_t5x.training.step import make_train_step
 
@@ -92,13 +92,14 @@ def train(
       loss_evals: losses measured at each evaluation.
       decode_evals: decoding and scoring at each evaluation.
       checkpoint_policy: which checkpoints stay.
-      metric_writers: "jsonl", "tensorboard".
+      metric_writers: "jsonl", "tensorboard", "wandb" (Weights & Biases, an extra).
       dry_run: build model, data and shapes, print them, and train nothing.
 
     Raises:
       UserError: anything that does not fit, before training data are read and before anything is compiled.
     """
     device_mesh = mesh.make()
+    check_writers(metric_writers)
     if not dry_run:
         checkpointing.ensure_writable(model_dir)
     checkpoint_folder = os.path.join(model_dir, "checkpoints")
@@ -161,17 +162,13 @@ def train(
         ema_decay=ema_decay,
     )
     evaluator = Evaluator(device_mesh, definition, objective, loss_evals, decode_evals)
-    writer = make_writer(os.path.join(model_dir, "train"), first_step, metric_writers)
-    eval_writers = {}
+    writer = make_writer(model_dir, metric_writers, first_step, config.operative_values())
 
     def evaluate(state: TrainState, step: int) -> dict[str, float]:
         found: dict[str, float] = {}
 
         def write(kind: str, task: str, metrics: dict[str, float]) -> None:
-            folder = os.path.join(model_dir, kind, task)
-            if folder not in eval_writers:
-                eval_writers[folder] = make_writer(folder, first_step, metric_writers)
-            eval_writers[folder].write(step, metrics)
+            writer.write(step, f"{kind}/{task}", metrics)
             found.update({f"{task}/{name}": value for name, value in metrics.items()})
 
         for task, metrics in evaluator.losses(state.eval_params).items():
@@ -199,8 +196,7 @@ def train(
         )
     finally:
         checkpoints.close()
-        for each in [writer, *eval_writers.values()]:
-            each.close()
+        writer.close()
 
 
 def _check_microbatches(mesh: Mesh, batch_size: int, num_microbatches: int) -> None:

@@ -15,6 +15,10 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite the texts in tests/gin/golden")
+
+
 @pytest.fixture(scope="session")
 def test_data() -> pathlib.Path:
     """The folder of real data that DIFFUSION_T5X_TEST_DATA names; skips where there is none."""

@@ -81,7 +81,7 @@ class _Log:
             seconds = time.monotonic() - self._time
             means["tokens_per_second"] = sum(m["tokens"] for m in self._since) / seconds
             means["seconds_per_step"] = seconds / len(self._since)
-            self._writer.write(step, means)
+            self._writer.write(step, "train", means)
             self._since, self._time = [], time.monotonic()
 
     @contextlib.contextmanager
@@ -119,7 +119,7 @@ def train_loop(
       evaluate: called with the state and its step; its metrics go into the checkpoint.
       checkpoints: where to save.
       metadata: goes into every checkpoint; "step" and "metrics" are added.
-      writer: of the training metrics.
+      writer: gets the training metrics, as folder "train".
       description: shown by the progress bar.
 
     Returns:

@@ -1,86 +1,138 @@
-"""Metric writers: JSON lines and TensorBoard, neither of which needs TensorFlow.
+"""Metric writers: JSON lines and TensorBoard, neither of which needs TensorFlow, and Weights & Biases.
+
+A writer belongs to a run and writes below its MODEL_DIR. Metrics have a folder, such as "train" or
+"training_eval/my_task"; JSON lines and TensorBoard's events lie there.
 
 A run that was killed and resumed from step s shows each step once: a writer is made with `last_step=s` and forgets what
-was written for later steps.
+was written for later steps. (What W&B was told, it cannot forget: it shows those steps twice.)
 """
 
+import importlib.util
 import json
 import os
 import pathlib
+import sys
+import uuid
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol, TextIO
 
 import jax
 import tensorboardX
 
-from diffusion_t5x.errors import UserError
+from diffusion_t5x.errors import UserError, did_you_mean
 
 
 class Writer(Protocol):
     """Where the metrics of a run go."""
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, step: int, folder: str, metrics: Mapping[str, float]) -> None:
         """Writes numbers (anything that `float` takes) by name."""
-
-    def write_text(self, step: int, name: str, text: str) -> None:
-        """Writes a text, such as a decoded example."""
 
     def close(self) -> None:
         """Writes out what is still held back."""
 
 
 class JsonlWriter:
-    """`metrics.jsonl`: one JSON object a line, `{"step": 10, "loss": 2.5, ...}`, on disk when the call returns.
+    """`metrics.jsonl` in each folder: one JSON object a line, `{"step": 10, "loss": 2.5, ...}`, on disk at once.
 
     Args:
-      directory: made if it is not there.
+      model_dir: folders in it are made as needed.
       last_step: lines of later steps are dropped, and so is a line that was cut short.
     """
 
-    def __init__(self, directory: str, last_step: int = 0):
-        path = pathlib.Path(directory) / "metrics.jsonl"
+    def __init__(self, model_dir: str, last_step: int = 0):
+        self._model_dir, self._last_step = model_dir, last_step
+        self._files: dict[str, TextIO] = {}
+
+    def write(self, step: int, folder: str, metrics: Mapping[str, float]) -> None:
+        if folder not in self._files:
+            self._files[folder] = self._open(folder)
+        line = {"step": int(step)} | {name: float(value) for name, value in metrics.items()}
+        self._files[folder].write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._files[folder].flush()
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def _open(self, folder: str) -> TextIO:
+        path = pathlib.Path(self._model_dir, folder, "metrics.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             kept = path.with_suffix(".jsonl.tmp")
             with path.open(encoding="utf-8") as old, kept.open("w", encoding="utf-8") as new:
-                new.writelines(line for line in old if _step(line) <= last_step)
+                new.writelines(line for line in old if _step(line) <= self._last_step)
             os.replace(kept, path)
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._write_line({"step": int(step)} | {name: float(value) for name, value in metrics.items()})
-
-    def write_text(self, step: int, name: str, text: str) -> None:
-        self._write_line({"step": int(step), name: text})
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _write_line(self, line: dict[str, int | float | str]) -> None:
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._file.flush()
+        return path.open("a", encoding="utf-8")
 
 
 class TensorBoardWriter:
-    """TensorBoard event files.
+    """TensorBoard event files in each folder.
 
     Args:
-      directory: made if it is not there.
-      last_step: TensorBoard hides what earlier files in this folder hold for later steps.
+      model_dir: folders in it are made as needed.
+      last_step: TensorBoard hides what earlier files in a folder hold for later steps.
     """
 
-    def __init__(self, directory: str, last_step: int = 0):
-        self._writer = tensorboardX.SummaryWriter(str(directory), purge_step=last_step + 1, flush_secs=10)
+    def __init__(self, model_dir: str, last_step: int = 0):
+        self._model_dir, self._last_step = model_dir, last_step
+        self._writers: dict[str, tensorboardX.SummaryWriter] = {}
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, step: int, folder: str, metrics: Mapping[str, float]) -> None:
+        if folder not in self._writers:
+            path = os.path.join(self._model_dir, folder)
+            self._writers[folder] = tensorboardX.SummaryWriter(path, purge_step=self._last_step + 1, flush_secs=10)
         for name, value in metrics.items():
-            self._writer.add_scalar(name, float(value), int(step))
-
-    def write_text(self, step: int, name: str, text: str) -> None:
-        self._writer.add_text(name, text, int(step))
+            self._writers[folder].add_scalar(name, float(value), int(step))
 
     def close(self) -> None:
-        self._writer.close()
+        for writer in self._writers.values():
+            writer.close()
+
+
+class WandbWriter:
+    """One Weights & Biases run for a MODEL_DIR, which a resumed run goes on with; "train/loss" over "step".
+
+    W&B's environment variables hold, such as WANDB_MODE=offline, WANDB_PROJECT ("diffusion_t5x" by default) and
+    WANDB_NAME (MODEL_DIR's name by default). Its files, and the id of the run, are in MODEL_DIR/wandb.
+
+    Args:
+      model_dir: of the run.
+      config: shown as the W&B run's config.
+
+    Raises:
+      UserError: W&B does not start, for example because nobody is logged in.
+    """
+
+    def __init__(self, model_dir: str, config: Mapping[str, Any]):
+        import wandb
+
+        folder = pathlib.Path(model_dir, "wandb")
+        folder.mkdir(parents=True, exist_ok=True)
+        run_id = folder / "run_id"
+        if not run_id.exists():
+            run_id.write_text(uuid.uuid4().hex, encoding="utf-8")
+        try:
+            self._run = wandb.init(
+                dir=model_dir,
+                id=run_id.read_text(encoding="utf-8"),
+                resume="allow",
+                reinit="create_new",  # a caller's own W&B run stays as it is
+                project=os.environ.get("WANDB_PROJECT", "diffusion_t5x"),
+                name=os.environ.get("WANDB_NAME", pathlib.Path(model_dir).resolve().name),
+                config=dict(config),
+            )
+        except wandb.Error as error:
+            raise UserError(f"Weights & Biases: {error} To write to disk only, set WANDB_MODE=offline.") from error
+        # W&B's own steps only grow, and each call of `log` is one; ours is a metric, over which the others are drawn.
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, folder: str, metrics: Mapping[str, float]) -> None:
+        self._run.log({"step": int(step)} | {f"{folder}/{name}": float(value) for name, value in metrics.items()})
+
+    def close(self) -> None:
+        failed = sys.exc_info()[0] is not None  # closed on the way out of an exception
+        self._run.finish(exit_code=int(failed))
 
 
 class MultiWriter:
@@ -89,34 +141,47 @@ class MultiWriter:
     def __init__(self, writers: Sequence[Writer]):
         self._writers = writers
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, step: int, folder: str, metrics: Mapping[str, float]) -> None:
         for writer in self._writers:
-            writer.write(step, metrics)
-
-    def write_text(self, step: int, name: str, text: str) -> None:
-        for writer in self._writers:
-            writer.write_text(step, name, text)
+            writer.write(step, folder, metrics)
 
     def close(self) -> None:
         for writer in self._writers:
             writer.close()
 
 
-WRITERS = {"jsonl": JsonlWriter, "tensorboard": TensorBoardWriter}
+WRITERS = ("jsonl", "tensorboard", "wandb")
 
 
-def make_writer(directory: str, last_step: int = 0, names: Sequence[str] = ("jsonl", "tensorboard")) -> MultiWriter:
-    """The writers of these names, all to one folder. Only the first process of a run writes.
-
-    Raises:
-      UserError: no writer has such a name.
-    """
+def check_writers(names: Sequence[str]) -> None:
+    """Raises a UserError where a name is not one of WRITERS, or its package is not installed."""
+    if isinstance(names, str):
+        raise UserError(f"metric_writers is a list of names, such as ({names!r},), not {names!r}.")
     for name in names:
         if name not in WRITERS:
-            raise UserError(f"No metric writer is called {name!r}; there are {', '.join(WRITERS)}.")
-    if jax.process_index():
-        return MultiWriter([])
-    return MultiWriter([WRITERS[name](directory, last_step) for name in names])
+            known = ", ".join(WRITERS)
+            raise UserError(f"No metric writer is called {name!r}; there are {known}.{did_you_mean(name, WRITERS)}")
+    if "wandb" in names and importlib.util.find_spec("wandb") is None:
+        raise UserError("The metric writer 'wandb' needs a package: pip install diffusion_t5x[wandb]")
+
+
+def make_writer(
+    model_dir: str, names: Sequence[str], last_step: int = 0, config: Mapping[str, Any] | None = None
+) -> MultiWriter:
+    """The writers of these names (see `check_writers`). Only the first process of a run writes.
+
+    Args:
+      model_dir: of the run.
+      names: out of WRITERS.
+      last_step: that the run goes on from.
+      config: nested names and values, for writers that show them.
+    """
+    makers = {
+        "jsonl": lambda: JsonlWriter(model_dir, last_step),
+        "tensorboard": lambda: TensorBoardWriter(model_dir, last_step),
+        "wandb": lambda: WandbWriter(model_dir, config or {}),
+    }
+    return MultiWriter([] if jax.process_index() else [makers[name]() for name in names])
 
 
 def _step(line: str) -> float:

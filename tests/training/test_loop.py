@@ -39,8 +39,8 @@ class Recorder:
     def __init__(self):
         self.written, self.evaluated = {}, {}
 
-    def write(self, step, metrics):
-        assert step not in self.written
+    def write(self, step, folder, metrics):
+        assert folder == "train" and step not in self.written
         self.written[step] = metrics
 
     def evaluate(self, state, step):

@@ -1,0 +1,65 @@
+"""The sizes against T5 1.1's published dimensions and the papers' parameter counts, with a vocabulary of 256,000."""
+
+import gin
+import pytest
+
+from diffusion_t5x import config
+from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.transformer import ModelDefinition
+
+# 256,000 rows with MASK: 2,000 times the 128 to which the embedding is rounded.
+VOCABULARY = TokenIds(size=256_000, pad_id=0, eos_id=1, mask_id=255_999, start_id=0, noise_ranges=((2, 255_999),))
+# d_model, layers, heads, d_kv, d_ff, relative buckets of T5 1.1's gin files; tiny is ours.
+DIMENSIONS = {
+    "tiny": (96, 4, 3, 32, 256, 128),
+    "small": (512, 8, 6, 64, 1024, 32),
+    "base": (768, 12, 12, 64, 2048, 32),
+    "large": (1024, 24, 16, 64, 2816, 32),
+    "xl": (2048, 24, 32, 64, 5120, 32),
+}
+GOLDEN = {
+    ("tiny", "decoder_only"): 25_019_616,
+    ("tiny", "encoder_decoder"): 50_187_072,
+    ("small", "decoder_only"): 149_955_264,
+    ("small", "encoder_decoder"): 306_206_080,
+    ("base", "decoder_only"): 281_562_240,
+    ("base", "encoder_decoder"): 591_445_248,
+    ("large", "decoder_only"): 570_476_032,
+    ("large", "encoder_decoder"): 1_241_639_936,
+    ("xl", "decoder_only"): 1_682_017_280,
+    ("xl", "encoder_decoder"): 3_766_736_896,
+}
+
+
+def closed_form(size: str, model: str) -> int:
+    d, layers, heads, d_kv, d_ff, buckets = DIMENSIONS[size]
+    attention, mlp, norm, bias = 4 * d * heads * d_kv, 3 * d * d_ff, d, buckets * heads
+    stack = layers * (attention + mlp + 2 * norm) + norm + bias
+    if model == "decoder_only":
+        return 256_000 * d + stack
+    cross_attention = layers * (attention + norm)
+    return 2 * 256_000 * d + 2 * stack + cross_attention  # embedding and output matrix, encoder, decoder
+
+
+def num_params(size: str, model: str) -> int:
+    config.load([f"models/{model}.gin", f"sizes/{size}.gin"])
+    return ModelDefinition(ModelConfig(**gin.get_bindings(ModelConfig)), VOCABULARY).num_params()
+
+
+@pytest.mark.parametrize("model", ["decoder_only", "encoder_decoder"])
+@pytest.mark.parametrize("size", DIMENSIONS)
+def test_number_of_parameters(size, model):
+    assert num_params(size, model) == closed_form(size, model) == GOLDEN[size, model]
+
+
+@pytest.mark.parametrize(
+    ("size", "model", "published", "unit"),
+    [  # arXiv 2401.17181, section 4
+        ("base", "decoder_only", 280e6, 10e6),
+        ("base", "encoder_decoder", 590e6, 10e6),
+        ("xl", "decoder_only", 1.7e9, 0.1e9),
+    ],
+)
+def test_the_paper_rounds_to_the_same(size, model, published, unit):
+    assert round(num_params(size, model) / unit) * unit == pytest.approx(published)
