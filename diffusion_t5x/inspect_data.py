@@ -1,4 +1,7 @@
-"""Show what a training run reads: rows of its first batch as text, and what the objective makes of them."""
+"""Show what a training run reads: rows of its first batch as text, and what the objective makes of them.
+
+Takes the gin files and flags of the run, and runs/inspect_data.gin after them.
+"""
 
 import dataclasses
 import functools
