@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffusion_t5x.data.batch import Architecture, Batch
-from diffusion_t5x.data.vocabularies import TokenIds, token_ids
+from diffusion_t5x.data.vocabularies import TokenIds, piece, token_ids
 from diffusion_t5x.errors import UserError
 
 if TYPE_CHECKING:
@@ -153,9 +153,16 @@ class SeqioDataset:
 
     def show_canvas(self, tokens: Sequence[int]) -> str:
         """The text of target tokens, all of them: EOS as ¶, pad as ·, MASK as ▢."""
-        signs = {self.vocabulary().eos_id: "¶", self.vocabulary().pad_id: "·", self.vocabulary().vocab_size: "▢"}
-        groups = itertools.groupby(tokens, signs.get)
+        groups = itertools.groupby(tokens, self._signs().get)
         return "".join(sign * len(list(group)) if sign else self._decode(group) for sign, group in groups)
+
+    def piece(self, token: int) -> bytes:
+        """One token by itself in UTF-8, of which it may be only a part; with the signs of `show_canvas`."""
+        sign = self._signs().get(token)
+        return sign.encode() if sign else piece(self.vocabulary(), token)
+
+    def _signs(self) -> dict[int, str]:
+        return {self.vocabulary().eos_id: "¶", self.vocabulary().pad_id: "·", self.vocabulary().vocab_size: "▢"}
 
     def _decode(self, tokens: Iterable[int]) -> str:
         text = self.vocabulary().decode(list(tokens))

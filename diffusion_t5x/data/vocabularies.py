@@ -118,3 +118,21 @@ def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
         name=type(vocabulary).__name__,
         fingerprint=hashlib.sha256(contents).hexdigest()[:16],
     )
+
+
+def piece(vocabulary: "seqio.Vocabulary", token: int) -> bytes:
+    """What one token of a SeqIO vocabulary stands for, in UTF-8; a byte may be only a part of a character.
+
+    Ids that stand for no text have their SentencePiece names: "<unk>", "<extra_id_0>".
+    """
+    import seqio
+
+    if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+        name = vocabulary.tokenizer.IdToPiece(token)
+        return bytes.fromhex(name[3:5]) if vocabulary.tokenizer.IsByte(token) else name.replace("▁", " ").encode()
+    if isinstance(vocabulary, seqio.PassThroughVocabulary):
+        return f" {token}".encode()
+    sentinel = vocabulary.vocab_size - 1 - token
+    if sentinel < vocabulary.extra_ids:
+        return f"<extra_id_{sentinel}>".encode()
+    return b"<unk>" if token == vocabulary.unk_id else bytes([token - 3])  # pad, EOS and unknown come first

@@ -67,6 +67,11 @@ def loss_and_gradients(
     return sums, jax.tree.map(lambda g: g * scale, grads)
 
 
+def step_key(seed: int, step: int | jax.Array) -> jax.Array:
+    """The key of the noise and the dropout of the step that a state takes at its `step`, which is 0 at first."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
 def means(sums: LossSums) -> Metrics:
     return {"loss": sums.loss.mean(), **{name: ratio.mean() for name, ratio in sums.metrics.items()}}
 
@@ -89,13 +94,12 @@ def make_train_step(
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
         sums, grads = loss_and_gradients(
             definition,
             objective,
             state.params,
             batch,
-            key,
+            step_key(seed, state.step),
             microbatches=microbatches,
             normalizing_factor=normalizing_factor,
         )

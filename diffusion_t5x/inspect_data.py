@@ -1,0 +1,263 @@
+"""Show what a training run reads: rows of its first batch as text, and what the objective makes of them.
+
+Takes the gin files and flags of the run, and runs/inspect_data.gin after them.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from diffusion_t5x import config
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.seqio_source import SeqioDataset
+from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.objectives.autoregressive import shift_right
+from diffusion_t5x.objectives.objective import Objective
+from diffusion_t5x.training.step import step_key
+
+_STYLES = {
+    "inputs": "cyan",
+    "targets": "green",
+    "changed": "bold red",
+    "eos": "bold yellow",
+    "pad": "yellow",
+    "mask": "bold magenta",
+    "sentinel": "magenta",
+    "empty": "dim",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sequence:
+    """One sequence that the model reads, all arrays `[L]`: an encoder's, or the one with the targets.
+
+    Attributes:
+      name: "encoder", "decoder", or "" for the only one.
+      tokens, target_mask, segment_ids, positions: as in `Batch`.
+      reads: what the model reads in place of `tokens`.
+      changed: whether that is noise.
+    """
+
+    name: str
+    tokens: np.ndarray
+    target_mask: np.ndarray
+    segment_ids: np.ndarray
+    positions: np.ndarray
+    reads: np.ndarray
+    changed: np.ndarray
+
+    def runs(self) -> Iterator[tuple[int, str, np.ndarray]]:
+        """Segment, role ("inputs", "targets" or "empty") and indices of positions that stand together."""
+
+        def kind(i):
+            return int(self.segment_ids[i]), bool(self.target_mask[i])
+
+        for (segment, is_target), run in itertools.groupby(range(len(self.tokens)), kind):
+            role = "targets" if is_target else "inputs"
+            yield segment, role if segment else "empty", np.fromiter(run, int)
+
+
+def inspect_data(
+    *,
+    dataset: SeqioDataset,
+    objective: Objective,
+    num_rows: int = 2,
+    positions: bool = True,
+    random_seed: int = 0,
+    dry_run: bool = False,
+) -> None:
+    """Prints the first batch of a run that starts at step 0 on one host, and what the model reads of it in that step.
+
+    Each row is shown as text, run by run of inputs and targets, then position by position. Control characters of the
+    data are shown as signs and never printed.
+
+    Args:
+      dataset: what the run trains on.
+      objective: what it minimises.
+      num_rows: how many rows of the batch to show.
+      positions: show the table of single positions, too.
+      random_seed: of the run.
+      dry_run: print the summary of the batch alone.
+
+    Raises:
+      UserError: a data set that cannot be read, or fewer rows than asked for.
+    """
+    dataset.check()
+    if not 1 <= num_rows <= dataset.batch_size:
+        raise UserError(f"num_rows must lie between 1 and the {dataset.batch_size} rows of a batch, not {num_rows}.")
+    vocabulary = dataset.token_ids()
+    batch = next(dataset.train_iterator())
+    read = jax.jit(functools.partial(objective.model_inputs, vocabulary))
+    reads = np.asarray(read(batch, step_key(random_seed, 0)))
+    clean, shifted = _clean_reads(batch, reads, vocabulary)
+    changed = (reads != clean) & (batch.segment_ids > 0)
+
+    console = Console(markup=False, highlight=False, emoji=False)
+    console.print(_summary(dataset, objective, batch, changed, shifted))
+    if dry_run:
+        return
+    writer = _Writer(vocabulary, dataset.piece)
+    console.print("", _legend(), sep="\n")
+    for row in range(num_rows):
+        sequences = _sequences(batch, reads, changed, row)
+        console.rule(f"row {row}")
+        for sequence in sequences:
+            console.print(writer.text(sequence))
+        for sequence in sequences if positions else ():
+            console.print(writer.table(sequence))
+
+
+def _clean_reads(batch: Batch, reads: np.ndarray, vocabulary: TokenIds) -> tuple[np.ndarray, bool]:
+    """What the model would read without noise, `[B, L]`: the tokens in their places, or one later. And if one later."""
+    later = np.asarray(shift_right(batch.tokens, batch.positions, vocabulary.start_id))
+    there = batch.segment_ids > 0
+    shifted = bool(np.sum((reads == later)[there]) > np.sum((reads == batch.tokens)[there]))
+    return (later if shifted else batch.tokens), shifted
+
+
+def _sequences(batch: Batch, reads: np.ndarray, changed: np.ndarray, row: int) -> list[_Sequence]:
+    """The sequences of a row in the order in which the model reads them."""
+    arrays = batch.tokens, batch.target_mask, batch.segment_ids, batch.positions, reads, changed
+    if batch.encoder_tokens is None:
+        return [_Sequence("", *(x[row] for x in arrays))]
+    tokens, never = batch.encoder_tokens, np.zeros_like(batch.encoder_tokens, bool)
+    encoder = tokens, never, batch.encoder_segment_ids, batch.encoder_positions, tokens, never
+    return [_Sequence("encoder", *(x[row] for x in encoder)), _Sequence("decoder", *(x[row] for x in arrays))]
+
+
+def _summary(dataset: SeqioDataset, objective: Objective, batch: Batch, changed: np.ndarray, shifted: bool) -> Table:
+    segments = {"decoder": batch.segment_ids}
+    if batch.encoder_segment_ids is not None:
+        segments = {"encoder": batch.encoder_segment_ids} | segments
+    examples = np.max([ids.max(axis=1) for ids in segments.values()], axis=0)
+    layout = "packed" if dataset.pack else "each on a canvas" if dataset.canvas else "not packed"
+    noise = changed.sum() / max(1, batch.target_mask.sum())
+    table = Table.grid(padding=(0, 2))
+    for name, value in {
+        "task": f"{dataset.name}, split {dataset.split}",
+        "architecture": dataset.architecture,
+        "objective": repr(objective),
+        "attention": objective.attention.name,
+        "batch": f"{len(examples)} rows, {examples.sum()} examples, {examples.mean():.1f} a row ({layout})",
+    }.items():
+        table.add_row(Text(name, "bold"), Text(value))
+    for name, ids in segments.items():
+        is_target = batch.target_mask if name == "decoder" else np.zeros_like(ids, bool)
+        shares = {"inputs": (ids > 0) & ~is_target, "targets (in the loss)": is_target, "empty": ids == 0}
+        shown = ", ".join(f"{share.mean():.1%} {role}" for role, share in shares.items() if share.any())
+        table.add_row(Text(name if len(segments) > 1 else "positions", "bold"), f"{ids.shape[1]} a row: {shown}")
+    how = "at each position the token before it" if shifted else "each token in its place"
+    noisy = f"{noise:.1%} of the targets changed by noise" if noise else "no noise"
+    table.add_row(Text("model reads", "bold"), f"{how}, {noisy}")
+    return table
+
+
+class _Writer:
+    """Shows tokens: coloured by what they are, and with signs, so that nothing is lost without colours.
+
+    Args:
+      vocabulary: says which ids are special.
+      piece: a token in UTF-8.
+    """
+
+    def __init__(self, vocabulary: TokenIds, piece: Callable[[int], bytes]):
+        self._piece = functools.cache(piece)
+        self._special = {vocabulary.eos_id: "eos", vocabulary.pad_id: "pad", vocabulary.mask_id: "mask"}
+        self._content = frozenset(vocabulary.noise_ids().tolist())
+
+    def text(self, sequence: _Sequence) -> Table:
+        """The text of each run, and below it what the model reads, where that is something else."""
+        label = Column(min_width=len("segment 1 targets"), no_wrap=True)
+        grid = Table.grid("", label, Column(overflow="fold"), padding=(0, 2))
+        for segment, role, run in sequence.runs():
+            if role == "empty":
+                grid.add_row(sequence.name, role, f"{len(run)} positions", style=_STYLES[role])
+                continue
+            grid.add_row(sequence.name, f"segment {segment} {role}", self._lines(sequence.tokens[run], role))
+            if not np.array_equal(sequence.reads[run], sequence.tokens[run]):
+                grid.add_row("", "  model reads", self._lines(sequence.reads[run], role, sequence.changed[run]))
+        return grid
+
+    def table(self, sequence: _Sequence) -> Table:
+        """Position by position. What the model reads stands only where it is another token."""
+        numbers = (Column(name, justify="right", no_wrap=True) for name in ("index", "segment", "position", "id"))
+        texts = (Column(name, overflow="fold") for name in ("piece", "role", "model reads"))
+        table = Table(*numbers, *texts, box=box.SIMPLE_HEAD, title=sequence.name, title_justify="left")
+        for segment, runs in itertools.groupby(sequence.runs(), lambda run: run[0]):
+            table.add_section()
+            for _, role, run in runs:
+                if role == "empty":
+                    table.add_row(f"{run[0]}-{run[-1]}", "", "", "", "", role, "", style=_STYLES[role])
+                    continue
+                for i in run:
+                    token, read = sequence.tokens[[i]], sequence.reads[[i]]
+                    table.add_row(
+                        *map(str, (i, segment, sequence.positions[i], token[0])),
+                        self._show(token, role, space="␣"),
+                        Text(role, _STYLES[role]),
+                        "" if read == token else self._show(read, role, sequence.changed[[i]], space="␣"),
+                    )
+        return table
+
+    def _lines(self, tokens: np.ndarray, role: str, changed: np.ndarray | None = None) -> Text:
+        return Text("\n").join(self._show(tokens, role, changed).split("␊", include_separator=True))
+
+    def _show(self, tokens: np.ndarray, role: str, changed: np.ndarray | None = None, space: str = " ") -> Text:
+        """Tokens in a run of this role; ⟦⟧ around those that noise has changed."""
+
+        def look(token_and_change):
+            token, is_changed = token_and_change
+            kind = self._special.get(token, role if token in self._content else "sentinel")
+            return "changed" if is_changed else kind
+
+        shown = Text()
+        pairs = zip(tokens.tolist(), [False] * len(tokens) if changed is None else changed.tolist(), strict=True)
+        for kind, group in itertools.groupby(pairs, look):
+            text = visible(b"".join(self._piece(token) for token, _ in group)).replace(" ", space)
+            shown.append(f"⟦{text}⟧" if kind == "changed" else text, _STYLES[kind])
+        return shown
+
+
+def visible(text: bytes) -> str:
+    """UTF-8 with everything that cannot be printed as a sign or in angle brackets: a terminal obeys none of it."""
+
+    def sign(character: str) -> str:
+        code = ord(character)
+        if character.isprintable():
+            return character
+        if code < 0x20 or code == 0x7F:
+            return "␡" if code == 0x7F else chr(0x2400 + code)
+        # Bytes that are no character come as surrogates.
+        return f"<0x{code - 0xDC00:02X}>" if 0xDC80 <= code <= 0xDCFF else f"<U+{code:04X}>"
+
+    return "".join(map(sign, text.decode("utf-8", "surrogateescape")))
+
+
+def _legend() -> Text:
+    signs = {
+        "inputs": "inputs",
+        "targets": "targets",
+        "changed": "⟦noise⟧",
+        "eos": "¶ end of sequence",
+        "pad": "· pad",
+        "mask": "▢ MASK",
+        "sentinel": "sentinel",
+    }
+    legend = Text("  ").join(Text(sign, _STYLES[role]) for role, sign in signs.items())
+    return legend.append(
+        "\n␊ line end  ␉ tab  ␛ escape  <U+00A0> not printable  <0xC3> part of a character"
+        "\nNothing under “model reads”: it reads the token itself."
+    )
+
+
+if __name__ == "__main__":
+    config.run(inspect_data)
