@@ -262,6 +262,14 @@ def test_labels_at_the_ends_of_lines_do_not_cover_each_other():
     assert min(heights) > 0 and max(heights) < 260
 
 
+def test_a_label_stands_at_the_height_of_its_line_s_end():
+    lines = [charts.Line(f"run{n}", n, [(0, 0.0), (10, end)]) for n, end in enumerate((50.0, 100.0))]
+    svg = charts.line_chart("t", "step", "nats", lines)
+    heights = {name: float(y) for y, name in re.findall(r'<text [^>]*?y="([\d.]+)"[^>]*>(run\d)<', svg)}
+    # The axes are 192 points high and show 0 to 100 with a twentieth to spare at both ends.
+    assert heights["run0"] - heights["run1"] == pytest.approx(192 / 1.1 / 2, abs=1)
+
+
 def test_a_chart_s_colours_are_the_page_s():
     svg = charts.line_chart("t", "x", "y", [charts.Line("$a_b$ <&", 1, [(0, float("nan")), (1, 2.0)])])
     assert "var(--series-1)" in svg and "currentColor" in svg and "var(--grid)" in svg
