@@ -23,7 +23,7 @@ setuptools.setup(
     # `diffusion_t5x/tasks` and `diffusion_t5x/gin` are links to the folders at the top level, so a wheel, an
     # editable install and a plain checkout all find them in the same place. `gin/` is data, not a package.
     packages=setuptools.find_packages(include=["diffusion_t5x", "diffusion_t5x.*"]),
-    package_data={"diffusion_t5x": ["gin/*.gin", "gin/**/*.gin"]},
+    package_data={"diffusion_t5x": ["gin/*.gin", "gin/**/*.gin", "evaluation/report.html"]},
     install_requires=[
         "absl-py>=2.1",
         "numpy>=2.0",
@@ -47,6 +47,8 @@ setuptools.setup(
         "sacrebleu>=2.4,<3",
         "babel>=2.14,<3",
         "rich>=13",
+        "matplotlib>=3.9,<4",
+        "jinja2>=3.1,<4",
     ],
     extras_require={
         "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12,<0.16", WANDB],

@@ -24,8 +24,9 @@ import rich.console
 import rich.markup
 import rich.table
 
-from diffusion_t5x import config, infer, train
+from diffusion_t5x import benchmark, config, infer, train
 from diffusion_t5x import eval as evaluation
+from diffusion_t5x.evaluation.report import write_report
 
 RECIPES = "recipes/quickstart"
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -76,6 +77,10 @@ class Quickstart:
         (output,) = pathlib.Path(self.path(stage)).glob("*.jsonl")
         return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
 
+    def benchmark(self, stage: str, recipe: str) -> None:
+        if not pathlib.Path(self.path(stage), "decode_time.json").exists():
+            self._run(stage, benchmark.decode, recipe, [f"--gin.BENCHMARK_OUTPUT_DIR={self.path(stage)}"])
+
     def _run(self, stage: str, verb: Callable[..., None], recipe: str, flags: list[str]) -> None:
         files = [f"--gin_file={RECIPES}/{recipe}.gin", f"--gin_file={self._model}"]
         flags = [*files, *flags, *self._overrides.get(verb.__name__, [])]
@@ -104,7 +109,10 @@ def run_experiment(quickstart: Quickstart, full: bool) -> tuple[dict[str, dict[s
         q.pretrain("pretrain_diffusion", "pretrain_diffusion")
         q.train("finetune_diffusion", "finetune_diffusion", start="pretrain_diffusion")
         scores["diffusion from scratch"] = q.evaluate("eval_diffusion", "eval_diffusion", "finetune_diffusion")
-    return scores, q.infer("infer_ar2diff_n", "infer_diffusion", "finetune_ar2diff_n")
+    examples = q.infer("infer_ar2diff_n", "infer_diffusion", "finetune_ar2diff_n")
+    q.benchmark("benchmark_ar", "benchmark_ar")
+    q.benchmark("benchmark_diffusion", "benchmark_diffusion")
+    return scores, examples
 
 
 def show(scores: Mapping[str, Mapping[str, float]], examples: list[dict[str, Any]]) -> None:
@@ -161,6 +169,7 @@ def main() -> None:
             ],
             "evaluate": [few, "--gin.BATCH_SIZE=16"],
             "infer": ["--gin.NUM_DECODED_EXAMPLES=4", "--gin.BATCH_SIZE=4"],
+            "decode": ["--gin.ModelConfig.scan_unroll=1", "--gin.LENGTHS=(8, 16)", "--gin.REPEATS=2"],
         }
     pretraining = f"{RECIPES}/span_corruption.gin" if args.pretraining == "span_corruption" else None
     quickstart = Quickstart(folder, overrides, f"models/{args.architecture}.gin", pretraining)
@@ -170,6 +179,7 @@ def main() -> None:
     report = {"scores": scores, "seconds": quickstart.seconds, "examples": examples}
     results.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{sum(quickstart.seconds.values()):.0f} s in all. Scores, times and examples: {results}")
+    print(f"All of it in one page: {write_report([folder], folder / 'report.html')}")
     print(f"Checkpoints, logs and predictions of each stage: {folder}{os.sep}")
 
 

@@ -62,7 +62,8 @@ def files_of(source):
     modules = {path.relative_to(source) for path in (source / "diffusion_t5x").rglob("*.py")}
     tasks = {pathlib.Path("diffusion_t5x") / path.relative_to(source) for path in (source / "tasks").rglob("*.py")}
     gin_files = {pathlib.Path("diffusion_t5x") / path.relative_to(source) for path in (source / "gin").rglob("*.gin")}
-    return {path.as_posix() for path in modules | tasks | gin_files}
+    templates = {path.relative_to(source) for path in (source / "diffusion_t5x").rglob("*.html")}
+    return {path.as_posix() for path in modules | tasks | gin_files | templates}
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 
 from diffusion_t5x import config, infer, train
 from diffusion_t5x import eval as evaluation
+from diffusion_t5x.evaluation.report import write_report
 from diffusion_t5x.training import checkpoints
 
 TINY = [
@@ -187,6 +188,17 @@ def test_infer_goes_on_where_it_stopped_and_refuses_other_settings(finetuned, tm
         config.run(infer.infer, [*flags, f"--gin.INFER_OUTPUT_DIR={cut}", "--gin.RANDOM_SEED=1"])
     assert "begun with other settings (random_seed" in capsys.readouterr().err
     assert len((cut / name).read_text().splitlines()) == 20
+
+
+def test_a_report_shows_what_the_verbs_left(finetuned, pretrained, tmp_path):
+    page = write_report([finetuned, pretrained], tmp_path / "report.html").read_text()
+    for expected in (
+        "trained to step 20",
+        "8 examples, finetuned at step 3",
+        "SundaeDecoder(num_samples=",
+        "exact_match",
+    ):
+        assert expected in page
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,202 @@
+"""Charts as inline SVG: the same bytes for the same data, in the colours of the page that they stand in.
+
+What is drawn takes its colours from CSS variables, so that one chart is readable on light and on dark ground: the text
+and the axes `currentColor`, series n `--series-n`, the grid `--grid`.
+"""
+
+import dataclasses
+import io
+import math
+import re
+import warnings
+from collections.abc import Sequence
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+NUM_COLOURS = 7
+_WIDTH, _HEIGHT = 420, 260  # points
+_FONT_SIZE = 10
+_LONGEST_LABEL = 24
+_TEXT, _GRID = "#010000", "#020000"  # stand for the page's colours until the SVG is written
+_SERIES = [f"#03000{n}" for n in range(NUM_COLOURS)]
+_CSS = {_TEXT: "currentColor", _GRID: "var(--grid)"} | {c: f"var(--series-{n})" for n, c in enumerate(_SERIES)}
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "diffusion_t5x",
+    "text.parse_math": False,  # names are shown as they are
+    "font.size": _FONT_SIZE,
+    "axes.titlesize": _FONT_SIZE + 1,
+    "axes.labelsize": _FONT_SIZE,
+    "text.color": _TEXT,
+    "axes.labelcolor": _TEXT,
+    "axes.edgecolor": _TEXT,
+    "xtick.color": _TEXT,
+    "ytick.color": _TEXT,
+    "grid.color": _GRID,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One line of a chart.
+
+    Attributes:
+      label: stands at the line's end; "" for none.
+      series: number of its colour; from `NUM_COLOURS` on the colours come again, dashed.
+      points: `(x, y)` in the order of x.
+      band: `(low, high)` for each point, or nothing.
+      marker: of the points, such as "o"; "" for a bare line.
+    """
+
+    label: str
+    series: int
+    points: Sequence[tuple[float, float]]
+    band: Sequence[tuple[float, float]] = ()
+    marker: str = ""
+
+
+def line_chart(
+    title: str, x_label: str, y_label: str, lines: Sequence[Line], *, log_x: bool = False, log_y: bool = False
+) -> str:
+    """Lines with their labels at their ends, as SVG.
+
+    Args:
+      title, x_label, y_label: with the units of the axes.
+      lines: each with a point at least.
+      log_x: logarithmic x axis, with a tick at every x there is.
+      log_y: logarithmic y axis, where the values are positive and span a decade.
+    """
+    with matplotlib.rc_context(_STYLE):
+        labels = [shorten(line.label) for line in lines]
+        figure, axes = _figure(title, right=_text_width(labels) + 16)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        values = [y for line in lines for _, y in line.points if math.isfinite(y)]
+        if log_y and values and min(values) > 0 and max(values) >= 10 * min(values):
+            axes.set_yscale("log")
+        if log_x:
+            axes.set_xscale("log")
+        for line in lines:
+            x, y = zip(*line.points, strict=True)
+            colour = _SERIES[line.series % NUM_COLOURS]
+            style = "-" if line.series < NUM_COLOURS else "--"
+            axes.plot(x, y, color=colour, linestyle=style, linewidth=1.5, marker=line.marker, markersize=4.5)
+            if line.band:
+                axes.fill_between(x, *zip(*line.band, strict=True), color=colour, alpha=0.2, linewidth=0)
+        _set_ticks(axes, log_x and sorted({x for line in lines for x, _ in line.points}))
+        axes.autoscale_view()  # the labels' heights depend on it
+        _label_ends(axes, lines, labels)
+        return _svg(figure)
+
+
+def interval_chart(title: str, x_label: str, rows: Sequence[tuple[str, float, float, float]]) -> str:
+    """Values with their intervals, `(label, value, low, high)`, one below the other, as SVG."""
+    with matplotlib.rc_context(_STYLE):
+        labels = [shorten(row[0]) for row in rows]
+        height = 70 + 24 * len(rows)
+        figure, axes = _figure(title, right=16, left=_text_width(labels) + 16, height=height)
+        for place, (_, value, low, high) in enumerate(rows):
+            axes.plot([low, high], [place, place], color=_SERIES[0], linewidth=2.5, solid_capstyle="butt")
+            axes.plot([value], [place], color=_SERIES[0], marker="o", markersize=6)
+        axes.set_yticks(range(len(rows)), labels)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.margins(x=0.08)
+        axes.grid(axis="y", visible=False)
+        axes.spines.left.set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel(x_label)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        return _svg(figure)
+
+
+def shorten(label: str) -> str:
+    """The label in one line that fits beside a chart; of a long one both ends."""
+    label = " ".join(label.split())
+    half = _LONGEST_LABEL // 2
+    return label if len(label) <= _LONGEST_LABEL else f"{label[: half - 1]}…{label[-half:]}"
+
+
+def _figure(title: str, right: float, left: float = 58, height: float = _HEIGHT) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(_WIDTH / 72, height / 72), dpi=72)
+    FigureCanvasSVG(figure)
+    axes = figure.add_axes((left / _WIDTH, 42 / height, (_WIDTH - left - right) / _WIDTH, (height - 42 - 26) / height))
+    axes.set_title(title, loc="left", x=-left / (_WIDTH - left - right) + 0.01)
+    return figure, axes
+
+
+def _text_width(labels: Sequence[str]) -> float:
+    return 0.6 * _FONT_SIZE * max(map(len, labels), default=0)
+
+
+def _set_ticks(axes: Axes, x_ticks: Sequence[float] | None) -> None:
+    for axis in (axes.xaxis, axes.yaxis):
+        if axis.get_scale() == "log":
+            low, high = axis.get_view_interval()
+            axis.set_major_locator(LogLocator(subs=(1,) if high / low > 100 else (1, 2, 5)))
+        else:
+            axis.set_major_locator(MaxNLocator(5))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:g}"))
+    if x_ticks:
+        axes.set_xticks(x_ticks)
+
+
+def _label_ends(axes: Axes, lines: Sequence[Line], labels: Sequence[str]) -> None:
+    """Writes each label right of the axes at the height of its line's end, apart from its neighbours."""
+    to_points = axes.transData.transform
+    ends = [
+        (to_points(line.points[-1])[1], line, label)
+        for line, label in zip(lines, labels, strict=True)
+        if label and math.isfinite(line.points[-1][1])
+    ]
+    ends.sort(key=lambda end: end[0])
+    bottom, top = axes.bbox.y0, axes.bbox.y1
+    gap = 1.25 * _FONT_SIZE
+    heights: list[float] = []
+    for height, _, _ in ends:
+        heights.append(max(height, bottom, heights[-1] + gap if heights else bottom))
+    ceiling = max(top, bottom + gap * (len(ends) - 1))
+    for place in reversed(range(len(heights))):
+        heights[place] = min(heights[place], ceiling - gap * (len(heights) - 1 - place))
+    for (_, line, label), height in zip(ends, heights, strict=True):
+        colour = _SERIES[line.series % NUM_COLOURS]
+        end = axes.transAxes.inverted().transform((axes.bbox.x1 + 10, height))
+        axes.annotate(
+            label,
+            xy=line.points[-1],
+            xytext=end,
+            textcoords="axes fraction",
+            color=colour,
+            va="center",
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "relpos": (0, 0.5),
+                "color": colour,
+                "linestyle": ":",
+                "linewidth": 1,
+                "shrinkA": 0,
+                "shrinkB": 2,
+            },
+        )
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the reader's browser has the fonts
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'<g id="\w+">', "<g>", text)  # a page has many charts, and an id once
+    text = re.sub(r"font-family: [^;\"]+", "font-family: inherit", text)
+    return re.sub(r"(?<=: )#0[123]000\d", lambda match: _CSS[match[0]], text)

@@ -1,0 +1,246 @@
+"""One page about any runs: learning curves, scores, decoded examples, canvases step by step, decode times.
+
+What models wrote and how things are named is data: jinja2 escapes all of it, matplotlib escapes it in the charts, and
+the page's policy lets no script run.
+"""
+
+import dataclasses
+import difflib
+import itertools
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jinja2
+import markupsafe
+
+import diffusion_t5x
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.evaluation import charts
+from diffusion_t5x.evaluation.charts import Line
+from diffusion_t5x.evaluation.runs import Record, Run, Scores, read_runs
+
+NUM_EXAMPLES = 20
+NUM_TRACES = 8  # of each run
+_FIRST_LINE = "<!doctype html><!-- diffusion_t5x report -->"
+_MARKERS = "os^Dv"
+_SHOWN = {  # metrics of learning, as regular expressions, with what is on the axis
+    r"loss": "nats a target token",
+    r"accuracy(_\d+)?": "share of target tokens",
+    r"learning_rate": "learning rate",
+    r"tokens_per_second": "tokens per second",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """An SVG and the words below it."""
+
+    svg: markupsafe.Markup
+    caption: str = ""
+
+
+def write_report(folders: Iterable[str | pathlib.Path], output: str | pathlib.Path) -> pathlib.Path:
+    """Writes one self-contained HTML file about the runs in `folders`; see `runs.read_runs` for which those are.
+
+    Sections with nothing to show are left out. The same runs give the same bytes.
+
+    Raises:
+      UserError: a folder or file that is missing or broken, or `output` exists and is no earlier report.
+    """
+    output = pathlib.Path(output)
+    page = render(read_runs(folders))
+    try:
+        if output.exists() and not output.read_bytes().startswith(_FIRST_LINE.encode()):
+            raise UserError(f"{output} exists and is not a report: choose another --output.")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = output.with_name(output.name + ".tmp")
+        unfinished.write_text(page, encoding="utf-8", errors="replace")
+        os.replace(unfinished, output)
+    except OSError as error:
+        raise UserError(f"Cannot write {output}: {error.strerror}. Choose another --output.") from None
+    return output
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page about these runs, as HTML."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    scores = [(run.name, found) for run in runs for found in run.scores]
+    tasks = list(dict.fromkeys(found.task for _, found in scores))
+    return environment.get_template("report.html").render(
+        first_line=markupsafe.Markup(_FIRST_LINE),
+        title=runs[0].name if len(runs) == 1 else f"Report on {len(runs)} runs",
+        version=diffusion_t5x.__version__,
+        runs=[(run, list(_contents(run))) for run in runs],
+        learning=list(_learning(runs)),
+        tables=[score_table(task, [row for row in scores if row[1].task == task]) for task in tasks],
+        examples=[examples_table(runs, task) for task in _predicted_tasks(runs)],
+        traces=list(_traces(runs)),
+        decode_times=[(run.name, time) for run in runs for time in run.decode_times],
+        decode_chart=_decode_chart([run for run in runs if run.decode_times]),
+    )
+
+
+def number(value: float) -> str:
+    """Three significant digits; whole numbers whole."""
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
+
+
+def changes(before: str, after: str) -> list[tuple[str, bool]]:
+    """The pieces of `after`, each with whether it is new since `before`.
+
+    Where the two have less than half in common, as noise and text do, what they share is chance: all is new.
+    """
+    matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
+    if matcher.ratio() < 0.5:
+        return [(after, True)]
+    pieces = ((after[start:end], tag != "equal") for tag, _, _, start, end in matcher.get_opcodes())
+    return [piece for piece in pieces if piece[0]]
+
+
+def canvases(trace: Sequence[str]) -> list[tuple[str, list[tuple[str, bool]]]]:
+    """The canvases of a trace with what is new in each; steps that change nothing are drawn together."""
+    rows: list[tuple[int, int, list[tuple[str, bool]]]] = [(0, 0, [(trace[0], False)])]
+    for step, (before, after) in enumerate(itertools.pairwise(trace), start=1):
+        if before == after and step > 1:
+            rows[-1] = (rows[-1][0], step, rows[-1][2])
+        else:
+            rows.append((step, step, changes(before, after)))
+    return [(f"{first}" if first == last else f"{first}–{last}", pieces) for first, last, pieces in rows]
+
+
+def score_table(task: str, rows: Sequence[tuple[str, Scores]]) -> Mapping[str, Any]:
+    """A task's scores: columns, rows, and a chart of each metric that has an interval, where there is to compare."""
+    names = list(dict.fromkeys(name for _, scores in rows for name in scores.metrics))
+    names = [name for name in names if not re.search("_(low|high)$", name)]
+    shown = []
+    for name in names:
+        intervals = [(run, *ends) for run, scores in rows if (ends := _interval(scores.metrics, name))]
+        if len(intervals) > 1:
+            shown.append(Chart(markupsafe.Markup(charts.interval_chart(name, "95 % interval", intervals))))
+    cells = [
+        (run, scores, [(scores.metrics.get(name), _interval(scores.metrics, name)) for name in names])
+        for run, scores in rows
+    ]
+    return {"task": task, "metrics": names, "rows": cells, "charts": shown}
+
+
+def examples_table(runs: Sequence[Run], task: str) -> Mapping[str, Any]:
+    """A task's examples side by side, the first ones and the first that some run got wrong."""
+    columns = [(run.name, found) for run in runs for found in run.predictions if found.task == task]
+    rows: dict[tuple[Any, str, str], dict[int, str]] = {}
+    for column, (_, found) in enumerate(columns):
+        for record in found.records:
+            key = (record.get("example_id"), *(_text(record, f"{side}_pretokenized") for side in ("inputs", "targets")))
+            rows.setdefault(key, {})[column] = _text(record, "prediction")
+
+    def table(keys):
+        return [(key[1], key[2], [rows[key].get(column) for column in range(len(columns))]) for key in keys]
+
+    wrong = [key for key, predictions in rows.items() if any(text != key[2] for text in predictions.values())]
+    return {
+        "task": task,
+        "columns": [(name, found.decoder) for name, found in columns],
+        "total": len(rows),
+        "first": table(list(rows)[:NUM_EXAMPLES]),
+        "num_wrong": len(wrong),
+        "wrong": table(wrong[:NUM_EXAMPLES]),
+    }
+
+
+def _text(record: Record, name: str) -> str:
+    return str(record.get(name, ""))
+
+
+def _contents(run: Run) -> Iterator[str]:
+    """What a run holds, in words."""
+    for curve in run.curves:
+        if curve.kind == "train" and curve.points:
+            yield f"trained to step {max(points[-1][0] for points in curve.points.values()):,}"
+    if run.size:
+        yield run.size
+    for scores in run.scores:
+        what = f"{scores.num_examples:,} examples" if scores.num_examples is not None else "losses"
+        yield f"{scores.task}: {what}, {scores.model} at step {scores.step:,}"
+    if not run.scores:
+        for found in run.predictions:
+            yield f"{found.task}: {len(found.records):,} predictions"
+    if run.decode_times:
+        yield f"decode times at {len(run.decode_times)} lengths"
+
+
+def _learning(runs: Sequence[Run]) -> Iterator[Chart]:
+    """Curves of training with the losses on held-out data, then the scores of decoding."""
+    runs = [run for run in runs if run.curves]
+    metrics = sorted({name for run in runs for curve in run.curves for name in curve.points})
+    for pattern, unit in _SHOWN.items():
+        for metric in metrics:
+            if re.fullmatch(pattern, metric):
+                yield _learning_chart(runs, metric, unit, ("train", "training_eval"))
+    for metric in metrics:
+        scored = any(metric in curve.points for run in runs for curve in run.curves if curve.kind == "inference_eval")
+        if scored and not re.search("_(low|high|seconds)$", metric):
+            yield _learning_chart(runs, metric, metric, ("inference_eval",))
+
+
+def _learning_chart(runs: Sequence[Run], metric: str, unit: str, kinds: Sequence[str]) -> Chart:
+    curves = [(n, run, curve) for n, run in enumerate(runs) for curve in run.curves]
+    curves = [(n, run, curve) for n, run, curve in curves if curve.kind in kinds and curve.points.get(metric)]
+    tasks = sorted({curve.task for _, _, curve in curves if curve.task})
+    markers = {task: _MARKERS[place % len(_MARKERS)] for place, task in enumerate(tasks)}
+    lines, labelled = [], set()
+    for series, run, curve in curves:
+        low, high = ([value for _, value in curve.points.get(f"{metric}_{end}", ())] for end in ("low", "high"))
+        points = curve.points[metric]
+        band = list(zip(low, high, strict=True)) if len(low) == len(high) == len(points) else ()
+        label = "" if run.name in labelled else run.name
+        labelled.add(run.name)
+        lines.append(Line(label, series, points, band, markers.get(curve.task, "")))
+    signs = ", ".join(f"{'●■▲◆▼'[_MARKERS.index(marker)]} {task}" for task, marker in markers.items())
+    caption = f"Held-out data: {signs}." if signs else ""
+    svg = charts.line_chart(metric, "step", unit, lines, log_y=metric == "loss")
+    return Chart(markupsafe.Markup(svg), caption)
+
+
+def _interval(metrics: Mapping[str, float], name: str) -> tuple[float, float, float] | None:
+    ends = (metrics.get(name), metrics.get(f"{name}_low"), metrics.get(f"{name}_high"))
+    return None if None in ends else ends
+
+
+def _predicted_tasks(runs: Sequence[Run]) -> list[str]:
+    return list(dict.fromkeys(found.task for run in runs for found in run.predictions if found.records))
+
+
+def _traces(runs: Sequence[Run]) -> Iterator[tuple[str, str, list[tuple[Record, list]]]]:
+    """For each run that kept canvases its name, its decoder, and its first examples."""
+    for run in runs:
+        for found in run.predictions:
+            traced = [record for record in found.records if record.get("trace")][:NUM_TRACES]
+            if traced:
+                yield run.name, found.decoder, [(record, canvases(record["trace"])) for record in traced]
+
+
+def _decode_chart(runs: Sequence[Run]) -> Chart | None:
+    if not runs:
+        return None
+    lines = [
+        Line(
+            run.name,
+            series,
+            [(time.length, time.seconds_median) for time in run.decode_times],
+            [(time.seconds_min, time.seconds_max) for time in run.decode_times],
+            marker="o",
+        )
+        for series, run in enumerate(runs)
+    ]
+    svg = charts.line_chart("decode time", "target length (tokens)", "seconds a batch", lines, log_x=True, log_y=True)
+    return Chart(markupsafe.Markup(svg))

@@ -1,0 +1,258 @@
+"""What the verbs left in their folders, read back: curves, scores, predictions, decode times."""
+
+import ast
+import contextlib
+import dataclasses
+import datetime
+import json
+import numbers
+import pathlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from diffusion_t5x.errors import UserError
+
+Record = Mapping[str, Any]
+_CURVES = ("train/metrics.jsonl", "training_eval/*/metrics.jsonl", "inference_eval/*/metrics.jsonl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Metrics over the steps of a training run.
+
+    Attributes:
+      kind: "train", "training_eval" or "inference_eval".
+      task: what was evaluated on; "" for training itself.
+      points: for each metric `(step, value)`, in the order of the steps.
+    """
+
+    kind: str
+    task: str
+    points: Mapping[str, Sequence[tuple[int, float]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Metrics of one task at one step, and how they came about.
+
+    Attributes:
+      task: what was evaluated on.
+      model: name of the folder of the model.
+      step: of the checkpoint.
+      decoder: its class and settings; "" for losses, or where they are not on record.
+      num_examples: that were decoded; None for losses.
+      metrics: by name; `x_low` and `x_high` are the ends of the 95 % interval of `x`.
+    """
+
+    task: str
+    model: str
+    step: int
+    decoder: str
+    num_examples: int | None
+    metrics: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """What was written for a task: records as `evaluation.inference.predict` yields them."""
+
+    task: str
+    decoder: str
+    records: Sequence[Record]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeTime:
+    """What one measurement of `benchmark.decode` says; the fields are those of its file."""
+
+    decoder: str
+    settings: Mapping[str, Any]
+    length: int
+    batch_size: int
+    steps: int
+    seconds_median: float
+    seconds_min: float
+    seconds_max: float
+    tokens_per_second: float
+    device_kind: str
+    jax_version: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One folder that a verb wrote.
+
+    Attributes:
+      name: of the folder, with so many of its parents as set it apart from the other runs.
+      size: the model's size in words; "" if it is not on record.
+      written: when the newest of the files that were read was written (UTC).
+      curves, scores, predictions, decode_times: what it holds of each; most runs hold one kind or two.
+    """
+
+    name: str
+    size: str
+    written: datetime.datetime
+    curves: Sequence[Curve]
+    scores: Sequence[Scores]
+    predictions: Sequence[Predictions]
+    decode_times: Sequence[DecodeTime]
+
+
+def read_runs(folders: Iterable[str | pathlib.Path]) -> list[Run]:
+    """The runs in these folders: each folder itself, if a verb wrote it, and those directly below it, by name.
+
+    A last line that was cut short belongs to a run that is still going, and is left out.
+
+    Raises:
+      UserError: a folder is missing or holds no run, or a file is missing or broken.
+    """
+    found: dict[pathlib.Path, list[pathlib.Path]] = {}
+    for folder in map(pathlib.Path, folders):
+        if not folder.is_dir():
+            raise UserError(f"There is no folder {folder}: name one that train, eval, infer or benchmark wrote.")
+        inner = sorted(path for path in folder.iterdir() if path.is_dir())
+        here = {path.resolve(): files for path in [folder, *inner] if (files := _files(path))}
+        if not here:
+            raise UserError(
+                f"{folder} holds nothing that train, eval, infer or benchmark wrote, and neither do the folders in it."
+            )
+        found |= here
+    return [_read_run(name, path, found[path]) for name, path in zip(_names(list(found)), found, strict=True)]
+
+
+def _names(paths: Sequence[pathlib.Path]) -> list[str]:
+    """The last parts of the paths, as few as tell all of them apart."""
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files that say that a verb wrote this folder, and what."""
+    patterns = (*_CURVES, "results.json", "*.settings.json", "decode_time.json")
+    files = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    # The quickstart has a summary of the same name, in a form of its own.
+    return [path for path in files if path.name != "results.json" or "results" in _read_json(path)]
+
+
+def _read_run(name: str, folder: pathlib.Path, files: Sequence[pathlib.Path]) -> Run:
+    curves, scores, predictions, decode_times = [], [], [], []
+    for path in files:
+        with _whole(path):
+            if path.name == "metrics.jsonl":
+                curves.append(_read_curve(path))
+                if curves[-1].kind == "inference_eval" and curves[-1].points:
+                    decoded = _inference_eval(folder, curves[-1])
+                    scores.append(decoded[0])
+                    predictions.append(decoded[1])
+            elif path.name == "results.json":
+                scores += _read_scores(path)
+                predictions += [
+                    Predictions(s.task, s.decoder, _read_jsonl(folder / f"{s.task}_predictions.jsonl"))
+                    for s in scores
+                    if s.num_examples is not None
+                ]
+            elif path.name == "decode_time.json":
+                names = [field.name for field in dataclasses.fields(DecodeTime)]
+                decode_times += [DecodeTime(**{name: record[name] for name in names}) for record in _read_json(path)]
+            elif (output := path.with_name(path.name.replace(".settings.json", ".jsonl"))).exists():
+                settings = _read_json(path)
+                predictions.append(Predictions(settings["task"], settings["decoder"], _read_jsonl(output)))
+    info = folder / "model-info.txt"
+    return Run(
+        name=name,
+        size=info.read_text(encoding="utf-8").partition("\n")[0] if info.exists() else "",
+        written=datetime.datetime.fromtimestamp(max(path.stat().st_mtime for path in files), datetime.UTC),
+        curves=curves,
+        scores=scores,
+        predictions=predictions,
+        decode_times=decode_times,
+    )
+
+
+def _read_curve(path: pathlib.Path) -> Curve:
+    points: dict[str, list[tuple[int, float]]] = {}
+    for line in _read_jsonl(path):
+        for name, value in line.items():
+            if name != "step" and isinstance(value, numbers.Real):
+                points.setdefault(name, []).append((line["step"], value))
+    kind, task = ("train", "") if path.parent.name == "train" else (path.parent.parent.name, path.parent.name)
+    return Curve(kind, task, points)
+
+
+def _inference_eval(folder: pathlib.Path, curve: Curve) -> tuple[Scores, Predictions]:
+    """The scores of a training run's last evaluation, and what was written for it."""
+    step = max(step for points in curve.points.values() for step, _ in points)
+    metrics = {name: points[-1][1] for name, points in curve.points.items() if points[-1][0] == step}
+    records = _read_jsonl(folder / "inference_eval" / curve.task / f"predictions_{step}.jsonl")
+    decoder = _decoder_of_config(folder / "config.gin")
+    scores = Scores(curve.task, folder.resolve().name, step, decoder, len(records), metrics)
+    return scores, Predictions(curve.task, decoder, records)
+
+
+def _read_scores(path: pathlib.Path) -> list[Scores]:
+    report = _read_json(path)
+    checkpoint = pathlib.PurePath(report["checkpoint"]).parent
+    model = checkpoint.parent.name if checkpoint.name == "checkpoints" else checkpoint.name
+    return [
+        Scores(
+            task=task,
+            model=model,
+            step=report["step"],
+            decoder=_decoder_of_evaluations(report["evaluations"], task),
+            num_examples=metrics.get("num_examples"),
+            metrics={name: value for name, value in metrics.items() if name != "num_examples"},
+        )
+        for task, metrics in report["results"].items()
+    ]
+
+
+def _decoder_of_evaluations(evaluations: Iterable[str], task: str) -> str:
+    """The decoder among `DecodeEval(dataset=..., decoder=..., ...)`, which is what eval writes down of itself."""
+    for evaluation in evaluations:
+        with contextlib.suppress(SyntaxError):
+            fields = {field.arg: field.value for field in ast.parse(evaluation, mode="eval").body.keywords}
+            constants = {node.value for node in ast.walk(fields["dataset"]) if isinstance(node, ast.Constant)}
+            if task in constants and "decoder" in fields:
+                return ast.unparse(fields["decoder"])
+    return ""
+
+
+def _decoder_of_config(path: pathlib.Path) -> str:
+    """The decoder of a resolved configuration, by the macro that the shipped gin files set."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    decoder = re.search(r"^DECODER = @(\S+)\(\)$", text, re.MULTILINE)
+    if not decoder:
+        return ""
+    settings = re.findall(rf"^{re.escape(decoder[1])}\.(\w+) = (.+)$", text, re.MULTILINE)
+    return f"{decoder[1].rpartition('.')[2]}({', '.join(f'{name}={value}' for name, value in settings)})"
+
+
+def _read_json(path: pathlib.Path) -> Any:
+    with _whole(path):
+        return json.loads(path.read_bytes())
+
+
+def _read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
+    with _whole(path):
+        *lines, last = path.read_bytes().split(b"\n")
+        records = [json.loads(line) for line in lines]
+        with contextlib.suppress(ValueError):  # cut short, or nothing at all
+            records.append(json.loads(last))
+        return [dict(record) for record in records]
+
+
+@contextlib.contextmanager
+def _whole(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} is missing: restore it, or leave its run out.") from None
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not as diffusion_t5x wrote it ({type(error).__name__}: {error}): restore it, or leave its run "
+            "out."
+        ) from None

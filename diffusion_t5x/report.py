@@ -1,0 +1,39 @@
+"""Show runs in one page: learning curves, scores, decoded examples, canvases step by step, decode times.
+
+RUN is a folder that train, eval, infer or benchmark wrote, or a folder that holds such folders.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.evaluation.report import write_report
+from diffusion_t5x.flags import Parser
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags of this verb: `runs` and `output`."""
+    parser = Parser(
+        prog="python -m diffusion_t5x.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder")
+    parser.add_argument("--output", default="report.html", metavar="FILE", help="what to write (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads the flags and writes the page; a `UserError` is one line on stderr and status 2."""
+    try:
+        flags = parse(argv)
+        print(f"wrote {write_report(flags.runs, flags.output)}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

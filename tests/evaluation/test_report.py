@@ -1,0 +1,281 @@
+"""The report: what it reads, what it shows, and that names and model text stay text."""
+
+import html.parser
+import itertools
+import json
+import pathlib
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusion_t5x import report as verb
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.evaluation import charts
+from diffusion_t5x.evaluation.inference import write_jsonl
+from diffusion_t5x.evaluation.metrics import exact_match
+from diffusion_t5x.evaluation.report import canvases, changes, write_report
+from diffusion_t5x.evaluation.runs import read_runs
+from diffusion_t5x.training.metrics import JsonlWriter
+
+EVIL = "<script>alert(1)</script>\"><img src=x onerror='alert(2)'>{{ 7 * 7 }}</svg></style>"
+EVIL_NAME = EVIL.replace("/", "\\")  # a folder's name has no slash
+SUNDAE = "SundaeDecoder(num_steps=5, num_samples=4, temperature=0.2)"
+
+
+class Page(html.parser.HTMLParser):
+    """The tags, attributes and text of a page."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.attributes, self.text = [], [], ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def trained(folder, task="pairs", steps=30):
+    """A MODEL_DIR, by the writers of training."""
+    writer = JsonlWriter(folder / "train")
+    for step in range(1, steps + 1):
+        writer.write(step, {"loss": 5 / step, "accuracy": 1 - 1 / step, "tokens_per_second": 100.0 + step})
+    JsonlWriter(folder / "training_eval" / task).write(steps, {"loss": 0.3, "accuracy": 0.9})
+    (folder / "model-info.txt").write_text("model: 38,224 parameters\n  embedding [8]\n")
+    return folder
+
+
+def records(predictions, trace=None):
+    texts = [("6:09 AM", "06:09"), ("3 t", "3 tonnes"), ("Navajo", "navajo")]
+    made = [
+        {"example_id": n, "inputs_pretokenized": i, "targets_pretokenized": t, "prediction": p, "score": 0.0}
+        for n, ((i, t), p) in enumerate(zip(texts, predictions, strict=False))
+    ]
+    return [record | ({"trace": trace} if trace else {}) for record in made]
+
+
+def evaluated(folder, predictions, task="pairs", model="finetuned", decoder=SUNDAE):
+    """An EVAL_OUTPUT_DIR in the form of eval.py."""
+    made = records(predictions)
+    scores = exact_match([r["targets_pretokenized"] for r in made], [r["prediction"] for r in made])
+    write_jsonl(str(folder / f"{task}_predictions.jsonl"), made)
+    results = {
+        "results": {task: scores | {"decode_seconds": 41.1, "num_examples": len(made)}},
+        "checkpoint": f"/somewhere/secret/{model}/checkpoints/checkpoint_30",
+        "step": 30,
+        "evaluations": [
+            f"LossEval(dataset=SeqioDataset(mixture_or_task_name={task!r}), num_batches=None)",
+            f"DecodeEval(dataset=SeqioDataset(mixture_or_task_name={task!r}, split='test'), decoder={decoder}, seed=0)",
+        ],
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def inferred(folder, trace, task="pairs", predictions=("06:09",)):
+    """An INFER_OUTPUT_DIR in the form of infer.py."""
+    write_jsonl(str(folder / f"{task}-test.jsonl"), records(predictions, trace))
+    (folder / f"{task}-test.settings.json").write_text(json.dumps({"task": task, "decoder": SUNDAE}))
+    return folder
+
+
+def timed(folder):
+    folder.mkdir()
+    times = [
+        {"decoder": "SundaeDecoder", "settings": {"num_steps": 10}, "length": n, "batch_size": 8, "steps": 10}
+        | {"seconds_median": n / 100, "seconds_min": n / 110, "seconds_max": n / 90, "tokens_per_second": 800.0}
+        | {"device_kind": "cpu", "jax_version": "0.10.2"}
+        for n in (24, 48, 96)
+    ]
+    (folder / "decode_time.json").write_text(json.dumps(times))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """A folder with a run of every kind."""
+    folder = tmp_path / "runs"
+    trained(folder / "adapted")
+    trained(folder / "finetuned", steps=40)
+    evaluated(folder / "eval_a", ["06:09", "3 tonnes", "navajo"])
+    evaluated(folder / "eval_b", ["06:09", "3 t", "navajo"], model="other")
+    inferred(folder / "inferred", ["noise", "06:10¶··", "06:09¶··", "06:09¶··"])
+    timed(folder / "timed")
+    (folder / "results.json").write_text('{"scores": {}}')  # the quickstart's own summary
+    (folder / "compiled").mkdir()
+    return folder
+
+
+def test_every_section_shows_what_the_files_hold(runs, tmp_path):
+    page = Page(write_report([runs], tmp_path / "report.html"))
+    for name in ("adapted", "finetuned", "eval_a", "eval_b", "inferred", "timed"):
+        assert name in page.text
+    assert "trained to step 40 · model: 38,224 parameters" in page.text
+    assert "pairs: 3 examples, other at step 30" in page.text
+    # Wilson's interval of 3 in 3 is [43.85, 100], of 2 in 3 [20.77, 93.85]: textbook values.
+    assert "100 [43.9, 100]" in page.text and "66.7 [20.8, 93.9]" in page.text
+    assert SUNDAE in page.text and "LossEval" not in page.text
+    assert "secret" not in page.text and str(tmp_path) not in page.text
+    verdicts = [value for name, value in page.attributes if name == "title"]
+    # The table of the first: 2 × 3 and the one of infer. That of those with a ✗: one example, two runs.
+    assert verdicts.count("right") == 6 + 1 and verdicts.count("wrong") == 1 + 1
+    assert page.tags.count("svg") == 3 + 1 + 1  # loss, accuracy, tokens per second; exact match; decode time
+    assert page.tags.count("mark") == 3  # the legend's, and two steps that changed something
+    assert "0.240 [0.218, 0.267]" in page.text
+
+
+def test_sections_without_content_are_left_out(tmp_path):
+    page = Page(write_report([trained(tmp_path / "only")], tmp_path / "report.html"))
+    headings = re.findall("Learning curves|Results|Examples|Canvases|Decode time", page.text)
+    assert headings == ["Learning curves"] * 2  # the link and the heading
+
+
+def test_the_same_runs_give_the_same_bytes_and_only_a_report_is_overwritten(runs, tmp_path):
+    output = tmp_path / "deep" / "report.html"
+    first = write_report([runs], output).read_bytes()
+    assert write_report([runs], output).read_bytes() == first
+    (tmp_path / "thesis.html").write_text("<p>mine")
+    with pytest.raises(UserError, match=r"thesis\.html exists and is not a report"):
+        write_report([runs], tmp_path / "thesis.html")
+    assert (tmp_path / "thesis.html").read_text() == "<p>mine"
+
+
+def test_names_and_model_text_are_text_and_nothing_is_fetched(tmp_path):
+    folder = tmp_path / EVIL_NAME
+    trained(folder / EVIL_NAME, task=EVIL_NAME)
+    evaluated(folder / f"eval{EVIL_NAME}", [EVIL, EVIL, EVIL], task=EVIL_NAME, decoder=f"D({EVIL!r})")
+    inferred(folder / f"infer{EVIL_NAME}", [EVIL, EVIL[1:]], task=EVIL_NAME, predictions=[EVIL])
+    page = Page(write_report([folder], tmp_path / "report.html"))
+    assert not {"script", "img", "iframe", "object", "embed", "link", "base", "form"} & set(page.tags)
+    assert page.text.count("<script>alert(1)</script>") > 5 and "{{ 7 * 7 }}" in page.text
+    for name, value in page.attributes:
+        assert not name.startswith("on"), name
+        if name in ("href", "xlink:href", "src"):
+            assert value.startswith("#"), value
+        if name not in ("content", "d"):
+            assert "url(" not in (value or "").replace("url(#", "")
+    policy = next(value for _, value in page.attributes if value and value.startswith("default-src"))
+    assert "default-src 'none'" in policy and "script-src" not in policy
+
+
+def test_of_a_run_that_is_still_going_what_is_whole_is_read(tmp_path):
+    file = trained(tmp_path / "going") / "train" / "metrics.jsonl"
+    file.write_bytes(file.read_bytes() + '{"step": 31, "loss": "é'.encode()[:-1])  # in the middle of a character
+    (run,) = read_runs([tmp_path / "going"])
+    assert [step for step, _ in run.curves[0].points["loss"]] == list(range(1, 31))
+    (tmp_path / "begun" / "train").mkdir(parents=True)
+    (tmp_path / "begun" / "train" / "metrics.jsonl").touch()
+    write_report([tmp_path / "begun"], tmp_path / "report.html")
+
+
+def test_the_last_evaluation_of_training_counts_as_scores(tmp_path):
+    folder = trained(tmp_path / "run")
+    writer = JsonlWriter(folder / "inference_eval" / "pairs")
+    for step, value in ((10, 20.0), (20, 60.0)):
+        writer.write(step, {"exact_match": value, "exact_match_low": value - 5, "exact_match_high": value + 5})
+        write_jsonl(str(folder / "inference_eval" / "pairs" / f"predictions_{step}.jsonl"), records([f"{step}"]))
+    (folder / "config.gin").write_text("DECODER = @s.SundaeDecoder()\ns.SundaeDecoder.num_steps = 5\nA = 1\n")
+    (run,) = read_runs([folder])
+    (scores,) = run.scores
+    assert (scores.step, scores.metrics["exact_match"], scores.num_examples) == (20, 60.0, 1)
+    assert scores.decoder == "SundaeDecoder(num_steps=5)"
+    assert [record["prediction"] for record in run.predictions[0].records] == ["20"]
+    page = Page(write_report([folder], tmp_path / "report.html"))
+    assert "60.0 [55.0, 65.0]" in page.text and page.tags.count("svg") == 4
+
+
+@pytest.mark.parametrize(
+    ("break_it", "named"),
+    [
+        (lambda runs: (runs / "eval_a" / "results.json").write_text('{"results": {"pai'), "eval_a/results.json"),
+        (lambda runs: (runs / "eval_a" / "results.json").write_text('{"results": []}'), "eval_a/results.json"),
+        (lambda runs: (runs / "eval_b" / "pairs_predictions.jsonl").unlink(), "eval_b/pairs_predictions.jsonl"),
+        (lambda runs: (runs / "adapted" / "train" / "metrics.jsonl").write_text("x\n{}\n"), "train/metrics.jsonl"),
+        (
+            lambda runs: (runs / "adapted" / "train" / "metrics.jsonl").write_text('{"loss": 1}\n'),
+            "train/metrics.jsonl",
+        ),
+        (lambda runs: (runs / "timed" / "decode_time.json").write_text("[{}]"), "timed/decode_time.json"),
+        (lambda runs: (runs / "inferred" / "pairs-test.settings.json").write_text("{}"), "pairs-test.settings.json"),
+    ],
+)
+def test_a_broken_file_is_named(runs, tmp_path, break_it, named):
+    break_it(runs)
+    with pytest.raises(UserError, match=re.escape(named)):
+        write_report([runs], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_runs_of_one_name_are_told_apart_and_none_counts_twice(tmp_path):
+    a, b = trained(tmp_path / "a" / "tuned"), trained(tmp_path / "b" / "tuned")
+    assert [run.name for run in read_runs([a.parent, b])] == ["a/tuned", "b/tuned"]
+    assert [run.name for run in read_runs([a, a.parent, a / ".." / "tuned"])] == ["tuned"]
+
+
+def test_mistakes_on_the_command_line_are_one_line(tmp_path, capsys):
+    for flags, expected in (
+        ([str(tmp_path / "nowhere")], "There is no folder"),
+        ([str(tmp_path)], "holds nothing that train"),
+        (["--ouput=x", str(tmp_path)], "'--output'"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            verb.main(flags)
+        message = capsys.readouterr().err
+        assert stopped.value.code == 2 and expected in message and message.count("\n") == 1
+    trained(tmp_path / "run")
+    verb.main([str(tmp_path / "run"), f"--output={tmp_path / 'r.html'}"])
+    assert str(tmp_path / "r.html") in capsys.readouterr().out and (tmp_path / "r.html").exists()
+
+
+@settings(deadline=None)
+@given(st.text("ab·", max_size=12), st.text("ab·", max_size=12))
+def test_changed_characters_are_marked_and_the_others_were_there(before, after):
+    pieces = changes(before, after)
+    assert "".join(piece for piece, _ in pieces) == after
+    kept = iter(before)
+    assert all(character in kept for piece, is_new in pieces if not is_new for character in piece)
+    assert (before == after) == (not any(is_new for _, is_new in pieces)) or len(after) < len(before)
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(["ab", "abc", "xbc"]), min_size=1, max_size=8))
+def test_canvases_cover_every_step_once(trace):
+    rows = canvases(trace)
+    steps = [step for label, _ in rows for step in range(int(label.split("–")[0]), int(label.split("–")[-1]) + 1)]
+    assert steps == list(range(len(trace)))
+    for label, pieces in rows:
+        assert {trace[int(step)] for step in label.split("–")} == {"".join(piece for piece, _ in pieces)}
+
+
+def test_labels_at_the_ends_of_lines_do_not_cover_each_other():
+    lines = [charts.Line(f"run{n}", n, [(0, 1.0), (10, 5 + 0.01 * n)]) for n in range(9)]
+    svg = charts.line_chart("t", "step", "nats", lines)
+    places = re.findall(r'<text [^>]*?y="([\d.]+)"[^>]*>(run\d)<', svg)
+    heights = sorted(float(height) for height, _ in places)
+    assert len(heights) == 9
+    assert min(b - a for a, b in itertools.pairwise(heights)) > 11  # points; the font has 10
+    assert min(heights) > 0 and max(heights) < 260
+
+
+def test_a_label_stands_at_the_height_of_its_line_s_end():
+    lines = [charts.Line(f"run{n}", n, [(0, 0.0), (10, end)]) for n, end in enumerate((50.0, 100.0))]
+    svg = charts.line_chart("t", "step", "nats", lines)
+    heights = {name: float(y) for y, name in re.findall(r'<text [^>]*?y="([\d.]+)"[^>]*>(run\d)<', svg)}
+    # The axes are 192 points high and show 0 to 100 with a twentieth to spare at both ends.
+    assert heights["run0"] - heights["run1"] == pytest.approx(192 / 1.1 / 2, abs=1)
+
+
+def test_a_chart_s_colours_are_the_page_s():
+    svg = charts.line_chart("t", "x", "y", [charts.Line("$a_b$ <&", 1, [(0, float("nan")), (1, 2.0)])])
+    assert "var(--series-1)" in svg and "currentColor" in svg and "var(--grid)" in svg
+    assert not re.search(r"#0[123]000", svg) and "$a_b$ &lt;&amp;" in svg
+
+
+def test_the_quickstart_s_summary_is_no_run(runs):
+    assert [run.name for run in read_runs([runs])] == ["adapted", "eval_a", "eval_b", "finetuned", "inferred", "timed"]
+    assert pathlib.Path(runs, "results.json").exists()
