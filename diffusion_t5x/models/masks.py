@@ -19,11 +19,13 @@ class Slots:
       segment_ids: int32, 0 = nothing there. Slots of different segments never see each other.
       positions: int32, restarting with each segment.
       is_input: bool, the slot holds a token that was given.
+      is_noisy: bool, the slot belongs to the second, noisy copy of the targets ("block_diffusion" alone); else None.
     """
 
     segment_ids: jax.Array
     positions: jax.Array
     is_input: jax.Array
+    is_noisy: jax.Array | None = None
 
     @classmethod
     def of(cls, batch: Batch) -> Self:
@@ -43,23 +45,26 @@ def same_segment(queries: jax.Array, keys: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionKind:
-    """One of the four ways in which the tokens of a segment see each other.
+    """One of the ways in which the tokens of a segment see each other.
 
     Attributes:
       name: "causal": itself and what is before. "prefix": moreover, every input. "bidirectional": the whole segment.
         "block_causal": its own block of targets and all that is before (BD3-LM, arXiv 2503.09573); blocks are counted
-        from the segment's first target, backwards too, so inputs stand in blocks of negative index.
-      block_size: tokens a block, for "block_causal" alone.
+        from the segment's first target, backwards too, so inputs stand in blocks of negative index. "block_diffusion":
+        clean slots as in "block_causal"; a noisy one sees the clean slots of earlier blocks and the noisy ones of its
+        own, as it will when it is decoded behind a cache (the same paper, section 3.2).
+      block_size: tokens a block, for the last two.
     """
 
-    name: Literal["causal", "prefix", "bidirectional", "block_causal"]
+    name: Literal["causal", "prefix", "bidirectional", "block_causal", "block_diffusion"]
     block_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in ("causal", "prefix", "bidirectional", "block_causal"):
-            raise UserError(f"Unknown attention kind {self.name!r}: causal, prefix, bidirectional or block_causal.")
-        if (self.name == "block_causal") != (self.block_size is not None):
-            raise UserError(f"block_size belongs to block_causal attention alone; got {self}.")
+        kinds = ("causal", "prefix", "bidirectional", "block_causal", "block_diffusion")
+        if self.name not in kinds:
+            raise UserError(f"Unknown attention kind {self.name!r}: one of {', '.join(kinds)}.")
+        if self.name.startswith("block") != (self.block_size is not None):
+            raise UserError(f"block_size belongs to block_causal and block_diffusion attention alone; got {self}.")
         if self.block_size is not None and self.block_size < 1:
             raise UserError(f"block_size must be at least 1, not {self.block_size}.")
 
@@ -77,7 +82,11 @@ class AttentionKind:
         first_target = jnp.sum(together & keys.is_input[:, None, :], axis=-1, keepdims=True)
         query_block = (query_position - first_target) // self.block_size
         key_block = (key_position - first_target) // self.block_size
-        return together & (key_block <= query_block)
+        if self.name == "block_causal":
+            return together & (key_block <= query_block)
+        query_noisy, key_noisy = queries.is_noisy[:, :, None], keys.is_noisy[:, None, :]
+        clean = ~key_noisy & (key_block <= query_block) & ~(query_noisy & (key_block == query_block))
+        return together & (clean | (query_noisy & key_noisy & (key_block == query_block)))
 
 
 CAUSAL = AttentionKind("causal")
