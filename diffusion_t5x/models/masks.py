@@ -20,12 +20,15 @@ class Slots:
       positions: int32, restarting with each segment.
       is_input: bool, the slot holds a token that was given.
       is_noisy: bool, the slot belongs to the second, noisy copy of the targets ("block_diffusion" alone); else None.
+      index: int32 `[1, L]`, where a slot stands in its row if not in its own place, as a second copy does; else None.
+        Slots of one segment are as far apart as their indices.
     """
 
     segment_ids: jax.Array
     positions: jax.Array
     is_input: jax.Array
     is_noisy: jax.Array | None = None
+    index: jax.Array | None = None
 
     @classmethod
     def of(cls, batch: Batch) -> Self:

@@ -100,8 +100,8 @@ class Stack(nnx.Module):
           encoded: the inputs, for cross-attention.
           dropout_keys: `[B]`, a key for each row; None switches dropout off.
         """
-        # Slots of one segment are as far apart as their positions, so one bias serves all rows, packed ones too.
-        index = jnp.arange(x.shape[1])[None]
+        # Slots of one segment are as far apart as their indices, so one bias serves all rows, packed ones too.
+        index = jnp.arange(x.shape[1])[None] if slots.index is None else slots.index
         hidden, _ = self._run(x, slots, kind.mask(slots, slots), (index, index), None, None, encoded, dropout_keys)
         return hidden
 

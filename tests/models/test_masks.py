@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import BIDIRECTIONAL, CAUSAL, PREFIX, AttentionKind, Slots
+from diffusion_t5x.objectives.block import clean_and_noisy
 
 LENGTH = 14
 KINDS = [CAUSAL, PREFIX, BIDIRECTIONAL, *(AttentionKind("block_causal", size) for size in (1, 2, 3, 99))]
@@ -67,6 +68,23 @@ def test_block_causal_lies_between_causal_and_bidirectional(examples):
     assert not largest[~targets][:, targets].any()  # inputs never see what is still to be written
 
 
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(packed_rows(), st.sampled_from([1, 2, 3, 99]))
+def test_block_diffusion_over_clean_and_noisy_slots(examples, size):
+    batch = tiny.pack([examples], LENGTH)
+    _, slots = clean_and_noisy(batch, batch.tokens)
+    found = np.asarray(AttentionKind("block_diffusion", size).mask(slots, slots)[0])
+    clean = np.asarray(sees(AttentionKind("block_causal", size), examples))
+    expected = np.zeros((2 * LENGTH, 2 * LENGTH), bool)
+    expected[:LENGTH, :LENGTH] = clean
+    for query, key in np.argwhere(clean & batch.target_mask[0][:, None]):
+        # Of one block are two targets that see each other.
+        same_block = clean[key, query] and batch.target_mask[0][key]
+        expected[LENGTH + query, key] = not same_block
+        expected[LENGTH + query, LENGTH + key] = same_block
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_mask_of_some_queries_is_those_rows_of_the_whole_mask():
     slots = Slots.of(tiny.pack([[([5] * 3, [6] * 4), ([5] * 2, [6] * 3)], [([5] * 5, [6] * 6)]], LENGTH))
     start = np.array([2, 7])
@@ -76,7 +94,7 @@ def test_mask_of_some_queries_is_those_rows_of_the_whole_mask():
         np.testing.assert_array_equal(some, [whole[row, first : first + 4] for row, first in enumerate(start)])
 
 
-@pytest.mark.parametrize("arguments", [("causa",), ("block_causal",), ("causal", 4), ("block_causal", 0)])
+@pytest.mark.parametrize("arguments", [("causa",), ("block_causal",), ("causal", 4), ("block_causal", 0), ("block_diffusion",)])
 def test_impossible_kinds_are_refused(arguments):
     with pytest.raises(UserError):
         AttentionKind(*arguments)

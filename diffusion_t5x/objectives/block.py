@@ -1,0 +1,137 @@
+"""Block diffusion: autoregressive from block to block, diffusion inside a block (BD3-LM, arXiv 2503.09573)."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.masks import AttentionKind, Slots
+from diffusion_t5x.models.sampling import forbid
+from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.objectives.masked import SCHEDULES, mask_targets
+from diffusion_t5x.objectives.objective import (
+    LossSums,
+    Normalize,
+    Ratio,
+    check_normalize,
+    cross_entropy,
+    normalized,
+    row_keys,
+    stratified,
+)
+
+
+def block_starts(batch: Batch, block_size: int) -> jax.Array:
+    """int32 `[B, L]`: the row index of the first slot of the block of targets that a target is in.
+
+    Blocks are counted from each segment's first target. What it says of inputs and padding means nothing.
+    """
+
+    def first_targets(segment_ids, input_mask):
+        return jax.ops.segment_sum(input_mask.astype(jnp.int32), segment_ids, segment_ids.size + 1)[segment_ids]
+
+    in_block = (batch.positions - jax.vmap(first_targets)(batch.segment_ids, batch.input_mask)) % block_size
+    return jnp.arange(batch.tokens.shape[1]) - in_block
+
+
+def clean_and_noisy(batch: Batch, noisy: jax.Array) -> tuple[jax.Array, Slots]:
+    """Rows twice as long, `[B, 2L]`: the clean tokens, then the targets once more with noise; and their slots."""
+    clean = Slots.of(batch)
+    nothing = jnp.zeros_like(batch.target_mask)
+    slots = Slots(
+        segment_ids=jnp.concatenate([clean.segment_ids, jnp.where(batch.target_mask, clean.segment_ids, 0)], axis=1),
+        positions=jnp.concatenate([clean.positions] * 2, axis=1),
+        is_input=jnp.concatenate([clean.is_input, nothing], axis=1),
+        is_noisy=jnp.concatenate([nothing, ~nothing], axis=1),
+        index=jnp.tile(jnp.arange(noisy.shape[1]), 2)[None],
+    )
+    return jnp.concatenate([batch.tokens, noisy], axis=1), slots
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Cross-entropy of the noisy targets of each block given the rest of the block and all that is before, clean.
+
+    One pass over `[clean tokens | noisy targets]` gives the loss of every block. Each block draws a time of its own,
+    stratified over the batch.
+
+    Attributes:
+      block_size: targets a block. 1 is autoregressive (reading MASK where an autoregressive model reads the token
+        before); as long as the targets, it is one diffusion over all of them.
+      noise: "mask" hides tokens, and the loss is that of the hidden ones. "uniform" puts others in their place, and
+        the loss is that of all tokens, without weights: no bound (SUNDAE's first term, inside blocks).
+      schedule: see `Masked`.
+      weighting: of a masked token, see `Masked`; "uniform" noise knows no other than "uniform".
+      epsilon: the least time, which bounds the weights.
+      normalize: what the summed loss is divided by.
+    """
+
+    block_size: int = 4
+    noise: Literal["mask", "uniform"] = "mask"
+    schedule: Literal["linear", "cosine"] = "linear"
+    weighting: Literal["elbo", "uniform"] = "elbo"
+    epsilon: float = 1e-3
+    normalize: Normalize = "target_tokens"
+
+    def __post_init__(self) -> None:
+        check_normalize(self.normalize)
+        self.attention  # noqa: B018  (raises on a bad block size)
+        if self.noise not in ("mask", "uniform") or self.weighting not in ("elbo", "uniform"):
+            raise UserError(f"Block needs noise mask or uniform and weighting elbo or uniform; got {self}.")
+        if self.schedule not in SCHEDULES or not 0 <= self.epsilon < 1:
+            raise UserError(f"Block needs a schedule of {', '.join(SCHEDULES)}, epsilon in [0, 1); got {self}.")
+        if self.noise == "uniform" and self.weighting != "uniform":
+            raise UserError('Block.weighting must be "uniform" with uniform noise: no bound is known here for it.')
+
+    @property
+    def attention(self) -> AttentionKind:
+        return AttentionKind("block_causal", self.block_size)
+
+    def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
+        """The noisy targets among their clean inputs; the model reads the clean targets as well."""
+        _, where_key, noise_key, _ = jax.random.split(key, 4)
+        probability, _ = self._levels(batch, key)
+        masked = mask_targets(batch, vocabulary, probability, row_keys(where_key, batch.example_ids))
+        if self.noise == "mask":
+            return masked
+        noise_keys = row_keys(noise_key, batch.example_ids)
+        noise = jax.vmap(vocabulary.sample_noise, (0, None))(noise_keys, batch.tokens.shape[1:])
+        return jnp.where(masked == vocabulary.mask_id, noise, batch.tokens)
+
+    def _levels(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of every position `[B, L]`: the probability of noise, and the bound's weight where there is some."""
+        time_key, _, _, _ = jax.random.split(key, 4)
+        share = stratified(time_key, batch.example_ids, block_starts(batch, self.block_size))
+        return SCHEDULES[self.schedule](1 - (1 - self.epsilon) * share)
+
+    def loss(self, model: Transformer, batch: Batch, key: jax.Array, train: bool = True) -> LossSums:
+        _, _, _, dropout_key = jax.random.split(key, 4)
+        dropout_keys = row_keys(dropout_key, batch.example_ids) if train else None
+        noisy = self.model_inputs(model.vocabulary, batch, key)
+        tokens, slots = clean_and_noisy(batch, noisy)
+        kind = AttentionKind("block_diffusion", self.block_size)
+        encoded = model.encode(batch, dropout_keys)
+        hidden = model(tokens, slots, kind, encoded, dropout_keys)[:, batch.tokens.shape[1] :]
+
+        def score(logits, labels):
+            logits = forbid(logits, model.vocabulary)
+            nll, _ = cross_entropy(logits, labels)
+            return nll, jnp.argmax(logits, axis=-1) == labels
+
+        nll, correct = model.map_logits(score, hidden, batch.tokens)
+        scored = batch.target_mask
+        metrics = {"noise_fraction": normalized(batch, noisy != batch.tokens, "target_tokens")}
+        loss = nll
+        if self.noise == "mask":
+            scored &= noisy == model.vocabulary.mask_id
+            nll = jnp.where(scored, nll, 0)
+            _, weights = self._levels(batch, key)
+            metrics["nll_bound"] = normalized(batch, nll * weights, "target_tokens")
+            loss = nll * weights if self.weighting == "elbo" else nll
+        count = jnp.sum(scored, dtype=jnp.float32)
+        metrics["accuracy"] = Ratio(jnp.sum(scored & correct, dtype=jnp.float32), count)
+        return LossSums(loss=normalized(batch, loss, self.normalize), metrics=metrics)

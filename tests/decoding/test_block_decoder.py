@@ -1,0 +1,136 @@
+"""Block decoding against the same without a cache, and where outputs end."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from diffusion_t5x.decoding.block import BlockDecoder
+from diffusion_t5x.decoding.masked import MaskedDecoder
+from diffusion_t5x.models.masks import Slots
+from diffusion_t5x.models.transformer import ModelDefinition
+from diffusion_t5x.objectives.objective import row_keys
+
+VOCABULARY = tiny.VOCABULARY
+MASK, EOS = VOCABULARY.mask_id, VOCABULARY.eos_id
+# Inputs of many lengths (without any, a block of MASK would be the same at every place, and rounding would choose);
+# fewer targets than the others have in row 3; a filler row without anything.
+SIZES = [(2, 7), (6, 7), (3, 7), (4, 3), (1, 7)]
+BATCH = tiny.one_a_row([*tiny.random_examples(0, SIZES), ([], [])])
+CONFIGS = {"relative": tiny.RELATIVE, "llama": tiny.LLAMA}
+INNER = {
+    "static": MaskedDecoder(num_steps=2),
+    "one a step": MaskedDecoder(num_steps=None, order="margin"),
+    "threshold": MaskedDecoder(num_steps=None, threshold=0.15),
+    "sampled": MaskedDecoder(num_steps=2, temperature=1.0, order="random"),
+}
+
+
+@functools.cache
+def make_model(name):
+    """Random, and never at an end: the head knows no EOS and no pad, so that every block is written."""
+    config = dataclasses.replace(CONFIGS[name], tie_embeddings=False)
+    definition = ModelDefinition(config, dataclasses.replace(VOCABULARY, eos_id=31, pad_id=30))
+    return definition, tiny.random_params(definition)
+
+
+def decode(name, decoder, batch=BATCH, seed=0):
+    definition, params = make_model(name)
+    run = jax.jit(lambda params, batch: decoder.decode(definition.bind(params), batch, jax.random.key(seed), trace=True))
+    return jax.device_get(run(params, batch))
+
+
+def uncached(name, decoder, batch=BATCH, seed=0):
+    """Block after block from passes over whole rows."""
+    definition, params = make_model(name)
+    model, keys = definition.bind(params), row_keys(jax.random.key(seed), batch.example_ids)
+
+    @jax.jit
+    def write(canvas, eligible, step):
+        hidden = model(canvas, Slots.of(batch), decoder.attention)
+        return decoder.inner.write(model, hidden, canvas, eligible, jnp.asarray(batch.positions), keys, step)
+
+    canvas = np.where(batch.target_mask, MASK, batch.tokens)
+    index = np.cumsum(batch.target_mask, axis=1) - 1
+    total = np.zeros(len(canvas))
+    for block in range(-(-batch.tokens.shape[1] // decoder.block_size)):
+        here = batch.target_mask & (index // decoder.block_size == block)
+        step = 0
+        while (eligible := here & (canvas == MASK)).any():
+            canvas, written = map(np.asarray, write(canvas, eligible, step))
+            total, step = total + written, step + 1
+    return canvas, total / np.maximum(batch.target_mask.sum(1), 1)
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("name,size", [("relative", 3), ("llama", 4), ("relative", 1), ("llama", 16)])
+def test_the_cache_changes_nothing(name, size, inner):
+    decoder = BlockDecoder(size, INNER[inner])
+    decoded = decode(name, decoder)
+    tokens, scores = uncached(name, decoder)
+    np.testing.assert_array_equal(decoded.tokens, tokens)
+    np.testing.assert_allclose(decoded.scores, scores, rtol=1e-4, atol=1e-5)
+    assert not (decoded.tokens == MASK).any()
+    assert len(np.unique(decoded.tokens[BATCH.target_mask])) > 1
+
+
+def test_steps_and_trace():
+    decoded = decode("relative", BlockDecoder(3, MaskedDecoder(num_steps=2)))
+    assert decoded.steps == 3 * 2 + 2  # blocks of 3, 3 and 1 targets; the last in one step; one pass each for the cache
+    trace = decoded.trace
+    np.testing.assert_array_equal(trace[0], np.where(BATCH.target_mask, MASK, BATCH.tokens))
+    np.testing.assert_array_equal(trace[-1], decoded.tokens)
+    written = (trace != MASK) | ~BATCH.target_mask
+    assert (written[1:] >= written[:-1]).all()
+    changed = (trace[1:] != trace[:-1]) & written[:-1]
+    assert not changed.any()  # what is written stays
+
+
+def test_a_row_is_decoded_alone_as_among_others():
+    decoder = BlockDecoder(3, INNER["sampled"])
+    together = decode("llama", decoder)
+    for row in range(len(SIZES)):
+        alone = decode("llama", decoder, tiny.rows_of(BATCH, [row]))
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
+
+
+class Writes:
+    """Stands in for a model that is sure of one text, whatever it reads."""
+
+    def __init__(self, text, batch):
+        self.vocabulary, self.config = VOCABULARY, tiny.RELATIVE
+        self.text = jnp.asarray(np.where(batch.target_mask, text, 0))
+        self.text = jnp.pad(self.text, ((0, 0), (0, 8)))
+
+    def encode(self, batch):
+        return None
+
+    def extend(self, tokens, kind, cache, write_at, encoded=None):
+        rows = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, tokens.shape[1]))
+        return 30.0 * jax.nn.one_hot(rows(self.text, write_at), 32), cache
+
+    def map_logits(self, fn, hidden, *per_position):
+        return fn(hidden, *per_position)
+
+
+@pytest.mark.parametrize(
+    "text,output,blocks",
+    [
+        ([5, 6, 7, 8, 9, 10, 11, 12], [5, 6, 7, 8, 9, 10, 11, 12], 2),  # no EOS: the whole canvas
+        ([EOS, 6, 7, 8, 9, 10, 11, 12], [EOS, 0, 0, 0, 0, 0, 0, 0], 1),  # EOS first: nothing, after one block
+        ([5, 6, EOS, 8, 9, 10, 11, 12], [5, 6, EOS, 0, 0, 0, 0, 0], 1),  # EOS inside a block: the rest of it is dropped
+        ([5, 6, 7, EOS, 9, 10, 11, 12], [5, 6, 7, EOS, 0, 0, 0, 0], 1),  # EOS ends a block: no other is begun
+        ([5, 6, 7, 8, EOS, 0, 0, 0], [5, 6, 7, 8, EOS, 0, 0, 0], 2),
+        ([5, 0, 7, 8, 9, 10, 11, 12], [5, 0, 0, 0, 0, 0, 0, 0], 1),  # pad ends an output as well
+    ],
+)
+def test_where_an_output_ends(text, output, blocks):
+    batch = tiny.one_a_row([([3, 4], [19] * 8)])
+    model = Writes([0, 0, *text], batch)
+    decoded = BlockDecoder(4, MaskedDecoder(num_steps=2)).decode(model, batch, jax.random.key(0))
+    assert decoded.tokens[0].tolist() == [3, 4, *output]
+    assert decoded.steps == 3 * blocks
