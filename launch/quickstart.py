@@ -125,7 +125,9 @@ def show(scores: Mapping[str, Mapping[str, float]], examples: list[dict[str, Any
         for step, canvas in enumerate(example["trace"]):
             console.print(f"  {step:2d} {canvas}", markup=False, highlight=False, overflow="ellipsis", no_wrap=True)
     console.print()
-    table = rich.table.Table(box=rich.box.SIMPLE, title="512 held-out strings, English → French (95 % intervals)")
+    number = next(iter(scores.values()))["num_examples"]
+    title = f"{number} held-out strings, English → French (95 % intervals)"
+    table = rich.table.Table(box=rich.box.SIMPLE, title=title)
     for column in ("model", "exact match %", "BLEU"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for model, metrics in scores.items():
