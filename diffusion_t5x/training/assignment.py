@@ -1,6 +1,6 @@
 """Which array of a checkpoint goes to which array of a state, by name.
 
-Names are "/"-joined paths such as `params/blocks/attention/query` or `opt_state/1/count`.
+Names are "/"-joined paths such as `params/decoder/blocks/attention/query` or `opt_state/1/count`.
 """
 
 import re

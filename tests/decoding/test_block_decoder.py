@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from diffusion_t5x.decoding.masked import MaskedDecoder
 
 from diffusion_t5x.decoding.block import BlockDecoder
-from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.models.masks import Slots
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.objective import row_keys
