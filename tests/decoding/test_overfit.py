@@ -8,8 +8,10 @@ import pytest
 import tiny
 
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
+from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.objectives.autoregressive import Autoregressive
+from diffusion_t5x.objectives.masked import Masked
 from diffusion_t5x.objectives.sundae import Sundae
 from diffusion_t5x.training.step import loss_and_gradients
 
@@ -24,15 +26,19 @@ def examples():
         yield inputs, [*targets, 1] + [0] * (CANVAS - 1 - len(targets))
 
 
+MASKED = MaskedDecoder(num_steps=4), MaskedDecoder(num_steps=None, threshold=0.9)
+
+
 @pytest.mark.parametrize(
-    "objective,decoder,steps",
+    "objective,decoders,steps",
     [
-        (Autoregressive(), AutoregressiveDecoder(), 200),
-        (Sundae(), SundaeDecoder(), 800),
+        (Autoregressive(), [AutoregressiveDecoder()], 200),
+        (Sundae(), [SundaeDecoder()], 800),
+        (Masked(), MASKED, 800),
     ],
-    ids=["autoregressive", "sundae"],
+    ids=["autoregressive", "sundae", "masked"],
 )
-def test_eight_examples_are_learnt_by_heart(objective, decoder, steps):
+def test_eight_examples_are_learnt_by_heart(objective, decoders, steps):
     definition, params = tiny.make_model()
     batch = tiny.one_a_row(list(examples()))
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
@@ -55,5 +61,6 @@ def test_eight_examples_are_learnt_by_heart(objective, decoder, steps):
     assert accuracies and set(accuracies) == {1.0}
 
     empty = batch.replace(tokens=jnp.where(batch.target_mask, 5, batch.tokens))
-    decoded = jax.jit(lambda p: decoder.decode(definition.bind(p), empty, jax.random.key(2)))(params)
-    np.testing.assert_array_equal(decoded.tokens, batch.tokens)
+    for decoder in decoders:
+        decoded = jax.jit(lambda p: decoder.decode(definition.bind(p), empty, jax.random.key(2)))(params)  # noqa: B023
+        np.testing.assert_array_equal(decoded.tokens, batch.tokens)
