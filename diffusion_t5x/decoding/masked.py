@@ -13,6 +13,7 @@ from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.masks import BIDIRECTIONAL, Slots
 from diffusion_t5x.models.sampling import Sampling
 from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.objectives.masked import start_first
 from diffusion_t5x.objectives.objective import row_keys
 
 
@@ -74,7 +75,7 @@ class MaskedDecoder:
             def read_out(logits, positions):
                 return propose(logits, keys_of_step, positions, vocabulary, self.sampling, self.order)
 
-            hidden = model(canvas, slots, BIDIRECTIONAL, encoded)
+            hidden = model(start_first(canvas, batch, vocabulary), slots, BIDIRECTIONAL, encoded)
             tokens, log_probability, certainty = model.map_logits(read_out, hidden, batch.positions)
             eligible = masked(canvas)
             left = jnp.sum(eligible, axis=-1)

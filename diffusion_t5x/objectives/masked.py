@@ -54,6 +54,16 @@ def mask_targets(batch: Batch, vocabulary: TokenIds, probability: jax.Array, key
     return jnp.where(masked & batch.target_mask, vocabulary.mask_id, batch.tokens)
 
 
+def start_first(tokens: jax.Array, batch: Batch, vocabulary: TokenIds) -> jax.Array:
+    """What the model reads of masked tokens `[B, L]`: where a segment's very first one is masked, the start token.
+
+    That happens where no input comes before: in an encoder-decoder's decoder above all. Relative and rotary positions
+    are differences between tokens that differ: over nothing but MASK, every position would have the same logits. The
+    start token says where the row begins, and an autoregressive model's first slot reads it too.
+    """
+    return jnp.where((tokens == vocabulary.mask_id) & (batch.positions == 0), vocabulary.start_id, tokens)
+
+
 @dataclasses.dataclass(frozen=True)
 class Masked:
     """Cross-entropy of masked targets given all others.
@@ -87,23 +97,24 @@ class Masked:
         return BIDIRECTIONAL
 
     def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
-        _, where_key, _ = jax.random.split(key, 3)
-        probability, _ = self._levels(batch, key)
-        return mask_targets(batch, vocabulary, probability, row_keys(where_key, batch.example_ids))
+        tokens, _ = self._corrupt(vocabulary, batch, key)
+        return start_first(tokens, batch, vocabulary)
 
-    def _levels(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Of every position `[B, L]`: the probability of being masked, and the bound's weight if it is."""
-        time_key, _, _ = jax.random.split(key, 3)
+    def _corrupt(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of every position `[B, L]`: the token or MASK, and the bound's weight if it is masked."""
+        time_key, where_key, _ = jax.random.split(key, 3)
         share = stratified(time_key, batch.example_ids, batch.segment_ids)
-        return SCHEDULES[self.schedule](1 - (1 - self.epsilon) * share)
+        probability, weights = SCHEDULES[self.schedule](1 - (1 - self.epsilon) * share)
+        keys = row_keys(where_key, batch.example_ids)
+        return mask_targets(batch, vocabulary, probability, keys), weights
 
     def loss(self, model: Transformer, batch: Batch, key: jax.Array, train: bool = True) -> LossSums:
         _, _, dropout_key = jax.random.split(key, 3)
         dropout_keys = row_keys(dropout_key, batch.example_ids) if train else None
-        tokens = self.model_inputs(model.vocabulary, batch, key)
-        _, weights = self._levels(batch, key)
+        tokens, weights = self._corrupt(model.vocabulary, batch, key)
         encoded = model.encode(batch, dropout_keys)
-        hidden = model(tokens, Slots.of(batch), self.attention, encoded, dropout_keys)
+        read = start_first(tokens, batch, model.vocabulary)
+        hidden = model(read, Slots.of(batch), self.attention, encoded, dropout_keys)
 
         def score(logits, labels):
             logits = forbid(logits, model.vocabulary)

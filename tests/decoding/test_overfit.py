@@ -27,20 +27,23 @@ def examples():
 
 
 MASKED = MaskedDecoder(num_steps=4), MaskedDecoder(num_steps=None, threshold=0.9)
+DECODER_ONLY, ENCODER_DECODER = tiny.RELATIVE, tiny.ENCODER_DECODER
 
 
 @pytest.mark.parametrize(
-    "objective,decoders,steps",
+    "config,objective,decoders,steps",
     [
-        (Autoregressive(), [AutoregressiveDecoder()], 200),
-        (Sundae(), [SundaeDecoder()], 800),
-        (Masked(), MASKED, 800),
+        (DECODER_ONLY, Autoregressive(), [AutoregressiveDecoder()], 200),
+        (DECODER_ONLY, Sundae(), [SundaeDecoder()], 800),
+        (DECODER_ONLY, Masked(), MASKED, 800),
+        (ENCODER_DECODER, Masked(), MASKED, 1600),
     ],
-    ids=["autoregressive", "sundae", "masked"],
+    ids=["autoregressive", "sundae", "masked", "masked encoder_decoder"],
 )
-def test_eight_examples_are_learnt_by_heart(objective, decoders, steps):
-    definition, params = tiny.make_model()
-    batch = tiny.one_a_row(list(examples()))
+def test_eight_examples_are_learnt_by_heart(config, objective, decoders, steps):
+    definition, params = tiny.make_model(config)
+    rows = [[example] for example in examples()]
+    batch = tiny.pack_apart(rows, 5, CANVAS) if config is ENCODER_DECODER else tiny.pack(rows, 5 + CANVAS)
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
 
     def step(carry, key):

@@ -1,5 +1,6 @@
 """Masked diffusion's loss: its exact expectation against closed forms, and the draws that it is an expectation of."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -17,6 +18,8 @@ from diffusion_t5x.objectives.masked import Masked, mask_targets
 from diffusion_t5x.objectives.objective import stratified
 
 KEY = jax.random.key(0)
+START = 21  # what a masked first token is read as; not pad, so that one cannot stand for the other
+VOCABULARY = dataclasses.replace(tiny.VOCABULARY, start_id=START)
 TABLE = np.random.default_rng(0).standard_normal((32, 32)).astype(np.float32)
 TABLE[:, 23:] = 9.0  # MASK and what is no id would come first
 
@@ -61,7 +64,7 @@ def expected_losses(monkeypatch, objective, model, batch, nodes):
     return np.asarray(losses, np.float64).sum(-1) @ weights
 
 
-PAIRS = TokenIds(3, pad_id=0, eos_id=1, mask_id=2, start_id=0, noise_ranges=((0, 2),))
+PAIRS = TokenIds(3, pad_id=0, eos_id=1, mask_id=2, start_id=2, noise_ranges=((0, 2),))
 JOINT = np.array([[0.4, 0.1], [0.1, 0.4]], np.float32)
 
 
@@ -105,7 +108,7 @@ def cross_entropies_by_number():
 @pytest.mark.parametrize("schedule,nodes", [("linear", 4), ("cosine", 20)])
 def test_weighting_by_time_is_weighting_by_number(monkeypatch, schedule, nodes):
     """E_t[(1/t) sum of masked] = E_l[(L/l) sum of masked], l uniform in 1..L; inputs and padding do not count."""
-    objective, model = Masked(schedule=schedule, epsilon=0.0), Neighbours(jnp.asarray(TABLE))
+    objective, model = Masked(schedule=schedule, epsilon=0.0), Neighbours(jnp.asarray(TABLE), VOCABULARY)
     loss = expected_losses(monkeypatch, objective, model, ROW, nodes).item()
     assert loss == pytest.approx(
         np.mean([4 / number * ce for number, ce in cross_entropies_by_number().items()]), rel=1e-5
@@ -113,7 +116,7 @@ def test_weighting_by_time_is_weighting_by_number(monkeypatch, schedule, nodes):
 
 
 def test_uniform_weighting_counts_each_masked_token_once(monkeypatch):
-    model = Neighbours(jnp.asarray(TABLE))
+    model = Neighbours(jnp.asarray(TABLE), VOCABULARY)
     loss = expected_losses(monkeypatch, Masked(weighting="uniform", epsilon=0.0), model, ROW, 5).item()
     # A pattern of l out of 4 has the expected probability l! (4 - l)! / 5!, so a number l has 1 / 5.
     assert loss == pytest.approx(sum(cross_entropies_by_number().values()) / 5, rel=1e-5)
@@ -153,7 +156,7 @@ def draw(monkeypatch):
         return mask_targets(batch, vocabulary, probability, keys)
 
     monkeypatch.setattr(masked, "mask_targets", spy)
-    return lambda objective, batch: (np.asarray(objective.model_inputs(tiny.VOCABULARY, batch, KEY)), drawn.pop())
+    return lambda objective, batch: (np.asarray(objective.model_inputs(VOCABULARY, batch, KEY)), drawn.pop())
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -189,11 +192,20 @@ BATCH = tiny.pack(
 )
 
 
+def test_a_masked_first_token_is_read_as_the_start_token():
+    """Where no input comes before it, in each packed example; else it is MASK."""
+    batch = tiny.pack([[([], [5, 6, 7]), ([8], [9, 10]), ([], [11, 12])]] * 40, length=9)
+    tokens = np.asarray(Masked(epsilon=0.5).model_inputs(VOCABULARY, batch, KEY))
+    for place, clean in enumerate([5, 6, 7, 8, 9, 10, 11, 12, 0]):
+        read_as = {START} if place in (0, 6) else set() if place in (3, 8) else {23}
+        assert set(tokens[:, place].tolist()) == {clean} | read_as
+
+
 @pytest.mark.parametrize("rows", [[3, 0, 6, 1, 7, 5, 4, 2], [0, 2, 5, 7], [6]])
 def test_what_a_row_reads_is_its_own_in_any_batch(rows):
-    whole, part = (Masked().model_inputs(tiny.VOCABULARY, b, KEY) for b in (BATCH, tiny.rows_of(BATCH, rows)))
+    whole, part = (Masked().model_inputs(VOCABULARY, b, KEY) for b in (BATCH, tiny.rows_of(BATCH, rows)))
     np.testing.assert_array_equal(part, whole[np.array(rows)])
-    other = Masked().model_inputs(tiny.VOCABULARY, BATCH, jax.random.key(1))
+    other = Masked().model_inputs(VOCABULARY, BATCH, jax.random.key(1))
     assert (other != whole).any(axis=1).sum() > 4
 
 
@@ -201,7 +213,7 @@ def test_what_a_row_reads_is_its_own_in_any_batch(rows):
 def test_loss_of_a_batch_is_that_of_its_parts(normalize):
     def sums(rows):
         batch = tiny.rows_of(BATCH, rows)
-        return Masked(normalize=normalize).loss(tiny.TableModel(jnp.asarray(TABLE)), batch, KEY)
+        return Masked(normalize=normalize).loss(tiny.TableModel(jnp.asarray(TABLE), VOCABULARY), batch, KEY)
 
     parts = sums([6, 1, 3, 4]) + sums([0, 2, 5, 7])
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), parts, sums(range(8)))
@@ -209,14 +221,15 @@ def test_loss_of_a_batch_is_that_of_its_parts(normalize):
 
 @pytest.mark.parametrize("weighting", ["elbo", "uniform"])
 def test_loss_and_metrics_follow_from_what_is_read(weighting):
-    model = Neighbours(jnp.asarray(TABLE))
+    model = Neighbours(jnp.asarray(TABLE), VOCABULARY)
     sums = Masked(weighting=weighting).loss(model, BATCH, KEY)
-    [(_, slots, kind, dropout_keys)] = model.calls
+    [(tokens, slots, kind, dropout_keys)] = model.calls
     jax.tree.map(np.testing.assert_array_equal, slots, Slots.of(BATCH))
     assert kind == BIDIRECTIONAL and dropout_keys.shape == (8,)
 
-    tokens = np.asarray(Masked().model_inputs(tiny.VOCABULARY, BATCH, KEY))
-    where = (tokens == 23) & BATCH.target_mask
+    tokens = np.roll(tokens, -1, axis=1)  # it notes the tokens before
+    np.testing.assert_array_equal(tokens, Masked().model_inputs(VOCABULARY, BATCH, KEY))
+    where = (tokens == 23) | (tokens == START)
     logits = (TABLE[np.roll(tokens, 1, axis=1)] + 2 * TABLE[np.roll(tokens, -1, axis=1)])[..., :23]
     nll = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, BATCH.tokens[..., None], -1)[..., 0]
     time = 1 - (1 - 1e-3) * stratified(jax.random.split(KEY, 3)[0], BATCH.example_ids, BATCH.segment_ids)
@@ -231,17 +244,19 @@ def test_loss_and_metrics_follow_from_what_is_read(weighting):
 
 def test_gradient_lives_on_masked_targets_and_on_what_may_be_written():
     def loss(added):
-        return Masked().loss(tiny.TableModel(jnp.asarray(TABLE), added=added), BATCH, KEY, train=False).loss.mean()
+        return (
+            Masked().loss(tiny.TableModel(jnp.asarray(TABLE), VOCABULARY, added), BATCH, KEY, train=False).loss.mean()
+        )
 
     gradient = np.asarray(jax.grad(loss)(jnp.zeros((1, *BATCH.tokens.shape, 32)))[0])
-    where = np.asarray(Masked().model_inputs(tiny.VOCABULARY, BATCH, KEY) == 23) & BATCH.target_mask
+    where = np.isin(Masked().model_inputs(VOCABULARY, BATCH, KEY), [23, START])
     assert where.any() and (where != BATCH.target_mask).any()
     assert (gradient[~where] == 0).all() and (gradient[..., 23:] == 0).all()
     assert (np.abs(gradient[where]).max(axis=-1) > 1e-4).all()
 
 
 def test_dropout_is_of_training_alone():
-    model = tiny.TableModel(jnp.asarray(TABLE))
+    model = tiny.TableModel(jnp.asarray(TABLE), VOCABULARY)
     Masked().loss(model, BATCH, KEY, train=False)
     assert model.calls[0][-1] is None
 
