@@ -11,6 +11,7 @@ from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.models.attention import KVCache, write_rows
 from diffusion_t5x.models.masks import AttentionKind, Slots
 from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.objectives.masked import start_first
 from diffusion_t5x.objectives.objective import row_keys
 
 
@@ -68,7 +69,8 @@ class BlockDecoder:
 
             def write_some(inner):
                 step, tokens, carry = inner
-                hidden, cache = model.extend(tokens, self.attention, carry["cache"], start, encoded)
+                read = start_first(tokens, positions, vocabulary)
+                hidden, cache = model.extend(read, self.attention, carry["cache"], start, encoded)
                 tokens, log_probability = self.inner.write(
                     model, hidden, tokens, eligible(tokens), positions, keys, step
                 )

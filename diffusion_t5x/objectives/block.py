@@ -12,7 +12,7 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import AttentionKind, Slots
 from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.objectives.masked import SCHEDULES, mask_targets
+from diffusion_t5x.objectives.masked import SCHEDULES, mask_targets, start_first
 from diffusion_t5x.objectives.objective import (
     LossSums,
     Normalize,
@@ -93,26 +93,26 @@ class Block:
 
     def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
         """The noisy targets among their clean inputs; the model reads the clean targets as well."""
-        _, where_key, noise_key, _ = jax.random.split(key, 4)
-        probability, _ = self._levels(batch, key)
-        masked = mask_targets(batch, vocabulary, probability, row_keys(where_key, batch.example_ids))
-        if self.noise == "mask":
-            return masked
-        noise_keys = row_keys(noise_key, batch.example_ids)
-        noise = jax.vmap(vocabulary.sample_noise, (0, None))(noise_keys, batch.tokens.shape[1:])
-        return jnp.where(masked == vocabulary.mask_id, noise, batch.tokens)
+        noisy, _ = self._corrupt(vocabulary, batch, key)
+        return start_first(noisy, batch.positions, vocabulary)
 
-    def _levels(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Of every position `[B, L]`: the probability of noise, and the bound's weight where there is some."""
-        time_key, _, _, _ = jax.random.split(key, 4)
+    def _corrupt(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of every position `[B, L]`: the token or noise, and the bound's weight if it is masked."""
+        time_key, where_key, noise_key, _ = jax.random.split(key, 4)
         share = stratified(time_key, batch.example_ids, block_starts(batch, self.block_size))
-        return SCHEDULES[self.schedule](1 - (1 - self.epsilon) * share)
+        probability, weights = SCHEDULES[self.schedule](1 - (1 - self.epsilon) * share)
+        noisy = mask_targets(batch, vocabulary, probability, row_keys(where_key, batch.example_ids))
+        if self.noise == "uniform":
+            noise_keys = row_keys(noise_key, batch.example_ids)
+            noise = jax.vmap(vocabulary.sample_noise, (0, None))(noise_keys, batch.tokens.shape[1:])
+            noisy = jnp.where(noisy == vocabulary.mask_id, noise, batch.tokens)
+        return noisy, weights
 
     def loss(self, model: Transformer, batch: Batch, key: jax.Array, train: bool = True) -> LossSums:
         _, _, _, dropout_key = jax.random.split(key, 4)
         dropout_keys = row_keys(dropout_key, batch.example_ids) if train else None
-        noisy = self.model_inputs(model.vocabulary, batch, key)
-        tokens, slots = clean_and_noisy(batch, noisy)
+        noisy, weights = self._corrupt(model.vocabulary, batch, key)
+        tokens, slots = clean_and_noisy(batch, start_first(noisy, batch.positions, model.vocabulary))
         kind = AttentionKind("block_diffusion", self.block_size)
         encoded = model.encode(batch, dropout_keys)
         hidden = model(tokens, slots, kind, encoded, dropout_keys)[:, batch.tokens.shape[1] :]
@@ -129,7 +129,6 @@ class Block:
         if self.noise == "mask":
             scored &= noisy == model.vocabulary.mask_id
             nll = jnp.where(scored, nll, 0)
-            _, weights = self._levels(batch, key)
             metrics["nll_bound"] = normalized(batch, nll * weights, "target_tokens")
             loss = nll * weights if self.weighting == "elbo" else nll
         count = jnp.sum(scored, dtype=jnp.float32)

@@ -5,6 +5,7 @@ from typing import Literal, Protocol, Self
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
@@ -13,6 +14,9 @@ from diffusion_t5x.models.masks import AttentionKind
 from diffusion_t5x.models.transformer import Transformer
 
 Normalize = Literal["target_tokens", "all_tokens", "sequences"]
+
+# The fractions of the golden ratio and of the square root of two, in units of 2^-32.
+GOLDEN_RATIO, SQUARE_ROOT_OF_TWO = np.uint32(0x9E3779B9), np.uint32(0x6A09E667)
 
 
 @flax.struct.dataclass
@@ -63,6 +67,24 @@ class Objective(Protocol):
 def row_keys(key: jax.Array, example_ids: jax.Array) -> jax.Array:
     """A key `[B]` for each row, the same whichever batch, microbatch or device the row is in."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, example_ids)
+
+
+def stratified(key: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """Numbers float32 `[B, L]`, each uniform in [0, 1), all together more even than independent ones.
+
+    A number is `frac(u + row * golden ratio + column * sqrt(2))` with one uniform u: an additive recurrence, whose
+    neighbouring terms fill [0, 1) evenly. It needs no number of rows, so a row of a microbatch or a device has the
+    number that it has in the whole batch. In whole arithmetic, exact for any id.
+
+    Args:
+      key: u is drawn from it.
+      rows: int32 `[B]`, example ids.
+      columns: int32 `[B, L]`: positions with one number (of a segment, say) share theirs.
+    """
+    u = jax.random.bits(key, dtype=jnp.uint32)
+    rows, columns = jnp.asarray(rows, jnp.uint32)[:, None], jnp.asarray(columns, jnp.uint32)
+    bits = u + rows * GOLDEN_RATIO + columns * SQUARE_ROOT_OF_TWO
+    return (bits >> 8).astype(jnp.float32) * 2.0**-24
 
 
 def cross_entropy(

@@ -8,18 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from diffusion_t5x.decoding.masked import MaskedDecoder
 
 from diffusion_t5x.decoding.block import BlockDecoder
+from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.models.masks import Slots
 from diffusion_t5x.models.transformer import ModelDefinition
+from diffusion_t5x.objectives.masked import start_first
 from diffusion_t5x.objectives.objective import row_keys
 
 VOCABULARY = tiny.VOCABULARY
 MASK, EOS = VOCABULARY.mask_id, VOCABULARY.eos_id
-# Inputs of many lengths (without any, a block of MASK would be the same at every place, and rounding would choose);
-# fewer targets than the others have in row 3; a filler row without anything.
-SIZES = [(2, 7), (6, 7), (3, 7), (4, 3), (1, 7)]
+# Inputs of many lengths, none in row 2; fewer targets than the others have in row 3; a filler row without anything.
+SIZES = [(2, 7), (6, 7), (0, 7), (4, 3), (1, 7)]
 BATCH = tiny.one_a_row([*tiny.random_examples(0, SIZES), ([], [])])
 CONFIGS = {"relative": tiny.RELATIVE, "llama": tiny.LLAMA}
 INNER = {
@@ -40,7 +40,11 @@ def make_model(name):
 
 def decode(name, decoder, batch=BATCH, seed=0):
     definition, params = make_model(name)
-    run = jax.jit(lambda params, batch: decoder.decode(definition.bind(params), batch, jax.random.key(seed), trace=True))
+
+    @jax.jit
+    def run(params, batch):
+        return decoder.decode(definition.bind(params), batch, jax.random.key(seed), trace=True)
+
     return jax.device_get(run(params, batch))
 
 
@@ -51,7 +55,7 @@ def uncached(name, decoder, batch=BATCH, seed=0):
 
     @jax.jit
     def write(canvas, eligible, step):
-        hidden = model(canvas, Slots.of(batch), decoder.attention)
+        hidden = model(start_first(canvas, batch.positions, definition.vocabulary), Slots.of(batch), decoder.attention)
         return decoder.inner.write(model, hidden, canvas, eligible, jnp.asarray(batch.positions), keys, step)
 
     canvas = np.where(batch.target_mask, MASK, batch.tokens)

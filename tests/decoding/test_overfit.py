@@ -8,8 +8,12 @@ import pytest
 import tiny
 
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
+from diffusion_t5x.decoding.block import BlockDecoder
+from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.objectives.autoregressive import Autoregressive
+from diffusion_t5x.objectives.block import Block
+from diffusion_t5x.objectives.masked import Masked
 from diffusion_t5x.objectives.sundae import Sundae
 from diffusion_t5x.training.step import loss_and_gradients
 
@@ -24,17 +28,25 @@ def examples():
         yield inputs, [*targets, 1] + [0] * (CANVAS - 1 - len(targets))
 
 
+MASKED = MaskedDecoder(num_steps=4), MaskedDecoder(num_steps=None, threshold=0.9)
+DECODER_ONLY, ENCODER_DECODER = tiny.RELATIVE, tiny.ENCODER_DECODER
+
+
 @pytest.mark.parametrize(
-    "objective,decoder,steps",
+    "config,objective,decoders,steps",
     [
-        (Autoregressive(), AutoregressiveDecoder(), 200),
-        (Sundae(), SundaeDecoder(), 800),
+        (DECODER_ONLY, Autoregressive(), [AutoregressiveDecoder()], 200),
+        (DECODER_ONLY, Sundae(), [SundaeDecoder()], 800),
+        (DECODER_ONLY, Masked(), MASKED, 800),
+        (ENCODER_DECODER, Masked(), MASKED, 1600),
+        (DECODER_ONLY, Block(3), [BlockDecoder(3, decoder) for decoder in MASKED], 800),
     ],
-    ids=["autoregressive", "sundae"],
+    ids=["autoregressive", "sundae", "masked", "masked encoder_decoder", "block"],
 )
-def test_eight_examples_are_learnt_by_heart(objective, decoder, steps):
-    definition, params = tiny.make_model()
-    batch = tiny.one_a_row(list(examples()))
+def test_eight_examples_are_learnt_by_heart(config, objective, decoders, steps):
+    definition, params = tiny.make_model(config)
+    rows = [[example] for example in examples()]
+    batch = tiny.pack_apart(rows, 5, CANVAS) if config is ENCODER_DECODER else tiny.pack(rows, 5 + CANVAS)
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
 
     def step(carry, key):
@@ -55,5 +67,6 @@ def test_eight_examples_are_learnt_by_heart(objective, decoder, steps):
     assert accuracies and set(accuracies) == {1.0}
 
     empty = batch.replace(tokens=jnp.where(batch.target_mask, 5, batch.tokens))
-    decoded = jax.jit(lambda p: decoder.decode(definition.bind(p), empty, jax.random.key(2)))(params)
-    np.testing.assert_array_equal(decoded.tokens, batch.tokens)
+    for decoder in decoders:
+        decoded = jax.jit(lambda p: decoder.decode(definition.bind(p), empty, jax.random.key(2)))(params)  # noqa: B023
+        np.testing.assert_array_equal(decoded.tokens, batch.tokens)

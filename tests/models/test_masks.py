@@ -94,7 +94,9 @@ def test_mask_of_some_queries_is_those_rows_of_the_whole_mask():
         np.testing.assert_array_equal(some, [whole[row, first : first + 4] for row, first in enumerate(start)])
 
 
-@pytest.mark.parametrize("arguments", [("causa",), ("block_causal",), ("causal", 4), ("block_causal", 0), ("block_diffusion",)])
+@pytest.mark.parametrize(
+    "arguments", [("causa",), ("block_causal",), ("causal", 4), ("block_causal", 0), ("block_diffusion",)]
+)
 def test_impossible_kinds_are_refused(arguments):
     with pytest.raises(UserError):
         AttentionKind(*arguments)

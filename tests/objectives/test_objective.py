@@ -9,6 +9,7 @@ import tiny
 
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.objectives.autoregressive import Autoregressive
+from diffusion_t5x.objectives.masked import Masked
 from diffusion_t5x.objectives.objective import LossSums, Ratio, cross_entropy, normalized, row_keys
 from diffusion_t5x.objectives.sundae import Sundae
 
@@ -82,7 +83,7 @@ def test_row_keys_follow_their_examples():
     assert (keys[0] == keys[2]).all() and (keys[0] != keys[1]).any()
 
 
-@pytest.mark.parametrize("objective", [Autoregressive, Sundae])
+@pytest.mark.parametrize("objective", [Autoregressive, Masked, Sundae])
 def test_unknown_normalizers_are_refused(objective):
     with pytest.raises(UserError, match="target_tokens"):
         objective(normalize="tokens")

@@ -1,0 +1,62 @@
+"""One step of masked decoding: propose a token at every position, then choose the positions that keep theirs."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.models.layers import fold_in
+from diffusion_t5x.models.sampling import Sampling, forbid, sample
+
+Order = Literal["confidence", "entropy", "margin", "random"]
+ORDERS = ("confidence", "entropy", "margin", "random")
+
+
+def propose(
+    logits: jax.Array, keys: jax.Array, positions: jax.Array, vocabulary: TokenIds, sampling: Sampling, order: Order
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A token for every position, its log-probability, and how sure of the position the model is, all `[B, L]`.
+
+    Log-probability and certainty are of the model at temperature 1 over what may be written (not MASK), however the
+    token is drawn.
+
+    Args:
+      logits: float32 `[B, L, V]`.
+      keys: `[B]`, a key for each row and step.
+      positions: int32 `[B, L]`, what is drawn at a position depends on its number alone.
+      vocabulary: says what may be written.
+      sampling: how to draw.
+      order: what certainty is. "confidence": the probability of the proposed token. "entropy": minus the entropy, in
+        nats. "margin": the likeliest token's probability minus the next one's. "random": a number drawn from [0, 1).
+    """
+    logits = forbid(logits, vocabulary)
+    tokens = sample(logits, fold_in(keys, 0), positions, sampling)
+    log_probabilities = jax.nn.log_softmax(logits)
+    log_probability = jnp.take_along_axis(log_probabilities, tokens[..., None], axis=-1)[..., 0]
+    if order == "confidence":
+        certainty = jnp.exp(log_probability)
+    elif order == "entropy":
+        certainty = -jax.scipy.special.entr(jnp.exp(log_probabilities)).sum(axis=-1)
+    elif order == "margin":
+        first, second = jnp.moveaxis(jax.lax.top_k(jnp.exp(log_probabilities), 2)[0], -1, 0)
+        certainty = first - second
+    else:
+        position_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(fold_in(keys, 1), positions)
+        certainty = jax.vmap(jax.vmap(jax.random.uniform))(position_keys)
+    return tokens, log_probability, certainty
+
+
+def choose(certainty: jax.Array, eligible: jax.Array, count: jax.Array, threshold: float | None = None) -> jax.Array:
+    """The surest `count` eligible positions of each row, bool `[B, L]`; the earlier of equals first.
+
+    Args:
+      certainty: `[B, L]`.
+      eligible: bool `[B, L]`; if a row has no more than `count`, all are chosen.
+      count: int32 `[B]`.
+      threshold: eligible positions of a greater certainty are chosen as well, however many.
+    """
+    # Eligibility is a key of its own: even if certainty is NaN, as many positions are chosen, and decoding ends.
+    order = jnp.lexsort((-certainty, ~eligible), axis=-1)
+    chosen = eligible & (jnp.argsort(order, axis=-1) < count[:, None])
+    return chosen if threshold is None else chosen | (eligible & (certainty > threshold))

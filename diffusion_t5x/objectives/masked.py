@@ -1,0 +1,135 @@
+"""Masked (absorbing) diffusion: predict the targets that are hidden, at every share of hidden ones.
+
+MDLM (arXiv 2406.07524, section 3) and LLaDA (arXiv 2502.09992, section 2).
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind, Slots
+from diffusion_t5x.models.sampling import forbid
+from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.objectives.objective import (
+    LossSums,
+    Normalize,
+    Ratio,
+    check_normalize,
+    cross_entropy,
+    normalized,
+    row_keys,
+    stratified,
+)
+
+
+def linear(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The probability t of being masked at time t, and the bound's weight of a masked token, 1/t."""
+    return t, 1 / t
+
+
+def cosine(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """MaskGIT's schedule (arXiv 2202.04200), with the bound's weight (MD4, arXiv 2406.04329, Table 1)."""
+    angle = 0.5 * jnp.pi * (1 - t)
+    return jnp.cos(angle), 0.5 * jnp.pi * jnp.tan(angle)
+
+
+SCHEDULES = {"linear": linear, "cosine": cosine}
+
+
+def mask_targets(batch: Batch, vocabulary: TokenIds, probability: jax.Array, keys: jax.Array) -> jax.Array:
+    """The clean tokens, int32 `[B, L]`, with each target masked with its own probability; inputs and padding stay.
+
+    Args:
+      batch: clean tokens.
+      vocabulary: says which id is MASK.
+      probability: `[B, L]`.
+      keys: `[B]`, a key for each row.
+    """
+    masked = jax.vmap(lambda key, row: jax.random.uniform(key, row.shape) < row)(keys, probability)
+    return jnp.where(masked & batch.target_mask, vocabulary.mask_id, batch.tokens)
+
+
+def start_first(tokens: jax.Array, positions: jax.Array, vocabulary: TokenIds) -> jax.Array:
+    """What the model reads of masked tokens `[B, L]`: where a segment's very first one is masked, the start token.
+
+    That happens where no input comes before: in an encoder-decoder's decoder above all. Relative and rotary positions
+    are differences between tokens that differ: over nothing but MASK, every position would have the same logits. The
+    start token says where the row begins, and an autoregressive model's first slot reads it too.
+    """
+    return jnp.where((tokens == vocabulary.mask_id) & (positions == 0), vocabulary.start_id, tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Masked:
+    """Cross-entropy of masked targets given all others.
+
+    Each example, packed ones too, draws a time t in (epsilon, 1], stratified over the batch; each of its targets is
+    masked with a probability that t gives. With the weights of the evidence bound the expected loss, over the number of
+    targets, is an upper bound of the negative log-likelihood of a token; the schedule changes its variance alone.
+
+    Attributes:
+      schedule: "linear": masked with probability t. "cosine": with probability cos(pi / 2 (1 - t)), so more of it is.
+      weighting: of a masked token. "elbo": the evidence bound's. "uniform": 1; with "cosine" this is MaskGIT.
+      epsilon: the least time, which bounds the weights.
+      normalize: what the summed loss is divided by.
+    """
+
+    schedule: Literal["linear", "cosine"] = "linear"
+    weighting: Literal["elbo", "uniform"] = "elbo"
+    epsilon: float = 1e-3
+    normalize: Normalize = "target_tokens"
+
+    def __post_init__(self) -> None:
+        check_normalize(self.normalize)
+        if self.schedule not in SCHEDULES or self.weighting not in ("elbo", "uniform") or not 0 <= self.epsilon < 1:
+            raise UserError(
+                f"Masked needs a schedule of {', '.join(SCHEDULES)}, a weighting of elbo or uniform and an epsilon in "
+                f"[0, 1); got {self}."
+            )
+
+    @property
+    def attention(self) -> AttentionKind:
+        return BIDIRECTIONAL
+
+    def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
+        tokens, _ = self._corrupt(vocabulary, batch, key)
+        return start_first(tokens, batch.positions, vocabulary)
+
+    def _corrupt(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of every position `[B, L]`: the token or MASK, and the bound's weight if it is masked."""
+        time_key, where_key, _ = jax.random.split(key, 3)
+        share = stratified(time_key, batch.example_ids, batch.segment_ids)
+        probability, weights = SCHEDULES[self.schedule](1 - (1 - self.epsilon) * share)
+        keys = row_keys(where_key, batch.example_ids)
+        return mask_targets(batch, vocabulary, probability, keys), weights
+
+    def loss(self, model: Transformer, batch: Batch, key: jax.Array, train: bool = True) -> LossSums:
+        _, _, dropout_key = jax.random.split(key, 3)
+        dropout_keys = row_keys(dropout_key, batch.example_ids) if train else None
+        tokens, weights = self._corrupt(model.vocabulary, batch, key)
+        encoded = model.encode(batch, dropout_keys)
+        read = start_first(tokens, batch.positions, model.vocabulary)
+        hidden = model(read, Slots.of(batch), self.attention, encoded, dropout_keys)
+
+        def score(logits, labels):
+            logits = forbid(logits, model.vocabulary)
+            nll, _ = cross_entropy(logits, labels)
+            return nll, jnp.argmax(logits, axis=-1) == labels
+
+        nll, correct = model.map_logits(score, hidden, batch.tokens)
+        masked = batch.target_mask & (tokens == model.vocabulary.mask_id)
+        nll = jnp.where(masked, nll, 0)
+        loss = nll * weights if self.weighting == "elbo" else nll
+        return LossSums(
+            loss=normalized(batch, loss, self.normalize),
+            metrics={
+                "nll_bound": normalized(batch, nll * weights, "target_tokens"),
+                "accuracy": Ratio(jnp.sum(masked & correct, dtype=jnp.float32), jnp.sum(masked, dtype=jnp.float32)),
+                "mask_fraction": normalized(batch, masked, "target_tokens"),
+            },
+        )
