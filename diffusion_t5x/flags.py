@@ -31,7 +31,7 @@ def parse_flags(module: str, argv: Sequence[str], takes_dry_run: bool, examples:
       UserError: an unknown or malformed flag.
     """
     program = f"python -m {module}" if module != "__main__" else f"python {sys.argv[0]}"
-    parser = _Parser(
+    parser = Parser(
         prog=program,
         usage="%(prog)s --gin_file=FILE [--gin.NAME=VALUE ...] [flags]",
         description=sys.modules[module].__doc__,
@@ -56,7 +56,9 @@ def parse_flags(module: str, argv: Sequence[str], takes_dry_run: bool, examples:
     return parser.parse_args([_with_binding(argument) for argument in argv])
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Raises a UserError with suggestions for a mistake in the flags."""
+
     def error(self, message: str) -> NoReturn:
         suggestions = [did_you_mean(flag, self._option_string_actions) for flag in re.findall(r"--\w+", message)]
         raise UserError(f"{message}.{''.join(suggestions)} --help lists the flags.")
