@@ -62,7 +62,7 @@ class Llama2cModel:
         """The parameters by name, each with the name of the array it comes from.
 
         Args:
-          rows: of the embedding. Those that the checkpoint lacks (MASK, and what fills up) start at the mean of its own.
+          rows: of the embedding. Those that the checkpoint lacks (MASK, and what fills up) start at its rows' mean.
         """
         a, layers = self.arrays, self.n_layers
 

@@ -79,17 +79,17 @@ class Llama2cVocabulary(seqio.Vocabulary):
 
     # Stateless: else no position in data that are tokenised on the way could be saved.
     def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
-        ids = tf.numpy_function(lambda text: np.array(self._to_ids(text), np.int32), [s], tf.int32, stateful=False)
-        return tf.ensure_shape(ids, [None])
+        def encode(texts: np.ndarray) -> np.ndarray:  # a list of one: alone, a text comes as bytes or as an array
+            return np.array(self._to_ids(texts[0]), np.int32)
+
+        return tf.ensure_shape(tf.numpy_function(encode, [tf.expand_dims(s, 0)], tf.int32, stateful=False), [None])
 
     def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
-        texts = tf.numpy_function(
-            lambda rows: np.apply_along_axis(lambda row: np.array(self._to_bytes(row), object), -1, rows),
-            [ids],
-            tf.string,
-            stateful=False,
-        )
-        return tf.ensure_shape(texts, ids.shape[:-1])
+        def decode(rows: np.ndarray) -> np.ndarray:
+            return np.array([self._to_bytes(row) for row in rows.reshape(-1, rows.shape[-1])], object)
+
+        texts = tf.numpy_function(decode, [ids], tf.string, stateful=False)
+        return tf.reshape(texts, tf.shape(ids)[:-1])
 
     def _to_ids(self, text: bytes) -> list[int]:
         """Characters or bytes first; then, again and again, the pair whose joined piece has the best score is joined.
