@@ -32,6 +32,9 @@ class Llama2cVocabulary(seqio.Vocabulary):
     Args:
       path: the tokenizer file.
 
+    Attributes:
+      contents: the file's bytes.
+
     Raises:
       UserError: it cannot be read, or is not such a file.
     """

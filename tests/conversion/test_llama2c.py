@@ -5,6 +5,7 @@ import pathlib
 import re
 import shlex
 
+import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +20,7 @@ from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.inference import make_decode_step
 from diffusion_t5x.evaluation.loading import load_model
+from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.masks import CAUSAL, Slots
 from diffusion_t5x.training import checkpoints
 
@@ -89,7 +91,7 @@ def load(folder):
     """The imported model as eval and infer load it, and its vocabulary."""
     vocabulary = Llama2cVocabulary(str(folder / "tokenizer.bin"))
     config.load([str(folder / "model.gin")])
-    model = config.gin.query_parameter("%MODEL").scoped_configurable_fn()
+    model = ModelConfig(**gin.get_bindings(ModelConfig))
     return *load_model(str(folder), model, token_ids(vocabulary), MESH), vocabulary
 
 
