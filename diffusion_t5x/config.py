@@ -42,17 +42,25 @@ _MISSPELT_CONSTANTS = {"true": "True", "false": "False", "none": "None", "null":
 
 
 def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
-    """Runs a verb: reads the flags, resolves gin and calls `main` with the arguments that gin binds.
-
-    A `UserError` ends the process with `error: ...` on stderr and status 2; any other exception keeps its traceback.
+    """Runs a verb as a `program`: reads the flags, resolves gin and calls `main` with the arguments that gin binds.
 
     Args:
       main: the verb. If it takes `dry_run`, it receives the flag of that name.
       argv: the command line without the program's name; by default this process's.
     """
+    with program():
+        _run(_importable(main), sys.argv[1:] if argv is None else argv)
+
+
+@contextlib.contextmanager
+def program() -> Iterator[None]:
+    """What every verb runs in: quiet libraries, its own progress on stderr.
+
+    A `UserError` ends the process with `error: ...` on stderr and status 2; any other exception keeps its traceback.
+    """
     _quiet_start()
     try:
-        _run(_importable(main), sys.argv[1:] if argv is None else argv)
+        yield
     except UserError as error:
         # gin appends to every exception the chain of configurables that it passed through.
         message, *_ = str(error).split("\n  In call to configurable")

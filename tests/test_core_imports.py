@@ -13,7 +13,7 @@ class NotInstalled:
 
 sys.meta_path.insert(0, NotInstalled())
 names = ["diffusion_t5x.training.loop", "diffusion_t5x.data.batch", "diffusion_t5x.data.vocabularies"]
-for room in ("models", "objectives", "decoding", "training", "evaluation"):
+for room in ("models", "objectives", "decoding", "training", "evaluation", "conversion"):
     package = importlib.import_module(f"diffusion_t5x.{room}")
     names += [f"diffusion_t5x.{room}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
 for name in names:

@@ -83,6 +83,8 @@ def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
     """
     import seqio
 
+    from diffusion_t5x.data.llama2c_vocabulary import Llama2cVocabulary
+
     if vocabulary.eos_id is None:
         raise UserError(f"{type(vocabulary).__name__} has no EOS id: a target's end could not be written.")
     size = vocabulary.vocab_size
@@ -99,12 +101,18 @@ def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
         text = np.arange(size) < size - vocabulary.extra_ids
         text[vocabulary.unk_id] = False
         contents = f"bytes {size} {vocabulary.extra_ids}".encode()
+    elif isinstance(vocabulary, Llama2cVocabulary):
+        text = np.ones(size, bool)
+        text[[vocabulary.unk_id, vocabulary.bos_id]] = False
+        contents = vocabulary.contents
+        start_id = vocabulary.bos_id
     elif isinstance(vocabulary, seqio.PassThroughVocabulary):
         text = np.ones(size, bool)
         contents = f"ids {size} {vocabulary.eos_id}".encode()
     else:
         raise UserError(
-            f"{type(vocabulary).__name__} is not known here: use SeqIO's SentencePiece, Byte or PassThroughVocabulary."
+            f"{type(vocabulary).__name__} is not known here: use SeqIO's SentencePiece, Byte or PassThroughVocabulary, "
+            "or Llama2cVocabulary."
         )
     text[[vocabulary.pad_id, vocabulary.eos_id]] = True
     edges = np.flatnonzero(np.diff(np.pad(text.astype(np.int8), 1))).tolist()
@@ -127,6 +135,10 @@ def piece(vocabulary: "seqio.Vocabulary", token: int) -> bytes:
     """
     import seqio
 
+    from diffusion_t5x.data.llama2c_vocabulary import Llama2cVocabulary
+
+    if isinstance(vocabulary, Llama2cVocabulary):
+        return vocabulary.piece(token)
     if isinstance(vocabulary, seqio.SentencePieceVocabulary):
         name = vocabulary.tokenizer.IdToPiece(token)
         return bytes.fromhex(name[3:5]) if vocabulary.tokenizer.IsByte(token) else name.replace("▁", " ").encode()

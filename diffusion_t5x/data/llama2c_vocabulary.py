@@ -1,0 +1,156 @@
+"""The vocabulary of llama2.c's models, as its tokenizer files hold it. Imports SeqIO: import it inside functions.
+
+A file holds an int32 (the longest piece's bytes), then for each id a float32 score, an int32 length and the piece; all
+little endian. Ids 0, 1 and 2 are unknown, BOS and EOS, 3 to 258 the bytes `<0x00>` to `<0xFF>`, the others pieces of
+text (github.com/karpathy/llama2.c, tokenizer.py).
+"""
+
+import heapq
+import itertools
+import pathlib
+import re
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from diffusion_t5x.errors import UserError
+
+_FIRST_BYTE, _FIRST_PIECE = 3, 259
+# What llama2.c takes for a character: any byte, and up to three continuation bytes.
+_CHARACTER = re.compile(rb".[\x80-\xbf]{0,3}", re.DOTALL)
+
+
+class Llama2cVocabulary(seqio.Vocabulary):
+    """Encodes and decodes as llama2.c's run.c does, without BOS: an autoregressive model reads that as its start token.
+
+    Unknown is never written, as all text falls back to bytes; its id 0 is pad here. llama2.c's models end a text with
+    the BOS of the next one: decoding stops there.
+
+    Args:
+      path: the tokenizer file.
+
+    Attributes:
+      contents: the file's bytes.
+
+    Raises:
+      UserError: it cannot be read, or is not such a file.
+    """
+
+    def __init__(self, path: str):
+        super().__init__()
+        try:
+            self.contents = pathlib.Path(path).expanduser().read_bytes()
+        except OSError as error:
+            raise UserError(f"Cannot read the tokenizer file {path}: {error.strerror}.") from error
+        self._pieces, self._scores = _parse(self.contents, path)
+        # Backwards: of equal pieces the first one counts. What looks like a special id or a byte is text to be encoded.
+        self._ids = {self._pieces[i]: i for i in range(len(self._pieces) - 1, _FIRST_PIECE - 1, -1)}
+        if b" " not in self._ids:
+            raise UserError(f"{path} is no tokenizer that llama2.c could use: it has no piece for a space.")
+
+    @property
+    def bos_id(self) -> int:
+        return 1
+
+    @property
+    def eos_id(self) -> int:
+        return 2
+
+    @property
+    def unk_id(self) -> int:
+        return 0
+
+    @property
+    def _base_vocab_size(self) -> int:
+        return len(self._pieces)
+
+    def piece(self, token: int) -> bytes:
+        """What one id stands for; a byte may be only a part of a character. Special ids have their names: "<s>"."""
+        if _FIRST_BYTE <= token < _FIRST_PIECE:
+            return bytes([token - _FIRST_BYTE])
+        piece = self._pieces[token]
+        return piece.strip() if token < _FIRST_BYTE else piece
+
+    def _encode(self, s: str) -> list[int]:
+        return self._to_ids(s.encode())
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._to_bytes(ids).decode(errors="replace")
+
+    # Stateless: else no position in data that are tokenised on the way could be saved.
+    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+        def encode(texts: np.ndarray) -> np.ndarray:  # a list of one: alone, a text comes as bytes or as an array
+            return np.array(self._to_ids(texts[0]), np.int32)
+
+        return tf.ensure_shape(tf.numpy_function(encode, [tf.expand_dims(s, 0)], tf.int32, stateful=False), [None])
+
+    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+        def decode(rows: np.ndarray) -> np.ndarray:
+            return np.array([self._to_bytes(row) for row in rows.reshape(-1, rows.shape[-1])], object)
+
+        texts = tf.numpy_function(decode, [ids], tf.string, stateful=False)
+        return tf.reshape(texts, tf.shape(ids)[:-1])
+
+    def _to_ids(self, text: bytes) -> list[int]:
+        """Characters or bytes first; then, again and again, the pair whose joined piece has the best score is joined.
+
+        Of equal scores the leftmost pair wins. A heap of pairs finds it; a pair that has changed since is passed over.
+        """
+        if not text:
+            return []
+        ids = []
+        for character in [b" ", *_CHARACTER.findall(text)]:  # every text begins with a space, as SentencePiece has it
+            known = self._ids.get(character)
+            ids += [byte + _FIRST_BYTE for byte in character] if known is None else [known]
+        before, after = list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1))
+        pairs: list[tuple[float, int, int, int, int, int]] = []
+
+        def offer(left: int) -> None:
+            if left < 0 or (right := after[left]) == len(ids):
+                return
+            joined = self._ids.get(self._pieces[ids[left]] + self._pieces[ids[right]])
+            if joined is not None:
+                heapq.heappush(pairs, (-self._scores[joined], left, ids[left], right, ids[right], joined))
+
+        for left in range(len(ids)):
+            offer(left)
+        while pairs:
+            _, left, left_id, right, right_id, joined = heapq.heappop(pairs)
+            if (ids[left], after[left], ids[right]) != (left_id, right, right_id):
+                continue
+            ids[left], ids[right] = joined, -1
+            after[left] = after[right]
+            if after[left] < len(ids):
+                before[after[left]] = left
+            offer(before[left])
+            offer(left)
+        return [token for token in ids if token >= 0]
+
+    def _to_bytes(self, ids: Sequence[int]) -> bytes:
+        ids = list(itertools.takewhile(lambda token: token != self.bos_id, ids))
+        text = b"".join(self.piece(token) for token in ids if token >= _FIRST_BYTE)
+        begins_with_a_piece = bool(ids) and ids[0] >= _FIRST_PIECE
+        return text.removeprefix(b" ") if begins_with_a_piece else text
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Llama2cVocabulary) and self.contents == other.contents
+
+
+def _parse(contents: bytes, path: str) -> tuple[list[bytes], list[float]]:
+    """Pieces and scores by id."""
+    pieces, scores, at = [], [], 4
+    while at + 8 <= len(contents):
+        score, length = struct.unpack_from("<fi", contents, at)
+        if not 0 <= length <= len(contents) - at - 8:
+            break
+        scores.append(score)
+        pieces.append(contents[at + 8 : at + 8 + length])
+        at += 8 + length
+    if pieces[_FIRST_BYTE:_FIRST_PIECE] != [f"<0x{byte:02X}>".encode() for byte in range(256)]:
+        raise UserError(f"{path} is no tokenizer file of llama2.c: ids 3 to 258 are not the bytes <0x00> to <0xFF>.")
+    if at != len(contents):
+        raise UserError(f"{path} is cut short, or not a tokenizer file: piece {len(pieces)} does not end in it.")
+    return pieces, scores

@@ -1,0 +1,40 @@
+"""The prompts of a user's file, as rows for a model imported from llama2.c."""
+
+import pytest
+
+from diffusion_t5x import config, infer
+from diffusion_t5x.data.seqio_source import SeqioDataset
+from diffusion_t5x.errors import UserError
+
+pytest.importorskip("seqio")
+from diffusion_t5x.tasks import stories
+
+
+@pytest.fixture
+def tokenizer(test_data):
+    return str(test_data / "stories260k" / "tok512.bin")
+
+
+def test_a_line_is_a_prompt_and_the_canvas_is_to_be_written(tokenizer, tmp_path):
+    for lines in (["Tom had a red", "", "L'été ☃"], ["another file in the same process"]):
+        (tmp_path / "prompts.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        name = stories.prompts(tokenizer, str(tmp_path / "prompts.txt"))
+        dataset = SeqioDataset(name, {"inputs": 24, "targets": 8}, split="test", batch_size=4)
+        ((batch, examples),) = dataset.eval_batches()
+        assert [example["inputs_pretokenized"] for example in examples] == lines
+        for row, line in enumerate(lines):
+            inputs = batch.tokens[row][batch.input_mask[row]].tolist()
+            assert inputs == dataset.vocabulary().encode(line)  # no EOS: the model goes on
+            assert batch.target_mask[row].sum() == 8
+
+
+def test_mistakes(tokenizer, tmp_path, capsys):
+    (tmp_path / "latin-1.txt").write_bytes("été".encode("latin-1"))
+    for name in ("latin-1.txt", "nowhere.txt"):
+        with pytest.raises(UserError, match=f"Cannot read the prompts in .*{name}"):
+            stories.prompts(tokenizer, str(tmp_path / name))
+    files = ["models/decoder_only.gin", "sizes/tiny.gin", "decoding/autoregressive.gin", "runs/infer.gin"]
+    flags = [f"--gin_file={file}" for file in [*files, "tasks/stories.gin"]]
+    with pytest.raises(SystemExit):
+        config.run(infer.infer, [*flags, "--gin.CHECKPOINT_PATH=/tmp", "--gin.INFER_OUTPUT_DIR=/tmp"])
+    assert "not set: TOKENIZER_FILE, TEXT_FILE" in capsys.readouterr().err
