@@ -92,13 +92,21 @@ def toy(tmp_path_factory):
         "configs/beside.gin": "include 'longer.gin'\n",
     }.items():
         (folder / path).write_text(text)
+    # gin never forgets a name by itself: `train.train` would be ambiguous here and in the tests that follow.
+    ours = registered("diffusion_t5x.")
     sys.path.insert(0, str(folder))
     yield folder
     sys.path.remove(str(folder))
     gin.clear_config()
-    # gin never forgets a name by itself, and `train.train` would be ambiguous in the tests that follow.
-    for selector in [name for name, _ in config.gin_config._REGISTRY.items() if name.startswith("toy_verbs.")]:
-        config.gin_config._REGISTRY.pop(selector)
+    registered("toy_verbs.")
+    for selector, configurable in ours.items():
+        config.gin_config._REGISTRY[selector] = configurable
+
+
+def registered(package):
+    """What gin has registered of a package; it forgets it."""
+    registry = config.gin_config._REGISTRY
+    return {name: registry.pop(name) for name, _ in list(registry.items()) if name.startswith(package)}
 
 
 def verb(folder, *arguments, cwd=None):

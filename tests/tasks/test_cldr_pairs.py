@@ -44,6 +44,7 @@ def test_renderings_are_those_of_cldr():
     assert {english: french.get(english) for english in known} == known
 
 
+@pytest.mark.slow
 def test_same_data_whatever_the_hash_seed():
     code = (
         "import hashlib; from diffusion_t5x.tasks import cldr_pairs, stdlib_corpus;"
