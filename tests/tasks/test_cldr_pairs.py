@@ -5,6 +5,8 @@ import subprocess
 import sys
 from collections import Counter
 
+import pytest
+
 from diffusion_t5x.tasks import cldr_pairs
 
 SPLITS = ("train", "validation", "test")
