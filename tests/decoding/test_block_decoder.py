@@ -11,7 +11,9 @@ import tiny
 
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
-from diffusion_t5x.models.masks import Slots
+from diffusion_t5x.models.attention import KVCache
+from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.masks import AttentionKind, Slots
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.masked import start_first
 from diffusion_t5x.objectives.objective import row_keys
@@ -138,3 +140,35 @@ def test_where_an_output_ends(text, output, blocks):
     decoded = BlockDecoder(4, MaskedDecoder(num_steps=2)).decode(model, batch, jax.random.key(0))
     assert decoded.tokens[0].tolist() == [3, 4, *output]
     assert decoded.steps == 3 * blocks
+
+
+def flops(step, *arguments):
+    """Of the compiled program. Layers must be unrolled: XLA counts the body of a scan once."""
+    return jax.jit(step).lower(*arguments).compile().cost_analysis()["flops"]
+
+
+def test_a_step_costs_what_its_block_costs_and_a_pass_over_all_ten_times_more():
+    """2 operations for each parameter, 4 times width for each layer and cached slot; per token of the block."""
+    size, length, rows = 8, 1024, 2
+    config = ModelConfig(
+        embed_dim=128, num_layers=4, num_heads=4, head_dim=32, mlp_dim=512, vocab_size=512, scan_unroll=True
+    )
+    definition = ModelDefinition(config, VOCABULARY)
+    batch = tiny.one_a_row([([3] * 100, [4] * (length - 100))] * rows)
+    slots, kind = Slots.of(batch), AttentionKind("block_causal", size)
+
+    def cached(params, cache):
+        model = definition.bind(params)
+        hidden, _ = model.extend(jnp.zeros((rows, size), jnp.int32), kind, cache, jnp.full(rows, 500))
+        return model.logits(hidden)
+
+    def uncached(params):
+        model = definition.bind(params)
+        hidden = model(batch.tokens, slots, kind)
+        return model.logits(jax.lax.dynamic_slice_in_dim(hidden, 500, size, axis=1))
+
+    params = definition.abstract()
+    step = flops(cached, params, jax.eval_shape(lambda: KVCache.empty(config, slots)))
+    per_token = 2 * definition.num_params() + 4 * config.num_layers * 128 * length
+    assert 0.8 * rows * size * per_token < step < 1.1 * rows * size * per_token
+    assert flops(uncached, params) > 10 * step
