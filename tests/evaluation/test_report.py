@@ -42,10 +42,10 @@ class Page(html.parser.HTMLParser):
 
 def trained(folder, task="pairs", steps=30):
     """A MODEL_DIR, by the writers of training."""
-    writer = JsonlWriter(folder / "train")
+    writer = JsonlWriter(folder)
     for step in range(1, steps + 1):
-        writer.write(step, {"loss": 5 / step, "accuracy": 1 - 1 / step, "tokens_per_second": 100.0 + step})
-    JsonlWriter(folder / "training_eval" / task).write(steps, {"loss": 0.3, "accuracy": 0.9})
+        writer.write(step, "train", {"loss": 5 / step, "accuracy": 1 - 1 / step, "tokens_per_second": 100.0 + step})
+    writer.write(steps, f"training_eval/{task}", {"loss": 0.3, "accuracy": 0.9})
     (folder / "model-info.txt").write_text("model: 38,224 parameters\n  embedding [8]\n")
     return folder
 
@@ -175,9 +175,13 @@ def test_of_a_run_that_is_still_going_what_is_whole_is_read(tmp_path):
 
 def test_the_last_evaluation_of_training_counts_as_scores(tmp_path):
     folder = trained(tmp_path / "run")
-    writer = JsonlWriter(folder / "inference_eval" / "pairs")
+    writer = JsonlWriter(folder)
     for step, value in ((10, 20.0), (20, 60.0)):
-        writer.write(step, {"exact_match": value, "exact_match_low": value - 5, "exact_match_high": value + 5})
+        writer.write(
+            step,
+            "inference_eval/pairs",
+            {"exact_match": value, "exact_match_low": value - 5, "exact_match_high": value + 5},
+        )
         write_jsonl(str(folder / "inference_eval" / "pairs" / f"predictions_{step}.jsonl"), records([f"{step}"]))
     (folder / "config.gin").write_text("DECODER = @s.SundaeDecoder()\ns.SundaeDecoder.num_steps = 5\nA = 1\n")
     (run,) = read_runs([folder])
