@@ -232,7 +232,7 @@ def test_a_checkpoint_that_does_not_fit_is_listed_parameter_by_parameter(pretrai
     with pytest.raises(SystemExit):
         config.run(train.train, [*flags, "--gin.ModelConfig.mlp_dim=48"])
     message = capsys.readouterr().err
-    assert "params/blocks/mlp/wi_0" in message and "48" in message and "32" in message
+    assert "params/decoder/blocks/mlp/wi_0" in message and "48" in message and "32" in message
     assert "params/blocks/attention/query" not in message
 
 
