@@ -10,15 +10,13 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import AttentionKind, Slots
-from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.objectives.masked import SCHEDULES, mask_targets, start_first
+from diffusion_t5x.objectives.masked import SCHEDULES, mask_targets, score, start_first
 from diffusion_t5x.objectives.objective import (
     LossSums,
     Normalize,
     Ratio,
     check_normalize,
-    cross_entropy,
     normalized,
     row_keys,
     stratified,
@@ -117,12 +115,7 @@ class Block:
         encoded = model.encode(batch, dropout_keys)
         hidden = model(tokens, slots, kind, encoded, dropout_keys)[:, batch.tokens.shape[1] :]
 
-        def score(logits, labels):
-            logits = forbid(logits, model.vocabulary)
-            nll, _ = cross_entropy(logits, labels)
-            return nll, jnp.argmax(logits, axis=-1) == labels
-
-        nll, correct = model.map_logits(score, hidden, batch.tokens)
+        nll, correct = score(model, hidden, batch.tokens)
         scored = batch.target_mask
         metrics = {"noise_fraction": normalized(batch, noisy != batch.tokens, "target_tokens")}
         loss = nll

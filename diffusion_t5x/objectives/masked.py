@@ -64,6 +64,17 @@ def start_first(tokens: jax.Array, positions: jax.Array, vocabulary: TokenIds) -
     return jnp.where((tokens == vocabulary.mask_id) & (positions == 0), vocabulary.start_id, tokens)
 
 
+def score(model: Transformer, hidden: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of labels `[B, L]` given hidden states `[B, L, D]`: the cross-entropy, MASK left out, and if they are likeliest."""
+
+    def read_out(logits, labels):
+        logits = forbid(logits, model.vocabulary)
+        nll, _ = cross_entropy(logits, labels)
+        return nll, jnp.argmax(logits, axis=-1) == labels
+
+    return model.map_logits(read_out, hidden, labels)
+
+
 @dataclasses.dataclass(frozen=True)
 class Masked:
     """Cross-entropy of masked targets given all others.
@@ -116,12 +127,7 @@ class Masked:
         read = start_first(tokens, batch.positions, model.vocabulary)
         hidden = model(read, Slots.of(batch), self.attention, encoded, dropout_keys)
 
-        def score(logits, labels):
-            logits = forbid(logits, model.vocabulary)
-            nll, _ = cross_entropy(logits, labels)
-            return nll, jnp.argmax(logits, axis=-1) == labels
-
-        nll, correct = model.map_logits(score, hidden, batch.tokens)
+        nll, correct = score(model, hidden, batch.tokens)
         masked = batch.target_mask & (tokens == model.vocabulary.mask_id)
         nll = jnp.where(masked, nll, 0)
         loss = nll * weights if self.weighting == "elbo" else nll
