@@ -65,7 +65,7 @@ def start_first(tokens: jax.Array, positions: jax.Array, vocabulary: TokenIds) -
 
 
 def score(model: Transformer, hidden: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of labels `[B, L]` given hidden states `[B, L, D]`: the cross-entropy, MASK left out, and if they are likeliest."""
+    """Of labels `[B, L]` given hidden `[B, L, D]`: the cross-entropy, MASK left out, and whether they are likeliest."""
 
     def read_out(logits, labels):
         logits = forbid(logits, model.vocabulary)
