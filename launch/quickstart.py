@@ -171,7 +171,7 @@ def main() -> None:
             ],
             "evaluate": [few, "--gin.BATCH_SIZE=16"],
             "infer": ["--gin.NUM_DECODED_EXAMPLES=4", "--gin.BATCH_SIZE=4"],
-            "decode": ["--gin.ModelConfig.scan_unroll=1", "--gin.LENGTHS=(8, 16)", "--gin.REPEATS=2"],
+            "decode": ["--gin.ModelConfig.scan_unroll=1", "--gin.LENGTHS=(8,)", "--gin.REPEATS=1"],
         }
     pretraining = f"{RECIPES}/span_corruption.gin" if args.pretraining == "span_corruption" else None
     quickstart = Quickstart(folder, overrides, f"models/{args.architecture}.gin", pretraining)
