@@ -13,7 +13,7 @@ from diffusion_t5x import config
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval
 from diffusion_t5x.evaluation.inference import write_jsonl
-from diffusion_t5x.evaluation.loading import check_datasets, load_model
+from diffusion_t5x.evaluation.loading import check_datasets, load_model, load_teacher
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
@@ -34,6 +34,8 @@ def evaluate(
     loss_evals: Sequence[LossEval] = (),
     restore_rules: Sequence[Rule] = (),
     use_ema: bool = True,
+    teacher_checkpoint_path: str | None = None,
+    teacher_model: ModelConfig | None = None,
     mesh: MeshConfig = MeshConfig(),  # noqa: B008  (frozen)
     dry_run: bool = False,
 ) -> None:
@@ -51,6 +53,9 @@ def evaluate(
       loss_evals: losses to measure.
       restore_rules: assignment rules, as in training.
       use_ema: take the parameters' moving average where the checkpoint has one.
+      teacher_checkpoint_path: of an autoregressive model that judges what is decoded ("teacher_nll",
+        "teacher_agreement"), and that a distillation's loss needs.
+      teacher_model: its dimensions; None takes the model's.
       mesh: how the devices are arranged.
       dry_run: check everything, print what would be done, and evaluate nothing.
 
@@ -69,11 +74,14 @@ def evaluate(
     check_datasets([ev.dataset for ev in evals], model, device_mesh)
     vocabulary = evals[0].dataset.token_ids()
     definition, params = load_model(path, model, vocabulary, device_mesh, restore_rules=restore_rules, use_ema=use_ema)
+    teacher = None
+    if teacher_checkpoint_path:
+        teacher = load_teacher(teacher_checkpoint_path, teacher_model or model, vocabulary, device_mesh)
     if dry_run:
         print(f"Would evaluate {path} ({definition.num_params():,} parameters):", *evals, sep="\n  ")
         return
 
-    evaluator = Evaluator(device_mesh, definition, objective, loss_evals, decode_evals)
+    evaluator = Evaluator(device_mesh, definition, objective, loss_evals, decode_evals, teacher)
     results = {name: dict(metrics) for name, metrics in evaluator.losses(params).items()}
     for task, metrics, records in evaluator.decode(params):
         results[task] = results.get(task, {}) | metrics | {"num_examples": len(records)}
@@ -83,6 +91,7 @@ def evaluate(
     report = {
         "results": results,
         "checkpoint": path,
+        "teacher": teacher_checkpoint_path,
         "step": checkpoints.read_metadata(path)["step"],
         "evaluations": [repr(ev) for ev in evals],
         "vocabulary": vocabulary.describe(),

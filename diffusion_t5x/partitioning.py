@@ -146,6 +146,16 @@ def check_batch_size(mesh: Mesh, batch_size: int) -> None:
         raise UserError(f"A batch of {batch_size} rows does not divide over {pieces} devices (mesh axes data × fsdp).")
 
 
+def local_rows(tree: Any) -> Any:
+    """This host's rows of arrays that are cut as batches are, numpy: the way back from `put_batch`."""
+
+    def gather(x):
+        pieces = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+        return np.concatenate([np.asarray(pieces[start]) for start in sorted(pieces)])
+
+    return jax.tree.map(gather, tree)
+
+
 def put_batch(mesh: Mesh, batch: Any) -> Any:
     """A host's part of the batch as global arrays on the mesh."""
     sharding = batch_sharding(mesh)

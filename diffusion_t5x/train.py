@@ -15,15 +15,17 @@ from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval
 from diffusion_t5x.evaluation.inference import write_jsonl
-from diffusion_t5x.evaluation.loading import check_datasets
+from diffusion_t5x.evaluation.loading import check_datasets, load_teacher
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
+from diffusion_t5x.objectives.distillation import Distillation
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training import checkpoints as checkpointing
 from diffusion_t5x.training.assignment import Rule
 from diffusion_t5x.training.loop import Periods, train_loop
 from diffusion_t5x.training.metrics import check_writers, make_writer
+from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout
 from diffusion_t5x.training.state import TrainState, abstract_state, fresh_state, init_state
 from diffusion_t5x.training.step import make_train_step
 
@@ -58,6 +60,9 @@ def train(
     random_seed: int = 0,
     initial_checkpoint_path: str | None = None,
     restore_rules: Sequence[Rule] = (),
+    teacher_checkpoint_path: str | None = None,
+    teacher_model: ModelConfig | None = None,
+    rollout: Rollout | None = None,
     mesh: MeshConfig = MeshConfig(),  # noqa: B008  (frozen)
     num_microbatches: int = 1,
     loss_normalizing_factor: float | None = None,
@@ -84,6 +89,10 @@ def train(
       random_seed: of initialisation, noise and dropout. The data have a seed of their own.
       initial_checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
       restore_rules: `(target regex, source template or None)`, as in T5X; only for `initial_checkpoint_path`.
+      teacher_checkpoint_path: of the autoregressive model that a distillation learns from; it also judges what is
+        decoded ("teacher_nll", "teacher_agreement").
+      teacher_model: its dimensions; None takes the student's.
+      rollout: trains on what the model itself writes to the inputs of `train_dataset`; None on the data's targets.
       mesh: how the devices are arranged.
       num_microbatches: pieces in which a step goes through its batch.
       loss_normalizing_factor: divides the summed loss in place of the objective's own denominator.
@@ -109,6 +118,11 @@ def train(
     datasets = [train_dataset, *(ev.dataset for ev in [*loss_evals, *decode_evals])]
     check_datasets(datasets, model, device_mesh)
     _check_microbatches(device_mesh, train_dataset.batch_size, num_microbatches)
+    _check_distillation(objective, model, rollout, train_dataset)
+    if isinstance(objective, Distillation) and not teacher_checkpoint_path and not dry_run:
+        raise UserError("Distillation needs a teacher: set train.teacher_checkpoint_path.")
+    if teacher_checkpoint_path:
+        teacher_checkpoint_path = str(checkpointing.find_checkpoint(teacher_checkpoint_path))
 
     vocabulary = train_dataset.token_ids()
     definition = ModelDefinition(model, vocabulary)
@@ -121,9 +135,13 @@ def train(
         batch = next(train_dataset.train_iterator())
         shapes = (f"  {name} {x.dtype}{list(x.shape)}" for name, x in vars(batch).items() if x is not None)
         print(info, "batch:", *shapes, sep="\n")
-        print(f"Would train to step {train_steps} from {start_path or 'scratch'}. Nothing was written.")
+        teacher = f", taught by {teacher_checkpoint_path}" if teacher_checkpoint_path else ""
+        print(f"Would train to step {train_steps} from {start_path or 'scratch'}{teacher}. Nothing was written.")
         return
 
+    teacher = None
+    if teacher_checkpoint_path:
+        teacher = load_teacher(teacher_checkpoint_path, teacher_model or model, vocabulary, device_mesh)
     data_state = None
     checkpoints = checkpointing.Checkpoints(checkpoint_folder, **dataclasses.asdict(checkpoint_policy))
     if resume_path:
@@ -148,6 +166,18 @@ def train(
         pathlib.Path(model_dir, "config.gin").write_text(config.operative_text(), encoding="utf-8")
         pathlib.Path(model_dir, "model-info.txt").write_text(info + "\n", encoding="utf-8")
     batches = train_dataset.train_iterator(jax.process_count(), jax.process_index())
+    next_batch = lambda _: next(batches)  # noqa: E731
+    if rollout is not None:
+        batches = OnPolicyBatches(
+            device_mesh,
+            definition,
+            rollout,
+            batches,
+            num_inputs=train_dataset.task_feature_lengths["inputs"],
+            batch_size=train_dataset.batch_size,
+            seed=random_seed,
+        )
+        next_batch = batches.next_batch
     if data_state is not None:
         batches.load_state_dict(data_state)
     train_step = make_train_step(
@@ -160,8 +190,9 @@ def train(
         microbatches=num_microbatches,
         normalizing_factor=loss_normalizing_factor,
         ema_decay=ema_decay,
+        teacher=teacher,
     )
-    evaluator = Evaluator(device_mesh, definition, objective, loss_evals, decode_evals)
+    evaluator = Evaluator(device_mesh, definition, objective, loss_evals, decode_evals, teacher)
     writer = make_writer(model_dir, metric_writers, first_step, config.operative_values())
 
     def evaluate(state: TrainState, step: int) -> dict[str, float]:
@@ -185,7 +216,8 @@ def train(
             mesh=device_mesh,
             state=state,
             train_step=train_step,
-            batches=batches,
+            next_batch=next_batch,
+            data_state=batches.state_dict,
             total_steps=train_steps,
             periods=periods,
             evaluate=evaluate,
@@ -203,6 +235,34 @@ def _check_microbatches(mesh: Mesh, batch_size: int, num_microbatches: int) -> N
     if num_microbatches < 1 or batch_size % num_microbatches:
         raise UserError(f"A batch of {batch_size} rows cannot be cut into num_microbatches = {num_microbatches}.")
     partitioning.check_batch_size(mesh, batch_size // num_microbatches)
+
+
+def _check_distillation(
+    objective: Objective, model: ModelConfig, rollout: Rollout | None, dataset: SeqioDataset
+) -> None:
+    """Raises a UserError where objective, rollout and data do not go together."""
+    if not isinstance(objective, Distillation):
+        if rollout is not None:
+            raise UserError(f"A rollout needs the objective Distillation, not {type(objective).__name__}.")
+        return
+    if model.architecture != "decoder_only":
+        raise UserError("Distillation is for decoder-only models: include models/decoder_only.gin.")
+    if rollout is None and objective.states == "visited":
+        raise UserError(
+            'Distillation.states = "visited" needs texts that the model writes: set train.rollout, or '
+            'states = "random" for the data\'s own.'
+        )
+    if rollout is None:
+        return
+    if rollout.decoder.block_size != objective.block_size:
+        raise UserError(
+            f"Rollout.decoder writes blocks of {rollout.decoder.block_size}, but Distillation.block_size is "
+            f"{objective.block_size}."
+        )
+    if dataset.pack or "inputs" not in dataset.task_feature_lengths:
+        raise UserError(f"A rollout needs prompts, one a row: {dataset.name} with a feature 'inputs' and pack = False.")
+    rows = dataset.task_feature_lengths["inputs"] + rollout.max_length
+    model.check_length(rows, f"the inputs of {dataset.name} with Rollout.max_length")
 
 
 def _describe(definition: ModelDefinition, state: TrainState) -> str:

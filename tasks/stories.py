@@ -1,5 +1,6 @@
-"""Prompts for a model imported from llama2.c, whose tokenizer and whose prompts are files of yours."""
+"""Prompts and texts for a model imported from llama2.c, whose tokenizer and whose texts are files of yours."""
 
+import json
 import pathlib
 
 import seqio
@@ -7,8 +8,10 @@ import tensorflow as tf
 
 from diffusion_t5x.data.llama2c_vocabulary import Llama2cVocabulary
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.evaluation import metrics
 
 TASK = "stories_prompts"
+CONTINUATIONS = "stories_continuations"
 
 
 def prompts(tokenizer_file: str, text_file: str) -> str:
@@ -33,13 +36,67 @@ def prompts(tokenizer_file: str, text_file: str) -> str:
         del split, shuffle_files, seed
         return tf.data.Dataset.from_tensor_slices({"inputs": lines, "targets": [""] * len(lines)})
 
-    feature = seqio.Feature(Llama2cVocabulary(tokenizer_file), add_eos=False)
-    if TASK in seqio.TaskRegistry.names():
-        seqio.TaskRegistry.remove(TASK)
-    seqio.TaskRegistry.add(
-        TASK,
-        source=seqio.FunctionDataSource(examples, ("test",)),
-        preprocessors=[seqio.preprocessors.tokenize],
-        output_features={"inputs": feature, "targets": feature},
+    return _register(TASK, examples, ("test",), tokenizer_file, [seqio.preprocessors.tokenize])
+
+
+def continuations(
+    tokenizer_file: str, samples_file: str, prompt_tokens: int = 24, num_validation: int = 64, num_test: int = 256
+) -> str:
+    """Registers the SeqIO task `stories_continuations`, in place of an earlier one, and returns its name.
+
+    The texts are predictions that `diffusion_t5x.infer` wrote. Of each text the first tokens are the input, and the
+    rest is the target, without EOS. The first texts are the split `test`, the next `validation`, all others `train`,
+    but for those that begin with a prompt of the former. Its metric is `distinct_n`.
+
+    Args:
+      tokenizer_file: llama2.c's.
+      samples_file: JSON lines with a field "prediction".
+      prompt_tokens: of a text that are the input.
+      num_validation, num_test: texts in these splits.
+
+    Raises:
+      UserError: a file that cannot be read, or with too few texts.
+    """
+    vocabulary = Llama2cVocabulary(tokenizer_file)
+    try:
+        lines = pathlib.Path(samples_file).expanduser().read_text(encoding="utf-8").splitlines()
+        texts = [vocabulary.encode(json.loads(line)["prediction"]) for line in lines]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f'Cannot read predictions (JSON lines with "prediction") in {samples_file}: {error}.'
+        ) from error
+    texts = [text for text in texts if len(text) > prompt_tokens]
+    num_held = num_test + num_validation
+    if len(texts) <= num_held:
+        raise UserError(
+            f"{samples_file} has {len(texts)} texts of over {prompt_tokens} tokens; {num_held} are held out."
+        )
+    held, rest = texts[:num_held], texts[num_held:]
+    prompts_held = {tuple(text[:prompt_tokens]) for text in held}
+    rest = [text for text in rest if tuple(text[:prompt_tokens]) not in prompts_held]
+    splits = {"test": held[:num_test], "validation": held[num_test:], "train": rest}
+
+    def examples(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+        del shuffle_files, seed
+        return tf.data.Dataset.from_tensor_slices(tf.ragged.constant(splits[split], tf.int32))
+
+    def split_prompt(dataset: tf.data.Dataset) -> tf.data.Dataset:
+        return dataset.map(lambda text: {"inputs": text[:prompt_tokens], "targets": text[prompt_tokens:]})
+
+    return _register(
+        CONTINUATIONS, examples, tuple(splits), tokenizer_file, [split_prompt], metric_fns=[metrics.distinct_n]
     )
-    return TASK
+
+
+def _register(name, examples, splits, tokenizer_file, preprocessors, **fields):
+    feature = seqio.Feature(Llama2cVocabulary(tokenizer_file), add_eos=False)
+    if name in seqio.TaskRegistry.names():
+        seqio.TaskRegistry.remove(name)
+    seqio.TaskRegistry.add(
+        name,
+        source=seqio.FunctionDataSource(examples, splits),
+        preprocessors=preprocessors,
+        output_features={"inputs": feature, "targets": feature},
+        **fields,
+    )
+    return name

@@ -10,11 +10,15 @@ import tiny
 
 from diffusion_t5x import partitioning
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
+from diffusion_t5x.decoding.block import BlockDecoder
+from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.evaluation.inference import make_decode_step
 from diffusion_t5x.objectives.autoregressive import Autoregressive
+from diffusion_t5x.objectives.distillation import Distillation, Teacher
 from diffusion_t5x.objectives.sundae import Sundae
 from diffusion_t5x.partitioning import MeshConfig
+from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout
 from diffusion_t5x.training.state import init_state
 from diffusion_t5x.training.step import make_train_step
 
@@ -26,6 +30,7 @@ RUNS = {  # every compilation takes seconds: no more than it takes to try each m
     "data_fsdp": (MeshConfig(data=2, fsdp=4).make(), [AUTOREGRESSIVE, SUNDAE]),
     "fsdp_tensor": (MeshConfig(data=1, fsdp=4, tensor=2).make(), [AUTOREGRESSIVE]),
 }
+ROLLOUT = "one", "data_fsdp"
 BATCH = tiny.one_a_row(tiny.random_examples(0, [(n % 4, 6) for n in range(8)]), length=10)
 
 
@@ -75,4 +80,37 @@ def see(mesh, pairs):
     return seen
 
 
-print(json.dumps({name: see(*run) for name, run in RUNS.items()}))
+class Prompts:
+    """The same eight prompts for ever."""
+
+    def __next__(self):
+        return BATCH
+
+    def state_dict(self):
+        return {}
+
+
+def distil(mesh):
+    """Two steps on texts that the student writes: what it wrote, and the losses."""
+    definition, params = tiny.make_model(tiny.LLAMA)
+    optimizer = optax.adam(1e-2)
+    rollout = Rollout(BlockDecoder(3, MaskedDecoder(num_steps=2, temperature=1.0)), 2, 5, 6, growth_steps=0)
+    with jax.set_mesh(mesh):
+        abstract, state = tiny.fresh_state(mesh, definition, optimizer)
+        teacher = jax.tree.map(lambda x, at: jax.device_put(1.1 * x, at.sharding), params, abstract.params)
+        teacher = Teacher(definition, teacher)
+        step = make_train_step(mesh, abstract, definition, Distillation(3), optimizer, seed=0, teacher=teacher)
+        texts = OnPolicyBatches(mesh, definition, rollout, Prompts(), num_inputs=3, batch_size=8, seed=0)
+        seen = {"losses": [], "tokens": []}
+        for _ in range(2):
+            batch = texts.next_batch(state)
+            state, metrics = step(state, partitioning.put_batch(mesh, batch))
+            seen["losses"].append(float(metrics["loss"]))
+            seen["tokens"].append(batch.tokens.tolist())
+    return seen
+
+
+seen = {name: see(*run) for name, run in RUNS.items()}
+for name in ROLLOUT:
+    seen[name]["Distillation"] = distil(RUNS[name][0])
+print(json.dumps(seen))

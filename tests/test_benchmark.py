@@ -49,7 +49,15 @@ def test_a_decoder_that_stops_early_is_not_measured():
     def stops_early(params, batch):
         tokens = np.array(batch.tokens)
         tokens[:, -1] = tiny.VOCABULARY.pad_id
-        return Decoded(tokens=tokens, scores=np.zeros(2), steps=np.int32(2))
+        return Decoded.of(
+            tokens,
+            batch,
+            tiny.VOCABULARY,
+            scores=np.zeros(2),
+            steps=np.int32(2),
+            row_steps=np.full(2, 2),
+            written_at=np.where(batch.target_mask, 0, -1),
+        )
 
     with pytest.raises(RuntimeError, match="2 of 6 targets"):
         benchmark.measure(stops_early, {}, batch, end_id=tiny.VOCABULARY.pad_id, repeats=1)

@@ -124,6 +124,12 @@ def test_losses_and_outputs_are_those_of_one_device(on_meshes, mesh, objective):
     np.testing.assert_allclose(eight["scores"], one["scores"], rtol=1e-4)  # after four steps of Adam
 
 
+def test_students_write_and_learn_the_same_on_eight_devices(on_meshes):
+    one, eight = (on_meshes[name]["Distillation"] for name in ("one", "data_fsdp"))
+    assert eight["tokens"] == one["tokens"] and one["tokens"][0] != one["tokens"][1]
+    np.testing.assert_allclose(eight["losses"], one["losses"], rtol=1e-5)
+
+
 SHARDS = {  # what one device holds of embedding [32, 16], wi_0 [2, 16, 32], out [2, 4, 4, 16], a batch [8, L]
     "one": ([32, 16], [2, 16, 32], [2, 4, 4, 16], 8),
     "data": ([32, 16], [2, 16, 32], [2, 4, 4, 16], 1),

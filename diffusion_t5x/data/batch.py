@@ -25,6 +25,7 @@ class Batch:
         evaluation set. The randomness of a row is keyed by it.
       encoder_tokens, encoder_segment_ids, encoder_positions: int32 `[B, S]`, the inputs, for an encoder-decoder. Inputs
         and targets of one example have the same segment id. None for a decoder-only model.
+      written_at: int32 `[B, L]`, of a text that a decoder wrote: see `decoding.decoder.Decoded`. None for data.
     """
 
     tokens: Array
@@ -35,6 +36,7 @@ class Batch:
     encoder_tokens: Array | None = None
     encoder_segment_ids: Array | None = None
     encoder_positions: Array | None = None
+    written_at: Array | None = None
 
     @property
     def input_mask(self) -> Array:

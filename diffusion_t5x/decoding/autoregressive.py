@@ -65,11 +65,11 @@ class AutoregressiveDecoder:
         )
 
         def unfinished(carry):
-            step, _, _, finished, _, _ = carry
+            step, _, _, finished, *_ = carry
             return (step < length) & ~jnp.all(finished)
 
         def write_next(carry):
-            step, canvas, cache, finished, scores, history = carry
+            step, canvas, cache, finished, scores, written, history = carry
             slot = jnp.minimum(first_target + step, length - 1)
             before = jnp.where(slot == 0, vocabulary.start_id, canvas[rows, slot - 1])
             hidden, cache = model.extend(before[:, None], self.attention, cache, slot, encoded)
@@ -80,17 +80,29 @@ class AutoregressiveDecoder:
             log_probability = jax.nn.log_softmax(logits[:, 0])[rows, token]
             scores += jnp.where(finished, 0, log_probability)
             canvas = write_rows(canvas, token[:, None], slot)
+            written += ~finished
             # A row is done after EOS (or pad), and where its canvas ends.
             finished |= (token == vocabulary.eos_id) | (token == vocabulary.pad_id) | is_last[rows, slot]
             if trace:
                 history = history.at[step + 1].set(canvas)
-            return step + 1, canvas, cache, finished, scores, history
+            return step + 1, canvas, cache, finished, scores, written, history
 
         finished = ~jnp.any(batch.target_mask, axis=-1)
         history = jnp.broadcast_to(canvas, (length + 1, *canvas.shape)) if trace else None
-        carry = (0, canvas, cache, finished, jnp.zeros(len(rows)), history)
-        steps, canvas, _, _, scores, history = jax.lax.while_loop(unfinished, write_next, carry)
+        carry = (0, canvas, cache, finished, jnp.zeros(len(rows)), jnp.zeros_like(first_target), history)
+        steps, canvas, _, _, scores, written, history = jax.lax.while_loop(unfinished, write_next, carry)
         if trace:  # steps after the last one that was taken show the end
             taken = jnp.arange(length + 1)[:, None, None] <= steps
             history = jnp.where(taken, history, canvas)
-        return Decoded(tokens=canvas, scores=scores, steps=jnp.asarray(steps), trace=history)
+        step_of_slot = jnp.arange(length) - first_target[:, None]
+        is_written = batch.target_mask & (step_of_slot < written[:, None])
+        return Decoded.of(
+            canvas,
+            batch,
+            vocabulary,
+            scores=scores,
+            steps=jnp.asarray(steps),
+            row_steps=written,
+            written_at=jnp.where(is_written, step_of_slot, -1),
+            trace=history,
+        )

@@ -1,13 +1,16 @@
-"""Block decoding: masked decoding inside a block, over an exact cache of the blocks before (arXiv 2503.09573)."""
+"""Block decoding: diffusion inside a block, over an exact cache of the blocks before (arXiv 2503.09573)."""
 
 import dataclasses
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.decoding.decoder import Decoded, end_at_eos
+from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.decoding.decoder import Decoded
 from diffusion_t5x.decoding.masked import MaskedDecoder
+from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.attention import KVCache, write_rows
 from diffusion_t5x.models.masks import AttentionKind, Slots
 from diffusion_t5x.models.transformer import Transformer
@@ -15,37 +18,78 @@ from diffusion_t5x.objectives.masked import start_first
 from diffusion_t5x.objectives.objective import row_keys
 
 
+class InnerDecoder(Protocol):
+    """What writes the targets of a block: `MaskedDecoder`, or `SundaeDecoder` with one sample."""
+
+    def blank(self, batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
+        """The rows int32 `[B, L]` with what stands at the targets before the first step; keys `[B]`."""
+
+    def eligible(self, canvas: jax.Array, target_mask: jax.Array, vocabulary: TokenIds, step: jax.Array) -> jax.Array:
+        """bool `[B, L]`: targets that are still to be written at this step."""
+
+    def most_steps(self, num_targets: int) -> int:
+        """At most so many steps write so many targets."""
+
+    def write(
+        self,
+        model: Transformer,
+        hidden: jax.Array,
+        canvas: jax.Array,
+        eligible: jax.Array,
+        positions: jax.Array,
+        keys: jax.Array,
+        step: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """One step.
+
+        Args:
+          model: reads the logits out.
+          hidden: `[B, L, D]`, of this canvas.
+          canvas: int32 `[B, L]`, or a part of it.
+          eligible: bool `[B, L]`, what is still to be written.
+          positions: int32 `[B, L]`; what is drawn at a position depends on its number alone.
+          keys: `[B]`, a key for each row.
+          step: how many steps were taken before.
+
+        Returns:
+          The new canvas, and per row `[B]` the summed log-probability of what was written.
+        """
+
+
 @dataclasses.dataclass(frozen=True)
 class BlockDecoder:
     """Writes block after block of targets. Earlier blocks and the inputs never change, and are computed once.
 
     A row stops after the block in which it has written EOS or pad; what stands behind that is dropped. The score is
-    the mean over the written targets of the log-probability that a token had when it was written, as in
-    `MaskedDecoder`. Every block costs one pass more than it has steps: that of its finished tokens, for the cache.
+    the mean over the written targets of what the inner decoder says of them. Every block costs one pass more than it
+    has steps: that of its finished tokens, for the cache.
 
     Attributes:
       block_size: targets a block, as in training.
-      inner: how a block is written; its `num_steps` are those of a block.
+      inner: how a block is written; its `num_steps` are those of a block. Masked for models of masked blocks, SUNDAE's
+        with one sample for those of uniform noise.
     """
 
     block_size: int = 4
-    inner: MaskedDecoder = MaskedDecoder(num_steps=4)  # noqa: RUF009  (frozen)
+    inner: InnerDecoder = MaskedDecoder(num_steps=4)  # noqa: RUF009  (frozen)
 
     def __post_init__(self) -> None:
         self.attention  # noqa: B018  (raises on a bad block size)
+        if getattr(self.inner, "num_samples", 1) != 1:
+            raise UserError(f"BlockDecoder.inner must have num_samples = 1: a block is written once; got {self.inner}.")
 
     @property
     def attention(self) -> AttentionKind:
         return AttentionKind("block_causal", self.block_size)
 
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool = False) -> Decoded:
-        vocabulary, size = model.vocabulary, self.block_size
+        vocabulary, size, inner = model.vocabulary, self.block_size, self.inner
         keys = row_keys(key, batch.example_ids)
         encoded = model.encode(batch)
         # Room for the last block of any row, beyond its end: slots that are not there, and that nothing sees.
         slots, target_mask, canvas = jax.tree.map(
             lambda x: jnp.pad(x, ((0, 0), (0, size))),
-            (Slots.of(batch), batch.target_mask, jnp.where(batch.target_mask, vocabulary.mask_id, batch.tokens)),
+            (Slots.of(batch), batch.target_mask, inner.blank(batch, vocabulary, keys)),
         )
         length = batch.tokens.shape[1]
         first_target = jnp.argmax(target_mask, axis=-1)
@@ -64,60 +108,73 @@ class BlockDecoder:
             is_target = cut(target_mask, start) & ~carry["finished"][:, None]
             positions = cut(slots.positions, start)
 
-            def eligible(tokens):
-                return is_target & (tokens == vocabulary.mask_id)
-
-            def write_some(inner):
-                step, tokens, carry = inner
-                read = start_first(tokens, positions, vocabulary)
-                hidden, cache = model.extend(read, self.attention, carry["cache"], start, encoded)
-                tokens, log_probability = self.inner.write(
-                    model, hidden, tokens, eligible(tokens), positions, keys, step
-                )
-                carry = carry | {"cache": cache, "total": carry["total"] + log_probability, "steps": carry["steps"] + 1}
+            def show(carry, tokens):
+                steps = carry["steps"] + 1
                 if trace:
                     shown = write_rows(carry["canvas"], tokens, start)
-                    carry["history"] = carry["history"].at[carry["steps"]].set(shown)
-                return step + 1, tokens, carry
+                    carry["trace"] = carry["trace"].at[steps].set(shown)
+                return carry | {"steps": steps}
 
-            tokens = cut(carry["canvas"], start)
-            inner = jax.lax.while_loop(lambda inner: jnp.any(eligible(inner[1])), write_some, (0, tokens, carry))
-            _, tokens, carry = inner
+            def to_write(block):
+                return inner.eligible(block["tokens"], is_target, vocabulary, block["step"])
+
+            def write_some(block):
+                carry, step, eligible = block["carry"], block["step"], to_write(block)
+                read = start_first(block["tokens"], positions, vocabulary)
+                hidden, cache = model.extend(read, self.attention, carry["cache"], start, encoded)
+                tokens, total = inner.write(model, hidden, block["tokens"], eligible, positions, keys, step)
+                after = block | {"tokens": tokens, "step": step + 1}
+                carry |= {
+                    "cache": cache,
+                    "total": carry["total"] + total,
+                    "row_steps": carry["row_steps"] + jnp.any(eligible, axis=-1),
+                }
+                return after | {
+                    "written_at": jnp.where(eligible & ~to_write(after), step, block["written_at"]),
+                    "carry": show(carry, tokens),
+                }
+
+            block = {"tokens": cut(carry["canvas"], start), "step": 0, "written_at": jnp.full(is_target.shape, -1)}
+            block = jax.lax.while_loop(lambda b: jnp.any(to_write(b)), write_some, block | {"carry": carry})
+            tokens, carry = block["tokens"], block["carry"]
             _, cache = model.extend(tokens, self.attention, carry["cache"], start, encoded)
             ends = is_target & ((tokens == vocabulary.eos_id) | (tokens == vocabulary.pad_id))
-            block = carry["block"] + 1
-            steps = carry["steps"] + 1
-            canvas = write_rows(carry["canvas"], tokens, start)
-            if trace:
-                carry["history"] = carry["history"].at[steps].set(canvas)
-            return carry | {
-                "block": block,
-                "canvas": canvas,
+            number = carry["block"] + 1
+            return show(carry, tokens) | {
+                "block": number,
+                "canvas": write_rows(carry["canvas"], tokens, start),
+                "written_at": write_rows(carry["written_at"], block["written_at"], start),
                 "cache": cache,
-                "finished": carry["finished"] | jnp.any(ends, axis=-1) | (block * size >= num_targets),
-                "steps": steps,
+                "finished": carry["finished"] | jnp.any(ends, axis=-1) | (number * size >= num_targets),
+                "row_steps": carry["row_steps"] + ~carry["finished"],
             }
 
+        rows = len(canvas)
         carry = {
             "block": 0,
             "canvas": canvas,
+            "written_at": jnp.full_like(canvas, -1),
             "cache": cache,
             "finished": num_targets == 0,
-            "total": jnp.zeros(len(canvas)),
+            "total": jnp.zeros(rows),
             "steps": 0,
+            "row_steps": jnp.zeros(rows, jnp.int32),
         }
-        most_steps = -(-length // size) * (min(self.inner.num_steps or size, size) + 1)
+        most_steps = -(-length // size) * (inner.most_steps(size) + 1)
         if trace:
-            carry["history"] = jnp.broadcast_to(canvas, (most_steps + 1, *canvas.shape))
+            carry["trace"] = jnp.broadcast_to(canvas, (most_steps + 1, *canvas.shape))
         carry = jax.lax.while_loop(unfinished, write_block, carry)
-        written = batch.target_mask & (carry["canvas"][:, :length] != vocabulary.mask_id)
-        history = None
+        canvas, written_at, history = carry["canvas"][:, :length], carry["written_at"][:, :length], None
         if trace:  # steps after the last one that was taken show the end
             taken = jnp.arange(most_steps + 1)[:, None, None] <= carry["steps"]
-            history = jnp.where(taken, carry["history"], carry["canvas"])[..., :length]
-        return Decoded(
-            tokens=end_at_eos(carry["canvas"][:, :length], batch, vocabulary),
-            scores=carry["total"] / jnp.maximum(jnp.sum(written, axis=-1), 1),
+            history = jnp.where(taken, carry["trace"], carry["canvas"])[..., :length]
+        return Decoded.of(
+            canvas,
+            batch,
+            vocabulary,
+            scores=carry["total"] / jnp.maximum(jnp.sum(written_at >= 0, axis=-1), 1),
             steps=jnp.asarray(carry["steps"]),
+            row_steps=carry["row_steps"],
+            written_at=written_at,
             trace=history,
         )

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.commit import ORDERS, Order, choose, propose
-from diffusion_t5x.decoding.decoder import Decoded, end_at_eos
+from diffusion_t5x.decoding.decoder import Decoded
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.masks import BIDIRECTIONAL, Slots
@@ -56,6 +57,17 @@ class MaskedDecoder:
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_k, self.top_p)
 
+    def blank(self, batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
+        """The rows with MASK for targets."""
+        return jnp.where(batch.target_mask, vocabulary.mask_id, batch.tokens)
+
+    def eligible(self, canvas: jax.Array, target_mask: jax.Array, vocabulary: TokenIds, step: jax.Array) -> jax.Array:
+        """Whatever is masked still."""
+        return target_mask & (canvas == vocabulary.mask_id)
+
+    def most_steps(self, num_targets: int) -> int:
+        return min(self.num_steps or num_targets, num_targets)
+
     def write(
         self,
         model: Transformer,
@@ -66,20 +78,7 @@ class MaskedDecoder:
         keys: jax.Array,
         step: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """One step: some of the eligible positions are written.
-
-        Args:
-          model: reads the logits out.
-          hidden: `[B, L, D]`, of this canvas.
-          canvas: int32 `[B, L]`, or a part of it.
-          eligible: bool `[B, L]`, what is still to be written.
-          positions: int32 `[B, L]`, see `propose`.
-          keys: `[B]`, a key for each row.
-          step: how many steps were taken before.
-
-        Returns:
-          The new canvas, and per row `[B]` the summed log-probability of what was written.
-        """
+        """One step: some of the eligible positions are written, for good; see `InnerDecoder.write`."""
         keys_of_step = fold_in(keys, step)
 
         def read_out(logits, positions):
@@ -97,33 +96,48 @@ class MaskedDecoder:
         keys = row_keys(key, batch.example_ids)
         slots, encoded = Slots.of(batch), model.encode(batch)
 
-        def masked(canvas):
-            return batch.target_mask & (canvas == vocabulary.mask_id)
+        def masked(canvas, step):
+            return self.eligible(canvas, batch.target_mask, vocabulary, step)
 
         def unfinished(carry):
-            _, canvas, _, _ = carry
-            return jnp.any(masked(canvas))
+            return jnp.any(masked(carry["canvas"], carry["step"]))
 
         def write_some(carry):
-            step, canvas, total, history = carry
-            hidden = model(start_first(canvas, batch.positions, vocabulary), slots, BIDIRECTIONAL, encoded)
-            canvas, written = self.write(model, hidden, canvas, masked(canvas), batch.positions, keys, step)
-            total += written
+            step, before = carry["step"], carry["canvas"]
+            hidden = model(start_first(before, batch.positions, vocabulary), slots, BIDIRECTIONAL, encoded)
+            to_write = masked(before, step)
+            canvas, total = self.write(model, hidden, before, to_write, batch.positions, keys, step)
             if trace:
-                history = history.at[step + 1].set(canvas)
-            return step + 1, canvas, total, history
+                carry["trace"] = carry["trace"].at[step + 1].set(canvas)
+            return carry | {
+                "step": step + 1,
+                "canvas": canvas,
+                "total": carry["total"] + total,
+                "written_at": jnp.where(to_write & ~masked(canvas, step + 1), step, carry["written_at"]),
+            }
 
-        most_steps = min(self.num_steps or length, length)
-        canvas = jnp.where(batch.target_mask, vocabulary.mask_id, batch.tokens)
-        history = jnp.broadcast_to(canvas, (most_steps + 1, *canvas.shape)) if trace else None
-        carry = (0, canvas, jnp.zeros(len(canvas)), history)
-        steps, canvas, total, history = jax.lax.while_loop(unfinished, write_some, carry)
+        most_steps = self.most_steps(length)
+        canvas = self.blank(batch, vocabulary, keys)
+        carry = {
+            "step": 0,
+            "canvas": canvas,
+            "total": jnp.zeros(len(canvas)),
+            "written_at": jnp.full_like(canvas, -1),
+        }
+        if trace:
+            carry["trace"] = jnp.broadcast_to(canvas, (most_steps + 1, *canvas.shape))
+        carry = jax.lax.while_loop(unfinished, write_some, carry)
+        canvas, history = carry["canvas"], None
         if trace:  # steps after the last one that was taken show the end
-            taken = jnp.arange(most_steps + 1)[:, None, None] <= steps
-            history = jnp.where(taken, history, canvas)
-        return Decoded(
-            tokens=end_at_eos(canvas, batch, vocabulary),
-            scores=total / jnp.maximum(jnp.sum(batch.target_mask, axis=-1), 1),
-            steps=jnp.asarray(steps),
+            taken = jnp.arange(most_steps + 1)[:, None, None] <= carry["step"]
+            history = jnp.where(taken, carry["trace"], canvas)
+        return Decoded.of(
+            canvas,
+            batch,
+            vocabulary,
+            scores=carry["total"] / jnp.maximum(jnp.sum(batch.target_mask, axis=-1), 1),
+            steps=jnp.asarray(carry["step"]),
+            row_steps=jnp.max(carry["written_at"], axis=-1) + 1,
+            written_at=carry["written_at"],
             trace=history,
         )

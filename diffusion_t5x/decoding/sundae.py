@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.decoding.decoder import Decoded, end_at_eos
+from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.decoding.decoder import Decoded
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.masks import BIDIRECTIONAL, Slots
 from diffusion_t5x.models.sampling import Sampling, forbid, sample
 from diffusion_t5x.models.transformer import Transformer
@@ -39,6 +41,43 @@ class SundaeDecoder:
                 f"got {self}."
             )
 
+    def blank(self, batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
+        """The rows with noise for targets."""
+        noise = jax.vmap(vocabulary.sample_noise, (0, None))(fold_in(keys, self.num_steps), batch.tokens.shape[1:])
+        return jnp.where(batch.target_mask, noise, batch.tokens)
+
+    def eligible(self, canvas: jax.Array, target_mask: jax.Array, vocabulary: TokenIds, step: jax.Array) -> jax.Array:
+        return target_mask & (step < self.num_steps)
+
+    def most_steps(self, num_targets: int) -> int:
+        return self.num_steps
+
+    def write(
+        self,
+        model: Transformer,
+        hidden: jax.Array,
+        canvas: jax.Array,
+        eligible: jax.Array,
+        positions: jax.Array,
+        keys: jax.Array,
+        step: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """One step: every eligible position is written anew.
+
+        Takes and gives what `InnerDecoder.write` does, but for the sum: that of the log-probabilities of the tokens
+        that the last step reads, and 0 before.
+        """
+        keys_of_step = fold_in(keys, step)
+
+        def read_out(logits, tokens, positions):
+            logits = forbid(logits, model.vocabulary)
+            wish, _ = cross_entropy(logits, tokens)
+            return sample(logits, keys_of_step, positions, Sampling(self.temperature)), wish
+
+        tokens, wish = model.map_logits(read_out, hidden, canvas, positions)
+        counts = eligible & (step == self.num_steps - 1)
+        return jnp.where(eligible, tokens, canvas), -jnp.sum(jnp.where(counts, wish, 0), axis=-1)
+
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool = False) -> Decoded:
         vocabulary, samples = model.vocabulary, self.num_samples
         example_keys = row_keys(key, batch.example_ids)
@@ -49,31 +88,15 @@ class SundaeDecoder:
         encoded = model.encode(batch)
         encoded = encoded and encoded.repeat(samples)
 
-        def step_keys(step):
-            return jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-
-        def write(tokens):
-            return jnp.where(rows.target_mask, tokens, rows.tokens)
-
-        noise = jax.vmap(vocabulary.sample_noise, (0, None))(step_keys(self.num_steps), rows.tokens.shape[1:])
+        noise = self.blank(rows, vocabulary, keys)
 
         def denoise(canvas, step):
             hidden = model(canvas, slots, BIDIRECTIONAL, encoded)
-            keys_of_step = step_keys(step)
+            canvas, total = self.write(model, hidden, canvas, rows.target_mask, rows.positions, keys, step)
+            return canvas, (total, canvas if trace else None)
 
-            def read_out(logits, tokens, positions):
-                logits = forbid(logits, vocabulary)
-                wish, _ = cross_entropy(logits, tokens)
-                return sample(logits, keys_of_step, positions, Sampling(self.temperature)), wish
-
-            tokens, wish = model.map_logits(read_out, hidden, canvas, rows.positions)
-            score = jnp.sum(jnp.where(rows.target_mask, wish, 0), axis=-1)
-            canvas = write(tokens)
-            return canvas, (score, canvas if trace else None)
-
-        canvas = write(noise)
-        final, (scores, history) = jax.lax.scan(denoise, canvas, jnp.arange(self.num_steps))
-        scores = scores[-1] / jnp.maximum(jnp.sum(rows.target_mask, axis=-1), 1)
+        final, (totals, history) = jax.lax.scan(denoise, noise, jnp.arange(self.num_steps))
+        scores = -totals[-1] / jnp.maximum(jnp.sum(rows.target_mask, axis=-1), 1)
         best = jnp.argmin(scores.reshape(-1, samples), axis=-1)
 
         def keep(x):  # [..., B * samples, L] -> [..., B, L]
@@ -81,10 +104,15 @@ class SundaeDecoder:
             return x[..., jnp.arange(len(best)), best, :]
 
         if trace:
-            history = keep(jnp.concatenate([canvas[None], history]))
-        return Decoded(
-            tokens=end_at_eos(keep(final), batch, vocabulary),
+            history = keep(jnp.concatenate([noise[None], history]))
+        canvas = keep(final)
+        return Decoded.of(
+            canvas,
+            batch,
+            vocabulary,
             scores=jnp.min(scores.reshape(-1, samples), axis=-1),
             steps=jnp.int32(self.num_steps),
+            row_steps=jnp.where(jnp.any(batch.target_mask, axis=-1), self.num_steps, 0),
+            written_at=jnp.where(batch.target_mask, self.num_steps - 1, -1),
             trace=history,
         )

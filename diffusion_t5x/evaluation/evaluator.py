@@ -12,7 +12,9 @@ from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.inference import Example, make_decode_step, predict
 from diffusion_t5x.evaluation.losses import evaluate_loss
+from diffusion_t5x.evaluation.teacher import make_judge
 from diffusion_t5x.models.transformer import ModelDefinition, Params
+from diffusion_t5x.objectives.distillation import Teacher
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.training.step import make_loss_step
 
@@ -75,6 +77,7 @@ class Evaluator:
       definition: the model.
       objective: of the loss evaluations.
       loss_evals, decode_evals: what to run.
+      teacher: of the objective; judges what is decoded, too.
 
     Raises:
       UserError: two evaluations of a kind on one data set, whose results could not be told apart.
@@ -87,6 +90,7 @@ class Evaluator:
         objective: Objective,
         loss_evals: Sequence[LossEval],
         decode_evals: Sequence[DecodeEval],
+        teacher: Teacher | None = None,
     ):
         for evals in (loss_evals, decode_evals):
             names = [ev.dataset.name for ev in evals]
@@ -94,7 +98,8 @@ class Evaluator:
                 raise UserError(f"Two evaluations of one kind on {twice.pop()!r}: run them apart.")
         self._mesh = mesh
         self._loss_evals = loss_evals
-        self._loss_step = make_loss_step(mesh, definition, objective, seed=0)
+        self._loss_step = make_loss_step(mesh, definition, objective, seed=0, teacher=teacher)
+        self._judge = teacher and make_judge(mesh, teacher)
         self._decode_evals = [(ev, make_decode_step(mesh, definition, ev.decoder, seed=ev.seed)) for ev in decode_evals]
 
     def losses(self, params: Params) -> dict[str, dict[str, float]]:
@@ -107,11 +112,28 @@ class Evaluator:
         }
 
     def decode(self, params: Params) -> Iterator[tuple[str, dict[str, float], list[dict[str, Any]]]]:
-        """For each data set its name, metrics and predictions; "decode_seconds" counts compilation and reading too."""
+        """For each data set its name, metrics and predictions.
+
+        To the task's own metrics come "tokens_per_step", over all texts, "decode_seconds", compilation and reading
+        counted too, and with a teacher "teacher_nll" (nats a token) and "teacher_agreement" (a share of the tokens).
+        """
         for ev, step in self._decode_evals:
             start = time.monotonic()
             dataset = ev.dataset
             batches = dataset.eval_batches(ev.num_examples)
-            records = list(predict(step, params, batches, self._mesh, dataset.to_text, dataset.show_canvas))
+            texts = dataset.to_text, dataset.show_canvas
+            records = list(predict(step, params, batches, self._mesh, *texts, self._judge))
             seconds = time.monotonic() - start
-            yield dataset.name, {**dataset.score(records), "decode_seconds": seconds}, records
+            yield dataset.name, {**dataset.score(records), **_totals(records), "decode_seconds": seconds}, records
+
+
+def _totals(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What the records' numbers come to over all texts."""
+    sums = {
+        name: sum(record[name] for record in records)
+        for name in ("num_tokens", "num_steps", "teacher_nll", "teacher_agreement")
+        if records and name in records[0]
+    }
+    tokens, steps = sums.pop("num_tokens", 0), sums.pop("num_steps", 0)
+    means = {name: value / max(tokens, 1) for name, value in sums.items()}
+    return means | {"tokens_per_step": tokens / max(steps, 1)}

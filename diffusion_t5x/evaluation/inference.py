@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.decoding.decoder import Decoded, Decoder
+from diffusion_t5x.evaluation.teacher import Judge
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 
 Example = Mapping[str, Any]
@@ -37,6 +38,7 @@ def predict(
     mesh: Mesh,
     to_text: Callable[[Sequence[int]], str],
     show_canvas: Callable[[Sequence[int]], str],
+    judge: Judge | None = None,
 ) -> Iterator[dict[str, Any]]:
     """One record for each example, in order.
 
@@ -47,20 +49,28 @@ def predict(
       mesh: to spread the rows over.
       to_text: text of target tokens, up to EOS.
       show_canvas: text of target tokens with EOS, padding and all; for the trace.
+      judge: says something more of what was written, a number for each row by name.
 
     Yields:
-      The example's own fields with "prediction" (text), "score" (see the decoder), and, where the step traces,
-      "trace": the canvas before the first step and after each.
+      The example's own fields with "prediction" (text), "score" (see the decoder), "num_tokens" (that were written, up
+      to the one that ends the text), "num_steps" (of the model, that the row took part in), what the judge says, and,
+      where the step traces, "trace": the canvas before the first step and after each.
     """
     for batch, examples in batches:
         with jax.set_mesh(mesh):
-            decoded = jax.device_get(decode_step(params, partitioning.put_batch(mesh, batch)))
+            placed = partitioning.put_batch(mesh, batch)
+            decoded = decode_step(params, placed)
+            said = jax.device_get(judge(placed.replace(tokens=decoded.tokens))) if judge else {}
+            decoded = jax.device_get(decoded)
         for row, example in enumerate(examples):
             targets = np.flatnonzero(batch.target_mask[row])
             record = {
                 **example,
                 "prediction": to_text(decoded.tokens[row, targets].tolist()),
                 "score": float(decoded.scores[row]),
+                "num_tokens": int(decoded.num_tokens[row]),
+                "num_steps": int(decoded.row_steps[row]),
+                **{name: float(values[row]) for name, values in said.items()},
             }
             if decoded.trace is not None:
                 record["trace"] = [show_canvas(canvas[row, targets].tolist()) for canvas in decoded.trace]

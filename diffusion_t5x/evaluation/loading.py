@@ -12,6 +12,7 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition, Params
+from diffusion_t5x.objectives.distillation import Teacher
 from diffusion_t5x.training import checkpoints
 from diffusion_t5x.training.assignment import Rule
 
@@ -38,6 +39,14 @@ def check_datasets(datasets: Iterable[Dataset], model: ModelConfig, mesh: Mesh) 
             )
         model.check_length(dataset.row_length, f"task_feature_lengths of {dataset.name}")
         partitioning.check_batch_size(mesh, dataset.batch_size)
+
+
+def load_teacher(path: str, config: ModelConfig, vocabulary: TokenIds, mesh: Mesh) -> Teacher:
+    """As `load_model`, with a message that says whose checkpoint is amiss."""
+    try:
+        return Teacher(*load_model(path, config, vocabulary, mesh))
+    except UserError as error:
+        raise UserError(f"The teacher's checkpoint: {error}") from error
 
 
 def load_model(

@@ -55,6 +55,20 @@ def bleu_signature() -> str:
     return str(sacrebleu.BLEU(references=[[""]]).get_signature())
 
 
+def distinct_n(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+    """The share of different ones among all n-grams of words of all predictions, n = 1, 2, 3 (arXiv 1510.03055).
+
+    It depends on how much text there is: compare texts of equal numbers and lengths.
+    """
+    _check(targets, predictions)
+    words = [prediction.split() for prediction in predictions]
+    shares = {}
+    for n in (1, 2, 3):
+        ngrams = [tuple(text[i : i + n]) for text in words for i in range(len(text) - n + 1)]
+        shares[f"distinct_{n}"] = len(set(ngrams)) / max(len(ngrams), 1)
+    return shares
+
+
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     """The 95 % interval of a proportion (Wilson 1927): sound near 0 and 1 and for few trials. Within [0, 1]."""
     z = statistics.NormalDist().inv_cdf((1 + CONFIDENCE) / 2)

@@ -91,10 +91,10 @@ class Block:
 
     def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
         """The noisy targets among their clean inputs; the model reads the clean targets as well."""
-        noisy, _ = self._corrupt(vocabulary, batch, key)
+        noisy, _ = self.corrupt(vocabulary, batch, key)
         return start_first(noisy, batch.positions, vocabulary)
 
-    def _corrupt(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def corrupt(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Of every position `[B, L]`: the token or noise, and the bound's weight if it is masked."""
         time_key, where_key, noise_key, _ = jax.random.split(key, 4)
         share = stratified(time_key, batch.example_ids, block_starts(batch, self.block_size))
@@ -109,7 +109,7 @@ class Block:
     def loss(self, model: Transformer, batch: Batch, key: jax.Array, train: bool = True) -> LossSums:
         _, _, _, dropout_key = jax.random.split(key, 4)
         dropout_keys = row_keys(dropout_key, batch.example_ids) if train else None
-        noisy, weights = self._corrupt(model.vocabulary, batch, key)
+        noisy, weights = self.corrupt(model.vocabulary, batch, key)
         tokens, slots = clean_and_noisy(batch, start_first(noisy, batch.positions, model.vocabulary))
         kind = AttentionKind("block_diffusion", self.block_size)
         encoded = model.encode(batch, dropout_keys)

@@ -113,6 +113,22 @@ def cross_entropy(
     return loss, nll
 
 
+def after_end(tokens: jax.Array, batch: Batch, vocabulary: TokenIds) -> jax.Array:
+    """bool `[B, L]`: behind the first EOS or pad among the targets of its segment.
+
+    The one place where the length of an output is decided: decoders drop what stands there.
+
+    Args:
+      tokens: int32 `[B, L]`, in place of the batch's own.
+      batch: says what the slots are.
+      vocabulary: says what EOS and pad are.
+    """
+    ends = batch.target_mask & ((tokens == vocabulary.eos_id) | (tokens == vocabulary.pad_id))
+    ends_before = jnp.cumsum(ends, axis=-1) - ends
+    segment_start = jnp.maximum(jnp.arange(tokens.shape[1]) - batch.positions, 0)
+    return ends_before > jnp.take_along_axis(ends_before, segment_start, axis=-1)
+
+
 def check_normalize(normalize: str) -> None:
     if normalize not in ("target_tokens", "all_tokens", "sequences"):
         raise UserError(f"normalize must be target_tokens, all_tokens or sequences, not {normalize!r}.")

@@ -1,4 +1,4 @@
-"""The training loop. It needs no TensorFlow: batches come from any iterator that can say where it stands."""
+"""The training loop. It needs no TensorFlow: batches come from anything that can say where it stands."""
 
 import contextlib
 import dataclasses
@@ -98,7 +98,8 @@ def train_loop(
     mesh: Mesh,
     state: TrainState,
     train_step: TrainStep,
-    batches: BatchIterator,
+    next_batch: Callable[[TrainState], Batch],
+    data_state: Callable[[], Mapping[str, np.ndarray]],
     total_steps: int,
     periods: Periods,
     evaluate: Callable[[TrainState, int], Mapping[str, float]],
@@ -113,7 +114,9 @@ def train_loop(
       mesh: in use while training.
       state: to start from; given up.
       train_step: see `make_train_step`.
-      batches: standing where `state` has read to.
+      next_batch: this host's part of the next batch, standing where `state` has read to; texts that a model writes
+        itself depend on the state.
+      data_state: where the data stand.
       total_steps: of the run as a whole, those before a resumption counted.
       periods: of logging, evaluation and saving.
       evaluate: called with the state and its step; its metrics go into the checkpoint.
@@ -129,7 +132,7 @@ def train_loop(
     with jax.set_mesh(mesh), Progress(total_steps, start, description) as progress:
         log = _Log(writer, progress, periods.log, total_steps)
         for step in range(start + 1, total_steps + 1):
-            state, metrics = train_step(state, partitioning.put_batch(mesh, next(batches)))
+            state, metrics = train_step(state, partitioning.put_batch(mesh, next_batch(state)))
             log.add(step, metrics)
             last = step == total_steps
             evals = periods.eval is not None and (last or step % periods.eval == 0)
@@ -139,8 +142,6 @@ def train_loop(
             with log.paused():
                 results = evaluate(state, step) if evals else {}
                 if saves:
-                    checkpoints.save(
-                        step, state, batches.state_dict(), {**metadata, "step": step, "metrics": dict(results)}
-                    )
+                    checkpoints.save(step, state, data_state(), {**metadata, "step": step, "metrics": dict(results)})
         checkpoints.wait()
     return state

@@ -1,7 +1,7 @@
 """One training step, and one evaluation of the loss: pure functions of state and batch."""
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,24 @@ from jax.sharding import Mesh
 from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.models.transformer import ModelDefinition, Params
+from diffusion_t5x.objectives.distillation import Teacher
 from diffusion_t5x.objectives.objective import LossSums, Objective
 from diffusion_t5x.training.state import TrainState, shardings_of
 
 Metrics = Mapping[str, jax.Array]
+Loss = Callable[..., LossSums]  # an objective's `loss`
+
+
+def _taught(objective: Objective, teacher: Teacher | None, teacher_params: Params | None) -> Loss:
+    """The objective's loss, told of the teacher if there is one."""
+    if teacher is None:
+        return objective.loss
+    return functools.partial(objective.loss, teacher=teacher.definition.bind(teacher_params))
 
 
 def loss_and_gradients(
     definition: ModelDefinition,
-    objective: Objective,
+    loss: Loss,
     params: Params,
     batch: Batch,
     key: jax.Array,
@@ -34,8 +43,8 @@ def loss_and_gradients(
 
     Args:
       definition: the model.
-      objective: the objective.
-      params: its parameters.
+      loss: an objective's.
+      params: the model's parameters.
       batch: rows divisible by `microbatches`.
       key: rows draw from it by their `example_ids`.
       microbatches: pieces that the batch is cut into.
@@ -44,7 +53,7 @@ def loss_and_gradients(
     """
 
     def numerator(params, batch, key):
-        sums = objective.loss(definition.bind(params), batch, key)
+        sums = loss(definition.bind(params), batch, key)
         return sums.loss.numerator, sums
 
     gradients = jax.grad(numerator, has_aux=True)
@@ -87,16 +96,18 @@ def make_train_step(
     microbatches: int = 1,
     normalizing_factor: float | None = None,
     ema_decay: float | None = None,
+    teacher: Teacher | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted step `(state, batch) -> (state, metrics)`; the state that goes in is given up.
+    """The step `(state, batch) -> (state, metrics)`, jitted; the state that goes in is given up.
 
-    Noise and dropout of step s are keyed by `(seed, s, example_ids)`, so a resumed run repeats them.
+    Noise and dropout of step s are keyed by `(seed, s, example_ids)`, so a resumed run repeats them. The teacher, for
+    objectives that have one, is read and never given up.
     """
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, teacher_params: Params | None) -> tuple[TrainState, Metrics]:
         sums, grads = loss_and_gradients(
             definition,
-            objective,
+            _taught(objective, teacher, teacher_params),
             state.params,
             batch,
             step_key(seed, state.step),
@@ -117,21 +128,24 @@ def make_train_step(
         }
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
-    shardings = shardings_of(abstract)
-    return jax.jit(
+    shardings, teacher_params = shardings_of(abstract), teacher and teacher.params
+    jitted = jax.jit(
         step,
-        in_shardings=(shardings, partitioning.batch_sharding(mesh)),
+        in_shardings=(shardings, partitioning.batch_sharding(mesh), shardings_of(teacher_params)),
         out_shardings=(shardings, partitioning.replicated(mesh)),
         donate_argnums=0,
     )
+    return lambda state, batch: jitted(state, batch, teacher_params)
 
 
 def make_loss_step(
-    mesh: Mesh, definition: ModelDefinition, objective: Objective, *, seed: int
+    mesh: Mesh, definition: ModelDefinition, objective: Objective, *, seed: int, teacher: Teacher | None = None
 ) -> Callable[[Params, Batch], LossSums]:
-    """The jitted `(params, batch) -> sums` for evaluation: no dropout, and the same noise at each evaluation."""
+    """`(params, batch) -> sums` for evaluation, jitted: no dropout, and the same noise at each evaluation."""
 
-    def step(params: Any, batch: Batch) -> LossSums:
-        return objective.loss(definition.bind(params), batch, jax.random.key(seed), train=False)
+    def step(params: Params, batch: Batch, teacher_params: Params | None) -> LossSums:
+        loss = _taught(objective, teacher, teacher_params)
+        return loss(definition.bind(params), batch, jax.random.key(seed), train=False)
 
-    return jax.jit(step, out_shardings=partitioning.replicated(mesh))
+    jitted, teacher_params = jax.jit(step, out_shardings=partitioning.replicated(mesh)), teacher and teacher.params
+    return lambda params, batch: jitted(params, batch, teacher_params)

@@ -51,7 +51,7 @@ def test_eight_examples_are_learnt_by_heart(config, objective, decoders, steps):
 
     def step(carry, key):
         params, opt_state = carry
-        sums, grads = loss_and_gradients(definition, objective, params, batch, key)
+        sums, grads = loss_and_gradients(definition, objective.loss, params, batch, key)
         updates, opt_state = optimizer.update(grads, opt_state)
         return (optax.apply_updates(params, updates), opt_state), sums.loss.mean()
 

@@ -68,7 +68,16 @@ def test_an_empty_evaluation_set_is_refused():
 def double(params, batch):
     """Stands in for a decode step: writes every target twice as large."""
     tokens = jnp.where(batch.target_mask, 2 * batch.tokens, batch.tokens)
-    return Decoded(tokens, scores=batch.example_ids / 10, steps=jnp.int32(1), trace=jnp.stack([batch.tokens, tokens]))
+    return Decoded.of(
+        tokens,
+        batch,
+        tiny.VOCABULARY,
+        scores=batch.example_ids / 10,
+        steps=jnp.int32(1),
+        row_steps=jnp.ones(len(tokens), int),
+        written_at=jnp.where(batch.target_mask, 0, -1),
+        trace=jnp.stack([batch.tokens, tokens]),
+    )
 
 
 def test_each_example_gets_its_prediction_in_order():
@@ -105,7 +114,16 @@ class Echo:
 
     def decode(self, model, batch, key, trace=False):
         assert model.config == tiny.RELATIVE
-        return Decoded(batch.tokens, jnp.zeros(len(batch.tokens)), jnp.int32(0), None)
+        rows = len(batch.tokens)
+        return Decoded.of(
+            batch.tokens,
+            batch,
+            model.vocabulary,
+            scores=jnp.zeros(rows),
+            steps=jnp.int32(0),
+            row_steps=jnp.full(rows, 2),
+            written_at=jnp.where(batch.target_mask, 0, -1),
+        )
 
 
 def test_the_evaluator_measures_losses_and_decodes():

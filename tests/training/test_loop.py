@@ -61,6 +61,7 @@ def count(state, batch):
 
 
 def run(folder, *, total_steps, periods, start=0, train_step=count, state=None, batches=None):
+    batches = batches or Batches()
     recorder, store = Recorder(), checkpoints.Checkpoints(folder, keep_last=99)
     if state is None:
         state = TrainState(step=jnp.int32(start), params={"sum": jnp.int32(0)}, opt_state=())
@@ -68,7 +69,8 @@ def run(folder, *, total_steps, periods, start=0, train_step=count, state=None, 
         mesh=MESH,
         state=state,
         train_step=train_step,
-        batches=batches or Batches(),
+        next_batch=lambda _: next(batches),
+        data_state=batches.state_dict,
         total_steps=total_steps,
         periods=periods,
         evaluate=recorder.evaluate,

@@ -32,7 +32,7 @@ def assert_close(found, expected, rtol=1e-5, atol=1e-6):
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("microbatches", "normalizing_factor"))
 def _gradients(objective, params, batch, key, **settings):
     definition = ModelDefinition(DROPOUT, tiny.VOCABULARY)
-    return loss_and_gradients(definition, objective, params, batch, key, **settings)
+    return loss_and_gradients(definition, objective.loss, params, batch, key, **settings)
 
 
 def gradients(objective, batch, key=jax.random.key(0), **settings):  # noqa: B008

@@ -1,0 +1,192 @@
+"""Distillation of an autoregressive teacher into a block-diffusion student (OPDLM, arXiv 2606.06712).
+
+The student reads `[clean text | noisy targets]` in one pass, as in `objectives/block.py`, and the teacher the clean
+text alone, causally. Where a token is hidden from the student, it is drawn to the teacher's distribution of that token
+given those before it. On-policy, the text is the student's own, and the noisy targets are states that it went through
+as it wrote (`training/rollout.py`).
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.masks import AttentionKind
+from diffusion_t5x.models.sampling import forbid
+from diffusion_t5x.models.transformer import ModelDefinition, Params, Transformer
+from diffusion_t5x.objectives.autoregressive import Autoregressive, shifted_slots
+from diffusion_t5x.objectives.block import Block, block_starts, clean_and_noisy
+from diffusion_t5x.objectives.masked import start_first
+from diffusion_t5x.objectives.objective import (
+    LossSums,
+    Normalize,
+    Ratio,
+    after_end,
+    check_normalize,
+    normalized,
+    row_keys,
+)
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+
+
+class Teacher(NamedTuple):
+    """A frozen model: its structure, and parameters that nobody else owns or updates."""
+
+    definition: ModelDefinition
+    params: Params
+
+
+def divergence(
+    teacher: jax.Array, student: jax.Array, kind: Divergence = "forward_kl", top_k: int | None = None
+) -> jax.Array:
+    """How far a student's distribution is from its teacher's, in nats, `[...]`.
+
+    What the teacher excludes (a logit of -inf) adds exactly nothing to the forward KL, and to the JSD what it does in
+    the limit. The reverse KL would be infinite there: it is taken over the teacher's support alone.
+
+    Args:
+      teacher, student: logits float32 `[..., V]`.
+      kind: "forward_kl": KL(teacher || student). "reverse_kl": KL(student || teacher). "jsd": the Jensen-Shannon
+        divergence, at most log 2.
+      top_k: only the terms of the teacher's k likeliest tokens, probabilities as they are (not renormalised). The sum
+        may exceed the whole one, and may be negative.
+    """
+    log_p, log_q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
+    if top_k is not None and top_k < log_p.shape[-1]:
+        log_p, ids = jax.lax.top_k(log_p, top_k)
+        log_q = jnp.take_along_axis(log_q, ids, axis=-1)
+    # Where a probability is 0 its logarithm is replaced before anything is computed: no NaN, in gradients neither.
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    has_p, has_q = p > 0, q > 0
+    if kind == "forward_kl":
+        terms = p * (jnp.where(has_p, log_p, 0) - jnp.where(has_p, log_q, 0))
+    elif kind == "reverse_kl":
+        both = has_q & (log_p > -jnp.inf)
+        terms = jnp.where(both, q, 0) * (jnp.where(both, log_q, 0) - jnp.where(both, log_p, 0))
+    else:
+        some = has_p | has_q
+        log_m = jnp.logaddexp(jnp.where(some, log_p, 0), jnp.where(some, log_q, 0)) - jnp.log(2.0)
+        terms = p * (jnp.where(has_p, log_p, 0) - jnp.where(has_p, log_m, 0))
+        terms = (terms + q * (jnp.where(has_q, log_q, 0) - jnp.where(has_q, log_m, 0))) / 2
+    return jnp.sum(terms, axis=-1)
+
+
+def visited_states(batch: Batch, vocabulary: TokenIds, block_size: int, key: jax.Array) -> jax.Array:
+    """int32 `[B, L]`: for each block of targets one of the states in which its decoder saw it, the rest as it is.
+
+    A decoder that writes a block in n steps sees n states with something masked; each is as likely as any, and each
+    block has its own draw.
+
+    Args:
+      batch: a rollout, with `written_at`.
+      vocabulary: says which id is MASK.
+      block_size: targets a block, as in decoding.
+      key: rows draw from it by their `example_ids`.
+    """
+    starts = block_starts(batch, block_size)
+    in_block = starts[:, :, None] + jnp.arange(block_size)
+    length = batch.tokens.shape[1]
+    rows = jnp.arange(len(batch.tokens))[:, None, None]
+    at = jnp.where(batch.target_mask, batch.written_at, -1)
+    last = jnp.max(at.at[rows, in_block].get(mode="fill", fill_value=-1), axis=-1)
+    draws = jax.vmap(lambda k: jax.random.uniform(k, (length,)))(row_keys(key, batch.example_ids))
+    draw = jnp.take_along_axis(draws, jnp.maximum(starts, 0), axis=-1)
+    step = jnp.floor(draw * (last + 1))
+    return jnp.where(batch.target_mask & (at >= step), vocabulary.mask_id, batch.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """Divergence from the teacher's next-token distribution, at the masked targets up to the end of the text.
+
+    Without a rollout stage the text is the data's (off-policy), and with it the student's own.
+
+    Attributes:
+      block_size: targets a block.
+      divergence: "forward_kl", "reverse_kl" or "jsd", see `divergence`.
+      top_k: of the teacher's support, see `divergence`; None takes all of it (the paper names 16).
+      states: "visited": what the student saw when it wrote the text; a text that nobody wrote here, such as that of an
+        evaluation, has random ones. "random": masks drawn as `Block` draws them.
+      score_end: the token that ends a text counts too. The paper's code leaves it out.
+      normalize: "sequences", as in the paper, averages over each text's masked targets first.
+    """
+
+    block_size: int = 4
+    divergence: Divergence = "forward_kl"
+    top_k: int | None = None
+    states: Literal["visited", "random"] = "visited"
+    score_end: bool = False
+    normalize: Normalize = "sequences"
+
+    def __post_init__(self) -> None:
+        check_normalize(self.normalize)
+        self.attention  # noqa: B018  (raises on a bad block size)
+        if self.divergence not in DIVERGENCES or self.states not in ("visited", "random"):
+            raise UserError(
+                f"Distillation needs a divergence of {', '.join(DIVERGENCES)} and states visited or random; got {self}."
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"Distillation.top_k must be at least 1, or None for all; got {self.top_k}.")
+
+    @property
+    def attention(self) -> AttentionKind:
+        return AttentionKind("block_causal", self.block_size)
+
+    def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
+        """The noisy targets among their clean inputs; the student reads the clean targets as well."""
+        return start_first(self._noisy(vocabulary, batch, key), batch.positions, vocabulary)
+
+    def _noisy(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
+        noise_key, _ = jax.random.split(key)
+        if self.states == "visited" and batch.written_at is not None:
+            return visited_states(batch, vocabulary, self.block_size, noise_key)
+        return Block(self.block_size).corrupt(vocabulary, batch, noise_key)[0]
+
+    def loss(
+        self, model: Transformer, batch: Batch, key: jax.Array, train: bool = True, *, teacher: Transformer
+    ) -> LossSums:
+        """The loss of the student `model`; the teacher has no dropout and gets no gradient."""
+        vocabulary = model.vocabulary
+        _, dropout_key = jax.random.split(key)
+        dropout_keys = row_keys(dropout_key, batch.example_ids) if train else None
+        noisy = self._noisy(vocabulary, batch, key)
+        tokens, slots = clean_and_noisy(batch, start_first(noisy, batch.positions, vocabulary))
+        kind = AttentionKind("block_diffusion", self.block_size)
+        hidden = model(tokens, slots, kind, None, dropout_keys)[:, batch.tokens.shape[1] :]
+
+        autoregressive = Autoregressive()
+        taught = teacher(
+            autoregressive.model_inputs(vocabulary, batch, None), shifted_slots(batch), autoregressive.attention
+        )
+
+        def compare(logits, teacher_hidden, labels):
+            student = forbid(logits, vocabulary)
+            target = jax.lax.stop_gradient(forbid(teacher.logits(teacher_hidden), vocabulary))
+            nll = -jnp.take_along_axis(jax.nn.log_softmax(target), labels[..., None], axis=-1)[..., 0]
+            agree = jnp.argmax(student, axis=-1) == jnp.argmax(target, axis=-1)
+            return divergence(target, student, self.divergence, self.top_k), nll, agree
+
+        distance, teacher_nll, agree = model.map_logits(compare, hidden, taught, batch.tokens)
+        text = batch.target_mask & ~after_end(batch.tokens, batch, vocabulary)
+        scored = text & (noisy == vocabulary.mask_id)
+        if not self.score_end:
+            scored &= (batch.tokens != vocabulary.eos_id) & (batch.tokens != vocabulary.pad_id)
+        is_scored, is_text = batch.replace(target_mask=scored), batch.replace(target_mask=text)
+        return LossSums(
+            loss=normalized(is_scored, distance, self.normalize),
+            metrics={
+                "divergence": normalized(is_scored, distance, "target_tokens"),
+                "agreement": normalized(is_scored, agree, "target_tokens"),
+                "teacher_nll": normalized(is_text, teacher_nll, "target_tokens"),
+                "mask_fraction": Ratio(jnp.sum(scored, dtype=jnp.float32), jnp.sum(text, dtype=jnp.float32)),
+                "text_length": Ratio(
+                    jnp.sum(text, dtype=jnp.float32), jnp.sum(jnp.any(text, axis=-1), dtype=jnp.float32)
+                ),
+            },
+        )

@@ -1,0 +1,172 @@
+"""On-policy batches: the student itself writes the texts that it is trained on (OPDLM, arXiv 2606.06712)."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from diffusion_t5x import partitioning
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.decoding.block import BlockDecoder
+from diffusion_t5x.decoding.masked import MaskedDecoder
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.transformer import ModelDefinition, Params
+from diffusion_t5x.training.loop import BatchIterator
+from diffusion_t5x.training.state import TrainState
+
+_STORED = "rollout_"  # texts in the data's state
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """How prompts become the student's own texts. The prompts are the inputs of the training data; targets are unused.
+
+    Attributes:
+      decoder: writes the texts; its blocks are the objective's.
+      num_batches: training batches that are written at once, with one state of the parameters.
+      min_length, max_length: tokens of a text, at most: they grow from the one to the other, in a straight line,
+      growth_steps: over so many training steps.
+      num_buckets: texts are laid out in rows of `max_length`, half of it, a quarter and so on, so many sizes in all;
+        each is compiled once.
+    """
+
+    decoder: BlockDecoder
+    num_batches: int = 16
+    min_length: int = 100
+    max_length: int = 4000
+    growth_steps: int = 100
+    num_buckets: int = 4
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.decoder.inner, MaskedDecoder):
+            raise UserError(f"Rollout.decoder must write masked blocks: a step's state is what is masked; got {self}.")
+        if min(self.num_batches, self.min_length, self.num_buckets) < 1 or self.growth_steps < 0:
+            raise UserError(f"Rollout needs numbers of at least 1, growth_steps of at least 0; got {self}.")
+        if self.min_length > self.max_length:
+            raise UserError(f"Rollout.min_length must not exceed max_length; got {self}.")
+
+    def length(self, step: int) -> int:
+        """Tokens that a text written at this training step may have."""
+        grown = min(1.0, step / self.growth_steps) if self.growth_steps else 1.0
+        return round(self.min_length + grown * (self.max_length - self.min_length))
+
+    def bucket(self, length: int) -> int:
+        """The room, in tokens, that texts of this length are laid out in."""
+        sizes = [-(-self.max_length // 2**i) for i in range(self.num_buckets)]
+        return min(size for size in sizes if size >= length)
+
+
+def prompts(batch: Batch, num_inputs: int, length: int, bucket: int) -> Batch:
+    """The inputs of a batch, each with `length` empty targets behind it; rows of `num_inputs + bucket` slots.
+
+    Args:
+      batch: numpy, one example a row, inputs of at most `num_inputs` tokens.
+      num_inputs: room for the inputs.
+      length: targets.
+      bucket: room for the targets.
+    """
+    slots = np.arange(num_inputs + bucket, dtype=np.int32)
+    given = np.sum(batch.input_mask, axis=-1, keepdims=True)
+    tokens = np.zeros((len(given), len(slots)), np.int32)
+    tokens[:, :num_inputs] = np.where(batch.input_mask, batch.tokens, 0)[:, :num_inputs]
+    there = slots < given + length
+    return Batch(
+        tokens=tokens,
+        target_mask=there & (slots >= given),
+        segment_ids=there.astype(np.int32),
+        positions=np.where(there, slots, 0),
+        example_ids=batch.example_ids,
+    )
+
+
+def make_rollout_step(
+    mesh: Mesh, definition: ModelDefinition, decoder: BlockDecoder, *, seed: int
+) -> Callable[[Params, Batch, jax.Array], Batch]:
+    """The jitted `(params, prompts, step) -> texts`: the prompts with what the model wrote, and when it wrote it.
+
+    A text goes as far as its decoder did: to the end of the block in which it has ended. What stands behind its end
+    there is what the student saw as it wrote the block. Draws are keyed by `(seed, step, example_ids)`.
+    """
+
+    # The keys of training steps are made of the seed and of numbers below this one.
+    base = jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
+
+    def write(params: Params, batch: Batch, step: jax.Array) -> Batch:
+        key = jax.random.fold_in(base, step)
+        decoded = decoder.decode(definition.bind(params), batch, key)
+        there = batch.input_mask | (decoded.written_at >= 0)
+        return batch.replace(
+            tokens=jnp.where(there, decoded.canvas, definition.vocabulary.pad_id),
+            target_mask=batch.target_mask & there,
+            segment_ids=jnp.where(there, batch.segment_ids, 0),
+            positions=jnp.where(there, batch.positions, 0),
+            written_at=decoded.written_at,
+        )
+
+    return jax.jit(write, out_shardings=partitioning.batch_sharding(mesh))
+
+
+class OnPolicyBatches:
+    """Training batches that the student writes, `num_batches` at once; they can say where they stand, as data can.
+
+    Args:
+      mesh: to spread the rows over.
+      definition: the student.
+      rollout: how texts are written.
+      prompts: batches of prompts, one a row.
+      num_inputs: tokens of the longest prompt.
+      batch_size: rows of a training batch over all hosts.
+      seed: of the draws.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        definition: ModelDefinition,
+        rollout: Rollout,
+        prompts: BatchIterator,
+        num_inputs: int,
+        batch_size: int,
+        seed: int,
+    ):
+        self._mesh, self._rollout, self._prompts, self._num_inputs = mesh, rollout, prompts, num_inputs
+        self._batch_size = batch_size
+        self._write = make_rollout_step(mesh, definition, rollout.decoder, seed=seed)
+        self._texts: list[Batch] = []
+
+    def next_batch(self, state: TrainState) -> Batch:
+        """The next batch, numpy; written now, with the parameters of this state, where none is left."""
+        if not self._texts:
+            step = int(state.step)
+            length = self._rollout.length(step)
+            asked = [self._ask(number, length) for number in range(self._rollout.num_batches)]
+            batch = partitioning.put_batch(self._mesh, jax.tree.map(lambda *x: np.concatenate(x), *asked))
+            written = partitioning.local_rows(self._write(state.params, batch, step))
+            rows = len(asked[0].tokens)
+            pieces = [
+                jax.tree.map(lambda x: x[start : start + rows], written)  # noqa: B023  (called at once)
+                for start in range(0, len(written.tokens), rows)
+            ]
+            # In training a row's id is its index in the global batch again.
+            self._texts = [piece.replace(example_ids=piece.example_ids % self._batch_size) for piece in pieces]
+        return self._texts.pop(0)
+
+    def _ask(self, number: int, length: int) -> Batch:
+        batch = next(self._prompts)
+        batch = batch.replace(example_ids=batch.example_ids + number * self._batch_size)
+        return prompts(batch, self._num_inputs, length, self._rollout.bucket(length))
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """The prompts' position, and the texts that are written and not used yet."""
+        texts = jax.tree.map(lambda *x: np.stack(x), *self._texts) if self._texts else None
+        stored = {_STORED + name: x for name, x in vars(texts).items() if x is not None} if texts else {}
+        return self._prompts.state_dict() | stored
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        stored = {name.removeprefix(_STORED): x for name, x in state.items() if name.startswith(_STORED)}
+        self._prompts.load_state_dict({name: x for name, x in state.items() if not name.startswith(_STORED)})
+        number = len(stored["tokens"]) if stored else 0
+        self._texts = [Batch(**{name: x[i] for name, x in stored.items()}) for i in range(number)]

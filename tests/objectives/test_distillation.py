@@ -1,0 +1,272 @@
+"""Distillation: divergences against float64 numpy, the loss against brute force, states and logits as decoded."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from diffusion_t5x.decoding.block import BlockDecoder
+from diffusion_t5x.decoding.masked import MaskedDecoder
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.masks import CAUSAL, AttentionKind, Slots
+from diffusion_t5x.models.sampling import forbid
+from diffusion_t5x.models.transformer import ModelDefinition
+from diffusion_t5x.objectives.block import clean_and_noisy
+from diffusion_t5x.objectives.distillation import DIVERGENCES, Distillation, divergence, visited_states
+from diffusion_t5x.objectives.masked import start_first
+from diffusion_t5x.partitioning import MeshConfig
+from diffusion_t5x.training.rollout import make_rollout_step
+
+VOCABULARY = tiny.VOCABULARY
+MASK, EOS = VOCABULARY.mask_id, VOCABULARY.eos_id
+MESH = MeshConfig(data=1, fsdp=1, tensor=1).make()
+
+
+def softmax(logits):
+    exp = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exp / exp.sum(axis=-1, keepdims=True)
+
+
+def plain(teacher, student, kind, top_k=None):
+    """The same by numpy in float64; 0 log 0 is 0."""
+    p, q = softmax(np.asarray(teacher, np.float64)), softmax(np.asarray(student, np.float64))
+    m = (p + q) / 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = {
+            "forward_kl": np.where(p > 0, p * np.log(p / q), 0),
+            "reverse_kl": np.where((p > 0) & (q > 0), q * np.log(q / p), 0),
+            "jsd": (np.where(p > 0, p * np.log(p / m), 0) + np.where(q > 0, q * np.log(q / m), 0)) / 2,
+        }[kind]
+    if top_k is not None:
+        terms = np.take_along_axis(terms, np.argsort(-p, axis=-1, kind="stable")[..., :top_k], axis=-1)
+    return terms.sum(axis=-1)
+
+
+LOGITS = np.random.default_rng(0).normal(0, 3, (2, 5, 7, 12)).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("top_k", [None, 1, 4, 12, 50])
+def test_divergences(kind, top_k):
+    found = divergence(*LOGITS, kind, top_k)
+    np.testing.assert_allclose(found, plain(*LOGITS, kind, top_k), rtol=2e-5, atol=2e-6)
+    if top_k is not None and top_k >= 12:
+        np.testing.assert_array_equal(found, divergence(*LOGITS, kind))
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_equal_logits_are_no_distance_apart_and_others_are(kind):
+    same = LOGITS[0].copy()
+    same[..., 3] = -np.inf
+    np.testing.assert_allclose(divergence(same, same, kind), 0, atol=1e-7)
+    assert (divergence(*LOGITS, kind) > 0).all()
+    assert kind != "jsd" or (divergence(*LOGITS, kind) <= np.log(2)).all()
+
+
+def test_a_truncated_divergence_is_not_clamped():
+    """The teacher's only likely token is likelier for the student: this term of the KL is negative."""
+    teacher, student = jnp.log(jnp.array([0.6, 0.2, 0.2])), jnp.log(jnp.array([0.9, 0.01, 0.09]))
+    assert divergence(teacher, student, "forward_kl", 1) == pytest.approx(0.6 * np.log(0.6 / 0.9), rel=1e-5)
+    # and it may exceed the whole one
+    assert divergence(student, teacher, "forward_kl", 1) > divergence(student, teacher, "forward_kl")
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("top_k", [None, 6])
+@pytest.mark.parametrize("both", [False, True])
+def test_what_the_teacher_excludes_makes_no_nan_and_the_right_gradient(kind, top_k, both):
+    """Excluded by the teacher alone, or by the student too, as MASK is; gradients against differences in float64."""
+    teacher, student = LOGITS.astype(np.float64)[:, 0, 0]
+    teacher[[2, 5, 11]] = -np.inf
+    if both:
+        student[[2, 5]] = -np.inf
+    value, gradient = jax.value_and_grad(divergence, 1)(jnp.float32(teacher), jnp.float32(student), kind, top_k)
+    assert value == pytest.approx(plain(teacher, student, kind, top_k), rel=1e-4, abs=1e-6)
+    for i in range(12):
+        if np.isinf(student[i]):
+            assert gradient[i] == 0
+            continue
+        step = 1e-5 * np.eye(12)[i]
+        more, less = (plain(teacher, student + sign * step, kind, top_k) for sign in (1, -1))
+        assert gradient[i] == pytest.approx((more - less) / 2e-5, rel=1e-3, abs=1e-5)
+
+
+def rollout_batch(written_at, tokens=None):
+    """Two rows, of two inputs and six targets, and of none and five; an EOS in the first."""
+    batch = tiny.one_a_row([([3, 4], [5, 6, 7, 8, EOS, 10]), ([], [11, 12, 13, 14, 15])])
+    return batch.replace(written_at=np.array(written_at, np.int32))
+
+
+BATCH = rollout_batch([[-1, -1, 0, 1, 1, 3, 2, 0], [1, 0, 0, 0, 0, -1, -1, -1]])
+STATES = {  # by block, of three targets: every state with something masked
+    (0, 0): [[MASK, MASK, MASK], [5, MASK, MASK]],
+    (0, 1): [[MASK, MASK, MASK], [MASK, MASK, 10], [MASK, MASK, 10], [MASK, EOS, 10]],
+    (1, 0): [[MASK, MASK, MASK], [MASK, 12, 13]],
+    (1, 1): [[MASK, MASK]],
+}
+
+
+def block_of(noisy, row, block):
+    start = (2 if row == 0 else 0) + 3 * block
+    return noisy[row, start : start + len(STATES[row, block][0])].tolist()
+
+
+def test_visited_states_are_those_of_the_decoder_each_as_likely():
+    draw = jax.jit(lambda key: visited_states(BATCH, VOCABULARY, 3, key))
+    drawn = np.asarray(jax.vmap(draw)(jax.random.split(jax.random.key(0), 4000)))
+    for (row, block), states in STATES.items():
+        found = [tuple(block_of(noisy, row, block)) for noisy in drawn]
+        assert set(found) == set(map(tuple, states))
+        for state in map(tuple, states):
+            share = list(map(tuple, states)).count(state) / len(states)
+            assert found.count(state) / 4000 == pytest.approx(share, abs=0.035)  # over four standard errors
+    # Blocks draw apart: how often both blocks of the first row are wholly masked.
+    together = [block_of(n, 0, 0) == [MASK] * 3 and block_of(n, 0, 1) == [MASK] * 3 for n in drawn]
+    assert np.mean(together) == pytest.approx(1 / 8, abs=0.025)
+    np.testing.assert_array_equal(drawn[:, 0, :2], [[3, 4]] * 4000)
+
+
+def models(config=tiny.LLAMA):
+    definition, student = tiny.make_model(config)
+    return definition, student, tiny.random_params(definition, 1)
+
+
+@functools.cache
+def brute_force_parts():
+    """The teacher's log-probabilities by a pass over each prefix alone."""
+    definition, _, params = models()
+    teacher = definition.bind(params)
+    whole = np.zeros((*BATCH.tokens.shape, 32))
+    for row, length in ((0, 8), (1, 5)):
+        for i in range(length):
+            read = np.array([[VOCABULARY.start_id, *BATCH.tokens[row, :i]]], np.int32)
+            ones, positions = np.ones_like(read), np.arange(i + 1, dtype=np.int32)[None]
+            slots = Slots(segment_ids=ones, positions=positions, is_input=ones > 0)
+            logits = forbid(teacher.logits(teacher(read, slots, CAUSAL)), VOCABULARY)
+            whole[row, i] = logits[0, -1]
+    return whole
+
+
+def student_logits(noisy, size):
+    """Of each block by a pass of its own: all before it clean, nothing behind it."""
+    definition, params, _ = models()
+    student = definition.bind(params)
+    logits = np.zeros((*noisy.shape, 32))
+    for row, first, length in ((0, 2, 8), (1, 0, 5)):
+        for start in range(first, length, size):
+            end = min(start + size, length)
+            tokens = np.concatenate([BATCH.tokens[row, :start], noisy[row, start:end]])[None]
+            slots = Slots.of(jax.tree.map(lambda x, end=end, row=row: x[row : row + 1, :end], mask_only(BATCH)))
+            read = start_first(tokens, slots.positions, VOCABULARY)
+            hidden = student(read, slots, AttentionKind("block_causal", size))
+            logits[row, start:end] = forbid(student.logits(hidden), VOCABULARY)[0, start:]
+    return logits
+
+
+def mask_only(batch):
+    return batch.replace(example_ids=batch.example_ids[:, None])
+
+
+@pytest.mark.parametrize(
+    "kind,top_k,score_end", [("forward_kl", None, False), ("forward_kl", 3, True), ("jsd", None, True)]
+)
+@pytest.mark.parametrize("size", [3, 2])
+def test_the_loss_is_what_brute_force_gives(kind, top_k, score_end, size):
+    """Two blocks and more, borders included; averaged over a text's masked targets, then over texts."""
+    definition, student, teacher = models()
+    objective = Distillation(size, kind, top_k, score_end=score_end)
+    key = jax.random.key(4)
+    sums = jax.jit(
+        lambda student, teacher: objective.loss(
+            definition.bind(student), BATCH, key, train=False, teacher=definition.bind(teacher)
+        )
+    )(student, teacher)
+    noisy = np.asarray(visited_states(BATCH, VOCABULARY, size, jax.random.split(key)[0]))
+    distance = plain(brute_force_parts(), student_logits(noisy, size), kind, top_k)
+    means, ends = [], 7 if score_end else 6
+    for row, end in ((0, ends), (1, 5)):
+        masked = [i for i in range(end) if BATCH.target_mask[row, i] and noisy[row, i] == MASK]
+        if masked:
+            means.append(np.mean(distance[row, masked]))
+    assert len(means) == 2
+    assert sums.loss.mean() == pytest.approx(np.mean(means), rel=2e-5)
+
+
+def test_gradients_reach_the_student_alone_and_a_perfect_student_has_no_loss():
+    definition, student, teacher = models()
+
+    def loss(student, teacher, model=None):
+        model = model or definition.bind(student)
+        sums = Distillation(3).loss(model, BATCH, jax.random.key(0), train=False, teacher=definition.bind(teacher))
+        return sums.loss.mean()
+
+    to_student, to_teacher = jax.jit(jax.grad(loss, (0, 1)))(student, teacher)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(to_student))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(to_teacher))
+    # The same logits for both, whatever is read.
+    constant = tiny.TableModel(jnp.tile(jnp.asarray(LOGITS[0, 0, 0]), (24, 1)))
+    constant.logits = lambda hidden: hidden
+    sums = Distillation(3).loss(constant, BATCH, jax.random.key(0), train=False, teacher=constant)
+    assert sums.loss.mean() == 0 and sums.metrics["agreement"].mean() == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording(MaskedDecoder):
+    """Notes what each step read and its logits."""
+
+    notes: list = dataclasses.field(default_factory=list, compare=False)
+
+    def write(self, model, hidden, canvas, eligible, positions, keys, step):
+        jax.debug.callback(
+            lambda *x: self.notes.append([np.asarray(y) for y in x]),
+            step, canvas, positions, eligible, model.logits(hidden),
+            ordered=True,
+        )  # fmt: skip
+        return super().write(model, hidden, canvas, eligible, positions, keys, step)
+
+
+@pytest.mark.parametrize("inner", [{"num_steps": 2}, {"num_steps": 3}, {"num_steps": None, "threshold": 0.2}])
+@pytest.mark.parametrize("config", [tiny.LLAMA, tiny.RELATIVE])
+def test_the_training_row_gives_the_logits_that_the_decoder_saw(config, inner):
+    """Every state of every block, those of a text that ends inside a block too, to 1e-5 of the largest logit."""
+    size = 3
+    vocabulary = dataclasses.replace(VOCABULARY, eos_id=17)  # a token that these models do write
+    definition = ModelDefinition(config, vocabulary)
+    params = tiny.random_params(definition, 3)
+    decoder = BlockDecoder(size, Recording(temperature=1.0, **inner))
+    prompts = tiny.one_a_row(tiny.random_examples(0, [(2, 8), (5, 8), (0, 8), (3, 7), (1, 8)]))
+    texts = jax.device_get(make_rollout_step(MESH, definition, decoder, seed=0)(params, prompts, 0))
+    jax.effects_barrier()
+    assert (texts.segment_ids != prompts.segment_ids).any()  # some end early
+    assert not (texts.tokens[texts.target_mask] == MASK).any()
+
+    model = definition.bind(params)
+
+    @jax.jit
+    def stitched(noisy):
+        tokens, slots = clean_and_noisy(texts, start_first(noisy, texts.positions, vocabulary))
+        hidden = model(tokens, slots, AttentionKind("block_diffusion", size))
+        return model.logits(hidden[:, noisy.shape[1] :])
+
+    compared = 0
+    for step, canvas, positions, eligible, logits in decoder.inner.notes:
+        for row in np.flatnonzero(eligible.any(axis=1)):
+            here = positions[row][texts.target_mask[row, positions[row]] & (positions[row] >= positions[row][0])]
+            noisy = texts.tokens.copy()
+            later = texts.written_at[row, here] >= step
+            noisy[row, here] = np.where(later, MASK, texts.tokens[row, here])
+            np.testing.assert_array_equal(noisy[row, here], canvas[row, : len(here)])
+            found = stitched(noisy)[row, here]
+            np.testing.assert_allclose(found, logits[row, : len(here)], atol=1e-5 * np.abs(logits).max())
+            compared += 1
+    assert compared > 10
+
+
+def test_mistakes():
+    for wrong in ({"divergence": "kl"}, {"states": "seen"}, {"top_k": 0}, {"block_size": 0}):
+        with pytest.raises(UserError):
+            Distillation(**wrong)
