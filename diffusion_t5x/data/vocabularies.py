@@ -108,7 +108,7 @@ def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
         start_id = vocabulary.bos_id
     elif isinstance(vocabulary, seqio.PassThroughVocabulary):
         text = np.ones(size, bool)
-        contents = f"ids {size} {vocabulary.eos_id}".encode()
+        contents = f"ids {size} {vocabulary.eos_id} {vocabulary.pad_id}".encode()
     else:
         raise UserError(
             f"{type(vocabulary).__name__} is not known here: use SeqIO's SentencePiece, Byte or PassThroughVocabulary, "

@@ -1,4 +1,4 @@
-"""The sizes against T5 1.1's published dimensions and the papers' parameter counts, with a vocabulary of 256,000."""
+"""The sizes against published dimensions and parameter counts: T5 1.1's with a vocabulary of 256,000, and Qwen3's."""
 
 import gin
 import pytest
@@ -63,3 +63,22 @@ def test_number_of_parameters(size, model):
 )
 def test_the_paper_rounds_to_the_same(size, model, published, unit):
     assert round(num_params(size, model) / unit) * unit == pytest.approx(published)
+
+
+QWEN3 = {  # of the published checkpoints (huggingface.co/Qwen/Qwen3-*): hidden, layers, heads, mlp, tied
+    "0p6b": ((1024, 28, 16, 3072, True), 596_049_920),
+    "1p7b": ((2048, 28, 16, 6144, True), 1_720_574_976),
+    "4b": ((2560, 36, 32, 9728, True), 4_022_468_096),
+    "8b": ((4096, 36, 32, 12288, False), 8_190_735_360),
+}
+
+
+@pytest.mark.parametrize("size", QWEN3)
+def test_number_of_parameters_of_qwen3(size):
+    (d, layers, heads, d_ff, tied), published = QWEN3[size]
+    attention = 2 * d * heads * 128 + 2 * d * 8 * 128 + 2 * 128  # query and out, key and value, their norms
+    closed_form = (1 if tied else 2) * 151_936 * d + layers * (attention + 3 * d * d_ff + 2 * d) + d
+    config.load(["models/qwen3.gin", f"sizes/qwen3_{size}.gin"])
+    vocabulary = TokenIds(size=151_670, pad_id=0, eos_id=1, mask_id=151_669, start_id=0, noise_ranges=((2, 151_669),))
+    found = ModelDefinition(ModelConfig(**gin.get_bindings(ModelConfig)), vocabulary).num_params()
+    assert found == closed_form == published
