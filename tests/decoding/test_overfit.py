@@ -1,5 +1,7 @@
 """Eight examples learnt by heart are written without an error, by either kind of model."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +15,11 @@ from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block
+from diffusion_t5x.objectives.distillation import Distillation
 from diffusion_t5x.objectives.masked import Masked
 from diffusion_t5x.objectives.sundae import Sundae
+from diffusion_t5x.partitioning import MeshConfig
+from diffusion_t5x.training.rollout import make_rollout_step
 from diffusion_t5x.training.step import loss_and_gradients
 
 CANVAS = 7
@@ -28,6 +33,7 @@ def examples():
         yield inputs, [*targets, 1] + [0] * (CANVAS - 1 - len(targets))
 
 
+SUNDAE = SundaeDecoder(num_steps=4, num_samples=1)
 MASKED = MaskedDecoder(num_steps=4), MaskedDecoder(num_steps=None, threshold=0.9)
 DECODER_ONLY, ENCODER_DECODER = tiny.RELATIVE, tiny.ENCODER_DECODER
 
@@ -40,8 +46,9 @@ DECODER_ONLY, ENCODER_DECODER = tiny.RELATIVE, tiny.ENCODER_DECODER
         (DECODER_ONLY, Masked(), MASKED, 800),
         (ENCODER_DECODER, Masked(), MASKED, 1600),
         (DECODER_ONLY, Block(3), [BlockDecoder(3, decoder) for decoder in MASKED], 800),
+        (DECODER_ONLY, Block(3, noise="uniform", weighting="uniform"), [BlockDecoder(3, SUNDAE)], 800),
     ],
-    ids=["autoregressive", "sundae", "masked", "masked encoder_decoder", "block"],
+    ids=["autoregressive", "sundae", "masked", "masked encoder_decoder", "block", "uniform block"],
 )
 def test_eight_examples_are_learnt_by_heart(config, objective, decoders, steps):
     definition, params = tiny.make_model(config)
@@ -69,4 +76,41 @@ def test_eight_examples_are_learnt_by_heart(config, objective, decoders, steps):
     empty = batch.replace(tokens=jnp.where(batch.target_mask, 5, batch.tokens))
     for decoder in decoders:
         decoded = jax.jit(lambda p: decoder.decode(definition.bind(p), empty, jax.random.key(2)))(params)  # noqa: B023
+        np.testing.assert_array_equal(decoded.tokens, batch.tokens)
+
+
+def test_a_teacher_that_knows_them_by_heart_hands_them_on():
+    """On-policy: the student, from other parameters, only ever reads inputs and its own texts."""
+    definition, params = tiny.make_model(DECODER_ONLY)
+    batch = tiny.pack([[example] for example in examples()], 5 + CANVAS)
+    decoders = [BlockDecoder(3, decoder) for decoder in MASKED]
+    empty = batch.replace(tokens=jnp.where(batch.target_mask, 5, batch.tokens))
+    write = make_rollout_step(
+        MeshConfig(data=1).make(jax.devices()[:1]),
+        definition,
+        BlockDecoder(3, MaskedDecoder(num_steps=3, temperature=1.0)),
+        seed=0,
+    )
+
+    def train(params, loss_of_step, steps):
+        optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
+
+        def step(carry, number):
+            params, opt_state = carry
+            loss, batch = loss_of_step(params, number)
+            _, grads = loss_and_gradients(definition, loss, params, batch, jax.random.key(number))
+            updates, opt_state = optimizer.update(grads, opt_state)
+            return (optax.apply_updates(params, updates), opt_state), None
+
+        return jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(steps))[0][0]
+
+    @jax.jit
+    def learn(params, teacher):
+        teacher = train(teacher, lambda *_: (Autoregressive().loss, batch), 200)
+        loss = functools.partial(Distillation(3, score_end=True).loss, teacher=definition.bind(teacher))
+        return train(params, lambda params, number: (loss, write(params, empty, number)), 800)
+
+    student = learn(tiny.random_params(definition, 1), params)
+    for decoder in decoders:
+        decoded = jax.jit(lambda p: decoder.decode(definition.bind(p), empty, jax.random.key(2)))(student)  # noqa: B023
         np.testing.assert_array_equal(decoded.tokens, batch.tokens)
