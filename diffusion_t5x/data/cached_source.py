@@ -78,7 +78,11 @@ class CachedDataset:
                     f"{task.task_feature_lengths}, not {dict(self.task_feature_lengths)}: set those, or cache it again "
                     "in another CACHE_DIR."
                 )
-            task.vocabulary.check_same(tasks[0].vocabulary.describe(), f"{self.cache_dir}, {tasks[0].name}")
+            if task.vocabulary != tasks[0].vocabulary:
+                raise UserError(
+                    f"{tasks[0].name} and {task.name} of the mixture {self.name!r} were cached with different "
+                    "vocabularies: cache them with one."
+                )
             self._open(task)
         if self.architecture == "encoder_decoder" and "inputs" not in self.task_feature_lengths:
             raise UserError(f"{self.name!r} has no inputs for the encoder: take a decoder-only model, or another task.")
