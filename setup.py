@@ -11,6 +11,7 @@ VERSION = re.search(
 ).group(1)
 
 WANDB = "wandb>=0.31,<0.32"  # before 0.31, a run without network cannot go on after a resumption
+BEAM = "apache-beam>=2.77,<3"
 
 setuptools.setup(
     name="diffusion_t5x",
@@ -32,6 +33,8 @@ setuptools.setup(
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
         "etils[epath]>=1.9",
+        "grain>=0.2.18,<0.3",
+        "array_record>=0.8.3,<0.9",
         "gin-config>=0.5.0,<0.6",  # config.py reads its registry, which is not part of its interface
         "seqio==0.0.20",
         "t5==0.9.4",
@@ -51,8 +54,9 @@ setuptools.setup(
         "jinja2>=3.1,<4",
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12,<0.16", WANDB],
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12,<0.16", WANDB, BEAM],
         "wandb": [WANDB],
+        "beam": [BEAM],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
     },

@@ -12,7 +12,7 @@ class NotInstalled:
             raise ModuleNotFoundError(f"{name} is not installed here")
 
 sys.meta_path.insert(0, NotInstalled())
-names = ["diffusion_t5x.training.loop", "diffusion_t5x.data.batch", "diffusion_t5x.data.vocabularies"]
+names = [f"diffusion_t5x.data.{name}" for name in ("batch", "cached_source", "rows", "seqio_source", "vocabularies")]
 for room in ("models", "objectives", "decoding", "training", "evaluation", "conversion"):
     package = importlib.import_module(f"diffusion_t5x.{room}")
     names += [f"diffusion_t5x.{room}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]

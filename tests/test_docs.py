@@ -40,7 +40,7 @@ def test_a_command_of_the_pages_resolves(command, capsys):
     main = getattr(__import__(module, fromlist=[verb]), verb)
     config.run(main, [*flags, "--print_config"])
     printed = capsys.readouterr()
-    assert "MODEL" in printed.out and not printed.err
+    assert re.search(rf"^# Parameters for \w+\.{verb}:$", printed.out, re.MULTILINE) and not printed.err
 
 
 def test_there_are_commands_to_resolve():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffusion_t5x.data.batch import Architecture, Batch
+from diffusion_t5x.data.rows import check_rows, fill_batches, rows_of_shard
 from diffusion_t5x.data.vocabularies import TokenIds, piece, token_ids
 from diffusion_t5x.errors import UserError
 
@@ -122,11 +123,7 @@ class SeqioDataset:
             )
         if self.architecture == "encoder_decoder" and "inputs" not in wanted:
             raise UserError(f"{where} has no inputs for the encoder: take a decoder-only model, or another task.")
-        for name, number in [*self.task_feature_lengths.items(), ("batch size", self.batch_size)]:
-            if not isinstance(number, int) or number < 1:
-                raise UserError(f"The {name}{' length' * (name in FEATURES)} must be a positive integer: {number!r}.")
-        if self.pack and self.canvas:
-            raise UserError("Packing and the target canvas exclude each other: set pack = False or canvas = False.")
+        check_rows(self.task_feature_lengths, self.batch_size, self.pack, self.canvas)
         vocabularies = [provider.output_features[name].vocabulary for name in wanted]
         if vocabularies[0] != vocabularies[-1]:
             raise UserError(f"inputs and targets of {where} must share one vocabulary, as they share an embedding.")
@@ -137,6 +134,17 @@ class SeqioDataset:
                         f"{task.name!r} is not cached: run seqio_cache_tasks and add its folder with "
                         "seqio.add_global_cache_dirs, or set USE_CACHED_TASKS = False."
                     )
+
+    def splits(self) -> list[str]:
+        """All that the task or mixture has."""
+        return sorted(self._provider().splits)
+
+    def rates(self) -> dict[str, float]:
+        """The tasks of a mixture that have the split, and their rates; of a task itself."""
+        provider = self._provider()
+        if isinstance(provider, libraries()[0].Task):
+            return {self.name: 1.0}
+        return {task.name: provider.get_rate(task) for task in provider.tasks if self.split in task.splits}
 
     def vocabulary(self) -> "seqio.Vocabulary":
         """The vocabulary that turns targets into text."""
@@ -199,9 +207,7 @@ class SeqioDataset:
           UserError: as `check`, or the shards do not divide the batch.
         """
         self.check()
-        if self.batch_size % num_shards:
-            raise UserError(f"The batch size {self.batch_size} does not divide into {num_shards} shards.")
-        rows = self.batch_size // num_shards
+        example_ids = rows_of_shard(self.batch_size, num_shards, shard_index)
         seqio, _ = libraries()
         from diffusion_t5x.data.train_iterator import TrainIterator
 
@@ -221,10 +227,10 @@ class SeqioDataset:
         options = _without_autotuning()
         options.experimental_optimization.map_parallelization = False
         options.experimental_optimization.inject_prefetch = False
-        ds = ds.batch(rows, drop_remainder=True).prefetch(2).with_options(options)
+        ds = ds.batch(len(example_ids), drop_remainder=True).prefetch(2).with_options(options)
         ordered = dataclasses.replace(self, task_feature_lengths=dict(sorted(self.task_feature_lengths.items())))
         source = f"{ordered}, shard {shard_index} of {num_shards}"
-        return TrainIterator(ds, np.arange(shard_index * rows, (shard_index + 1) * rows, dtype=np.int32), source)
+        return TrainIterator(ds, example_ids, source)
 
     def eval_batches(self, num_examples: int | None = None) -> Iterator[tuple[Batch, list[dict[str, Any]]]]:
         """One pass in the data's own order, one example per row, whatever `shuffle` and `pack` say.
@@ -253,36 +259,45 @@ class SeqioDataset:
             .with_options(_without_autotuning())
             .as_numpy_iterator()
         )
-        return self._group(examples)
+        return (
+            (batch, [self._describe(i, x) for i, x in zip(batch.example_ids.tolist(), group, strict=False)])
+            for batch, group in fill_batches(examples, self.batch_size, self.vocabulary().pad_id)
+        )
 
     def num_eval_examples(self, num_examples: int | None = None) -> int:
         """How many examples `eval_batches` gives, by reading them."""
         self.check()
         return int(self._eval_dataset(num_examples).reduce(0, lambda count, _: count + 1))
 
+    def tokenized_examples(
+        self, num_epochs: int = 1, num_shards: int = 1, shard_index: int = 0
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """What a shard's unshuffled training reads before it is made to rows: `inputs` and `targets`, int32, cut.
+
+        Args:
+          num_epochs: how often the data are gone through, each time with new random choices of the preprocessors.
+          num_shards: parts that the data are read in.
+          shard_index: which of them.
+        """
+        names = list(self.task_feature_lengths)
+        ds = self._unshuffled(num_epochs, num_shards, shard_index).map(lambda x: {name: x[name] for name in names})
+        return ds.with_options(_without_autotuning()).as_numpy_iterator()
+
     def _eval_dataset(self, num_examples: int | None) -> "tf.data.Dataset":
-        ds = self._provider().get_dataset(
+        ds = self._unshuffled()
+        return ds if num_examples is None else ds.take(num_examples)
+
+    def _unshuffled(self, num_epochs: int = 1, num_shards: int = 1, shard_index: int = 0) -> "tf.data.Dataset":
+        return self._provider().get_dataset(
             sequence_length=dict(self.task_feature_lengths),
             split=self.split,
             use_cached=self.use_cached,
             shuffle=False,
             seed=self.seed,
-            num_epochs=1,
+            shard_info=libraries()[0].ShardInfo(index=shard_index, num_shards=num_shards),
+            num_epochs=num_epochs,
             try_in_mem_cache=False,
         )
-        return ds if num_examples is None else ds.take(num_examples)
-
-    def _group(self, examples: Iterator[tuple[dict, dict]]) -> Iterator[tuple[Batch, list[dict[str, Any]]]]:
-        pad_id = self.vocabulary().pad_id
-        for first in itertools.count(step=self.batch_size):
-            group = list(itertools.islice(examples, self.batch_size))
-            if not group:
-                return
-            empty = {name: np.full_like(x, pad_id if name.endswith("tokens") else 0) for name, x in group[0][0].items()}
-            rows = [row for row, _ in group] + [empty] * (self.batch_size - len(group))
-            arrays = {name: np.stack([row[name] for row in rows]) for name in empty}
-            ids = np.arange(first, first + self.batch_size, dtype=np.int32)
-            yield Batch(**arrays, example_ids=ids), [self._describe(first + i, x) for i, (_, x) in enumerate(group)]
 
     def _describe(self, example_id: int, example: dict[str, Any]) -> dict[str, Any]:
         described = {"example_id": example_id}

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.errors import UserError
+from diffusion_t5x.data.rows import check_source
 
 _FILES = {"index": "position.index", "data": "position.data-00000-of-00001"}  # what a TensorFlow checkpoint is made of
 
@@ -47,11 +47,7 @@ class TrainIterator:
         Raises:
           UserError: the position was taken in other data (task, lengths, batch size, seed, shards ...).
         """
-        if bytes(state["source"]) != bytes(self._source):
-            raise UserError(
-                f"The checkpoint's position in the data is one in {bytes(state['source']).decode()}, but the run reads "
-                f"{bytes(self._source).decode()}: resume with the same data settings, or start in a new MODEL_DIR."
-            )
+        check_source(state, self._source)
         with tempfile.TemporaryDirectory() as folder:
             for key, file in _FILES.items():
                 pathlib.Path(folder, file).write_bytes(bytes(state[key]))

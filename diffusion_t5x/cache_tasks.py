@@ -1,0 +1,87 @@
+"""Tokenize a SeqIO task or mixture once, into files that training reads without TensorFlow.
+
+Each task's split becomes a folder of ArrayRecord files. Preprocessors run once, so their random choices stay as they
+fall; a mixture is cached task by task, together with its rates.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+
+from diffusion_t5x import config
+from diffusion_t5x.data import cache
+from diffusion_t5x.data.cache import CachedMixture, CachedTask
+from diffusion_t5x.data.cache_writer import CacheJob, write, write_with_beam
+from diffusion_t5x.data.seqio_source import SeqioDataset
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.training import checkpoints
+
+logger = logging.getLogger(__name__)
+
+
+def cache_tasks(
+    *,
+    mixture_or_task_name: str,
+    task_feature_lengths: Mapping[str, int],
+    cache_dir: str,
+    splits: Sequence[str] | None = None,
+    num_epochs: int = 1,
+    num_shards: int = 1,
+    seed: int = 0,
+    beam_options: Sequence[str] | None = None,
+    task_modules: Sequence[str] = (),
+    dry_run: bool = False,
+) -> None:
+    """Caches what is not cached yet.
+
+    Args:
+      mixture_or_task_name: as registered with SeqIO.
+      task_feature_lengths: tokens of `inputs` and `targets`; a run that reads the cache must have the same.
+      cache_dir: gets a folder for each task and each split of it.
+      splits: which; None takes all.
+      num_epochs: passes over the data, each with new random choices of the preprocessors (span corruption's spans).
+      num_shards: files of each split. Each is made from its own part of the data, as one of so many hosts reads it.
+      seed: of the preprocessors' random choices.
+      beam_options: runs as an Apache Beam pipeline with these options, as on Beam's command line. None needs no Beam.
+      task_modules: for Beam's workers: the modules that register the tasks.
+      dry_run: check everything, print what would be written, and write nothing.
+
+    Raises:
+      UserError: an unknown task, split or feature, a bad number, or a cache that was made otherwise in the place of
+        one that is asked for; before anything is written.
+    """
+    for name, number in {"num_epochs": num_epochs, "num_shards": num_shards}.items():
+        if not isinstance(number, int) or number < 1:
+            raise UserError(f"cache_tasks.{name} must be a positive integer: {number!r}.")
+    whole = SeqioDataset(mixture_or_task_name, task_feature_lengths, canvas=False, seed=seed)
+    lengths = dict(sorted(task_feature_lengths.items()))
+    jobs, mixtures = [], []
+    for split in whole.splits() if splits is None else splits:
+        dataset = dataclasses.replace(whole, split=split)
+        dataset.check()
+        rates = dataset.rates()
+        if list(rates) != [whole.name]:
+            mixtures.append(CachedMixture(whole.name, split, rates))
+        for name in rates:
+            task = dataclasses.replace(dataset, mixture_or_task_name=name)
+            info = CachedTask(name, split, lengths, task.token_ids(), seed, num_epochs, num_shards)
+            jobs.append(CacheJob(task, cache.folder(cache_dir, name, split), info, tuple(task_modules)))
+
+    missing = [job for job in jobs if not cache.is_done(job.folder, job.info)]
+    unlisted = [info for info in mixtures if not cache.is_done(cache.folder(cache_dir, info.name, info.split), info)]
+    for job in jobs:
+        logger.info("%s %s", job.folder, "is to be written" if job in missing else "is there already")
+    if dry_run:
+        print(f"Would write {len(missing)} of {len(jobs)} splits of tasks. Nothing was written.")
+        return
+    checkpoints.ensure_writable(cache_dir)
+    if beam_options is None:
+        write(missing)
+    else:
+        write_with_beam(missing, beam_options)
+    for info in unlisted:
+        cache.write_info(cache.folder(cache_dir, info.name, info.split), info)
+
+
+if __name__ == "__main__":
+    config.run(cache_tasks)

@@ -1,0 +1,179 @@
+"""The folders of tokenized examples that `cache_tasks` writes, and what they say of themselves. Free of TensorFlow.
+
+    CACHE_DIR/<task>/<split>/examples.array_record-00000-of-00004 ...
+    CACHE_DIR/<task>/<split>/info.json
+    CACHE_DIR/<mixture>/<split>/info.json
+
+A record is one example: msgpack of its features, arrays of unsigned integers. info.json is written last, so a split
+without it was not finished. A mixture's has only the rates of its tasks, which lie beside it.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax import serialization
+
+from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.errors import UserError
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """What one file holds.
+
+    Attributes:
+      num_examples: how many records.
+      sha256: of the records, one after another.
+    """
+
+    num_examples: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedTask:
+    """A split of a task in a cache: info.json.
+
+    Attributes:
+      name: of the task.
+      split: which split of it.
+      task_feature_lengths: what the features were cut to, and what the preprocessors made them for.
+      vocabulary: what the tokens are ids of.
+      seed: of the preprocessors' random choices.
+      num_epochs: how often the data were gone through.
+      num_shards: parts that they were read in, a file for each.
+      shards: the files, in order.
+      versions: of the libraries that made them.
+    """
+
+    name: str
+    split: str
+    task_feature_lengths: Mapping[str, int]
+    vocabulary: TokenIds
+    seed: int
+    num_epochs: int
+    num_shards: int
+    shards: tuple[Shard, ...] = ()
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedMixture:
+    """A split of a mixture in a cache: info.json.
+
+    Attributes:
+      name: of the mixture.
+      split: which split of it.
+      rates: of the tasks, by name.
+    """
+
+    name: str
+    split: str
+    rates: Mapping[str, float]
+
+
+Info = CachedTask | CachedMixture
+
+
+def folder(cache_dir: str, name: str, split: str) -> pathlib.Path:
+    """Of a task's or mixture's split."""
+    return pathlib.Path(cache_dir).expanduser() / name / split
+
+
+def shard_file(where: pathlib.Path, index: int, num_shards: int) -> pathlib.Path:
+    """The file of a shard in the folder `where`."""
+    return where / f"examples.array_record-{index:05d}-of-{num_shards:05d}"
+
+
+def to_record(example: Mapping[str, np.ndarray], vocabulary_size: int) -> bytes:
+    """An example's record: its features in the smallest unsigned integers that hold the vocabulary."""
+    dtype = np.min_scalar_type(vocabulary_size - 1)
+    return serialization.msgpack_serialize({name: tokens.astype(dtype) for name, tokens in example.items()})
+
+
+def from_record(record: bytes) -> dict[str, np.ndarray]:
+    """The features in a record."""
+    return serialization.msgpack_restore(record)
+
+
+def write_info(where: pathlib.Path, info: Info) -> None:
+    """Finishes the split in the folder `where`."""
+    text = json.dumps({"format": FORMAT} | dataclasses.asdict(info), indent=2) + "\n"
+    where.mkdir(parents=True, exist_ok=True)
+    unfinished = where / "info.json.partial"
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, where / "info.json")
+
+
+def read_info(where: pathlib.Path) -> Info | None:
+    """What the folder `where` says that it holds; None where there is no cache, not even an unfinished one.
+
+    Raises:
+      UserError: the cache was not finished, is of another format, or its info.json is damaged.
+    """
+    path = where / "info.json"
+    if not path.is_file():
+        if where.is_dir() and any(where.iterdir()):
+            raise UserError(f"The cache in {where} was not finished: run cache_tasks again, which starts it anew.")
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if (version := values.pop("format")) != FORMAT:
+            raise UserError(f"{path} is of format {version}, but this version reads {FORMAT}: run cache_tasks again.")
+        if "rates" in values:
+            return CachedMixture(**values)
+        ranges = tuple(map(tuple, values["vocabulary"].pop("noise_ranges")))
+        values["vocabulary"] = TokenIds(**values["vocabulary"], noise_ranges=ranges)
+        values["shards"] = tuple(Shard(**shard) for shard in values["shards"])
+        return CachedTask(**values)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete {where} and run cache_tasks again.") from error
+
+
+def is_done(where: pathlib.Path, info: Info) -> bool:
+    """Whether the folder `where` holds what `info` (without shards) asks for.
+
+    Raises:
+      UserError: it holds something else.
+    """
+    if not (where / "info.json").exists():
+        return False
+    wanted, there = _settings(info), _settings(read_info(where))
+    if differences := [f"{key} {there.get(key)}, not {wanted[key]}" for key in wanted if there.get(key) != wanted[key]]:
+        raise UserError(
+            f"{where} holds a cache that was made otherwise: {'; '.join(differences)}. Nothing is overwritten: give "
+            "another CACHE_DIR, or delete that folder."
+        )
+    return True
+
+
+def _settings(info: Info) -> dict[str, Any]:
+    """What the making of a cache starts from."""
+    values = dataclasses.asdict(info)
+    return {name: value for name, value in values.items() if name not in ("shards", "versions")}
+
+
+def find(cache_dir: str, name: str, split: str) -> list[tuple[CachedTask, float]]:
+    """The cached tasks of a task (itself) or mixture, each with its rate.
+
+    Raises:
+      UserError: there is no such cache, or as `read_info`.
+    """
+    info = read_info(folder(cache_dir, name, split))
+    if info is None:
+        root = pathlib.Path(cache_dir).expanduser()
+        there = sorted(str(path.parent.relative_to(root)) for path in root.glob("*/*/info.json"))
+        raise UserError(
+            f"{cache_dir} has no cache of {name}/{split}{', only ' + ', '.join(there) if there else ''}: make it with "
+            "python -m diffusion_t5x.cache_tasks, or correct CACHE_DIR."
+        )
+    if isinstance(info, CachedTask):
+        return [(info, 1.0)]
+    return [(task, rate) for name, rate in info.rates.items() for task, _ in find(cache_dir, name, split)]

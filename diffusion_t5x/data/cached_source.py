@@ -1,0 +1,222 @@
+"""Training from what `cache_tasks` wrote, read by Grain: global shuffle, exact positions, no TensorFlow."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+
+import grain
+import numpy as np
+
+from diffusion_t5x.data import cache
+from diffusion_t5x.data.batch import Architecture, Batch
+from diffusion_t5x.data.cache import CachedTask
+from diffusion_t5x.data.rows import RowLayout, check_rows, check_source, fill_batches, rows_of_shard
+from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.errors import UserError
+
+_OPEN_ROWS = 64  # that first-fit packing fills at the same time; at most so many are packed again after a resumption
+_READ_OPTIONS = grain.ReadOptions(num_threads=8, prefetch_buffer_size=16)  # Grain looks at the whole buffer each time
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedDataset:
+    """A cached SeqIO task or mixture, read for a model. Tokens and rows are those of `seqio_source.SeqioDataset`.
+
+    What differs: an epoch is shuffled as a whole and not in a buffer; all hosts together read an epoch before the next
+    one begins; a mixture takes turns at its rates, without randomness; packing fills several rows at the same time, so
+    fewer positions stay empty. It serves training and losses; decoding and scoring read the task itself.
+
+    Attributes:
+      mixture_or_task_name: as given to `cache_tasks`.
+      task_feature_lengths: tokens of `inputs` and `targets`; those that the cache was made for.
+      cache_dir: as given to `cache_tasks`.
+      split: the split to read.
+      batch_size: rows of the global batch, over all shards.
+      shuffle: train in shuffled order, a new one each epoch. Evaluation never shuffles.
+      seed: of the shuffling. Preprocessors have made their choices already.
+      pack: several examples to a training row, kept apart by `segment_ids`. Excludes `canvas`.
+      canvas: every target is followed by pad tokens up to the targets' length, and these are to be produced too.
+      architecture: of the model that the rows are for.
+    """
+
+    mixture_or_task_name: str
+    task_feature_lengths: Mapping[str, int]
+    cache_dir: str = dataclasses.field(repr=False)  # it may be moved between a run and its resumption
+    split: str = "train"
+    batch_size: int = 32
+    shuffle: bool = True
+    seed: int = 0
+    pack: bool = False
+    canvas: bool = True
+    architecture: Architecture = "decoder_only"
+
+    @property
+    def name(self) -> str:
+        """Of the task or mixture."""
+        return self.mixture_or_task_name
+
+    @property
+    def row_length(self) -> int:
+        """Positions of the longest sequence that the model reads."""
+        return max(self._layout(pad_id=0).lengths.values())
+
+    def check(self) -> None:
+        """Looks at everything that can be wrong without reading data.
+
+        Raises:
+          UserError: no cache, an unfinished or damaged one, or one for other lengths; tasks with different
+            vocabularies; an empty one; lengths or batch size that are not positive; packing together with a canvas; an
+            encoder without inputs.
+        """
+        check_rows(self.task_feature_lengths, self.batch_size, self.pack, self.canvas)
+        tasks = [task for task, _ in self._tasks()]
+        for task in tasks:
+            if task.task_feature_lengths != dict(self.task_feature_lengths):
+                raise UserError(
+                    f"The cache of {task.name}/{task.split} in {self.cache_dir} was made for TASK_FEATURE_LENGTHS "
+                    f"{task.task_feature_lengths}, not {dict(self.task_feature_lengths)}: set those, or cache it again "
+                    "in another CACHE_DIR."
+                )
+            if task.vocabulary != tasks[0].vocabulary:
+                raise UserError(
+                    f"{tasks[0].name} and {task.name} of the mixture {self.name!r} were cached with different "
+                    "vocabularies: cache them with one."
+                )
+            self._open(task)
+        if self.architecture == "encoder_decoder" and "inputs" not in self.task_feature_lengths:
+            raise UserError(f"{self.name!r} has no inputs for the encoder: take a decoder-only model, or another task.")
+
+    def token_ids(self) -> TokenIds:
+        """What models, objectives and decoders know of the vocabulary."""
+        return self._tasks()[0][0].vocabulary
+
+    def train_iterator(self, num_shards: int = 1, shard_index: int = 0) -> "CachedIterator":
+        """Endless batches of `batch_size / num_shards` rows, made of every `num_shards`-th example of the global order.
+
+        `example_ids` are the rows' indices in the global batch, in which the shards' rows follow one another.
+
+        Raises:
+          UserError: as `check`, or the shards do not divide the batch.
+        """
+        self.check()
+        example_ids = rows_of_shard(self.batch_size, num_shards, shard_index)
+        layout = self._layout(self.token_ids().pad_id)
+        examples = self._mix(endless=True)[shard_index::num_shards]
+        sequences = examples.map(lambda record: layout.sequences(cache.from_record(record)))
+        if self.pack:
+            rows = grain.experimental.FirstFitPackIterDataset(
+                sequences.to_iter_dataset(_READ_OPTIONS),
+                length_struct=layout.lengths,
+                padding_struct=layout.fillers,
+                num_packing_bins=_OPEN_ROWS,
+                shuffle_bins=False,
+            )
+            batches = rows.map(layout.packed_row).batch(len(example_ids))
+        else:
+            batches = sequences.map(layout.row).batch(len(example_ids)).to_iter_dataset(_READ_OPTIONS)
+        ordered = dataclasses.replace(self, task_feature_lengths=dict(sorted(self.task_feature_lengths.items())))
+        contents = ", ".join(shard.sha256[:16] for task, _ in self._tasks() for shard in task.shards)
+        source = f"{ordered} with contents {contents}, shard {shard_index} of {num_shards}"
+        return CachedIterator(batches, example_ids, source)
+
+    def eval_batches(self, num_examples: int | None = None) -> Iterator[tuple[Batch, list[dict[str, int]]]]:
+        """One pass in the cache's order, one example per row, whatever `shuffle` and `pack` say.
+
+        A mixture takes turns at its rates until the first of its tasks ends.
+
+        Args:
+          num_examples: only the first so many; None for all.
+
+        Yields:
+          Batches as those of `SeqioDataset.eval_batches`; and for each example its `example_id`.
+
+        Raises:
+          UserError: as `check`.
+        """
+        self.check()
+        pad_id = self.token_ids().pad_id
+        layout = self._layout(pad_id)
+        records = itertools.islice(self._mix(endless=False).to_iter_dataset(_READ_OPTIONS), num_examples)
+        rows = ((layout.row(layout.sequences(cache.from_record(record))), None) for record in records)
+        return (
+            (batch, [{"example_id": i} for i in batch.example_ids[: len(group)].tolist()])
+            for batch, group in fill_batches(rows, self.batch_size, pad_id)
+        )
+
+    def _tasks(self) -> list[tuple[CachedTask, float]]:
+        return cache.find(self.cache_dir, self.mixture_or_task_name, self.split)
+
+    def _layout(self, pad_id: int) -> RowLayout:
+        return RowLayout(self.task_feature_lengths, self.architecture, self.canvas, pad_id)
+
+    def _open(self, task: CachedTask) -> grain.sources.ArrayRecordDataSource:
+        """The records of a task.
+
+        Raises:
+          UserError: a file is missing, or holds other than it should; or there are no examples at all.
+        """
+        where = cache.folder(self.cache_dir, task.name, task.split)
+        files = [cache.shard_file(where, i, task.num_shards) for i in range(task.num_shards)]
+        wanted = sum(shard.num_examples for shard in task.shards)
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise UserError(f"The cache in {where} lacks {missing[0]}: delete the folder and run cache_tasks again.")
+        try:
+            source = grain.sources.ArrayRecordDataSource([str(file) for file in files])
+            found = len(source)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{where} is damaged ({error}): delete the folder and run cache_tasks again.") from error
+        if found != wanted:
+            raise UserError(
+                f"{where} holds {found} examples, but says {wanted}: delete the folder and run cache_tasks again."
+            )
+        if not found:
+            raise UserError(f"{task.name}/{task.split} has no examples: take another split or task.")
+        return source
+
+    def _mix(self, endless: bool) -> grain.MapDataset:
+        """The records in their global order; `endless` are those of training."""
+        parts, rates = [], []
+        for number, (task, rate) in enumerate(self._tasks()):
+            part = grain.MapDataset.source(self._open(task))
+            if endless and self.shuffle:
+                # Grain shuffles an epoch by the seed plus its number: neighbouring seeds would share orders.
+                part = part.shuffle(seed=int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0]))
+            parts.append(part.repeat() if endless else part)
+            rates.append(rate)
+        return grain.MapDataset.mix(parts, rates) if len(parts) > 1 else parts[0]
+
+
+class CachedIterator:
+    """Batches without end, and the exact position among them.
+
+    Args:
+      dataset: gives dictionaries of the arrays of a `Batch`, example_ids excepted.
+      example_ids: int32 `[rows]`, the same for each batch.
+      source: says which data these are. A position is only good for the data it was taken in.
+    """
+
+    def __init__(self, dataset: grain.IterDataset, example_ids: np.ndarray, source: str):
+        self._iterator = iter(dataset)
+        self._example_ids = example_ids
+        self._source = np.frombuffer(source.encode(), np.uint8)
+
+    def __iter__(self) -> "CachedIterator":
+        return self
+
+    def __next__(self) -> Batch:
+        return Batch(**next(self._iterator), example_ids=self._example_ids)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """The position as uint8 arrays: what `load_state_dict` needs to go on with the very next batch."""
+        position = json.dumps(self._iterator.get_state()).encode()
+        return {"source": self._source, "position": np.frombuffer(position, np.uint8)}
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Goes to the position that `state_dict` gave, without reading what lies before it.
+
+        Raises:
+          UserError: the position was taken in other data (task, contents, lengths, batch size, seed, shards ...).
+        """
+        check_source(state, self._source)
+        self._iterator.set_state(json.loads(bytes(state["position"])))
