@@ -11,7 +11,6 @@ VERSION = re.search(
 ).group(1)
 
 WANDB = "wandb>=0.31,<0.32"  # before 0.31, a run without network cannot go on after a resumption
-BEAM = "apache-beam>=2.77,<3"
 
 setuptools.setup(
     name="diffusion_t5x",
@@ -54,9 +53,9 @@ setuptools.setup(
         "jinja2>=3.1,<4",
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12,<0.16", WANDB, BEAM],
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12,<0.16", WANDB],
         "wandb": [WANDB],
-        "beam": [BEAM],
+        "beam": ["apache-beam>=2.77,<3"],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
     },
