@@ -1,4 +1,4 @@
-"""Programs run on tests: right ones pass, wrong ones fail, and hostile ones do no harm, cannot cheat and leave nothing."""
+"""Programs run on tests: right ones pass, wrong ones fail, and hostile ones neither cheat nor do harm."""
 
 import ast
 import contextlib
@@ -154,7 +154,7 @@ CHEATS = {
     "builtins": "import builtins\nbuiltins.AssertionError = Warning\nbuiltins.set = lambda x: 0\ndef double(x): pass",
     "own set": "def set(x): return 0\ndef double(x): return {2: 4, 'ab': 'abab'}.get(x)",
     "own globals": ALWAYS + "globals().update(dict.fromkeys(['double', 'set', 'assert', '__builtins__'], Always()))",
-    "trace": "import sys\nsys.settrace(lambda *a: None)\nsys.excepthook = lambda *a: None\ndef double(x): raise Warning",
+    "hooks": "import sys\nsys.excepthook = sys.settrace = lambda *a: None\ndef double(x): raise Warning",
     "verdict on every descriptor": """
 import os
 for fd in range(64):
@@ -185,7 +185,8 @@ def strings():
         yield from map(repr, frame.f_locals.values())
         frame = frame.f_back
     for x in gc.get_objects():
-        if isinstance(x, dict | list | tuple): yield repr(x)[:100_000] if not isinstance(x, dict) else ''.join(map(str, x))
+        if isinstance(x, list | tuple): yield repr(x)[:100_000]
+        if isinstance(x, dict): yield ''.join(map(str, [*x, *x.values()]))
 found = [s for s in list(strings()) if chr(97) + 'ssert double' in s]
 print('found' if found else 'nothing')
 def double(x): return None
@@ -214,13 +215,15 @@ HOSTILE = {
     "loop in C": ("sum(range(10**15))", {"timeout"}),
     "sleep": ("import time\ntime.sleep(1000)", {"timeout"}),
     "sleep in the call": ("import time\ndef double(x): time.sleep(1000)", {"timeout"}),
-    "deaf": ("import signal\nfor n in range(1, 32):\n    try: signal.signal(n, signal.SIG_IGN)\n    except OSError: pass\n"
-             "while True: pass", {"timeout"}),
-    "recursion": ("import sys\nsys.setrecursionlimit(10**9)\nf = lambda x: f([x])\nf(0)", {"memory", "error", "timeout"}),
+    "deaf": ("import signal\nfor n in range(1, 32):\n    try: signal.signal(n, signal.SIG_IGN)\n"
+             "    except OSError: pass\nwhile True: pass", {"timeout"}),
+    "recursion": ("import sys\nsys.setrecursionlimit(10**9)\nf = lambda x: f([x])\nf(0)",
+                  {"memory", "error", "timeout"}),
     "fork bomb": ("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", {"timeout"}),
-    "thread bomb": ("import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(99,)).start()", {"error"}),
-    "daemon": ("import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(1000)\n"
-               "    os._exit(0)", {"error"}),
+    "thread bomb": ("import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(99,)).start()",
+                    {"error"}),
+    "daemon": ("import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
+               "        time.sleep(1000)\n    os._exit(0)", {"error"}),
     "10 GB": ("x = bytearray(10**10)", {"memory"}),
     "10 GB in parts": ("x = []\nwhile True: x.append(bytearray(10**7))", {"memory"}),
     "10 GB in the call": ("def double(x): return 'x' * 10**10", {"memory"}),
@@ -231,7 +234,8 @@ HOSTILE = {
     "10 GB in files": ("for n in range(10**4):\n    with open(f'x{n}', 'wb') as f: f.write(bytes(10**6))", {"error"}),
     "memory file": ("import os\nf = os.memfd_create('x')\nwhile True: os.write(f, bytes(10**6))", {"error"}),
     "kills its parent": ("import os\nos.kill(os.getppid(), 9)", {"error"}),
-    "kills everyone": ("import os\nfor pid in [-1, *range(2, 5000)]:\n    try: os.kill(pid, 9)\n    except OSError: pass", {"error"}),
+    "kills everyone": ("import os\nfor pid in [-1, *range(2, 5000)]:\n    try: os.kill(pid, 9)\n"
+                       "    except OSError: pass", {"error"}),
     "closes everything": ("import os\nos.closerange(0, 100)", {"error"}),
     "closes everything and stays": ("import os, time\nos.closerange(0, 100)\ntime.sleep(1000)", {"error"}),
     "flood": ("while True: print('x' * 10**6)", {"timeout"}),
@@ -249,7 +253,9 @@ def verdicts():
     programs = [*CHEATS.values(), *(program for program, _ in HOSTILE.values())]
     left = leftovers()
     start = time.monotonic()
-    found = check([text for program in programs for text in (program, RIGHT)], [TESTS] * 2 * len(programs), limits=QUICK)
+    found = check(
+        [text for program in programs for text in (program, RIGHT)], [TESTS] * 2 * len(programs), limits=QUICK
+    )
     assert leftovers() == left
     assert time.monotonic() - start < 10 * len(programs)
     assert set(found[1::2]) == {Verdict("pass")}
@@ -307,7 +313,10 @@ print(os.listdir('/tmp'))
 
 def test_programs_do_not_find_what_others_wrote():
     verdicts = check(
-        ["import os\nprint(os.listdir('.'))\nopen('x', 'w').close()\n" + RIGHT] * 2, [TESTS] * 2, workers=1, limits=QUICK
+        ["import os\nprint(os.listdir('.'))\nopen('x', 'w').close()\n" + RIGHT] * 2,
+        [TESTS] * 2,
+        workers=1,
+        limits=QUICK,
     )
     assert [verdict.output for verdict in verdicts] == ["[]\n", "[]\n"]
 
@@ -347,7 +356,9 @@ def test_every_program_needs_tests():
 
 
 def test_verdicts_come_in_the_programs_order(capsys):
-    programs = [f"import time\ntime.sleep({0.3 if n % 2 else 0})\ndef double(x): raise ValueError({n})" for n in range(8)]
+    programs = [
+        f"import time\ntime.sleep({0.3 if n % 2 else 0})\ndef double(x): raise ValueError({n})" for n in range(8)
+    ]
     verdicts = check(programs, [TESTS] * 8, workers=3)
     assert [verdict.detail[-1] for verdict in verdicts] == list("01234567")
     assert "run: program 8/8" in capsys.readouterr().err
