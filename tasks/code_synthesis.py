@@ -41,8 +41,8 @@ def mbpp(
     """Registers the SeqIO task `mbpp`, in place of an earlier one, and returns its name.
 
     Mostly Basic Python Problems (Austin et al. 2021, arXiv 2108.07732), with the paper's prompt: the description and
-    the three tests. The target is the reference program. What a model writes is cut before the first `[DONE]`, `[BEGIN]` or
-    next prompt.
+    the three tests. The target is the reference program. What a model writes is cut before the first `[DONE]`,
+    `[BEGIN]` or next prompt.
 
     Args:
       vocabulary: of inputs and targets.

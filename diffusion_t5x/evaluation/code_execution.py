@@ -30,7 +30,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.sandbox import isolation, wire, worker
@@ -50,7 +50,6 @@ sys.path.pop(0)
 worker.main(sys.argv[2] == "isolated", json.loads(sys.argv[3]))
 """
 _ENVIRONMENT = {"HOME": isolation.SCRATCH, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}  # all that a program sees
-_GRACE = 30.0  # seconds that a worker may take beyond a program's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,8 +205,13 @@ def check(
                         progress.update(next(done))
 
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            for future in [pool.submit(work) for _ in range(workers)]:
-                future.result()
+            try:
+                for future in [pool.submit(work) for _ in range(workers)]:
+                    future.result()
+            finally:  # interrupted: let none be begun
+                with contextlib.suppress(queue.Empty):
+                    while True:
+                        todo.get_nowait()
     return verdicts
 
 
@@ -257,7 +261,7 @@ class _Worker:
         self._process.stdin.write(content)
         self._process.stdin.flush()
 
-    def _read(self):
+    def _read(self) -> Any:
         line = self._process.stdout.readline()
         if not line:
             raise OSError(f"the worker ended with status {self._process.wait()}")
