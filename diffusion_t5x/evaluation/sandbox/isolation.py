@@ -1,0 +1,168 @@
+"""What the Linux kernel offers to shut a process in, by ctypes: namespaces, a root of its own, limits, no privileges.
+
+Three steps, each one narrower than the one before:
+`enter_namespaces` once for a worker, `enter_job` for each program, `confine` in the program's own process.
+"""
+
+import ctypes
+import os
+import pathlib
+import resource
+import struct
+import sys
+from collections.abc import Callable, Mapping
+
+NOBODY = 65534
+SCRATCH = "/tmp"  # the only place a program can write to
+
+# linux/sched.h, linux/mount.h, linux/prctl.h, linux/fcntl.h
+_NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
+_MS_NOSUID, _MS_NODEV, _MS_REC, _MS_PRIVATE, _MNT_DETACH = 2, 4, 0x4000, 0x40000, 2
+_OPEN_TREE_CLONE, _AT_RECURSIVE, _MOVE_MOUNT_F_EMPTY_PATH, _AT_FDCWD = 1, 0x8000, 4, -100
+_MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID = 1, 2
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 36, 38
+# Numbers that all architectures share; glibc got names for them late or never.
+_SYS_OPEN_TREE, _SYS_MOVE_MOUNT, _SYS_MOUNT_SETATTR = 428, 429, 442
+_CAPABILITY_VERSION_3 = 0x20080522
+_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
+
+
+def enter_namespaces(wait_for_id_maps: Callable[[], None]) -> None:
+    """Leaves the machine's users, network, host name and files behind; the process stays able to set up its children.
+
+    What remains of the files: Python's standard library and the system's shared libraries, read-only.
+
+    Args:
+      wait_for_id_maps: returns when the parent has called `write_id_maps` for this process.
+
+    Raises:
+      OSError: the kernel does not allow it.
+    """
+    if os.geteuid() == 0:
+        os.setgroups([])
+    _call("unshare", _NEWUSER | _NEWNS | _NEWNET | _NEWUTS)
+    wait_for_id_maps()
+    # No user namespaces below this one: they would give capabilities back.
+    pathlib.Path("/proc/sys/user/max_user_namespaces").write_text("0", encoding="ascii")
+    # Still the user that started this, who may read a standard library in a private folder.
+    trees = {path: _clone_tree(path) for path in [*_readable_folders(), "/dev/null", "/dev/urandom"]}
+    links = _links()
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+
+    _call("mount", b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
+    _mount_tmpfs("/tmp", "size=1m,mode=755")
+    os.chdir("/tmp")
+    for path, tree in trees.items():
+        target = path.lstrip("/")
+        if path.startswith("/dev/"):
+            os.makedirs("dev", exist_ok=True)
+            pathlib.Path(target).touch()
+        else:
+            os.makedirs(target)
+        _syscall(_SYS_MOVE_MOUNT, tree, b"", _AT_FDCWD, target.encode(), _MOVE_MOUNT_F_EMPTY_PATH)
+        os.close(tree)
+        if os.path.isdir(f"{target}/site-packages"):
+            _mount_tmpfs(f"{target}/site-packages", "size=0,mode=755")
+    for path, target in links.items():
+        os.symlink(target, path.lstrip("/"))
+    os.makedirs(SCRATCH.lstrip("/"))
+    _call("pivot_root", b".", b".")
+    _call("umount2", b".", _MNT_DETACH)
+    os.chdir("/")
+    read_only = struct.pack("QQQQ", _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOSUID, 0, 0, 0)
+    _syscall(_SYS_MOUNT_SETATTR, _AT_FDCWD, b"/", _AT_RECURSIVE, read_only, len(read_only))
+
+
+def write_id_maps(pid: int) -> None:
+    """Makes the caller's user the only one that a process in its new user namespace knows, as nobody.
+
+    Root's becomes nobody outside too: a process of root's could escape limits and write root's files.
+    """
+    process = pathlib.Path("/proc", str(pid))
+    (process / "setgroups").write_text("deny", encoding="ascii")
+    for name, caller in (("uid_map", os.geteuid()), ("gid_map", os.getegid())):
+        (process / name).write_text(f"{NOBODY} {caller or NOBODY} 1", encoding="ascii")
+
+
+def enter_job(disk: int) -> None:
+    """An empty folder in memory and, for the processes to come, namespaces of their own; gives up all capabilities.
+
+    The first process that the caller starts is number 1 of its namespace: when it ends, all below it are killed.
+
+    Args:
+      disk: bytes that the folder can hold.
+    """
+    _call("unshare", _NEWNS | _NEWPID | _NEWIPC)
+    _mount_tmpfs(SCRATCH, f"size={disk},nr_inodes=1024,mode=700")
+    header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
+    _call("capset", header, bytes(24))
+
+
+def confine(limits: Mapping[str, int]) -> None:
+    """Limits on this process and those that it starts, none of which can win privileges.
+
+    Args:
+      limits: `Limits` of the library, by name.
+    """
+    _call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    hard = {
+        resource.RLIMIT_CPU: limits["cpu_seconds"],
+        resource.RLIMIT_AS: limits["memory"],
+        resource.RLIMIT_FSIZE: limits["disk"],
+        resource.RLIMIT_NPROC: limits["processes"] + 2,  # the worker and the judge are the same user
+        resource.RLIMIT_NOFILE: 32,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_MSGQUEUE: 0,
+        resource.RLIMIT_MEMLOCK: 0,
+    }
+    for which, value in hard.items():
+        ceiling = resource.getrlimit(which)[1]
+        value = value if ceiling == resource.RLIM_INFINITY else min(value, ceiling)
+        resource.setrlimit(which, (value, value))
+
+
+def die_with_parent() -> None:
+    """Has the kernel kill this process when its parent ends."""
+    _call("prctl", _PR_SET_PDEATHSIG, 9, 0, 0, 0)
+
+
+def adopt_orphans() -> None:
+    """Makes this process the parent of descendants whose own parent ends."""
+    _call("prctl", _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _readable_folders() -> list[str]:
+    """Of the standard library and the shared libraries; none within another, no links at the top."""
+    wanted = {*_LIBRARIES, "/usr/share/zoneinfo", f"{sys.base_prefix}/lib", *sys.path}
+    folders: list[str] = []
+    for path in sorted(path for path in wanted if os.path.isdir(path) and path not in _links()):
+        if not any(path.startswith(f"{other}/") for other in folders):
+            folders.append(path)
+    return folders
+
+
+def _links() -> dict[str, str]:
+    """`/lib` and the like where they are links, and what to."""
+    return {path: os.readlink(path) for path in _LIBRARIES if os.path.islink(path)}
+
+
+def _clone_tree(path: str) -> int:
+    return _syscall(_SYS_OPEN_TREE, _AT_FDCWD, path.encode(), _OPEN_TREE_CLONE | _AT_RECURSIVE | os.O_CLOEXEC)
+
+
+def _mount_tmpfs(target: str, options: str) -> None:
+    _call("mount", b"tmpfs", target.encode(), b"tmpfs", _MS_NOSUID | _MS_NODEV, options.encode())
+
+
+def _call(name: str, *arguments: int | bytes | None) -> int:
+    """A function of the C library that answers -1 and sets errno where it fails."""
+    result = getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments)
+    if result == -1:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{name}: {os.strerror(number)}")
+    return result
+
+
+def _syscall(number: int, *arguments: int | bytes) -> int:
+    return _call("syscall", ctypes.c_long(number), *arguments)

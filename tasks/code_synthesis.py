@@ -1,0 +1,192 @@
+"""Programs from descriptions, scored by running them: MBPP and HumanEval, from their authors' JSONL files.
+
+A gin file calls `mbpp` or `humaneval`, which register a SeqIO task (see gin/tasks/mbpp.gin). An example's "tests" hold
+what its program has to do; the metric runs it (`evaluation.code_execution`) and gives pass@k.
+"""
+
+import functools
+import gzip
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import seqio
+import tensorflow as tf
+
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.evaluation.code_execution import Limits, Tests
+from diffusion_t5x.evaluation.pass_at_k import passed_tests
+
+MBPP, HUMANEVAL = "mbpp", "humaneval"
+# By task_id; the usual cut of the paper's 974 problems.
+MBPP_SPLITS = {"prompt": range(1, 11), "test": range(11, 511), "validation": range(511, 601), "train": range(601, 975)}
+SHOTS = (2, 3, 4)  # the task_ids of the paper's prompt
+_MBPP_FIELDS = ("task_id", "text", "code", "test_list", "test_setup_code")
+_HUMANEVAL_FIELDS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
+# Where another example of a few-shot prompt would begin.
+_MBPP_END = re.compile(r"\[DONE\]|\[BEGIN\]|^You are an expert", re.MULTILINE)
+# Where the function ends (Chen et al. 2021, section 2.3).
+_HUMANEVAL_END = re.compile(r"\n(?=class|def|#|if|print)")
+
+
+def mbpp(
+    vocabulary: seqio.Vocabulary,
+    path: str,
+    num_shots: int = 0,
+    limits: Limits = Limits(),  # noqa: B008  (frozen)
+    allow_unsafe: bool = False,
+) -> str:
+    """Registers the SeqIO task `mbpp`, in place of an earlier one, and returns its name.
+
+    Mostly Basic Python Problems (Austin et al. 2021, arXiv 2108.07732), with the paper's prompt: the description and
+    the three tests. The target is the reference program. What a model writes is cut before the first `[DONE]`,
+    `[BEGIN]` or next prompt.
+
+    Args:
+      vocabulary: of inputs and targets.
+      path: mbpp.jsonl of google-research/mbpp, maybe with .gz.
+      num_shots: solved problems before each prompt, of the paper's three (tasks 2, 3, 4).
+      limits: of a program that is scored.
+      allow_unsafe: score without isolation where there is none (see `code_execution.check`).
+
+    Raises:
+      UserError: a file that cannot be read or is none of MBPP's; shots that there are not.
+    """
+    if not 0 <= num_shots <= len(SHOTS):
+        raise UserError(f"MBPP's prompt has 0 to {len(SHOTS)} solved problems, not {num_shots}.")
+    rows = {row["task_id"]: row for row in _read(path, _MBPP_FIELDS)}
+    if missing := [task_id for ids in MBPP_SPLITS.values() for task_id in ids if task_id not in rows]:
+        raise UserError(f"{path} lacks MBPP's task {missing[0]}, and {len(missing) - 1} others.")
+    shots = "".join(_mbpp_prompt(rows[i]) + f"{_source(rows[i]['code'])}\n[DONE]\n\n" for i in SHOTS[:num_shots])
+    examples = {
+        split: [
+            {
+                "task_id": str(task_id),
+                "inputs": shots + _mbpp_prompt(rows[task_id]),
+                "targets": _source(rows[task_id]["code"]),
+                "tests": _mbpp_tests(rows[task_id]),
+            }
+            for task_id in ids
+        ]
+        for split, ids in MBPP_SPLITS.items()
+    }
+    return _register(MBPP, vocabulary, examples, mbpp_program, limits, allow_unsafe)
+
+
+def humaneval(
+    vocabulary: seqio.Vocabulary,
+    path: str,
+    limits: Limits = Limits(),  # noqa: B008  (frozen)
+    allow_unsafe: bool = False,
+) -> str:
+    """Registers the SeqIO task `humaneval`, in place of an earlier one, and returns its name.
+
+    HumanEval (Chen et al. 2021, arXiv 2107.03374): the input is a function's head and docstring, the target its body.
+    What a model writes is cut where the body ends, and run with the input before it. All is for test.
+
+    Args:
+      vocabulary: of inputs and targets.
+      path: HumanEval.jsonl of openai/human-eval, maybe with .gz.
+      limits, allow_unsafe: as in `mbpp`.
+
+    Raises:
+      UserError: a file that cannot be read or is none of HumanEval's.
+    """
+    examples = [
+        {
+            "task_id": row["task_id"],
+            "inputs": row["prompt"],
+            "targets": row["canonical_solution"],
+            "tests": _humaneval_tests(row),
+        }
+        for row in _read(path, _HUMANEVAL_FIELDS)
+    ]
+    return _register(HUMANEVAL, vocabulary, {"test": examples}, humaneval_program, limits, allow_unsafe)
+
+
+def mbpp_program(text: str, prompt: str) -> str:
+    """The program in what a model wrote."""
+    del prompt
+    return _MBPP_END.split(text, maxsplit=1)[0]
+
+
+def humaneval_program(text: str, prompt: str) -> str:
+    """The program that the prompt begins and a model went on with."""
+    return prompt + _HUMANEVAL_END.split(text, maxsplit=1)[0]
+
+
+def _mbpp_prompt(row: Mapping[str, Any]) -> str:
+    tests = "\n".join(row["test_list"])
+    return (
+        f"You are an expert Python programmer, and here is your task: {row['text']} "
+        f"Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
+    )
+
+
+def _source(code: str) -> str:
+    return code.replace("\r\n", "\n").rstrip()
+
+
+def _mbpp_tests(row: Mapping[str, Any]) -> str:
+    functions = re.findall(r"^def (\w+)", row["code"], re.MULTILINE)
+    return json.dumps({"asserts": row["test_list"], "setup": row["test_setup_code"], "entry_points": functions})
+
+
+def _humaneval_tests(row: Mapping[str, Any]) -> str:
+    """The authors' `check` on the model's function, with the helpers that the prompt defines, not the program's."""
+    name = row["entry_point"]
+    test = f"candidate_ = {name}\n{row['prompt']}\n{name} = candidate_\n{row['test']}\ncheck(candidate_)"
+    return json.dumps({"asserts": [test], "entry_points": [name]})
+
+
+def _read(path: str, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of a JSONL file, each with all the fields."""
+    file = pathlib.Path(path).expanduser()
+    try:
+        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        rows = [json.loads(line) for line in content.decode("utf-8").splitlines() if line]
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"Cannot read the problems in {path}: {error}.") from error
+    for number, row in enumerate(rows, 1):
+        if missing := [name for name in fields if not isinstance(row, dict) or name not in row]:
+            raise UserError(f"Problem {number} of {path} has no {missing[0]!r}: is it the right file?")
+    return rows
+
+
+def _register(
+    name: str,
+    vocabulary: seqio.Vocabulary,
+    examples: Mapping[str, Iterable[Mapping[str, str]]],
+    program: Callable[[str, str], str],
+    limits: Limits,
+    allow_unsafe: bool,
+) -> str:
+    def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+        del shuffle_files, seed  # the task's buffer holds a whole split
+        columns = {key: [example[key] for example in examples[split]] for key in examples[split][0]}
+        return tf.data.Dataset.from_tensor_slices(columns)
+
+    def postprocess(text: str | Sequence[str], example: Mapping[str, Any], is_target: bool) -> Any:
+        """The tests for a target; for a prediction its program, or those of its samples."""
+        if is_target:
+            fields = json.loads(example["tests"])
+            return Tests(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+        texts = [text] if isinstance(text, str) else text
+        programs = [program(text, example["inputs_pretokenized"]) for text in texts]
+        return programs[0] if isinstance(text, str) else programs
+
+    if name in seqio.TaskRegistry.names():
+        seqio.TaskRegistry.remove(name)
+    feature = seqio.Feature(vocabulary, add_eos=True)
+    seqio.TaskRegistry.add(
+        name,
+        source=seqio.FunctionDataSource(dataset, tuple(examples)),
+        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
+        output_features={"inputs": feature, "targets": feature},
+        postprocess_fn=postprocess,
+        metric_fns=[functools.partial(passed_tests, limits=limits, allow_unsafe=allow_unsafe)],
+        shuffle_buffer_size=512,
+    )
+    return name
