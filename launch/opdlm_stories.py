@@ -57,7 +57,7 @@ def main() -> None:
 
     teacher, samples = args.output / "teacher", args.output / "samples"
     if not teacher.exists():
-        convert.main(["from_llama2c", args.checkpoint, "--tokenizer", args.tokenizer, "--output", str(teacher)])
+        convert.convert(["from_llama2c", args.checkpoint, "--tokenizer", args.tokenizer, "--output", str(teacher)])
     model = f"--gin_file={teacher}/model.gin"
     stories = samples / "stories_prompts-test.jsonl"
     if not stories.exists():

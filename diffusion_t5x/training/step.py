@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.models.transformer import ModelDefinition, Params
-from diffusion_t5x.objectives.distillation import Teacher
+from diffusion_t5x.objectives.distillation import Distillation, Teacher
 from diffusion_t5x.objectives.objective import LossSums, Objective
 from diffusion_t5x.training.state import TrainState, shardings_of
 
@@ -20,8 +20,8 @@ Loss = Callable[..., LossSums]  # an objective's `loss`
 
 
 def _taught(objective: Objective, teacher: Teacher | None, teacher_params: Params | None) -> Loss:
-    """The objective's loss, told of the teacher if there is one."""
-    if teacher is None:
+    """The objective's loss; a distillation's is told of the teacher."""
+    if teacher is None or not isinstance(objective, Distillation):
         return objective.loss
     return functools.partial(objective.loss, teacher=teacher.definition.bind(teacher_params))
 
