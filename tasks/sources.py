@@ -52,7 +52,8 @@ def records(load: Callable[[str], Sequence[Record]], splits: Sequence[str]) -> s
             shapes = ([] if is_text else [None] for is_text in fields.values())
             return {name: tf.ensure_shape(x, shape) for name, x, shape in zip(fields, values, shapes, strict=True)}
 
-        return index_blocks(len(found), shuffle_files, seed).unbatch().map(look_up)
+        indices = index_blocks(len(found), shuffle_files, seed).unbatch()
+        return indices.map(look_up).apply(tf.data.experimental.assert_cardinality(len(found)))
 
     return seqio.FunctionDataSource(dataset, splits=splits)
 
