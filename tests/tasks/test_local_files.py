@@ -171,7 +171,7 @@ def test_other_mistakes(write, tmp_path, caplog):
     with pytest.raises(UserError, match="Parallel text is two files, not 1"):
         read({"train": write("one", "a\nb\n")}, readers.Parallel())
     with pytest.raises(UserError, match="must be one of line, paragraphs, file, not 'book'"):
-        read({"train": write("one", "a\nb\n")}, readers.Text("book"), inputs=None, targets="{text}")
+        read({"train": write("one", "a\nb\n")}, readers.Text("book"))
     with pytest.raises(UserError, match=r"Cannot read .*broken\.gz"):
         (tmp_path / "broken.gz").write_bytes(b"no gzip")
         read({"train": str(tmp_path / "broken.gz")}, readers.Jsonl())

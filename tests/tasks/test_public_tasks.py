@@ -144,7 +144,7 @@ def test_tfds_data_sets(tfds_folder):
     assert first(math_reasoning.gsm8k(None), "test", lengths)[1] == [("question #### 1", "answer #### 1")]
 
     features = {name: TEXT for name in ("id", "title", "context", "question")}
-    features["answers"] = tfds.features.Sequence({"text": TEXT, "answer_start": "int32"})
+    features["answers"] = tfds.features.Sequence({"text": TEXT, "answer_start": tf.int32})
     question = {"id": "1", "title": "t", "context": "It's me.", "question": "Who?"}
     question["answers"] = {"text": ["me", "It's me"], "answer_start": [5, 0]}
     prepare(tfds_folder, "squad", "v1.1", "3.0.0", features, {"train": question, "validation": question})
