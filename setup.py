@@ -11,6 +11,7 @@ VERSION = re.search(
 ).group(1)
 
 WANDB = "wandb>=0.31,<0.32"  # before 0.31, a run without network cannot go on after a resumption
+MATH = "math-verify>=0.9,<0.10"
 
 setuptools.setup(
     name="diffusion_t5x",
@@ -53,7 +54,8 @@ setuptools.setup(
         "jinja2>=3.1,<4",
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12,<0.16", WANDB],
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12,<0.16", WANDB, MATH],
+        "math": [MATH],
         "wandb": [WANDB],
         "beam": ["apache-beam>=2.77,<3"],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],

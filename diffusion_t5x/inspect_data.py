@@ -36,6 +36,9 @@ _STYLES = {
 }
 
 
+_COUNTED_EXAMPLES = 1_000  # to tell how many are longer than the features
+
+
 @dataclasses.dataclass(frozen=True)
 class _Sequence:
     """One sequence that the model reads, all arrays `[L]`: an encoder's, or the one with the targets.
@@ -155,6 +158,9 @@ def _summary(dataset: SeqioDataset, objective: Objective, batch: Batch, changed:
         shares = {"inputs": (ids > 0) & ~is_target, "targets (in the loss)": is_target, "empty": ids == 0}
         shown = ", ".join(f"{share.mean():.1%} {role}" for role, share in shares.items() if share.any())
         table.add_row(Text(name if len(segments) > 1 else "positions", "bold"), f"{ids.shape[1]} a row: {shown}")
+    counter = dataset.count_cut(_COUNTED_EXAMPLES)
+    cut = (f"{count} {name} beyond {dataset.task_feature_lengths[name]} tokens" for name, count in counter.cut.items())
+    table.add_row(Text("cut off", "bold"), f"{', '.join(cut)}, of {counter.examples} examples")
     how = "at each position the token before it" if shifted else "each token in its place"
     noisy = f"{noise:.1%} of the targets changed by noise" if noise else "no noise"
     table.add_row(Text("model reads", "bold"), f"{how}, {noisy}")

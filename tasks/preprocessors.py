@@ -1,15 +1,37 @@
 """Pretraining objectives as SeqIO preprocessors: tokenised documents (feature `targets`) to `inputs` and `targets`.
 
-Both leave room for the EOS that `seqio.preprocessors.append_eos` adds to either feature, and lose no token. What they
+All leave room for the EOS that `seqio.preprocessors.append_eos` adds to either feature, and lose no token. What they
 hide has nothing to do with a diffusion objective's noise, which is drawn on device.
 """
 
-from collections.abc import Mapping
+import dataclasses
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
 from diffusion_t5x.errors import UserError
+
+SHUFFLE_BUFFER = 2_048  # chunks: some hundred documents' worth
+
+
+def full_lm(
+    dataset: tf.data.Dataset, sequence_length: Mapping[str, int], output_features: Mapping[str, seqio.Feature]
+) -> tf.data.Dataset:
+    """Chunks of a document, all of it asked: the inputs are empty, but for the EOS that follows.
+
+    With `{"inputs": 1, "targets": n}` either architecture reads it; a decoder-only model's row begins with that EOS.
+    """
+    from t5.data import preprocessors
+
+    del output_features
+    if sequence_length["targets"] < 2:
+        raise UserError(f"Full LM needs at least 2 tokens of targets, not {sequence_length['targets']}.")
+    chunks = preprocessors.split_tokens(dataset, max_tokens_per_segment=sequence_length["targets"] - 1)
+    return chunks.map(lambda x: {"inputs": x["targets"][:0], "targets": x["targets"]})
 
 
 def prefix_lm(
@@ -58,8 +80,7 @@ def span_corruption(
     """
     from t5.data import preprocessors
 
-    if not output_features["inputs"].vocabulary.extra_ids:
-        raise UserError("Span corruption needs a vocabulary with sentinels: give it extra_ids, 100 in T5.")
+    _check_sentinels(output_features)
     _, targets_length = preprocessors.random_spans_helper(
         inputs_length=sequence_length["inputs"],
         noise_density=noise_density,
@@ -80,3 +101,114 @@ def span_corruption(
         noise_density=noise_density,
         merge_examples_to_reduce_padding=False,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
+    """One of UL2's denoisers (arXiv 2205.05131).
+
+    Attributes:
+      mode: text that stands before the inputs and says which kind of denoiser it is.
+      noise_density: share of the tokens that is hidden.
+      mean_span_length: of the hidden spans, in tokens; None hides the end of the chunk, as prefix LM does.
+    """
+
+    mode: str
+    noise_density: float
+    mean_span_length: float | None
+
+
+UL2_DENOISERS = (  # table 1 of the paper
+    Denoiser("[R]", 0.15, 3),
+    Denoiser("[R]", 0.15, 8),
+    Denoiser("[S]", 0.25, None),
+    Denoiser("[X]", 0.5, 3),
+    Denoiser("[X]", 0.5, 8),
+    Denoiser("[X]", 0.15, 64),
+    Denoiser("[X]", 0.5, 64),
+)
+
+
+def ul2(
+    dataset: tf.data.Dataset,
+    sequence_length: Mapping[str, int],
+    output_features: Mapping[str, seqio.Feature],
+    denoisers: Sequence[Denoiser] = UL2_DENOISERS,
+) -> tf.data.Dataset:
+    """UL2's mixture of denoisers: each chunk of a document gets one of them, each as likely as the others.
+
+    R hides short spans, X long or many ones, both behind sentinels; S hides the end, a share of the chunk that is drawn
+    uniformly from zero to twice `noise_density`. Chunks are as long as all denoisers have room and sentinels for.
+
+    Raises:
+      UserError: no sentinels, or lengths that have no room for two tokens.
+    """
+    from t5.data import preprocessors
+
+    _check_sentinels(output_features)
+    vocabulary = output_features["targets"].vocabulary
+    modes = [vocabulary.encode(denoiser.mode) for denoiser in denoisers]
+    room = sequence_length["inputs"] - 1 - max(map(len, modes)), sequence_length["targets"] - 1, vocabulary.extra_ids
+    longest = min(_longest_chunk(denoiser, room) for denoiser in denoisers)
+    if longest < 2:
+        raise UserError(f"UL2 needs longer inputs and targets than {dict(sequence_length)}.")
+
+    def denoised(denoiser: Denoiser, mode: list[int], tokens: tf.Tensor, seeds: tf.Tensor):
+        if denoiser.mean_span_length is None:
+            # t5 calls the part that is given noise.
+            given = preprocessors.random_prefix_noise_mask(tf.size(tokens), denoiser.noise_density, seeds)
+            inputs, targets = tf.boolean_mask(tokens, given), tf.boolean_mask(tokens, ~given)
+        else:
+            hidden = _spans_mask(tf.size(tokens), denoiser, seeds)
+            inputs = preprocessors.noise_span_to_unique_sentinel(tokens, hidden, vocabulary, seeds)
+            targets = preprocessors.nonnoise_span_to_unique_sentinel(tokens, hidden, vocabulary, seeds)
+        return tf.concat([tf.constant(mode, tokens.dtype), inputs], 0), targets
+
+    @seqio.map_over_dataset(num_seeds=4)
+    def denoise(features, seeds):
+        branches = [
+            functools.partial(denoised, denoiser, mode, features["targets"], seeds[:3])
+            for denoiser, mode in zip(denoisers, modes, strict=True)
+        ]
+        choice = tf.random.stateless_uniform([], seeds[3], 0, len(denoisers), tf.int32)
+        inputs, targets = tf.switch_case(choice, branches)
+        return {"inputs": inputs, "targets": targets}
+
+    return denoise(preprocessors.split_tokens(dataset, max_tokens_per_segment=longest))
+
+
+def _spans_mask(length: tf.Tensor, denoiser: Denoiser, seeds: tf.Tensor) -> tf.Tensor:
+    """bool `[length]`: t5's mask of random spans, which ends in one, with some tokens of its beginning put to its end.
+
+    A single span may thus lie anywhere, and the first token is never hidden: sentinels come before what they stand for.
+    """
+    from t5.data import preprocessors
+
+    mask = preprocessors.random_spans_noise_mask(
+        length, denoiser.noise_density, seeds[:2], mean_noise_span_length=denoiser.mean_span_length
+    )
+    before_first_span = tf.argmax(mask, output_type=tf.int32)
+    moved = tf.random.stateless_uniform([], seeds[2], 0, tf.maximum(before_first_span, 1), tf.int32)
+    return tf.roll(mask, -moved, 0)
+
+
+def _longest_chunk(denoiser: Denoiser, room: tuple[int, int, int]) -> int:
+    """How many tokens a chunk may have, for the room in inputs and targets without EOS, and the number of sentinels."""
+
+    def needs(length: int) -> tuple[int, int, int]:
+        if denoiser.mean_span_length is None:  # either part may be nearly all of the chunk
+            return length, length, 0
+        # As t5 computes them, in float32. Behind the last hidden span the targets have one more sentinel.
+        hidden = int(np.clip(np.round(np.float32(length) * np.float32(denoiser.noise_density)), 1, length - 1))
+        spans = int(max(np.round(np.float32(hidden) / np.float32(denoiser.mean_span_length)), 1))
+        return length - hidden + spans, hidden + spans + 1, spans + 1
+
+    def fits(length: int) -> bool:
+        return all(need <= there for need, there in zip(needs(length), room, strict=True))
+
+    return sum(1 for _ in itertools.takewhile(fits, itertools.count(2))) + 1
+
+
+def _check_sentinels(output_features: Mapping[str, seqio.Feature]) -> None:
+    if not output_features["inputs"].vocabulary.extra_ids:
+        raise UserError("Span corruption needs a vocabulary with sentinels: give it extra_ids, 100 in T5.")

@@ -20,7 +20,7 @@ import tensorflow as tf
 
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import metrics
-from diffusion_t5x.tasks import cldr_pairs, preprocessors, stdlib_corpus
+from diffusion_t5x.tasks import cldr_pairs, preprocessors, sources, stdlib_corpus
 
 PIECES = 1_947  # with 100 sentinels and MASK: 2,048 ids
 SENTINELS = 100
@@ -105,22 +105,11 @@ FEATURES = {name: seqio.Feature(VOCABULARY, add_eos=True) for name in ("inputs",
 
 
 def text_source(columns: Callable[[str], Mapping[str, Sequence[str]]], splits: Sequence[str]) -> seqio.DataSource:
-    """Texts held in memory, as a SeqIO source: `columns(split)` gives equally long lists, called when first read.
-
-    The whole split is shuffled by a pseudorandom permutation of its indices, a new one each epoch. It needs no buffer
-    of examples, which would make checkpoints large.
-    """
+    """Texts held in memory, as a SeqIO source: `columns(split)` gives equally long lists, called when first read."""
 
     def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         table = {name: tf.constant(texts) for name, texts in columns(split).items()}
-        size = len(next(iter(table.values())))
-        blocks = tf.data.Dataset.range(size).batch(64)  # TensorFlow's cost is by the call
-        if shuffle_files:
-            shuffled = functools.partial(tf.random.experimental.index_shuffle, max_index=size - 1)
-            # Two numbers that differ from epoch to epoch.
-            epoch = tf.data.Dataset.range(256).shuffle(256, seed=seed).batch(2, drop_remainder=True).take(1)
-            in_order = blocks
-            blocks = epoch.flat_map(lambda key: in_order.map(lambda indices: shuffled(indices, key)))
+        blocks = sources.index_blocks(len(next(iter(table.values()))), shuffle_files, seed)
         return blocks.map(lambda indices: {name: tf.gather(texts, indices) for name, texts in table.items()}).unbatch()
 
     return seqio.FunctionDataSource(dataset, splits=splits)

@@ -14,6 +14,7 @@ import numpy as np
 
 from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.rows import check_rows, fill_batches, rows_of_shard
+from diffusion_t5x.data.truncation import CutCounter
 from diffusion_t5x.data.vocabularies import TokenIds, piece, token_ids
 from diffusion_t5x.errors import UserError
 
@@ -61,14 +62,23 @@ def _silent_stderr() -> Iterator[None]:
         os.close(kept)
 
 
+def _plain(value: Any) -> Any:
+    """Numbers and texts of numpy as Python's own."""
+    value = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.decode("utf-8") if isinstance(value, bytes) else value
+
+
 @dataclasses.dataclass(frozen=True)
 class SeqioDataset:
     """A SeqIO task or mixture, read for a model. Construction is free; methods import SeqIO.
 
     Attributes:
       mixture_or_task_name: as registered with SeqIO; the module that registers it must have been imported.
-      task_feature_lengths: tokens of `inputs` and `targets`; a task without inputs has only `targets`. Longer features
-        are cut by SeqIO. A decoder-only model's rows are as long as both together.
+      task_feature_lengths: tokens of `inputs` and `targets`; a task without inputs has only `targets`. SeqIO cuts
+        longer features to their first tokens and EOS; `eval_batches` counts them in the log, `count_cut` in any split.
+        A decoder-only model's rows are as long as both together.
       split: the split to read.
       batch_size: rows of the global batch, over all shards.
       shuffle: train in shuffled order, a new one each epoch. Evaluation never shuffles.
@@ -259,6 +269,7 @@ class SeqioDataset:
             .with_options(_without_autotuning())
             .as_numpy_iterator()
         )
+        examples = self._cut_counter().watch(examples, f"{self.name}, split {self.split}")
         return (
             (batch, [self._describe(i, x) for i, x in zip(batch.example_ids.tolist(), group, strict=False)])
             for batch, group in fill_batches(examples, self.batch_size, self.vocabulary().pad_id)
@@ -280,19 +291,32 @@ class SeqioDataset:
           shard_index: which of them.
         """
         names = list(self.task_feature_lengths)
-        ds = self._unshuffled(num_epochs, num_shards, shard_index).map(lambda x: {name: x[name] for name in names})
+        ds = self._read_through(num_epochs, num_shards, shard_index).map(lambda x: {name: x[name] for name in names})
         return ds.with_options(_without_autotuning()).as_numpy_iterator()
 
-    def _eval_dataset(self, num_examples: int | None) -> "tf.data.Dataset":
-        ds = self._unshuffled()
+    def count_cut(self, num_examples: int) -> CutCounter:
+        """Counts longer features among the first so many examples, in shuffled order if `shuffle`."""
+        self.check()
+        counter = self._cut_counter()
+        for example in self._eval_dataset(num_examples, self.shuffle).as_numpy_iterator():
+            counter.add(example)
+        return counter
+
+    def _cut_counter(self) -> CutCounter:
+        return CutCounter(self.task_feature_lengths, self._provider().output_features)
+
+    def _eval_dataset(self, num_examples: int | None, shuffle: bool = False) -> "tf.data.Dataset":
+        ds = self._read_through(shuffle=shuffle)
         return ds if num_examples is None else ds.take(num_examples)
 
-    def _unshuffled(self, num_epochs: int = 1, num_shards: int = 1, shard_index: int = 0) -> "tf.data.Dataset":
+    def _read_through(
+        self, num_epochs: int = 1, num_shards: int = 1, shard_index: int = 0, shuffle: bool = False
+    ) -> "tf.data.Dataset":
         return self._provider().get_dataset(
             sequence_length=dict(self.task_feature_lengths),
             split=self.split,
             use_cached=self.use_cached,
-            shuffle=False,
+            shuffle=shuffle,
             seed=self.seed,
             shard_info=libraries()[0].ShardInfo(index=shard_index, num_shards=num_shards),
             num_epochs=num_epochs,
@@ -305,8 +329,7 @@ class SeqioDataset:
             described[f"{name}_pretokenized"] = self.to_text(example[name].tolist() if name in example else [])
         for name, value in example.items():
             if name not in FEATURES:
-                value = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
-                described[name] = value.decode("utf-8") if isinstance(value, bytes) else value
+                described[name] = _plain(value)
         return described
 
     def _provider(self) -> "seqio.Task | seqio.Mixture":

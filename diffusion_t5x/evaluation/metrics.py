@@ -1,6 +1,6 @@
 """Metrics of decoded text, each with its 95 % interval.
 
-A metric is SeqIO's metric function: `f(targets, predictions) -> {name: value}` over strings. The interval of a share of
+A metric is SeqIO's metric function: `f(targets, predictions) -> {name: value}` over texts. The interval of a share of
 examples is Wilson's; that of a score that is no mean over examples is a bootstrap over examples. Both say how far the
 result would move with another test set of this size, not with another training seed.
 """
@@ -67,6 +67,75 @@ def distinct_n(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, 
         ngrams = [tuple(text[i : i + n]) for text in words for i in range(len(text) - n + 1)]
         shares[f"distinct_{n}"] = len(set(ngrams)) / max(len(ngrams), 1)
     return shares
+
+
+def squad(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[str, float]:
+    """Exact match and F1 of SQuAD v1.1 in percent, t5's, which is the official script's: texts are normalised.
+
+    Args:
+      targets: all answers to each question; the best one counts.
+      predictions: one for each question.
+
+    Raises:
+      UserError: no examples, or not one prediction for each question.
+    """
+    from t5.evaluation import metrics as t5_metrics
+
+    _check(targets, predictions)
+    scores = [t5_metrics.squad([t], [p]) for t, p in zip(targets, predictions, strict=True)]
+    exact = sum(int(score["em"] == 100) for score in scores)
+    low, high = wilson_interval(exact, len(scores))
+    f1 = np.array([score["f1"] for score in scores])
+    f1_low, f1_high = bootstrap_interval(np.stack([f1, np.ones_like(f1)], 1), lambda sums: sums[0] / sums[1])
+    return {
+        "em": 100 * exact / len(scores),
+        "em_low": 100 * low,
+        "em_high": 100 * high,
+        "f1": float(f1.mean()),
+        "f1_low": f1_low,
+        "f1_high": f1_high,
+    }
+
+
+def math_accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+    """The percentage of solutions with the target's answer, as math-verify compares them, with Wilson's interval.
+
+    The answer of a text is what follows its last "####" (GSM8K), else what math-verify finds: the last \\boxed, formula
+    or number. A text without an answer is wrong.
+
+    Raises:
+      UserError: no examples, not one prediction for each target, a target without an answer, or no math-verify.
+    """
+    try:
+        import math_verify
+    except ImportError as error:
+        raise UserError("Answers are compared by math-verify: pip install diffusion_t5x[math].") from error
+
+    _check(targets, predictions)
+    answers = [[math_verify.parse(text.rpartition("####")[2]) for text in texts] for texts in (targets, predictions)]
+    for target, answer in zip(targets, answers[0], strict=True):
+        if not answer:
+            raise UserError(f"The target {target[-80:]!r} has no answer that math-verify can read.")
+    correct = sum(math_verify.verify(target, prediction) for target, prediction in zip(*answers, strict=True))
+    low, high = wilson_interval(correct, len(targets))
+    return {
+        "math_accuracy": 100 * correct / len(targets),
+        "math_accuracy_low": 100 * low,
+        "math_accuracy_high": 100 * high,
+    }
+
+
+def warn_of_small_difference(first: float, second: float, num_examples: int) -> str | None:
+    """A warning where two scores in percent differ, but by less than one example more or less would make.
+
+    Args:
+      first, second: of a metric that is a mean over examples.
+      num_examples: that were scored.
+    """
+    worth, difference = 100 / num_examples, abs(first - second)
+    if not 0 < difference < worth * (1 - 1e-9):
+        return None
+    return f"{difference:.2g} points of difference are less than one of {num_examples} examples is worth ({worth:.2g})."
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:

@@ -1,5 +1,12 @@
 """Metrics of text against sacrebleu's own scores and the published formulas of the intervals."""
 
+import collections
+import json
+import re
+import string
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import sacrebleu
@@ -83,9 +90,106 @@ def test_bootstrap_of_a_mean_is_the_normal_interval():
     assert (low, high) == pytest.approx((values.mean() - half_width, values.mean() + half_width), abs=half_width / 10)
 
 
-@pytest.mark.parametrize("metric", [metrics.bleu, metrics.exact_match])
+@pytest.mark.parametrize("metric", [metrics.bleu, metrics.exact_match, metrics.squad])
 def test_nothing_to_score(metric):
     with pytest.raises(UserError, match="no examples"):
         metric([], [])
     with pytest.raises(UserError, match="1 predictions for 2 targets"):
         metric(["a", "b"], ["a"])
+
+
+def test_bleu_is_that_of_sacrebleus_own_command(tmp_path):
+    targets, predictions = texts(50, 3)
+    for name, lines in (("targets", targets), ("predictions", predictions)):
+        (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    command = [sys.executable, "-m", "sacrebleu", "targets", "-i", "predictions", "-w", "10"]
+    printed = json.loads(subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout)
+    assert metrics.bleu(targets, predictions)["bleu"] == pytest.approx(printed["score"], abs=1e-9)
+    assert metrics.bleu_signature() == printed["signature"]
+
+
+def squad_evaluate(answers, predictions):
+    """rajpurkar/SQuAD-explorer, evaluate-v1.1.py, written down anew: exact match and F1 in percent."""
+
+    def normalize(text):
+        text = "".join(character for character in text.lower() if character not in string.punctuation)
+        return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+    def f1(prediction, answer):
+        common = sum((collections.Counter(prediction) & collections.Counter(answer)).values())
+        if not common:
+            return 0.0
+        precision, recall = common / len(prediction), common / len(answer)
+        return 2 * precision * recall / (precision + recall)
+
+    normalized = [(normalize(p), [normalize(a) for a in every]) for p, every in zip(predictions, answers, strict=True)]
+    em = [any(p == a for a in every) for p, every in normalized]
+    return 100 * np.mean(em), 100 * np.mean([max(f1(p, a) for a in every) for p, every in normalized])
+
+
+SQUAD_CASES = [  # answers, prediction, exact, F1
+    (["Denver Broncos", "The Denver Broncos"], "the denver broncos!", 100, 100),
+    (["gold"], "a golden anniversary", 0, 0),
+    (["the 1,000 men"], "1000 men", 100, 100),
+    (["Santa Clara, California", "Levi's Stadium"], "in Santa Clara", 0, 200 * (2 / 3) * (2 / 3) / (4 / 3)),
+    (["an apple  a day"], "apple day", 100, 100),
+    (["theory"], "the theory", 100, 100),
+    (["U.S."], "us", 100, 100),
+    (["308"], "", 0, 0),
+]
+
+
+def test_squad_is_the_official_script_s():
+    answers, predictions = [list(x) for x in zip(*((case[0], case[1]) for case in SQUAD_CASES), strict=True)]
+    for every, prediction, em, f1 in SQUAD_CASES:
+        result = metrics.squad([every], [prediction])
+        assert (result["em"], result["f1"]) == pytest.approx((em, f1), abs=1e-9)
+    result = metrics.squad(answers, predictions)
+    assert (result["em"], result["f1"]) == pytest.approx(squad_evaluate(answers, predictions), abs=1e-9)
+    low, high = metrics.wilson_interval(5, 8)
+    assert (result["em_low"], result["em_high"]) == pytest.approx((100 * low, 100 * high))
+    assert result["f1_low"] < result["f1"] < result["f1_high"]
+    assert all(type(value) is float for value in result.values())
+
+
+def test_squad_f1_interval_is_the_normal_one():
+    rng = np.random.default_rng(0)
+    answers = [["a1 b2 c3 d4"]] * 400
+    predictions = [" ".join(["a1", "b2", "c3", "d4"][: rng.integers(1, 5)]) for _ in answers]
+    result = metrics.squad(answers, predictions)
+    f1 = [metrics.squad([a], [p])["f1"] for a, p in zip(answers, predictions, strict=True)]
+    half_width = 1.959964 * np.std(f1) / 400**0.5
+    assert (result["f1_high"] - result["f1_low"]) / 2 == pytest.approx(half_width, rel=0.15)
+
+
+def test_math_answers_are_compared_as_mathematics():
+    pytest.importorskip("math_verify")
+    cases = {
+        ("So 5 + 3 = 8 apples.\n#### 8", "#### 8"): 1,
+        ("#### 1,000", "He has 12 and so on. #### 1000"): 1,
+        ("#### 8", "#### 9"): 0,
+        ("#### 72", "the answer is 72."): 1,
+        ("#### 8", "no idea"): 0,
+        (r"Thus $\boxed{\frac{1}{2}}$", r"It is $\boxed{0.5}$"): 1,
+        (r"$\boxed{x^2+2x+1}$", r"$\boxed{(x+1)^2}$"): 1,
+        (r"$\boxed{3}$", r"$\boxed{-3}$"): 0,
+    }
+    for (target, prediction), right in cases.items():
+        assert metrics.math_accuracy([target], [prediction])["math_accuracy"] == 100 * right, (target, prediction)
+    result = metrics.math_accuracy(*map(list, zip(*cases, strict=True)))
+    low, high = metrics.wilson_interval(5, 8)
+    expected = {"math_accuracy": 62.5, "math_accuracy_low": 100 * low, "math_accuracy_high": 100 * high}
+    assert result == pytest.approx(expected)
+    with pytest.raises(UserError, match="has no answer"):
+        metrics.math_accuracy(["none at all"], ["1"])
+
+
+@pytest.mark.parametrize(
+    "first,second,num_examples,warned",
+    [(50.0, 50.4, 90, True), (50.0, 52.0, 90, False), (50.0, 50.0, 90, False), (10.0, 10 + 100 / 90, 90, False)],
+)
+def test_a_difference_smaller_than_one_example_is_told(first, second, num_examples, warned):
+    told = metrics.warn_of_small_difference(first, second, num_examples)
+    assert (told is not None) == warned
+    if warned:
+        assert told == "0.4 points of difference are less than one of 90 examples is worth (1.1)."

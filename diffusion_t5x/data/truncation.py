@@ -1,0 +1,58 @@
+"""Counts the examples that are longer than the model's features: SeqIO cuts them without a word."""
+
+import functools
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import seqio
+
+logger = logging.getLogger(__name__)
+
+
+class CutCounter:
+    """Counts, among the examples it sees, features that hold only the first tokens of their text (and EOS).
+
+    Features without a text beside them, such as chunks of documents, are whole.
+
+    Args:
+      lengths: tokens of each feature, EOS included.
+      features: SeqIO's, by name.
+
+    Attributes:
+      examples: how many were seen.
+      cut: how many of them were cut, by feature.
+    """
+
+    def __init__(self, lengths: Mapping[str, int], features: Mapping[str, "seqio.Feature"]):
+        self._lengths = lengths
+        self._features = features
+        self.examples = 0
+        self.cut = dict.fromkeys(lengths, 0)
+
+    def add(self, example: Mapping[str, Any]) -> None:
+        """Looks at one example as SeqIO gives it, in numpy."""
+        self.examples += 1
+        for name, length in self._lengths.items():
+            text = example.get(f"{name}_pretokenized")
+            if text is not None and len(example[name]) == length:  # else nothing was cut, nor need be encoded again
+                feature = self._features[name]
+                self.cut[name] += len(feature.vocabulary.encode(text.decode())) + feature.add_eos > length
+
+    def watch(self, examples: Iterable[tuple[Any, Mapping[str, Any]]], name: str) -> Iterator[tuple[Any, Any]]:
+        """Passes (row, example) pairs on, and behind the last one logs what was cut of the data set `name`."""
+        for row, example in examples:
+            self.add(example)
+            yield row, example
+        for feature, count in self.cut.items():
+            if count:
+                _warn_once(
+                    f"{name}: the {feature} of {count} of {self.examples} examples are longer than "
+                    f"{self._lengths[feature]} tokens and end there (TASK_FEATURE_LENGTHS)"
+                )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)

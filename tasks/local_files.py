@@ -1,0 +1,145 @@
+"""Tasks over files of yours, named in gin: no Python is needed.
+
+Every record is looked at before the first batch, so that a broken line is told at once; then each epoch comes in an
+order of its own, over all files, and the position in it is exact.
+"""
+
+import dataclasses
+import functools
+import glob
+import hashlib
+import json
+import logging
+import os
+import string
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import seqio
+
+from diffusion_t5x.errors import UserError, did_you_mean
+from diffusion_t5x.tasks import registration, sources
+from diffusion_t5x.tasks.readers import Fields, Reader, Records
+
+logger = logging.getLogger(__name__)
+Patterns = str | Sequence[str]
+
+
+class _Template:
+    """Text with `{field}` in it; `{{` and `}}` are braces."""
+
+    def __init__(self, text: str):
+        try:
+            self._fields = {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
+        except ValueError as error:
+            raise UserError(f"{text!r} is no template: {error}. Write {{{{ and }}}} for braces.") from error
+        self._text = text
+
+    def fill(self, record: Fields) -> str:
+        for name in self._fields:
+            if name not in record:
+                hint = did_you_mean(name, record) or f" There are {', '.join(map(repr, record))}."
+                raise ValueError(f"no field {name!r}.{hint}")
+            if record[name] is None or isinstance(record[name], list | dict):
+                raise ValueError(f"the field {name!r} holds {json.dumps(record[name])[:40]}, not text.")
+        return self._text.format_map(record)
+
+
+def expand(patterns: Patterns) -> list[str]:
+    """The files of paths and glob patterns, those of a pattern sorted.
+
+    Raises:
+      UserError: a pattern that no file matches.
+    """
+    files = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        found = sorted(glob.glob(os.path.expanduser(pattern)))
+        if not found:
+            raise UserError(f"There is no file {pattern}.")
+        files += found
+    return files
+
+
+def source(
+    files: Mapping[str, Patterns],
+    reader: Reader,
+    templates: Mapping[str, str],
+    held_out: Mapping[str, float] | None = None,
+) -> seqio.DataSource:
+    """A SeqIO source of texts made from the records of files; see `task`."""
+    filled = {name: _Template(text) for name, text in templates.items()}
+    held_out = dict(held_out or {})
+    if held_out and ("train" not in files or held_out.keys() & files.keys() or sum(held_out.values()) >= 100):
+        raise UserError(f"held_out takes percentages of 'train' for splits without files: {held_out}.")
+
+    @functools.cache
+    def read(split: str) -> tuple[Records, np.ndarray]:
+        """The records of a split's files as texts, and for each of them the number of the split it belongs to."""
+        names = expand(files[split])
+        found = reader.read(names)
+        texts = dataclasses.replace(found, parse=lambda i: {k: t.fill(found.parse(i)) for k, t in filled.items()})
+        splits = [split, *(held_out if split == "train" else {})]
+        shares = [held_out[name] for name in splits[1:]]
+        belongs = np.fromiter((_share_of(next(iter(record.values())), shares) for record in texts), np.int8)
+        for name, count in zip(splits, np.bincount(belongs, minlength=len(splits)), strict=True):
+            if not count:
+                raise UserError(f"No record of {', '.join(names)} belongs to the split {name!r}.")
+            logger.info("%s: %d records of %s", name, count, ", ".join(names))
+        return texts, belongs
+
+    def load(split: str) -> Records:
+        texts, belongs = read("train" if split in held_out else split)
+        members = np.flatnonzero(belongs == (1 + [*held_out].index(split) if split in held_out else 0))
+        return Records(len(members), lambda i: texts.parse(members[i]), lambda i: texts.where(members[i]))
+
+    return sources.records(load, [*files, *held_out])
+
+
+def _share_of(text: str, percentages: Sequence[float]) -> int:
+    """Where a stable hash puts the text: 1 for the first percentage, 2 for the second ..., 0 for the rest."""
+    bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64 * 100
+    for share, percent in enumerate(percentages, 1):
+        if bucket < percent:
+            return share
+        bucket -= percent
+    return 0
+
+
+def task(
+    name: str,
+    files: Mapping[str, Patterns],
+    reader: Reader,
+    vocabulary_file: str | None,
+    inputs: str | None = "{inputs}",
+    targets: str = "{targets}",
+    objective: registration.Preprocessor | None = None,
+    held_out: Mapping[str, float] | None = None,
+    num_shots: int = 0,
+    metric_fns: Sequence[registration.MetricFn] = (),
+) -> str:
+    """Registers a SeqIO task over files and returns its name. Nothing is read until the task is.
+
+    Args:
+      name: of the task.
+      files: paths or glob patterns for each split.
+      reader: `readers.Jsonl`, `Tsv`, `Text` or `Parallel`.
+      vocabulary_file: a SentencePiece model; None for bytes.
+      inputs, targets: templates, such as "translate English to French: {english}". Without inputs every token is a
+        target.
+      objective: of pretraining (`@preprocessors.prefix_lm` ...): what it asks of the targets, inputs set aside.
+      held_out: percentages of the records of "train" that make splits without files, such as {"validation": 1.0}. A
+        hash of the inputs (without inputs, of the targets) decides, so equal inputs stay together.
+      num_shots: examples of "train" before each input.
+      metric_fns: for instance `(@metrics.bleu, @metrics.exact_match)`.
+
+    Raises:
+      UserError: a template that is none, no vocabulary file, or shots or shares that cannot be; on first reading what
+        is wrong with a file.
+    """
+    has_inputs = inputs is not None and objective is None
+    templates = ({"inputs": inputs} if has_inputs else {}) | {"targets": targets}
+    found = source(files, reader, templates, held_out)
+    return registration.task(
+        name, found, [], vocabulary_file, has_inputs=has_inputs, objective=objective, num_shots=num_shots,
+        metric_fns=metric_fns, shuffle_buffer=1,
+    )  # fmt: skip

@@ -1,0 +1,78 @@
+"""GSM8K and MATH500: problems whose solutions end in an answer, which math-verify compares.
+
+From JSON lines as their authors publish them, GSM8K also from TFDS. Needs `pip install diffusion_t5x[math]` to score.
+"""
+
+from collections.abc import Mapping
+
+import seqio
+import tensorflow as tf
+
+from diffusion_t5x.evaluation import metrics
+from diffusion_t5x.tasks import local_files, readers, registration, sources
+
+GSM8K_TFDS_NAME = "gsm8k:1.0.0"
+
+
+def gsm8k(
+    vocabulary_file: str | None, files: Mapping[str, local_files.Patterns] | None = None, num_shots: int = 0
+) -> str:
+    """Registers `gsm8k` (arXiv 2110.14168) and returns its name.
+
+    Targets are the published solutions, which end in "#### 42"; the answer of a prediction is what it has behind its
+    last "####", else the last number or formula in it.
+
+    Args:
+      vocabulary_file: see `registration.vocabulary`.
+      files: JSON lines with `question` and `answer` for each split; None reads TFDS, splits "train" and "test".
+      num_shots: see `registration.task`.
+
+    Raises:
+      UserError: no vocabulary file; on first reading, no such data, or what is wrong with it.
+    """
+    templates = {"inputs": "{question}", "targets": "{answer}"}
+    if files is None:
+        found, prepare = sources.PreparedTfds(GSM8K_TFDS_NAME, {"train": "train", "test": "test"}), [_gsm8k_texts]
+    else:
+        found, prepare = local_files.source(files, readers.Jsonl(), templates), []
+    return _task("gsm8k", found, prepare, vocabulary_file, num_shots)
+
+
+def math500(vocabulary_file: str | None, files: Mapping[str, local_files.Patterns], num_shots: int = 0) -> str:
+    """Registers `math500` (arXiv 2305.20050: 500 of the problems of MATH) and returns its name.
+
+    Targets are the solutions, in LaTeX, with the answer in a \\boxed; so are predictions expected.
+
+    Args:
+      vocabulary_file: see `registration.vocabulary`.
+      files: JSON lines with `problem` and `solution` for each split, as MATH's and MATH500's.
+      num_shots: see `registration.task`; needs MATH's own training problems as split "train".
+
+    Raises:
+      UserError: as `gsm8k`.
+    """
+    templates = {"inputs": "{problem}", "targets": "{solution}"}
+    found = local_files.source(files, readers.Jsonl(), templates)
+    return _task("math500", found, [], vocabulary_file, num_shots)
+
+
+def _task(
+    name: str,
+    source: seqio.DataSource,
+    prepare: list[registration.Preprocessor],
+    vocabulary_file: str | None,
+    num_shots: int,
+) -> str:
+    return registration.task(
+        name,
+        source,
+        prepare,
+        vocabulary_file,
+        num_shots=num_shots,
+        metric_fns=[metrics.math_accuracy],
+        shuffle_buffer=10_000,
+    )
+
+
+def _gsm8k_texts(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    return dataset.map(lambda x: {"inputs": x["question"], "targets": x["answer"]})

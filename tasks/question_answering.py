@@ -1,0 +1,92 @@
+"""SQuAD v1.1 as T5 asks for it, "question: ... context: ...", from TFDS or JSON in its official form."""
+
+import gzip
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import tensorflow as tf
+
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.evaluation import metrics
+from diffusion_t5x.tasks import registration, sources
+
+TFDS_NAME = "squad/v1.1:3.0.0"
+
+
+def squad(
+    vocabulary_file: str | None, files: Mapping[str, str] | None = None, name: str = "squad", num_shots: int = 0
+) -> str:
+    """Registers SQuAD and returns the task's name.
+
+    The text is t5's: a space on either side of each punctuation mark, in answers too. Targets are the first answer;
+    the metric takes the best of all. A context that does not fit is cut at its end.
+
+    Args:
+      vocabulary_file: see `registration.vocabulary`.
+      files: for each split a JSON file (also .gz) in SQuAD's format; None reads TFDS, splits "train" and "validation".
+      name: of the task.
+      num_shots: see `registration.task`.
+
+    Raises:
+      UserError: no vocabulary file; on first reading, no such data, or a file in another format.
+    """
+    from t5.data.postprocessors import qa
+
+    if files is None:
+        found, prepare = sources.PreparedTfds(TFDS_NAME, {"train": "train", "validation": "validation"}), []
+    else:
+        found, prepare = sources.records(lambda split: read(files[split]), list(files)), [_as_in_tfds]
+    return registration.task(
+        name,
+        found,
+        [*prepare, _question_and_context],
+        vocabulary_file,
+        num_shots=num_shots,
+        metric_fns=[metrics.squad],
+        postprocess_fn=qa,
+        shuffle_buffer=10_000 if files is None else 1,  # TFDS keeps an article's questions together
+    )
+
+
+def _as_in_tfds(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    return dataset.map(lambda x: x | {"answers": {"text": x["answers"]}})
+
+
+def _question_and_context(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """t5's preprocessor, without the second copy of the context."""
+    from t5.data.preprocessors import squad as preprocess
+
+    names = ("inputs", "targets", "id", "answers")
+    return preprocess(dataset).map(lambda x: {name: x[name] for name in names})
+
+
+def read(file: str) -> list[dict[str, Any]]:
+    """The questions of a file, each with its `id`, `question`, `context` and `answers` (texts).
+
+    Raises:
+      UserError: no such file, or another format.
+    """
+    path = os.path.expanduser(file)
+    try:
+        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as opened:
+            articles = json.load(opened)["data"]
+        questions = [
+            {"id": qa["id"], "question": qa["question"], "context": paragraph["context"]}
+            | {"answers": [answer["text"] for answer in qa["answers"]]}
+            for article in articles
+            for paragraph in article["paragraphs"]
+            for qa in paragraph["qas"]
+        ]
+    except OSError as error:
+        raise UserError(f"Cannot read {file}: {error}.") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{error.lineno}: not JSON: {error.msg} at column {error.colno}.") from error
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file} is not in SQuAD's format: {type(error).__name__} {error}.") from error
+    if not questions:
+        raise UserError(f"{file} has no questions.")
+    if unanswered := sum(not question["answers"] for question in questions):
+        raise UserError(f"{file}: {unanswered} questions have no answer; SQuAD v1.1 has one for each.")
+    return questions

@@ -1,0 +1,42 @@
+"""Translation as T5 asks for it, "translate English to French: ...", from TFDS.
+
+Parallel text and TSV files need no module of their own: see `gin/tasks/local_parallel.gin` and `tatoeba_enfr.gin`.
+"""
+
+import functools
+
+from diffusion_t5x.evaluation import metrics
+from diffusion_t5x.tasks import registration, sources
+
+
+def wmt14(
+    vocabulary_file: str | None,
+    source_language: str = "en",
+    target_language: str = "fr",
+    tfds_name: str = "wmt14_translate/fr-en:1.0.0",
+    num_shots: int = 0,
+) -> str:
+    """Registers WMT14, `wmt14_enfr` or the way back `wmt14_fren`, and returns the name.
+
+    Its splits are "train" (news commentary, Europarl, Common Crawl, UN and Gigaword; for En-Fr 40.8 million pairs),
+    "validation" (newstest2013) and "test" (newstest2014). BLEU is sacrebleu's.
+
+    Args:
+      vocabulary_file: see `registration.vocabulary`.
+      source_language, target_language: codes of the TFDS data set's two languages.
+      tfds_name: of any TFDS data set of translations with these splits.
+      num_shots: see `registration.task`.
+
+    Raises:
+      UserError: no vocabulary file; on first reading, no such data.
+    """
+    from t5.data.preprocessors import translate
+
+    return registration.task(
+        f"wmt14_{source_language}{target_language}",
+        sources.PreparedTfds(tfds_name, {split: split for split in ("train", "validation", "test")}),
+        [functools.partial(translate, source_language=source_language, target_language=target_language)],
+        vocabulary_file,
+        num_shots=num_shots,
+        metric_fns=[metrics.bleu],
+    )
