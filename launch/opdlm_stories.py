@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=pathlib.Path, help="a folder; a second run goes on in it")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["sft", "off_policy", "opdlm"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--split", default="test", help="to evaluate on; choose settings on validation")
     parser.add_argument("overrides", nargs="*", metavar="--gin.NAME=VALUE", help="behind --: for training")
     args = parser.parse_args()
@@ -69,7 +69,7 @@ def main() -> None:
             "INFER_OUTPUT_DIR": samples,
             "TEXT_FILE": prompts,
             "BATCH_SIZE": 256,
-            "TASK_FEATURE_LENGTHS": '{"inputs": 1, "targets": 128}',
+            "TASK_FEATURE_LENGTHS": '{"inputs": 1, "targets": 72}',
             "autoregressive_decoding.AutoregressiveDecoder.temperature": 1.0,
         }
         flags = [f"--gin.{name}={value}" for name, value in settings.items()]

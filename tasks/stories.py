@@ -40,7 +40,7 @@ def prompts(tokenizer_file: str, text_file: str) -> str:
 
 
 def continuations(
-    tokenizer_file: str, samples_file: str, prompt_tokens: int = 24, num_validation: int = 64, num_test: int = 256
+    tokenizer_file: str, samples_file: str, prompt_tokens: int = 16, num_validation: int = 64, num_test: int = 256
 ) -> str:
     """Registers the SeqIO task `stories_continuations`, in place of an earlier one, and returns its name.
 
