@@ -1,5 +1,6 @@
 """Every architecture, pretraining task and objective learns eight examples by heart, through gin alone."""
 
+import itertools
 import json
 
 import pytest
@@ -7,11 +8,22 @@ import pytest
 from diffusion_t5x import config, train
 
 
+PREFIX_LM, SPAN_CORRUPTION = "overfit_prefix_lm", "overfit_span_corruption"
+RUNS = [
+    *itertools.product(
+        ("decoder_only", "encoder_decoder"), (PREFIX_LM, SPAN_CORRUPTION), [("autoregressive", 200), ("sundae", 1200)]
+    ),
+    ("decoder_only", PREFIX_LM, ("masked", 800)),
+    ("encoder_decoder", SPAN_CORRUPTION, ("masked", 1200)),
+    ("decoder_only", SPAN_CORRUPTION, ("block", 800)),
+    ("decoder_only", PREFIX_LM, ("block_uniform", 1200)),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("objective,steps", [("autoregressive", 200), ("sundae", 1200)])
-@pytest.mark.parametrize("task", ["overfit_prefix_lm", "overfit_span_corruption"])
-@pytest.mark.parametrize("architecture", ["decoder_only", "encoder_decoder"])
-def test_eight_examples_are_reproduced_exactly(architecture, task, objective, steps, tmp_path):
+@pytest.mark.parametrize("architecture,task,objective_and_steps", RUNS)
+def test_eight_examples_are_reproduced_exactly(architecture, task, objective_and_steps, tmp_path):
+    objective, steps = objective_and_steps
     config.run(
         train.train,
         [
