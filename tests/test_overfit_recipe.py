@@ -7,7 +7,6 @@ import pytest
 
 from diffusion_t5x import config, train
 
-
 PREFIX_LM, SPAN_CORRUPTION = "overfit_prefix_lm", "overfit_span_corruption"
 RUNS = [
     *itertools.product(
