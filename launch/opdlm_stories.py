@@ -42,7 +42,9 @@ def run(verb: Callable[..., None], flags: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="bash launch/opdlm_stories.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", required=True, help="stories260K.bin")
     parser.add_argument("--tokenizer", required=True, help="tok512.bin")
     parser.add_argument("--output", required=True, type=pathlib.Path, help="a folder; a second run goes on in it")
