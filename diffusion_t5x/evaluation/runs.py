@@ -238,8 +238,7 @@ def _decoder_of_evaluations(evaluations: Iterable[str], task: str) -> str:
     for evaluation in evaluations:
         with contextlib.suppress(SyntaxError):
             fields = {field.arg: field.value for field in ast.parse(evaluation, mode="eval").body.keywords}
-            constants = {node.value for node in ast.walk(fields["dataset"]) if isinstance(node, ast.Constant)}
-            if task in constants and "decoder" in fields:
+            if "decoder" in fields and task in {getattr(node, "value", None) for node in ast.walk(fields["dataset"])}:
                 return ast.unparse(fields["decoder"])
     return ""
 
