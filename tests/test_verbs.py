@@ -36,8 +36,6 @@ PRETRAIN = [
     "--gin.TRAIN_STEPS=20",
     "--gin.Periods.log=1",
     "--gin.Periods.save=5",
-    "--gin.train.train.checkpoint_policy=@train.CheckpointPolicy()",
-    "--gin.train.CheckpointPolicy.keep_last=3",
 ]
 MODELS = ["--gin_file=models/decoder_only.gin", "--gin_file=sizes/tiny.gin", "--gin_file=tasks/quickstart.gin"]
 TASK = [
@@ -57,6 +55,13 @@ FINETUNE = [
     "--gin.NUM_DECODED_EXAMPLES=8",
 ]
 
+KEEP_THREE = """
+from __gin__ import dynamic_registration
+from diffusion_t5x import train
+
+train.train.checkpoint_policy = @train.CheckpointPolicy()
+train.CheckpointPolicy.keep_last = 3
+"""
 TWO_TASKS = """
 from __gin__ import dynamic_registration
 from diffusion_t5x import eval as eval_script
@@ -91,8 +96,10 @@ def arrays(model_dir: pathlib.Path) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory) -> pathlib.Path:
     """A run of 20 steps that nothing disturbs."""
-    model_dir = tmp_path_factory.mktemp("verbs") / "pretrained"
-    config.run(train.train, [*PRETRAIN, f"--gin.MODEL_DIR={model_dir}"])
+    folder = tmp_path_factory.mktemp("verbs")
+    (folder / "keep.gin").write_text(KEEP_THREE)
+    model_dir = folder / "pretrained"
+    config.run(train.train, [*PRETRAIN, f"--gin_file={folder / 'keep.gin'}", f"--gin.MODEL_DIR={model_dir}"])
     return model_dir
 
 
