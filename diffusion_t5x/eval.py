@@ -1,27 +1,33 @@
-"""Evaluate a checkpoint: decode a task's examples, score them, and write down how it was done."""
+"""Evaluate checkpoints: decode tasks' examples, score them, and write down how it was done.
 
-import importlib.metadata
+With --predictions FILE.jsonl --task NAME it scores predictions made elsewhere, without a model; --gin_file registers
+the task. A line is {"prediction": TEXT} or {"predictions": [TEXT, ...]}, in the split's order or with an "example_id".
+"""
+
 import json
 import logging
-import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 
 from diffusion_t5x import config
+from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.evaluation import results
 from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval
 from diffusion_t5x.evaluation.inference import write_jsonl
 from diffusion_t5x.evaluation.loading import check_datasets, load_model, load_teacher
+from diffusion_t5x.evaluation.predictions import add_predictions, read_predictions
+from diffusion_t5x.flags import Parser
 from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.transformer import Params
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training import checkpoints
 from diffusion_t5x.training.assignment import Rule
 
 logger = logging.getLogger(__name__)
-_PACKAGES = ("diffusion_t5x", "jax", "flax", "seqio", "tensorflow", "sacrebleu")
 
 
 def evaluate(
@@ -29,6 +35,7 @@ def evaluate(
     model: ModelConfig,
     checkpoint_path: str,
     eval_output_dir: str,
+    all_checkpoints: bool = False,
     decode_evals: Sequence[DecodeEval] = (),
     objective: Objective | None = None,
     loss_evals: Sequence[LossEval] = (),
@@ -39,15 +46,17 @@ def evaluate(
     mesh: MeshConfig = MeshConfig(),  # noqa: B008  (frozen)
     dry_run: bool = False,
 ) -> None:
-    """Scores one checkpoint.
+    """Scores one checkpoint, or all of a run.
 
     `eval_output_dir` gets results.json (metrics, and all it takes to repeat them) and, for each decoded task,
-    `<task>_predictions.jsonl`.
+    `<task>_predictions.jsonl`; with `all_checkpoints` a folder `checkpoint_<step>` for each, with the same in it.
+    results.json is written last. Started again with the same settings, only checkpoints without one are evaluated.
 
     Args:
       model: dimensions of the checkpoint's model.
       checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
       eval_output_dir: made if it is not there.
+      all_checkpoints: evaluate all that are at the path; else the latest.
       decode_evals: what to decode and score.
       objective: whose loss `loss_evals` measure.
       loss_evals: losses to measure.
@@ -60,10 +69,11 @@ def evaluate(
       dry_run: check everything, print what would be done, and evaluate nothing.
 
     Raises:
-      UserError: anything that does not fit, before anything is compiled.
+      UserError: anything that does not fit, before anything is compiled; or the output has results of other settings:
+        nothing is overwritten.
     """
     device_mesh = mesh.make()
-    path = str(checkpoints.find_checkpoint(checkpoint_path))
+    paths = checkpoints.find_checkpoints(checkpoint_path)
     if not dry_run:
         checkpoints.ensure_writable(eval_output_dir)
     evals = [*loss_evals, *decode_evals]
@@ -72,37 +82,140 @@ def evaluate(
     if loss_evals and objective is None:
         raise UserError("evaluate.loss_evals needs evaluate.objective: whose loss?")
     check_datasets([ev.dataset for ev in evals], model, device_mesh)
-    vocabulary = evals[0].dataset.token_ids()
-    definition, params = load_model(path, model, vocabulary, device_mesh, restore_rules=restore_rules, use_ema=use_ema)
-    teacher = None
-    if teacher_checkpoint_path:
-        teacher = load_teacher(teacher_checkpoint_path, teacher_model or model, vocabulary, device_mesh)
-    if dry_run:
-        print(f"Would evaluate {path} ({definition.num_params():,} parameters):", *evals, sep="\n  ")
-        return
+    settings = results.describe(
+        {
+            "evaluations": evals,
+            "objective": objective,
+            "model": model,
+            "restore_rules": restore_rules,
+            "use_ema": use_ema,
+            "teacher": teacher_checkpoint_path,
+        }
+    )
+    output = pathlib.Path(eval_output_dir)
+    folders = {str(path): output / path.name for path in paths} if all_checkpoints else {str(paths[-1]): output}
+    todo = {path: folder for path, folder in folders.items() if not results.is_done(folder, path, settings)}
+    logger.info("%s: %d of %d checkpoints are evaluated", output, len(folders) - len(todo), len(folders))
 
-    evaluator = Evaluator(device_mesh, definition, objective, loss_evals, decode_evals, teacher)
-    results = {name: dict(metrics) for name, metrics in evaluator.losses(params).items()}
+    vocabulary = evals[0].dataset.token_ids()
+    teacher = None
+    if teacher_checkpoint_path and todo:
+        teacher = load_teacher(teacher_checkpoint_path, teacher_model or model, vocabulary, device_mesh)
+    evaluator = None
+    for path, folder in todo.items():
+        definition, params = load_model(
+            path, model, vocabulary, device_mesh, restore_rules=restore_rules, use_ema=use_ema
+        )
+        if dry_run:
+            print(f"Would evaluate {' '.join(todo)} ({definition.num_params():,} parameters):", *evals, sep="\n  ")
+            return
+        evaluator = evaluator or Evaluator(device_mesh, definition, objective, loss_evals, decode_evals, teacher)
+        scores, fingerprints = _evaluate(evaluator, params, folder)
+        del params  # before the next checkpoint's are there
+        metadata = checkpoints.read_metadata(path)
+        report = {
+            "results": scores,
+            "checkpoint": path,
+            "teacher": teacher_checkpoint_path,
+            "step": metadata["step"],
+            "evaluations": [repr(ev) for ev in evals],
+            "settings": settings,
+            "data": fingerprints,
+            "training_objective": results.training_objective(metadata.get("config", "")),
+            "num_parameters": definition.num_params(),
+            "vocabulary": vocabulary.describe(),
+            "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+            **results.provenance(scores),
+            "config": config.operative_text(),
+        }
+        if jax.process_index() == 0:
+            results.write_results(folder, report)
+            logger.info("wrote %s", folder / "results.json")
+
+
+def _evaluate(
+    evaluator: Evaluator, params: Params, folder: pathlib.Path
+) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Scores and data fingerprints by task; what was decoded is in `folder`."""
+    scores = {name: dict(metrics) for name, metrics in evaluator.losses(params).items()}
+    fingerprints = {}
     for task, metrics, records in evaluator.decode(params):
-        results[task] = results.get(task, {}) | metrics | {"num_examples": len(records)}
-        write_jsonl(os.path.join(eval_output_dir, f"{task}_predictions.jsonl"), records)
-    for name, metrics in results.items():
-        logger.info("%s: %s", name, "  ".join(f"{metric} {value:.4g}" for metric, value in metrics.items()))
-    report = {
-        "results": results,
-        "checkpoint": path,
-        "teacher": teacher_checkpoint_path,
-        "step": checkpoints.read_metadata(path)["step"],
-        "evaluations": [repr(ev) for ev in evals],
-        "vocabulary": vocabulary.describe(),
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "config": config.operative_text(),
-    }
-    if jax.process_index() == 0:
-        output = pathlib.Path(eval_output_dir, "results.json")
-        output.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        logger.info("wrote %s", output)
+        scores[task] = scores.get(task, {}) | metrics | {"num_examples": len(records)}
+        fingerprints[task] = results.fingerprint(records)
+        write_jsonl(str(folder / f"{task}_predictions.jsonl"), records)
+    for name, metrics in scores.items():
+        logger.info("%s: %s", name, results.summary(metrics))
+    return scores, fingerprints
+
+
+def score(
+    *,
+    predictions: str,
+    dataset: Callable[..., SeqioDataset],
+    task: str | None = None,
+    mixture_or_task_name: str | None = None,
+    num_examples: int | None = None,
+    eval_output_dir: str | None = None,
+) -> None:
+    """Scores predictions that were made elsewhere, prints the metrics and, if asked to, writes what `evaluate` does.
+
+    Args:
+      predictions: a file of JSON lines, see `evaluation.predictions`.
+      dataset: makes the data set of a `mixture_or_task_name`.
+      task: its name.
+      mixture_or_task_name: the name as gin files set it, where `task` is None.
+      num_examples: the file has only the first so many; None takes all.
+      eval_output_dir: made if it is not there; None writes nothing.
+
+    Raises:
+      UserError: unknown task or split, or predictions that do not fit; the output has results of other settings.
+    """
+    name = task or mixture_or_task_name
+    if not name:
+        raise UserError("Predictions for which task? Give --task NAME, and the --gin_file that registers it.")
+    lines = read_predictions(predictions)
+    data = dataset(mixture_or_task_name=name)
+    settings = results.describe({"evaluations": [data], "predictions": predictions, "num_examples": num_examples})
+    if eval_output_dir:
+        checkpoints.ensure_writable(eval_output_dir)
+        results.is_done(pathlib.Path(eval_output_dir), None, settings)
+    examples = list(data.eval_examples(num_examples))
+    records = add_predictions(examples, lines, predictions, f"split {data.split} of {name}")
+    scores = {name: {**data.score(records), "num_examples": len(records)}}
+    print(json.dumps(scores, indent=2, ensure_ascii=False))
+    if eval_output_dir:
+        report = {
+            "results": scores,
+            "predictions": predictions,
+            "checkpoint": None,
+            "step": None,
+            "evaluations": [repr(data)],
+            "settings": settings,
+            "data": {name: results.fingerprint(records)},
+            **results.provenance(scores),
+            "config": config.operative_text(),
+        }
+        results.write_records(pathlib.Path(eval_output_dir, f"{name}_predictions.jsonl"), records)
+        results.write_results(eval_output_dir, report)
+        logger.info("wrote %s", pathlib.Path(eval_output_dir, "results.json"))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads the flags; with `--predictions` runs `score`, else `evaluate`."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--predictions")
+    parser.add_argument("--task")
+    with config.program():
+        flags, rest = parser.parse_known_args(argv)
+        if flags.task and not flags.predictions:
+            raise UserError("--task goes with --predictions; to evaluate a model, set --gin.MIXTURE_OR_TASK_NAME=...")
+    if flags.predictions:
+        names = {"PREDICTIONS": flags.predictions, "TASK": flags.task}
+        bindings = [f"--gin.{name}={value!r}" for name, value in names.items()]
+        config.run(score, ["--gin_file=runs/score.gin", *rest, *bindings])
+    else:
+        config.run(evaluate, rest)
 
 
 if __name__ == "__main__":
-    config.run(evaluate)
+    main()

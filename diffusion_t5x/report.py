@@ -1,6 +1,7 @@
 """Show runs in one page: learning curves, scores, decoded examples, canvases step by step, decode times.
 
-RUN is a folder that train, eval, infer or benchmark wrote, or a folder that holds such folders.
+RUN is a folder that train, eval, infer or benchmark wrote, or a folder that holds such folders. With --output FILE.md
+the tables of scores alone, as Markdown.
 """
 
 import argparse

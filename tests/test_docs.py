@@ -7,6 +7,7 @@ import shlex
 import pytest
 
 from diffusion_t5x import config, report
+from diffusion_t5x import eval as evaluation
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,8 +36,13 @@ def test_a_command_of_the_pages_resolves(command, capsys):
     if module == report.__name__:  # the one verb that has no gin
         assert report.parse(flags).runs
         return
+    if module == evaluation.__name__:  # which has two
+        evaluation.main([*flags, "--print_config"])
+        printed = capsys.readouterr()
+        assert re.search(r"^# Parameters for \w+\.(evaluate|score):$", printed.out, re.MULTILINE) and not printed.err
+        return
     name = module.rpartition(".")[2]
-    verb = {"eval": "evaluate", "benchmark": "decode"}.get(name, name)
+    verb = {"benchmark": "decode"}.get(name, name)
     main = getattr(__import__(module, fromlist=[verb]), verb)
     config.run(main, [*flags, "--print_config"])
     printed = capsys.readouterr()

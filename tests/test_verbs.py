@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict
 from diffusion_t5x import config, infer, train
 from diffusion_t5x import eval as evaluation
 from diffusion_t5x.evaluation.report import write_report
+from diffusion_t5x.evaluation.runs import read_runs
 from diffusion_t5x.training import checkpoints
 
 TINY = [
@@ -54,6 +55,33 @@ FINETUNE = [
     "--gin.NUM_DECODED_EXAMPLES=8",
 ]
 
+KEEP_THREE = """
+from __gin__ import dynamic_registration
+from diffusion_t5x import train
+
+train.train.checkpoint_policy = @train.CheckpointPolicy()
+train.CheckpointPolicy.keep_last = 3
+"""
+TWO_TASKS = """
+from __gin__ import dynamic_registration
+from diffusion_t5x import eval as eval_script
+from diffusion_t5x.data import seqio_source
+from diffusion_t5x.evaluation import evaluator
+
+eval_script.evaluate.decode_evals = [@pairs/evaluator.DecodeEval(), @stdlib/evaluator.DecodeEval()]
+
+pairs/evaluator.DecodeEval.dataset = @pairs/seqio_source.SeqioDataset()
+pairs/seqio_source.SeqioDataset:
+  mixture_or_task_name = "quickstart_pairs"
+  task_feature_lengths = {"inputs": 24, "targets": 24}
+
+stdlib/evaluator.DecodeEval.dataset = @stdlib/seqio_source.SeqioDataset()
+stdlib/seqio_source.SeqioDataset:
+  mixture_or_task_name = "quickstart_corpus_prefix_lm"
+  task_feature_lengths = {"inputs": 64, "targets": 32}
+  split = "validation"
+"""
+
 
 def steps(model_dir: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in (model_dir / "train" / "metrics.jsonl").read_text().splitlines()]
@@ -68,8 +96,10 @@ def arrays(model_dir: pathlib.Path) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory) -> pathlib.Path:
     """A run of 20 steps that nothing disturbs."""
-    model_dir = tmp_path_factory.mktemp("verbs") / "pretrained"
-    config.run(train.train, [*PRETRAIN, f"--gin.MODEL_DIR={model_dir}"])
+    folder = tmp_path_factory.mktemp("verbs")
+    (folder / "keep.gin").write_text(KEEP_THREE)
+    model_dir = folder / "pretrained"
+    config.run(train.train, [*PRETRAIN, f"--gin_file={folder / 'keep.gin'}", f"--gin.MODEL_DIR={model_dir}"])
     return model_dir
 
 
@@ -154,15 +184,78 @@ def test_dry_run_prints_sizes_and_writes_nothing(tmp_path, capsys):
     assert not model_dir.exists()
 
 
-def test_eval_writes_scores_and_all_it_takes_to_repeat_them(finetuned, tmp_path):
-    flags = [*MODELS, "--gin_file=decoding/sundae.gin", "--gin_file=runs/eval.gin", *TASK, *TINY]
-    flags += [f"--gin.CHECKPOINT_PATH={finetuned}", f"--gin.EVAL_OUTPUT_DIR={tmp_path}", "--gin.NUM_DECODED_EXAMPLES=8"]
-    config.run(evaluation.evaluate, flags)
+EVAL = [*MODELS, "--gin_file=decoding/sundae.gin", "--gin_file=runs/eval.gin", *TASK, *TINY]
+
+
+def test_eval_writes_scores_and_all_it_takes_to_repeat_them(finetuned, tmp_path, capsys):
+    flags = [*EVAL, f"--gin.CHECKPOINT_PATH={finetuned}", f"--gin.EVAL_OUTPUT_DIR={tmp_path}"]
+    flags += ["--gin.NUM_DECODED_EXAMPLES=8", "--gin.SAMPLES_PER_EXAMPLE=2"]
+    evaluation.main(flags)
     report = json.loads((tmp_path / "results.json").read_text())
     scores = report["results"]["quickstart_pairs"]
     assert {"bleu", "bleu_low", "bleu_high", "exact_match", "num_examples"} <= scores.keys()
     assert report["step"] == 3 and report["versions"]["jax"] and "num_samples=8" in report["evaluations"][0]
-    assert len((tmp_path / "quickstart_pairs_predictions.jsonl").read_text().splitlines()) == 8
+    (settings,) = report["settings"]["evaluations"]
+    assert settings["decoder"]["num_samples"] == 8 and settings["seed"] == 0 and settings["samples_per_example"] == 2
+    assert report["training_objective"] == "Sundae" and report["bleu_signature"].startswith("nrefs:1")
+    predictions = tmp_path / "quickstart_pairs_predictions.jsonl"
+    lines = [json.loads(line) for line in predictions.read_text().splitlines()]
+    assert len(lines) == 8 and all(line["predictions"][0] == line["prediction"] for line in lines)
+
+    # Scored again without the model, they get the same.
+    again = ["--predictions", str(predictions), "--task=quickstart_pairs", "--gin_file=tasks/quickstart.gin"]
+    again += ["--gin.NUM_DECODED_EXAMPLES=8", f"--gin.EVAL_OUTPUT_DIR={tmp_path / 'again'}"]
+    capsys.readouterr()
+    evaluation.main(again)
+    rescored = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert rescored["data"] == report["data"]
+    assert json.loads(capsys.readouterr().out) == rescored["results"]
+    assert rescored["results"]["quickstart_pairs"].items() <= scores.items()
+    assert [run.scores[0].step for run in read_runs([tmp_path, tmp_path / "again"])] == [3, None]
+    with pytest.raises(SystemExit):  # other settings: the first results stay
+        evaluation.main([*flags, "--gin.RANDOM_SEED=1"])
+    assert "something else (other: evaluations[0].seed)" in capsys.readouterr().err
+
+
+def test_eval_of_all_checkpoints_and_several_tasks_goes_on_where_it_stopped(pretrained, tmp_path, capsys):
+    flags = [*MODELS, *TINY, "--gin_file=decoding/autoregressive.gin", "--gin_file=runs/eval.gin"]
+    flags += [f"--gin.CHECKPOINT_PATH={pretrained}", "--gin.ALL_CHECKPOINTS=True", "--gin.NUM_DECODED_EXAMPLES=2"]
+    flags += [f"--gin.EVAL_OUTPUT_DIR={tmp_path}", "--gin.SPLIT=validation", "--gin.BATCH_SIZE=2"]
+    flags += ['--gin.EVAL_TASKS=["quickstart_pairs", "quickstart_corpus_prefix_lm"]']
+    flags += ['--gin.TASK_FEATURE_LENGTHS={"inputs": 8, "targets": 8}']
+    evaluation.main(flags)
+    names = [path.name for path in checkpoints.find_checkpoints(str(pretrained))]
+    assert names == ["checkpoint_10", "checkpoint_15", "checkpoint_20"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    for name in names:
+        report = json.loads((tmp_path / name / "results.json").read_text())
+        assert list(report["results"]) == ["quickstart_pairs", "quickstart_corpus_prefix_lm"]
+        assert f"checkpoint_{report['step']}" == name
+    (run,) = read_runs([tmp_path])
+    assert {curve.task for curve in run.curves} == {"quickstart_pairs", "quickstart_corpus_prefix_lm"}
+
+    (tmp_path / "checkpoint_15" / "results.json").unlink()
+    kept = (tmp_path / "checkpoint_10" / "results.json").stat().st_mtime_ns
+    capsys.readouterr()
+    evaluation.main(flags)
+    log = capsys.readouterr().err
+    assert "2 of 3 checkpoints are evaluated" in log and log.count("results.json") == 1
+    assert (tmp_path / "checkpoint_15" / "results.json").exists()
+    assert (tmp_path / "checkpoint_10" / "results.json").stat().st_mtime_ns == kept
+
+
+def test_evaluations_with_settings_of_their_own_are_scopes_of_a_gin_file(finetuned, tmp_path, capsys):
+    (tmp_path / "two.gin").write_text(TWO_TASKS)
+    flags = [*MODELS, *TINY, "--gin_file=decoding/sundae.gin", "--gin_file=runs/eval.gin"]
+    flags += [f"--gin_file={tmp_path / 'two.gin'}", "--gin.BATCH_SIZE=8", f"--gin.EVAL_OUTPUT_DIR={tmp_path}"]
+    evaluation.main([*flags, f"--gin.CHECKPOINT_PATH={finetuned}", "--dry_run"])
+    printed = capsys.readouterr().out
+    for expected in (
+        "'quickstart_pairs', task_feature_lengths={'inputs': 24, 'targets': 24}, split='test'",
+        "'quickstart_corpus_prefix_lm', task_feature_lengths={'inputs': 64, 'targets': 32}, split='validation'",
+    ):
+        assert expected in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["two.gin"]
 
 
 def test_infer_goes_on_where_it_stopped_and_refuses_other_settings(finetuned, tmp_path, capsys):

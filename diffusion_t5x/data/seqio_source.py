@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from diffusion_t5x.data import scoring
 from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.rows import check_rows, fill_batches, rows_of_shard
 from diffusion_t5x.data.truncation import CutCounter
@@ -119,10 +120,8 @@ class SeqioDataset:
           UserError: unknown task, split or feature; lengths or batch size that are missing or not positive; packing
             together with a canvas; inputs and targets of different vocabularies; a cache that is not there.
         """
-        provider = self._provider()
+        provider = self._provider_with_split()
         where = f"{self.mixture_or_task_name!r}"
-        if self.split not in provider.splits:
-            raise UserError(f"{where} has no split {self.split!r}, only {', '.join(sorted(provider.splits))}.")
         wanted = [name for name in FEATURES if name in provider.output_features]
         if "targets" not in wanted:
             raise UserError(f"{where} has no feature 'targets', only {', '.join(provider.output_features)}.")
@@ -190,7 +189,8 @@ class SeqioDataset:
         """The task's metrics of predictions.
 
         Args:
-          records: the dictionaries of `eval_batches`, each with a "prediction" (text).
+          records: the dictionaries of `eval_batches`, each with a "prediction" (text) and, where there are several
+            samples, "predictions" (see `scoring.score`).
 
         Raises:
           UserError: this is a mixture: metrics belong to tasks.
@@ -198,15 +198,7 @@ class SeqioDataset:
         task = self._provider()
         if not isinstance(task, libraries()[0].Task):
             raise UserError(f"Metrics belong to tasks, and {self.name!r} is a mixture: evaluate its tasks one by one.")
-        texts = {True: "targets_pretokenized", False: "prediction"}
-        targets, predictions = (
-            [task.postprocess_fn(record[name], example=record, is_target=is_target) for record in records]
-            for is_target, name in texts.items()
-        )
-        scores = {}
-        for metric in task.predict_metric_fns:
-            scores |= metric(targets, predictions)
-        return scores
+        return scoring.score(task, records)
 
     def train_iterator(self, num_shards: int = 1, shard_index: int = 0) -> "TrainIterator":
         """Endless batches of `batch_size / num_shards` rows, examples of this shard only.
@@ -274,6 +266,12 @@ class SeqioDataset:
             (batch, [self._describe(i, x) for i, x in zip(batch.example_ids.tolist(), group, strict=False)])
             for batch, group in fill_batches(examples, self.batch_size, self.vocabulary().pad_id)
         )
+
+    def eval_examples(self, num_examples: int | None = None) -> Iterator[dict[str, Any]]:
+        """The dictionaries of `eval_batches` without rows for a model; features without a length are not cut."""
+        self._provider_with_split()
+        examples = self._eval_dataset(num_examples).with_options(_without_autotuning()).as_numpy_iterator()
+        return (self._describe(number, example) for number, example in enumerate(examples))
 
     def num_eval_examples(self, num_examples: int | None = None) -> int:
         """How many examples `eval_batches` gives, by reading them."""
@@ -344,6 +342,13 @@ class SeqioDataset:
                 "The module that registers it must be imported: name it in a gin file (import my.tasks)."
             )
         return seqio.get_mixture_or_task(name)
+
+    def _provider_with_split(self) -> "seqio.Task | seqio.Mixture":
+        provider = self._provider()
+        if self.split not in provider.splits:
+            splits = ", ".join(sorted(provider.splits))
+            raise UserError(f"{self.mixture_or_task_name!r} has no split {self.split!r}, only {splits}.")
+        return provider
 
     def _converter(self, pack: bool) -> "RowConverter":
         from diffusion_t5x.data import feature_converters

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from jax.sharding import Mesh
@@ -61,12 +61,28 @@ class DecodeEval:
       decoder: what writes.
       num_examples: only the first so many; None takes all.
       seed: of the decoder's randomness.
+      samples_per_example: how many texts each example gets, for metrics such as pass@k; the others take the first.
+        (A decoder may have samples of its own, of which it keeps the best.)
     """
 
     dataset: EvalDataset
     decoder: Decoder
     num_examples: int | None = None
     seed: int = 0
+    samples_per_example: int = 1
+
+    def __post_init__(self) -> None:
+        if self.samples_per_example < 1:
+            raise UserError(f"DecodeEval.samples_per_example must be at least 1, not {self.samples_per_example}.")
+
+
+def for_tasks(
+    tasks: Sequence[str], dataset: Callable[..., EvalDataset], decode_eval: Callable[..., DecodeEval]
+) -> list[DecodeEval]:
+    """One evaluation for each task: `decode_eval(dataset=dataset(mixture_or_task_name=task))`."""
+    if isinstance(tasks, str) or not tasks:
+        raise UserError(f'EVAL_TASKS is a list of tasks\' names, such as ["my_task"], not {tasks!r}.')
+    return [decode_eval(dataset=dataset(mixture_or_task_name=task)) for task in tasks]
 
 
 class Evaluator:
@@ -122,7 +138,7 @@ class Evaluator:
             dataset = ev.dataset
             batches = dataset.eval_batches(ev.num_examples)
             texts = dataset.to_text, dataset.show_canvas
-            records = list(predict(step, params, batches, self._mesh, *texts, self._judge))
+            records = list(predict(step, params, batches, self._mesh, *texts, self._judge, ev.samples_per_example))
             seconds = time.monotonic() - start
             yield dataset.name, {**dataset.score(records), **_totals(records), "decode_seconds": seconds}, records
 

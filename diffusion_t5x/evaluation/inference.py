@@ -1,32 +1,35 @@
 """What a model writes for the examples of a data set."""
 
-import json
-import os
-import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.decoding.decoder import Decoded, Decoder
+from diffusion_t5x.evaluation.results import write_records
 from diffusion_t5x.evaluation.teacher import Judge
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 
 Example = Mapping[str, Any]
-DecodeStep = Callable[[Params, Batch], Decoded]
+DecodeStep = Callable[[Params, Batch, np.int32], Decoded]
 
 
 def make_decode_step(
     mesh: Mesh, definition: ModelDefinition, decoder: Decoder, *, seed: int, trace: bool = False
 ) -> DecodeStep:
-    """The jitted `(params, batch) -> Decoded`. Examples draw from `(seed, example_ids)`."""
+    """The jitted `(params, batch, sample) -> Decoded`. Examples draw from `(seed, example_ids)`, and from keys of their
+    own for each sample; the 0th sample is what is written where there is only one."""
 
-    def step(params: Params, batch: Batch) -> Decoded:
-        return decoder.decode(definition.bind(params), batch, jax.random.key(seed), trace)
+    def step(params: Params, batch: Batch, sample: jax.Array) -> Decoded:
+        key = jax.random.key(seed)
+        # Rows fold in their ids, which are not negative: no sample's key is a row's.
+        key = jnp.where(sample == 0, key, jax.random.fold_in(key, -sample))
+        return decoder.decode(definition.bind(params), batch, key, trace)
 
     return jax.jit(step, out_shardings=partitioning.replicated(mesh))
 
@@ -39,6 +42,7 @@ def predict(
     to_text: Callable[[Sequence[int]], str],
     show_canvas: Callable[[Sequence[int]], str],
     judge: Judge | None = None,
+    samples_per_example: int = 1,
 ) -> Iterator[dict[str, Any]]:
     """One record for each example, in order.
 
@@ -50,28 +54,37 @@ def predict(
       to_text: text of target tokens, up to EOS.
       show_canvas: text of target tokens with EOS, padding and all; for the trace.
       judge: says something more of what was written, a number for each row by name.
+      samples_per_example: how often each example is decoded, with other random numbers.
 
     Yields:
       The example's own fields with "prediction" (text), "score" (see the decoder), "num_tokens" (that were written, up
       to the one that ends the text), "num_steps" (of the model, that the row took part in), what the judge says, and,
-      where the step traces, "trace": the canvas before the first step and after each.
+      where the step traces, "trace": the canvas before the first step and after each. With several samples all this is
+      of the first, and "predictions" are the texts of all.
     """
     for batch, examples in batches:
         with jax.set_mesh(mesh):
             placed = partitioning.put_batch(mesh, batch)
-            decoded = decode_step(params, placed)
+            decoded = decode_step(params, placed, np.int32(0))
             said = jax.device_get(judge(placed.replace(tokens=decoded.tokens))) if judge else {}
             decoded = jax.device_get(decoded)
+            others = [
+                jax.device_get(decode_step(params, placed, np.int32(sample)).tokens)
+                for sample in range(1, samples_per_example)
+            ]
         for row, example in enumerate(examples):
             targets = np.flatnonzero(batch.target_mask[row])
+            texts = [to_text(tokens[row, targets].tolist()) for tokens in (decoded.tokens, *others)]
             record = {
                 **example,
-                "prediction": to_text(decoded.tokens[row, targets].tolist()),
+                "prediction": texts[0],
                 "score": float(decoded.scores[row]),
                 "num_tokens": int(decoded.num_tokens[row]),
                 "num_steps": int(decoded.row_steps[row]),
                 **{name: float(values[row]) for name, values in said.items()},
             }
+            if others:
+                record["predictions"] = texts
             if decoded.trace is not None:
                 record["trace"] = [show_canvas(canvas[row, targets].tolist()) for canvas in decoded.trace]
             yield record
@@ -79,11 +92,5 @@ def predict(
 
 def write_jsonl(path: str, records: Iterable[Mapping[str, Any]]) -> None:
     """Writes records as JSON lines, all or nothing; only the first process of a run writes."""
-    if jax.process_index():
-        return
-    final = pathlib.Path(path)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = final.with_name(final.name + ".tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    os.replace(unfinished, final)
+    if jax.process_index() == 0:
+        write_records(path, records)

@@ -1,7 +1,7 @@
 """One page about any runs: learning curves, scores, decoded examples, canvases step by step, decode times.
 
-What models wrote and how things are named is data: jinja2 escapes all of it, matplotlib escapes it in the charts, and
-the page's policy lets no script run.
+As Markdown the scores alone. What models wrote and how things are named is data: jinja2 (in Markdown the filter of that
+name) escapes all of it, matplotlib escapes it in the charts, and the page's policy lets no script run.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 import markupsafe
@@ -24,7 +24,7 @@ from diffusion_t5x.evaluation.runs import Record, Run, Scores, read_runs
 
 NUM_EXAMPLES = 20
 NUM_TRACES = 8  # of each run
-_FIRST_LINE = "<!doctype html><!-- diffusion_t5x report -->"
+_FIRST_LINES = {"html": "<!doctype html><!-- diffusion_t5x report -->", "md": "<!-- diffusion_t5x report -->"}
 _MARKERS = "os^Dv"
 _SHOWN = {  # metrics of learning, as regular expressions, with what is on the axis
     r"loss": "nats a target token",
@@ -45,15 +45,17 @@ class Chart:
 def write_report(folders: Iterable[str | pathlib.Path], output: str | pathlib.Path) -> pathlib.Path:
     """Writes one self-contained HTML file about the runs in `folders`; see `runs.read_runs` for which those are.
 
-    Sections with nothing to show are left out. The same runs give the same bytes.
+    Sections with nothing to show are left out. The same runs give the same bytes. An `output` that ends in .md gets the
+    tables of scores as Markdown.
 
     Raises:
       UserError: a folder or file that is missing or broken, or `output` exists and is no earlier report.
     """
     output = pathlib.Path(output)
-    page = render(read_runs(folders))
+    kind = "md" if output.suffix == ".md" else "html"
+    page = render(read_runs(folders), kind)
     try:
-        if output.exists() and not output.read_bytes().startswith(_FIRST_LINE.encode()):
+        if output.exists() and not output.read_bytes().startswith(_FIRST_LINES[kind].encode()):
             raise UserError(f"{output} exists and is not a report: choose another --output.")
         output.parent.mkdir(parents=True, exist_ok=True)
         unfinished = output.with_name(output.name + ".tmp")
@@ -64,30 +66,39 @@ def write_report(folders: Iterable[str | pathlib.Path], output: str | pathlib.Pa
     return output
 
 
-def render(runs: Sequence[Run]) -> str:
-    """The page about these runs, as HTML."""
+def render(runs: Sequence[Run], kind: Literal["html", "md"] = "html") -> str:
+    """The page about these runs."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-        autoescape=True,
+        autoescape=kind == "html",
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = number
+    environment.filters |= {"number": number, "markdown": markdown}
     scores = [(run.name, found) for run in runs for found in run.scores]
     tasks = list(dict.fromkeys(found.task for _, found in scores))
-    return environment.get_template("report.html").render(
-        first_line=markupsafe.Markup(_FIRST_LINE),
-        title=runs[0].name if len(runs) == 1 else f"Report on {len(runs)} runs",
-        version=diffusion_t5x.__version__,
-        runs=[(run, list(_contents(run))) for run in runs],
-        learning=list(_learning(runs)),
-        tables=[score_table(task, [row for row in scores if row[1].task == task]) for task in tasks],
-        examples=[examples_table(runs, task) for task in _predicted_tasks(runs)],
-        traces=list(_traces(runs)),
-        decode_times=[(run.name, time) for run in runs for time in run.decode_times],
-        decode_chart=_decode_chart([run for run in runs if run.decode_times]),
-    )
+    page = {
+        "first_line": markupsafe.Markup(_FIRST_LINES[kind]),
+        "title": runs[0].name if len(runs) == 1 else f"Report on {len(runs)} runs",
+        "tables": [score_table(task, [row for row in scores if row[1].task == task]) for task in tasks],
+    }
+    if kind == "html":
+        page |= {
+            "version": diffusion_t5x.__version__,
+            "runs": [(run, list(_contents(run))) for run in runs],
+            "learning": list(_learning(runs)),
+            "examples": [examples_table(runs, task) for task in _predicted_tasks(runs)],
+            "traces": list(_traces(runs)),
+            "decode_times": [(run.name, time) for run in runs for time in run.decode_times],
+            "decode_chart": _decode_chart([run for run in runs if run.decode_times]),
+        }
+    return environment.get_template(f"report.{kind}").render(page)
+
+
+def markdown(text: object) -> str:
+    """Text for a cell of a Markdown table, with nothing in it that Markdown or HTML would read as its own."""
+    return " ".join(re.sub(r"([\\`*_\[\]<>|~&$])", r"\\\1", str(text)).split())
 
 
 def number(value: float) -> str:
@@ -119,19 +130,28 @@ def canvases(trace: Sequence[str]) -> list[tuple[str, list[tuple[str, bool]]]]:
 
 
 def score_table(task: str, rows: Sequence[tuple[str, Scores]]) -> Mapping[str, Any]:
-    """A task's scores: columns, rows, and a chart of each metric that has an interval, where there is to compare."""
+    """A task's scores: columns, rows, and a chart of each metric that has an interval, where there is to compare.
+
+    Of a run's checkpoints the charts show the last. Rows of papers' numbers in the same setting follow.
+    """
     names = list(dict.fromkeys(name for _, scores in rows for name in scores.metrics))
     names = [name for name in names if not re.search("_(low|high)$", name)]
     shown = []
+    last = dict(rows)
     for name in names:
-        intervals = [(run, *ends) for run, scores in rows if (ends := _interval(scores.metrics, name))]
+        intervals = [(run, *ends) for run, scores in last.items() if (ends := _interval(scores.metrics, name))]
         if len(intervals) > 1:
             shown.append(Chart(markupsafe.Markup(charts.interval_chart(name, "95 % interval", intervals))))
     cells = [
         (run, scores, [(scores.metrics.get(name), _interval(scores.metrics, name)) for name in names])
         for run, scores in rows
     ]
-    return {"task": task, "metrics": names, "rows": cells, "charts": shown}
+    published: dict[tuple[str, str], dict[str, float]] = {}
+    for _, scores in rows:
+        for paper, metric, value in scores.published:
+            published.setdefault((paper.source, f"{paper.size}, {paper.method}"), {})[metric] = value
+    papers = [(*which, [values.get(name) for name in names]) for which, values in published.items()]
+    return {"task": task, "metrics": names, "rows": cells, "papers": papers, "charts": shown}
 
 
 def examples_table(runs: Sequence[Run], task: str) -> Mapping[str, Any]:
@@ -168,9 +188,12 @@ def _contents(run: Run) -> Iterator[str]:
             yield f"trained to step {max(points[-1][0] for points in curve.points.values()):,}"
     if run.size:
         yield run.size
-    for scores in run.scores:
+    for task in dict.fromkeys(scores.task for scores in run.scores):
+        *earlier, scores = (scores for scores in run.scores if scores.task == task)
         what = f"{scores.num_examples:,} examples" if scores.num_examples is not None else "losses"
-        yield f"{scores.task}: {what}, {scores.model} at step {scores.step:,}"
+        step = "" if scores.step is None else f" at step {scores.step:,}"
+        others = f" and {len(earlier)} earlier" if earlier else ""
+        yield f"{task}: {what}, {scores.model}{step}{others}"
     if not run.scores:
         for found in run.predictions:
             yield f"{found.task}: {len(found.records):,} predictions"

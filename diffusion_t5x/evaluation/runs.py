@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.evaluation.published import Published, matching
 
 Record = Mapping[str, Any]
 _CURVES = ("train/metrics.jsonl", "training_eval/*/metrics.jsonl", "inference_eval/*/metrics.jsonl")
@@ -38,19 +39,21 @@ class Scores:
 
     Attributes:
       task: what was evaluated on.
-      model: name of the folder of the model.
-      step: of the checkpoint.
+      model: name of the folder of the model, or of the file of predictions made elsewhere.
+      step: of the checkpoint; None for predictions made elsewhere.
       decoder: its class and settings; "" for losses, or where they are not on record.
       num_examples: that were decoded; None for losses.
       metrics: by name; `x_low` and `x_high` are the ends of the 95 % interval of `x`.
+      published: models of papers in the same setting, each with a metric and its value (see `published.matching`).
     """
 
     task: str
     model: str
-    step: int
+    step: int | None
     decoder: str
     num_examples: int | None
     metrics: Mapping[str, float]
+    published: Sequence[tuple[Published, str, float]] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +114,10 @@ def read_runs(folders: Iterable[str | pathlib.Path]) -> list[Run]:
     for folder in map(pathlib.Path, folders):
         if not folder.is_dir():
             raise UserError(f"There is no folder {folder}: name one that train, eval, infer or benchmark wrote.")
-        inner = sorted(path for path in folder.iterdir() if path.is_dir())
-        here = {path.resolve(): files for path in [folder, *inner] if (files := _files(path))}
+        own = _files(folder)
+        parts = {path.parent for path in own}  # evaluated checkpoints, not runs of their own
+        inner = sorted(path for path in folder.iterdir() if path.is_dir() and path not in parts)
+        here = {path.resolve(): files for path, files in [(folder, own), *((p, _files(p)) for p in inner)] if files}
         if not here:
             raise UserError(
                 f"{folder} holds nothing that train, eval, infer or benchmark wrote, and neither do the folders in it."
@@ -132,14 +137,14 @@ def _names(paths: Sequence[pathlib.Path]) -> list[str]:
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     """The files that say that a verb wrote this folder, and what."""
-    patterns = (*_CURVES, "results.json", "*.settings.json", "decode_time.json")
+    patterns = (*_CURVES, "results.json", "checkpoint_*/results.json", "*.settings.json", "decode_time.json")
     files = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
     # The quickstart has a summary of the same name, in a form of its own.
     return [path for path in files if path.name != "results.json" or "results" in _read_json(path)]
 
 
 def _read_run(name: str, folder: pathlib.Path, files: Sequence[pathlib.Path]) -> Run:
-    curves, scores, predictions, decode_times = [], [], [], []
+    curves, scores, predictions, decode_times, evaluated = [], [], [], [], []
     for path in files:
         with _whole(path):
             if path.name == "metrics.jsonl":
@@ -149,18 +154,20 @@ def _read_run(name: str, folder: pathlib.Path, files: Sequence[pathlib.Path]) ->
                     scores.append(decoded[0])
                     predictions.append(decoded[1])
             elif path.name == "results.json":
-                scores += _read_scores(path)
-                predictions += [
-                    Predictions(s.task, s.decoder, _read_jsonl(folder / f"{s.task}_predictions.jsonl"))
-                    for s in scores
-                    if s.num_examples is not None
-                ]
+                evaluated += [(found, path.parent) for found in _read_scores(path)]
             elif path.name == "decode_time.json":
                 names = [field.name for field in dataclasses.fields(DecodeTime)]
                 decode_times += [DecodeTime(**{name: record[name] for name in names}) for record in _read_json(path)]
             elif (output := path.with_name(path.name.replace(".settings.json", ".jsonl"))).exists():
                 settings = _read_json(path)
                 predictions.append(Predictions(settings["task"], settings["decoder"], _read_jsonl(output)))
+    evaluated.sort(key=lambda found: found[0].step or 0)
+    scores += [found for found, _ in evaluated]
+    last = {found.task: (found, where) for found, where in evaluated if found.num_examples is not None}
+    for found, where in last.values():
+        records = _read_jsonl(where / f"{found.task}_predictions.jsonl")
+        predictions.append(Predictions(found.task, found.decoder, records))
+    curves += _curves_of_scores([found for found, _ in evaluated])
     info = folder / "model-info.txt"
     return Run(
         name=name,
@@ -183,6 +190,18 @@ def _read_curve(path: pathlib.Path) -> Curve:
     return Curve(kind, task, points)
 
 
+def _curves_of_scores(scores: Sequence[Scores]) -> Iterator[Curve]:
+    """A curve for each task that several checkpoints were evaluated on; the scores come by ascending step."""
+    for task in dict.fromkeys(found.task for found in scores):
+        points: dict[str, list[tuple[int, float]]] = {}
+        for found in scores:
+            if found.task == task:
+                for name, value in found.metrics.items():
+                    points.setdefault(name, []).append((found.step, value))
+        if any(len(series) > 1 for series in points.values()):
+            yield Curve("inference_eval", task, points)
+
+
 def _inference_eval(folder: pathlib.Path, curve: Curve) -> tuple[Scores, Predictions]:
     """The scores of a training run's last evaluation, and what was written for it."""
     step = max(step for points in curve.points.values() for step, _ in points)
@@ -195,8 +214,11 @@ def _inference_eval(folder: pathlib.Path, curve: Curve) -> tuple[Scores, Predict
 
 def _read_scores(path: pathlib.Path) -> list[Scores]:
     report = _read_json(path)
-    checkpoint = pathlib.PurePath(report["checkpoint"]).parent
-    model = checkpoint.parent.name if checkpoint.name == "checkpoints" else checkpoint.name
+    if report["checkpoint"] is None:
+        model = pathlib.PurePath(report["predictions"]).name
+    else:
+        checkpoint = pathlib.PurePath(report["checkpoint"]).parent
+        model = checkpoint.parent.name if checkpoint.name == "checkpoints" else checkpoint.name
     return [
         Scores(
             task=task,
@@ -205,6 +227,7 @@ def _read_scores(path: pathlib.Path) -> list[Scores]:
             decoder=_decoder_of_evaluations(report["evaluations"], task),
             num_examples=metrics.get("num_examples"),
             metrics={name: value for name, value in metrics.items() if name != "num_examples"},
+            published=matching(task, metrics.get("num_examples"), report),
         )
         for task, metrics in report["results"].items()
     ]
@@ -215,8 +238,7 @@ def _decoder_of_evaluations(evaluations: Iterable[str], task: str) -> str:
     for evaluation in evaluations:
         with contextlib.suppress(SyntaxError):
             fields = {field.arg: field.value for field in ast.parse(evaluation, mode="eval").body.keywords}
-            constants = {node.value for node in ast.walk(fields["dataset"]) if isinstance(node, ast.Constant)}
-            if task in constants and "decoder" in fields:
+            if "decoder" in fields and task in {getattr(node, "value", None) for node in ast.walk(fields["dataset"])}:
                 return ast.unparse(fields["decoder"])
     return ""
 

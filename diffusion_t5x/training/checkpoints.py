@@ -143,30 +143,34 @@ def ensure_writable(directory: str) -> None:
 
 def steps(directory: str) -> list[int]:
     """Steps of the finished checkpoints in a folder of `checkpoint_<step>` folders, ascending."""
-    return sorted(found.step for found in _find_all(epath.Path(directory)))
+    return [found.step for found in _find_all(epath.Path(directory))]
 
 
 def latest(directory: str) -> str | None:
     """The newest finished checkpoint in a folder of `checkpoint_<step>` folders; None where there is none."""
-    found = steps(directory)
-    return str(epath.Path(directory) / _NAMES.build_name(found[-1])) if found else None
+    return next((str(found.path) for found in reversed(_find_all(epath.Path(directory)))), None)
 
 
 def find_checkpoint(path: str) -> epath.Path:
-    """The folder `checkpoint_<step>` that a user's path means.
+    """The folder `checkpoint_<step>` that a user's path means: the latest of `find_checkpoints`."""
+    return find_checkpoints(path)[-1]
+
+
+def find_checkpoints(path: str) -> list[epath.Path]:
+    """The folders `checkpoint_<step>` that a user's path means, by ascending step.
 
     Args:
-      path: such a folder; or a folder of them, or a MODEL_DIR whose `checkpoints` is one: then the latest.
+      path: such a folder; or a folder of them, or a MODEL_DIR whose `checkpoints` is one.
 
     Raises:
       UserError: no finished checkpoint is there.
     """
     given = epath.Path(path).expanduser().resolve()
     if any(found.path == given for found in _find_all(given.parent)):
-        return given
+        return [given]
     for folder in (given, given / "checkpoints"):
-        if newest := latest(folder):
-            return epath.Path(newest)
+        if found := _find_all(folder):
+            return [checkpoint.path for checkpoint in found]
     beside = ", ".join(map(str, steps(given.parent)))
     there = f" Beside it are the steps {beside}." if beside else ""
     state = "holds no finished checkpoint" if given.exists() else "does not exist"
@@ -246,8 +250,9 @@ def restore_params(path: str, abstract_params: Tree, rules: Sequence[Rule] = (),
 
 
 def _find_all(folder: epath.Path) -> list[Any]:
+    """Orbax's step and path of each finished checkpoint in a folder, by ascending step."""
     with contextlib.suppress(OSError):
-        return list(_NAMES.find_all(folder)) if folder.is_dir() else []
+        return sorted(_NAMES.find_all(folder), key=lambda found: found.step) if folder.is_dir() else []
     return []
 
 

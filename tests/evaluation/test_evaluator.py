@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,11 +10,11 @@ import tiny
 
 from diffusion_t5x.decoding.decoder import Decoded
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval
+from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval, for_tasks
 from diffusion_t5x.evaluation.inference import predict, write_jsonl
 from diffusion_t5x.evaluation.losses import evaluate_loss
 from diffusion_t5x.objectives.autoregressive import Autoregressive
-from diffusion_t5x.objectives.objective import LossSums, Ratio
+from diffusion_t5x.objectives.objective import LossSums, Ratio, row_keys
 from diffusion_t5x.partitioning import MeshConfig
 
 MESH = MeshConfig().make()
@@ -65,9 +66,9 @@ def test_an_empty_evaluation_set_is_refused():
         evaluate_loss(count_tokens, None, iter(()), MESH)
 
 
-def double(params, batch):
-    """Stands in for a decode step: writes every target twice as large."""
-    tokens = jnp.where(batch.target_mask, 2 * batch.tokens, batch.tokens)
+def double(params, batch, sample):
+    """Stands in for a decode step: writes every target twice as large, and by the sample's number larger."""
+    tokens = jnp.where(batch.target_mask, 2 * batch.tokens + sample, batch.tokens)
     return Decoded.of(
         tokens,
         batch,
@@ -91,8 +92,62 @@ def test_each_example_gets_its_prediction_in_order():
             "targets": dataset.to_text(targets),
             "prediction": text,
             "score": pytest.approx(number / 10),
+            "num_tokens": len(targets),
+            "num_steps": 1,
             "trace": [f"<{dataset.to_text(targets)}>", f"<{text}>"],
         }
+
+
+def test_with_several_samples_the_first_is_the_prediction_and_all_are_kept():
+    dataset = Dataset()
+    texts = dataset.to_text, dataset.show_canvas
+    records = list(predict(double, None, dataset.eval_batches(3), MESH, *texts, samples_per_example=3))
+    assert [record["predictions"] for record in records] == [
+        [" ".join(str(2 * token + sample) for token in targets) for sample in range(3)] for _, targets in EXAMPLES[:3]
+    ]
+    assert all(record["prediction"] == record["predictions"][0] for record in records)
+
+
+class Dice:
+    """A decoder that writes a number of 20 bits drawn from each row's key."""
+
+    def decode(self, model, batch, key, trace=False):
+        drawn = jax.vmap(lambda key: jax.random.randint(key, (), 100, 2**20))(row_keys(key, batch.example_ids))
+        return Decoded.of(
+            jnp.where(batch.target_mask, drawn[:, None], batch.tokens),
+            batch,
+            model.vocabulary,
+            scores=jnp.zeros(len(drawn)),
+            steps=jnp.int32(1),
+            row_steps=jnp.ones(len(drawn), int),
+            written_at=jnp.where(batch.target_mask, 0, -1),
+        )
+
+
+def test_every_sample_of_every_example_has_numbers_of_its_own():
+    definition, params = tiny.make_model()
+    dataset = Dataset()
+
+    def decode(samples_per_example):
+        evals = [DecodeEval(dataset, Dice(), samples_per_example=samples_per_example)]
+        ((_, _, records),) = Evaluator(MESH, definition, Autoregressive(), [], evals).decode(params)
+        return records
+
+    single, four, eight = decode(1), decode(4), decode(8)
+    assert "predictions" not in single[0]
+    for one, some, more in zip(single, four, eight, strict=True):
+        # The first is what is written alone; more samples change none of the others.
+        assert one["prediction"] == some["prediction"] and some["predictions"] == more["predictions"][:4]
+    drawn = [text.split()[0] for record in eight for text in record["predictions"]]
+    assert len(set(drawn)) == len(drawn) == 40  # two of 40 draws from 2^20 are equal once in 1,300 seeds
+
+
+def test_fewer_than_one_sample_and_a_task_for_a_list_of_tasks_are_refused():
+    with pytest.raises(UserError, match="samples_per_example must be at least 1"):
+        DecodeEval(Dataset(), Dice(), samples_per_example=0)
+    for tasks in ("pairs", []):
+        with pytest.raises(UserError, match="EVAL_TASKS is a list"):
+            for_tasks(tasks, Dataset, DecodeEval)
 
 
 def test_a_file_of_predictions_is_whole_or_not_there(tmp_path):

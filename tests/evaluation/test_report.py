@@ -15,8 +15,9 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import charts
 from diffusion_t5x.evaluation.inference import write_jsonl
 from diffusion_t5x.evaluation.metrics import exact_match
-from diffusion_t5x.evaluation.report import canvases, changes, write_report
-from diffusion_t5x.evaluation.runs import read_runs
+from diffusion_t5x.evaluation.published import Published
+from diffusion_t5x.evaluation.report import canvases, changes, score_table, write_report
+from diffusion_t5x.evaluation.runs import Scores, read_runs
 from diffusion_t5x.training.metrics import JsonlWriter
 
 EVIL = "<script>alert(1)</script>\"><img src=x onerror='alert(2)'>{{ 7 * 7 }}</svg></style>"
@@ -59,15 +60,15 @@ def records(predictions, trace=None):
     return [record | ({"trace": trace} if trace else {}) for record in made]
 
 
-def evaluated(folder, predictions, task="pairs", model="finetuned", decoder=SUNDAE):
+def evaluated(folder, predictions, task="pairs", model="finetuned", decoder=SUNDAE, step=30):
     """An EVAL_OUTPUT_DIR in the form of eval.py."""
     made = records(predictions)
     scores = exact_match([r["targets_pretokenized"] for r in made], [r["prediction"] for r in made])
     write_jsonl(str(folder / f"{task}_predictions.jsonl"), made)
     results = {
         "results": {task: scores | {"decode_seconds": 41.1, "num_examples": len(made)}},
-        "checkpoint": f"/somewhere/secret/{model}/checkpoints/checkpoint_30",
-        "step": 30,
+        "checkpoint": f"/somewhere/secret/{model}/checkpoints/checkpoint_{step}",
+        "step": step,
         "evaluations": [
             f"LossEval(dataset=SeqioDataset(mixture_or_task_name={task!r}), num_batches=None)",
             f"DecodeEval(dataset=SeqioDataset(mixture_or_task_name={task!r}, split='test'), decoder={decoder}, seed=0)",
@@ -191,6 +192,55 @@ def test_the_last_evaluation_of_training_counts_as_scores(tmp_path):
     assert [record["prediction"] for record in run.predictions[0].records] == ["20"]
     page = Page(write_report([folder], tmp_path / "report.html"))
     assert "60.0 [55.0, 65.0]" in page.text and page.tags.count("svg") == 4
+
+
+def test_evaluated_checkpoints_are_one_run_with_a_curve(tmp_path):
+    folder = tmp_path / "scores"
+    for step, predictions in ((9, ["x", "3 t", "x"]), (30, ["06:09", "3 t", "x"]), (100, ["06:09", "3 t", "navajo"])):
+        evaluated(folder / f"checkpoint_{step}", predictions, step=step)
+    (folder / "checkpoint_200").mkdir()  # killed before its results
+    (run,) = read_runs([folder])
+    assert [scores.step for scores in run.scores] == [9, 30, 100]
+    (curve,) = run.curves
+    assert (curve.kind, curve.task) == ("inference_eval", "pairs")
+    assert curve.points["exact_match"] == [(9, 0), (30, pytest.approx(100 / 3)), (100, pytest.approx(200 / 3))]
+    (found,) = run.predictions  # the last checkpoint's
+    assert [record["prediction"] for record in found.records] == ["06:09", "3 t", "navajo"]
+    page = Page(write_report([folder], tmp_path / "report.html"))
+    assert "pairs: 3 examples, finetuned at step 100 and 2 earlier" in page.text
+    assert page.tags.count("svg") == 1 and "66.7 [20.8, 93.9]" in page.text
+
+
+def test_predictions_made_elsewhere_have_no_step(tmp_path):
+    evaluated(tmp_path / "scores", ["06:09"], step=None)
+    file = tmp_path / "scores" / "results.json"
+    elsewhere = {"checkpoint": None, "predictions": "/somewhere/made.jsonl", "evaluations": ["SeqioDataset(seed=0)"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | elsewhere))
+    page = Page(write_report([tmp_path / "scores"], tmp_path / "report.html"))
+    assert "pairs: 1 examples, made.jsonl" in page.text and "secret" not in page.text
+
+
+PAPER = Published("arXiv 1|2, table 3", "a method", "Base", "", "", {}, {})
+
+
+def test_the_papers_numbers_follow_ours():
+    ours = Scores("squad", "m", 3, "", 2, {"f1": 50.0, "em": 40.0}, [(PAPER, "f1", 77.41)])
+    same = Scores("squad", "n", 4, "", 2, {"f1": 51.0}, [(PAPER, "f1", 77.41)])
+    table = score_table("squad", [("a", ours), ("b", same)])
+    assert table["papers"] == [("arXiv 1|2, table 3", "Base, a method", [77.41, None])]
+
+
+def test_markdown_has_the_tables_of_scores(runs, tmp_path):
+    evaluated(tmp_path / "runs" / "eval|c", ["06:09"], task="<b>_*", model="m", decoder="D('|')")
+    text = write_report([runs], tmp_path / "report.md").read_text(encoding="utf-8")
+    assert text == write_report([runs], tmp_path / "report.md").read_text(encoding="utf-8")
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables} == {8}  # seven cells in each row
+    assert r"| eval\_b | other | 30 | 3 | 66.7 [20.8, 93.9] | 41.1 |" in text
+    assert r"## \<b\>\_\*" in text and r"| eval\|c | m |" in text and "D('\\|')" in text
+    (tmp_path / "notes.md").write_text("mine")
+    with pytest.raises(UserError, match=r"notes\.md exists and is not a report"):
+        write_report([runs], tmp_path / "notes.md")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,77 @@
+"""Predictions that were made elsewhere, put beside the examples that they belong to."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffusion_t5x.errors import UserError
+
+_WHAT_A_LINE_HAS = 'a line is {"prediction": TEXT}, or {"predictions": [TEXT, ...]}, and maybe an "example_id"'
+
+
+def read_predictions(path: str) -> list[dict[str, Any]]:
+    """The lines of a file of JSON lines, each with "prediction" (text) or "predictions" (texts).
+
+    Raises:
+      UserError: no such file, or a line that is none of these.
+    """
+    try:
+        content = pathlib.Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+    return [_parse(line, f"{path}:{number}") for number, line in enumerate(content.splitlines(), 1)]
+
+
+def add_predictions(
+    examples: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]], path: str, where: str
+) -> list[dict[str, Any]]:
+    """The examples with their "prediction", and "predictions" where there are samples, the first of which it is.
+
+    Args:
+      examples: of a split, in order.
+      lines: those of `path`. With an "example_id", an example's place in the split counted from 0, they may come in
+        any order; without, they are in the split's.
+      path: where the lines are from, for messages.
+      where: what the examples are, for messages.
+
+    Raises:
+      UserError: there is not one line for each example.
+    """
+    with_id = [number for number, line in enumerate(lines, 1) if "example_id" in line]
+    if with_id and len(with_id) < len(lines):
+        first = next(number for number in range(1, len(lines) + 1) if number not in with_id)
+        raise UserError(f'{path}:{first}: this line has no "example_id", but line {with_id[0]} has one.')
+    places: dict[int, int] = {}
+    for place, line in enumerate(lines):
+        example_id = line.get("example_id", place)
+        if not isinstance(example_id, int) or not 0 <= example_id < len(examples):
+            raise UserError(f"{path}:{place + 1}: no example {example_id!r} in {where}, which has {len(examples)}.")
+        if example_id in places:
+            raise UserError(f"{path}:{place + 1}: example {example_id} again; line {places[example_id] + 1} has it.")
+        places[example_id] = place
+    if missing := [number for number in range(len(examples)) if number not in places]:
+        raise UserError(
+            f"{path}:{len(lines)}: ends without a line for example {missing[0]}; {where} has {len(examples)} examples. "
+            f"Of the first alone: set NUM_DECODED_EXAMPLES={len(lines)}; of another split: SPLIT."
+        )
+    return [{**example, **_texts(lines[places[number]])} for number, example in enumerate(examples)]
+
+
+def _texts(line: Mapping[str, Any]) -> dict[str, Any]:
+    if "predictions" in line:
+        return {"prediction": line["predictions"][0], "predictions": line["predictions"]}
+    return {"prediction": line["prediction"]}
+
+
+def _parse(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{place}: not JSON ({error}); {_WHAT_A_LINE_HAS}.") from None
+    if not isinstance(parsed, dict) or not {"prediction", "predictions"} & set(parsed):
+        raise UserError(f"{place}: no prediction; {_WHAT_A_LINE_HAS}.")
+    texts = parsed.get("predictions", [parsed.get("prediction")])
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{place}: predictions are text; {_WHAT_A_LINE_HAS}.")
+    return parsed

@@ -1,0 +1,112 @@
+"""results.json: scores, and all it takes to repeat them."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.evaluation.metrics import bleu_signature
+
+_PACKAGES = ("diffusion_t5x", "jax", "flax", "seqio", "tensorflow", "sacrebleu")
+_NO_MATTER = ("batch_size", "scan_unroll")  # settings that results do not depend on
+
+
+def describe(settings: Any) -> Any:
+    """Dataclasses as JSON can hold them: their fields, and under "class" their name; what is unknown as its repr."""
+    if dataclasses.is_dataclass(settings):
+        fields = {field.name: describe(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
+        return {"class": type(settings).__name__} | fields
+    if isinstance(settings, Mapping):
+        return {str(name): describe(value) for name, value in settings.items()}
+    if isinstance(settings, list | tuple):
+        return [describe(value) for value in settings]
+    return settings if isinstance(settings, bool | int | float | str | None) else repr(settings)
+
+
+def fingerprint(records: Iterable[Mapping[str, Any]]) -> str:
+    """A hash of the records' inputs and targets, in order: two evaluations with the same one asked the same."""
+    digest = hashlib.sha256()
+    for record in records:
+        texts = [record.get(f"{side}_pretokenized") for side in ("inputs", "targets")]
+        digest.update(json.dumps(texts).encode() + b"\n")
+    return f"sha256:{digest.hexdigest()}"
+
+
+def provenance(scores: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """What the scores were computed with: versions, and sacrebleu's signature where there is a BLEU."""
+    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
+    has_bleu = any("bleu" in metrics for metrics in scores.values())
+    return {"versions": versions} | ({"bleu_signature": bleu_signature()} if has_bleu else {})
+
+
+def is_done(folder: pathlib.Path, checkpoint: str | None, settings: Mapping[str, Any]) -> bool:
+    """Whether the folder has the results of this checkpoint with these settings (as `describe` gives them).
+
+    Raises:
+      UserError: it has those of others.
+    """
+    path = folder / "results.json"
+    if not path.exists():
+        return False
+    try:
+        before = json.loads(path.read_bytes())
+        before = {"checkpoint": before["checkpoint"], **before["settings"]}
+    except (ValueError, KeyError, TypeError):
+        before = {}
+    # As JSON gives it back, so that equal things are equal.
+    now = json.loads(json.dumps({"checkpoint": checkpoint, **settings}))
+    if changed := list(_differences(before, now)):
+        raise UserError(
+            f"{path} has the results of something else (other: {', '.join(changed[:5])}). Choose another "
+            "EVAL_OUTPUT_DIR, or remove that file."
+        )
+    return True
+
+
+def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """The names, joined by dots, of what is not the same."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in dict.fromkeys([*before, *now]):
+            if key not in _NO_MATTER:
+                yield from _differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for place, pair in enumerate(zip(before, now, strict=True)):
+            yield from _differences(*pair, f"{name}[{place}]")
+    elif before != now:
+        yield name
+
+
+def training_objective(config: str) -> str | None:
+    """The objective's class in a training run's resolved configuration, by the macro that the shipped gin files set."""
+    found = re.search(r"^OBJECTIVE = @(?:[\w./]+\.)?(\w+)\(\)$", config, re.MULTILINE)
+    return found and found[1]
+
+
+def write_results(folder: str | os.PathLike, report: Mapping[str, Any]) -> None:
+    """Writes `report` to results.json in `folder`, all or nothing."""
+    _write(pathlib.Path(folder, "results.json"), [json.dumps(report, indent=2, ensure_ascii=False)])
+
+
+def write_records(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
+    """Writes records as JSON lines, all or nothing."""
+    _write(pathlib.Path(path), (json.dumps(record, ensure_ascii=False) for record in records))
+
+
+def _write(final: pathlib.Path, lines: Iterable[str]) -> None:
+    final.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = final.with_name(final.name + ".tmp")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in lines)
+    os.replace(unfinished, final)
+
+
+def summary(metrics: Mapping[str, float]) -> str:
+    """The metrics on one line."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
