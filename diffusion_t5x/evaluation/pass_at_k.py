@@ -96,3 +96,6 @@ def passed_tests(
         scores |= {f"pass@{k}": 100 * share, f"pass@{k}_low": 100 * low, f"pass@{k}_high": 100 * high}
     counts = collections.Counter(verdict.status for verdict in verdicts if not verdict.passed)
     return scores | {status: 100 * count / len(verdicts) for status, count in sorted(counts.items())}
+
+
+passed_tests.takes_samples = True  # see data.scoring

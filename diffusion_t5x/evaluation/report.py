@@ -20,12 +20,14 @@ import diffusion_t5x
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import charts
 from diffusion_t5x.evaluation.charts import Line
+from diffusion_t5x.evaluation.metrics import warn_of_small_difference
 from diffusion_t5x.evaluation.runs import Record, Run, Scores, read_runs
 
 NUM_EXAMPLES = 20
 NUM_TRACES = 8  # of each run
 _FIRST_LINES = {"html": "<!doctype html><!-- diffusion_t5x report -->", "md": "<!-- diffusion_t5x report -->"}
 _MARKERS = "os^Dv"
+_MEANS = {"exact_match", "em", "f1", "math_accuracy", "pass@1"}  # over examples, in percent
 _SHOWN = {  # metrics of learning, as regular expressions, with what is on the axis
     r"loss": "nats a target token",
     r"accuracy(_\d+)?": "share of target tokens",
@@ -146,12 +148,26 @@ def score_table(task: str, rows: Sequence[tuple[str, Scores]]) -> Mapping[str, A
         (run, scores, [(scores.metrics.get(name), _interval(scores.metrics, name)) for name in names])
         for run, scores in rows
     ]
+    warnings = [
+        f"{name} of {one} and {other}: {warning}"
+        for name in _MEANS & set(names)
+        for (one, a), (other, b) in itertools.combinations(last.items(), 2)
+        if a.num_examples and a.num_examples == b.num_examples and name in a.metrics and name in b.metrics
+        if (warning := warn_of_small_difference(a.metrics[name], b.metrics[name], a.num_examples))
+    ]
     published: dict[tuple[str, str], dict[str, float]] = {}
     for _, scores in rows:
         for paper, metric, value in scores.published:
             published.setdefault((paper.source, f"{paper.size}, {paper.method}"), {})[metric] = value
     papers = [(*which, [values.get(name) for name in names]) for which, values in published.items()]
-    return {"task": task, "metrics": names, "rows": cells, "papers": papers, "charts": shown}
+    return {
+        "task": task,
+        "metrics": names,
+        "rows": cells,
+        "papers": papers,
+        "warnings": sorted(warnings),
+        "charts": shown,
+    }
 
 
 def examples_table(runs: Sequence[Run], task: str) -> Mapping[str, Any]:

@@ -230,6 +230,16 @@ def test_the_papers_numbers_follow_ours():
     assert table["papers"] == [("arXiv 1|2, table 3", "Base, a method", [77.41, None])]
 
 
+def test_a_difference_of_less_than_one_example_is_pointed_out(tmp_path):
+    def scores(f1, num_examples=50):
+        return Scores("squad", "m", 3, "", num_examples, {"f1": f1, "bleu": f1})
+
+    table = score_table(
+        "squad", [("a", scores(50.0)), ("b", scores(51.5)), ("c", scores(60.0)), ("d", scores(50.1, 9))]
+    )
+    assert [warning.partition(":")[0] for warning in table["warnings"]] == ["f1 of a and b"]
+
+
 def test_markdown_has_the_tables_of_scores(runs, tmp_path):
     evaluated(tmp_path / "runs" / "eval|c", ["06:09"], task="<b>_*", model="m", decoder="D('|')")
     text = write_report([runs], tmp_path / "report.md").read_text(encoding="utf-8")
