@@ -35,3 +35,12 @@ def eight_devices() -> dict[str, str]:
     """The environment of a process that sees eight CPU devices: `subprocess.run(..., env=eight_devices)`."""
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     return os.environ | {"XLA_FLAGS": flags.strip()}
+
+
+@pytest.fixture
+def tfds_folder(tmp_path, monkeypatch) -> pathlib.Path:
+    """Where TFDS looks (constants that it took from the environment when it was imported): an empty folder."""
+    seqio = pytest.importorskip("seqio")
+    monkeypatch.setattr(seqio.utils, "_TFDS_DATA_DIR_OVERRIDE", str(tmp_path))
+    monkeypatch.setattr(seqio.utils.LazyTfdsLoader, "_MEMOIZED_BUILDERS", {})
+    return tmp_path

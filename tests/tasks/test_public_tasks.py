@@ -8,8 +8,8 @@ from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 
 seqio = pytest.importorskip("seqio")
-tf = pytest.importorskip("tensorflow")
-tfds = pytest.importorskip("tensorflow_datasets")
+
+from small_tfds import SQUAD_FEATURES, TEXT, prepare  # noqa: E402
 
 from diffusion_t5x.tasks import (  # noqa: E402
     local_files,
@@ -109,25 +109,6 @@ def test_math_from_json_lines(tmp_path):
     assert first(name, "test", {"inputs": 32, "targets": 32})[1] == [("$1/2+1/2$?", "$\\boxed{1}$")]
 
 
-def prepare(folder, name, config, version, features, splits):
-    """A small data set of TFDS' own making, in the place and layout of the real one."""
-    tfds.dataset_builders.store_as_tfds_dataset(
-        name=name, config=config, version=version, data_dir=folder, features=tfds.features.FeaturesDict(features),
-        split_datasets={split: tf.data.Dataset.from_tensors(record) for split, record in splits.items()},
-    )  # fmt: skip
-
-
-TEXT = tfds.features.Text()
-
-
-@pytest.fixture
-def tfds_folder(tmp_path, monkeypatch):
-    """Where TFDS looks: constants that it took from the environment when it was imported."""
-    monkeypatch.setattr(seqio.utils, "_TFDS_DATA_DIR_OVERRIDE", str(tmp_path))
-    monkeypatch.setattr(seqio.utils.LazyTfdsLoader, "_MEMOIZED_BUILDERS", {})
-    return tmp_path
-
-
 def test_tfds_data_sets(tfds_folder):
     pair = {"en": "A cat.", "fr": "Un chat."}
     splits = dict.fromkeys(("train", "validation", "test"), pair)
@@ -143,11 +124,9 @@ def test_tfds_data_sets(tfds_folder):
     prepare(tfds_folder, "gsm8k", None, "1.0.0", dict.fromkeys(gsm, TEXT), {"train": gsm, "test": gsm})
     assert first(math_reasoning.gsm8k(None), "test", lengths)[1] == [("question #### 1", "answer #### 1")]
 
-    features = {name: TEXT for name in ("id", "title", "context", "question")}
-    features["answers"] = tfds.features.Sequence({"text": TEXT, "answer_start": tf.int32})
     question = {"id": "1", "title": "t", "context": "It's me.", "question": "Who?"}
     question["answers"] = {"text": ["me", "It's me"], "answer_start": [5, 0]}
-    prepare(tfds_folder, "squad", "v1.1", "3.0.0", features, {"train": question, "validation": question})
+    prepare(tfds_folder, "squad", "v1.1", "3.0.0", SQUAD_FEATURES, {"train": question, "validation": question})
     records, pairs, _ = first(question_answering.squad(None), "validation", lengths)
     assert pairs == [("question: Who ? context: It ' s me . ", "me")] and records[0]["answers"] == ["me", "It ' s me"]
 
