@@ -62,7 +62,7 @@ def files_of(source):
     modules = {path.relative_to(source) for path in (source / "diffusion_t5x").rglob("*.py")}
     tasks = {pathlib.Path("diffusion_t5x") / path.relative_to(source) for path in (source / "tasks").rglob("*.py")}
     gin_files = {pathlib.Path("diffusion_t5x") / path.relative_to(source) for path in (source / "gin").rglob("*.gin")}
-    templates = {path.relative_to(source) for path in (source / "diffusion_t5x").rglob("*.html")}
+    templates = {pathlib.Path("diffusion_t5x/evaluation") / name for name in ("report.html", "report.md")}
     return {path.as_posix() for path in modules | tasks | gin_files | templates}
 
 
@@ -105,7 +105,7 @@ def test_metadata(wheel):
     (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     metadata = archive.read(name).decode().splitlines()
     assert {line for line in metadata if line.startswith("Provides-Extra: ")} == {
-        f"Provides-Extra: {extra}" for extra in ("test", "wandb", "tpu", "cuda")
+        f"Provides-Extra: {extra}" for extra in ("test", "wandb", "beam", "math", "tpu", "cuda")
     }
     assert "Name: diffusion_t5x" in metadata or "Name: diffusion-t5x" in metadata
     assert any(line.startswith("Requires-Python: ") and "3.11" in line and "3.14" in line for line in metadata)

@@ -22,10 +22,13 @@ DecodeStep = Callable[[Params, Batch, np.int32], Decoded]
 def make_decode_step(
     mesh: Mesh, definition: ModelDefinition, decoder: Decoder, *, seed: int, trace: bool = False
 ) -> DecodeStep:
-    """The jitted `(params, batch, sample) -> Decoded`. Examples draw from `(seed, example_ids)`, and from keys of their
-    own for each sample; the 0th sample is what is written where there is only one."""
+    """The jitted `(params, batch, sample=0) -> Decoded`.
 
-    def step(params: Params, batch: Batch, sample: jax.Array) -> Decoded:
+    Examples draw from `(seed, example_ids)`, and from keys of their own for each sample; the 0th sample is what is
+    written where there is only one.
+    """
+
+    def step(params: Params, batch: Batch, sample: jax.Array | int = 0) -> Decoded:
         key = jax.random.key(seed)
         # Rows fold in their ids, which are not negative: no sample's key is a row's.
         key = jnp.where(sample == 0, key, jax.random.fold_in(key, -sample))

@@ -92,7 +92,7 @@ def test_mbpp_scores_programs_and_samples(mbpp_file):
         record["prediction"] = record["targets_pretokenized"] + "\n[DONE]\n\nYou are an expert("
     assert dataset.score(found)["pass@1"] == 100
     for number, record in enumerate(found):
-        record["prediction"] = ["def nothing(): pass", record["targets_pretokenized"] if number % 2 else "?"]
+        record["predictions"] = ["def nothing(): pass", record["targets_pretokenized"] if number % 2 else "?"]
     scores = dataset.score(found)
     assert (scores["pass@1"], scores["pass@2"], scores["error"]) == (25, 50, 75)
 
