@@ -96,6 +96,9 @@ def evaluate(
     folders = {str(path): output / path.name for path in paths} if all_checkpoints else {str(paths[-1]): output}
     todo = {path: folder for path, folder in folders.items() if not results.is_done(folder, path, settings)}
     logger.info("%s: %d of %d checkpoints are evaluated", output, len(folders) - len(todo), len(folders))
+    if dry_run and not todo:
+        print(f"Would evaluate nothing: all results are in {output}.")
+        return
 
     vocabulary = evals[0].dataset.token_ids()
     teacher = None
