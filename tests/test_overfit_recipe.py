@@ -20,7 +20,7 @@ RUNS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture,task,objective_and_steps", RUNS)
+@pytest.mark.parametrize("architecture,task,objective_and_steps", RUNS, ids=lambda x: x if isinstance(x, str) else x[0])
 def test_eight_examples_are_reproduced_exactly(architecture, task, objective_and_steps, tmp_path):
     objective, steps = objective_and_steps
     config.run(
