@@ -1,4 +1,4 @@
-"""Every architecture, pretraining task and objective learns eight examples by heart, through gin alone."""
+"""Objectives learn eight examples by heart through gin alone, the papers' two with either architecture and task."""
 
 import itertools
 import json
@@ -13,7 +13,6 @@ RUNS = [
         ("decoder_only", "encoder_decoder"), (PREFIX_LM, SPAN_CORRUPTION), [("autoregressive", 200), ("sundae", 1200)]
     ),
     ("decoder_only", PREFIX_LM, ("masked", 800)),
-    ("encoder_decoder", SPAN_CORRUPTION, ("masked", 1200)),
     ("decoder_only", SPAN_CORRUPTION, ("block", 800)),
     ("decoder_only", PREFIX_LM, ("block_uniform", 1200)),
 ]
