@@ -1,9 +1,10 @@
 """Examples that were tokenised elsewhere, as JSON lines of ids: for vocabularies that are not at hand here."""
 
+import functools
 import json
 import pathlib
-from collections.abc import Iterator
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
@@ -45,15 +46,15 @@ def register(train_file: str, validation_file: str, vocab_size: int, eos_id: int
         if not pathlib.Path(file).expanduser().is_file():
             raise UserError(f"There is no file of token ids {file}.")
 
-    def read(file: str) -> Iterator[dict[str, list[int]]]:
-        with pathlib.Path(file).expanduser().open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                yield _example(line, vocab_size, f"{file}, line {number}")
+    @functools.cache
+    def read(split: str) -> dict[str, tf.RaggedTensor]:
+        with pathlib.Path(files[split]).expanduser().open(encoding="utf-8") as lines:
+            found = [_example(line, vocab_size, f"{files[split]}, line {n}") for n, line in enumerate(lines, start=1)]
+        return {name: _ragged([example[name] for example in found]) for name in FEATURES}
 
     def examples(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del shuffle_files, seed
-        spec = {name: tf.TensorSpec([None], tf.int32) for name in FEATURES}
-        return tf.data.Dataset.from_generator(lambda: read(files[split]), output_signature=spec)
+        return tf.data.Dataset.from_tensor_slices(read(split))  # no generator: its position could not be saved
 
     feature = seqio.Feature(TokenIdVocabulary(vocab_size, eos_id, pad_id), add_eos=False)
     if TASK in seqio.TaskRegistry.names():
@@ -65,6 +66,11 @@ def register(train_file: str, validation_file: str, vocab_size: int, eos_id: int
         output_features=dict.fromkeys(FEATURES, feature),
     )
     return TASK
+
+
+def _ragged(rows: list[list[int]]) -> tf.RaggedTensor:
+    values = np.array([token for row in rows for token in row], np.int32)
+    return tf.RaggedTensor.from_row_lengths(values, np.array([len(row) for row in rows], np.int64))
 
 
 def _example(line: str, vocab_size: int, where: str) -> dict[str, list[int]]:

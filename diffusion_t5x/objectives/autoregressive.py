@@ -61,12 +61,15 @@ class Autoregressive:
     def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array | None) -> jax.Array:
         return shift_right(batch.tokens, batch.positions, vocabulary.start_id)
 
+    def hidden(self, model: Transformer, batch: Batch, dropout_keys: jax.Array | None = None) -> jax.Array:
+        """Hidden states `[B, L, D]`, from whose i-th the i-th token is predicted."""
+        tokens = self.model_inputs(model.vocabulary, batch, None)
+        encoded = model.encode(batch, dropout_keys)
+        return model(tokens, shifted_slots(batch), self.attention, encoded, dropout_keys)
+
     def loss(self, model: Transformer, batch: Batch, key: jax.Array | None, train: bool = True) -> LossSums:
         """The key serves dropout alone; the objective itself draws nothing."""
-        tokens = self.model_inputs(model.vocabulary, batch, key)
-        dropout_keys = row_keys(key, batch.example_ids) if train else None
-        encoded = model.encode(batch, dropout_keys)
-        hidden = model(tokens, shifted_slots(batch), self.attention, encoded, dropout_keys)
+        hidden = self.hidden(model, batch, row_keys(key, batch.example_ids) if train else None)
 
         def score(logits, labels):
             loss, nll = cross_entropy(logits, labels, label_smoothing=self.label_smoothing, z_loss=self.z_loss)

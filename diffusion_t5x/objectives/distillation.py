@@ -18,7 +18,7 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import AttentionKind
 from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.transformer import ModelDefinition, Params, Transformer
-from diffusion_t5x.objectives.autoregressive import Autoregressive, shifted_slots
+from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block, block_starts, clean_and_noisy
 from diffusion_t5x.objectives.masked import start_first
 from diffusion_t5x.objectives.objective import (
@@ -27,6 +27,7 @@ from diffusion_t5x.objectives.objective import (
     Ratio,
     after_end,
     check_normalize,
+    cross_entropy,
     normalized,
     row_keys,
 )
@@ -160,19 +161,16 @@ class Distillation:
         kind = AttentionKind("block_diffusion", self.block_size)
         hidden = model(tokens, slots, kind, None, dropout_keys)[:, batch.tokens.shape[1] :]
 
-        autoregressive = Autoregressive()
-        taught = teacher(
-            autoregressive.model_inputs(vocabulary, batch, None), shifted_slots(batch), autoregressive.attention
-        )
-
         def compare(logits, teacher_hidden, labels):
             student = forbid(logits, vocabulary)
             target = jax.lax.stop_gradient(forbid(teacher.logits(teacher_hidden), vocabulary))
-            nll = -jnp.take_along_axis(jax.nn.log_softmax(target), labels[..., None], axis=-1)[..., 0]
+            nll, _ = cross_entropy(target, labels)
             agree = jnp.argmax(student, axis=-1) == jnp.argmax(target, axis=-1)
             return divergence(target, student, self.divergence, self.top_k), nll, agree
 
-        distance, teacher_nll, agree = model.map_logits(compare, hidden, taught, batch.tokens)
+        distance, teacher_nll, agree = model.map_logits(
+            compare, hidden, Autoregressive().hidden(teacher, batch), batch.tokens
+        )
         text = batch.target_mask & ~after_end(batch.tokens, batch, vocabulary)
         scored = text & (noisy == vocabulary.mask_id)
         if not self.score_end:
