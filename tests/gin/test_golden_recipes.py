@@ -33,31 +33,36 @@ def is_runnable(recipe: str) -> bool:
     return any(file.startswith("runs/") for file in included(recipe))
 
 
-# Paper 1's recipes are stages; what is learned and how it is written is said before them.
-PAPER1 = "recipes/paper1"
-KINDS = {"ar": f"{PAPER1}/ar.gin", "diffusion": f"{PAPER1}/diffusion.gin"}
+# Given before a recipe that leaves open what is learned and how it is written.
+PAPER1, TINY = "recipes/paper1", "recipes/tiny"
+KINDS = {
+    PAPER1: {"ar": [f"{PAPER1}/ar.gin"], "diffusion": [f"{PAPER1}/diffusion.gin"]},
+    TINY: {
+        "ar": ["objectives/autoregressive.gin", "decoding/autoregressive.gin"],
+        "diffusion": ["objectives/sundae.gin", "decoding/sundae.gin"],
+    },
+}
 
 
-def kinds(recipe: str) -> list[str]:
-    if not recipe.startswith(PAPER1):
-        return [""]
-    return ["diffusion"] if recipe.endswith("/adapt.gin") else list(KINDS)
+def kinds(recipe: str) -> dict[str, list[str]]:
+    found = KINDS.get(recipe.rpartition("/")[0], {"": []})
+    return {"diffusion": found["diffusion"]} if recipe == f"{PAPER1}/adapt.gin" else found
 
 
 RECIPES = sorted(path.relative_to(GIN).as_posix() for path in (GIN / "recipes").rglob("*.gin"))
 VARIANTS = ([], ["encoder_decoder"], ["span_corruption"], ["encoder_decoder", "span_corruption"])
 RUNS = {
     "+".join(filter(None, [recipe.removeprefix("recipes/").removesuffix(".gin"), kind, *swaps])): [
-        *([KINDS[kind]] if kind else []),
+        *before,
         recipe,
         *map(SWAPS.get, swaps),
     ]
     for recipe in filter(is_runnable, RECIPES)
-    for kind in kinds(recipe)
+    for kind, before in kinds(recipe).items()
     for swaps in (VARIANTS if PRETRAINING in included(recipe) else VARIANTS[:1])
 }
 RUNS["paper1/pretrain+diffusion+span_corruption"] = [
-    KINDS["diffusion"],
+    *KINDS[PAPER1]["diffusion"],
     f"{PAPER1}/pretrain.gin",
     f"{PAPER1}/span_corruption.gin",
 ]
