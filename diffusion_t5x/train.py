@@ -163,6 +163,8 @@ def train(
         return
 
     if jax.process_index() == 0:
+        if isinstance(train_dataset, SeqioDataset):  # of a cache they were counted when it was written
+            train_dataset.warn_of_cuts()
         pathlib.Path(model_dir, "config.gin").write_text(config.operative_text(), encoding="utf-8")
         pathlib.Path(model_dir, "model-info.txt").write_text(info + "\n", encoding="utf-8")
     batches = train_dataset.train_iterator(jax.process_count(), jax.process_index())
