@@ -66,17 +66,22 @@ create() {
   fi
 }
 
+# Installs into VENV, with uv if it is there; paths are relative to ROOT.
+pip_install() (
+  cd "$ROOT"
+  if has_uv; then
+    uv pip install --python "$VENV/bin/python" "$@"
+  else
+    PIP_USER=0 "$VENV/bin/python" -m pip install "$@"
+  fi
+)
+
 install() {
   local log=$VENV/setup.log
   rm -f "$VENV/.ready"
   touch "$VENV/.unfinished"
-  if has_uv; then
-    say "installing diffusion_t5x and what it needs with uv (3.6 GB; log: $log)"
-    (cd "$ROOT" && uv pip install --python "$VENV/bin/python" -e ".[test]") >"$log" 2>&1 || explain_failure "$log"
-  else
-    say "installing diffusion_t5x and what it needs with pip (3.6 GB, some minutes; log: $log)"
-    (cd "$ROOT" && PIP_USER=0 "$VENV/bin/python" -m pip install -e ".[test]") >"$log" 2>&1 || explain_failure "$log"
-  fi
+  say "installing diffusion_t5x and what it needs (3.6 GB, some minutes; log: $log)"
+  pip_install -e ".[test]" >"$log" 2>&1 || explain_failure "$log"
   key >"$VENV/.ready"
   rm "$VENV/.unfinished"
   say "done in ${SECONDS} s"
