@@ -19,7 +19,7 @@ from diffusion_t5x.objectives.objective import row_keys
 
 
 class InnerDecoder(Protocol):
-    """What writes the targets of a block: `MaskedDecoder`, or `SundaeDecoder` with one sample."""
+    """What writes the targets of a block: `MaskedDecoder`, or `SundaeDecoder` with one sample and paper 1's steps."""
 
     def blank(self, batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
         """The rows int32 `[B, L]` with what stands at the targets before the first step; keys `[B]`."""
@@ -72,8 +72,13 @@ class BlockDecoder:
 
     def __post_init__(self) -> None:
         self.attention  # noqa: B018  (raises on a bad block size)
-        if getattr(self.inner, "num_samples", 1) != 1:
-            raise UserError(f"BlockDecoder.inner must have num_samples = 1: a block is written once; got {self.inner}.")
+        whole = {"num_samples": 1, "method": "sample", "update_share": 1.0, "stop_when_unchanged": False}
+        for name, value in whole.items():  # what SundaeDecoder has for whole canvases alone
+            if getattr(self.inner, name, value) != value:
+                raise UserError(
+                    f"BlockDecoder.inner must have {name} = {value!r}: a block is written once, all of it at each "
+                    f"step; got {self.inner}."
+                )
 
     @property
     def attention(self) -> AttentionKind:

@@ -12,6 +12,7 @@ import tiny
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
+from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.attention import KVCache
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.masks import AttentionKind, Slots
@@ -204,3 +205,18 @@ def test_a_step_costs_what_its_block_costs_and_a_pass_over_all_ten_times_more():
     per_token = 2 * definition.num_params() + 4 * config.num_layers * 128 * length
     assert 0.8 * rows * size * per_token < step < 1.1 * rows * size * per_token
     assert flops(uncached, params) > 10 * step
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_samples": 2},
+        {"update_share": 0.5},
+        {"stop_when_unchanged": True},
+        {"method": "argmax_unrolled", "temperature": 0.0},
+    ],
+    ids=str,
+)
+def test_what_whole_canvases_alone_can_have_is_refused(options):
+    with pytest.raises(UserError, match=f"inner must have {next(iter(options))}"):
+        BlockDecoder(4, SundaeDecoder(**{"num_samples": 1} | options))
