@@ -6,13 +6,43 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.decoding.decoder import Decoded
+from diffusion_t5x.decoding.decoder import Decoded, Trace
 from diffusion_t5x.models.attention import KVCache, write_rows
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind
 from diffusion_t5x.models.sampling import Sampling, forbid, sample
+from diffusion_t5x.models.stack import Encoded
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.objectives.autoregressive import shift_right, shifted_slots
 from diffusion_t5x.objectives.objective import row_keys
+
+
+def read_prompt(
+    model: Transformer, batch: Batch, kind: AttentionKind, encoded: Encoded | None
+) -> tuple[jax.Array, KVCache]:
+    """The rows int32 `[B, L]` with pad for targets, and a cache with their inputs, read in one pass.
+
+    The pass fills the slots of the targets too, but no query sees them before they are written anew.
+    """
+    canvas = jnp.where(batch.target_mask, model.vocabulary.pad_id, batch.tokens)
+    prompt = shift_right(canvas, batch.positions, model.vocabulary.start_id)
+    cache = KVCache.empty(model.config, shifted_slots(batch))
+    _, cache = model.extend(prompt, kind, cache, jnp.zeros(len(canvas), jnp.int32), encoded)
+    return canvas, cache
+
+
+def read_next(
+    model: Transformer,
+    canvas: jax.Array,
+    cache: KVCache,
+    slot: jax.Array,
+    kind: AttentionKind,
+    encoded: Encoded | None,
+) -> tuple[jax.Array, KVCache]:
+    """Logits float32 `[B, V]` of what may be written in each row's slot, int32 `[B]`, and the cache with one token more."""
+    before = canvas[jnp.arange(len(canvas)), slot - 1]
+    before = jnp.where(slot == 0, model.vocabulary.start_id, before)
+    hidden, cache = model.extend(before[:, None], kind, cache, slot, encoded)
+    return forbid(model.logits(hidden), model.vocabulary)[:, 0], cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,19 +80,8 @@ class AutoregressiveDecoder:
         rows = jnp.arange(batch.tokens.shape[0])
         first_target = jnp.argmax(batch.target_mask, axis=-1)
         is_last = batch.target_mask & ~jnp.pad(batch.target_mask[:, 1:], ((0, 0), (0, 1)))
-        canvas = jnp.where(batch.target_mask, vocabulary.pad_id, batch.tokens)
-
-        # The prompt in one pass. It fills the slots of the targets too, but no query sees them before they are
-        # written anew.
         encoded = model.encode(batch)
-        prompt = shift_right(canvas, batch.positions, vocabulary.start_id)
-        _, cache = model.extend(
-            prompt,
-            self.attention,
-            KVCache.empty(model.config, shifted_slots(batch)),
-            jnp.zeros_like(first_target),
-            encoded,
-        )
+        canvas, cache = read_prompt(model, batch, self.attention, encoded)
 
         def unfinished(carry):
             step, _, _, finished, *_ = carry
@@ -71,29 +90,25 @@ class AutoregressiveDecoder:
         def write_next(carry):
             step, canvas, cache, finished, scores, written, history = carry
             slot = jnp.minimum(first_target + step, length - 1)
-            before = jnp.where(slot == 0, vocabulary.start_id, canvas[rows, slot - 1])
-            hidden, cache = model.extend(before[:, None], self.attention, cache, slot, encoded)
-            logits = forbid(model.logits(hidden), vocabulary)
+            logits, cache = read_next(model, canvas, cache, slot, self.attention, encoded)
             step_of_row = jnp.broadcast_to(step, (len(rows), 1))
-            token = sample(logits, keys, step_of_row, self.sampling)[:, 0]
+            token = sample(logits[:, None], keys, step_of_row, self.sampling)[:, 0]
             token = jnp.where(finished, canvas[rows, slot], token)
-            log_probability = jax.nn.log_softmax(logits[:, 0])[rows, token]
+            log_probability = jax.nn.log_softmax(logits)[rows, token]
             scores += jnp.where(finished, 0, log_probability)
             canvas = write_rows(canvas, token[:, None], slot)
+            if trace:
+                here = (jnp.arange(length) == slot[:, None]) & ~finished[:, None]
+                history = history.record(step, canvas, here, log_probability[:, None])
             written += ~finished
             # A row is done after EOS (or pad), and where its canvas ends.
             finished |= (token == vocabulary.eos_id) | (token == vocabulary.pad_id) | is_last[rows, slot]
-            if trace:
-                history = history.at[step + 1].set(canvas)
             return step + 1, canvas, cache, finished, scores, written, history
 
         finished = ~jnp.any(batch.target_mask, axis=-1)
-        history = jnp.broadcast_to(canvas, (length + 1, *canvas.shape)) if trace else None
+        history = Trace.start(canvas, length) if trace else None
         carry = (0, canvas, cache, finished, jnp.zeros(len(rows)), jnp.zeros_like(first_target), history)
         steps, canvas, _, _, scores, written, history = jax.lax.while_loop(unfinished, write_next, carry)
-        if trace:  # steps after the last one that was taken show the end
-            taken = jnp.arange(length + 1)[:, None, None] <= steps
-            history = jnp.where(taken, history, canvas)
         step_of_slot = jnp.arange(length) - first_target[:, None]
         is_written = batch.target_mask & (step_of_slot < written[:, None])
         return Decoded.of(
@@ -104,5 +119,5 @@ class AutoregressiveDecoder:
             steps=jnp.asarray(steps),
             row_steps=written,
             written_at=jnp.where(is_written, step_of_slot, -1),
-            trace=history,
+            trace=history and history.end(steps),
         )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.models.layers import fold_in
-from diffusion_t5x.models.sampling import Sampling, forbid, sample
+from diffusion_t5x.models.sampling import Sampling, forbid, sample, uniform
 
 Order = Literal["confidence", "entropy", "margin", "random"]
 ORDERS = ("confidence", "entropy", "margin", "random")
@@ -42,8 +42,7 @@ def propose(
         first, second = jnp.moveaxis(jax.lax.top_k(jnp.exp(log_probabilities), 2)[0], -1, 0)
         certainty = first - second
     else:
-        position_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(fold_in(keys, 1), positions)
-        certainty = jax.vmap(jax.vmap(jax.random.uniform))(position_keys)
+        certainty = uniform(fold_in(keys, 1), positions)
     return tokens, log_probability, certainty
 
 

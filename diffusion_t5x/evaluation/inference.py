@@ -89,7 +89,7 @@ def predict(
             if others:
                 record["predictions"] = texts
             if decoded.trace is not None:
-                record["trace"] = [show_canvas(canvas[row, targets].tolist()) for canvas in decoded.trace]
+                record["trace"] = [show_canvas(canvas[row, targets].tolist()) for canvas in decoded.trace.tokens]
             yield record
 
 

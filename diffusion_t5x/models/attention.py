@@ -35,6 +35,11 @@ class KVCache:
         zeros = jnp.zeros(shape, config.dtype)
         return cls(keys=zeros, values=zeros, slots=slots)
 
+    def take(self, rows: jax.Array) -> Self:
+        """The cache of these rows, int32 `[B']`; a row may come more than once."""
+        slots = jax.tree.map(lambda field: field[rows], self.slots)
+        return KVCache(keys=self.keys[:, rows], values=self.values[:, rows], slots=slots)
+
 
 def write_rows(buffer_BxL: jax.Array, values_BxQ: jax.Array, start_B: jax.Array) -> jax.Array:
     """The buffer with each row's values written from the row's own start on; trailing axes are carried along."""

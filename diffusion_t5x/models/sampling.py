@@ -53,6 +53,15 @@ def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
     return logits
 
 
+def uniform(keys: jax.Array, positions: jax.Array) -> jax.Array:
+    """Numbers float32 `[B, L]` from [0, 1): of the rows' keys `[B]` and the positions' numbers `[B, L]` alone."""
+    return jax.vmap(jax.vmap(jax.random.uniform))(_position_keys(keys, positions))
+
+
+def _position_keys(keys: jax.Array, positions: jax.Array) -> jax.Array:
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, positions)
+
+
 def sample(logits: jax.Array, keys: jax.Array, positions: jax.Array, sampling: Sampling) -> jax.Array:
     """Tokens int32 `[B, L]` drawn from float32 logits `[B, L, V]`.
 
@@ -66,5 +75,4 @@ def sample(logits: jax.Array, keys: jax.Array, positions: jax.Array, sampling: S
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = filter_logits(jax.lax.stop_gradient(logits), sampling)
-    keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, positions)
-    return jax.vmap(jax.vmap(jax.random.categorical))(keys, logits).astype(jnp.int32)
+    return jax.vmap(jax.vmap(jax.random.categorical))(_position_keys(keys, positions), logits).astype(jnp.int32)

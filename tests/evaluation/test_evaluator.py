@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from diffusion_t5x.decoding.decoder import Decoded
+from diffusion_t5x.decoding.decoder import Decoded, Trace
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval, for_tasks
 from diffusion_t5x.evaluation.inference import predict, write_jsonl
@@ -77,7 +77,7 @@ def double(params, batch, sample):
         steps=jnp.int32(1),
         row_steps=jnp.ones(len(tokens), int),
         written_at=jnp.where(batch.target_mask, 0, -1),
-        trace=jnp.stack([batch.tokens, tokens]),
+        trace=Trace(jnp.stack([batch.tokens, tokens]), jnp.zeros((2, *tokens.shape))),
     )
 
 

@@ -1,0 +1,180 @@
+"""Beam search of an autoregressive model, as T5X has it."""
+
+import dataclasses
+from typing import Self
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.decoding.autoregressive import read_next, read_prompt
+from diffusion_t5x.decoding.decoder import Decoded, Trace
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind
+from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.objectives.objective import after_end
+
+
+@flax.struct.dataclass
+class Beams:
+    """`K` texts for each example, the best first.
+
+    Attributes:
+      tokens: int32 `[B, K, L]`, rows like the batch's.
+      log_probability: float32 `[B, K, L]`, of every token that was written, -inf elsewhere; None where nobody asks.
+      score: float32 `[B, K]`, -inf where there is no text.
+    """
+
+    tokens: jax.Array
+    log_probability: jax.Array | None
+    score: jax.Array
+
+    def take(self, index: jax.Array) -> Self:
+        """The texts of these numbers, int32 `[B, k]`."""
+        return jax.tree.map(lambda x: jnp.take_along_axis(x, index if x.ndim == 2 else index[..., None], axis=1), self)
+
+    def write(self, slot: jax.Array, token: jax.Array, log_probability: jax.Array, score: jax.Array) -> Self:
+        """With one token more, in each example's slot `[B]`; the rest is `[B, K]`."""
+        here = jnp.arange(self.tokens.shape[-1]) == slot[:, None, None]
+        put = lambda old, new: None if old is None else jnp.where(here, new[..., None], old)  # noqa: E731
+        return Beams(
+            tokens=put(self.tokens, token),
+            log_probability=put(self.log_probability, log_probability),
+            score=score,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class BeamSearchDecoder:
+    """The text of greatest score among those that `num_beams` beams find.
+
+    A text's score is its log-probability, up to and including the EOS or pad that ends it, over
+    `((5 + length) / 6) ** length_penalty` (arXiv 1609.08144; length in tokens, the ending one too): higher is better.
+
+    As in T5X, each step extends the live beams by one token; of the `2 * num_beams` likeliest of all extensions those
+    that end a text compete for the `num_beams` finished texts, and the likeliest others live on. An example is done
+    when no live beam can come to beat the worst of its finished texts, at the latest where its canvas ends. If it has
+    finished none by then, the likeliest live beam is its output.
+
+    Attributes:
+      num_beams: beams of each example; one is greedy, but for texts that it could have ended earlier.
+      length_penalty: 0 is none; greater ones favour longer texts.
+      prefix: the model was trained with inputs that see each other both ways.
+    """
+
+    num_beams: int = 4
+    length_penalty: float = 0.6
+    prefix: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_beams < 1 or self.length_penalty < 0:
+            raise UserError(
+                f"BeamSearchDecoder needs num_beams of at least 1 and a length_penalty of at least 0; got {self}."
+            )
+
+    @property
+    def attention(self) -> AttentionKind:
+        return PREFIX if self.prefix else CAUSAL
+
+    def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool = False) -> Decoded:
+        """Nothing is drawn. The trace shows the likeliest live beam, and where an example is done its output."""
+        vocabulary, beams = model.vocabulary, self.num_beams
+        rows, length = batch.tokens.shape
+        first_target = jnp.argmax(batch.target_mask, axis=-1)
+        num_targets = jnp.sum(batch.target_mask, axis=-1)
+
+        # An example's inputs are read once; its beams are neighbours in the cache.
+        encoded = model.encode(batch)
+        canvas, cache = read_prompt(model, batch, self.attention, encoded)
+        cache = cache.take(jnp.repeat(jnp.arange(rows), beams))
+        encoded = encoded and encoded.repeat(beams)
+
+        def penalty(num_tokens):
+            return ((5 + num_tokens) / 6) ** self.length_penalty
+
+        def output(carry):
+            """Of each example, one text `[B, ...]`."""
+            finished, live = (jax.tree.map(lambda x: x[:, 0], carry[name]) for name in ("finished", "live"))
+            live = live.replace(score=live.score / penalty(carry["row_steps"]))
+            return select(finished.score > -jnp.inf, finished, live)
+
+        def unfinished(carry):
+            return ~jnp.all(carry["done"])
+
+        def write_next(carry):
+            step, live, done = carry["step"], carry["live"], carry["done"]
+            slot = jnp.minimum(first_target + step, length - 1)
+            logits, cache = read_next(
+                model,
+                live.tokens.reshape(-1, length),
+                carry["cache"],
+                jnp.repeat(slot, beams),
+                self.attention,
+                encoded,
+            )
+            log_probability = jax.nn.log_softmax(logits)
+            size = log_probability.shape[-1]
+            scores = live.score[..., None] + log_probability.reshape(rows, beams, size)
+            score, index = jax.lax.top_k(scores.reshape(rows, -1), 2 * beams)
+            beam, token = index // size, index % size
+            of_token = jnp.take_along_axis(log_probability.reshape(rows, -1), index, axis=-1)
+            candidates = live.take(beam).write(slot, token, of_token, score)
+
+            ends = (token == vocabulary.eos_id) | (token == vocabulary.pad_id)
+            ended = candidates.replace(score=jnp.where(ends, score / penalty(step + 1), -jnp.inf))
+            finished = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), carry["finished"], ended)
+            finished = finished.take(jax.lax.top_k(finished.score, beams)[1])
+            candidates = candidates.replace(score=jnp.where(ends, -jnp.inf, score))
+            goes_on = jax.lax.top_k(candidates.score, beams)[1]
+            parent = jnp.arange(rows)[:, None] * beams + jnp.take_along_axis(beam, goes_on, axis=-1)
+
+            # A live beam's log-probability only falls, and counts for most at the greatest length.
+            best_possible = jnp.max(candidates.score, axis=-1) / penalty(num_targets)
+            carry |= {
+                "step": step + 1,
+                "cache": cache.take(parent.reshape(-1)),
+                "live": select(done, live, candidates.take(goes_on)),
+                "finished": select(done, carry["finished"], finished),
+                "row_steps": carry["row_steps"] + ~done,
+                "done": done | (step + 1 >= num_targets) | (finished.score[:, -1] >= best_possible),
+            }
+            if trace:
+                shown = jax.tree.map(lambda x: x[:, 0], carry["live"])
+                shown = select(carry["done"], output(carry), shown)
+                carry["trace"] = carry["trace"].record(step, shown.tokens, batch.target_mask, shown.log_probability)
+            return carry
+
+        copies = jnp.repeat(canvas[:, None], beams, axis=1)
+        nothing = Beams(
+            tokens=copies,
+            log_probability=jnp.full(copies.shape, -jnp.inf) if trace else None,
+            score=jnp.full((rows, beams), -jnp.inf),
+        )
+        carry = {
+            "step": 0,
+            "cache": cache,
+            "live": nothing.replace(score=nothing.score.at[:, 0].set(0)),  # else all would be the same
+            "finished": nothing,
+            "row_steps": jnp.zeros_like(num_targets),
+            "done": num_targets == 0,
+            "trace": Trace.start(canvas, length) if trace else None,
+        }
+        carry = jax.lax.while_loop(unfinished, write_next, carry)
+        best = output(carry)
+        written = batch.target_mask & ~after_end(best.tokens, batch, vocabulary)
+        return Decoded.of(
+            best.tokens,
+            batch,
+            vocabulary,
+            scores=best.score,
+            steps=jnp.asarray(carry["step"]),
+            row_steps=carry["row_steps"],
+            written_at=jnp.where(written, jnp.arange(length) - first_target[:, None], -1),
+            trace=carry["trace"] and carry["trace"].end(carry["step"]),
+        )
+
+
+def select(condition: jax.Array, first: Beams, second: Beams) -> Beams:
+    """The first texts of the examples for which the condition, bool `[B]`, holds, and the second ones of the others."""
+    return jax.tree.map(lambda x, y: jnp.where(condition.reshape(-1, *[1] * (x.ndim - 1)), x, y), first, second)
