@@ -36,8 +36,8 @@ class Dataset:
     def to_text(self, tokens):
         return " ".join(map(str, tokens))
 
-    def show_canvas(self, tokens):
-        return f"<{self.to_text(tokens)}>"
+    def cells(self, tokens):
+        return ["<", self.to_text(tokens), ">"]
 
     def score(self, records):
         return {"right": np.mean([record["prediction"] == record["targets"] for record in records])}
@@ -83,7 +83,7 @@ def double(params, batch, sample):
 
 def test_each_example_gets_its_prediction_in_order():
     dataset = Dataset()
-    records = list(predict(double, None, dataset.eval_batches(), MESH, dataset.to_text, dataset.show_canvas))
+    records = list(predict(double, None, dataset.eval_batches(), MESH, dataset.to_text, dataset.cells))
     assert len(records) == 5  # and none for the row that fills up the last batch
     for number, (record, (_, targets)) in enumerate(zip(records, EXAMPLES, strict=True)):
         text = " ".join(str(2 * token) for token in targets)
@@ -100,7 +100,7 @@ def test_each_example_gets_its_prediction_in_order():
 
 def test_with_several_samples_the_first_is_the_prediction_and_all_are_kept():
     dataset = Dataset()
-    texts = dataset.to_text, dataset.show_canvas
+    texts = dataset.to_text, dataset.cells
     records = list(predict(double, None, dataset.eval_batches(3), MESH, *texts, samples_per_example=3))
     assert [record["predictions"] for record in records] == [
         [" ".join(str(2 * token + sample) for token in targets) for sample in range(3)] for _, targets in EXAMPLES[:3]
