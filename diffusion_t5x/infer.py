@@ -1,12 +1,16 @@
 """Write predictions for a task's examples as JSON lines, going on where an earlier run stopped.
 
 With --templates FILE.jsonl the model fills the holes of texts: lines such as {"template": "x =<hole:4> + 1"}, with
-"inputs" for a task that has some.
+"inputs" for a task that has some. With --trace a page beside the predictions shows how they came to be, step by step.
 """
 
+import itertools
 import logging
 import pathlib
 from collections.abc import Sequence
+
+import jax
+import rich.console
 
 from diffusion_t5x import config
 from diffusion_t5x.data.seqio_source import SeqioDataset
@@ -15,9 +19,11 @@ from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.evaluation import traces
 from diffusion_t5x.evaluation.inference import make_decode_step, predict
 from diffusion_t5x.evaluation.loading import check_datasets, load_model
 from diffusion_t5x.evaluation.record_file import RecordFile
+from diffusion_t5x.evaluation.trace_page import write_trace_page
 from diffusion_t5x.flags import Parser
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.partitioning import MeshConfig
@@ -25,6 +31,8 @@ from diffusion_t5x.training import checkpoints
 from diffusion_t5x.training.assignment import Rule
 
 logger = logging.getLogger(__name__)
+
+_SHOWN_TRACES = 3
 
 
 def infer(
@@ -59,7 +67,8 @@ def infer(
       infer_output_dir: made if it is not there.
       templates: a file of texts with holes to fill, in place of the task's examples (see `data.templates`).
       num_examples: only the first so many; None takes all.
-      trace: write the canvas before the first step and after each, too.
+      trace: keep how the texts came to be, step by step: in the lines, in a page beside them
+        (`<task>-<split>.trace.html`), and the first ones in the terminal.
       random_seed: of the decoder.
       restore_rules: assignment rules, as in training.
       use_ema: take the parameters' moving average where the checkpoint has one.
@@ -112,6 +121,11 @@ def infer(
     records = predict(step, params, batches, device_mesh, data.to_text, data.cells, text_mask=text_mask)
     output.write(records, total, f"infer {dataset.name}")
     logger.info("wrote %s", output.path)
+    if trace and jax.process_index() == 0:
+        page = output.path.with_suffix(".trace.html")
+        write_trace_page(page, output.read(), total, name, repr(decoder))
+        traces.show(itertools.islice(output.read(), _SHOWN_TRACES), rich.console.Console())
+        logger.info("wrote %s", page)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

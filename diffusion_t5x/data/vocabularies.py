@@ -250,3 +250,18 @@ def cells(vocabulary: "seqio.Vocabulary", tokens: Sequence[int], signs: Mapping[
     else:
         puts_space = not isinstance(vocabulary, seqio.ByteVocabulary)
     return [texts[0].removeprefix(" "), *texts[1:]] if texts and puts_space else texts
+
+
+def visible(text: bytes) -> str:
+    """UTF-8 with everything that cannot be printed as a sign or in angle brackets: a terminal obeys none of it."""
+
+    def sign(character: str) -> str:
+        code = ord(character)
+        if character.isprintable():
+            return character
+        if code < 0x20 or code == 0x7F:
+            return "␡" if code == 0x7F else chr(0x2400 + code)
+        # Bytes that are no character come as surrogates.
+        return f"<0x{code - 0xDC00:02X}>" if 0xDC80 <= code <= 0xDCFF else f"<U+{code:04X}>"
+
+    return "".join(map(sign, text.decode("utf-8", "surrogateescape")))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.decoding.decoder import Decoded
+from diffusion_t5x.decoding.decoder import Decoded, Trace
 from diffusion_t5x.models.attention import KVCache, write_rows
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind
 from diffusion_t5x.models.sampling import Sampling, forbid, sample
@@ -80,20 +80,18 @@ class AutoregressiveDecoder:
             log_probability = jax.nn.log_softmax(logits[:, 0])[rows, token]
             scores += jnp.where(finished, 0, log_probability)
             canvas = write_rows(canvas, token[:, None], slot)
+            if trace:
+                here = (jnp.arange(length) == slot[:, None]) & ~finished[:, None]
+                history = history.record(step, canvas, here, log_probability[:, None])
             written += ~finished
             # A row is done after EOS (or pad), and where its canvas ends.
             finished |= (token == vocabulary.eos_id) | (token == vocabulary.pad_id) | is_last[rows, slot]
-            if trace:
-                history = history.at[step + 1].set(canvas)
             return step + 1, canvas, cache, finished, scores, written, history
 
         finished = ~jnp.any(batch.target_mask, axis=-1)
-        history = jnp.broadcast_to(canvas, (length + 1, *canvas.shape)) if trace else None
+        history = Trace.start(canvas, length) if trace else None
         carry = (0, canvas, cache, finished, jnp.zeros(len(rows)), jnp.zeros_like(first_target), history)
         steps, canvas, _, _, scores, written, history = jax.lax.while_loop(unfinished, write_next, carry)
-        if trace:  # steps after the last one that was taken show the end
-            taken = jnp.arange(length + 1)[:, None, None] <= steps
-            history = jnp.where(taken, history, canvas)
         step_of_slot = jnp.arange(length) - first_target[:, None]
         is_written = batch.target_mask & (step_of_slot < written[:, None])
         return Decoded.of(
@@ -104,5 +102,5 @@ class AutoregressiveDecoder:
             steps=jnp.asarray(steps),
             row_steps=written,
             written_at=jnp.where(is_written, step_of_slot, -1),
-            trace=history,
+            trace=history and history.end(steps),
         )

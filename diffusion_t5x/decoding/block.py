@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.decoding.decoder import Decoded
+from diffusion_t5x.decoding.decoder import Decoded, Trace, Written
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.attention import KVCache, write_rows
@@ -39,7 +39,7 @@ class InnerDecoder(Protocol):
         positions: jax.Array,
         keys: jax.Array,
         step: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> Written:
         """One step.
 
         Args:
@@ -50,9 +50,6 @@ class InnerDecoder(Protocol):
           positions: int32 `[B, L]`; what is drawn at a position depends on its number alone.
           keys: `[B]`, a key for each row.
           step: how many steps were taken before.
-
-        Returns:
-          The new canvas, and per row `[B]` the summed log-probability of what was written.
         """
 
 
@@ -108,12 +105,14 @@ class BlockDecoder:
             is_target = cut(target_mask, start) & ~carry["finished"][:, None]
             positions = cut(slots.positions, start)
 
-            def show(carry, tokens):
-                steps = carry["steps"] + 1
+            def show(carry, tokens, mask, log_probability):
+                steps = carry["steps"]
                 if trace:
-                    shown = write_rows(carry["canvas"], tokens, start)
-                    carry["trace"] = carry["trace"].at[steps].set(shown)
-                return carry | {"steps": steps}
+                    canvas = write_rows(carry["canvas"], tokens, start)
+                    mask = write_rows(jnp.zeros(canvas.shape, bool), mask, start)
+                    log_probability = write_rows(jnp.zeros(canvas.shape), log_probability, start)
+                    carry["trace"] = carry["trace"].record(steps, canvas, mask, log_probability)
+                return carry | {"steps": steps + 1}
 
             def to_write(block):
                 return inner.eligible(block["tokens"], is_target, vocabulary, block["step"])
@@ -122,16 +121,17 @@ class BlockDecoder:
                 carry, step, eligible = block["carry"], block["step"], to_write(block)
                 read = start_first(block["tokens"], positions, vocabulary)
                 hidden, cache = model.extend(read, self.attention, carry["cache"], start, encoded)
-                tokens, total = inner.write(model, hidden, block["tokens"], eligible, positions, keys, step)
-                after = block | {"tokens": tokens, "step": step + 1}
+                written = inner.write(model, hidden, block["tokens"], eligible, positions, keys, step)
                 carry |= {
                     "cache": cache,
-                    "total": carry["total"] + total,
+                    "total": carry["total"] + written.score,
                     "row_steps": carry["row_steps"] + jnp.any(eligible, axis=-1),
                 }
-                return after | {
-                    "written_at": jnp.where(eligible & ~to_write(after), step, block["written_at"]),
-                    "carry": show(carry, tokens),
+                return {
+                    "tokens": written.tokens,
+                    "step": step + 1,
+                    "written_at": jnp.where(written.mask, step, block["written_at"]),
+                    "carry": show(carry, written.tokens, written.mask, written.log_probability),
                 }
 
             block = {"tokens": cut(carry["canvas"], start), "step": 0, "written_at": jnp.full(is_target.shape, -1)}
@@ -140,7 +140,8 @@ class BlockDecoder:
             _, cache = model.extend(tokens, self.attention, carry["cache"], start, encoded)
             ends = is_target & ((tokens == vocabulary.eos_id) | (tokens == vocabulary.pad_id))
             number = carry["block"] + 1
-            return show(carry, tokens) | {
+            carry = show(carry, tokens, jnp.zeros(tokens.shape, bool), jnp.zeros(tokens.shape))
+            return carry | {
                 "block": number,
                 "canvas": write_rows(carry["canvas"], tokens, start),
                 "written_at": write_rows(carry["written_at"], block["written_at"], start),
@@ -159,15 +160,12 @@ class BlockDecoder:
             "total": jnp.zeros(rows),
             "steps": 0,
             "row_steps": jnp.zeros(rows, jnp.int32),
+            "trace": Trace.start(canvas, -(-length // size) * (inner.most_steps(size) + 1)) if trace else None,
         }
-        most_steps = -(-length // size) * (inner.most_steps(size) + 1)
-        if trace:
-            carry["trace"] = jnp.broadcast_to(canvas, (most_steps + 1, *canvas.shape))
         carry = jax.lax.while_loop(unfinished, write_block, carry)
-        canvas, written_at, history = carry["canvas"][:, :length], carry["written_at"][:, :length], None
-        if trace:  # steps after the last one that was taken show the end
-            taken = jnp.arange(most_steps + 1)[:, None, None] <= carry["steps"]
-            history = jnp.where(taken, carry["trace"], carry["canvas"])[..., :length]
+        canvas, written_at, history = (
+            jax.tree.map(lambda x: x[..., :length], carry[name]) for name in ("canvas", "written_at", "trace")
+        )
         return Decoded.of(
             canvas,
             batch,
@@ -176,5 +174,5 @@ class BlockDecoder:
             steps=jnp.asarray(carry["steps"]),
             row_steps=carry["row_steps"],
             written_at=written_at,
-            trace=history,
+            trace=history and history.end(carry["steps"]),
         )

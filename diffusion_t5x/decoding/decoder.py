@@ -13,6 +13,55 @@ from diffusion_t5x.objectives.objective import after_end
 
 
 @flax.struct.dataclass
+class Written:
+    """What one step wrote.
+
+    Attributes:
+      tokens: int32 `[B, L]`, the rows after it.
+      mask: bool `[B, L]`, where it wrote, the same token anew or another.
+      log_probability: float32 `[B, L]`, of what it wrote there, at temperature 1 over what may be written.
+      score: float32 `[B]`, what it adds to the row's score.
+    """
+
+    tokens: jax.Array
+    mask: jax.Array
+    log_probability: jax.Array
+    score: jax.Array
+
+
+@flax.struct.dataclass
+class Trace:
+    """The rows before the first step and after each one; steps after a decoder's last one show the end.
+
+    Attributes:
+      tokens: int32 `[steps + 1, B, L]`.
+      confidence: float32 `[steps + 1, B, L]`, the probability, at temperature 1 over what may be written, that the
+        model gave to a token in the step that (last) wrote it; 0 where none has yet, and at what is no target.
+    """
+
+    tokens: jax.Array
+    confidence: jax.Array
+
+    @classmethod
+    def start(cls, tokens: jax.Array, most_steps: int) -> Self:
+        """Of rows `[B, L]` before the first step, with room for so many steps."""
+        tokens = jnp.broadcast_to(tokens, (most_steps + 1, *tokens.shape))
+        return cls(tokens=tokens, confidence=jnp.zeros(tokens.shape))
+
+    def record(self, step: jax.Array, tokens: jax.Array, mask: jax.Array, log_probability: jax.Array) -> Self:
+        """With one more step, counted from 0; the arguments are what a `Written` holds."""
+        confidence = jnp.where(mask, jnp.exp(log_probability), self.confidence[step])
+        return Trace(
+            tokens=self.tokens.at[step + 1].set(tokens), confidence=self.confidence.at[step + 1].set(confidence)
+        )
+
+    def end(self, steps: jax.Array) -> Self:
+        """Where only so many steps were taken, the ones after show the end."""
+        shown = jnp.minimum(jnp.arange(len(self.tokens)), steps)
+        return jax.tree.map(lambda x: x[shown], self)
+
+
+@flax.struct.dataclass
 class Decoded:
     """What a decoder wrote.
 
@@ -26,7 +75,7 @@ class Decoded:
       canvas: int32 `[B, L]`, the tokens with all that was written behind an end as well.
       written_at: int32 `[B, L]`, the step in which a target got the token that it kept: counted from 0, in a decoder of
         blocks anew in each block; -1 where nothing was written.
-      trace: int32 `[steps + 1, B, L]`, the rows before the first step and after each one; None unless asked for.
+      trace: the rows before the first step and after each one; None unless asked for.
     """
 
     tokens: jax.Array
@@ -36,7 +85,7 @@ class Decoded:
     num_tokens: jax.Array
     canvas: jax.Array
     written_at: jax.Array
-    trace: jax.Array | None = None
+    trace: Trace | None = None
 
     @classmethod
     def of(cls, canvas: jax.Array, batch: Batch, vocabulary: TokenIds, **fields: jax.Array | None) -> Self:

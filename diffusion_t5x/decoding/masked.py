@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.commit import ORDERS, Order, choose, propose
-from diffusion_t5x.decoding.decoder import Decoded
+from diffusion_t5x.decoding.decoder import Decoded, Trace, Written
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.masks import BIDIRECTIONAL, Slots
@@ -77,7 +77,7 @@ class MaskedDecoder:
         positions: jax.Array,
         keys: jax.Array,
         step: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> Written:
         """One step: some of the eligible positions are written, for good; see `InnerDecoder.write`."""
         keys_of_step = fold_in(keys, step)
 
@@ -89,7 +89,12 @@ class MaskedDecoder:
         # The share of this step, rounded up, of what is left for all: shares differ by one at most.
         count = jnp.ones_like(left) if self.num_steps is None else -(-left // (self.num_steps - step))
         chosen = choose(certainty, eligible, count, self.threshold)
-        return jnp.where(chosen, tokens, canvas), jnp.sum(jnp.where(chosen, log_probability, 0), axis=-1)
+        return Written(
+            tokens=jnp.where(chosen, tokens, canvas),
+            mask=chosen,
+            log_probability=log_probability,
+            score=jnp.sum(jnp.where(chosen, log_probability, 0), axis=-1),
+        )
 
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool = False) -> Decoded:
         vocabulary, length = model.vocabulary, batch.tokens.shape[1]
@@ -105,39 +110,32 @@ class MaskedDecoder:
         def write_some(carry):
             step, before = carry["step"], carry["canvas"]
             hidden = model(start_first(before, batch.positions, vocabulary), slots, BIDIRECTIONAL, encoded)
-            to_write = masked(before, step)
-            canvas, total = self.write(model, hidden, before, to_write, batch.positions, keys, step)
+            written = self.write(model, hidden, before, masked(before, step), batch.positions, keys, step)
             if trace:
-                carry["trace"] = carry["trace"].at[step + 1].set(canvas)
+                carry["trace"] = carry["trace"].record(step, written.tokens, written.mask, written.log_probability)
             return carry | {
                 "step": step + 1,
-                "canvas": canvas,
-                "total": carry["total"] + total,
-                "written_at": jnp.where(to_write & ~masked(canvas, step + 1), step, carry["written_at"]),
+                "canvas": written.tokens,
+                "total": carry["total"] + written.score,
+                "written_at": jnp.where(written.mask, step, carry["written_at"]),
             }
 
-        most_steps = self.most_steps(length)
         canvas = self.blank(batch, vocabulary, keys)
         carry = {
             "step": 0,
             "canvas": canvas,
             "total": jnp.zeros(len(canvas)),
             "written_at": jnp.full_like(canvas, -1),
+            "trace": Trace.start(canvas, self.most_steps(length)) if trace else None,
         }
-        if trace:
-            carry["trace"] = jnp.broadcast_to(canvas, (most_steps + 1, *canvas.shape))
         carry = jax.lax.while_loop(unfinished, write_some, carry)
-        canvas, history = carry["canvas"], None
-        if trace:  # steps after the last one that was taken show the end
-            taken = jnp.arange(most_steps + 1)[:, None, None] <= carry["step"]
-            history = jnp.where(taken, carry["trace"], canvas)
         return Decoded.of(
-            canvas,
+            carry["canvas"],
             batch,
             vocabulary,
             scores=carry["total"] / jnp.maximum(jnp.sum(batch.target_mask, axis=-1), 1),
             steps=jnp.asarray(carry["step"]),
             row_steps=jnp.max(carry["written_at"], axis=-1) + 1,
             written_at=carry["written_at"],
-            trace=history,
+            trace=carry["trace"] and carry["trace"].end(carry["step"]),
         )

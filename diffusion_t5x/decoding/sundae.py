@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.decoding.decoder import Decoded
+from diffusion_t5x.decoding.decoder import Decoded, Trace, Written
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.masks import BIDIRECTIONAL, Slots
@@ -61,22 +61,28 @@ class SundaeDecoder:
         positions: jax.Array,
         keys: jax.Array,
         step: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> Written:
         """One step: every eligible position is written anew.
 
-        Takes and gives what `InnerDecoder.write` does, but for the sum: that of the log-probabilities of the tokens
-        that the last step reads, and 0 before.
+        Takes and gives what `InnerDecoder.write` does. The score is the sum of the log-probabilities of the tokens that
+        the last step reads, and 0 before.
         """
         keys_of_step = fold_in(keys, step)
 
         def read_out(logits, tokens, positions):
             logits = forbid(logits, model.vocabulary)
             wish, _ = cross_entropy(logits, tokens)
-            return sample(logits, keys_of_step, positions, Sampling(self.temperature)), wish
+            written = sample(logits, keys_of_step, positions, Sampling(self.temperature))
+            return written, cross_entropy(logits, written)[1], wish
 
-        tokens, wish = model.map_logits(read_out, hidden, canvas, positions)
+        tokens, surprise, wish = model.map_logits(read_out, hidden, canvas, positions)
         counts = eligible & (step == self.num_steps - 1)
-        return jnp.where(eligible, tokens, canvas), -jnp.sum(jnp.where(counts, wish, 0), axis=-1)
+        return Written(
+            tokens=jnp.where(eligible, tokens, canvas),
+            mask=eligible,
+            log_probability=-surprise,
+            score=-jnp.sum(jnp.where(counts, wish, 0), axis=-1),
+        )
 
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool = False) -> Decoded:
         vocabulary, samples = model.vocabulary, self.num_samples
@@ -90,29 +96,30 @@ class SundaeDecoder:
 
         noise = self.blank(rows, vocabulary, keys)
 
-        def denoise(canvas, step):
+        def denoise(step, carry):
+            canvas, _, history = carry
             hidden = model(canvas, slots, BIDIRECTIONAL, encoded)
-            canvas, total = self.write(model, hidden, canvas, rows.target_mask, rows.positions, keys, step)
-            return canvas, (total, canvas if trace else None)
+            written = self.write(model, hidden, canvas, rows.target_mask, rows.positions, keys, step)
+            if trace:
+                history = history.record(step, written.tokens, written.mask, written.log_probability)
+            return written.tokens, written.score, history
 
-        final, (totals, history) = jax.lax.scan(denoise, noise, jnp.arange(self.num_steps))
-        scores = -totals[-1] / jnp.maximum(jnp.sum(rows.target_mask, axis=-1), 1)
+        history = Trace.start(noise, self.num_steps) if trace else None
+        final, totals, history = jax.lax.fori_loop(0, self.num_steps, denoise, (noise, jnp.zeros(len(noise)), history))
+        scores = -totals / jnp.maximum(jnp.sum(rows.target_mask, axis=-1), 1)
         best = jnp.argmin(scores.reshape(-1, samples), axis=-1)
 
         def keep(x):  # [..., B * samples, L] -> [..., B, L]
             x = x.reshape(*x.shape[:-2], -1, samples, x.shape[-1])
             return x[..., jnp.arange(len(best)), best, :]
 
-        if trace:
-            history = keep(jnp.concatenate([noise[None], history]))
-        canvas = keep(final)
         return Decoded.of(
-            canvas,
+            keep(final),
             batch,
             vocabulary,
             scores=jnp.min(scores.reshape(-1, samples), axis=-1),
             steps=jnp.int32(self.num_steps),
             row_steps=jnp.where(jnp.any(batch.target_mask, axis=-1), self.num_steps, 0),
             written_at=jnp.where(batch.target_mask, self.num_steps - 1, -1),
-            trace=history,
+            trace=jax.tree.map(keep, history),
         )

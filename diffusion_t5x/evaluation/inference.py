@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.decoding.decoder import Decoded, Decoder
+from diffusion_t5x.evaluation import traces
 from diffusion_t5x.evaluation.results import write_records
 from diffusion_t5x.evaluation.teacher import Judge
 from diffusion_t5x.models.transformer import ModelDefinition, Params
@@ -66,9 +67,8 @@ def predict(
     Yields:
       The example's own fields with "prediction" (text), "score" (see the decoder), "num_tokens" (that were written, up
       to the one that ends the text), "num_steps" (of the model, that the row took part in), what the judge says, and,
-      where the step traces, "trace": the canvas before the first step and after each. With several samples all this is
-      of the first, and "predictions" are the texts of all. Of a text that was written only in part "holes" are these
-      parts.
+      where the step traces, "trace" (see `traces.compact`). With several samples all this is of the first, and
+      "predictions" are the texts of all. Of a text that was written only in part "holes" are these parts.
     """
     for batch, examples in batches:
         with jax.set_mesh(mesh):
@@ -97,7 +97,8 @@ def predict(
             if others:
                 record["predictions"] = texts
             if decoded.trace is not None:
-                record["trace"] = ["".join(cells(canvas[row, text].tolist())) for canvas in decoded.trace]
+                steps = jax.tree.map(lambda x: x[:, row, text], decoded.trace)  # noqa: B023
+                record["trace"] = traces.compact(steps, batch.target_mask[row, text], record["num_steps"], cells)
             yield record
 
 

@@ -126,12 +126,25 @@ def test_other_seeds_give_other_samples():
 
 def test_trace_shows_the_rows_before_and_after_each_step():
     decoded = decode("relative")
-    np.testing.assert_array_equal(decoded.trace[0], np.where(BATCH.target_mask, 0, BATCH.tokens))
-    np.testing.assert_array_equal(decoded.trace[-1], decoded.tokens)
+    canvases = decoded.trace.tokens
+    np.testing.assert_array_equal(canvases[0], np.where(BATCH.target_mask, 0, BATCH.tokens))
+    np.testing.assert_array_equal(canvases[-1], decoded.tokens)
     written = np.cumsum(BATCH.target_mask, axis=1) * BATCH.target_mask
-    for step, canvas in enumerate(decoded.trace):
+    for step, canvas in enumerate(canvases):
         expected = np.where(written <= step, decoded.tokens, 0)
         np.testing.assert_array_equal(canvas, np.where(BATCH.target_mask, expected, BATCH.tokens))
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.5, "top_k": 3}], ids=str)
+def test_confidences_are_the_probabilities_at_temperature_1(settings):
+    """One pass over the finished rows says them all. What stands behind an end was never written."""
+    decoded = decode("rotary", **settings)
+    found = log_probabilities("rotary", False)(BATCH.replace(tokens=decoded.tokens))
+    found = np.exp(np.take_along_axis(found, decoded.tokens[..., None], axis=-1)[..., 0])
+    for step, confidence in enumerate(decoded.trace.confidence):
+        written = (decoded.written_at >= 0) & (decoded.written_at < step)
+        np.testing.assert_allclose(confidence, np.where(written, found, 0), rtol=1e-4)
+    assert (confidence[BATCH.target_mask] == 0).any()
 
 
 def test_nothing_to_write_takes_no_step():

@@ -11,6 +11,7 @@ import tiny
 
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
+from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.models.attention import KVCache
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.masks import AttentionKind, Slots
@@ -67,8 +68,8 @@ def uncached(name, decoder, batch=BATCH, seed=0):
         here = batch.target_mask & (index // decoder.block_size == block)
         step = 0
         while (eligible := here & (canvas == MASK)).any():
-            canvas, written = map(np.asarray, write(canvas, eligible, step))
-            total, step = total + written, step + 1
+            written = jax.device_get(write(canvas, eligible, step))
+            canvas, total, step = written.tokens, total + written.score, step + 1
     return canvas, total / np.maximum(batch.target_mask.sum(1), 1)
 
 
@@ -87,13 +88,44 @@ def test_the_cache_changes_nothing(name, size, inner):
 def test_steps_and_trace():
     decoded = decode("relative", BlockDecoder(3, MaskedDecoder(num_steps=2)))
     assert decoded.steps == 3 * 2 + 2  # blocks of 3, 3 and 1 targets; the last in one step; one pass each for the cache
-    trace = decoded.trace
+    trace = decoded.trace.tokens
     np.testing.assert_array_equal(trace[0], np.where(BATCH.target_mask, MASK, BATCH.tokens))
     np.testing.assert_array_equal(trace[-1], decoded.tokens)
     written = (trace != MASK) | ~BATCH.target_mask
     assert (written[1:] >= written[:-1]).all()
     changed = (trace[1:] != trace[:-1]) & written[:-1]
     assert not changed.any()  # what is written stays
+
+
+@pytest.mark.parametrize(
+    "inner", [INNER["sampled"], SundaeDecoder(num_steps=2, num_samples=1)], ids=["masked", "sundae"]
+)
+def test_confidences_are_the_probabilities_at_temperature_1(inner):
+    """Whatever a step wrote, a pass over the whole row before it gives the probability of; its own block apart."""
+    definition, params = make_model("llama")
+    decoder = BlockDecoder(3, inner)
+    decoded = decode("llama", decoder)
+
+    @jax.jit
+    def probabilities(tokens):
+        model = definition.bind(params)
+        read = start_first(tokens, jnp.asarray(BATCH.positions), definition.vocabulary)
+        logits = model.logits(model(read, Slots.of(BATCH), decoder.attention))
+        return jax.nn.softmax(logits.at[..., 23:].set(-np.inf))
+
+    written_at = np.full(BATCH.tokens.shape, -1)
+    tokens, confidence = decoded.trace.tokens, decoded.trace.confidence
+    for step in range(decoded.steps):
+        found = np.take_along_axis(np.asarray(probabilities(tokens[step])), tokens[step + 1][..., None], axis=-1)[
+            ..., 0
+        ]
+        written = confidence[step + 1] != confidence[step]
+        np.testing.assert_allclose(confidence[step + 1][written], found[written], rtol=1e-4)
+        assert not (tokens[step + 1] != tokens[step])[~written].any()
+        written_at[written] = step % 3  # two steps a block, and the pass for the cache
+    assert not confidence[0].any()
+    np.testing.assert_array_equal(confidence[-1] > 0, BATCH.target_mask)
+    np.testing.assert_array_equal(written_at, decoded.written_at)
 
 
 def test_a_row_is_decoded_alone_as_among_others():

@@ -71,9 +71,9 @@ def shares(number, steps):
 
 
 def written_greedily(tokens, targets, order, num_steps, threshold):
-    """A row's canvases, and its score: one position after another, in Python."""
-    canvas = np.where(targets, MASK, tokens)
-    canvases, total, step = [canvas.copy()], 0.0, 0
+    """A row's canvases with their confidences, and its score: one position after another, in Python."""
+    canvas, confidence = np.where(targets, MASK, tokens), np.zeros(len(tokens))
+    canvases, total, step = [(canvas.copy(), confidence.copy())], 0.0, 0
     while left := [place for place in np.flatnonzero(targets) if canvas[place] == MASK]:
         found = log_probabilities(canvas)
         sure = certainty(found, order)
@@ -84,8 +84,9 @@ def written_greedily(tokens, targets, order, num_steps, threshold):
             chosen |= {place for place in left if sure[place] > threshold}
         for place in chosen:
             canvas[place] = found[place].argmax()
+            confidence[place] = np.exp(found[place].max())
             total += found[place].max()
-        canvases.append(canvas.copy())
+        canvases.append((canvas.copy(), confidence.copy()))
         step += 1
     return canvases, total / max(targets.sum(), 1)
 
@@ -117,41 +118,50 @@ def test_steps_scores_and_tokens_are_those_of_a_plain_loop(settings):
     decoded = decode_table(**settings)
     expected = [written_greedily(*row, **settings) for row in zip(BATCH.tokens, BATCH.target_mask, strict=True)]
     assert decoded.steps == max(len(canvases) for canvases, _ in expected) - 1
-    assert len(decoded.trace) == min(settings["num_steps"] or 10, 10) + 1
-    for step, found in enumerate(decoded.trace):  # a row that is done stays as it is
-        np.testing.assert_array_equal(found, [canvases[min(step, len(canvases) - 1)] for canvases, _ in expected])
+    assert len(decoded.trace.tokens) == min(settings["num_steps"] or 10, 10) + 1
+    for step in range(len(decoded.trace.tokens)):  # a row that is done stays as it is
+        rows, confidences = zip(*[canvases[min(step, len(canvases) - 1)] for canvases, _ in expected], strict=True)
+        np.testing.assert_array_equal(decoded.trace.tokens[step], rows)
+        np.testing.assert_allclose(decoded.trace.confidence[step], confidences, rtol=1e-5)
     np.testing.assert_allclose(decoded.scores, [score for _, score in expected], rtol=1e-5)
     for row, mask, (canvases, _), clean in zip(decoded.tokens, BATCH.target_mask, expected, BATCH.tokens, strict=True):
-        assert row[mask].tolist() == ended(canvases[-1][mask].tolist())
+        assert row[mask].tolist() == ended(canvases[-1][0][mask].tolist())
         np.testing.assert_array_equal(row[~mask], clean[~mask])
 
 
 def test_the_examples_tell_the_settings_apart():
     """Else the plain loop would show nothing: orders differ, a threshold finds one, several and none; outputs end."""
-    traces = [decode_table(order=order, num_steps=3).trace.tobytes() for order in ("confidence", "entropy", "margin")]
+    traces = [
+        decode_table(order=order, num_steps=3).trace.tokens.tobytes() for order in ("confidence", "entropy", "margin")
+    ]
     assert len(set(traces)) == 3
     decoded = decode_table(threshold=0.4, num_steps=None)
-    assert set((masks_left(decoded.trace[:-1]) - masks_left(decoded.trace[1:])).reshape(-1)) == {0, 1, 2, 3}
+    assert set((masks_left(decoded.trace.tokens[:-1]) - masks_left(decoded.trace.tokens[1:])).reshape(-1)) == {
+        0,
+        1,
+        2,
+        3,
+    }
     assert 2 < decoded.steps < 8
-    assert (decoded.tokens != decoded.trace[-1]).any()
+    assert (decoded.tokens != decoded.trace.tokens[-1]).any()
 
 
 @pytest.mark.parametrize("settings", [{"order": "random"}, {"temperature": 1.5}, {"temperature": 0.8, "top_k": 3}])
 def test_rows_of_all_lengths_follow_their_own_plan_and_keep_what_is_written(settings):
     decoded = decode_table(num_steps=4, **settings)
     assert decoded.steps == 4
-    for column, number in zip(-np.diff(masks_left(decoded.trace), axis=0).T, [7, 3, 8, 1, 5, 0], strict=True):
+    for column, number in zip(-np.diff(masks_left(decoded.trace.tokens), axis=0).T, [7, 3, 8, 1, 5, 0], strict=True):
         assert column.tolist() == shares(number, 4)
-    for before, after in zip(decoded.trace, decoded.trace[1:], strict=False):
+    for before, after in zip(decoded.trace.tokens, decoded.trace.tokens[1:], strict=False):
         np.testing.assert_array_equal(after[before != MASK], before[before != MASK])
-    assert (decoded.trace[-1] < MASK).all() and (decoded.tokens < MASK).all()
+    assert (decoded.trace.tokens[-1] < MASK).all() and (decoded.tokens < MASK).all()
     other = decode_table(num_steps=4, seed=1, **settings)
-    assert (other.trace != decoded.trace).any(axis=(0, 2)).sum() >= 3
+    assert (other.trace.tokens != decoded.trace.tokens).any(axis=(0, 2)).sum() >= 3
 
 
 def test_the_random_order_is_uniform():
     batch = tiny.one_a_row([([5], [6, 7, 8])] * 600, length=10)
-    trace = decode_table(batch, order="random", num_steps=None).trace
+    trace = decode_table(batch, order="random", num_steps=None).trace.tokens
     first = (trace[1] != MASK)[:, 1:4].argmax(axis=1)
     last = (trace[2] == MASK)[:, 1:4].argmax(axis=1)
     orders = np.bincount(3 * first + last, minlength=9).reshape(3, 3)
@@ -199,11 +209,11 @@ def decode(batch, **settings):
 def test_an_output_depends_on_its_own_inputs_alone():
     settings = {"num_steps": 4, "threshold": 0.3, "temperature": 0.7}
     whole = decode(BATCH, **settings)
-    assert len(np.unique(masks_left(whole.trace[1]))) > 2
+    assert len(np.unique(masks_left(whole.trace.tokens[1]))) > 2
 
     def assert_same(batch, rows):
         found = decode(batch, **settings)
-        np.testing.assert_array_equal(found.trace[..., :10], whole.trace[:, rows])
+        np.testing.assert_array_equal(found.trace.tokens[..., :10], whole.trace.tokens[:, rows])
         np.testing.assert_array_equal(found.tokens[:, :10], whole.tokens[rows])
         np.testing.assert_allclose(found.scores, whole.scores[rows], rtol=1e-5)
 
@@ -216,7 +226,7 @@ def test_an_output_depends_on_its_own_inputs_alone():
 
 def test_a_random_order_is_a_row_s_own():
     whole, part = (decode_table(b, order="random", num_steps=4) for b in (BATCH, tiny.rows_of(BATCH, [2, 0])))
-    np.testing.assert_array_equal(part.trace, whole.trace[:, [2, 0]])
+    np.testing.assert_array_equal(part.trace.tokens, whole.trace.tokens[:, [2, 0]])
 
 
 def test_nothing_to_write_takes_no_step():

@@ -56,28 +56,38 @@ def ended(tokens):
 @pytest.mark.parametrize("name", ["relative", "rotary"])
 def test_greedy_steps_and_score_follow_from_whole_passes(name):
     decoded = decode(name, num_steps=4, num_samples=3, temperature=0.0)
-    assert decoded.steps == 4 and decoded.trace.shape == (5, *BATCH.tokens.shape)
+    assert decoded.steps == 4 and decoded.trace.tokens.shape == (5, *BATCH.tokens.shape)
     targets = BATCH.target_mask
-    for before, after in zip(decoded.trace, decoded.trace[1:], strict=False):
+    for before, after in zip(decoded.trace.tokens, decoded.trace.tokens[1:], strict=False):
         found = log_probabilities(name)(before)
         np.testing.assert_array_equal(after, np.where(targets, found.argmax(-1), BATCH.tokens))
     # `found` is what the last step's reading gives: the score is that reading's own cross-entropy.
-    wish = -np.take_along_axis(found, decoded.trace[-2][..., None], axis=-1)[..., 0]
+    wish = -np.take_along_axis(found, decoded.trace.tokens[-2][..., None], axis=-1)[..., 0]
     expected = [row[mask].mean() if mask.any() else 0 for row, mask in zip(wish, targets, strict=True)]
     np.testing.assert_allclose(decoded.scores, expected, rtol=1e-5)
-    for row, mask, last in zip(decoded.tokens, targets, decoded.trace[-1], strict=True):
+    for row, mask, last in zip(decoded.tokens, targets, decoded.trace.tokens[-1], strict=True):
         assert row[mask].tolist() == ended(last[mask].tolist())
-    assert (decoded.trace[1:] != decoded.trace[:-1]).any()
+    assert (decoded.trace.tokens[1:] != decoded.trace.tokens[:-1]).any()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_confidences_are_the_probabilities_at_temperature_1(temperature):
+    decoded = decode("rotary", num_steps=3, num_samples=2, temperature=temperature)
+    assert not decoded.trace.confidence[0].any()
+    canvases = decoded.trace.tokens
+    for before, after, confidence in zip(canvases, canvases[1:], decoded.trace.confidence[1:], strict=False):
+        found = np.take_along_axis(log_probabilities("rotary")(before), after[..., None], axis=-1)[..., 0]
+        np.testing.assert_allclose(confidence, np.where(BATCH.target_mask, np.exp(found), 0), rtol=1e-4)
 
 
 def test_inputs_never_change_and_noise_is_of_the_noise_vocabulary():
     decoded = decode("relative", num_steps=3, num_samples=2, temperature=0.7)
     targets = BATCH.target_mask
-    for canvas in [*decoded.trace, decoded.tokens]:
+    for canvas in [*decoded.trace.tokens, decoded.tokens]:
         np.testing.assert_array_equal(canvas[~targets], BATCH.tokens[~targets])
-    assert np.isin(decoded.trace[0][targets], tiny.VOCABULARY.noise_ids()).all()
-    assert len(np.unique(decoded.trace[0][targets])) > 10
-    assert (decoded.trace < 23).all()
+    assert np.isin(decoded.trace.tokens[0][targets], tiny.VOCABULARY.noise_ids()).all()
+    assert len(np.unique(decoded.trace.tokens[0][targets])) > 10
+    assert (decoded.trace.tokens < 23).all()
 
 
 @pytest.mark.parametrize("name", ["rotary"])
@@ -87,7 +97,7 @@ def test_an_output_depends_on_its_own_inputs_alone(name):
 
     def assert_same(batch, rows):
         found = decode(name, batch, **settings)
-        np.testing.assert_array_equal(found.trace[..., : BATCH.tokens.shape[1]], whole.trace[:, rows])
+        np.testing.assert_array_equal(found.trace.tokens[..., : BATCH.tokens.shape[1]], whole.trace.tokens[:, rows])
         np.testing.assert_array_equal(found.tokens[:, : BATCH.tokens.shape[1]], whole.tokens[rows])
         np.testing.assert_allclose(found.scores, whole.scores[rows], rtol=1e-5)
 
@@ -120,9 +130,9 @@ def test_the_best_of_the_samples_is_kept():
     assert (after.scores <= before.scores).all()
     better = after.scores < before.scores
     assert 10 <= better.sum() <= 28  # about two thirds of 30
-    np.testing.assert_array_equal(after.trace[:, ~better], before.trace[:, ~better])
-    assert (after.trace != before.trace).any(axis=(0, 2))[better].all()
-    read = after.trace[-2]
+    np.testing.assert_array_equal(after.trace.tokens[:, ~better], before.trace.tokens[:, ~better])
+    assert (after.trace.tokens != before.trace.tokens).any(axis=(0, 2))[better].all()
+    read = after.trace.tokens[-2]
     wish = np.log(np.exp(TABLE[read, :23]).sum(-1)) - TABLE[read, read]
     np.testing.assert_allclose(after.scores, wish[:, 2:].mean(axis=1), rtol=1e-5)
 
@@ -130,7 +140,7 @@ def test_the_best_of_the_samples_is_kept():
 def test_canvases_start_uniform_and_are_sampled_at_the_temperature():
     rows, length = 400, 40
     batch = tiny.one_a_row([([], [5] * length)] * rows)
-    trace = decode_table(batch, num_steps=2, num_samples=1, temperature=0.5).trace
+    trace = decode_table(batch, num_steps=2, num_samples=1, temperature=0.5).trace.tokens
     noise, count = tiny.VOCABULARY.noise_ids(), rows * length
     share = np.bincount(trace[0].reshape(-1), minlength=32)[noise] / count
     assert share.sum() == 1

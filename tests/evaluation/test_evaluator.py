@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from diffusion_t5x.decoding.decoder import Decoded
+from diffusion_t5x.decoding.decoder import Decoded, Trace
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval, for_tasks
 from diffusion_t5x.evaluation.inference import predict, write_jsonl
@@ -37,7 +37,7 @@ class Dataset:
         return " ".join(map(str, tokens))
 
     def cells(self, tokens):
-        return ["<", self.to_text(tokens), ">"]
+        return [f"<{token}>" for token in tokens]
 
     def score(self, records):
         return {"right": np.mean([record["prediction"] == record["targets"] for record in records])}
@@ -77,7 +77,7 @@ def double(params, batch, sample):
         steps=jnp.int32(1),
         row_steps=jnp.ones(len(tokens), int),
         written_at=jnp.where(batch.target_mask, 0, -1),
-        trace=jnp.stack([batch.tokens, tokens]),
+        trace=Trace(jnp.stack([batch.tokens, tokens]), jnp.zeros((2, *tokens.shape)).at[1].set(0.25)),
     )
 
 
@@ -94,7 +94,11 @@ def test_each_example_gets_its_prediction_in_order():
             "score": pytest.approx(number / 10),
             "num_tokens": len(targets),
             "num_steps": 1,
-            "trace": [f"<{dataset.to_text(targets)}>", f"<{text}>"],
+            "trace": {
+                "tokens": [f"<{token}>" for token in targets],
+                "given": [],
+                "steps": [[[place, f"<{2 * token}>", 0.25] for place, token in enumerate(targets)]],
+            },
         }
 
 
