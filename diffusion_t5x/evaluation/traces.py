@@ -69,6 +69,7 @@ def show(records: Iterable[Mapping[str, Any]], console: rich.console.Console) ->
 
     What is new in a step is underlined, what is given or not written yet is dim. Of many steps some are shown.
     """
+    console.print("Before the first step, and after each. ¶ is the end of a text, · padding, ▢ MASK.", style="dim")
     for record in records:
         table = rich.table.Table.grid(padding=(0, 2))
         table.add_column(justify="right", style="dim")
