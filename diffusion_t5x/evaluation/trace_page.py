@@ -63,7 +63,7 @@ def _example(record: Mapping[str, Any]) -> dict[str, Any]:
     names = {"inputs_pretokenized": "input", "template": "template", "targets_pretokenized": "reference"}
     texts = {name: record.get(field) for field, name in names.items()}
     texts = {name: text for name, text in texts.items() if text}
-    score = f"{record['score']:.3f}, {record['num_tokens']} tokens in {record['num_steps']} steps"
+    score = f"{record['score']:.3g}, {record['num_tokens']} tokens in {record['num_steps']} steps"
     name = texts.get("template") or texts.get("input") or record["prediction"]
     return {
         "name": name[:80],

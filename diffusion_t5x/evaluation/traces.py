@@ -1,12 +1,12 @@
 """How a text came to be: what stood in it at each step, as records keep it, and as it looks in a terminal."""
 
 import itertools
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import rich.console
-import rich.table
 import rich.text
 
 from diffusion_t5x.data.vocabularies import visible
@@ -67,33 +67,35 @@ def texts(trace: Mapping[str, Any]) -> list[str]:
 def show(records: Iterable[Mapping[str, Any]], console: rich.console.Console) -> None:
     """Prints how the texts of records came to be, step below step; the surer the model of a token, the greener it is.
 
-    What is new in a step is underlined, what is given or not written yet is dim. Of many steps some are shown.
+    What is new is underlined, what is given or not written yet is dim. Steps that change no text share a line; of many
+    lines some are shown.
     """
     console.print("Before the first step, and after each. ¶ is the end of a text, · padding, ▢ MASK.", style="dim")
     for record in records:
-        table = rich.table.Table.grid(padding=(0, 2))
-        table.add_column(justify="right", style="dim")
-        table.add_column(no_wrap=True, overflow="ellipsis")
-        for step, line in _lines(record["trace"]):
-            table.add_row(str(step), line)
         title = rich.text.Text(_sign(record["inputs_pretokenized"]), "bold")
         title.append(" → ", "dim").append(_sign(record["prediction"]), "bold green")
-        console.print("", title, table, sep="\n")
+        console.print("", title, sep="\n")
+        for line in _lines(record["trace"]):
+            console.print(line, no_wrap=True, overflow="ellipsis")
 
 
-def _lines(trace: Mapping[str, Any]) -> Iterator[tuple[int, rich.text.Text]]:
-    found = list(frames(trace))
-    chosen = np.unique(np.linspace(0, len(found) - 1, _MOST_LINES).round().astype(int)).tolist()
-    given, before = set(trace["given"]), found[0]
-    for step in chosen:
-        line = rich.text.Text()
-        for place, (text, confidence) in enumerate(found[step]):
+def _lines(trace: Mapping[str, Any]) -> Iterator[rich.text.Text]:
+    steps = itertools.groupby(enumerate(frames(trace)), lambda step: [text for text, _ in step[1]])
+    groups = [list(group) for _, group in steps]
+    labels = [f"{group[0][0]}–{group[-1][0]}" if len(group) > 1 else str(group[0][0]) for group in groups]
+    given, before = set(trace["given"]), groups[0][-1][1]
+    for chosen in np.unique(np.linspace(0, len(groups) - 1, _MOST_LINES).round().astype(int)).tolist():
+        frame = groups[chosen][-1][1]
+        line = rich.text.Text(f"{labels[chosen]:>{max(map(len, labels))}} ", "dim")
+        for place, (text, confidence) in enumerate(frame):
             sure = _COLOURS[min(int(confidence * len(_COLOURS)), len(_COLOURS) - 1)]
             style = "dim" if place in given or not confidence else sure
             line.append(_sign(text), f"{style} underline" if text != before[place][0] else style)
-        yield step, line
-        before = found[step]
+        yield line
+        before = frame
 
 
 def _sign(text: str) -> str:
-    return visible(text.encode("utf-8", "surrogateescape"))
+    """What a terminal shows of a text: spaces of any kind as such, signs for all else that it might obey."""
+    plain = "".join(" " if unicodedata.category(character) == "Zs" else character for character in text)
+    return visible(plain.encode("utf-8", "surrogateescape"))

@@ -113,7 +113,9 @@ def test_the_terminal_shows_step_below_step():
     steps = [[[0, "the", 0.9]], [[1, " cat", 0.2]], [[1, " dog", 0.6]]]
     trace = {"tokens": ["▢", "▢", "."], "given": [2], "steps": steps}
     lines = shown(record(trace=trace)).splitlines()
-    assert [line.strip() for line in lines[-4:]] == ["0  ▢▢.", "1  the▢.", "2  the cat.", "3  the dog."]
+    assert [line.strip() for line in lines[-4:]] == ["0 ▢▢.", "1 the▢.", "2 the cat.", "3 the dog."]
+    steps += [[[0, "the", 0.95]], []]
+    assert shown(record(trace=trace)).splitlines()[-1].strip() == "3–5 the dog."
     coloured = shown(record(trace=trace), force_terminal=True, color_system="truecolor").splitlines()[-1]
     assert re.search(r"38;2;0;135;135mthe\x1b", coloured)  # sure, and as it was
     assert re.search(r"\[4;38;2;95;135;0m dog\x1b", coloured)  # less sure, and new
@@ -122,7 +124,7 @@ def test_the_terminal_shows_step_below_step():
 def test_the_terminal_shows_some_of_many_steps_and_obeys_no_text():
     steps = [[[place, "x", 0.5]] for place in range(100)]
     out = shown(record(trace={"tokens": ["▢"] * 100, "given": [], "steps": steps}), width=40)
-    numbers = [int(line.split()[0]) for line in out.splitlines() if line.split() and line.split()[0].isdigit()]
+    numbers = [int(number) for number in re.findall(r"^ *(\d+) ", out, re.MULTILINE)]
     assert len(numbers) == 12 and (numbers[0], numbers[-1]) == (0, 100)
     assert all(len(line) <= 40 for line in out.splitlines())
     for text in EVIL:
