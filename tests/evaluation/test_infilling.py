@@ -87,8 +87,8 @@ def learn(definition, params, objective, batch, steps):
 @pytest.mark.parametrize(
     "config,objective,decoder,steps",
     [
-        (tiny.RELATIVE, Sundae(), SundaeDecoder(num_steps=4, num_samples=4), 400),
-        (tiny.ENCODER_DECODER, Masked(), MaskedDecoder(num_steps=4), 400),
+        (tiny.RELATIVE, Sundae(), SundaeDecoder(), 800),
+        (tiny.ENCODER_DECODER, Masked(), MaskedDecoder(num_steps=4), 1600),
     ],
     ids=["sundae decoder_only", "masked encoder_decoder"],
 )
