@@ -24,7 +24,9 @@ setuptools.setup(
     # `diffusion_t5x/tasks` and `diffusion_t5x/gin` are links to the folders at the top level, so a wheel, an
     # editable install and a plain checkout all find them in the same place. `gin/` is data, not a package.
     packages=setuptools.find_packages(include=["diffusion_t5x", "diffusion_t5x.*"]),
-    package_data={"diffusion_t5x": ["gin/*.gin", "gin/**/*.gin", "evaluation/report.html", "evaluation/report.md"]},
+    package_data={
+        "diffusion_t5x": ["gin/*.gin", "gin/**/*.gin", "evaluation/*.html", "evaluation/*.js", "evaluation/*.md"]
+    },
     install_requires=[
         "absl-py>=2.1",
         "numpy>=2.0",

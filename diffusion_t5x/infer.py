@@ -1,25 +1,38 @@
-"""Write predictions for a task's examples as JSON lines, going on where an earlier run stopped."""
+"""Write predictions for a task's examples as JSON lines, going on where an earlier run stopped.
 
-import json
+With --templates FILE.jsonl the model fills the holes of texts: lines such as {"template": "x =<hole:4> + 1"}, with
+"inputs" for a task that has some. With --trace a page beside the predictions shows how they came to be, step by step.
+"""
+
+import itertools
 import logging
 import pathlib
 from collections.abc import Sequence
 
 import jax
+import rich.console
 
 from diffusion_t5x import config
 from diffusion_t5x.data.seqio_source import SeqioDataset
+from diffusion_t5x.data.templates import Templates
 from diffusion_t5x.decoding.decoder import Decoder
+from diffusion_t5x.decoding.masked import MaskedDecoder
+from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.evaluation import traces
 from diffusion_t5x.evaluation.inference import make_decode_step, predict
 from diffusion_t5x.evaluation.loading import check_datasets, load_model
+from diffusion_t5x.evaluation.record_file import RecordFile
+from diffusion_t5x.evaluation.trace_page import write_trace_page
+from diffusion_t5x.flags import Parser
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training import checkpoints
 from diffusion_t5x.training.assignment import Rule
-from diffusion_t5x.training.progress import Progress
 
 logger = logging.getLogger(__name__)
+
+_SHOWN_TRACES = 3
 
 
 def infer(
@@ -29,6 +42,7 @@ def infer(
     dataset: SeqioDataset,
     decoder: Decoder,
     infer_output_dir: str,
+    templates: str | None = None,
     num_examples: int | None = None,
     trace: bool = False,
     random_seed: int = 0,
@@ -39,8 +53,11 @@ def infer(
 ) -> None:
     """Decodes a task and writes `<task>-<split>.jsonl`, an example a line, in the task's order.
 
-    A line has "example_id", "inputs", "targets", "prediction" and "score" (the decoder says what it means), and
-    "trace" on request. Started again with the same settings, it decodes only what is missing.
+    A line has "example_id", "inputs_pretokenized", "targets_pretokenized" and what `evaluation.inference.predict` says
+    of what was written. Started again with the same settings, it decodes only what is missing.
+
+    With templates it writes `infill-<file>.jsonl`, whose lines have "template" and "holes" (the texts written) in place
+    of the targets; "prediction" is the whole text.
 
     Args:
       model: dimensions of the checkpoint's model.
@@ -48,8 +65,10 @@ def infer(
       dataset: task, split, lengths and batch size.
       decoder: what writes.
       infer_output_dir: made if it is not there.
+      templates: a file of texts with holes to fill, in place of the task's examples (see `data.templates`).
       num_examples: only the first so many; None takes all.
-      trace: write the canvas before the first step and after each, too.
+      trace: keep how the texts came to be, step by step: in the lines, in a page beside them
+        (`<task>-<split>.trace.html`), and the first ones in the terminal.
       random_seed: of the decoder.
       restore_rules: assignment rules, as in training.
       use_ema: take the parameters' moving average where the checkpoint has one.
@@ -63,8 +82,14 @@ def infer(
     path = str(checkpoints.find_checkpoint(checkpoint_path))
     if not dry_run:
         checkpoints.ensure_writable(infer_output_dir)
-    check_datasets([dataset], model, device_mesh)
-    output = pathlib.Path(infer_output_dir, f"{dataset.name}-{dataset.split}.jsonl")
+    data = dataset if templates is None else Templates(templates, dataset)
+    if templates is not None and not isinstance(decoder, MaskedDecoder | SundaeDecoder):
+        raise UserError(
+            f"{type(decoder).__name__} writes from left to right and cannot fill holes, whose ends are given: take a "
+            "model of masked or SUNDAE diffusion with decoding/masked.gin or decoding/sundae.gin."
+        )
+    check_datasets([data], model, device_mesh)
+    name = f"{dataset.name}-{dataset.split}" if templates is None else f"infill-{data.name}"
     settings = {
         "checkpoint": path,
         "decoder": repr(decoder),
@@ -74,61 +99,48 @@ def infer(
         "task": dataset.name,
         "split": dataset.split,
         "task_feature_lengths": dict(dataset.task_feature_lengths),
+        "templates": templates and data.fingerprint,
     }
-    done = _done(output, settings)
+    output = RecordFile(pathlib.Path(infer_output_dir, f"{name}.jsonl"), settings)
     if dry_run:
-        print(f"Would decode {dataset.name} ({dataset.split}) with {decoder} from {path} to {output}; {done} done.")
+        print(f"Would decode {name} with {decoder} from {path} to {output.path}; {output.done} done.")
         return
 
     definition, params = load_model(
-        path, model, dataset.token_ids(), device_mesh, restore_rules=restore_rules, use_ema=use_ema
+        path, model, data.token_ids(), device_mesh, restore_rules=restore_rules, use_ema=use_ema
     )
-    if jax.process_index() == 0:
-        _begin(output, settings)
     step = make_decode_step(device_mesh, definition, decoder, seed=random_seed, trace=trace)
-    total = dataset.num_eval_examples(num_examples)
-    logger.info("%s: %d of %d examples are there", output, done, total)
+    total = data.num_eval_examples(num_examples)
+    logger.info("%s: %d of %d examples are there", output.path, output.done, total)
     batches = (
         (batch, examples)
-        for batch, examples in dataset.eval_batches(num_examples)
-        if examples[-1]["example_id"] >= done
+        for batch, examples in data.eval_batches(num_examples)
+        if examples[-1]["example_id"] >= output.done
     )
-    records = predict(step, params, batches, device_mesh, dataset.to_text, dataset.show_canvas)
-    with output.open("a", encoding="utf-8") as file, Progress(total, done, f"infer {dataset.name}", "example") as bar:
-        for record in records:
-            if record["example_id"] < done or jax.process_index():
-                continue
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            file.flush()
-            bar.update(record["example_id"] + 1)
-    logger.info("wrote %s", output)
+    text_mask = None if templates is None else data.text_mask
+    records = predict(step, params, batches, device_mesh, data.to_text, data.cells, text_mask=text_mask)
+    output.write(records, total, f"infer {dataset.name}")
+    logger.info("wrote %s", output.path)
+    if trace and jax.process_index() == 0:
+        page = output.path.with_suffix(".trace.html")
+        write_trace_page(page, output.read(), total, name, repr(decoder))
+        traces.show(itertools.islice(output.read(), _SHOWN_TRACES), rich.console.Console())
+        logger.info("wrote %s", page)
 
 
-def _done(output: pathlib.Path, settings: dict) -> int:
-    """How many examples an earlier run with the same settings has written."""
-    if not output.exists():
-        return 0
-    note = _note(output)
-    before = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
-    if changed := [name for name in settings if before.get(name) != settings[name]]:
-        raise UserError(
-            f"{output} was begun with other settings ({', '.join(changed)}; see {note}). "
-            "Choose another INFER_OUTPUT_DIR, or remove that file."
-        )
-    return output.read_bytes().count(b"\n")
-
-
-def _begin(output: pathlib.Path, settings: dict) -> None:
-    """Writes down the settings, and removes a line that was cut short."""
-    _note(output).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    if output.exists():
-        with output.open("r+b") as file:
-            file.truncate(file.read().rfind(b"\n") + 1)
-
-
-def _note(output: pathlib.Path) -> pathlib.Path:
-    return output.with_suffix(".settings.json")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads the flags and runs `infer`."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--templates")
+    parser.add_argument("--trace", action="store_true")
+    with config.program():
+        flags, rest = parser.parse_known_args(argv)
+    if flags.templates:
+        rest.append(f"--gin.infer.infer.templates={flags.templates!r}")
+    if flags.trace:
+        rest.append("--gin.infer.infer.trace=True")
+    config.run(infer, rest)
 
 
 if __name__ == "__main__":
-    config.run(infer)
+    main()

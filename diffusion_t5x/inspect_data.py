@@ -18,7 +18,7 @@ from rich.text import Text
 from diffusion_t5x import config
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.seqio_source import SeqioDataset
-from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.data.vocabularies import TokenIds, visible
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.objectives.autoregressive import shift_right
 from diffusion_t5x.objectives.objective import Objective
@@ -231,21 +231,6 @@ class _Writer:
             text = visible(b"".join(self._piece(token) for token, _ in group)).replace(" ", space)
             shown.append(f"⟦{text}⟧" if kind == "changed" else text, _STYLES[kind])
         return shown
-
-
-def visible(text: bytes) -> str:
-    """UTF-8 with everything that cannot be printed as a sign or in angle brackets: a terminal obeys none of it."""
-
-    def sign(character: str) -> str:
-        code = ord(character)
-        if character.isprintable():
-            return character
-        if code < 0x20 or code == 0x7F:
-            return "␡" if code == 0x7F else chr(0x2400 + code)
-        # Bytes that are no character come as surrogates.
-        return f"<0x{code - 0xDC00:02X}>" if 0xDC80 <= code <= 0xDCFF else f"<U+{code:04X}>"
-
-    return "".join(map(sign, text.decode("utf-8", "surrogateescape")))
 
 
 def _legend() -> Text:

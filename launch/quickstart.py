@@ -115,15 +115,8 @@ def run_experiment(quickstart: Quickstart, full: bool) -> tuple[dict[str, dict[s
     return scores, examples
 
 
-def show(scores: Mapping[str, Mapping[str, float]], examples: list[dict[str, Any]]) -> None:
-    """Prints decoded examples, canvas by canvas, and the table of scores."""
-    console.rule("[bold]how AR2Diff_N writes: the canvas before the first step, and after each")
-    console.print("¶ is the end of the text, · is padding", style="dim")
-    for example in examples[:4]:
-        escaped = {name: rich.markup.escape(str(example[name])) for name in ("inputs_pretokenized", "prediction")}
-        console.print(f"\n[bold]{escaped['inputs_pretokenized']}[/] → [bold green]{escaped['prediction']}[/]")
-        for step, canvas in enumerate(example["trace"]):
-            console.print(f"  {step:2d} {canvas}", markup=False, highlight=False, overflow="ellipsis", no_wrap=True)
+def show(scores: Mapping[str, Mapping[str, float]]) -> None:
+    """Prints the table of scores."""
     console.print()
     number = next(iter(scores.values()))["num_examples"]
     title = f"{number} held-out strings, English → French (95 % intervals)"
@@ -176,7 +169,7 @@ def main() -> None:
     pretraining = f"{RECIPES}/span_corruption.gin" if args.pretraining == "span_corruption" else None
     quickstart = Quickstart(folder, overrides, f"models/{args.architecture}.gin", pretraining)
     scores, examples = run_experiment(quickstart, args.full or args.smoke)
-    show(scores, examples)
+    show(scores)
     results = folder / "results.json"
     report = {"scores": scores, "seconds": quickstart.seconds, "examples": examples}
     results.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from diffusion_t5x import config, report
+from diffusion_t5x import config, infer, report
 from diffusion_t5x import eval as evaluation
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -36,10 +36,12 @@ def test_a_command_of_the_pages_resolves(command, capsys):
     if module == report.__name__:  # the one verb that has no gin
         assert report.parse(flags).runs
         return
-    if module == evaluation.__name__:  # which has two
-        evaluation.main([*flags, "--print_config"])
+    if module in (evaluation.__name__, infer.__name__):  # which have flags of their own
+        {evaluation.__name__: evaluation, infer.__name__: infer}[module].main([*flags, "--print_config"])
         printed = capsys.readouterr()
-        assert re.search(r"^# Parameters for \w+\.(evaluate|score):$", printed.out, re.MULTILINE) and not printed.err
+        assert (
+            re.search(r"^# Parameters for \w+\.(evaluate|score|infer):$", printed.out, re.MULTILINE) and not printed.err
+        )
         return
     name = module.rpartition(".")[2]
     verb = {"benchmark": "decode"}.get(name, name)

@@ -11,8 +11,8 @@ import tiny
 
 from diffusion_t5x import config
 from diffusion_t5x.data.seqio_source import SeqioDataset
-from diffusion_t5x.data.vocabularies import piece
-from diffusion_t5x.inspect_data import inspect_data, visible
+from diffusion_t5x.data.vocabularies import piece, visible
+from diffusion_t5x.inspect_data import inspect_data
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.autoregressive import Autoregressive

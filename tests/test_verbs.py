@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -267,7 +268,8 @@ def test_infer_goes_on_where_it_stopped_and_refuses_other_settings(finetuned, tm
     lines = (whole / name).read_text().splitlines(keepends=True)
     records = [json.loads(line) for line in lines]
     assert [record["example_id"] for record in records] == list(range(20))
-    assert all(len(record["trace"]) == 11 for record in records)
+    assert all(len(record["trace"]["steps"]) == 10 for record in records)
+    assert (whole / "quickstart_pairs-test.trace.html").exists()
     # Stopped in the middle of the eleventh line, and then asked for other batches.
     cut.mkdir()
     (cut / name).write_text("".join(lines[:10]) + lines[10][:25])
@@ -281,6 +283,46 @@ def test_infer_goes_on_where_it_stopped_and_refuses_other_settings(finetuned, tm
         config.run(infer.infer, [*flags, f"--gin.INFER_OUTPUT_DIR={cut}", "--gin.RANDOM_SEED=1"])
     assert "begun with other settings (random_seed" in capsys.readouterr().err
     assert len((cut / name).read_text().splitlines()) == 20
+
+
+def test_infer_fills_holes_and_refuses_what_writes_from_left_to_right(finetuned, tmp_path, capsys):
+    templates = tmp_path / "texts.jsonl"
+    lines = [
+        {"template": "un<hole:3> deux<hole:2>", "inputs": "1"},
+        {"template": "<hole:1>."},
+        {"template": "<hole:5>"},
+    ]
+    templates.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    files = [*MODELS, "--gin_file=runs/infer.gin", f"--gin.CHECKPOINT_PATH={finetuned}", *TASK, *TINY]
+    flags = [*files, "--gin_file=decoding/sundae.gin", f"--templates={templates}", "--trace", "--gin.BATCH_SIZE=2"]
+    flags += [f"--gin.INFER_OUTPUT_DIR={tmp_path / 'filled'}"]
+    infer.main([*flags, "--gin.NUM_DECODED_EXAMPLES=2"])
+    output = tmp_path / "filled" / "infill-texts.jsonl"
+    assert len(output.read_text().splitlines()) == 2
+    infer.main(flags)
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [record["template"] for record in records] == [line["template"] for line in lines]
+    assert [len(record["holes"]) for record in records] == [2, 1, 1] and records[0]["inputs_pretokenized"] == "1"
+    assert re.fullmatch("un.* deux.*", records[0]["prediction"], re.DOTALL)
+    assert records[1]["prediction"].endswith(".") and [record["num_tokens"] for record in records] == [5, 1, 5]
+    assert (tmp_path / "filled" / "infill-texts.trace.html").exists()
+    assert "1 → un" in capsys.readouterr().out
+
+    templates.write_text('{"template": "<hole:30>"}\n')
+    for more, expected in (
+        (
+            flags,
+            "texts.jsonl:1: template of 31 tokens (30 in holes, 1 for EOS), but TASK_FEATURE_LENGTHS has room for 24",
+        ),
+        (
+            [*files, "--gin_file=decoding/block.gin", *flags[-4:]],
+            "BlockDecoder writes from left to right and cannot fill",
+        ),
+        ([*files, "--gin_file=decoding/autoregressive.gin", *flags[-4:]], "take a model of masked or SUNDAE diffusion"),
+    ):
+        with pytest.raises(SystemExit):
+            infer.main(more)
+        assert expected in capsys.readouterr().err
 
 
 def test_a_report_shows_what_the_verbs_left(finetuned, pretrained, tmp_path):

@@ -74,6 +74,10 @@ class Llama2cVocabulary(seqio.Vocabulary):
         piece = self._pieces[token]
         return piece.strip() if token < _FIRST_BYTE else piece
 
+    def encode_part(self, text: str, begins: bool) -> list[int]:
+        """The tokens of a part of a text, with a space in front only where it `begins` the text."""
+        return self._to_ids(text.encode(), begins)
+
     def _encode(self, s: str) -> list[int]:
         return self._to_ids(s.encode())
 
@@ -94,7 +98,7 @@ class Llama2cVocabulary(seqio.Vocabulary):
         texts = tf.numpy_function(decode, [ids], tf.string, stateful=False)
         return tf.reshape(texts, tf.shape(ids)[:-1])
 
-    def _to_ids(self, text: bytes) -> list[int]:
+    def _to_ids(self, text: bytes, begins: bool = True) -> list[int]:
         """Characters or bytes first; then, again and again, the pair whose joined piece has the best score is joined.
 
         Of equal scores the leftmost pair wins. A heap of pairs finds it; a pair that has changed since is passed over.
@@ -102,7 +106,8 @@ class Llama2cVocabulary(seqio.Vocabulary):
         if not text:
             return []
         ids = []
-        for character in [b" ", *_CHARACTER.findall(text)]:  # every text begins with a space, as SentencePiece has it
+        start = [b" "] if begins else []  # every text begins with a space, as SentencePiece has it
+        for character in start + _CHARACTER.findall(text):
             known = self._ids.get(character)
             ids += [byte + _FIRST_BYTE for byte in character] if known is None else [known]
         before, after = list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1))

@@ -16,7 +16,7 @@ from diffusion_t5x.data import scoring
 from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.rows import check_rows, fill_batches, rows_of_shard
 from diffusion_t5x.data.truncation import CutCounter
-from diffusion_t5x.data.vocabularies import TokenIds, piece, token_ids
+from diffusion_t5x.data.vocabularies import TokenIds, cells, piece, token_ids
 from diffusion_t5x.errors import UserError
 
 if TYPE_CHECKING:
@@ -163,18 +163,21 @@ class SeqioDataset:
         """What models, objectives and decoders know of the vocabulary."""
         return token_ids(self.vocabulary())
 
+    def adds_eos(self, feature: str) -> bool:
+        """Whether the texts of a feature end in EOS."""
+        return self._provider().output_features[feature].add_eos
+
     def to_text(self, tokens: Sequence[int]) -> str:
         """The text of target tokens, up to EOS or the first pad."""
         ends = (self.vocabulary().eos_id, self.vocabulary().pad_id)
         return self._decode(itertools.takewhile(lambda token: token not in ends, tokens))
 
-    def show_canvas(self, tokens: Sequence[int]) -> str:
-        """The text of target tokens, all of them: EOS as ¶, pad as ·, MASK as ▢."""
-        groups = itertools.groupby(tokens, self._signs().get)
-        return "".join(sign * len(list(group)) if sign else self._decode(group) for sign, group in groups)
+    def cells(self, tokens: Sequence[int]) -> list[str]:
+        """The texts of all target tokens one by one, which joined are the text: EOS as ¶, pad as ·, MASK as ▢."""
+        return cells(self.vocabulary(), tokens, self._signs())
 
     def piece(self, token: int) -> bytes:
-        """One token by itself in UTF-8, of which it may be only a part; with the signs of `show_canvas`."""
+        """One token by itself in UTF-8, of which it may be only a part; with the signs of `cells`."""
         sign = self._signs().get(token)
         return sign.encode() if sign else piece(self.vocabulary(), token)
 

@@ -1,10 +1,12 @@
 """What the models, objectives and decoders know of a vocabulary: its size and the ids that mean something."""
 
+import codecs
 import dataclasses
+import functools
 import hashlib
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Self
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +32,7 @@ class TokenIds:
         that a target may hold (real pieces, pad, EOS) and nothing else (no sentinel, MASK, BOS, unknown, unused id).
       name: which vocabulary this is, for people.
       fingerprint: hash of its contents; a checkpoint trained with another one is refused.
+      noise_only: a model may write what is in the noise vocabulary, and nothing else.
     """
 
     size: int
@@ -40,6 +43,19 @@ class TokenIds:
     noise_ranges: tuple[tuple[int, int], ...]
     name: str = ""
     fingerprint: str = ""
+    noise_only: bool = False
+
+    def for_infilling(self) -> Self:
+        """The same ids as they are in the holes of a text: pieces of text may be written, and nothing ends it.
+
+        End and padding are MASK, which no decoder writes; the EOS and the pad behind the text are given.
+        """
+        in_holes = np.zeros(self.size, bool)
+        in_holes[self.noise_ids()] = True
+        in_holes[[self.eos_id, self.pad_id]] = False
+        return dataclasses.replace(
+            self, pad_id=self.mask_id, eos_id=self.mask_id, noise_ranges=_ranges(in_holes), noise_only=True
+        )
 
     def noise_ids(self) -> np.ndarray:
         """int32 `[number of noise ids]`: the noise vocabulary in ascending order."""
@@ -65,6 +81,12 @@ class TokenIds:
                 f"{path} was trained with another vocabulary ({_sentence(described)}) than the task's "
                 f"({_sentence(self.describe())}): choose a task with the checkpoint's vocabulary or another checkpoint."
             )
+
+
+def _ranges(chosen: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """The half-open ranges of the ids that are chosen, bool `[size]`."""
+    edges = np.flatnonzero(np.diff(np.pad(chosen.astype(np.int8), 1))).tolist()
+    return tuple(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _sentence(described: Mapping[str, str | int]) -> str:
@@ -115,14 +137,13 @@ def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
             "or Llama2cVocabulary."
         )
     text[[vocabulary.pad_id, vocabulary.eos_id]] = True
-    edges = np.flatnonzero(np.diff(np.pad(text.astype(np.int8), 1))).tolist()
     return TokenIds(
         size=size + 1,
         pad_id=vocabulary.pad_id,
         eos_id=vocabulary.eos_id,
         mask_id=size,
         start_id=start_id,
-        noise_ranges=tuple(zip(edges[::2], edges[1::2], strict=True)),
+        noise_ranges=_ranges(text),
         name=type(vocabulary).__name__,
         fingerprint=hashlib.sha256(contents).hexdigest()[:16],
     )
@@ -148,3 +169,99 @@ def piece(vocabulary: "seqio.Vocabulary", token: int) -> bytes:
     if sentinel < vocabulary.extra_ids:
         return f"<extra_id_{sentinel}>".encode()
     return b"<unk>" if token == vocabulary.unk_id else bytes([token - 3])  # pad, EOS and unknown come first
+
+
+def encode_part(vocabulary: "seqio.Vocabulary", text: str, begins: bool) -> list[int]:
+    """The tokens of a part of a text, whose other parts are encoded by themselves: together they read as the text.
+
+    A whole text that begins without a space gets one from SentencePiece, and loses spaces at its ends. A part gets the
+    space only where it `begins` the text, and keeps its own.
+
+    Raises:
+      UserError: a vocabulary without texts, or that has no piece for a character.
+    """
+    import seqio
+
+    from diffusion_t5x.data.llama2c_vocabulary import Llama2cVocabulary
+
+    if isinstance(vocabulary, Llama2cVocabulary):
+        return vocabulary.encode_part(text, begins)
+    if isinstance(vocabulary, seqio.PassThroughVocabulary):
+        raise UserError(f"{type(vocabulary).__name__} has ids and no texts: nothing can be encoded with it.")
+    if not isinstance(vocabulary, seqio.SentencePieceVocabulary):
+        return list(vocabulary.encode(text))
+    model, drops_spaces = _part_model(vocabulary.sp_model, begins)
+    if drops_spaces:
+        text = re.sub("▁+", " ", model.Normalize(text))
+        text = text.removeprefix(" ") if begins else text
+    tokens = model.EncodeAsIds(text)
+    if vocabulary.unk_id in tokens:
+        pieces = model.EncodeAsPieces(text)
+        raise UserError(f"The vocabulary has no piece for {pieces[tokens.index(vocabulary.unk_id)]!r}.")
+    return tokens
+
+
+@functools.lru_cache(maxsize=4)
+def _part_model(contents: bytes, begins: bool):
+    """The SentencePiece model that drops no spaces, and whether the vocabulary itself does."""
+    import sentencepiece
+
+    proto = _proto(contents)
+    drops_spaces = proto.normalizer_spec.remove_extra_whitespaces
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    proto.normalizer_spec.add_dummy_prefix &= begins
+    return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString()), drops_spaces
+
+
+def _proto(contents: bytes):
+    from sentencepiece import sentencepiece_model_pb2
+
+    return sentencepiece_model_pb2.ModelProto.FromString(contents)
+
+
+@functools.lru_cache(maxsize=4)
+def _puts_space(contents: bytes) -> bool:
+    return _proto(contents).normalizer_spec.add_dummy_prefix
+
+
+def cells(vocabulary: "seqio.Vocabulary", tokens: Sequence[int], signs: Mapping[int, str]) -> list[str]:
+    """The texts of a text's tokens one by one; joined they are the text.
+
+    A character of several tokens (bytes) stands at the last of them; what is no UTF-8 is "�".
+
+    Args:
+      vocabulary: what they are tokens of.
+      tokens: from the beginning of a text.
+      signs: what to show in place of some tokens.
+    """
+    import seqio
+
+    pieces = {token: signs[token].encode() if token in signs else piece(vocabulary, token) for token in set(tokens)}
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    texts: list[str] = []
+    for token in tokens:
+        if texts and not re.match(rb"[\x80-\xbf]", pieces[token]):  # a new character: the last one ends as it is
+            texts[-1] += decoder.decode(b"", final=True)
+        texts.append(decoder.decode(pieces[token]))
+    if texts:
+        texts[-1] += decoder.decode(b"", final=True)
+    if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+        puts_space = _puts_space(vocabulary.sp_model)
+    else:
+        puts_space = not isinstance(vocabulary, seqio.ByteVocabulary)
+    return [texts[0].removeprefix(" "), *texts[1:]] if texts and puts_space else texts
+
+
+def visible(text: bytes) -> str:
+    """UTF-8 with everything that cannot be printed as a sign or in angle brackets: a terminal obeys none of it."""
+
+    def sign(character: str) -> str:
+        code = ord(character)
+        if character.isprintable():
+            return character
+        if code < 0x20 or code == 0x7F:
+            return "␡" if code == 0x7F else chr(0x2400 + code)
+        # Bytes that are no character come as surrogates.
+        return f"<0x{code - 0xDC00:02X}>" if 0xDC80 <= code <= 0xDCFF else f"<U+{code:04X}>"
+
+    return "".join(map(sign, text.decode("utf-8", "surrogateescape")))

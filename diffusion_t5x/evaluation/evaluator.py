@@ -32,8 +32,8 @@ class EvalDataset(Protocol):
     def to_text(self, tokens: Sequence[int]) -> str:
         """The text of target tokens, up to EOS."""
 
-    def show_canvas(self, tokens: Sequence[int]) -> str:
-        """The text of target tokens with EOS, padding and all."""
+    def cells(self, tokens: Sequence[int]) -> list[str]:
+        """The texts of target tokens one by one, EOS, padding and all."""
 
     def score(self, records: Sequence[Example]) -> Mapping[str, float]:
         """The task's metrics of predictions (see `inference.predict`)."""
@@ -137,7 +137,7 @@ class Evaluator:
             start = time.monotonic()
             dataset = ev.dataset
             batches = dataset.eval_batches(ev.num_examples)
-            texts = dataset.to_text, dataset.show_canvas
+            texts = dataset.to_text, dataset.cells
             records = list(predict(step, params, batches, self._mesh, *texts, self._judge, ev.samples_per_example))
             seconds = time.monotonic() - start
             yield dataset.name, {**dataset.score(records), **_totals(records), "decode_seconds": seconds}, records

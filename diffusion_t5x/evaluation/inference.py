@@ -1,5 +1,6 @@
 """What a model writes for the examples of a data set."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.decoding.decoder import Decoded, Decoder
+from diffusion_t5x.evaluation import traces
 from diffusion_t5x.evaluation.results import write_records
 from diffusion_t5x.evaluation.teacher import Judge
 from diffusion_t5x.models.transformer import ModelDefinition, Params
@@ -43,9 +45,10 @@ def predict(
     batches: Iterable[tuple[Batch, Sequence[Example]]],
     mesh: Mesh,
     to_text: Callable[[Sequence[int]], str],
-    show_canvas: Callable[[Sequence[int]], str],
+    cells: Callable[[Sequence[int]], list[str]],
     judge: Judge | None = None,
     samples_per_example: int = 1,
+    text_mask: Callable[[Batch], np.ndarray] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """One record for each example, in order.
 
@@ -54,16 +57,18 @@ def predict(
       params: the model's.
       batches: batches, and the examples (with their texts) that their first rows stand for.
       mesh: to spread the rows over.
-      to_text: text of target tokens, up to EOS.
-      show_canvas: text of target tokens with EOS, padding and all; for the trace.
+      to_text: text of tokens, up to EOS.
+      cells: the texts of tokens one by one, EOS, padding and all.
       judge: says something more of what was written, a number for each row by name.
       samples_per_example: how often each example is decoded, with other random numbers.
+      text_mask: says where a batch has its texts, bool `[B, L]`, if a text is more than what is written of it. None:
+        the targets are the text.
 
     Yields:
       The example's own fields with "prediction" (text), "score" (see the decoder), "num_tokens" (that were written, up
       to the one that ends the text), "num_steps" (of the model, that the row took part in), what the judge says, and,
-      where the step traces, "trace": the canvas before the first step and after each. With several samples all this is
-      of the first, and "predictions" are the texts of all.
+      where the step traces, "trace" (see `traces.compact`). With several samples all this is of the first, and
+      "predictions" are the texts of all. Of a text that was written only in part "holes" are these parts.
     """
     for batch, examples in batches:
         with jax.set_mesh(mesh):
@@ -75,9 +80,10 @@ def predict(
                 jax.device_get(decode_step(params, placed, np.int32(sample)).tokens)
                 for sample in range(1, samples_per_example)
             ]
+        masks = batch.target_mask if text_mask is None else text_mask(batch)
         for row, example in enumerate(examples):
-            targets = np.flatnonzero(batch.target_mask[row])
-            texts = [to_text(tokens[row, targets].tolist()) for tokens in (decoded.tokens, *others)]
+            text = np.flatnonzero(masks[row])
+            texts = [to_text(tokens[row, text].tolist()) for tokens in (decoded.tokens, *others)]
             record = {
                 **example,
                 "prediction": texts[0],
@@ -86,11 +92,20 @@ def predict(
                 "num_steps": int(decoded.row_steps[row]),
                 **{name: float(values[row]) for name, values in said.items()},
             }
+            if text_mask is not None:
+                record["holes"] = _holes(cells(decoded.tokens[row, text].tolist()), batch.target_mask[row, text])
             if others:
                 record["predictions"] = texts
             if decoded.trace is not None:
-                record["trace"] = [show_canvas(canvas[row, targets].tolist()) for canvas in decoded.trace.tokens]
+                steps = jax.tree.map(lambda x: x[:, row, text], decoded.trace)  # noqa: B023
+                record["trace"] = traces.compact(steps, batch.target_mask[row, text], record["num_steps"], cells)
             yield record
+
+
+def _holes(cells: Sequence[str], written: np.ndarray) -> list[str]:
+    """The texts of the parts of a text that were written."""
+    runs = itertools.groupby(zip(cells, written.tolist(), strict=True), lambda cell: cell[1])
+    return ["".join(text for text, _ in run) for is_hole, run in runs if is_hole]
 
 
 def write_jsonl(path: str, records: Iterable[Mapping[str, Any]]) -> None:

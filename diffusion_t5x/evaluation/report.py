@@ -22,6 +22,7 @@ from diffusion_t5x.evaluation import charts
 from diffusion_t5x.evaluation.charts import Line
 from diffusion_t5x.evaluation.metrics import warn_of_small_difference
 from diffusion_t5x.evaluation.runs import Record, Run, Scores, read_runs
+from diffusion_t5x.evaluation.traces import texts
 
 NUM_EXAMPLES = 20
 NUM_TRACES = 8  # of each run
@@ -265,7 +266,7 @@ def _traces(runs: Sequence[Run]) -> Iterator[tuple[str, str, list[tuple[Record, 
         for found in run.predictions:
             traced = [record for record in found.records if record.get("trace")][:NUM_TRACES]
             if traced:
-                yield run.name, found.decoder, [(record, canvases(record["trace"])) for record in traced]
+                yield run.name, found.decoder, [(record, canvases(texts(record["trace"]))) for record in traced]
 
 
 def _decode_chart(runs: Sequence[Run]) -> Chart | None:

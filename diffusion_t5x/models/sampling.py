@@ -33,9 +33,14 @@ class Sampling:
 
 
 def forbid(logits: jax.Array, vocabulary: TokenIds) -> jax.Array:
-    """The logits `[..., V]` with -inf for what no model may write: MASK, and rows that stand for no id."""
+    """The logits `[..., V]` with -inf for what no model may write: MASK, rows that stand for no id, and what the
+    vocabulary rules out.
+    """
     ids = jnp.arange(logits.shape[-1])
-    return jnp.where((ids == vocabulary.mask_id) | (ids >= vocabulary.size), -jnp.inf, logits)
+    allowed = (ids != vocabulary.mask_id) & (ids < vocabulary.size)
+    if vocabulary.noise_only:
+        allowed = sum((ids >= first) & (ids < end) for first, end in vocabulary.noise_ranges) > 0
+    return jnp.where(allowed, logits, -jnp.inf)
 
 
 def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:

@@ -151,7 +151,7 @@ def test_evaluation_reads_each_example_once_with_its_text():
         assert mask.sum() == (10 if i < SIZE else 0)
         if i < SIZE:
             assert dataset.to_text(tokens[mask].tolist()) == word(i).upper()
-            assert dataset.show_canvas(tokens[mask].tolist()) == word(i).upper() + "¶" + "·" * (9 - len(word(i)))
+            assert "".join(dataset.cells(tokens[mask].tolist())) == word(i).upper() + "¶" + "·" * (9 - len(word(i)))
 
 
 def test_evaluation_of_the_first_examples_is_a_part_of_the_whole():

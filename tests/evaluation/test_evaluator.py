@@ -36,8 +36,8 @@ class Dataset:
     def to_text(self, tokens):
         return " ".join(map(str, tokens))
 
-    def show_canvas(self, tokens):
-        return f"<{self.to_text(tokens)}>"
+    def cells(self, tokens):
+        return [f"<{token}>" for token in tokens]
 
     def score(self, records):
         return {"right": np.mean([record["prediction"] == record["targets"] for record in records])}
@@ -77,13 +77,13 @@ def double(params, batch, sample):
         steps=jnp.int32(1),
         row_steps=jnp.ones(len(tokens), int),
         written_at=jnp.where(batch.target_mask, 0, -1),
-        trace=Trace(jnp.stack([batch.tokens, tokens]), jnp.zeros((2, *tokens.shape))),
+        trace=Trace(jnp.stack([batch.tokens, tokens]), jnp.zeros((2, *tokens.shape)).at[1].set(0.25)),
     )
 
 
 def test_each_example_gets_its_prediction_in_order():
     dataset = Dataset()
-    records = list(predict(double, None, dataset.eval_batches(), MESH, dataset.to_text, dataset.show_canvas))
+    records = list(predict(double, None, dataset.eval_batches(), MESH, dataset.to_text, dataset.cells))
     assert len(records) == 5  # and none for the row that fills up the last batch
     for number, (record, (_, targets)) in enumerate(zip(records, EXAMPLES, strict=True)):
         text = " ".join(str(2 * token) for token in targets)
@@ -94,13 +94,17 @@ def test_each_example_gets_its_prediction_in_order():
             "score": pytest.approx(number / 10),
             "num_tokens": len(targets),
             "num_steps": 1,
-            "trace": [f"<{dataset.to_text(targets)}>", f"<{text}>"],
+            "trace": {
+                "tokens": [f"<{token}>" for token in targets],
+                "given": [],
+                "steps": [[[place, f"<{2 * token}>", 0.25] for place, token in enumerate(targets)]],
+            },
         }
 
 
 def test_with_several_samples_the_first_is_the_prediction_and_all_are_kept():
     dataset = Dataset()
-    texts = dataset.to_text, dataset.show_canvas
+    texts = dataset.to_text, dataset.cells
     records = list(predict(double, None, dataset.eval_batches(3), MESH, *texts, samples_per_example=3))
     assert [record["predictions"] for record in records] == [
         [" ".join(str(2 * token + sample) for token in targets) for sample in range(3)] for _, targets in EXAMPLES[:3]

@@ -57,7 +57,10 @@ def records(predictions, trace=None):
         {"example_id": n, "inputs_pretokenized": i, "targets_pretokenized": t, "prediction": p, "score": 0.0}
         for n, ((i, t), p) in enumerate(zip(texts, predictions, strict=False))
     ]
-    return [record | ({"trace": trace} if trace else {}) for record in made]
+    if not trace:
+        return made
+    steps = [[[0, canvas, 0.5]] for canvas in trace[1:]]
+    return [record | {"trace": {"tokens": [trace[0]], "given": [], "steps": steps}} for record in made]
 
 
 def evaluated(folder, predictions, task="pairs", model="finetuned", decoder=SUNDAE, step=30):

@@ -91,6 +91,8 @@ def test_a_draw_depends_on_its_row_and_position_alone():
 def test_mask_and_rows_that_mean_nothing_cannot_be_written():
     logits = np.asarray(forbid(jnp.ones((1, 2, 32)), tiny.VOCABULARY))
     assert (np.isneginf(logits) == np.isin(np.arange(32), [23, *range(24, 32)])).all()
+    logits = np.asarray(forbid(jnp.ones((1, 2, 32)), tiny.VOCABULARY.for_infilling()))
+    assert (np.isneginf(logits) == ~np.isin(np.arange(32), range(*tiny.PIECES))).all()
 
 
 @pytest.mark.parametrize("bad", [{"temperature": -0.1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}])

@@ -1,0 +1,214 @@
+r"""Texts with holes, read from JSON lines, as rows of which a model writes the holes and nothing else.
+
+A line is {"template": "def f(x):<hole:16> return y"}, with "inputs" beside it for a task that has some. `<hole:N>` is a
+hole of N tokens. With a backslash before it, `\<hole:16>`, it is plain text; two stand for a backslash before a hole.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from diffusion_t5x.data.batch import Architecture, Batch
+from diffusion_t5x.data.rows import Row, RowLayout, fill_batches
+from diffusion_t5x.data.seqio_source import SeqioDataset
+from diffusion_t5x.data.vocabularies import TokenIds, encode_part
+from diffusion_t5x.errors import UserError, did_you_mean
+
+_HOLE = re.compile(r"(\\*)<hole(?::([^<>]*))?>")
+_WHAT_A_LINE_HAS = 'a line is {"template": "text with a <hole:8> in it"}, and maybe "inputs"'
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """A text with holes.
+
+    Attributes:
+      text: as it stands in the file.
+      inputs: what the text is written for; None for nothing.
+      parts: the texts before, between and behind the holes: one more than there are holes.
+      holes: how many tokens each hole has. Neighbours without text between them are one hole.
+      place: file and line, for messages.
+    """
+
+    text: str
+    inputs: str | None
+    parts: Sequence[str]
+    holes: Sequence[int]
+    place: str
+
+
+class Templates:
+    """Templates in place of a task's examples. The task has the vocabulary, the lengths and the layout of the rows.
+
+    Args:
+      path: a file of JSON lines.
+      dataset: the task.
+
+    Attributes:
+      name: of the file.
+      fingerprint: hash of the file.
+
+    Raises:
+      UserError: no such file, or a line that is no template.
+    """
+
+    def __init__(self, path: str, dataset: SeqioDataset):
+        try:
+            content = pathlib.Path(path).expanduser().read_bytes()
+        except OSError as error:
+            raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+        self.name = pathlib.Path(path).stem
+        self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
+        self._dataset = dataset
+        self._templates = [_parse(line, f"{path}:{number}") for number, line in enumerate(content.splitlines(), 1)]
+        if not self._templates:
+            raise UserError(f"{path} is empty: {_WHAT_A_LINE_HAS}.")
+
+    @property
+    def row_length(self) -> int:
+        return self._dataset.row_length
+
+    @property
+    def batch_size(self) -> int:
+        return self._dataset.batch_size
+
+    @property
+    def architecture(self) -> Architecture:
+        return self._dataset.architecture
+
+    def check(self) -> None:
+        """Encodes all templates.
+
+        Raises:
+          UserError: as `SeqioDataset.check`, but that the task may lack the split; or a template that does not fit.
+        """
+        dataclasses.replace(self._dataset, split=self._dataset.splits()[0]).check()
+        self._rows  # noqa: B018
+
+    def token_ids(self) -> TokenIds:
+        """Of the task's vocabulary, as they are in holes."""
+        return self._dataset.token_ids().for_infilling()
+
+    def num_eval_examples(self, num_examples: int | None = None) -> int:
+        """How many templates there are, of the first so many."""
+        return len(self._templates[:num_examples])
+
+    def eval_batches(self, num_examples: int | None = None) -> Iterator[tuple[Batch, list[dict[str, Any]]]]:
+        """Batches and what their rows are, as `SeqioDataset.eval_batches`.
+
+        Where a row of the task has its targets, it has the template: tokens, holes, and EOS and pad as the task has
+        them. Only the holes are in `target_mask`.
+        """
+        rows = ((row, template) for (row, _), template in zip(self._rows, self._templates, strict=True))
+        rows = list(rows)[:num_examples]
+        for batch, group in fill_batches(rows, self.batch_size, self._dataset.vocabulary().pad_id):
+            described = (
+                {"example_id": number, "inputs_pretokenized": template.inputs or "", "template": template.text}
+                for number, template in zip(batch.example_ids.tolist(), group, strict=False)
+            )
+            yield batch, list(described)
+
+    def text_mask(self, batch: Batch) -> np.ndarray:
+        """bool `[B, L]`: where a batch of `eval_batches` has the templates and what follows them."""
+        starts = np.array([start for _, start in self._rows])
+        starts = starts[np.minimum(batch.example_ids, len(starts) - 1)]  # rows that fill up a batch have other ids
+        return (batch.segment_ids > 0) & (np.arange(batch.tokens.shape[1]) >= starts[:, None])
+
+    def to_text(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, up to EOS or the first pad."""
+        return self._dataset.to_text(tokens)
+
+    def cells(self, tokens: Sequence[int]) -> list[str]:
+        """The texts of tokens one by one."""
+        return self._dataset.cells(tokens)
+
+    @functools.cached_property
+    def _rows(self) -> list[tuple[Row, int]]:
+        """For each template its row and the place in it where the template begins."""
+        return [self._row(template) for template in self._templates]
+
+    def _row(self, template: Template) -> tuple[Row, int]:
+        dataset = self._dataset
+        lengths, pad_id = dataset.task_feature_lengths, dataset.vocabulary().pad_id
+        if template.inputs is not None and "inputs" not in lengths:
+            raise UserError(f"{template.place}: {dataset.name} has no inputs; leave them out.")
+        texts = {"inputs": [template.inputs or ""], "targets": template.parts}
+        tokens = {name: self._encode(texts[name], template.place) for name in lengths}
+        ends = {name: [dataset.vocabulary().eos_id] if dataset.adds_eos(name) else [] for name in lengths}
+        for name, limit in lengths.items():
+            holes = sum(template.holes) if name == "targets" else 0
+            size = sum(map(len, [*tokens[name], ends[name]])) + holes
+            if size > limit:
+                what = "template" if name == "targets" else "inputs"
+                raise UserError(
+                    f"{template.place}: {what} of {size} tokens ({holes} in holes, {len(ends[name])} for EOS), but "
+                    f"TASK_FEATURE_LENGTHS has room for {limit} {name}."
+                )
+        text, is_hole = list(tokens["targets"][0]), [False] * len(tokens["targets"][0])
+        for size, part in zip(template.holes, tokens["targets"][1:], strict=True):
+            text += [pad_id] * size + part
+            is_hole += [True] * size + [False] * len(part)
+        features = {"targets": np.array(text + ends["targets"], np.int32)}
+        if "inputs" in lengths:
+            features["inputs"] = np.array(tokens["inputs"][0] + ends["inputs"], np.int32)
+        layout = RowLayout(lengths, dataset.architecture, dataset.canvas, pad_id)
+        sequences = layout.sequences(features)
+        start = int(np.argmax(sequences["target_mask"]))
+        sequences["target_mask"][:] = False
+        sequences["target_mask"][start : start + len(is_hole)] = is_hole
+        return layout.row(sequences), start
+
+    def _encode(self, parts: Sequence[str], place: str) -> list[list[int]]:
+        try:
+            return [encode_part(self._dataset.vocabulary(), part, number == 0) for number, part in enumerate(parts)]
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
+
+
+def _parse(line: bytes, place: str) -> Template:
+    try:
+        parsed = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{place}: not JSON ({error}); {_WHAT_A_LINE_HAS}.") from None
+    fields = ("template", "inputs")
+    if not isinstance(parsed, dict) or "template" not in parsed or not set(parsed) <= set(fields):
+        unknown = [f"unknown field {name!r}.{did_you_mean(name, fields)}" for name in parsed if name not in fields]
+        what = unknown[0] if isinstance(parsed, dict) and unknown else "no template."
+        raise UserError(f"{place}: {what} {_WHAT_A_LINE_HAS.capitalize()}.")
+    if not all(isinstance(text, str) for text in parsed.values()):
+        raise UserError(f"{place}: template and inputs are text; {_WHAT_A_LINE_HAS}.")
+    parts, holes = _split(parsed["template"], place)
+    return Template(parsed["template"], parsed.get("inputs"), parts, holes, place)
+
+
+def _split(text: str, place: str) -> tuple[list[str], list[int]]:
+    """The texts around the holes, and the holes' sizes."""
+    parts, holes, end = [""], [], 0
+    for match in _HOLE.finditer(text):
+        backslashes, size = match.groups()
+        parts[-1] += text[end : match.start()] + backslashes[: len(backslashes) // 2]
+        end = match.end()
+        if len(backslashes) % 2:
+            parts[-1] += match[0][len(backslashes) :]
+            continue
+        if not re.fullmatch("0*[1-9][0-9]{0,8}", size or "", re.ASCII):
+            raise UserError(
+                f"{place}: {match[0][len(backslashes) :]} is no hole: <hole:N> has N tokens, at least one. As plain "
+                "text it has a backslash before it (in JSON two)."
+            )
+        if holes and not parts[-1]:
+            holes[-1] += int(size)
+        else:
+            holes.append(int(size))
+            parts.append("")
+    parts[-1] += text[end:]
+    if not holes:
+        raise UserError(f"{place}: the template has no hole; {_WHAT_A_LINE_HAS}.")
+    return parts, holes

@@ -1,0 +1,72 @@
+"""One self-contained HTML page that plays how texts came to be, token by token and step by step.
+
+What models wrote is data: it stands in the page as JSON in which nothing can end the element, the script puts it there
+as text alone, and the page's policy lets no other script run.
+"""
+
+import base64
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jinja2
+import markupsafe
+
+import diffusion_t5x
+
+MOST_EXAMPLES = 50
+_FOLDER = pathlib.Path(__file__).parent
+
+
+def write_trace_page(
+    path: pathlib.Path, records: Iterable[Mapping[str, Any]], total: int, title: str, decoder: str
+) -> None:
+    """Writes the page about the first `MOST_EXAMPLES` records, all or nothing; an earlier one is replaced.
+
+    Args:
+      path: of the page.
+      records: as `infer` writes them, with their "trace".
+      total: how many there are.
+      title: what was decoded.
+      decoder: who wrote.
+    """
+    shown = [_example(record) for record in itertools.islice(records, MOST_EXAMPLES)]
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(render(shown, total, title, decoder), encoding="utf-8", errors="replace")
+    os.replace(unfinished, path)
+
+
+def render(examples: list[dict[str, Any]], total: int, title: str, decoder: str) -> str:
+    """The page, of examples as the script wants them: "name", "texts" (each with what it is) and "trace"."""
+    script = (_FOLDER / "trace_page.js").read_text(encoding="utf-8")
+    # Plain ASCII, and no "<": neither the end of the element nor a line end of JavaScript's can be in it.
+    data = json.dumps(examples, separators=(",", ":")).replace("<", "\\u003c")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_FOLDER), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template("trace_page.html").render(
+        title=title,
+        decoder=decoder,
+        counted=f"the first {len(examples)} of {total:,}" if len(examples) < total else f"of {total:,}",
+        version=diffusion_t5x.__version__,
+        data=markupsafe.Markup(data),
+        script=markupsafe.Markup(script),
+        script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def _example(record: Mapping[str, Any]) -> dict[str, Any]:
+    names = {"inputs_pretokenized": "input", "template": "template", "targets_pretokenized": "reference"}
+    texts = {name: record.get(field) for field, name in names.items()}
+    texts = {name: text for name, text in texts.items() if text}
+    score = f"{record['score']:.3g}, {record['num_tokens']} tokens in {record['num_steps']} steps"
+    name = texts.get("template") or texts.get("input") or record["prediction"]
+    return {
+        "name": name[:80],
+        "texts": [*texts.items(), ("output", record["prediction"]), ("score", score)],
+        "trace": record["trace"],
+    }
