@@ -87,13 +87,13 @@ def inferred(folder, trace, task="pairs", predictions=("06:09",)):
 
 def timed(folder):
     folder.mkdir()
+    settings = {"label": "ten", "decoder": "SundaeDecoder", "settings": SUNDAE, "device": "cpu, jax 0.10.2"}
     times = [
-        {"decoder": "SundaeDecoder", "settings": {"num_steps": 10}, "length": n, "batch_size": 8, "steps": 10}
-        | {"seconds_median": n / 100, "seconds_min": n / 110, "seconds_max": n / 90, "tokens_per_second": 800.0}
-        | {"device_kind": "cpu", "jax_version": "0.10.2"}
+        settings
+        | {"length": n, "batch_size": 8, "saturating": False, "forwards": 10, "seconds": [n / 110, n / 90, n / 100]}
         for n in (24, 48, 96)
     ]
-    (folder / "decode_time.json").write_text(json.dumps(times))
+    (folder / "decode_time.json").write_text(json.dumps({"times": times}))
     return folder
 
 

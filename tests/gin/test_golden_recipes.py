@@ -39,7 +39,7 @@ KINDS = {"ar": f"{PAPER1}/ar.gin", "diffusion": f"{PAPER1}/diffusion.gin"}
 
 
 def kinds(recipe: str) -> list[str]:
-    if not recipe.startswith(PAPER1):
+    if not recipe.startswith(PAPER1) or recipe.endswith("/figure3.gin"):
         return [""]
     return ["diffusion"] if recipe.endswith("/adapt.gin") else list(KINDS)
 
