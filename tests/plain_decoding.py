@@ -66,9 +66,9 @@ class PlainDecoding:
             canvas = self._autoregressive(key)
         elif isinstance(decoder, BlockDecoder):
             canvas = self._blocks(key)
+        elif isinstance(decoder, SundaeDecoder):
+            canvas = self._best_of_samples(key)
         else:
-            # A canvas of SUNDAE's has a key of its own.
-            key = jax.random.fold_in(key, 0) if isinstance(decoder, SundaeDecoder) else key
             canvas = np.array(decoder.blank(batch, self.vocabulary, key[None]))
             self._write(decoder, canvas, self._targets, key)
         self.tokens = np.asarray(end_at_eos(canvas, batch, self.vocabulary))[0]
@@ -82,6 +82,19 @@ class PlainDecoding:
                 break
         return canvas
 
+    def _best_of_samples(self, key):
+        """The canvas that the model wants to change the least, by the cross-entropy of what its last step reads."""
+        canvases, scores = [], []
+        for sample in range(self.decoder.num_samples):
+            sample_key = jax.random.fold_in(key, sample)
+            canvas = np.array(self.decoder.blank(self.batch, self.vocabulary, sample_key[None]))
+            scores.append(self._write(self.decoder, canvas, self._targets, sample_key))
+            canvases.append(canvas)
+        if len(scores) > 1:
+            best, second, *_ = sorted(scores)
+            self._decided(second - best)
+        return canvases[int(np.argmin(scores))]
+
     def _blocks(self, key):
         inner, size = self.decoder.inner, self.decoder.block_size
         canvas = np.array(inner.blank(self.batch, self.vocabulary, key[None]))
@@ -93,18 +106,20 @@ class PlainDecoding:
         return canvas
 
     def _write(self, inner, canvas, places, key):
-        """All steps of SUNDAE's or the masked decoder over these places."""
+        """All steps of SUNDAE's or the masked decoder over these places; returns SUNDAE's score."""
         if isinstance(inner, SundaeDecoder):
             for step in range(inner.num_steps):
                 step_key = jax.random.fold_in(key, step)
                 numbers = self.batch.positions[0, places]
-                canvas[0, places], _ = self._choose(canvas, places, inner.temperature, step_key, numbers)
-            return
+                read = canvas[0, places]
+                canvas[0, places], likely = self._choose(canvas, places, inner.temperature, step_key, numbers)
+            return -np.log(likely[np.arange(len(places)), read]).mean()
         step = 0
         while len(left := places[canvas[0, places] == self.vocabulary.mask_id]):
             token_key = jax.random.fold_in(jax.random.fold_in(key, step), 0)
             numbers = self.batch.positions[0, left]
-            tokens, sure = self._choose(canvas, left, inner.temperature, token_key, numbers)
+            tokens, likely = self._choose(canvas, left, inner.temperature, token_key, numbers)
+            sure = likely[np.arange(len(left)), tokens]
             count = 1 if inner.num_steps is None else -(-len(left) // (inner.num_steps - step))
             order = np.argsort(-sure, kind="stable")
             chosen = np.isin(np.arange(len(left)), order[:count])
@@ -115,9 +130,10 @@ class PlainDecoding:
                 self._decided(sure[chosen].min() - sure[~chosen].max())
             canvas[0, left[chosen]] = tokens[chosen]
             step += 1
+        return None
 
     def _choose(self, canvas, places, temperature, key, numbers):
-        """A token for each place, and its probability."""
+        """A token for each place, and the probabilities of all."""
         logits = np.asarray(self._read(canvas))[0, places]
         largest = np.abs(logits).max()
         logits[:, self.vocabulary.mask_id] = -np.inf
@@ -130,7 +146,7 @@ class PlainDecoding:
         self._decided((first - second).min() / largest)
         tokens = noisy.argmax(axis=-1)
         weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        return tokens, weights[np.arange(len(places)), tokens] / weights.sum(axis=-1)
+        return tokens, weights / weights.sum(axis=-1, keepdims=True)
 
     def _decided(self, gap):
         self.narrowest = min(self.narrowest, gap)

@@ -27,7 +27,7 @@ from diffusion_t5x.objectives.masked import start_first
 DECODERS = {
     "ar": AutoregressiveDecoder(),
     "ar, sampled": AutoregressiveDecoder(temperature=1.0),
-    "sundae": SundaeDecoder(num_steps=3, num_samples=1, temperature=0.5),
+    "sundae": SundaeDecoder(num_steps=3, num_samples=2, temperature=0.5),
     "masked": MaskedDecoder(num_steps=3, temperature=1.0),
     "masked by threshold": MaskedDecoder(num_steps=None, threshold=0.3),
     "block": BlockDecoder(3, MaskedDecoder(num_steps=2, temperature=1.0)),
