@@ -58,13 +58,18 @@ def make_batch(architecture, rows, wider=0):
 
 
 @functools.cache
+def make_model(architecture):
+    return tiny.make_model(CONFIGS[architecture])
+
+
+@functools.cache
 def decode_step(architecture, decoder):
-    definition, _ = tiny.make_model(CONFIGS[architecture])
+    definition, _ = make_model(architecture)
     return jax.jit(lambda params, batch, seed: decoder.decode(definition.bind(params), batch, jax.random.key(seed)))
 
 
 def alone(architecture, decoder, row, seed):
-    return PlainDecoding(*tiny.make_model(CONFIGS[architecture]), decoder, make_batch(architecture, [row]), seed)
+    return PlainDecoding(*make_model(architecture), decoder, make_batch(architecture, [row]), seed)
 
 
 @pytest.mark.parametrize(("architecture", "name"), CASES)
@@ -74,7 +79,7 @@ def test_a_text_alone_and_in_any_batch_with_any_padding(architecture, name):
     @settings(max_examples=6, deadline=None, derandomize=True, database=None)
     @given(some_rows, st.integers(0, 9))
     def check(rows, seed):
-        _, params = tiny.make_model(CONFIGS[architecture])
+        _, params = make_model(architecture)
         batch = make_batch(architecture, rows, WIDER)
         decoded = jax.device_get(decode_step(architecture, decoder)(params, batch, seed))
         width = make_batch(architecture, rows[:1]).tokens.shape[1]
@@ -99,7 +104,7 @@ def test_texts_on_eight_devices_are_those_of_one_alone(eight_devices):
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert set(found) == set(ON_EIGHT)
-    model, ties = tiny.make_model(), 0
+    model, ties = make_model("decoder_only"), 0
     for name, texts in found.items():
         assert len(np.unique(texts)) > 5
         for row, tokens in enumerate(texts):
@@ -133,7 +138,7 @@ def cached_logits(definition, decoder, params, batch):
 
 @pytest.mark.parametrize(("architecture", "name"), [case for case in CASES if case[1] in ("ar", "masked", "block")])
 def test_logits_alone_in_a_batch_and_cached_agree(architecture, name):
-    definition, params = tiny.make_model(CONFIGS[architecture])
+    definition, params = make_model(architecture)
     decoder = DECODERS[name]
     rows = [(0, 7, 1), (6, 7, 2), (3, 2, 3), (2, 5, 4)]
     batch = make_batch(architecture, rows, WIDER)
@@ -157,7 +162,7 @@ def test_a_difference_is_a_tie_only_where_little_was_decided():
     assert plain.narrowest > 1e-3
     with pytest.raises(AssertionError, match="no gap is below"):
         is_tie(other, plain)
-    definition, params = tiny.make_model()
-    params["embedding"] = params["embedding"].at[:].set(params["embedding"][3])  # all tokens are alike
-    same = PlainDecoding(definition, params, DECODERS["ar"], make_batch("decoder_only", [(3, 5, 7)]), 0)
+    definition, params = make_model("decoder_only")
+    alike = params | {"embedding": jnp.broadcast_to(params["embedding"][3], params["embedding"].shape)}
+    same = PlainDecoding(definition, alike, DECODERS["ar"], make_batch("decoder_only", [(3, 5, 7)]), 0)
     assert same.narrowest < TOLERANCE and is_tie(same.tokens + 1, same)
