@@ -1,13 +1,13 @@
-"""Measure how long a decoder takes for texts of different lengths. No task, no checkpoint, no TensorFlow."""
+"""Measure how long decoders take for texts of different lengths (`decode`). No task, no checkpoint, no TensorFlow.
+
+What is measured is the first word: python -m diffusion_t5x.benchmark decode --gin_file=FILE ...
+"""
 
 import dataclasses
-import json
+import functools
 import logging
-import pathlib
-import statistics
-import time
-from collections.abc import Sequence
-from typing import Any
+import sys
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -17,11 +17,14 @@ import rich.markup
 import rich.table
 
 from diffusion_t5x import config, partitioning
-from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.decoder import Decoder
-from diffusion_t5x.errors import UserError
-from diffusion_t5x.evaluation.inference import DecodeStep, make_decode_step
+from diffusion_t5x.errors import UserError, did_you_mean
+from diffusion_t5x.evaluation import charts, stopwatch
+from diffusion_t5x.evaluation.decode_charts import decode_charts
+from diffusion_t5x.evaluation.decode_times import DecodeTime, Measurements, compare
+from diffusion_t5x.evaluation.report import write_report
+from diffusion_t5x.evaluation.results import describe
+from diffusion_t5x.evaluation.stopwatch import OutOfMemory, Stopwatch
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.partitioning import MeshConfig
@@ -33,153 +36,222 @@ logger = logging.getLogger(__name__)
 def decode(
     *,
     model: ModelConfig,
-    decoder: Decoder,
+    decoders: Mapping[str, Decoder],
     benchmark_output_dir: str,
     vocabulary_size: int,
     lengths: Sequence[int],
     input_length: int,
     batch_size: int,
     repeats: int,
+    max_batch_size: int | None = None,
     random_seed: int = 0,
     mesh: MeshConfig = MeshConfig(),  # noqa: B008  (frozen)
     dry_run: bool = False,
 ) -> None:
-    """Times a decoder and writes `decode_time.json`, a record for each length, into `benchmark_output_dir`.
+    """Times decoders side by side: a table, `decode_time.json`, `.html` and `.svg` in `benchmark_output_dir`.
 
     The model has fresh random parameters and reads random inputs. Nothing can end a text, so every target position is
-    written: the time is that of the whole length. Compilation is not in it.
+    written: the time is that of the whole length. Compilation is not in it. At each length the decoders take turns, so
+    that a machine that slows down does so for all. Each time is kept as soon as it is taken; the same command goes on
+    from there.
 
     Args:
       model: dimensions.
-      decoder: what writes.
+      decoders: what writes, by a name of yours.
       benchmark_output_dir: made if it is not there.
       vocabulary_size: number of ids, MASK included.
-      lengths: target tokens, one measurement each.
+      lengths: target tokens.
       input_length: tokens of the input.
       batch_size: texts that are written at once.
-      repeats: runs of each length; the record has their median, least and greatest time.
-      random_seed: of parameters, inputs and decoder.
+      repeats: runs of each decoder at each length.
+      max_batch_size: if given, all is measured once more with each decoder's own saturating batch: `batch_size` is
+        doubled until that raises the tokens per second by less than a tenth, or exceeds this, or memory runs out.
+      random_seed: of parameters, inputs and decoders.
       mesh: how the devices are arranged.
       dry_run: check everything, print what would be measured, and measure nothing.
 
     Raises:
-      UserError: anything that does not fit, or an earlier measurement in `benchmark_output_dir`; before anything is
-        compiled.
+      UserError: anything that does not fit, or measurements of something else in `benchmark_output_dir`, before
+        anything is compiled; or `batch_size` texts do not fit into memory.
     """
+    if jax.process_count() > 1:
+        raise UserError("benchmark.decode measures one host: start it on one.")
     device_mesh = mesh.make()
     numbers = {"input_length": [input_length], "batch_size": [batch_size], "repeats": [repeats], "lengths": lengths}
     for name, values in numbers.items():
         if not values or min(values) < 1:
             raise UserError(f"benchmark.decode.{name} must be at least 1, and not empty.")
+    if not decoders:
+        raise UserError("benchmark.decode.decoders must not be empty.")
+    if max_batch_size is not None and max_batch_size < batch_size:
+        raise UserError(f"benchmark.decode.max_batch_size must be at least batch_size = {batch_size}, or None.")
     partitioning.check_batch_size(device_mesh, batch_size)
     targets = [max(lengths)] if model.architecture == "encoder_decoder" else [input_length, max(lengths)]
     model.check_length(sum(targets), "benchmark.decode.lengths")
-    definition = ModelDefinition(model, endless_vocabulary(vocabulary_size))
-    output = pathlib.Path(benchmark_output_dir, "decode_time.json")
-    if output.exists():
-        raise UserError(f"{output} is there already: choose another BENCHMARK_OUTPUT_DIR, or remove that file.")
+    definition = ModelDefinition(model, stopwatch.endless_vocabulary(vocabulary_size))
+    machine = stopwatch.describe_machine()
+    settings = {
+        "model": model,
+        "parameters": definition.num_params(),
+        "decoders": decoders,
+        "vocabulary_size": vocabulary_size,
+        "input_length": input_length,
+        "batch_size": batch_size,
+        "max_batch_size": max_batch_size,
+        "random_seed": random_seed,
+        "mesh": mesh,
+    }
+    kept = Measurements(benchmark_output_dir, describe(settings), machine)
     if dry_run:
-        print(f"Would time {decoder} ({definition.num_params():,} parameters) at lengths {list(lengths)} for {output}.")
+        print(f"Would time {', '.join(decoders)} ({definition.num_params():,} parameters) for {kept.path}.")
+        print(f"Lengths {list(lengths)} on {stopwatch.device_name(machine)}.")
         return
     checkpoints.ensure_writable(benchmark_output_dir)
-
     shardings = partitioning.param_shardings(device_mesh, definition.abstract(), definition.axes())
-    params = jax.jit(definition.init, out_shardings=shardings)(jax.random.key(random_seed))
-    step = make_decode_step(device_mesh, definition, decoder, seed=random_seed)
-    records = []
+
+    @functools.cache
+    def params() -> Params:  # not made where all is measured
+        return jax.jit(definition.init, out_shardings=shardings)(jax.random.key(random_seed))
+
+    def watch(label: str, length: int, size: int) -> Stopwatch:
+        batch = stopwatch.random_batch(definition, size, input_length, length, random_seed)
+        return Stopwatch(device_mesh, definition, params(), decoders[label], batch, random_seed)
+
+    comparison = _Comparison(decoders, kept, watch, repeats, stopwatch.device_name(machine))
+    sizes = dict.fromkeys(decoders, batch_size)
     for length in lengths:
-        batch = random_batch(definition, batch_size, input_length, length, random_seed)
-        with jax.set_mesh(device_mesh):
-            batch = partitioning.put_batch(device_mesh, batch)
-            seconds, steps = measure(step, params, batch, definition.vocabulary.eos_id, repeats)
-        records.append(
-            {
-                "decoder": type(decoder).__name__,
-                "settings": dataclasses.asdict(decoder),
-                "length": length,
-                "input_length": input_length,
-                "batch_size": batch_size,
-                "steps": steps,
-                "seconds_median": statistics.median(seconds),
-                "seconds_min": min(seconds),
-                "seconds_max": max(seconds),
-                "tokens_per_second": batch_size * length / statistics.median(seconds),
-                "parameters": definition.num_params(),
-                "device_kind": jax.devices()[0].device_kind,
-                "jax_version": jax.__version__,
-            }
-        )
-        logger.info("%s, %d tokens: %.3g s", type(decoder).__name__, length, records[-1]["seconds_median"])
-    if jax.process_index() == 0:
-        output.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
-        _show(records)
-        logger.info("wrote %s", output)
+        comparison.measure(length, sizes)
+    if max_batch_size is not None:
+        # Longer texts keep the device busy sooner: what saturates at one length is where a shorter one starts.
+        for length in sorted(lengths, reverse=True):
+            sizes = comparison.saturate(length, sizes, max_batch_size)
+    _show(kept.times)
+    for name, chart in decode_charts([("", kept.times)]).items():
+        kept.path.with_name(f"{name}.svg").write_text(charts.standalone(chart.svg), encoding="utf-8")
+    logger.info("wrote %s", write_report([benchmark_output_dir], kept.path.with_suffix(".html")))
 
 
-def endless_vocabulary(size: int) -> TokenIds:
-    """Ids of which none ends a text: end and padding are MASK, which no decoder writes."""
-    if size < 2:
-        raise UserError(f"benchmark.decode.vocabulary_size must be at least 2, not {size}: one id is MASK.")
-    last = size - 1
-    return TokenIds(size=size, pad_id=last, eos_id=last, mask_id=last, start_id=0, noise_ranges=((0, last),))
+SUBCOMMANDS = {"decode": decode}
 
 
-def random_batch(definition: ModelDefinition, batch_size: int, input_length: int, length: int, seed: int) -> Batch:
-    """Rows of `input_length` random tokens and `length` targets to write, laid out for the model's architecture."""
-    inputs = np.random.default_rng(seed).integers(
-        0, definition.vocabulary.mask_id, (batch_size, input_length), np.int32
-    )
-    targets = np.zeros((batch_size, length), np.int32)
-    is_encoder_decoder = definition.config.architecture == "encoder_decoder"
-    tokens = targets if is_encoder_decoder else np.concatenate([inputs, targets], axis=1)
-    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    batch = Batch(
-        tokens=tokens,
-        target_mask=positions >= tokens.shape[1] - length,
-        segment_ids=np.ones_like(tokens),
-        positions=positions,
-        example_ids=np.arange(batch_size, dtype=np.int32),
-    )
-    if not is_encoder_decoder:
-        return batch
-    return batch.replace(
-        encoder_tokens=inputs,
-        encoder_segment_ids=np.ones_like(inputs),
-        encoder_positions=np.broadcast_to(np.arange(input_length, dtype=np.int32), inputs.shape),
-    )
+@dataclasses.dataclass(frozen=True)
+class _Comparison:
+    """Measures what is not measured yet.
 
-
-def measure(step: DecodeStep, params: Params, batch: Batch, end_id: int, repeats: int) -> tuple[list[float], int]:
-    """Seconds of each run after a first one that compiles, and the model steps of each.
-
-    Raises:
-      RuntimeError: a target holds `end_id`: it was not written, or stands behind an end.
+    Attributes:
+      decoders: by label.
+      kept: what is measured.
+      watch: makes the stopwatch of a decoder (label), length and batch size.
+      repeats: runs of each.
+      device: in words.
     """
-    decoded = jax.block_until_ready(step(params, batch))
-    ends = jax.device_get(decoded.tokens)[jax.device_get(batch.target_mask)] == end_id
-    if np.any(ends):
-        raise RuntimeError(f"{np.sum(ends)} of {np.size(ends)} targets were left out: this time would be no measure.")
-    seconds = []
-    for _ in range(repeats):
-        start = time.monotonic()
-        jax.block_until_ready(step(params, batch))
-        seconds.append(time.monotonic() - start)
-    return seconds, int(decoded.steps)
+
+    decoders: Mapping[str, Decoder]
+    kept: Measurements
+    watch: Callable[[str, int, int], Stopwatch]
+    repeats: int
+    device: str
+
+    def measure(self, length: int, sizes: Mapping[str, int]) -> None:
+        """All decoders at this length and these batch sizes."""
+        self._take_turns(length, sizes, False, functools.cache(self.watch))
+
+    def saturate(self, length: int, sizes: Mapping[str, int], most: int) -> dict[str, int]:
+        """All decoders at this length with their saturating batches, looked for from `sizes` on; returns those."""
+        watch = functools.cache(self.watch)  # for this length: a program takes memory
+
+        def seconds_of(label: str, size: int) -> float | None:
+            seen = self.kept.searched(label, length)
+            if size not in seen:
+                try:
+                    seconds = min(watch(label, length, size).seconds() for _ in range(2))
+                except OutOfMemory:
+                    seconds = None
+                self.kept.add_searched(label, length, size, seconds)
+                return seconds
+            return seen[size]
+
+        found = {
+            label: stopwatch.saturating_batch(functools.partial(seconds_of, label), sizes[label], most)
+            for label in self.decoders
+        }
+        self._take_turns(length, found, True, watch)
+        return found
+
+    def _take_turns(
+        self, length: int, sizes: Mapping[str, int], saturating: bool, watch: Callable[[str, int, int], Stopwatch]
+    ) -> None:
+        def seconds(label: str) -> tuple[float, ...]:
+            return self.kept.seconds(label, length, saturating)
+
+        unfinished = [label for label in self.decoders if len(seconds(label)) < self.repeats]
+        for label in unfinished:  # compiles, so that nothing but runs comes between runs
+            try:
+                watch(label, length, sizes[label])
+            except OutOfMemory:
+                raise UserError(
+                    f"{label}: {sizes[label]} texts of {length} tokens do not fit into memory. Leave this length or "
+                    "decoder out, or make benchmark.decode.batch_size or the model smaller."
+                ) from None
+        for turn in range(self.repeats):
+            for label in unfinished:
+                before = seconds(label)
+                if len(before) > turn:
+                    continue
+                found = watch(label, length, sizes[label])
+                time = DecodeTime(
+                    label=label,
+                    decoder=type(self.decoders[label]).__name__,
+                    settings=str(self.decoders[label]),
+                    length=length,
+                    batch_size=sizes[label],
+                    saturating=saturating,
+                    forwards=found.forwards,
+                    device=self.device,
+                    seconds=(*before, found.seconds()),
+                )
+                self.kept.add(time)
+        for label in unfinished:
+            logger.info("%s, %d tokens, %d at once: %.3g s", label, length, sizes[label], np.median(seconds(label)))
 
 
-def _show(records: Sequence[dict[str, Any]]) -> None:
-    first = records[0]
-    title = f"{first['decoder']}, {first['batch_size']} texts at once, {first['device_kind']}"
-    table = rich.table.Table("tokens", "steps", "seconds", "tokens/s", box=rich.box.SIMPLE, title=title)
-    for column in table.columns:
-        column.justify = "right"
-    for record in records:
-        times = f"{record['seconds_median']:.3g} [{record['seconds_min']:.3g}, {record['seconds_max']:.3g}]"
-        table.add_row(
-            str(record["length"]), str(record["steps"]), rich.markup.escape(times), f"{record['tokens_per_second']:.0f}"
-        )
-    rich.console.Console().print(table)
+def _show(times: Sequence[DecodeTime]) -> None:
+    console = rich.console.Console(width=None if sys.stdout.isatty() else 120)
+    for saturating in sorted({time.saturating for time in times}):
+        shown = [time for time in times if time.saturating == saturating]
+        what = "saturating batches" if saturating else f"{shown[0].batch_size} at once"
+        table = rich.table.Table(box=rich.box.SIMPLE, title=rich.markup.escape(f"{what}, {shown[0].device}"))
+        table.add_column("decoder")
+        for column in ("tokens", "batch", "forwards", "tokens/forward", "ms/forward", "seconds", "tokens/s"):
+            table.add_column(column, justify="right")
+        for n, time in enumerate(shown):
+            seconds = f"{time.median:.3g} [{min(time.seconds):.3g}, {max(time.seconds):.3g}]"
+            figures = (time.length, time.batch_size, time.forwards, f"{time.tokens_per_forward:.3g}")
+            cells = (time.label, *figures, f"{time.ms_per_forward:.3g}", seconds, f"{time.tokens_per_second:.0f}")
+            is_last = n + 1 == len(shown) or shown[n + 1].length != time.length
+            table.add_row(*(rich.markup.escape(str(cell)) for cell in cells), end_section=is_last)
+        console.print(table)
+        for sentence, _ in compare(shown):
+            console.print(sentence, markup=False, highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs what the first word of the command line names."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = words[0] if words else ""
+    with config.program():
+        if name in ("-h", "--help"):
+            print(f"{__doc__}\nTo be measured: {', '.join(SUBCOMMANDS)}; each has a --help of its own.")
+            return
+        if name not in SUBCOMMANDS:
+            given = f"not {name!r}" if words else "but there is none"
+            raise UserError(
+                f"The first word says what is measured: {' or '.join(SUBCOMMANDS)}, {given}."
+                f"{did_you_mean(name, SUBCOMMANDS)} Write python -m diffusion_t5x.benchmark {next(iter(SUBCOMMANDS))} "
+                "--gin_file=..."
+            )
+    config.run(SUBCOMMANDS[name], words[1:], subcommand=name)
 
 
 if __name__ == "__main__":
-    config.run(decode)
+    main()

@@ -41,15 +41,16 @@ _BARE_STRING = re.compile(r"[A-Za-z_./~][\w./:~+-]*")
 _MISSPELT_CONSTANTS = {"true": "True", "false": "False", "none": "None", "null": "None"}
 
 
-def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
+def run(main: Callable[..., Any], argv: Sequence[str] | None = None, subcommand: str = "") -> None:
     """Runs a verb as a `program`: reads the flags, resolves gin and calls `main` with the arguments that gin binds.
 
     Args:
       main: the verb. If it takes `dry_run`, it receives the flag of that name.
-      argv: the command line without the program's name; by default this process's.
+      argv: the command line without the program's name and the subcommand; by default this process's.
+      subcommand: the word before the flags, in a module that has several verbs.
     """
     with program():
-        _run(_importable(main), sys.argv[1:] if argv is None else argv)
+        _run(_importable(main), sys.argv[1:] if argv is None else argv, subcommand)
 
 
 @contextlib.contextmanager
@@ -140,9 +141,9 @@ def operative_values() -> dict[str, Any]:
     return values
 
 
-def _run(main: Callable[..., Any], argv: Sequence[str]) -> None:
+def _run(main: Callable[..., Any], argv: Sequence[str], subcommand: str) -> None:
     takes_dry_run = "dry_run" in inspect.signature(main).parameters
-    flags = parse_flags(main.__module__, argv, takes_dry_run, _examples(main.__module__))
+    flags = parse_flags(main.__module__, argv, takes_dry_run, _examples(main.__module__), subcommand)
     if flags.tfds_data_dir:
         os.environ["TFDS_DATA_DIR"] = flags.tfds_data_dir
     if gin_config._inverse_lookup(main) is None:

@@ -14,7 +14,9 @@ VALUE is gin syntax; names and paths may go without quotes (--gin.MODEL_DIR=/tmp
 """
 
 
-def parse_flags(module: str, argv: Sequence[str], takes_dry_run: bool, examples: Sequence[str]) -> argparse.Namespace:
+def parse_flags(
+    module: str, argv: Sequence[str], takes_dry_run: bool, examples: Sequence[str], subcommand: str = ""
+) -> argparse.Namespace:
     """Reads the flags `argv` of the verb in `module`.
 
     Args:
@@ -22,6 +24,7 @@ def parse_flags(module: str, argv: Sequence[str], takes_dry_run: bool, examples:
       argv: the command line without the program's name.
       takes_dry_run: whether there is a flag `--dry_run`.
       examples: arguments of commands that the help shows.
+      subcommand: the word before the flags, where the module has several verbs.
 
     Returns:
       gin_file, gin_bindings (`--gin.NAME=VALUE` among them, as `NAME=VALUE`), gin_search_paths, print_config, dry_run
@@ -31,6 +34,7 @@ def parse_flags(module: str, argv: Sequence[str], takes_dry_run: bool, examples:
       UserError: an unknown or malformed flag.
     """
     program = f"python -m {module}" if module != "__main__" else f"python {sys.argv[0]}"
+    program = f"{program} {subcommand}".rstrip()
     parser = Parser(
         prog=program,
         usage="%(prog)s --gin_file=FILE [--gin.NAME=VALUE ...] [flags]",

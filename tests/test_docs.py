@@ -3,10 +3,11 @@
 import pathlib
 import re
 import shlex
+import sys
 
 import pytest
 
-from diffusion_t5x import config, infer, report
+from diffusion_t5x import benchmark, config, infer, report
 from diffusion_t5x import eval as evaluation
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -36,15 +37,13 @@ def test_a_command_of_the_pages_resolves(command, capsys):
     if module == report.__name__:  # the one verb that has no gin
         assert report.parse(flags).runs
         return
-    if module in (evaluation.__name__, infer.__name__):  # which have flags of their own
-        {evaluation.__name__: evaluation, infer.__name__: infer}[module].main([*flags, "--print_config"])
+    if module in (evaluation.__name__, infer.__name__, benchmark.__name__):  # which have flags of their own
+        sys.modules[module].main([*flags, "--print_config"])
         printed = capsys.readouterr()
-        assert (
-            re.search(r"^# Parameters for \w+\.(evaluate|score|infer):$", printed.out, re.MULTILINE) and not printed.err
-        )
+        found = re.search(r"^# Parameters for \w+\.(evaluate|score|infer|decode):$", printed.out, re.MULTILINE)
+        assert found and not printed.err
         return
-    name = module.rpartition(".")[2]
-    verb = {"benchmark": "decode"}.get(name, name)
+    verb = module.rpartition(".")[2]
     main = getattr(__import__(module, fromlist=[verb]), verb)
     config.run(main, [*flags, "--print_config"])
     printed = capsys.readouterr()

@@ -18,6 +18,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 NUM_COLOURS = 7
+# The variables, for light ground and for dark.
+PALETTE = """:root {
+  --grid: #e3e7ea; --series-0: #0067a8; --series-1: #c14a00; --series-2: #007a5a; --series-3: #a24388;
+  --series-4: #8a6500; --series-5: #4f5bd5; --series-6: #5f6770;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --grid: #2b3137; --series-0: #56b4f0; --series-1: #ff8f52; --series-2: #3ccb9f; --series-3: #e694ca;
+    --series-4: #e0b040; --series-5: #a3adff; --series-6: #b4bcc4;
+  }
+}"""
+_GROUND = """svg { background: #fff; color: #1c2024; font-family: system-ui, sans-serif; }
+@media (prefers-color-scheme: dark) { svg { background: #14171a; color: #e4e7ea; } }"""
 _WIDTH, _HEIGHT = 420, 260  # points
 _FONT_SIZE = 10
 _LONGEST_LABEL = 24
@@ -63,14 +76,30 @@ class Line:
     marker: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """An SVG and the words below it."""
+
+    svg: str
+    caption: str = ""
+
+
 def line_chart(
-    title: str, x_label: str, y_label: str, lines: Sequence[Line], *, log_x: bool = False, log_y: bool = False
+    title: str,
+    x_label: str,
+    y_label: str,
+    lines: Sequence[Line],
+    *,
+    marks: Sequence[tuple[float, float]] = (),
+    log_x: bool = False,
+    log_y: bool = False,
 ) -> str:
     """Lines with their labels at their ends, as SVG.
 
     Args:
       title, x_label, y_label: with the units of the axes.
       lines: each with a point at least.
+      marks: points `(x, y)` with a ring around them.
       log_x: logarithmic x axis, with a tick at every x there is.
       log_y: logarithmic y axis, where the values are positive and span a decade.
     """
@@ -91,6 +120,8 @@ def line_chart(
             axes.plot(x, y, color=colour, linestyle=style, linewidth=1.5, marker=line.marker, markersize=4.5)
             if line.band:
                 axes.fill_between(x, *zip(*line.band, strict=True), color=colour, alpha=0.2, linewidth=0)
+        for x, y in marks:
+            axes.plot([x], [y], color=_TEXT, marker="o", markersize=9, markerfacecolor="none", zorder=3)
         _set_ticks(axes, log_x and sorted({x for line in lines for x, _ in line.points}))
         axes.autoscale_view()  # the labels' heights depend on it
         _label_ends(axes, lines, labels)
@@ -115,6 +146,12 @@ def interval_chart(title: str, x_label: str, rows: Sequence[tuple[str, float, fl
         axes.set_xlabel(x_label)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         return _svg(figure)
+
+
+def standalone(svg: str) -> str:
+    """A chart as a file of its own, with the palette in it."""
+    style = f"<style>\n{PALETTE}\n{_GROUND}\n</style>"
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + svg.replace(">", f">{style}", 1)
 
 
 def shorten(label: str) -> str:

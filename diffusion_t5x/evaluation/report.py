@@ -4,7 +4,6 @@ As Markdown the scores alone. What models wrote and how things are named is data
 name) escapes all of it, matplotlib escapes it in the charts, and the page's policy lets no script run.
 """
 
-import dataclasses
 import difflib
 import itertools
 import os
@@ -19,7 +18,8 @@ import markupsafe
 import diffusion_t5x
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import charts
-from diffusion_t5x.evaluation.charts import Line
+from diffusion_t5x.evaluation.charts import Chart, Line
+from diffusion_t5x.evaluation.decode_charts import decode_charts
 from diffusion_t5x.evaluation.metrics import warn_of_small_difference
 from diffusion_t5x.evaluation.runs import Record, Run, Scores, read_runs
 from diffusion_t5x.evaluation.traces import texts
@@ -35,14 +35,6 @@ _SHOWN = {  # metrics of learning, as regular expressions, with what is on the a
     r"learning_rate": "learning rate",
     r"tokens_per_second": "tokens per second",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Chart:
-    """An SVG and the words below it."""
-
-    svg: markupsafe.Markup
-    caption: str = ""
 
 
 def write_report(folders: Iterable[str | pathlib.Path], output: str | pathlib.Path) -> pathlib.Path:
@@ -94,7 +86,8 @@ def render(runs: Sequence[Run], kind: Literal["html", "md"] = "html") -> str:
             "examples": [examples_table(runs, task) for task in _predicted_tasks(runs)],
             "traces": list(_traces(runs)),
             "decode_times": [(run.name, time) for run in runs for time in run.decode_times],
-            "decode_chart": _decode_chart([run for run in runs if run.decode_times]),
+            "decode_charts": list(decode_charts([(run.name, run.decode_times) for run in runs]).values()),
+            "palette": markupsafe.Markup(charts.PALETTE),
         }
     return environment.get_template(f"report.{kind}").render(page)
 
@@ -144,7 +137,7 @@ def score_table(task: str, rows: Sequence[tuple[str, Scores]]) -> Mapping[str, A
     for name in names:
         intervals = [(run, *ends) for run, scores in last.items() if (ends := _interval(scores.metrics, name))]
         if len(intervals) > 1:
-            shown.append(Chart(markupsafe.Markup(charts.interval_chart(name, "95 % interval", intervals))))
+            shown.append(Chart(charts.interval_chart(name, "95 % interval", intervals)))
     cells = [
         (run, scores, [(scores.metrics.get(name), _interval(scores.metrics, name)) for name in names])
         for run, scores in rows
@@ -215,7 +208,8 @@ def _contents(run: Run) -> Iterator[str]:
         for found in run.predictions:
             yield f"{found.task}: {len(found.records):,} predictions"
     if run.decode_times:
-        yield f"decode times at {len(run.decode_times)} lengths"
+        lengths, labels = ({getattr(time, field) for time in run.decode_times} for field in ("length", "label"))
+        yield f"decode times of {', '.join(sorted(labels))} at {len(lengths)} lengths"
 
 
 def _learning(runs: Sequence[Run]) -> Iterator[Chart]:
@@ -248,7 +242,7 @@ def _learning_chart(runs: Sequence[Run], metric: str, unit: str, kinds: Sequence
     signs = ", ".join(f"{'●■▲◆▼'[_MARKERS.index(marker)]} {task}" for task, marker in markers.items())
     caption = f"Held-out data: {signs}." if signs else ""
     svg = charts.line_chart(metric, "step", unit, lines, log_y=metric == "loss")
-    return Chart(markupsafe.Markup(svg), caption)
+    return Chart(svg, caption)
 
 
 def _interval(metrics: Mapping[str, float], name: str) -> tuple[float, float, float] | None:
@@ -267,20 +261,3 @@ def _traces(runs: Sequence[Run]) -> Iterator[tuple[str, str, list[tuple[Record, 
             traced = [record for record in found.records if record.get("trace")][:NUM_TRACES]
             if traced:
                 yield run.name, found.decoder, [(record, canvases(texts(record["trace"]))) for record in traced]
-
-
-def _decode_chart(runs: Sequence[Run]) -> Chart | None:
-    if not runs:
-        return None
-    lines = [
-        Line(
-            run.name,
-            series,
-            [(time.length, time.seconds_median) for time in run.decode_times],
-            [(time.seconds_min, time.seconds_max) for time in run.decode_times],
-            marker="o",
-        )
-        for series, run in enumerate(runs)
-    ]
-    svg = charts.line_chart("decode time", "target length (tokens)", "seconds a batch", lines, log_x=True, log_y=True)
-    return Chart(markupsafe.Markup(svg))

@@ -8,7 +8,7 @@ import os
 import pathlib
 import platform
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from diffusion_t5x.errors import UserError
@@ -62,7 +62,7 @@ def is_done(folder: pathlib.Path, checkpoint: str | None, settings: Mapping[str,
         before = {}
     # As JSON gives it back, so that equal things are equal.
     now = json.loads(json.dumps({"checkpoint": checkpoint, **settings}))
-    if changed := list(_differences(before, now)):
+    if changed := list(differences(before, now, _NO_MATTER)):
         raise UserError(
             f"{path} has the results of something else (other: {', '.join(changed[:5])}). Choose another "
             "EVAL_OUTPUT_DIR, or remove that file."
@@ -70,15 +70,15 @@ def is_done(folder: pathlib.Path, checkpoint: str | None, settings: Mapping[str,
     return True
 
 
-def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    """The names, joined by dots, of what is not the same."""
+def differences(before: Any, now: Any, no_matter: Collection[str] = (), name: str = "") -> Iterator[str]:
+    """The names, joined by dots, of what is not the same in two values as JSON has them; `no_matter` are left out."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in dict.fromkeys([*before, *now]):
-            if key not in _NO_MATTER:
-                yield from _differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
+            if key not in no_matter:
+                yield from differences(before.get(key), now.get(key), no_matter, f"{name}.{key}".lstrip("."))
     elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         for place, pair in enumerate(zip(before, now, strict=True)):
-            yield from _differences(*pair, f"{name}[{place}]")
+            yield from differences(*pair, no_matter, f"{name}[{place}]")
     elif before != now:
         yield name
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.evaluation.decode_times import DecodeTime, read_times
 from diffusion_t5x.evaluation.published import Published, matching
 
 Record = Mapping[str, Any]
@@ -63,23 +64,6 @@ class Predictions:
     task: str
     decoder: str
     records: Sequence[Record]
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeTime:
-    """What one measurement of `benchmark.decode` says; the fields are those of its file."""
-
-    decoder: str
-    settings: Mapping[str, Any]
-    length: int
-    batch_size: int
-    steps: int
-    seconds_median: float
-    seconds_min: float
-    seconds_max: float
-    tokens_per_second: float
-    device_kind: str
-    jax_version: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +140,7 @@ def _read_run(name: str, folder: pathlib.Path, files: Sequence[pathlib.Path]) ->
             elif path.name == "results.json":
                 evaluated += [(found, path.parent) for found in _read_scores(path)]
             elif path.name == "decode_time.json":
-                names = [field.name for field in dataclasses.fields(DecodeTime)]
-                decode_times += [DecodeTime(**{name: record[name] for name in names}) for record in _read_json(path)]
+                decode_times += read_times(_read_json(path))
             elif (output := path.with_name(path.name.replace(".settings.json", ".jsonl"))).exists():
                 settings = _read_json(path)
                 predictions.append(Predictions(settings["task"], settings["decoder"], _read_jsonl(output)))

@@ -5,6 +5,7 @@ import itertools
 import json
 import pathlib
 import re
+import xml.etree.ElementTree
 
 import pytest
 from hypothesis import given, settings
@@ -90,13 +91,13 @@ def inferred(folder, trace, task="pairs", predictions=("06:09",)):
 
 def timed(folder):
     folder.mkdir()
+    settings = {"label": "ten", "decoder": "SundaeDecoder", "settings": SUNDAE, "device": "cpu, jax 0.10.2"}
     times = [
-        {"decoder": "SundaeDecoder", "settings": {"num_steps": 10}, "length": n, "batch_size": 8, "steps": 10}
-        | {"seconds_median": n / 100, "seconds_min": n / 110, "seconds_max": n / 90, "tokens_per_second": 800.0}
-        | {"device_kind": "cpu", "jax_version": "0.10.2"}
+        settings
+        | {"length": n, "batch_size": 8, "saturating": False, "forwards": 10, "seconds": [n / 110, n / 90, n / 100]}
         for n in (24, 48, 96)
     ]
-    (folder / "decode_time.json").write_text(json.dumps(times))
+    (folder / "decode_time.json").write_text(json.dumps({"times": times}))
     return folder
 
 
@@ -341,6 +342,16 @@ def test_a_chart_s_colours_are_the_page_s():
     svg = charts.line_chart("t", "x", "y", [charts.Line("$a_b$ <&", 1, [(0, float("nan")), (1, 2.0)])])
     assert "var(--series-1)" in svg and "currentColor" in svg and "var(--grid)" in svg
     assert not re.search(r"#0[123]000", svg) and "$a_b$ &lt;&amp;" in svg
+
+
+def test_a_chart_of_its_own_brings_its_colours_and_rings_what_is_marked():
+    lines = [charts.Line(f"run{n}", n, [(1, 1.0), (100, 5.0 + n)]) for n in range(charts.NUM_COLOURS)]
+    plain, marked = (charts.line_chart("t", "x", "y", lines, marks=marks, log_x=True) for marks in ((), [(20, 3.0)]))
+    assert marked.count("<use") == plain.count("<use") + 1
+    assert "1</text>" in marked and ">20</text>" not in marked  # a mark has no tick
+    svg = charts.standalone(marked)
+    assert set(re.findall(r"var\((--[\w-]+)\)", svg)) <= set(re.findall(r"(--[\w-]+):", charts.PALETTE))
+    assert xml.etree.ElementTree.fromstring(svg.encode()).tag.endswith("svg")
 
 
 def test_the_quickstart_s_summary_is_no_run(runs):

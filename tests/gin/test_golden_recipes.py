@@ -46,6 +46,8 @@ KINDS = {
 
 def kinds(recipe: str) -> dict[str, list[str]]:
     found = KINDS.get(recipe.rpartition("/")[0], {"": []})
+    if recipe == f"{PAPER1}/figure3.gin":
+        return {"": []}
     return {"diffusion": found["diffusion"]} if recipe == f"{PAPER1}/adapt.gin" else found
 
 

@@ -1,0 +1,189 @@
+"""decode_time.json: how long decoders take over lengths, kept after each measurement, and where they cross."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.evaluation.results import differences
+
+FILE = "decode_time.json"
+REFERENCE = "AutoregressiveDecoder"
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeTime:
+    """How long a decoder takes to write texts of one length.
+
+    Attributes:
+      label: the decoder's name in its comparison.
+      decoder: its class.
+      settings: all of it, in words.
+      length: tokens of a text.
+      batch_size: texts that are written at once.
+      saturating: the batch size was searched for: twice as many would hardly raise the tokens per second.
+      forwards: passes of the model; one over the prompt alone is not counted.
+      device: what it ran on, and JAX's version.
+      seconds: of each run.
+    """
+
+    label: str
+    decoder: str
+    settings: str
+    length: int
+    batch_size: int
+    saturating: bool
+    forwards: int
+    device: str
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def seconds_per_text(self) -> float:
+        return self.median / self.batch_size
+
+    @property
+    def ms_per_forward(self) -> float:
+        return 1000 * self.median / self.forwards
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Of each text."""
+        return self.length / self.forwards
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all texts together."""
+        return self.batch_size * self.length / self.median
+
+    def record(self) -> dict[str, Any]:
+        """What the file holds of it: the fields, and what follows from them."""
+        figures = {
+            "seconds_median": self.median,
+            "seconds_min": min(self.seconds),
+            "seconds_max": max(self.seconds),
+            "ms_per_forward": self.ms_per_forward,
+            "tokens_per_forward": self.tokens_per_forward,
+            "tokens_per_second": self.tokens_per_second,
+        }
+        return dataclasses.asdict(self) | figures
+
+
+def read_times(report: Mapping[str, Any]) -> list[DecodeTime]:
+    """The times of what decode_time.json holds."""
+    names = [field.name for field in dataclasses.fields(DecodeTime)]
+    fields = [{name: record[name] for name in names} for record in report["times"]]
+    return [DecodeTime(**found | {"seconds": tuple(found["seconds"])}) for found in fields]
+
+
+class Measurements:
+    """decode_time.json: written anew, all or nothing, after each measurement; a later run with it goes on from there.
+
+    Args:
+      folder: of the file.
+      settings: of everything that a time depends on, as JSON can hold it.
+      machine: what the times are taken on; see `stopwatch.describe_machine`.
+
+    Raises:
+      UserError: the file has measurements of other settings or of another machine, or is broken.
+    """
+
+    def __init__(self, folder: str, settings: Mapping[str, Any], machine: Mapping[str, Any]):
+        self.path = pathlib.Path(folder, FILE)
+        self._head = json.loads(json.dumps({"settings": settings, "machine": machine}))
+        self._times: dict[tuple[str, int, bool], DecodeTime] = {}
+        self._search: dict[tuple[str, int, int], float | None] = {}
+        if not self.path.exists():
+            return
+        try:
+            report = json.loads(self.path.read_bytes())
+            before = {name: report[name] for name in self._head}
+            self._times = {self._place(time): time for time in read_times(report)}
+            self._search = {(*place, size): seconds for *place, size, seconds in report["search"]}
+        except (ValueError, KeyError, TypeError):
+            before = {}
+        if changed := list(differences(before, self._head)):
+            raise UserError(
+                f"{self.path} has measurements of something else (other: {', '.join(changed[:5])}). Choose another "
+                "BENCHMARK_OUTPUT_DIR, or remove that file."
+            )
+
+    @staticmethod
+    def _place(time: DecodeTime) -> tuple[str, int, bool]:
+        return time.label, time.length, time.saturating
+
+    @property
+    def times(self) -> list[DecodeTime]:
+        """By batch, fixed or saturating, and length."""
+        return sorted(self._times.values(), key=lambda time: (time.saturating, time.length))
+
+    def seconds(self, label: str, length: int, saturating: bool) -> tuple[float, ...]:
+        """Of the runs that were timed."""
+        time = self._times.get((label, length, saturating))
+        return time.seconds if time else ()
+
+    def add(self, time: DecodeTime) -> None:
+        """Keeps a time; it takes the place of one with fewer runs."""
+        self._times[self._place(time)] = time
+        self._write()
+
+    def searched(self, label: str, length: int) -> dict[int, float | None]:
+        """Seconds by batch size that the search for the saturating one has seen; None where memory ran out."""
+        return {size: seconds for (*place, size), seconds in self._search.items() if place == [label, length]}
+
+    def add_searched(self, label: str, length: int, size: int, seconds: float | None) -> None:
+        self._search[label, length, size] = seconds
+        self._write()
+
+    def _write(self) -> None:
+        search = [[*place, seconds] for place, seconds in self._search.items()]
+        report = self._head | {"times": [time.record() for time in self.times], "search": search}
+        unfinished = self.path.with_name(self.path.name + ".tmp")
+        unfinished.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(unfinished, self.path)
+
+
+def crossings(a: Mapping[float, float], b: Mapping[float, float]) -> Iterator[tuple[float, float]]:
+    """Points `(x, y)` in which two lines meet, each given as y over x, straight between its points in log-log."""
+    shared = sorted(a.keys() & b.keys())
+    apart = [math.log(a[x] / b[x]) for x in shared]
+    for n, (x, gap) in enumerate(zip(shared, apart, strict=True)):
+        if gap == 0:
+            yield x, a[x]
+        elif n + 1 < len(shared) and gap * apart[n + 1] < 0:
+            share = gap / (gap - apart[n + 1])
+            yield tuple(line(x) * (line(shared[n + 1]) / line(x)) ** share for line in (float, a.get))
+
+
+def compare(times: Sequence[DecodeTime]) -> Iterator[tuple[str, list[tuple[float, float]]]]:
+    """Each decoder against the autoregressive ones, by seconds a text: a sentence, and the points in which they cross.
+
+    Args:
+      times: of one machine and one kind of batch.
+    """
+    lines: dict[str, dict[float, float]] = {}
+    for time in times:
+        lines.setdefault(time.label, {})[time.length] = time.seconds_per_text
+    references = list(dict.fromkeys(time.label for time in times if time.decoder == REFERENCE))
+    for reference in references:
+        for label, line in lines.items():
+            shared = lines[reference].keys() & line.keys()
+            if label in references or not shared:
+                continue
+            points = list(crossings(lines[reference], line))
+            if points:
+                where = " and ".join(f"{length:,.0f}" for length, _ in points)
+                yield f"{label} takes as long as {reference} at {where} tokens.", points
+            else:
+                gains = [lines[reference][x] / line[x] for x in shared]
+                word = "less" if gains[0] > 1 else "more"
+                yield f"{label} takes {word} time than {reference} at every length measured.", []

@@ -1,0 +1,33 @@
+"""Decodes a batch on eight devices and prints the texts; run by `decoding/test_batch_invariance.py`."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import tiny
+
+from diffusion_t5x import partitioning
+from diffusion_t5x.evaluation.inference import make_decode_step
+from diffusion_t5x.partitioning import MeshConfig
+
+
+def texts(decoders, config, batch, seed):
+    """The texts `[B, L]` of each decoder on a mesh of all devices."""
+    definition, params = tiny.make_model(config)
+    mesh = MeshConfig(data=2, fsdp=4).make()
+    shardings = partitioning.param_shardings(mesh, definition.abstract(), definition.axes())
+    params = jax.tree.map(jax.device_put, params, shardings)
+    with jax.set_mesh(mesh):
+        rows = partitioning.put_batch(mesh, batch)
+        steps = {name: make_decode_step(mesh, definition, decoder, seed=seed) for name, decoder in decoders.items()}
+        return {name: np.asarray(step(params, rows).tokens).tolist() for name, step in steps.items()}
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, sys.argv[1])
+    import test_batch_invariance as invariance
+
+    assert len(jax.devices()) == 8
+    decoders = {name: invariance.DECODERS[name] for name in invariance.ON_EIGHT}
+    print(json.dumps(texts(decoders, tiny.RELATIVE, invariance.EIGHT_ROWS, seed=0)))
