@@ -44,6 +44,9 @@ def run(objective, batch, key, num_draws):
     return objective.log_likelihood(MODEL, batch, key, num_draws)
 
 
+divergence = jax.jit(step_divergence, static_argnums=(4, 5))
+
+
 def log_softmax(logits):
     """In float64, of the ids that may be written."""
     logits = logits[..., :3].astype(np.float64)
@@ -153,7 +156,7 @@ def test_a_bound_is_what_enumeration_gives(name):
 @pytest.mark.parametrize("name", ["masked", "block 2", "sundae", "uniform block 2"])
 def test_the_stated_error_is_the_spread_over_keys(name):
     batch = tiny.rows_of(BATCH, [80, 26])
-    keys = jax.random.split(jax.random.key(1), 500)
+    keys = jax.random.split(jax.random.key(1), 400)
     found = jax.vmap(lambda key: run(BOUNDS[name][0], batch, key, 16))(keys)
     stated = np.sqrt(np.square(found.standard_error).mean(axis=0))
     np.testing.assert_allclose(stated, np.std(found.log_likelihood, axis=0, ddof=1), rtol=0.2)
@@ -202,7 +205,8 @@ def test_true_conditionals_give_the_entropy_of_masked_pairs():
 
     pairs = TokenIds(3, pad_id=0, eos_id=1, mask_id=2, start_id=2, noise_ranges=((0, 2),))
     batch = tiny.one_a_row([([], pair) for pair in itertools.product([0, 1], repeat=2)])
-    found = Masked().log_likelihood(Other(jnp.asarray(table), pairs), batch, jax.random.key(0), 8)
+    model = Other(jnp.asarray(table), pairs)
+    found = jax.jit(lambda: Masked().log_likelihood(model, batch, jax.random.key(0), 8))()
     assert -(found.log_likelihood * joint.reshape(-1)).sum() == pytest.approx(1.193550, abs=2e-6)
     assert found.standard_error.max() < 1e-6
 
@@ -221,7 +225,7 @@ def independent(num_steps, probabilities, noise):
     chance = probabilities[clean] * given[np.arange(len(step)), clean]
     possible = chance > 0
     logits = np.pad(logits, ((0, 0), (0, 1)), constant_values=9.0)[possible].astype(np.float32)
-    found = step_divergence(logits, clean[possible], noisy[possible], step[possible], vocabulary, num_steps)
+    found = divergence(logits, clean[possible], noisy[possible], step[possible], vocabulary, num_steps)
     return chance[possible], np.asarray(found, np.float64)
 
 
@@ -229,7 +233,7 @@ def noise_ranges(noise):
     return tuple((int(token), int(token) + 1) for token in np.flatnonzero(noise))
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 4, 37, 1000])
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 1000])
 @pytest.mark.parametrize(
     ("probabilities", "noise", "entropy"),
     [((0.5, 0.3, 0.2), (1, 1, 1), 1.029653), ((0.5, 0.2, 0.1, 0.2), (1, 1, 0, 1), 1.220607)],
@@ -256,7 +260,7 @@ def test_a_step_is_what_bayes_gives(num_steps):
     )
     log_p = logits[:, :6].astype(np.float64)
     log_p -= np.log(np.exp(log_p).sum(-1, keepdims=True))
-    found = step_divergence(logits, clean, noisy, step, vocabulary, num_steps)
+    found = divergence(logits, clean, noisy, step, vocabulary, num_steps)
     np.testing.assert_allclose(found, bayes(log_p, clean, noisy, step, num_steps, noise), rtol=2e-4, atol=3e-7)
 
 
