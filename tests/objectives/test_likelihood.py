@@ -122,15 +122,13 @@ def exact_uniform(text, size):
 
 UNIFORM_BLOCKS = {"noise": "uniform", "weighting": "uniform"}
 BOUNDS = {
-    "masked": (Masked(), exact_masked, None),
-    "masked, trained otherwise": (Masked("cosine", "uniform", 0.3), exact_masked, None),
+    "masked": (Masked("cosine", "uniform", 0.3), exact_masked, None),
     "block 1": (Block(1), exact_masked, 1),
     "block 2": (Block(2, weighting="uniform"), exact_masked, 2),
     "block 3": (Block(3), exact_masked, 3),
     "block 4": (Block(4), exact_masked, 4),
     "distillation": (Distillation(2), exact_masked, 2),
     "sundae": (Sundae(), exact_uniform, None),
-    "uniform block 1": (Block(1, **UNIFORM_BLOCKS), exact_uniform, 1),
     "uniform block 2": (Block(2, **UNIFORM_BLOCKS), exact_uniform, 2),
 }
 
@@ -138,8 +136,8 @@ BOUNDS = {
 @pytest.mark.parametrize("name", BOUNDS)
 def test_a_bound_is_what_enumeration_gives(name):
     objective, exact, size = BOUNDS[name]
-    rows = range(0, 81, 1 if exact is exact_masked else 20)
-    found = run(objective, BATCH, jax.random.key(0), 512)
+    rows = range(0, 81, 4 if exact is exact_masked else 20)
+    found = run(objective, BATCH, jax.random.key(0), 256)
     errors = np.array([found.log_likelihood[row] - exact(TEXTS[row], size) for row in rows])
     stated = np.asarray(found.standard_error)[list(rows)]
     if name == "block 1":
@@ -148,7 +146,7 @@ def test_a_bound_is_what_enumeration_gives(name):
     else:
         assert (stated > 0).any()
         assert abs(errors.sum()) < 3 * np.sqrt(np.square(stated).sum())
-        # Rows with nothing to draw are exact; of 81 others one may be beyond 3.
+        # Rows with nothing to draw are exact; of the others one may be beyond 3.
         assert (np.abs(errors) < 4.5 * stated + 1e-5).all() and (np.abs(errors) > 3 * stated + 1e-5).sum() <= 1
     np.testing.assert_array_equal(found.num_tokens, [end_of(text) + 1 for text in TEXTS])
 
@@ -244,7 +242,7 @@ def test_exact_posteriors_give_the_entropy_at_any_number_of_steps(num_steps, pro
     assert (chance * found).sum() == pytest.approx(entropy, abs=3e-6)
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 5, 1000])
+@pytest.mark.parametrize("num_steps", [1, 2, 1000])
 def test_a_step_is_what_bayes_gives(num_steps):
     """Over clean tokens in and outside the noise vocabulary, and predictions from flat to nearly certain."""
     noise = np.array([1, 0, 1, 1, 1, 0], bool)
