@@ -1,4 +1,4 @@
-"""Evaluate checkpoints: decode tasks' examples, score them, and write down how it was done.
+"""Evaluate checkpoints: decode tasks' examples and score them, measure losses and likelihoods; and write down how.
 
 With --predictions FILE.jsonl --task NAME it scores predictions made elsewhere, without a model; --gin_file registers
 the task. A line is {"prediction": TEXT} or {"predictions": [TEXT, ...]}, in the split's order or with an "example_id".
@@ -15,7 +15,7 @@ from diffusion_t5x import config
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import results
-from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval
+from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LikelihoodEval, LossEval
 from diffusion_t5x.evaluation.inference import write_jsonl
 from diffusion_t5x.evaluation.loading import check_datasets, load_model, load_teacher
 from diffusion_t5x.evaluation.predictions import add_predictions, read_predictions
@@ -39,6 +39,7 @@ def evaluate(
     decode_evals: Sequence[DecodeEval] = (),
     objective: Objective | None = None,
     loss_evals: Sequence[LossEval] = (),
+    likelihood_evals: Sequence[LikelihoodEval] = (),
     restore_rules: Sequence[Rule] = (),
     use_ema: bool = True,
     teacher_checkpoint_path: str | None = None,
@@ -58,8 +59,9 @@ def evaluate(
       eval_output_dir: made if it is not there.
       all_checkpoints: evaluate all that are at the path; else the latest.
       decode_evals: what to decode and score.
-      objective: whose loss `loss_evals` measure.
+      objective: whose loss `loss_evals` measure, and whose likelihood `likelihood_evals` do.
       loss_evals: losses to measure.
+      likelihood_evals: likelihoods to measure; their metrics stand beside those of what is decoded.
       restore_rules: assignment rules, as in training.
       use_ema: take the parameters' moving average where the checkpoint has one.
       teacher_checkpoint_path: of an autoregressive model that judges what is decoded ("teacher_nll",
@@ -76,11 +78,11 @@ def evaluate(
     paths = checkpoints.find_checkpoints(checkpoint_path)
     if not dry_run:
         checkpoints.ensure_writable(eval_output_dir)
-    evals = [*loss_evals, *decode_evals]
+    evals = [*loss_evals, *likelihood_evals, *decode_evals]
     if not evals:
-        raise UserError("Nothing to evaluate: set evaluate.decode_evals or evaluate.loss_evals.")
-    if loss_evals and objective is None:
-        raise UserError("evaluate.loss_evals needs evaluate.objective: whose loss?")
+        raise UserError("Nothing to evaluate: set evaluate.decode_evals, loss_evals or likelihood_evals.")
+    if (loss_evals or likelihood_evals) and objective is None:
+        raise UserError("evaluate.loss_evals and likelihood_evals need evaluate.objective: whose loss or likelihood?")
     check_datasets([ev.dataset for ev in evals], model, device_mesh)
     settings = results.describe(
         {
@@ -112,7 +114,9 @@ def evaluate(
         if dry_run:
             print(f"Would evaluate {' '.join(todo)} ({definition.num_params():,} parameters):", *evals, sep="\n  ")
             return
-        evaluator = evaluator or Evaluator(device_mesh, definition, objective, loss_evals, decode_evals, teacher)
+        evaluator = evaluator or Evaluator(
+            device_mesh, definition, objective, loss_evals, decode_evals, teacher, likelihood_evals
+        )
         scores, fingerprints = _evaluate(evaluator, params, folder)
         del params  # before the next checkpoint's are there
         metadata = checkpoints.read_metadata(path)
@@ -142,6 +146,9 @@ def _evaluate(
     """Scores and data fingerprints by task; what was decoded is in `folder`."""
     scores = {name: dict(metrics) for name, metrics in evaluator.losses(params).items()}
     fingerprints = {}
+    for task, metrics, records in evaluator.likelihoods(params):
+        scores[task] = scores.get(task, {}) | metrics
+        fingerprints[task] = results.fingerprint(records)
     for task, metrics, records in evaluator.decode(params):
         scores[task] = scores.get(task, {}) | metrics | {"num_examples": len(records)}
         fingerprints[task] = results.fingerprint(records)

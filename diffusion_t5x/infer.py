@@ -1,4 +1,4 @@
-"""Write predictions for a task's examples as JSON lines, going on where an earlier run stopped.
+"""Write predictions for a task's examples, or scores of them, as JSON lines, going on where an earlier run stopped.
 
 With --templates FILE.jsonl the model fills the holes of texts: lines such as {"template": "x =<hole:4> + 1"}, with
 "inputs" for a task that has some. With --trace a page beside the predictions shows how they came to be, step by step.
@@ -8,6 +8,7 @@ import itertools
 import logging
 import pathlib
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import rich.console
@@ -21,11 +22,14 @@ from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import traces
 from diffusion_t5x.evaluation.inference import make_decode_step, predict
+from diffusion_t5x.evaluation.likelihood import likelihoods, make_likelihood_step
 from diffusion_t5x.evaluation.loading import check_datasets, load_model
 from diffusion_t5x.evaluation.record_file import RecordFile
 from diffusion_t5x.evaluation.trace_page import write_trace_page
 from diffusion_t5x.flags import Parser
 from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.objectives.likelihood import check_num_draws
+from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training import checkpoints
 from diffusion_t5x.training.assignment import Rule
@@ -40,8 +44,11 @@ def infer(
     model: ModelConfig,
     checkpoint_path: str,
     dataset: SeqioDataset,
-    decoder: Decoder,
     infer_output_dir: str,
+    mode: Literal["predict", "score"] = "predict",
+    decoder: Decoder | None = None,
+    objective: Objective | None = None,
+    num_draws: int = 128,
     templates: str | None = None,
     num_examples: int | None = None,
     trace: bool = False,
@@ -51,29 +58,32 @@ def infer(
     mesh: MeshConfig = MeshConfig(),  # noqa: B008  (frozen)
     dry_run: bool = False,
 ) -> None:
-    """Decodes a task and writes `<task>-<split>.jsonl`, an example a line, in the task's order.
+    """Decodes or scores a task and writes `<task>-<split>.jsonl`, an example a line, in the task's order.
 
     A line has "example_id", "inputs_pretokenized", "targets_pretokenized" and what `evaluation.inference.predict` says
-    of what was written. Started again with the same settings, it decodes only what is missing.
-
-    With templates it writes `infill-<file>.jsonl`, whose lines have "template" and "holes" (the texts written) in place
-    of the targets; "prediction" is the whole text.
+    of what was written. With templates the file is `infill-<file>.jsonl`, whose lines have "template" and "holes" (the
+    texts written) in place of the targets; "prediction" is the whole text. A line of scores has "log_likelihood" (of
+    the targets, in nats), "standard_error", "num_tokens" and "num_bytes" in place of what was decoded; the file is
+    `<task>-<split>-score.jsonl`. Started again with the same settings, it does only what is missing.
 
     Args:
       model: dimensions of the checkpoint's model.
       checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
       dataset: task, split, lengths and batch size.
-      decoder: what writes.
       infer_output_dir: made if it is not there.
+      mode: "predict" decodes, "score" says how likely the targets are that the task has.
+      decoder: what writes.
+      objective: whose likelihood is scored.
+      num_draws: for scores that are estimates; an even number.
       templates: a file of texts with holes to fill, in place of the task's examples (see `data.templates`).
       num_examples: only the first so many; None takes all.
       trace: keep how the texts came to be, step by step: in the lines, in a page beside them
         (`<task>-<split>.trace.html`), and the first ones in the terminal.
-      random_seed: of the decoder.
+      random_seed: of the decoder or the draws.
       restore_rules: assignment rules, as in training.
       use_ema: take the parameters' moving average where the checkpoint has one.
       mesh: how the devices are arranged.
-      dry_run: check everything, print what would be done, and decode nothing.
+      dry_run: check everything, print what would be done, and do nothing.
 
     Raises:
       UserError: anything that does not fit, or the output was begun with other settings; nothing is overwritten.
@@ -83,33 +93,27 @@ def infer(
     if not dry_run:
         checkpoints.ensure_writable(infer_output_dir)
     data = dataset if templates is None else Templates(templates, dataset)
-    if templates is not None and not isinstance(decoder, MaskedDecoder | SundaeDecoder):
-        raise UserError(
-            f"{type(decoder).__name__} writes from left to right and cannot fill holes, whose ends are given: take a "
-            "model of masked or SUNDAE diffusion with decoding/masked.gin or decoding/sundae.gin."
-        )
+    how = _how(mode, decoder, objective, num_draws, data, trace)
     check_datasets([data], model, device_mesh)
     name = f"{dataset.name}-{dataset.split}" if templates is None else f"infill-{data.name}"
+    name += "-score" if mode == "score" else ""
     settings = {
         "checkpoint": path,
-        "decoder": repr(decoder),
+        **how,
         "random_seed": random_seed,
         "use_ema": use_ema,
-        "trace": trace,
         "task": dataset.name,
         "split": dataset.split,
         "task_feature_lengths": dict(dataset.task_feature_lengths),
-        "templates": templates and data.fingerprint,
     }
     output = RecordFile(pathlib.Path(infer_output_dir, f"{name}.jsonl"), settings)
     if dry_run:
-        print(f"Would decode {name} with {decoder} from {path} to {output.path}; {output.done} done.")
+        print(f"Would {mode} {name} with {how} from {path} to {output.path}; {output.done} done.")
         return
 
     definition, params = load_model(
         path, model, data.token_ids(), device_mesh, restore_rules=restore_rules, use_ema=use_ema
     )
-    step = make_decode_step(device_mesh, definition, decoder, seed=random_seed, trace=trace)
     total = data.num_eval_examples(num_examples)
     logger.info("%s: %d of %d examples are there", output.path, output.done, total)
     batches = (
@@ -117,8 +121,13 @@ def infer(
         for batch, examples in data.eval_batches(num_examples)
         if examples[-1]["example_id"] >= output.done
     )
-    text_mask = None if templates is None else data.text_mask
-    records = predict(step, params, batches, device_mesh, data.to_text, data.cells, text_mask=text_mask)
+    if mode == "score":
+        step = make_likelihood_step(device_mesh, definition, objective, num_draws=num_draws, seed=random_seed)
+        records = likelihoods(step, params, batches, device_mesh, data.to_text)
+    else:
+        step = make_decode_step(device_mesh, definition, decoder, seed=random_seed, trace=trace)
+        text_mask = None if templates is None else data.text_mask
+        records = predict(step, params, batches, device_mesh, data.to_text, data.cells, text_mask=text_mask)
     output.write(records, total, f"infer {dataset.name}")
     logger.info("wrote %s", output.path)
     if trace and jax.process_index() == 0:
@@ -126,6 +135,38 @@ def infer(
         write_trace_page(page, output.read(), total, name, repr(decoder))
         traces.show(itertools.islice(output.read(), _SHOWN_TRACES), rich.console.Console())
         logger.info("wrote %s", page)
+
+
+def _how(
+    mode: str,
+    decoder: Decoder | None,
+    objective: Objective | None,
+    num_draws: int,
+    data: SeqioDataset | Templates,
+    trace: bool,
+) -> dict[str, str | int]:
+    """The settings that belong to the mode; raises a UserError where they do not go together."""
+    if mode not in ("predict", "score"):
+        raise UserError(f"infer.mode must be predict or score, not {mode!r}.")
+    if mode == "score":
+        if objective is None:
+            raise UserError(
+                "To score, set infer.objective: include the file of objectives/ that the model was trained by."
+            )
+        if isinstance(data, Templates) or trace:
+            raise UserError("Scores are of whole texts as they are: leave out --templates and --trace.")
+        check_num_draws(num_draws)
+        return {"mode": mode, "objective": repr(objective), "num_draws": num_draws, "canvas": data.canvas}
+    if decoder is None:
+        raise UserError("To predict, set infer.decoder: include a file of decoding/.")
+    if not isinstance(data, Templates):
+        return {"decoder": repr(decoder), "trace": trace}
+    if not isinstance(decoder, MaskedDecoder | SundaeDecoder):
+        raise UserError(
+            f"{type(decoder).__name__} writes from left to right and cannot fill holes, whose ends are given: take a "
+            "model of masked or SUNDAE diffusion with decoding/masked.gin or decoding/sundae.gin."
+        )
+    return {"decoder": repr(decoder), "trace": trace, "templates": data.fingerprint}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -325,6 +325,35 @@ def test_infer_fills_holes_and_refuses_what_writes_from_left_to_right(finetuned,
         assert expected in capsys.readouterr().err
 
 
+def test_likelihoods_of_a_set_and_of_each_example_are_the_same(finetuned, tmp_path, capsys):
+    flags = [*MODELS, "--gin_file=objectives/sundae.gin", *TASK, *TINY, f"--gin.CHECKPOINT_PATH={finetuned}"]
+    flags += ["--gin.NUM_SCORED_EXAMPLES=10", "--gin.NUM_DRAWS=4"]
+    score = [*flags, "--gin_file=runs/infer_score.gin", f"--gin.INFER_OUTPUT_DIR={tmp_path / 'scored'}"]
+    config.run(infer.infer, score)
+    file = tmp_path / "scored" / "quickstart_pairs-test-score.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    # Stopped in the middle of a line, it goes on; with other draws it refuses.
+    file.write_text("".join(lines[:5]) + lines[5][:25])
+    config.run(infer.infer, [*score, "--gin.BATCH_SIZE=4"])
+    again = file.read_text().splitlines()
+    assert len(again) == 10
+    with pytest.raises(SystemExit):
+        config.run(infer.infer, [*score, "--gin.NUM_DRAWS=8"])
+    assert "begun with other settings (num_draws" in capsys.readouterr().err
+
+    output = tmp_path / "set"
+    evaluation.main([*flags, "--gin_file=runs/eval_likelihood.gin", f"--gin.EVAL_OUTPUT_DIR={output}"])
+    metrics = json.loads((output / "results.json").read_text())["results"]["quickstart_pairs"]
+    for records in (list(map(json.loads, lines)), list(map(json.loads, again))):
+        assert [record["example_id"] for record in records] == list(range(10))
+        assert metrics["log_likelihood"] == pytest.approx(np.mean([r["log_likelihood"] for r in records]), rel=1e-5)
+        errors = np.array([record["standard_error"] for record in records])
+        assert metrics["log_likelihood_se"] == pytest.approx(np.sqrt((errors**2).sum()) / 10, rel=1e-4)
+        assert metrics["num_bytes"] == sum(len(r["targets_pretokenized"].encode()) for r in records)
+        assert metrics["num_tokens"] == sum(r["num_tokens"] for r in records)
+    assert [len(run.predictions) for run in read_runs([output, tmp_path / "scored"])] == [0, 0]
+
+
 def test_a_report_shows_what_the_verbs_left(finetuned, pretrained, tmp_path):
     page = write_report([finetuned, pretrained], tmp_path / "report.html").read_text()
     for expected in (

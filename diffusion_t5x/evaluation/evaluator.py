@@ -1,4 +1,4 @@
-"""Every evaluation that a run asks for: losses, and decoding with scores."""
+"""Every evaluation that a run asks for: losses, likelihoods, and decoding with scores."""
 
 import dataclasses
 import time
@@ -11,10 +11,12 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.inference import Example, make_decode_step, predict
+from diffusion_t5x.evaluation.likelihood import likelihoods, make_likelihood_step, summarize
 from diffusion_t5x.evaluation.losses import evaluate_loss
 from diffusion_t5x.evaluation.teacher import make_judge
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.objectives.distillation import Teacher
+from diffusion_t5x.objectives.likelihood import check_num_draws
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.training.step import make_loss_step
 
@@ -76,9 +78,31 @@ class DecodeEval:
             raise UserError(f"DecodeEval.samples_per_example must be at least 1, not {self.samples_per_example}.")
 
 
+@dataclasses.dataclass(frozen=True)
+class LikelihoodEval:
+    """How likely the objective's model finds the targets of a data set: see `evaluation.likelihood.summarize`.
+
+    Attributes:
+      dataset: what to evaluate on.
+      num_examples: only the first so many; None takes all.
+      num_draws: of each example, an even number; exact objectives need none.
+      seed: of the draws.
+    """
+
+    dataset: EvalDataset
+    num_examples: int | None = None
+    num_draws: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_num_draws(self.num_draws)
+
+
 def for_tasks(
-    tasks: Sequence[str], dataset: Callable[..., EvalDataset], decode_eval: Callable[..., DecodeEval]
-) -> list[DecodeEval]:
+    tasks: Sequence[str],
+    dataset: Callable[..., EvalDataset],
+    decode_eval: Callable[..., DecodeEval | LikelihoodEval],
+) -> list[DecodeEval | LikelihoodEval]:
     """One evaluation for each task: `decode_eval(dataset=dataset(mixture_or_task_name=task))`."""
     if isinstance(tasks, str) or not tasks:
         raise UserError(f'EVAL_TASKS is a list of tasks\' names, such as ["my_task"], not {tasks!r}.')
@@ -91,9 +115,10 @@ class Evaluator:
     Args:
       mesh: to spread the rows over.
       definition: the model.
-      objective: of the loss evaluations.
+      objective: of the losses and likelihoods.
       loss_evals, decode_evals: what to run.
       teacher: of the objective; judges what is decoded, too.
+      likelihood_evals: what to run, too.
 
     Raises:
       UserError: two evaluations of a kind on one data set, whose results could not be told apart.
@@ -107,8 +132,9 @@ class Evaluator:
         loss_evals: Sequence[LossEval],
         decode_evals: Sequence[DecodeEval],
         teacher: Teacher | None = None,
+        likelihood_evals: Sequence[LikelihoodEval] = (),
     ):
-        for evals in (loss_evals, decode_evals):
+        for evals in (loss_evals, decode_evals, likelihood_evals):
             names = [ev.dataset.name for ev in evals]
             if twice := {name for name in names if names.count(name) > 1}:
                 raise UserError(f"Two evaluations of one kind on {twice.pop()!r}: run them apart.")
@@ -117,6 +143,10 @@ class Evaluator:
         self._loss_step = make_loss_step(mesh, definition, objective, seed=0, teacher=teacher)
         self._judge = teacher and make_judge(mesh, teacher)
         self._decode_evals = [(ev, make_decode_step(mesh, definition, ev.decoder, seed=ev.seed)) for ev in decode_evals]
+        self._likelihood_evals = [
+            (ev, make_likelihood_step(mesh, definition, objective, num_draws=ev.num_draws, seed=ev.seed))
+            for ev in likelihood_evals
+        ]
 
     def losses(self, params: Params) -> dict[str, dict[str, float]]:
         """The loss and its metrics, by data set."""
@@ -126,6 +156,13 @@ class Evaluator:
             )
             for ev in self._loss_evals
         }
+
+    def likelihoods(self, params: Params) -> Iterator[tuple[str, dict[str, float], list[dict[str, Any]]]]:
+        """For each data set its name, summary and records (see `evaluation.likelihood`)."""
+        for ev, step in self._likelihood_evals:
+            batches = ev.dataset.eval_batches(ev.num_examples)
+            records = list(likelihoods(step, params, batches, self._mesh, ev.dataset.to_text))
+            yield ev.dataset.name, summarize(records), records
 
     def decode(self, params: Params) -> Iterator[tuple[str, dict[str, float], list[dict[str, Any]]]]:
         """For each data set its name, metrics and predictions.

@@ -143,7 +143,8 @@ def _read_run(name: str, folder: pathlib.Path, files: Sequence[pathlib.Path]) ->
                 decode_times += read_times(_read_json(path))
             elif (output := path.with_name(path.name.replace(".settings.json", ".jsonl"))).exists():
                 settings = _read_json(path)
-                predictions.append(Predictions(settings["task"], settings["decoder"], _read_jsonl(output)))
+                if settings.get("mode") != "score":  # nothing was decoded
+                    predictions.append(Predictions(settings["task"], settings["decoder"], _read_jsonl(output)))
     evaluated.sort(key=lambda found: found[0].step or 0)
     scores += [found for found, _ in evaluated]
     last = {found.task: (found, where) for found, where in evaluated if found.num_examples is not None}

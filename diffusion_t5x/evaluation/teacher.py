@@ -12,7 +12,7 @@ from diffusion_t5x.models.transformer import Params
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.distillation import Teacher
 from diffusion_t5x.objectives.masked import score
-from diffusion_t5x.objectives.objective import after_end
+from diffusion_t5x.objectives.objective import text_of
 
 Judge = Callable[[Batch], dict[str, jax.Array]]
 
@@ -28,7 +28,7 @@ def make_judge(mesh: Mesh, teacher: Teacher) -> Judge:
     def judge(params: Params, batch: Batch) -> dict[str, jax.Array]:
         model = definition.bind(params)
         nll, agree = score(model, Autoregressive().hidden(model, batch), batch.tokens)
-        text = batch.target_mask & ~after_end(batch.tokens, batch, definition.vocabulary)
+        text = text_of(batch, definition.vocabulary)
         return {
             "teacher_nll": jnp.sum(jnp.where(text, nll, 0), axis=-1),
             "teacher_agreement": jnp.sum(text & agree, axis=-1),

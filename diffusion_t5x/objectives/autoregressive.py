@@ -10,13 +10,16 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind, Slots
 from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.objectives.masked import score
 from diffusion_t5x.objectives.objective import (
+    Likelihood,
     LossSums,
     Normalize,
     check_normalize,
     cross_entropy,
     normalized,
     row_keys,
+    text_of,
 )
 
 
@@ -71,15 +74,29 @@ class Autoregressive:
         """The key serves dropout alone; the objective itself draws nothing."""
         hidden = self.hidden(model, batch, row_keys(key, batch.example_ids) if train else None)
 
-        def score(logits, labels):
+        def read_out(logits, labels):
             loss, nll = cross_entropy(logits, labels, label_smoothing=self.label_smoothing, z_loss=self.z_loss)
             return loss, nll, jnp.argmax(logits, axis=-1) == labels
 
-        loss, nll, correct = model.map_logits(score, hidden, batch.tokens)
+        loss, nll, correct = model.map_logits(read_out, hidden, batch.tokens)
         return LossSums(
             loss=normalized(batch, loss, self.normalize),
             metrics={
                 "nll": normalized(batch, nll, "target_tokens"),
                 "accuracy": normalized(batch, correct, "target_tokens"),
             },
+        )
+
+    def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array | None, num_draws: int) -> Likelihood:
+        """Exact, by the chain rule: the text's tokens up to the one that ends it, which is all that a decoder writes.
+
+        As for a decoder, what no model may write (MASK, rows that stand for no id) has no probability; the loss leaves
+        it some. An imported model, which never learned that, has a slightly lower `nll`.
+        """
+        nll, _ = score(model, self.hidden(model, batch), batch.tokens)
+        text = text_of(batch, model.vocabulary)
+        return Likelihood(
+            log_likelihood=-jnp.sum(jnp.where(text, nll, 0), axis=-1),
+            standard_error=jnp.zeros(len(text)),
+            num_tokens=jnp.sum(text, axis=-1),
         )

@@ -11,16 +11,20 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import AttentionKind, Slots
 from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.objectives.likelihood import masked_bound
 from diffusion_t5x.objectives.masked import SCHEDULES, mask_targets, score, start_first
 from diffusion_t5x.objectives.objective import (
+    Likelihood,
     LossSums,
     Normalize,
     Ratio,
+    after_end,
     check_normalize,
     normalized,
     row_keys,
     stratified,
 )
+from diffusion_t5x.objectives.uniform_bound import uniform_bound
 
 
 def block_starts(batch: Batch, block_size: int) -> jax.Array:
@@ -106,14 +110,17 @@ class Block:
             noisy = jnp.where(noisy == vocabulary.mask_id, noise, batch.tokens)
         return noisy, weights
 
+    def _hidden(self, model, batch, noisy, encoded, dropout_keys=None):
+        """Of the noisy targets `[B, L, D]`, which see what is before their block clean."""
+        tokens, slots = clean_and_noisy(batch, start_first(noisy, batch.positions, model.vocabulary))
+        kind = AttentionKind("block_diffusion", self.block_size)
+        return model(tokens, slots, kind, encoded, dropout_keys)[:, batch.tokens.shape[1] :]
+
     def loss(self, model: Transformer, batch: Batch, key: jax.Array, train: bool = True) -> LossSums:
         _, _, _, dropout_key = jax.random.split(key, 4)
         dropout_keys = row_keys(dropout_key, batch.example_ids) if train else None
         noisy, weights = self.corrupt(model.vocabulary, batch, key)
-        tokens, slots = clean_and_noisy(batch, start_first(noisy, batch.positions, model.vocabulary))
-        kind = AttentionKind("block_diffusion", self.block_size)
-        encoded = model.encode(batch, dropout_keys)
-        hidden = model(tokens, slots, kind, encoded, dropout_keys)[:, batch.tokens.shape[1] :]
+        hidden = self._hidden(model, batch, noisy, model.encode(batch, dropout_keys), dropout_keys)
 
         nll, correct = score(model, hidden, batch.tokens)
         scored = batch.target_mask
@@ -127,3 +134,26 @@ class Block:
         count = jnp.sum(scored, dtype=jnp.float32)
         metrics["accuracy"] = Ratio(jnp.sum(scored & correct, dtype=jnp.float32), count)
         return LossSums(loss=normalized(batch, loss, self.normalize), metrics=metrics)
+
+    def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
+        """The sum of each block's lower bound given the clean blocks before, up to the block in which the text ends.
+
+        There a decoder stops. What it drops of that last block counts as it stands in the batch, one of the ways to
+        write the text: still a lower bound. Masked blocks of one target have nothing to draw, and are exact.
+        """
+        encoded = model.encode(batch)
+        starts = jnp.clip(block_starts(batch, self.block_size), 0)
+        ended = after_end(batch.tokens, batch, model.vocabulary)
+        counted = batch.target_mask & ~jnp.take_along_axis(ended, starts, axis=-1)
+
+        def hidden(tokens):
+            return self._hidden(model, batch, tokens, encoded)
+
+        if self.noise == "uniform":
+            return uniform_bound(model, hidden, batch, starts, counted, key, num_draws)
+
+        def nll(tokens):
+            return score(model, hidden(tokens), batch.tokens)[0]
+
+        num_draws = 2 if self.block_size == 1 else num_draws
+        return masked_bound(nll, model.vocabulary, batch, starts, counted, key, num_draws)

@@ -22,14 +22,15 @@ from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block, block_starts, clean_and_noisy
 from diffusion_t5x.objectives.masked import start_first
 from diffusion_t5x.objectives.objective import (
+    Likelihood,
     LossSums,
     Normalize,
     Ratio,
-    after_end,
     check_normalize,
     cross_entropy,
     normalized,
     row_keys,
+    text_of,
 )
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
@@ -171,7 +172,7 @@ class Distillation:
         distance, teacher_nll, agree = model.map_logits(
             compare, hidden, Autoregressive().hidden(teacher, batch), batch.tokens
         )
-        text = batch.target_mask & ~after_end(batch.tokens, batch, vocabulary)
+        text = text_of(batch, vocabulary)
         scored = text & (noisy == vocabulary.mask_id)
         if not self.score_end:
             scored &= (batch.tokens != vocabulary.eos_id) & (batch.tokens != vocabulary.pad_id)
@@ -188,3 +189,7 @@ class Distillation:
                 ),
             },
         )
+
+    def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
+        """Of the student, which writes by block diffusion: that of `Block`."""
+        return Block(self.block_size).log_likelihood(model, batch, key, num_draws)

@@ -15,7 +15,9 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind, Slots
 from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.objectives.likelihood import masked_bound
 from diffusion_t5x.objectives.objective import (
+    Likelihood,
     LossSums,
     Normalize,
     Ratio,
@@ -139,3 +141,17 @@ class Masked:
                 "mask_fraction": normalized(batch, masked, "target_tokens"),
             },
         )
+
+    def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
+        """The evidence lower bound, of all targets: the canvas behind the end is part of what the model writes.
+
+        It knows neither `schedule` nor `weighting` nor `epsilon`: the bound is the same for all of them.
+        """
+        encoded = model.encode(batch)
+
+        def nll(tokens):
+            read = start_first(tokens, batch.positions, model.vocabulary)
+            return score(model, model(read, Slots.of(batch), self.attention, encoded), batch.tokens)[0]
+
+        first_target = jnp.argmax(batch.target_mask, axis=-1, keepdims=True)
+        return masked_bound(nll, model.vocabulary, batch, first_target, batch.target_mask, key, num_draws)

@@ -50,6 +50,21 @@ class LossSums:
         return LossSums(self.loss + other.loss, {k: v + other.metrics[k] for k, v in self.metrics.items()})
 
 
+@flax.struct.dataclass
+class Likelihood:
+    """How likely a model finds each row's targets, given its inputs.
+
+    Attributes:
+      log_likelihood: float32 `[B]` in nats: exact, or an unbiased estimate of a lower bound; the objective says which.
+      standard_error: float32 `[B]`, of that estimate, by the spread of its own draws; 0 where nothing is drawn.
+      num_tokens: int32 `[B]`, the text's: its targets up to the one that ends it.
+    """
+
+    log_likelihood: jax.Array
+    standard_error: jax.Array
+    num_tokens: jax.Array
+
+
 class Objective(Protocol):
     """A frozen dataclass that corrupts clean tokens on device and scores the model on them."""
 
@@ -62,6 +77,18 @@ class Objective(Protocol):
 
     def loss(self, model: Transformer, batch: Batch, key: jax.Array | None, train: bool = True) -> LossSums:
         """The loss of a batch; rows draw from the key by their `example_ids`. `train` switches dropout on."""
+
+    def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
+        """Of rows that hold one example each, as an evaluation's do: packed ones would be taken for one.
+
+        Rows draw from the key by their `example_ids`: a row's numbers are the same alone and in any batch.
+
+        Args:
+          model: without dropout.
+          batch: clean tokens.
+          key: of the draws.
+          num_draws: how many there are, an even number; exact objectives take one pass, whatever it says.
+        """
 
 
 def row_keys(key: jax.Array, example_ids: jax.Array) -> jax.Array:
@@ -127,6 +154,11 @@ def after_end(tokens: jax.Array, batch: Batch, vocabulary: TokenIds) -> jax.Arra
     ends_before = jnp.cumsum(ends, axis=-1) - ends
     segment_start = jnp.maximum(jnp.arange(tokens.shape[1]) - batch.positions, 0)
     return ends_before > jnp.take_along_axis(ends_before, segment_start, axis=-1)
+
+
+def text_of(batch: Batch, vocabulary: TokenIds) -> jax.Array:
+    """bool `[B, L]`: the targets of the text, the one that ends it too."""
+    return batch.target_mask & ~after_end(batch.tokens, batch, vocabulary)
 
 
 def check_normalize(normalize: str) -> None:

@@ -16,6 +16,7 @@ from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind, Slots
 from diffusion_t5x.models.sampling import Sampling, forbid, sample
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.objectives.objective import (
+    Likelihood,
     LossSums,
     Normalize,
     check_normalize,
@@ -23,6 +24,7 @@ from diffusion_t5x.objectives.objective import (
     normalized,
     row_keys,
 )
+from diffusion_t5x.objectives.uniform_bound import uniform_bound
 
 
 def corrupt(batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
@@ -103,6 +105,16 @@ class Sundae:
         weights = self.weights or (1.0,) * len(terms)
         total = sum(weight * term.numerator for weight, term in zip(weights, terms, strict=True))
         return LossSums(loss=terms[0].replace(numerator=total), metrics=metrics)
+
+    def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
+        """A lower bound, of all targets, by diffusion with uniform noise in place of unrolls: see `uniform_bound`."""
+        encoded = model.encode(batch)
+        first_target = jnp.argmax(batch.target_mask, axis=-1, keepdims=True)
+
+        def hidden(tokens):
+            return model(tokens, Slots.of(batch), self.attention, encoded)
+
+        return uniform_bound(model, hidden, batch, first_target, batch.target_mask, key, num_draws)
 
     def _read_out(self, model, hidden, batch, keys):
         """Of every position `[B, L]`: the clean token's cross-entropy, whether it is likeliest, a sampled token."""

@@ -1,0 +1,99 @@
+"""Log-likelihoods by drawing: the estimator that bounds share, and the bound of masked diffusion."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.layers import fold_in
+from diffusion_t5x.objectives.objective import Likelihood, row_keys, text_of
+
+Draw = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def check_num_draws(num_draws: int) -> None:
+    if num_draws < 2 or num_draws % 2:
+        raise UserError(f"num_draws must be an even number, at least 2, not {num_draws}: draws come in pairs.")
+
+
+def estimate(draw: Draw, vocabulary: TokenIds, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
+    """The mean of a random log-likelihood over draws that share out [0, 1) evenly.
+
+    [0, 1) is cut into `num_draws / 2` equal parts, and there are two draws in each. The two are independent, so the
+    square of their difference says without bias how much draws of that part vary; the standard error follows from
+    these. (The spread of all draws would overstate it: it counts the differences between the parts, which are no
+    chance.) Draws are made one after another, so memory is that of one.
+
+    Args:
+      draw: of keys `[B]` and numbers `[B, L]`, independent and uniform in the draw's part of [0, 1), the log-likelihood
+        `[B]`; unbiased where the numbers are uniform in [0, 1).
+      vocabulary: says where texts end.
+      batch: rows of one example each.
+      key: rows draw from it by their `example_ids`.
+      num_draws: an even number.
+    """
+    check_num_draws(num_draws)
+    parts = num_draws // 2
+    keys = row_keys(key, batch.example_ids)
+
+    def one(number):
+        offset = uniform(fold_in(keys, 2 * number), batch.tokens.shape[1])
+        return draw(fold_in(keys, 2 * number + 1), (number // 2 + offset) / parts)
+
+    pairs = jax.lax.map(one, jnp.arange(num_draws)).reshape(parts, 2, -1)
+    spread = jnp.sum(jnp.square(pairs[:, 0] - pairs[:, 1]), axis=0)
+    return Likelihood(
+        log_likelihood=jnp.mean(pairs, axis=(0, 1)),
+        standard_error=jnp.sqrt(spread) / num_draws,
+        num_tokens=jnp.sum(text_of(batch, vocabulary), axis=-1),
+    )
+
+
+def uniform(keys: jax.Array, length: int) -> jax.Array:
+    """Numbers float32 `[B, length]`, uniform in [0, 1), from keys `[B]`; a longer row begins with the same ones."""
+    return jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)
+
+
+def masked_bound(
+    nll: Callable[[jax.Array], jax.Array],
+    vocabulary: TokenIds,
+    batch: Batch,
+    starts: jax.Array,
+    counted: jax.Array,
+    key: jax.Array,
+    num_draws: int,
+) -> Likelihood:
+    """The evidence lower bound of masked diffusion, in groups of targets that are masked apart from one another.
+
+    Of a group's n targets l ~ U{1..n}, any as likely as any, are masked, and n/l times their cross-entropies is
+    minus an estimate of the bound: that of times t ~ U[0, 1] and weights 1/t with the chance of t's number of masks
+    taken out (LLaDA, arXiv 2502.09992, equation 6; the same for any schedule: MDLM, arXiv 2406.07524, section 3.5).
+
+    Args:
+      nll: of rows int32 `[B, L]` with masks, the cross-entropy `[B, L]` of the batch's own tokens there.
+      vocabulary: says which id is MASK.
+      batch: clean tokens.
+      starts: int32 `[B, L]`, or `[B, 1]` for a group alone: row index of the first target of each target's group.
+        Groups have no gaps.
+      counted: bool `[B, L]`: targets whose bound is summed.
+      key, num_draws: see `estimate`.
+    """
+    slots = jnp.arange(batch.tokens.shape[1])
+    starts = jnp.where(batch.target_mask, starts, slots)  # other slots are groups of their own, of no targets
+    count = jax.vmap(lambda starts, is_target: jax.ops.segment_sum(is_target, starts, slots.size)[starts])
+    sizes = count(starts, batch.target_mask.astype(jnp.int32))
+
+    def draw(keys, numbers):
+        number = jnp.take_along_axis(numbers, starts, axis=-1)
+        num_masked = jnp.clip(jnp.floor(number * sizes) + 1, 1, jnp.maximum(sizes, 1))
+        # Groups have no gaps, so each keeps its place when slots are sorted by group, and at random inside groups.
+        order = jnp.lexsort((uniform(keys, slots.size), starts))
+        rank = jnp.argsort(order, axis=-1) - starts
+        masked = batch.target_mask & (rank < num_masked)
+        terms = nll(jnp.where(masked, vocabulary.mask_id, batch.tokens)) * sizes / num_masked
+        return -jnp.sum(jnp.where(masked & counted, terms, 0), axis=-1)
+
+    return estimate(draw, vocabulary, batch, key, num_draws)

@@ -1,0 +1,123 @@
+"""The evidence lower bound of diffusion with uniform noise (D3PM, arXiv 2107.03006, section 3.1 and appendix A)."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.models.layers import fold_in
+from diffusion_t5x.models.sampling import forbid
+from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.objectives.likelihood import estimate, uniform
+from diffusion_t5x.objectives.objective import Likelihood
+
+# As in D3PM. There is no limit to go to: these models are not told the time, and one that leaves a clean token the
+# probability 1 - e of being clean pays about e / i for it at step i, which has no finite sum.
+NUM_STEPS = 1000
+
+
+def step_divergence(
+    logits: jax.Array, clean: jax.Array, noisy: jax.Array, step: jax.Array, vocabulary: TokenIds, num_steps: int
+) -> jax.Array:
+    """KL(q(s | z, x) || p(s | z)) of one step back, in nats, `[...]`.
+
+    At time t = i / T a token x is, with probability t, one drawn uniformly from the K ids of the noise vocabulary (the
+    linear schedule). The step goes back from z at t = i / T to s at (i - 1) / T by the model's predictions p(x | z):
+    p(s | z) = sum_x q(s | z, x) p(x | z). (Their mean is never put in the place of x: that is another, worse p.)
+
+    With k(s) = p(s | z) / q(s | z, x), the sum of q (k - 1 - log k) over all s is the same divergence, and none of its
+    terms is negative: nothing cancels, however short the steps. q has closed forms for s = z, s = x and all other
+    noise; k is the prediction of s times a number plus a number, the same for all other noise.
+
+    Where z is no noise, as a sentinel is none, it is certainly clean: s = z by q and by p.
+
+    Args:
+      logits: float32 `[..., V]`: the model's, of x given z.
+      clean, noisy, step: int32 `[...]`: x, z and i, in 1..T.
+      vocabulary: says what noise is.
+      num_steps: T.
+    """
+    ids = np.arange(logits.shape[-1])
+    is_noise = np.isin(ids, vocabulary.noise_ids())
+    size = is_noise.sum()
+    log_p = jax.nn.log_softmax(forbid(logits, vocabulary))
+    p = jnp.exp(log_p)
+    at_clean, at_noisy = ids == clean[..., None], ids == noisy[..., None]
+    log_p_clean = jnp.take_along_axis(log_p, clean[..., None], axis=-1)[..., 0]
+    p_noisy = jnp.take_along_axis(p, noisy[..., None], axis=-1)[..., 0]
+    p_not_noisy = jnp.sum(jnp.where(at_noisy, 0, p), axis=-1)
+
+    # The last step, i = 1, is apart: s is x itself. Elsewhere both times are positive.
+    i = jnp.maximum(step, 2).astype(jnp.float32)
+    s, t, redrawn = (i - 1) / num_steps, i / num_steps, 1 / (num_steps - i + 1)
+    kept, same = 1 - redrawn + redrawn / size, clean == noisy
+    kappa = t / (size * (1 - t) + t)  # q(z | x != z) / q(z | x = z)
+    rest = p_not_noisy + p_noisy * kappa
+
+    stays = 1 - s + s / size
+    q = jnp.where(same, stays * kept / (1 - t + t / size), s / t * kept)
+    k_minus_1 = jnp.where(same, -p_not_noisy / (i * stays), p_noisy * size / ((i - 1) * (t + size * (1 - t))))
+    at_z = q * (k_minus_1 - jnp.log1p(k_minus_1))
+
+    by_noise = jnp.where(jnp.asarray(is_noise)[clean], s / size, 0)
+    log_k = jnp.logaddexp(jnp.log1p(-s) + log_p_clean, jnp.log(by_noise * rest)) - jnp.log(1 - s + by_noise)
+    at_x = (1 - s + by_noise) * redrawn / t * (jnp.expm1(log_k) - log_k)
+
+    scale = jnp.where(same, 1 / kappa, 1)
+    k = (scale * (1 - s) * size / s)[..., None] * p + (scale * rest)[..., None]
+    other = is_noise & ~at_clean & ~at_noisy
+    at_others = s * redrawn / (size * t * scale) * jnp.sum(jnp.where(other, k - 1 - jnp.log(k), 0), axis=-1)
+    nowhere_in_q = jnp.sum(jnp.where(is_noise | at_clean, 0, p), axis=-1) / i
+
+    divergence = at_z + jnp.where(same, 0, at_x) + at_others + nowhere_in_q
+    return jnp.where(jnp.asarray(is_noise)[noisy], jnp.where(step == 1, -log_p_clean, divergence), 0)
+
+
+def uniform_bound(
+    model: Transformer,
+    hidden: Callable[[jax.Array], jax.Array],
+    batch: Batch,
+    starts: jax.Array,
+    counted: jax.Array,
+    key: jax.Array,
+    num_draws: int,
+    num_steps: int = NUM_STEPS,
+) -> Likelihood:
+    """The bound's T terms (see `step_divergence`), of which each draw takes one, for every group of targets anew.
+
+    Half of the draws take any step as likely as any, which is how noise is paid for, and half step i in proportion to
+    1 / i, which is how tokens that are clean already are; each term is divided by its chance of being drawn.
+
+    Args:
+      model: reads the logits out.
+      hidden: of rows int32 `[B, L]` with noise, the hidden states `[B, L, D]` that predict the batch's own tokens.
+      batch: clean tokens.
+      starts: int32 `[B, L]`, or `[B, 1]` for a group alone: row index of the first target of each target's group.
+      counted: bool `[B, L]`: targets whose bound is summed.
+      key, num_draws: see `estimate`.
+      num_steps: T. The bound holds for any.
+    """
+    vocabulary = model.vocabulary
+    starts = jnp.broadcast_to(starts, batch.tokens.shape)
+    harmonic = 1 / np.arange(1, num_steps + 1)
+    chances = 0.5 / num_steps + 0.5 * harmonic / harmonic.sum()
+    ends = jnp.asarray(np.cumsum(chances)[:-1], jnp.float32)
+    weights = jnp.asarray(1 / chances, jnp.float32)
+
+    def draw(keys, numbers):
+        index = jnp.searchsorted(ends, jnp.take_along_axis(numbers, starts, axis=-1), side="right")
+        where, what = fold_in(keys, 0), fold_in(keys, 1)
+        replaced = batch.target_mask & (uniform(where, batch.tokens.shape[1]) < (index + 1) / num_steps)
+        noise = jax.vmap(vocabulary.sample_noise, (0, None))(what, batch.tokens.shape[1:])
+        noisy = jnp.where(replaced, noise, batch.tokens)
+
+        def read_out(logits, clean, noisy, step):
+            return step_divergence(logits, clean, noisy, step, vocabulary, num_steps)
+
+        terms = model.map_logits(read_out, hidden(noisy), batch.tokens, noisy, index + 1)
+        return -jnp.sum(jnp.where(counted, terms * weights[index], 0), axis=-1)
+
+    return estimate(draw, vocabulary, batch, key, num_draws)
