@@ -99,7 +99,7 @@ def test_texts_on_eight_devices_are_those_of_one_alone(eight_devices):
         env=eight_devices,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
