@@ -38,7 +38,7 @@ def read_next(
     kind: AttentionKind,
     encoded: Encoded | None,
 ) -> tuple[jax.Array, KVCache]:
-    """Logits float32 `[B, V]` of what may be written in each row's slot, int32 `[B]`, and the longer cache."""
+    """Logits float32 `[B, V]` of what may be written in each row's slot, int32 `[B]`; the cache has one token more."""
     before = canvas[jnp.arange(len(canvas)), slot - 1]
     before = jnp.where(slot == 0, model.vocabulary.start_id, before)
     hidden, cache = model.extend(before[:, None], kind, cache, slot, encoded)
