@@ -86,7 +86,7 @@ def _lines(trace: Mapping[str, Any]) -> Iterator[rich.text.Text]:
     given, before = set(trace["given"]), groups[0][-1][1]
     for chosen in np.unique(np.linspace(0, len(groups) - 1, _MOST_LINES).round().astype(int)).tolist():
         frame = groups[chosen][-1][1]
-        line = rich.text.Text(f"{labels[chosen]:>{max(map(len, labels))}} ", "dim")
+        line = rich.text.Text().append(f"{labels[chosen]:>{max(map(len, labels))}} ", "dim")
         for place, (text, confidence) in enumerate(frame):
             sure = _COLOURS[min(int(confidence * len(_COLOURS)), len(_COLOURS) - 1)]
             style = "dim" if place in given or not confidence else sure
