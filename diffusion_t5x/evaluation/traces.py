@@ -70,7 +70,7 @@ def show(records: Iterable[Mapping[str, Any]], console: rich.console.Console) ->
     What is new is underlined, what is given or not written yet is dim. Steps that change no text share a line; of many
     lines some are shown.
     """
-    console.print("Before the first step, and after each. ¶ is the end of a text, · padding, ▢ MASK.", style="dim")
+    console.print("0 is before the first step. ¶ is the end of a text, · padding, ▢ MASK.", style="dim")
     for record in records:
         title = rich.text.Text(_sign(record["inputs_pretokenized"]), "bold")
         title.append(" → ", "dim").append(_sign(record["prediction"]), "bold green")
