@@ -70,7 +70,7 @@ def show(records: Iterable[Mapping[str, Any]], console: rich.console.Console) ->
     What is new is underlined, what is given or not written yet is dim. Steps that change no text share a line; of many
     lines some are shown.
     """
-    console.print("Before the first step, and after each. ¶ is the end of a text, · padding, ▢ MASK.", style="dim")
+    console.print("0 is before the first step. ¶ is the end of a text, · padding, ▢ MASK.", style="dim")
     for record in records:
         title = rich.text.Text(_sign(record["inputs_pretokenized"]), "bold")
         title.append(" → ", "dim").append(_sign(record["prediction"]), "bold green")
@@ -86,7 +86,7 @@ def _lines(trace: Mapping[str, Any]) -> Iterator[rich.text.Text]:
     given, before = set(trace["given"]), groups[0][-1][1]
     for chosen in np.unique(np.linspace(0, len(groups) - 1, _MOST_LINES).round().astype(int)).tolist():
         frame = groups[chosen][-1][1]
-        line = rich.text.Text(f"{labels[chosen]:>{max(map(len, labels))}} ", "dim")
+        line = rich.text.Text().append(f"{labels[chosen]:>{max(map(len, labels))}} ", "dim")
         for place, (text, confidence) in enumerate(frame):
             sure = _COLOURS[min(int(confidence * len(_COLOURS)), len(_COLOURS) - 1)]
             style = "dim" if place in given or not confidence else sure

@@ -72,7 +72,7 @@ class Page(html.parser.HTMLParser):
             self.scripts.append("")
 
     def handle_data(self, data):
-        if self.tags[-1:] == ["script"] and self.scripts:
+        if self.cdata_elem == "script":
             self.scripts[-1] += data
 
 
@@ -124,7 +124,7 @@ def test_the_terminal_shows_step_below_step():
 def test_the_terminal_shows_some_of_many_steps_and_obeys_no_text():
     steps = [[[place, "x", 0.5]] for place in range(100)]
     out = shown(record(trace={"tokens": ["▢"] * 100, "given": [], "steps": steps}), width=40)
-    numbers = [int(number) for number in re.findall(r"^ *(\d+) ", out, re.MULTILINE)]
+    numbers = [int(number) for number in re.findall(r"^ *(\d+) [x▢]", out, re.MULTILINE)]
     assert len(numbers) == 12 and (numbers[0], numbers[-1]) == (0, 100)
     assert all(len(line) <= 40 for line in out.splitlines())
     for text in EVIL:
