@@ -42,20 +42,20 @@ def make_model(name):
     return definition, tiny.random_params(definition)
 
 
-def decode(name, decoder, batch=BATCH, seed=0):
+@functools.partial(jax.jit, static_argnums=(0, 1))  # compiled once, for all tests
+def run(definition, decoder, params, batch):
+    return decoder.decode(definition.bind(params), batch, jax.random.key(0), trace=True)
+
+
+def decode(name, decoder, batch=BATCH):
     definition, params = make_model(name)
-
-    @jax.jit
-    def run(params, batch):
-        return decoder.decode(definition.bind(params), batch, jax.random.key(seed), trace=True)
-
-    return jax.device_get(run(params, batch))
+    return jax.device_get(run(definition, decoder, params, batch))
 
 
-def uncached(name, decoder, batch=BATCH, seed=0):
+def uncached(name, decoder, batch=BATCH):
     """Block after block from passes over whole rows."""
     definition, params = make_model(name)
-    model, keys = definition.bind(params), row_keys(jax.random.key(seed), batch.example_ids)
+    model, keys = definition.bind(params), row_keys(jax.random.key(0), batch.example_ids)
 
     @jax.jit
     def write(canvas, eligible, step):

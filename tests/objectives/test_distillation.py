@@ -135,26 +135,30 @@ def models(config=tiny.LLAMA):
     return definition, student, tiny.random_params(definition, 1)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 4))  # else every operation is compiled alone, for every length
+def forward(definition, params, tokens, slots, kind):
+    """Log-probabilities up to a constant, of a pass over these tokens alone."""
+    model = definition.bind(params)
+    return forbid(model.logits(model(tokens, slots, kind)), VOCABULARY)
+
+
 @functools.cache
 def brute_force_parts():
     """The teacher's log-probabilities by a pass over each prefix alone."""
-    definition, _, params = models()
-    teacher = definition.bind(params)
+    definition, _, teacher = models()
     whole = np.zeros((*BATCH.tokens.shape, 32))
     for row, length in ((0, 8), (1, 5)):
         for i in range(length):
             read = np.array([[VOCABULARY.start_id, *BATCH.tokens[row, :i]]], np.int32)
             ones, positions = np.ones_like(read), np.arange(i + 1, dtype=np.int32)[None]
             slots = Slots(segment_ids=ones, positions=positions, is_input=ones > 0)
-            logits = forbid(teacher.logits(teacher(read, slots, CAUSAL)), VOCABULARY)
-            whole[row, i] = logits[0, -1]
+            whole[row, i] = forward(definition, teacher, read, slots, CAUSAL)[0, -1]
     return whole
 
 
 def student_logits(noisy, size):
     """Of each block by a pass of its own: all before it clean, nothing behind it."""
-    definition, params, _ = models()
-    student = definition.bind(params)
+    definition, student, _ = models()
     logits = np.zeros((*noisy.shape, 32))
     for row, first, length in ((0, 2, 8), (1, 0, 5)):
         for start in range(first, length, size):
@@ -162,8 +166,8 @@ def student_logits(noisy, size):
             tokens = np.concatenate([BATCH.tokens[row, :start], noisy[row, start:end]])[None]
             slots = Slots.of(jax.tree.map(lambda x, end=end, row=row: x[row : row + 1, :end], mask_only(BATCH)))
             read = start_first(tokens, slots.positions, VOCABULARY)
-            hidden = student(read, slots, AttentionKind("block_causal", size))
-            logits[row, start:end] = forbid(student.logits(hidden), VOCABULARY)[0, start:]
+            kind = AttentionKind("block_causal", size)
+            logits[row, start:end] = forward(definition, student, read, slots, kind)[0, start:]
     return logits
 
 
