@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from diffusion_t5x import config, report
+from diffusion_t5x import checkpoints, config, report
 from diffusion_t5x import eval as evaluation
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -33,8 +33,11 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("command", commands())
 def test_a_command_of_the_pages_resolves(command, capsys):
     _, _, module, *flags = shlex.split(command)
-    if module == report.__name__:  # the one verb that has no gin
+    if module == report.__name__:  # verbs that have no gin
         assert report.parse(flags).runs
+        return
+    if module == checkpoints.__name__:
+        assert checkpoints.parse(flags).command
         return
     if module == evaluation.__name__:  # which has two
         evaluation.main([*flags, "--print_config"])
