@@ -149,8 +149,6 @@ def train(
         if teacher_checkpoint_path:
             teacher = load_teacher(teacher_checkpoint_path, teacher_model or model, vocabulary, device_mesh)
         data_state, evaluation_due = None, False
-        if resume_path and allow_older_checkpoint:
-            stored.set_aside_after(resume_path)
         if resume_path:
             state, data_state, metadata = checkpointing.restore(resume_path, abstract)
             evaluation_due = metadata.get("evaluation_due", False)
@@ -170,6 +168,9 @@ def train(
             logger.info("%s: all %d steps are taken already, nothing to do", model_dir, train_steps)
             return
 
+        if resume_path and allow_older_checkpoint:
+            stored.set_aside_after(resume_path)
+        checkpoints = checkpointing.Checkpoints(checkpoint_folder, **dataclasses.asdict(checkpoint_policy))
         if jax.process_index() == 0:
             if isinstance(train_dataset, SeqioDataset):  # of a cache they were counted when it was written
                 train_dataset.warn_of_cuts()
@@ -202,7 +203,6 @@ def train(
             ema_decay=ema_decay,
             teacher=teacher,
         )
-        checkpoints = checkpointing.Checkpoints(checkpoint_folder, **dataclasses.asdict(checkpoint_policy))
         evaluator = Evaluator(device_mesh, definition, objective, loss_evals, decode_evals, teacher)
         writer = make_writer(model_dir, metric_writers, first_step, config.operative_values())
 
