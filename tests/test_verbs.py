@@ -205,10 +205,10 @@ def test_a_second_run_in_a_model_dir_stops_before_it_writes_anything(pretrained,
 def test_a_run_told_to_stop_again_and_again_is_the_undisturbed_run_bit_for_bit(pretrained, tmp_path):
     command = [sys.executable, "-m", "diffusion_t5x.train", *PRETRAIN, f"--gin.MODEL_DIR={tmp_path}"]
     command += ["--gin.Periods.save=100"]
-    for stop_at in (2, 7, 13):
+    for stop_at in (2, 9):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         try:
-            deadline = time.monotonic() + 240
+            deadline = time.monotonic() + 600
             while not (tmp_path / "train/metrics.jsonl").exists() or len(steps(tmp_path)) < stop_at:
                 assert process.poll() is None, "the run ended before it could be told"
                 assert time.monotonic() < deadline
