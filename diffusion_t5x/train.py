@@ -1,5 +1,6 @@
 """Pretrain, adapt or fine-tune: trains a model with an objective on a SeqIO task or mixture."""
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -22,7 +23,9 @@ from diffusion_t5x.objectives.distillation import Distillation
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training import checkpoints as checkpointing
+from diffusion_t5x.training import stored
 from diffusion_t5x.training.assignment import Rule
+from diffusion_t5x.training.lock import locked
 from diffusion_t5x.training.loop import Periods, train_loop
 from diffusion_t5x.training.metrics import check_writers, make_writer
 from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout
@@ -71,6 +74,7 @@ def train(
     loss_evals: Sequence[LossEval] = (),
     decode_evals: Sequence[DecodeEval] = (),
     checkpoint_policy: CheckpointPolicy = CheckpointPolicy(),  # noqa: B008  (frozen)
+    allow_older_checkpoint: bool = False,
     metric_writers: Sequence[str] = ("jsonl", "tensorboard"),
     dry_run: bool = False,
 ) -> None:
@@ -101,136 +105,140 @@ def train(
       loss_evals: losses measured at each evaluation.
       decode_evals: decoding and scoring at each evaluation.
       checkpoint_policy: which checkpoints stay.
+      allow_older_checkpoint: where the latest checkpoint in `model_dir` is broken, go on from the newest whole one.
       metric_writers: "jsonl", "tensorboard", "wandb" (Weights & Biases, an extra).
       dry_run: build model, data and shapes, print them, and train nothing.
 
     Raises:
       UserError: anything that does not fit, before training data are read and before anything is compiled.
+      SystemExit: told to stop, it has saved; see `training.preemption` for the exit codes.
     """
     device_mesh = mesh.make()
     check_writers(metric_writers)
-    if not dry_run:
-        checkpointing.ensure_writable(model_dir)
-    checkpoint_folder = os.path.join(model_dir, "checkpoints")
-    resume_path = checkpointing.latest(checkpoint_folder)
-    if initial_checkpoint_path and not resume_path:
-        initial_checkpoint_path = str(checkpointing.find_checkpoint(initial_checkpoint_path))
-    datasets = [train_dataset, *(ev.dataset for ev in [*loss_evals, *decode_evals])]
-    check_datasets(datasets, model, device_mesh)
-    _check_microbatches(device_mesh, train_dataset.batch_size, num_microbatches)
-    _check_distillation(objective, model, rollout, train_dataset)
-    if isinstance(objective, Distillation) and not teacher_checkpoint_path and not dry_run:
-        raise UserError("Distillation needs a teacher: set train.teacher_checkpoint_path.")
-    if teacher_checkpoint_path:
-        teacher_checkpoint_path = str(checkpointing.find_checkpoint(teacher_checkpoint_path))
+    with contextlib.nullcontext() if dry_run else locked(model_dir):
+        checkpoint_folder = os.path.join(model_dir, "checkpoints")
+        find = stored.latest_whole if allow_older_checkpoint else checkpointing.latest
+        resume_path = find(checkpoint_folder)
+        if initial_checkpoint_path and not resume_path:
+            initial_checkpoint_path = str(checkpointing.find_checkpoint(initial_checkpoint_path))
+        datasets = [train_dataset, *(ev.dataset for ev in [*loss_evals, *decode_evals])]
+        check_datasets(datasets, model, device_mesh)
+        _check_microbatches(device_mesh, train_dataset.batch_size, num_microbatches)
+        _check_distillation(objective, model, rollout, train_dataset)
+        if isinstance(objective, Distillation) and not teacher_checkpoint_path and not dry_run:
+            raise UserError("Distillation needs a teacher: set train.teacher_checkpoint_path.")
+        if teacher_checkpoint_path:
+            teacher_checkpoint_path = str(checkpointing.find_checkpoint(teacher_checkpoint_path))
 
-    vocabulary = train_dataset.token_ids()
-    definition = ModelDefinition(model, vocabulary)
-    abstract = abstract_state(device_mesh, definition, optimizer, ema_decay is not None)
-    start_path = resume_path or initial_checkpoint_path
-    if start_path:
-        vocabulary.check_same(checkpointing.read_metadata(start_path)["vocabulary"], start_path)
-    info = _describe(definition, abstract)
-    if dry_run:
-        batch = next(train_dataset.train_iterator())
-        shapes = (f"  {name} {x.dtype}{list(x.shape)}" for name, x in vars(batch).items() if x is not None)
-        print(info, "batch:", *shapes, sep="\n")
-        teacher = f", taught by {teacher_checkpoint_path}" if teacher_checkpoint_path else ""
-        print(f"Would train to step {train_steps} from {start_path or 'scratch'}{teacher}. Nothing was written.")
-        return
+        vocabulary = train_dataset.token_ids()
+        definition = ModelDefinition(model, vocabulary)
+        abstract = abstract_state(device_mesh, definition, optimizer, ema_decay is not None)
+        start_path = resume_path or initial_checkpoint_path
+        if start_path:
+            vocabulary.check_same(checkpointing.read_metadata(start_path)["vocabulary"], start_path)
+        info = _describe(definition, abstract)
+        if dry_run:
+            batch = next(train_dataset.train_iterator())
+            shapes = (f"  {name} {x.dtype}{list(x.shape)}" for name, x in vars(batch).items() if x is not None)
+            print(info, "batch:", *shapes, sep="\n")
+            teacher = f", taught by {teacher_checkpoint_path}" if teacher_checkpoint_path else ""
+            print(f"Would train to step {train_steps} from {start_path or 'scratch'}{teacher}. Nothing was written.")
+            return
 
-    teacher = None
-    if teacher_checkpoint_path:
-        teacher = load_teacher(teacher_checkpoint_path, teacher_model or model, vocabulary, device_mesh)
-    data_state = None
-    checkpoints = checkpointing.Checkpoints(checkpoint_folder, **dataclasses.asdict(checkpoint_policy))
-    if resume_path:
-        state, data_state, _ = checkpointing.restore(resume_path, abstract)
-    elif initial_checkpoint_path:
-        state = checkpointing.restore_initial(
-            initial_checkpoint_path,
-            abstract,
-            restore_rules,
-            init=lambda: fresh_state(definition, optimizer, ema_decay is not None, jax.random.key(random_seed)),
-        )
-    else:
-        state = init_state(abstract, definition, optimizer, random_seed)
-    first_step = int(state.step)
-    how = "resuming from" if resume_path else "initialised from"
-    logger.info("%s at step %d of %d", f"{how} {start_path}" if start_path else "from scratch", first_step, train_steps)
-    if first_step >= train_steps:
-        logger.info("%s: all %d steps are taken already, nothing to do", model_dir, train_steps)
-        return
+        teacher = None
+        if teacher_checkpoint_path:
+            teacher = load_teacher(teacher_checkpoint_path, teacher_model or model, vocabulary, device_mesh)
+        data_state, evaluation_due = None, False
+        if resume_path:
+            state, data_state, metadata = checkpointing.restore(resume_path, abstract)
+            evaluation_due = metadata.get("evaluation_due", False)
+        elif initial_checkpoint_path:
+            state = checkpointing.restore_initial(
+                initial_checkpoint_path,
+                abstract,
+                restore_rules,
+                init=lambda: fresh_state(definition, optimizer, ema_decay is not None, jax.random.key(random_seed)),
+            )
+        else:
+            state = init_state(abstract, definition, optimizer, random_seed)
+        first_step = int(state.step)
+        how = f"{'resuming' if resume_path else 'initialised'} from {start_path}" if start_path else "from scratch"
+        logger.info("%s at step %d of %d", how, first_step, train_steps)
+        if first_step >= train_steps and not evaluation_due:
+            logger.info("%s: all %d steps are taken already, nothing to do", model_dir, train_steps)
+            return
 
-    if jax.process_index() == 0:
-        if isinstance(train_dataset, SeqioDataset):  # of a cache they were counted when it was written
-            train_dataset.warn_of_cuts()
-        pathlib.Path(model_dir, "config.gin").write_text(config.operative_text(), encoding="utf-8")
-        pathlib.Path(model_dir, "model-info.txt").write_text(info + "\n", encoding="utf-8")
-    batches = train_dataset.train_iterator(jax.process_count(), jax.process_index())
-    next_batch = lambda _: next(batches)  # noqa: E731
-    if rollout is not None:
-        batches = OnPolicyBatches(
+        if resume_path and allow_older_checkpoint:
+            stored.set_aside_after(resume_path)
+        checkpoints = checkpointing.Checkpoints(checkpoint_folder, **dataclasses.asdict(checkpoint_policy))
+        if jax.process_index() == 0:
+            if isinstance(train_dataset, SeqioDataset):  # of a cache they were counted when it was written
+                train_dataset.warn_of_cuts()
+            pathlib.Path(model_dir, "config.gin").write_text(config.operative_text(), encoding="utf-8")
+            pathlib.Path(model_dir, "model-info.txt").write_text(info + "\n", encoding="utf-8")
+        batches = train_dataset.train_iterator(jax.process_count(), jax.process_index())
+        next_batch = lambda _: next(batches)  # noqa: E731
+        if rollout is not None:
+            batches = OnPolicyBatches(
+                device_mesh,
+                definition,
+                rollout,
+                batches,
+                num_inputs=train_dataset.task_feature_lengths["inputs"],
+                batch_size=train_dataset.batch_size,
+                seed=random_seed,
+            )
+            next_batch = batches.next_batch
+        if data_state is not None:
+            batches.load_state_dict(data_state)
+        train_step = make_train_step(
             device_mesh,
+            abstract,
             definition,
-            rollout,
-            batches,
-            num_inputs=train_dataset.task_feature_lengths["inputs"],
-            batch_size=train_dataset.batch_size,
+            objective,
+            optimizer,
             seed=random_seed,
+            microbatches=num_microbatches,
+            normalizing_factor=loss_normalizing_factor,
+            ema_decay=ema_decay,
+            teacher=teacher,
         )
-        next_batch = batches.next_batch
-    if data_state is not None:
-        batches.load_state_dict(data_state)
-    train_step = make_train_step(
-        device_mesh,
-        abstract,
-        definition,
-        objective,
-        optimizer,
-        seed=random_seed,
-        microbatches=num_microbatches,
-        normalizing_factor=loss_normalizing_factor,
-        ema_decay=ema_decay,
-        teacher=teacher,
-    )
-    evaluator = Evaluator(device_mesh, definition, objective, loss_evals, decode_evals, teacher)
-    writer = make_writer(model_dir, metric_writers, first_step, config.operative_values())
+        evaluator = Evaluator(device_mesh, definition, objective, loss_evals, decode_evals, teacher)
+        writer = make_writer(model_dir, metric_writers, first_step, config.operative_values())
 
-    def evaluate(state: TrainState, step: int) -> dict[str, float]:
-        found: dict[str, float] = {}
+        def evaluate(state: TrainState, step: int) -> dict[str, float]:
+            # Written when all is known: one that is broken off is done again, and leaves nothing twice.
+            losses = evaluator.losses(state.eval_params)
+            results = [("training_eval", task, metrics) for task, metrics in losses.items()]
+            for task, metrics, records in evaluator.decode(state.eval_params):
+                results.append(("inference_eval", task, metrics))
+                write_jsonl(os.path.join(model_dir, "inference_eval", task, f"predictions_{step}.jsonl"), records)
+            for kind, task, metrics in results:
+                writer.write(step, f"{kind}/{task}", metrics)
+            found = {f"{task}/{name}": value for _, task, metrics in results for name, value in metrics.items()}
+            if found:
+                logger.info("step %d: %s", step, "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+            return found
 
-        def write(kind: str, task: str, metrics: dict[str, float]) -> None:
-            writer.write(step, f"{kind}/{task}", metrics)
-            found.update({f"{task}/{name}": value for name, value in metrics.items()})
-
-        for task, metrics in evaluator.losses(state.eval_params).items():
-            write("training_eval", task, metrics)
-        for task, metrics, records in evaluator.decode(state.eval_params):
-            write("inference_eval", task, metrics)
-            write_jsonl(os.path.join(model_dir, "inference_eval", task, f"predictions_{step}.jsonl"), records)
-        if found:
-            logger.info("step %d: %s", step, "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
-        return found
-
-    try:
-        train_loop(
-            mesh=device_mesh,
-            state=state,
-            train_step=train_step,
-            next_batch=next_batch,
-            data_state=batches.state_dict,
-            total_steps=train_steps,
-            periods=periods,
-            evaluate=evaluate,
-            checkpoints=checkpoints,
-            metadata={"vocabulary": vocabulary.describe(), "config": config.operative_text()},
-            writer=writer,
-            description=f"{type(objective).__name__} on {train_dataset.name}",
-        )
-    finally:
-        checkpoints.close()
-        writer.close()
+        try:
+            train_loop(
+                mesh=device_mesh,
+                state=state,
+                train_step=train_step,
+                next_batch=next_batch,
+                data_state=batches.state_dict,
+                total_steps=train_steps,
+                periods=periods,
+                evaluate=evaluate,
+                checkpoints=checkpoints,
+                metadata={"vocabulary": vocabulary.describe(), "config": config.operative_text()},
+                writer=writer,
+                evaluation_due=evaluation_due,
+                description=f"{type(objective).__name__} on {train_dataset.name}",
+            )
+        finally:
+            checkpoints.close()
+            writer.close()
 
 
 def _check_microbatches(mesh: Mesh, batch_size: int, num_microbatches: int) -> None:

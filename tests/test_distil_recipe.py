@@ -1,6 +1,10 @@
 """On-policy distillation through the verbs: a real model imported, its stories, a student, the teacher's verdict."""
 
 import json
+import os
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -59,6 +63,14 @@ def distil(model_dir, teacher, samples, steps, *more):
     return [json.loads(line) for line in (model_dir / "train" / "metrics.jsonl").read_text().splitlines()]
 
 
+def tell_to_stop_after_two_steps(model_dir):
+    metrics = model_dir / "train" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while (not metrics.exists() or metrics.read_text().count("\n") < 2) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_a_run_resumed_among_texts_that_it_wrote_goes_on_the_same(teacher, samples, tmp_path):
     """Four batches a rollout, a checkpoint after three: one text is left over, and it is in the checkpoint."""
     whole = distil(tmp_path / "whole", teacher, samples, 7)
@@ -67,6 +79,19 @@ def test_a_run_resumed_among_texts_that_it_wrote_goes_on_the_same(teacher, sampl
     for name in ("loss", "teacher_nll", "text_length", "gradient_norm"):
         np.testing.assert_allclose([x[name] for x in parts], [x[name] for x in whole], rtol=1e-6)
     assert [x["text_length"] for x in whole] == [8] * 4 + [16] * 3  # one length for each rollout
+
+    told = threading.Thread(target=tell_to_stop_after_two_steps, args=(tmp_path / "told",))
+    usual = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # were it too late, it would end the tests
+    try:
+        told.start()
+        with pytest.raises(SystemExit) as stopped:
+            distil(tmp_path / "told", teacher, samples, 7)
+        assert stopped.value.code == 75
+    finally:
+        told.join()
+        signal.signal(signal.SIGTERM, usual)
+    again = distil(tmp_path / "told", teacher, samples, 7)
+    np.testing.assert_allclose([x["loss"] for x in again], [x["loss"] for x in whole], rtol=1e-6)
 
     before = json.loads((tmp_path / "whole" / "inference_eval" / "stories_continuations" / "metrics.jsonl").read_text())
     assert {"teacher_nll", "teacher_agreement", "tokens_per_step", "distinct_2"} <= before.keys()

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from diffusion_t5x import benchmark, config, infer, report
+from diffusion_t5x import benchmark, checkpoints, config, infer, report
 from diffusion_t5x import eval as evaluation
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -34,8 +34,11 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("command", commands())
 def test_a_command_of_the_pages_resolves(command, capsys):
     _, _, module, *flags = shlex.split(command)
-    if module == report.__name__:  # the one verb that has no gin
+    if module == report.__name__:  # verbs that have no gin
         assert report.parse(flags).runs
+        return
+    if module == checkpoints.__name__:
+        assert checkpoints.parse(flags).command
         return
     if module in (evaluation.__name__, infer.__name__, benchmark.__name__):  # which have flags of their own
         sys.modules[module].main([*flags, "--print_config"])

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from diffusion_t5x import eval as evaluation
 from diffusion_t5x.evaluation.report import write_report
 from diffusion_t5x.evaluation.runs import read_runs
 from diffusion_t5x.training import checkpoints
+from diffusion_t5x.training.lock import FILE as LOCK
+from diffusion_t5x.training.lock import locked
 
 TINY = [
     "--gin.ModelConfig.embed_dim=16",
@@ -158,9 +161,73 @@ def test_a_run_killed_and_started_again_is_the_undisturbed_run_bit_for_bit(pretr
 
 
 def test_a_finished_run_started_again_does_nothing(pretrained):
-    before = {path: path.stat().st_mtime_ns for path in pretrained.rglob("*") if path.is_file()}
+    def times():
+        return {path: path.stat().st_mtime_ns for path in pretrained.rglob("*") if path.is_file() and path.name != LOCK}
+
+    before = times()
     config.run(train.train, [*PRETRAIN, f"--gin.MODEL_DIR={pretrained}"])
-    assert {path: path.stat().st_mtime_ns for path in pretrained.rglob("*") if path.is_file()} == before
+    assert times() == before
+
+
+def test_a_broken_newest_checkpoint_stops_a_run_unless_an_older_one_is_allowed(pretrained, tmp_path, capsys):
+    model_dir = shutil.copytree(pretrained, tmp_path / "model")
+    (model_dir / LOCK).unlink()
+    file = next(path for path in (model_dir / "checkpoints/checkpoint_20/state/d").iterdir())
+    os.truncate(file, file.stat().st_size - 1)
+    before = sorted((path, path.stat().st_mtime_ns) for path in model_dir.rglob("*") if path.is_file())
+    flags = [*PRETRAIN, f"--gin.MODEL_DIR={model_dir}", "--gin.Periods.save=100", "--gin.Periods.eval=None"]
+    with pytest.raises(SystemExit) as stopped:
+        config.run(train.train, [*flags, "--gin.TRAIN_STEPS=22"])
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and f"checkpoint_20 is broken: state/d/{file.name} has" in message
+    assert "newest whole one beside it is" in message and "checkpoint_15" in message
+    (model_dir / LOCK).unlink()
+    assert sorted((path, path.stat().st_mtime_ns) for path in model_dir.rglob("*") if path.is_file()) == before
+
+    flags += ["--gin.train.train.allow_older_checkpoint=True", "--gin.TRAIN_STEPS=20"]
+    config.run(train.train, [*flags])
+    assert f"resuming from {model_dir}/checkpoints/checkpoint_15" in capsys.readouterr().err
+    assert {path.name for path in (model_dir / "checkpoints").iterdir()} == {"broken_checkpoint_20", "checkpoint_20"}
+    for name, array in arrays(pretrained).items():
+        np.testing.assert_array_equal(array, arrays(model_dir)[name], err_msg=name)
+
+
+def test_a_second_run_in_a_model_dir_stops_before_it_writes_anything(pretrained, tmp_path, capsys):
+    with locked(str(tmp_path)):
+        with pytest.raises(SystemExit) as stopped:
+            config.run(train.train, [*PRETRAIN, f"--gin.MODEL_DIR={tmp_path}"])
+        assert stopped.value.code == 2
+        assert f"{tmp_path} is in use by process {os.getpid()} on" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+        config.run(train.train, [*PRETRAIN, f"--gin.MODEL_DIR={tmp_path}", "--dry_run"])  # which writes nothing
+
+
+@pytest.mark.slow
+def test_a_run_told_to_stop_again_and_again_is_the_undisturbed_run_bit_for_bit(pretrained, tmp_path):
+    command = [sys.executable, "-m", "diffusion_t5x.train", *PRETRAIN, f"--gin.MODEL_DIR={tmp_path}"]
+    command += ["--gin.Periods.save=100"]
+    for stop_at in (2, 9):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        try:
+            deadline = time.monotonic() + 600
+            while not (tmp_path / "train/metrics.jsonl").exists() or len(steps(tmp_path)) < stop_at:
+                assert process.poll() is None, "the run ended before it could be told"
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=240) == 75
+        finally:
+            process.kill()
+            process.wait()
+        last = len(steps(tmp_path))
+        assert stop_at <= last < 20 and checkpoints.steps(tmp_path / "checkpoints") == [last]
+    assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
+    assert [(line["step"], line["loss"]) for line in steps(tmp_path)] == [
+        (line["step"], line["loss"]) for line in steps(pretrained)
+    ]
+    undisturbed, resumed = arrays(pretrained), arrays(tmp_path)
+    for name, array in undisturbed.items():
+        np.testing.assert_array_equal(array, resumed[name], err_msg=name)
 
 
 def test_adaptation_starts_from_the_parameters_with_a_fresh_optimizer(pretrained, tmp_path, capsys):

@@ -1,14 +1,14 @@
-"""Checkpoints. The only module that imports Orbax.
+"""Checkpoints. With `stored.py`, the only module that imports Orbax.
 
 A checkpoint is a folder `checkpoint_<step>` with three items:
   state: every array of the train state under its "/"-joined name, in plain nested dictionaries. It can be read without
     knowing the optimizer, in parts, by other names and onto another mesh.
   data: where the data iterator stands.
   metadata: JSON, written by the caller: step, tokenizer, operative gin, metrics.
+and a manifest of all its files (see `manifest.py`), by which each item is checked before it is read.
 Its name is given when all of it is written; what a killed process leaves behind is not a checkpoint.
 """
 
-import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,11 +21,10 @@ from etils import epath
 from flax import traverse_util
 
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.training import stored
 from diffusion_t5x.training.assignment import Rule, assign, named_leaves
 
 Tree = TypeVar("Tree")
-
-_NAMES = ocp.path.step.standard_name_format(step_prefix="checkpoint")
 
 
 class Checkpoints:
@@ -59,6 +58,7 @@ class Checkpoints:
         ensure_writable(directory)
         self.directory = epath.Path(directory).resolve()
         self._best_metric = best_metric if keep_best else ""
+        self._notes = {"manifest": True} | ({"best": [best_metric, best_mode]} if keep_best else {})
         worst = -math.inf if best_mode == "max" else math.inf
 
         def quality(metrics: Mapping[str, float]) -> float:
@@ -76,7 +76,8 @@ class Checkpoints:
                 )
             )
         options = ocp.CheckpointManagerOptions(
-            step_name_format=_NAMES,
+            step_name_format=stored.NAMES,
+            temporary_path_class=stored.commit_class(self.directory),
             best_fn=quality if keep_best else None,
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
@@ -112,6 +113,7 @@ class Checkpoints:
             args=ocp.args.Composite(**items),
             metrics={self._best_metric: metrics[self._best_metric]} if self._best_metric in metrics else None,
             force=True,
+            custom_metadata=self._notes,
         )
 
     def wait(self) -> None:
@@ -143,12 +145,12 @@ def ensure_writable(directory: str) -> None:
 
 def steps(directory: str) -> list[int]:
     """Steps of the finished checkpoints in a folder of `checkpoint_<step>` folders, ascending."""
-    return [found.step for found in _find_all(epath.Path(directory))]
+    return [found.step for found in stored.find_all(epath.Path(directory))]
 
 
 def latest(directory: str) -> str | None:
     """The newest finished checkpoint in a folder of `checkpoint_<step>` folders; None where there is none."""
-    return next((str(found.path) for found in reversed(_find_all(epath.Path(directory)))), None)
+    return next((str(found.path) for found in reversed(stored.find_all(epath.Path(directory)))), None)
 
 
 def find_checkpoint(path: str) -> epath.Path:
@@ -166,10 +168,10 @@ def find_checkpoints(path: str) -> list[epath.Path]:
       UserError: no finished checkpoint is there.
     """
     given = epath.Path(path).expanduser().resolve()
-    if any(found.path == given for found in _find_all(given.parent)):
+    if any(found.path == given for found in stored.find_all(given.parent)):
         return [given]
     for folder in (given, given / "checkpoints"):
-        if found := _find_all(folder):
+        if found := stored.find_all(folder):
             return [checkpoint.path for checkpoint in found]
     beside = ", ".join(map(str, steps(given.parent)))
     there = f" Beside it are the steps {beside}." if beside else ""
@@ -182,7 +184,9 @@ def find_checkpoints(path: str) -> list[epath.Path]:
 
 def read_metadata(path: str) -> dict[str, Any]:
     """The metadata of the checkpoint at a user's path (see `find_checkpoint`)."""
-    return _restore_item(find_checkpoint(path) / "metadata", ocp.args.JsonRestore())
+    checkpoint = find_checkpoint(path)
+    stored.check(checkpoint, "metadata")
+    return stored.read_json(checkpoint, "metadata")
 
 
 def restore(path: str, abstract_state: Tree) -> tuple[Tree, dict[str, np.ndarray], dict[str, Any]]:
@@ -197,10 +201,9 @@ def restore(path: str, abstract_state: Tree) -> tuple[Tree, dict[str, np.ndarray
       UserError: no such checkpoint, or it does not fit the state.
     """
     checkpoint = find_checkpoint(path)
-    state = restore_initial(str(checkpoint), abstract_state)
-    data = checkpoint / "data"
-    data_state = _restore_item(data, ocp.args.PyTreeRestore()) if data.exists() else {}
-    return state, data_state, read_metadata(str(checkpoint))
+    stored.check(checkpoint)
+    data_state = stored.read_tree(checkpoint, "data") if (checkpoint / "data").exists() else {}
+    return _restore(checkpoint, abstract_state), data_state, stored.read_json(checkpoint, "metadata")
 
 
 def restore_initial(
@@ -222,14 +225,8 @@ def restore_initial(
       UserError: no checkpoint, an unused rule, or what does not fit.
     """
     checkpoint = find_checkpoint(path)
-    targets, sources = named_leaves(abstract_state), _stored_leaves(checkpoint)
-    try:
-        assignment = assign(targets, sources, rules)
-    except UserError as error:
-        raise UserError(f"{checkpoint}: {error}") from error
-    leaves = _initialise({t: targets[t] for t, source in assignment.items() if source is None}, init)
-    leaves |= _restore_leaves(checkpoint, targets, {t: s for t, s in assignment.items() if s is not None})
-    return jax.tree.unflatten(jax.tree.structure(abstract_state), [leaves[name] for name in targets])
+    stored.check(checkpoint, "state")
+    return _restore(checkpoint, abstract_state, rules, init)
 
 
 def restore_params(path: str, abstract_params: Tree, rules: Sequence[Rule] = (), use_ema: bool = False) -> Tree:
@@ -244,46 +241,27 @@ def restore_params(path: str, abstract_params: Tree, rules: Sequence[Rule] = (),
     Raises:
       UserError: no checkpoint, an unused rule, or what does not fit.
     """
-    if use_ema and any(name.startswith("ema/") for name in _stored_leaves(find_checkpoint(path))):
+    checkpoint = find_checkpoint(path)
+    stored.check(checkpoint, "state")
+    if use_ema and any(name.startswith("ema/") for name in stored.leaves(checkpoint)):
         rules = [*rules, (r"params/(.*)", r"ema/\1")]
-    return restore_initial(path, {"params": abstract_params}, rules)["params"]
+    return _restore(checkpoint, {"params": abstract_params}, rules)["params"]
 
 
-def _find_all(folder: epath.Path) -> list[Any]:
-    """Orbax's step and path of each finished checkpoint in a folder, by ascending step."""
-    with contextlib.suppress(OSError):
-        return sorted(_NAMES.find_all(folder), key=lambda found: found.step) if folder.is_dir() else []
-    return []
-
-
-def _stored_leaves(checkpoint: epath.Path) -> dict[str, Any]:
-    """Shape and dtype of every array of a checkpoint, by name."""
+def _restore(
+    checkpoint: epath.Path,
+    abstract_state: Tree,
+    rules: Sequence[Rule] = (),
+    init: Callable[[], Tree] | None = None,
+) -> Tree:
+    targets, sources = named_leaves(abstract_state), stored.leaves(checkpoint)
     try:
-        tree = ocp.PyTreeCheckpointHandler().metadata(checkpoint / "state").tree
-    except FileNotFoundError as error:
-        raise UserError(f"{checkpoint} was not written by this framework: it has no `state`.") from error
-    return named_leaves(tree)
-
-
-def _restore_item(path: epath.Path, args: Any) -> Any:
-    handler = ocp.JsonCheckpointHandler() if isinstance(args, ocp.args.JsonRestore) else ocp.PyTreeCheckpointHandler()
-    with ocp.Checkpointer(handler) as checkpointer:
-        return checkpointer.restore(path, args=args)
-
-
-def _restore_leaves(checkpoint: epath.Path, targets: Mapping[str, Any], sources: dict[str, str]) -> dict[str, Any]:
-    """Reads `targets` from `sources`, straight into their shardings and dtypes."""
-    leaves = {}
-    while sources:
-        # Two targets of one source (parameters and their moving average) need two buffers: one is read later.
-        now = {source: target for target, source in reversed(sources.items())}
-        tree = traverse_util.unflatten_dict({source: targets[target] for source, target in now.items()}, sep="/")
-        restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
-        args = ocp.args.PyTreeRestore(item=tree, restore_args=restore_args, partial_restore=True)
-        restored = named_leaves(_restore_item(checkpoint / "state", args))
-        leaves |= {target: restored[source] for source, target in now.items()}
-        sources = {target: source for target, source in sources.items() if target not in leaves}
-    return leaves
+        assignment = assign(targets, sources, rules)
+    except UserError as error:
+        raise UserError(f"{checkpoint}: {error}") from error
+    leaves = _initialise({t: targets[t] for t, source in assignment.items() if source is None}, init)
+    leaves |= stored.read_arrays(checkpoint, targets, {t: s for t, s in assignment.items() if s is not None})
+    return jax.tree.unflatten(jax.tree.structure(abstract_state), [leaves[name] for name in targets])
 
 
 def _initialise(abstract: dict[str, Any], init: Callable[[], Any] | None) -> dict[str, jax.Array]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.training.checkpoints import Checkpoints
 from diffusion_t5x.training.metrics import Writer
+from diffusion_t5x.training.preemption import StopSignals
 from diffusion_t5x.training.progress import Progress
 from diffusion_t5x.training.state import TrainState
 from diffusion_t5x.training.step import Metrics
@@ -56,8 +58,8 @@ class Periods:
 class _Log:
     """Reads each step's metrics while the next step runs, and writes their means now and then."""
 
-    def __init__(self, writer: Writer, progress: Progress, period: int, total: int):
-        self._writer, self._progress, self._period, self._total = writer, progress, period, total
+    def __init__(self, writer: Writer, progress: Progress, period: int):
+        self._writer, self._progress, self._period = writer, progress, period
         self._pending: tuple[int, Metrics] | None = None
         self._since: list[Mapping[str, float]] = []
         self._time = time.monotonic()
@@ -76,13 +78,14 @@ class _Log:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._since.append(values)
         self._progress.update(step, values["loss"], int(values["tokens"]))
-        if step % self._period == 0 or step == self._total:
-            means = {name: float(np.mean([m[name] for m in self._since])) for name in values if name != "tokens"}
-            seconds = time.monotonic() - self._time
-            means["tokens_per_second"] = sum(m["tokens"] for m in self._since) / seconds
-            means["seconds_per_step"] = seconds / len(self._since)
-            self._writer.write(step, "train", means)
-            self._since, self._time = [], time.monotonic()
+        if step % self._period == 0:
+            self._write(step)
+
+    def finish(self, step: int) -> None:
+        """Writes what is not written yet, when `step` is the run's last."""
+        self.flush()
+        if self._since:
+            self._write(step)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -91,6 +94,15 @@ class _Log:
         start = time.monotonic()
         yield
         self._time += time.monotonic() - start
+
+    def _write(self, step: int) -> None:
+        names = [name for name in self._since[0] if name != "tokens"]
+        means = {name: float(np.mean([m[name] for m in self._since])) for name in names}
+        seconds = time.monotonic() - self._time
+        means["tokens_per_second"] = sum(m["tokens"] for m in self._since) / seconds
+        means["seconds_per_step"] = seconds / len(self._since)
+        self._writer.write(step, "train", means)
+        self._since, self._time = [], time.monotonic()
 
 
 def train_loop(
@@ -107,8 +119,12 @@ def train_loop(
     metadata: Mapping[str, Any],
     writer: Writer,
     description: str = "train",
+    evaluation_due: bool = False,
 ) -> TrainState:
     """Trains up to `total_steps`, and saves so that a run killed at any moment goes on from its last checkpoint.
+
+    Told to stop (see `preemption`), it finishes the step and saves. An evaluation is broken off; the checkpoint's
+    metadata then have "evaluation_due".
 
     Args:
       mesh: in use while training.
@@ -124,24 +140,38 @@ def train_loop(
       metadata: goes into every checkpoint; "step" and "metrics" are added.
       writer: gets the training metrics, as folder "train".
       description: shown by the progress bar.
+      evaluation_due: begin with the evaluation of `state` that an earlier run broke off.
 
     Returns:
       The state after the last step.
+
+    Raises:
+      SystemExit: it was told to stop, and has saved.
     """
     start = int(state.step)
-    with jax.set_mesh(mesh), Progress(total_steps, start, description) as progress:
-        log = _Log(writer, progress, periods.log, total_steps)
+    with StopSignals() as stop, jax.set_mesh(mesh), Progress(total_steps, start, description) as progress:
+        if evaluation_due and stop.attempt(lambda: evaluate(state, start)) is None:
+            sys.exit(stop.exit_code)
+        log = _Log(writer, progress, periods.log)
         for step in range(start + 1, total_steps + 1):
             state, metrics = train_step(state, partitioning.put_batch(mesh, next_batch(state)))
             log.add(step, metrics)
             last = step == total_steps
+            stopping = stop.reached(step)
             evals = periods.eval is not None and (last or step % periods.eval == 0)
-            saves = last or step % periods.save == 0
+            saves = last or stopping or step % periods.save == 0
             if not (evals or saves):
                 continue
+            if last or stopping:
+                log.finish(step)
             with log.paused():
-                results = evaluate(state, step) if evals else {}
-                if saves:
-                    checkpoints.save(step, state, data_state(), {**metadata, "step": step, "metrics": dict(results)})
+                results = stop.attempt(lambda: evaluate(state, step)) if evals else {}  # noqa: B023  (called at once)
+                due = {"evaluation_due": True} if results is None else {}
+                if saves or due:
+                    finished = {**metadata, "step": step, "metrics": dict(results or {}), **due}
+                    checkpoints.save(step, state, data_state(), finished)
+            if due or (stopping and not last):
+                checkpoints.wait()
+                sys.exit(stop.exit_code)
         checkpoints.wait()
     return state

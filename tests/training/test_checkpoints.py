@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.training import checkpoints, optimizers
+from diffusion_t5x.training import checkpoints, optimizers, stored
 
 
 def make_mesh(*shape):
@@ -185,6 +185,42 @@ def test_a_save_that_is_killed_is_not_a_checkpoint(tmp_path):
     store.save(3, {"x": jnp.zeros(4)}, {}, {})
     store.close()
     assert {entry.name for entry in path.iterdir()} == {"checkpoint_1", "checkpoint_3"}
+
+
+_SAVES_FOR_EVER = """
+import sys, jax.numpy as jnp, numpy as np
+from diffusion_t5x.training import checkpoints
+step = (checkpoints.steps(sys.argv[1]) or [0])[-1]
+store = checkpoints.Checkpoints(sys.argv[1], keep_last=1)
+while True:
+    step += 1
+    store.save(step, {str(i): jnp.full(1 << 18, step + i) for i in range(8)}, {"n": np.array(step)}, {"step": step})
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_there_is_a_whole_checkpoint_and_it_is_the_newest(tmp_path):
+    """Only one is kept, so that kills hit writing, committing and deleting; each process goes on where one ended."""
+    rng, last = np.random.default_rng(0), 0
+    for _ in range(5):
+        process = subprocess.Popen(
+            [sys.executable, "-c", _SAVES_FOR_EVER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+        try:
+            for _ in range(3):
+                assert int(process.stdout.readline()) > last
+            time.sleep(rng.uniform(0, 0.3))
+        finally:
+            process.kill()
+            process.communicate()
+        step = checkpoints.steps(tmp_path)[-1]
+        assert step > last and stored.is_whole(checkpoints.find_checkpoint(str(tmp_path)))
+        last = step
+        like = {str(i): jax.ShapeDtypeStruct((1 << 18,), jnp.int32) for i in range(8)}
+        state, data, metadata = checkpoints.restore(str(tmp_path), like)
+        assert all((state[name] == step + int(name)).all() for name in like)
+        assert data["n"] == metadata["step"] == step
 
 
 def test_find_checkpoint_takes_what_users_give(saved):

@@ -1,0 +1,63 @@
+"""One training process at a time in a MODEL_DIR."""
+
+import contextlib
+import datetime
+import fcntl
+import logging
+import os
+import pathlib
+import socket
+from collections.abc import Iterator
+
+import jax
+
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.training.checkpoints import ensure_writable
+
+FILE = ".lock"
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def locked(directory: str) -> Iterator[None]:
+    """Holds the lock of a folder, which is made if it is not there.
+
+    The kernel gives the lock back when the process ends, however it ends; the file stays, and says who had it last.
+    Of a run of several processes the first holds it. Where the file system has no locks, the log says so.
+
+    Raises:
+      UserError: another process holds it, or the folder cannot be written to.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    if "://" in directory:
+        ensure_writable(directory)
+        logger.warning("%s is remote and cannot be locked: see to it that no other run trains there", directory)
+        yield
+        return
+    path = pathlib.Path(directory, FILE)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except OSError:
+        ensure_writable(directory)  # raises a UserError that says why not
+        raise
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{directory} is in use by {file.read().strip() or 'another process'}. Wait for it, stop it, or choose "
+                "another MODEL_DIR. Nothing was written."
+            ) from None
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): see to it that no other run trains there", directory, error)
+        else:
+            file.truncate(0)
+            since = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
+            file.flush()
+        yield

@@ -1,0 +1,99 @@
+"""Being told to stop, by a scheduler (SIGTERM) or by a person (SIGINT, Ctrl-C)."""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Self, TypeVar
+
+import jax
+from jax.experimental import multihost_utils
+
+# EX_TEMPFAIL of sysexits.h, "try again": neither success nor what a crash or an unhandled signal gives (1, 143, 137).
+RUN_AGAIN = 75
+# What a shell gives for SIGINT: a person stopped the run, and no launcher should start it again.
+STOPPED = 128 + signal.SIGINT
+
+Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
+
+
+class _BrokenOff(BaseException):
+    """Raised by a signal out of what `StopSignals.attempt` does."""
+
+
+class StopSignals:
+    """Within this context, the first SIGTERM or SIGINT is noted; the second ends the process at once.
+
+    "At once" holds while the main thread computes or compiles, too: a thread sees to it. Where JAX joins several
+    processes, its preemption service has SIGTERM, and SIGINT stays as it was: a notice to any process stops all at
+    the same step.
+    """
+
+    def __init__(self):
+        self._number: int | None = None
+        self._before: dict[int, signal.Handlers] = {}
+        self._may_break_off = False
+        self._joined = jax.distributed.is_initialized()
+
+    def __enter__(self) -> Self:
+        if self._joined:
+            return self
+        read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(read_end,), daemon=True, name="stop_signals").start()
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._joined:
+            return
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._write_end)
+
+    @property
+    def exit_code(self) -> int:
+        """For a process that stops because it was told to, and has saved."""
+        return STOPPED if self._number == signal.SIGINT else RUN_AGAIN
+
+    def reached(self, step: int) -> bool:
+        """Whether to stop after this step. Every process must ask at every step."""
+        if self._joined:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._number is not None
+
+    def attempt(self, work: Callable[[], Result]) -> Result | None:
+        """Does what may take long and can be done again. A first signal breaks it off: None."""
+        try:
+            try:
+                self._may_break_off = True
+                return work() if self._number is None else None
+            finally:
+                self._may_break_off = False
+        except _BrokenOff:
+            return None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._number = number
+        if self._may_break_off:
+            self._may_break_off = False
+            raise _BrokenOff
+
+    def _watch(self, read_end: int) -> None:
+        """Python tells of a signal through the pipe as it comes, and calls `_note` when the main thread is free."""
+        with open(read_end, "rb", buffering=0) as pipe:
+            seen = False
+            while number := pipe.read(1):
+                if number[0] not in (signal.SIGTERM, signal.SIGINT):
+                    continue
+                if seen:
+                    os._exit(128 + number[0])
+                seen = True
+                name = signal.Signals(number[0]).name
+                logger.warning("%s: stopping after this step with a checkpoint. A second signal ends at once", name)
