@@ -66,7 +66,8 @@ def matching(task: str, num_examples: int | None, report: Mapping[str, Any]) -> 
 
 
 def _sundae(steps: int = 10, samples: int = 8) -> dict[str, Any]:
-    return {"class": "SundaeDecoder", "num_steps": steps, "num_samples": samples}
+    settings = {"num_steps": steps, "num_samples": samples, "method": "sample", "update_share": 1.0}
+    return {"class": "SundaeDecoder", **settings}
 
 
 def _diffusion(
