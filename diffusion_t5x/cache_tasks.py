@@ -75,8 +75,6 @@ def cache_tasks(
         print(f"Would write {len(missing)} of {len(jobs)} splits of tasks. Nothing was written.")
         return
     checkpoints.ensure_writable(cache_dir)
-    for job in missing:
-        job.dataset.warn_of_cuts()
     if beam_options is None:
         write(missing)
     else:

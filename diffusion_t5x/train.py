@@ -172,8 +172,6 @@ def train(
             stored.set_aside_after(resume_path)
         checkpoints = checkpointing.Checkpoints(checkpoint_folder, **dataclasses.asdict(checkpoint_policy))
         if jax.process_index() == 0:
-            if isinstance(train_dataset, SeqioDataset):  # of a cache they were counted when it was written
-                train_dataset.warn_of_cuts()
             pathlib.Path(model_dir, "config.gin").write_text(config.operative_text(), encoding="utf-8")
             pathlib.Path(model_dir, "model-info.txt").write_text(info + "\n", encoding="utf-8")
         batches = train_dataset.train_iterator(jax.process_count(), jax.process_index())

@@ -78,7 +78,7 @@ class SeqioDataset:
     Attributes:
       mixture_or_task_name: as registered with SeqIO; the module that registers it must have been imported.
       task_feature_lengths: tokens of `inputs` and `targets`; a task without inputs has only `targets`. SeqIO cuts
-        longer features to their first tokens and EOS; `eval_batches` and `warn_of_cuts` count them in the log.
+        longer features to their first tokens and EOS; `eval_batches` counts them in the log, `count_cut` in any split.
         A decoder-only model's rows are as long as both together.
       split: the split to read.
       batch_size: rows of the global batch, over all shards.
@@ -302,10 +302,6 @@ class SeqioDataset:
         for example in self._eval_dataset(num_examples, self.shuffle).as_numpy_iterator():
             counter.add(example)
         return counter
-
-    def warn_of_cuts(self) -> None:
-        """Logs how many of the first thousand examples are cut, before a run trains on them."""
-        self.count_cut(1000).warn(f"{self.name}, split {self.split}")
 
     def _cut_counter(self) -> CutCounter:
         return CutCounter(self.task_feature_lengths, self._provider().output_features)

@@ -45,10 +45,6 @@ class CutCounter:
         for row, example in examples:
             self.add(example)
             yield row, example
-        self.warn(name)
-
-    def warn(self, name: str) -> None:
-        """Logs what was cut of the data set `name`, once in a process."""
         for feature, count in self.cut.items():
             if count:
                 _warn_once(
