@@ -222,7 +222,7 @@ def restore_initial(
       UserError: no checkpoint, an unused rule, or what does not fit.
     """
     checkpoint = find_checkpoint(path)
-    targets, sources = named_leaves(abstract_state), _stored_leaves(checkpoint)
+    targets, sources = named_leaves(abstract_state), stored_leaves(checkpoint)
     try:
         assignment = assign(targets, sources, rules)
     except UserError as error:
@@ -244,7 +244,7 @@ def restore_params(path: str, abstract_params: Tree, rules: Sequence[Rule] = (),
     Raises:
       UserError: no checkpoint, an unused rule, or what does not fit.
     """
-    if use_ema and any(name.startswith("ema/") for name in _stored_leaves(find_checkpoint(path))):
+    if use_ema and any(name.startswith("ema/") for name in stored_leaves(find_checkpoint(path))):
         rules = [*rules, (r"params/(.*)", r"ema/\1")]
     return restore_initial(path, {"params": abstract_params}, rules)["params"]
 
@@ -256,7 +256,7 @@ def _find_all(folder: epath.Path) -> list[Any]:
     return []
 
 
-def _stored_leaves(checkpoint: epath.Path) -> dict[str, Any]:
+def stored_leaves(checkpoint: epath.Path) -> dict[str, Any]:
     """Shape and dtype of every array of a checkpoint, by name."""
     try:
         tree = ocp.PyTreeCheckpointHandler().metadata(checkpoint / "state").tree
