@@ -173,7 +173,7 @@ def test_adaptation_starts_from_the_parameters_with_a_fresh_optimizer(pretrained
     assert f"initialised from {pretrained}" in log and "at step 0 of 4" in log
     assert re.search(r"^  params/ \(12 arrays\) as in the checkpoint$", log, re.MULTILINE)
     assert re.search(
-        r"^  step, opt_state/ \(\d+ arrays\) start anew, by the rule \('step\|opt_state", log, re.MULTILINE
+        r"^  opt_state/ \(\d+ arrays\), step start anew, by the rule \('step\|opt_state", log, re.MULTILINE
     )
     before, after = arrays(pretrained), arrays(tmp_path)
     for name in before:

@@ -99,7 +99,7 @@ def describe_assignment(targets: Mapping[str, Any], sources: Mapping[str, Any], 
 
 def _in_short(names: Sequence[str]) -> str:
     parts = collections.Counter(name.partition("/")[0] for name in names)
-    return ", ".join(part if part in names else f"{part}/ ({count} arrays)" for part, count in parts.items())
+    return ", ".join(part if part in names else f"{part}/ ({count} arrays)" for part, count in sorted(parts.items()))
 
 
 def _compile(pattern: str) -> re.Pattern:

@@ -72,7 +72,7 @@ def test_what_becomes_of_each_array_is_told(tmp_path):
     rules = [("step|opt_state/.*", None), ("ema/(.*)", r"params/\1")]
     assert check_start(path, tiny.VOCABULARY, state, rules).splitlines() == [
         "  params/ (12 arrays) as in the checkpoint",
-        "  step, opt_state/ (3 arrays) start anew, by the rule ('step|opt_state/.*', None)",
+        "  opt_state/ (3 arrays), step start anew, by the rule ('step|opt_state/.*', None)",
         r"  ema/ (12 arrays) come from params/\1, by the rule ('ema/(.*)', 'params/\\1')",
-        "  step, opt_state/ (4 arrays) of the checkpoint stay unread",
+        "  opt_state/ (4 arrays), step of the checkpoint stay unread",
     ]
