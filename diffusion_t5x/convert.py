@@ -81,6 +81,7 @@ def from_llama2c(model_file: str, tokenizer_file: str, output: str) -> None:
     for row in rows:
         print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
     print(f"{definition.num_params():,} parameters; {source.vocab_size} pieces, MASK is {source.vocab_size}")
+    print(f"The embedding's rows from {source.vocab_size} on, MASK first, are new: each is the mean of all others.")
     print(f"Wrote {folder}: checkpoints/checkpoint_0, tokenizer.bin, model.gin")
 
 

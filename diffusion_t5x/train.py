@@ -29,6 +29,7 @@ from diffusion_t5x.training.lock import locked
 from diffusion_t5x.training.loop import Periods, train_loop
 from diffusion_t5x.training.metrics import check_writers, make_writer
 from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout
+from diffusion_t5x.training.start import check_start
 from diffusion_t5x.training.state import TrainState, abstract_state, fresh_state, init_state
 from diffusion_t5x.training.step import make_train_step
 
@@ -107,7 +108,7 @@ def train(
       checkpoint_policy: which checkpoints stay.
       allow_older_checkpoint: where the latest checkpoint in `model_dir` is broken, go on from the newest whole one.
       metric_writers: "jsonl", "tensorboard", "wandb" (Weights & Biases, an extra).
-      dry_run: build model, data and shapes, print them, and train nothing.
+      dry_run: build model, data and shapes, check the checkpoint, print what it would start with, and train nothing.
 
     Raises:
       UserError: anything that does not fit, before training data are read and before anything is compiled.
@@ -134,8 +135,9 @@ def train(
         definition = ModelDefinition(model, vocabulary)
         abstract = abstract_state(device_mesh, definition, optimizer, ema_decay is not None)
         start_path = resume_path or initial_checkpoint_path
+        restored = ""
         if start_path:
-            vocabulary.check_same(checkpointing.read_metadata(start_path)["vocabulary"], start_path)
+            restored = check_start(start_path, vocabulary, abstract, () if resume_path else restore_rules)
         info = _describe(definition, abstract)
         if dry_run:
             batch = next(train_dataset.train_iterator())
@@ -143,6 +145,8 @@ def train(
             print(info, "batch:", *shapes, sep="\n")
             teacher = f", taught by {teacher_checkpoint_path}" if teacher_checkpoint_path else ""
             print(f"Would train to step {train_steps} from {start_path or 'scratch'}{teacher}. Nothing was written.")
+            if restored:
+                print(f"It starts with:\n{restored}")
             return
 
         teacher = None
@@ -164,6 +168,8 @@ def train(
         first_step = int(state.step)
         how = f"{'resuming' if resume_path else 'initialised'} from {start_path}" if start_path else "from scratch"
         logger.info("%s at step %d of %d", how, first_step, train_steps)
+        if restored:
+            logger.info("it starts with:\n%s", restored)
         if first_step >= train_steps and not evaluation_due:
             logger.info("%s: all %d steps are taken already, nothing to do", model_dir, train_steps)
             return

@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict
 
 from diffusion_t5x import config, infer, train
 from diffusion_t5x import eval as evaluation
+from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.evaluation.report import write_report
 from diffusion_t5x.evaluation.runs import read_runs
 from diffusion_t5x.training import checkpoints
@@ -236,6 +237,10 @@ def test_adaptation_starts_from_the_parameters_with_a_fresh_optimizer(pretrained
     config.run(train.train, [*flags, "--gin.PEAK_LEARNING_RATE=0.0"])
     log = capsys.readouterr().err
     assert f"initialised from {pretrained}" in log and "at step 0 of 4" in log
+    assert re.search(r"^  params/ \(12 arrays\) as in the checkpoint$", log, re.MULTILINE)
+    assert re.search(
+        r"^  opt_state/ \(\d+ arrays\), step start anew, by the rule \('step\|opt_state", log, re.MULTILINE
+    )
     before, after = arrays(pretrained), arrays(tmp_path)
     for name in before:
         if name.startswith("params/"):  # a learning rate of zero: what was restored is what is saved
@@ -458,13 +463,32 @@ def test_a_mistake_is_one_clear_message_before_the_work_starts(flags, expected, 
     assert not (tmp_path / "model" / "checkpoints").exists()
 
 
-def test_a_checkpoint_that_does_not_fit_is_listed_parameter_by_parameter(pretrained, tmp_path, capsys):
-    flags = [*FINETUNE, f"--gin.INITIAL_CHECKPOINT_PATH={pretrained}", f"--gin.MODEL_DIR={tmp_path / 'model'}"]
+@pytest.mark.parametrize("dry_run", [["--dry_run"], []])
+def test_a_checkpoint_that_does_not_fit_is_listed_parameter_by_parameter(
+    pretrained, tmp_path, capsys, monkeypatch, dry_run
+):
+    """Another size, another head and another vocabulary in one message, before data are read or a state is made."""
+    given = tmp_path / "given"
+    shutil.copytree(checkpoints.find_checkpoint(str(pretrained)), given / "checkpoint_20")
+    (file,) = (path for path in (given / "checkpoint_20" / "metadata").iterdir() if path.name == "metadata")
+    metadata = json.loads(file.read_text())
+    metadata["vocabulary"] |= {"fingerprint": "0123456789abcdef", "size": 99}
+    file.write_text(json.dumps(metadata))
+    monkeypatch.setattr(SeqioDataset, "train_iterator", None)
+    monkeypatch.setattr(train, "init_state", None)
+    flags = [*FINETUNE, f"--gin.INITIAL_CHECKPOINT_PATH={given}", f"--gin.MODEL_DIR={tmp_path / 'model'}", *dry_run]
+    flags += ["--gin.ModelConfig.mlp_dim=48", "--gin.ModelConfig.tie_embeddings=False"]
     with pytest.raises(SystemExit):
-        config.run(train.train, [*flags, "--gin.ModelConfig.mlp_dim=48"])
+        config.run(train.train, flags)
     message = capsys.readouterr().err
-    assert "params/decoder/blocks/mlp/wi_0" in message and "48" in message and "32" in message
-    assert "params/blocks/attention/query" not in message
+    assert message.count("error: ") == 1 and "Traceback" not in message
+    rows = [" ".join(line.split()) for line in message.splitlines()]
+    assert "params/decoder/blocks/mlp/wi_0 float32[2, 16, 48] float32[2, 16, 32]" in rows
+    assert "params/head float32[16, 2048] -" in rows
+    assert not any(row.startswith("params/decoder/blocks/attention/query") for row in rows)
+    assert "size 99" in message and "fingerprint 0123456789abcdef" in message
+    assert "mlp_dim = 32 (here 48), tie_embeddings = True (here False)." in message
+    assert not (tmp_path / "model" / "checkpoints").exists()
 
 
 def test_a_mistake_has_no_traceback_and_a_non_zero_status_as_a_process():

@@ -76,6 +76,8 @@ class Decoded:
       written_at: int32 `[B, L]`, the step in which a target got the token that it kept: counted from 0, in a decoder of
         blocks anew in each block; -1 where nothing was written.
       trace: the rows before the first step and after each one; None unless asked for.
+      num_drafted, num_accepted: int32 `[B]`, of a decoder that speculates: the tokens that were drafted, and those of
+        them that stayed; else None.
     """
 
     tokens: jax.Array
@@ -86,6 +88,8 @@ class Decoded:
     canvas: jax.Array
     written_at: jax.Array
     trace: Trace | None = None
+    num_drafted: jax.Array | None = None
+    num_accepted: jax.Array | None = None
 
     @classmethod
     def of(cls, canvas: jax.Array, batch: Batch, vocabulary: TokenIds, **fields: jax.Array | None) -> Self:

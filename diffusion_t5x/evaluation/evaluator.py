@@ -167,8 +167,9 @@ class Evaluator:
     def decode(self, params: Params) -> Iterator[tuple[str, dict[str, float], list[dict[str, Any]]]]:
         """For each data set its name, metrics and predictions.
 
-        To the task's own metrics come "tokens_per_step", over all texts, "decode_seconds", compilation and reading
-        counted too, and with a teacher "teacher_nll" (nats a token) and "teacher_agreement" (a share of the tokens).
+        To the task's own metrics come "tokens_per_step", over all texts, of a decoder that speculates "acceptance" (the
+        share of the drafted tokens that stayed), "decode_seconds", compilation and reading counted too, and with a
+        teacher "teacher_nll" (nats a token) and "teacher_agreement" (a share of the tokens).
         """
         for ev, step in self._decode_evals:
             start = time.monotonic()
@@ -184,9 +185,11 @@ def _totals(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """What the records' numbers come to over all texts."""
     sums = {
         name: sum(record[name] for record in records)
-        for name in ("num_tokens", "num_steps", "teacher_nll", "teacher_agreement")
+        for name in ("num_tokens", "num_steps", "teacher_nll", "teacher_agreement", "num_drafted", "num_accepted")
         if records and name in records[0]
     }
     tokens, steps = sums.pop("num_tokens", 0), sums.pop("num_steps", 0)
-    means = {name: value / max(tokens, 1) for name, value in sums.items()}
-    return means | {"tokens_per_step": tokens / max(steps, 1)}
+    found = {"tokens_per_step": tokens / max(steps, 1)}
+    if "num_drafted" in sums:
+        found["acceptance"] = sums.pop("num_accepted") / max(sums.pop("num_drafted"), 1)
+    return found | {name: value / max(tokens, 1) for name, value in sums.items()}

@@ -66,9 +66,10 @@ def predict(
 
     Yields:
       The example's own fields with "prediction" (text), "score" (see the decoder), "num_tokens" (that were written, up
-      to the one that ends the text), "num_steps" (of the model, that the row took part in), what the judge says, and,
-      where the step traces, "trace" (see `traces.compact`). With several samples all this is of the first, and
-      "predictions" are the texts of all. Of a text that was written only in part "holes" are these parts.
+      to the one that ends the text), "num_steps" (of the model, that the row took part in), "num_drafted" and
+      "num_accepted" (tokens, of a decoder that speculates), what the judge says, and, where the step traces, "trace"
+      (see `traces.compact`). With several samples all this is of the first, and "predictions" are the texts of all. Of
+      a text that was written only in part "holes" are these parts.
     """
     for batch, examples in batches:
         with jax.set_mesh(mesh):
@@ -92,6 +93,9 @@ def predict(
                 "num_steps": int(decoded.row_steps[row]),
                 **{name: float(values[row]) for name, values in said.items()},
             }
+            if decoded.num_drafted is not None:
+                record["num_drafted"] = int(decoded.num_drafted[row])
+                record["num_accepted"] = int(decoded.num_accepted[row])
             if text_mask is not None:
                 record["holes"] = _holes(cells(decoded.tokens[row, text].tolist()), batch.target_mask[row, text])
             if others:

@@ -15,6 +15,7 @@ from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.objectives.distillation import Teacher
 from diffusion_t5x.training import checkpoints
 from diffusion_t5x.training.assignment import Rule
+from diffusion_t5x.training.start import check_start
 
 
 class Dataset(Protocol):
@@ -71,9 +72,9 @@ def load_model(
     Raises:
       UserError: no checkpoint, another vocabulary, or parameters that do not fit.
     """
-    vocabulary.check_same(checkpoints.read_metadata(path)["vocabulary"], path)
     definition = ModelDefinition(config, vocabulary)
     shapes = definition.abstract()
+    check_start(path, vocabulary, {"params": shapes}, restore_rules)
     shardings = partitioning.param_shardings(mesh, shapes, definition.axes())
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return definition, checkpoints.restore_params(path, abstract, restore_rules, use_ema)

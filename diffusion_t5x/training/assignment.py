@@ -3,6 +3,7 @@
 Names are "/"-joined paths such as `params/decoder/blocks/attention/query` or `opt_state/1/count`.
 """
 
+import collections
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -71,6 +72,34 @@ def assign(targets: Mapping[str, Any], sources: Mapping[str, Any], rules: Sequen
     if rows:
         raise UserError(_mismatch_message(rows))
     return assignment
+
+
+def describe_assignment(targets: Mapping[str, Any], sources: Mapping[str, Any], rules: Sequence[Rule]) -> str:
+    """What `assign` does, a line for each rule and one for all arrays that no rule matches.
+
+    Raises:
+      UserError: see `assign`.
+    """
+    assignment = assign(targets, sources, rules)
+    compiled = [re.compile(pattern) for pattern, _ in rules]
+    by_rule: dict[int | None, list[str]] = {}
+    for name in targets:
+        by_rule.setdefault(next((i for i, rule in enumerate(compiled) if rule.fullmatch(name)), None), []).append(name)
+    lines = []
+    for i, (pattern, template) in enumerate(rules):
+        if i in by_rule:
+            how = "start anew" if template is None else f"come from {template}"
+            lines.append(f"{_in_short(by_rule[i])} {how}, by the rule {(pattern, template)!r}")
+    if None in by_rule:
+        lines.insert(0, f"{_in_short(by_rule[None])} as in the checkpoint")
+    if unread := [name for name in sources if name not in set(assignment.values())]:
+        lines.append(f"{_in_short(unread)} of the checkpoint stay unread")
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def _in_short(names: Sequence[str]) -> str:
+    parts = collections.Counter(name.partition("/")[0] for name in names)
+    return ", ".join(part if part in names else f"{part}/ ({count} arrays)" for part, count in sorted(parts.items()))
 
 
 def _compile(pattern: str) -> re.Pattern:

@@ -64,7 +64,7 @@ def faults(checkpoint: epath.Path, items: Sequence[str] = (), checksums: bool = 
 
     Args:
       checkpoint: one that `has_manifest`.
-      items: only these folders of it; all by default.
+      items: only these files and folders of it; all by default.
       checksums: read the files; else only their sizes are compared.
     """
     try:
@@ -73,7 +73,7 @@ def faults(checkpoint: epath.Path, items: Sequence[str] = (), checksums: bool = 
         return [f"{FILE} is missing"]
     except (OSError, ValueError, KeyError, TypeError):
         return [f"{FILE} cannot be read"]
-    names = sorted(name for name in entries if not items or name.split("/")[0] in items)
+    names = sorted(name for name in entries if not items or any(f"{name}/".startswith(f"{item}/") for item in items))
     shares = np.arange(len(names)) % jax.process_count() == jax.process_index()
 
     def state_of(name: str, mine: bool) -> int:

@@ -200,3 +200,22 @@ def test_the_evaluator_measures_losses_and_decodes():
     [(name, metrics, records)] = evaluator.decode(params)
     assert name == "five" and metrics["right"] == 1 and metrics["decode_seconds"] > 0
     assert [record["example_id"] for record in records] == [0, 1, 2] and "trace" not in records[0]
+
+
+class Speculates(Dice):
+    """Says of each row that of three drafted tokens one stayed."""
+
+    def decode(self, model, batch, key, trace=False):
+        ones = jnp.ones(len(batch.tokens), int)
+        return super().decode(model, batch, key, trace).replace(num_drafted=3 * ones, num_accepted=ones)
+
+
+def test_what_was_drafted_and_accepted_is_told():
+    definition, params = tiny.make_model()
+    dataset = Dataset()
+    evaluator = Evaluator(MESH, definition, Autoregressive(), [], [DecodeEval(dataset, Speculates())])
+    ((_, metrics, records),) = evaluator.decode(params)
+    assert [(record["num_drafted"], record["num_accepted"]) for record in records] == [(3, 1)] * 5
+    assert metrics["acceptance"] == pytest.approx(1 / 3)
+    assert metrics["tokens_per_step"] == sum(len(targets) for _, targets in EXAMPLES) / 5
+    assert "num_drafted" not in metrics and "num_accepted" not in metrics

@@ -1,0 +1,186 @@
+"""Self-speculation: one model drafts a block by diffusion, and checks it as an autoregressive model in one pass.
+
+Speculative decoding (arXiv 2211.17192), greedy, with the model as its own draft model.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.decoding.autoregressive import read_prompt
+from diffusion_t5x.decoding.block import BlockDecoder
+from diffusion_t5x.decoding.decoder import Decoded, Trace
+from diffusion_t5x.decoding.masked import MaskedDecoder
+from diffusion_t5x.models.attention import KVCache, write_rows
+from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind, Slots
+from diffusion_t5x.models.sampling import forbid
+from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.objectives.masked import start_first
+from diffusion_t5x.objectives.objective import cross_entropy, row_keys
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfSpeculationDecoder:
+    """Greedy autoregressive decoding, several tokens at a time; for a model that was trained for both modes.
+
+    Each round drafts what is left of a block and reads the draft in one autoregressive pass. The longest beginning of
+    the draft that is what the model would have written token by token stays, and the pass itself says one token more.
+    So the output is that of `AutoregressiveDecoder` at temperature 0, whatever the drafts, but for ties: a pass over
+    several tokens rounds otherwise than one over a single token. The score is that decoder's too, the log-probability
+    of the output up to and including EOS: higher is better.
+
+    A round costs the draft's steps and one pass more, and writes at least one token, at most one more than it drafts.
+    Two caches of keys and values are kept. That of the autoregressive mode, which reads the token before in each slot,
+    is exact for what is accepted. So is that of the drafts, which read each token in its own slot and see blocks both
+    ways: their passes read the block before, finished now, along with their own, and need none of their own for it.
+
+    Attributes:
+      draft: writes the drafts, with the block size that the model was trained with. With one step for a block a round
+        takes two passes.
+      prefix: the model was trained with inputs that see each other both ways, in its autoregressive mode.
+    """
+
+    draft: BlockDecoder = BlockDecoder(4, MaskedDecoder(num_steps=1))  # noqa: RUF009  (frozen)
+    prefix: bool = False
+
+    @property
+    def attention(self) -> AttentionKind:
+        return PREFIX if self.prefix else CAUSAL
+
+    def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool = False) -> Decoded:
+        """`written_at` counts a row's own steps; the trace shows drafts, and that what was not accepted is gone."""
+        vocabulary, size, inner = model.vocabulary, self.draft.block_size, self.draft.inner
+        keys = row_keys(key, batch.example_ids)
+        encoded = model.encode(batch)
+        # Room for a block before the row and for a pass behind it: slots that are not there, and that nothing sees.
+        names = ("tokens", "target_mask", "segment_ids", "positions")
+        room = batch.replace(**{name: jnp.pad(getattr(batch, name), ((0, 0), (size, size + 1))) for name in names})
+        length, row_numbers = batch.tokens.shape[1], jnp.arange(len(batch.tokens))
+        first_target = size + jnp.argmax(batch.target_mask, axis=-1)
+        end = first_target + jnp.sum(batch.target_mask, axis=-1)
+
+        def cut(x, start, size):
+            return jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, size))(x, start)
+
+        # Each mode reads the inputs in one pass. No slot of the targets is seen before it is written anew.
+        canvas = inner.blank(room, vocabulary, keys)
+        _, cache = read_prompt(model, room, self.attention, encoded)
+        draft_cache = KVCache.empty(model.config, Slots.of(room))
+        start = jnp.zeros_like(first_target)
+        _, draft_cache = model.extend(canvas, self.draft.attention, draft_cache, start, encoded)
+
+        def show(carry, canvas, tokens, start, mask, log_probability):
+            """The canvas with these tokens `[B, l]` from each row's start on, after one step more."""
+            if trace:
+                mask, log_probability = (
+                    write_rows(jnp.zeros(canvas.shape, x.dtype), x, start) for x in (mask, log_probability)
+                )
+                tokens = write_rows(canvas, tokens, start)
+                carry["trace"] = carry["trace"].record(carry["steps"], tokens, mask, log_probability)
+            return carry | {"steps": carry["steps"] + 1}
+
+        def write_draft(carry, block):
+            """What is left of each row's block, which starts at `block`: its tokens `[B, size]`, and what is new."""
+            unfinished = ~carry["finished"][:, None]
+            new = cut(room.target_mask, block, size) & (block[:, None] + jnp.arange(size) >= carry["start"][:, None])
+            new &= unfinished
+            before, positions = cut(carry["canvas"], block - size, size), cut(room.positions, block - size, 2 * size)
+
+            def to_write(state):
+                return inner.eligible(state["tokens"], new, vocabulary, state["step"])
+
+            def write_some(state):
+                carry, step, tokens, eligible = state["carry"], state["step"], state["tokens"], to_write(state)
+                read = start_first(jnp.concatenate([before, tokens], axis=1), positions, vocabulary)
+                hidden, draft_cache = model.extend(
+                    read, self.draft.attention, carry["draft_cache"], block - size, encoded
+                )
+                written = inner.write(model, hidden[:, size:], tokens, eligible, positions[:, size:], keys, step)
+                carry |= {"draft_cache": draft_cache, "row_steps": carry["row_steps"] + jnp.any(eligible, axis=-1)}
+                carry = show(carry, carry["canvas"], written.tokens, block, written.mask, written.log_probability)
+                return {"tokens": written.tokens, "step": step + 1, "carry": carry}
+
+            state = {"tokens": cut(carry["canvas"], block, size), "step": 0, "carry": carry}
+            state = jax.lax.while_loop(lambda state: jnp.any(to_write(state)), write_some, state)
+            return state["carry"], state["tokens"], jnp.sum(new, axis=-1)
+
+        def read_out(logits):
+            logits = forbid(logits, vocabulary)
+            tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            return tokens, -cross_entropy(logits, tokens)[1]
+
+        def write_some(carry):
+            start = carry["start"]
+            block = start - (start - first_target) % size
+            carry, tokens, num_drafted = write_draft(carry, block)
+            draft = cut(write_rows(carry["canvas"], tokens, block), start, size)
+
+            # One autoregressive pass: slot by slot the token before it, and what is to be written there.
+            before = carry["canvas"][row_numbers, start - 1]
+            before = jnp.where(room.positions[row_numbers, start] == 0, vocabulary.start_id, before)
+            read = jnp.concatenate([before[:, None], draft], axis=1)
+            hidden, cache = model.extend(read, self.attention, carry["cache"], start, encoded)
+            tokens, log_probability = model.map_logits(read_out, hidden)
+
+            place = jnp.arange(size + 1)
+            is_drafted = place < num_drafted[:, None]
+            agrees = is_drafted[:, :size] & (draft == tokens[:, :size])
+            num_agreed = jnp.sum(jnp.cumprod(agrees, axis=-1), axis=-1)
+            ends = (tokens == vocabulary.eos_id) | (tokens == vocabulary.pad_id)
+            ends |= start[:, None] + place == end[:, None] - 1
+            new = (place <= num_agreed[:, None]) & (jnp.cumsum(ends, axis=-1) - ends == 0) & ~carry["finished"][:, None]
+            num_new = jnp.sum(new, axis=-1)
+
+            def put(name, values):
+                return write_rows(carry[name], jnp.where(new, values, cut(carry[name], start, size + 1)), start)
+
+            carry |= {
+                "start": start + num_new,
+                "canvas": put("canvas", tokens),
+                "cache": cache,
+                "finished": carry["finished"] | jnp.any(new & ends, axis=-1),
+                "score": carry["score"] + jnp.sum(jnp.where(new, log_probability, 0), axis=-1),
+                "row_steps": carry["row_steps"] + ~carry["finished"],
+                "written_at": put("written_at", carry["row_steps"][:, None]),
+                "num_drafted": carry["num_drafted"] + num_drafted,
+                "num_accepted": carry["num_accepted"] + jnp.minimum(num_agreed, num_new),
+            }
+            shown = cut(carry["canvas"], start, size + 1)
+            return show(
+                carry, carry["canvas"], shown, start, new | is_drafted, jnp.where(new, log_probability, -jnp.inf)
+            )
+
+        nothing = jnp.zeros_like(first_target)
+        carry = {
+            "start": first_target,
+            "canvas": canvas,
+            "cache": cache,
+            "draft_cache": draft_cache,
+            "finished": end == first_target,
+            "score": jnp.zeros(len(canvas)),
+            "steps": 0,
+            "row_steps": nothing,
+            "written_at": jnp.full_like(canvas, -1),
+            "num_drafted": nothing,
+            "num_accepted": nothing,
+            "trace": Trace.start(canvas, length * (inner.most_steps(size) + 1)) if trace else None,
+        }
+        carry = jax.lax.while_loop(lambda carry: ~jnp.all(carry["finished"]), write_some, carry)
+        canvas, written_at, history = (
+            jax.tree.map(lambda x: x[..., size : size + length], carry[name])
+            for name in ("canvas", "written_at", "trace")
+        )
+        return Decoded.of(
+            jnp.where(batch.target_mask & (written_at < 0), vocabulary.pad_id, canvas),
+            batch,
+            vocabulary,
+            scores=carry["score"],
+            steps=jnp.asarray(carry["steps"]),
+            row_steps=carry["row_steps"],
+            written_at=written_at,
+            trace=history and history.end(carry["steps"]),
+            num_drafted=carry["num_drafted"],
+            num_accepted=carry["num_accepted"],
+        )

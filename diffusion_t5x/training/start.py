@@ -1,0 +1,95 @@
+"""Whether a checkpoint fits a model, before any of it is read: all that differs, and what to set."""
+
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.training import stored
+from diffusion_t5x.training.assignment import Rule, describe_assignment, named_leaves
+from diffusion_t5x.training.checkpoints import find_checkpoint, read_metadata
+
+_SIZES = pathlib.Path(__file__).parent.parent / "gin" / "sizes"
+_OF_A_SIZE = ("embed_dim", "num_layers", "num_heads", "mlp_dim")
+
+
+def check_start(path: str, vocabulary: TokenIds, abstract_state: Any, rules: Sequence[Rule] = ()) -> str:
+    """What becomes of each array of a state that starts from a checkpoint, in words; reads names and shapes only.
+
+    Args:
+      path: a user's path, see `checkpoints.find_checkpoint`.
+      vocabulary: of the task.
+      abstract_state: tree of shapes and dtypes, with the model's parameters as `params`.
+      rules: assignment rules.
+
+    Raises:
+      UserError: no checkpoint, or one message of all that does not fit, the vocabulary and parameter by parameter.
+    """
+    checkpoint = find_checkpoint(path)
+    stored.check(checkpoint, "state/_METADATA")
+    targets, sources = named_leaves(abstract_state), stored.leaves(checkpoint)
+    wrong = []
+    try:
+        vocabulary.check_same(read_metadata(str(checkpoint))["vocabulary"], str(checkpoint))
+    except UserError as error:
+        wrong.append(str(error))
+    try:
+        description = describe_assignment(targets, sources, rules)
+    except UserError as error:
+        wrong.append(f"{checkpoint}: {error}")
+        if advice := _advice(model_settings(targets), model_settings(sources)):
+            wrong.append(advice)
+    if wrong:
+        raise UserError("\n".join(wrong))
+    return description
+
+
+def model_settings(leaves: Mapping[str, Any]) -> dict[str, int | bool | str]:
+    """What the parameters of a model, by names such as `params/embedding`, say of its `ModelConfig`.
+
+    Nothing where they are no model's of this framework.
+    """
+    shapes = {name.removeprefix("params/"): leaf.shape for name, leaf in leaves.items() if name.startswith("params/")}
+    stack = "decoder/blocks"
+    needed = ("embedding", f"{stack}/attention/query", f"{stack}/attention/key", f"{stack}/mlp/wi_0")
+    if not all(name in shapes for name in needed):
+        return {}
+    embedding, query, key, mlp = (shapes[name] for name in needed)
+    buckets = shapes.get("decoder/relative_bias/embedding")
+    has_encoder = any(name.startswith("encoder/") for name in shapes)
+    return {
+        "architecture": "encoder_decoder" if has_encoder else "decoder_only",
+        "embed_dim": embedding[1],
+        "num_layers": query[0],
+        "num_heads": query[2],
+        "head_dim": query[3],
+        "mlp_dim": mlp[-1],
+        "num_kv_heads": key[2],
+        "tie_embeddings": "head" not in shapes,
+        "query_key_norm": f"{stack}/attention/query_norm/scale" in shapes,
+        "position": "relative" if buckets else "rotary",
+        **({"relative_buckets": buckets[0]} if buckets else {}),
+        "vocab_size": embedding[0],
+    }
+
+
+def _advice(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
+    """What to set in order to have the checkpoint's model."""
+    differing = {name: value for name, value in there.items() if value != here.get(name)}
+    if not here or not differing:
+        return ""
+    values = ", ".join(f"{name} = {value!r} (here {here.get(name)!r})" for name, value in differing.items())
+    files = [f"models/{there['architecture']}.gin"] if "architecture" in differing else []
+    if any(name in differing for name in _OF_A_SIZE):
+        files += [f"sizes/{file.name}" for file in sorted(_SIZES.glob("*.gin")) if _is_size(file, there)][:1]
+    including = f" Include {' and '.join(files)}." if files else ""
+    return f"The checkpoint's model has ModelConfig.{values}.{including}"
+
+
+def _is_size(file: pathlib.Path, settings: Mapping[str, Any]) -> bool:
+    bound = dict(re.findall(r"^  (\w+) = (\S+)", file.read_text(encoding="utf-8"), re.MULTILINE))
+    return all(name in bound for name in _OF_A_SIZE) and all(
+        str(settings[name]) == value for name, value in bound.items() if name in settings
+    )
