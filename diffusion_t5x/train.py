@@ -15,7 +15,8 @@ from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval
 from diffusion_t5x.evaluation.inference import write_jsonl
-from diffusion_t5x.evaluation.loading import check_datasets, load_teacher
+from diffusion_t5x.evaluation.loading import check_datasets, check_shifted, load_teacher
+from diffusion_t5x.evaluation.results import trained_shifted
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.distillation import Distillation
@@ -119,6 +120,7 @@ def train(
     check_datasets(datasets, model, device_mesh)
     _check_microbatches(device_mesh, train_dataset.batch_size, num_microbatches)
     _check_distillation(objective, model, rollout, train_dataset)
+    check_shifted(getattr(objective, "shifted", None), "train.objective", [ev.decoder for ev in decode_evals])
     if isinstance(objective, Distillation) and not teacher_checkpoint_path and not dry_run:
         raise UserError("Distillation needs a teacher: set train.teacher_checkpoint_path.")
     if teacher_checkpoint_path:
@@ -129,7 +131,9 @@ def train(
     abstract = abstract_state(device_mesh, definition, optimizer, ema_decay is not None)
     start_path = resume_path or initial_checkpoint_path
     if start_path:
-        vocabulary.check_same(checkpointing.read_metadata(start_path)["vocabulary"], start_path)
+        metadata = checkpointing.read_metadata(start_path)
+        vocabulary.check_same(metadata["vocabulary"], start_path)
+        check_shifted(trained_shifted(metadata.get("config", "")), f"The training of {start_path}", [objective])
     info = _describe(definition, abstract)
     if dry_run:
         batch = next(train_dataset.train_iterator())

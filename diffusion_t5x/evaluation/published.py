@@ -66,7 +66,7 @@ def matching(task: str, num_examples: int | None, report: Mapping[str, Any]) -> 
 
 
 def _sundae(steps: int = 10, samples: int = 8) -> dict[str, Any]:
-    return {"class": "SundaeDecoder", "num_steps": steps, "num_samples": samples}
+    return {"class": "SundaeDecoder", "num_steps": steps, "num_samples": samples, "shifted": False}
 
 
 def _diffusion(
