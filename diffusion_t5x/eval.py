@@ -17,7 +17,7 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import results
 from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LikelihoodEval, LossEval
 from diffusion_t5x.evaluation.inference import write_jsonl
-from diffusion_t5x.evaluation.loading import check_datasets, load_model, load_teacher
+from diffusion_t5x.evaluation.loading import check_datasets, check_shifted, load_model, load_teacher
 from diffusion_t5x.evaluation.predictions import add_predictions, read_predictions
 from diffusion_t5x.flags import Parser
 from diffusion_t5x.models.config import ModelConfig
@@ -97,6 +97,9 @@ def evaluate(
     output = pathlib.Path(eval_output_dir)
     folders = {str(path): output / path.name for path in paths} if all_checkpoints else {str(paths[-1]): output}
     todo = {path: folder for path, folder in folders.items() if not results.is_done(folder, path, settings)}
+    for path in todo:
+        trained = results.trained_shifted(checkpoints.read_metadata(path).get("config", ""))
+        check_shifted(trained, f"The training of {path}", [objective, *(ev.decoder for ev in decode_evals)])
     logger.info("%s: %d of %d checkpoints are evaluated", output, len(folders) - len(todo), len(folders))
     if dry_run and not todo:
         print(f"Would evaluate nothing: all results are in {output}.")

@@ -20,10 +20,10 @@ from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.evaluation import traces
+from diffusion_t5x.evaluation import results, traces
 from diffusion_t5x.evaluation.inference import make_decode_step, predict
 from diffusion_t5x.evaluation.likelihood import likelihoods, make_likelihood_step
-from diffusion_t5x.evaluation.loading import check_datasets, load_model
+from diffusion_t5x.evaluation.loading import check_datasets, check_shifted, load_model
 from diffusion_t5x.evaluation.record_file import RecordFile
 from diffusion_t5x.evaluation.trace_page import write_trace_page
 from diffusion_t5x.flags import Parser
@@ -95,6 +95,8 @@ def infer(
     data = dataset if templates is None else Templates(templates, dataset)
     how = _how(mode, decoder, objective, num_draws, data, trace)
     check_datasets([data], model, device_mesh)
+    trained = results.trained_shifted(checkpoints.read_metadata(path).get("config", ""))
+    check_shifted(trained, f"The training of {path}", [objective if mode == "score" else decoder])
     name = f"{dataset.name}-{dataset.split}" if templates is None else f"infill-{data.name}"
     name += "-score" if mode == "score" else ""
     settings = {

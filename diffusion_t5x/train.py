@@ -16,7 +16,8 @@ from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval
 from diffusion_t5x.evaluation.inference import write_jsonl
-from diffusion_t5x.evaluation.loading import check_datasets, load_teacher
+from diffusion_t5x.evaluation.loading import check_datasets, check_shifted, load_teacher
+from diffusion_t5x.evaluation.results import trained_shifted
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.distillation import Distillation
@@ -126,6 +127,7 @@ def train(
         check_datasets(datasets, model, device_mesh)
         _check_microbatches(device_mesh, train_dataset.batch_size, num_microbatches)
         _check_distillation(objective, model, rollout, train_dataset)
+        check_shifted(getattr(objective, "shifted", None), "train.objective", [ev.decoder for ev in decode_evals])
         if isinstance(objective, Distillation) and not teacher_checkpoint_path and not dry_run:
             raise UserError("Distillation needs a teacher: set train.teacher_checkpoint_path.")
         if teacher_checkpoint_path:
@@ -137,6 +139,8 @@ def train(
         start_path = resume_path or initial_checkpoint_path
         restored = ""
         if start_path:
+            metadata = checkpointing.read_metadata(start_path)
+            check_shifted(trained_shifted(metadata.get("config", "")), f"The training of {start_path}", [objective])
             restored = check_start(start_path, vocabulary, abstract, () if resume_path else restore_rules)
         info = _describe(definition, abstract)
         if dry_run:

@@ -6,6 +6,7 @@ Beside the text it tells how narrowly each step was decided, so that a text that
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
@@ -14,18 +15,32 @@ from diffusion_t5x.decoding.decoder import end_at_eos
 from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.models.masks import BIDIRECTIONAL, Slots
 from diffusion_t5x.objectives.autoregressive import shift_right, shifted_slots
-from diffusion_t5x.objectives.masked import start_first
+from diffusion_t5x.objectives.reading import start_first
 
 TOLERANCE = 1e-5  # of logits, as a share of the largest
 
 
+def start_ahead(batch, canvas, vocabulary):
+    """Slots and tokens `[B, L + 1]` of rows of one example each, which the start token is ahead of as an input."""
+    slots = Slots.of(batch)
+    slots = Slots(
+        segment_ids=jnp.concatenate([slots.segment_ids[:, :1], slots.segment_ids], axis=1),
+        positions=jnp.pad(slots.positions + 1, ((0, 0), (1, 0))),
+        is_input=jnp.concatenate([slots.segment_ids[:, :1] > 0, slots.is_input], axis=1),
+    )
+    return slots, jnp.pad(canvas, ((0, 0), (1, 0)), constant_values=vocabulary.start_id)
+
+
 @functools.cache
-def reader(definition, decoder_class, kind):
+def reader(definition, decoder_class, kind, shifted=False):
     """The jitted `(params, batch, canvas) -> logits [B, L, V]` of whole passes, as this decoder's model reads."""
 
     @jax.jit
     def read(params, batch, canvas):
         model = definition.bind(params)
+        if shifted:
+            slots, tokens = start_ahead(batch, canvas, definition.vocabulary)
+            return model.logits(model(tokens, slots, kind, model.encode(batch)))[:, :-1]
         slots, tokens = Slots.of(batch), canvas
         if decoder_class is AutoregressiveDecoder:
             slots, tokens = shifted_slots(batch), shift_right(canvas, batch.positions, definition.vocabulary.start_id)
@@ -59,7 +74,9 @@ class PlainDecoding:
     def __init__(self, definition, params, decoder, batch, seed):
         self.vocabulary, self.decoder, self.batch = definition.vocabulary, decoder, batch
         self.narrowest = np.inf
-        self._read = functools.partial(reader(definition, type(decoder), kind_of(decoder)), params, batch)
+        self._read = functools.partial(
+            reader(definition, type(decoder), kind_of(decoder), getattr(decoder, "shifted", False)), params, batch
+        )
         self._targets = np.flatnonzero(batch.target_mask[0])
         key = jax.random.fold_in(jax.random.key(seed), batch.example_ids[0])
         if isinstance(decoder, AutoregressiveDecoder):

@@ -14,12 +14,14 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.attention import KVCache, write_rows
 from diffusion_t5x.models.masks import AttentionKind, Slots
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.objectives.masked import start_first
 from diffusion_t5x.objectives.objective import row_keys
+from diffusion_t5x.objectives.reading import Reading, start_first
 
 
 class InnerDecoder(Protocol):
     """What writes the targets of a block: `MaskedDecoder`, or `SundaeDecoder` with one sample and paper 1's steps."""
+
+    shifted: bool  # see `BlockDecoder`
 
     def blank(self, batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
         """The rows int32 `[B, L]` with what stands at the targets before the first step; keys `[B]`."""
@@ -61,6 +63,9 @@ class BlockDecoder:
     the mean over the written targets of what the inner decoder says of them. Every block costs one pass more than it
     has steps: that of its finished tokens, for the cache.
 
+    If the inner decoder is `shifted`, a token is predicted in the slot before its own, and the first one of a block in
+    that of the finished token before the block: see `objectives.block.Block`.
+
     Attributes:
       block_size: targets a block, as in training.
       inner: how a block is written; its `num_steps` are those of a block. Masked for models of masked blocks, SUNDAE's
@@ -81,6 +86,10 @@ class BlockDecoder:
                 )
 
     @property
+    def shifted(self) -> bool:
+        return self.inner.shifted
+
+    @property
     def attention(self) -> AttentionKind:
         return AttentionKind("block_causal", self.block_size)
 
@@ -88,10 +97,12 @@ class BlockDecoder:
         vocabulary, size, inner = model.vocabulary, self.block_size, self.inner
         keys = row_keys(key, batch.example_ids)
         encoded = model.encode(batch)
+        reading = Reading.of(batch, vocabulary, inner.shifted)
+        blank = inner.blank(batch, vocabulary, keys)
         # Room for the last block of any row, beyond its end: slots that are not there, and that nothing sees.
-        slots, target_mask, canvas = jax.tree.map(
+        slots, prompt, canvas, target_mask, row_positions = jax.tree.map(
             lambda x: jnp.pad(x, ((0, 0), (0, size))),
-            (Slots.of(batch), batch.target_mask, inner.blank(batch, vocabulary, keys)),
+            (Slots.of(reading.batch), reading.tokens(blank, vocabulary), blank, batch.target_mask, batch.positions),
         )
         length = batch.tokens.shape[1]
         first_target = jnp.argmax(target_mask, axis=-1)
@@ -100,7 +111,10 @@ class BlockDecoder:
 
         # The inputs in one pass. It fills the slots of the targets too, but none is seen before it is written anew.
         cache = KVCache.empty(model.config, slots)
-        _, cache = model.extend(canvas, self.attention, cache, jnp.zeros_like(first_target), encoded)
+        hidden, cache = model.extend(prompt, self.attention, cache, jnp.zeros_like(first_target), encoded)
+        # Shifted, the cache begins with the start token, and the slot before a block predicts its first token.
+        ahead = 1 if inner.shifted else 0
+        before = jnp.take_along_axis(hidden, first_target[:, None, None], axis=1) if inner.shifted else None
 
         def unfinished(carry):
             return ~jnp.all(carry["finished"])
@@ -108,7 +122,7 @@ class BlockDecoder:
         def write_block(carry):
             start = jnp.minimum(first_target + carry["block"] * size, length)
             is_target = cut(target_mask, start) & ~carry["finished"][:, None]
-            positions = cut(slots.positions, start)
+            positions = cut(row_positions, start)
 
             def show(carry, tokens, mask, log_probability):
                 steps = carry["steps"]
@@ -124,8 +138,10 @@ class BlockDecoder:
 
             def write_some(block):
                 carry, step, eligible = block["carry"], block["step"], to_write(block)
-                read = start_first(block["tokens"], positions, vocabulary)
-                hidden, cache = model.extend(read, self.attention, carry["cache"], start, encoded)
+                read = block["tokens"] if inner.shifted else start_first(block["tokens"], positions, vocabulary)
+                hidden, cache = model.extend(read, self.attention, carry["cache"], start + ahead, encoded)
+                if inner.shifted:
+                    hidden = jnp.concatenate([carry["before"], hidden[:, :-1]], axis=1)
                 written = inner.write(model, hidden, block["tokens"], eligible, positions, keys, step)
                 carry |= {
                     "cache": cache,
@@ -142,7 +158,7 @@ class BlockDecoder:
             block = {"tokens": cut(carry["canvas"], start), "step": 0, "written_at": jnp.full(is_target.shape, -1)}
             block = jax.lax.while_loop(lambda b: jnp.any(to_write(b)), write_some, block | {"carry": carry})
             tokens, carry = block["tokens"], block["carry"]
-            _, cache = model.extend(tokens, self.attention, carry["cache"], start, encoded)
+            hidden, cache = model.extend(tokens, self.attention, carry["cache"], start + ahead, encoded)
             ends = is_target & ((tokens == vocabulary.eos_id) | (tokens == vocabulary.pad_id))
             number = carry["block"] + 1
             carry = show(carry, tokens, jnp.zeros(tokens.shape, bool), jnp.zeros(tokens.shape))
@@ -151,6 +167,7 @@ class BlockDecoder:
                 "canvas": write_rows(carry["canvas"], tokens, start),
                 "written_at": write_rows(carry["written_at"], block["written_at"], start),
                 "cache": cache,
+                "before": hidden[:, -1:] if inner.shifted else None,
                 "finished": carry["finished"] | jnp.any(ends, axis=-1) | (number * size >= num_targets),
                 "row_steps": carry["row_steps"] + ~carry["finished"],
             }
@@ -161,6 +178,7 @@ class BlockDecoder:
             "canvas": canvas,
             "written_at": jnp.full_like(canvas, -1),
             "cache": cache,
+            "before": before,
             "finished": num_targets == 0,
             "total": jnp.zeros(rows),
             "steps": 0,

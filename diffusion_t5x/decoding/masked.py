@@ -11,11 +11,11 @@ from diffusion_t5x.decoding.commit import ORDERS, Order, choose, propose
 from diffusion_t5x.decoding.decoder import Decoded, Trace, Written
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.layers import fold_in
-from diffusion_t5x.models.masks import BIDIRECTIONAL, Slots
+from diffusion_t5x.models.masks import BIDIRECTIONAL
 from diffusion_t5x.models.sampling import Sampling
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.objectives.masked import start_first
 from diffusion_t5x.objectives.objective import row_keys
+from diffusion_t5x.objectives.reading import Reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,7 @@ class MaskedDecoder:
       order: which positions come first: see `commit.propose`. A threshold is one of confidence.
       temperature: at which tokens are sampled; 0 takes the likeliest.
       top_k, top_p: see `Sampling`.
+      shifted: the model was trained to predict a token in the slot before its own, see `Reading`.
     """
 
     num_steps: int | None = 10
@@ -41,6 +42,7 @@ class MaskedDecoder:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    shifted: bool = False
 
     def __post_init__(self) -> None:
         self.sampling  # noqa: B018  (raises on bad values now, not in the middle of a run)
@@ -99,7 +101,7 @@ class MaskedDecoder:
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool = False) -> Decoded:
         vocabulary, length = model.vocabulary, batch.tokens.shape[1]
         keys = row_keys(key, batch.example_ids)
-        slots, encoded = Slots.of(batch), model.encode(batch)
+        reading, encoded = Reading.of(batch, vocabulary, self.shifted), model.encode(batch)
 
         def masked(canvas, step):
             return self.eligible(canvas, batch.target_mask, vocabulary, step)
@@ -109,7 +111,7 @@ class MaskedDecoder:
 
         def write_some(carry):
             step, before = carry["step"], carry["canvas"]
-            hidden = model(start_first(before, batch.positions, vocabulary), slots, BIDIRECTIONAL, encoded)
+            hidden = reading.hidden(model, before, BIDIRECTIONAL, encoded)
             written = self.write(model, hidden, before, masked(before, step), batch.positions, keys, step)
             if trace:
                 carry["trace"] = carry["trace"].record(step, written.tokens, written.mask, written.log_probability)

@@ -13,12 +13,13 @@ from diffusion_t5x.decoding.autoregressive import read_prompt
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.decoder import Decoded, Trace
 from diffusion_t5x.decoding.masked import MaskedDecoder
+from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.attention import KVCache, write_rows
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind, Slots
 from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.objectives.masked import start_first
 from diffusion_t5x.objectives.objective import cross_entropy, row_keys
+from diffusion_t5x.objectives.reading import start_first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,18 @@ class SelfSpeculationDecoder:
 
     draft: BlockDecoder = BlockDecoder(4, MaskedDecoder(num_steps=1))  # noqa: RUF009  (frozen)
     prefix: bool = False
+
+    def __post_init__(self) -> None:
+        if self.draft.shifted:
+            raise UserError(
+                "SelfSpeculationDecoder drafts each token in its own slot: it is not for models that were trained with "
+                "conversion/shifted.gin. Leave that file out, or decode by decoding/block.gin."
+            )
+
+    @property
+    def shifted(self) -> bool:
+        """Never: so that checkpoints of models that were trained otherwise are refused."""
+        return False
 
     @property
     def attention(self) -> AttentionKind:

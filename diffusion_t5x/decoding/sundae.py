@@ -12,10 +12,11 @@ from diffusion_t5x.decoding.commit import choose
 from diffusion_t5x.decoding.decoder import Decoded, Trace, Written
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.layers import fold_in
-from diffusion_t5x.models.masks import BIDIRECTIONAL, Slots
+from diffusion_t5x.models.masks import BIDIRECTIONAL
 from diffusion_t5x.models.sampling import Sampling, forbid, sample, uniform
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.objectives.objective import cross_entropy, row_keys
+from diffusion_t5x.objectives.reading import Reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class SundaeDecoder:
       stop_when_unchanged: a canvas is finished after a step that would have changed nothing had it written all targets,
         and its score is of that step; decoding stops when all are. At temperature 0 the result is the same, in less
         steps.
+      shifted: the model was trained to predict a token in the slot before its own, see `Reading`.
     """
 
     num_steps: int = 10
@@ -48,6 +50,7 @@ class SundaeDecoder:
     method: Literal["sample", "argmax_unrolled"] = "sample"
     update_share: float = 1.0
     stop_when_unchanged: bool = False
+    shifted: bool = False
 
     def __post_init__(self) -> None:
         if self.num_steps < 1 or self.num_samples < 1 or self.temperature < 0:
@@ -129,7 +132,7 @@ class SundaeDecoder:
         keys = jax.vmap(lambda k: jax.vmap(lambda n: jax.random.fold_in(k, n))(jnp.arange(samples)))(example_keys)
         keys = keys.reshape(-1)  # rows: example by example, each one's samples together
         rows = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), batch)
-        slots = Slots.of(rows)
+        reading = Reading.of(rows, vocabulary, self.shifted)
         encoded = model.encode(batch)
         encoded = encoded and encoded.repeat(samples)
 
@@ -139,7 +142,7 @@ class SundaeDecoder:
         def denoise(carry):
             step, canvas, finished = carry["step"], carry["canvas"], carry["finished"]
             eligible = rows.target_mask & ~finished[:, None]
-            hidden = model(canvas, slots, BIDIRECTIONAL, encoded)
+            hidden = reading.hidden(model, canvas, BIDIRECTIONAL, encoded)
             written, unchanged = self._denoise(
                 model, hidden, canvas, eligible, rows.positions, keys, step, carry["log_probability"]
             )

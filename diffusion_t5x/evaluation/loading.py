@@ -42,6 +42,23 @@ def check_datasets(datasets: Iterable[Dataset], model: ModelConfig, mesh: Mesh) 
         partitioning.check_batch_size(mesh, dataset.batch_size)
 
 
+def check_shifted(trained: bool | None, whose: str, readers: Iterable[object]) -> None:
+    """Raises a UserError where an objective or a decoder reads a model otherwise than it was trained to be read.
+
+    Args:
+      trained: whether the model's objective was `shifted`; None is unknown, or neither.
+      whose: named in the message.
+      readers: those without a `shifted` of their own, as an autoregressive decoder is, may be anything.
+    """
+    for reader in readers:
+        shifted = getattr(reader, "shifted", trained)
+        if trained is not None and shifted != trained:
+            raise UserError(
+                f"{whose} has shifted = {trained}, but {type(reader).__name__} has shifted = {shifted}: give "
+                "conversion/shifted.gin in training and in decoding, or in neither."
+            )
+
+
 def load_teacher(path: str, config: ModelConfig, vocabulary: TokenIds, mesh: Mesh) -> Teacher:
     """As `load_model`, with a message that says whose checkpoint is amiss."""
     try:

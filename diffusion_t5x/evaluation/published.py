@@ -66,7 +66,7 @@ def matching(task: str, num_examples: int | None, report: Mapping[str, Any]) -> 
 
 
 def _sundae(steps: int = 10, samples: int = 8) -> dict[str, Any]:
-    settings = {"num_steps": steps, "num_samples": samples, "method": "sample", "update_share": 1.0}
+    settings = {"num_steps": steps, "num_samples": samples, "method": "sample", "update_share": 1.0, "shifted": False}
     return {"class": "SundaeDecoder", **settings}
 
 

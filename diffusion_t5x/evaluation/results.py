@@ -84,9 +84,20 @@ def differences(before: Any, now: Any, no_matter: Collection[str] = (), name: st
 
 
 def training_objective(config: str) -> str | None:
-    """The objective's class in a training run's resolved configuration, by the macro that the shipped gin files set."""
-    found = re.search(r"^OBJECTIVE = @(?:[\w./]+\.)?(\w+)\(\)$", config, re.MULTILINE)
-    return found and found[1]
+    """The objective's class in a training run's resolved configuration, by what the shipped gin files bind."""
+    for name in (r"train\.train\.objective", "OBJECTIVE"):
+        if found := re.search(rf"^{name} = @(?:[\w./]+\.)?(\w+)\(\)$", config, re.MULTILINE):
+            return found[1]
+    return None
+
+
+def trained_shifted(config: str) -> bool | None:
+    """Whether a training run's diffusion objective was `shifted`, by its resolved configuration; None if it had none.
+
+    An autoregressive model's was neither: it may be decoded both ways.
+    """
+    values = re.findall(r"^(?:[\w./]+\.)?(?:Sundae|Masked|Block)\.shifted = (True|False)$", config, re.MULTILINE)
+    return values[0] == "True" if len(set(values)) == 1 else None
 
 
 def write_results(folder: str | os.PathLike, report: Mapping[str, Any]) -> None:

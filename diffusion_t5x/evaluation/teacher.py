@@ -11,8 +11,7 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.models.transformer import Params
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.distillation import Teacher
-from diffusion_t5x.objectives.masked import score
-from diffusion_t5x.objectives.objective import text_of
+from diffusion_t5x.objectives.objective import score, text_of
 
 Judge = Callable[[Batch], dict[str, jax.Array]]
 

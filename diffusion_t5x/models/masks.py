@@ -56,11 +56,11 @@ class AttentionKind:
         from the segment's first target, backwards too, so inputs stand in blocks of negative index. "block_diffusion":
         clean slots as in "block_causal"; a noisy one sees the clean slots of earlier blocks and the noisy ones of its
         own, as it will when it is decoded behind a cache (the same paper, section 3.2).
-      block_size: tokens a block, for the last two.
+      block_size: tokens a block, for the last two; traced, where it grows in training.
     """
 
     name: Literal["causal", "prefix", "bidirectional", "block_causal", "block_diffusion"]
-    block_size: int | None = None
+    block_size: int | jax.Array | None = None
 
     def __post_init__(self) -> None:
         kinds = ("causal", "prefix", "bidirectional", "block_causal", "block_diffusion")
@@ -68,7 +68,7 @@ class AttentionKind:
             raise UserError(f"Unknown attention kind {self.name!r}: one of {', '.join(kinds)}.")
         if self.name.startswith("block") != (self.block_size is not None):
             raise UserError(f"block_size belongs to block_causal and block_diffusion attention alone; got {self}.")
-        if self.block_size is not None and self.block_size < 1:
+        if isinstance(self.block_size, int) and self.block_size < 1:
             raise UserError(f"block_size must be at least 1, not {self.block_size}.")
 
     def mask(self, queries: Slots, keys: Slots) -> jax.Array:
@@ -95,3 +95,24 @@ class AttentionKind:
 CAUSAL = AttentionKind("causal")
 PREFIX = AttentionKind("prefix")
 BIDIRECTIONAL = AttentionKind("bidirectional")
+
+
+@dataclasses.dataclass(frozen=True)
+class Annealed:
+    """An attention kind on its way from causal attention, for a pass over whole rows (DiffuLLaMA, arXiv 2410.17891).
+
+    Attributes:
+      kind: at the end.
+      share: float32 scalar, the probability that what is behind, where `kind` sees it, is seen.
+      key: of the draw, one for all rows.
+    """
+
+    kind: AttentionKind
+    share: jax.Array
+    key: jax.Array
+
+    def mask(self, queries: Slots, keys: Slots) -> jax.Array:
+        """bool `[B, Lq, Lk]`: whether a query may see a key."""
+        shape = (1, queries.positions.shape[1], keys.positions.shape[1])
+        is_open = jax.random.bernoulli(self.key, self.share, shape)
+        return self.kind.mask(queries, keys) & (CAUSAL.mask(queries, keys) | is_open)

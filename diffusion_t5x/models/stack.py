@@ -10,7 +10,7 @@ from flax import nnx
 from diffusion_t5x.models.attention import Attention
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.layers import GatedMLP, RMSNorm, dropout, fold_in
-from diffusion_t5x.models.masks import AttentionKind, Slots, same_segment
+from diffusion_t5x.models.masks import Annealed, AttentionKind, Slots, same_segment
 from diffusion_t5x.models.positions import RelativePositionBias
 from diffusion_t5x.partitioning import constrain
 
@@ -87,7 +87,7 @@ class Stack(nnx.Module):
         self,
         x: jax.Array,
         slots: Slots,
-        kind: AttentionKind,
+        kind: AttentionKind | Annealed,
         encoded: Encoded | None = None,
         dropout_keys: jax.Array | None = None,
     ) -> jax.Array:

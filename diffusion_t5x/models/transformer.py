@@ -14,7 +14,7 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.models.attention import KVCache
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.layers import fold_in, normal, param
-from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind, Slots
+from diffusion_t5x.models.masks import BIDIRECTIONAL, Annealed, AttentionKind, Slots
 from diffusion_t5x.models.stack import Encoded, Stack
 
 Params = dict[str, Any]
@@ -59,7 +59,7 @@ class Transformer(nnx.Module):
         self,
         tokens: jax.Array,
         slots: Slots,
-        kind: AttentionKind,
+        kind: AttentionKind | Annealed,
         encoded: Encoded | None = None,
         dropout_keys: jax.Array | None = None,
     ) -> jax.Array:

@@ -10,7 +10,6 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind, Slots
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.objectives.masked import score
 from diffusion_t5x.objectives.objective import (
     Likelihood,
     LossSums,
@@ -19,6 +18,7 @@ from diffusion_t5x.objectives.objective import (
     cross_entropy,
     normalized,
     row_keys,
+    score,
     text_of,
 )
 
@@ -70,7 +70,14 @@ class Autoregressive:
         encoded = model.encode(batch, dropout_keys)
         return model(tokens, shifted_slots(batch), self.attention, encoded, dropout_keys)
 
-    def loss(self, model: Transformer, batch: Batch, key: jax.Array | None, train: bool = True) -> LossSums:
+    def loss(
+        self,
+        model: Transformer,
+        batch: Batch,
+        key: jax.Array | None,
+        train: bool = True,
+        step: jax.Array | None = None,
+    ) -> LossSums:
         """The key serves dropout alone; the objective itself draws nothing."""
         hidden = self.hidden(model, batch, row_keys(key, batch.example_ids) if train else None)
 

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.models.masks import AttentionKind, Slots
+from diffusion_t5x.models.masks import Annealed, AttentionKind, Slots
+from diffusion_t5x.models.stack import Encoded
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.objectives.likelihood import masked_bound
-from diffusion_t5x.objectives.masked import SCHEDULES, mask_targets, score, start_first
+from diffusion_t5x.objectives.masked import SCHEDULES, mask_targets
 from diffusion_t5x.objectives.objective import (
     Likelihood,
     LossSums,
@@ -22,12 +23,14 @@ from diffusion_t5x.objectives.objective import (
     check_normalize,
     normalized,
     row_keys,
+    score,
     stratified,
 )
+from diffusion_t5x.objectives.reading import Reading, annealed, check_anneal_steps, model_reads
 from diffusion_t5x.objectives.uniform_bound import uniform_bound
 
 
-def block_starts(batch: Batch, block_size: int) -> jax.Array:
+def block_starts(batch: Batch, block_size: int | jax.Array) -> jax.Array:
     """int32 `[B, L]`: the row index of the first slot of the block of targets that a target is in.
 
     Blocks are counted from each segment's first target. What it says of inputs and padding means nothing.
@@ -54,6 +57,34 @@ def clean_and_noisy(batch: Batch, noisy: jax.Array) -> tuple[jax.Array, Slots]:
     return jnp.concatenate([batch.tokens, noisy], axis=1), slots
 
 
+def noisy_hidden(
+    model: Transformer,
+    reading: Reading,
+    starts: jax.Array,
+    noisy: jax.Array,
+    kind: AttentionKind | Annealed,
+    encoded: Encoded | None,
+    dropout_keys: jax.Array | None = None,
+) -> jax.Array:
+    """The hidden states `[B, L, D]` that predict noisy targets, which see what is before their block clean.
+
+    Args:
+      model: reads the clean tokens, and the noisy ones in the same pass.
+      reading: of the batch.
+      starts: int32 `[B, L]`, see `block_starts`.
+      noisy: int32 `[B, L]`.
+      kind: "block_diffusion", or on the way to it.
+      encoded: the inputs of an encoder-decoder.
+      dropout_keys: `[B]`; None switches dropout off.
+    """
+    tokens, slots = clean_and_noisy(reading.batch, reading.tokens(noisy, model.vocabulary))
+    hidden, width = model(tokens, slots, kind, encoded, dropout_keys), reading.batch.tokens.shape[1]
+    if reading.slot is None:
+        return hidden[:, width:]
+    is_first = starts == jnp.arange(noisy.shape[1])
+    return reading.states(hidden, jnp.where(is_first, 0, width))
+
+
 @dataclasses.dataclass(frozen=True)
 class Block:
     """Cross-entropy of the noisy targets of each block given the rest of the block and all that is before, clean.
@@ -64,23 +95,33 @@ class Block:
     Attributes:
       block_size: targets a block. 1 is autoregressive (reading MASK where an autoregressive model reads the token
         before); as long as the targets, it is one diffusion over all of them.
+      stages: `((0, size), (step, size), ...)`, the block sizes of training from these steps on, the last of them
+        `block_size` (LLaDA2.0's warm-up, arXiv 2512.15745); None trains with `block_size` alone.
       noise: "mask" hides tokens, and the loss is that of the hidden ones. "uniform" puts others in their place, and
         the loss is that of all tokens, without weights: no bound (SUNDAE's first term, inside blocks).
       schedule: see `Masked`.
       weighting: of a masked token, see `Masked`; "uniform" noise knows no other than "uniform".
       epsilon: the least time, which bounds the weights.
+      shifted: a token is predicted in the slot before its own (see `Reading`), the first of a block in the clean one
+        before the block (Fast-dLLM v2, arXiv 2509.26328); decode likewise. At block size 1, with everything masked,
+        the loss is the autoregressive one.
+      anneal_steps: training steps in which attention inside blocks opens, see `annealed`; None needs none.
       normalize: what the summed loss is divided by.
     """
 
     block_size: int = 4
+    stages: tuple[tuple[int, int], ...] | None = None
     noise: Literal["mask", "uniform"] = "mask"
     schedule: Literal["linear", "cosine"] = "linear"
     weighting: Literal["elbo", "uniform"] = "elbo"
     epsilon: float = 1e-3
+    shifted: bool = False
+    anneal_steps: int | None = None
     normalize: Normalize = "target_tokens"
 
     def __post_init__(self) -> None:
         check_normalize(self.normalize)
+        check_anneal_steps(self.anneal_steps)
         self.attention  # noqa: B018  (raises on a bad block size)
         if self.noise not in ("mask", "uniform") or self.weighting not in ("elbo", "uniform"):
             raise UserError(f"Block needs noise mask or uniform and weighting elbo or uniform; got {self}.")
@@ -88,6 +129,17 @@ class Block:
             raise UserError(f"Block needs a schedule of {', '.join(SCHEDULES)}, epsilon in [0, 1); got {self}.")
         if self.noise == "uniform" and self.weighting != "uniform":
             raise UserError('Block.weighting must be "uniform" with uniform noise: no bound is known here for it.')
+        if self.stages is not None:
+            self._check_stages()
+
+    def _check_stages(self) -> None:
+        pairs = all(isinstance(stage, tuple | list) and len(stage) == 2 for stage in self.stages)
+        steps, sizes = zip(*self.stages, strict=True) if self.stages and pairs else ((), ())
+        if not sizes or list(steps) != sorted({0, *steps}) or min(sizes) < 1 or sizes[-1] != self.block_size:
+            raise UserError(
+                "Block.stages must be pairs (step, block size) whose steps begin with 0 and grow, the last size being "
+                f"block_size = {self.block_size}; got {self.stages}."
+            )
 
     @property
     def attention(self) -> AttentionKind:
@@ -96,12 +148,17 @@ class Block:
     def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
         """The noisy targets among their clean inputs; the model reads the clean targets as well."""
         noisy, _ = self.corrupt(vocabulary, batch, key)
-        return start_first(noisy, batch.positions, vocabulary)
+        return model_reads(noisy, batch, vocabulary, self.shifted)
 
-    def corrupt(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Of every position `[B, L]`: the token or noise, and the bound's weight if it is masked."""
+    def corrupt(
+        self, vocabulary: TokenIds, batch: Batch, key: jax.Array, size: int | jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Of every position `[B, L]`: the token or noise, and the bound's weight if it is masked.
+
+        Blocks are of this size, or of `block_size`.
+        """
         time_key, where_key, noise_key, _ = jax.random.split(key, 4)
-        share = stratified(time_key, batch.example_ids, block_starts(batch, self.block_size))
+        share = stratified(time_key, batch.example_ids, block_starts(batch, self.block_size if size is None else size))
         probability, weights = SCHEDULES[self.schedule](1 - (1 - self.epsilon) * share)
         noisy = mask_targets(batch, vocabulary, probability, row_keys(where_key, batch.example_ids))
         if self.noise == "uniform":
@@ -110,17 +167,30 @@ class Block:
             noisy = jnp.where(noisy == vocabulary.mask_id, noise, batch.tokens)
         return noisy, weights
 
-    def _hidden(self, model, batch, noisy, encoded, dropout_keys=None):
-        """Of the noisy targets `[B, L, D]`, which see what is before their block clean."""
-        tokens, slots = clean_and_noisy(batch, start_first(noisy, batch.positions, model.vocabulary))
-        kind = AttentionKind("block_diffusion", self.block_size)
-        return model(tokens, slots, kind, encoded, dropout_keys)[:, batch.tokens.shape[1] :]
+    def _size_at(self, step: jax.Array | None) -> int | jax.Array:
+        """The block size of a training step: a traced number, so that all stages are one program."""
+        if self.stages is None or step is None:
+            return self.block_size
+        steps, sizes = (jnp.asarray(numbers) for numbers in zip(*self.stages, strict=True))
+        return sizes[jnp.searchsorted(steps, step, side="right") - 1]
 
-    def loss(self, model: Transformer, batch: Batch, key: jax.Array, train: bool = True) -> LossSums:
+    def loss(
+        self,
+        model: Transformer,
+        batch: Batch,
+        key: jax.Array,
+        train: bool = True,
+        step: jax.Array | None = None,
+    ) -> LossSums:
         _, _, _, dropout_key = jax.random.split(key, 4)
         dropout_keys = row_keys(dropout_key, batch.example_ids) if train else None
-        noisy, weights = self.corrupt(model.vocabulary, batch, key)
-        hidden = self._hidden(model, batch, noisy, model.encode(batch, dropout_keys), dropout_keys)
+        size = self._size_at(step)
+        noisy, weights = self.corrupt(model.vocabulary, batch, key, size)
+        reading = Reading.of(batch, model.vocabulary, self.shifted, packed=True)
+        batch = reading.fits(batch)
+        kind = annealed(AttentionKind("block_diffusion", size), self.anneal_steps, step, key)
+        encoded = model.encode(batch, dropout_keys)
+        hidden = noisy_hidden(model, reading, block_starts(batch, size), noisy, kind, encoded, dropout_keys)
 
         nll, correct = score(model, hidden, batch.tokens)
         scored = batch.target_mask
@@ -146,8 +216,11 @@ class Block:
         ended = after_end(batch.tokens, batch, model.vocabulary)
         counted = batch.target_mask & ~jnp.take_along_axis(ended, starts, axis=-1)
 
+        reading = Reading.of(batch, model.vocabulary, self.shifted)
+        kind = AttentionKind("block_diffusion", self.block_size)
+
         def hidden(tokens):
-            return self._hidden(model, batch, tokens, encoded)
+            return noisy_hidden(model, reading, starts, tokens, kind, encoded)
 
         if self.noise == "uniform":
             return uniform_bound(model, hidden, batch, starts, counted, key, num_draws)

@@ -20,7 +20,6 @@ from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.transformer import ModelDefinition, Params, Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block, block_starts, clean_and_noisy
-from diffusion_t5x.objectives.masked import start_first
 from diffusion_t5x.objectives.objective import (
     Likelihood,
     LossSums,
@@ -32,6 +31,7 @@ from diffusion_t5x.objectives.objective import (
     row_keys,
     text_of,
 )
+from diffusion_t5x.objectives.reading import start_first
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
@@ -151,7 +151,14 @@ class Distillation:
         return Block(self.block_size).corrupt(vocabulary, batch, noise_key)[0]
 
     def loss(
-        self, model: Transformer, batch: Batch, key: jax.Array, train: bool = True, *, teacher: Transformer
+        self,
+        model: Transformer,
+        batch: Batch,
+        key: jax.Array,
+        train: bool = True,
+        step: jax.Array | None = None,
+        *,
+        teacher: Transformer,
     ) -> LossSums:
         """The loss of the student `model`; the teacher has no dropout and gets no gradient."""
         vocabulary = model.vocabulary

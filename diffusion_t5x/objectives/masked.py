@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind, Slots
-from diffusion_t5x.models.sampling import forbid
+from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.objectives.likelihood import masked_bound
 from diffusion_t5x.objectives.objective import (
@@ -22,11 +21,12 @@ from diffusion_t5x.objectives.objective import (
     Normalize,
     Ratio,
     check_normalize,
-    cross_entropy,
     normalized,
     row_keys,
+    score,
     stratified,
 )
+from diffusion_t5x.objectives.reading import Reading, annealed, check_anneal_steps, model_reads
 
 
 def linear(t: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -56,27 +56,6 @@ def mask_targets(batch: Batch, vocabulary: TokenIds, probability: jax.Array, key
     return jnp.where(masked & batch.target_mask, vocabulary.mask_id, batch.tokens)
 
 
-def start_first(tokens: jax.Array, positions: jax.Array, vocabulary: TokenIds) -> jax.Array:
-    """What the model reads of masked tokens `[B, L]`: where a segment's very first one is masked, the start token.
-
-    That happens where no input comes before: in an encoder-decoder's decoder above all. Relative and rotary positions
-    are differences between tokens that differ: over nothing but MASK, every position would have the same logits. The
-    start token says where the row begins, and an autoregressive model's first slot reads it too.
-    """
-    return jnp.where((tokens == vocabulary.mask_id) & (positions == 0), vocabulary.start_id, tokens)
-
-
-def score(model: Transformer, hidden: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of labels `[B, L]` given hidden `[B, L, D]`: the cross-entropy, MASK left out, and whether they are likeliest."""
-
-    def read_out(logits, labels):
-        logits = forbid(logits, model.vocabulary)
-        nll, _ = cross_entropy(logits, labels)
-        return nll, jnp.argmax(logits, axis=-1) == labels
-
-    return model.map_logits(read_out, hidden, labels)
-
-
 @dataclasses.dataclass(frozen=True)
 class Masked:
     """Cross-entropy of masked targets given all others.
@@ -89,16 +68,21 @@ class Masked:
       schedule: "linear": masked with probability t. "cosine": with probability cos(pi / 2 (1 - t)), so more of it is.
       weighting: of a masked token. "elbo": the evidence bound's. "uniform": 1; with "cosine" this is MaskGIT.
       epsilon: the least time, which bounds the weights.
+      shifted: a token is predicted in the slot before its own, see `Reading`; decode likewise.
+      anneal_steps: training steps in which causal attention becomes bidirectional, see `annealed`; None needs none.
       normalize: what the summed loss is divided by.
     """
 
     schedule: Literal["linear", "cosine"] = "linear"
     weighting: Literal["elbo", "uniform"] = "elbo"
     epsilon: float = 1e-3
+    shifted: bool = False
+    anneal_steps: int | None = None
     normalize: Normalize = "target_tokens"
 
     def __post_init__(self) -> None:
         check_normalize(self.normalize)
+        check_anneal_steps(self.anneal_steps)
         if self.schedule not in SCHEDULES or self.weighting not in ("elbo", "uniform") or not 0 <= self.epsilon < 1:
             raise UserError(
                 f"Masked needs a schedule of {', '.join(SCHEDULES)}, a weighting of elbo or uniform and an epsilon in "
@@ -111,7 +95,7 @@ class Masked:
 
     def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
         tokens, _ = self._corrupt(vocabulary, batch, key)
-        return start_first(tokens, batch.positions, vocabulary)
+        return model_reads(tokens, batch, vocabulary, self.shifted)
 
     def _corrupt(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Of every position `[B, L]`: the token or MASK, and the bound's weight if it is masked."""
@@ -121,13 +105,22 @@ class Masked:
         keys = row_keys(where_key, batch.example_ids)
         return mask_targets(batch, vocabulary, probability, keys), weights
 
-    def loss(self, model: Transformer, batch: Batch, key: jax.Array, train: bool = True) -> LossSums:
+    def loss(
+        self,
+        model: Transformer,
+        batch: Batch,
+        key: jax.Array,
+        train: bool = True,
+        step: jax.Array | None = None,
+    ) -> LossSums:
         _, _, dropout_key = jax.random.split(key, 3)
         dropout_keys = row_keys(dropout_key, batch.example_ids) if train else None
         tokens, weights = self._corrupt(model.vocabulary, batch, key)
+        reading = Reading.of(batch, model.vocabulary, self.shifted, packed=True)
+        batch = reading.fits(batch)
         encoded = model.encode(batch, dropout_keys)
-        read = start_first(tokens, batch.positions, model.vocabulary)
-        hidden = model(read, Slots.of(batch), self.attention, encoded, dropout_keys)
+        kind = annealed(self.attention, self.anneal_steps, step, key)
+        hidden = reading.hidden(model, tokens, kind, encoded, dropout_keys)
 
         nll, correct = score(model, hidden, batch.tokens)
         masked = batch.target_mask & (tokens == model.vocabulary.mask_id)
@@ -148,10 +141,10 @@ class Masked:
         It knows neither `schedule` nor `weighting` nor `epsilon`: the bound is the same for all of them.
         """
         encoded = model.encode(batch)
+        reading = Reading.of(batch, model.vocabulary, self.shifted)
 
         def nll(tokens):
-            read = start_first(tokens, batch.positions, model.vocabulary)
-            return score(model, model(read, Slots.of(batch), self.attention, encoded), batch.tokens)[0]
+            return score(model, reading.hidden(model, tokens, self.attention, encoded), batch.tokens)[0]
 
         first_target = jnp.argmax(batch.target_mask, axis=-1, keepdims=True)
         return masked_bound(nll, model.vocabulary, batch, first_target, batch.target_mask, key, num_draws)

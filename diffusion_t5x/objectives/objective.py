@@ -11,6 +11,7 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import AttentionKind
+from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.transformer import Transformer
 
 Normalize = Literal["target_tokens", "all_tokens", "sequences"]
@@ -73,10 +74,28 @@ class Objective(Protocol):
         """Who sees whom under this objective."""
 
     def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
-        """What the model reads first when `loss` is called with this key, int32 `[B, L]`: shifted, or corrupted."""
+        """What the model reads first when `loss` is called with this key, int32 `[B, L]`: shifted, corrupted, or both.
 
-    def loss(self, model: Transformer, batch: Batch, key: jax.Array | None, train: bool = True) -> LossSums:
-        """The loss of a batch; rows draw from the key by their `example_ids`. `train` switches dropout on."""
+        Of what it reads, that in the slots which predict the tokens.
+        """
+
+    def loss(
+        self,
+        model: Transformer,
+        batch: Batch,
+        key: jax.Array | None,
+        train: bool = True,
+        step: jax.Array | None = None,
+    ) -> LossSums:
+        """The loss of a batch.
+
+        Args:
+          model: reads what the objective makes of the batch.
+          batch: clean tokens.
+          key: rows draw from it by their `example_ids`.
+          train: switches dropout on.
+          step: int32 scalar, training steps taken before, for what changes on the way; None is after its end.
+        """
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
         """Of rows that hold one example each, as an evaluation's do: packed ones would be taken for one.
@@ -138,6 +157,17 @@ def cross_entropy(
     if z_loss:
         loss = loss + z_loss * jnp.square(log_z)
     return loss, nll
+
+
+def score(model: Transformer, hidden: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of labels `[B, L]` given hidden `[B, L, D]`: the cross-entropy, MASK left out, and whether they are likeliest."""
+
+    def read_out(logits, labels):
+        logits = forbid(logits, model.vocabulary)
+        nll, _ = cross_entropy(logits, labels)
+        return nll, jnp.argmax(logits, axis=-1) == labels
+
+    return model.map_logits(read_out, hidden, labels)
 
 
 def after_end(tokens: jax.Array, batch: Batch, vocabulary: TokenIds) -> jax.Array:

@@ -12,7 +12,7 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.layers import fold_in
-from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind, Slots
+from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind
 from diffusion_t5x.models.sampling import Sampling, forbid, sample
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.objectives.objective import (
@@ -24,6 +24,7 @@ from diffusion_t5x.objectives.objective import (
     normalized,
     row_keys,
 )
+from diffusion_t5x.objectives.reading import Reading, annealed, check_anneal_steps, model_reads
 from diffusion_t5x.objectives.uniform_bound import uniform_bound
 
 
@@ -61,16 +62,21 @@ class Sundae:
       weights: of the terms; None weighs each 1.
       temperature: at which the model's output is sampled for the next term; 0 takes the likeliest (paper 1), 1 is
         SUNDAE's.
+      shifted: a token is predicted in the slot before its own, see `Reading`; decode likewise.
+      anneal_steps: training steps in which causal attention becomes bidirectional, see `annealed`; None needs none.
       normalize: what the summed loss is divided by.
     """
 
     num_unrolls: int = 1
     weights: tuple[float, ...] | None = None
     temperature: float = 0.0
+    shifted: bool = False
+    anneal_steps: int | None = None
     normalize: Normalize = "target_tokens"
 
     def __post_init__(self) -> None:
         check_normalize(self.normalize)
+        check_anneal_steps(self.anneal_steps)
         if self.num_unrolls < 0 or self.temperature < 0:
             raise UserError(f"num_unrolls and temperature must not be negative; got {self}.")
         if self.weights is not None and len(self.weights) != self.num_unrolls + 1:
@@ -83,19 +89,32 @@ class Sundae:
         return BIDIRECTIONAL
 
     def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
+        return model_reads(self._corrupt(vocabulary, batch, key), batch, vocabulary, self.shifted)
+
+    def _corrupt(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
         noise_key, _, _ = jax.random.split(key, 3)
         return corrupt(batch, vocabulary, row_keys(noise_key, batch.example_ids))
 
-    def loss(self, model: Transformer, batch: Batch, key: jax.Array, train: bool = True) -> LossSums:
+    def loss(
+        self,
+        model: Transformer,
+        batch: Batch,
+        key: jax.Array,
+        train: bool = True,
+        step: jax.Array | None = None,
+    ) -> LossSums:
         _, sample_keys, dropout_keys = (row_keys(k, batch.example_ids) for k in jax.random.split(key, 3))
-        tokens = self.model_inputs(model.vocabulary, batch, key)
+        tokens = self._corrupt(model.vocabulary, batch, key)
+        reading = Reading.of(batch, model.vocabulary, self.shifted, packed=True)
+        batch = reading.fits(batch)
+        kind = annealed(self.attention, self.anneal_steps, step, key)
         changed = normalized(batch, tokens != batch.tokens, "target_tokens")
         metrics = {"noise_fraction": changed}
         terms = []
         encoded = model.encode(batch, fold_in(dropout_keys, self.num_unrolls + 1) if train else None)
         for unroll in range(self.num_unrolls + 1):
             term_keys = fold_in(dropout_keys, unroll) if train else None
-            hidden = model(tokens, Slots.of(batch), self.attention, encoded, term_keys)
+            hidden = reading.hidden(model, tokens, kind, encoded, term_keys)
             loss, predicted, repaired = self._read_out(model, hidden, batch, fold_in(sample_keys, unroll))
             terms.append(normalized(batch, loss, self.normalize))
             metrics[f"loss_{unroll + 1}"] = normalized(batch, loss, "target_tokens")
@@ -109,10 +128,11 @@ class Sundae:
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
         """A lower bound, of all targets, by diffusion with uniform noise in place of unrolls: see `uniform_bound`."""
         encoded = model.encode(batch)
+        reading = Reading.of(batch, model.vocabulary, self.shifted)
         first_target = jnp.argmax(batch.target_mask, axis=-1, keepdims=True)
 
         def hidden(tokens):
-            return model(tokens, Slots.of(batch), self.attention, encoded)
+            return reading.hidden(model, tokens, self.attention, encoded)
 
         return uniform_bound(model, hidden, batch, first_target, batch.target_mask, key, num_draws)
 

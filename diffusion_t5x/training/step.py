@@ -107,7 +107,7 @@ def make_train_step(
     def step(state: TrainState, batch: Batch, teacher_params: Params | None) -> tuple[TrainState, Metrics]:
         sums, grads = loss_and_gradients(
             definition,
-            _taught(objective, teacher, teacher_params),
+            functools.partial(_taught(objective, teacher, teacher_params), step=state.step),
             state.params,
             batch,
             step_key(seed, state.step),

@@ -22,7 +22,7 @@ from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.models.attention import KVCache
 from diffusion_t5x.models.masks import Slots
 from diffusion_t5x.objectives.autoregressive import shift_right, shifted_slots
-from diffusion_t5x.objectives.masked import start_first
+from diffusion_t5x.objectives.reading import start_first
 
 DECODERS = {
     "ar": AutoregressiveDecoder(),
@@ -32,10 +32,15 @@ DECODERS = {
     "masked by threshold": MaskedDecoder(num_steps=None, threshold=0.3),
     "block": BlockDecoder(3, MaskedDecoder(num_steps=2, temperature=1.0)),
     "uniform block": BlockDecoder(3, SundaeDecoder(num_steps=2, num_samples=1, temperature=0.5)),
+    "shifted sundae": SundaeDecoder(num_steps=3, num_samples=2, temperature=0.5, shifted=True),
+    "shifted masked": MaskedDecoder(num_steps=3, temperature=1.0, shifted=True),
+    "shifted block": BlockDecoder(3, MaskedDecoder(num_steps=2, temperature=1.0, shifted=True)),
 }
 CONFIGS = {"decoder_only": tiny.RELATIVE, "encoder_decoder": tiny.ENCODER_DECODER}
 CASES = [("decoder_only", name) for name in DECODERS]
-CASES += [("encoder_decoder", name) for name in ("ar, sampled", "sundae", "masked by threshold", "block")]
+CASES += [
+    ("encoder_decoder", name) for name in ("ar, sampled", "sundae", "masked by threshold", "block", "shifted block")
+]
 MOST = 6, 7  # tokens of input and of target
 WIDER = 5
 ON_EIGHT = ("ar, sampled", "sundae", "masked by threshold", "block", "uniform block")

@@ -18,8 +18,9 @@ from diffusion_t5x.decoding.decoder import Written
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.decoding.self_speculation import SelfSpeculationDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
+from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import Slots
-from diffusion_t5x.objectives.masked import start_first
+from diffusion_t5x.objectives.reading import start_first
 
 VOCABULARY = dataclasses.replace(tiny.VOCABULARY, start_id=21)  # not pad
 CONFIGS = {
@@ -205,3 +206,8 @@ def test_a_row_s_steps_are_its_own():
         )[1]
         for name in ("tokens", "row_steps", "written_at", "num_drafted", "num_accepted"):
             np.testing.assert_array_equal(getattr(apart, name)[0], getattr(together, name)[n], err_msg=name)
+
+
+def test_drafts_in_the_slot_before_are_refused():
+    with pytest.raises(UserError, match="its own slot"):
+        SelfSpeculationDecoder(BlockDecoder(4, MaskedDecoder(shifted=True)))

@@ -68,6 +68,11 @@ RUNS["paper1/pretrain+diffusion+span_corruption"] = [
     f"{PAPER1}/pretrain.gin",
     f"{PAPER1}/span_corruption.gin",
 ]
+RUNS["quickstart/adapt+all_conversions"] = [
+    f"{QUICKSTART}/adapt.gin",
+    "objectives/block.gin",
+    *(f"conversion/{name}.gin" for name in ("shifted", "annealed", "block_growth", "joint")),
+]
 
 
 def resolved(run: str) -> str:

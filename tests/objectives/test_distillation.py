@@ -17,7 +17,7 @@ from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.block import clean_and_noisy
 from diffusion_t5x.objectives.distillation import DIVERGENCES, Distillation, divergence, visited_states
-from diffusion_t5x.objectives.masked import start_first
+from diffusion_t5x.objectives.reading import start_first
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training.rollout import make_rollout_step
 

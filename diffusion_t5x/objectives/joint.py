@@ -1,0 +1,81 @@
+"""A diffusion loss and the autoregressive one of the same parameters, so that one checkpoint decodes either way.
+
+As in TiDAR (arXiv 2511.08923), but in two passes: the diffusion objective's own, and a causal one.
+"""
+
+import dataclasses
+
+import jax
+
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.masks import AttentionKind
+from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.objectives.autoregressive import Autoregressive
+from diffusion_t5x.objectives.block import Block
+from diffusion_t5x.objectives.masked import Masked
+from diffusion_t5x.objectives.objective import Likelihood, LossSums, Ratio, text_of
+from diffusion_t5x.objectives.sundae import Sundae
+
+# Folded into a step's key: no other use of it has a number as high.
+_CAUSAL_PASS = 2**32 - 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Joint:
+    """`diffusion` + `ar_weight` * autoregressive: one loss, two passes over the same batch.
+
+    The autoregressive loss is that of the text alone, up to the token that ends it, and is divided by what the
+    diffusion loss is divided by: a token counts `ar_weight` times as much in it. Its metrics begin with "ar_".
+
+    Attributes:
+      diffusion: gives its attention and its likelihood, too; those of the other pass are `Autoregressive`'s.
+      ar_weight: of the autoregressive loss.
+    """
+
+    diffusion: Sundae | Masked | Block
+    ar_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.diffusion, Sundae | Masked | Block):
+            raise UserError(f"Joint.diffusion must be Sundae, Masked or Block; got {self.diffusion}.")
+        if self.ar_weight < 0:
+            raise UserError(f"Joint.ar_weight must not be negative; got {self.ar_weight}.")
+
+    @property
+    def shifted(self) -> bool:
+        return self.diffusion.shifted
+
+    @property
+    def attention(self) -> AttentionKind:
+        return self.diffusion.attention
+
+    def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
+        return self.diffusion.model_inputs(vocabulary, batch, key)
+
+    def loss(
+        self,
+        model: Transformer,
+        batch: Batch,
+        key: jax.Array,
+        train: bool = True,
+        step: jax.Array | None = None,
+    ) -> LossSums:
+        diffusion = self.diffusion.loss(model, batch, key, train, step)
+        text = batch.replace(target_mask=text_of(batch, model.vocabulary))
+        ar = Autoregressive(normalize=self.diffusion.normalize)
+        causal = ar.loss(model, text, jax.random.fold_in(key, _CAUSAL_PASS), train)
+        numerator = diffusion.loss.numerator + self.ar_weight * causal.loss.numerator
+        return LossSums(
+            loss=Ratio(numerator, diffusion.loss.denominator),
+            metrics={
+                **diffusion.metrics,
+                "diffusion_loss": diffusion.loss,
+                **{f"ar_{name}": ratio for name, ratio in causal.metrics.items()},
+            },
+        )
+
+    def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
+        """As written by diffusion; as written token by token, it is that of `Autoregressive`."""
+        return self.diffusion.log_likelihood(model, batch, key, num_draws)

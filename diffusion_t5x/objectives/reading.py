@@ -1,0 +1,158 @@
+"""How a diffusion model reads noisy tokens, and which hidden state predicts which token.
+
+A model that was pretrained autoregressively predicts a token where it reads the one before it. Diffusion either learns
+that anew ("same-position": a token is predicted where it stands itself) or keeps it ("shifted": Dream, arXiv
+2508.15487; DiffuLLaMA, arXiv 2410.17891), and its attention may open all at once or little by little.
+"""
+
+from typing import Self
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.masks import Annealed, AttentionKind, Slots
+from diffusion_t5x.models.stack import Encoded
+from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.objectives.autoregressive import shift_right
+
+# A packed row has room for one segment more for so many tokens of its length.
+TOKENS_PER_SEGMENT = 16
+# Folded into a step's key: no other use of it has a number as high.
+_ANNEALING = 2**32 - 2
+
+
+def start_first(tokens: jax.Array, positions: jax.Array, vocabulary: TokenIds) -> jax.Array:
+    """What the model reads of masked tokens `[B, L]`: where a segment's very first one is masked, the start token.
+
+    That happens where no input comes before: in an encoder-decoder's decoder above all. Relative and rotary positions
+    are differences between tokens that differ: over nothing but MASK, every position would have the same logits. The
+    start token says where the row begins, and an autoregressive model's first slot reads it too.
+    """
+    return jnp.where((tokens == vocabulary.mask_id) & (positions == 0), vocabulary.start_id, tokens)
+
+
+@flax.struct.dataclass
+class Reading:
+    """The rows as the model reads them.
+
+    Same-position: slot i holds token i, and its hidden state predicts it. Shifted: in each segment the start token
+    comes first, as one more input, and all tokens after it, so that the slot before a token's own predicts it. A
+    segment has a slot more than it has tokens; the last slot predicts nothing, but what it holds is seen.
+
+    Attributes:
+      batch: the clean tokens so laid out, `[B, L']`.
+      slot: int32 `[B, L]`, where each token stands in it; L' for what has no place. None: in its own place.
+    """
+
+    batch: Batch
+    slot: jax.Array | None
+
+    @classmethod
+    def of(cls, batch: Batch, vocabulary: TokenIds, shifted: bool, packed: bool = False) -> Self:
+        """The reading of rows `[B, L]`.
+
+        Args:
+          batch: clean tokens.
+          vocabulary: says what the start token is.
+          shifted: see above.
+          packed: rows may hold more than one segment. Shifted, there is room for `1 + L / 16`, and for as many more as
+            there is padding; the last tokens of a row with more than that are cut off, see `fits`.
+        """
+        if not shifted:
+            return cls(batch, None)
+        length = batch.tokens.shape[1]
+        width = length + 1 + (length // TOKENS_PER_SEGMENT if packed else 0)
+        there = batch.segment_ids > 0
+        first = there & (batch.positions == 0)
+        slot = jnp.where(there, jnp.arange(length) + jnp.cumsum(first, axis=-1), width)
+        before_first = jnp.where(first, slot - 1, width)
+
+        def place(values, of_start):
+            starts = jnp.broadcast_to(of_start, slot.shape).astype(values.dtype)
+            return _put(_put(jnp.zeros((len(slot), width), values.dtype), slot, values), before_first, starts)
+
+        read = batch.replace(
+            tokens=place(batch.tokens, vocabulary.start_id),
+            target_mask=place(batch.target_mask, False),
+            segment_ids=place(batch.segment_ids, batch.segment_ids),
+            positions=place(batch.positions + 1, 0),
+        )
+        return cls(read, slot)
+
+    def fits(self, batch: Batch) -> Batch:
+        """The batch that this reading is of, without the tokens that were cut off."""
+        if self.slot is None:
+            return batch
+        has_place = self.slot < self.batch.tokens.shape[1]
+        return batch.replace(
+            target_mask=batch.target_mask & has_place, segment_ids=jnp.where(has_place, batch.segment_ids, 0)
+        )
+
+    def tokens(self, noisy: jax.Array, vocabulary: TokenIds) -> jax.Array:
+        """What the model reads, int32 `[B, L']`, of noisy tokens `[B, L]`."""
+        if self.slot is None:
+            return start_first(noisy, self.batch.positions, vocabulary)
+        return _put(self.batch.tokens, self.slot, noisy)
+
+    def states(self, hidden: jax.Array, offset: jax.Array | int = 0) -> jax.Array:
+        """Of hidden states `[B, L', D]`, or of more, those `[B, L, D]` that predict the tokens.
+
+        Shifted, `offset` is added to their slots.
+        """
+        if self.slot is None:
+            return hidden
+        slot = jnp.minimum(self.slot - 1 + offset, hidden.shape[1] - 1)
+        return jnp.take_along_axis(hidden, slot[..., None], axis=1)
+
+    def hidden(
+        self,
+        model: Transformer,
+        noisy: jax.Array,
+        kind: AttentionKind | Annealed,
+        encoded: Encoded | None = None,
+        dropout_keys: jax.Array | None = None,
+    ) -> jax.Array:
+        """The hidden states `[B, L, D]` that predict the tokens, of a pass over noisy ones `[B, L]`."""
+        tokens = self.tokens(noisy, model.vocabulary)
+        return self.states(model(tokens, Slots.of(self.batch), kind, encoded, dropout_keys))
+
+
+def _put(rows: jax.Array, slot: jax.Array, values: jax.Array) -> jax.Array:
+    """Rows `[B, L']` with values `[B, L]` in these slots `[B, L]`; what has a slot beyond the end is dropped."""
+    return rows.at[jnp.arange(len(rows))[:, None], slot].set(values, mode="drop")
+
+
+def model_reads(noisy: jax.Array, batch: Batch, vocabulary: TokenIds, shifted: bool) -> jax.Array:
+    """What stands in the slots that predict the tokens, int32 `[B, L]`: itself noisy, or shifted, what is before it."""
+    if shifted:
+        return shift_right(noisy, batch.positions, vocabulary.start_id)
+    return start_first(noisy, batch.positions, vocabulary)
+
+
+def check_anneal_steps(anneal_steps: int | None) -> None:
+    if anneal_steps is not None and anneal_steps < 1:
+        raise UserError(f"anneal_steps must be at least 1, or None for no annealing; got {anneal_steps}.")
+
+
+def annealed(
+    kind: AttentionKind, anneal_steps: int | None, step: jax.Array | None, key: jax.Array
+) -> AttentionKind | Annealed:
+    """The attention of a training step on the way from causal attention to `kind` (DiffuLLaMA).
+
+    An edge of `kind` to what is behind is open with probability `min(1, (step + 1) / anneal_steps)`; those to what is
+    before always are.
+
+    Args:
+      kind: at the end.
+      anneal_steps: how long it takes; None has it open from the first step on.
+      step: int32 scalar, steps taken before; None is after the end.
+      key: of the step: all rows, layers and heads have the same edges.
+    """
+    if anneal_steps is None or step is None:
+        return kind
+    share = jnp.minimum(1.0, (step + 1) / anneal_steps)
+    return Annealed(kind, share, jax.random.fold_in(key, _ANNEALING))
