@@ -1,6 +1,7 @@
 """The autoregressive objective: predict each target from what is before it."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from diffusion_t5x.objectives.objective import (
     Likelihood,
     LossSums,
     Normalize,
+    Pass,
     check_normalize,
     cross_entropy,
     normalized,
@@ -60,6 +62,10 @@ class Autoregressive:
     @property
     def attention(self) -> AttentionKind:
         return PREFIX if self.prefix else CAUSAL
+
+    @property
+    def passes(self) -> Sequence[Pass]:
+        return (Pass(),)
 
     def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array | None) -> jax.Array:
         return shift_right(batch.tokens, batch.positions, vocabulary.start_id)

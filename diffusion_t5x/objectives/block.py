@@ -1,6 +1,7 @@
 """Block diffusion: autoregressive from block to block, diffusion inside a block (BD3-LM, arXiv 2503.09573)."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -18,6 +19,7 @@ from diffusion_t5x.objectives.objective import (
     Likelihood,
     LossSums,
     Normalize,
+    Pass,
     Ratio,
     after_end,
     check_normalize,
@@ -144,6 +146,10 @@ class Block:
     @property
     def attention(self) -> AttentionKind:
         return AttentionKind("block_causal", self.block_size)
+
+    @property
+    def passes(self) -> Sequence[Pass]:
+        return (Pass(slots=2),)
 
     def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
         """The noisy targets among their clean inputs; the model reads the clean targets as well."""

@@ -7,6 +7,7 @@ as it wrote (`training/rollout.py`).
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from diffusion_t5x.objectives.objective import (
     Likelihood,
     LossSums,
     Normalize,
+    Pass,
     Ratio,
     check_normalize,
     cross_entropy,
@@ -139,6 +141,10 @@ class Distillation:
     @property
     def attention(self) -> AttentionKind:
         return AttentionKind("block_causal", self.block_size)
+
+    @property
+    def passes(self) -> Sequence[Pass]:
+        return (Pass(slots=2), Pass(by_teacher=True))
 
     def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
         """The noisy targets among their clean inputs; the student reads the clean targets as well."""

@@ -4,6 +4,7 @@ As in TiDAR (arXiv 2511.08923), but in two passes: the diffusion objective's own
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 
@@ -15,7 +16,7 @@ from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block
 from diffusion_t5x.objectives.masked import Masked
-from diffusion_t5x.objectives.objective import Likelihood, LossSums, Ratio, text_of
+from diffusion_t5x.objectives.objective import Likelihood, LossSums, Pass, Ratio, text_of
 from diffusion_t5x.objectives.sundae import Sundae
 
 # Folded into a step's key: no other use of it has a number as high.
@@ -50,6 +51,10 @@ class Joint:
     @property
     def attention(self) -> AttentionKind:
         return self.diffusion.attention
+
+    @property
+    def passes(self) -> Sequence[Pass]:
+        return (*self.diffusion.passes, *Autoregressive().passes)
 
     def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
         return self.diffusion.model_inputs(vocabulary, batch, key)

@@ -4,6 +4,7 @@ MDLM (arXiv 2406.07524, section 3) and LLaDA (arXiv 2502.09992, section 2).
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -19,6 +20,7 @@ from diffusion_t5x.objectives.objective import (
     Likelihood,
     LossSums,
     Normalize,
+    Pass,
     Ratio,
     check_normalize,
     normalized,
@@ -92,6 +94,10 @@ class Masked:
     @property
     def attention(self) -> AttentionKind:
         return BIDIRECTIONAL
+
+    @property
+    def passes(self) -> Sequence[Pass]:
+        return (Pass(),)
 
     def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
         tokens, _ = self._corrupt(vocabulary, batch, key)

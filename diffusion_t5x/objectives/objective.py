@@ -1,5 +1,7 @@
 """What every objective is, and the pieces that objectives share."""
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Literal, Protocol, Self
 
 import flax.struct
@@ -51,6 +53,21 @@ class LossSums:
         return LossSums(self.loss + other.loss, {k: v + other.metrics[k] for k, v in self.metrics.items()})
 
 
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """A pass of the decoder over a batch in `Objective.loss`, for counting what a step costs.
+
+    Attributes:
+      slots: that are read for each slot of the batch. The logits of one of them are computed.
+      encodes: an encoder-decoder's inputs pass through the encoder, too.
+      by_teacher: it is the teacher's, who gets no gradient.
+    """
+
+    slots: int = 1
+    encodes: bool = True
+    by_teacher: bool = False
+
+
 @flax.struct.dataclass
 class Likelihood:
     """How likely a model finds each row's targets, given its inputs.
@@ -72,6 +89,10 @@ class Objective(Protocol):
     @property
     def attention(self) -> AttentionKind:
         """Who sees whom under this objective."""
+
+    @property
+    def passes(self) -> Sequence[Pass]:
+        """The passes of one call of `loss`."""
 
     def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
         """What the model reads first when `loss` is called with this key, int32 `[B, L]`: shifted, corrupted, or both.

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from diffusion_t5x.objectives.objective import (
     Likelihood,
     LossSums,
     Normalize,
+    Pass,
     check_normalize,
     cross_entropy,
     normalized,
@@ -87,6 +89,10 @@ class Sundae:
     @property
     def attention(self) -> AttentionKind:
         return BIDIRECTIONAL
+
+    @property
+    def passes(self) -> Sequence[Pass]:
+        return (Pass(), *[Pass(encodes=False)] * self.num_unrolls)
 
     def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
         return model_reads(self._corrupt(vocabulary, batch, key), batch, vocabulary, self.shifted)
