@@ -116,11 +116,18 @@ def set_aside_after(path: str) -> None:
 
 
 def leaves(checkpoint: epath.Path) -> dict[str, Any]:
-    """Shape and dtype of every array of a checkpoint, by name."""
+    """Shape and dtype of every array of a checkpoint, by name.
+
+    Raises:
+      UserError: it is broken, or another program's.
+    """
     try:
         tree = ocp.PyTreeCheckpointHandler().metadata(checkpoint / "state").tree
-    except FileNotFoundError as error:
-        raise UserError(f"{checkpoint} was not written by this framework: it has no `state`.") from error
+    except Exception as error:  # whatever a broken file makes Orbax raise
+        check(checkpoint, "state")
+        if isinstance(error, FileNotFoundError):
+            raise UserError(f"{checkpoint} was not written by this framework: it has no `state`.") from error
+        raise
     return named_leaves(tree)
 
 

@@ -1,7 +1,0 @@
-#!/usr/bin/env bash
-# Compares ways from an autoregressive model to block diffusion; sets up .venv first. Usage, from any folder:
-# bash launch/opdlm_stories.sh --checkpoint stories260K.bin --tokenizer tok512.bin --output DIR   (--help says more)
-set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
-
-exec "$VENV/bin/python" "$ROOT/launch/opdlm_stories.py" "$@"
