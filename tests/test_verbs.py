@@ -20,7 +20,7 @@ from diffusion_t5x import eval as evaluation
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.evaluation.report import write_report
 from diffusion_t5x.evaluation.runs import read_runs
-from diffusion_t5x.training import checkpoints
+from diffusion_t5x.training import checkpoints, manifest
 from diffusion_t5x.training.lock import FILE as LOCK
 from diffusion_t5x.training.lock import locked
 
@@ -474,6 +474,7 @@ def test_a_checkpoint_that_does_not_fit_is_listed_parameter_by_parameter(
     metadata = json.loads(file.read_text())
     metadata["vocabulary"] |= {"fingerprint": "0123456789abcdef", "size": 99}
     file.write_text(json.dumps(metadata))
+    manifest.write(checkpoints.find_checkpoint(str(given)))
     monkeypatch.setattr(SeqioDataset, "train_iterator", None)
     monkeypatch.setattr(train, "init_state", None)
     flags = [*FINETUNE, f"--gin.INITIAL_CHECKPOINT_PATH={given}", f"--gin.MODEL_DIR={tmp_path / 'model'}", *dry_run]
