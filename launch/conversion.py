@@ -1,0 +1,300 @@
+"""Routes from one autoregressive model to block diffusion, on equal terms, on a CPU.
+
+quickstart: a tiny model is pretrained on the quickstart's data; its copy that is fine-tuned on the quickstart's pairs
+teaches where a route needs a teacher, and routes are scored by what they get right. stories: a really trained model of
+260,000 parameters, stories260K of llama2.c, writes stories, teaches, and judges what the routes write.
+
+    ar2diff_N      the diffusion loss on the data; before it, N steps of it on the pretraining data (quickstart)
+    annealed       ar2diff_0, attention opens over the first half of the steps
+    shifted        ar2diff_0, a token is predicted in the slot before its own
+    block_growth   ar2diff_0, blocks of 1, then of 2, then of 4
+    off_policy     the teacher's distributions on the data, under random masks
+    random_masks   the same on what the student writes itself
+    opdlm          the same in the states that the student went through as it wrote
+    ar2diff_opdlm  half of the steps each (quickstart)
+    joint          ar2diff_0 and the autoregressive loss: decodes either way, and by self-speculation (quickstart)
+
+Every route has the same optimizer, steps, batches and seeds. Stages are ordinary runs of the verbs; those that are done
+are not run again. The report is DIR/report.md and the charts beside it.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import shlex
+from collections.abc import Callable, Sequence
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import conversion_report
+from conversion_report import Point, Score
+
+from diffusion_t5x import config, convert, infer, train
+from diffusion_t5x import eval as evaluation
+from diffusion_t5x.decoding.block import BlockDecoder
+from diffusion_t5x.decoding.masked import MaskedDecoder
+from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.objectives.block import Block
+from diffusion_t5x.objectives.distillation import Distillation
+from diffusion_t5x.objectives.joint import Joint
+from diffusion_t5x.objectives.objective import Objective
+from diffusion_t5x.training import stored
+from diffusion_t5x.training.checkpoints import find_checkpoint
+from diffusion_t5x.training.flops import rollout_flops, step_flops
+from diffusion_t5x.training.rollout import Rollout
+from diffusion_t5x.training.start import model_settings
+
+BLOCK_SIZE = 4
+NUM_EVALUATIONS = 4  # on the way
+DIFFUSION = ["--gin_file=objectives/block.gin", "--gin.ROLLOUT=None"]
+SHIFTED = ["--gin_file=conversion/shifted.gin"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One training run of a route.
+
+    Attributes:
+      flags: after the recipe's; `{share}` stands for that part of its steps.
+      objective: for counting what a step costs.
+      share: of the steps that every route has.
+      adapt_steps: in place of a share, steps on the pretraining data.
+      writes: learns from texts that the student writes.
+    """
+
+    flags: Sequence[str] = ()
+    objective: Objective = Block(BLOCK_SIZE)  # noqa: RUF009  (frozen)
+    share: float = 1.0
+    adapt_steps: int = 0
+    writes: bool = False
+
+
+AR2DIFF = Stage(DIFFUSION)
+STUDENT = Distillation(BLOCK_SIZE)
+GROWTH = ["--gin_file=conversion/block_growth.gin", f"--gin.BLOCK_SIZE={BLOCK_SIZE}"]
+ROUTES = {
+    "ar2diff_0": [AR2DIFF],
+    "ar2diff_100": [Stage(adapt_steps=100), AR2DIFF],
+    "ar2diff_400": [Stage(adapt_steps=400), AR2DIFF],
+    "annealed": [Stage([*DIFFUSION, "--gin_file=conversion/annealed.gin", "--gin.ANNEAL_STEPS={1/2}"])],
+    "shifted": [Stage([*DIFFUSION, *SHIFTED])],
+    "block_growth": [Stage([*DIFFUSION, *GROWTH, "--gin.BLOCK_STAGES=((0, 1), ({1/4}, 2), ({1/2}, 4))"])],
+    "off_policy": [Stage(['--gin.STATES="random"', "--gin.ROLLOUT=None"], STUDENT)],
+    "random_masks": [Stage(['--gin.STATES="random"'], STUDENT, writes=True)],
+    "opdlm": [Stage([], STUDENT, writes=True)],
+    "ar2diff_opdlm": [Stage(DIFFUSION, share=0.5), Stage([], STUDENT, share=0.5, writes=True)],
+    "joint": [Stage([*DIFFUSION, "--gin_file=conversion/joint.gin"], Joint(Block(BLOCK_SIZE)))],
+}
+DECODERS = {
+    "4 steps a block": [],
+    "2 steps a block": ["--gin.NUM_STEPS=2"],
+    "threshold 0.9": ["--gin.NUM_STEPS=None", "--gin.THRESHOLD=0.9"],
+}
+ONE_BY_ONE = ["--gin_file=decoding/autoregressive.gin"]
+AUTOREGRESSIVE_TOO = {"one by one": ONE_BY_ONE, "self-speculation": ["--gin_file=decoding/self_speculation.gin"]}
+
+
+def run(verb: Callable[..., None], flags: list[str]) -> None:
+    print("python -m", verb.__module__, shlex.join(flags), flush=True)
+    config.run(verb, flags)
+
+
+def settings(**values: object) -> list[str]:
+    return [f"--gin.{name}={value}" for name, value in values.items()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ground:
+    """What is to be learned, and by what it is judged.
+
+    Attributes:
+      recipe, eval_recipe: gin files of a student's training and of its evaluation; more flags may come with each.
+      start, teacher: checkpoints.
+      task: its name in the results.
+      metrics: the first one is drawn.
+      routes: that make sense there.
+      batch_size, num_inputs, num_targets: of the recipe, for counting what a step costs.
+      rollout: of the recipe, likewise.
+    """
+
+    recipe: list[str]
+    eval_recipe: list[str]
+    start: pathlib.Path
+    teacher: pathlib.Path
+    task: str
+    metrics: Sequence[str]
+    routes: Sequence[str]
+    batch_size: int
+    num_inputs: int
+    num_targets: int
+    rollout: Rollout
+
+    @functools.cached_property
+    def model(self) -> ModelConfig:
+        """The shapes of the start."""
+        return ModelConfig(**model_settings(stored.leaves(find_checkpoint(str(self.start)))))
+
+
+def rollout(**values: int) -> Rollout:
+    return Rollout(BlockDecoder(BLOCK_SIZE, MaskedDecoder(num_steps=4)), **values)
+
+
+def quickstart(output: pathlib.Path, args: argparse.Namespace) -> Ground:
+    start, teacher = output / "pretrained", output / "finetuned"
+    recipes = "--gin_file=recipes/quickstart"
+    if not (start / "checkpoints").exists():
+        run(train.train, [f"{recipes}/pretrain_ar.gin", *settings(MODEL_DIR=start)])
+    if not (teacher / "checkpoints").exists():
+        places = settings(MODEL_DIR=teacher, INITIAL_CHECKPOINT_PATH=start)
+        run(train.train, [f"{recipes}/finetune_ar.gin", *places])
+    return Ground(
+        recipe=["--gin_file=recipes/conversion/quickstart.gin"],
+        eval_recipe=["--gin_file=recipes/conversion/eval_quickstart.gin"],
+        start=start,
+        teacher=teacher,
+        task="quickstart_pairs",
+        metrics=("exact_match", "bleu", "tokens_per_step"),
+        routes=[name for name in ROUTES if name != "random_masks"],
+        batch_size=32,
+        num_inputs=24,
+        num_targets=24,
+        rollout=rollout(min_length=24, max_length=24),
+    )
+
+
+def stories(output: pathlib.Path, args: argparse.Namespace) -> Ground:
+    teacher, samples = output / "teacher", output / "samples"
+    if not teacher.exists():
+        convert.convert(["from_llama2c", args.checkpoint, "--tokenizer", args.tokenizer, "--output", str(teacher)])
+    model = f"--gin_file={teacher}/model.gin"
+    texts = samples / "stories_prompts-test.jsonl"
+    if not texts.exists():
+        prompts = output / "no_prompts.txt"
+        prompts.write_text("\n" * 4600, encoding="utf-8")
+        files = ["hardware/cpu.gin", "decoding/autoregressive.gin", "runs/infer.gin", "tasks/stories.gin"]
+        places = settings(CHECKPOINT_PATH=teacher, INFER_OUTPUT_DIR=samples, TEXT_FILE=prompts, BATCH_SIZE=256)
+        flags = [*places, '--gin.TASK_FEATURE_LENGTHS={"inputs": 1, "targets": 72}']
+        flags.append("--gin.autoregressive_decoding.AutoregressiveDecoder.temperature=1.0")
+        run(infer.infer, [model, *(f"--gin_file={file}" for file in files), *flags])
+    judged = settings(SAMPLES_FILE=texts)
+    return Ground(
+        recipe=["--gin_file=recipes/opdlm/stories260k.gin", model, *judged],
+        eval_recipe=[
+            *("--gin_file=recipes/opdlm/eval_stories260k.gin", model, *judged),
+            *settings(TEACHER_CHECKPOINT_PATH=teacher),
+        ],
+        start=teacher,
+        teacher=teacher,
+        task="stories_continuations",
+        metrics=("teacher_nll", "teacher_agreement", "distinct_1", "distinct_2", "distinct_3", "tokens_per_step"),
+        routes=["ar2diff_0", "annealed", "shifted", "block_growth", "off_policy", "random_masks", "opdlm"],
+        batch_size=16,
+        num_inputs=16,
+        num_targets=48,
+        rollout=rollout(min_length=16, max_length=48, num_buckets=2),
+    )
+
+
+def train_route(
+    ground: Ground, route: str, seed: int, folder: pathlib.Path, num_steps: int, overrides: Sequence[str]
+) -> list[Point]:
+    """Trains a student, stage by stage, and gives its scores on the way with what they cost."""
+    start, points, taken, tokens, flops = ground.start, [], 0, 0.0, 0.0
+    for number, stage in enumerate(ROUTES[route]):
+        model_dir = folder / f"{route}_{seed}" / str(number)
+        steps = stage.adapt_steps or int(num_steps * stage.share)
+        if not (model_dir / "checkpoints" / f"checkpoint_{steps}").exists():
+            places = settings(MODEL_DIR=model_dir, INITIAL_CHECKPOINT_PATH=start, TRAIN_STEPS=steps, RANDOM_SEED=seed)
+            if stage.adapt_steps:
+                flags = ["--gin_file=recipes/quickstart/adapt.gin", "--gin_file=objectives/block.gin"]
+            else:
+                parts = {f"{{{name}}}": str(int(num_steps * part)) for name, part in (("1/2", 0.5), ("1/4", 0.25))}
+                flags = [functools.reduce(lambda x, part: x.replace(*part), parts.items(), x) for x in stage.flags]
+                places += settings(TEACHER_CHECKPOINT_PATH=ground.teacher, EVAL_PERIOD=num_steps // NUM_EVALUATIONS)
+                flags = [*ground.recipe, *flags]
+            run(train.train, [*flags, *places, *overrides])
+        start = model_dir
+        scores = conversion_report.curve(model_dir, ground.task, ground.metrics[0])
+        a_step = conversion_report.tokens_a_step(model_dir)
+        for step in range(steps):
+            tokens += a_step
+            flops += stage_flops(ground, stage, step)
+            if step + 1 in scores:
+                points.append(Point(route, seed, taken + step + 1, tokens, flops, scores[step + 1]))
+        taken += steps
+    return points
+
+
+def stage_flops(ground: Ground, stage: Stage, step: int) -> float:
+    """Of one step, the writing of what it learns from included."""
+    if stage.adapt_steps:
+        return step_flops(ground.model, stage.objective, 32, 96)  # recipes/quickstart/pretraining.gin
+    if not stage.writes:
+        return step_flops(ground.model, stage.objective, ground.batch_size, ground.num_inputs + ground.num_targets)
+    # Texts are written for several batches at once, by the length of the first of them.
+    written_at = step - step % ground.rollout.num_batches
+    length = ground.num_inputs + ground.rollout.bucket(ground.rollout.length(written_at))
+    learning = step_flops(ground.model, stage.objective, ground.batch_size, length)
+    return learning + rollout_flops(ground.model, ground.rollout, ground.batch_size, ground.num_inputs, written_at)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="bash launch/conversion.sh",
+        description=__doc__,
+        epilog="--gin.NAME=VALUE overrides a setting in training.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("ground", choices=["quickstart", "stories"])
+    parser.add_argument("--output", required=True, type=pathlib.Path, help="a folder; a second run goes on in it")
+    parser.add_argument("--checkpoint", help="stories260K.bin, for stories")
+    parser.add_argument("--tokenizer", help="tok512.bin, for stories")
+    parser.add_argument("--routes", nargs="+", choices=ROUTES, help="by default all that there are")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=400, help="of training, for each route")
+    parser.add_argument("--split", default="test", help="to evaluate on; choose settings on validation")
+    args, overrides = parser.parse_known_args()
+    if wrong := [flag for flag in overrides if not flag.startswith("--gin.")]:
+        parser.error(f"unknown: {' '.join(wrong)}")
+    if args.ground == "stories" and not (args.checkpoint and args.tokenizer):
+        parser.error("stories needs --checkpoint stories260K.bin and --tokenizer tok512.bin (docs/convert.md)")
+    if args.steps % NUM_EVALUATIONS:
+        parser.error(f"--steps must be a multiple of {NUM_EVALUATIONS}")
+    # Students of one kind are the same program.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.output / "compiled"))
+    args.output.mkdir(parents=True, exist_ok=True)
+    ground = {"quickstart": quickstart, "stories": stories}[args.ground](args.output, args)
+    routes = args.routes or list(ground.routes)
+    if wrong := set(routes) - set(ground.routes):
+        parser.error(f"{args.ground} has no route {', '.join(sorted(wrong))}")
+
+    def evaluate(checkpoint: pathlib.Path, route: str, seed: int, decoder: str, flags: list[str]) -> Score:
+        name = f"{route}_{seed}_{decoder}".replace(" ", "_")
+        output = args.output / "scores" / args.split / name
+        if not (output / "results.json").exists():
+            places = settings(CHECKPOINT_PATH=checkpoint, EVAL_OUTPUT_DIR=output, SPLIT=f'"{args.split}"')
+            run(evaluation.evaluate, [*ground.eval_recipe, *flags, *places, f"--gin.RANDOM_SEED={seed}"])
+        report = json.loads((output / "results.json").read_text(encoding="utf-8"))
+        return Score(route, seed, decoder, report["results"][ground.task])
+
+    one_by_one = list(ONE_BY_ONE)
+    if args.ground == "stories":
+        one_by_one.append("--gin.autoregressive_decoding.AutoregressiveDecoder.temperature=1.0")
+    scores = [evaluate(ground.teacher, "the teacher itself", 0, "one by one", one_by_one)]
+    points: list[Point] = []
+    for seed in args.seeds:
+        for route in routes:
+            points += train_route(ground, route, seed, args.output / "students", args.steps, overrides)
+            student = args.output / "students" / f"{route}_{seed}" / str(len(ROUTES[route]) - 1)
+            for decoder, flags in (DECODERS | (AUTOREGRESSIVE_TOO if route == "joint" else {})).items():
+                shifted = SHIFTED if route == "shifted" else []
+                scores.append(evaluate(student, route, seed, decoder, [*flags, *shifted]))
+        conversion_report.write(args.output, ground.metrics, scores, points)  # after each seed: what there is so far
+    print((args.output / "report.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()

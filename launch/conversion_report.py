@@ -1,0 +1,117 @@
+"""What the routes of launch/conversion.py came to: tables in Markdown, charts as SVG, intervals over seeds."""
+
+import dataclasses
+import json
+import pathlib
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from scipy import stats
+
+from diffusion_t5x.evaluation import charts
+from diffusion_t5x.evaluation.charts import Line
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """The drawn metric of a student after so many steps, and what it had cost by then: tokens read, operations."""
+
+    route: str
+    seed: int
+    step: int
+    tokens: float
+    flops: float
+    value: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """All metrics of a finished student, by name."""
+
+    route: str
+    seed: int
+    decoder: str
+    metrics: Mapping[str, float]
+
+
+def curve(model_dir: pathlib.Path, task: str, metric: str) -> dict[int, float]:
+    """The metric at each evaluation of a training run, by step; empty where it decoded nothing."""
+    path = model_dir / "inference_eval" / task / "metrics.jsonl"
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines()) if path.exists() else ()
+    return {line["step"]: line[metric] for line in lines}
+
+
+def tokens_a_step(model_dir: pathlib.Path) -> float:
+    """The mean over a training run, padding left out."""
+    lines = map(json.loads, (model_dir / "train" / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return statistics.mean(line["tokens_per_second"] * line["seconds_per_step"] for line in lines)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, and the ends of its 95 % interval by Student's t; both are the mean where there is one value only."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return mean, mean, mean
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return mean, mean - half, mean + half
+
+
+def write(output: pathlib.Path, metrics: Sequence[str], scores: Sequence[Score], points: Sequence[Point]) -> None:
+    """Writes report.md and its charts; `metrics` are the table's columns, the first one is drawn."""
+    costs = {}
+    for route, found in _grouped(points, lambda point: point.route).items():
+        last = max(found, key=lambda point: point.tokens)
+        costs[route] = [f"{last.tokens / 1e6:.2f}", f"{last.flops / 1e12:.1f}"]
+    rows = []
+    for (route, decoder), found in _grouped(scores, lambda score: (score.route, score.decoder)).items():
+        cells = []
+        for metric in metrics:
+            values = [score.metrics[metric] for score in found]
+            mean, low, _ = interval(values)
+            digits = 1 if abs(mean) >= 10 else 3
+            cells.append(f"{mean:.{digits}f}" + (f" ± {mean - low:.{digits}f}" if len(values) > 1 else ""))
+        rows.append([route, decoder, *cells, *costs.get(route, ["", ""])])
+    head = ["route", "decoding", *metrics, "million tokens", "TFLOP"]
+    lines = [" | ".join(head), " | ".join(["---"] * 2 + ["---:"] * (len(head) - 2)), *map(" | ".join, rows)]
+    text = "\n".join(f"| {line} |" for line in lines) + "\n"
+    if drafts := [score.metrics["acceptance"] for score in scores if "acceptance" in score.metrics]:
+        mean, low, _ = interval(drafts)
+        text += f"\nOf the tokens that self-speculation drafted, {mean:.1%} ± {mean - low:.1%} were accepted.\n"
+    (output / "report.md").write_text(text, encoding="utf-8")
+    for name, svg in drawn(metrics[0], scores, points).items():
+        (output / f"{name}.svg").write_text(charts.standalone(svg), encoding="utf-8")
+
+
+def drawn(metric: str, scores: Sequence[Score], points: Sequence[Point]) -> dict[str, str]:
+    """The metric over training tokens, over training operations, and over tokens for each pass in decoding."""
+
+    def lines(x: Callable[[Point], float]) -> list[Line]:
+        found = []
+        for number, (route, own) in enumerate(_grouped(points, lambda point: point.route).items()):
+            steps = _grouped(own, lambda point: point.step)
+            intervals = [interval([point.value for point in steps[step]]) for step in sorted(steps)]
+            xs = [statistics.mean(map(x, steps[step])) for step in sorted(steps)]
+            xy = list(zip(xs, [mean for mean, _, _ in intervals], strict=True))
+            found.append(Line(route, number, xy, [(low, high) for _, low, high in intervals], marker="o"))
+        return found
+
+    name = metric.replace("_", " ")
+    by_decoder = []
+    for number, (route, own) in enumerate(_grouped(scores, lambda score: score.route).items()):
+        means = [
+            tuple(statistics.mean(score.metrics[x] for score in found) for x in ("tokens_per_step", metric))
+            for found in _grouped(own, lambda score: score.decoder).values()
+        ]
+        by_decoder.append(Line(route, number, sorted(means), marker="o"))
+    return {
+        "tokens": charts.line_chart(f"{name} and training", "million tokens", name, lines(lambda p: p.tokens / 1e6)),
+        "flops": charts.line_chart(f"{name} and its cost", "TFLOP", name, lines(lambda p: p.flops / 1e12)),
+        "passes": charts.line_chart(f"{name} and speed", "tokens a pass", name, by_decoder),
+    }
+
+
+def _grouped(values: Iterable, key: Callable) -> dict:
+    groups: dict = {}
+    for value in values:
+        groups.setdefault(key(value), []).append(value)
+    return groups
