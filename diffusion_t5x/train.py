@@ -26,6 +26,8 @@ from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training import checkpoints as checkpointing
 from diffusion_t5x.training import stored
 from diffusion_t5x.training.assignment import Rule
+from diffusion_t5x.training.bad_numbers import BadNumbers, Judge
+from diffusion_t5x.training.goodput import Goodput
 from diffusion_t5x.training.lock import locked
 from diffusion_t5x.training.loop import Periods, train_loop
 from diffusion_t5x.training.metrics import check_writers, make_writer
@@ -77,6 +79,7 @@ def train(
     decode_evals: Sequence[DecodeEval] = (),
     checkpoint_policy: CheckpointPolicy = CheckpointPolicy(),  # noqa: B008  (frozen)
     allow_older_checkpoint: bool = False,
+    bad_numbers: BadNumbers = BadNumbers(),  # noqa: B008  (frozen)
     metric_writers: Sequence[str] = ("jsonl", "tensorboard"),
     dry_run: bool = False,
 ) -> None:
@@ -108,6 +111,7 @@ def train(
       decode_evals: decoding and scoring at each evaluation.
       checkpoint_policy: which checkpoints stay.
       allow_older_checkpoint: where the latest checkpoint in `model_dir` is broken, go on from the newest whole one.
+      bad_numbers: which steps are not applied, and how many of them end the run.
       metric_writers: "jsonl", "tensorboard", "wandb" (Weights & Biases, an extra).
       dry_run: build model, data and shapes, check the checkpoint, print what it would start with, and train nothing.
 
@@ -115,6 +119,7 @@ def train(
       UserError: anything that does not fit, before training data are read and before anything is compiled.
       SystemExit: told to stop, it has saved; see `training.preemption` for the exit codes.
     """
+    goodput = Goodput()
     device_mesh = mesh.make()
     check_writers(metric_writers)
     with contextlib.nullcontext() if dry_run else locked(model_dir):
@@ -156,10 +161,10 @@ def train(
         teacher = None
         if teacher_checkpoint_path:
             teacher = load_teacher(teacher_checkpoint_path, teacher_model or model, vocabulary, device_mesh)
-        data_state, evaluation_due = None, False
+        data_state, evaluation_due, losses = None, False, ()
         if resume_path:
             state, data_state, metadata = checkpointing.restore(resume_path, abstract)
-            evaluation_due = metadata.get("evaluation_due", False)
+            evaluation_due, losses = metadata.get("evaluation_due", False), metadata.get("losses", ())
         elif initial_checkpoint_path:
             state = checkpointing.restore_initial(
                 initial_checkpoint_path,
@@ -241,12 +246,15 @@ def train(
                 checkpoints=checkpoints,
                 metadata={"vocabulary": vocabulary.describe(), "config": config.operative_text()},
                 writer=writer,
+                judge=Judge(bad_numbers, model_dir, losses),
+                goodput=goodput,
                 evaluation_due=evaluation_due,
                 description=f"{type(objective).__name__} on {train_dataset.name}",
             )
         finally:
             checkpoints.close()
             writer.close()
+            logger.info("%s", goodput)
 
 
 def _check_microbatches(mesh: Mesh, batch_size: int, num_microbatches: int) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,14 +15,18 @@ from jax.sharding import Mesh
 from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.training.bad_numbers import Judge
 from diffusion_t5x.training.checkpoints import Checkpoints
+from diffusion_t5x.training.goodput import Goodput
 from diffusion_t5x.training.metrics import Writer
 from diffusion_t5x.training.preemption import StopSignals
 from diffusion_t5x.training.progress import Progress
 from diffusion_t5x.training.state import TrainState
 from diffusion_t5x.training.step import Metrics
 
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+TrainStep = Callable[[TrainState, Batch, float], tuple[TrainState, Metrics]]
+
+logger = logging.getLogger(__name__)
 
 
 class BatchIterator(Protocol):
@@ -58,26 +63,34 @@ class Periods:
 class _Log:
     """Reads each step's metrics while the next step runs, and writes their means now and then."""
 
-    def __init__(self, writer: Writer, progress: Progress, period: int):
+    def __init__(self, writer: Writer, progress: Progress, period: int, judge: Judge, goodput: Goodput):
         self._writer, self._progress, self._period = writer, progress, period
-        self._pending: tuple[int, Metrics] | None = None
+        self._judge, self._goodput = judge, goodput
+        self._pending: tuple[int, Metrics, Batch] | None = None
         self._since: list[Mapping[str, float]] = []
         self._time = time.monotonic()
+        self._fastest = 0.0
 
-    def add(self, step: int, metrics: Metrics) -> None:
+    def add(self, step: int, metrics: Metrics, batch: Batch) -> None:
         """Takes in the metrics of `step`, which may still be running."""
         self.flush()
-        self._pending = (step, metrics)
+        self._pending = (step, metrics, batch)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the step taken in last still keeps the devices busy."""
+        return self._pending is not None and not self._pending[1]["loss"].is_ready()
 
     def flush(self) -> None:
         """Waits for the metrics taken in last."""
         if self._pending is None:
             return
-        step, metrics = self._pending
+        step, metrics, batch = self._pending
         self._pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._since.append(values)
         self._progress.update(step, values["loss"], int(values["tokens"]))
+        self._judge.add(step, values, batch)
         if step % self._period == 0:
             self._write(step)
 
@@ -96,12 +109,21 @@ class _Log:
         self._time += time.monotonic() - start
 
     def _write(self, step: int) -> None:
-        names = [name for name in self._since[0] if name != "tokens"]
-        means = {name: float(np.mean([m[name] for m in self._since])) for name in names}
+        names = [name for name in self._since[0] if name not in ("tokens", "bad")]
+        good = [m for m in self._since if not m.get("bad")] or self._since
+        means = {name: float(np.mean([m[name] for m in good])) for name in names}
         seconds = time.monotonic() - self._time
-        means["tokens_per_second"] = sum(m["tokens"] for m in self._since) / seconds
-        means["seconds_per_step"] = seconds / len(self._since)
+        rate = sum(m["tokens"] for m in self._since) / seconds
+        if rate < self._fastest / 2 and seconds > 1:  # less is noise
+            logger.warning(
+                "step %d: %.0f tokens/s, less than half of the %.0f that were seen", step, rate, self._fastest
+            )
+        self._fastest = max(rate, self._fastest)
+        means |= {"tokens_per_second": rate, "seconds_per_step": seconds / len(self._since)}
+        if self._judge.count:
+            means["bad_steps"] = self._judge.count
         self._writer.write(step, "train", means)
+        self._writer.write(step, "goodput", self._goodput.shares())
         self._since, self._time = [], time.monotonic()
 
 
@@ -118,6 +140,8 @@ def train_loop(
     checkpoints: Checkpoints,
     metadata: Mapping[str, Any],
     writer: Writer,
+    judge: Judge,
+    goodput: Goodput,
     description: str = "train",
     evaluation_due: bool = False,
 ) -> TrainState:
@@ -138,7 +162,9 @@ def train_loop(
       evaluate: called with the state and its step; its metrics go into the checkpoint.
       checkpoints: where to save.
       metadata: goes into every checkpoint; "step" and "metrics" are added.
-      writer: gets the training metrics, as folder "train".
+      writer: gets the training metrics, as folder "train", and where the time went, as "goodput".
+      judge: of bad steps; what it remembers goes into every checkpoint's metadata.
+      goodput: counts on.
       description: shown by the progress bar.
       evaluation_due: begin with the evaluation of `state` that an earlier run broke off.
 
@@ -147,15 +173,23 @@ def train_loop(
 
     Raises:
       SystemExit: it was told to stop, and has saved.
+      UserError: too many bad steps.
     """
     start = int(state.step)
     with StopSignals() as stop, jax.set_mesh(mesh), Progress(total_steps, start, description) as progress:
         if evaluation_due and stop.attempt(lambda: evaluate(state, start)) is None:
             sys.exit(stop.exit_code)
-        log = _Log(writer, progress, periods.log)
+        log = _Log(writer, progress, periods.log, judge, goodput)
+        goodput.started()
         for step in range(start + 1, total_steps + 1):
-            state, metrics = train_step(state, partitioning.put_batch(mesh, next_batch(state)))
-            log.add(step, metrics)
+            asked = time.monotonic()
+            batch = next_batch(state)
+            on_devices = partitioning.put_batch(mesh, batch)
+            if not log.is_running:
+                goodput.add("input", time.monotonic() - asked)
+            with goodput.spent("compile") if step == start + 1 else contextlib.nullcontext():
+                state, metrics = train_step(state, on_devices, judge.limit)
+            log.add(step, metrics, batch)
             last = step == total_steps
             stopping = stop.reached(step)
             evals = periods.eval is not None and (last or step % periods.eval == 0)
@@ -165,13 +199,17 @@ def train_loop(
             if last or stopping:
                 log.finish(step)
             with log.paused():
-                results = stop.attempt(lambda: evaluate(state, step)) if evals else {}  # noqa: B023  (called at once)
+                with goodput.spent("evaluation"):
+                    results = stop.attempt(lambda: evaluate(state, step)) if evals else {}  # noqa: B023  (called at once)
                 due = {"evaluation_due": True} if results is None else {}
                 if saves or due:
-                    finished = {**metadata, "step": step, "metrics": dict(results or {}), **due}
-                    checkpoints.save(step, state, data_state(), finished)
+                    finished = {**metadata, "step": step, "metrics": dict(results or {}), **judge.memory(), **due}
+                    with goodput.spent("checkpoint"):
+                        checkpoints.save(step, state, data_state(), finished)
             if due or (stopping and not last):
-                checkpoints.wait()
+                with goodput.spent("checkpoint"):
+                    checkpoints.wait()
                 sys.exit(stop.exit_code)
-        checkpoints.wait()
+        with goodput.spent("checkpoint"):
+            checkpoints.wait()
     return state

@@ -36,8 +36,8 @@ def adamw(
       weight_decay: share of a parameter that is taken off at a step, times the learning rate.
       max_grad_norm: gradients with a larger global norm are scaled down to it; None does not clip.
     """
-    return optax.chain(
-        _clip(max_grad_norm),
+    return _clipping(
+        max_grad_norm,
         optax.scale_by_adam(b1, b2, eps),
         optax.add_decayed_weights(weight_decay, mask=_decay_mask),
         _scale_by_learning_rate(learning_rate),
@@ -70,7 +70,7 @@ def adafactor(
         optax.clip_by_block_rms(clipping_threshold),
         optax.scale_by_param_block_rms() if multiply_by_parameter_scale else optax.identity(),
     )
-    return optax.chain(_clip(max_grad_norm), _per_matrix(scale), _scale_by_learning_rate(learning_rate))
+    return _clipping(max_grad_norm, _per_matrix(scale), _scale_by_learning_rate(learning_rate))
 
 
 def learning_rate(opt_state: optax.OptState) -> jax.Array:
@@ -85,8 +85,20 @@ def _scale_by_learning_rate(value: optax.ScalarOrSchedule) -> optax.GradientTran
     return optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=schedule)
 
 
-def _clip(max_grad_norm: float | None) -> optax.GradientTransformation:
-    return optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
+class _Clipping(optax.GradientTransformation):
+    """Knows the norm that it clips gradients to, `max_grad_norm`."""
+
+
+def max_grad_norm(optimizer: optax.GradientTransformation) -> float | None:
+    """The global norm that an optimizer of this module clips gradients to; None where it does not."""
+    return getattr(optimizer, "max_grad_norm", None)
+
+
+def _clipping(max_norm: float | None, *rest: optax.GradientTransformation) -> optax.GradientTransformation:
+    clip = optax.identity() if max_norm is None else optax.clip_by_global_norm(max_norm)
+    found = _Clipping(*optax.chain(clip, *rest))
+    found.max_grad_norm = max_norm
+    return found
 
 
 def _decay_mask(params: optax.Params) -> optax.Params:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -13,6 +14,7 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.objectives.distillation import Distillation, Teacher
 from diffusion_t5x.objectives.objective import LossSums, Objective
+from diffusion_t5x.training import optimizers
 from diffusion_t5x.training.state import TrainState, shardings_of
 
 Metrics = Mapping[str, jax.Array]
@@ -97,14 +99,19 @@ def make_train_step(
     normalizing_factor: float | None = None,
     ema_decay: float | None = None,
     teacher: Teacher | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The step `(state, batch) -> (state, metrics)`, jitted; the state that goes in is given up.
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The step `(state, batch, loss_limit) -> (state, metrics)`, jitted; the state that goes in is given up.
 
     Noise and dropout of step s are keyed by `(seed, s, example_ids)`, so a resumed run repeats them. The teacher, for
-    objectives that have one, is read and never given up.
+    objectives that have one, is read and never given up. Where loss or gradient norm are not finite, or the loss is
+    above the limit, the state stays as it was but for its `step`, and the metric "bad" is 1. "clipped" is 1 where the
+    optimizer clips the gradient's norm.
     """
+    max_grad_norm = optimizers.max_grad_norm(optimizer)
 
-    def step(state: TrainState, batch: Batch, teacher_params: Params | None) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: Batch, teacher_params: Params | None, loss_limit: jax.Array
+    ) -> tuple[TrainState, Metrics]:
         sums, grads = loss_and_gradients(
             definition,
             functools.partial(_taught(objective, teacher, teacher_params), step=state.step),
@@ -119,23 +126,30 @@ def make_train_step(
         ema = state.ema
         if ema_decay is not None:
             ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
+        loss, gradient_norm = sums.loss.mean(), optax.tree.norm(grads)
+        is_good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & (loss <= loss_limit)
+        stepped = TrainState(step=state.step, params=params, opt_state=opt_state, ema=ema)
+        kept = jax.tree.map(lambda new, old: jnp.where(is_good, new, old), stepped, state)
+        clipped = {} if max_grad_norm is None else {"clipped": jnp.float32(gradient_norm > max_grad_norm)}
         metrics = {
             **means(sums),
-            "gradient_norm": optax.tree.norm(grads),
+            **clipped,
+            "bad": jnp.float32(~is_good),
+            "gradient_norm": gradient_norm,
             "update_norm": optax.tree.norm(updates),
             "parameter_norm": optax.tree.norm(params),
             "tokens": jnp.sum(batch.segment_ids > 0),
         }
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
+        return kept.replace(step=state.step + 1), metrics
 
     shardings, teacher_params = shardings_of(abstract), teacher and teacher.params
     jitted = jax.jit(
         step,
-        in_shardings=(shardings, partitioning.batch_sharding(mesh), shardings_of(teacher_params)),
+        in_shardings=(shardings, partitioning.batch_sharding(mesh), shardings_of(teacher_params), None),
         out_shardings=(shardings, partitioning.replicated(mesh)),
         donate_argnums=0,
     )
-    return lambda state, batch: jitted(state, batch, teacher_params)
+    return lambda state, batch, loss_limit=np.inf: jitted(state, batch, teacher_params, np.float32(loss_limit))
 
 
 def make_loss_step(

@@ -1,5 +1,7 @@
 """The training loop: what happens at which step, and that a resumed run is the undisturbed run."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,8 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.objectives.sundae import Sundae
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training import checkpoints
+from diffusion_t5x.training.bad_numbers import BadNumbers, Judge
+from diffusion_t5x.training.goodput import KINDS, Goodput
 from diffusion_t5x.training.loop import Periods, train_loop
 from diffusion_t5x.training.state import TrainState
 from diffusion_t5x.training.step import make_train_step
@@ -37,11 +41,12 @@ class Recorder:
     """A writer, and an evaluation, that note what they are given."""
 
     def __init__(self):
-        self.written, self.evaluated = {}, {}
+        self.written, self.evaluated, self.shares = {}, {}, {}
 
     def write(self, step, folder, metrics):
-        assert folder == "train" and step not in self.written
-        self.written[step] = metrics
+        written = {"train": self.written, "goodput": self.shares}[folder]
+        assert step not in written
+        written[step] = metrics
 
     def evaluate(self, state, step):
         assert int(state.step) == step and step not in self.evaluated
@@ -53,33 +58,37 @@ MESH = MeshConfig().make()
 
 
 @jax.jit
-def count(state, batch):
+def count(state, batch, loss_limit):
     """Stands in for a step: the loss of step s is s squared."""
     step = state.step + 1
     metrics = {"loss": jnp.float32(step**2), "tokens": jnp.sum(batch.segment_ids > 0)}
     return TrainState(step=step, params={"sum": state.params["sum"] + step}, opt_state=()), metrics
 
 
-def run(folder, *, total_steps, periods, start=0, train_step=count, state=None, batches=None):
+def run(folder, *, total_steps, periods, start=0, train_step=count, state=None, batches=None, **more):
     batches = batches or Batches()
-    recorder, store = Recorder(), checkpoints.Checkpoints(folder, keep_last=99)
+    recorder, store = more.get("recorder", Recorder()), checkpoints.Checkpoints(folder, keep_last=99)
     if state is None:
         state = TrainState(step=jnp.int32(start), params={"sum": jnp.int32(0)}, opt_state=())
-    final = train_loop(
-        mesh=MESH,
-        state=state,
-        train_step=train_step,
-        next_batch=lambda _: next(batches),
-        data_state=batches.state_dict,
-        total_steps=total_steps,
-        periods=periods,
-        evaluate=recorder.evaluate,
-        checkpoints=store,
-        metadata={"config": "text"},
-        writer=recorder,
-    )
+    try:
+        final = train_loop(
+            mesh=MESH,
+            state=state,
+            train_step=train_step,
+            next_batch=lambda _: next(batches),
+            data_state=batches.state_dict,
+            total_steps=total_steps,
+            periods=periods,
+            evaluate=recorder.evaluate,
+            checkpoints=store,
+            metadata={"config": "text"},
+            writer=recorder,
+            judge=more.get("judge", Judge(BadNumbers(), folder)),
+            goodput=more.get("goodput", Goodput()),
+        )
+    finally:
+        store.close()
     assert checkpoints.steps(folder)[-1:] == [total_steps] or start == total_steps  # it is there when the loop returns
-    store.close()
     return final, recorder
 
 
@@ -161,3 +170,45 @@ def test_a_resumed_run_is_the_undisturbed_run_bit_for_bit(tmp_path):
 def test_periods_of_no_steps_are_refused(bad):
     with pytest.raises(UserError, match=f"Periods.{next(iter(bad))}"):
         Periods(**bad)
+
+
+@jax.jit
+def spoil(state, batch, loss_limit):
+    """As `count`, but the third and the fourth step are bad."""
+    state, metrics = count(state, batch, loss_limit)
+    bad = (state.step == 3) | (state.step == 4)
+    loss = jnp.where(bad, jnp.nan, metrics["loss"])
+    return state, metrics | {"loss": loss, "bad": jnp.float32(bad), "gradient_norm": loss}
+
+
+def test_bad_steps_are_counted_and_not_averaged(tmp_path):
+    _, recorder = run(tmp_path, total_steps=6, periods=Periods(log=2, eval=None, save=6), train_step=spoil)
+    assert [recorder.written[step]["loss"] for step in (2, 6)] == [2.5, 30.5]
+    assert np.isnan(recorder.written[4]["loss"])
+    assert [recorder.written[step].get("bad_steps") for step in (2, 4, 6)] == [None, 2, 2]
+
+
+def test_a_run_with_too_many_bad_steps_ends_and_keeps_its_checkpoints(tmp_path):
+    judge = Judge(BadNumbers(max_in_a_row=2), str(tmp_path))
+    with pytest.raises(UserError, match="Step 4 is bad, the last of 2 in a row"):
+        run(tmp_path, total_steps=9, periods=Periods(log=1, eval=None, save=2), train_step=spoil, judge=judge)
+    assert checkpoints.steps(tmp_path)[0] == 2
+
+
+def test_the_time_of_a_run_is_shared_out(tmp_path):
+    """An evaluation of 0.3 s is at least 0.3 s of it; all shares make one."""
+
+    class Slow(Recorder):
+        def evaluate(self, state, step):
+            time.sleep(0.3)
+            return super().evaluate(state, step)
+
+    start = time.monotonic()
+    goodput = Goodput()
+    _, recorder = run(tmp_path, total_steps=4, periods=Periods(log=2, eval=4, save=4), recorder=Slow(), goodput=goodput)
+    took = time.monotonic() - start
+    shares = goodput.shares()
+    assert sorted(recorder.shares) == [2, 4] and set(shares) == {*KINDS, "steps"}
+    assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) >= 0
+    assert shares["evaluation"] * took >= 0.3 * 0.98
+    assert "evaluation" in str(goodput)

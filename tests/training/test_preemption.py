@@ -16,6 +16,8 @@ import tiny
 
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training import checkpoints, manifest
+from diffusion_t5x.training.bad_numbers import BadNumbers, Judge
+from diffusion_t5x.training.goodput import Goodput
 from diffusion_t5x.training.loop import Periods, train_loop
 from diffusion_t5x.training.preemption import RUN_AGAIN, STOPPED, StopSignals
 from diffusion_t5x.training.state import TrainState
@@ -27,7 +29,7 @@ ABSTRACT = TrainState(
 
 
 @jax.jit
-def count(state, batch):
+def count(state, batch, loss_limit):
     step = state.step + 1
     metrics = {"loss": jnp.float32(step**2), "tokens": jnp.sum(batch.segment_ids > 0)}
     return TrainState(step=step, params={"sum": state.params["sum"] + step}, opt_state=()), metrics
@@ -42,8 +44,9 @@ class Run:
         self.written, self.evaluated, self.position = {}, [], 0
 
     def write(self, step, folder, metrics):
-        assert step not in self.written
-        self.written[step] = metrics["loss"]
+        if folder == "train":
+            assert step not in self.written
+            self.written[step] = metrics["loss"]
 
     def next_batch(self, state):
         self.position += 1
@@ -81,6 +84,8 @@ class Run:
                 checkpoints=store,
                 metadata={},
                 writer=self,
+                judge=Judge(BadNumbers(), self.folder),
+                goodput=Goodput(),
                 evaluation_due=due,
             )
         finally:

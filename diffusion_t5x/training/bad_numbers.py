@@ -1,0 +1,110 @@
+"""Steps that would ruin a run: a loss or gradient that is not finite, a loss that leaps.
+
+The step itself finds them on the device, and leaves parameters, optimizer and moving average as they were. The host
+learns of it with the other metrics, while the next step runs, so nobody waits.
+"""
+
+import collections
+import dataclasses
+import logging
+import math
+import os
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import jax
+import numpy as np
+
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_FEWEST = 20  # losses, before a leap can be told from noise
+
+
+@dataclasses.dataclass(frozen=True)
+class BadNumbers:
+    """What becomes of a run with bad steps. Their updates are never applied.
+
+    Attributes:
+      policy: "skip" goes on with the next batch, "halt" stops at the first bad step.
+      max_in_a_row: so many one after the other stop the run all the same.
+      spike_factor: a loss of more than so many times the median of the last `window` good ones is bad, too; None takes
+        any finite loss. Some noise is harder than other noise: 3 is a small factor for a diffusion loss.
+      window: how many losses are remembered. They are in the checkpoint.
+    """
+
+    policy: Literal["skip", "halt"] = "skip"
+    max_in_a_row: int = 10
+    spike_factor: float | None = None
+    window: int = 100
+
+    def __post_init__(self) -> None:
+        if self.policy not in ("skip", "halt"):
+            raise UserError(f'BadNumbers.policy must be "skip" or "halt", not {self.policy!r}.')
+        if self.max_in_a_row < 1 or self.window < _FEWEST:
+            raise UserError(f"BadNumbers needs max_in_a_row of at least 1, and a window of {_FEWEST}; got {self}.")
+        if self.spike_factor is not None and self.spike_factor <= 1:
+            raise UserError(f"BadNumbers.spike_factor must be above 1, or None; got {self.spike_factor}.")
+
+
+class Judge:
+    """Counts the bad steps of a run, and ends it when there are too many.
+
+    Args:
+      rules: what is bad, and how much of it is too much.
+      folder: gets the batch of the step that ends the run.
+      losses: the last good ones, of the run that this one goes on from.
+
+    Attributes:
+      count: bad steps so far.
+    """
+
+    def __init__(self, rules: BadNumbers, folder: str, losses: Iterable[float] = ()):
+        self.count = 0
+        self._rules, self._folder = rules, folder
+        self._in_a_row = 0
+        self._losses = collections.deque(losses, maxlen=rules.window)
+
+    def memory(self) -> dict[str, list[float]]:
+        """What the run that goes on from here must know, for a checkpoint's metadata: "losses", the last good ones."""
+        return {"losses": list(self._losses)} if self._losses else {}
+
+    @property
+    def limit(self) -> float:
+        """The largest loss that is not bad."""
+        if self._rules.spike_factor is None or len(self._losses) < _FEWEST:
+            return math.inf
+        return self._rules.spike_factor * float(np.median(self._losses))
+
+    def add(self, step: int, metrics: Mapping[str, float], batch: Batch) -> None:
+        """Takes in what a step gave, by the order of steps.
+
+        Raises:
+          UserError: the run must end; its message says what was bad, and where the batch lies.
+        """
+        if not metrics.get("bad"):
+            self._in_a_row = 0
+            if self._rules.spike_factor is not None:
+                self._losses.append(metrics["loss"])
+            return
+        self.count += 1
+        self._in_a_row += 1
+        what = f"loss {metrics['loss']:.4g}, gradient norm {metrics['gradient_norm']:.4g}"
+        if self._rules.policy == "skip" and self._in_a_row < self._rules.max_in_a_row:
+            logger.warning("step %d is bad (%s): not applied. %d bad steps so far", step, what, self.count)
+            return
+        path = self._keep(step, batch)
+        row = f", the last of {self._in_a_row} in a row" if self._in_a_row > 1 else ""
+        raise UserError(
+            f"Step {step} is bad{row}: {what}. None of them was applied. The batch is in {path}; the same command goes "
+            "on from the last checkpoint, to the same batch. A lower learning rate, a max_grad_norm for the optimizer "
+            "or another RANDOM_SEED may help; train.train.bad_numbers says what is bad, and how much of it is borne."
+        )
+
+    def _keep(self, step: int, batch: Batch) -> str:
+        process = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
+        path = os.path.join(self._folder, f"bad_step_{step}{process}.npz")
+        np.savez(path, **{name: x for name, x in vars(batch).items() if x is not None})
+        return path

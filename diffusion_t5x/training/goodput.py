@@ -1,0 +1,45 @@
+"""Where the time of a run goes: into steps, or into what is not steps."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+KINDS = ("start", "compile", "input", "evaluation", "checkpoint")
+
+
+class Goodput:
+    """Counts seconds from when it is made.
+
+    "start" is all before the first batch is asked for; "compile" the first call of the step; "input" what was spent on
+    a batch while no step was running; "evaluation" and "checkpoint" what the loop waited for them. The rest is "steps".
+    """
+
+    def __init__(self):
+        self._began = time.monotonic()
+        self._spent: dict[str, float] = {}
+
+    def started(self) -> None:
+        """Says that the first batch is asked for now."""
+        self._spent["start"] = time.monotonic() - self._began
+
+    @contextlib.contextmanager
+    def spent(self, kind: str) -> Iterator[None]:
+        """Counts the time in this context as that of `kind`."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.add(kind, time.monotonic() - start)
+
+    def add(self, kind: str, seconds: float) -> None:
+        self._spent[kind] = self._spent.get(kind, 0.0) + seconds
+
+    def shares(self) -> dict[str, float]:
+        """Of the time so far, by kind; they sum to 1."""
+        total = max(time.monotonic() - self._began, 1e-9)
+        shares = {kind: self._spent.get(kind, 0.0) / total for kind in KINDS}
+        return shares | {"steps": max(1 - sum(shares.values()), 0.0)}
+
+    def __str__(self) -> str:
+        shares = ", ".join(f"{kind} {share:.1%}" for kind, share in self.shares().items() if share >= 0.0005)
+        return f"{time.monotonic() - self._began:,.0f} s: {shares}"
