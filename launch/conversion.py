@@ -49,6 +49,7 @@ from diffusion_t5x.training.start import model_settings
 
 BLOCK_SIZE = 4
 NUM_EVALUATIONS = 4  # on the way
+ADAPT_BATCH_SIZE, ADAPT_LENGTH = 16, 96  # rows of recipes/quickstart/pretraining.gin
 DIFFUSION = ["--gin_file=objectives/block.gin", "--gin.ROLLOUT=None"]
 SHIFTED = ["--gin_file=conversion/shifted.gin"]
 
@@ -78,7 +79,7 @@ GROWTH = ["--gin_file=conversion/block_growth.gin", f"--gin.BLOCK_SIZE={BLOCK_SI
 ROUTES = {
     "ar2diff_0": [AR2DIFF],
     "ar2diff_100": [Stage(adapt_steps=100), AR2DIFF],
-    "ar2diff_400": [Stage(adapt_steps=400), AR2DIFF],
+    "ar2diff_300": [Stage(adapt_steps=300), AR2DIFF],
     "annealed": [Stage([*DIFFUSION, "--gin_file=conversion/annealed.gin", "--gin.ANNEAL_STEPS={1/2}"])],
     "shifted": [Stage([*DIFFUSION, *SHIFTED])],
     "block_growth": [Stage([*DIFFUSION, *GROWTH, "--gin.BLOCK_STAGES=((0, 1), ({1/4}, 2), ({1/2}, 4))"])],
@@ -158,7 +159,7 @@ def quickstart(output: pathlib.Path, args: argparse.Namespace) -> Ground:
         task="quickstart_pairs",
         metrics=("exact_match", "bleu", "tokens_per_step"),
         routes=[name for name in ROUTES if name != "random_masks"],
-        batch_size=32,
+        batch_size=16,
         num_inputs=24,
         num_targets=24,
         rollout=rollout(min_length=24, max_length=24),
@@ -210,6 +211,7 @@ def train_route(
             places = settings(MODEL_DIR=model_dir, INITIAL_CHECKPOINT_PATH=start, TRAIN_STEPS=steps, RANDOM_SEED=seed)
             if stage.adapt_steps:
                 flags = ["--gin_file=recipes/quickstart/adapt.gin", "--gin_file=objectives/block.gin"]
+                flags += settings(BATCH_SIZE=ADAPT_BATCH_SIZE)
             else:
                 parts = {f"{{{name}}}": str(int(num_steps * part)) for name, part in (("1/2", 0.5), ("1/4", 0.25))}
                 flags = [functools.reduce(lambda x, part: x.replace(*part), parts.items(), x) for x in stage.flags]
@@ -231,7 +233,7 @@ def train_route(
 def stage_flops(ground: Ground, stage: Stage, step: int) -> float:
     """Of one step, the writing of what it learns from included."""
     if stage.adapt_steps:
-        return step_flops(ground.model, stage.objective, 32, 96)  # recipes/quickstart/pretraining.gin
+        return step_flops(ground.model, stage.objective, ADAPT_BATCH_SIZE, ADAPT_LENGTH)
     if not stage.writes:
         return step_flops(ground.model, stage.objective, ground.batch_size, ground.num_inputs + ground.num_targets)
     # Texts are written for several batches at once, by the length of the first of them.
