@@ -1,11 +1,11 @@
 """Pretrain, adapt or fine-tune: trains a model with an objective on a SeqIO task or mixture."""
 
-import contextlib
 import dataclasses
 import logging
 import os
 import pathlib
 from collections.abc import Sequence
+from contextlib import closing, nullcontext
 
 import jax
 import optax
@@ -35,6 +35,7 @@ from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout
 from diffusion_t5x.training.start import check_start
 from diffusion_t5x.training.state import TrainState, abstract_state, fresh_state, init_state
 from diffusion_t5x.training.step import make_train_step
+from diffusion_t5x.training.surroundings import explained
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ def train(
     checkpoint_policy: CheckpointPolicy = CheckpointPolicy(),  # noqa: B008  (frozen)
     allow_older_checkpoint: bool = False,
     bad_numbers: BadNumbers = BadNumbers(),  # noqa: B008  (frozen)
+    hang_timeout: float | None = 1800.0,
     metric_writers: Sequence[str] = ("jsonl", "tensorboard"),
     dry_run: bool = False,
 ) -> None:
@@ -112,6 +114,7 @@ def train(
       checkpoint_policy: which checkpoints stay.
       allow_older_checkpoint: where the latest checkpoint in `model_dir` is broken, go on from the newest whole one.
       bad_numbers: which steps are not applied, and how many of them end the run.
+      hang_timeout: seconds; a step that takes longer ends the run, with where every thread stands; None waits for ever.
       metric_writers: "jsonl", "tensorboard", "wandb" (Weights & Biases, an extra).
       dry_run: build model, data and shapes, check the checkpoint, print what it would start with, and train nothing.
 
@@ -122,7 +125,7 @@ def train(
     goodput = Goodput()
     device_mesh = mesh.make()
     check_writers(metric_writers)
-    with contextlib.nullcontext() if dry_run else locked(model_dir):
+    with nullcontext() if dry_run else locked(model_dir):
         checkpoint_folder = os.path.join(model_dir, "checkpoints")
         find = stored.latest_whole if allow_older_checkpoint else checkpointing.latest
         resume_path = find(checkpoint_folder)
@@ -233,7 +236,8 @@ def train(
                 logger.info("step %d: %s", step, "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
             return found
 
-        try:
+        rows = f"{train_dataset.batch_size} rows of {train_dataset.row_length} tokens"
+        with goodput, explained(abstract, rows, model_dir), closing(writer), closing(checkpoints):
             train_loop(
                 mesh=device_mesh,
                 state=state,
@@ -249,12 +253,9 @@ def train(
                 judge=Judge(bad_numbers, model_dir, losses),
                 goodput=goodput,
                 evaluation_due=evaluation_due,
+                hang_timeout=hang_timeout,
                 description=f"{type(objective).__name__} on {train_dataset.name}",
             )
-        finally:
-            checkpoints.close()
-            writer.close()
-            logger.info("%s", goodput)
 
 
 def _check_microbatches(mesh: Mesh, batch_size: int, num_microbatches: int) -> None:

@@ -1,14 +1,18 @@
 """Where the time of a run goes: into steps, or into what is not steps."""
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator
+from typing import Self
+
+logger = logging.getLogger(__name__)
 
 KINDS = ("start", "compile", "input", "evaluation", "checkpoint")
 
 
 class Goodput:
-    """Counts seconds from when it is made.
+    """Counts seconds from when it is made; as a context manager, says at its end where they went.
 
     "start" is all before the first batch is asked for; "compile" the first call of the step; "input" what was spent on
     a batch while no step was running; "evaluation" and "checkpoint" what the loop waited for them. The rest is "steps".
@@ -17,6 +21,12 @@ class Goodput:
     def __init__(self):
         self._began = time.monotonic()
         self._spent: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        logger.info("%s", self)
 
     def started(self) -> None:
         """Says that the first batch is asked for now."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import faulthandler
 import logging
 import sys
 import time
@@ -144,6 +145,7 @@ def train_loop(
     goodput: Goodput,
     description: str = "train",
     evaluation_due: bool = False,
+    hang_timeout: float | None = None,
 ) -> TrainState:
     """Trains up to `total_steps`, and saves so that a run killed at any moment goes on from its last checkpoint.
 
@@ -167,6 +169,8 @@ def train_loop(
       goodput: counts on.
       description: shown by the progress bar.
       evaluation_due: begin with the evaluation of `state` that an earlier run broke off.
+      hang_timeout: seconds; a step after the first that takes longer, its batch included, ends the process: exit code
+        1, and where every thread stands on the standard error.
 
     Returns:
       The state after the last step.
@@ -182,6 +186,8 @@ def train_loop(
         log = _Log(writer, progress, periods.log, judge, goodput)
         goodput.started()
         for step in range(start + 1, total_steps + 1):
+            if hang_timeout is not None and step > start + 1:
+                faulthandler.dump_traceback_later(hang_timeout, exit=True)
             asked = time.monotonic()
             batch = next_batch(state)
             on_devices = partitioning.put_batch(mesh, batch)
@@ -190,6 +196,7 @@ def train_loop(
             with goodput.spent("compile") if step == start + 1 else contextlib.nullcontext():
                 state, metrics = train_step(state, on_devices, judge.limit)
             log.add(step, metrics, batch)
+            faulthandler.cancel_dump_traceback_later()
             last = step == total_steps
             stopping = stop.reached(step)
             evals = periods.eval is not None and (last or step % periods.eval == 0)

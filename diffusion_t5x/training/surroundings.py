@@ -1,0 +1,70 @@
+"""When the machine gives out under a run: memory, or the disk."""
+
+import contextlib
+import errno
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from diffusion_t5x.errors import UserError
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
+# What TensorStore and file systems in user space say in words.
+_NO_ROOM_WORDS = re.compile(r"No space left on device|Disk quota exceeded|Read-only file system|Input/output error")
+
+
+@contextlib.contextmanager
+def explained(state: Any, batch: str, folder: str) -> Iterator[None]:
+    """Within this context, an exception for want of memory or disk becomes a UserError that says what to change.
+
+    Args:
+      state: tree of `jax.ShapeDtypeStruct` with shardings, which stands on the devices.
+      batch: what a step works on, in words.
+      folder: what is written below.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        chain = list(_chain(error))
+        if words := next(filter(None, map(_no_room, chain)), None):
+            raise UserError(
+                f"{folder} cannot be written: {words}. Finished checkpoints are as they were. Make room there and run "
+                "the same command again: it goes on from the newest of them."
+            ) from error
+        if any(isinstance(link, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(link) for link in chain):
+            line = re.sub(r"\s+", " ", str(error).split("RESOURCE_EXHAUSTED: ")[-1].splitlines()[0])[:200]
+            raise UserError(
+                f"Out of memory: {line.rstrip('.')}. Parameters and optimizer take {bytes_a_device(state) / 2**30:.2f} "
+                f"GiB of each device; what a step over {batch} needs comes on top. Give a smaller BATCH_SIZE or more "
+                "train.train.num_microbatches, ModelConfig.remat = 'full', or cut the state over more devices with "
+                "MeshConfig.fsdp."
+            ) from error
+        raise
+
+
+def bytes_a_device(state: Any) -> int:
+    """Of a tree of arrays or their shapes, with shardings, what one device holds."""
+
+    def size(leaf) -> int:
+        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return sum(map(size, jax.tree.leaves(state)))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _no_room(error: BaseException) -> str | None:
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return error.strerror
+    found = _NO_ROOM_WORDS.search(str(error))
+    return found[0] if found else None
