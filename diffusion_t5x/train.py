@@ -125,7 +125,7 @@ def train(
             initial_checkpoint_path = str(checkpointing.find_checkpoint(initial_checkpoint_path))
         datasets = [train_dataset, *(ev.dataset for ev in [*loss_evals, *decode_evals])]
         check_datasets(datasets, model, device_mesh)
-        _check_microbatches(device_mesh, train_dataset.batch_size, num_microbatches)
+        _check_microbatches(device_mesh, train_dataset, num_microbatches)
         _check_distillation(objective, model, rollout, train_dataset)
         check_shifted(getattr(objective, "shifted", None), "train.objective", [ev.decoder for ev in decode_evals])
         if isinstance(objective, Distillation) and not teacher_checkpoint_path and not dry_run:
@@ -249,10 +249,11 @@ def train(
             writer.close()
 
 
-def _check_microbatches(mesh: Mesh, batch_size: int, num_microbatches: int) -> None:
-    if num_microbatches < 1 or batch_size % num_microbatches:
-        raise UserError(f"A batch of {batch_size} rows cannot be cut into num_microbatches = {num_microbatches}.")
-    partitioning.check_batch_size(mesh, batch_size // num_microbatches)
+def _check_microbatches(mesh: Mesh, dataset: SeqioDataset, num_microbatches: int) -> None:
+    rows = dataset.batch_size
+    if num_microbatches < 1 or rows % num_microbatches:
+        raise UserError(f"A batch of {rows} rows cannot be cut into num_microbatches = {num_microbatches}.")
+    partitioning.check_batch(mesh, rows // num_microbatches, dataset.row_length)
 
 
 def _check_distillation(

@@ -11,6 +11,7 @@ from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.layers import RMSNorm, dense, normal, param
 from diffusion_t5x.models.masks import Slots
 from diffusion_t5x.models.positions import rotate
+from diffusion_t5x.partitioning import constrain
 
 
 @flax.struct.dataclass
@@ -117,6 +118,9 @@ class Attention(nnx.Module):
         return self.query_norm(query) if self.config.query_key_norm else query
 
     def _attend(self, query, key, value, mask, bias):
+        # Queries are cut along the length; keys and values of the whole rows come to each of them.
+        query = constrain(query, ("batch", "length", "heads", "head_dim"))
+        key, value = (constrain(x, ("batch", "keys", "kv_heads", "head_dim")) for x in (key, value))
         attended = jax.nn.dot_product_attention(
             query, key, value, bias, mask[:, None], scale=self.config.attention_scale, implementation="xla"
         )

@@ -97,14 +97,15 @@ def make_train_step(
     normalizing_factor: float | None = None,
     ema_decay: float | None = None,
     teacher: Teacher | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> functools.partial[tuple[TrainState, Metrics]]:
     """The step `(state, batch) -> (state, metrics)`, jitted; the state that goes in is given up.
 
     Noise and dropout of step s are keyed by `(seed, s, example_ids)`, so a resumed run repeats them. The teacher, for
-    objectives that have one, is read and never given up.
+    objectives that have one, is read and never given up. To compile it ahead of time, see the partial's `func`, which
+    takes the teacher's parameters first.
     """
 
-    def step(state: TrainState, batch: Batch, teacher_params: Params | None) -> tuple[TrainState, Metrics]:
+    def step(teacher_params: Params | None, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         sums, grads = loss_and_gradients(
             definition,
             functools.partial(_taught(objective, teacher, teacher_params), step=state.step),
@@ -131,11 +132,11 @@ def make_train_step(
     shardings, teacher_params = shardings_of(abstract), teacher and teacher.params
     jitted = jax.jit(
         step,
-        in_shardings=(shardings, partitioning.batch_sharding(mesh), shardings_of(teacher_params)),
+        in_shardings=(shardings_of(teacher_params), shardings, partitioning.batch_sharding(mesh)),
         out_shardings=(shardings, partitioning.replicated(mesh)),
-        donate_argnums=0,
+        donate_argnums=1,
     )
-    return lambda state, batch: jitted(state, batch, teacher_params)
+    return functools.partial(jitted, teacher_params)
 
 
 def make_loss_step(
