@@ -1,10 +1,15 @@
-"""Pretrain, adapt or fine-tune: trains a model with an objective on a SeqIO task or mixture."""
+"""Pretrain, adapt or fine-tune: trains a model with an objective on a SeqIO task or mixture.
+
+With --dry_run --topology=v5p:4x4x8 the step is compiled for that TPU slice, which need not be there, and its memory and
+least time are printed; --dry_run_output=FILE writes them as JSON, --fit looks for the largest batch that fits.
+"""
 
 import contextlib
 import dataclasses
 import logging
 import os
 import pathlib
+import sys
 from collections.abc import Sequence
 
 import jax
@@ -23,6 +28,7 @@ from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.distillation import Distillation
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
+from diffusion_t5x.scale.dry_run import SliceDryRun, from_flags
 from diffusion_t5x.training import checkpoints as checkpointing
 from diffusion_t5x.training import stored
 from diffusion_t5x.training.assignment import Rule
@@ -78,7 +84,7 @@ def train(
     checkpoint_policy: CheckpointPolicy = CheckpointPolicy(),  # noqa: B008  (frozen)
     allow_older_checkpoint: bool = False,
     metric_writers: Sequence[str] = ("jsonl", "tensorboard"),
-    dry_run: bool = False,
+    dry_run: bool | SliceDryRun = False,
 ) -> None:
     """Trains up to `train_steps` and leaves everything in `model_dir`.
 
@@ -110,11 +116,26 @@ def train(
       allow_older_checkpoint: where the latest checkpoint in `model_dir` is broken, go on from the newest whole one.
       metric_writers: "jsonl", "tensorboard", "wandb" (Weights & Biases, an extra).
       dry_run: build model, data and shapes, check the checkpoint, print what it would start with, and train nothing.
+        For a TPU slice: compile the step for it and print what it would take.
 
     Raises:
       UserError: anything that does not fit, before training data are read and before anything is compiled.
       SystemExit: told to stop, it has saved; see `training.preemption` for the exit codes.
     """
+    if isinstance(dry_run, SliceDryRun):
+        dry_run.train(
+            mesh=mesh,
+            model=model,
+            objective=objective,
+            dataset=train_dataset,
+            optimizer=optimizer,
+            microbatches=num_microbatches,
+            normalizing_factor=loss_normalizing_factor,
+            ema_decay=ema_decay,
+            teacher_model=teacher_model,
+            rollout=rollout,
+        )
+        return
     device_mesh = mesh.make()
     check_writers(metric_writers)
     with contextlib.nullcontext() if dry_run else locked(model_dir):
@@ -295,5 +316,12 @@ def _describe(definition: ModelDefinition, state: TrainState) -> str:
     return "\n".join([f"model: {definition.num_params():,} parameters", *rows])
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads the flags and runs `train`."""
+    with config.program():
+        dry_run, rest = from_flags(sys.argv[1:] if argv is None else argv)
+    config.run(train, rest, dry_run=dry_run)
+
+
 if __name__ == "__main__":
-    config.run(train)
+    main()

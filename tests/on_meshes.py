@@ -113,7 +113,7 @@ def distil(mesh):
 def weigh():
     """A training step cut by fsdp alone, compiled: bytes of its arguments on a device and in all, and its program."""
     mesh = MeshConfig(data=1, fsdp=8).make()
-    definition, optimizer = tiny.make_model()[0], optax.adam(1e-2)
+    definition, optimizer = tiny.make_model(tiny.LLAMA)[0], optax.adam(1e-2)
     state = abstract_state(mesh, definition, optimizer, keep_ema=False)
     cut = partitioning.batch_sharding(mesh)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut), BATCH)
