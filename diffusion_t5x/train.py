@@ -35,7 +35,7 @@ from diffusion_t5x.training.assignment import Rule
 from diffusion_t5x.training.lock import locked
 from diffusion_t5x.training.loop import Periods, train_loop
 from diffusion_t5x.training.metrics import check_writers, make_writer
-from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout
+from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout, check_distillation
 from diffusion_t5x.training.start import check_start
 from diffusion_t5x.training.state import TrainState, abstract_state, fresh_state, init_state
 from diffusion_t5x.training.step import make_train_step
@@ -147,7 +147,7 @@ def train(
         datasets = [train_dataset, *(ev.dataset for ev in [*loss_evals, *decode_evals])]
         check_datasets(datasets, model, device_mesh)
         _check_microbatches(device_mesh, train_dataset, num_microbatches)
-        _check_distillation(objective, model, rollout, train_dataset)
+        check_distillation(objective, model, rollout, train_dataset)
         check_shifted(getattr(objective, "shifted", None), "train.objective", [ev.decoder for ev in decode_evals])
         if isinstance(objective, Distillation) and not teacher_checkpoint_path and not dry_run:
             raise UserError("Distillation needs a teacher: set train.teacher_checkpoint_path.")
@@ -275,34 +275,6 @@ def _check_microbatches(mesh: Mesh, dataset: SeqioDataset, num_microbatches: int
     if num_microbatches < 1 or rows % num_microbatches:
         raise UserError(f"A batch of {rows} rows cannot be cut into num_microbatches = {num_microbatches}.")
     partitioning.check_batch(mesh, rows // num_microbatches, dataset.row_length)
-
-
-def _check_distillation(
-    objective: Objective, model: ModelConfig, rollout: Rollout | None, dataset: SeqioDataset
-) -> None:
-    """Raises a UserError where objective, rollout and data do not go together."""
-    if not isinstance(objective, Distillation):
-        if rollout is not None:
-            raise UserError(f"A rollout needs the objective Distillation, not {type(objective).__name__}.")
-        return
-    if model.architecture != "decoder_only":
-        raise UserError("Distillation is for decoder-only models: include models/decoder_only.gin.")
-    if rollout is None and objective.states == "visited":
-        raise UserError(
-            'Distillation.states = "visited" needs texts that the model writes: set train.rollout, or '
-            'states = "random" for the data\'s own.'
-        )
-    if rollout is None:
-        return
-    if rollout.decoder.block_size != objective.block_size:
-        raise UserError(
-            f"Rollout.decoder writes blocks of {rollout.decoder.block_size}, but Distillation.block_size is "
-            f"{objective.block_size}."
-        )
-    if dataset.pack or "inputs" not in dataset.task_feature_lengths:
-        raise UserError(f"A rollout needs prompts, one a row: {dataset.name} with a feature 'inputs' and pack = False.")
-    rows = dataset.task_feature_lengths["inputs"] + rollout.max_length
-    model.check_length(rows, f"the inputs of {dataset.name} with Rollout.max_length")
 
 
 def _describe(definition: ModelDefinition, state: TrainState) -> str:

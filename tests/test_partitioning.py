@@ -64,7 +64,7 @@ def test_rows_that_do_not_divide_are_refused():
     partitioning.check_batch(mesh, 12, 7)
     with pytest.raises(UserError, match="6 rows does not divide over 4 devices"):
         partitioning.check_batch(mesh, 6, 8)
-    with pytest.raises(UserError, match="7 positions does not divide over 2 devices .*sequence"):
+    with pytest.raises(UserError, match=r"7 positions does not divide over 2 devices .*sequence"):
         partitioning.check_batch(abstract_mesh(2, 2, 2, sequence=2), 12, 7)
 
 
@@ -83,7 +83,7 @@ def test_slices_are_replicas():
     chips = [Chip(n, n % 2) for n in range(8)]
     mesh = MeshConfig(replica=2, fsdp=4).make(devices=chips)
     assert [{chip.slice_index for chip in chips} for chips in mesh.devices.reshape(2, 4)] == [{0}, {1}]
-    with pytest.raises(UserError, match="2 slices: set MeshConfig.replica = 2, not 1"):
+    with pytest.raises(UserError, match=r"2 slices: set MeshConfig\.replica = 2, not 1"):
         MeshConfig(fsdp=4).make(devices=chips)
 
 

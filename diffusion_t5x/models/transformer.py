@@ -20,9 +20,9 @@ from diffusion_t5x.partitioning import constrain, copies, pieces_of
 
 Params = dict[str, Any]
 
-# Logits of one piece of `map_logits`, per row: a piece of a 256k vocabulary spans 16 positions, and a small
-# vocabulary is read out in one go.
-MAX_LOGITS_PER_ROW = 1 << 22
+# Logits of one piece of `map_logits` on a device, 256 MiB of them: of a 256k vocabulary those of 256 positions, enough
+# to keep a device busy that reads the whole matrix for each piece. A small vocabulary is read out in one go.
+MAX_LOGITS = 1 << 26
 
 
 class Transformer(nnx.Module):
@@ -133,7 +133,8 @@ class Transformer(nnx.Module):
           fn's results, put together again: arrays `[B, L, ...]`.
         """
         length, devices = hidden.shape[1], pieces_of("length")
-        piece = devices * max(1, MAX_LOGITS_PER_ROW // self.config.vocab_size)
+        rows = max(1, hidden.shape[0] // pieces_of("batch"))
+        piece = devices * max(1, MAX_LOGITS * pieces_of("vocab") // (rows * self.config.vocab_size))
         if piece >= length:
             return fn(self.logits(hidden), *per_position)
         padding = -length % piece

@@ -6,7 +6,6 @@ import math
 import re
 from typing import Self
 
-_ITEM_BITS = re.compile(r"(?:pred|token|[a-z]+?(\d+)\w*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
@@ -33,8 +32,8 @@ class Array:
 
     @property
     def bytes(self) -> int:
-        bits = _ITEM_BITS.match(self.dtype)
-        return -(-self.size * int(bits and bits[1] or 8) // 8) if self.dtype != "token" else 0
+        bits = re.match(r"[a-z]+?(\d+)", self.dtype)  # pred and token have no number
+        return -(-self.size * int(bits[1]) // 8) if bits else self.size * (self.dtype == "pred")
 
     @property
     def hbm_bytes(self) -> int:
@@ -131,10 +130,8 @@ def _instruction(name: str, text: str) -> Instruction:
     opcode = _OPCODE.match(text, end)
     last = _end(text, opcode.end() - 1)
     inside = text[opcode.end() : last - 1]
-    if opcode[1] in ("parameter", "constant"):
-        operands = (inside,)
-    else:
-        operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+    is_leaf = opcode[1] in ("parameter", "constant")
+    operands = (inside,) if is_leaf else tuple(re.findall(r"%([\w.\-]+)", inside))
     return Instruction(name, opcode[1], text[:end], operands, text[last:])
 
 

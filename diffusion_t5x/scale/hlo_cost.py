@@ -5,16 +5,14 @@ XLA's own `cost_analysis` counts a loop's body once.
 
 import collections
 import dataclasses
-import functools
-import json
 import math
 import re
 from collections.abc import Iterator
 from typing import Self
 
-import numpy as np
-
 from diffusion_t5x.scale.hlo import Array, Computation, Instruction, Program
+from diffusion_t5x.scale.hlo_loops import trips
+from diffusion_t5x.scale.hlo_products import product_flops
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # They move nothing, or what they move is counted where it is used.
@@ -85,13 +83,13 @@ class ProgramCost:
             cost.add(self._of(instruction.called("to_apply") or instruction.called("calls")))
         elif opcode == "fusion":
             for inner, within in self._inside(instruction.called("calls")):
-                cost.flops += _flops(within, inner)
+                cost.flops += product_flops(within, inner)
                 self._add_collective(cost, within, inner, channels)
             cost.hbm_bytes += self._fusion_bytes(computation, instruction)
         elif _collective(opcode):
             self._add_collective(cost, computation, instruction, channels)
         else:
-            cost.flops += _flops(computation, instruction)
+            cost.flops += product_flops(computation, instruction)
             cost.hbm_bytes += _bytes(computation, instruction)
 
     def _inside(self, name: str) -> Iterator[tuple[Instruction, Computation]]:
@@ -187,13 +185,14 @@ def _written(called: Computation, result: Instruction) -> float:
 def _bytes(computation: Computation, instruction: Instruction) -> int:
     """HBM traffic of an instruction that stands by itself."""
     opcode = instruction.opcode
-    if opcode in _FREE or opcode.endswith(("-update", "-done")) and not opcode.startswith(("copy", "slice", "dynamic")):
+    is_copy = opcode in ("copy-done", "slice-done", "dynamic-slice-done")
+    if opcode in _FREE or "AsyncCollective" in instruction.attributes:
         return 0
-    if "AsyncCollective" in instruction.attributes:
+    if opcode.endswith(("-update", "-done")) and not is_copy:
         return 0
     operands = [computation.instructions[name] for name in instruction.operands]
     results = sum(array.hbm_bytes for array in instruction.arrays)
-    if opcode.endswith("-done"):  # of a copy that was started before
+    if is_copy:  # what was started before
         source = computation.instructions[operands[0].operands[0]].arrays[0]
         return results + (instruction.arrays[0].bytes if source.in_hbm else 0)
     if opcode in ("dynamic-slice", "gather"):
@@ -202,52 +201,6 @@ def _bytes(computation: Computation, instruction: Instruction) -> int:
         part = operands[1 if opcode == "dynamic-update-slice" else -1]
         return 2 * sum(array.bytes for array in part.arrays) if instruction.arrays[0].in_hbm else 0
     return results + sum(array.hbm_bytes for operand in operands for array in operand.arrays)
-
-
-def _flops(computation: Computation, instruction: Instruction) -> float:
-    if instruction.opcode == "dot":
-        left = computation.instructions[instruction.operands[0]].arrays[0]
-        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)[1]
-        return 2 * instruction.arrays[0].size * math.prod(left.shape[int(axis)] for axis in axes.split(",") if axis)
-    return _convolution_flops(computation, instruction) if instruction.opcode == "convolution" else 0
-
-
-def _convolution_flops(computation: Computation, instruction: Instruction) -> float:
-    """Without the products with padding and with the holes of a dilation, which make batches of matrices."""
-    left, right = (computation.instructions[name].arrays[0] for name in instruction.operands)
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
-    of_left, of_right, of_result = labels[1], labels[2], labels[3]
-    groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
-    window = {
-        key: [tuple(map(int, size.split("_"))) for size in values.split("x")]
-        for key, values in re.findall(
-            r"(\w+)=([\d_x\-]+)", (re.search(r"window=\{([^}]*)\}", instruction.attributes) or ("", ""))[1]
-        )
-    }
-    pairs = 1
-    for number, label in enumerate(sorted(label for label in of_left if label.isdigit())):
-        get = lambda key, default: window.get(key, [default] * (number + 1))[number]  # noqa: B023, E731
-        pairs *= _valid_pairs(
-            left.shape[of_left.index(label)],
-            instruction.arrays[0].shape[of_result.index(label)],
-            right.shape[of_right.index(label)],
-            get("stride", (1,))[0],
-            get("pad", (0, 0))[0],
-            get("lhs_dilate", (1,))[0],
-            get("rhs_dilate", (1,))[0],
-        )
-    batch = left.shape[of_left.index("b")] // int(groups[1] if groups else 1)
-    features = instruction.arrays[0].shape[of_result.index("f")]
-    return 2.0 * batch * features * right.shape[of_right.index("i")] * pairs
-
-
-@functools.cache
-def _valid_pairs(
-    size: int, results: int, window: int, stride: int, padding: int, left_dilation: int, right_dilation: int
-) -> int:
-    """(result, window element) pairs that meet an element of the input."""
-    at = np.arange(results)[:, None] * stride + np.arange(window)[None] * right_dilation - padding
-    return int(np.sum((at >= 0) & (at % left_dilation == 0) & (at // left_dilation < size)))
 
 
 def group_size(attributes: str, devices: int) -> int:
@@ -263,49 +216,3 @@ def group_size(attributes: str, devices: int) -> int:
         parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match[2])
         return math.prod(int(part or sizes[axis]) for axis, part in parts)
     return devices
-
-
-def trips(program: Program, computation: Computation, loop: Instruction) -> int | None:
-    """How many turns a loop takes; None where only the program's data tell."""
-    if match := re.search(r'"known_trip_count":(\{[^}]*\})', loop.attributes):
-        return int(json.loads(match[1])["n"])
-    # A counter that is compared with a constant, begins with one and grows by one, as `lax.scan` makes it.
-    condition = program.computations[loop.called("condition")]
-    comparison = condition.instructions[condition.root]
-    if comparison.opcode != "compare" or "direction=LT" not in comparison.attributes:
-        return None
-    counter, bound = (condition.instructions[name] for name in comparison.operands)
-    body = program.computations[loop.called("body")]
-    if counter.opcode != "get-tuple-element" or bound.opcode != "constant":
-        return None
-    index = int(re.search(r"index=(\d+)", counter.attributes)[1])
-    start = _constant(computation, computation.instructions[loop.operands[0]].operands[index])
-    root = body.instructions[body.root]
-    step = _step(body, root.operands[index], index) if root.opcode == "tuple" else None
-    if step is None or start is None:
-        return None
-    return max(0, -(-(int(bound.operands[0]) - start) // step))
-
-
-def _origin(computation: Computation, name: str) -> Instruction:
-    """What an instruction copies."""
-    instruction = computation.instructions[name]
-    while instruction.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
-        instruction = computation.instructions[instruction.operands[0]]
-    return instruction
-
-
-def _constant(computation: Computation, name: str) -> int | None:
-    origin = _origin(computation, name)
-    return int(origin.operands[0]) if origin.opcode == "constant" and re.fullmatch(r"-?\d+", origin.operands[0]) else None
-
-
-def _step(body: Computation, name: str, index: int) -> int | None:
-    """What a turn adds to the element `index` of the loop's state."""
-    added = _origin(body, name)
-    if added.opcode != "add":
-        return None
-    parts = [_origin(body, operand) for operand in added.operands]
-    steps = [_constant(body, part.name) for part in parts]
-    counters = [p.opcode == "get-tuple-element" and f"index={index}" in p.attributes.split("metadata")[0] for p in parts]
-    return next((step for step, other in ((steps[1], counters[0]), (steps[0], counters[1])) if step and other), None)

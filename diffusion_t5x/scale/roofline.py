@@ -122,8 +122,8 @@ class Report:
         memory, cost, roofline = self.memory, self.cost, Roofline.of(self.cost, self.chip)
         lines += [
             f"  compiled in {self.compile_seconds:.0f} s",
-            f"  memory a chip: {_gib(memory.peak)} of {_gib(self.chip.hbm_bytes)} ({'fits' if self.fits else 'too much'}): "
-            f"arguments {_gib(memory.arguments)}, outputs {_gib(memory.outputs)} ({_gib(memory.aliased)} in their "
+            f"  memory a chip: {_gib(memory.peak)} of {_gib(self.chip.hbm_bytes)} "
+            f"({'fits' if self.fits else 'does not fit'}): arguments {_gib(memory.arguments)}, outputs {_gib(memory.outputs)} ({_gib(memory.aliased)} in their "
             f"place), temporaries {_gib(memory.temporaries)}",
             f"  compute      {roofline.compute:.3g} s: {cost.flops / 1e12:.4g} TFLOP of matrix products",
             f"  hbm          {roofline.hbm:.3g} s: {_gib(cost.hbm_bytes)}",
