@@ -84,10 +84,15 @@ class ProgramCost:
         elif opcode == "fusion":
             for inner, within in self._inside(instruction.called("calls")):
                 cost.flops += product_flops(within, inner)
-                self._add_collective(cost, within, inner, channels)
+                # One that runs beside other work stands in the fusion that starts it, in those beside it and in the
+                # one that ends it, always with the same channel.
+                channel = re.search(r"channel_id=\d+", inner.attributes)
+                if _collective(inner.opcode) and not (channel and channel[0] in channels):
+                    channels |= {channel[0]} if channel else set()
+                    self._add_collective(cost, within, inner)
             cost.hbm_bytes += self._fusion_bytes(computation, instruction)
         elif _collective(opcode):
-            self._add_collective(cost, computation, instruction, channels)
+            self._add_collective(cost, computation, instruction)
         else:
             cost.flops += product_flops(computation, instruction)
             cost.hbm_bytes += _bytes(computation, instruction)
@@ -101,15 +106,8 @@ class ProgramCost:
             else:
                 yield instruction, computation
 
-    def _add_collective(self, cost: Cost, computation: Computation, instruction: Instruction, channels: set) -> None:
-        # One that runs beside other work stands in the fusion that starts it, in those beside it and in the one that
-        # ends it, always with the same channel.
+    def _add_collective(self, cost: Cost, computation: Computation, instruction: Instruction) -> None:
         kind = _collective(instruction.opcode)
-        channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-        if not kind or (channel and channel[1] in channels):
-            return
-        if channel:
-            channels.add(channel[1])
         operands = [array for name in instruction.operands for array in computation.instructions[name].arrays]
         results = instruction.arrays
         if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
@@ -134,8 +132,8 @@ class ProgramCost:
         )
         root = called.instructions[called.root]
         results = [called.instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
-        if len(results) != len(fusion.arrays):
-            return read + sum(array.hbm_bytes for array in fusion.arrays)
+        if len(results) != len(fusion.arrays):  # one instruction with several results
+            return read + (_written(called, root) and sum(array.hbm_bytes for array in fusion.arrays))
         return read + sum(
             min(array.hbm_bytes, _written(called, result)) for array, result in zip(fusion.arrays, results, strict=True)
         )

@@ -113,34 +113,45 @@ class Report:
             "loops_of_unknown_length": self.cost.unknown_loops,
             "roofline_seconds": dataclasses.asdict(roofline),
             "bottleneck": roofline.bottleneck,
+            "without_reduce_scatter": self._without_reduce_scatter(),
         }
+
+    def _without_reduce_scatter(self) -> str | None:
+        """How gradients are summed where no reduce-scatter is seen; None where one is, or nothing is summed."""
+        kinds = {kind for kind, _ in self.cost.collectives}
+        if "reduce-scatter" in kinds or "all-reduce" not in kinds:
+            return None
+        if "collective-permute" in kinds:
+            return "rings of collective-permute beside the products sum most gradients, all-reduce the rest"
+        return "all-reduce sums what the devices hold in common"
 
     def __str__(self) -> str:
         lines = [" ".join(f"{name}={value}" for name, value in self.settings.items())]
         if self.cost is None or self.memory is None:
             return "\n".join([*lines, f"  does not fit: {self.refusal}"])
         memory, cost, roofline = self.memory, self.cost, Roofline.of(self.cost, self.chip)
+        sent = sum(cost.sent_bytes.values())
         lines += [
             f"  compiled in {self.compile_seconds:.0f} s",
-            f"  memory a chip: {_gib(memory.peak)} of {_gib(self.chip.hbm_bytes)} "
-            f"({'fits' if self.fits else 'does not fit'}): arguments {_gib(memory.arguments)}, outputs {_gib(memory.outputs)} ({_gib(memory.aliased)} in their "
-            f"place), temporaries {_gib(memory.temporaries)}",
+            f"  memory: {_gib(memory.peak)} of a chip's {_gib(self.chip.hbm_bytes)}{'' if self.fits else ', too much'}",
+            f"    arguments {_gib(memory.arguments)}, temporaries {_gib(memory.temporaries)}, outputs "
+            f"{_gib(memory.outputs)} ({_gib(memory.aliased)} in the arguments' place)",
             f"  compute      {roofline.compute:.3g} s: {cost.flops / 1e12:.4g} TFLOP of matrix products",
-            f"  hbm          {roofline.hbm:.3g} s: {_gib(cost.hbm_bytes)}",
-            f"  collectives  {roofline.collectives:.3g} s: {_gib(sum(cost.sent_bytes.values()))} sent",
+            f"  hbm          {roofline.hbm:.3g} s: {_gib(cost.hbm_bytes)} read and written",
+            f"  collectives  {roofline.collectives:.3g} s: {_gib(sent)} sent",
         ]
-        for (kind, devices), count in sorted(cost.collectives.items()):
-            lines.append(f"    {count} × {kind} among {devices} devices: {_gib(cost.sent_bytes[kind, devices])}")
+        lines += [
+            f"    {count} × {kind} among {devices} devices: {_gib(cost.sent_bytes[kind, devices])}"
+            for (kind, devices), count in sorted(cost.collectives.items())
+        ]
         lines.append(f"  bottleneck: {roofline.bottleneck}, at least {roofline.seconds:.3g} s")
+        if how := self._without_reduce_scatter():
+            lines.append(f"  no reduce-scatter: {how}")
         if cost.unknown_loops:
             lines.append(
-                f"  {cost.unknown_loops} loops whose length depends on the data are counted as one turn each: the "
-                "times are of one turn, not of the whole."
+                f"  {cost.unknown_loops} loops end where the data say: each is counted as one turn, so these are the "
+                "times of a turn"
             )
-        if ("all-reduce", self.settings.get("chips")) in cost.collectives and not any(
-            kind == "reduce-scatter" for kind, _ in cost.collectives
-        ):
-            lines.append("  gradients are summed by all-reduce: no mesh axis cuts the parameters (fsdp = 1).")
         return "\n".join(lines)
 
 
