@@ -40,7 +40,12 @@ def test_a_command_of_the_pages_resolves(command, capsys):
     if module == checkpoints.__name__:
         assert checkpoints.parse(flags).command
         return
-    if module in (evaluation.__name__, infer.__name__, benchmark.__name__, train.__name__):  # which have flags of their own
+    if module in (
+        evaluation.__name__,
+        infer.__name__,
+        benchmark.__name__,
+        train.__name__,
+    ):  # which have flags of their own
         sys.modules[module].main([*flags, "--print_config"])
         printed = capsys.readouterr()
         found = re.search(r"^# Parameters for \w+\.(evaluate|score|infer|decode|train):$", printed.out, re.MULTILINE)

@@ -137,12 +137,11 @@ class Stack(nnx.Module):
         return jax.vmap(lambda block: block.cross_attention.keys_values(hidden))(self.blocks)
 
     def _bias(self, query_positions, key_positions, rows):
-        """`[rows, heads, Lq, Lk]`."""
+        """`[n, heads, Lq, Lk]`, one for each nth of the rows."""
         axes = ("heads", "length", "keys")
         if len(query_positions) > 1:
             return constrain(self.relative_bias(query_positions, key_positions), ("batch", *axes))
-        shared = copies(self.relative_bias(query_positions[0], key_positions[0]), axes, rows)
-        return jnp.repeat(shared, rows // len(shared), axis=0)
+        return copies(self.relative_bias(query_positions[0], key_positions[0]), axes, rows)
 
     def _run(self, x, slots, mask, bias_positions, cached, write_at, encoded, dropout_keys):
         config = self.config
