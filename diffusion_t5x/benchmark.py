@@ -85,9 +85,10 @@ def decode(
         raise UserError("benchmark.decode.decoders must not be empty.")
     if max_batch_size is not None and max_batch_size < batch_size:
         raise UserError(f"benchmark.decode.max_batch_size must be at least batch_size = {batch_size}, or None.")
-    partitioning.check_batch_size(device_mesh, batch_size)
-    targets = [max(lengths)] if model.architecture == "encoder_decoder" else [input_length, max(lengths)]
-    model.check_length(sum(targets), "benchmark.decode.lengths")
+    for length in lengths:
+        row_length = length if model.architecture == "encoder_decoder" else input_length + length
+        partitioning.check_batch(device_mesh, batch_size, row_length)
+        model.check_length(row_length, "benchmark.decode.lengths")
     definition = ModelDefinition(model, stopwatch.endless_vocabulary(vocabulary_size))
     machine = stopwatch.describe_machine()
     settings = {

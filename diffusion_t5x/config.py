@@ -41,16 +41,19 @@ _BARE_STRING = re.compile(r"[A-Za-z_./~][\w./:~+-]*")
 _MISSPELT_CONSTANTS = {"true": "True", "false": "False", "none": "None", "null": "None"}
 
 
-def run(main: Callable[..., Any], argv: Sequence[str] | None = None, subcommand: str = "") -> None:
+def run(
+    main: Callable[..., Any], argv: Sequence[str] | None = None, subcommand: str = "", dry_run: object = None
+) -> None:
     """Runs a verb as a `program`: reads the flags, resolves gin and calls `main` with the arguments that gin binds.
 
     Args:
       main: the verb. If it takes `dry_run`, it receives the flag of that name.
       argv: the command line without the program's name and the subcommand; by default this process's.
       subcommand: the word before the flags, in a module that has several verbs.
+      dry_run: what `main` receives as `dry_run` in place of the flag; None hands on the flag.
     """
     with program():
-        _run(_importable(main), sys.argv[1:] if argv is None else argv, subcommand)
+        _run(_importable(main), sys.argv[1:] if argv is None else argv, subcommand, dry_run)
 
 
 @contextlib.contextmanager
@@ -141,7 +144,7 @@ def operative_values() -> dict[str, Any]:
     return values
 
 
-def _run(main: Callable[..., Any], argv: Sequence[str], subcommand: str) -> None:
+def _run(main: Callable[..., Any], argv: Sequence[str], subcommand: str, dry_run: object) -> None:
     takes_dry_run = "dry_run" in inspect.signature(main).parameters
     flags = parse_flags(main.__module__, argv, takes_dry_run, _examples(main.__module__), subcommand)
     if flags.tfds_data_dir:
@@ -160,7 +163,7 @@ def _run(main: Callable[..., Any], argv: Sequence[str], subcommand: str) -> None
             f"or in a gin file{''.join(map(_shipped_values, unset))}."
         )
     if not flags.print_config:
-        gin.get_configurable(main)(**({"dry_run": flags.dry_run} if takes_dry_run else {}))
+        gin.get_configurable(main)(**({"dry_run": dry_run or flags.dry_run} if takes_dry_run else {}))
 
 
 def _examples(module: str) -> list[str]:

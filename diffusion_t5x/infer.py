@@ -7,6 +7,7 @@ With --templates FILE.jsonl the model fills the holes of texts: lines such as {"
 import itertools
 import logging
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Literal
 
@@ -31,6 +32,7 @@ from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.objectives.likelihood import check_num_draws
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
+from diffusion_t5x.scale.dry_run import SliceDryRun, from_flags
 from diffusion_t5x.training import checkpoints
 from diffusion_t5x.training.assignment import Rule
 
@@ -56,7 +58,7 @@ def infer(
     restore_rules: Sequence[Rule] = (),
     use_ema: bool = True,
     mesh: MeshConfig = MeshConfig(),  # noqa: B008  (frozen)
-    dry_run: bool = False,
+    dry_run: bool | SliceDryRun = False,
 ) -> None:
     """Decodes or scores a task and writes `<task>-<split>.jsonl`, an example a line, in the task's order.
 
@@ -83,11 +85,17 @@ def infer(
       restore_rules: assignment rules, as in training.
       use_ema: take the parameters' moving average where the checkpoint has one.
       mesh: how the devices are arranged.
-      dry_run: check everything, print what would be done, and do nothing.
+      dry_run: check everything, print what would be done, and do nothing. For a TPU slice: compile the decoding of a
+        batch for it and print what it would take.
 
     Raises:
       UserError: anything that does not fit, or the output was begun with other settings; nothing is overwritten.
     """
+    if isinstance(dry_run, SliceDryRun):
+        if mode != "predict" or templates or decoder is None:
+            raise UserError("--topology is for decoding a task: set infer.decoder; leave out mode and templates.")
+        dry_run.infer(mesh=mesh, model=model, decoder=decoder, dataset=dataset)
+        return
     device_mesh = mesh.make()
     path = str(checkpoints.find_checkpoint(checkpoint_path))
     if not dry_run:
@@ -177,12 +185,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--templates")
     parser.add_argument("--trace", action="store_true")
     with config.program():
-        flags, rest = parser.parse_known_args(argv)
+        dry_run, rest = from_flags(sys.argv[1:] if argv is None else argv)
+        flags, rest = parser.parse_known_args(rest)
     if flags.templates:
         rest.append(f"--gin.infer.infer.templates={flags.templates!r}")
     if flags.trace:
         rest.append("--gin.infer.infer.trace=True")
-    config.run(infer, rest)
+    config.run(infer, rest, dry_run=dry_run)
 
 
 if __name__ == "__main__":

@@ -2,28 +2,30 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from diffusion_t5x.errors import UserError
+from diffusion_t5x.errors import UserError, did_you_mean
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("replica", "data", "fsdp", "sequence", "tensor")
 
 # Logical axis -> mesh axes. An axis not named here is never cut.
 LOGICAL_AXIS_RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("replica", "data", "fsdp"),
+    "length": ("sequence",),
     "embed": ("fsdp",),
     "vocab": ("tensor",),
     "mlp": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
 }
-# An activation's embed axis stays whole: its batch axis already uses the mesh axes that cut a parameter's.
-ACTIVATION_AXIS_RULES = {**LOGICAL_AXIS_RULES, "embed": ()}
+_rules = dict(LOGICAL_AXIS_RULES)  # those in force
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,51 +33,99 @@ class MeshConfig:
     """How many devices each mesh axis has.
 
     Attributes:
-      data: replicas of the parameters; -1 takes the devices that the other axes leave.
+      replica: slices that a data-centre network joins; each holds all parameters, and only gradients go between them.
+      data: replicas of the parameters in a slice; -1 takes the devices that the other axes leave.
       fsdp: cuts the batch, and parameters and optimizer state along `embed`.
+      sequence: cuts activations along the length; every device gathers the keys and values of whole rows.
       tensor: cuts heads, feed-forward and vocabulary.
+      rules: logical axes with mesh axes of their own in place of those in `LOGICAL_AXIS_RULES`, such as
+        `{"embed": ("fsdp", "sequence")}`. Like the devices they are the whole process's, those of the last mesh made.
     """
 
+    replica: int = 1
     data: int = -1
     fsdp: int = 1
+    sequence: int = 1
     tensor: int = 1
+    rules: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
     def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """The mesh over all devices.
 
         Raises:
-          UserError: an axis is no number of devices, or they do not multiply to the number of devices.
+          UserError: an axis is no number of devices, they do not multiply to the number of devices, or the devices
+            are several slices and `replica` is not their number.
         """
-        if min(self.fsdp, self.tensor) < 1 or (self.data < 1 and self.data != -1):
+        sizes = {name: getattr(self, name) for name in MESH_AXES}
+        others = [size for name, size in sizes.items() if name != "data"]
+        if min(others) < 1 or (self.data < 1 and self.data != -1):
             raise UserError(f"Every axis of {self} must be at least 1; only data may be -1 and take the rest.")
         devices = jax.devices() if devices is None else devices
-        sizes = [self.data, self.fsdp, self.tensor]
         if self.data == -1:
-            sizes[0] = max(1, len(devices) // (self.fsdp * self.tensor))
-        if math.prod(sizes) != len(devices):
+            sizes["data"] = max(1, len(devices) // math.prod(others))
+        if math.prod(sizes.values()) != len(devices):
             raise UserError(
-                f"The mesh data × fsdp × tensor = {' × '.join(map(str, sizes))} does not make {len(devices)} devices. "
-                "Set MeshConfig.fsdp and MeshConfig.tensor so that their product divides that number; "
+                f"The mesh {' × '.join(MESH_AXES)} = {' × '.join(map(str, sizes.values()))} does not make "
+                f"{len(devices)} devices. Set the axes of MeshConfig so that their product divides that number; "
                 "data = -1 takes the rest."
             )
-        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+        _use_rules(self.rules)
+        axis_types = (AxisType.Auto,) * len(MESH_AXES)
+        slices = len({getattr(device, "slice_index", 0) for device in devices})
+        if slices == 1:
+            return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=axis_types, devices=devices)
+        if self.replica != slices:
+            raise UserError(f"The devices are {slices} slices: set MeshConfig.replica = {slices}, not {self.replica}.")
+        within = [1, *list(sizes.values())[1:]]
+        across = [slices] + [1] * len(within[1:])
+        return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), MESH_AXES, axis_types=axis_types)
 
 
-def _mesh_axes(axes: Sequence[str], rules: dict[str, tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """For each logical axis the mesh axes that cut it; one that is used up is not used again."""
-    free = set(MESH_AXES)
-    found = []
-    for axis in axes:
-        found.append(tuple(name for name in rules.get(axis, ()) if name in free))
-        free -= set(found[-1])
-    return found
+def _use_rules(overrides: Mapping[str, Sequence[str]]) -> None:
+    for axis, mesh_axes in overrides.items():
+        if axis not in LOGICAL_AXIS_RULES:
+            raise UserError(f"MeshConfig.rules: no axis {axis!r} is cut.{did_you_mean(axis, LOGICAL_AXIS_RULES)}")
+        if isinstance(mesh_axes, str) or not set(mesh_axes) <= set(MESH_AXES):
+            raise UserError(
+                f"MeshConfig.rules[{axis!r}] must be a tuple of mesh axes ({', '.join(MESH_AXES)}), not {mesh_axes!r}."
+            )
+    _rules.clear()
+    _rules.update(LOGICAL_AXIS_RULES | {axis: tuple(mesh_axes) for axis, mesh_axes in overrides.items()})
 
 
 def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """Holds an activation with these logical axes to its place on the mesh in use; nothing where none is."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Holds an activation with these logical axes to its place on the mesh in use; nothing where none is.
+
+    Its `embed` axis stays whole: the batch axis already uses the mesh axes that cut a parameter's. So does an axis that
+    does not divide, such as the one token of a decoding step.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*_mesh_axes(axes, ACTIVATION_AXIS_RULES)))
+    free, cuts = set(MESH_AXES), []
+    for axis, size in zip(axes, x.shape, strict=True):
+        cut = tuple(name for name in _rules.get(axis, ()) if name in free and axis != "embed")
+        pieces = math.prod(mesh.shape[name] for name in cut)
+        cuts.append(() if size % pieces else cut)
+        free -= set(cuts[-1])
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*cuts))
+
+
+def pieces_of(axis: str, mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Into how many pieces a mesh cuts a logical axis; by default the mesh in use, and 1 where none is."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in _rules.get(axis, ()))
+
+
+def copies(x: jax.Array, axes: Sequence[str], rows: int) -> jax.Array:
+    """A copy of x for each piece that `rows` are cut into, `[pieces, ...]`; each device holds one, which costs nothing.
+
+    For what all rows read inside a loop: gradients add up in each copy and are summed over the devices once, behind the
+    loop. Those of x itself would be summed at every turn.
+    """
+    pieces = pieces_of("batch")
+    pieces = 1 if rows % pieces else pieces
+    return constrain(jnp.broadcast_to(x, (pieces, *x.shape)), ("batch", *axes))
 
 
 def param_shardings(mesh: Mesh, abstract: Any, axes: Any) -> Any:
@@ -87,15 +137,21 @@ def param_shardings(mesh: Mesh, abstract: Any, axes: Any) -> Any:
       axes: the same tree with a tuple of logical axis names for each leaf.
 
     Raises:
-      UserError: an axis does not divide by the devices it is cut over.
+      UserError: an axis does not divide by the devices it is cut over, or two axes are cut over the same devices.
     """
 
     def sharding(path, leaf, names):
-        cuts = _mesh_axes(names, LOGICAL_AXIS_RULES)
+        parameter = jax.tree_util.keystr(path, simple=True, separator="/")
+        cuts = [_rules.get(name, ()) for name in names]
+        for mesh_axis in MESH_AXES:
+            if len(cut := [name for name in names if mesh_axis in _rules.get(name, ())]) > 1:
+                raise UserError(
+                    f"Parameter {parameter} of shape {leaf.shape}: its axes {' and '.join(map(repr, cut))} cannot both "
+                    f"be cut over the mesh axis {mesh_axis}. Change MeshConfig.rules."
+                )
         for name, size, mesh_axes in zip(names, leaf.shape, cuts, strict=True):
-            pieces = math.prod(mesh.shape[axis] for axis in mesh_axes)
+            pieces = pieces_of(name, mesh)
             if size % pieces:
-                parameter = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise UserError(
                     f"Parameter {parameter} of shape {leaf.shape}: its axis {name!r} of size "
                     f"{size} does not divide into {pieces} pieces (mesh axes {', '.join(mesh_axes)}). "
@@ -136,14 +192,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of every array of a batch: the rows are cut, all other axes whole."""
-    return NamedSharding(mesh, PartitionSpec(LOGICAL_AXIS_RULES["batch"]))
+    return NamedSharding(mesh, PartitionSpec(_rules["batch"]))
 
 
-def check_batch_size(mesh: Mesh, batch_size: int) -> None:
-    """Raises a UserError when the rows of a batch do not divide over the mesh."""
-    pieces = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % pieces:
-        raise UserError(f"A batch of {batch_size} rows does not divide over {pieces} devices (mesh axes data × fsdp).")
+def check_batch(mesh: Mesh, batch_size: int, length: int) -> None:
+    """Raises a UserError when a batch of `batch_size` rows of `length` positions does not divide over the mesh."""
+    for whole, size, parts, axis in (("batch", batch_size, "rows", "batch"), ("row", length, "positions", "length")):
+        if size % (pieces := pieces_of(axis, mesh)):
+            raise UserError(
+                f"A {whole} of {size} {parts} does not divide over {pieces} devices "
+                f"(mesh axes {' × '.join(_rules[axis])})."
+            )
 
 
 def local_rows(tree: Any) -> Any:

@@ -1,9 +1,14 @@
-"""Pretrain, adapt or fine-tune: trains a model with an objective on a SeqIO task or mixture."""
+"""Pretrain, adapt or fine-tune: trains a model with an objective on a SeqIO task or mixture.
+
+With --dry_run --topology=v5p:4x4x8 the step is compiled for that TPU slice, which need not be there, and its memory and
+least time are printed; --dry_run_output=FILE writes them as JSON, --fit looks for the largest batch that fits.
+"""
 
 import dataclasses
 import logging
 import os
 import pathlib
+import sys
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 
@@ -23,6 +28,7 @@ from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.distillation import Distillation
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
+from diffusion_t5x.scale.dry_run import SliceDryRun, from_flags
 from diffusion_t5x.training import checkpoints as checkpointing
 from diffusion_t5x.training import stored
 from diffusion_t5x.training.assignment import Rule
@@ -31,7 +37,7 @@ from diffusion_t5x.training.goodput import Goodput
 from diffusion_t5x.training.lock import locked
 from diffusion_t5x.training.loop import Periods, train_loop
 from diffusion_t5x.training.metrics import check_writers, make_writer
-from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout
+from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout, check_distillation
 from diffusion_t5x.training.start import check_start
 from diffusion_t5x.training.state import TrainState, abstract_state, fresh_state, init_state
 from diffusion_t5x.training.step import make_train_step
@@ -83,7 +89,7 @@ def train(
     bad_numbers: BadNumbers = BadNumbers(),  # noqa: B008  (frozen)
     hang_timeout: float | None = 1800.0,
     metric_writers: Sequence[str] = ("jsonl", "tensorboard"),
-    dry_run: bool = False,
+    dry_run: bool | SliceDryRun = False,
 ) -> None:
     """Trains up to `train_steps` and leaves everything in `model_dir`.
 
@@ -117,11 +123,26 @@ def train(
       hang_timeout: seconds; a step that takes longer ends the run, with where every thread stands; None waits for ever.
       metric_writers: "jsonl", "tensorboard", "wandb" (Weights & Biases, an extra).
       dry_run: build model, data and shapes, check the checkpoint, print what it would start with, and train nothing.
+        For a TPU slice: compile the step for it and print what it would take.
 
     Raises:
       UserError: anything that does not fit, before training data are read and before anything is compiled.
       SystemExit: told to stop, it has saved; see `training.preemption` for the exit codes.
     """
+    if isinstance(dry_run, SliceDryRun):
+        dry_run.train(
+            mesh=mesh,
+            model=model,
+            objective=objective,
+            dataset=train_dataset,
+            optimizer=optimizer,
+            microbatches=num_microbatches,
+            normalizing_factor=loss_normalizing_factor,
+            ema_decay=ema_decay,
+            teacher_model=teacher_model,
+            rollout=rollout,
+        )
+        return
     goodput = Goodput()
     device_mesh = mesh.make()
     check_writers(metric_writers)
@@ -133,8 +154,8 @@ def train(
             initial_checkpoint_path = str(checkpointing.find_checkpoint(initial_checkpoint_path))
         datasets = [train_dataset, *(ev.dataset for ev in [*loss_evals, *decode_evals])]
         check_datasets(datasets, model, device_mesh)
-        _check_microbatches(device_mesh, train_dataset.batch_size, num_microbatches)
-        _check_distillation(objective, model, rollout, train_dataset)
+        _check_microbatches(device_mesh, train_dataset, num_microbatches)
+        check_distillation(objective, model, rollout, train_dataset)
         check_shifted(getattr(objective, "shifted", None), "train.objective", [ev.decoder for ev in decode_evals])
         if isinstance(objective, Distillation) and not teacher_checkpoint_path and not dry_run:
             raise UserError("Distillation needs a teacher: set train.teacher_checkpoint_path.")
@@ -258,38 +279,11 @@ def train(
             )
 
 
-def _check_microbatches(mesh: Mesh, batch_size: int, num_microbatches: int) -> None:
-    if num_microbatches < 1 or batch_size % num_microbatches:
-        raise UserError(f"A batch of {batch_size} rows cannot be cut into num_microbatches = {num_microbatches}.")
-    partitioning.check_batch_size(mesh, batch_size // num_microbatches)
-
-
-def _check_distillation(
-    objective: Objective, model: ModelConfig, rollout: Rollout | None, dataset: SeqioDataset
-) -> None:
-    """Raises a UserError where objective, rollout and data do not go together."""
-    if not isinstance(objective, Distillation):
-        if rollout is not None:
-            raise UserError(f"A rollout needs the objective Distillation, not {type(objective).__name__}.")
-        return
-    if model.architecture != "decoder_only":
-        raise UserError("Distillation is for decoder-only models: include models/decoder_only.gin.")
-    if rollout is None and objective.states == "visited":
-        raise UserError(
-            'Distillation.states = "visited" needs texts that the model writes: set train.rollout, or '
-            'states = "random" for the data\'s own.'
-        )
-    if rollout is None:
-        return
-    if rollout.decoder.block_size != objective.block_size:
-        raise UserError(
-            f"Rollout.decoder writes blocks of {rollout.decoder.block_size}, but Distillation.block_size is "
-            f"{objective.block_size}."
-        )
-    if dataset.pack or "inputs" not in dataset.task_feature_lengths:
-        raise UserError(f"A rollout needs prompts, one a row: {dataset.name} with a feature 'inputs' and pack = False.")
-    rows = dataset.task_feature_lengths["inputs"] + rollout.max_length
-    model.check_length(rows, f"the inputs of {dataset.name} with Rollout.max_length")
+def _check_microbatches(mesh: Mesh, dataset: SeqioDataset, num_microbatches: int) -> None:
+    rows = dataset.batch_size
+    if num_microbatches < 1 or rows % num_microbatches:
+        raise UserError(f"A batch of {rows} rows cannot be cut into num_microbatches = {num_microbatches}.")
+    partitioning.check_batch(mesh, rows // num_microbatches, dataset.row_length)
 
 
 def _describe(definition: ModelDefinition, state: TrainState) -> str:
@@ -303,5 +297,12 @@ def _describe(definition: ModelDefinition, state: TrainState) -> str:
     return "\n".join([f"model: {definition.num_params():,} parameters", *rows])
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads the flags and runs `train`."""
+    with config.program():
+        dry_run, rest = from_flags(sys.argv[1:] if argv is None else argv)
+    config.run(train, rest, dry_run=dry_run)
+
+
 if __name__ == "__main__":
-    config.run(train)
+    main()

@@ -19,7 +19,7 @@ from diffusion_t5x.objectives.distillation import Distillation, Teacher
 from diffusion_t5x.objectives.sundae import Sundae
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout
-from diffusion_t5x.training.state import init_state
+from diffusion_t5x.training.state import abstract_state, init_state
 from diffusion_t5x.training.step import make_train_step
 
 AUTOREGRESSIVE = Autoregressive(), AutoregressiveDecoder(temperature=0.7)
@@ -28,7 +28,7 @@ RUNS = {  # every compilation takes seconds: no more than it takes to try each m
     "one": (MeshConfig().make(jax.devices()[:1]), [AUTOREGRESSIVE, SUNDAE]),
     "data": (MeshConfig().make(), [SUNDAE]),
     "data_fsdp": (MeshConfig(data=2, fsdp=4).make(), [AUTOREGRESSIVE, SUNDAE]),
-    "fsdp_tensor": (MeshConfig(data=1, fsdp=4, tensor=2).make(), [AUTOREGRESSIVE]),
+    "fsdp_sequence_tensor": (MeshConfig(data=1, fsdp=2, sequence=2, tensor=2).make(), [AUTOREGRESSIVE]),
 }
 ROLLOUT = "one", "data_fsdp"
 BATCH = tiny.one_a_row(tiny.random_examples(0, [(n % 4, 6) for n in range(8)]), length=10)
@@ -54,7 +54,7 @@ def see(mesh, pairs):
     rows = partitioning.put_batch(mesh, BATCH)
     seen = {"shards": {"batch": shard(rows.tokens)[0]}}
     with jax.set_mesh(mesh):
-        hidden = jax.jit(lambda x: partitioning.constrain(x, ("batch", "length", "embed")))(jnp.zeros((8, 3, 16)))
+        hidden = jax.jit(lambda x: partitioning.constrain(x, ("batch", "length", "embed")))(jnp.zeros((8, 4, 16)))
         seen["shards"]["activation"] = shard(hidden)
         for objective, decoder in pairs:
             abstract, state = tiny.fresh_state(mesh, definition, optimizer)
@@ -110,7 +110,22 @@ def distil(mesh):
     return seen
 
 
+def weigh():
+    """A training step cut by fsdp alone, compiled: bytes of its arguments on a device and in all, and its program."""
+    mesh = MeshConfig(data=1, fsdp=8).make()
+    definition, optimizer = tiny.make_model(tiny.LLAMA)[0], optax.adam(1e-2)
+    state = abstract_state(mesh, definition, optimizer, keep_ema=False)
+    cut = partitioning.batch_sharding(mesh)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut), BATCH)
+    with jax.set_mesh(mesh):
+        step = make_train_step(mesh, state, definition, Autoregressive(), optimizer, seed=0)
+        compiled = step.lower(state, batch).compile()
+    total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state, batch)))
+    return {"device": compiled.memory_analysis().argument_size_in_bytes, "all": total, "program": compiled.as_text()}
+
+
 seen = {name: see(*run) for name, run in RUNS.items()}
+seen["fsdp"] = weigh()
 for name in ROLLOUT:
     seen[name]["Distillation"] = distil(RUNS[name][0])
 print(json.dumps(seen))

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from diffusion_t5x import benchmark, checkpoints, config, infer, report
+from diffusion_t5x import benchmark, checkpoints, config, infer, report, train
 from diffusion_t5x import eval as evaluation
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -40,10 +40,15 @@ def test_a_command_of_the_pages_resolves(command, capsys):
     if module == checkpoints.__name__:
         assert checkpoints.parse(flags).command
         return
-    if module in (evaluation.__name__, infer.__name__, benchmark.__name__):  # which have flags of their own
+    if module in (
+        evaluation.__name__,
+        infer.__name__,
+        benchmark.__name__,
+        train.__name__,
+    ):  # which have flags of their own
         sys.modules[module].main([*flags, "--print_config"])
         printed = capsys.readouterr()
-        found = re.search(r"^# Parameters for \w+\.(evaluate|score|infer|decode):$", printed.out, re.MULTILINE)
+        found = re.search(r"^# Parameters for \w+\.(evaluate|score|infer|decode|train):$", printed.out, re.MULTILINE)
         assert found and not printed.err
         return
     verb = module.rpartition(".")[2]

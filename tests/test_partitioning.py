@@ -1,7 +1,9 @@
 """Meshes: what is refused, where things lie, and that eight devices compute what one does."""
 
+import dataclasses
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -21,22 +23,25 @@ from diffusion_t5x.partitioning import MESH_AXES, MeshConfig
 from diffusion_t5x.training.state import abstract_state
 
 
-def abstract_mesh(data, fsdp, tensor):
-    return AbstractMesh((data, fsdp, tensor), MESH_AXES)
+def abstract_mesh(data, fsdp, tensor, sequence=1):
+    return AbstractMesh((1, data, fsdp, sequence, tensor), MESH_AXES)
 
 
 def test_the_data_axis_takes_what_is_left():
-    assert dict(MeshConfig().make().shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert dict(MeshConfig().make().shape) == dict.fromkeys(MESH_AXES, 1)
 
 
 @pytest.mark.parametrize(
     "config,message",
     [
-        (MeshConfig(fsdp=3), "2 × 3 × 1 does not make 8 devices"),
-        (MeshConfig(data=4), "4 × 1 × 1 does not make 8 devices"),
-        (MeshConfig(fsdp=16), "1 × 16 × 1 does not make 8 devices"),
+        (MeshConfig(fsdp=3), "1 × 2 × 3 × 1 × 1 does not make 8 devices"),
+        (MeshConfig(data=4), "1 × 4 × 1 × 1 × 1 does not make 8 devices"),
+        (MeshConfig(fsdp=16), "1 × 1 × 16 × 1 × 1 does not make 8 devices"),
         (MeshConfig(fsdp=0), "at least 1"),
         (MeshConfig(data=-8, fsdp=-1), "at least 1"),
+        (MeshConfig(rules={"embeds": ("fsdp",)}), "no axis 'embeds' is cut. Did you mean"),
+        (MeshConfig(rules={"embed": ("fspd",)}), "must be a tuple of mesh axes"),
+        (MeshConfig(rules={"embed": "fsdp"}), "must be a tuple of mesh axes"),
     ],
 )
 def test_meshes_that_do_not_fit_the_devices_are_refused(config, message):
@@ -56,9 +61,30 @@ def test_a_parameter_that_does_not_divide_is_named(mesh, axis):
 
 def test_rows_that_do_not_divide_are_refused():
     mesh = abstract_mesh(2, 2, 2)
-    partitioning.check_batch_size(mesh, 12)
+    partitioning.check_batch(mesh, 12, 7)
     with pytest.raises(UserError, match="6 rows does not divide over 4 devices"):
-        partitioning.check_batch_size(mesh, 6)
+        partitioning.check_batch(mesh, 6, 8)
+    with pytest.raises(UserError, match=r"7 positions does not divide over 2 devices .*sequence"):
+        partitioning.check_batch(abstract_mesh(2, 2, 2, sequence=2), 12, 7)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Of a slice, as far as a mesh looks at one."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "cpu"
+    device_kind: str = "chip"
+
+
+def test_slices_are_replicas():
+    chips = [Chip(n, n % 2) for n in range(8)]
+    mesh = MeshConfig(replica=2, fsdp=4).make(devices=chips)
+    assert [{chip.slice_index for chip in chips} for chips in mesh.devices.reshape(2, 4)] == [{0}, {1}]
+    with pytest.raises(UserError, match=r"2 slices: set MeshConfig\.replica = 2, not 1"):
+        MeshConfig(fsdp=4).make(devices=chips)
 
 
 def specs(tree):
@@ -92,10 +118,31 @@ def test_moments_lie_as_their_parameters_do_and_the_rest_stands_whole():
     assert specs(moments.v)["decoder"]["blocks"]["attention_norm"]["scale"] == P((), ("fsdp",))
 
 
-def test_a_mesh_axis_cuts_an_array_once():
-    assert partitioning._mesh_axes(("embed", "embed"), partitioning.LOGICAL_AXIS_RULES) == [("fsdp",), ()]
+@pytest.fixture
+def rules():
+    """Makes a mesh whose rules are these; afterwards the usual ones hold again."""
+    yield lambda overrides: MeshConfig(rules=overrides).make()
+    MeshConfig().make()
+
+
+def test_rules_can_be_overridden(rules):
+    rules({"embed": ("fsdp", "sequence"), "vocab": ()})
+    definition = ModelDefinition(tiny.RELATIVE, tiny.VOCABULARY)
+    shardings = partitioning.param_shardings(abstract_mesh(1, 2, 2, 2), definition.abstract(), definition.axes())
+    assert shardings["embedding"].spec == P((), ("fsdp", "sequence"))
+    assert shardings["decoder"]["blocks"]["mlp"]["wo"].spec == P((), ("tensor",), ("fsdp", "sequence"))
+
+
+def test_two_axes_of_a_parameter_over_the_same_devices_are_refused(rules):
+    rules({"mlp": ("tensor", "fsdp")})
+    definition = ModelDefinition(tiny.RELATIVE, tiny.VOCABULARY)
+    with pytest.raises(UserError, match=r"mlp/wi_0 of shape .*: its axes 'embed' and 'mlp' cannot both .* axis fsdp"):
+        partitioning.param_shardings(abstract_mesh(1, 2, 2), definition.abstract(), definition.axes())
+
+
+def test_nothing_is_held_where_no_mesh_is_in_use():
     x = jnp.zeros((2, 3))
-    assert partitioning.constrain(x, ("batch", "embed")) is x  # no mesh in use
+    assert partitioning.constrain(x, ("batch", "embed")) is x
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +158,7 @@ EIGHT = [
     ("data", "Sundae"),
     ("data_fsdp", "Sundae"),
     ("data_fsdp", "Autoregressive"),
-    ("fsdp_tensor", "Autoregressive"),
+    ("fsdp_sequence_tensor", "Autoregressive"),
 ]
 
 
@@ -130,23 +177,46 @@ def test_students_write_and_learn_the_same_on_eight_devices(on_meshes):
     np.testing.assert_allclose(eight["losses"], one["losses"], rtol=1e-5)
 
 
-SHARDS = {  # what one device holds of embedding [32, 16], wi_0 [2, 16, 32], out [2, 4, 4, 16], a batch [8, L]
-    "one": ([32, 16], [2, 16, 32], [2, 4, 4, 16], 8),
-    "data": ([32, 16], [2, 16, 32], [2, 4, 4, 16], 1),
-    "data_fsdp": ([32, 4], [2, 4, 32], [2, 4, 4, 4], 1),
-    "fsdp_tensor": ([16, 4], [2, 4, 16], [2, 2, 4, 4], 2),
+SHARDS = {  # what a device holds of embedding [32, 16], wi_0 [2, 16, 32], out [2, 4, 4, 16], activations [8, 4, 16]
+    "one": ([32, 16], [2, 16, 32], [2, 4, 4, 16], [8, 4, 16]),
+    "data": ([32, 16], [2, 16, 32], [2, 4, 4, 16], [1, 4, 16]),
+    "data_fsdp": ([32, 4], [2, 4, 32], [2, 4, 4, 4], [1, 4, 16]),
+    "fsdp_sequence_tensor": ([16, 8], [2, 8, 16], [2, 2, 4, 8], [4, 2, 16]),
 }
 
 
 @pytest.mark.parametrize("mesh", SHARDS)
 def test_devices_hold_their_part_and_no_more(on_meshes, mesh):
-    *parameters, rows = SHARDS[mesh]
+    *parameters, activation = SHARDS[mesh]
     for tree in ("fresh parameters", "parameters", "first moments", "second moments"):
         assert on_meshes[mesh]["shards"][tree] == parameters, tree
-    assert on_meshes[mesh]["shards"]["batch"] == rows
-    assert on_meshes[mesh]["shards"]["activation"] == [rows, 3, 16]
+    assert on_meshes[mesh]["shards"]["batch"] == activation[0]
+    assert on_meshes[mesh]["shards"]["activation"] == activation
 
 
-@pytest.mark.parametrize("mesh", ["data", "data_fsdp", "fsdp_tensor"])
+@pytest.mark.parametrize("mesh", ["data", "data_fsdp", "fsdp_sequence_tensor"])
 def test_fresh_parameters_are_the_same_on_every_mesh(on_meshes, mesh):
     np.testing.assert_allclose(on_meshes[mesh]["fresh"], on_meshes["one"]["fresh"], rtol=1e-6)
+
+
+def test_fsdp_holds_an_eighth_and_gathers_nothing_but_parameters(on_meshes):
+    found = on_meshes["fsdp"]
+    assert found["device"] == pytest.approx(found["all"] / 8, rel=0.05)
+    gathered = re.findall(r"= \S*\[([\d,]*)\]\S* (all-gather|all-to-all)(?:-start)?\(", found["program"])
+    assert {kind for _, kind in gathered} == {"all-gather"}
+    # Whole parameters of a layer, norms and the embedding; activations would have 8 rows, or 80 positions.
+    assert {shape for shape, _ in gathered} <= {"16", "16,8", "16,16", "16,32", "32,16"}
+
+
+@pytest.mark.slow
+def test_every_objective_trains_the_same_on_every_mesh(eight_devices):
+    program = pathlib.Path(__file__).parent / "mesh_matrix.py"
+    done = subprocess.run([sys.executable, program], env=eight_devices, capture_output=True, text=True, timeout=3000)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads(done.stdout)
+    assert len(seen) == 8
+    for run, losses in seen.items():
+        one = losses.pop("one")
+        assert len(losses) == 4 and one[-1] < one[0], run
+        for mesh, found in losses.items():
+            np.testing.assert_allclose(found, one, rtol=1e-5, err_msg=f"{run} on {mesh}")

@@ -506,7 +506,7 @@ def test_eight_devices_give_the_same_losses_however_they_are_arranged(eight_devi
     losses = {}
     for data, fsdp in ((8, 1), (2, 4)):
         model_dir = tmp_path / f"{data}x{fsdp}"
-        flags = [*PRETRAIN, "--gin_file=hardware/mesh.gin", f"--gin.MODEL_DIR={model_dir}", "--gin.TRAIN_STEPS=20"]
+        flags = [*PRETRAIN, f"--gin.MODEL_DIR={model_dir}", "--gin.TRAIN_STEPS=20"]
         flags += [f"--gin.MeshConfig.data={data}", f"--gin.MeshConfig.fsdp={fsdp}"]
         command = [sys.executable, "-m", "diffusion_t5x.train", *flags]
         subprocess.run(command, check=True, env=eight_devices, cwd=os.fspath(tmp_path))

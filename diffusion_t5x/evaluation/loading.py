@@ -39,7 +39,7 @@ def check_datasets(datasets: Iterable[Dataset], model: ModelConfig, mesh: Mesh) 
                 f"is {model.architecture}: set both by including models/{model.architecture}.gin."
             )
         model.check_length(dataset.row_length, f"task_feature_lengths of {dataset.name}")
-        partitioning.check_batch_size(mesh, dataset.batch_size)
+        partitioning.check_batch(mesh, dataset.batch_size, dataset.row_length)
 
 
 def check_shifted(trained: bool | None, whose: str, readers: Iterable[object]) -> None:

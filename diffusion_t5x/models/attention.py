@@ -11,6 +11,7 @@ from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.layers import RMSNorm, dense, normal, param
 from diffusion_t5x.models.masks import Slots
 from diffusion_t5x.models.positions import rotate
+from diffusion_t5x.partitioning import constrain
 
 
 @flax.struct.dataclass
@@ -80,7 +81,7 @@ class Attention(nnx.Module):
           x: the queries' hidden states.
           positions: int32 `[B, Lq]`, for rotary positions.
           mask: bool `[B, Lq, Lk]`.
-          bias: float32 `[B or 1, heads, Lq, Lk]`, or None.
+          bias: float32 `[n, heads, Lq, Lk]`, one for each nth of the rows, or None.
           cached: this layer's keys and values `[B, Lk, kv_heads, head_dim]`; the queries' own are written into them
             first. None attends over x itself.
           write_at: int32 `[B]`, the slot of each row's first query; with `cached` only.
@@ -117,6 +118,11 @@ class Attention(nnx.Module):
         return self.query_norm(query) if self.config.query_key_norm else query
 
     def _attend(self, query, key, value, mask, bias):
+        # Queries are cut along the length; keys and values of the whole rows come to each of them.
+        query = constrain(query, ("batch", "length", "heads", "head_dim"))
+        key, value = (constrain(x, ("batch", "keys", "kv_heads", "head_dim")) for x in (key, value))
+        if bias is not None and len(bias) > 1:
+            bias = jnp.repeat(bias, len(query) // len(bias), axis=0)
         attended = jax.nn.dot_product_attention(
             query, key, value, bias, mask[:, None], scale=self.config.attention_scale, implementation="xla"
         )

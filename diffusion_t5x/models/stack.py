@@ -12,7 +12,7 @@ from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.layers import GatedMLP, RMSNorm, dropout, fold_in
 from diffusion_t5x.models.masks import Annealed, AttentionKind, Slots, same_segment
 from diffusion_t5x.models.positions import RelativePositionBias
-from diffusion_t5x.partitioning import constrain
+from diffusion_t5x.partitioning import constrain, copies
 
 ACTIVATIONS = ("batch", "length", "embed")
 
@@ -136,11 +136,18 @@ class Stack(nnx.Module):
         """Every layer's keys and values `[layers, B, S, kv_heads, head_dim]` of an encoder's hidden states."""
         return jax.vmap(lambda block: block.cross_attention.keys_values(hidden))(self.blocks)
 
+    def _bias(self, query_positions, key_positions, rows):
+        """`[n, heads, Lq, Lk]`, one for each nth of the rows."""
+        axes = ("heads", "length", "keys")
+        if len(query_positions) > 1:
+            return constrain(self.relative_bias(query_positions, key_positions), ("batch", *axes))
+        return copies(self.relative_bias(query_positions[0], key_positions[0]), axes, rows)
+
     def _run(self, x, slots, mask, bias_positions, cached, write_at, encoded, dropout_keys):
         config = self.config
         keys = [fold_in(dropout_keys, use) for use in range(3)]
         x = constrain(dropout(x, config.dropout_rate, keys[0]), ACTIVATIONS)
-        bias = self.relative_bias(*bias_positions) if config.position == "relative" else None
+        bias = self._bias(*bias_positions, len(x)) if config.position == "relative" else None
         inputs = inputs_mask = None
         if encoded is not None:
             inputs = (encoded.keys, encoded.values)

@@ -16,12 +16,13 @@ from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.layers import fold_in, normal, param
 from diffusion_t5x.models.masks import BIDIRECTIONAL, Annealed, AttentionKind, Slots
 from diffusion_t5x.models.stack import Encoded, Stack
+from diffusion_t5x.partitioning import constrain, copies, pieces_of
 
 Params = dict[str, Any]
 
-# Logits of one piece of `map_logits`, per row: a piece of a 256k vocabulary spans 16 positions, and a small
-# vocabulary is read out in one go.
-MAX_LOGITS_PER_ROW = 1 << 22
+# Logits of one piece of `map_logits` on a device, 256 MiB of them: of a 256k vocabulary those of 256 positions, enough
+# to keep a device busy that reads the whole matrix for each piece. A small vocabulary is read out in one go.
+MAX_LOGITS = 1 << 26
 
 
 class Transformer(nnx.Module):
@@ -99,16 +100,25 @@ class Transformer(nnx.Module):
         return hidden, cache.replace(keys=keys, values=values)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
-        return self.embedding.get_value()[tokens].astype(self.config.dtype)
+        # Gathered whole: else rows are looked up in pieces of `embed`, and activations change places.
+        return constrain(self.embedding.get_value().astype(self.config.dtype), ("vocab", "embed"))[tokens]
+
+    def _readout(self) -> jax.Array:
+        """float32 `[D, V]`."""
+        kernel = self.embedding.get_value().T if self.config.tie_embeddings else self.head.get_value()
+        return constrain(kernel, ("embed", "vocab"))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 `[..., V]` of hidden states `[..., D]`."""
-        kernel = self.embedding.get_value().T if self.config.tie_embeddings else self.head.get_value()
-        return jnp.matmul(
-            hidden * jnp.asarray(self.config.readout_scale, hidden.dtype),
-            kernel.astype(hidden.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        return self._logits(hidden, self._readout()[None])
+
+    def _logits(self, hidden, kernels):
+        """With kernels `[n, D, V]`, one for each nth of the rows."""
+        hidden = hidden * jnp.asarray(self.config.readout_scale, hidden.dtype)
+        kernels = kernels.astype(hidden.dtype)
+        pieces = hidden.reshape(len(kernels), -1, *hidden.shape[1:])
+        logits = jnp.einsum("nb...d,ndv->nb...v", pieces, kernels, preferred_element_type=jnp.float32)
+        return logits.reshape(*hidden.shape[:-1], -1)
 
     def map_logits(self, fn: Callable[..., Any], hidden: jax.Array, *per_position: Any) -> Any:
         """`fn(logits, *per_position)` over pieces of the length, so that large logits never stand whole in memory.
@@ -122,23 +132,27 @@ class Transformer(nnx.Module):
         Returns:
           fn's results, put together again: arrays `[B, L, ...]`.
         """
-        length = hidden.shape[1]
-        piece = max(1, MAX_LOGITS_PER_ROW // self.config.vocab_size)
+        length, devices = hidden.shape[1], pieces_of("length")
+        rows = max(1, hidden.shape[0] // pieces_of("batch"))
+        piece = devices * max(1, MAX_LOGITS * pieces_of("vocab") // (rows * self.config.vocab_size))
         if piece >= length:
             return fn(self.logits(hidden), *per_position)
         padding = -length % piece
 
+        # Positions are dealt out in turn, so every piece has positions of every device.
         def cut(x):
             x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-            return jnp.moveaxis(x.reshape(x.shape[0], -1, piece, *x.shape[2:]), 1, 0)
+            return jnp.moveaxis(x.reshape(x.shape[0], piece, -1, *x.shape[2:]), 2, 0)
 
         def join(x):
-            x = jnp.moveaxis(x, 0, 1)
+            x = jnp.moveaxis(x, 0, 2)
             return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+
+        kernels = copies(self._readout(), ("embed", "vocab"), len(hidden))
 
         @jax.checkpoint
         def one(pieces):
-            return fn(self.logits(pieces[0]), *pieces[1])
+            return fn(self._logits(pieces[0], kernels), *pieces[1])
 
         return jax.tree.map(join, jax.lax.map(one, jax.tree.map(cut, (hidden, per_position))))
 

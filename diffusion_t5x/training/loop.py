@@ -25,8 +25,6 @@ from diffusion_t5x.training.progress import Progress
 from diffusion_t5x.training.state import TrainState
 from diffusion_t5x.training.step import Metrics
 
-TrainStep = Callable[[TrainState, Batch, float], tuple[TrainState, Metrics]]
-
 logger = logging.getLogger(__name__)
 
 
@@ -132,7 +130,7 @@ def train_loop(
     *,
     mesh: Mesh,
     state: TrainState,
-    train_step: TrainStep,
+    train_step: Callable[[TrainState, Batch, float], tuple[TrainState, Metrics]],
     next_batch: Callable[[TrainState], Batch],
     data_state: Callable[[], Mapping[str, np.ndarray]],
     total_steps: int,

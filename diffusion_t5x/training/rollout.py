@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,10 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition, Params
+from diffusion_t5x.objectives.distillation import Distillation
+from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.training.loop import BatchIterator
 from diffusion_t5x.training.state import TrainState
 
@@ -113,6 +117,14 @@ def make_rollout_step(
     return jax.jit(write, out_shardings=partitioning.batch_sharding(mesh))
 
 
+class PromptSource(Protocol):
+    """What a data set of prompts says of itself before it is read."""
+
+    name: str
+    pack: bool
+    task_feature_lengths: Mapping[str, int]
+
+
 class OnPolicyBatches:
     """Training batches that the student writes, `num_batches` at once; they can say where they stand, as data can.
 
@@ -174,3 +186,31 @@ class OnPolicyBatches:
         self._prompts.load_state_dict({name: x for name, x in state.items() if not name.startswith(_STORED)})
         number = len(stored["tokens"]) if stored else 0
         self._texts = [Batch(**{name: x[i] for name, x in stored.items()}) for i in range(number)]
+
+
+def check_distillation(
+    objective: Objective, model: ModelConfig, rollout: Rollout | None, dataset: PromptSource
+) -> None:
+    """Raises a UserError where objective, rollout and data do not go together."""
+    if not isinstance(objective, Distillation):
+        if rollout is not None:
+            raise UserError(f"A rollout needs the objective Distillation, not {type(objective).__name__}.")
+        return
+    if model.architecture != "decoder_only":
+        raise UserError("Distillation is for decoder-only models: include models/decoder_only.gin.")
+    if rollout is None and objective.states == "visited":
+        raise UserError(
+            'Distillation.states = "visited" needs texts that the model writes: set train.rollout, or '
+            'states = "random" for the data\'s own.'
+        )
+    if rollout is None:
+        return
+    if rollout.decoder.block_size != objective.block_size:
+        raise UserError(
+            f"Rollout.decoder writes blocks of {rollout.decoder.block_size}, but Distillation.block_size is "
+            f"{objective.block_size}."
+        )
+    if dataset.pack or "inputs" not in dataset.task_feature_lengths:
+        raise UserError(f"A rollout needs prompts, one a row: {dataset.name} with a feature 'inputs' and pack = False.")
+    rows = dataset.task_feature_lengths["inputs"] + rollout.max_length
+    model.check_length(rows, f"the inputs of {dataset.name} with Rollout.max_length")

@@ -1,5 +1,6 @@
 """One training step, and one evaluation of the loss: pure functions of state and batch."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 
@@ -87,6 +88,27 @@ def means(sums: LossSums) -> Metrics:
     return {"loss": sums.loss.mean(), **{name: ratio.mean() for name, ratio in sums.metrics.items()}}
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """A jitted training step."""
+
+    jitted: jax.stages.Wrapped
+    teacher_params: Params | None
+
+    def __call__(self, state: TrainState, batch: Batch, loss_limit: float = np.inf) -> tuple[TrainState, Metrics]:
+        """The state after a step, and what is to be known of it.
+
+        Where the loss or the gradient's norm is not finite, or the loss is above the limit, the state stays as it was
+        but for its `step`, and the metric "bad" is 1. "clipped" is 1 where the optimizer clips the gradient's norm.
+        """
+        return self.jitted(self.teacher_params, state, batch, np.float32(loss_limit))
+
+    def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
+        """To be compiled ahead of time, for shapes with shardings or for arrays."""
+        limit = jax.ShapeDtypeStruct((), np.float32)
+        return self.jitted.lower(self.teacher_params, state, batch, limit)
+
+
 def make_train_step(
     mesh: Mesh,
     abstract: TrainState,
@@ -99,18 +121,16 @@ def make_train_step(
     normalizing_factor: float | None = None,
     ema_decay: float | None = None,
     teacher: Teacher | None = None,
-) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The step `(state, batch, loss_limit) -> (state, metrics)`, jitted; the state that goes in is given up.
+) -> TrainStep:
+    """The step of a run; the state that goes into it is given up.
 
     Noise and dropout of step s are keyed by `(seed, s, example_ids)`, so a resumed run repeats them. The teacher, for
-    objectives that have one, is read and never given up. Where loss or gradient norm are not finite, or the loss is
-    above the limit, the state stays as it was but for its `step`, and the metric "bad" is 1. "clipped" is 1 where the
-    optimizer clips the gradient's norm.
+    objectives that have one, is read and never given up.
     """
     max_grad_norm = optimizers.max_grad_norm(optimizer)
 
     def step(
-        state: TrainState, batch: Batch, teacher_params: Params | None, loss_limit: jax.Array
+        teacher_params: Params | None, state: TrainState, batch: Batch, loss_limit: jax.Array
     ) -> tuple[TrainState, Metrics]:
         sums, grads = loss_and_gradients(
             definition,
@@ -145,11 +165,11 @@ def make_train_step(
     shardings, teacher_params = shardings_of(abstract), teacher and teacher.params
     jitted = jax.jit(
         step,
-        in_shardings=(shardings, partitioning.batch_sharding(mesh), shardings_of(teacher_params), None),
+        in_shardings=(shardings_of(teacher_params), shardings, partitioning.batch_sharding(mesh), None),
         out_shardings=(shardings, partitioning.replicated(mesh)),
-        donate_argnums=0,
+        donate_argnums=1,
     )
-    return lambda state, batch, loss_limit=np.inf: jitted(state, batch, teacher_params, np.float32(loss_limit))
+    return TrainStep(jitted, teacher_params)
 
 
 def make_loss_step(

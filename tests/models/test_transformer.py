@@ -176,7 +176,7 @@ def test_map_logits_in_pieces_equals_the_whole(monkeypatch):
 
     expected = run()
     assert set(lengths) == {13}
-    monkeypatch.setattr(transformer, "MAX_LOGITS_PER_ROW", 5 * 32)
+    monkeypatch.setattr(transformer, "MAX_LOGITS", 2 * 5 * 32)
     lengths.clear()
     found = run()
     assert set(lengths) == {5}  # 13 = 5 + 5 + 3

@@ -1,0 +1,56 @@
+"""Floating-point operations of the matrix products and convolutions of a compiled program."""
+
+import functools
+import math
+import re
+
+import numpy as np
+
+from diffusion_t5x.scale.hlo import Computation, Instruction
+
+
+def product_flops(computation: Computation, instruction: Instruction) -> float:
+    """Of a matrix product or a convolution on one device; 0 of anything else."""
+    if instruction.opcode == "dot":
+        left = computation.instructions[instruction.operands[0]].arrays[0]
+        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)[1]
+        return 2 * instruction.arrays[0].size * math.prod(left.shape[int(axis)] for axis in axes.split(",") if axis)
+    return _convolution_flops(computation, instruction) if instruction.opcode == "convolution" else 0
+
+
+def _convolution_flops(computation: Computation, instruction: Instruction) -> float:
+    """Without the products with padding and with the holes of a dilation, which make batches of matrices."""
+    left, right = (computation.instructions[name].arrays[0] for name in instruction.operands)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    of_left, of_right, of_result = labels[1], labels[2], labels[3]
+    groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
+    window = {
+        key: [tuple(map(int, size.split("_"))) for size in values.split("x")]
+        for key, values in re.findall(
+            r"(\w+)=([\d_x\-]+)", (re.search(r"window=\{([^}]*)\}", instruction.attributes) or ("", ""))[1]
+        )
+    }
+    pairs = 1
+    for number, label in enumerate(sorted(label for label in of_left if label.isdigit())):
+        get = lambda key, default: window.get(key, [default] * (number + 1))[number]  # noqa: B023, E731
+        pairs *= _valid_pairs(
+            left.shape[of_left.index(label)],
+            instruction.arrays[0].shape[of_result.index(label)],
+            right.shape[of_right.index(label)],
+            get("stride", (1,))[0],
+            get("pad", (0, 0))[0],
+            get("lhs_dilate", (1,))[0],
+            get("rhs_dilate", (1,))[0],
+        )
+    batch = left.shape[of_left.index("b")] // int(groups[1] if groups else 1)
+    features = instruction.arrays[0].shape[of_result.index("f")]
+    return 2.0 * batch * features * right.shape[of_right.index("i")] * pairs
+
+
+@functools.cache
+def _valid_pairs(
+    size: int, results: int, window: int, stride: int, padding: int, left_dilation: int, right_dilation: int
+) -> int:
+    """(result, window element) pairs that meet an element of the input."""
+    at = np.arange(results)[:, None] * stride + np.arange(window)[None] * right_dilation - padding
+    return int(np.sum((at >= 0) & (at % left_dilation == 0) & (at // left_dilation < size)))
