@@ -1,4 +1,6 @@
-"""Measure how long decoders take for texts of different lengths (`decode`). No task, no checkpoint, no TensorFlow.
+"""Measure how long decoders take for texts of different lengths (`decode`), and training steps (`train`).
+
+Neither task nor checkpoint nor TensorFlow is needed.
 
 What is measured is the first word: python -m diffusion_t5x.benchmark decode --gin_file=FILE ...
 """
@@ -11,20 +13,19 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
-import rich.box
+import optax
 import rich.console
-import rich.markup
-import rich.table
 
 from diffusion_t5x import config, partitioning
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError, did_you_mean
-from diffusion_t5x.evaluation import charts, stopwatch
+from diffusion_t5x.evaluation import charts, stopwatch, train_speed
 from diffusion_t5x.evaluation.decode_charts import decode_charts
-from diffusion_t5x.evaluation.decode_times import DecodeTime, Measurements, compare
+from diffusion_t5x.evaluation.decode_times import DecodeTime, Measurements, show
 from diffusion_t5x.evaluation.report import write_report
 from diffusion_t5x.evaluation.results import describe
 from diffusion_t5x.evaluation.stopwatch import OutOfMemory, Stopwatch
+from diffusion_t5x.evaluation.train_speed import Case, StepWatch
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.partitioning import MeshConfig
@@ -126,13 +127,74 @@ def decode(
         # Longer texts keep the device busy sooner: what saturates at one length is where a shorter one starts.
         for length in sorted(lengths, reverse=True):
             sizes = comparison.saturate(length, sizes, max_batch_size)
-    _show(kept.times)
+    show(kept.times)
     for name, chart in decode_charts([("", kept.times)]).items():
         kept.path.with_name(f"{name}.svg").write_text(charts.standalone(chart.svg), encoding="utf-8")
     logger.info("wrote %s", write_report([benchmark_output_dir], kept.path.with_suffix(".html")))
 
 
-SUBCOMMANDS = {"decode": decode}
+def train(
+    *,
+    cases: Mapping[str, Case],
+    optimizer: optax.GradientTransformation,
+    benchmark_output_dir: str,
+    vocabulary_size: int,
+    input_length: int,
+    target_length: int,
+    num_steps: int,
+    repeats: int,
+    random_seed: int = 0,
+    mesh: MeshConfig = MeshConfig(),  # noqa: B008  (frozen)
+    dry_run: bool = False,
+) -> None:
+    """Times training steps side by side: a table, and `train_speed.json` in `benchmark_output_dir`.
+
+    Models have fresh random parameters and learn random tokens. The cases take turns, so that a machine that slows
+    down does so for all; the state of each stays on the devices, so all must fit together.
+
+    Args:
+      cases: what is trained, by a name of yours.
+      optimizer: of all of them.
+      benchmark_output_dir: made if it is not there.
+      vocabulary_size: number of ids, MASK included.
+      input_length, target_length: tokens of a row.
+      num_steps: steps of a turn, one after the other.
+      repeats: turns of each.
+      random_seed: of parameters, tokens and noise.
+      mesh: how the devices are arranged.
+      dry_run: check everything, print what would be measured, and measure nothing.
+
+    Raises:
+      UserError: anything that does not fit, before anything is compiled.
+    """
+    if jax.process_count() > 1:
+        raise UserError("benchmark.train measures one host: start it on one.")
+    device_mesh = mesh.make()
+    numbers = {"input_length": input_length, "target_length": target_length, "num_steps": num_steps, "repeats": repeats}
+    for name, value in numbers.items():
+        if value < 1:
+            raise UserError(f"benchmark.train.{name} must be at least 1, not {value}.")
+    if not cases:
+        raise UserError("benchmark.train.cases must not be empty.")
+    for label, case in cases.items():
+        case.check(label, device_mesh, input_length, target_length)
+    machine = stopwatch.describe_machine()
+    device = stopwatch.device_name(machine)
+    if dry_run:
+        print(f"Would time training steps of {', '.join(cases)} for {benchmark_output_dir} on {device}.")
+        return
+    checkpoints.ensure_writable(benchmark_output_dir)
+    watches = {
+        label: StepWatch(device_mesh, case, optimizer, vocabulary_size, input_length, target_length, random_seed)
+        for label, case in cases.items()
+    }
+    speeds = train_speed.take_turns(watches, num_steps, repeats)
+    rich.console.Console(width=None if sys.stdout.isatty() else 120).print(train_speed.table(speeds, device))
+    settings = {"cases": cases, "vocabulary_size": vocabulary_size, **numbers, "random_seed": random_seed, "mesh": mesh}
+    logger.info("wrote %s", train_speed.write(benchmark_output_dir, describe(settings), machine, speeds))
+
+
+SUBCOMMANDS = {"decode": decode, "train": train}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,26 +276,6 @@ class _Comparison:
                 self.kept.add(time)
         for label in unfinished:
             logger.info("%s, %d tokens, %d at once: %.3g s", label, length, sizes[label], np.median(seconds(label)))
-
-
-def _show(times: Sequence[DecodeTime]) -> None:
-    console = rich.console.Console(width=None if sys.stdout.isatty() else 120)
-    for saturating in sorted({time.saturating for time in times}):
-        shown = [time for time in times if time.saturating == saturating]
-        what = "saturating batches" if saturating else f"{shown[0].batch_size} at once"
-        table = rich.table.Table(box=rich.box.SIMPLE, title=rich.markup.escape(f"{what}, {shown[0].device}"))
-        table.add_column("decoder")
-        for column in ("tokens", "batch", "forwards", "tokens/forward", "ms/forward", "seconds", "tokens/s"):
-            table.add_column(column, justify="right")
-        for n, time in enumerate(shown):
-            seconds = f"{time.median:.3g} [{min(time.seconds):.3g}, {max(time.seconds):.3g}]"
-            figures = (time.length, time.batch_size, time.forwards, f"{time.tokens_per_forward:.3g}")
-            cells = (time.label, *figures, f"{time.ms_per_forward:.3g}", seconds, f"{time.tokens_per_second:.0f}")
-            is_last = n + 1 == len(shown) or shown[n + 1].length != time.length
-            table.add_row(*(rich.markup.escape(str(cell)) for cell in cells), end_section=is_last)
-        console.print(table)
-        for sentence, _ in compare(shown):
-            console.print(sentence, markup=False, highlight=False)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -6,8 +6,14 @@ import math
 import os
 import pathlib
 import statistics
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import rich.box
+import rich.console
+import rich.markup
+import rich.table
 
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.results import differences
@@ -187,3 +193,24 @@ def compare(times: Sequence[DecodeTime]) -> Iterator[tuple[str, list[tuple[float
                 gains = [lines[reference][x] / line[x] for x in shared]
                 word = "less" if gains[0] > 1 else "more"
                 yield f"{label} takes {word} time than {reference} at every length measured.", []
+
+
+def show(times: Sequence[DecodeTime]) -> None:
+    """Prints a table for each kind of batch, and where decoders cross."""
+    console = rich.console.Console(width=None if sys.stdout.isatty() else 120)
+    for saturating in sorted({time.saturating for time in times}):
+        shown = [time for time in times if time.saturating == saturating]
+        what = "saturating batches" if saturating else f"{shown[0].batch_size} at once"
+        table = rich.table.Table(box=rich.box.SIMPLE, title=rich.markup.escape(f"{what}, {shown[0].device}"))
+        table.add_column("decoder")
+        for column in ("tokens", "batch", "forwards", "tokens/forward", "ms/forward", "seconds", "tokens/s"):
+            table.add_column(column, justify="right")
+        for n, time in enumerate(shown):
+            seconds = f"{time.median:.3g} [{min(time.seconds):.3g}, {max(time.seconds):.3g}]"
+            figures = (time.length, time.batch_size, time.forwards, f"{time.tokens_per_forward:.3g}")
+            cells = (time.label, *figures, f"{time.ms_per_forward:.3g}", seconds, f"{time.tokens_per_second:.0f}")
+            is_last = n + 1 == len(shown) or shown[n + 1].length != time.length
+            table.add_row(*(rich.markup.escape(str(cell)) for cell in cells), end_section=is_last)
+        console.print(table)
+        for sentence, _ in compare(shown):
+            console.print(sentence, markup=False, highlight=False)
