@@ -2,7 +2,7 @@
 
 quickstart: a tiny model is pretrained and fine-tuned on the quickstart's data; routes are scored by what they get
 right. stories: a really trained model of 260,000 parameters, stories260K of llama2.c, writes stories, which are the
-data, and judges what the routes write. In both, the model is where all routes start, and the teacher where one is asked.
+data, and judges what the routes write. In both, the model is where all routes start, and the teacher.
 
     ar2diff_N      the diffusion loss on the data; before it, N steps of it on the pretraining data (quickstart)
     annealed       ar2diff_0, attention opens over the first half of the steps
