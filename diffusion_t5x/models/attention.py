@@ -10,7 +10,7 @@ from flax import nnx
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.layers import RMSNorm, dense, normal, param
 from diffusion_t5x.models.masks import Slots
-from diffusion_t5x.models.positions import rotate
+from diffusion_t5x.models.positions import rotary_frequencies, rotate
 
 
 @flax.struct.dataclass
@@ -91,7 +91,11 @@ class Attention(nnx.Module):
         query = self._project_query(x)
         key, value = self.keys_values(x)
         if self.config.position == "rotary":
-            query, key = (rotate(y, positions, self.config.rotary_base) for y in (query, key))
+            config = self.config
+            frequencies = rotary_frequencies(
+                config.head_dim, config.rotary_base, config.rotary_factor, config.rotary_stretched
+            )
+            query, key = (rotate(y, positions, frequencies) for y in (query, key))
         if cached is not None:
             key, value = (write_rows(old, new, write_at) for old, new in zip(cached, (key, value), strict=True))
             cached = (key, value)

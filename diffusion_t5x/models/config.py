@@ -26,7 +26,12 @@ class ModelConfig:
       logits_scale: factor on the last hidden state; None is T5's `embed_dim ** -0.5` where embeddings are tied.
       norm_epsilon: RMSNorm's epsilon.
       relative_buckets, relative_max_distance: of the relative position bias.
+      causal_buckets: a decoder's relative position bias has T5's own one-sided buckets: all of them for the past, and
+        the future counts as distance 0. Ours are two-sided, for what attention sees both ways; an encoder's always are.
       rotary_base: the wavelength base of rotary positions.
+      rotary_factor: rotary wavelengths are so many times as long as the base makes them ("linear" scaling).
+      rotary_stretched: only wavelengths beyond the second number, in tokens, are, and none below the first; between
+        them the frequencies go over from one to the other (Llama 3.1, arXiv 2407.21783). None stretches all.
       max_length: longest row that the model is meant for; None sets no limit.
       dropout_rate: after the embedding, on every residual branch, inside the feed-forward layer, after the last norm.
       dtype: of activations; parameters, softmax, logits and loss are float32.
@@ -51,7 +56,10 @@ class ModelConfig:
     norm_epsilon: float = 1e-6
     relative_buckets: int = 32
     relative_max_distance: int = 128
+    causal_buckets: bool = False
     rotary_base: float = 10_000.0
+    rotary_factor: float = 1.0
+    rotary_stretched: tuple[float, float] | None = None
     max_length: int | None = None
     dropout_rate: float = 0.0
     dtype: str = "float32"
@@ -76,6 +84,12 @@ class ModelConfig:
             )
         if self.position == "rotary" and self.head_dim % 2:
             raise UserError(f"Rotary positions need an even ModelConfig.head_dim, not {self.head_dim}.")
+        shortest, longest = self.rotary_stretched or (1, 2)
+        if self.rotary_factor <= 0 or not 0 < shortest < longest:
+            raise UserError(
+                "ModelConfig.rotary_factor must be positive, and rotary_stretched None or two ascending positive "
+                f"wavelengths; not {self.rotary_factor} and {self.rotary_stretched}."
+            )
         if not 0 <= self.dropout_rate < 1:
             raise UserError(f"ModelConfig.dropout_rate must lie in [0, 1), not {self.dropout_rate}.")
 

@@ -79,7 +79,11 @@ class Stack(nnx.Module):
         self.final_norm = RMSNorm(config.embed_dim, config.norm_epsilon)
         if config.position == "relative":
             self.relative_bias = RelativePositionBias(
-                bias_key, config.num_heads, config.relative_buckets, config.relative_max_distance
+                bias_key,
+                config.num_heads,
+                config.relative_buckets,
+                config.relative_max_distance,
+                config.causal_buckets,
             )
         self.config = config
 

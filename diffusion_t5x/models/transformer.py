@@ -32,7 +32,7 @@ class Transformer(nnx.Module):
         has_encoder = config.architecture == "encoder_decoder"
         self.embedding = param(embed_key, normal(1.0), vocab=config.vocab_size, embed=config.embed_dim)
         if has_encoder:
-            self.encoder = Stack(encoder_key, config)
+            self.encoder = Stack(encoder_key, dataclasses.replace(config, causal_buckets=False))
         self.decoder = Stack(decoder_key, config, cross_attention=has_encoder)
         if not config.tie_embeddings:
             self.head = param(head_key, normal(1 / config.embed_dim), embed=config.embed_dim, vocab=config.vocab_size)
