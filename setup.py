@@ -62,7 +62,7 @@ setuptools.setup(
         "math": [MATH],
         "wandb": [WANDB],
         "beam": ["apache-beam>=2.77,<3"],
-        # What imported models are tested against. torch from PyPI brings CUDA; its CPU builds are on an index of theirs.
+        # What imported models are tested against. PyPI has torch with CUDA; its CPU builds have an index of their own.
         "hf": ["torch>=2.9,<2.14", "transformers>=5.20,<6"],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
