@@ -2,7 +2,10 @@
 
 import json
 import pathlib
+from typing import Any
 
+import numpy as np
+import safetensors.numpy
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
@@ -52,3 +55,32 @@ def save_tokenizer(folder: pathlib.Path, tokenizer: tokenizers.Tokenizer, **spec
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(special_tokens))
     return str(folder / "tokenizer.json")
+
+
+def save_shards(folder: pathlib.Path, tensors: dict[str, np.ndarray], shards: int = 1) -> None:
+    """Writes tensors as safetensors, with an index if there are several files."""
+    if shards == 1:
+        safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return
+    names, weight_map = sorted(tensors), {}
+    for number in range(shards):
+        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        mine = names[number::shards]
+        safetensors.numpy.save_file({name: tensors[name] for name in mine}, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(mine, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def read_shards(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """All tensors of a folder."""
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= safetensors.numpy.load_file(file)
+    return tensors
+
+
+def edit_config(folder: pathlib.Path, **changes: Any) -> None:
+    """Changes keys of a config.json; None takes one away."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    kept = {name: value for name, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(kept))

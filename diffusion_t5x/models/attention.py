@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion_t5x.models.config import ModelConfig
-from diffusion_t5x.models.layers import RMSNorm, dense, normal, param
+from diffusion_t5x.models.layers import RMSNorm, add_bias, dense, normal, param
 from diffusion_t5x.models.masks import Slots
 from diffusion_t5x.models.positions import rotary_frequencies, rotate
 
@@ -60,6 +60,11 @@ class Attention(nnx.Module):
         self.key = param(keys[1], normal(1 / embed), embed=embed, kv_heads=kv_heads, head_dim=head_dim)
         self.value = param(keys[2], normal(1 / embed), embed=embed, kv_heads=kv_heads, head_dim=head_dim)
         self.out = param(keys[3], normal(1 / (heads * head_dim)), heads=heads, head_dim=head_dim, embed=embed)
+        if config.qkv_bias:
+            zeros = jax.nn.initializers.zeros
+            self.query_bias = param(key, zeros, heads=heads, head_dim=head_dim)
+            self.key_bias = param(key, zeros, kv_heads=kv_heads, head_dim=head_dim)
+            self.value_bias = param(key, zeros, kv_heads=kv_heads, head_dim=head_dim)
         if config.query_key_norm:
             self.query_norm = RMSNorm(head_dim, config.norm_epsilon, "head_dim")
             self.key_norm = RMSNorm(head_dim, config.norm_epsilon, "head_dim")
@@ -114,10 +119,14 @@ class Attention(nnx.Module):
     def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values `[B, L, kv_heads, head_dim]` of hidden states `[B, L, D]`, not rotated."""
         key, value = (dense(x, kernel.get_value()) for kernel in (self.key, self.value))
+        if self.config.qkv_bias:
+            key, value = add_bias(key, self.key_bias), add_bias(value, self.value_bias)
         return self.key_norm(key) if self.config.query_key_norm else key, value
 
     def _project_query(self, x):
         query = dense(x, self.query.get_value())
+        if self.config.qkv_bias:
+            query = add_bias(query, self.query_bias)
         return self.query_norm(query) if self.config.query_key_norm else query
 
     def _attend(self, query, key, value, mask, bias):

@@ -21,6 +21,7 @@ class ModelConfig:
       activation: the gate of the feed-forward layer.
       tie_embeddings: read the logits out with the embedding; False adds an output matrix of its own.
       query_key_norm: RMS-normalise queries and keys of each head.
+      qkv_bias: add biases to queries, keys and values.
       attention_scale: factor on query-key products. 1 with T5's initialiser, which holds the scale itself;
         `head_dim ** -0.5` in most other models.
       logits_scale: factor on the last hidden state; None is T5's `embed_dim ** -0.5` where embeddings are tied.
@@ -51,6 +52,7 @@ class ModelConfig:
     activation: Literal["gelu", "silu"] = "gelu"
     tie_embeddings: bool = True
     query_key_norm: bool = False
+    qkv_bias: bool = False
     attention_scale: float = 1.0
     logits_scale: float | None = None
     norm_epsilon: float = 1e-6

@@ -32,6 +32,11 @@ def dense(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
     return product.reshape(*x.shape[:split], *kernel.shape[inputs:])
 
 
+def add_bias(x: jax.Array, bias: nnx.Param) -> jax.Array:
+    """The sum, in x's dtype."""
+    return x + bias.get_value().astype(x.dtype)
+
+
 def fold_in(keys: jax.Array | None, number: jax.Array | int) -> jax.Array | None:
     """Each row's key `[B]` for one of several uses; None stays None."""
     return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)

@@ -70,12 +70,13 @@ def rotary_frequencies(
       factor, stretched: `ModelConfig.rotary_factor` and `rotary_stretched`.
     """
     half = head_dim // 2
-    frequencies = base ** (-np.arange(half) / half)
+    # Rounded as models are trained with them elsewhere: times a thousand tokens, the last digit counts.
+    frequencies = np.float32(1) / np.float32(base) ** (np.arange(half, dtype=np.float32) / np.float32(half))
     if stretched is None:
-        return (frequencies / factor).astype(np.float32)
+        return frequencies / np.float32(factor)
     slow, fast = 2 * np.pi / stretched[1], 2 * np.pi / stretched[0]
-    kept = np.clip((frequencies - slow) / (fast - slow), 0, 1)
-    return (frequencies * (kept + (1 - kept) / factor)).astype(np.float32)
+    kept = np.clip((frequencies - slow) / (fast - slow), 0, 1).astype(np.float32)
+    return frequencies * kept + frequencies / np.float32(factor) * (1 - kept)
 
 
 def rotate(x_BxLxHxD: jax.Array, positions_BxL: jax.Array, frequency: np.ndarray) -> jax.Array:

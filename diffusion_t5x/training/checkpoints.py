@@ -251,6 +251,32 @@ def restore_params(path: str, abstract_params: Tree, rules: Sequence[Rule] = (),
     return _restore(checkpoint, {"params": abstract_params}, rules)["params"]
 
 
+def open_params(path: str, use_ema: bool = True) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
+    """The parameters of a checkpoint, to be read one by one.
+
+    Args:
+      path: a user's path, see `find_checkpoint`.
+      use_ema: take their moving average where the checkpoint has it.
+
+    Returns:
+      Their shapes by name, and what reads one of them.
+
+    Raises:
+      UserError: no checkpoint, or a broken one.
+    """
+    checkpoint = find_checkpoint(path)
+    stored.check(checkpoint, "state")
+    leaves = stored.leaves(checkpoint)
+    part = "ema/" if use_ema and any(name.startswith("ema/") for name in leaves) else "params/"
+    shapes = {name.removeprefix(part): tuple(leaf.shape) for name, leaf in leaves.items() if name.startswith(part)}
+
+    def read(name: str) -> np.ndarray:
+        target = {name: jax.ShapeDtypeStruct(shapes[name], np.float32)}
+        return stored.read_arrays(checkpoint, target, {name: part + name})[name]
+
+    return shapes, read
+
+
 def _restore(
     checkpoint: epath.Path,
     abstract_state: Tree,
