@@ -173,7 +173,7 @@ def test_the_commands_of_the_page(tmp_path, monkeypatch):
     write_source(tmp_path / "Qwen3-0.6B")
     (tmp_path / "my").mkdir()
     (tmp_path / "my" / "text.txt").write_text(
-        "\n\n".join(f"Once upon {i} times there was a model." for i in range(300))
+        "\n\n".join(f"Once upon {i} times there was a model." for i in range(2000))
     )
     monkeypatch.chdir(tmp_path)
     block, *_ = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
