@@ -94,7 +94,7 @@ def test_logits_of_whole_rows_and_token_by_token(name, there_and_back):
     definition, params = load_ours(here)
     said = np.load(source / "logits.npz")
     expected, there = said["logits"], said["there"]
-    assert expected[there].std() > 0.5
+    assert expected[there].std() > 0.2
     batch = jax.tree.map(jnp.asarray, as_batch(said, definition.config.architecture == "encoder_decoder"))
     slots = Slots.of(batch)
 
