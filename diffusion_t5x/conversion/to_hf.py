@@ -54,7 +54,7 @@ def to_hf(checkpoint: str, output_folder: str, like: str | None = None) -> None:
             for each in (name, *copies):
                 files.add(each, tensor)
     files.close()
-    print(f"Wrote {to}: {len(source.tensors)} tensors in {files.count} file{'s' if files.count > 1 else ''}")
+    print(f"Wrote {to}: {sum(map(len, files.written))} tensors in files: {len(files.written)}")
 
 
 def _origin(checkpoint: pathlib.Path, like: str | None) -> pathlib.Path:
@@ -98,9 +98,8 @@ class _Files:
     def __init__(self, folder: pathlib.Path, source: Folder):
         self._folder, self._source = folder, source
         self._pending: dict[str, np.ndarray] = {}
-        self._written: list[list[str]] = []
         self._bytes = 0
-        self.count = 0
+        self.written: list[list[str]] = []
 
     def add(self, name: str, tensor: np.ndarray) -> None:
         tensor = np.ascontiguousarray(tensor.astype(DTYPES[self._source.tensors[name].dtype]))
@@ -109,21 +108,20 @@ class _Files:
         self._pending[name] = tensor
 
     def _write(self) -> None:
-        self.count += 1
-        file = self._folder / f"{self.count}.safetensors"
+        file = self._folder / f"{len(self.written) + 1}.safetensors"
         safetensors.numpy.save_file(self._pending, str(file), {"format": "pt"})
         self._bytes += sum(tensor.nbytes for tensor in self._pending.values())
-        self._written.append(list(self._pending))
+        self.written.append(list(self._pending))
         self._pending = {}
 
     def close(self) -> None:
         self._write()
-        if self.count == 1:
+        if len(self.written) == 1:
             (self._folder / "1.safetensors").rename(self._folder / SINGLE)
             return
         weight_map = {}
-        for number, names in enumerate(self._written, 1):
-            file = f"model-{number:05}-of-{self.count:05}.safetensors"
+        for number, names in enumerate(self.written, 1):
+            file = f"model-{number:05}-of-{len(self.written):05}.safetensors"
             (self._folder / f"{number}.safetensors").rename(self._folder / file)
             weight_map |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(weight_map.items()))}
