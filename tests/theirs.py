@@ -31,6 +31,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+GEMMA = {"head_dim": 16, "sliding_window": 32, "query_pre_attn_scalar": 24}
 SMALL_T5 = {
     "vocab_size": IDS + 20,
     "d_model": 48,
@@ -46,6 +47,21 @@ SMALL_T5 = {
 MODELS = {
     "qwen3": ("Qwen3", SMALL | {"head_dim": 16, "tie_word_embeddings": True}, {}),
     "qwen2": ("Qwen2", SMALL, {}),
+    "gemma2": ("Gemma2", SMALL | GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}, {}),
+    "gemma3": ("Gemma3", SMALL | GEMMA | {"layer_types": ["sliding_attention"] * 2 + ["full_attention"]}, {}),
+    "gemma3_old": (
+        "Gemma3",
+        SMALL | GEMMA,
+        {
+            "rope_parameters": None,
+            "layer_types": None,
+            "_sliding_window_pattern": None,
+            "sliding_window_pattern": 2,
+            "rope_theta": 50_000.0,
+            "rope_local_base_freq": 5_000.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+    ),
     "llama3": ("Llama", SMALL | {"rope_parameters": LLAMA3, "rms_norm_eps": 1e-5}, {}),
     "llama2": (
         "Llama",
@@ -74,7 +90,8 @@ def write_source(folder, name, dtype, shards):
     import transformers
 
     family, fields, changes = MODELS[name]
-    model_config = getattr(transformers, f"{family}Config")(**fields)
+    text = "Text" if family == "Gemma3" else ""
+    model_config = getattr(transformers, f"{family}{text}Config")(**fields)
     head = "ForConditionalGeneration" if model_config.is_encoder_decoder else "ForCausalLM"
     if family == "GPT2":
         head = "LMHeadModel"

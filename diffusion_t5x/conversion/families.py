@@ -3,7 +3,7 @@
 import dataclasses
 from types import ModuleType
 
-from diffusion_t5x.conversion import llama, mt5, qwen2, qwen3, t5
+from diffusion_t5x.conversion import gemma2, gemma3_text, llama, mt5, qwen2, qwen3, t5
 from diffusion_t5x.conversion.huggingface import CONFIG, Folder
 from diffusion_t5x.conversion.keys import Keys
 from diffusion_t5x.conversion.weights import VOCABULARY_AXIS, Weight
@@ -14,7 +14,15 @@ from diffusion_t5x.training.assignment import named_leaves
 
 # A module has `config(keys, tied)`, `weights(config)`, the names EMBEDDING and HEAD, TIED (what `tie_word_embeddings`
 # is where a config.json does not say) and SAME (names of copies, and of what).
-FAMILIES: dict[str, ModuleType] = {"llama": llama, "mt5": mt5, "qwen2": qwen2, "qwen3": qwen3, "t5": t5}
+FAMILIES: dict[str, ModuleType] = {
+    "gemma2": gemma2,
+    "gemma3_text": gemma3_text,
+    "llama": llama,
+    "mt5": mt5,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "t5": t5,
+}
 _BUFFERS = ("rotary_emb.inv_freq", "EncDecAttention.relative_attention_bias.weight")  # of old files; nothing reads them
 _COMPARED = 1 << 24  # numbers at a time
 

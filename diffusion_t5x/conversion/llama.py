@@ -21,23 +21,26 @@ def config(keys: Keys, tied: bool) -> ModelConfig:
 
 
 def shared(keys: Keys) -> dict[str, Any]:
-    """The fields of ModelConfig that Llama's descendants have in common, but for `tie_embeddings`."""
+    """The fields of ModelConfig that Llama's closest relatives have in common, but for `tie_embeddings`."""
+    fields = dimensions(keys)
+    scale = fields["head_dim"] ** -0.5
+    return fields | {"activation": keys.require("hidden_act", "silu"), "attention_scale": scale} | rotary(keys)
+
+
+def dimensions(keys: Keys) -> dict[str, Any]:
+    """Sizes, and what is the same in all descendants."""
     heads, embed = keys.get("num_attention_heads"), keys.get("hidden_size")
-    head_dim = keys.get("head_dim", embed // heads)
     return {
         "embed_dim": embed,
         "num_layers": keys.get("num_hidden_layers"),
         "num_heads": heads,
-        "head_dim": head_dim,
+        "head_dim": keys.get("head_dim", embed // heads),
         "mlp_dim": keys.get("intermediate_size"),
         "num_kv_heads": keys.get("num_key_value_heads", heads),
         "position": "rotary",
-        "activation": keys.require("hidden_act", "silu"),
-        "attention_scale": head_dim**-0.5,
         "logits_scale": 1.0,
         "norm_epsilon": keys.get("rms_norm_eps"),
         "max_length": keys.get("max_position_embeddings"),
-        **_rotary(keys),
     }
 
 
@@ -48,16 +51,18 @@ def full_attention(keys: Keys) -> None:
     keys.require_each("layer_types", "full_attention")
 
 
-def _rotary(keys: Keys) -> dict[str, Any]:
+def rotary(keys: Keys, base: float = 10_000.0) -> dict[str, Any]:
     """From `rope_parameters`, or as older files have it from `rope_theta` and `rope_scaling`."""
-    old = keys.inside("rope_scaling")
-    new = keys.inside("rope_parameters")
-    base = new.get("rope_theta", keys.get("rope_theta", 10_000.0))
-    said = new if keys.get("rope_parameters", None) else old
-    said.ignore("rope_theta")
+    old_base = keys.get("rope_theta", base)
+    new, old = keys.inside("rope_parameters"), keys.inside("rope_scaling")
+    return read_rotary(new if keys.get("rope_parameters", None) else old, old_base)
+
+
+def read_rotary(said: Keys, base: float) -> dict[str, Any]:
+    """The fields of ModelConfig from one object of a config.json; `base` is what it is where the object has none."""
     said.require("partial_rotary_factor", 1.0)
     kind = said.require("rope_type", "default", "linear", "llama3", default=said.get("type", "default"))
-    fields = {"rotary_base": float(base)}
+    fields = {"rotary_base": float(said.get("rope_theta", base))}
     if kind != "default":
         fields["rotary_factor"] = float(said.get("factor"))
     if kind == "llama3":

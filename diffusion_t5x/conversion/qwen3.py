@@ -17,9 +17,12 @@ def config(keys: Keys, tied: bool) -> ModelConfig:
 
 def weights(config: ModelConfig) -> tuple[Weight, ...]:
     """As `llama.weights`."""
-    norms = under(
+    return (*llama.weights(config), *query_key_norms())
+
+
+def query_key_norms() -> tuple[Weight, ...]:
+    return under(
         {"model.layers.{}.self_attn.": "decoder/blocks/attention/"},
         vector("q_norm.weight", "query_norm/scale"),
         vector("k_norm.weight", "key_norm/scale"),
     )
-    return (*llama.weights(config), *norms)

@@ -26,6 +26,13 @@ class ModelConfig:
         `head_dim ** -0.5` in most other models.
       logits_scale: factor on the last hidden state; None is T5's `embed_dim ** -0.5` where embeddings are tied.
       norm_epsilon: RMSNorm's epsilon.
+      norm_offset: a norm's parameter is what its scale has beyond 1, as in Gemma.
+      post_norms: attention and the feed-forward layer are normed once more before they are added to the residual.
+      embedding_scale: factor on embedded tokens.
+      attention_softcap, logits_softcap: x becomes `cap * tanh(x / cap)`, for query-key products and logits.
+      local_layers: for each layer whether it sees only what is less than `window` tokens away; None: none does.
+      window: of the local layers.
+      local_rotary_base: rotary base of the local layers, whose wavelengths are not stretched.
       relative_buckets, relative_max_distance: of the relative position bias.
       causal_buckets: a decoder's relative position bias has T5's own one-sided buckets: all of them for the past, and
         the future counts as distance 0. Ours are two-sided, for what attention sees both ways; an encoder's always are.
@@ -56,6 +63,14 @@ class ModelConfig:
     attention_scale: float = 1.0
     logits_scale: float | None = None
     norm_epsilon: float = 1e-6
+    norm_offset: bool = False
+    post_norms: bool = False
+    embedding_scale: float = 1.0
+    attention_softcap: float | None = None
+    logits_softcap: float | None = None
+    local_layers: tuple[bool, ...] | None = None
+    window: int | None = None
+    local_rotary_base: float | None = None
     relative_buckets: int = 32
     relative_max_distance: int = 128
     causal_buckets: bool = False
@@ -86,6 +101,11 @@ class ModelConfig:
             )
         if self.position == "rotary" and self.head_dim % 2:
             raise UserError(f"Rotary positions need an even ModelConfig.head_dim, not {self.head_dim}.")
+        if self.local_layers and (len(self.local_layers) != self.num_layers or not self.window):
+            raise UserError(
+                f"ModelConfig.local_layers must say of each of {self.num_layers} layers if it is local, and not of "
+                f"{len(self.local_layers)}; and local layers need a ModelConfig.window, not {self.window}."
+            )
         shortest, longest = self.rotary_stretched or (1, 2)
         if self.rotary_factor <= 0 or not 0 < shortest < longest:
             raise UserError(
