@@ -13,7 +13,7 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.models.attention import KVCache
 from diffusion_t5x.models.config import ModelConfig
-from diffusion_t5x.models.layers import fold_in, normal, param
+from diffusion_t5x.models.layers import fold_in, normal, param, softcap
 from diffusion_t5x.models.masks import BIDIRECTIONAL, Annealed, AttentionKind, Slots
 from diffusion_t5x.models.stack import Encoded, Stack
 
@@ -32,7 +32,7 @@ class Transformer(nnx.Module):
         has_encoder = config.architecture == "encoder_decoder"
         self.embedding = param(embed_key, normal(1.0), vocab=config.vocab_size, embed=config.embed_dim)
         if has_encoder:
-            self.encoder = Stack(encoder_key, config)
+            self.encoder = Stack(encoder_key, dataclasses.replace(config, causal_buckets=False))
         self.decoder = Stack(decoder_key, config, cross_attention=has_encoder)
         if not config.tie_embeddings:
             self.head = param(head_key, normal(1 / config.embed_dim), embed=config.embed_dim, vocab=config.vocab_size)
@@ -99,16 +99,18 @@ class Transformer(nnx.Module):
         return hidden, cache.replace(keys=keys, values=values)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
-        return self.embedding.get_value()[tokens].astype(self.config.dtype)
+        embedded = self.embedding.get_value()[tokens].astype(self.config.dtype)
+        return embedded * jnp.asarray(self.config.embedding_scale, embedded.dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 `[..., V]` of hidden states `[..., D]`."""
         kernel = self.embedding.get_value().T if self.config.tie_embeddings else self.head.get_value()
-        return jnp.matmul(
+        logits = jnp.matmul(
             hidden * jnp.asarray(self.config.readout_scale, hidden.dtype),
             kernel.astype(hidden.dtype),
             preferred_element_type=jnp.float32,
         )
+        return softcap(logits, self.config.logits_softcap)
 
     def map_logits(self, fn: Callable[..., Any], hidden: jax.Array, *per_position: Any) -> Any:
         """`fn(logits, *per_position)` over pieces of the length, so that large logits never stand whole in memory.
