@@ -187,7 +187,7 @@ def train_loop(
         goodput.started()
         for step in range(start + 1, total_steps + 1):
             if hang_timeout is not None and step > start + 1:
-                faulthandler.dump_traceback_later(hang_timeout, exit=True)
+                faulthandler.dump_traceback_later(hang_timeout, exit=True, file=sys.__stderr__)
             asked = time.monotonic()
             batch = next_batch(state)
             on_devices = partitioning.put_batch(mesh, batch)
