@@ -48,6 +48,8 @@ setuptools.setup(
         # stay depends on the installer. With protobuf 7 the nightly tensorflow-datasets cannot read anything.
         "protobuf>=6.31.1,<7",
         "sentencepiece>=0.2.1,<0.2.3",  # 0.2.3 needs protobuf 7
+        "tokenizers>=0.22,<0.24",  # t5 brings it, and safetensors, by way of transformers
+        "safetensors>=0.6,<0.9",
         "tensorboardX>=2.6.2,<3",
         "sacrebleu>=2.4,<3",
         "babel>=2.14,<3",
@@ -60,6 +62,8 @@ setuptools.setup(
         "math": [MATH],
         "wandb": [WANDB],
         "beam": ["apache-beam>=2.77,<3"],
+        # What imported models are tested against. PyPI has torch with CUDA; its CPU builds have an index of their own.
+        "hf": ["torch>=2.9,<2.14", "transformers>=5.20,<6"],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
     },

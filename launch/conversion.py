@@ -1,8 +1,8 @@
 """Routes from one autoregressive model to block diffusion, on equal terms, on a CPU.
 
-quickstart: a tiny model is pretrained on the quickstart's data; its copy that is fine-tuned on the quickstart's pairs
-teaches where a route needs a teacher, and routes are scored by what they get right. stories: a really trained model of
-260,000 parameters, stories260K of llama2.c, writes stories, teaches, and judges what the routes write.
+quickstart: a tiny model is pretrained and fine-tuned on the quickstart's data; routes are scored by what they get
+right. stories: a really trained model of 260,000 parameters, stories260K of llama2.c, writes stories, which are the
+data, and judges what the routes write. In both, the model is where all routes start, and the teacher.
 
     ar2diff_N      the diffusion loss on the data; before it, N steps of it on the pretraining data (quickstart)
     annealed       ar2diff_0, attention opens over the first half of the steps
@@ -11,7 +11,6 @@ teaches where a route needs a teacher, and routes are scored by what they get ri
     off_policy     the teacher's distributions on the data, under random masks
     random_masks   the same on what the student writes itself
     opdlm          the same in the states that the student went through as it wrote
-    ar2diff_opdlm  half of the steps each (quickstart)
     joint          ar2diff_0 and the autoregressive loss: decodes either way, and by self-speculation (quickstart)
 
 Every route has the same optimizer, steps, batches and seeds. Stages are ordinary runs of the verbs; those that are done
@@ -61,14 +60,12 @@ class Stage:
     Attributes:
       flags: after the recipe's; `{share}` stands for that part of its steps.
       objective: for counting what a step costs.
-      share: of the steps that every route has.
-      adapt_steps: in place of a share, steps on the pretraining data.
+      adapt_steps: on the pretraining data, in place of the steps that every route has.
       writes: learns from texts that the student writes.
     """
 
     flags: Sequence[str] = ()
     objective: Objective = Block(BLOCK_SIZE)  # noqa: RUF009  (frozen)
-    share: float = 1.0
     adapt_steps: int = 0
     writes: bool = False
 
@@ -86,7 +83,6 @@ ROUTES = {
     "off_policy": [Stage(['--gin.STATES="random"', "--gin.ROLLOUT=None"], STUDENT)],
     "random_masks": [Stage(['--gin.STATES="random"'], STUDENT, writes=True)],
     "opdlm": [Stage([], STUDENT, writes=True)],
-    "ar2diff_opdlm": [Stage(DIFFUSION, share=0.5), Stage([], STUDENT, share=0.5, writes=True)],
     "joint": [Stage([*DIFFUSION, "--gin_file=conversion/joint.gin"], Joint(Block(BLOCK_SIZE)))],
 }
 DECODERS = {
@@ -113,7 +109,7 @@ class Ground:
 
     Attributes:
       recipe, eval_recipe: gin files of a student's training and of its evaluation; more flags may come with each.
-      start, teacher: checkpoints.
+      start: the checkpoint that all routes start from, which is the teacher, too.
       task: its name in the results.
       metrics: the first one is drawn.
       routes: that make sense there.
@@ -124,7 +120,6 @@ class Ground:
     recipe: list[str]
     eval_recipe: list[str]
     start: pathlib.Path
-    teacher: pathlib.Path
     task: str
     metrics: Sequence[str]
     routes: Sequence[str]
@@ -144,18 +139,17 @@ def rollout(**values: int) -> Rollout:
 
 
 def quickstart(output: pathlib.Path, args: argparse.Namespace) -> Ground:
-    start, teacher = output / "pretrained", output / "finetuned"
+    pretrained, finetuned = output / "pretrained", output / "finetuned"
     recipes = "--gin_file=recipes/quickstart"
-    if not (start / "checkpoints").exists():
-        run(train.train, [f"{recipes}/pretrain_ar.gin", *settings(MODEL_DIR=start)])
-    if not (teacher / "checkpoints").exists():
-        places = settings(MODEL_DIR=teacher, INITIAL_CHECKPOINT_PATH=start)
+    if not (pretrained / "checkpoints").exists():
+        run(train.train, [f"{recipes}/pretrain_ar.gin", *settings(MODEL_DIR=pretrained)])
+    if not (finetuned / "checkpoints").exists():
+        places = settings(MODEL_DIR=finetuned, INITIAL_CHECKPOINT_PATH=pretrained)
         run(train.train, [f"{recipes}/finetune_ar.gin", *places])
     return Ground(
         recipe=["--gin_file=recipes/conversion/quickstart.gin"],
         eval_recipe=["--gin_file=recipes/conversion/eval_quickstart.gin"],
-        start=start,
-        teacher=teacher,
+        start=finetuned,
         task="quickstart_pairs",
         metrics=("exact_match", "bleu", "tokens_per_step"),
         routes=[name for name in ROUTES if name != "random_masks"],
@@ -188,7 +182,6 @@ def stories(output: pathlib.Path, args: argparse.Namespace) -> Ground:
             *settings(TEACHER_CHECKPOINT_PATH=teacher),
         ],
         start=teacher,
-        teacher=teacher,
         task="stories_continuations",
         metrics=("teacher_nll", "teacher_agreement", "distinct_1", "distinct_2", "distinct_3", "tokens_per_step"),
         routes=["ar2diff_0", "annealed", "shifted", "block_growth", "off_policy", "random_masks", "opdlm"],
@@ -206,7 +199,7 @@ def train_route(
     start, points, taken, tokens, flops = ground.start, [], 0, 0.0, 0.0
     for number, stage in enumerate(ROUTES[route]):
         model_dir = folder / f"{route}_{seed}" / str(number)
-        steps = stage.adapt_steps or int(num_steps * stage.share)
+        steps = stage.adapt_steps or num_steps
         if not (model_dir / "checkpoints" / f"checkpoint_{steps}").exists():
             places = settings(MODEL_DIR=model_dir, INITIAL_CHECKPOINT_PATH=start, TRAIN_STEPS=steps, RANDOM_SEED=seed)
             if stage.adapt_steps:
@@ -215,7 +208,7 @@ def train_route(
             else:
                 parts = {f"{{{name}}}": str(int(num_steps * part)) for name, part in (("1/2", 0.5), ("1/4", 0.25))}
                 flags = [functools.reduce(lambda x, part: x.replace(*part), parts.items(), x) for x in stage.flags]
-                places += settings(TEACHER_CHECKPOINT_PATH=ground.teacher, EVAL_PERIOD=num_steps // NUM_EVALUATIONS)
+                places += settings(TEACHER_CHECKPOINT_PATH=ground.start, EVAL_PERIOD=num_steps // NUM_EVALUATIONS)
                 flags = [*ground.recipe, *flags]
             run(train.train, [*flags, *places, *overrides])
         start = model_dir
@@ -285,7 +278,7 @@ def main() -> None:
     one_by_one = list(ONE_BY_ONE)
     if args.ground == "stories":
         one_by_one.append("--gin.autoregressive_decoding.AutoregressiveDecoder.temperature=1.0")
-    scores = [evaluate(ground.teacher, "the teacher itself", 0, "one by one", one_by_one)]
+    scores = [evaluate(ground.start, "the start itself", 0, "one by one", one_by_one)]
     points: list[Point] = []
     for seed in args.seeds:
         for route in routes:

@@ -17,7 +17,7 @@ Preprocessor = Callable[..., tf.data.Dataset]
 
 
 def vocabulary(file: str | None) -> seqio.Vocabulary:
-    """The SentencePiece model in a file, with `SENTINELS` ids behind its own, or bytes (None).
+    """A Hugging Face tokenizer (a .json), a SentencePiece model with `SENTINELS` ids behind its own, or bytes (None).
 
     Raises:
       UserError: there is no such file.
@@ -26,7 +26,13 @@ def vocabulary(file: str | None) -> seqio.Vocabulary:
         return seqio.ByteVocabulary(extra_ids=SENTINELS)
     path = os.path.expanduser(file)
     if not os.path.isfile(path):
-        raise UserError(f"There is no vocabulary file {file}: name a SentencePiece model, or None for bytes.")
+        raise UserError(
+            f"There is no vocabulary file {file}: name a tokenizer.json, a SentencePiece model, or None for bytes."
+        )
+    if path.endswith(".json"):
+        from diffusion_t5x.data.huggingface_vocabulary import HuggingFaceVocabulary
+
+        return HuggingFaceVocabulary(path)
     return seqio.SentencePieceVocabulary(path, extra_ids=SENTINELS)
 
 

@@ -56,7 +56,7 @@ def test_the_table_has_a_line_for_each_route_and_decoder(report, tmp_path):
 
 def test_what_a_route_costs(conversion):
     ground = conversion.Ground(
-        *([], [], None, None, "task", ("exact_match",), ()),
+        *([], [], None, "task", ("exact_match",), ()),
         batch_size=32,
         num_inputs=24,
         num_targets=24,
@@ -91,12 +91,12 @@ def test_the_comparison_runs_and_goes_on(conversion, tmp_path, monkeypatch, caps
     conversion.main()
     first = (tmp_path / "report.md").read_text()
     assert capsys.readouterr().out.count("python -m diffusion_t5x.train ") == 1
-    monkeypatch.setattr(sys, "argv", [*command, "--routes", "shifted", "ar2diff_opdlm", "joint"])
+    monkeypatch.setattr(sys, "argv", [*command, "--routes", "shifted", "off_policy", "joint"])
     conversion.main()
-    assert capsys.readouterr().out.count("python -m diffusion_t5x.train ") == 3
+    assert capsys.readouterr().out.count("python -m diffusion_t5x.train ") == 2
     table = (tmp_path / "report.md").read_text()
     rows = [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:-2]]
-    assert rows == ["the teacher itself", "shifted", "ar2diff_opdlm", "joint", "joint", "joint"]
+    assert rows == ["the start itself", "shifted", "off_policy", "joint", "joint", "joint"]
     assert first.splitlines()[3] in table.splitlines()
     written = tmp_path / "scores" / "test"
     texts = [

@@ -13,9 +13,8 @@ import struct
 from collections.abc import Sequence
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
+from diffusion_t5x.data.python_vocabulary import PythonVocabulary
 from diffusion_t5x.errors import UserError
 
 _FIRST_BYTE, _FIRST_PIECE = 3, 259
@@ -23,7 +22,7 @@ _FIRST_BYTE, _FIRST_PIECE = 3, 259
 _CHARACTER = re.compile(rb".[\x80-\xbf]{0,3}", re.DOTALL)
 
 
-class Llama2cVocabulary(seqio.Vocabulary):
+class Llama2cVocabulary(PythonVocabulary):
     """Encodes and decodes as llama2.c's run.c does, without BOS: an autoregressive model reads that as its start token.
 
     Unknown is never written, as all text falls back to bytes; its id 0 is pad here. llama2.c's models end a text with
@@ -32,12 +31,13 @@ class Llama2cVocabulary(seqio.Vocabulary):
     Args:
       path: the tokenizer file.
 
-    Attributes:
-      contents: the file's bytes.
+    `contents` are the file's bytes.
 
     Raises:
       UserError: it cannot be read, or is not such a file.
     """
+
+    puts_space = True
 
     def __init__(self, path: str):
         super().__init__()
@@ -67,36 +67,19 @@ class Llama2cVocabulary(seqio.Vocabulary):
     def _base_vocab_size(self) -> int:
         return len(self._pieces)
 
+    def is_text(self) -> np.ndarray:
+        text = np.ones(self.vocab_size, bool)
+        text[[self.unk_id, self.bos_id]] = False
+        return text
+
     def piece(self, token: int) -> bytes:
-        """What one id stands for; a byte may be only a part of a character. Special ids have their names: "<s>"."""
         if _FIRST_BYTE <= token < _FIRST_PIECE:
             return bytes([token - _FIRST_BYTE])
         piece = self._pieces[token]
         return piece.strip() if token < _FIRST_BYTE else piece
 
     def encode_part(self, text: str, begins: bool) -> list[int]:
-        """The tokens of a part of a text, with a space in front only where it `begins` the text."""
         return self._to_ids(text.encode(), begins)
-
-    def _encode(self, s: str) -> list[int]:
-        return self._to_ids(s.encode())
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self._to_bytes(ids).decode(errors="replace")
-
-    # Stateless: else no position in data that are tokenised on the way could be saved.
-    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
-        def encode(texts: np.ndarray) -> np.ndarray:  # a list of one: alone, a text comes as bytes or as an array
-            return np.array(self._to_ids(texts[0]), np.int32)
-
-        return tf.ensure_shape(tf.numpy_function(encode, [tf.expand_dims(s, 0)], tf.int32, stateful=False), [None])
-
-    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
-        def decode(rows: np.ndarray) -> np.ndarray:
-            return np.array([self._to_bytes(row) for row in rows.reshape(-1, rows.shape[-1])], object)
-
-        texts = tf.numpy_function(decode, [ids], tf.string, stateful=False)
-        return tf.reshape(texts, tf.shape(ids)[:-1])
 
     def _to_ids(self, text: bytes, begins: bool = True) -> list[int]:
         """Characters or bytes first; then, again and again, the pair whose joined piece has the best score is joined.
@@ -139,9 +122,6 @@ class Llama2cVocabulary(seqio.Vocabulary):
         text = b"".join(self.piece(token) for token in ids if token >= _FIRST_BYTE)
         begins_with_a_piece = bool(ids) and ids[0] >= _FIRST_PIECE
         return text.removeprefix(b" ") if begins_with_a_piece else text
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Llama2cVocabulary) and self.contents == other.contents
 
 
 def _parse(contents: bytes, path: str) -> tuple[list[bytes], list[float]]:

@@ -105,7 +105,7 @@ def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
     """
     import seqio
 
-    from diffusion_t5x.data.llama2c_vocabulary import Llama2cVocabulary
+    from diffusion_t5x.data.python_vocabulary import PythonVocabulary
 
     if vocabulary.eos_id is None:
         raise UserError(f"{type(vocabulary).__name__} has no EOS id: a target's end could not be written.")
@@ -123,18 +123,17 @@ def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
         text = np.arange(size) < size - vocabulary.extra_ids
         text[vocabulary.unk_id] = False
         contents = f"bytes {size} {vocabulary.extra_ids}".encode()
-    elif isinstance(vocabulary, Llama2cVocabulary):
-        text = np.ones(size, bool)
-        text[[vocabulary.unk_id, vocabulary.bos_id]] = False
+    elif isinstance(vocabulary, PythonVocabulary):
+        text = vocabulary.is_text()
         contents = vocabulary.contents
-        start_id = vocabulary.bos_id
+        start_id = start_id if vocabulary.bos_id is None else vocabulary.bos_id
     elif isinstance(vocabulary, seqio.PassThroughVocabulary):
         text = np.ones(size, bool)
         contents = f"ids {size} {vocabulary.eos_id} {vocabulary.pad_id}".encode()
     else:
         raise UserError(
             f"{type(vocabulary).__name__} is not known here: use SeqIO's SentencePiece, Byte or PassThroughVocabulary, "
-            "or Llama2cVocabulary."
+            "HuggingFaceVocabulary or Llama2cVocabulary."
         )
     text[[vocabulary.pad_id, vocabulary.eos_id]] = True
     return TokenIds(
@@ -156,9 +155,9 @@ def piece(vocabulary: "seqio.Vocabulary", token: int) -> bytes:
     """
     import seqio
 
-    from diffusion_t5x.data.llama2c_vocabulary import Llama2cVocabulary
+    from diffusion_t5x.data.python_vocabulary import PythonVocabulary
 
-    if isinstance(vocabulary, Llama2cVocabulary):
+    if isinstance(vocabulary, PythonVocabulary):
         return vocabulary.piece(token)
     if isinstance(vocabulary, seqio.SentencePieceVocabulary):
         name = vocabulary.tokenizer.IdToPiece(token)
@@ -182,9 +181,9 @@ def encode_part(vocabulary: "seqio.Vocabulary", text: str, begins: bool) -> list
     """
     import seqio
 
-    from diffusion_t5x.data.llama2c_vocabulary import Llama2cVocabulary
+    from diffusion_t5x.data.python_vocabulary import PythonVocabulary
 
-    if isinstance(vocabulary, Llama2cVocabulary):
+    if isinstance(vocabulary, PythonVocabulary):
         return vocabulary.encode_part(text, begins)
     if isinstance(vocabulary, seqio.PassThroughVocabulary):
         raise UserError(f"{type(vocabulary).__name__} has ids and no texts: nothing can be encoded with it.")
@@ -236,6 +235,8 @@ def cells(vocabulary: "seqio.Vocabulary", tokens: Sequence[int], signs: Mapping[
     """
     import seqio
 
+    from diffusion_t5x.data.python_vocabulary import PythonVocabulary
+
     pieces = {token: signs[token].encode() if token in signs else piece(vocabulary, token) for token in set(tokens)}
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     texts: list[str] = []
@@ -247,6 +248,8 @@ def cells(vocabulary: "seqio.Vocabulary", tokens: Sequence[int], signs: Mapping[
         texts[-1] += decoder.decode(b"", final=True)
     if isinstance(vocabulary, seqio.SentencePieceVocabulary):
         puts_space = _puts_space(vocabulary.sp_model)
+    elif isinstance(vocabulary, PythonVocabulary):
+        puts_space = vocabulary.puts_space
     else:
         puts_space = not isinstance(vocabulary, seqio.ByteVocabulary)
     return [texts[0].removeprefix(" "), *texts[1:]] if texts and puts_space else texts

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion_t5x.models.config import ModelConfig
-from diffusion_t5x.models.layers import RMSNorm, dense, normal, param
+from diffusion_t5x.models.layers import RMSNorm, add_bias, dense, normal, param, softcap
 from diffusion_t5x.models.masks import Slots
 from diffusion_t5x.models.positions import rotate
 from diffusion_t5x.partitioning import constrain
@@ -49,6 +49,28 @@ def write_rows(buffer_BxL: jax.Array, values_BxQ: jax.Array, start_B: jax.Array)
     )
 
 
+def capped_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array,
+    scale: float,
+    cap: float,
+) -> jax.Array:
+    """`jax.nn.dot_product_attention` with query-key products capped before the bias is added; mask is `[B, Lq, Lk]`."""
+    batch, length, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    logits = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, key, preferred_element_type=jnp.float32)
+    logits = softcap(logits * scale, cap)
+    if bias is not None:
+        logits += bias.reshape(bias.shape[0], kv_heads, -1, *bias.shape[2:])
+    logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    return jnp.einsum("bhgqk,bkhd->bqhgd", weights, value).reshape(query.shape)
+
+
 class Attention(nnx.Module):
     """Self-attention over the same rows or their cached keys, or cross-attention over another sequence's."""
 
@@ -61,9 +83,14 @@ class Attention(nnx.Module):
         self.key = param(keys[1], normal(1 / embed), embed=embed, kv_heads=kv_heads, head_dim=head_dim)
         self.value = param(keys[2], normal(1 / embed), embed=embed, kv_heads=kv_heads, head_dim=head_dim)
         self.out = param(keys[3], normal(1 / (heads * head_dim)), heads=heads, head_dim=head_dim, embed=embed)
+        if config.qkv_bias:
+            zeros = jax.nn.initializers.zeros
+            self.query_bias = param(key, zeros, heads=heads, head_dim=head_dim)
+            self.key_bias = param(key, zeros, kv_heads=kv_heads, head_dim=head_dim)
+            self.value_bias = param(key, zeros, kv_heads=kv_heads, head_dim=head_dim)
         if config.query_key_norm:
-            self.query_norm = RMSNorm(head_dim, config.norm_epsilon, "head_dim")
-            self.key_norm = RMSNorm(head_dim, config.norm_epsilon, "head_dim")
+            self.query_norm = RMSNorm(head_dim, config.norm_epsilon, "head_dim", config.norm_offset)
+            self.key_norm = RMSNorm(head_dim, config.norm_epsilon, "head_dim", config.norm_offset)
         self.config = config
 
     def __call__(
@@ -72,6 +99,7 @@ class Attention(nnx.Module):
         positions: jax.Array,
         mask: jax.Array,
         bias: jax.Array | None,
+        frequencies: jax.Array | None = None,
         cached: tuple[jax.Array, jax.Array] | None = None,
         write_at: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
@@ -82,6 +110,7 @@ class Attention(nnx.Module):
           positions: int32 `[B, Lq]`, for rotary positions.
           mask: bool `[B, Lq, Lk]`.
           bias: float32 `[n, heads, Lq, Lk]`, one for each nth of the rows, or None.
+          frequencies: float32 `[head_dim / 2]`, of rotary positions; None where there are none.
           cached: this layer's keys and values `[B, Lk, kv_heads, head_dim]`; the queries' own are written into them
             first. None attends over x itself.
           write_at: int32 `[B]`, the slot of each row's first query; with `cached` only.
@@ -91,8 +120,8 @@ class Attention(nnx.Module):
         """
         query = self._project_query(x)
         key, value = self.keys_values(x)
-        if self.config.position == "rotary":
-            query, key = (rotate(y, positions, self.config.rotary_base) for y in (query, key))
+        if frequencies is not None:
+            query, key = (rotate(y, positions, frequencies) for y in (query, key))
         if cached is not None:
             key, value = (write_rows(old, new, write_at) for old, new in zip(cached, (key, value), strict=True))
             cached = (key, value)
@@ -111,10 +140,14 @@ class Attention(nnx.Module):
     def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values `[B, L, kv_heads, head_dim]` of hidden states `[B, L, D]`, not rotated."""
         key, value = (dense(x, kernel.get_value()) for kernel in (self.key, self.value))
+        if self.config.qkv_bias:
+            key, value = add_bias(key, self.key_bias), add_bias(value, self.value_bias)
         return self.key_norm(key) if self.config.query_key_norm else key, value
 
     def _project_query(self, x):
         query = dense(x, self.query.get_value())
+        if self.config.qkv_bias:
+            query = add_bias(query, self.query_bias)
         return self.query_norm(query) if self.config.query_key_norm else query
 
     def _attend(self, query, key, value, mask, bias):
@@ -123,7 +156,11 @@ class Attention(nnx.Module):
         key, value = (constrain(x, ("batch", "keys", "kv_heads", "head_dim")) for x in (key, value))
         if bias is not None and len(bias) > 1:
             bias = jnp.repeat(bias, len(query) // len(bias), axis=0)
-        attended = jax.nn.dot_product_attention(
-            query, key, value, bias, mask[:, None], scale=self.config.attention_scale, implementation="xla"
-        )
+        scale = self.config.attention_scale
+        if self.config.attention_softcap is None:
+            attended = jax.nn.dot_product_attention(
+                query, key, value, bias, mask[:, None], scale=scale, implementation="xla"
+            )
+        else:
+            attended = capped_attention(query, key, value, bias, mask, scale, self.config.attention_softcap)
         return dense(attended, self.out.get_value(), inputs=2)

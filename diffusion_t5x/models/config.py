@@ -21,12 +21,25 @@ class ModelConfig:
       activation: the gate of the feed-forward layer.
       tie_embeddings: read the logits out with the embedding; False adds an output matrix of its own.
       query_key_norm: RMS-normalise queries and keys of each head.
+      qkv_bias: add biases to queries, keys and values.
       attention_scale: factor on query-key products. 1 with T5's initialiser, which holds the scale itself;
         `head_dim ** -0.5` in most other models.
       logits_scale: factor on the last hidden state; None is T5's `embed_dim ** -0.5` where embeddings are tied.
       norm_epsilon: RMSNorm's epsilon.
+      norm_offset: a norm's parameter is what its scale has beyond 1, as in Gemma.
+      post_norms: attention and the feed-forward layer are normed once more before they are added to the residual.
+      embedding_scale: factor on embedded tokens.
+      attention_softcap, logits_softcap: x becomes `cap * tanh(x / cap)`, for query-key products and logits.
+      local_layers: for each layer whether it sees only what is less than `window` tokens away; None: none does.
+      window: of the local layers.
+      local_rotary_base: rotary base of the local layers, whose wavelengths are not stretched.
       relative_buckets, relative_max_distance: of the relative position bias.
+      causal_buckets: a decoder's relative position bias has T5's own one-sided buckets: all of them for the past, and
+        the future counts as distance 0. Ours are two-sided, for what attention sees both ways; an encoder's always are.
       rotary_base: the wavelength base of rotary positions.
+      rotary_factor: rotary wavelengths are so many times as long as the base makes them ("linear" scaling).
+      rotary_stretched: only wavelengths beyond the second number, in tokens, are, and none below the first; between
+        them the frequencies go over from one to the other (Llama 3.1, arXiv 2407.21783). None stretches all.
       max_length: longest row that the model is meant for; None sets no limit.
       dropout_rate: after the embedding, on every residual branch, inside the feed-forward layer, after the last norm.
       dtype: of activations; parameters, softmax, logits and loss are float32.
@@ -46,12 +59,24 @@ class ModelConfig:
     activation: Literal["gelu", "silu"] = "gelu"
     tie_embeddings: bool = True
     query_key_norm: bool = False
+    qkv_bias: bool = False
     attention_scale: float = 1.0
     logits_scale: float | None = None
     norm_epsilon: float = 1e-6
+    norm_offset: bool = False
+    post_norms: bool = False
+    embedding_scale: float = 1.0
+    attention_softcap: float | None = None
+    logits_softcap: float | None = None
+    local_layers: tuple[bool, ...] | None = None
+    window: int | None = None
+    local_rotary_base: float | None = None
     relative_buckets: int = 32
     relative_max_distance: int = 128
+    causal_buckets: bool = False
     rotary_base: float = 10_000.0
+    rotary_factor: float = 1.0
+    rotary_stretched: tuple[float, float] | None = None
     max_length: int | None = None
     dropout_rate: float = 0.0
     dtype: str = "float32"
@@ -76,6 +101,17 @@ class ModelConfig:
             )
         if self.position == "rotary" and self.head_dim % 2:
             raise UserError(f"Rotary positions need an even ModelConfig.head_dim, not {self.head_dim}.")
+        if self.local_layers and (len(self.local_layers) != self.num_layers or not self.window):
+            raise UserError(
+                f"ModelConfig.local_layers must say of each of {self.num_layers} layers if it is local, and not of "
+                f"{len(self.local_layers)}; and local layers need a ModelConfig.window, not {self.window}."
+            )
+        shortest, longest = self.rotary_stretched or (1, 2)
+        if self.rotary_factor <= 0 or not 0 < shortest < longest:
+            raise UserError(
+                "ModelConfig.rotary_factor must be positive, and rotary_stretched None or two ascending positive "
+                f"wavelengths; not {self.rotary_factor} and {self.rotary_stretched}."
+            )
         if not 0 <= self.dropout_rate < 1:
             raise UserError(f"ModelConfig.dropout_rate must lie in [0, 1), not {self.dropout_rate}.")
 

@@ -36,6 +36,16 @@ def dense(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
     return product.reshape(*x.shape[:split], *kernel.shape[inputs:])
 
 
+def add_bias(x: jax.Array, bias: nnx.Param) -> jax.Array:
+    """The sum, in x's dtype."""
+    return x + bias.get_value().astype(x.dtype)
+
+
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+    """`cap * tanh(x / cap)`: x, and never beyond the cap. None caps nothing."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def fold_in(keys: jax.Array | None, number: jax.Array | int) -> jax.Array | None:
     """Each row's key `[B]` for one of several uses; None stays None."""
     return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
@@ -50,16 +60,24 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm with a learned scale, computed in float32."""
+    """Root-mean-square norm with a learned scale, computed in float32.
 
-    def __init__(self, size: int, epsilon: float, axis: str = "embed"):
-        self.scale = nnx.Param(jnp.ones((size,), jnp.float32), axes=(axis,))
+    Args:
+      size, axis: of the axis that is normed, the last one.
+      epsilon: added to the mean square.
+      offset: the parameter is what the scale has beyond 1.
+    """
+
+    def __init__(self, size: int, epsilon: float, axis: str = "embed", offset: bool = False):
+        self.scale = nnx.Param(jnp.full((size,), 0.0 if offset else 1.0, jnp.float32), axes=(axis,))
         self.epsilon = epsilon
+        self.offset = offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
-        return (y * self.scale.get_value()).astype(x.dtype)
+        scale = self.scale.get_value()
+        return (y * (1 + scale if self.offset else scale)).astype(x.dtype)
 
 
 class GatedMLP(nnx.Module):

@@ -40,6 +40,10 @@ class Slots:
         rows = jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, length))
         return jax.tree.map(lambda field: rows(field, start), self)
 
+    def within(self, keys: Self, window: int) -> jax.Array:
+        """bool `[B, Lq, Lk]`: whether a key is less than `window` tokens away, before or behind."""
+        return jnp.abs(self.positions[:, :, None] - keys.positions[:, None, :]) < window
+
 
 def same_segment(queries: jax.Array, keys: jax.Array) -> jax.Array:
     """bool `[B, Lq, Lk]` of segment ids `[B, Lq]` and `[B, Lk]`: of one segment, and there at all."""

@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from diffusion_t5x.models.layers import param
@@ -33,31 +34,53 @@ def relative_position_bucket(
 class RelativePositionBias(nnx.Module):
     """A learned bias for each bucket and head, shared by all layers.
 
-    The buckets are the bidirectional ones whatever the attention kind: they are part of the weights, and a model that
-    learned with causal attention must mean the same by them once it is adapted to see both ways.
+    The buckets are part of the weights, whatever the attention kind: a model that learned with causal attention must
+    mean the same by them once it is adapted to see both ways. So ours are bidirectional in causal models, too; the
+    decoders of T5 as published have `causal_buckets`.
     """
 
-    def __init__(self, key: jax.Array, num_heads: int, num_buckets: int, max_distance: int):
+    def __init__(
+        self, key: jax.Array, num_heads: int, num_buckets: int, max_distance: int, causal_buckets: bool = False
+    ):
         init = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
         self.embedding = param(key, init, relative_buckets=num_buckets, heads=num_heads)
         self.max_distance = max_distance
+        self.causal_buckets = causal_buckets
 
     def __call__(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
         """float32 `[..., heads, Lq, Lk]` from positions `[..., Lq]` and `[..., Lk]`."""
         table = self.embedding.get_value()
         buckets = relative_position_bucket(
             key_positions[..., None, :] - query_positions[..., :, None],
-            bidirectional=True,
+            bidirectional=not self.causal_buckets,
             num_buckets=table.shape[0],
             max_distance=self.max_distance,
         )
         return jnp.moveaxis(table[buckets], -1, -3)
 
 
-def rotate(x_BxLxHxD: jax.Array, positions_BxL: jax.Array, base: float) -> jax.Array:
-    """Rotary positions (arXiv 2104.09864): turns the pair (i, i + D/2) of every head by position * base^(-2i/D)."""
-    half = x_BxLxHxD.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+def rotary_frequencies(
+    head_dim: int, base: float, factor: float = 1.0, stretched: tuple[float, float] | None = None
+) -> np.ndarray:
+    """Radians a token by which rotary positions turn each pair, float32 `[head_dim / 2]`.
+
+    Args:
+      head_dim: D.
+      base: the frequencies are base^(-2i/D).
+      factor, stretched: `ModelConfig.rotary_factor` and `rotary_stretched`.
+    """
+    half = head_dim // 2
+    # Rounded as models are trained with them elsewhere: times a thousand tokens, the last digit counts.
+    frequencies = np.float32(1) / np.float32(base) ** (np.arange(half, dtype=np.float32) / np.float32(half))
+    if stretched is None:
+        return frequencies / np.float32(factor)
+    slow, fast = 2 * np.pi / stretched[1], 2 * np.pi / stretched[0]
+    kept = np.clip((frequencies - slow) / (fast - slow), 0, 1).astype(np.float32)
+    return frequencies * kept + frequencies / np.float32(factor) * (1 - kept)
+
+
+def rotate(x_BxLxHxD: jax.Array, positions_BxL: jax.Array, frequency: np.ndarray) -> jax.Array:
+    """Rotary positions (arXiv 2104.09864): turns the pair (i, i + D/2) of every head by position * frequency[i]."""
     angle = positions_BxL[:, :, None, None].astype(jnp.float32) * frequency
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     x1, x2 = jnp.split(x_BxLxHxD.astype(jnp.float32), 2, axis=-1)

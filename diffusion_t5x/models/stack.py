@@ -11,7 +11,7 @@ from diffusion_t5x.models.attention import Attention
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.layers import GatedMLP, RMSNorm, dropout, fold_in
 from diffusion_t5x.models.masks import Annealed, AttentionKind, Slots, same_segment
-from diffusion_t5x.models.positions import RelativePositionBias
+from diffusion_t5x.models.positions import RelativePositionBias, rotary_frequencies
 from diffusion_t5x.partitioning import constrain, copies
 
 ACTIVATIONS = ("batch", "length", "embed")
@@ -39,34 +39,47 @@ class Encoded:
         )
 
 
+def norm(config: ModelConfig) -> RMSNorm:
+    """Of hidden states."""
+    return RMSNorm(config.embed_dim, config.norm_epsilon, offset=config.norm_offset)
+
+
 class Block(nnx.Module):
     """Self-attention, in a decoder over an encoder cross-attention, and a feed-forward layer.
 
-    Each is normed before and added to the residual stream.
+    Each is normed before, with `post_norms` after as well, and added to the residual stream.
     """
 
     def __init__(self, key: jax.Array, config: ModelConfig, cross_attention: bool):
         attention_key, mlp_key, cross_key = jax.random.split(key, 3)
-        self.attention_norm = RMSNorm(config.embed_dim, config.norm_epsilon)
+        self.attention_norm = norm(config)
         self.attention = Attention(attention_key, config)
         if cross_attention:
-            self.cross_attention_norm = RMSNorm(config.embed_dim, config.norm_epsilon)
+            self.cross_attention_norm = norm(config)
             self.cross_attention = Attention(cross_key, config)
-        self.mlp_norm = RMSNorm(config.embed_dim, config.norm_epsilon)
+        self.mlp_norm = norm(config)
         self.mlp = GatedMLP(mlp_key, config.embed_dim, config.mlp_dim, config.activation, config.dropout_rate)
-        self.dropout_rate = config.dropout_rate
+        if config.post_norms:
+            self.attention_post_norm = norm(config)
+            self.mlp_post_norm = norm(config)
+        self.config = config
 
-    def __call__(self, x, positions, mask, bias, cached, write_at, inputs, inputs_mask, dropout_keys):
+    def __call__(self, x, positions, mask, bias, frequencies, cached, write_at, inputs, inputs_mask, dropout_keys):
         keys = [fold_in(dropout_keys, use) for use in range(4)]
 
         def add(x, branch, use):
-            return constrain(x + dropout(branch, self.dropout_rate, keys[use]), ACTIVATIONS)
+            return constrain(x + dropout(branch, self.config.dropout_rate, keys[use]), ACTIVATIONS)
 
-        attended, cached = self.attention(self.attention_norm(x), positions, mask, bias, cached, write_at)
+        attended, cached = self.attention(self.attention_norm(x), positions, mask, bias, frequencies, cached, write_at)
+        if self.config.post_norms:
+            attended = self.attention_post_norm(attended)
         x = add(x, attended, 0)
         if inputs is not None:
             x = add(x, self.cross_attention.cross(self.cross_attention_norm(x), *inputs, inputs_mask), 3)
-        return add(x, self.mlp(self.mlp_norm(x), keys[1]), 2), cached
+        branch = self.mlp(self.mlp_norm(x), keys[1])
+        if self.config.post_norms:
+            branch = self.mlp_post_norm(branch)
+        return add(x, branch, 2), cached
 
 
 class Stack(nnx.Module):
@@ -76,10 +89,14 @@ class Stack(nnx.Module):
         block_key, bias_key = jax.random.split(key)
         keys = jax.random.split(block_key, config.num_layers)
         self.blocks = jax.vmap(lambda k: Block(k, config, cross_attention))(keys)
-        self.final_norm = RMSNorm(config.embed_dim, config.norm_epsilon)
+        self.final_norm = norm(config)
         if config.position == "relative":
             self.relative_bias = RelativePositionBias(
-                bias_key, config.num_heads, config.relative_buckets, config.relative_max_distance
+                bias_key,
+                config.num_heads,
+                config.relative_buckets,
+                config.relative_max_distance,
+                config.causal_buckets,
             )
         self.config = config
 
@@ -102,7 +119,7 @@ class Stack(nnx.Module):
         """
         # Slots of one segment are as far apart as their indices, so one bias serves all rows, packed ones too.
         index = jnp.arange(x.shape[1])[None] if slots.index is None else slots.index
-        hidden, _ = self._run(x, slots, kind.mask(slots, slots), (index, index), None, None, encoded, dropout_keys)
+        hidden, _ = self._run(x, kind, slots, slots, (index, index), None, None, encoded, dropout_keys)
         return hidden
 
     def extend(
@@ -130,7 +147,7 @@ class Stack(nnx.Module):
           Hidden states `[B, Lq, D]`, and keys and values with those of x written.
         """
         positions = (queries.positions, slots.positions)
-        return self._run(x, queries, kind.mask(queries, slots), positions, cached, write_at, encoded, None)
+        return self._run(x, kind, queries, slots, positions, cached, write_at, encoded, None)
 
     def cross_keys_values(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Every layer's keys and values `[layers, B, S, kv_heads, head_dim]` of an encoder's hidden states."""
@@ -143,8 +160,23 @@ class Stack(nnx.Module):
             return constrain(self.relative_bias(query_positions, key_positions), ("batch", *axes))
         return copies(self.relative_bias(query_positions[0], key_positions[0]), axes, rows)
 
-    def _run(self, x, slots, mask, bias_positions, cached, write_at, encoded, dropout_keys):
+    def _run(self, x, kind, slots, key_slots, bias_positions, cached, write_at, encoded, dropout_keys):
         config = self.config
+        mask, frequencies = kind.mask(slots, key_slots), None
+        if config.position == "rotary":
+            stretching = (config.rotary_factor, config.rotary_stretched)
+            frequencies = rotary_frequencies(config.head_dim, config.rotary_base, *stretching)
+        # What a layer attends by: the same in all, or in local layers something else.
+        by_layer, is_local = (lambda is_local: (mask, frequencies)), None
+        if config.local_layers:
+            is_local = jnp.asarray(config.local_layers)
+            near = mask & slots.within(key_slots, config.window)
+            base = config.local_rotary_base or config.rotary_base
+            local_frequencies = rotary_frequencies(config.head_dim, base)
+
+            def by_layer(is_local):
+                return jnp.where(is_local, near, mask), jnp.where(is_local, local_frequencies, frequencies)
+
         keys = [fold_in(dropout_keys, use) for use in range(3)]
         x = constrain(dropout(x, config.dropout_rate, keys[0]), ACTIVATIONS)
         bias = self._bias(*bias_positions, len(x)) if config.position == "relative" else None
@@ -154,13 +186,14 @@ class Stack(nnx.Module):
             inputs_mask = same_segment(slots.segment_ids, encoded.segment_ids)
 
         def layer(x, scanned):
-            block, cached, inputs, number = scanned
+            block, cached, inputs, number, is_local = scanned
             layer_keys = fold_in(keys[1], number)
-            return block(x, slots.positions, mask, bias, cached, write_at, inputs, inputs_mask, layer_keys)
+            mask, frequencies = by_layer(is_local)
+            return block(x, slots.positions, mask, bias, frequencies, cached, write_at, inputs, inputs_mask, layer_keys)
 
         if config.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
             layer = jax.checkpoint(layer, policy=policy)
-        layers = (self.blocks, cached, inputs, jnp.arange(config.num_layers))
+        layers = (self.blocks, cached, inputs, jnp.arange(config.num_layers), is_local)
         x, cached = jax.lax.scan(layer, x, layers, unroll=config.scan_unroll)
         return dropout(self.final_norm(x), config.dropout_rate, keys[2]), cached

@@ -13,7 +13,7 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.models.attention import KVCache
 from diffusion_t5x.models.config import ModelConfig
-from diffusion_t5x.models.layers import fold_in, normal, param
+from diffusion_t5x.models.layers import fold_in, normal, param, softcap
 from diffusion_t5x.models.masks import BIDIRECTIONAL, Annealed, AttentionKind, Slots
 from diffusion_t5x.models.stack import Encoded, Stack
 from diffusion_t5x.partitioning import constrain, copies, pieces_of
@@ -33,7 +33,7 @@ class Transformer(nnx.Module):
         has_encoder = config.architecture == "encoder_decoder"
         self.embedding = param(embed_key, normal(1.0), vocab=config.vocab_size, embed=config.embed_dim)
         if has_encoder:
-            self.encoder = Stack(encoder_key, config)
+            self.encoder = Stack(encoder_key, dataclasses.replace(config, causal_buckets=False))
         self.decoder = Stack(decoder_key, config, cross_attention=has_encoder)
         if not config.tie_embeddings:
             self.head = param(head_key, normal(1 / config.embed_dim), embed=config.embed_dim, vocab=config.vocab_size)
@@ -101,7 +101,8 @@ class Transformer(nnx.Module):
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         # Gathered whole: else rows are looked up in pieces of `embed`, and activations change places.
-        return constrain(self.embedding.get_value().astype(self.config.dtype), ("vocab", "embed"))[tokens]
+        embedded = constrain(self.embedding.get_value().astype(self.config.dtype), ("vocab", "embed"))[tokens]
+        return embedded * jnp.asarray(self.config.embedding_scale, embedded.dtype)
 
     def _readout(self) -> jax.Array:
         """float32 `[D, V]`."""
@@ -118,7 +119,7 @@ class Transformer(nnx.Module):
         kernels = kernels.astype(hidden.dtype)
         pieces = hidden.reshape(len(kernels), -1, *hidden.shape[1:])
         logits = jnp.einsum("nb...d,ndv->nb...v", pieces, kernels, preferred_element_type=jnp.float32)
-        return logits.reshape(*hidden.shape[:-1], -1)
+        return softcap(logits.reshape(*hidden.shape[:-1], -1), self.config.logits_softcap)
 
     def map_logits(self, fn: Callable[..., Any], hidden: jax.Array, *per_position: Any) -> Any:
         """`fn(logits, *per_position)` over pieces of the length, so that large logits never stand whole in memory.

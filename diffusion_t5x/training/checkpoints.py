@@ -1,4 +1,4 @@
-"""Checkpoints. With `stored.py`, the only module that imports Orbax.
+"""Checkpoints. With `stored.py` and `streaming.py`, the only module that imports Orbax.
 
 A checkpoint is a folder `checkpoint_<step>` with three items:
   state: every array of the train state under its "/"-joined name, in plain nested dictionaries. It can be read without
@@ -21,7 +21,7 @@ from etils import epath
 from flax import traverse_util
 
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.training import stored
+from diffusion_t5x.training import stored, streaming
 from diffusion_t5x.training.assignment import Rule, assign, named_leaves
 
 Tree = TypeVar("Tree")
@@ -38,6 +38,7 @@ class Checkpoints:
       best_metric: key of `metadata["metrics"]`. A checkpoint without it is not among the best.
       best_mode: "max" where more is better, "min" where less is.
       asynchronous: write while training goes on; else `save` returns when all is written.
+      streamed: what is saved holds `Streamed` leaves and numpy arrays.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Checkpoints:
         best_metric: str = "",
         best_mode: str = "max",
         asynchronous: bool = True,
+        streamed: bool = False,
     ):
         if keep_last < 1:
             raise UserError(f"Checkpoints.keep_last = {keep_last}: at least the newest checkpoint must stay.")
@@ -83,7 +85,8 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=asynchronous,
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        handlers = streaming.handlers() if streamed else None
+        self._manager = ocp.CheckpointManager(self.directory, options=options, handler_registry=handlers)
 
     def save(self, step: int, state: Any, data_state: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
         """Starts to write a checkpoint; does nothing where there is one of this step.
@@ -246,6 +249,32 @@ def restore_params(path: str, abstract_params: Tree, rules: Sequence[Rule] = (),
     if use_ema and any(name.startswith("ema/") for name in stored.leaves(checkpoint)):
         rules = [*rules, (r"params/(.*)", r"ema/\1")]
     return _restore(checkpoint, {"params": abstract_params}, rules)["params"]
+
+
+def open_params(path: str, use_ema: bool = True) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
+    """The parameters of a checkpoint, to be read one by one.
+
+    Args:
+      path: a user's path, see `find_checkpoint`.
+      use_ema: take their moving average where the checkpoint has it.
+
+    Returns:
+      Their shapes by name, and what reads one of them.
+
+    Raises:
+      UserError: no checkpoint, or a broken one.
+    """
+    checkpoint = find_checkpoint(path)
+    stored.check(checkpoint, "state")
+    leaves = stored.leaves(checkpoint)
+    part = "ema/" if use_ema and any(name.startswith("ema/") for name in leaves) else "params/"
+    shapes = {name.removeprefix(part): tuple(leaf.shape) for name, leaf in leaves.items() if name.startswith(part)}
+
+    def read(name: str) -> np.ndarray:
+        target = {name: jax.ShapeDtypeStruct(shapes[name], np.float32)}
+        return stored.read_arrays(checkpoint, target, {name: part + name})[name]
+
+    return shapes, read
 
 
 def _restore(

@@ -126,6 +126,18 @@ class _Log:
         self._since, self._time = [], time.monotonic()
 
 
+@contextlib.contextmanager
+def _watched(seconds: float | None) -> Iterator[None]:
+    """Ends the process if this context takes longer; None lets it take as long as it likes."""
+    if seconds is not None:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:  # an exception leaves no clock behind that would end the process later
+        if seconds is not None:
+            faulthandler.cancel_dump_traceback_later()
+
+
 def train_loop(
     *,
     mesh: Mesh,
@@ -184,17 +196,16 @@ def train_loop(
         log = _Log(writer, progress, periods.log, judge, goodput)
         goodput.started()
         for step in range(start + 1, total_steps + 1):
-            if hang_timeout is not None and step > start + 1:
-                faulthandler.dump_traceback_later(hang_timeout, exit=True)
-            asked = time.monotonic()
-            batch = next_batch(state)
-            on_devices = partitioning.put_batch(mesh, batch)
-            if not log.is_running:
-                goodput.add("input", time.monotonic() - asked)
-            with goodput.spent("compile") if step == start + 1 else contextlib.nullcontext():
-                state, metrics = train_step(state, on_devices, judge.limit)
-            log.add(step, metrics, batch)
-            faulthandler.cancel_dump_traceback_later()
+            first = step == start + 1
+            with _watched(None if first else hang_timeout):
+                asked = time.monotonic()
+                batch = next_batch(state)
+                on_devices = partitioning.put_batch(mesh, batch)
+                if not log.is_running:
+                    goodput.add("input", time.monotonic() - asked)
+                with goodput.spent("compile") if first else contextlib.nullcontext():
+                    state, metrics = train_step(state, on_devices, judge.limit)
+                log.add(step, metrics, batch)
             last = step == total_steps
             stopping = stop.reached(step)
             evals = periods.eval is not None and (last or step % periods.eval == 0)

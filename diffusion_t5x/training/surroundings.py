@@ -12,6 +12,7 @@ import jax
 from diffusion_t5x.errors import UserError
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
+_NO_MEMORY = "RESOURCE_EXHAUSTED"
 # What TensorStore and file systems in user space say in words.
 _NO_ROOM_WORDS = re.compile(r"No space left on device|Disk quota exceeded|Read-only file system|Input/output error")
 
@@ -36,8 +37,9 @@ def explained(state: Any, batch: str, folder: str) -> Iterator[None]:
                 f"{folder} cannot be written: {words}. Finished checkpoints are as they were. Make room there and run "
                 "the same command again: it goes on from the newest of them."
             ) from error
-        if any(isinstance(link, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(link) for link in chain):
-            line = re.sub(r"\s+", " ", str(error).split("RESOURCE_EXHAUSTED: ")[-1].splitlines()[0])[:200]
+        of_memory = (str(x) for x in chain if isinstance(x, jax.errors.JaxRuntimeError) and _NO_MEMORY in str(x))
+        if said := next(of_memory, None):
+            line = said.partition(f"{_NO_MEMORY}: ")[2].partition("\n")[0][:200]
             raise UserError(
                 f"Out of memory: {line.rstrip('.')}. Parameters and optimizer take {bytes_a_device(state) / 2**30:.2f} "
                 f"GiB of each device; what a step over {batch} needs comes on top. Give a smaller BATCH_SIZE or more "

@@ -198,7 +198,7 @@ def test_the_commands_of_the_page(data, expected, tmp_path, monkeypatch, capsys)
     for name in ("stories260K.bin", "tok512.bin"):
         (tmp_path / name).symlink_to(data / name)
     monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    *_, block = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     prompts, converting, inferring = block.replace("\\\n", " ").replace("/tmp/", f"{tmp_path}/").splitlines()
     text, file = re.fullmatch(r"printf '(.+)' > (.+)", prompts).groups()
     pathlib.Path(file).write_text(text.replace("\\n", "\n"))

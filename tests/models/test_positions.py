@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_t5x.models.positions import RelativePositionBias, relative_position_bucket, rotate
+from diffusion_t5x.models.positions import RelativePositionBias, relative_position_bucket, rotary_frequencies, rotate
 
 DISTANCES = [-128, -64, -16, -8, -1, 0, 1, 8, 64, 128]
 T5_BIDIRECTIONAL = [15, 14, 10, 8, 1, 0, 17, 24, 30, 31]
@@ -59,6 +59,13 @@ def test_bias_is_looked_up_by_key_minus_query():
             np.testing.assert_array_equal(found[0, :, row, column], table[exact_bucket(key - query, True, 32, 128)])
 
 
+def test_causal_buckets_are_t5s_own():
+    bias = RelativePositionBias(jax.random.key(0), 3, 32, 128, causal_buckets=True)
+    table = np.asarray(bias.embedding.get_value())
+    found = bias(jnp.array([[200]]), 200 + jnp.array([DISTANCES]))
+    np.testing.assert_array_equal(found[0, :, 0], table[np.array(T5_CAUSAL)].T)
+
+
 def test_rotation_multiplies_by_a_complex_phase():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 5, 3, 8)).astype(np.float32)
@@ -66,15 +73,29 @@ def test_rotation_multiplies_by_a_complex_phase():
     pairs = x[..., :4] + 1j * x[..., 4:]
     turned = pairs * np.exp(1j * positions[..., None, None] * 100.0 ** (-2 * np.arange(4) / 8))
     expected = np.concatenate([turned.real, turned.imag], axis=-1)
-    np.testing.assert_allclose(rotate(x, positions, base=100.0), expected, atol=2e-4)  # float32 angles up to 1000
+    found = rotate(x, positions, rotary_frequencies(8, 100.0))
+    np.testing.assert_allclose(found, expected, atol=2e-4)  # float32 angles up to 1000
 
 
 def test_rotary_scores_depend_on_the_distance_alone():
     query, key = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
 
     def score(query_position, key_position):
-        at = [rotate(x, jnp.full((1, 1), p), 10_000.0) for x, p in ((query, query_position), (key, key_position))]
+        frequency = rotary_frequencies(16, 10_000.0)
+        at = [rotate(x, jnp.full((1, 1), p), frequency) for x, p in ((query, query_position), (key, key_position))]
         return float(jnp.sum(at[0] * at[1]))
 
     assert score(7, 3) == pytest.approx(score(107, 103), abs=1e-4)
     assert score(7, 3) != pytest.approx(score(7, 4), abs=1e-2)
+
+
+def test_stretched_wavelengths_are_llamas():
+    """Below the first wavelength nothing changes, beyond the second all is `factor` times as long."""
+    plain = rotary_frequencies(64, 500_000.0)
+    np.testing.assert_allclose(rotary_frequencies(64, 500_000.0, 4.0), plain / 4, rtol=1e-6)
+    ratio = plain / rotary_frequencies(64, 500_000.0, 8.0, (2048.0, 8192.0))
+    wavelength = 2 * np.pi / plain
+    np.testing.assert_allclose(ratio[wavelength < 2048], 1, rtol=1e-6)
+    np.testing.assert_allclose(ratio[wavelength > 8192], 8, rtol=1e-6)
+    between = ratio[(wavelength > 2048) & (wavelength < 8192)]
+    assert len(between) and (between > 1).all() and (between < 8).all() and (np.diff(ratio) >= -1e-6).all()

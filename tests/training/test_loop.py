@@ -1,5 +1,9 @@
 """The training loop: what happens at which step, and that a resumed run is the undisturbed run."""
 
+import os
+import pathlib
+import subprocess
+import sys
 import time
 
 import jax
@@ -85,6 +89,7 @@ def run(folder, *, total_steps, periods, start=0, train_step=count, state=None, 
             writer=recorder,
             judge=more.get("judge", Judge(BadNumbers(), folder)),
             goodput=more.get("goodput", Goodput()),
+            hang_timeout=more.get("hang_timeout"),
         )
     finally:
         store.close()
@@ -193,6 +198,24 @@ def test_a_run_with_too_many_bad_steps_ends_and_keeps_its_checkpoints(tmp_path):
     with pytest.raises(UserError, match="Step 4 is bad, the last of 2 in a row"):
         run(tmp_path, total_steps=9, periods=Periods(log=1, eval=None, save=2), train_step=spoil, judge=judge)
     assert checkpoints.steps(tmp_path)[0] == 2
+
+
+def test_a_run_that_ends_with_an_error_leaves_no_clock_behind(tmp_path):
+    """Of a step that hangs: it would end the process that the run was in, whatever that does by then."""
+    code = f"""
+import test_loop, time
+try:
+    judge = test_loop.Judge(test_loop.BadNumbers(policy="halt"), {str(tmp_path)!r})
+    test_loop.run({str(tmp_path)!r}, total_steps=9, periods=test_loop.Periods(log=1, eval=None, save=9),
+                  train_step=test_loop.spoil, judge=judge, hang_timeout=3.0)
+except test_loop.UserError:
+    time.sleep(4)
+    print("still here")
+"""
+    paths = [str(pathlib.Path(__file__).parent), *filter(None, sys.path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.stdout == "still here\n", done.stderr
 
 
 def test_the_time_of_a_run_is_shared_out(tmp_path):

@@ -1,0 +1,111 @@
+"""The families of models that can be imported, by the `model_type` of their config.json."""
+
+import dataclasses
+from types import ModuleType
+
+from diffusion_t5x.conversion import gemma2, gemma3_text, llama, mt5, qwen2, qwen3, t5
+from diffusion_t5x.conversion.huggingface import CONFIG, Folder
+from diffusion_t5x.conversion.keys import Keys
+from diffusion_t5x.conversion.weights import VOCABULARY_AXIS, Weight
+from diffusion_t5x.errors import UserError, did_you_mean
+from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.transformer import ModelDefinition
+from diffusion_t5x.training.assignment import named_leaves
+
+# A module has `config(keys, tied)`, `weights(config)`, the names EMBEDDING and HEAD, TIED (what `tie_word_embeddings`
+# is where a config.json does not say) and SAME (names of copies, and of what).
+FAMILIES: dict[str, ModuleType] = {
+    "gemma2": gemma2,
+    "gemma3_text": gemma3_text,
+    "llama": llama,
+    "mt5": mt5,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "t5": t5,
+}
+_BUFFERS = ("rotary_emb.inv_freq", "EncDecAttention.relative_attention_bias.weight")  # of old files; nothing reads them
+_COMPARED = 1 << 24  # numbers at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """What a folder's config.json and headers say, checked.
+
+    Attributes:
+      config: the model here; the embedding's rows are not set.
+      vocab_size: rows of the embedding there.
+      weights: how each is called and lies.
+      copies: names of tensors that hold what another does.
+    """
+
+    config: ModelConfig
+    vocab_size: int
+    weights: tuple[Weight, ...]
+    copies: dict[str, str]
+
+
+def describe(folder: Folder, tied: bool | None = None) -> Described:
+    """What is in a folder.
+
+    Args:
+      folder: with its headers.
+      tied: whether the embedding reads the logits out; None looks into the weights.
+
+    Raises:
+      UserError: a family, a key, a value or a tensor that is not known here, or tensors that are missing.
+    """
+    where = str(folder.path / CONFIG)
+    kind = folder.config.get("model_type", "")
+    if kind not in FAMILIES:
+        only = f"only {', '.join(FAMILIES)}.{did_you_mean(kind, FAMILIES)}"
+        raise UserError(f"{where}: model_type = {kind!r} is not supported, {only}")
+    family, keys = FAMILIES[kind], Keys(folder.config, where)
+    # As in transformers: said to be tied, and yet different in the files, they are not.
+    said = keys.get("tie_word_embeddings", family.TIED)
+    tied = said and _same(folder, family.HEAD, family.EMBEDDING) if tied is None else tied
+    vocab_size = keys.get("vocab_size")
+    config = family.config(keys, tied)
+    keys.check_all_read()
+    copies = family.SAME | ({family.HEAD: family.EMBEDDING} if tied else {})
+    described = Described(config, vocab_size, family.weights(config), copies)
+    names = {name for weight in described.weights for name in weight.names(config.num_layers)}
+    _refuse(f"{folder.path} lacks tensors that {kind} has", names - folder.tensors.keys())
+    unknown = {name for name in folder.tensors.keys() - names - copies.keys() if not name.endswith(_BUFFERS)}
+    _refuse(f"{folder.path} has tensors that are not known here", unknown)
+    return described
+
+
+def _same(folder: Folder, copy: str, name: str) -> bool:
+    """Whether a tensor holds what another does, or is not there."""
+    if copy not in folder.tensors or name not in folder.tensors:
+        return True
+    rows, columns = folder.tensors[name].shape
+    step = max(1, _COMPARED // columns)
+    if folder.tensors[copy].shape != (rows, columns):
+        return False
+    pieces = ((start, min(start + step, rows)) for start in range(0, rows, step))
+    return all((folder.read(copy, *piece) == folder.read(name, *piece)).all() for piece in pieces)
+
+
+def check_shapes(folder: Folder, described: Described, definition: ModelDefinition) -> None:
+    """Raises a UserError that names a tensor of another shape than the config says."""
+    shapes = param_shapes(definition)
+    for weight in described.weights:
+        shape = list(shapes[weight.ours][1:] if weight.stacked else shapes[weight.ours])
+        if weight.ours in VOCABULARY_AXIS:
+            shape[VOCABULARY_AXIS[weight.ours]] = described.vocab_size
+        for name in weight.names(described.config.num_layers):
+            found, expected = folder.tensors[name].shape, weight.their_shape(shape)
+            if found != expected:
+                raise UserError(f"{folder.path}: {name} has the shape {found}, and {CONFIG} asks for {expected}.")
+
+
+def param_shapes(definition: ModelDefinition) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's parameters by name."""
+    return {name: leaf.shape for name, leaf in named_leaves(definition.abstract()).items()}
+
+
+def _refuse(what: str, names: set[str]) -> None:
+    if names:
+        first = ", ".join(sorted(names)[:5])
+        raise UserError(f"{what}: {first}{f', and {len(names) - 5} more' if len(names) > 5 else ''}.")

@@ -1,0 +1,70 @@
+"""What every import writes: checkpoint_0 and a gin file that names the model and its tokenizer."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from flax import traverse_util
+
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.transformer import ModelDefinition
+from diffusion_t5x.training import checkpoints
+from diffusion_t5x.training.streaming import Streamed
+
+_MODEL_GIN = """\
+# {title}. It stands for a model's and a size's gin file.
+from __gin__ import dynamic_registration
+
+from diffusion_t5x.models import config as model_config
+
+include "models/{architecture}.gin"
+
+{macro} = {tokenizer!r}
+
+model_config.ModelConfig:
+{bindings}
+"""
+# What the architecture's gin file, the run or the vocabulary decides.
+_LEFT_OUT = {"architecture", "dropout_rate", "dtype", "scan_unroll", "remat"}
+
+
+def empty_folder(path: str) -> pathlib.Path:
+    """The folder of `--output`, which is not made yet.
+
+    Raises:
+      UserError: there is something in it.
+    """
+    folder = pathlib.Path(path).expanduser().resolve()
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{path} is not empty: nothing there is overwritten. Give another --output, or empty it.")
+    return folder
+
+
+def model_gin(title: str, model: ModelConfig, macro: str, tokenizer: pathlib.Path) -> str:
+    """A gin file that sets MODEL to `model`, and a macro to the tokenizer; dropout and dtype are left to the run."""
+    values = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    left_out = _LEFT_OUT if model.vocab_size else {*_LEFT_OUT, "vocab_size"}
+    bindings = "\n".join(f"  {name} = {value!r}" for name, value in values.items() if name not in left_out)
+    return _MODEL_GIN.format(
+        title=title, architecture=model.architecture, macro=macro, tokenizer=str(tokenizer), bindings=bindings
+    )
+
+
+def save(
+    folder: pathlib.Path, definition: ModelDefinition, params: Mapping[str, np.ndarray | Streamed], gin: str
+) -> None:
+    """Writes checkpoint_0, what a run of no steps would leave, without an optimizer; and model.gin."""
+    state = {"step": np.zeros((), np.int32), "params": traverse_util.unflatten_dict(dict(params), sep="/")}
+    store = checkpoints.Checkpoints(str(folder / "checkpoints"), asynchronous=False, streamed=True)
+    store.save(0, state, {}, {"step": 0, "metrics": {}, "vocabulary": definition.vocabulary.describe(), "config": gin})
+    store.close()
+    (folder / "model.gin").write_text(gin, encoding="utf-8")
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Prints columns one below the other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())

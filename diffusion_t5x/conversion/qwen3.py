@@ -1,0 +1,28 @@
+"""Qwen3 (arXiv 2505.09388): Llama with normed queries and keys."""
+
+from diffusion_t5x.conversion import llama
+from diffusion_t5x.conversion.keys import Keys
+from diffusion_t5x.conversion.weights import Weight, under, vector
+from diffusion_t5x.models.config import ModelConfig
+
+EMBEDDING, HEAD, TIED, SAME = llama.EMBEDDING, llama.HEAD, llama.TIED, llama.SAME
+
+
+def config(keys: Keys, tied: bool) -> ModelConfig:
+    """As `llama.config`."""
+    llama.full_attention(keys)
+    keys.require("attention_bias", False)
+    return ModelConfig(tie_embeddings=tied, query_key_norm=True, **llama.shared(keys))
+
+
+def weights(config: ModelConfig) -> tuple[Weight, ...]:
+    """As `llama.weights`."""
+    return (*llama.weights(config), *query_key_norms())
+
+
+def query_key_norms() -> tuple[Weight, ...]:
+    return under(
+        {"model.layers.{}.self_attn.": "decoder/blocks/attention/"},
+        vector("q_norm.weight", "query_norm/scale"),
+        vector("k_norm.weight", "key_norm/scale"),
+    )

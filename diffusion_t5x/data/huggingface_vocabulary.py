@@ -1,0 +1,168 @@
+"""Hugging Face's tokenizers (a `tokenizer.json`) as a vocabulary. Imports SeqIO: import it inside functions."""
+
+import functools
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from diffusion_t5x.data.python_vocabulary import PythonVocabulary
+from diffusion_t5x.errors import UserError
+
+_ROLES = ("bos", "eos", "pad", "unk")
+_NAMED_IN = ("tokenizer_config.json", "special_tokens_map.json", "config.json")
+
+
+class HuggingFaceVocabulary(PythonVocabulary):
+    """Encodes and decodes as the library `tokenizers` does, without the special tokens that it would put around a text.
+
+    What ends a text, begins one and pads is named by the files beside the tokenizer: tokenizer_config.json, else
+    special_tokens_map.json, else config.json. Where none names a pad token, EOS pads. `contents` are the tokenizer's
+    file and these ids.
+
+    Args:
+      path: a tokenizer.json.
+
+    Raises:
+      UserError: it cannot be read, is no such file, or nothing beside it names a token that ends a text.
+    """
+
+    def __init__(self, path: str):
+        super().__init__()
+        file = pathlib.Path(path).expanduser()
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"Cannot read the tokenizer {path}: {error}.") from error
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises no class of its own
+            raise UserError(f"{path} is no tokenizer.json that the library tokenizers reads: {error}.") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._text = text
+        self._size = 1 + max(self._tokenizer.get_vocab().values())
+        self._ids = _special_ids(file.parent, self._tokenizer)
+        if self._ids["eos"] is None:
+            raise UserError(
+                f"Nothing beside {path} says which token ends a text: add a tokenizer_config.json with an eos_token "
+                "that the tokenizer has."
+            )
+        if self._ids["pad"] is None:
+            self._ids["pad"] = self._ids["eos"]
+        self.contents = f"{json.dumps(self._ids)} {text}".encode()
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._ids["bos"]
+
+    @property
+    def eos_id(self) -> int:
+        return self._ids["eos"]
+
+    @property
+    def pad_id(self) -> int:
+        return self._ids["pad"]
+
+    @property
+    def unk_id(self) -> int | None:
+        return self._ids["unk"]
+
+    @property
+    def _base_vocab_size(self) -> int:
+        return self._size
+
+    @functools.cached_property
+    def puts_space(self) -> bool:
+        return self._encode("a") != self.encode_part("a", begins=False)
+
+    def is_text(self) -> np.ndarray:
+        text = np.zeros(self._size, bool)
+        text[list(self._tokenizer.get_vocab().values())] = True
+        special = [token for token, added in self._added.items() if added.special]
+        text[special + [token for token in (self.bos_id, self.unk_id) if token is not None]] = False
+        return text
+
+    def piece(self, token: int) -> bytes:
+        name = self._tokenizer.id_to_token(token) or ""
+        if token in self._added:
+            return name.encode()
+        if self._is_byte_level:
+            return bytes(_BYTES[character] for character in name)
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", name):
+            return bytes.fromhex(byte[1])
+        return name.replace("▁", " ").encode()
+
+    def encode_part(self, text: str, begins: bool) -> list[int]:
+        tokenizer = self._tokenizer if begins else self._part_tokenizer
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _to_ids(self, text: bytes) -> list[int]:
+        return self.encode_part(text.decode(errors="replace"), begins=True)
+
+    def _to_bytes(self, ids: Sequence[int]) -> bytes:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True).encode()
+
+    @functools.cached_property
+    def _added(self) -> dict[int, tokenizers.AddedToken]:
+        return self._tokenizer.get_added_tokens_decoder()
+
+    @functools.cached_property
+    def _is_byte_level(self) -> bool:
+        return any(part["type"] == "ByteLevel" for part in _parts(json.loads(self._text)["decoder"]))
+
+    @functools.cached_property
+    def _part_tokenizer(self) -> tokenizers.Tokenizer:
+        """The same without a space in front."""
+        spec = json.loads(self._text)
+        for part in _parts(spec["normalizer"]):
+            if part["type"] == "Prepend":
+                part["prepend"] = ""
+        for part in _parts(spec["pre_tokenizer"]):
+            if part["type"] == "Metaspace":
+                part["prepend_scheme"] = "never"
+            elif part["type"] == "ByteLevel":
+                part["add_prefix_space"] = False
+        return tokenizers.Tokenizer.from_str(json.dumps(spec | {"truncation": None, "padding": None}))
+
+
+def _special_ids(folder: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> dict[str, int | None]:
+    """The id of each role, from the first file that names it."""
+    ids: dict[str, int | None] = dict.fromkeys(_ROLES)
+    for name in _NAMED_IN:
+        try:
+            said = json.loads((folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise UserError(f"Cannot read {folder / name}: {error}.") from error
+        for role in _ROLES:
+            token = said.get(f"{role}_token")
+            token = token["content"] if isinstance(token, dict) else token
+            token = said.get(f"{role}_token_id") if token is None else tokenizer.token_to_id(token)
+            token = token[0] if isinstance(token, list) and token else token
+            if ids[role] is None and isinstance(token, int) and tokenizer.id_to_token(token) is not None:
+                ids[role] = token
+    return ids
+
+
+def _parts(component: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The parts of a normalizer, pre-tokenizer or decoder, sequences unfolded."""
+    if component is None:
+        return []
+    inner = next((component[key] for key in ("normalizers", "pretokenizers", "decoders") if key in component), None)
+    return [component] if inner is None else [part for each in inner for part in _parts(each)]
+
+
+def _byte_characters() -> dict[str, int]:
+    """The printable character that stands for each byte in byte-level vocabularies (GPT-2's `encoder.py`)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _byte_characters()

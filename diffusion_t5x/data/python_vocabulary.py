@@ -1,0 +1,63 @@
+"""Vocabularies whose tokenizers are not TensorFlow's: it calls them back. Imports SeqIO: import it inside functions."""
+
+import abc
+from collections.abc import Sequence
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+
+class PythonVocabulary(seqio.Vocabulary):
+    """What else the framework wants to know of a vocabulary, for those that are its own.
+
+    Attributes:
+      contents: bytes that tell it from others.
+      puts_space: a text's first piece has a space in front that is not the text's.
+    """
+
+    contents: bytes
+    puts_space: bool
+
+    @abc.abstractmethod
+    def is_text(self) -> np.ndarray:
+        """bool `[vocab_size]`: whether an id is a piece of text."""
+
+    @abc.abstractmethod
+    def piece(self, token: int) -> bytes:
+        """What one id stands for; a byte may be only a part of a character. Special ids have their names: "<s>"."""
+
+    @abc.abstractmethod
+    def encode_part(self, text: str, begins: bool) -> list[int]:
+        """The tokens of a part of a text, with a space in front only where it `begins` the text."""
+
+    @abc.abstractmethod
+    def _to_ids(self, text: bytes) -> list[int]:
+        """The tokens of a text in UTF-8."""
+
+    @abc.abstractmethod
+    def _to_bytes(self, ids: Sequence[int]) -> bytes:
+        """The text of ids in UTF-8, if they are one."""
+
+    def _encode(self, s: str) -> list[int]:
+        return self._to_ids(s.encode())
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._to_bytes(ids).decode(errors="replace")
+
+    # Stateless: else no position in data that are tokenised on the way could be saved.
+    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+        def encode(texts: np.ndarray) -> np.ndarray:  # a list of one: alone, a text comes as bytes or as an array
+            return np.array(self._to_ids(texts[0]), np.int32)
+
+        return tf.ensure_shape(tf.numpy_function(encode, [tf.expand_dims(s, 0)], tf.int32, stateful=False), [None])
+
+    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+        def decode(rows: np.ndarray) -> np.ndarray:
+            return np.array([self._to_bytes(row.tolist()) for row in rows.reshape(-1, rows.shape[-1])], object)
+
+        texts = tf.numpy_function(decode, [ids], tf.string, stateful=False)
+        return tf.reshape(texts, tf.shape(ids)[:-1])
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self.contents == other.contents

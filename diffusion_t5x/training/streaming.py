@@ -1,0 +1,68 @@
+"""Arrays that are saved piece by piece and never stand whole. Imports Orbax, as `checkpoints.py` and `stored.py` do."""
+
+import asyncio
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+    """A leaf for `Checkpoints.save` in place of an array.
+
+    Attributes:
+      shape, dtype: of the array.
+      axis: it is cut along.
+      step: size of a piece along this axis; the last one may be smaller.
+      read: the piece from one index of the axis to another; called once for each piece, one at a time.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    axis: int
+    step: int
+    read: Callable[[int, int], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+
+class _Handler(ocp.type_handlers.NumpyHandler):
+    """Saves as a numpy array is saved, in chunks that are the pieces."""
+
+    def __init__(self):
+        super().__init__(deepcopy_host_arrays=False)
+
+    async def _background_serialize(self, *args: Any) -> None:
+        self._one_at_a_time = asyncio.Lock()  # of this save's event loop
+        await super()._background_serialize(*args)
+
+    async def _open_and_write(self, value: Streamed, tspec: dict[str, Any], ts_context: tensorstore.Context) -> None:
+        chunk = list(value.shape)
+        chunk[value.axis] = value.step
+        tspec["metadata"]["chunks"] = chunk
+        async with self._one_at_a_time:
+            store = await tensorstore.open(tensorstore.Spec(tspec), create=True, open=True, context=ts_context)
+            for start in range(0, value.shape[value.axis], value.step):
+                stop = min(start + value.step, value.shape[value.axis])
+                where = (slice(None),) * value.axis + (slice(start, stop),)
+                await store[where].write(value.read(start, stop), can_reference_source_data_indefinitely=True)
+
+
+def handlers() -> ocp.handlers.CheckpointHandlerRegistry:
+    """What a checkpoint manager needs to save `Streamed` leaves in its item "state"."""
+    kinds = (
+        (jax.Array, ocp.type_handlers.ArrayHandler()),
+        (np.ndarray, ocp.type_handlers.NumpyHandler()),
+        (Streamed, _Handler()),
+    )
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=ocp.type_handlers.create_type_handler_registry(*kinds))
+    registry.add("state", ocp.args.PyTreeSave, handler)
+    return registry
