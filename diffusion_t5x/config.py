@@ -1,6 +1,6 @@
 """gin at the edge: flags, search paths, overrides, and every gin mistake as one clear message.
 
-No other module imports gin. A verb is a plain function whose arguments gin fills in:
+No other module imports gin, `gin_guard` excepted. A verb is a plain function whose arguments gin fills in:
 
     def train(*, model: Transformer, train_steps: int, dry_run: bool = False): ...
 
@@ -32,6 +32,7 @@ import gin
 from gin import config as gin_config  # gin offers no public way to list what is registered and what is bound
 from gin import config_parser
 
+from diffusion_t5x import gin_guard, processes
 from diffusion_t5x.errors import UserError, did_you_mean
 from diffusion_t5x.flags import parse_flags
 
@@ -61,26 +62,45 @@ def program() -> Iterator[None]:
     """What every verb runs in: quiet libraries, its own progress on stderr.
 
     A `UserError` ends the process with `error: ...` on stderr and status 2; any other exception keeps its traceback.
+    Of several processes that work as one, none waits for others when it fails.
     """
     _quiet_start()
     try:
         yield
+        processes.leave()
+    except SystemExit:
+        processes.leave()
+        raise
     except UserError as error:
         # gin appends to every exception the chain of configurables that it passed through.
         message, *_ = str(error).split("\n  In call to configurable")
         print(f"error: {message}", file=sys.stderr)
+        processes.give_up(2)
         sys.exit(2)
+    except BaseException:
+        if processes.are_joined():
+            traceback.print_exc()
+            processes.give_up(1)
+        raise
 
 
-def load(gin_files: Iterable[str], bindings: Iterable[str] = (), search_paths: Iterable[str] = ()) -> None:
+def load(
+    gin_files: Iterable[str],
+    bindings: Iterable[str] = (),
+    search_paths: Iterable[str] = (),
+    allowed: Sequence[str] = (),
+) -> None:
     """Replaces gin's configuration by that of `gin_files`, then `bindings` (`"NAME = VALUE"`); later ones win.
 
     Files and their includes are looked up as given, in `search_paths`, beside the files of `gin_files`, then among the
-    shipped ones: `runs/x.gin`, `gin/runs/x.gin` and `diffusion_t5x/gin/runs/x.gin` are the same file.
+    shipped ones: `runs/x.gin`, `gin/runs/x.gin` and `diffusion_t5x/gin/runs/x.gin` are the same file. They may import
+    and name what is in `gin_guard.PACKAGES` and in the packages or modules that are `allowed`.
 
     Raises:
-      UserError: a missing file, a name that does not exist, or a syntax error, with the place of the mistake.
+      UserError: a missing file, a name that does not exist or is not allowed, or a syntax error, with the place of the
+        mistake.
     """
+    gin_guard.allow(allowed)
     gin_files = [os.path.expanduser(file) for file in gin_files]
     folders = [os.path.dirname(file) for file in gin_files]
     gin.clear_config()
@@ -145,13 +165,17 @@ def operative_values() -> dict[str, Any]:
 
 
 def _run(main: Callable[..., Any], argv: Sequence[str], subcommand: str, dry_run: object) -> None:
-    takes_dry_run = "dry_run" in inspect.signature(main).parameters
-    flags = parse_flags(main.__module__, argv, takes_dry_run, _examples(main.__module__), subcommand)
+    takes = inspect.signature(main).parameters
+    takes_dry_run, takes_mesh = "dry_run" in takes, "mesh" in takes
+    flags = parse_flags(main.__module__, argv, takes_dry_run, takes_mesh, _examples(main.__module__), subcommand)
+    if takes_mesh:
+        processes.join(flags)  # before a gin file imports what may look for devices
     if flags.tfds_data_dir:
         os.environ["TFDS_DATA_DIR"] = flags.tfds_data_dir
     if gin_config._inverse_lookup(main) is None:
         gin.register(main)
-    load(flags.gin_file, flags.gin_bindings, flags.gin_search_paths)
+    own = main.__module__.partition(".")[0]  # a verb of another package may use that
+    load(flags.gin_file, flags.gin_bindings, flags.gin_search_paths, [own, *flags.gin_allow])
     selector = gin_config._inverse_lookup(main).selector
     gin_config._CONFIG.setdefault(("", selector), {})  # so that `operative_text` shows it where nothing is bound
     if flags.print_config:
@@ -282,9 +306,8 @@ def _explanation(message: str, file: str) -> str:
         names = {".".join(selector.split(".")[-length:]) for selector, _ in gin_config._REGISTRY.items()}
         return f"no gin file that was read mentions {name!r}.{did_you_mean(name, names)}"
     if match := re.match(r"'(.+)' was not provided by an import statement", message):
-        imports = re.findall(
-            r"^(?:from .+ )?import (?:.+ as )?(\w+)", pathlib.Path(file).read_text(encoding="utf-8"), re.M
-        )
+        text = pathlib.Path(file).read_text(encoding="utf-8") if file else ""
+        imports = re.findall(r"^(?:from .+ )?import (?:.+ as )?(\w+)", text, re.MULTILINE)
         return f"{match[1]!r} is not imported in this file.{did_you_mean(match[1], imports)}"
     if match := re.match(r"Couldn't resolve selector .*<module '(.+)' from .+ has no attribute (.+)\.", message):
         return f"{match[1]} has no {match[2]!r}.{did_you_mean(match[2], dir(sys.modules[match[1]]))}"

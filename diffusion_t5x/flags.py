@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from diffusion_t5x import processes
 from diffusion_t5x.errors import UserError, did_you_mean
 
 _ABOUT_OVERRIDES = """
@@ -15,7 +16,12 @@ VALUE is gin syntax; names and paths may go without quotes (--gin.MODEL_DIR=/tmp
 
 
 def parse_flags(
-    module: str, argv: Sequence[str], takes_dry_run: bool, examples: Sequence[str], subcommand: str = ""
+    module: str,
+    argv: Sequence[str],
+    takes_dry_run: bool,
+    takes_mesh: bool,
+    examples: Sequence[str],
+    subcommand: str = "",
 ) -> argparse.Namespace:
     """Reads the flags `argv` of the verb in `module`.
 
@@ -23,12 +29,14 @@ def parse_flags(
       module: name of the verb's module; its docstring heads the help.
       argv: the command line without the program's name.
       takes_dry_run: whether there is a flag `--dry_run`.
+      takes_mesh: whether several processes can do it together, see `processes`.
       examples: arguments of commands that the help shows.
       subcommand: the word before the flags, where the module has several verbs.
 
     Returns:
-      gin_file, gin_bindings (`--gin.NAME=VALUE` among them, as `NAME=VALUE`), gin_search_paths, print_config, dry_run
-      (if the verb takes it) and tfds_data_dir.
+      gin_file, gin_bindings (`--gin.NAME=VALUE` among them, as `NAME=VALUE`), gin_search_paths, gin_allow,
+      print_config, dry_run (if the verb takes it), tfds_data_dir, and what `processes.join` reads (if the verb takes a
+      mesh).
 
     Raises:
       UserError: an unknown or malformed flag.
@@ -53,9 +61,18 @@ def parse_flags(
         metavar="DIR,DIR",
         help="folders where gin files are looked up, before the shipped ones",
     )
+    add(
+        "--gin_allow",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="gin files may import it, too; repeatable. Import nothing that you have not read",
+    )
     add("--print_config", action="store_true", help="print the resolved configuration and stop")
     if takes_dry_run:
         add("--dry_run", action="store_true", help="build model, data and shapes, print them and stop")
+    if takes_mesh:
+        processes.add_flags(parser)
     add("--tfds_data_dir", metavar="DIR", help="folder of the TensorFlow Datasets")
     return parser.parse_args([_with_binding(argument) for argument in argv])
 

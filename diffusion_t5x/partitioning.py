@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from diffusion_t5x.errors import UserError, did_you_mean
@@ -205,17 +205,61 @@ def check_batch(mesh: Mesh, batch_size: int, length: int) -> None:
             )
 
 
-def local_rows(tree: Any) -> Any:
-    """This host's rows of arrays that are cut as batches are, numpy: the way back from `put_batch`."""
+def share_of_rows(mesh: Mesh) -> tuple[int, int]:
+    """Which share of a batch's rows this process puts on its devices, and how many shares there are.
 
-    def gather(x):
-        pieces = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
-        return np.concatenate([np.asarray(pieces[start]) for start in sorted(pieces)])
+    Processes that hold the same rows, as where `tensor` cuts across them, have the same share.
 
-    return jax.tree.map(gather, tree)
+    Raises:
+      UserError: some rows of one process lie in another, others do not.
+    """
+    pieces: dict[int, set[int]] = {}
+    for device, piece in _pieces(mesh, mesh.devices.flat).items():
+        pieces.setdefault(device.process_index, set()).add(piece)
+    shares = sorted(set(map(frozenset, pieces.values())), key=min)
+    if sum(map(len, shares)) > pieces_of("batch", mesh):
+        raise UserError(
+            f"The mesh {dict(mesh.shape)} gives some processes a part of the rows of others: change the axes of "
+            "MeshConfig so that processes have the same rows or others."
+        )
+    return shares.index(pieces[jax.process_index()]), len(shares)
+
+
+def _pieces(mesh: Mesh, devices: Iterable[jax.Device]) -> dict[jax.Device, int]:
+    """Which piece of the rows each of these devices holds."""
+    places = batch_sharding(mesh).devices_indices_map((pieces_of("batch", mesh),))
+    return {device: places[device][0].start or 0 for device in devices}
+
+
+def put_rows(mesh: Mesh, batch: Any) -> Any:
+    """This process's share of the rows of a batch as global arrays on the mesh."""
+    sharding = batch_sharding(mesh)
+    here = sorted(set(_pieces(mesh, mesh.local_devices).values()))
+
+    def put(x):
+        x = np.asarray(x)
+        size = len(x) // len(here)
+
+        def piece(index):
+            first = here.index((index[0].start or 0) // size) * size
+            return x[first : first + size]
+
+        return jax.make_array_from_callback((pieces_of("batch", mesh) * size, *x.shape[1:]), sharding, piece)
+
+    return jax.tree.map(put, batch)
 
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:
-    """A host's part of the batch as global arrays on the mesh."""
+    """A batch that every process has whole, as global arrays on the mesh."""
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+    def put(x):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, batch)
+
+
+def whole(tree: Any) -> Any:
+    """Arrays that are cut over devices as numpy, whole on every process; all must ask at the same time."""
+    return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree)

@@ -34,6 +34,7 @@ from diffusion_t5x.training import stored
 from diffusion_t5x.training.assignment import Rule
 from diffusion_t5x.training.bad_numbers import BadNumbers, Judge
 from diffusion_t5x.training.goodput import Goodput
+from diffusion_t5x.training.host_batches import HostBatches
 from diffusion_t5x.training.lock import locked
 from diffusion_t5x.training.loop import Periods, train_loop
 from diffusion_t5x.training.metrics import check_writers, make_writer
@@ -213,7 +214,8 @@ def train(
         if jax.process_index() == 0:
             pathlib.Path(model_dir, "config.gin").write_text(config.operative_text(), encoding="utf-8")
             pathlib.Path(model_dir, "model-info.txt").write_text(info + "\n", encoding="utf-8")
-        batches = train_dataset.train_iterator(jax.process_count(), jax.process_index())
+        share = partitioning.share_of_rows(device_mesh)
+        batches = HostBatches(train_dataset.train_iterator, train_dataset.batch_size, share)
         next_batch = lambda _: next(batches)  # noqa: E731
         if rollout is not None:
             batches = OnPolicyBatches(

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it: sets ROOT and VENV, and makes the environment in VENV ready for the checkout in ROOT.
 #
 # VENV is .venv of the checkout (another folder: DIFFUSION_T5X_VENV). All commands share it, so it always holds the
@@ -68,7 +69,7 @@ create() {
 
 # Installs into VENV, with uv if it is there; paths are relative to ROOT.
 pip_install() (
-  cd "$ROOT"
+  cd "$ROOT" || exit
   if has_uv; then
     uv pip install --python "$VENV/bin/python" "$@"
   else

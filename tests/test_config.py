@@ -128,7 +128,7 @@ def error_of(folder, *arguments):
 
 def bound(toy, *bindings, files=("base.gin",)):
     """What gin binds to the arguments of the toy verb, macros resolved."""
-    config.load(files, ["MODEL_DIR = '/tmp/m'", "WIDTH = 8", *bindings], search_paths=[str(toy)])
+    config.load(files, ["MODEL_DIR = '/tmp/m'", "WIDTH = 8", *bindings], search_paths=[str(toy)], allowed=["toy_verbs"])
     from toy_verbs import train
 
     return gin.get_bindings(train.train)
@@ -365,15 +365,42 @@ def test_mistakes_in_gin_files(toy, tmp_path, text, message):
     imports = "# A comment.\nfrom __gin__ import dynamic_registration\nfrom toy_verbs import models\n"
     (tmp_path / "mistake.gin").write_text(f"{imports}{text}\n")
     with pytest.raises(UserError) as caught:
-        config.load([str(tmp_path / "mistake.gin")])
+        config.load([str(tmp_path / "mistake.gin")], allowed=["toy_verbs", "toy_verb"])
     assert message in str(caught.value)
     assert str(caught.value).startswith(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import subprocess", "2: it imports subprocess, but gin files may use diffusion_t5x, seqio, t5, optax only"),
+        ("from os import path", "--gin_allow=os.path."),
+        ("import diffusion_t5x_evil.x", "it imports diffusion_t5x_evil.x, but"),
+        ("from diffusion_t5x import train\nX = @train.os.system()", "3: it names train.os.system, which is in os, but"),
+        ("from diffusion_t5x import train\ntrain.os.system.command = 'date'", "it names train.os.system"),
+        ("from diffusion_t5x import train\nX = @train.sys.modules()", "it names train.sys.modules, which is in sys"),
+        ("import optax\nX = @optax.adam.__globals__()", "optax.adam.__globals__"),
+    ],
+)
+def test_gin_files_use_what_is_allowed(tmp_path, text, message):
+    (tmp_path / "evil.gin").write_text(f"from __gin__ import dynamic_registration\n{text}\n")
+    with pytest.raises(UserError) as caught:
+        config.load([str(tmp_path / "evil.gin")])
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path))
+
+
+def test_what_is_allowed_is_used(tmp_path):
+    (tmp_path / "mine.gin").write_text("from __gin__ import dynamic_registration\nimport json.encoder\nimport optax\n")
+    with pytest.raises(UserError, match=r"imports json\.encoder"):
+        config.load([str(tmp_path / "mine.gin")])
+    config.load([str(tmp_path / "mine.gin")], allowed=["json"])
 
 
 def test_a_broken_module_keeps_its_traceback(toy, tmp_path):
     (tmp_path / "broken.gin").write_text("from __gin__ import dynamic_registration\nfrom toy_verbs import broken\n")
     with pytest.raises(ModuleNotFoundError, match="a_library_that_is_missing"):
-        config.load([str(tmp_path / "broken.gin")])
+        config.load([str(tmp_path / "broken.gin")], allowed=["toy_verbs"])
 
 
 def test_a_required_macro_may_be_set_late(toy):

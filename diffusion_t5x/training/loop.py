@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class BatchIterator(Protocol):
-    """An endless stream of this host's part of the batches, which can say and take up its position."""
+    """An endless stream of this process's part of the batches, which can say and take up its position."""
 
     def __next__(self) -> Batch: ...
 
@@ -166,8 +166,8 @@ def train_loop(
       mesh: in use while training.
       state: to start from; given up.
       train_step: see `make_train_step`.
-      next_batch: this host's part of the next batch, standing where `state` has read to; texts that a model writes
-        itself depend on the state.
+      next_batch: this process's share of the next batch (see `partitioning.put_rows`), standing where `state` has read
+        to; texts that a model writes itself depend on the state.
       data_state: where the data stand.
       total_steps: of the run as a whole, those before a resumption counted.
       periods: of logging, evaluation and saving.
@@ -190,7 +190,8 @@ def train_loop(
       UserError: too many bad steps.
     """
     start = int(state.step)
-    with StopSignals() as stop, jax.set_mesh(mesh), Progress(total_steps, start, description) as progress:
+    shown = jax.process_index() == 0
+    with StopSignals() as stop, jax.set_mesh(mesh), Progress(total_steps, start, description, shown=shown) as progress:
         if evaluation_due and stop.attempt(lambda: evaluate(state, start)) is None:
             sys.exit(stop.exit_code)
         log = _Log(writer, progress, periods.log, judge, goodput)
@@ -200,7 +201,7 @@ def train_loop(
             with _watched(None if first else hang_timeout):
                 asked = time.monotonic()
                 batch = next_batch(state)
-                on_devices = partitioning.put_batch(mesh, batch)
+                on_devices = partitioning.put_rows(mesh, batch)
                 if not log.is_running:
                     goodput.add("input", time.monotonic() - asked)
                 with goodput.spent("compile") if first else contextlib.nullcontext():

@@ -20,22 +20,30 @@ class Progress:
       description: what is going on.
       unit: what a step is; "example" in decoding.
       interval: seconds between two lines where the standard error is no terminal.
+      shown: or nothing is written.
     """
 
     def __init__(
-        self, total: int, start: int = 0, description: str = "train", unit: str = "step", interval: float = 30.0
+        self,
+        total: int,
+        start: int = 0,
+        description: str = "train",
+        unit: str = "step",
+        interval: float = 30.0,
+        shown: bool = True,
     ):
         self._total = total
         self._description = description
         self._unit = unit
         self._interval = interval
+        self._shown = shown
         self._step = start
         self._loss: float | None = None
         self._tokens = 0
         self._first: tuple[float, int] | None = None  # time and step of the first update
         self._printed = (-float("inf"), start)  # time and step of the last line
         self._bar: rich.progress.Progress | None = None
-        if sys.stderr.isatty():
+        if shown and sys.stderr.isatty():
             columns = ("{task.description}", rich.progress.BarColumn(bar_width=None), "{task.fields[status]}")
             console = rich.console.Console(stderr=True)
             self._bar = rich.progress.Progress(*columns, console=console, expand=True)
@@ -73,6 +81,8 @@ class Progress:
 
     def _print(self, now: float) -> None:
         self._printed = (now, self._step)
+        if not self._shown:
+            return
         print(f"{self._description}: {self._status()}", file=sys.stderr, flush=True)
 
     def _status(self) -> str:

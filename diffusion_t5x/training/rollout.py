@@ -132,9 +132,9 @@ class OnPolicyBatches:
       mesh: to spread the rows over.
       definition: the student.
       rollout: how texts are written.
-      prompts: batches of prompts, one a row.
+      prompts: this process's share of batches of prompts, one a row.
       num_inputs: tokens of the longest prompt.
-      batch_size: rows of a training batch over all hosts.
+      batch_size: rows of a training batch over all processes.
       seed: of the draws.
     """
 
@@ -159,16 +159,15 @@ class OnPolicyBatches:
             step = int(state.step)
             length = self._rollout.length(step)
             asked = [self._ask(number, length) for number in range(self._rollout.num_batches)]
-            batch = partitioning.put_batch(self._mesh, jax.tree.map(lambda *x: np.concatenate(x), *asked))
-            written = partitioning.local_rows(self._write(state.params, batch, step))
-            rows = len(asked[0].tokens)
-            pieces = [
-                jax.tree.map(lambda x: x[start : start + rows], written)  # noqa: B023  (called at once)
-                for start in range(0, len(written.tokens), rows)
-            ]
+            batch = partitioning.put_rows(self._mesh, jax.tree.map(lambda *x: np.concatenate(x), *asked))
+            written = partitioning.whole(self._write(state.params, batch, step))
+            order = np.argsort(written.example_ids).reshape(len(asked), self._batch_size)
+            self._texts = [jax.tree.map(lambda x: x[rows], written) for rows in order]  # noqa: B023  (called at once)
             # In training a row's id is its index in the global batch again.
-            self._texts = [piece.replace(example_ids=piece.example_ids % self._batch_size) for piece in pieces]
-        return self._texts.pop(0)
+            self._texts = [text.replace(example_ids=text.example_ids % self._batch_size) for text in self._texts]
+        share, num_shares = partitioning.share_of_rows(self._mesh)
+        size = self._batch_size // num_shares
+        return jax.tree.map(lambda x: x[share * size : (share + 1) * size], self._texts.pop(0))
 
     def _ask(self, number: int, length: int) -> Batch:
         batch = next(self._prompts)

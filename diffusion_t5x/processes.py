@@ -1,0 +1,90 @@
+"""Several processes that train or decode as one: JAX's own runtime, joined before anything has looked for devices."""
+
+import argparse
+import logging
+import os
+import sys
+
+from diffusion_t5x.errors import UserError
+
+_VARIABLES = {
+    "coordinator_address": "JAX_COORDINATOR_ADDRESS",
+    "num_processes": "JAX_NUM_PROCESSES",
+    "process_id": "JAX_PROCESS_ID",
+}
+
+logger = logging.getLogger(__name__)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds `--distributed` and what goes with it."""
+    add = parser.add_argument
+    add(
+        "--distributed",
+        action="store_true",
+        help="one of several processes, as TPU slice, Slurm, Open MPI, Kubernetes, JAX_COORDINATOR_ADDRESS, "
+        "JAX_NUM_PROCESSES and JAX_PROCESS_ID, or these flags say:",
+    )
+    add("--coordinator_address", metavar="HOST:PORT", help="of process 0")
+    add("--num_processes", type=int, metavar="N")
+    add("--process_id", type=int, metavar="I", help="of this process, from 0 on")
+
+
+def join(flags: argparse.Namespace) -> None:
+    """Joins this process with the others that `--distributed` means; without that flag, does nothing.
+
+    Raises:
+      UserError: flags or environment do not say which processes there are, or the others do not come.
+    """
+    given = {name: getattr(flags, name) for name in _VARIABLES}
+    if not flags.distributed:
+        if named := [f"--{name}" for name, value in given.items() if value is not None]:
+            raise UserError(f"{', '.join(named)}: add --distributed.")
+        return
+    for name, variable in _VARIABLES.items():
+        if given[name] is None and variable in os.environ:
+            given[name] = os.environ[variable]
+    try:
+        for name in ("num_processes", "process_id"):
+            given[name] = None if given[name] is None else int(given[name])
+    except ValueError:
+        raise UserError(f"{_VARIABLES[name]} = {given[name]!r} is no number.") from None
+    known = [value is not None for value in given.values()]
+    if any(known) and not all(known):
+        missing = [f"--{name} ({_VARIABLES[name]})" for name, value in given.items() if value is None]
+        raise UserError(f"--distributed by address needs {', '.join(missing)}, too.")
+    if all(known) and not 0 <= given["process_id"] < given["num_processes"]:
+        raise UserError(f"--process_id {given['process_id']} must be below --num_processes {given['num_processes']}.")
+    import jax  # `--help` and mistakes in gin files need not wait for it
+
+    try:
+        jax.distributed.initialize(**given)
+    except (ValueError, RuntimeError) as error:
+        if all(known):
+            raise UserError(f"--distributed: the processes did not come together ({error}).") from error
+        raise UserError(
+            "--distributed: nothing here says which processes there are (no TPU slice, Slurm, Open MPI or Kubernetes "
+            f"is seen: {error}). Give --coordinator_address, --num_processes and --process_id."
+        ) from error
+    if jax.process_index():  # what is told once is told by process 0
+        logging.getLogger("diffusion_t5x").setLevel(logging.WARNING)
+    logger.info("%d processes with %d devices", jax.process_count(), jax.device_count())
+
+
+def are_joined() -> bool:
+    """Whether this process is one of several."""
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
+
+
+def leave() -> None:
+    """Waits for the others to come to their end, too; a joined process that does not would never end."""
+    if are_joined():
+        sys.modules["jax"].distributed.shutdown()
+
+
+def give_up(status: int) -> None:
+    """Ends a joined process at once, and with it the others: they are waiting for what it would have computed."""
+    if are_joined():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

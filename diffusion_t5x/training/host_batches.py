@@ -1,0 +1,88 @@
+"""What one of several processes reads of the training data, and where all of them stand."""
+
+import io
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.training.loop import BatchIterator
+
+
+class HostBatches:
+    """A share of the rows of endless batches, and the position of the data as a whole.
+
+    Data are read in shards: as many as there were shares when the run began. They stay, so that a run that goes on
+    with other processes takes the same examples at the same steps: a process then reads those that its rows are in.
+
+    Args:
+      open_shard: `(num_shards, shard_index) -> BatchIterator`, batches of `batch_size / num_shards` rows.
+      batch_size: rows of the batch that all shares make.
+      share: which share this process has, and how many there are; see `partitioning.share_of_rows`.
+    """
+
+    def __init__(
+        self, open_shard: Callable[[int, int], BatchIterator], batch_size: int, share: tuple[int, int] = (0, 1)
+    ):
+        self._open_shard, self._batch_size = open_shard, batch_size
+        self._share, self._num_shares = share
+        self._open(self._num_shares)
+
+    def _open(self, num_shards: int) -> None:
+        if self._batch_size % num_shards:
+            raise UserError(f"The batch size {self._batch_size} does not divide into {num_shards} shards of the data.")
+        rows = self._batch_size // self._num_shares
+        shard_rows = self._batch_size // num_shards
+        start, stop = self._share * rows, (self._share + 1) * rows
+        numbers = range(start // shard_rows, -(-stop // shard_rows))
+        self._num_shards = num_shards
+        self._shards = {number: self._open_shard(num_shards, number) for number in numbers}
+        self._rows = slice(start - numbers[0] * shard_rows, stop - numbers[0] * shard_rows)
+
+    def __next__(self) -> Batch:
+        parts = [next(shard) for shard in self._shards.values()]
+        return jax.tree.map(lambda *x: np.concatenate(x)[self._rows], *parts)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """The positions of all shards, those of other processes too: all must ask at the same time."""
+        positions = {
+            f"shard_{number}_{name}": x
+            for number, shard in self._shards.items()
+            for name, x in shard.state_dict().items()
+        }
+        return {"num_shards": np.int32(self._num_shards), **_of_all_processes(positions)}
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Goes to the position that `state_dict` gave, to whatever share.
+
+        Raises:
+          UserError: it was taken in other data.
+        """
+        if "num_shards" not in state:
+            raise UserError("The checkpoint's position in the data is in a form that is not read any more: start anew.")
+        if (num_shards := int(state["num_shards"])) != self._num_shards:
+            self._open(num_shards)
+        for number, shard in self._shards.items():
+            prefix = f"shard_{number}_"
+            shard.load_state_dict(
+                {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+            )
+
+
+def _of_all_processes(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays of every process together; what has the same name is the same."""
+    if jax.process_count() == 1:
+        return arrays
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    own = np.frombuffer(file.getvalue(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(own)))
+    files = multihost_utils.process_allgather(np.pad(own, (0, sizes.max() - len(own))))
+    gathered = {}
+    for size, padded in zip(sizes, files, strict=True):
+        with np.load(io.BytesIO(padded[:size].tobytes()), allow_pickle=False) as found:
+            gathered |= dict(found)
+    return gathered
