@@ -8,7 +8,6 @@ import bisect
 import dataclasses
 import gzip
 import itertools
-import json
 import logging
 import mmap
 import os
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_t5x import json_lines
 from diffusion_t5x.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -130,10 +130,7 @@ class Jsonl(Reader):
 
 
 def _json_object(line: str) -> Fields:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}.") from error
+    value = json_lines.parse(line)
     if not isinstance(value, dict):
         raise ValueError('not a JSON object: {"field": "text", ...} is wanted.')
     return value

@@ -56,8 +56,8 @@ def describe(folder: Folder, tied: bool | None = None) -> Described:
     """
     where = str(folder.path / CONFIG)
     kind = folder.config.get("model_type", "")
-    if kind not in FAMILIES:
-        only = f"only {', '.join(FAMILIES)}.{did_you_mean(kind, FAMILIES)}"
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        only = f"only {', '.join(FAMILIES)}.{did_you_mean(str(kind), FAMILIES)}"
         raise UserError(f"{where}: model_type = {kind!r} is not supported, {only}")
     family, keys = FAMILIES[kind], Keys(folder.config, where)
     # As in transformers: said to be tied, and yet different in the files, they are not.

@@ -10,6 +10,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from diffusion_t5x import json_lines
 from diffusion_t5x.errors import UserError
 
 CONFIG = "config.json"
@@ -100,13 +101,16 @@ class Folder:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Raises a UserError where a file is missing or not JSON."""
+    """A file's JSON object. Raises a UserError where there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json_lines.parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from error
     except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}.") from error
+        raise UserError(f"{path}: {error}.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is no JSON object.")
+    return found
 
 
 def _read_header(file: pathlib.Path) -> dict[str, Tensor]:

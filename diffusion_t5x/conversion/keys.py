@@ -1,12 +1,18 @@
 """Reading a config.json so that nothing in it goes unnoticed."""
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from diffusion_t5x.errors import UserError
 
 REQUIRED = object()
+_COUNTS = re.compile(
+    r"(_size|_heads|_layers|_dim|_buckets|_distance|_pattern|position_embeddings|^sliding_window|^d_\w+)$"
+)
+_NUMBERS = re.compile(r"(_eps|_epsilon|_theta|_base_freq|factor|softcapping|_scalar)$")
 # What says nothing about the function that a model computes without dropout.
 _HARMLESS = {
     "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "chunk_size_feed_forward",
@@ -35,12 +41,17 @@ class Keys:
         """A key's value, or the default.
 
         Raises:
-          UserError: there is neither.
+          UserError: there is neither, or it is no number where one is wanted.
         """
         self._asked.add(name)
         value = self._values.get(name, default)
         if value is REQUIRED:
             raise UserError(f"{self._where} has no {name!r}.")
+        if name in self._values:
+            wanted = "whole number" if _COUNTS.search(name) else "number" if _NUMBERS.search(name) else None
+            kinds = int if wanted == "whole number" else int | float
+            if wanted and (not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < math.inf):
+                raise UserError(f"{self._where}: {name} = {json.dumps(value)[:60]} should be a positive {wanted}.")
         return value
 
     def require(self, name: str, *supported: Any, default: Any = None) -> Any:
@@ -57,7 +68,10 @@ class Keys:
 
     def require_each(self, name: str, supported: Any) -> None:
         """Raises a UserError if a key's list holds anything else."""
-        for value in self.get(name, []):
+        values = self.get(name, [])
+        if not isinstance(values, list):
+            raise UserError(f"{self._where}: {name} = {json.dumps(values)[:60]} should be a list.")
+        for value in values:
             if value != supported:
                 raise UserError(
                     f"{self._where}: {json.dumps(value)} in {name} is not supported, only {json.dumps(supported)}."
@@ -69,7 +83,10 @@ class Keys:
 
     def inside(self, name: str) -> "Keys":
         """The keys of an object within; none where it is absent."""
-        return Keys(self.get(name, {}), f"{self._where}, {name}")
+        values = self.get(name, {})
+        if not isinstance(values, dict):
+            raise UserError(f"{self._where}: {name} = {json.dumps(values)[:60]} should be an object.")
+        return Keys(values, f"{self._where}, {name}")
 
     def check_all_read(self) -> None:
         """Raises a UserError that names the keys nobody has asked for."""

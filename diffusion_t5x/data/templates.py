@@ -7,7 +7,6 @@ hole of N tokens. With a backslash before it, `\<hole:16>`, it is plain text; tw
 import dataclasses
 import functools
 import hashlib
-import json
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_t5x import json_lines
 from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.rows import Row, RowLayout, fill_batches
 from diffusion_t5x.data.seqio_source import SeqioDataset
@@ -174,13 +174,14 @@ class Templates:
 
 def _parse(line: bytes, place: str) -> Template:
     try:
-        parsed = json.loads(line)
+        parsed = json_lines.parse(line)
     except ValueError as error:
-        raise UserError(f"{place}: not JSON ({error}); {_WHAT_A_LINE_HAS}.") from None
+        raise UserError(f"{place}: {error}; {_WHAT_A_LINE_HAS}.") from None
     fields = ("template", "inputs")
     if not isinstance(parsed, dict) or "template" not in parsed or not set(parsed) <= set(fields):
-        unknown = [f"unknown field {name!r}.{did_you_mean(name, fields)}" for name in parsed if name not in fields]
-        what = unknown[0] if isinstance(parsed, dict) and unknown else "no template."
+        names = parsed if isinstance(parsed, dict) else ()
+        unknown = [f"unknown field {name!r}.{did_you_mean(name, fields)}" for name in names if name not in fields]
+        what = unknown[0] if unknown else "no template."
         raise UserError(f"{place}: {what} {_WHAT_A_LINE_HAS.capitalize()}.")
     if not all(isinstance(text, str) for text in parsed.values()):
         raise UserError(f"{place}: template and inputs are text; {_WHAT_A_LINE_HAS}.")

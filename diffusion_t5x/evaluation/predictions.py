@@ -1,10 +1,10 @@
 """Predictions that were made elsewhere, put beside the examples that they belong to."""
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from diffusion_t5x import json_lines
 from diffusion_t5x.errors import UserError
 
 _WHAT_A_LINE_HAS = 'a line is {"prediction": TEXT}, or {"predictions": [TEXT, ...]}, and maybe an "example_id"'
@@ -66,9 +66,9 @@ def _texts(line: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parse(line: bytes, place: str) -> dict[str, Any]:
     try:
-        parsed = json.loads(line)
+        parsed = json_lines.parse(line)
     except ValueError as error:
-        raise UserError(f"{place}: not JSON ({error}); {_WHAT_A_LINE_HAS}.") from None
+        raise UserError(f"{place}: {error}; {_WHAT_A_LINE_HAS}.") from None
     if not isinstance(parsed, dict) or not {"prediction", "predictions"} & set(parsed):
         raise UserError(f"{place}: no prediction; {_WHAT_A_LINE_HAS}.")
     texts = parsed.get("predictions", [parsed.get("prediction")])
