@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -83,7 +84,10 @@ def write(output: pathlib.Path, metrics: Sequence[str], scores: Sequence[Score],
 
 
 def drawn(metric: str, scores: Sequence[Score], points: Sequence[Point]) -> dict[str, str]:
-    """The metric over training tokens, over training operations, and over tokens for each pass in decoding."""
+    """The metric over training tokens, over training operations, and over tokens for each pass in decoding.
+
+    Where AR2Diff_N was run for several N, over N as well.
+    """
 
     def lines(x: Callable[[Point], float]) -> list[Line]:
         found = []
@@ -103,11 +107,22 @@ def drawn(metric: str, scores: Sequence[Score], points: Sequence[Point]) -> dict
             for found in _grouped(own, lambda score: score.decoder).values()
         ]
         by_decoder.append(Line(route, number, sorted(means), marker="o"))
-    return {
+    found = {
         "tokens": charts.line_chart(f"{name} and training", "million tokens", name, lines(lambda p: p.tokens / 1e6)),
         "flops": charts.line_chart(f"{name} and its cost", "TFLOP", name, lines(lambda p: p.flops / 1e12)),
         "passes": charts.line_chart(f"{name} and speed", "tokens a pass", name, by_decoder),
     }
+    adapted = [score for score in scores if re.fullmatch(r"ar2diff_\d+", score.route)]
+    by_steps = []
+    for number, (decoder, own) in enumerate(_grouped(adapted, lambda score: score.decoder).items()):
+        steps = _grouped(own, lambda score: int(score.route.rpartition("_")[2]))
+        intervals = {step: interval([score.metrics[metric] for score in steps[step]]) for step in sorted(steps)}
+        xy, bands = [(step, mean) for step, (mean, _, _) in intervals.items()], [x[1:] for x in intervals.values()]
+        by_steps.append(Line(decoder, number, xy, bands, marker="o"))
+    if by_steps and len(by_steps[0].points) > 1:
+        title = f"AR2Diff_N: {name} and adaptation"
+        found["adapted"] = charts.line_chart(title, "N, steps on the pretraining data", name, by_steps)
+    return found
 
 
 def _grouped(values: Iterable, key: Callable) -> dict:

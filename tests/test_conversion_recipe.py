@@ -52,6 +52,22 @@ def test_the_table_has_a_line_for_each_route_and_decoder(report, tmp_path):
     assert "25.0% ± 0.0% were accepted" in table[-1]
     for name in ("tokens", "flops", "passes"):
         assert "<svg" in (tmp_path / f"{name}.svg").read_text()
+    assert not (tmp_path / "adapted.svg").exists()
+
+
+def test_adaptation_is_drawn_over_its_steps(report, monkeypatch):
+    scores = [
+        report.Score(f"ar2diff_{steps}", seed, "static", {"exact_match": steps / 10 + seed, "tokens_per_step": 1.0})
+        for steps in (300, 0, 100)
+        for seed in range(3)
+    ]
+    scores.append(report.Score("ar2diff_0_and_more", 0, "static", {"exact_match": 99.0, "tokens_per_step": 1.0}))
+    drawn = {}
+    monkeypatch.setattr(report.charts, "line_chart", lambda title, x, y, lines: drawn.setdefault(x, lines))
+    report.drawn("exact_match", scores, [])
+    (line,) = drawn["N, steps on the pretraining data"]
+    assert line.label == "static" and line.points == [(0, 1.0), (100, 11.0), (300, 31.0)]
+    assert line.band[0] == pytest.approx(report.interval([0.0, 1.0, 2.0])[1:])
 
 
 def test_what_a_route_costs(conversion):
