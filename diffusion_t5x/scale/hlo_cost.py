@@ -113,9 +113,9 @@ class ProgramCost:
         if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
             results = results[len(operands) :][: len(operands)]  # a tuple of operands, results and more
         # The TPU compiler has a fusion for reduce-scatter: an all-reduce of which every device takes its slice.
-        users = computation.users(instruction.name)
+        users = _users(computation, instruction.name)
         if kind == "all-reduce" and users and all(user.opcode == "dynamic-slice" for user in users):
-            kind, results = "reduce-scatter", users[0].arrays
+            kind, results = "reduce-scatter", [array for user in users for array in user.arrays]
         devices = group_size(instruction.attributes, self._program.devices)
         largest = max(sum(array.bytes for array in arrays) for arrays in (operands, results))
         share = {"all-reduce": 2, "collective-permute": devices / max(devices - 1, 1)}.get(kind, 1)
@@ -156,6 +156,14 @@ class ProgramCost:
             elif not _in_place(user, name):
                 return whole
         return min(total, whole)
+
+
+def _users(computation: Computation, name: str) -> list[Instruction]:
+    """What uses a result, or a part of it where it is a tuple."""
+    found = []
+    for user in computation.users(name):
+        found += _users(computation, user.name) if user.opcode == "get-tuple-element" else [user]
+    return found
 
 
 def _collective(opcode: str) -> str | None:

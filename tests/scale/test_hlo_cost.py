@@ -163,3 +163,25 @@ def test_collectives_in_fusions_of_the_tpu_compiler_count_once():
     assert found.sent_bytes["reduce-scatter", 4] == 2048 * 64 * 2 * 3 / 4
     # Each collective reads and writes its arrays once; what lies in nearer memory, S(1), is no traffic.
     assert found.hbm_bytes == 2 * (2048 * 64 + 4 * 64 + 16 * 64)
+
+
+def test_a_reduce_scatter_of_several_arrays_is_one():
+    text = """HloModule step, num_partitions=4
+
+ENTRY %main (a: f32[64], b: f32[8,16]) -> (f32[16], f32[2,16]) {
+  %a = f32[64]{0} parameter(0)
+  %b = f32[8,16]{1,0} parameter(1)
+  %zero = s32[] constant(0)
+  %sums = (f32[64]{0}, f32[8,16]{1,0}) all-reduce(%a, %b), channel_id=1, replica_groups=[1,4]<=[4]
+  %sum.1 = f32[64]{0} get-tuple-element(%sums), index=0
+  %sum.2 = f32[8,16]{1,0} get-tuple-element(%sums), index=1
+  %mine.1 = f32[16]{0} dynamic-slice(%sum.1, %zero)
+  %mine.2 = f32[2,16]{1,0} dynamic-slice(%sum.2, %zero, %zero)
+  ROOT %both = (f32[16]{0}, f32[2,16]{1,0}) tuple(%mine.1, %mine.2)
+}
+"""
+    found = ProgramCost(Program.parse(text)).total()
+    assert found.collectives == {("reduce-scatter", 4): 1}
+    assert found.sent_bytes["reduce-scatter", 4] == 4 * (64 + 8 * 16) * 3 / 4
+    kept = ProgramCost(Program.parse(text.replace("tuple(%mine.1, %mine.2)", "tuple(%mine.1, %sum.2)"))).total()
+    assert kept.collectives == {("all-reduce", 4): 1}
