@@ -11,7 +11,7 @@ import numpy as np
 from diffusion_t5x.data import cache
 from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.cache import CachedTask
-from diffusion_t5x.data.rows import RowLayout, check_rows, check_source, fill_batches, rows_of_shard
+from diffusion_t5x.data.rows import RowLayout, check_rows, check_source, fill_batches, rows_of_shard, unreadable
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 
@@ -205,7 +205,16 @@ class CachedIterator:
         return self
 
     def __next__(self) -> Batch:
-        return Batch(**next(self._iterator), example_ids=self._example_ids)
+        """The next batch.
+
+        Raises:
+          UserError: a file has gone or is broken.
+        """
+        try:
+            arrays = next(self._iterator)
+        except (RuntimeError, OSError) as error:  # what ArrayRecord raises
+            raise unreadable(str(error)) from error
+        return Batch(**arrays, example_ids=self._example_ids)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The position as uint8 arrays: what `load_state_dict` needs to go on with the very next batch."""

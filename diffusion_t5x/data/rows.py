@@ -48,6 +48,14 @@ def check_source(state: Mapping[str, np.ndarray], source: np.ndarray) -> None:
         )
 
 
+def unreadable(reason: str) -> UserError:
+    """For training data that were there when the run began."""
+    return UserError(
+        f"The training data cannot be read any more: {reason}. Finished checkpoints are as they were: bring the file "
+        "back, and the same command goes on from the newest of them."
+    )
+
+
 def fill_batches(
     examples: Iterable[tuple[Row, Any]], batch_size: int, pad_id: int
 ) -> Iterator[tuple[Batch, list[Any]]]:

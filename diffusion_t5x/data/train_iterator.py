@@ -1,6 +1,7 @@
 """Endless training batches with an exact position. Imports TensorFlow: import it inside functions."""
 
 import pathlib
+import re
 import tempfile
 from collections.abc import Mapping
 
@@ -8,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.data.rows import check_source
+from diffusion_t5x.data.rows import check_source, unreadable
 
 _FILES = {"index": "position.index", "data": "position.data-00000-of-00001"}  # what a TensorFlow checkpoint is made of
 
@@ -31,7 +32,15 @@ class TrainIterator:
         return self
 
     def __next__(self) -> Batch:
-        arrays = {name: array.numpy() for name, array in next(self._iterator).items()}
+        """The next batch.
+
+        Raises:
+          UserError: a file has gone or is broken.
+        """
+        try:
+            arrays = {name: array.numpy() for name, array in next(self._iterator).items()}
+        except (tf.errors.NotFoundError, tf.errors.PermissionDeniedError, tf.errors.DataLossError) as error:
+            raise unreadable(re.sub(r"\{\{.*?\}\} | \[Op:.*", "", error.message)) from error
         return Batch(**arrays, example_ids=self._example_ids)
 
     def state_dict(self) -> dict[str, np.ndarray]:

@@ -260,6 +260,18 @@ def test_a_damaged_cache_is_refused(copy):
         dataset.check()
 
 
+def test_a_record_that_breaks_later_ends_in_words(copy):
+    dataset, folder = copy
+    iterator = dataset.train_iterator()
+    next(iterator)
+    shard = next(folder.glob("examples*"))
+    contents = bytearray(shard.read_bytes())
+    contents[200:220] = bytes(255 - byte for byte in contents[200:220])  # in the first record, far from the index
+    shard.write_bytes(contents)
+    with pytest.raises(UserError, match=r"cannot be read any more: .*[Cc]orrupted"):
+        batches(dataset.train_iterator(), 100)
+
+
 def test_shards_of_another_number_of_examples_are_refused(copy):
     dataset, folder = copy
     info = json.loads((folder / "info.json").read_text())

@@ -98,6 +98,25 @@ def test_resumed_reading_goes_on_with_the_same_batches(kind, batches, word_files
     assert all(same(one, next(undisturbed)) for one in before + after)
 
 
+def test_a_file_that_vanishes_later_ends_in_words(tmp_path):
+    file = tmp_path / "texts.txt"
+    file.write_text("".join(f"{word(i)}\n" for i in range(SIZE)), encoding="utf-8")
+    seqio.TaskRegistry.add(
+        "test_vanishing",
+        source=seqio.TextLineDataSource({"train": str(file)}),
+        preprocessors=[lambda ds: ds.map(lambda text: {"targets": text}), seqio.preprocessors.tokenize],
+        output_features={"targets": seqio.Feature(seqio.ByteVocabulary(), add_eos=False)},
+        shuffle_buffer_size=4,
+    )
+    reader = SeqioDataset("test_vanishing", {"targets": 10}, batch_size=8).train_iterator()
+    next(reader)
+    file.unlink()
+    with pytest.raises(UserError, match=f"cannot be read any more: {file}; No such file") as caught:
+        for _ in range(20):  # it is opened again for the next epoch
+            next(reader)
+    assert "{{" not in str(caught.value) and "[Op" not in str(caught.value)
+
+
 def test_another_run_s_position_is_refused():
     position = WORDS.train_iterator().state_dict()
     with pytest.raises(UserError, match=r"batch_size=8.*batch_size=4"):
