@@ -390,6 +390,14 @@ def test_gin_files_use_what_is_allowed(tmp_path, text, message):
     assert str(caught.value).startswith(str(tmp_path))
 
 
+def test_what_was_written_is_allowed_and_gin_itself_is_not(tmp_path):
+    (tmp_path / "written.gin").write_text("from __gin__ import dynamic_registration\nfrom gin import config\nX = 1\n")
+    config.load([str(tmp_path / "written.gin")])
+    (tmp_path / "gin.gin").write_text("import gin\n")
+    with pytest.raises(UserError, match="it imports gin, but"):
+        config.load([str(tmp_path / "gin.gin")])
+
+
 def test_what_is_allowed_is_used(tmp_path):
     (tmp_path / "mine.gin").write_text("from __gin__ import dynamic_registration\nimport json.encoder\nimport optax\n")
     with pytest.raises(UserError, match=r"imports json\.encoder"):

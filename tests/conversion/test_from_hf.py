@@ -128,7 +128,7 @@ def test_files_that_are_refused(tmp_path):
     (source / "tokenizer.json").unlink()
     refuses("has no tokenizer")
     (source / "config.json").write_text("{")
-    refuses(r"config\.json is not JSON")
+    refuses(r"config\.json: not JSON")
     with pytest.raises(UserError, match=r"Cannot read .*nowhere/config\.json"):
         import_model(tmp_path / "nowhere", tmp_path / "out")
     integers = {"model.norm.weight": np.zeros(EMBED, np.int8)}

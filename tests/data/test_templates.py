@@ -99,7 +99,7 @@ def test_what_is_a_hole_and_what_is_text(template, text, holes, tmp_path):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ('{"template": "x', "some.jsonl:2: not JSON (Unterminated string"),
+        ('{"template": "x', "some.jsonl:2: not JSON: Unterminated string"),
         ("[]", "some.jsonl:2: no template."),
         ({"inputs": "x"}, "some.jsonl:2: no template."),
         ({"template": "<hole:1>", "input": "x"}, "some.jsonl:2: unknown field 'input'. Did you mean 'inputs'?"),
