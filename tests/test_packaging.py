@@ -114,7 +114,10 @@ def test_metadata(wheel):
     assert any(line.startswith("Requires-Python: ") and "3.11" in line and "3.14" in line for line in metadata)
 
 
-@pytest.mark.parametrize("kind", ["checkout", "wheel", "editable"])
+@pytest.mark.parametrize(
+    "kind",
+    ["checkout", pytest.param("wheel", marks=pytest.mark.slow), pytest.param("editable", marks=pytest.mark.slow)],
+)
 def test_found_from_any_folder(kind, checkout, wheel, tmp_path):
     installed, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
     elsewhere.mkdir()

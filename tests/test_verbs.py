@@ -331,6 +331,7 @@ def test_evaluations_with_settings_of_their_own_are_scopes_of_a_gin_file(finetun
     assert [path.name for path in tmp_path.iterdir()] == ["two.gin"]
 
 
+@pytest.mark.slow
 def test_infer_goes_on_where_it_stopped_and_refuses_other_settings(finetuned, tmp_path, capsys):
     flags = [*MODELS, "--gin_file=decoding/sundae.gin", "--gin_file=runs/infer.gin", *TASK, *TINY]
     flags += [f"--gin.CHECKPOINT_PATH={finetuned}", "--gin.NUM_DECODED_EXAMPLES=20", "--gin.infer.infer.trace=True"]

@@ -44,7 +44,7 @@ DECODER_ONLY, ENCODER_DECODER = tiny.RELATIVE, tiny.ENCODER_DECODER
         (DECODER_ONLY, Autoregressive(), [AutoregressiveDecoder()], 200),
         (DECODER_ONLY, Sundae(), [SundaeDecoder()], 800),
         (DECODER_ONLY, Masked(), MASKED, 800),
-        (ENCODER_DECODER, Masked(), MASKED, 1600),
+        pytest.param(ENCODER_DECODER, Masked(), MASKED, 1600, marks=pytest.mark.slow),
         (DECODER_ONLY, Block(3), [BlockDecoder(3, decoder) for decoder in MASKED], 800),
         (DECODER_ONLY, Block(3, noise="uniform", weighting="uniform"), [BlockDecoder(3, SUNDAE)], 800),
     ],

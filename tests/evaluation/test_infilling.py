@@ -88,7 +88,7 @@ def learn(definition, params, objective, batch, steps):
     "config,objective,decoder,steps",
     [
         (tiny.RELATIVE, Sundae(), SundaeDecoder(), 800),
-        (tiny.ENCODER_DECODER, Masked(), MaskedDecoder(num_steps=4), 1600),
+        pytest.param(tiny.ENCODER_DECODER, Masked(), MaskedDecoder(num_steps=4), 1600, marks=pytest.mark.slow),
     ],
     ids=["sundae decoder_only", "masked encoder_decoder"],
 )
