@@ -91,7 +91,9 @@ DECODERS = {
     "threshold 0.9": ["--gin.NUM_STEPS=None", "--gin.THRESHOLD=0.9"],
 }
 ONE_BY_ONE = ["--gin_file=decoding/autoregressive.gin"]
-AUTOREGRESSIVE_TOO = {"one by one": ONE_BY_ONE, "self-speculation": ["--gin_file=decoding/self_speculation.gin"]}
+AUTOREGRESSIVE_TOO = dict(
+    zip(conversion_report.AUTOREGRESSIVE, (ONE_BY_ONE, ["--gin_file=decoding/self_speculation.gin"]), strict=True)
+)
 
 
 def run(verb: Callable[..., None], flags: list[str]) -> None:

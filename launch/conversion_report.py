@@ -12,6 +12,8 @@ from scipy import stats
 from diffusion_t5x.evaluation import charts
 from diffusion_t5x.evaluation.charts import Line
 
+AUTOREGRESSIVE = ("one by one", "self-speculation")  # decoders that write what an autoregressive model does
+
 
 @dataclasses.dataclass(frozen=True)
 class Point:
@@ -101,12 +103,12 @@ def drawn(metric: str, scores: Sequence[Score], points: Sequence[Point]) -> dict
 
     name = metric.replace("_", " ")
     by_decoder = []
-    for number, (route, own) in enumerate(_grouped(scores, lambda score: score.route).items()):
+    for number, (label, own) in enumerate(_grouped(scores, _label).items()):
         means = [
             tuple(statistics.mean(score.metrics[x] for score in found) for x in ("tokens_per_step", metric))
             for found in _grouped(own, lambda score: score.decoder).values()
         ]
-        by_decoder.append(Line(route, number, sorted(means), marker="o"))
+        by_decoder.append(Line(label, number, sorted(means), marker="o"))
     found = {
         "tokens": charts.line_chart(f"{name} and training", "million tokens", name, lines(lambda p: p.tokens / 1e6)),
         "flops": charts.line_chart(f"{name} and its cost", "TFLOP", name, lines(lambda p: p.flops / 1e12)),
@@ -123,6 +125,11 @@ def drawn(metric: str, scores: Sequence[Score], points: Sequence[Point]) -> dict
         title = f"AR2Diff_N: {name} and adaptation"
         found["adapted"] = charts.line_chart(title, "N, steps on the pretraining data", name, by_steps)
     return found
+
+
+def _label(score: Score) -> str:
+    """Of a student that decodes in two modes, both have a line."""
+    return f"{score.route}, AR" if score.decoder in AUTOREGRESSIVE else score.route
 
 
 def _grouped(values: Iterable, key: Callable) -> dict:
