@@ -93,22 +93,34 @@ def _use_rules(overrides: Mapping[str, Sequence[str]]) -> None:
     _rules.update(LOGICAL_AXIS_RULES | {axis: tuple(mesh_axes) for axis, mesh_axes in overrides.items()})
 
 
-def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """Holds an activation with these logical axes to its place on the mesh in use; nothing where none is.
+def platform() -> str:
+    """Of the devices that will run what is traced: "cpu", "gpu", "tpu".
+
+    Those of the mesh in use, which may be a slice that programs are compiled for on a machine without one.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
+def cut_on(mesh: AbstractMesh, axes: Sequence[str], shape: Sequence[int]) -> PartitionSpec:
+    """How a mesh cuts an activation with these logical axes.
 
     Its `embed` axis stays whole: the batch axis already uses the mesh axes that cut a parameter's. So does an axis that
     does not divide, such as the one token of a decoding step.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
     free, cuts = set(MESH_AXES), []
-    for axis, size in zip(axes, x.shape, strict=True):
+    for axis, size in zip(axes, shape, strict=True):
         cut = tuple(name for name in _rules.get(axis, ()) if name in free and axis != "embed")
         pieces = math.prod(mesh.shape[name] for name in cut)
         cuts.append(() if size % pieces else cut)
         free -= set(cuts[-1])
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*cuts))
+    return PartitionSpec(*cuts)
+
+
+def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """Holds an activation with these logical axes to its place on the mesh in use; nothing where none is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, cut_on(mesh, axes, x.shape))
 
 
 def pieces_of(axis: str, mesh: Mesh | AbstractMesh | None = None) -> int:

@@ -1,6 +1,7 @@
 """Random small models of `transformers`, in a process of their own: torch and TensorFlow do not get on in one.
 
 python theirs.py write DIR          each of MODELS, float32 and bfloat16, with tokens and its logits for them
+python theirs.py logits DIR         tokens and logits of the model in a folder, shorter ones
 python theirs.py same A B A B ...   whether each two folders load as the same model
 """
 
@@ -13,6 +14,7 @@ import open_models
 
 IDS = 300  # of the tokenizers
 LENGTHS = (512, 391, 40)
+EMBEDDINGS = ("model.embed_tokens.weight", "shared.weight", "transformer.wte.weight")
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 SMALL = {
     "vocab_size": IDS + 20,
@@ -42,6 +44,7 @@ SMALL_T5 = {
     "feed_forward_proj": "gated-gelu",
     "decoder_start_token_id": 1,
 }
+SMALL_GPT2 = {"vocab_size": IDS + 20, "n_embd": 48, "n_inner": 40, "n_layer": 3, "n_head": 4, "n_positions": 1024}
 
 # Class of the config, what differs from the defaults, and what config.json is given on top. `None` takes a key away.
 MODELS = {
@@ -71,6 +74,8 @@ MODELS = {
     "t5": ("T5", SMALL_T5, {"tie_word_embeddings": False, "scale_decoder_outputs": None}),
     "mt5": ("MT5", SMALL_T5, {"tie_word_embeddings": False}),
     "t5_tied": ("T5", SMALL_T5 | {"feed_forward_proj": "gated-silu"}, {}),
+    "gpt2": ("GPT2", SMALL_GPT2, {}),
+    "gpt2_untied": ("GPT2", SMALL_GPT2, {"tie_word_embeddings": False}),
 }
 
 
@@ -99,7 +104,8 @@ def write_source(folder, name, dtype, shards):
     rng = np.random.default_rng(0)
     tensors = {name: random_values(name, parameter, rng).astype(dtype) for name, parameter in model.named_parameters()}
     if changes.get("tie_word_embeddings") is False:
-        tensors["lm_head.weight"] = (0.3 * rng.standard_normal(tensors["shared.weight"].shape)).astype(dtype)
+        table = next(tensors[table] for table in EMBEDDINGS if table in tensors)
+        tensors["lm_head.weight"] = (0.3 * rng.standard_normal(table.shape)).astype(dtype)
     model_config.architectures = [family + head]
     model_config.save_pretrained(folder)
     open_models.edit_config(folder, **changes)
@@ -118,18 +124,18 @@ def load(folder):
     return auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
-def rows(seed, vocab_size):
+def rows(seed, vocab_size, lengths):
     """Tokens and whether they are there `[B, L]`, padded at their ends."""
-    there = np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]
+    there = np.arange(max(lengths)) < np.array(lengths)[:, None]
     tokens = np.random.default_rng(seed).integers(3, vocab_size, there.shape)
     return np.where(there, tokens, 1), there
 
 
-def write_logits(folder):
+def write_logits(folder, lengths=LENGTHS):
     import torch
 
     model = load(folder)
-    (tokens, there), (inputs, inputs_there) = (rows(seed, model.config.vocab_size) for seed in (1, 2))
+    (tokens, there), (inputs, inputs_there) = (rows(seed, model.config.vocab_size, lengths) for seed in (1, 2))
     said = {"attention_mask": there, "input_ids": tokens}
     if model.config.is_encoder_decoder:
         said = {"attention_mask": inputs_there, "input_ids": inputs, "decoder_input_ids": tokens}
@@ -154,6 +160,8 @@ if __name__ == "__main__":
                 write_source(source, name, numpy_dtype, shards=3 if dtype == "float32" else 1)
                 if dtype == "float32":
                     write_logits(source)
+    elif command == "logits":
+        write_logits(pathlib.Path(folders[0]), lengths=(100, 60, 7))
     else:
         differ = [pair for pair in zip(folders[::2], folders[1::2], strict=True) if not same(*pair)]
         sys.exit(f"not the same: {differ}" if differ else 0)

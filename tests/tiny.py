@@ -24,6 +24,17 @@ ROTARY = dataclasses.replace(RELATIVE, position="rotary")
 LLAMA = dataclasses.replace(  # everything that T5 does not have
     ROTARY, num_kv_heads=2, activation="silu", tie_embeddings=False, query_key_norm=True, attention_scale=0.5
 )
+GPT2 = dataclasses.replace(  # everything that neither has
+    RELATIVE,
+    position="learned",
+    norm="layer",
+    gated=False,
+    qkv_bias=True,
+    output_bias=True,
+    attention_scale=0.5,
+    logits_scale=1.0,
+    max_length=32,
+)
 
 ENCODER_DECODER = dataclasses.replace(RELATIVE, architecture="encoder_decoder", tie_embeddings=False)
 

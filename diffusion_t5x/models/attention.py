@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion_t5x.models.config import ModelConfig
-from diffusion_t5x.models.layers import RMSNorm, add_bias, dense, normal, param, softcap
-from diffusion_t5x.models.masks import Slots
+from diffusion_t5x.models.dot_product import KEYS, QUERIES, attend
+from diffusion_t5x.models.layers import RMSNorm, add_bias, dense, normal, param
+from diffusion_t5x.models.masks import Sight, Slots
 from diffusion_t5x.models.positions import rotate
 from diffusion_t5x.partitioning import constrain
 
@@ -49,28 +50,6 @@ def write_rows(buffer_BxL: jax.Array, values_BxQ: jax.Array, start_B: jax.Array)
     )
 
 
-def capped_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    bias: jax.Array | None,
-    mask: jax.Array,
-    scale: float,
-    cap: float,
-) -> jax.Array:
-    """`jax.nn.dot_product_attention` with query-key products capped before the bias is added; mask is `[B, Lq, Lk]`."""
-    batch, length, heads, head_dim = query.shape
-    kv_heads = key.shape[2]
-    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    logits = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, key, preferred_element_type=jnp.float32)
-    logits = softcap(logits * scale, cap)
-    if bias is not None:
-        logits += bias.reshape(bias.shape[0], kv_heads, -1, *bias.shape[2:])
-    logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    return jnp.einsum("bhgqk,bkhd->bqhgd", weights, value).reshape(query.shape)
-
-
 class Attention(nnx.Module):
     """Self-attention over the same rows or their cached keys, or cross-attention over another sequence's."""
 
@@ -83,11 +62,11 @@ class Attention(nnx.Module):
         self.key = param(keys[1], normal(1 / embed), embed=embed, kv_heads=kv_heads, head_dim=head_dim)
         self.value = param(keys[2], normal(1 / embed), embed=embed, kv_heads=kv_heads, head_dim=head_dim)
         self.out = param(keys[3], normal(1 / (heads * head_dim)), heads=heads, head_dim=head_dim, embed=embed)
-        if config.qkv_bias:
-            zeros = jax.nn.initializers.zeros
-            self.query_bias = param(key, zeros, heads=heads, head_dim=head_dim)
-            self.key_bias = param(key, zeros, kv_heads=kv_heads, head_dim=head_dim)
-            self.value_bias = param(key, zeros, kv_heads=kv_heads, head_dim=head_dim)
+        zeros = jax.nn.initializers.zeros
+        self.query_bias = param(key, zeros, heads=heads, head_dim=head_dim) if config.qkv_bias else None
+        self.key_bias = param(key, zeros, kv_heads=kv_heads, head_dim=head_dim) if config.qkv_bias else None
+        self.value_bias = param(key, zeros, kv_heads=kv_heads, head_dim=head_dim) if config.qkv_bias else None
+        self.out_bias = param(key, zeros, embed=embed) if config.output_bias else None
         if config.query_key_norm:
             self.query_norm = RMSNorm(head_dim, config.norm_epsilon, "head_dim", config.norm_offset)
             self.key_norm = RMSNorm(head_dim, config.norm_epsilon, "head_dim", config.norm_offset)
@@ -97,7 +76,7 @@ class Attention(nnx.Module):
         self,
         x: jax.Array,
         positions: jax.Array,
-        mask: jax.Array,
+        sight: Sight,
         bias: jax.Array | None,
         frequencies: jax.Array | None = None,
         cached: tuple[jax.Array, jax.Array] | None = None,
@@ -108,7 +87,7 @@ class Attention(nnx.Module):
         Args:
           x: the queries' hidden states.
           positions: int32 `[B, Lq]`, for rotary positions.
-          mask: bool `[B, Lq, Lk]`.
+          sight: what the queries see of the keys.
           bias: float32 `[n, heads, Lq, Lk]`, one for each nth of the rows, or None.
           frequencies: float32 `[head_dim / 2]`, of rotary positions; None where there are none.
           cached: this layer's keys and values `[B, Lk, kv_heads, head_dim]`; the queries' own are written into them
@@ -125,42 +104,31 @@ class Attention(nnx.Module):
         if cached is not None:
             key, value = (write_rows(old, new, write_at) for old, new in zip(cached, (key, value), strict=True))
             cached = (key, value)
-        return self._attend(query, key, value, mask, bias), cached
+        return self._attend(query, key, value, bias, sight), cached
 
-    def cross(self, x: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+    def cross(self, x: jax.Array, key: jax.Array, value: jax.Array, sight: Sight) -> jax.Array:
         """Attention of x `[B, Lq, D]` over what `keys_values` made of other hidden states; it knows no positions.
 
         Args:
           x: the queries' hidden states.
           key, value: `[B, Lk, kv_heads, head_dim]`.
-          mask: bool `[B, Lq, Lk]`.
+          sight: what the queries see of the keys.
         """
-        return self._attend(self._project_query(x), key, value, mask, None)
+        return self._attend(self._project_query(x), key, value, None, sight)
 
     def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values `[B, L, kv_heads, head_dim]` of hidden states `[B, L, D]`, not rotated."""
-        key, value = (dense(x, kernel.get_value()) for kernel in (self.key, self.value))
-        if self.config.qkv_bias:
-            key, value = add_bias(key, self.key_bias), add_bias(value, self.value_bias)
+        key = add_bias(dense(x, self.key.get_value()), self.key_bias)
+        value = add_bias(dense(x, self.value.get_value()), self.value_bias)
         return self.key_norm(key) if self.config.query_key_norm else key, value
 
     def _project_query(self, x):
-        query = dense(x, self.query.get_value())
-        if self.config.qkv_bias:
-            query = add_bias(query, self.query_bias)
+        query = add_bias(dense(x, self.query.get_value()), self.query_bias)
         return self.query_norm(query) if self.config.query_key_norm else query
 
-    def _attend(self, query, key, value, mask, bias):
+    def _attend(self, query, key, value, bias, sight):
         # Queries are cut along the length; keys and values of the whole rows come to each of them.
-        query = constrain(query, ("batch", "length", "heads", "head_dim"))
-        key, value = (constrain(x, ("batch", "keys", "kv_heads", "head_dim")) for x in (key, value))
-        if bias is not None and len(bias) > 1:
-            bias = jnp.repeat(bias, len(query) // len(bias), axis=0)
-        scale = self.config.attention_scale
-        if self.config.attention_softcap is None:
-            attended = jax.nn.dot_product_attention(
-                query, key, value, bias, mask[:, None], scale=scale, implementation="xla"
-            )
-        else:
-            attended = capped_attention(query, key, value, bias, mask, scale, self.config.attention_softcap)
-        return dense(attended, self.out.get_value(), inputs=2)
+        query = constrain(query, QUERIES)
+        key, value = constrain(key, KEYS), constrain(value, KEYS)
+        attended = attend(self.config, query, key, value, bias, sight)
+        return add_bias(dense(attended, self.out.get_value(), inputs=2), self.out_bias)

@@ -9,7 +9,7 @@ from diffusion_t5x.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A Transformer. The defaults are T5 1.1's; the other choices are those of Llama-style models.
+    """A Transformer. The defaults are T5 1.1's; the other choices are those of Llama-style models and of GPT-2.
 
     Attributes:
       embed_dim, num_layers, num_heads, head_dim, mlp_dim: the size. An encoder has as many layers as its decoder.
@@ -17,19 +17,26 @@ class ModelConfig:
         every layer of its decoder attends to them as well.
       vocab_size: rows of the embedding; None takes the vocabulary's size, rounded up to a multiple of 128.
       num_kv_heads: key and value heads, shared by groups of query heads; None means one for each query head.
-      position: "relative" is T5's learned bias shared by all layers, "rotary" rotates queries and keys.
-      activation: the gate of the feed-forward layer.
+      position: "relative" is T5's learned bias shared by all layers, "rotary" rotates queries and keys, "learned" adds
+        a vector for each of `max_length` positions to the embedded tokens.
+      norm: "rms" scales by the root mean square, "layer" (arXiv 1607.06450) takes the mean off first and adds a bias.
+      activation: of the feed-forward layer.
+      gated: the activation is the gate of a second product; False has the activation alone.
       tie_embeddings: read the logits out with the embedding; False adds an output matrix of its own.
       query_key_norm: RMS-normalise queries and keys of each head.
       qkv_bias: add biases to queries, keys and values.
+      output_bias: add biases to attention's output and to the feed-forward layer.
       attention_scale: factor on query-key products. 1 with T5's initialiser, which holds the scale itself;
         `head_dim ** -0.5` in most other models.
       logits_scale: factor on the last hidden state; None is T5's `embed_dim ** -0.5` where embeddings are tied.
-      norm_epsilon: RMSNorm's epsilon.
-      norm_offset: a norm's parameter is what its scale has beyond 1, as in Gemma.
+      norm_epsilon: added to the mean square, or to the variance.
+      norm_offset: an RMS norm's parameter is what its scale has beyond 1, as in Gemma.
       post_norms: attention and the feed-forward layer are normed once more before they are added to the residual.
       embedding_scale: factor on embedded tokens.
       attention_softcap, logits_softcap: x becomes `cap * tanh(x / cap)`, for query-key products and logits.
+      attention_backend: what computes attention: "xla" anywhere, "cudnn" on NVIDIA GPUs, on TPUs "splash" (without a
+        relative bias) or "flash" (with one); "auto" takes what suits device and call. Any other choice that cannot be
+        had is an error, but where a decoder reads on over its cache: there "xla" stands in.
       local_layers: for each layer whether it sees only what is less than `window` tokens away; None: none does.
       window: of the local layers.
       local_rotary_base: rotary base of the local layers, whose wavelengths are not stretched.
@@ -40,7 +47,7 @@ class ModelConfig:
       rotary_factor: rotary wavelengths are so many times as long as the base makes them ("linear" scaling).
       rotary_stretched: only wavelengths beyond the second number, in tokens, are, and none below the first; between
         them the frequencies go over from one to the other (Llama 3.1, arXiv 2407.21783). None stretches all.
-      max_length: longest row that the model is meant for; None sets no limit.
+      max_length: longest row that the model is meant for; None sets no limit. So many are the learned positions.
       dropout_rate: after the embedding, on every residual branch, inside the feed-forward layer, after the last norm.
       dtype: of activations; parameters, softmax, logits and loss are float32.
       scan_unroll: layers unrolled in one iteration of the scan over layers; True unrolls all (fast on CPU).
@@ -55,11 +62,14 @@ class ModelConfig:
     architecture: Architecture = "decoder_only"
     vocab_size: int | None = None
     num_kv_heads: int | None = None
-    position: Literal["relative", "rotary"] = "relative"
+    position: Literal["relative", "rotary", "learned"] = "relative"
+    norm: Literal["rms", "layer"] = "rms"
     activation: Literal["gelu", "silu"] = "gelu"
+    gated: bool = True
     tie_embeddings: bool = True
     query_key_norm: bool = False
     qkv_bias: bool = False
+    output_bias: bool = False
     attention_scale: float = 1.0
     logits_scale: float | None = None
     norm_epsilon: float = 1e-6
@@ -68,6 +78,7 @@ class ModelConfig:
     embedding_scale: float = 1.0
     attention_softcap: float | None = None
     logits_softcap: float | None = None
+    attention_backend: Literal["auto", "xla", "cudnn", "splash", "flash"] = "auto"
     local_layers: tuple[bool, ...] | None = None
     window: int | None = None
     local_rotary_base: float | None = None
@@ -89,8 +100,10 @@ class ModelConfig:
                 raise UserError(f"ModelConfig.{name} must be at least 1, not {getattr(self, name)}.")
         for name, known in (
             ("architecture", ("decoder_only", "encoder_decoder")),
-            ("position", ("relative", "rotary")),
+            ("position", ("relative", "rotary", "learned")),
+            ("norm", ("rms", "layer")),
             ("activation", ("gelu", "silu")),
+            ("attention_backend", ("auto", "xla", "cudnn", "splash", "flash")),
             ("remat", ("none", "dots", "full")),
         ):
             if getattr(self, name) not in known:
@@ -101,6 +114,16 @@ class ModelConfig:
             )
         if self.position == "rotary" and self.head_dim % 2:
             raise UserError(f"Rotary positions need an even ModelConfig.head_dim, not {self.head_dim}.")
+        near = self.relative_buckets // (2 if self.causal_buckets else 4)  # distances with a bucket of their own
+        if self.position == "relative" and not 0 < near < self.relative_max_distance:
+            raise UserError(
+                f"ModelConfig.relative_max_distance = {self.relative_max_distance} must be above the {near} distances "
+                f"that have buckets of their own among relative_buckets = {self.relative_buckets}, at least 1."
+            )
+        if self.position == "learned" and not self.max_length:
+            raise UserError(f"Learned positions need a ModelConfig.max_length of at least 1, not {self.max_length}.")
+        if self.norm == "layer" and self.norm_offset:
+            raise UserError('ModelConfig.norm_offset belongs to norm = "rms" alone.')
         if self.local_layers and (len(self.local_layers) != self.num_layers or not self.window):
             raise UserError(
                 f"ModelConfig.local_layers must say of each of {self.num_layers} layers if it is local, and not of "

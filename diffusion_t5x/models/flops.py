@@ -48,8 +48,8 @@ def _attention(config: ModelConfig, keys: int) -> int:
 
 
 def _feed_forward(config: ModelConfig) -> int:
-    """The gate, the other half and the way back, for a slot."""
-    return 6 * config.embed_dim * config.mlp_dim
+    """The gate, where there is one, the other half and the way back, for a slot."""
+    return (6 if config.gated else 4) * config.embed_dim * config.mlp_dim
 
 
 def _cross_queries(config: ModelConfig) -> int:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diffusion_t5x.models.low_rank import LowRank
 from diffusion_t5x.partitioning import pieces_of
 
 Initializer = Callable[..., jax.Array]
@@ -22,12 +23,16 @@ def normal(variance: float) -> Initializer:
     return jax.nn.initializers.normal(stddev=variance**0.5)
 
 
-def dense(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
+def dense(x: jax.Array, kernel: jax.Array | LowRank, inputs: int = 1) -> jax.Array:
     """Contracts the last `inputs` axes of x with the first ones of the kernel, in x's dtype.
 
     The product runs over two plain matrices: XLA's CPU backend is more than twice as fast there, in the backward
     pass, as over `[B, L, D]`. Where the length is cut over devices, rows and positions cannot become one axis.
     """
+    if isinstance(kernel, LowRank):
+        product = dense(x, kernel.base, inputs)
+        update = dense(dense(x.reshape(*x.shape[: x.ndim - inputs], -1), kernel.down), kernel.up)
+        return product + jnp.asarray(kernel.scale, x.dtype) * update.reshape(product.shape)
     if pieces_of("length") > 1:
         return jnp.tensordot(x, kernel.astype(x.dtype), axes=inputs)
     split = x.ndim - inputs
@@ -36,9 +41,9 @@ def dense(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
     return product.reshape(*x.shape[:split], *kernel.shape[inputs:])
 
 
-def add_bias(x: jax.Array, bias: nnx.Param) -> jax.Array:
-    """The sum, in x's dtype."""
-    return x + bias.get_value().astype(x.dtype)
+def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
+    """The sum, in x's dtype; x where there is no bias."""
+    return x if bias is None else x + bias.get_value().astype(x.dtype)
 
 
 def softcap(x: jax.Array, cap: float | None) -> jax.Array:
@@ -80,18 +85,64 @@ class RMSNorm(nnx.Module):
         return (y * (1 + scale if self.offset else scale)).astype(x.dtype)
 
 
-class GatedMLP(nnx.Module):
-    """Gated feed-forward layer without biases: `wo(activation(wi_0 x) * wi_1 x)` (arXiv 2002.05202)."""
+class LayerNorm(nnx.Module):
+    """Layer norm (arXiv 1607.06450) with a learned scale and bias, computed in float32.
 
-    def __init__(self, key: jax.Array, embed_dim: int, mlp_dim: int, activation: str, dropout_rate: float):
-        keys = jax.random.split(key, 3)
+    Args:
+      size: of the last axis, `embed`, which is normed.
+      epsilon: added to the variance.
+    """
+
+    def __init__(self, size: int, epsilon: float):
+        self.scale = nnx.Param(jnp.ones(size, jnp.float32), axes=("embed",))
+        self.bias = nnx.Param(jnp.zeros(size, jnp.float32), axes=("embed",))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+        return (y * self.scale.get_value() + self.bias.get_value()).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """Feed-forward layer: `wo(activation(wi_0 x) * wi_1 x)` (arXiv 2002.05202), or without the gate.
+
+    Args:
+      key: of the initial values.
+      embed_dim, mlp_dim: sizes outside and inside.
+      activation: "gelu" (its approximation by tanh) or "silu".
+      gated: False has `wo(activation(wi_0 x))`.
+      bias: each product has a bias added.
+      dropout_rate: on what wo reads.
+    """
+
+    def __init__(
+        self,
+        key: jax.Array,
+        embed_dim: int,
+        mlp_dim: int,
+        *,
+        activation: str,
+        gated: bool = True,
+        bias: bool = False,
+        dropout_rate: float = 0.0,
+    ):
+        keys, zeros = jax.random.split(key, 3), jax.nn.initializers.zeros
         self.wi_0 = param(keys[0], normal(1 / embed_dim), embed=embed_dim, mlp=mlp_dim)
-        self.wi_1 = param(keys[1], normal(1 / embed_dim), embed=embed_dim, mlp=mlp_dim)
+        self.wi_0_bias = param(key, zeros, mlp=mlp_dim) if bias else None
+        if gated:
+            self.wi_1 = param(keys[1], normal(1 / embed_dim), embed=embed_dim, mlp=mlp_dim)
+            self.wi_1_bias = param(key, zeros, mlp=mlp_dim) if bias else None
         self.wo = param(keys[2], normal(1 / mlp_dim), mlp=mlp_dim, embed=embed_dim)
+        self.wo_bias = param(key, zeros, embed=embed_dim) if bias else None
         self.activation = activation
+        self.gated = gated
         self.dropout_rate = dropout_rate
 
     def __call__(self, x: jax.Array, dropout_keys: jax.Array | None) -> jax.Array:
-        gate = {"gelu": jax.nn.gelu, "silu": jax.nn.silu}[self.activation](dense(x, self.wi_0.get_value()))
-        hidden = gate * dense(x, self.wi_1.get_value())
-        return dense(dropout(hidden, self.dropout_rate, dropout_keys), self.wo.get_value())
+        activation = {"gelu": jax.nn.gelu, "silu": jax.nn.silu}[self.activation]
+        hidden = activation(add_bias(dense(x, self.wi_0.get_value()), self.wi_0_bias))
+        if self.gated:
+            hidden = hidden * add_bias(dense(x, self.wi_1.get_value()), self.wi_1_bias)
+        return add_bias(dense(dropout(hidden, self.dropout_rate, dropout_keys), self.wo.get_value()), self.wo_bias)

@@ -1,7 +1,7 @@
 """The mask room: who may see whom."""
 
 import dataclasses
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import flax.struct
 import jax
@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.errors import UserError
+
+Order = Literal["before", "all"]  # of its segment, a query sees the slots up to its own, or all
 
 
 @flax.struct.dataclass
@@ -95,6 +97,11 @@ class AttentionKind:
         clean = ~key_noisy & (key_block <= query_block) & ~(query_noisy & (key_block == query_block))
         return together & (clean | (query_noisy & key_noisy & (key_block == query_block)))
 
+    @property
+    def order(self) -> Order | None:
+        """What is seen of a segment whose slots stand one behind the other; None where more than that tells."""
+        return {"causal": "before", "bidirectional": "all"}.get(self.name)
+
 
 CAUSAL = AttentionKind("causal")
 PREFIX = AttentionKind("prefix")
@@ -114,9 +121,43 @@ class Annealed:
     kind: AttentionKind
     share: jax.Array
     key: jax.Array
+    order: ClassVar[None] = None
 
     def mask(self, queries: Slots, keys: Slots) -> jax.Array:
         """bool `[B, Lq, Lk]`: whether a query may see a key."""
         shape = (1, queries.positions.shape[1], keys.positions.shape[1])
         is_open = jax.random.bernoulli(self.key, self.share, shape)
         return self.kind.mask(queries, keys) & (CAUSAL.mask(queries, keys) | is_open)
+
+
+@flax.struct.dataclass
+class Sight:
+    """What queries see of keys, said in the two ways that attention may be computed by.
+
+    Attributes:
+      mask: bool `[B, Lq, Lk]`, whether a query sees a key.
+      sees: bool `[B, Lq]`, whether a query sees anything.
+      query_segments, key_segments: int32 `[B, Lq]` and `[B, Lk]`; 0 = nothing there.
+      order: says with the segments what the mask says; None where they do not.
+      whole: the queries are whole rows, not the next slots over a cache.
+    """
+
+    mask: jax.Array
+    sees: jax.Array
+    query_segments: jax.Array
+    key_segments: jax.Array
+    order: Order | None = flax.struct.field(pytree_node=False, default=None)
+    whole: bool = flax.struct.field(pytree_node=False, default=True)
+
+    @classmethod
+    def of(cls, kind: AttentionKind | Annealed, queries: Slots, keys: Slots, whole: bool) -> Self:
+        """Of slots to slots of the same rows, or with `whole` to themselves."""
+        mask = kind.mask(queries, keys)
+        order = kind.order if whole and keys.index is None else None
+        return cls(mask, jnp.any(mask, axis=-1), queries.segment_ids, keys.segment_ids, order, whole)
+
+    @classmethod
+    def across(cls, queries: jax.Array, keys: jax.Array, whole: bool) -> Self:
+        """Of segments `[B, Lq]` to the same segments of other rows, `[B, Lk]`."""
+        mask = same_segment(queries, keys)
+        return cls(mask, jnp.any(mask, axis=-1), queries, keys, "all", whole)

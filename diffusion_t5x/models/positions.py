@@ -1,4 +1,4 @@
-"""Where a token stands: T5's relative position bias, and rotary positions."""
+"""Where a token stands: T5's relative position bias, rotary positions, and learned ones."""
 
 import math
 
@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from diffusion_t5x.models.layers import param
+from diffusion_t5x.models.layers import normal, param
+from diffusion_t5x.partitioning import constrain, platform
 
 
 def relative_position_bucket(
@@ -56,6 +57,10 @@ class RelativePositionBias(nnx.Module):
             num_buckets=table.shape[0],
             max_distance=self.max_distance,
         )
+        if platform() == "tpu":
+            # Looked up, each pair's heads would take a whole vector register, 128 numbers wide.
+            hot = jax.nn.one_hot(buckets, len(table), axis=0)
+            return jnp.einsum("n...qk,nh->...hqk", hot, table, precision=jax.lax.Precision.HIGHEST)
         return jnp.moveaxis(table[buckets], -1, -3)
 
 
@@ -86,3 +91,20 @@ def rotate(x_BxLxHxD: jax.Array, positions_BxL: jax.Array, frequency: np.ndarray
     x1, x2 = jnp.split(x_BxLxHxD.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
     return turned.astype(x_BxLxHxD.dtype)
+
+
+class LearnedPositions(nnx.Module):
+    """A learned vector for each position, added to embedded tokens (arXiv 1705.03122).
+
+    Beyond the last it is the last's. Only shifted rows that fill the model's length reach there, and by one: the start
+    token takes the first place.
+    """
+
+    def __init__(self, key: jax.Array, length: int, embed_dim: int):
+        self.embedding = param(key, normal(1.0), positions=length, embed=embed_dim)
+
+    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """The sum `[B, L, D]` of embedded tokens and their positions' vectors; positions are int32 `[B, L]`."""
+        # Gathered whole, as tokens are.
+        table = constrain(self.embedding.get_value().astype(x.dtype), ("positions", "embed"))
+        return x + table.at[positions].get(mode="clip")

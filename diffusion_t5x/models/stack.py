@@ -9,9 +9,9 @@ from flax import nnx
 
 from diffusion_t5x.models.attention import Attention
 from diffusion_t5x.models.config import ModelConfig
-from diffusion_t5x.models.layers import GatedMLP, RMSNorm, dropout, fold_in
-from diffusion_t5x.models.masks import Annealed, AttentionKind, Slots, same_segment
-from diffusion_t5x.models.positions import RelativePositionBias, rotary_frequencies
+from diffusion_t5x.models.layers import MLP, LayerNorm, RMSNorm, dropout, fold_in
+from diffusion_t5x.models.masks import Annealed, AttentionKind, Sight, Slots
+from diffusion_t5x.models.positions import LearnedPositions, RelativePositionBias, rotary_frequencies
 from diffusion_t5x.partitioning import constrain, copies
 
 ACTIVATIONS = ("batch", "length", "embed")
@@ -39,8 +39,10 @@ class Encoded:
         )
 
 
-def norm(config: ModelConfig) -> RMSNorm:
+def norm(config: ModelConfig) -> RMSNorm | LayerNorm:
     """Of hidden states."""
+    if config.norm == "layer":
+        return LayerNorm(config.embed_dim, config.norm_epsilon)
     return RMSNorm(config.embed_dim, config.norm_epsilon, offset=config.norm_offset)
 
 
@@ -58,24 +60,32 @@ class Block(nnx.Module):
             self.cross_attention_norm = norm(config)
             self.cross_attention = Attention(cross_key, config)
         self.mlp_norm = norm(config)
-        self.mlp = GatedMLP(mlp_key, config.embed_dim, config.mlp_dim, config.activation, config.dropout_rate)
+        self.mlp = MLP(
+            mlp_key,
+            config.embed_dim,
+            config.mlp_dim,
+            activation=config.activation,
+            gated=config.gated,
+            bias=config.output_bias,
+            dropout_rate=config.dropout_rate,
+        )
         if config.post_norms:
             self.attention_post_norm = norm(config)
             self.mlp_post_norm = norm(config)
         self.config = config
 
-    def __call__(self, x, positions, mask, bias, frequencies, cached, write_at, inputs, inputs_mask, dropout_keys):
+    def __call__(self, x, positions, sight, bias, frequencies, cached, write_at, inputs, inputs_sight, dropout_keys):
         keys = [fold_in(dropout_keys, use) for use in range(4)]
 
         def add(x, branch, use):
             return constrain(x + dropout(branch, self.config.dropout_rate, keys[use]), ACTIVATIONS)
 
-        attended, cached = self.attention(self.attention_norm(x), positions, mask, bias, frequencies, cached, write_at)
+        attended, cached = self.attention(self.attention_norm(x), positions, sight, bias, frequencies, cached, write_at)
         if self.config.post_norms:
             attended = self.attention_post_norm(attended)
         x = add(x, attended, 0)
         if inputs is not None:
-            x = add(x, self.cross_attention.cross(self.cross_attention_norm(x), *inputs, inputs_mask), 3)
+            x = add(x, self.cross_attention.cross(self.cross_attention_norm(x), *inputs, inputs_sight), 3)
         branch = self.mlp(self.mlp_norm(x), keys[1])
         if self.config.post_norms:
             branch = self.mlp_post_norm(branch)
@@ -86,18 +96,20 @@ class Stack(nnx.Module):
     """Layers, scanned over their stacked parameters, and the norm behind them."""
 
     def __init__(self, key: jax.Array, config: ModelConfig, cross_attention: bool = False):
-        block_key, bias_key = jax.random.split(key)
+        block_key, position_key = jax.random.split(key)
         keys = jax.random.split(block_key, config.num_layers)
         self.blocks = jax.vmap(lambda k: Block(k, config, cross_attention))(keys)
         self.final_norm = norm(config)
         if config.position == "relative":
             self.relative_bias = RelativePositionBias(
-                bias_key,
+                position_key,
                 config.num_heads,
                 config.relative_buckets,
                 config.relative_max_distance,
                 config.causal_buckets,
             )
+        elif config.position == "learned":
+            self.positions = LearnedPositions(position_key, config.max_length, config.embed_dim)
         self.config = config
 
     def __call__(
@@ -162,34 +174,37 @@ class Stack(nnx.Module):
 
     def _run(self, x, kind, slots, key_slots, bias_positions, cached, write_at, encoded, dropout_keys):
         config = self.config
-        mask, frequencies = kind.mask(slots, key_slots), None
+        sight, frequencies = Sight.of(kind, slots, key_slots, whole=cached is None), None
         if config.position == "rotary":
             stretching = (config.rotary_factor, config.rotary_stretched)
             frequencies = rotary_frequencies(config.head_dim, config.rotary_base, *stretching)
         # What a layer attends by: the same in all, or in local layers something else.
-        by_layer, is_local = (lambda is_local: (mask, frequencies)), None
+        by_layer, is_local = (lambda is_local: (sight, frequencies)), None
         if config.local_layers:
             is_local = jnp.asarray(config.local_layers)
-            near = mask & slots.within(key_slots, config.window)
+            near = sight.mask & slots.within(key_slots, config.window)
             base = config.local_rotary_base or config.rotary_base
             local_frequencies = rotary_frequencies(config.head_dim, base)
 
             def by_layer(is_local):
-                return jnp.where(is_local, near, mask), jnp.where(is_local, local_frequencies, frequencies)
+                mask = jnp.where(is_local, near, sight.mask)
+                return sight.replace(mask=mask, order=None), jnp.where(is_local, local_frequencies, frequencies)
 
         keys = [fold_in(dropout_keys, use) for use in range(3)]
+        if config.position == "learned":
+            x = self.positions(x, slots.positions)
         x = constrain(dropout(x, config.dropout_rate, keys[0]), ACTIVATIONS)
         bias = self._bias(*bias_positions, len(x)) if config.position == "relative" else None
-        inputs = inputs_mask = None
+        inputs = inputs_sight = None
         if encoded is not None:
             inputs = (encoded.keys, encoded.values)
-            inputs_mask = same_segment(slots.segment_ids, encoded.segment_ids)
+            inputs_sight = Sight.across(slots.segment_ids, encoded.segment_ids, whole=cached is None)
 
         def layer(x, scanned):
             block, cached, inputs, number, is_local = scanned
             layer_keys = fold_in(keys[1], number)
-            mask, frequencies = by_layer(is_local)
-            return block(x, slots.positions, mask, bias, frequencies, cached, write_at, inputs, inputs_mask, layer_keys)
+            sees, turns = by_layer(is_local)
+            return block(x, slots.positions, sees, bias, turns, cached, write_at, inputs, inputs_sight, layer_keys)
 
         if config.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None

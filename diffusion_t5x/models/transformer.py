@@ -201,6 +201,10 @@ class ModelDefinition:
         is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
         return nnx.to_pure_dict(jax.tree_util.tree_map_with_path(names, self._split[1], is_leaf=is_variable))
 
+    def trained(self) -> Params:
+        """Which parameters training changes: True for each."""
+        return jax.tree.map(lambda _: True, self.abstract())
+
     def bind(self, params: Params) -> Transformer:
         """The model with these parameters."""
         graph, abstract = self._split

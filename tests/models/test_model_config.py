@@ -15,9 +15,15 @@ from diffusion_t5x.errors import UserError
         ({"num_kv_heads": 3}, "num_kv_heads"),
         ({"position": "absolute"}, "position"),
         ({"position": "rotary", "head_dim": 5}, "head_dim"),
+        ({"position": "learned"}, "max_length"),
+        ({"norm": "batch"}, "norm"),
+        ({"norm": "layer", "norm_offset": True}, "norm_offset"),
         ({"activation": "relu"}, "activation"),
         ({"remat": "some"}, "remat"),
+        ({"attention_backend": "fast"}, "attention_backend"),
         ({"dropout_rate": 1.0}, "dropout_rate"),
+        ({"relative_max_distance": 8}, "relative_max_distance"),
+        ({"relative_buckets": 3}, "relative_buckets"),
     ],
 )
 def test_bad_values_are_refused_by_name(changes, word):

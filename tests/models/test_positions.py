@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_t5x.models.positions import RelativePositionBias, relative_position_bucket, rotary_frequencies, rotate
+from diffusion_t5x.models.positions import (
+    LearnedPositions,
+    RelativePositionBias,
+    relative_position_bucket,
+    rotary_frequencies,
+    rotate,
+)
 
 DISTANCES = [-128, -64, -16, -8, -1, 0, 1, 8, 64, 128]
 T5_BIDIRECTIONAL = [15, 14, 10, 8, 1, 0, 17, 24, 30, 31]
@@ -41,7 +47,7 @@ def exact_bucket(relative_position, bidirectional, num_buckets, max_distance):
 
 @pytest.mark.parametrize("compile", [lambda f: f, jax.jit])
 @pytest.mark.parametrize("bidirectional", [True, False])
-@pytest.mark.parametrize("num_buckets,max_distance", [(32, 128), (16, 64), (8, 20)])
+@pytest.mark.parametrize("num_buckets,max_distance", [(32, 128), (16, 64), (8, 20), (4, 8)])
 def test_every_distance_falls_into_its_bucket(compile, bidirectional, num_buckets, max_distance):
     settings = {"bidirectional": bidirectional, "num_buckets": num_buckets, "max_distance": max_distance}
     distances = np.arange(-300, 301)
@@ -64,6 +70,14 @@ def test_causal_buckets_are_t5s_own():
     table = np.asarray(bias.embedding.get_value())
     found = bias(jnp.array([[200]]), 200 + jnp.array([DISTANCES]))
     np.testing.assert_array_equal(found[0, :, 0], table[np.array(T5_CAUSAL)].T)
+
+
+def test_learned_positions_are_added_and_end_with_the_last():
+    learned = LearnedPositions(jax.random.key(0), 7, 4)
+    table, x = np.asarray(learned.embedding.get_value()), np.ones((2, 3, 4), np.float32)
+    found = learned(x, jnp.array([[0, 6, 1], [5, 0, 7]]))
+    np.testing.assert_array_equal(found, 1 + table[[[0, 6, 1], [5, 0, 6]]])
+    assert np.var(table) == pytest.approx(1, abs=5 * np.sqrt(2 / table.size))  # five standard errors
 
 
 def test_rotation_multiplies_by_a_complex_phase():

@@ -9,7 +9,7 @@ import numpy as np
 import plain
 import pytest
 import tiny
-from tiny import LLAMA, RELATIVE, ROTARY
+from tiny import GPT2, LLAMA, RELATIVE, ROTARY
 
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models import transformer
@@ -17,7 +17,7 @@ from diffusion_t5x.models.attention import KVCache
 from diffusion_t5x.models.masks import BIDIRECTIONAL, CAUSAL, PREFIX, AttentionKind, Slots
 from diffusion_t5x.models.transformer import ModelDefinition
 
-CONFIGS = {"relative": RELATIVE, "rotary": ROTARY, "llama": LLAMA}
+CONFIGS = {"relative": RELATIVE, "rotary": ROTARY, "llama": LLAMA, "gpt2": GPT2}
 BLOCKS = AttentionKind("block_causal", 2)
 LENGTH = 14
 PACKED = tiny.pack([tiny.random_examples(0, [(3, 4), (1, 4)])], LENGTH)  # two examples and two slots of padding
@@ -36,7 +36,7 @@ def forward(config):
 
 
 @pytest.mark.parametrize("kind", [CAUSAL, PREFIX, BIDIRECTIONAL, BLOCKS], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("name", ["relative", "llama"])
+@pytest.mark.parametrize("name", ["relative", "llama", "gpt2"])
 def test_packed_rows_against_a_plain_transformer_and_who_influences_whom(name, kind):
     config = CONFIGS[name]
     _, params = tiny.make_model(config)
@@ -63,13 +63,28 @@ def test_number_of_parameters(name):
     config = CONFIGS[name]
     definition, params = tiny.make_model(config)
     attention = config.embed_dim * config.head_dim * (2 * config.num_heads + 2 * config.kv_heads)
-    norms = 2 * config.embed_dim + (2 * config.head_dim if config.query_key_norm else 0)
-    blocks = config.num_layers * (attention + norms + 3 * config.embed_dim * config.mlp_dim)
+    norm = config.embed_dim * (2 if config.norm == "layer" else 1)
+    norms = 2 * norm + (2 * config.head_dim if config.query_key_norm else 0)
+    biases = config.head_dim * (config.num_heads + 2 * config.kv_heads) if config.qkv_bias else 0
+    biases += 2 * config.embed_dim + config.mlp_dim * (2 if config.gated else 1) if config.output_bias else 0
+    mlp = (3 if config.gated else 2) * config.embed_dim * config.mlp_dim
+    blocks = config.num_layers * (attention + norms + biases + mlp)
     embeddings = config.vocab_size * config.embed_dim * (1 if config.tie_embeddings else 2)
-    bias = config.relative_buckets * config.num_heads if config.position == "relative" else 0
-    assert definition.num_params() == embeddings + blocks + config.embed_dim + bias
+    tables = {"relative": config.relative_buckets * config.num_heads, "rotary": 0}
+    positions = tables[config.position] if config.position in tables else config.max_length * config.embed_dim
+    assert definition.num_params() == embeddings + blocks + norm + positions
     names = jax.tree.map(len, definition.axes(), is_leaf=lambda x: isinstance(x, tuple))
     assert names == jax.tree.map(lambda x: x.ndim, params)
+
+
+@pytest.mark.parametrize(
+    "embed,layers,published", [(768, 12, 124_439_808), (1024, 24, 354_823_168), (1600, 48, 1_557_611_200)]
+)
+def test_gpt2_has_as_many_parameters_as_published(embed, layers, published):
+    """Those of `openai-community/gpt2`, `gpt2-medium` and `gpt2-xl`; here with a row for MASK more."""
+    sizes = {"embed_dim": embed, "num_layers": layers, "num_heads": embed // 64, "head_dim": 64, "mlp_dim": 4 * embed}
+    config = dataclasses.replace(GPT2, **sizes, vocab_size=50_258, max_length=1024)
+    assert ModelDefinition(config, tiny.VOCABULARY).num_params() == published + embed
 
 
 def assert_trees_close(found, expected, **tolerance):
@@ -128,7 +143,7 @@ def test_grouped_heads_equal_repeated_ones():
 
 
 @pytest.mark.parametrize("kind", [CAUSAL, PREFIX], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("name", ["relative", "llama"])
+@pytest.mark.parametrize("name", ["relative", "llama", "gpt2"])
 def test_extending_a_cache_gives_the_logits_of_whole_rows(name, kind):
     definition, params = tiny.make_model(CONFIGS[name])
     batch = tiny.one_a_row(tiny.random_examples(1, [(5, 7), (3, 7)]), 12)

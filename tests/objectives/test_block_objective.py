@@ -40,7 +40,7 @@ def test_blocks_are_counted_from_each_first_target(size):
         assert starts[row, slot] == expected
 
 
-@pytest.mark.parametrize("config", [tiny.RELATIVE, tiny.LLAMA], ids=["relative", "llama"])
+@pytest.mark.parametrize("config", [tiny.RELATIVE, tiny.LLAMA, tiny.GPT2], ids=["relative", "llama", "gpt2"])
 @pytest.mark.parametrize("size", [1, 3, 16])
 def test_noisy_logits_are_those_of_a_pass_for_each_block(size, config):
     """In which the block is noisy, what is before it clean, and what is behind it nonsense."""

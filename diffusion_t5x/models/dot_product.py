@@ -1,0 +1,210 @@
+"""Dot-product attention: by a kernel that suits the device and the call, or else by plain XLA."""
+
+import dataclasses
+import logging
+import re
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.layers import softcap
+from diffusion_t5x.models.masks import Sight
+from diffusion_t5x.partitioning import cut_on, pieces_of, platform
+
+logger = logging.getLogger(__name__)
+
+QUERIES = ("batch", "length", "heads", "head_dim")
+KEYS = ("batch", "keys", "kv_heads", "head_dim")
+_told: set[str] = set()  # backends that the log has named
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What the choice of a backend rests on.
+
+    Attributes:
+      platform: of the devices that will run it: "cpu", "gpu", "tpu".
+      capability: of an NVIDIA GPU, (9, 0) for Hopper; else None.
+      dtype: of queries and keys.
+      head_dim, query_length, key_length: their sizes.
+      has_bias: something is added to the query-key products.
+      has_softcap: they are capped before.
+      whole: the queries are whole rows, and not the next slots over a cache.
+      length_is_cut: the mesh cuts the length.
+      heads_are_cut_alike: query heads and those of keys are cut over the same devices, or neither is.
+    """
+
+    platform: str
+    dtype: str
+    head_dim: int
+    query_length: int
+    key_length: int
+    capability: tuple[int, int] | None = None
+    has_bias: bool = False
+    has_softcap: bool = False
+    whole: bool = True
+    length_is_cut: bool = False
+    heads_are_cut_alike: bool = True
+
+
+def choose(asked: str, call: Call) -> tuple[str, str]:
+    """The backend of a call, and why it is no other.
+
+    Raises:
+      UserError: another than "auto" and "xla" was asked for that cannot run a call over whole rows.
+    """
+    if asked == "xla":
+        return "xla", "it was asked for"
+    if asked == "auto":
+        asked = {"gpu": "cudnn", "tpu": "flash" if call.has_bias else "splash"}.get(call.platform, "xla")
+        if asked == "xla":
+            return "xla", f"there is no kernel for a {call.platform}"
+        reason = _refusal(asked, call)
+        return ("xla", reason) if reason else (asked, "it suits device and model")
+    reason = _refusal(asked, call)
+    if reason and call.whole:
+        raise UserError(
+            f'ModelConfig.attention_backend = "{asked}" cannot be had: {reason}. Set it to "auto" or "xla", or change '
+            "that."
+        )
+    return ("xla", reason) if reason else (asked, "it was asked for")
+
+
+def _refusal(backend: str, call: Call) -> str | None:
+    """Why a kernel cannot run a call; None where it can."""
+    lengths = f"{call.query_length} queries and {call.key_length} keys"
+    if call.platform != ("gpu" if backend == "cudnn" else "tpu"):
+        return f"{backend} does not run on a {call.platform}"
+    if call.length_is_cut:
+        return "the mesh cuts the length, and kernels need whole rows"
+    if not call.heads_are_cut_alike:
+        return "the mesh cuts query heads otherwise than those of keys and values"
+    if backend == "cudnn":
+        largest = 256 if call.capability and call.capability >= (9, 0) else 128
+        if call.capability is None:
+            return "cuDNN needs an NVIDIA GPU"
+        if call.dtype not in ("bfloat16", "float16"):
+            return f"cuDNN computes in bfloat16 or float16, not {call.dtype}"
+        if call.head_dim % 8 or call.head_dim > largest:
+            return f"cuDNN needs a head_dim that 8 divides, up to {largest} on this GPU, not {call.head_dim}"
+        if call.query_length % 2 or call.key_length % 2:
+            return f"cuDNN needs even lengths, not {lengths}"
+        return "cuDNN has no soft cap" if call.has_softcap else None
+    if call.query_length % 128 or call.key_length % 128:
+        return f"TPU kernels need lengths that 128 divides, not {lengths}"
+    if backend == "splash":
+        return "splash attention takes no relative position bias" if call.has_bias else None
+    if call.head_dim > 128 and call.head_dim % 128:
+        return f"flash attention needs a head_dim up to 128 or that 128 divides, not {call.head_dim}"
+    return "flash attention has no soft cap" if call.has_softcap else None
+
+
+def attend(
+    config: ModelConfig, query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, sight: Sight
+) -> jax.Array:
+    """Attention `[B, Lq, heads, D]`; a query that sees nothing gets the mean of all values.
+
+    Args:
+      config: says the backend, the scale of the products and their cap.
+      query: `[B, Lq, heads, D]`.
+      key, value: `[B, Lk, kv_heads, D]`.
+      bias: float32 `[n, heads, Lq, Lk]`, one for each nth of the rows, or None.
+      sight: what the queries see of the keys.
+
+    Raises:
+      UserError: the config's backend cannot run this.
+    """
+    call = _call(config, query, key, bias, sight)
+    backend, reason = choose(config.attention_backend, call)
+    if call.whole and backend not in _told:  # the same in every step and layer: told once
+        _told.add(backend)
+        logger.info("Attention by %s: %s.", backend, reason)
+    if backend == "xla":
+        return xla(query, key, value, bias, sight, config.attention_scale, config.attention_softcap)
+    return by_kernel(backend, query, key, value, bias, sight, config.attention_scale, config.attention_softcap)
+
+
+def _call(config, query, key, bias, sight):
+    mesh, device = jax.sharding.get_abstract_mesh(), platform()
+    capability = getattr(jax.devices()[0], "compute_capability", "") if device == "gpu" else ""
+    is_number = re.fullmatch(r"(\d+)\.(\d+)", capability)
+    return Call(
+        platform=device,
+        capability=is_number and (int(is_number[1]), int(is_number[2])),
+        dtype=str(query.dtype),
+        head_dim=query.shape[3],
+        query_length=query.shape[1],
+        key_length=key.shape[1],
+        has_bias=bias is not None,
+        has_softcap=config.attention_softcap is not None,
+        whole=sight.whole,
+        length_is_cut=pieces_of("length") > 1,
+        heads_are_cut_alike=mesh.empty or cut_on(mesh, QUERIES, query.shape)[2] == cut_on(mesh, KEYS, key.shape)[2],
+    )
+
+
+def xla(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    sight: Sight,
+    scale: float,
+    cap: float | None,
+) -> jax.Array:
+    """Attention in plain XLA; arguments as for `attend`."""
+    if bias is not None and len(bias) > 1:
+        bias = jnp.repeat(bias, len(query) // len(bias), axis=0)
+    if cap is None:
+        mask = sight.mask[:, None]
+        return jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale, implementation="xla")
+    return _capped(query, key, value, bias, sight.mask, scale, cap)
+
+
+def _capped(query, key, value, bias, mask, scale, cap):
+    """`jax.nn.dot_product_attention` with query-key products capped before the bias is added."""
+    batch, length, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    logits = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, key, preferred_element_type=jnp.float32)
+    logits = softcap(logits * scale, cap)
+    if bias is not None:
+        logits += bias.reshape(bias.shape[0], kv_heads, -1, *bias.shape[2:])
+    logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    return jnp.einsum("bhgqk,bkhd->bqhgd", weights, value).reshape(query.shape)
+
+
+def by_kernel(
+    backend: str,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    sight: Sight,
+    scale: float,
+    cap: float | None,
+) -> jax.Array:
+    """Attention by a kernel; arguments as for `attend`. Each device runs it on its own rows and heads."""
+    from diffusion_t5x.models import attention_kernels  # half a second that few machines need
+
+    sees, groups = sight.sees, query.shape[2] // key.shape[2]
+    # What the order says, no mask need say.
+    given = sight.replace(mask=None) if sight.order else sight
+
+    def run(query, key, value, bias, sight):
+        return attention_kernels.KERNELS[backend](query, key, value, bias, sight, scale, cap)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and backend != "cudnn":  # which says itself how it is cut
+        of_queries, of_keys = cut_on(mesh, QUERIES, query.shape), cut_on(mesh, KEYS, key.shape)
+        of_rows = jax.sharding.PartitionSpec(of_queries[0])
+        of_bias = None if bias is None else cut_on(mesh, ("batch", "heads", "length", "keys"), bias.shape)
+        cuts = (of_queries, of_keys, of_keys, of_bias, of_rows)
+        run = jax.shard_map(run, in_specs=cuts, out_specs=of_queries, check_vma=False)
+    attended = run(query, key, value, bias, given)
+    # Kernels give padding, or a text without inputs, something of their own, with gradients to match or without.
+    mean = jnp.mean(value, axis=1, keepdims=True, dtype=jnp.float32).astype(value.dtype)
+    return jnp.where(sees[:, :, None, None], attended, jnp.repeat(mean, groups, axis=2))
