@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from diffusion_t5x import config
 from diffusion_t5x.conversion import llama2c
 from diffusion_t5x.conversion.from_hf import from_hf
+from diffusion_t5x.conversion.from_t5x import from_t5x
 from diffusion_t5x.conversion.output import empty_folder, model_gin, print_table, save
 from diffusion_t5x.conversion.to_hf import to_hf
 from diffusion_t5x.data.seqio_source import libraries
@@ -76,6 +77,17 @@ def convert(argv: Sequence[str]) -> None:
     add.add_argument("checkpoint", metavar="CHECKPOINT")
     add.add_argument("--like", metavar="DIR", help="what from_hf wrote, if CHECKPOINT is not in it")
     add.set_defaults(run=to_hf)
+    _add_output(add)
+    add = sources.add_parser("from_t5x", help="a T5 1.1 in a checkpoint folder of T5X, of the time before Orbax")
+    add.add_argument("path", metavar="FOLDER")
+    add.add_argument(
+        "--tokenizer", required=True, dest="tokenizer_file", metavar="FILE", help="its SentencePiece model"
+    )
+    add.add_argument("--activation", default="gelu", choices=("gelu", "silu"), help="of the gates (default: gelu)")
+    add.add_argument(
+        "--max_distance", default=128, type=int, metavar="TOKENS", help="of its relative position bias (default: 128)"
+    )
+    add.set_defaults(run=from_t5x)
     _add_output(add)
     add = sources.add_parser("from_llama2c", help="a checkpoint of llama2.c (export version 0)")
     add.add_argument("model_file", metavar="MODEL.bin")

@@ -40,7 +40,7 @@ from diffusion_t5x.objectives.block import Block
 from diffusion_t5x.objectives.distillation import Distillation
 from diffusion_t5x.objectives.joint import Joint
 from diffusion_t5x.objectives.objective import Objective
-from diffusion_t5x.training import stored
+from diffusion_t5x.training import merging
 from diffusion_t5x.training.checkpoints import find_checkpoint
 from diffusion_t5x.training.flops import rollout_flops, step_flops
 from diffusion_t5x.training.rollout import Rollout
@@ -133,7 +133,7 @@ class Ground:
     @functools.cached_property
     def model(self) -> ModelConfig:
         """The shapes of the start."""
-        return ModelConfig(**model_settings(stored.leaves(find_checkpoint(str(self.start)))))
+        return ModelConfig(**model_settings(merging.leaves(find_checkpoint(str(self.start)))))
 
 
 def rollout(**values: int) -> Rollout:

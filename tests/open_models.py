@@ -1,11 +1,13 @@
 """Small models of Hugging Face's kind for tests: tokenizers and folders."""
 
+import io
 import json
 import pathlib
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
+import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
@@ -57,6 +59,18 @@ def save_tokenizer(folder: pathlib.Path, tokenizer: tokenizers.Tokenizer, **spec
     return str(folder / "tokenizer.json")
 
 
+def save_sentencepiece(path: pathlib.Path, **settings: Any) -> str:
+    """Writes a small SentencePiece model, and returns its path."""
+    text = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs"] * 20
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_writer=model, model_type="bpe", minloglevel=2, pad_id=0, eos_id=1, unk_id=2,
+        **({"vocab_size": 330, "byte_fallback": True, "hard_vocab_limit": False, "bos_id": -1} | settings),
+    )  # fmt: skip
+    path.write_bytes(model.getvalue())
+    return str(path)
+
+
 def save_shards(folder: pathlib.Path, tensors: dict[str, np.ndarray], shards: int = 1) -> None:
     """Writes tensors as safetensors, with an index if there are several files."""
     if shards == 1:
@@ -69,6 +83,38 @@ def save_shards(folder: pathlib.Path, tensors: dict[str, np.ndarray], shards: in
         safetensors.numpy.save_file({name: tensors[name] for name in mine}, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(mine, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def write_qwen2(folder: pathlib.Path) -> None:
+    """A random Qwen2 of one layer, for a tokenizer of at most 320 ids."""
+    width, inner, heads, head_dim, ids = 16, 24, 2, 8, 320
+    block = {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)}
+    block |= {"self_attn.q_proj": (width, width), "self_attn.o_proj": (width, width)}
+    block |= {f"self_attn.{name}_proj": (head_dim, width) for name in "kv"}
+    shapes = {f"{name}.weight": shape for name, shape in block.items()}
+    shapes |= {f"self_attn.{name}_proj.bias": shapes[f"self_attn.{name}_proj.weight"][:1] for name in "qkv"}
+    shapes |= {f"{name}_layernorm.weight": (width,) for name in ("input", "post_attention")}
+    shapes = {f"model.layers.0.{name}": shape for name, shape in shapes.items()}
+    shapes |= {"model.embed_tokens.weight": (ids, width), "model.norm.weight": (width,)}
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_shards(folder, {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()})
+    config = {
+        "model_type": "qwen2",
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": 1,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 1,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10_000.0,
+        "max_position_embeddings": 256,
+        "use_sliding_window": False,
+        "tie_word_embeddings": True,
+        "vocab_size": ids,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def read_shards(folder: pathlib.Path) -> dict[str, np.ndarray]:

@@ -3,45 +3,48 @@
 import dataclasses
 from types import ModuleType
 
-from diffusion_t5x.conversion import gemma2, gemma3_text, llama, mt5, qwen2, qwen3, t5
+from diffusion_t5x.conversion import gemma2, gemma3_text, gpt2, llama, mt5, qwen2, qwen3, t5
 from diffusion_t5x.conversion.huggingface import CONFIG, Folder
 from diffusion_t5x.conversion.keys import Keys
-from diffusion_t5x.conversion.weights import VOCABULARY_AXIS, Weight
+from diffusion_t5x.conversion.weights import VOCABULARY_AXIS, Source, Weight
 from diffusion_t5x.errors import UserError, did_you_mean
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.training.assignment import named_leaves
 
 # A module has `config(keys, tied)`, `weights(config)`, the names EMBEDDING and HEAD, TIED (what `tie_word_embeddings`
-# is where a config.json does not say) and SAME (names of copies, and of what).
+# is where a config.json does not say), SAME (names of copies, and of what); and BASE, if files may lack that prefix of
+# their names.
 FAMILIES: dict[str, ModuleType] = {
     "gemma2": gemma2,
     "gemma3_text": gemma3_text,
+    "gpt2": gpt2,
     "llama": llama,
     "mt5": mt5,
     "qwen2": qwen2,
     "qwen3": qwen3,
     "t5": t5,
 }
-_BUFFERS = ("rotary_emb.inv_freq", "EncDecAttention.relative_attention_bias.weight")  # of old files; nothing reads them
 _COMPARED = 1 << 24  # numbers at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """What a folder's config.json and headers say, checked.
+    """What a source says of its model, checked.
 
     Attributes:
       config: the model here; the embedding's rows are not set.
       vocab_size: rows of the embedding there.
       weights: how each is called and lies.
       copies: names of tensors that hold what another does.
+      sizes_from: where the model's sizes were read, for messages.
     """
 
     config: ModelConfig
     vocab_size: int
     weights: tuple[Weight, ...]
     copies: dict[str, str]
+    sizes_from: str = CONFIG
 
 
 def describe(folder: Folder, tied: bool | None = None) -> Described:
@@ -62,17 +65,26 @@ def describe(folder: Folder, tied: bool | None = None) -> Described:
     family, keys = FAMILIES[kind], Keys(folder.config, where)
     # As in transformers: said to be tied, and yet different in the files, they are not.
     said = keys.get("tie_word_embeddings", family.TIED)
-    tied = said and _same(folder, family.HEAD, family.EMBEDDING) if tied is None else tied
+    base = getattr(family, "BASE", "")
+    cut = base if family.EMBEDDING.removeprefix(base) in folder.tensors else ""
+    embedding = family.EMBEDDING.removeprefix(cut)
+    tied = said and _same(folder, family.HEAD, embedding) if tied is None else tied
     vocab_size = keys.get("vocab_size")
     config = family.config(keys, tied)
     keys.check_all_read()
-    copies = family.SAME | ({family.HEAD: family.EMBEDDING} if tied else {})
-    described = Described(config, vocab_size, family.weights(config), copies)
-    names = {name for weight in described.weights for name in weight.names(config.num_layers)}
-    _refuse(f"{folder.path} lacks tensors that {kind} has", names - folder.tensors.keys())
-    unknown = {name for name in folder.tensors.keys() - names - copies.keys() if not name.endswith(_BUFFERS)}
-    _refuse(f"{folder.path} has tensors that are not known here", unknown)
+    copies = family.SAME | ({family.HEAD: embedding} if tied else {})
+    weights = (dataclasses.replace(w, theirs=w.theirs.removeprefix(cut)) for w in family.weights(config))
+    described = Described(config, vocab_size, tuple(weights), copies)
+    check_names(folder, described, kind)
     return described
+
+
+def check_names(source: Source, described: Described, kind: str) -> None:
+    """Raises a UserError that names tensors which a model of this kind has and the source lacks, or the other way."""
+    names = {name for weight in described.weights for name in weight.names(described.config.num_layers)}
+    _refuse(f"{source.path} lacks tensors that {kind} has", names - source.tensors.keys())
+    unknown = source.tensors.keys() - names - described.copies.keys()
+    _refuse(f"{source.path} has tensors that are not known here", unknown)
 
 
 def _same(folder: Folder, copy: str, name: str) -> bool:
@@ -87,17 +99,19 @@ def _same(folder: Folder, copy: str, name: str) -> bool:
     return all((folder.read(copy, *piece) == folder.read(name, *piece)).all() for piece in pieces)
 
 
-def check_shapes(folder: Folder, described: Described, definition: ModelDefinition) -> None:
-    """Raises a UserError that names a tensor of another shape than the config says."""
+def check_shapes(source: Source, described: Described, definition: ModelDefinition) -> None:
+    """Raises a UserError that names a tensor of another shape than the model's sizes make it."""
     shapes = param_shapes(definition)
     for weight in described.weights:
         shape = list(shapes[weight.ours][1:] if weight.stacked else shapes[weight.ours])
         if weight.ours in VOCABULARY_AXIS:
             shape[VOCABULARY_AXIS[weight.ours]] = described.vocab_size
         for name in weight.names(described.config.num_layers):
-            found, expected = folder.tensors[name].shape, weight.their_shape(shape)
+            found, expected = source.tensors[name].shape, weight.their_shape(shape)
             if found != expected:
-                raise UserError(f"{folder.path}: {name} has the shape {found}, and {CONFIG} asks for {expected}.")
+                raise UserError(
+                    f"{source.path}: {name} has the shape {found}, and {described.sizes_from} asks for {expected}."
+                )
 
 
 def param_shapes(definition: ModelDefinition) -> dict[str, tuple[int, ...]]:

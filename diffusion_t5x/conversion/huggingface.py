@@ -17,6 +17,10 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 TENSORS = "tensors.json"
 SINGLE = "model.safetensors"
+# Of old files; nothing reads them.
+_BUFFERS = (
+    "rotary_emb.inv_freq", "EncDecAttention.relative_attention_bias.weight", ".attn.bias", ".attn.masked_bias",
+)  # fmt: skip
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 # The first of these that is there is the vocabulary. T5's and mT5's own is SentencePiece, with SeqIO's sentinels.
 TOKENIZERS = ("spiece.model", "tokenizer.json", "tokenizer.model")
@@ -66,15 +70,15 @@ class Folder:
         folder = pathlib.Path(path).expanduser().resolve()
         config = read_json(folder / CONFIG)
         tensors: dict[str, Tensor] = {}
-        sharded = (folder / INDEX).exists()
-        for name in sorted(set(read_json(folder / INDEX)["weight_map"].values())) if sharded else [SINGLE]:
+        for name in _shards(folder / INDEX) if (folder / INDEX).exists() else [SINGLE]:
             tensors |= _read_header(folder / name)
         return cls(folder, config, tensors)
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """A tensor as float32, or some of its rows. The file is opened anew, so that no page of it stays in memory."""
+    def read(self, name: str, start: int = 0, stop: int | None = None, axis: int = 0) -> np.ndarray:
+        """See `Source`. The file is opened anew, so that no page of it stays in memory."""
         with safetensors.safe_open(self.tensors[name].file, "numpy") as file:
-            return file.get_slice(name)[start:stop].astype(np.float32, copy=False)
+            where = (slice(None),) * axis + (slice(start, stop),)
+            return file.get_slice(name)[where].astype(np.float32, copy=False)
 
     def note_tensors(self, to: pathlib.Path) -> None:
         """Writes what the headers say beside an imported model, so that the way back gives the same files' contents."""
@@ -84,7 +88,7 @@ class Folder:
     @classmethod
     def noted(cls, path: pathlib.Path) -> Self:
         """The folder that an imported model was, without its weights, from what lies beside that."""
-        noted = read_json(path / TENSORS)
+        noted = {name: said for name, said in read_json(path / TENSORS).items() if not name.endswith(_BUFFERS)}
         tensors = {name: Tensor("", dtype, tuple(shape)) for name, (dtype, shape) in noted.items()}
         return cls(path, read_json(path / CONFIG), tensors)
 
@@ -97,7 +101,9 @@ class Folder:
         for name in TOKENIZERS:
             if (self.path / name).exists():
                 return self.path / name
-        raise UserError(f"{self.path} has no tokenizer: none of {', '.join(TOKENIZERS)} is there.")
+        has_parts = (self.path / "merges.txt").exists()
+        hint = " There is merges.txt: transformers' AutoTokenizer saves it as tokenizer.json." if has_parts else ""
+        raise UserError(f"{self.path} has no tokenizer: none of {', '.join(TOKENIZERS)} is there.{hint}")
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -113,6 +119,16 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return found
 
 
+def _shards(index: pathlib.Path) -> list[str]:
+    """The files that an index names, which lie beside it."""
+    where = read_json(index).get("weight_map")
+    names = where.values() if isinstance(where, dict) else [None]
+    for name in names:
+        if not isinstance(name, str) or pathlib.PurePath(name).name != name:
+            raise UserError(f"{index}: weight_map should name files beside it, not {name!r}.")
+    return sorted(set(names))
+
+
 def _read_header(file: pathlib.Path) -> dict[str, Tensor]:
     if not file.exists():
         others = sorted(path.name for path in file.parent.glob("*.bin"))
@@ -122,6 +138,8 @@ def _read_header(file: pathlib.Path) -> dict[str, Tensor]:
     try:
         with safetensors.safe_open(str(file), "numpy") as opened:
             for name in opened.keys():  # noqa: SIM118  (it is no dictionary)
+                if name.endswith(_BUFFERS):
+                    continue
                 header = opened.get_slice(name)
                 found[name] = Tensor(str(file), header.get_dtype(), tuple(header.get_shape()))
     except (safetensors.SafetensorError, OSError) as error:

@@ -10,7 +10,7 @@ from diffusion_t5x.errors import UserError
 
 REQUIRED = object()
 _COUNTS = re.compile(
-    r"(_size|_heads|_layers|_dim|_buckets|_distance|_pattern|position_embeddings|^sliding_window|^d_\w+)$"
+    r"(_size|_heads|_layers|_dim|_buckets|_distance|_pattern|position_embeddings|^sliding_window|^d_\w+|^n_\w+)$"
 )
 _NUMBERS = re.compile(r"(_eps|_epsilon|_theta|_base_freq|factor|softcapping|_scalar)$")
 # What says nothing about the function that a model computes without dropout.

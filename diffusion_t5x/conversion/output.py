@@ -27,7 +27,7 @@ model_config.ModelConfig:
 {bindings}
 """
 # What the architecture's gin file, the run or the vocabulary decides.
-_LEFT_OUT = {"architecture", "dropout_rate", "dtype", "scan_unroll", "remat"}
+_LEFT_OUT = {"architecture", "dropout_rate", "dtype", "scan_unroll", "remat", "attention_backend"}
 
 
 def empty_folder(path: str) -> pathlib.Path:

@@ -1,9 +1,11 @@
 """Back to Hugging Face's format: a checkpoint's parameters as a folder that `transformers` loads."""
 
+import itertools
 import json
+import operator
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import safetensors.numpy
@@ -47,10 +49,9 @@ def to_hf(checkpoint: str, output_folder: str, like: str | None = None) -> None:
         if (source.path / name).exists():
             shutil.copyfile(source.path / name, to / name)
     files = _Files(to, source)
-    for weight in described.weights:
-        array = read(weight.ours)
-        copies = [copy for copy, name in described.copies.items() if name == weight.theirs and copy in source.tensors]
-        for name, tensor in _theirs(weight, array, described.vocab_size, layers):
+    for theirs, parts in itertools.groupby(described.weights, operator.attrgetter("theirs")):
+        copies = [copy for copy, name in described.copies.items() if name == theirs and copy in source.tensors]
+        for name, tensor in _theirs(list(parts), read, described.vocab_size, layers):
             for each in (name, *copies):
                 files.add(each, tensor)
     files.close()
@@ -85,11 +86,19 @@ def _check(weight: Weight, shape: tuple[int, ...] | None, source: Folder, layers
     )
 
 
-def _theirs(weight: Weight, array: np.ndarray, rows: int, layers: int) -> Iterator[tuple[str, np.ndarray]]:
-    if weight.ours in VOCABULARY_AXIS:
-        array = np.take(array, np.arange(rows), axis=VOCABULARY_AXIS[weight.ours])
-    for name, layer in zip(weight.names(layers), array if weight.stacked else [array], strict=True):
-        yield name, weight.to_theirs(layer)
+def _theirs(
+    parts: Sequence[Weight], read: Callable[[str], np.ndarray], rows: int, layers: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors, one or of every layer, that these weights are the parts of."""
+    arrays = [read(weight.ours) for weight in parts]
+    if parts[0].ours in VOCABULARY_AXIS:
+        arrays = [np.take(array, np.arange(rows), axis=VOCABULARY_AXIS[parts[0].ours]) for array in arrays]
+    for number, name in enumerate(parts[0].names(layers)):
+        pieces = [
+            weight.to_theirs(array[number] if weight.stacked else array)
+            for weight, array in zip(parts, arrays, strict=True)
+        ]
+        yield name, np.concatenate(pieces, axis=-1) if len(pieces) > 1 else pieces[0]
 
 
 class _Files:

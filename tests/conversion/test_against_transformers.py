@@ -1,44 +1,25 @@
 """Models imported from Hugging Face's format, against `transformers` itself: their logits, and the way back."""
 
 import importlib.util
-import os
-import pathlib
-import subprocess
-import sys
 
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 import open_models
 import pytest
 import theirs
+from in_torch import as_batch, load_ours, run_theirs
 
-from diffusion_t5x import config, partitioning
 from diffusion_t5x.convert import convert
-from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.data.vocabularies import token_ids
-from diffusion_t5x.evaluation.loading import load_model
 from diffusion_t5x.models.attention import KVCache
-from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.masks import CAUSAL, Slots
 
 pytest.importorskip("seqio")
-from diffusion_t5x.tasks import registration
 
 if importlib.util.find_spec("torch") is None:
     pytest.skip("torch is not installed: pip install diffusion_t5x[hf]", allow_module_level=True)
 
 DTYPES = list(theirs.DTYPES)
-
-
-def run_theirs(*arguments):
-    script = pathlib.Path(theirs.__file__)
-    environment = os.environ | {"PYTHONPATH": str(script.parent), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), *map(str, arguments)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -63,29 +44,6 @@ def there_and_back(sources, tmp_path_factory):
         return converted[name, dtype]
 
     return convert_once
-
-
-def load_ours(folder):
-    """As eval and infer load it."""
-    config.load([str(folder / "model.gin")])
-    model = ModelConfig(**gin.get_bindings(ModelConfig))
-    ids = token_ids(registration.vocabulary(str(folder / "tokenizer.json")))
-    return load_model(str(folder), model, ids, partitioning.MeshConfig().make())
-
-
-def as_batch(said, has_encoder):
-    there, inputs_there = said["there"], said["inputs_there"]
-    places = np.arange(there.shape[1])
-    return Batch(
-        tokens=said["tokens"],
-        target_mask=there,
-        segment_ids=there.astype(np.int32),
-        positions=np.where(there, places, 0),
-        example_ids=np.arange(len(there)),
-        encoder_tokens=said["inputs"] if has_encoder else None,
-        encoder_segment_ids=inputs_there.astype(np.int32) if has_encoder else None,
-        encoder_positions=np.where(inputs_there, places, 0) if has_encoder else None,
-    )
 
 
 @pytest.mark.parametrize("name", theirs.MODELS)
@@ -122,13 +80,31 @@ def test_logits_of_whole_rows_and_token_by_token(name, there_and_back):
 
 
 @pytest.mark.parametrize("name", theirs.MODELS)
+def test_logits_in_bfloat16_stay_close(name, there_and_back):
+    """Errors as shares of the logits' standard deviation, of activations that keep 8 bits."""
+    source, here, _ = there_and_back(name, "float32")
+    definition, params = load_ours(here, dtype="bfloat16")
+    said = np.load(source / "logits.npz")
+    batch = jax.tree.map(jnp.asarray, as_batch(said, definition.config.architecture == "encoder_decoder"))
+
+    @jax.jit
+    def logits(params):
+        model = definition.bind(params)
+        return model.logits(model(batch.tokens, Slots.of(batch), CAUSAL, model.encode(batch)))
+
+    expected, there = said["logits"], said["there"]
+    error = (np.asarray(logits(params))[..., : expected.shape[-1]] - expected)[there] / expected[there].std()
+    assert 1e-4 < np.sqrt(np.mean(error**2)) < 0.03 and np.abs(error).max() < 0.4
+
+
+@pytest.mark.parametrize("name", theirs.MODELS)
 def test_mask_is_behind_the_tokenizers_ids(name, there_and_back):
     source, here, _ = there_and_back(name, "float32")
     definition, params = load_ours(here)
     ids = definition.vocabulary
     assert (ids.mask_id, ids.eos_id, ids.pad_id) == (theirs.IDS, 0, 1)
     tensors = open_models.read_shards(source)
-    table = next(tensors[table] for table in ("model.embed_tokens.weight", "shared.weight") if table in tensors)
+    table = next(tensors[table] for table in theirs.EMBEDDINGS if table in tensors)
     np.testing.assert_array_equal(params["embedding"][: len(table)], table)
     if name == "llama2":  # which has no row in reserve
         assert definition.config.vocab_size == 384

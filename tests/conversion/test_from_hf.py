@@ -79,6 +79,16 @@ def import_model(folder, output):
     convert(["from_hf", str(folder), "--output", str(output)])
 
 
+@pytest.mark.parametrize("index", [{}, {"weight_map": {"w": "../model.safetensors"}}, {"weight_map": {"w": "/model"}}])
+def test_an_index_names_files_beside_it(index, tmp_path):
+    source = write_source(tmp_path / "source")
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        UserError, match=r"index\.json: weight_map should name files beside it, not (None|'\.\./|'/model)"
+    ):
+        import_model(source, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

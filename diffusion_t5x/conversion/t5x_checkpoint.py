@@ -1,0 +1,137 @@
+"""T5X's own checkpoints, as it wrote them before it had Orbax.
+
+A folder with a msgpack file `checkpoint`: a tree of arrays, each in it or, where it says so, in a zarr array beside it
+(github.com/google-research/t5x, checkpoints.py).
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+from typing import Any, Self
+
+import numpy as np
+import tensorstore
+from flax import serialization
+
+from diffusion_t5x.errors import UserError
+
+_FILE = "checkpoint"
+_TARGET = "optimizer/target/"
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class T5XCheckpoint:
+    """A checkpoint whose parameters have not been read, but for small ones that the msgpack file holds.
+
+    Attributes:
+      path: the folder.
+      tensors: the parameters by "/"-joined name, numpy or tensorstore's.
+      dropped: shapes of all else that the checkpoint holds, such as the optimizer's arrays, by name.
+    """
+
+    path: pathlib.Path
+    tensors: dict[str, np.ndarray | tensorstore.TensorStore]
+    dropped: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def open(cls, path: str) -> Self:
+        """Reads the msgpack file and the headers of the parameters' zarr arrays.
+
+        Raises:
+          UserError: a file that is missing, broken or not in this format, one outside of the folder, or parameters of
+            other dtypes.
+        """
+        folder = pathlib.Path(path).expanduser().resolve()
+        tensors, dropped = {}, {}
+        for name, leaf in _leaves(_read_msgpack(folder / _FILE)):
+            if name.startswith(_TARGET):
+                name = name.removeprefix(_TARGET)
+                tensors[name] = _open(folder, name, leaf)
+            else:
+                dropped[name] = _shape(leaf)
+        if not tensors:
+            raise UserError(f"{folder / _FILE} is no checkpoint of T5X: it has no {_TARGET}.")
+        return cls(folder, tensors, dropped)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None, axis: int = 0) -> np.ndarray:
+        """See `weights.Source`. Raises a UserError where a file of the array is broken."""
+        piece = self.tensors[name][(slice(None),) * axis + (slice(start, stop),)]
+        try:
+            return np.asarray(piece, np.float32)
+        except ValueError as error:
+            raise UserError(f"{self.path}: cannot read {name}: {_shortly(error)}.") from error
+
+
+def _read_msgpack(file: pathlib.Path) -> Any:
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        others = sorted(path.parent.name for path in file.parent.glob(f"checkpoint_*/{_FILE}"))
+        hint = f" Name one of the checkpoints in it, such as {others[-1]}." if others else ""
+        raise UserError(f"Cannot read {file}: {error.strerror}.{hint}") from error
+    try:
+        return serialization.msgpack_restore(content)
+    except Exception as error:  # of msgpack, numpy or flax, whatever broke
+        raise UserError(f"{file} is broken, or no checkpoint of T5X: {error}.") from error
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything in nested dicts by "/"-joined name; what describes a zarr array is one."""
+    if isinstance(tree, dict) and not _is_zarr(tree):
+        for name, branch in tree.items():
+            yield from _leaves(branch, f"{prefix}/{name}" if prefix else str(name))
+    else:
+        yield prefix, tree
+
+
+def _is_zarr(leaf: Any) -> bool:
+    return isinstance(leaf, dict) and isinstance(leaf.get("driver"), str)
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    """As the msgpack file says; what is no array has none."""
+    if _is_zarr(leaf):
+        metadata = leaf.get("metadata")
+        return tuple(metadata.get("shape", ())) if isinstance(metadata, dict) else ()
+    return leaf.shape if isinstance(leaf, np.ndarray) else ()
+
+
+def _open(folder: pathlib.Path, name: str, leaf: Any) -> np.ndarray | tensorstore.TensorStore:
+    if _is_zarr(leaf):
+        array = _open_zarr(folder, name, leaf)
+        dtype = array.dtype.name
+    elif isinstance(leaf, np.ndarray):
+        array, dtype = leaf, leaf.dtype.name
+    else:
+        raise UserError(f"{folder}: {name} is no array, but {str(leaf)[:60]!r}.")
+    if dtype not in _DTYPES:
+        raise UserError(f"{folder}: {name} is {dtype}; only {', '.join(_DTYPES)} are supported.")
+    return array
+
+
+def _open_zarr(folder: pathlib.Path, name: str, spec: dict[str, Any]) -> tensorstore.TensorStore:
+    """Only the path is taken from what the checkpoint says, and must stay in the folder."""
+    kvstore = spec.get("kvstore")  # where tensorstore has the path since 0.1.14
+    said = (spec | (kvstore if isinstance(kvstore, dict) else {})).get("path")
+    if spec["driver"] != "zarr" or not isinstance(said, str):
+        raise UserError(f"{folder}: {name} is no zarr array with a path, but {str(spec)[:60]}.")
+    try:
+        path = (folder / said).resolve()
+        if path == folder or not all(file.resolve().is_relative_to(folder) for file in (path, *path.rglob("*"))):
+            raise UserError(f"{folder}: the array {name} lies outside of the checkpoint's folder, in {said!r}.")
+        opened = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(path)}}
+        array = tensorstore.open(opened, read=True, open=True).result()
+        is_whole = array.storage_statistics(query_fully_stored=True).result().fully_stored
+    except ValueError as error:
+        raise UserError(f"{folder}: cannot read the array {name} in {said!r}: {_shortly(error)}.") from error
+    if not is_whole:
+        raise UserError(f"{folder}: files of the array {name} are missing in {said!r}.")
+    if array.shape != _shape(spec):
+        raise UserError(f"{folder}: {name} has the shape {array.shape}, and {_FILE} says {_shape(spec)}.")
+    return array
+
+
+def _shortly(error: ValueError) -> str:
+    """Without tensorstore's own settings, which it adds."""
+    return str(error).split(" [")[0]
