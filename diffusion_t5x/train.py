@@ -30,6 +30,7 @@ from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.scale.dry_run import SliceDryRun, from_flags
 from diffusion_t5x.training import checkpoints as checkpointing
+from diffusion_t5x.training import lora as lora_training
 from diffusion_t5x.training import stored
 from diffusion_t5x.training.assignment import Rule
 from diffusion_t5x.training.bad_numbers import BadNumbers, Judge
@@ -40,7 +41,7 @@ from diffusion_t5x.training.loop import Periods, train_loop
 from diffusion_t5x.training.metrics import check_writers, make_writer
 from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout, check_distillation
 from diffusion_t5x.training.start import check_start
-from diffusion_t5x.training.state import TrainState, abstract_state, fresh_state, init_state
+from diffusion_t5x.training.state import TrainState, abstract_state, fresh_state, init_state, split
 from diffusion_t5x.training.step import make_train_step
 from diffusion_t5x.training.surroundings import explained
 
@@ -72,6 +73,7 @@ def train(
     train_dataset: SeqioDataset,
     optimizer: optax.GradientTransformation,
     train_steps: int,
+    lora: lora_training.Lora | None = None,
     random_seed: int = 0,
     initial_checkpoint_path: str | None = None,
     restore_rules: Sequence[Rule] = (),
@@ -104,6 +106,7 @@ def train(
       train_dataset: what is read.
       optimizer: see `training.optimizers`.
       train_steps: steps in all, those before a resumption (or in the initial checkpoint) counted.
+      lora: what is trained in place of the whole model, which stays as it is; None trains all of it.
       random_seed: of initialisation, noise and dropout. The data have a seed of their own.
       initial_checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
       restore_rules: `(target regex, source template or None)`, as in T5X; only for `initial_checkpoint_path`.
@@ -137,6 +140,7 @@ def train(
             objective=objective,
             dataset=train_dataset,
             optimizer=optimizer,
+            lora=lora,
             microbatches=num_microbatches,
             normalizing_factor=loss_normalizing_factor,
             ema_decay=ema_decay,
@@ -164,14 +168,19 @@ def train(
             teacher_checkpoint_path = str(checkpointing.find_checkpoint(teacher_checkpoint_path))
 
         vocabulary = train_dataset.token_ids()
-        definition = ModelDefinition(model, vocabulary)
+        definition = lora_training.define(model, vocabulary, lora)
         abstract = abstract_state(device_mesh, definition, optimizer, ema_decay is not None)
         start_path = resume_path or initial_checkpoint_path
         restored = ""
         if start_path:
             metadata = checkpointing.read_metadata(start_path)
             check_shifted(trained_shifted(metadata.get("config", "")), f"The training of {start_path}", [objective])
-            restored = check_start(start_path, vocabulary, abstract, () if resume_path else restore_rules)
+            if resume_path:
+                lora_training.check_resumed(start_path, metadata.get("lora"), lora)
+            elif lora:
+                restore_rules = [*definition.restore_rules, *restore_rules]
+            rules = () if resume_path else restore_rules
+            restored = check_start(start_path, vocabulary, abstract, rules, resumes=bool(resume_path))
         info = _describe(definition, abstract)
         if dry_run:
             batch = next(train_dataset.train_iterator())
@@ -271,7 +280,11 @@ def train(
                 periods=periods,
                 evaluate=evaluate,
                 checkpoints=checkpoints,
-                metadata={"vocabulary": vocabulary.describe(), "config": config.operative_text()},
+                metadata={
+                    "vocabulary": vocabulary.describe(),
+                    "config": config.operative_text(),
+                    **({"lora": lora.describe()} if lora else {}),
+                },
                 writer=writer,
                 judge=Judge(bad_numbers, model_dir, losses),
                 goodput=goodput,
@@ -296,7 +309,10 @@ def _describe(definition: ModelDefinition, state: TrainState) -> str:
         f"({', '.join(axes)}) {leaf.sharding.spec}"
         for (path, leaf), axes in zip(jax.tree_util.tree_leaves_with_path(state.params), names, strict=True)
     ]
-    return "\n".join([f"model: {definition.num_params():,} parameters", *rows])
+    trained, _ = split(definition, state.params)
+    size = sum(leaf.size for leaf in jax.tree.leaves(trained))
+    of_which = "" if size == definition.num_params() else f", {size:,} of them trained"
+    return "\n".join([f"model: {definition.num_params():,} parameters{of_which}", *rows])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -12,6 +12,7 @@ Its name is given when all of it is written; what a killed process leaves behind
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, TypeVar
 
 import jax
@@ -21,7 +22,7 @@ from etils import epath
 from flax import traverse_util
 
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.training import stored, streaming
+from diffusion_t5x.training import merging, stored, streaming
 from diffusion_t5x.training.assignment import Rule, assign, named_leaves
 
 Tree = TypeVar("Tree")
@@ -206,7 +207,7 @@ def restore(path: str, abstract_state: Tree) -> tuple[Tree, dict[str, np.ndarray
     checkpoint = find_checkpoint(path)
     stored.check(checkpoint)
     data_state = stored.read_tree(checkpoint, "data") if (checkpoint / "data").exists() else {}
-    return _restore(checkpoint, abstract_state), data_state, stored.read_json(checkpoint, "metadata")
+    return _restore(checkpoint, abstract_state, reader=stored), data_state, stored.read_json(checkpoint, "metadata")
 
 
 def restore_initial(
@@ -216,6 +217,8 @@ def restore_initial(
     init: Callable[[], Tree] | None = None,
 ) -> Tree:
     """A state from a checkpoint by assignment rules, in T5X's manner (see `assignment.assign`).
+
+    As in all that reads a checkpoint but `restore`, factors of a LoRA run are merged (see `merging`).
 
     Args:
       path: a user's path, see `find_checkpoint`.
@@ -246,7 +249,7 @@ def restore_params(path: str, abstract_params: Tree, rules: Sequence[Rule] = (),
     """
     checkpoint = find_checkpoint(path)
     stored.check(checkpoint, "state")
-    if use_ema and any(name.startswith("ema/") for name in stored.leaves(checkpoint)):
+    if use_ema and any(name.startswith("ema/") for name in merging.leaves(checkpoint)):
         rules = [*rules, (r"params/(.*)", r"ema/\1")]
     return _restore(checkpoint, {"params": abstract_params}, rules)["params"]
 
@@ -266,13 +269,13 @@ def open_params(path: str, use_ema: bool = True) -> tuple[dict[str, tuple[int, .
     """
     checkpoint = find_checkpoint(path)
     stored.check(checkpoint, "state")
-    leaves = stored.leaves(checkpoint)
+    leaves = merging.leaves(checkpoint)
     part = "ema/" if use_ema and any(name.startswith("ema/") for name in leaves) else "params/"
     shapes = {name.removeprefix(part): tuple(leaf.shape) for name, leaf in leaves.items() if name.startswith(part)}
 
     def read(name: str) -> np.ndarray:
         target = {name: jax.ShapeDtypeStruct(shapes[name], np.float32)}
-        return stored.read_arrays(checkpoint, target, {name: part + name})[name]
+        return merging.read_arrays(checkpoint, target, {name: part + name})[name]
 
     return shapes, read
 
@@ -282,14 +285,15 @@ def _restore(
     abstract_state: Tree,
     rules: Sequence[Rule] = (),
     init: Callable[[], Tree] | None = None,
+    reader: ModuleType = merging,
 ) -> Tree:
-    targets, sources = named_leaves(abstract_state), stored.leaves(checkpoint)
+    targets, sources = named_leaves(abstract_state), reader.leaves(checkpoint)
     try:
         assignment = assign(targets, sources, rules)
     except UserError as error:
         raise UserError(f"{checkpoint}: {error}") from error
     leaves = _initialise({t: targets[t] for t, source in assignment.items() if source is None}, init)
-    leaves |= stored.read_arrays(checkpoint, targets, {t: s for t, s in assignment.items() if s is not None})
+    leaves |= reader.read_arrays(checkpoint, targets, {t: s for t, s in assignment.items() if s is not None})
     return jax.tree.unflatten(jax.tree.structure(abstract_state), [leaves[name] for name in targets])
 
 

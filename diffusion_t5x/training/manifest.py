@@ -73,6 +73,8 @@ def faults(checkpoint: epath.Path, items: Sequence[str] = (), checksums: bool = 
         return [f"{FILE} is missing"]
     except (OSError, ValueError, KeyError, TypeError):
         return [f"{FILE} cannot be read"]
+    if any(name.startswith("/") or ".." in name.split("/") for name in entries):
+        return [f"{FILE} names files outside of the checkpoint"]
     names = sorted(name for name in entries if not items or any(f"{name}/".startswith(f"{item}/") for item in items))
     shares = np.arange(len(names)) % jax.process_count() == jax.process_index()
 

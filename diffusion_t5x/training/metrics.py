@@ -20,6 +20,7 @@ import jax
 import tensorboardX
 
 from diffusion_t5x.errors import UserError, did_you_mean
+from diffusion_t5x.training.preemption import RUN_AGAIN
 
 
 class Writer(Protocol):
@@ -131,8 +132,11 @@ class WandbWriter:
         self._run.log({"step": int(step)} | {f"{folder}/{name}": float(value) for name, value in metrics.items()})
 
     def close(self) -> None:
-        failed = sys.exc_info()[0] is not None  # closed on the way out of an exception
-        self._run.finish(exit_code=int(failed))
+        error = sys.exc_info()[1]  # closed on the way out of an exception
+        code = error.code if isinstance(error, SystemExit) else int(error is not None)
+        if code == RUN_AGAIN:  # "preempted", not "failed"
+            self._run.mark_preempting()
+        self._run.finish(exit_code=code)
 
 
 class MultiWriter:

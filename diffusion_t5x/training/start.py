@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.training import stored
+from diffusion_t5x.training import merging, stored
 from diffusion_t5x.training.assignment import Rule, describe_assignment, named_leaves
 from diffusion_t5x.training.checkpoints import find_checkpoint, read_metadata
 
@@ -15,7 +15,9 @@ _SIZES = pathlib.Path(__file__).parent.parent / "gin" / "sizes"
 _OF_A_SIZE = ("embed_dim", "num_layers", "num_heads", "mlp_dim")
 
 
-def check_start(path: str, vocabulary: TokenIds, abstract_state: Any, rules: Sequence[Rule] = ()) -> str:
+def check_start(
+    path: str, vocabulary: TokenIds, abstract_state: Any, rules: Sequence[Rule] = (), resumes: bool = False
+) -> str:
     """What becomes of each array of a state that starts from a checkpoint, in words; reads names and shapes only.
 
     Args:
@@ -23,13 +25,15 @@ def check_start(path: str, vocabulary: TokenIds, abstract_state: Any, rules: Seq
       vocabulary: of the task.
       abstract_state: tree of shapes and dtypes, with the model's parameters as `params`.
       rules: assignment rules.
+      resumes: arrays come back as they are; else factors of a LoRA run are merged.
 
     Raises:
       UserError: no checkpoint, or one message of all that does not fit, the vocabulary and parameter by parameter.
     """
     checkpoint = find_checkpoint(path)
     stored.check(checkpoint, "state/_METADATA")
-    targets, sources = named_leaves(abstract_state), stored.leaves(checkpoint)
+    reader = stored if resumes else merging
+    targets, sources = named_leaves(abstract_state), reader.leaves(checkpoint)
     wrong = []
     try:
         vocabulary.check_same(read_metadata(str(checkpoint))["vocabulary"], str(checkpoint))
@@ -39,7 +43,7 @@ def check_start(path: str, vocabulary: TokenIds, abstract_state: Any, rules: Seq
         description = describe_assignment(targets, sources, rules)
     except UserError as error:
         wrong.append(f"{checkpoint}: {error}")
-        if advice := _advice(model_settings(targets), model_settings(sources)):
+        if advice := _advice(*(model_settings(merging.plain(leaves)) for leaves in (targets, sources))):
             wrong.append(advice)
     if wrong:
         raise UserError("\n".join(wrong))
@@ -57,7 +61,7 @@ def model_settings(leaves: Mapping[str, Any]) -> dict[str, int | bool | str]:
     if not all(name in shapes for name in needed):
         return {}
     embedding, query, key, mlp = (shapes[name] for name in needed)
-    buckets = shapes.get("decoder/relative_bias/embedding")
+    buckets, positions = (shapes.get(f"decoder/{name}/embedding") for name in ("relative_bias", "positions"))
     has_encoder = any(name.startswith("encoder/") for name in shapes)
     return {
         "architecture": "encoder_decoder" if has_encoder else "decoder_only",
@@ -69,8 +73,13 @@ def model_settings(leaves: Mapping[str, Any]) -> dict[str, int | bool | str]:
         "num_kv_heads": key[2],
         "tie_embeddings": "head" not in shapes,
         "query_key_norm": f"{stack}/attention/query_norm/scale" in shapes,
-        "position": "relative" if buckets else "rotary",
+        "norm": "layer" if f"{stack}/attention_norm/bias" in shapes else "rms",
+        "gated": f"{stack}/mlp/wi_1" in shapes,
+        "qkv_bias": f"{stack}/attention/query_bias" in shapes,
+        "output_bias": f"{stack}/attention/out_bias" in shapes,
+        "position": "relative" if buckets else "learned" if positions else "rotary",
         **({"relative_buckets": buckets[0]} if buckets else {}),
+        **({"max_length": positions[0]} if positions else {}),
         "vocab_size": embedding[0],
     }
 

@@ -18,9 +18,9 @@ class TrainState:
 
     Attributes:
       step: int32 scalar, steps taken.
-      params: the model's parameters, float32.
-      opt_state: the optimizer's state.
-      ema: exponential moving average of the parameters, or None.
+      params: the model's parameters.
+      opt_state: the optimizer's state, of what is trained of them.
+      ema: exponential moving average of what is trained of them, or None.
     """
 
     step: jax.Array
@@ -31,7 +31,21 @@ class TrainState:
     @property
     def eval_params(self) -> Params:
         """The parameters to evaluate: the average where one is kept."""
-        return self.params if self.ema is None else self.ema
+        return self.params if self.ema is None else join(self.ema, self.params)
+
+
+def split(definition: ModelDefinition, params: Params) -> tuple[Params, Params]:
+    """What is trained of the parameters, and what is frozen: trees with None where the other one has an array."""
+    trained = definition.trained()
+    return (
+        jax.tree.map(lambda is_trained, x: x if is_trained else None, trained, params),
+        jax.tree.map(lambda is_trained, x: None if is_trained else x, trained, params),
+    )
+
+
+def join(trained: Params, others: Params) -> Params:
+    """All parameters: those of `others` where `trained` has None."""
+    return jax.tree.map(lambda x, other: other if x is None else x, trained, others, is_leaf=lambda x: x is None)
 
 
 def fresh_state(
@@ -39,8 +53,9 @@ def fresh_state(
 ) -> TrainState:
     """The state before the first step. Run it through `init_state`, which makes it in place on the mesh."""
     params = definition.init(key)
-    ema = jax.tree.map(jnp.copy, params) if keep_ema else None
-    return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params), ema=ema)
+    trained, _ = split(definition, params)
+    ema = jax.tree.map(jnp.copy, trained) if keep_ema else None
+    return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(trained), ema=ema)
 
 
 def abstract_state(

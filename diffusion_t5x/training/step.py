@@ -16,7 +16,7 @@ from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.objectives.distillation import Distillation, Teacher
 from diffusion_t5x.objectives.objective import LossSums, Objective
 from diffusion_t5x.training import optimizers
-from diffusion_t5x.training.state import TrainState, shardings_of
+from diffusion_t5x.training.state import TrainState, join, shardings_of, split
 
 Metrics = Mapping[str, jax.Array]
 Loss = Callable[..., LossSums]  # an objective's `loss`
@@ -39,7 +39,7 @@ def loss_and_gradients(
     microbatches: int = 1,
     normalizing_factor: float | None = None,
 ) -> tuple[LossSums, Params]:
-    """The objective's sums over a batch and the gradients of its loss, one microbatch at a time.
+    """The objective's sums over a batch and the gradients of its loss by what is trained, one microbatch at a time.
 
     The loss is the sum of the microbatches' numerators over the sum of their denominators, which does not depend on
     how the rows are dealt out; a mean of means would.
@@ -55,22 +55,24 @@ def loss_and_gradients(
         LOSS_NORMALIZING_FACTOR).
     """
 
-    def numerator(params, batch, key):
-        sums = loss(definition.bind(params), batch, key)
+    trained, frozen = split(definition, params)
+
+    def numerator(trained, batch, key):
+        sums = loss(definition.bind(join(trained, frozen)), batch, key)
         return sums.loss.numerator, sums
 
     gradients = jax.grad(numerator, has_aux=True)
     if microbatches == 1:
-        grads, sums = gradients(params, batch, key)
+        grads, sums = gradients(trained, batch, key)
     else:
         # Rows are dealt out in turn, so every microbatch has rows of every device.
         pieces = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
 
         def accumulate(total, piece):
-            grads, sums = gradients(params, piece, key)
+            grads, sums = gradients(trained, piece, key)
             return jax.tree.map(jnp.add, total, (grads, sums)), None
 
-        shapes = jax.eval_shape(gradients, params, jax.tree.map(lambda x: x[0], pieces), key)
+        shapes = jax.eval_shape(gradients, trained, jax.tree.map(lambda x: x[0], pieces), key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         (grads, sums), _ = jax.lax.scan(accumulate, zeros, pieces)
     if normalizing_factor is not None:
@@ -141,15 +143,17 @@ def make_train_step(
             microbatches=microbatches,
             normalizing_factor=normalizing_factor,
         )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        trained, frozen = split(definition, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        params = optax.apply_updates(trained, updates)
         ema = state.ema
         if ema_decay is not None:
             ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
         loss, gradient_norm = sums.loss.mean(), optax.tree.norm(grads)
         is_good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & (loss <= loss_limit)
         stepped = TrainState(step=state.step, params=params, opt_state=opt_state, ema=ema)
-        kept = jax.tree.map(lambda new, old: jnp.where(is_good, new, old), stepped, state)
+        before = state.replace(params=trained)
+        kept = jax.tree.map(lambda new, old: jnp.where(is_good, new, old), stepped, before)
         clipped = {} if max_grad_norm is None else {"clipped": jnp.float32(gradient_norm > max_grad_norm)}
         metrics = {
             **means(sums),
@@ -160,7 +164,7 @@ def make_train_step(
             "parameter_norm": optax.tree.norm(params),
             "tokens": jnp.sum(batch.segment_ids > 0),
         }
-        return kept.replace(step=state.step + 1), metrics
+        return kept.replace(step=state.step + 1, params=join(kept.params, frozen)), metrics
 
     shardings, teacher_params = shardings_of(abstract), teacher and teacher.params
     jitted = jax.jit(

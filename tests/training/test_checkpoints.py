@@ -66,6 +66,7 @@ def saved(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_tests_of_meshes_pass_where_there_are_eight_devices(eight_devices):
     if len(jax.devices()) >= 8:
         pytest.skip("this is the process with eight devices")

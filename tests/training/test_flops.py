@@ -52,9 +52,10 @@ OBJECTIVES = [Autoregressive(), Sundae(), Sundae(num_unrolls=2), Masked(), Block
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-@pytest.mark.parametrize("architecture", ["decoder_only", "llama", "encoder_decoder"])
+@pytest.mark.parametrize("architecture", ["decoder_only", "llama", "gpt2", "encoder_decoder"])
 def test_a_step_is_three_times_its_forward_passes(objective, architecture):
-    config = {"decoder_only": tiny.RELATIVE, "llama": tiny.LLAMA, "encoder_decoder": tiny.ENCODER_DECODER}[architecture]
+    configs = {"decoder_only": tiny.RELATIVE, "llama": tiny.LLAMA, "gpt2": tiny.GPT2}
+    config = (configs | {"encoder_decoder": tiny.ENCODER_DECODER})[architecture]
     batch, encoder_length = (APART, 6) if architecture == "encoder_decoder" else (BATCH, 0)
     definition, params = tiny.make_model(config)
     forward = cost(lambda params: objective.loss(definition.bind(params), batch, KEY, train=False), params)

@@ -131,6 +131,14 @@ def test_a_manifest_that_is_lost_or_cut_is_a_fault(run):
     assert stored.latest_whole(run) == str(run / "checkpoint_3")
 
 
+def test_a_manifest_names_files_of_the_checkpoint(run):
+    path = run / "checkpoint_7" / manifest.FILE
+    said = json.loads(path.read_text())
+    said["files"]["state/../../checkpoint_5/manifest.json"] = said["files"].popitem()[1]
+    path.write_text(json.dumps(said))
+    assert faults(run / "checkpoint_7") == ["manifest.json names files outside of the checkpoint"]
+
+
 def make_old(checkpoint):
     """As it was before there were manifests."""
     lose(checkpoint / manifest.FILE)

@@ -32,7 +32,11 @@ def save(folder, config, vocabulary=tiny.VOCABULARY, **more):
     return str(folder)
 
 
-@pytest.mark.parametrize("config", [tiny.RELATIVE, tiny.LLAMA, tiny.ENCODER_DECODER], ids=["t5", "llama", "encoder"])
+@pytest.mark.parametrize(
+    "config",
+    [tiny.RELATIVE, tiny.LLAMA, tiny.GPT2, tiny.ENCODER_DECODER],
+    ids=["t5", "llama", "gpt2", "encoder"],
+)
 def test_parameters_tell_the_settings_of_their_model(config):
     found = model_settings(named_leaves(abstract(config)))
     assert {"embed_dim", "num_layers", "num_kv_heads", "tie_embeddings", "architecture"} <= found.keys()

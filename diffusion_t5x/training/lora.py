@@ -1,0 +1,192 @@
+"""LoRA (arXiv 2106.09685): the model stays as it is, and each chosen matrix gets a trained update of low rank."""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.errors import UserError, did_you_mean
+from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.layers import normal
+from diffusion_t5x.models.low_rank import LowRank
+from diffusion_t5x.models.transformer import ModelDefinition, Params
+from diffusion_t5x.training.assignment import Rule
+
+Axes = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """What is trained of a model in place of all of it.
+
+    A name in `targets` or `whole` is a regular expression for the end of a parameter's name: "query" means the query
+    matrices of every attention, "decoder/blocks/mlp/wo" those of one stack. Each layer has factors of its own.
+
+    Attributes:
+      rank: of the updates.
+      alpha: updates are multiplied by `alpha / rank`.
+      targets: matrices of the layers that get an update.
+      whole: parameters that are trained themselves, such as "embedding", in which MASK has its row.
+      base_dtype: of frozen matrices and embeddings; norms and biases stay float32. Where `ModelConfig.dtype` is
+        bfloat16, "bfloat16" changes nothing in what a step computes.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: Sequence[str] = ("query", "key", "value", "out", "wi_[01]", "wo")
+    whole: Sequence[str] = ()
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"Lora.rank must be at least 1, not {self.rank}.")
+        if self.base_dtype not in ("float32", "bfloat16"):
+            raise UserError(f'Lora.base_dtype must be "float32" or "bfloat16", not {self.base_dtype!r}.')
+        for field in ("targets", "whole"):
+            names = getattr(self, field)
+            if isinstance(names, str):
+                raise UserError(f'Lora.{field} must be a list of names, such as ["{names}"], not a string.')
+            object.__setattr__(self, field, tuple(names))
+        if not self.targets:
+            raise UserError("Lora.targets must name at least one matrix.")
+
+    def describe(self) -> dict[str, Any]:
+        """Its fields as JSON gives them back."""
+        return dataclasses.asdict(self) | {"targets": list(self.targets), "whole": list(self.whole)}
+
+
+def define(config: ModelConfig, vocabulary: TokenIds, lora: Lora | None = None) -> ModelDefinition:
+    """The model to be trained, whole or by LoRA."""
+    return ModelDefinition(config, vocabulary) if lora is None else LoraDefinition(config, vocabulary, lora)
+
+
+def check_resumed(checkpoint: str, trained_by: dict[str, Any] | None, lora: Lora | None) -> None:
+    """Raises a UserError where a run would go on with another LoRA than the one of its checkpoint's metadata."""
+    if trained_by != (now := lora and lora.describe()):
+        raise UserError(
+            f"{checkpoint} was trained with train.lora = {trained_by}, but here it is {now}: go on with the same one, "
+            "or start another run from it, with another MODEL_DIR and it as INITIAL_CHECKPOINT_PATH."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraDefinition(ModelDefinition):
+    """A model with a `LowRank` in place of each targeted parameter.
+
+    Raises:
+      UserError: a name is of no parameter, a target is not a matrix of the layers, or is to be trained whole as well.
+    """
+
+    lora: Lora
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if odd := [name for name in self._targets if not _is_matrix_of_layers(self._axes[name])]:
+            raise UserError(
+                f"Lora.targets matches {', '.join(odd)}: not a matrix of the layers. Lora.whole trains any parameter."
+            )
+        if both := self._targets & self._whole:
+            raise UserError(f"Both Lora.targets and Lora.whole match {', '.join(sorted(both))}.")
+
+    @property
+    def restore_rules(self) -> tuple[Rule, ...]:
+        """For a start from plain parameters: matrices become bases, factors and their average are new."""
+        whole = "|".join(map(re.escape, sorted(self._whole)))
+        return (r"params/(.*)/base", r"params/\1"), (rf"params/.*/(down|up)|ema/(?!({whole})$).*", None)
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh parameters: `down` is normal with a variance of one over its inputs, `up` is zero."""
+        base_key, factors_key = jax.random.split(key)
+        return self.adapt(super().init(base_key), factors_key)
+
+    def abstract(self) -> Params:
+        return jax.eval_shape(self.adapt, super().abstract(), jax.random.key(0))
+
+    def axes(self) -> Params:
+        def of_factors(name: str, axes: Axes) -> LowRank:
+            layers, inputs, outputs = _cut(axes, axes)  # heads are cut, never what is in them
+            return self._low_rank(axes, (*layers, inputs[0], "rank"), (*layers, "rank", outputs[0]))
+
+        return self._map(of_factors, lambda name, axes: axes, super().axes())
+
+    def trained(self) -> Params:
+        return self._map(
+            lambda name, _: self._low_rank(False, True, True), lambda name, _: name in self._whole, super().trained()
+        )
+
+    def adapt(self, params: Params, key: jax.Array) -> Params:
+        """Parameters of the plain model with new factors."""
+        rank, dtype = self.lora.rank, self.lora.base_dtype
+        numbers = {name: number for number, name in enumerate(sorted(self._targets))}
+
+        def with_factors(name: str, matrix: jax.Array) -> LowRank:
+            layers, inputs, outputs = _cut(self._axes[name], matrix.shape)
+            size = math.prod(inputs)
+            down = normal(1 / size)(jax.random.fold_in(key, numbers[name]), (*layers, size, rank), jnp.float32)
+            up = jnp.zeros((*layers, rank, math.prod(outputs)), jnp.float32)
+            return self._low_rank(matrix.astype(dtype), down, up)
+
+        def without(name: str, array: jax.Array) -> jax.Array:
+            axes = self._axes[name]
+            is_large = "embed" in axes and len(axes) > 1 + ("layers" in axes)
+            return array.astype(dtype) if is_large and name not in self._whole else array
+
+        return self._map(with_factors, without, params)
+
+    def _low_rank(self, base: Any, down: Any, up: Any) -> LowRank:
+        return LowRank(base, down, up, self.lora.alpha / self.lora.rank)
+
+    def _map(self, on_target: Callable[[str, Any], Any], on_other: Callable[[str, Any], Any], tree: Params) -> Params:
+        """A tree of the plain model's form with each leaf replaced by what a function says of its name and itself."""
+        leaves = traverse_util.flatten_dict(tree, sep="/")
+        return traverse_util.unflatten_dict(
+            {name: (on_target if name in self._targets else on_other)(name, leaf) for name, leaf in leaves.items()},
+            sep="/",
+        )
+
+    @functools.cached_property
+    def _axes(self) -> dict[str, Axes]:
+        """The plain model's, by name."""
+        return traverse_util.flatten_dict(super().axes(), sep="/")
+
+    @functools.cached_property
+    def _targets(self) -> frozenset[str]:
+        return _matching("targets", self.lora.targets, self._axes)
+
+    @functools.cached_property
+    def _whole(self) -> frozenset[str]:
+        return _matching("whole", self.lora.whole, self._axes)
+
+
+def _is_matrix_of_layers(axes: Axes) -> bool:
+    return "layers" in axes and "embed" in axes and len(axes) > 2
+
+
+def _cut(axes: Axes, values: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
+    """What stands at a matrix's axes: at that of the layers, its inputs' and its outputs'; one of these is `embed`."""
+    first_output = 2 if axes[1] == "embed" else len(axes) - 1
+    return values[:1], values[1:first_output], values[first_output:]
+
+
+def _matching(field: str, patterns: Iterable[str], names: Iterable[str]) -> frozenset[str]:
+    found: set[str] = set()
+    for pattern in patterns:
+        try:
+            compiled = re.compile(f"(.*/)?({pattern})")
+        except re.error as error:
+            raise UserError(f"Lora.{field}: {pattern!r} is not a regular expression: {error}.") from error
+        if not (matching := {name for name in names if compiled.fullmatch(name)}):
+            ends = {name.split("/", cuts)[-1] for name in names for cuts in range(name.count("/") + 1)}
+            raise UserError(
+                f"Lora.{field}: no parameter's name ends in {pattern!r}.{did_you_mean(pattern, ends)} "
+                f"There are {', '.join(sorted(names))}."
+            )
+        found |= matching
+    return frozenset(found)
