@@ -24,7 +24,8 @@ import re
 import sys
 import tokenize
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import absl.logging
@@ -43,7 +44,11 @@ _MISSPELT_CONSTANTS = {"true": "True", "false": "False", "none": "None", "null":
 
 
 def run(
-    main: Callable[..., Any], argv: Sequence[str] | None = None, subcommand: str = "", dry_run: object = None
+    main: Callable[..., Any],
+    argv: Sequence[str] | None = None,
+    subcommand: str = "",
+    dry_run: object = None,
+    texts: Mapping[str, str] = types.MappingProxyType({}),
 ) -> None:
     """Runs a verb as a `program`: reads the flags, resolves gin and calls `main` with the arguments that gin binds.
 
@@ -52,9 +57,10 @@ def run(
       argv: the command line without the program's name and the subcommand; by default this process's.
       subcommand: the word before the flags, in a module that has several verbs.
       dry_run: what `main` receives as `dry_run` in place of the flag; None hands on the flag.
+      texts: gin to read before the files, see `load`.
     """
     with program():
-        _run(_importable(main), sys.argv[1:] if argv is None else argv, subcommand, dry_run)
+        _run(_importable(main), sys.argv[1:] if argv is None else argv, subcommand, dry_run, texts)
 
 
 @contextlib.contextmanager
@@ -89,8 +95,11 @@ def load(
     bindings: Iterable[str] = (),
     search_paths: Iterable[str] = (),
     allowed: Sequence[str] = (),
+    texts: Mapping[str, str] = types.MappingProxyType({}),
 ) -> None:
     """Replaces gin's configuration by that of `gin_files`, then `bindings` (`"NAME = VALUE"`); later ones win.
+
+    Before them come `texts`, gin of which no file is known; their keys say in messages what they are.
 
     Files and their includes are looked up as given, in `search_paths`, beside the files of `gin_files`, then among the
     shipped ones: `runs/x.gin`, `gin/runs/x.gin` and `diffusion_t5x/gin/runs/x.gin` are the same file. They may import
@@ -108,6 +117,9 @@ def load(
     # Besides `open`, gin has a reader that takes folders for Python packages and logs an error wherever it finds none.
     gin_config._FILE_READERS[:] = [(functools.partial(open, encoding="utf-8"), os.path.isfile)]
     gin.parse_config("from __gin__ import dynamic_registration")  # so that `operative_text` writes it, too
+    for what, text in texts.items():
+        with _explained_errors(what):
+            gin.parse_config(text)
     for file in gin_files:
         with _explained_errors():
             gin.parse_config_file(file)
@@ -164,7 +176,9 @@ def operative_values() -> dict[str, Any]:
     return values
 
 
-def _run(main: Callable[..., Any], argv: Sequence[str], subcommand: str, dry_run: object) -> None:
+def _run(
+    main: Callable[..., Any], argv: Sequence[str], subcommand: str, dry_run: object, texts: Mapping[str, str]
+) -> None:
     takes = inspect.signature(main).parameters
     takes_dry_run, takes_mesh = "dry_run" in takes, "mesh" in takes
     flags = parse_flags(main.__module__, argv, takes_dry_run, takes_mesh, _examples(main.__module__), subcommand)
@@ -175,7 +189,7 @@ def _run(main: Callable[..., Any], argv: Sequence[str], subcommand: str, dry_run
     if gin_config._inverse_lookup(main) is None:
         gin.register(main)
     own = main.__module__.partition(".")[0]  # a verb of another package may use that
-    load(flags.gin_file, flags.gin_bindings, flags.gin_search_paths, [own, *flags.gin_allow])
+    load(flags.gin_file, flags.gin_bindings, flags.gin_search_paths, [own, *flags.gin_allow], texts)
     selector = gin_config._inverse_lookup(main).selector
     gin_config._CONFIG.setdefault(("", selector), {})  # so that `operative_text` shows it where nothing is bound
     if flags.print_config:
@@ -268,7 +282,7 @@ def _parameters(function_or_class: Callable[..., Any]) -> list[inspect.Parameter
 
 @contextlib.contextmanager
 def _explained_errors(flag: str = "") -> Iterator[None]:
-    """Turns what gin raises while it reads a file, or the command line's `flag`, into a `UserError`."""
+    """Turns what gin raises while it reads a file, a text or the command line's `flag`, into a `UserError`."""
     try:
         yield
     except UserError:

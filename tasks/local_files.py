@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import seqio
@@ -68,29 +68,49 @@ def source(
 ) -> seqio.DataSource:
     """A SeqIO source of texts made from the records of files; see `task`."""
     filled = {name: _Template(text) for name, text in templates.items()}
+
+    def read(names: Sequence[str]) -> Records:
+        found = reader.read(names)
+        return dataclasses.replace(found, parse=lambda i: {k: t.fill(found.parse(i)) for k, t in filled.items()})
+
+    return source_of(files, read, held_out)
+
+
+def source_of(
+    files: Mapping[str, Patterns],
+    read_files: Callable[[Sequence[str]], Records],
+    held_out: Mapping[str, float] | None = None,
+    finish: Callable[[Fields], sources.Record] = dict,
+) -> seqio.DataSource:
+    """A SeqIO source of records, of which each is looked at before the first is given.
+
+    Args:
+      files, held_out: see `task`. A hash of a record's first field, a text, decides.
+      read_files: the records of all files of a split.
+      finish: makes of a record what the source gives.
+    """
     held_out = dict(held_out or {})
     if held_out and ("train" not in files or held_out.keys() & files.keys() or sum(held_out.values()) >= 100):
         raise UserError(f"held_out takes percentages of 'train' for splits without files: {held_out}.")
 
     @functools.cache
     def read(split: str) -> tuple[Records, np.ndarray]:
-        """The records of a split's files as texts, and for each of them the number of the split it belongs to."""
+        """The records of a split's files, and for each of them the number of the split it belongs to."""
         names = expand(files[split])
-        found = reader.read(names)
-        texts = dataclasses.replace(found, parse=lambda i: {k: t.fill(found.parse(i)) for k, t in filled.items()})
+        found = read_files(names)
         splits = [split, *(held_out if split == "train" else {})]
         shares = [held_out[name] for name in splits[1:]]
-        belongs = np.fromiter((_share_of(next(iter(record.values())), shares) for record in texts), np.int8)
+        belongs = np.fromiter((_share_of(next(iter(record.values())), shares) for record in found), np.int8)
         for name, count in zip(splits, np.bincount(belongs, minlength=len(splits)), strict=True):
             if not count:
                 raise UserError(f"No record of {', '.join(names)} belongs to the split {name!r}.")
             logger.info("%s: %d records of %s", name, count, ", ".join(names))
-        return texts, belongs
+        return found, belongs
 
     def load(split: str) -> Records:
-        texts, belongs = read("train" if split in held_out else split)
+        found, belongs = read("train" if split in held_out else split)
         members = np.flatnonzero(belongs == (1 + [*held_out].index(split) if split in held_out else 0))
-        return Records(len(members), lambda i: texts.parse(members[i]), lambda i: texts.where(members[i]))
+        return Records(len(members), lambda i: finish(found.parse(members[i])), lambda i: found.where(members[i]))
 
     return sources.records(load, [*files, *held_out])
 

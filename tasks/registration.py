@@ -17,7 +17,11 @@ Preprocessor = Callable[..., tf.data.Dataset]
 
 
 def vocabulary(file: str | None) -> seqio.Vocabulary:
-    """A Hugging Face tokenizer (a .json), a SentencePiece model with `SENTINELS` ids behind its own, or bytes (None).
+    """A vocabulary by its file.
+
+    Args:
+      file: a Hugging Face tokenizer (.json), llama2.c's (.bin), or a SentencePiece model, which gets `SENTINELS` ids
+        behind its own; None takes bytes.
 
     Raises:
       UserError: there is no such file.
@@ -27,12 +31,17 @@ def vocabulary(file: str | None) -> seqio.Vocabulary:
     path = os.path.expanduser(file)
     if not os.path.isfile(path):
         raise UserError(
-            f"There is no vocabulary file {file}: name a tokenizer.json, a SentencePiece model, or None for bytes."
+            f"There is no vocabulary file {file}: name a tokenizer's .json or .bin, a SentencePiece model, or None, "
+            "with --gin.VOCABULARY_FILE=FILE."
         )
     if path.endswith(".json"):
         from diffusion_t5x.data.huggingface_vocabulary import HuggingFaceVocabulary
 
         return HuggingFaceVocabulary(path)
+    if path.endswith(".bin"):
+        from diffusion_t5x.data.llama2c_vocabulary import Llama2cVocabulary
+
+        return Llama2cVocabulary(path)
     return seqio.SentencePieceVocabulary(path, extra_ids=SENTINELS)
 
 
@@ -82,8 +91,7 @@ def task(
         tokenize = functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False)
         steps = [tokenize, objective, seqio.preprocessors.append_eos]
         shuffle_buffer = max(shuffle_buffer, pretraining.SHUFFLE_BUFFER)
-    _remove(name)
-    seqio.TaskRegistry.add(
+    return add(
         name,
         source=source,
         preprocessors=[*preprocessors, *steps],
@@ -92,6 +100,12 @@ def task(
         postprocess_fn=postprocess_fn,
         shuffle_buffer_size=shuffle_buffer,
     )
+
+
+def add(name: str, **task: Any) -> str:
+    """`seqio.TaskRegistry.add`, in place of an earlier task or mixture of that name, which it returns."""
+    _remove(name)
+    seqio.TaskRegistry.add(name, **task)
     return name
 
 

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 
 from diffusion_t5x.errors import UserError
 
-Record = Mapping[str, str | Sequence[str]]
+Record = Mapping[str, str | Sequence[str] | np.ndarray]
 
 
 def index_blocks(size: int, shuffle: bool, seed: int | None) -> tf.data.Dataset:
@@ -33,24 +33,24 @@ def records(load: Callable[[str], Sequence[Record]], splits: Sequence[str]) -> s
 
     Args:
       load: gives a sequence of at least one record; the first one tells the fields. Texts become strings `[]`, lists of
-        texts strings `[n]`.
+        texts strings `[n]`, arrays of ids int32 `[n]`.
       splits: what `load` knows.
     """
     load = functools.cache(load)
 
     def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         found = load(split)
-        fields = {name: isinstance(value, str) for name, value in found[0].items()}
+        shapes = {name: [] if isinstance(value, str) else [None] for name, value in found[0].items()}
+        dtypes = [tf.int32 if isinstance(value, np.ndarray) else tf.string for value in found[0].values()]
 
         def read(index: np.ndarray) -> list[np.ndarray]:
             record = found[int(index)]
-            return [np.array(record[name], dtype=object) for name in fields]
+            return [np.array(record[name], dtype.as_numpy_dtype) for name, dtype in zip(shapes, dtypes, strict=True)]
 
         def look_up(index: tf.Tensor) -> dict[str, tf.Tensor]:
             # Stateless: else no position in the data could be saved.
-            values = tf.numpy_function(read, [index], [tf.string] * len(fields), stateful=False)
-            shapes = ([] if is_text else [None] for is_text in fields.values())
-            return {name: tf.ensure_shape(x, shape) for name, x, shape in zip(fields, values, shapes, strict=True)}
+            values = tf.numpy_function(read, [index], dtypes, stateful=False)
+            return {name: tf.ensure_shape(x, shapes[name]) for name, x in zip(shapes, values, strict=True)}
 
         indices = index_blocks(len(found), shuffle_files, seed).unbatch()
         return indices.map(look_up).apply(tf.data.experimental.assert_cardinality(len(found)))

@@ -80,6 +80,12 @@ class HuggingFaceVocabulary(PythonVocabulary):
     def puts_space(self) -> bool:
         return self._encode("a") != self.encode_part("a", begins=False)
 
+    def special_tokens(self) -> list[str]:
+        """What the library makes a special token wherever it stands in a text, and what begins, ends and pads one."""
+        special = {token for token, added in self._added.items() if added.special}
+        roles = {token for token in self._ids.values() if token is not None}
+        return [self._tokenizer.id_to_token(token) for token in sorted(special | roles)]
+
     def is_text(self) -> np.ndarray:
         text = np.zeros(self._size, bool)
         text[list(self._tokenizer.get_vocab().values())] = True

@@ -44,7 +44,10 @@ class Llama2cVocabulary(PythonVocabulary):
         try:
             self.contents = pathlib.Path(path).expanduser().read_bytes()
         except OSError as error:
-            raise UserError(f"Cannot read the tokenizer file {path}: {error.strerror}.") from error
+            raise UserError(
+                f"Cannot read the tokenizer file {path}: {error.strerror}. Gin files name it by TOKENIZER_FILE or "
+                "VOCABULARY_FILE."
+            ) from error
         self._pieces, self._scores = _parse(self.contents, path)
         # Backwards: of equal pieces the first one counts. What looks like a special id or a byte is text to be encoded.
         self._ids = {self._pieces[i]: i for i in range(len(self._pieces) - 1, _FIRST_PIECE - 1, -1)}

@@ -4,10 +4,9 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-import itertools
 import os
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from diffusion_t5x.data import scoring
 from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.rows import check_rows, fill_batches, rows_of_shard
 from diffusion_t5x.data.truncation import CutCounter
-from diffusion_t5x.data.vocabularies import TokenIds, cells, piece, token_ids
+from diffusion_t5x.data.vocabularies import TokenIds, cells, piece, signs, to_text, token_ids
 from diffusion_t5x.errors import UserError
 
 if TYPE_CHECKING:
@@ -169,24 +168,16 @@ class SeqioDataset:
 
     def to_text(self, tokens: Sequence[int]) -> str:
         """The text of target tokens, up to EOS or the first pad."""
-        ends = (self.vocabulary().eos_id, self.vocabulary().pad_id)
-        return self._decode(itertools.takewhile(lambda token: token not in ends, tokens))
+        return to_text(self.vocabulary(), tokens)
 
     def cells(self, tokens: Sequence[int]) -> list[str]:
         """The texts of all target tokens one by one, which joined are the text: EOS as ¶, pad as ·, MASK as ▢."""
-        return cells(self.vocabulary(), tokens, self._signs())
+        return cells(self.vocabulary(), tokens, signs(self.vocabulary()))
 
     def piece(self, token: int) -> bytes:
         """One token by itself in UTF-8, of which it may be only a part; with the signs of `cells`."""
-        sign = self._signs().get(token)
+        sign = signs(self.vocabulary()).get(token)
         return sign.encode() if sign else piece(self.vocabulary(), token)
-
-    def _signs(self) -> dict[int, str]:
-        return {self.vocabulary().eos_id: "¶", self.vocabulary().pad_id: "·", self.vocabulary().vocab_size: "▢"}
-
-    def _decode(self, tokens: Iterable[int]) -> str:
-        text = self.vocabulary().decode(list(tokens))
-        return text if isinstance(text, str) else " ".join(map(str, text))  # a PassThroughVocabulary has no texts
 
     def score(self, records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """The task's metrics of predictions.

@@ -4,8 +4,9 @@ import codecs
 import dataclasses
 import functools
 import hashlib
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Self
 
 import jax
@@ -253,6 +254,18 @@ def cells(vocabulary: "seqio.Vocabulary", tokens: Sequence[int], signs: Mapping[
     else:
         puts_space = not isinstance(vocabulary, seqio.ByteVocabulary)
     return [texts[0].removeprefix(" "), *texts[1:]] if texts and puts_space else texts
+
+
+def signs(vocabulary: "seqio.Vocabulary") -> dict[int, str]:
+    """What is shown of tokens that are no text: EOS as ¶, pad as ·, MASK as ▢."""
+    return {vocabulary.eos_id: "¶", vocabulary.pad_id: "·", vocabulary.vocab_size: "▢"}
+
+
+def to_text(vocabulary: "seqio.Vocabulary", tokens: Iterable[int]) -> str:
+    """The text of target tokens, up to EOS or the first pad."""
+    ends = (vocabulary.eos_id, vocabulary.pad_id)
+    text = vocabulary.decode(list(itertools.takewhile(lambda token: token not in ends, tokens)))
+    return text if isinstance(text, str) else " ".join(map(str, text))  # a PassThroughVocabulary has no texts
 
 
 def visible(text: bytes) -> str:

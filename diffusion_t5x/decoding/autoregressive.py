@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.decoding.decoder import Decoded, Trace
+from diffusion_t5x.decoding.decoder import Decoded, Watch, start_trace
 from diffusion_t5x.models.attention import KVCache, write_rows
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind
 from diffusion_t5x.models.sampling import Sampling, forbid, sample
@@ -74,7 +74,7 @@ class AutoregressiveDecoder:
     def attention(self) -> AttentionKind:
         return PREFIX if self.prefix else CAUSAL
 
-    def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool = False) -> Decoded:
+    def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
         vocabulary, length = model.vocabulary, batch.tokens.shape[1]
         keys = row_keys(key, batch.example_ids)
         rows = jnp.arange(batch.tokens.shape[0])
@@ -106,7 +106,7 @@ class AutoregressiveDecoder:
             return step + 1, canvas, cache, finished, scores, written, history
 
         finished = ~jnp.any(batch.target_mask, axis=-1)
-        history = Trace.start(canvas, length) if trace else None
+        history = start_trace(trace, canvas, length)
         carry = (0, canvas, cache, finished, jnp.zeros(len(rows)), jnp.zeros_like(first_target), history)
         steps, canvas, _, _, scores, written, history = jax.lax.while_loop(unfinished, write_next, carry)
         step_of_slot = jnp.arange(length) - first_target[:, None]

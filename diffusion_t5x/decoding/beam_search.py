@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.decoding.autoregressive import read_next, read_prompt
-from diffusion_t5x.decoding.decoder import Decoded, Trace
+from diffusion_t5x.decoding.decoder import Decoded, Watch, start_trace
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind
 from diffusion_t5x.models.transformer import Transformer
@@ -77,7 +77,7 @@ class BeamSearchDecoder:
     def attention(self) -> AttentionKind:
         return PREFIX if self.prefix else CAUSAL
 
-    def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool = False) -> Decoded:
+    def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
         """Nothing is drawn. The trace shows the likeliest live beam, and where an example is done its output."""
         vocabulary, beams = model.vocabulary, self.num_beams
         rows, length = batch.tokens.shape
@@ -158,7 +158,7 @@ class BeamSearchDecoder:
             "finished": nothing,
             "row_steps": jnp.zeros_like(num_targets),
             "done": num_targets == 0,
-            "trace": Trace.start(canvas, length) if trace else None,
+            "trace": start_trace(trace, canvas, length),
         }
         carry = jax.lax.while_loop(unfinished, write_next, carry)
         best = output(carry)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.decoding.decoder import Decoded, Trace, Written
+from diffusion_t5x.decoding.decoder import Decoded, Watch, Written, start_trace
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.attention import KVCache, write_rows
@@ -93,7 +93,7 @@ class BlockDecoder:
     def attention(self) -> AttentionKind:
         return AttentionKind("block_causal", self.block_size)
 
-    def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool = False) -> Decoded:
+    def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
         vocabulary, size, inner = model.vocabulary, self.block_size, self.inner
         keys = row_keys(key, batch.example_ids)
         encoded = model.encode(batch)
@@ -183,7 +183,7 @@ class BlockDecoder:
             "total": jnp.zeros(rows),
             "steps": 0,
             "row_steps": jnp.zeros(rows, jnp.int32),
-            "trace": Trace.start(canvas, -(-length // size) * (inner.most_steps(size) + 1)) if trace else None,
+            "trace": start_trace(trace, canvas, -(-length // size) * (inner.most_steps(size) + 1), length=length),
         }
         carry = jax.lax.while_loop(unfinished, write_block, carry)
         canvas, written_at, history = (

@@ -1,15 +1,21 @@
 """What every decoder is."""
 
+from collections.abc import Callable
 from typing import Protocol, Self
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.objectives.objective import after_end
+
+Watch = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
+"""Is called while a decoder is at work: with a step's number, counted from 1 (0: before the first), and what a `Trace`
+has of it, tokens and confidence `[B, L]`. Calls may overtake one another; an exception ends the decoding."""
 
 
 @flax.struct.dataclass
@@ -62,6 +68,52 @@ class Trace:
 
 
 @flax.struct.dataclass
+class Watched:
+    """In place of a `Trace`: shows the steps to a `Watch` as they are taken, and keeps none of them.
+
+    Attributes:
+      confidence: float32 `[B, L]`, after the last step; see `Trace`.
+      watch: is shown them.
+      first, length: of a decoder's own rows, the part that is the batch's.
+    """
+
+    confidence: jax.Array
+    watch: Watch = flax.struct.field(pytree_node=False)
+    first: int = flax.struct.field(pytree_node=False)
+    length: int = flax.struct.field(pytree_node=False)
+
+    def record(self, step: jax.Array, tokens: jax.Array, mask: jax.Array, log_probability: jax.Array) -> Self:
+        after = self.replace(confidence=jnp.where(mask, jnp.exp(log_probability), self.confidence))
+        after.show(step + 1, tokens)
+        return after
+
+    def show(self, number: jax.Array | int, tokens: jax.Array) -> None:
+        shown = (x[:, self.first : self.first + self.length] for x in (tokens, self.confidence))
+        jax.debug.callback(self.watch, number, *shown)
+
+    def end(self, steps: jax.Array) -> None:
+        """Nothing is left of it."""
+
+
+def start_trace(
+    trace: bool | Watch, tokens: jax.Array, most_steps: int, first: int = 0, length: int | None = None
+) -> Trace | Watched | None:
+    """What a decoder records its steps with, if anything.
+
+    Args:
+      trace: keep them, show them, or neither.
+      tokens: rows `[B, L']` before the first step.
+      most_steps: room for so many.
+      first, length: of these rows, the part that is the batch's; by default, all.
+    """
+    if not callable(trace):
+        return Trace.start(tokens, most_steps) if trace else None
+    watched = Watched(jnp.zeros(tokens.shape), trace, first, tokens.shape[1] if length is None else length)
+    watched.show(0, tokens)
+    return watched
+
+
+@flax.struct.dataclass
 class Decoded:
     """What a decoder wrote.
 
@@ -106,8 +158,15 @@ class Decoded:
 class Decoder(Protocol):
     """A frozen dataclass that writes the targets of a batch. It never reads the tokens at target positions."""
 
-    def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool = False) -> Decoded:
-        """Rows draw from the key by their `example_ids`, so they do not depend on their neighbours."""
+    def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
+        """Rows draw from the key by their `example_ids`, so they do not depend on their neighbours.
+
+        Args:
+          model: reads and predicts.
+          batch: whose targets are to be written.
+          key: of all that is drawn.
+          trace: keep every step, or show it to a `Watch` while decoding goes on.
+        """
 
 
 def end_at_eos(tokens: jax.Array, batch: Batch, vocabulary: TokenIds) -> jax.Array:

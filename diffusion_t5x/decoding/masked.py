@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.commit import ORDERS, Order, choose, propose
-from diffusion_t5x.decoding.decoder import Decoded, Trace, Written
+from diffusion_t5x.decoding.decoder import Decoded, Watch, Written, start_trace
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.masks import BIDIRECTIONAL
@@ -98,7 +98,7 @@ class MaskedDecoder:
             score=jnp.sum(jnp.where(chosen, log_probability, 0), axis=-1),
         )
 
-    def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool = False) -> Decoded:
+    def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
         vocabulary, length = model.vocabulary, batch.tokens.shape[1]
         keys = row_keys(key, batch.example_ids)
         reading, encoded = Reading.of(batch, vocabulary, self.shifted), model.encode(batch)
@@ -128,7 +128,7 @@ class MaskedDecoder:
             "canvas": canvas,
             "total": jnp.zeros(len(canvas)),
             "written_at": jnp.full_like(canvas, -1),
-            "trace": Trace.start(canvas, self.most_steps(length)) if trace else None,
+            "trace": start_trace(trace, canvas, self.most_steps(length)),
         }
         carry = jax.lax.while_loop(unfinished, write_some, carry)
         return Decoded.of(

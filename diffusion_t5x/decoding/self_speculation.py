@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.decoding.autoregressive import read_prompt
 from diffusion_t5x.decoding.block import BlockDecoder
-from diffusion_t5x.decoding.decoder import Decoded, Trace
+from diffusion_t5x.decoding.decoder import Decoded, Watch, start_trace
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.attention import KVCache, write_rows
@@ -62,7 +62,7 @@ class SelfSpeculationDecoder:
     def attention(self) -> AttentionKind:
         return PREFIX if self.prefix else CAUSAL
 
-    def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool = False) -> Decoded:
+    def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
         """`written_at` counts a row's own steps; the trace shows drafts, and that what was not accepted is gone."""
         vocabulary, size, inner = model.vocabulary, self.draft.block_size, self.draft.inner
         keys = row_keys(key, batch.example_ids)
@@ -178,7 +178,7 @@ class SelfSpeculationDecoder:
             "written_at": jnp.full_like(canvas, -1),
             "num_drafted": nothing,
             "num_accepted": nothing,
-            "trace": Trace.start(canvas, length * (inner.most_steps(size) + 1)) if trace else None,
+            "trace": start_trace(trace, canvas, length * (inner.most_steps(size) + 1), size, length),
         }
         carry = jax.lax.while_loop(lambda carry: ~jnp.all(carry["finished"]), write_some, carry)
         canvas, written_at, history = (

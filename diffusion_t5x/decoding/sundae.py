@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.commit import choose
-from diffusion_t5x.decoding.decoder import Decoded, Trace, Written
+from diffusion_t5x.decoding.decoder import Decoded, Watch, Written, start_trace
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.masks import BIDIRECTIONAL
@@ -126,7 +126,7 @@ class SundaeDecoder:
         )
         return written, jnp.all((tokens == canvas) | ~eligible, axis=-1)
 
-    def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool = False) -> Decoded:
+    def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
         vocabulary, samples = model.vocabulary, self.num_samples
         example_keys = row_keys(key, batch.example_ids)
         keys = jax.vmap(lambda k: jax.vmap(lambda n: jax.random.fold_in(k, n))(jnp.arange(samples)))(example_keys)
@@ -168,7 +168,7 @@ class SundaeDecoder:
             "row_steps": jnp.zeros(len(noise), jnp.int32),
             "written_at": jnp.full_like(noise, -1),
             "finished": num_targets == 0,
-            "trace": Trace.start(noise, self.num_steps) if trace else None,
+            "trace": start_trace(trace, noise, self.num_steps),
         }
         carry = jax.lax.while_loop(unfinished, denoise, carry)
         scores = (-carry["score"] / jnp.maximum(num_targets, 1)).reshape(-1, samples)

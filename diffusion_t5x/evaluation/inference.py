@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.decoding.decoder import Decoded, Decoder
+from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch
 from diffusion_t5x.evaluation import traces
 from diffusion_t5x.evaluation.results import write_records
 from diffusion_t5x.evaluation.teacher import Judge
@@ -22,12 +22,12 @@ DecodeStep = Callable[[Params, Batch, np.int32], Decoded]
 
 
 def make_decode_step(
-    mesh: Mesh, definition: ModelDefinition, decoder: Decoder, *, seed: int, trace: bool = False
+    mesh: Mesh, definition: ModelDefinition, decoder: Decoder, *, seed: int, trace: bool | Watch = False
 ) -> DecodeStep:
     """The jitted `(params, batch, sample=0) -> Decoded`.
 
     Examples draw from `(seed, example_ids)`, and from keys of their own for each sample; the 0th sample is what is
-    written where there is only one.
+    written where there is only one. `trace` is as in `Decoder.decode`.
     """
 
     def step(params: Params, batch: Batch, sample: jax.Array | int = 0) -> Decoded:

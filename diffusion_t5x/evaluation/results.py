@@ -16,6 +16,17 @@ from diffusion_t5x.evaluation.metrics import bleu_signature
 
 _PACKAGES = ("diffusion_t5x", "jax", "flax", "seqio", "tensorflow", "sacrebleu")
 _NO_MATTER = ("batch_size", "scan_unroll")  # settings that results do not depend on
+_DECODER_FILES = {
+    "Autoregressive": "autoregressive",
+    "Sundae": "sundae",
+    "Masked": "masked",
+    "Block": "block",
+    "Distillation": "block",
+}
+_PREFIX = """\
+from __gin__ import dynamic_registration
+from diffusion_t5x.decoding import autoregressive as autoregressive_decoding
+autoregressive_decoding.AutoregressiveDecoder.prefix = True"""
 
 
 def describe(settings: Any) -> Any:
@@ -98,6 +109,29 @@ def trained_shifted(config: str) -> bool | None:
     """
     values = re.findall(r"^(?:[\w./]+\.)?(?:Sundae|Masked|Block)\.shifted = (True|False)$", config, re.MULTILINE)
     return values[0] == "True" if len(set(values)) == 1 else None
+
+
+def decoder_gin(config: str) -> str:
+    """A gin text that sets DECODER for a model trained with this resolved configuration; "" where nothing says how.
+
+    The configuration, read after it, gives the decoder its own settings: block size, shifted or not, and more where it
+    has a decoder itself. One without a training is that of an imported model, which is autoregressive.
+    """
+    objective = training_objective(config)
+    if objective == "Joint":
+        found = re.search(
+            r"^(?:OBJECTIVE|(?:[\w./]+\.)?Joint\.diffusion) = @(?:[\w./]+\.)?(\w+)\(\)$", config, re.MULTILINE
+        )
+        objective = found and found[1]
+    if objective is None and config and "train.train." not in config:
+        objective = "Autoregressive"
+    file = _DECODER_FILES.get(objective or "")
+    if objective == "Block" and re.search(r"^(?:[\w./]+\.)?Block\.noise = 'uniform'$", config, re.MULTILINE):
+        file = "block_uniform"
+    text = f'include "decoding/{file}.gin"\n' if file else ""
+    if re.search(r"^(?:[\w./]+\.)?Autoregressive\.prefix = True$", config, re.MULTILINE):
+        text = f"{_PREFIX}\n{text}"
+    return text
 
 
 def write_results(folder: str | os.PathLike, report: Mapping[str, Any]) -> None:

@@ -72,8 +72,8 @@ def show(records: Iterable[Mapping[str, Any]], console: rich.console.Console) ->
     """
     console.print("0 is before the first step. ¶ is the end of a text, · padding, ▢ MASK.", style="dim")
     for record in records:
-        title = rich.text.Text(_sign(record["inputs_pretokenized"]), "bold")
-        title.append(" → ", "dim").append(_sign(record["prediction"]), "bold green")
+        title = rich.text.Text(sign(record["inputs_pretokenized"]), "bold")
+        title.append(" → ", "dim").append(sign(record["prediction"]), "bold green")
         console.print("", title, sep="\n")
         for line in _lines(record["trace"]):
             console.print(line, no_wrap=True, overflow="ellipsis")
@@ -88,14 +88,18 @@ def _lines(trace: Mapping[str, Any]) -> Iterator[rich.text.Text]:
         frame = groups[chosen][-1][1]
         line = rich.text.Text().append(f"{labels[chosen]:>{max(map(len, labels))}} ", "dim")
         for place, (text, confidence) in enumerate(frame):
-            sure = _COLOURS[min(int(confidence * len(_COLOURS)), len(_COLOURS) - 1)]
-            style = "dim" if place in given or not confidence else sure
-            line.append(_sign(text), f"{style} underline" if text != before[place][0] else style)
+            style = "dim" if place in given or not confidence else colour(confidence)
+            line.append(sign(text), f"{style} underline" if text != before[place][0] else style)
         yield line
         before = frame
 
 
-def _sign(text: str) -> str:
+def colour(confidence: float) -> str:
+    """From orange (unsure) to green (sure)."""
+    return _COLOURS[min(int(confidence * len(_COLOURS)), len(_COLOURS) - 1)]
+
+
+def sign(text: str) -> str:
     """What a terminal shows of a text: spaces of any kind as such, signs for all else that it might obey."""
     plain = "".join(" " if unicodedata.category(character) == "Zs" else character for character in text)
     return visible(plain.encode("utf-8", "surrogateescape"))

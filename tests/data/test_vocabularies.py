@@ -1,11 +1,9 @@
 """Which ids mean what, against SentencePiece's own account of a model."""
 
-import io
-
 import jax
 import numpy as np
 import pytest
-import sentencepiece
+from open_models import save_sentencepiece
 
 from diffusion_t5x.data import vocabularies
 from diffusion_t5x.errors import UserError
@@ -13,19 +11,8 @@ from diffusion_t5x.errors import UserError
 seqio = pytest.importorskip("seqio")
 
 
-def make_model(path, **settings):
-    text = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs"] * 20
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_writer=model, model_type="bpe", minloglevel=2, pad_id=0, eos_id=1, unk_id=2,
-        **({"vocab_size": 330, "byte_fallback": True, "hard_vocab_limit": False, "bos_id": -1} | settings),
-    )  # fmt: skip
-    path.write_bytes(model.getvalue())
-    return str(path)
-
-
 def test_sentencepiece(tmp_path):
-    vocabulary = seqio.SentencePieceVocabulary(make_model(tmp_path / "m"), extra_ids=100)
+    vocabulary = seqio.SentencePieceVocabulary(save_sentencepiece(tmp_path / "m"), extra_ids=100)
     ids = vocabularies.token_ids(vocabulary)
     assert ids.mask_id == vocabulary.vocab_size == ids.size - 1
     assert (ids.pad_id, ids.eos_id, ids.start_id) == (0, 1, 0)
@@ -38,7 +25,8 @@ def test_sentencepiece(tmp_path):
 
 
 def test_sentinels_bos_and_unused_ids_inside_the_model(tmp_path):
-    path = make_model(tmp_path / "m", bos_id=3, user_defined_symbols="<extra_id_0>,<keep>", control_symbols="<c>")
+    symbols = {"user_defined_symbols": "<extra_id_0>,<keep>", "control_symbols": "<c>"}
+    path = save_sentencepiece(tmp_path / "m", bos_id=3, **symbols)
     vocabulary = seqio.SentencePieceVocabulary(path)
     ids = vocabularies.token_ids(vocabulary)
     assert ids.start_id == 3
@@ -73,7 +61,7 @@ def test_unfit_vocabularies_are_refused():
 
 def test_fingerprint_tells_vocabularies_apart(tmp_path):
     one, same, other = (
-        vocabularies.token_ids(seqio.SentencePieceVocabulary(make_model(tmp_path / name, vocab_size=size)))
+        vocabularies.token_ids(seqio.SentencePieceVocabulary(save_sentencepiece(tmp_path / name, vocab_size=size)))
         for name, size in (("a", 330), ("b", 330), ("c", 320))
     )
     one.check_same(same.describe(), "somewhere")

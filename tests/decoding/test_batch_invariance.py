@@ -36,11 +36,12 @@ DECODERS = {
     "shifted masked": MaskedDecoder(num_steps=3, temperature=1.0, shifted=True),
     "shifted block": BlockDecoder(3, MaskedDecoder(num_steps=2, temperature=1.0, shifted=True)),
 }
-CONFIGS = {"decoder_only": tiny.RELATIVE, "encoder_decoder": tiny.ENCODER_DECODER}
+CONFIGS = {"decoder_only": tiny.RELATIVE, "encoder_decoder": tiny.ENCODER_DECODER, "gpt2": tiny.GPT2}
 CASES = [("decoder_only", name) for name in DECODERS]
 CASES += [
     ("encoder_decoder", name) for name in ("ar, sampled", "sundae", "masked by threshold", "block", "shifted block")
 ]
+CASES += [("gpt2", name) for name in ("ar", "sundae", "masked", "block")]
 MOST = 6, 7  # tokens of input and of target
 WIDER = 5
 ON_EIGHT = ("ar, sampled", "sundae", "masked by threshold", "block", "uniform block")
@@ -97,6 +98,7 @@ def test_a_text_alone_and_in_any_batch_with_any_padding(architecture, name):
     assert len(ties) >= 24 and sum(ties) <= 1
 
 
+@pytest.mark.slow
 def test_texts_on_eight_devices_are_those_of_one_alone(eight_devices):
     program = pathlib.Path(__file__).parent.parent / "decode_on_eight.py"
     done = subprocess.run(

@@ -46,7 +46,10 @@ DECODER_ONLY, ENCODER_DECODER = tiny.RELATIVE, tiny.ENCODER_DECODER
         (DECODER_ONLY, Masked(), MASKED, 800),
         pytest.param(ENCODER_DECODER, Masked(), MASKED, 1600, marks=pytest.mark.slow),
         (DECODER_ONLY, Block(3), [BlockDecoder(3, decoder) for decoder in MASKED], 800),
-        (DECODER_ONLY, Block(3, noise="uniform", weighting="uniform"), [BlockDecoder(3, SUNDAE)], 800),
+        pytest.param(
+            *(DECODER_ONLY, Block(3, noise="uniform", weighting="uniform"), [BlockDecoder(3, SUNDAE)], 800),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["autoregressive", "sundae", "masked", "masked encoder_decoder", "block", "uniform block"],
 )
@@ -79,6 +82,7 @@ def test_eight_examples_are_learnt_by_heart(config, objective, decoders, steps):
         np.testing.assert_array_equal(decoded.tokens, batch.tokens)
 
 
+@pytest.mark.slow
 def test_a_teacher_that_knows_them_by_heart_hands_them_on():
     """On-policy: the student, from other parameters, only ever reads inputs and its own texts."""
     definition, params = tiny.make_model(DECODER_ONLY)

@@ -87,7 +87,7 @@ def learn(definition, params, objective, batch, steps):
 @pytest.mark.parametrize(
     "config,objective,decoder,steps",
     [
-        (tiny.RELATIVE, Sundae(), SundaeDecoder(), 800),
+        pytest.param(tiny.RELATIVE, Sundae(), SundaeDecoder(), 800, marks=pytest.mark.slow),
         pytest.param(tiny.ENCODER_DECODER, Masked(), MaskedDecoder(num_steps=4), 1600, marks=pytest.mark.slow),
     ],
     ids=["sundae decoder_only", "masked encoder_decoder"],

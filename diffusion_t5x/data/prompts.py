@@ -1,0 +1,81 @@
+"""Texts to be answered, as rows for a model: without a task, but laid out as the model's own task has its rows."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from diffusion_t5x.data.batch import Architecture, Batch
+from diffusion_t5x.data.rows import RowLayout, fill_batches
+from diffusion_t5x.data.seqio_source import libraries
+from diffusion_t5x.data.vocabularies import cells, signs, to_text
+from diffusion_t5x.errors import UserError
+
+if TYPE_CHECKING:
+    import seqio
+
+# Rows have room for so many tokens of a prompt, then for twice as many, and so on: few programs serve all prompts.
+_LEAST_ROOM = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """How texts become rows, one at a time, and what is written becomes text.
+
+    Attributes:
+      vocabulary: of the model.
+      adds_eos: an EOS stands behind a prompt, as behind the inputs of the model's task.
+      max_inputs: a prompt has at most so many tokens, EOS included; None sets no limit.
+      length: tokens of the canvas.
+      architecture: of the model.
+    """
+
+    vocabulary: "seqio.Vocabulary"
+    adds_eos: bool
+    max_inputs: int | None
+    length: int
+    architecture: Architecture
+
+    def __post_init__(self) -> None:
+        if isinstance(self.vocabulary, libraries()[0].PassThroughVocabulary):
+            raise UserError(
+                f"The model's vocabulary is a {type(self.vocabulary).__name__}, which has ids and no texts: a prompt "
+                "cannot be encoded with it. Use infer with a task of token ids."
+            )
+
+    def batch(self, prompt: str, number: int) -> Batch:
+        """A batch of one row: the prompt, and a canvas.
+
+        Args:
+          prompt: text; it is encoded as it is.
+          number: the row's `example_ids`, which what is drawn depends on.
+
+        Raises:
+          UserError: the prompt is too long, or an encoder would have nothing to read.
+        """
+        tokens = list(self.vocabulary.encode(prompt)) + [self.vocabulary.eos_id] * self.adds_eos
+        if self.max_inputs is not None and len(tokens) > self.max_inputs:
+            eos = " (the EOS behind it is one of them)" if self.adds_eos else ""
+            raise UserError(
+                f"The prompt is refused: it has {len(tokens)} tokens{eos}, and the model takes {self.max_inputs}. "
+                "Nothing is cut: shorten it, or set other lengths with --gin.TASK_FEATURE_LENGTHS."
+            )
+        if self.architecture == "encoder_decoder" and not tokens:
+            raise UserError("The prompt is refused: it is empty, and the encoder would have nothing to read.")
+        room = _LEAST_ROOM
+        while room < len(tokens):
+            room *= 2
+        lengths = {"inputs": room if self.max_inputs is None else min(room, self.max_inputs), "targets": self.length}
+        layout = RowLayout(lengths, self.architecture, canvas=True, pad_id=self.vocabulary.pad_id)
+        row = layout.row(layout.sequences({"inputs": np.array(tokens, np.int32), "targets": np.zeros(0, np.int32)}))
+        ((batch, _),) = fill_batches([(row, None)], 1, self.vocabulary.pad_id)
+        return batch.replace(example_ids=np.array([number], np.int32))
+
+    def to_text(self, tokens: Sequence[int]) -> str:
+        """The text of a canvas, up to EOS or the first pad."""
+        return to_text(self.vocabulary, tokens)
+
+    def cells(self, tokens: Sequence[int]) -> list[str]:
+        """The texts of a canvas's tokens one by one; see `vocabularies.cells`."""
+        return cells(self.vocabulary, tokens, signs(self.vocabulary))

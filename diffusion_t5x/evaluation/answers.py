@@ -1,0 +1,86 @@
+"""Writes answers one at a time, and times them."""
+
+import dataclasses
+import time
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from diffusion_t5x import partitioning
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.decoding.decoder import Decoder, Watch
+from diffusion_t5x.evaluation.inference import make_decode_step
+from diffusion_t5x.models.transformer import ModelDefinition, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What was written.
+
+    Attributes:
+      tokens: of the canvas, ended where the text ends.
+      num_tokens: of the text, with the one that ends it.
+      num_steps: passes of the model, one over the prompt alone not counted.
+      seconds: that decoding took.
+      compile_seconds: that compiling its program took before; 0 where an earlier answer had the same.
+    """
+
+    tokens: list[int]
+    num_tokens: int
+    num_steps: int
+    seconds: float
+    compile_seconds: float
+
+    def figures(self) -> str:
+        """On one line."""
+        text = (
+            f"{self.num_tokens} tokens in {self.seconds:.3g} s, {self.num_tokens / self.seconds:.0f} tokens/s, "
+            f"{self.num_steps} passes of the model"
+        )
+        return f"{text}; compiled in {self.compile_seconds:.1f} s before" if self.compile_seconds else text
+
+
+class Answers:
+    """Decodes batches of one row; rows of the same length share a program.
+
+    Args:
+      mesh: of the device.
+      definition, params: the model.
+      decoder: what writes.
+      seed: of what is drawn, see `make_decode_step`.
+      watch: is shown every step; None decodes with the program that `infer` has.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        definition: ModelDefinition,
+        params: Params,
+        decoder: Decoder,
+        seed: int,
+        watch: Watch | None = None,
+    ):
+        self._mesh = mesh
+        self._params = params
+        self._step = make_decode_step(mesh, definition, decoder, seed=seed, trace=watch or False)
+        self._programs: dict[tuple[tuple[int, ...], ...], jax.stages.Compiled] = {}
+
+    def write(self, batch: Batch, sample: int = 0) -> Answer:
+        """The answer to a batch's only row; other samples draw other numbers."""
+        with jax.set_mesh(self._mesh):
+            arguments = self._params, partitioning.put_batch(self._mesh, batch), np.int32(sample)
+            shapes = tuple(x.shape for x in jax.tree.leaves(batch))
+            start = compiled = time.perf_counter()
+            if shapes not in self._programs:
+                self._programs[shapes] = self._step.lower(*arguments).compile()
+                compiled = time.perf_counter()
+            decoded = jax.device_get(self._programs[shapes](*arguments))
+            end = time.perf_counter()
+        return Answer(
+            tokens=decoded.tokens[0, batch.target_mask[0]].tolist(),
+            num_tokens=int(decoded.num_tokens[0]),
+            num_steps=int(decoded.row_steps[0]),
+            seconds=end - compiled,
+            compile_seconds=compiled - start,
+        )

@@ -1,0 +1,108 @@
+"""The canvas of a decoder in a terminal, while it is written."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import rich.console
+import rich.live
+import rich.text
+
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.evaluation import traces
+
+_BLOCK = "░"
+_FRAMES_PER_SECOND = 20
+
+
+class Stopped(Exception):
+    """The user wants no more of an answer."""
+
+
+class LiveCanvas:
+    """A `Watch` that draws the canvas in a terminal, a place that is not written yet as a dim block.
+
+    Of a decoder that denoises several canvases of a text, the first one is seen.
+
+    Args:
+      console: of the terminal.
+      cells: the texts of a canvas's tokens one by one.
+      left_to_right: the decoder writes so, and only what it has written is shown.
+    """
+
+    def __init__(self, console: rich.console.Console, cells: Callable[[Sequence[int]], list[str]], left_to_right: bool):
+        self._console = console
+        self._cells = cells
+        self._left_to_right = left_to_right
+        self._frame: tuple[int, list[int], list[float]] | None = None
+        self._targets = np.zeros(0, bool)
+        self._stopped = self._drawing = False
+        logging.getLogger("jax._src.debugging").addFilter(_is_no_stop)
+
+    def __call__(self, step: np.ndarray, tokens: np.ndarray, confidence: np.ndarray) -> None:
+        """Raises `Stopped` where the answer is not wanted any more, which ends the decoding."""
+        if self._stopped:
+            raise Stopped
+        if self._frame is None or step > self._frame[0]:
+            row, sure = (np.asarray(x)[0][self._targets].tolist() for x in (tokens, confidence))
+            self._frame = int(step), row, sure
+
+    @property
+    def num_steps(self) -> int:
+        """That were seen."""
+        return self._frame[0] if self._frame else 0
+
+    def stop(self) -> None:
+        """The decoding under way ends at its next step."""
+        self._stopped = True
+
+    @contextlib.contextmanager
+    def shown(self, batch: Batch) -> Iterator[None]:
+        """Draws, as long as the context lasts, what is written to a batch; then the terminal is as it was before."""
+        self._targets, self._frame = batch.target_mask[0], None
+        self._stopped, self._drawing = False, True
+        live = rich.live.Live(
+            get_renderable=self._fitting,
+            console=self._console,
+            refresh_per_second=_FRAMES_PER_SECOND,
+            redirect_stdout=False,
+            redirect_stderr=False,
+            transient=True,
+        )
+        with live:
+            try:
+                yield
+            finally:
+                self._drawing = False  # it ends with an empty picture
+
+    def picture(self) -> rich.text.Text:
+        """The canvas after the last step that was seen; the surer the model of a token, the greener it is."""
+        if self._frame is None:
+            return rich.text.Text()
+        _, tokens, confidence = self._frame
+        end = len(tokens)
+        if self._left_to_right:
+            end = 1 + max((place for place, sure in enumerate(confidence) if sure), default=-1)
+        text = rich.text.Text()
+        for cell, sure in zip(self._cells(tokens)[:end], confidence, strict=False):
+            text.append(on_screen(cell) if sure else _BLOCK, traces.colour(sure) if sure else "dim")
+        return text
+
+    def _fitting(self) -> rich.text.Text:
+        """The last lines of the picture, as many as the terminal has."""
+        if not self._drawing or self._frame is None:
+            return rich.text.Text("…" if self._drawing else "", "dim")
+        width, height = self._console.size
+        lines = self.picture().wrap(self._console, width)
+        return rich.text.Text("\n").join(lines[-(height - 2) :])
+
+
+def on_screen(text: str) -> str:
+    """A text for a terminal: line breaks, and signs for all else that it might obey."""
+    return "\n".join(map(traces.sign, text.split("\n")))
+
+
+def _is_no_stop(record: logging.LogRecord) -> bool:
+    """JAX logs with its traceback whatever a callback raises."""
+    return not (record.exc_info and isinstance(record.exc_info[1], Stopped))
