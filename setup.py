@@ -55,7 +55,7 @@ setuptools.setup(
         "babel>=2.14,<3",
         "rich>=13",
         "matplotlib>=3.9,<4",
-        "jinja2>=3.1,<4",
+        "jinja2>=3.1.6,<4",  # runs templates that come with models; its sandbox was not tight before
     ],
     extras_require={
         "test": [
@@ -67,6 +67,7 @@ setuptools.setup(
         "beam": ["apache-beam>=2.77,<3"],
         # What imported models are tested against. PyPI has torch with CUDA; its CPU builds have an index of their own.
         "hf": ["torch>=2.9,<2.14", "transformers>=5.20,<6"],
+        "lm-eval": ["lm-eval>=0.4.13,<0.5"],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
     },

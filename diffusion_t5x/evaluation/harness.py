@@ -1,0 +1,235 @@
+"""What lm-evaluation-harness asks a model, in token ids: how likely is a continuation, and what follows a context?
+
+Requests are sorted into rows of few lengths, so that little is compiled. What a request draws depends on its own tokens
+and on how often it was asked before: neither neighbours nor padding change its numbers.
+"""
+
+import collections
+import dataclasses
+import itertools
+import logging
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from diffusion_t5x import partitioning
+from diffusion_t5x.data.batch import Architecture, Batch
+from diffusion_t5x.data.rows import Row, RowLayout, check_rows, fill_batches
+from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.decoding.decoder import Decoder
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.evaluation.inference import make_decode_step
+from diffusion_t5x.evaluation.likelihood import make_likelihood_step
+from diffusion_t5x.models.transformer import ModelDefinition, Params
+from diffusion_t5x.objectives.autoregressive import Autoregressive
+from diffusion_t5x.objectives.objective import Objective, score, text_of
+from diffusion_t5x.training.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+Tokens = list[int]
+_SHORTEST = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """How requests lie in rows, which should be as the model's training had its examples.
+
+    Attributes:
+      task_feature_lengths: tokens of `inputs` (contexts) and `targets` (continuations, and what is written). Longer
+        contexts lose their beginning. Without a canvas, a decoder-only model's are of any length that together fit.
+      context_eos: contexts end in EOS, as the inputs of most tasks do, and not those of imported models.
+      canvas: a continuation is followed by EOS and padding up to the targets' length, and these are to be produced too.
+      architecture: of the model.
+      batch_size: rows of a batch.
+    """
+
+    task_feature_lengths: Mapping[str, int]
+    context_eos: bool
+    canvas: bool
+    architecture: Architecture = "decoder_only"
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        if set(self.task_feature_lengths) != {"inputs", "targets"}:
+            raise UserError(
+                f"TASK_FEATURE_LENGTHS must name inputs and targets, not {dict(self.task_feature_lengths)}."
+            )
+        check_rows(self.task_feature_lengths, self.batch_size, pack=False, canvas=self.canvas)
+        if self.architecture == "encoder_decoder" and not self.context_eos:
+            raise UserError("What an encoder reads ends in EOS: set CONTEXT_EOS = True.")
+
+    @property
+    def are_free(self) -> bool:
+        """Whether inputs and targets may be of any lengths that together fit."""
+        return self.architecture == "decoder_only" and not self.canvas
+
+    @property
+    def row_length(self) -> int:
+        """Positions of the longest sequence that the model reads."""
+        lengths = self.task_feature_lengths.values()
+        return sum(lengths) if self.architecture == "decoder_only" else max(lengths)
+
+
+class Harness:
+    """A model that answers requests.
+
+    Args:
+      mesh: to spread the rows over.
+      definition: the model.
+      params: its parameters.
+      objective: whose likelihood is told.
+      decoder: what writes.
+      rows: how requests lie in rows.
+      num_draws: of a likelihood that is estimated.
+      seed: of draws and decoder.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        definition: ModelDefinition,
+        params: Params,
+        objective: Objective,
+        decoder: Decoder,
+        rows: Rows,
+        num_draws: int = 128,
+        seed: int = 0,
+    ):
+        self._mesh, self._params, self._rows = mesh, params, rows
+        self._ids: TokenIds = definition.vocabulary
+        self._likelihood = make_likelihood_step(mesh, definition, objective, num_draws=num_draws, seed=seed)
+        self._decode = make_decode_step(mesh, definition, decoder, seed=seed)
+        self._greedy = _make_greedy_step(mesh, definition, objective) if isinstance(objective, Autoregressive) else None
+
+    def log_likelihoods(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[float]:
+        """Of continuations after contexts, in nats.
+
+        Raises:
+          UserError: a continuation that is longer than the targets.
+        """
+        found = self._run("log-likelihoods", self._likelihood, self._scored(pairs))
+        return [float(likelihood.log_likelihood) for likelihood, _ in found]
+
+    def are_greedy(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[bool]:
+        """Whether each continuation is what the model would write.
+
+        An autoregressive model writes the likeliest token each time. Any other writes what its decoder does: onto a
+        canvas if it has one, else as many tokens as the continuation has.
+        """
+        if self._greedy is not None:
+            return [bool(found) for found, _ in self._run("greedy texts", self._greedy, self._scored(pairs))]
+        canvas = self._rows.task_feature_lengths["targets"] if self._rows.canvas else None
+        asked = [(tuple(context), canvas or len(continuation)) for context, continuation in pairs]
+        once = list(dict.fromkeys(asked))
+        written = dict(zip(once, self._write([(list(context), size) for context, size in once]), strict=True))
+        return [written[key] == continuation for key, (_, continuation) in zip(asked, pairs, strict=True)]
+
+    def write(self, requests: Sequence[tuple[Tokens, int]]) -> list[Tokens]:
+        """What the decoder writes after each context up to the end of the text, at most so many tokens.
+
+        A canvas is written as a whole, and then cut.
+        """
+        limit = self._rows.task_feature_lengths["targets"]
+        if longer := sum(size > limit for _, size in requests):
+            logger.warning("%d of %d texts may be longer than %d tokens, and end there", longer, len(requests), limit)
+        return self._write([(context, min(size, limit)) for context, size in requests])
+
+    def _write(self, requests: Sequence[tuple[Tokens, int]]) -> list[Tokens]:
+        blanks = ([] if self._rows.canvas else [self._ids.pad_id] * size for _, size in requests)
+        examples = [(context, blank) for (context, _), blank in zip(requests, blanks, strict=True)]
+        found = self._run("texts", lambda params, batch: self._decode(params, batch).tokens, examples)
+        ends = (self._ids.eos_id, self._ids.pad_id)
+        texts = (itertools.takewhile(lambda token: token not in ends, row[mask].tolist()) for row, mask in found)
+        return [list(text)[:size] for text, (_, size) in zip(texts, requests, strict=True)]
+
+    def _scored(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[tuple[Tokens, Tokens]]:
+        end = [self._ids.eos_id] if self._rows.canvas else []
+        return [(context, continuation + end) for context, continuation in pairs]
+
+    def _run(
+        self, what: str, step: Callable[[Params, Batch], Any], examples: Sequence[tuple[Tokens, Tokens]]
+    ) -> list[tuple[Any, np.ndarray]]:
+        """For each example its row of what the step gives, and the row's target mask; `what` is named meanwhile."""
+        rows = self._rows
+        layout = RowLayout(rows.task_feature_lengths, rows.architecture, rows.canvas, self._ids.pad_id)
+        sequences = [
+            layout.sequences({"inputs": np.array(inputs, np.int32), "targets": np.array(targets, np.int32)})
+            for inputs, targets in self._fitted(examples)
+        ]
+        shapes = [self._shape(sequence) for sequence in sequences]
+        example_ids = _example_ids(examples)
+        found: list[Any] = [None] * len(examples)
+        done = 0
+        with Progress(len(examples), 0, what, "request", shown=not jax.process_index()) as bar:
+            for shape in sorted(set(shapes), reverse=True):  # what needs most memory first
+                padded = dataclasses.replace(layout, task_feature_lengths=dict(shape))
+                members = ((padded.row(sequences[i]), i) for i, s in enumerate(shapes) if s == shape)
+                for batch, group in fill_batches(members, rows.batch_size, self._ids.pad_id):
+                    batch.example_ids[: len(group)] = example_ids[group]  # empty rows have any
+                    with jax.set_mesh(self._mesh):
+                        result = jax.device_get(step(self._params, partitioning.put_batch(self._mesh, batch)))
+                    for row, i in enumerate(group):
+                        found[i] = jax.tree.map(lambda x: x[row], result), batch.target_mask[row]  # noqa: B023
+                    done += len(group)
+                    bar.update(done)
+        return found
+
+    def _fitted(self, examples: Sequence[tuple[Tokens, Tokens]]) -> Iterator[tuple[Tokens, Tokens]]:
+        """The examples as they fit in rows."""
+        rows, lengths, cut = self._rows, self._rows.task_feature_lengths, 0
+        end = [self._ids.eos_id] if rows.context_eos else []
+        for context, targets in examples:
+            room = (rows.row_length - len(targets) if rows.are_free else lengths["inputs"]) - len(end)
+            if room < 0 or (not rows.are_free and len(targets) > lengths["targets"]):
+                raise UserError(
+                    f"A continuation of {len(targets)} tokens does not fit: raise the targets of TASK_FEATURE_LENGTHS, "
+                    f"{dict(lengths)}."
+                )
+            cut += len(context) > room
+            yield context[max(0, len(context) - room) :] + end, targets
+        if cut:
+            logger.warning("%d of %d contexts are too long, and lose their beginning", cut, len(examples))
+
+    def _shape(self, sequences: Row) -> tuple[tuple[str, int], ...]:
+        """The lengths of the shortest row that the sequences fit in, of those that are compiled for."""
+        pieces, lengths = partitioning.pieces_of("length", self._mesh), self._rows.task_feature_lengths
+
+        def shortest(longest: int, needed: int) -> int:
+            while longest % (2 * pieces) == 0 and longest // 2 >= max(needed, _SHORTEST):
+                longest //= 2
+            return longest
+
+        if self._rows.architecture == "decoder_only":
+            return (("targets", shortest(self._rows.row_length, len(sequences["tokens"]))),)
+        sizes = {"inputs": len(sequences["encoder_tokens"]), "targets": len(sequences["tokens"])}
+        return tuple((name, shortest(lengths[name], size)) for name, size in sizes.items())
+
+
+def _example_ids(examples: Sequence[tuple[Tokens, Tokens]]) -> np.ndarray:
+    """int32 `[n]`, of an example's own tokens and of how often they came before."""
+    seen: collections.Counter[bytes] = collections.Counter()
+    found = []
+    for example in examples:
+        text = repr(example).encode()
+        found.append(zlib.crc32(b"%d %s" % (seen[text], text)) >> 1)
+        seen[text] += 1
+    return np.array(found, np.int32)
+
+
+def _make_greedy_step(
+    mesh: Mesh, definition: ModelDefinition, objective: Autoregressive
+) -> Callable[[Params, Batch], jax.Array]:
+    """The jitted `(params, batch) -> bool [B]`: whether each token of the text is the likeliest one."""
+
+    def step(params: Params, batch: Batch) -> jax.Array:
+        model = definition.bind(params)
+        _, is_likeliest = score(model, objective.hidden(model, batch), batch.tokens)
+        return jnp.all(is_likeliest | ~text_of(batch, model.vocabulary), axis=-1)
+
+    return jax.jit(step, out_shardings=partitioning.replicated(mesh))
