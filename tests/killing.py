@@ -1,4 +1,4 @@
-"""A training run as a real process, and ways to kill it at chosen moments of its life."""
+"""Training runs as real processes, ways to kill them at chosen moments of their life, and what they leave behind."""
 
 import dataclasses
 import json
@@ -9,14 +9,31 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from etils import epath
+
+from diffusion_t5x.training import checkpoints, manifest, stored
 
 PHASES = ("start", "restore", "step", "save", "evaluation")
 SAVE, EVAL = 5, 10  # steps between two
 _PATIENCE = 180  # seconds, for what comes soon on an idle machine
 
 
-def command(cache: pathlib.Path, model_dir: pathlib.Path, steps: int) -> list[str]:
-    """A tiny model on cached data: no TensorFlow is loaded, and a start takes seconds."""
+TINY = ("num_layers=1", "embed_dim=16", "num_heads=2", "head_dim=8", "mlp_dim=16")
+OF_TIME = {"tokens_per_second", "seconds_per_step", "decode_seconds"}
+
+
+def command(verb: str, files: Sequence[str], settings: Mapping[str, object]) -> list[str]:
+    """A command line of gin files and macros."""
+    flags = [f"--gin_file={file}.gin" for file in files]
+    return [sys.executable, "-m", f"diffusion_t5x.{verb}", *flags, *(f"--gin.{k}={v}" for k, v in settings.items())]
+
+
+def from_cache(cache: pathlib.Path, model_dir: pathlib.Path, steps: int) -> list[str]:
+    """Trains a tiny model on cached data: no TensorFlow is loaded, and a start takes seconds."""
     files = ("models/decoder_only", "sizes/tiny", "hardware/cpu", "objectives/sundae", "runs/pretrain")
     settings = {
         "MODEL_DIR": model_dir,
@@ -29,14 +46,57 @@ def command(cache: pathlib.Path, model_dir: pathlib.Path, steps: int) -> list[st
         "EVAL_PERIOD": EVAL,
         "Periods.log": 1,
         "Periods.save": SAVE,
-        "ModelConfig.num_layers": 1,
-        "ModelConfig.embed_dim": 16,
-        "ModelConfig.num_heads": 2,
-        "ModelConfig.head_dim": 8,
-        "ModelConfig.mlp_dim": 16,
     }
-    flags = [f"--gin_file={file}.gin" for file in (*files, "data/cached_pretrain")]
-    return [sys.executable, "-m", "diffusion_t5x.train", *flags, *(f"--gin.{k}={v}" for k, v in settings.items())]
+    flags = [f"--gin.ModelConfig.{size}" for size in TINY]
+    return command("train", (*files, "data/cached_pretrain"), settings) + flags
+
+
+def write_cache(folder: pathlib.Path, task: str) -> None:
+    """Caches what a task of the quickstart trains on."""
+    files = ("tasks/quickstart", "runs/cache_tasks")
+    settings = {
+        "CACHE_DIR": folder,
+        "MIXTURE_OR_TASK_NAME": task,
+        "SPLITS": '("train", "validation")',
+        "TASK_FEATURE_LENGTHS": '{"inputs": 24, "targets": 24}',
+    }
+    subprocess.run(command("cache_tasks", files, settings), check=True, timeout=600, env=environment())
+
+
+def environment() -> dict[str, str]:
+    """Of a process that imports what this one does."""
+    return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+def arrays(model_dir: pathlib.Path) -> dict[str, np.ndarray]:
+    """All of the newest checkpoint: parameters, optimizer state, step."""
+    checkpoint = checkpoints.find_checkpoint(str(model_dir))
+    targets = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in stored.leaves(checkpoint).items()}
+    return stored.read_arrays(checkpoint, targets, {name: name for name in targets})
+
+
+def metrics(model_dir: pathlib.Path) -> dict[str, list[dict]]:
+    """All that was written but for times."""
+    found = {}
+    for path in sorted(model_dir.glob("*/**/metrics.jsonl")):
+        kind = path.relative_to(model_dir).parent.as_posix()
+        if kind != "goodput":
+            lines = map(json.loads, path.read_text().splitlines())
+            found[kind] = [{name: x for name, x in line.items() if name not in OF_TIME} for line in lines]
+    return found
+
+
+def check_same(killed: pathlib.Path, undisturbed: pathlib.Path, steps: int) -> None:
+    """Asserts that a run ended bit for bit as one that nobody disturbed, and left whole checkpoints only."""
+    expected, found = arrays(undisturbed), arrays(killed)
+    assert found.keys() == expected.keys() and "step" in found
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    assert metrics(killed) == metrics(undisturbed)
+    assert len(metrics(killed)["train"]) == steps
+    for path in (killed / "checkpoints").iterdir():
+        assert path.name.startswith("checkpoint_"), path  # nothing half-written is left
+        assert manifest.faults(epath.Path(path)) == []
 
 
 @dataclasses.dataclass
@@ -60,13 +120,13 @@ class Run:
     def finish(self) -> None:
         """Lets a process go to its end."""
         with self.log.open("ab") as log:
-            subprocess.run(self.command, stdout=log, stderr=log, check=True, timeout=600, env=self._environment())
+            subprocess.run(self.command, stdout=log, stderr=log, check=True, timeout=600, env=environment())
 
     def kill(self, phase: str) -> str | None:
         """Starts a process and kills it (SIGKILL) in this phase; what it was seen at, or None where it had ended."""
         with self.log.open("ab") as log:
             start, printed = time.monotonic(), log.tell()
-            process = subprocess.Popen(self.command, stdout=log, stderr=log, env=self._environment())
+            process = subprocess.Popen(self.command, stdout=log, stderr=log, env=environment())
             try:
                 getattr(self, f"_wait_to_{phase}")(process, start, printed)
                 ended = process.poll() is not None
@@ -77,9 +137,6 @@ class Run:
         if ended and process.returncode != 0:
             raise AssertionError(f"exit code {process.returncode}: {self.log.read_text()[printed:][-3000:]}")
         return found
-
-    def _environment(self) -> dict[str, str]:
-        return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
     def _seen(self, printed: int) -> str:
         if not self._is_training(printed):

@@ -170,6 +170,7 @@ def test_a_finished_run_started_again_does_nothing(pretrained):
     assert times() == before
 
 
+@pytest.mark.slow
 def test_a_broken_newest_checkpoint_stops_a_run_unless_an_older_one_is_allowed(pretrained, tmp_path, capsys):
     model_dir = shutil.copytree(pretrained, tmp_path / "model")
     (model_dir / LOCK).unlink()

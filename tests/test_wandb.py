@@ -4,6 +4,7 @@ import functools
 import json
 import socket
 import struct
+import sys
 
 import pytest
 import wandb
@@ -12,6 +13,7 @@ from wandb.proto import wandb_internal_pb2
 from diffusion_t5x import config, train
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.training import metrics
+from diffusion_t5x.training.preemption import RUN_AGAIN
 
 FLAGS = [
     "--gin_file=recipes/quickstart/pretrain_ar.gin",
@@ -117,6 +119,18 @@ def test_steps_may_go_back_and_a_failure_is_marked(tmp_path):
     (start,) = records(tmp_path)
     assert list(rows(start)) == [{"step": 20, "train/loss": 1.5}, {"step": 10, "training_eval/task/loss": 2.5}]
     assert [end.exit_code for end in of_kind(start, "exit")] == [1]
+
+
+def test_a_run_that_was_told_to_stop_is_preempted(tmp_path):
+    writer = metrics.WandbWriter(tmp_path, {})
+    with pytest.raises(SystemExit):
+        try:
+            sys.exit(RUN_AGAIN)
+        finally:
+            writer.close()
+    (start,) = records(tmp_path)
+    assert len(of_kind(start, "preempting")) == 1
+    assert [end.exit_code for end in of_kind(start, "exit")] == [RUN_AGAIN]
 
 
 def test_what_keeps_wandb_from_starting_is_the_users_to_mend(tmp_path, monkeypatch):

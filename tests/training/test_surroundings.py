@@ -117,3 +117,16 @@ def test_a_full_disk_is_said_and_the_checkpoints_before_stay(tmp_path):
     )
     assert "status 1" in done.stdout, done.stderr
     assert f"UserError: {disk} cannot be written: No space left on device" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_bucket_that_cannot_be_reached_is_said_before_the_run_begins(tmp_path):
+    command = [sys.executable, "-m", "diffusion_t5x.train", "--gin_file=recipes/quickstart/pretrain_ar.gin"]
+    command.append("--gin.MODEL_DIR=gs://diffusion-t5x-nobody-has-this/run")
+    nowhere = dict.fromkeys(("https_proxy", "http_proxy", "HTTPS_PROXY", "HTTP_PROXY"), "http://127.0.0.1:9")
+    env = os.environ | nowhere | {"no_proxy": "", "NO_PROXY": "", "GOOGLE_APPLICATION_CREDENTIALS": ""}
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "error: Cannot write to gs://diffusion-t5x-nobody-has-this/run: " in done.stderr
+    assert "Choose another folder (MODEL_DIR)" in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
