@@ -26,6 +26,7 @@ from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.scale.roofline import Report
 from diffusion_t5x.scale.topology import Chip, find_slice
+from diffusion_t5x.training.lora import Lora, define
 from diffusion_t5x.training.rollout import Rollout
 from diffusion_t5x.training.state import abstract_state
 from diffusion_t5x.training.step import make_train_step
@@ -72,6 +73,7 @@ class SliceDryRun:
         objective: Objective,
         dataset: Rows,
         optimizer: optax.GradientTransformation,
+        lora: Lora | None,
         microbatches: int,
         normalizing_factor: float | None,
         ema_decay: float | None,
@@ -82,7 +84,7 @@ class SliceDryRun:
         vocabulary = dataset.token_ids()
 
         def lower(mesh: Mesh, model: ModelConfig, batch_size: int) -> jax.stages.Lowered:
-            definition = ModelDefinition(model, vocabulary)
+            definition = define(model, vocabulary, lora)
             state = abstract_state(mesh, definition, optimizer, ema_decay is not None)
             teacher = None
             if isinstance(objective, Distillation):
@@ -163,16 +165,18 @@ class SliceDryRun:
 
 
 def _compile(settings: dict[str, Any], chip: Chip, lower: Callable[[], jax.stages.Lowered], mesh: Mesh) -> Report:
-    start = time.monotonic()
+    start = lowered = time.monotonic()
     try:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # nothing may run on devices that are not there
-            compiled = lower().compile()
+            program = lower()
+            lowered = time.monotonic()
+            compiled = program.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         said = next((line for line in str(error).splitlines() if "Used" in line), str(error).splitlines()[0])
-        return Report(settings, chip, None, said.strip(), None, time.monotonic() - start)
-    return Report.of(settings, chip, compiled, time.monotonic() - start)
+        return Report(settings, chip, None, said.strip(), None, lowered - start, time.monotonic() - lowered)
+    return Report.of(settings, chip, compiled, lowered - start, time.monotonic() - lowered)
 
 
 def _advice(best: Report | None) -> str:

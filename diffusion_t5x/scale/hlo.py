@@ -8,6 +8,7 @@ from typing import Self
 
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_END = re.compile(r"^\}(, |\s*$)")  # a kernel's attributes go over several lines, of which one begins with braces
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 
@@ -115,7 +116,7 @@ class Program:
             if header := _COMPUTATION.match(line):
                 name, instructions, root = header[2], {}, ""
                 entry = name if header[1] else entry
-            elif line.startswith("}"):
+            elif _END.match(line):
                 computations[name] = Computation(instructions, root)
             elif match := _INSTRUCTION.match(line):
                 instruction = _instruction(match[2], match[3])

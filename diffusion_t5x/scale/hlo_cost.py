@@ -27,7 +27,7 @@ class Cost:
     """What one device does.
 
     Attributes:
-      flops: of matrix products (and convolutions, which the TPU compiler makes of them).
+      flops: of matrix products (and convolutions, which the TPU compiler makes of them) and attention kernels.
       hbm_bytes: that pass between the device's main memory and what computes: operands and results of every fusion.
       collectives: how often each kind runs, by (kind, devices that take part).
       sent_bytes: that the device sends for them, by the same: a ring's share, `(n - 1) / n` of the whole array for

@@ -1,4 +1,4 @@
-"""Floating-point operations of the matrix products and convolutions of a compiled program."""
+"""Floating-point operations of the matrix products, convolutions and attention kernels of a compiled program."""
 
 import functools
 import math
@@ -8,14 +8,33 @@ import numpy as np
 
 from diffusion_t5x.scale.hlo import Computation, Instruction
 
+# Attention kernels of JAX by their names, and how many products of queries by keys by head_dim each computes.
+_KERNELS = (
+    (re.compile(r"splash_m[hq]a_fwd|flash_attention"), 2),
+    (re.compile(r"splash_m[hq]a_dq|flash_mha_bwd_dq"), 3),
+    (re.compile(r"splash_m[hq]a_dkv|flash_mha_bwd_dkv"), 4),
+)
+
 
 def product_flops(computation: Computation, instruction: Instruction) -> float:
-    """Of a matrix product or a convolution on one device; 0 of anything else."""
+    """Of a matrix product, a convolution or an attention kernel on one device; 0 of anything else."""
     if instruction.opcode == "dot":
         left = computation.instructions[instruction.operands[0]].arrays[0]
         axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)[1]
         return 2 * instruction.arrays[0].size * math.prod(left.shape[int(axis)] for axis in axes.split(",") if axis)
+    if instruction.opcode == "custom-call":
+        return _kernel_flops(computation, instruction)
     return _convolution_flops(computation, instruction) if instruction.opcode == "convolution" else 0
+
+
+def _kernel_flops(computation: Computation, instruction: Instruction) -> float:
+    """Of all pairs of queries and keys, though a kernel may pass over blocks of them that are hidden."""
+    products = next((count for name, count in _KERNELS if name.match(instruction.name)), 0)
+    if 'custom_call_target="tpu_custom_call"' not in instruction.attributes or not products:
+        return 0
+    operands = [array for name in instruction.operands for array in computation.instructions[name].arrays[:1]]
+    queries, keys = [array for array in operands if "f" in array.dtype][:2]
+    return 2.0 * products * queries.size * keys.shape[-2]
 
 
 def _convolution_flops(computation: Computation, instruction: Instruction) -> float:

@@ -77,7 +77,8 @@ class Report:
       memory: of a device; None where the compiler refused it for want of memory.
       refusal: what the compiler said then.
       cost: of a device.
-      compile_seconds: tracing and compiling.
+      lower_seconds: tracing and lowering.
+      compile_seconds: what the compiler took.
     """
 
     settings: dict[str, Any]
@@ -85,12 +86,13 @@ class Report:
     memory: Memory | None
     refusal: str
     cost: Cost | None
+    lower_seconds: float
     compile_seconds: float
 
     @classmethod
-    def of(cls, settings: dict[str, Any], chip: Chip, compiled: jax.stages.Compiled, seconds: float) -> Self:
+    def of(cls, settings: dict[str, Any], chip: Chip, compiled: jax.stages.Compiled, *seconds: float) -> Self:
         cost = ProgramCost(Program.parse(compiled.as_text())).total()
-        return cls(settings, chip, Memory.of(compiled), "", cost, seconds)
+        return cls(settings, chip, Memory.of(compiled), "", cost, *seconds)
 
     @property
     def fits(self) -> bool:
@@ -98,7 +100,7 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         said = {"settings": self.settings, "chip": dataclasses.asdict(self.chip), "fits": self.fits}
-        said["compile_seconds"] = round(self.compile_seconds, 2)
+        said |= {"lower_seconds": round(self.lower_seconds, 2), "compile_seconds": round(self.compile_seconds, 2)}
         if self.cost is None or self.memory is None:
             return said | {"refusal": self.refusal}
         roofline = Roofline.of(self.cost, self.chip)
@@ -117,12 +119,12 @@ class Report:
         }
 
     def _without_reduce_scatter(self) -> str | None:
-        """How gradients are summed where no reduce-scatter is seen; None where one is, or nothing is summed."""
+        """How devices sum what they share where no reduce-scatter is seen; None where one is, or nothing is summed."""
         kinds = {kind for kind, _ in self.cost.collectives}
         if "reduce-scatter" in kinds or "all-reduce" not in kinds:
             return None
         if "collective-permute" in kinds:
-            return "rings of collective-permute beside the products sum most gradients, all-reduce the rest"
+            return "rings of collective-permute beside the products do most sums, all-reduce the rest"
         return "all-reduce sums what the devices hold in common"
 
     def __str__(self) -> str:
@@ -132,7 +134,7 @@ class Report:
         memory, cost, roofline = self.memory, self.cost, Roofline.of(self.cost, self.chip)
         sent = sum(cost.sent_bytes.values())
         lines += [
-            f"  compiled in {self.compile_seconds:.0f} s",
+            f"  traced and lowered in {self.lower_seconds:.0f} s, compiled in {self.compile_seconds:.0f} s",
             f"  memory: {_gib(memory.peak)} of a chip's {_gib(self.chip.hbm_bytes)}{'' if self.fits else ', too much'}",
             f"    arguments {_gib(memory.arguments)}, temporaries {_gib(memory.temporaries)}, outputs "
             f"{_gib(memory.outputs)} ({_gib(memory.aliased)} in the arguments' place)",

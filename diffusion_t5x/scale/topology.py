@@ -63,8 +63,9 @@ def find_slice(name: str) -> tuple[Chip, list[jax.Device]]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError('--topology needs the TPU compiler: pip install "diffusion_t5x[tpu]".')
     jax.config.update("jax_platforms", "cpu")
-    # Else the compiler asks the network what machine this is.
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"} | dict(os.environ)
+    # Else the compiler asks the network what machine this is, and lets no second process compile beside it.
+    settings = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    os.environ |= settings | dict(os.environ)
     megacore = {"chip_config_name": "megacore"} if kind == "v4" else {}  # both cores of a v4 chip as one device
     try:
         return CHIPS[kind], list(topologies.get_topology_desc(name, "tpu", **megacore).devices)

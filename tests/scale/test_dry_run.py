@@ -1,23 +1,31 @@
 """Dry runs for slices: flags, shapes without data, and, where the TPU compiler is installed, real compilations."""
 
+import dataclasses
 import importlib.util
 import json
+import pathlib
 import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 import tiny
 
 from diffusion_t5x import partitioning
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.transformer import ModelDefinition
+from diffusion_t5x.objectives.sundae import Sundae
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.scale import dry_run, topology
 from diffusion_t5x.scale.dry_run import SliceDryRun
 from diffusion_t5x.scale.hlo_cost import Cost
 from diffusion_t5x.scale.roofline import Memory, Report, Roofline
 from diffusion_t5x.scale.topology import CHIPS
+from diffusion_t5x.training import optimizers
+from diffusion_t5x.training.state import abstract_state
+from diffusion_t5x.training.step import make_train_step
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed: the extra `tpu`"
@@ -66,9 +74,25 @@ def test_the_longest_of_three_is_the_bottleneck():
     assert (roofline.compute, roofline.hbm, roofline.collectives) == (1, 2, 3)
     assert roofline.bottleneck == "collectives" and roofline.seconds == 3
     memory = Memory(arguments=6 << 30, outputs=5 << 30, aliased=5 << 30, temporaries=9 << 30, peak=15 << 30)
-    report = Report({"what": "a step"}, chip, memory, "", cost, 1.0)
+    report = Report({"what": "a step"}, chip, memory, "", cost, 1.0, 2.0)
     assert report.fits and "15 GiB of a chip's 16 GiB" in str(report)
-    assert not Report({}, CHIPS["v5e"], None, "Used 20G of 15.75G hbm", None, 1.0).fits
+    assert not Report({}, CHIPS["v5e"], None, "Used 20G of 15.75G hbm", None, 1.0, 2.0).fits
+
+
+@pytest.mark.parametrize("config", [tiny.LLAMA, tiny.ENCODER_DECODER], ids=["decoder_only", "encoder_decoder"])
+def test_a_program_does_not_grow_with_depth(config):
+    """So neither does the time that it takes to compile."""
+    mesh, optimizer = MeshConfig().make(), optimizers.adafactor(1e-2)
+    batch = tiny.pack_apart([[tiny.random_example(np.random.default_rng(0), 4, 8)]], 4, 8)
+
+    def lines(depth):
+        definition = ModelDefinition(dataclasses.replace(config, num_layers=depth), tiny.VOCABULARY)
+        state = abstract_state(mesh, definition, optimizer, keep_ema=False)
+        with jax.set_mesh(mesh):
+            step = make_train_step(mesh, state, definition, Sundae(), optimizer, seed=0)
+            return step.lower(state, batch).as_text().count("\n")
+
+    assert lines(24) == lines(3) > 1000
 
 
 def run(verb, flags, tmp_path):
@@ -104,6 +128,25 @@ def test_a_training_step_compiles_for_a_slice(tmp_path):
     expected = 2 * rows * length * (4 * (kernels + attention) + 3 * logits)
     assert report["flops"] == pytest.approx(expected, rel=0.1)
     assert report["memory"]["arguments"] < 0.3 * report["memory"]["peak"]
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("name,kernels,share", [("decoder_only", 4, 0.1), ("t5", 12, 0.7)])
+def test_attention_kernels_compile_and_take_less_memory(name, kernels, share):
+    def step(backend):
+        command = [sys.executable, str(pathlib.Path(__file__).parent / "compile_attention.py"), name, backend]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout)
+
+    plain, found = step("xla"), step("auto")
+    assert plain["kernels"] == 0 and found["kernels"] == kernels
+    assert found["memory"]["temporaries"] < share * plain["memory"]["temporaries"]
+    # Forward twice (remat) two products of queries and keys; backward four, of which kernels compute three once more.
+    layers, rows, heads, head_dim, length = 2, 2, 2, 64, 4096
+    product = 2 * rows * heads * head_dim * length**2 * layers * (kernels // 4)
+    assert found["flops"] - plain["flops"] == pytest.approx(3 * product, rel=0.01)
 
 
 @needs_compiler

@@ -165,6 +165,39 @@ def test_collectives_in_fusions_of_the_tpu_compiler_count_once():
     assert found.hbm_bytes == 2 * (2048 * 64 + 4 * 64 + 16 * 64)
 
 
+KERNELS = """HloModule step
+
+ENTRY %main (q: bf16[2,4,256,64], k: bf16[2,2,128,64], s: s8[1,2,2], a: bf16[8,8]) -> (bf16[8,8], bf16[2,4,256,64]) {
+  %s = s8[1,2,2]{2,1,0} parameter(2)
+  %q = bf16[2,4,256,64]{3,2,1,0} parameter(0)
+  %k = bf16[2,2,128,64]{3,2,1,0} parameter(1)
+  %a = bf16[8,8]{1,0} parameter(3)
+  %NAME.3 = bf16[2,4,256,64]{3,2,1,0} custom-call(%s, %q, %k), custom_call_target="tpu_custom_call", more={data={
+"of": "{several lines}"
+}}, metadata={op_name="jit(step)"}
+  %b = bf16[8,8]{1,0} dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %both = (bf16[8,8]{1,0}, bf16[2,4,256,64]{3,2,1,0}) tuple(%b, %NAME.3)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "name,products",
+    [
+        ("splash_mha_fwd_segmented_residuals", 2),
+        ("splash_mha_dq_no_residuals", 3),
+        ("splash_mha_dkv_no_residuals", 4),
+        ("flash_attention", 2),
+        ("flash_mha_bwd_dq_block_q_major_512", 3),
+        ("flash_mha_bwd_dkv_block_q_major_512", 4),
+        ("another", 0),
+    ],
+)
+def test_attention_kernels_count_by_their_shapes(name, products):
+    found = ProgramCost(Program.parse(KERNELS.replace("NAME", name))).total()
+    assert found.flops == products * 2 * (2 * 4 * 256 * 64) * 128 + 2 * 8**3  # and what stands behind
+
+
 def test_a_reduce_scatter_of_several_arrays_is_one():
     text = """HloModule step, num_partitions=4
 
