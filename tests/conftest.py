@@ -21,9 +21,9 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=30, help="how often tests/faults/test_kills.py kills")
+    parser.addoption("--kills", type=int, default=10, help="how often tests/faults/test_kills.py kills")
     parser.addoption("--kill_seed", type=int, default=0, help="decides when it does")
-    parser.addoption("--soak_minutes", type=float, default=4, help="how long tests/faults/test_soak.py trains")
+    parser.addoption("--soak_minutes", type=float, default=2, help="how long tests/faults/test_soak.py trains")
     parser.addoption("--update-golden", action="store_true", help="rewrite the texts in tests/gin/golden")
 
 

@@ -17,10 +17,17 @@ RUNS = [
     ("decoder_only", SPAN_CORRUPTION, ("block", 800)),
     ("decoder_only", PREFIX_LM, ("block_uniform", 1200)),
 ]
+SLOW = {
+    ("decoder_only", PREFIX_LM, ("sundae", 1200)),
+    ("encoder_decoder", SPAN_CORRUPTION, ("autoregressive", 200)),
+    ("decoder_only", SPAN_CORRUPTION, ("block", 800)),
+}
+MARKED = [pytest.param(*run, marks=pytest.mark.slow if run in SLOW else pytest.mark.long) for run in RUNS]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture,task,objective_and_steps", RUNS, ids=lambda x: x if isinstance(x, str) else x[0])
+@pytest.mark.parametrize(
+    "architecture,task,objective_and_steps", MARKED, ids=lambda x: x if isinstance(x, str) else x[0]
+)
 def test_eight_examples_are_reproduced_exactly(architecture, task, objective_and_steps, tmp_path):
     objective, steps = objective_and_steps
     flags = [

@@ -208,8 +208,14 @@ def test_fsdp_holds_an_eighth_and_gathers_nothing_but_parameters(on_meshes):
     assert {shape for shape, _ in gathered} <= {"16", "16,8", "16,16", "16,32", "32,16"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("model", ["decoder_only", "encoder_decoder", "gpt2"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param("decoder_only", marks=pytest.mark.slow),
+        pytest.param("encoder_decoder", marks=pytest.mark.slow),
+        pytest.param("gpt2", marks=pytest.mark.long),
+    ],
+)
 def test_every_objective_trains_and_decodes_the_same_on_every_mesh(eight_devices, model):
     program = pathlib.Path(__file__).parent / "mesh_matrix.py"
     command = [sys.executable, program, model]

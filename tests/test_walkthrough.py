@@ -9,8 +9,9 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-FEWER = {"TRAIN_STEPS=400": "TRAIN_STEPS=4 --gin.WARMUP_STEPS=0", "TRAIN_STEPS=100": "TRAIN_STEPS=4", "EVAL_PERIOD=200": "EVAL_PERIOD=4"}
-FEWER |= {"EVAL_PERIOD=100": "EVAL_PERIOD=4 --gin.Rollout.num_batches=2", "BATCH_SIZE=32": "BATCH_SIZE=4"}
+FEWER = {"TRAIN_STEPS=400": "TRAIN_STEPS=4 --gin.WARMUP_STEPS=0", "TRAIN_STEPS=100": "TRAIN_STEPS=6"}
+FEWER |= {"EVAL_PERIOD=200": "EVAL_PERIOD=4", "EVAL_PERIOD=100": "EVAL_PERIOD=6 --gin.Rollout.num_batches=2"}
+FEWER |= {"BATCH_SIZE=32": "BATCH_SIZE=4"}
 FEWER |= {"BATCH_SIZE=16": "BATCH_SIZE=4", "EXAMPLES=16": "EXAMPLES=4", "--length 48": "--length 8"}
 
 

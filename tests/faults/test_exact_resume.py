@@ -48,12 +48,15 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """A cache, and an autoregressive model's checkpoint."""
+    """A cache, and an autoregressive model's checkpoint. What one process compiled, the next ones read."""
     folder = tmp_path_factory.mktemp("exact_resume")
-    write_cache(folder / "cache", "quickstart_pretrain")
-    files = (*DECODER_ONLY, "objectives/autoregressive", "tasks/quickstart", "runs/pretrain")
-    start(train(folder / "teacher", files, PACKED | {"TRAIN_STEPS": 2})).wait(600)
-    return {"CACHE": folder / "cache", "TEACHER": folder / "teacher"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        write_cache(folder / "cache", "quickstart_pretrain")
+        files = (*DECODER_ONLY, "objectives/autoregressive", "tasks/quickstart", "runs/pretrain")
+        assert start(train(folder / "teacher", files, PACKED | {"TRAIN_STEPS": 2})).wait(600) == 0
+        yield {"CACHE": folder / "cache", "TEACHER": folder / "teacher"}
 
 
 def train(model_dir: pathlib.Path, files, settings) -> list[str]:
