@@ -13,6 +13,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from diffusion_t5x.data.vocabularies import num_sentinels
 from diffusion_t5x.errors import UserError
 
 SHUFFLE_BUFFER = 2_048  # chunks: some hundred documents' worth
@@ -71,7 +72,7 @@ def span_corruption(
     Args:
       dataset: of documents.
       sequence_length: of both features.
-      output_features: with a vocabulary that has sentinels (`extra_ids`).
+      output_features: with a vocabulary that ends in sentinels.
       noise_density: share of the tokens that is hidden.
       mean_noise_span_length: in tokens.
 
@@ -148,7 +149,11 @@ def ul2(
     _check_sentinels(output_features)
     vocabulary = output_features["targets"].vocabulary
     modes = [vocabulary.encode(denoiser.mode) for denoiser in denoisers]
-    room = sequence_length["inputs"] - 1 - max(map(len, modes)), sequence_length["targets"] - 1, vocabulary.extra_ids
+    room = (
+        sequence_length["inputs"] - 1 - max(map(len, modes)),
+        sequence_length["targets"] - 1,
+        num_sentinels(vocabulary),
+    )
     longest = min(_longest_chunk(denoiser, room) for denoiser in denoisers)
     if longest < 2:
         raise UserError(f"UL2 needs longer inputs and targets than {dict(sequence_length)}.")
@@ -210,5 +215,5 @@ def _longest_chunk(denoiser: Denoiser, room: tuple[int, int, int]) -> int:
 
 
 def _check_sentinels(output_features: Mapping[str, seqio.Feature]) -> None:
-    if not output_features["inputs"].vocabulary.extra_ids:
+    if not num_sentinels(output_features["inputs"].vocabulary):
         raise UserError("Span corruption needs a vocabulary with sentinels: give it extra_ids, 100 in T5.")

@@ -8,6 +8,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
+from diffusion_t5x.data.vocabularies import num_sentinels
 from diffusion_t5x.errors import UserError, did_you_mean
 from diffusion_t5x.tasks import preprocessors as pretraining
 
@@ -21,7 +22,7 @@ def vocabulary(file: str | None) -> seqio.Vocabulary:
 
     Args:
       file: a Hugging Face tokenizer (.json), llama2.c's (.bin), or a SentencePiece model, which gets `SENTINELS` ids
-        behind its own; None takes bytes.
+        behind its own unless it ends in sentinels, as mT5's does; None takes bytes.
 
     Raises:
       UserError: there is no such file.
@@ -42,7 +43,8 @@ def vocabulary(file: str | None) -> seqio.Vocabulary:
         from diffusion_t5x.data.llama2c_vocabulary import Llama2cVocabulary
 
         return Llama2cVocabulary(path)
-    return seqio.SentencePieceVocabulary(path, extra_ids=SENTINELS)
+    own = seqio.SentencePieceVocabulary(path)
+    return own if num_sentinels(own) else seqio.SentencePieceVocabulary(path, extra_ids=SENTINELS)
 
 
 def task(

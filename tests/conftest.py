@@ -21,7 +21,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=10, help="how often tests/faults/test_kills.py kills")
+    parser.addoption("--kills", type=int, default=30, help="how often tests/faults/test_kills.py kills")
     parser.addoption("--kill_seed", type=int, default=0, help="decides when it does")
     parser.addoption("--soak_minutes", type=float, default=2, help="how long tests/faults/test_soak.py trains")
     parser.addoption("--update-golden", action="store_true", help="rewrite the texts in tests/gin/golden")
@@ -52,3 +52,19 @@ def tfds_folder(tmp_path, monkeypatch) -> pathlib.Path:
     monkeypatch.setattr(seqio.utils, "_TFDS_DATA_DIR_OVERRIDE", str(tmp_path))
     monkeypatch.setattr(seqio.utils.LazyTfdsLoader, "_MEMOIZED_BUILDERS", {})
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory) -> pathlib.Path:
+    """The folder of `quickstart_runs.pretrain`."""
+    from quickstart_runs import pretrain
+
+    return pretrain(tmp_path_factory.mktemp("quickstart_runs"))
+
+
+@pytest.fixture(scope="session")
+def finetuned(pretrained) -> pathlib.Path:
+    """The folder of `quickstart_runs.finetune`."""
+    from quickstart_runs import finetune
+
+    return finetune(pretrained)

@@ -1,23 +1,18 @@
-"""The verb as users run it: in a pipe, in a terminal, with checkpoints of every kind, and every mistake."""
+"""The verb as users run it: in a pipe, with checkpoints of every kind, and every mistake."""
 
 import dataclasses
 import io
 import json
 import os
 import pathlib
-import pty
 import re
-import select
 import shlex
 import shutil
-import subprocess
 import sys
-import time
 
 import numpy as np
 import open_models
 import pytest
-import rich.console
 import tiny
 
 from diffusion_t5x import config, generate, infer, train
@@ -30,39 +25,18 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import results
 from diffusion_t5x.evaluation.conversation import one_line
 from diffusion_t5x.evaluation.inference import make_decode_step
-from diffusion_t5x.evaluation.live_canvas import LiveCanvas
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training.assignment import named_leaves
 
 seqio = pytest.importorskip("seqio")
+from untrained import LENGTHS, RUN, SIZE, untrained  # noqa: E402
+
 from diffusion_t5x.tasks import registration  # noqa: E402
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "generate.md"
-SIZE = {"embed_dim": 16, "num_layers": 1, "num_heads": 2, "head_dim": 8, "mlp_dim": 32, "relative_buckets": 32}
-LENGTHS = '{"inputs": 20, "targets": 12}'
 PROMPTS = ["one", "", "été"]
-RUN = [
-    "--gin.MODEL_DIR=/tmp/nowhere",
-    "--gin.TRAIN_STEPS=1",
-    "--gin.INITIAL_CHECKPOINT_PATH=None",
-    "--gin.VOCABULARY_FILE=None",
-    '--gin.FILES={"train": "nowhere.jsonl"}',
-]
-
-
-def untrained(folder, *files, architecture="decoder_only", run="runs/finetune.gin", settings=()):
-    """A checkpoint as a training on JSON lines, in bytes, would leave it, but with random parameters."""
-    files = [f"models/{architecture}.gin", "sizes/tiny.gin", *files[:1], run, "tasks/local_jsonl.gin", *files[1:]]
-    size = [f"ModelConfig.{name}={value}" for name, value in SIZE.items()]
-    given = [flag.removeprefix("--gin.") for flag in RUN]
-    config.load(files, [*size, *given, f"TASK_FEATURE_LENGTHS={LENGTHS}", *settings])
-    model = ModelConfig(**SIZE, architecture=architecture, tie_embeddings=architecture == "decoder_only")
-    definition = ModelDefinition(model, token_ids(seqio.ByteVocabulary(extra_ids=100)))
-    params = {name: np.asarray(leaf) for name, leaf in named_leaves(tiny.random_params(definition)).items()}
-    output.save(folder, definition, params, config.operative_text())
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -330,97 +304,6 @@ def test_what_a_training_leaves_is_enough(tmp_path, ask):
     written = ask(tmp_path, lines=["a"])
     assert f"{tmp_path}, step 1, Block: " in written.err and written.out.count("\n") == 1
     assert re.search(r"BlockDecoder\(block_size=3, inner=MaskedDecoder\(.*shifted=True\)\), 12 tokens", written.err)
-
-
-def test_the_canvas_is_drawn_with_blocks_for_what_is_not_written():
-    console = rich.console.Console(file=io.StringIO(), force_terminal=True, width=20, height=6)
-    canvas = LiveCanvas(console, lambda tokens: [chr(token) for token in tokens], left_to_right=False)
-    batch = tiny.one_a_row([([1], [0] * 6)])
-    row = np.array([[1, *b"a\nb\x1bcd"]])
-    with canvas.shown(batch):
-        assert canvas.picture().plain == ""
-        canvas(np.int32(2), row, np.array([[0, 0.9, 0.9, 0, 0.5, 0, 0.1]]))
-        assert canvas.picture().plain == "a\n░␛░d" and canvas.num_steps == 2
-        canvas(np.int32(1), row, np.ones((1, 7)))  # overtaken
-        assert canvas.picture().plain == "a\n░␛░d"
-        canvas(np.int32(3), row, np.ones((1, 7)))
-        assert canvas.picture().plain == "a\nb␛cd"
-    growing = LiveCanvas(console, lambda tokens: [chr(token) for token in tokens], left_to_right=True)
-    with growing.shown(batch):
-        growing(np.int32(1), row, np.array([[0, 0.9, 0.9, 0, 0, 0, 0]]))
-        assert growing.picture().plain == "a\n"
-    assert "\x1b[?25h" in console.file.getvalue().rpartition("\x1b[?25l")[2]  # the cursor is back
-
-
-IN_A_TERMINAL = """
-import fcntl, runpy, signal, termios
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C becomes a signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where the tests run in a shell's background
-runpy.run_module("diffusion_t5x.generate", run_name="__main__", alter_sys=True)
-"""
-
-
-class Session:
-    """The verb in a terminal of its own."""
-
-    def __init__(self, *flags):
-        self._ours, theirs = pty.openpty()
-        command = [sys.executable, "-c", IN_A_TERMINAL, *flags]
-        environment = os.environ | {"TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
-        self.process = subprocess.Popen(
-            command,
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
-            env=environment,
-            start_new_session=True,
-        )
-        os.close(theirs)
-        self.text = ""
-
-    def type(self, text):
-        os.write(self._ours, text.encode())
-
-    def wait_for(self, pattern, seconds=120):
-        """What comes up to the pattern, and the rest of the text after it is kept for the next call."""
-        end = time.monotonic() + seconds
-        while not (found := re.search(pattern, self.text)):
-            assert time.monotonic() < end, self.text
-            if select.select([self._ours], [], [], 0.1)[0]:
-                try:
-                    self.text += os.read(self._ours, 65536).decode(errors="replace")
-                except OSError:  # the other side is closed
-                    assert re.search(pattern, self.text), self.text
-        before, self.text = self.text[: found.end()], self.text[found.end() :]
-        return before
-
-
-@pytest.mark.slow
-def test_a_conversation_in_a_terminal(tmp_path):
-    folder = untrained(tmp_path, "objectives/sundae.gin", "decoding/sundae.gin")
-    session = Session(
-        "--checkpoint", str(folder), "--gin.SundaeDecoder.num_steps=1000", "--gin.SundaeDecoder.num_samples=1"
-    )
-    try:
-        assert "SundaeDecoder(num_steps=1000" in session.wait_for("> ")
-        session.type("hello\n")
-        session.wait_for(r"\x1b\[3[0-7]m")  # what is written has colours
-        session.type("\x03")
-        session.wait_for(r"stopped after [1-9]\d* passes of the model")
-        session.wait_for("> ")
-        session.type("x" * 30 + "\n")
-        session.wait_for("The prompt is refused: it has 31 tokens")
-        session.wait_for("> ")
-        session.type("hello\n")
-        answer = session.wait_for(r"\d+ tokens in [\d.]+ s, \d+ tokens/s, 1000 passes of the model")
-        assert answer.count("\x1b[2K") > 3  # drawn again and again
-        session.wait_for("> ")
-        session.type("\x04")
-        assert session.process.wait(60) == 0
-        assert "Traceback" not in session.text
-    finally:
-        session.process.kill()
-        session.process.wait()
 
 
 def test_the_commands_of_the_page(stories, ask, monkeypatch):

@@ -29,7 +29,7 @@ def from_t5x(path: str, tokenizer_file: str, output_folder: str, activation: str
 
     Args:
       path: a folder with a file `checkpoint`.
-      tokenizer_file: its SentencePiece model. SeqIO's 100 sentinels come on top, as T5's do.
+      tokenizer_file: its SentencePiece model. See `tasks.registration.vocabulary`.
       output_folder: a folder that is empty or not there.
       activation: the gate of the feed-forward layers; no array tells it.
       max_distance: of the relative position bias; no array tells it.

@@ -22,7 +22,7 @@ _BUFFERS = (
     "rotary_emb.inv_freq", "EncDecAttention.relative_attention_bias.weight", ".attn.bias", ".attn.masked_bias",
 )  # fmt: skip
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
-# The first of these that is there is the vocabulary. T5's and mT5's own is SentencePiece, with SeqIO's sentinels.
+# The first of these that is there is the vocabulary. T5's and mT5's own is SentencePiece.
 TOKENIZERS = ("spiece.model", "tokenizer.json", "tokenizer.model")
 # What else goes along with a model.
 CARRIED = (

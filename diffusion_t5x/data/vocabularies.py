@@ -149,6 +149,17 @@ def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
     )
 
 
+def num_sentinels(vocabulary: "seqio.Vocabulary") -> int:
+    """How many of the last ids are T5's sentinels, `<extra_id_0>` being the last one: SeqIO's or the model's own."""
+    import seqio
+
+    if not isinstance(vocabulary, seqio.SentencePieceVocabulary):
+        return vocabulary.extra_ids
+    model, size = vocabulary.tokenizer, vocabulary.vocab_size
+    names = ((number, model.IdToPiece(size - 1 - number)) for number in range(size))
+    return sum(1 for _ in itertools.takewhile(lambda x: x[1].removeprefix("▁") == f"<extra_id_{x[0]}>", names))
+
+
 def piece(vocabulary: "seqio.Vocabulary", token: int) -> bytes:
     """What one token of a SeqIO vocabulary stands for, in UTF-8; a byte may be only a part of a character.
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffusion_t5x.data.vocabularies import num_sentinels
 from diffusion_t5x.errors import UserError
 
 seqio = pytest.importorskip("seqio")
@@ -15,7 +16,7 @@ tf = pytest.importorskip("tensorflow")
 
 from t5.data import preprocessors as t5_preprocessors  # noqa: E402
 
-from diffusion_t5x.tasks import preprocessors  # noqa: E402
+from diffusion_t5x.tasks import preprocessors, registration  # noqa: E402
 
 VOCABULARY = seqio.PassThroughVocabulary(1000, eos_id=1)
 SENTINELS = seqio.ByteVocabulary(extra_ids=100)  # ids 259 to 358
@@ -33,9 +34,18 @@ def run(preprocessor, documents, lengths, vocabulary=SENTINELS, seed=0):
     return [{name: x[name].tolist() for name in ("inputs", "targets")} for x in examples.as_numpy_iterator()]
 
 
-def test_t5s_example_comes_out_token_for_token(test_data, monkeypatch):
-    """arXiv 1910.10683, figure 2."""
-    vocabulary = seqio.SentencePieceVocabulary(str(test_data / "t5_sentencepiece" / "t5_vocab.model"), extra_ids=100)
+@pytest.mark.parametrize("sentinels", ["added", "in the model"])
+def test_t5s_example_comes_out_token_for_token(sentinels, test_data, tmp_path, monkeypatch):
+    """arXiv 1910.10683, figure 2. mT5's model has its sentinels in itself."""
+    file = test_data / "t5_sentencepiece" / "t5_vocab.model"
+    vocabulary = registration.vocabulary(str(file))
+    assert vocabulary.extra_ids == 100
+    if sentinels == "in the model":
+        file = tmp_path / "as_mt5.model"
+        file.write_bytes(vocabulary.sp_model)
+        vocabulary = registration.vocabulary(str(file))
+        assert vocabulary.extra_ids == 0
+    assert num_sentinels(vocabulary) == 100
     text = "Thank you for inviting me to your party last week."
     tokens = vocabulary.encode(text)
     hidden = [vocabulary.decode([token]) in ("for", "inviting", "last") for token in tokens]
