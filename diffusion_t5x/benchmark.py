@@ -113,7 +113,8 @@ def decode(
 
     @functools.cache
     def params() -> Params:  # not made where all is measured
-        return jax.jit(definition.init, out_shardings=shardings)(jax.random.key(random_seed))
+        init = jax.jit(lambda key: definition.as_read(definition.init(key)), out_shardings=shardings)
+        return init(jax.random.key(random_seed))
 
     def watch(label: str, length: int, size: int) -> Stopwatch:
         batch = stopwatch.random_batch(definition, size, input_length, length, random_seed)

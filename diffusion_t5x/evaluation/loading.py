@@ -76,7 +76,7 @@ def load_model(
     restore_rules: Sequence[Rule] = (),
     use_ema: bool = True,
 ) -> tuple[ModelDefinition, Params]:
-    """The model of a checkpoint.
+    """The model of a checkpoint, to be read and not trained.
 
     Args:
       path: a checkpoint folder, a folder of them or a MODEL_DIR.
@@ -90,8 +90,13 @@ def load_model(
       UserError: no checkpoint, another vocabulary, or parameters that do not fit.
     """
     definition = ModelDefinition(config, vocabulary)
-    shapes = definition.abstract()
-    check_start(path, vocabulary, {"params": shapes}, restore_rules)
-    shardings = partitioning.param_shardings(mesh, shapes, definition.axes())
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    check_start(path, vocabulary, {"params": definition.abstract()}, restore_rules)
+    abstract = abstract_params(mesh, definition)
     return definition, checkpoints.restore_params(path, abstract, restore_rules, use_ema)
+
+
+def abstract_params(mesh: Mesh, definition: ModelDefinition) -> Params:
+    """Shapes, dtypes and shardings of parameters that are read and not trained, see `ModelDefinition.as_read`."""
+    shapes = jax.eval_shape(definition.as_read, definition.abstract())
+    shardings = partitioning.param_shardings(mesh, shapes, definition.axes())
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

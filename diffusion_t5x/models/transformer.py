@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -158,6 +158,11 @@ class Transformer(nnx.Module):
         return jax.tree.map(join, jax.lax.map(one, jax.tree.map(cut, (hidden, per_position))))
 
 
+def is_matrix(axes: Sequence[str]) -> bool:
+    """Whether logical axes are those of a matrix or an embedding, not of a norm, a bias or a table of biases."""
+    return "embed" in axes and len(axes) > 1 + ("layers" in axes)
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelDefinition:
     """A model's structure, apart from its parameters: those are a nested dict of float32 arrays.
@@ -200,6 +205,14 @@ class ModelDefinition:
 
         is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
         return nnx.to_pure_dict(jax.tree_util.tree_map_with_path(names, self._split[1], is_leaf=is_variable))
+
+    def as_read(self, params: Params) -> Params:
+        """The parameters in the dtypes in which a pass reads them: matrices and embeddings in `ModelConfig.dtype`.
+
+        Passes compute the same; where that is bfloat16 the parameters take half the memory. Training needs them whole.
+        """
+        small = jax.tree.map(is_matrix, self.axes(), is_leaf=lambda x: isinstance(x, tuple))
+        return jax.tree.map(lambda x, cast: x.astype(self.config.dtype) if cast else x, params, small)
 
     def trained(self) -> Params:
         """Which parameters training changes: True for each."""

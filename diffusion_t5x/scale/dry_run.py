@@ -18,9 +18,10 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.inference import make_decode_step
+from diffusion_t5x.evaluation.loading import abstract_params
 from diffusion_t5x.flags import Parser
 from diffusion_t5x.models.config import ModelConfig
-from diffusion_t5x.models.transformer import ModelDefinition, Params
+from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.distillation import Distillation, Teacher
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
@@ -183,13 +184,6 @@ def _advice(best: Report | None) -> str:
     if best is None:
         return "Nothing fits, one row a device neither: take a larger slice, num_microbatches, or another mesh."
     return f"--fit: BATCH_SIZE = {best.settings['batch_size']}, ModelConfig.remat = {best.settings['remat']!r}"
-
-
-def abstract_params(mesh: Mesh, definition: ModelDefinition) -> Params:
-    """Shapes, dtypes and shardings of a model's parameters."""
-    shapes = definition.abstract()
-    shardings = partitioning.param_shardings(mesh, shapes, definition.axes())
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def abstract_batch(mesh: Mesh, dataset: Rows, batch_size: int, rollout: Rollout | None = None) -> Batch:

@@ -16,7 +16,7 @@ from diffusion_t5x.errors import UserError, did_you_mean
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.layers import normal
 from diffusion_t5x.models.low_rank import LowRank
-from diffusion_t5x.models.transformer import ModelDefinition, Params
+from diffusion_t5x.models.transformer import ModelDefinition, Params, is_matrix
 from diffusion_t5x.training.assignment import Rule
 
 Axes = tuple[str, ...]
@@ -134,9 +134,7 @@ class LoraDefinition(ModelDefinition):
             return self._low_rank(matrix.astype(dtype), down, up)
 
         def without(name: str, array: jax.Array) -> jax.Array:
-            axes = self._axes[name]
-            is_large = "embed" in axes and len(axes) > 1 + ("layers" in axes)
-            return array.astype(dtype) if is_large and name not in self._whole else array
+            return array.astype(dtype) if is_matrix(self._axes[name]) and name not in self._whole else array
 
         return self._map(with_factors, without, params)
 

@@ -207,6 +207,17 @@ def test_low_precision_activations_end_in_float32_logits():
     assert 1e-4 < error < 0.1 * np.abs(exact).max()  # it did compute in bfloat16, and rightly
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_in_the_dtype_in_which_they_are_read_change_nothing(name):
+    config = dataclasses.replace(CONFIGS[name], dtype="bfloat16")
+    definition, params = tiny.make_model(config)
+    read = definition.as_read(params)
+    small = {path[-1].key for path, x in jax.tree_util.tree_leaves_with_path(read) if x.dtype == jnp.bfloat16}
+    assert {"embedding", "query", "wo"} <= small and not any("bias" in name or "scale" in name for name in small)
+    found, expected = (forward(config)(x, PACKED.tokens, Slots.of(PACKED), CAUSAL) for x in (read, params))
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_fresh_parameters_have_t5s_spread():
     config = dataclasses.replace(RELATIVE, embed_dim=64, head_dim=32, mlp_dim=256)
     params = jax.jit(ModelDefinition(config, tiny.VOCABULARY).init)(jax.random.key(0))
