@@ -128,6 +128,7 @@ def load(
         name, equals, value = (part.strip() for part in binding.partition("="))
         flag = f"--gin.{name}={value}" if equals else f"--gin_bindings={binding!r}"
         with _explained_errors(flag):
+            _register_mentioned(value)
             gin.parse_config(f"{name} = {_gin_value(name, value)}" if equals else binding)
         if equals and "." not in name:
             overridden.append((name, flag))
@@ -138,6 +139,15 @@ def load(
     for name, flag in overridden:
         if name not in used:
             raise UserError(f"{flag}: nothing in this configuration uses a macro {name!r}.{did_you_mean(name, used)}")
+
+
+def _register_mentioned(value: str) -> None:
+    """Lets a value of the command line name what the files could: anything in the modules that they import."""
+    for name in re.findall(r"@[\w/]*?([A-Za-z_][\w.]*)", value):
+        imports = {x.format() for x in gin_config._IMPORTS if x.bound_name() == name.partition(".")[0]}
+        if len(imports) == 1 and not gin_config._REGISTRY.matching_selectors(name):
+            gin.parse_config(["from __gin__ import dynamic_registration", *imports, f"_ = @{name}"])
+            del gin_config._CONFIG["_", "gin.macro"]
 
 
 def operative_text() -> str:

@@ -175,6 +175,14 @@ def test_values_on_the_command_line(toy, value, expected):
     assert bound(toy, f"train.train.task={value}")["task"] == expected
 
 
+def test_the_command_line_names_what_files_could(toy):
+    """A function of a module that base.gin imports but does not mention."""
+    flags = ["--gin_file=base.gin", *SET, "--gin.train.train.schedule=@models.warmup", "--print_config"]
+    printed = verb(toy, *flags)
+    assert printed.returncode == 0, printed.stderr
+    assert "train.train.schedule = @models.warmup\n" in printed.stdout and "\n_ = " not in printed.stdout
+
+
 @pytest.mark.parametrize("value", ["two words", "1e-3x", "{'inputs': 64", "'open", "", "a,b", "$HOME", "10 20"])
 def test_other_bare_values_must_be_quoted(toy, value):
     with pytest.raises(UserError, match=r"^--gin\.train\.train\.task=.*not a gin value\. Quote a string: --gin"):
@@ -330,7 +338,11 @@ def test_user_errors_and_bugs(toy):
         ),
         (["--gin_file=base.gin", *SET, "--gin.models.Sundea.num_unrolls=5"], "Did you mean 'models.Sundae'?"),
         (["--gin_file=base.gin", *SET, "--gin.Sundea.num_unrolls=5"], "Did you mean 'Sundae'?"),
-        (["--gin_file=base.gin", *SET, "--gin.MODEL=@models.Modell()"], "--gin.MODEL=@models.Modell(): no gin file"),
+        (
+            ["--gin_file=base.gin", *SET, "--gin.MODEL=@models.Modell()"],
+            "models has no 'Modell'. Did you mean 'Model'?",
+        ),
+        (["--gin_file=base.gin", *SET, "--gin.MODEL=@model.Model()"], "--gin.MODEL=@model.Model(): no gin file"),
         (["--gin_file=base.gin", *SET, "--gin.train.train.task=%OTHER"], "not set: OTHER."),
         (["--gin_file=base.gin", *SET, "--gin.TRAIN_STEPS"], "--gin.TRAIN_STEPS: write --gin.NAME=VALUE"),
         (["--gin_fil=base.gin"], "unrecognized arguments: --gin_fil=base.gin. Did you mean '--gin_file'?"),

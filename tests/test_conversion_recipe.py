@@ -5,6 +5,7 @@ import pathlib
 import sys
 
 import pytest
+from quickstart_runs import TINY
 from scipy import stats
 
 from diffusion_t5x import config, train
@@ -90,17 +91,19 @@ def test_what_a_route_costs(conversion):
 
 @pytest.mark.slow
 def test_the_comparison_runs_and_goes_on(conversion, tmp_path, monkeypatch, capsys):
-    short = ["--gin.TRAIN_STEPS=2", "--gin.WARMUP_STEPS=1", "--gin.BATCH_SIZE=4"]
+    short = ["--gin.TRAIN_STEPS=2", "--gin.WARMUP_STEPS=1", "--gin.BATCH_SIZE=4", *TINY]
     pretrain = ["--gin_file=recipes/quickstart/pretrain_ar.gin", f"--gin.MODEL_DIR={tmp_path / 'pretrained'}"]
     finetune = ["--gin_file=recipes/quickstart/finetune_ar.gin", f"--gin.MODEL_DIR={tmp_path / 'finetuned'}"]
     config.run(train.train, [*pretrain, *short])
     config.run(train.train, [*finetune, f"--gin.INITIAL_CHECKPOINT_PATH={tmp_path / 'pretrained'}", *short])
     command = ["conversion.py", "quickstart", "--output", str(tmp_path), "--seeds", "0", "--steps", "4"]
-    command += ["--gin.BATCH_SIZE=4", "--gin.WARMUP_STEPS=1", "--gin.NUM_DECODED_EXAMPLES=4"]
+    command += ["--gin.BATCH_SIZE=4", "--gin.WARMUP_STEPS=1", "--gin.NUM_DECODED_EXAMPLES=4", *TINY]
     monkeypatch.setattr(
-        conversion, "DECODERS", {"2 steps a block": ["--gin.NUM_STEPS=2", "--gin.NUM_DECODED_EXAMPLES=4"]}
+        conversion, "DECODERS", {"2 steps a block": ["--gin.NUM_STEPS=2", "--gin.NUM_DECODED_EXAMPLES=4", *TINY]}
     )
-    few = {name: [*flags, "--gin.NUM_DECODED_EXAMPLES=4"] for name, flags in conversion.AUTOREGRESSIVE_TOO.items()}
+    few = {
+        name: [*flags, "--gin.NUM_DECODED_EXAMPLES=4", *TINY] for name, flags in conversion.AUTOREGRESSIVE_TOO.items()
+    }
     monkeypatch.setattr(conversion, "AUTOREGRESSIVE_TOO", few)
     monkeypatch.setattr(conversion, "ONE_BY_ONE", few["one by one"])
     monkeypatch.setattr(sys, "argv", [*command, "--routes", "shifted"])

@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+from quickstart_runs import KEEP_THREE, TINY
 
 from diffusion_t5x import processes
 from diffusion_t5x.errors import UserError
@@ -145,7 +146,7 @@ def train(number, model_dir, steps, *arguments):
     settings = {"MODEL_DIR": model_dir, "TRAIN_STEPS": steps, "EVAL_PERIOD": 2, "WARMUP_STEPS": 0}
     settings |= {"loop.Periods.log": 1, "loop.Periods.save": 2}
     given = [f"--gin.{name}={value}" for name, value in settings.items()]
-    together(number, "train", "--gin_file=recipes/quickstart/pretrain_ar.gin", *given, *arguments)
+    together(number, "train", "--gin_file=recipes/quickstart/pretrain_ar.gin", *given, *TINY, *arguments)
 
 
 def curve(model_dir, folder, *names):
@@ -155,20 +156,21 @@ def curve(model_dir, folder, *names):
 
 @pytest.mark.slow
 def test_a_run_goes_on_in_other_processes_as_if_nothing_had_changed(tmp_path):
-    train(4, tmp_path / "begun", 2)
+    (tmp_path / "keep.gin").write_text(KEEP_THREE)
     settings = {4: [], 2: ["--gin.MeshConfig.fsdp=4"], 1: ["--gin.MeshConfig.fsdp=2"]}
     losses, evaluated, written = {}, {}, {}
     for number, mesh in settings.items():
         folder = tmp_path / f"in_{number}"
-        shutil.copytree(tmp_path / "begun", folder)
-        train(number, folder, 4, *mesh)
+        if number < 4:  # on from the second step of the four
+            shutil.copytree(tmp_path / "in_4", folder, ignore=shutil.ignore_patterns("checkpoint_4"))
+        train(number, folder, 4, f"--gin_file={tmp_path / 'keep.gin'}", *mesh)
         losses[number] = curve(folder, "train", "step", "loss", "gradient_norm")
         evaluated[number] = curve(folder, "training_eval/quickstart_pretrain", "step", "loss", "accuracy")
         if number < 4:
             output = tmp_path / f"written_by_{number}"
             places = [f"--gin.CHECKPOINT_PATH={tmp_path / 'in_4'}", f"--gin.EVAL_OUTPUT_DIR={output}"]
             few = ["--gin.NUM_DECODED_EXAMPLES=8", "--gin.BATCH_SIZE=8"]
-            together(number, "eval", "--gin_file=recipes/quickstart/eval_ar.gin", *places, *few, *mesh)
+            together(number, "eval", "--gin_file=recipes/quickstart/eval_ar.gin", *places, *few, *TINY, *mesh)
             lines = next(output.glob("*.jsonl")).read_text().splitlines()
             written[number] = [(line["example_id"], line["prediction"]) for line in map(json.loads, lines)]
     for number in (1, 2):

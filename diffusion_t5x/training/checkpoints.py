@@ -140,10 +140,11 @@ def ensure_writable(directory: str) -> None:
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
         probe.unlink()
-    except OSError as error:
+    except Exception as error:  # OSError of a disk; clients of remote stores have kinds of their own
+        said = str(getattr(error, "strerror", None) or error).strip().rstrip(".")
         raise UserError(
-            f"Cannot write to {directory}: {error.strerror or error}. Choose another folder (MODEL_DIR) or mend its "
-            "permissions."
+            f"Cannot write to {directory}: {said}. Choose another folder (MODEL_DIR), or see to it that this one can "
+            "be reached and written."
         ) from error
 
 
