@@ -75,8 +75,8 @@ def rotary_frequencies(
       factor, stretched: `ModelConfig.rotary_factor` and `rotary_stretched`.
     """
     half = head_dim // 2
-    # Rounded as models are trained with them elsewhere: times a thousand tokens, the last digit counts.
-    frequencies = np.float32(1) / np.float32(base) ** (np.arange(half, dtype=np.float32) / np.float32(half))
+    # Rounded once: times a thousand tokens the last digit counts, and in float32 each machine has a power of its own.
+    frequencies = (1 / np.float64(base) ** (np.arange(half) / half)).astype(np.float32)
     if stretched is None:
         return frequencies / np.float32(factor)
     slow, fast = 2 * np.pi / stretched[1], 2 * np.pi / stretched[0]
