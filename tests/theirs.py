@@ -86,7 +86,7 @@ def random_values(name, parameter, rng):
         return 0.2 * values + (0 if parameter.abs().max() == 0 else 1)  # a norm is 1 where it begins, a bias 0
     if any(part in name for part in ("embed_tokens", "shared", "wte", "relative_attention_bias")):
         return 0.3 * values
-    # T5 has no scale on query-key products. Sharper attention would show how a machine rounds powers, for rotary angles.
+    # T5 has no scale on query-key products. Sharper attention would show how a machine rounds rotary angles.
     scale = 0.3 if ".q." in name else 0.6 if ".q_proj." in name else 1.2
     return scale * values / parameter.shape[-1] ** 0.5
 
