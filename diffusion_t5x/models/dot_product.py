@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 QUERIES = ("batch", "length", "heads", "head_dim")
 KEYS = ("batch", "keys", "kv_heads", "head_dim")
+_TPU_LANES = 128  # lengths of the kernels for TPUs are multiples of this
 _told: set[str] = set()  # backends that the log has named
 
 
@@ -92,8 +93,8 @@ def _refusal(backend: str, call: Call) -> str | None:
         if call.query_length % 2 or call.key_length % 2:
             return f"cuDNN needs even lengths, not {lengths}"
         return "cuDNN has no soft cap" if call.has_softcap else None
-    if call.query_length % 128 or call.key_length % 128:
-        return f"TPU kernels need lengths that 128 divides, not {lengths}"
+    if min(call.query_length, call.key_length) < _TPU_LANES:
+        return f"TPU kernels are not worth it for fewer than {_TPU_LANES} queries or keys, here {lengths}"
     if backend == "splash":
         return "splash attention takes no relative position bias" if call.has_bias else None
     if call.head_dim > 128 and call.head_dim % 128:
@@ -193,6 +194,11 @@ def by_kernel(
     sees, groups = sight.sees, query.shape[2] // key.shape[2]
     # What the order says, no mask need say.
     given = sight.replace(mask=None) if sight.order else sight
+    # Kernels give padding, or a text without inputs, something of their own, with gradients to match or without.
+    mean = jnp.mean(value, axis=1, keepdims=True, dtype=jnp.float32).astype(value.dtype)
+    length = query.shape[1]
+    if backend != "cudnn":
+        query, key, value, bias, given = _padded(query, key, value, bias, given)
 
     def run(query, key, value, bias, sight):
         return attention_kernels.KERNELS[backend](query, key, value, bias, sight, scale, cap)
@@ -204,7 +210,21 @@ def by_kernel(
         of_bias = None if bias is None else cut_on(mesh, ("batch", "heads", "length", "keys"), bias.shape)
         cuts = (of_queries, of_keys, of_keys, of_bias, of_rows)
         run = jax.shard_map(run, in_specs=cuts, out_specs=of_queries, check_vma=False)
-    attended = run(query, key, value, bias, given)
-    # Kernels give padding, or a text without inputs, something of their own, with gradients to match or without.
-    mean = jnp.mean(value, axis=1, keepdims=True, dtype=jnp.float32).astype(value.dtype)
+    attended = run(query, key, value, bias, given)[:, :length]
     return jnp.where(sees[:, :, None, None], attended, jnp.repeat(mean, groups, axis=2))
+
+
+def _padded(query, key, value, bias, sight):
+    """The arguments with lengths for a TPU: what is added belongs to no segment and is seen by none."""
+    queries, keys = ((0, -x.shape[1] % _TPU_LANES) for x in (query, key))
+
+    def pad(x, **axes):
+        return x if x is None else jnp.pad(x, [axes.get(f"axis_{axis}", (0, 0)) for axis in range(x.ndim)])
+
+    sight = sight.replace(
+        mask=pad(sight.mask, axis_1=queries, axis_2=keys),
+        query_segments=pad(sight.query_segments, axis_1=queries),
+        key_segments=pad(sight.key_segments, axis_1=keys),
+    )
+    key, value = pad(key, axis_1=keys), pad(value, axis_1=keys)
+    return pad(query, axis_1=queries), key, value, pad(bias, axis_2=queries, axis_3=keys), sight

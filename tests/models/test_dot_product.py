@@ -43,8 +43,8 @@ def test_auto_takes_the_devices_kernel(call, changes, expected):
 
 
 REFUSED = [
-    ("splash", TPU, {"query_length": 1}, "lengths that 128 divides, not 1 queries and 256 keys"),
-    ("splash", TPU, {"key_length": 257}, "not 512 queries and 257 keys"),
+    ("splash", TPU, {"query_length": 1}, "fewer than 128 queries or keys, here 1 queries and 256 keys"),
+    ("splash", TPU, {"key_length": 127}, "here 512 queries and 127 keys"),
     ("splash", TPU, {"length_is_cut": True}, "the mesh cuts the length"),
     ("splash", TPU, {"heads_are_cut_alike": False}, "query heads otherwise"),
     ("flash", TPU, {"has_bias": True, "has_softcap": True}, "no soft cap"),
@@ -135,7 +135,10 @@ def test_a_relative_bias_is_for_flash_and_cross_attention_has_none(trace):
 
 @pytest.mark.parametrize(
     "length,sizes,reason",
-    [(100, {}, "lengths that 128 divides, not 100 queries and 100 keys"), (LENGTH, {"sequence": 2}, "cuts the length")],
+    [
+        (100, {}, "fewer than 128 queries or keys, here 100 queries and 100 keys"),
+        (LENGTH, {"sequence": 2}, "cuts the length"),
+    ],
 )
 def test_the_log_says_once_why_it_is_xla(trace, length, sizes, reason):
     for _ in range(2):
