@@ -218,13 +218,13 @@ def _padded(query, key, value, bias, sight):
     """The arguments with lengths for a TPU: what is added belongs to no segment and is seen by none."""
     queries, keys = ((0, -x.shape[1] % _TPU_LANES) for x in (query, key))
 
-    def pad(x, **axes):
-        return x if x is None else jnp.pad(x, [axes.get(f"axis_{axis}", (0, 0)) for axis in range(x.ndim)])
+    def pad(x, by_axis):
+        return x if x is None else jnp.pad(x, [by_axis.get(axis, (0, 0)) for axis in range(x.ndim)])
 
     sight = sight.replace(
-        mask=pad(sight.mask, axis_1=queries, axis_2=keys),
-        query_segments=pad(sight.query_segments, axis_1=queries),
-        key_segments=pad(sight.key_segments, axis_1=keys),
+        mask=pad(sight.mask, {1: queries, 2: keys}),
+        query_segments=pad(sight.query_segments, {1: queries}),
+        key_segments=pad(sight.key_segments, {1: keys}),
     )
-    key, value = pad(key, axis_1=keys), pad(value, axis_1=keys)
-    return pad(query, axis_1=queries), key, value, pad(bias, axis_2=queries, axis_3=keys), sight
+    key, value = pad(key, {1: keys}), pad(value, {1: keys})
+    return pad(query, {1: queries}), key, value, pad(bias, {2: queries, 3: keys}), sight
