@@ -48,7 +48,7 @@ def see(config):
     step = make_train_step(mesh, state, definition, Autoregressive(), optimizer, seed=0)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         compiled = step.lower(state, dry_run.abstract_batch(mesh, Rows(4096, config.architecture), 4)).compile()
-    return Report.of({}, chip, compiled, 0).as_json() | {"kernels": compiled.as_text().count('"tpu_custom_call"')}
+    return Report.of({}, chip, compiled, 0, 0).as_json() | {"kernels": compiled.as_text().count('"tpu_custom_call"')}
 
 
 if __name__ == "__main__":

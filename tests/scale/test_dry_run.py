@@ -127,7 +127,8 @@ def test_a_training_step_compiles_for_a_slice(tmp_path):
     logits = embed * -(-vocabulary // 128) * 128
     expected = 2 * rows * length * (4 * (kernels + attention) + 3 * logits)
     assert report["flops"] == pytest.approx(expected, rel=0.1)
-    assert report["memory"]["arguments"] < 0.3 * report["memory"]["peak"]
+    # Parameters in float32, on four chips, and what little Adafactor keeps.
+    assert report["memory"]["arguments"] == pytest.approx(4 * (kernels + logits) / 4, rel=0.05)
 
 
 @needs_compiler
