@@ -173,7 +173,7 @@ x = jax.ShapeDtypeStruct((1 << 16, 1 << 16), np.float32, sharding=sharding)
 print(dry_run._compile({"what": "a square"}, chip, lambda: jax.jit(lambda x: x @ x).lower(x), mesh))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
-    assert "does not fit: " in done.stdout and "hbm" in done.stdout, done.stderr[-2000:]
+    assert "does not fit: " in done.stdout and "HBM" in done.stdout, done.stderr[-2000:]
 
 
 def test_nothing_is_overwritten(tmp_path):
