@@ -143,7 +143,7 @@ def load(
 
 def _register_mentioned(value: str) -> None:
     """Lets a value of the command line name what the files could: anything in the modules that they import."""
-    for name in re.findall(r"@[\w/]*?([A-Za-z_][\w.]*)", value):
+    for name in re.findall(r"@(?:[\w.]+/)*(\w+\.[\w.]+)", value):
         imports = {x.format() for x in gin_config._IMPORTS if x.bound_name() == name.partition(".")[0]}
         if len(imports) == 1 and not gin_config._REGISTRY.matching_selectors(name):
             gin.parse_config(["from __gin__ import dynamic_registration", *imports, f"_ = @{name}"])

@@ -177,10 +177,11 @@ def test_values_on_the_command_line(toy, value, expected):
 
 def test_the_command_line_names_what_files_could(toy):
     """A function of a module that base.gin imports but does not mention."""
-    flags = ["--gin_file=base.gin", *SET, "--gin.train.train.schedule=@models.warmup", "--print_config"]
-    printed = verb(toy, *flags)
-    assert printed.returncode == 0, printed.stderr
-    assert "train.train.schedule = @models.warmup\n" in printed.stdout and "\n_ = " not in printed.stdout
+    for name in ("@models.warmup", "@slow/models.warmup"):
+        flags = ["--gin_file=base.gin", *SET, f"--gin.train.train.schedule={name}", "--print_config"]
+        printed = verb(toy, *flags)
+        assert printed.returncode == 0, printed.stderr
+        assert f"train.train.schedule = {name}\n" in printed.stdout and "\n_ = " not in printed.stdout
 
 
 @pytest.mark.parametrize("value", ["two words", "1e-3x", "{'inputs': 64", "'open", "", "a,b", "$HOME", "10 20"])
@@ -343,6 +344,7 @@ def test_user_errors_and_bugs(toy):
             "models has no 'Modell'. Did you mean 'Model'?",
         ),
         (["--gin_file=base.gin", *SET, "--gin.MODEL=@model.Model()"], "--gin.MODEL=@model.Model(): no gin file"),
+        (["--gin_file=base.gin", *SET, "--gin.MODEL=@models"], "--gin.MODEL=@models: no gin file"),
         (["--gin_file=base.gin", *SET, "--gin.train.train.task=%OTHER"], "not set: OTHER."),
         (["--gin_file=base.gin", *SET, "--gin.TRAIN_STEPS"], "--gin.TRAIN_STEPS: write --gin.NAME=VALUE"),
         (["--gin_fil=base.gin"], "unrecognized arguments: --gin_fil=base.gin. Did you mean '--gin_file'?"),
