@@ -40,6 +40,7 @@ from diffusion_t5x.flags import parse_flags
 PACKAGE = pathlib.Path(__file__).parent
 # Strings that need no quotes on the command line: names and paths, as in --gin.MODEL_DIR=/tmp/model.
 _BARE_STRING = re.compile(r"[A-Za-z_./~][\w./:~+-]*")
+_MENTIONED = "_MENTIONED_ON_THE_COMMAND_LINE"  # a macro, for a moment
 _MISSPELT_CONSTANTS = {"true": "True", "false": "False", "none": "None", "null": "None"}
 
 
@@ -99,7 +100,8 @@ def load(
 ) -> None:
     """Replaces gin's configuration by that of `gin_files`, then `bindings` (`"NAME = VALUE"`); later ones win.
 
-    Before them come `texts`, gin of which no file is known; their keys say in messages what they are.
+    Before them come `texts`, gin that nobody named on the command line, such as a checkpoint's: it may refer to less
+    (`gin_guard.check_settings`). Their keys say in messages what they are.
 
     Files and their includes are looked up as given, in `search_paths`, beside the files of `gin_files`, then among the
     shipped ones: `runs/x.gin`, `gin/runs/x.gin` and `diffusion_t5x/gin/runs/x.gin` are the same file. They may import
@@ -120,6 +122,7 @@ def load(
     for what, text in texts.items():
         with _explained_errors(what):
             gin.parse_config(text)
+            gin_guard.check_settings(allowed)
     for file in gin_files:
         with _explained_errors():
             gin.parse_config_file(file)
@@ -143,11 +146,26 @@ def load(
 
 def _register_mentioned(value: str) -> None:
     """Lets a value of the command line name what the files could: anything in the modules that they import."""
-    for name in re.findall(r"@(?:[\w.]+/)*(\w+\.[\w.]+)", value):
+    for name in _references(value):
         imports = {x.format() for x in gin_config._IMPORTS if x.bound_name() == name.partition(".")[0]}
-        if len(imports) == 1 and not gin_config._REGISTRY.matching_selectors(name):
-            gin.parse_config(["from __gin__ import dynamic_registration", *imports, f"_ = @{name}"])
-            del gin_config._CONFIG["_", "gin.macro"]
+        if "." in name and len(imports) == 1 and not gin_config._REGISTRY.matching_selectors(name):
+            mentions = f"{_MENTIONED} = @{name}"
+            gin.parse_config(["from __gin__ import dynamic_registration", *imports, mentions])
+            del gin_config._CONFIG[_MENTIONED, "gin.macro"]
+
+
+def _references(value: str) -> list[str]:
+    """What a gin value refers to, without scopes; nothing where it is none."""
+    found: list[str] = []
+
+    class Collect(_AsText):
+        def configurable_reference(self, scoped_selector: str, evaluate: bool) -> str:
+            found.append(scoped_selector.rpartition("/")[2])
+            return super().configurable_reference(scoped_selector, evaluate)
+
+    with contextlib.suppress(SyntaxError, tokenize.TokenError):
+        config_parser.ConfigParser(value, Collect()).parse_value()
+    return found
 
 
 def operative_text() -> str:

@@ -148,6 +148,8 @@ def generate(
 def _lengths(features: Mapping[str, int] | None, length: int | None, model: ModelConfig) -> tuple[int | None, int]:
     """The most tokens of a prompt (None: any number), and those of an answer."""
     is_one_row = model.architecture == "decoder_only"
+    if features is not None and not {"targets"} <= features.keys() <= {"inputs", "targets"}:
+        raise UserError(f"TASK_FEATURE_LENGTHS must have targets, and may have inputs: {dict(features)}.")
     if features and "inputs" in features:
         most, length = features["inputs"], length or features["targets"]
         model.check_length(most + length if is_one_row else max(most, length), "TASK_FEATURE_LENGTHS or --length")

@@ -178,7 +178,7 @@ def train(
             if resume_path:
                 lora_training.check_resumed(start_path, metadata.get("lora"), lora)
             elif lora:
-                restore_rules = [*definition.restore_rules, *restore_rules]
+                restore_rules = definition.restore_rules(restore_rules)
             rules = () if resume_path else restore_rules
             restored = check_start(start_path, vocabulary, abstract, rules, resumes=bool(resume_path))
         info = _describe(definition, abstract)

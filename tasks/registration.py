@@ -7,6 +7,7 @@ from typing import Any
 
 import seqio
 import tensorflow as tf
+from google.protobuf.message import DecodeError
 
 from diffusion_t5x.data.vocabularies import num_sentinels
 from diffusion_t5x.errors import UserError, did_you_mean
@@ -25,7 +26,7 @@ def vocabulary(file: str | None) -> seqio.Vocabulary:
         behind its own unless it ends in sentinels, as mT5's does; None takes bytes.
 
     Raises:
-      UserError: there is no such file.
+      UserError: there is no such file, or it is none of these.
     """
     if file is None:
         return seqio.ByteVocabulary(extra_ids=SENTINELS)
@@ -44,7 +45,11 @@ def vocabulary(file: str | None) -> seqio.Vocabulary:
 
         return Llama2cVocabulary(path)
     own = seqio.SentencePieceVocabulary(path)
-    return own if num_sentinels(own) else seqio.SentencePieceVocabulary(path, extra_ids=SENTINELS)
+    try:
+        has_sentinels = num_sentinels(own) > 0
+    except (DecodeError, RuntimeError) as error:
+        raise UserError(f"{file} is no SentencePiece model.") from error
+    return own if has_sentinels else seqio.SentencePieceVocabulary(path, extra_ids=SENTINELS)
 
 
 def task(

@@ -256,6 +256,8 @@ def test_mistakes(masked, tmp_path, refused):
     assert "--length must be at least 1, not 0" in says(masked, "--prompt", "a", "--length", "0")
     assert "rows of 5020 tokens" in says(masked, "--prompt", "a", "--length", "5000")
     assert "Did you mean '--gin_file'" in says(masked, "--prompt", "a", "--gin_fil", "b")
+    assert "The prompt is refused: it is not UTF-8." in says(masked, "--prompt", "caf\udce9")
+    assert "must have targets" in says(masked, "--prompt", "a", "--gin.TASK_FEATURE_LENGTHS={'inputs': 8}")
     shifted = ["--gin_file=conversion/shifted.gin"]
     assert "has shifted = False, but MaskedDecoder has shifted = True" in says(masked, "--prompt", "a", *shifted)
     broken = shutil.copytree(masked, tmp_path / "broken")
@@ -282,6 +284,28 @@ def test_a_module_that_is_not_trusted(tmp_path, refused):
     output.save(tmp_path, definition, params, text)
     message = refused(tmp_path, "--prompt", "a")
     assert "error: the configuration in" in message and "imports subprocess" in message and "--gin_allow" in message
+
+
+def test_what_a_checkpoint_says_makes_settings_and_nothing_else(masked, tmp_path, refused, ask):
+    """Its configuration is read unasked: it must not call what writes files."""
+    definition = ModelDefinition(ModelConfig(**SIZE), token_ids(seqio.ByteVocabulary(extra_ids=100)))
+    params = {name: np.asarray(leaf) for name, leaf in named_leaves(tiny.random_params(definition)).items()}
+    victim = tmp_path / "victim"
+    text = f"""
+from __gin__ import dynamic_registration
+from diffusion_t5x import generate
+from diffusion_t5x.evaluation import results
+
+results.write_records.path = {str(victim)!r}
+results.write_records.records = ["mine"]
+generate.generate.random_seed = @results.write_records()
+"""
+    output.save(tmp_path / "crafted", definition, params, text)
+    message = refused(tmp_path / "crafted", "--prompt", "a")
+    assert "it refers to diffusion_t5x.evaluation.results.write_records, which does more than" in message
+    assert "--gin_allow=diffusion_t5x.evaluation.results" in message and not victim.exists()
+    # A prompt is no gin, whatever it looks like.
+    assert ask(masked, "--prompt", "a@train.com").out
 
 
 def test_what_a_training_leaves_is_enough(tmp_path, ask):

@@ -52,17 +52,12 @@ def from_t5x(path: str, tokenizer_file: str, output_folder: str, activation: str
 
 
 def _ids(tokenizer: pathlib.Path) -> TokenIds:
+    if tokenizer.suffix in (".json", ".bin"):
+        raise UserError(f"{tokenizer} is no SentencePiece model, which the tokenizers of T5X's models are.")
     libraries()
-    from google.protobuf.message import DecodeError
-
     from diffusion_t5x.tasks import registration
 
-    try:
-        if tokenizer.suffix != ".json":
-            return token_ids(registration.vocabulary(str(tokenizer)))
-    except DecodeError:
-        pass
-    raise UserError(f"{tokenizer} is no SentencePiece model, which the tokenizers of T5X's models are.")
+    return token_ids(registration.vocabulary(str(tokenizer)))
 
 
 def _describe(source: T5XCheckpoint, activation: str, max_distance: int) -> Described:

@@ -93,7 +93,8 @@ def _shape(leaf: Any) -> tuple[int, ...]:
     """As the msgpack file says; what is no array has none."""
     if _is_zarr(leaf):
         metadata = leaf.get("metadata")
-        return tuple(metadata.get("shape", ())) if isinstance(metadata, dict) else ()
+        shape = metadata.get("shape") if isinstance(metadata, dict) else None
+        return tuple(shape) if isinstance(shape, list | tuple) else ()
     return leaf.shape if isinstance(leaf, np.ndarray) else ()
 
 

@@ -52,8 +52,12 @@ class Prompts:
           number: the row's `example_ids`, which what is drawn depends on.
 
         Raises:
-          UserError: the prompt is too long, or an encoder would have nothing to read.
+          UserError: the prompt is too long or no text, or an encoder would have nothing to read.
         """
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:  # bytes that a terminal or a pipe gave, in Python's disguise
+            raise UserError("The prompt is refused: it is not UTF-8.") from error
         tokens = list(self.vocabulary.encode(prompt)) + [self.vocabulary.eos_id] * self.adds_eos
         if self.max_inputs is not None and len(tokens) > self.max_inputs:
             eos = " (the EOS behind it is one of them)" if self.adds_eos else ""

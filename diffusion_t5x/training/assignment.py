@@ -43,7 +43,7 @@ def assign(targets: Mapping[str, Any], sources: Mapping[str, Any], rules: Sequen
       UserError: a rule that matches nothing or is no regular expression; or one table of all that does not fit: no
         such source, another shape, another kind of dtype (floating point of any width is one kind), left over.
     """
-    compiled = [(_compile(pattern), source) for pattern, source in rules]
+    compiled = [(compile_pattern(pattern), source) for pattern, source in rules]
     unused = set(range(len(rules)))
 
     def first_match(name, candidates):
@@ -102,7 +102,7 @@ def _in_short(names: Sequence[str]) -> str:
     return ", ".join(part if part in names else f"{part}/ ({count} arrays)" for part, count in sorted(parts.items()))
 
 
-def _compile(pattern: str) -> re.Pattern:
+def compile_pattern(pattern: str) -> re.Pattern:
     try:
         return re.compile(pattern)
     except re.error as error:

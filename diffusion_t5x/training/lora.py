@@ -17,7 +17,7 @@ from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.layers import normal
 from diffusion_t5x.models.low_rank import LowRank
 from diffusion_t5x.models.transformer import ModelDefinition, Params, is_matrix
-from diffusion_t5x.training.assignment import Rule
+from diffusion_t5x.training.assignment import Rule, compile_pattern
 
 Axes = tuple[str, ...]
 
@@ -95,11 +95,25 @@ class LoraDefinition(ModelDefinition):
         if both := self._targets & self._whole:
             raise UserError(f"Both Lora.targets and Lora.whole match {', '.join(sorted(both))}.")
 
-    @property
-    def restore_rules(self) -> tuple[Rule, ...]:
-        """For a start from plain parameters: matrices become bases, factors and their average are new."""
+    def restore_rules(self, others: Sequence[Rule] = ()) -> tuple[Rule, ...]:
+        """For a start from plain parameters: matrices become bases, factors and their average are new.
+
+        Args:
+          others: rules for what is left.
+
+        Raises:
+          UserError: one of them is for a base as well, which it would not get.
+        """
+        for pattern, _ in others:
+            matches = compile_pattern(pattern).fullmatch
+            for name in sorted(self._targets):
+                if matches(f"params/{name}") or matches(f"params/{name}/base"):
+                    raise UserError(
+                        f"The restore rule {pattern!r} matches params/{name}, whose base LoRA reads from the parameter "
+                        "of that name itself. Leave Lora.targets out of the rule, or export that checkpoint first."
+                    )
         whole = "|".join(map(re.escape, sorted(self._whole)))
-        return (r"params/(.*)/base", r"params/\1"), (rf"params/.*/(down|up)|ema/(?!({whole})$).*", None)
+        return (r"params/(.*)/base", r"params/\1"), (rf"params/.*/(down|up)|ema/(?!({whole})$).*", None), *others
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters: `down` is normal with a variance of one over its inputs, `up` is zero."""

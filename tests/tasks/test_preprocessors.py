@@ -65,6 +65,13 @@ def test_t5s_example_comes_out_token_for_token(sentinels, test_data, tmp_path, m
     assert vocabulary.decode(example["targets"]) == "<extra_id_0> for inviting <extra_id_1> last <extra_id_2>"
 
 
+@pytest.mark.parametrize("contents", [b"", b"some text", b"IQ== 0\nIg== 1\n"], ids=["empty", "text", "tiktoken"])
+def test_what_is_no_sentencepiece_model_is_said(contents, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(contents)
+    with pytest.raises(UserError, match="is no SentencePiece model"):
+        registration.vocabulary(str(tmp_path / "tokenizer.model"))
+
+
 @pytest.mark.parametrize("mean_span,expected", [(2, (70, 22)), (1, (63, 27))])
 def test_lengths_as_in_t5s_own_tests(mean_span, expected):
     found = t5_preprocessors.random_spans_helper(

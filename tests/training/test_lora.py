@@ -264,7 +264,10 @@ def test_another_run_starts_from_the_merged_model(run, tmp_path):
     definition = LoraDefinition(tiny.LLAMA, tiny.VOCABULARY, Lora(rank=2, targets=["query", "wi_?2|wo"]))
     mesh, optimizer = MeshConfig().make(), optax.adam(1e-2)
     abstract = abstract_state(mesh, definition, optimizer, keep_ema=True)
-    rules = [*definition.restore_rules, ("step|opt_state/.*", None)]
+    rules = definition.restore_rules([("step|opt_state/.*", None)])
+    for pattern in ("params/(.*)", "params/.*/query", "params/.*/query/base"):
+        with pytest.raises(UserError, match="matches params/decoder/blocks/attention/query, whose base LoRA reads"):
+            definition.restore_rules([(pattern, "ema/x")])
     assert "come from params/" in check_start(path, tiny.VOCABULARY, abstract, rules)
     init = functools.partial(fresh_state, definition, optimizer, True, jax.random.key(0))
     state = checkpoints.restore_initial(path, abstract, rules, init)
