@@ -131,7 +131,6 @@ def load(
         name, equals, value = (part.strip() for part in binding.partition("="))
         flag = f"--gin.{name}={value}" if equals else f"--gin_bindings={binding!r}"
         with _explained_errors(flag):
-            _register_mentioned(value)
             gin.parse_config(f"{name} = {_gin_value(name, value)}" if equals else binding)
         if equals and "." not in name:
             overridden.append((name, flag))
@@ -142,30 +141,6 @@ def load(
     for name, flag in overridden:
         if name not in used:
             raise UserError(f"{flag}: nothing in this configuration uses a macro {name!r}.{did_you_mean(name, used)}")
-
-
-def _register_mentioned(value: str) -> None:
-    """Lets a value of the command line name what the files could: anything in the modules that they import."""
-    for name in _references(value):
-        imports = {x.format() for x in gin_config._IMPORTS if x.bound_name() == name.partition(".")[0]}
-        if "." in name and len(imports) == 1 and not gin_config._REGISTRY.matching_selectors(name):
-            mentions = f"{_MENTIONED} = @{name}"
-            gin.parse_config(["from __gin__ import dynamic_registration", *imports, mentions])
-            del gin_config._CONFIG[_MENTIONED, "gin.macro"]
-
-
-def _references(value: str) -> list[str]:
-    """What a gin value refers to, without scopes; nothing where it is none."""
-    found: list[str] = []
-
-    class Collect(_AsText):
-        def configurable_reference(self, scoped_selector: str, evaluate: bool) -> str:
-            found.append(scoped_selector.rpartition("/")[2])
-            return super().configurable_reference(scoped_selector, evaluate)
-
-    with contextlib.suppress(SyntaxError, tokenize.TokenError):
-        config_parser.ConfigParser(value, Collect()).parse_value()
-    return found
 
 
 def operative_text() -> str:
@@ -249,22 +224,39 @@ def _shipped_values(macro: str) -> str:
 
 
 class _AsText(config_parser.ParserDelegate):
-    """Leaves references as they are spelled."""
+    """Leaves references as they are spelled, and collects what they refer to, without scopes."""
+
+    def __init__(self) -> None:
+        self.mentioned: list[str] = []
 
     def configurable_reference(self, scoped_selector: str, evaluate: bool) -> str:
+        self.mentioned.append(scoped_selector.rpartition("/")[2])
         return f"@{scoped_selector}{'()' if evaluate else ''}"
 
     def macro(self, macro_name: str) -> str:
         return f"%{macro_name}"
 
 
+def _register(name: str) -> None:
+    """Lets the command line name what the files could: anything in the modules that they import."""
+    imports = {x.format() for x in gin_config._IMPORTS if x.bound_name() == name.partition(".")[0]}
+    if "." in name and len(imports) == 1 and not gin_config._REGISTRY.matching_selectors(name):
+        mentions = f"{_MENTIONED} = @{name}"
+        gin.parse_config(["from __gin__ import dynamic_registration", *imports, mentions])
+        del gin_config._CONFIG[_MENTIONED, "gin.macro"]
+
+
 def _gin_value(name: str, value: str) -> str:
-    """`value` if it is gin syntax; a bare name or path with quotes around it."""
+    """`value` if it is gin syntax, with what it refers to registered; a bare name or path with quotes around it."""
+    reader, is_value = _AsText(), False
     with contextlib.suppress(SyntaxError, tokenize.TokenError):
-        parser = config_parser.ConfigParser(value, _AsText())
+        parser = config_parser.ConfigParser(value, reader)
         parser.parse_value()
-        if parser.current_token.type in (tokenize.NEWLINE, tokenize.ENDMARKER):
-            return value
+        is_value = parser.current_token.type in (tokenize.NEWLINE, tokenize.ENDMARKER)
+    if is_value:
+        for mentioned in reader.mentioned:
+            _register(mentioned)
+        return value
     if constant := _MISSPELT_CONSTANTS.get(value):
         raise UserError(f"--gin.{name}={value}: gin spells it {constant}.")
     if _BARE_STRING.fullmatch(value):

@@ -32,11 +32,13 @@ def check_settings(allowed: Sequence[str]) -> None:
     trusted = [name for name in allowed if name not in PACKAGES]
     for reference in gin_config.iterate_references(gin_config._CONFIG):
         target = reference.configurable.wrapped
+        if target in (gin_config.macro, gin_config._retrieve_constant, gin_config.singleton):
+            continue
         bases = {f"{base.__module__}.{base.__name__}" for base in getattr(target, "__mro__", ())}
         stands_for_itself = isinstance(target, type) and (
             dataclasses.is_dataclass(target) or "seqio.vocabularies.Vocabulary" in bases
         )
-        if not stands_for_itself and not _is_in(target.__module__, (*_SETTINGS, *trusted, _MACROS)):
+        if not stands_for_itself and not _is_in(target.__module__, (*_SETTINGS, *trusted)):
             raise PermissionError(
                 f"it refers to {target.__module__}.{target.__qualname__}, which does more than make settings. If you "
                 f"trust it, add --gin_allow={target.__module__}."
