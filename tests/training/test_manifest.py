@@ -84,7 +84,9 @@ def test_damage_to_any_file_is_found_and_named(run, damage):
             continue
         damage(folder / name)
         found = faults(folder)
-        assert found and all(fault.startswith((name, "manifest.json cannot", "manifest.json is")) for fault in found)
+        assert found
+        if name != "manifest.json":  # what is changed in there may be another file's checksum
+            assert all(fault.startswith(name) for fault in found)
         if damage is not change:  # sizes alone tell of it
             assert faults(folder, checksums=False) == found
         (folder / name).write_bytes(content)
