@@ -12,6 +12,7 @@ from diffusion_t5x.decoding.autoregressive import read_next, read_prompt
 from diffusion_t5x.decoding.decoder import Decoded, Watch, start_trace
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind
+from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.objectives.objective import after_end
 
@@ -76,6 +77,10 @@ class BeamSearchDecoder:
     @property
     def attention(self) -> AttentionKind:
         return PREFIX if self.prefix else CAUSAL
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (Mode.of(self.attention),)
 
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
         """Nothing is drawn. The trace shows the likeliest live beam, and where an example is done its output."""

@@ -13,6 +13,7 @@ from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.attention import KVCache, write_rows
 from diffusion_t5x.models.masks import AttentionKind, Slots
+from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.objectives.objective import row_keys
 from diffusion_t5x.objectives.reading import Reading, start_first
@@ -22,6 +23,10 @@ class InnerDecoder(Protocol):
     """What writes the targets of a block: `MaskedDecoder`, or `SundaeDecoder` with one sample and paper 1's steps."""
 
     shifted: bool  # see `BlockDecoder`
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """As of a `Decoder`; in a block the attention is the block's."""
 
     def blank(self, batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
         """The rows int32 `[B, L]` with what stands at the targets before the first step; keys `[B]`."""
@@ -92,6 +97,10 @@ class BlockDecoder:
     @property
     def attention(self) -> AttentionKind:
         return AttentionKind("block_causal", self.block_size)
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return tuple(Mode.of(self.attention, mode.noise) for mode in self.inner.modes)
 
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
         vocabulary, size, inner = model.vocabulary, self.block_size, self.inner

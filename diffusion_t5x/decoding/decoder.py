@@ -10,6 +10,7 @@ import numpy as np
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.objectives.objective import after_end
 
@@ -157,6 +158,10 @@ class Decoded:
 
 class Decoder(Protocol):
     """A frozen dataclass that writes the targets of a batch. It never reads the tokens at target positions."""
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """The modes in which it uses a model; the model must have been trained in each of them."""
 
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
         """Rows draw from the key by their `example_ids`, so they do not depend on their neighbours.

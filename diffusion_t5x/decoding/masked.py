@@ -12,6 +12,7 @@ from diffusion_t5x.decoding.decoder import Decoded, Watch, Written, start_trace
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.masks import BIDIRECTIONAL
+from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.sampling import Sampling
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.objectives.objective import row_keys
@@ -58,6 +59,10 @@ class MaskedDecoder:
     @property
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_k, self.top_p)
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (Mode.of(BIDIRECTIONAL, "mask"),)
 
     def blank(self, batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
         """The rows with MASK for targets."""

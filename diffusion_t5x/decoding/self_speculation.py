@@ -16,6 +16,7 @@ from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.attention import KVCache, write_rows
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind, Slots
+from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.objectives.objective import cross_entropy, row_keys
@@ -61,6 +62,10 @@ class SelfSpeculationDecoder:
     @property
     def attention(self) -> AttentionKind:
         return PREFIX if self.prefix else CAUSAL
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (*self.draft.modes, Mode.of(self.attention))
 
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
         """`written_at` counts a row's own steps; the trace shows drafts, and that what was not accepted is gone."""

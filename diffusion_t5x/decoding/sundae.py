@@ -13,6 +13,7 @@ from diffusion_t5x.decoding.decoder import Decoded, Watch, Written, start_trace
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.masks import BIDIRECTIONAL
+from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.sampling import Sampling, forbid, sample, uniform
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.objectives.objective import cross_entropy, row_keys
@@ -67,6 +68,10 @@ class SundaeDecoder:
                 f"SundaeDecoder.method 'argmax_unrolled' takes the likeliest tokens: it needs temperature = 0, not "
                 f"{self.temperature}."
             )
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (Mode.of(BIDIRECTIONAL, "uniform"),)
 
     def blank(self, batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
         """The rows with noise for targets."""

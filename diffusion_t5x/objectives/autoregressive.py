@@ -10,6 +10,7 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind, Slots
+from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.objectives.objective import (
     Likelihood,
@@ -62,6 +63,10 @@ class Autoregressive:
     @property
     def attention(self) -> AttentionKind:
         return PREFIX if self.prefix else CAUSAL
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (Mode.of(self.attention),)
 
     @property
     def passes(self) -> Sequence[Pass]:

@@ -11,6 +11,7 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import Annealed, AttentionKind, Slots
+from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.stack import Encoded
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.objectives.likelihood import masked_bound
@@ -146,6 +147,10 @@ class Block:
     @property
     def attention(self) -> AttentionKind:
         return AttentionKind("block_causal", self.block_size)
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (Mode.of(self.attention, self.noise),)
 
     @property
     def passes(self) -> Sequence[Pass]:

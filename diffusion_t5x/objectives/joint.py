@@ -12,6 +12,7 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import AttentionKind
+from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block
@@ -51,6 +52,10 @@ class Joint:
     @property
     def attention(self) -> AttentionKind:
         return self.diffusion.attention
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (*self.diffusion.modes, *Autoregressive().modes)
 
     @property
     def passes(self) -> Sequence[Pass]:

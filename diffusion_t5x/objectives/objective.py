@@ -13,6 +13,7 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import AttentionKind
+from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.transformer import Transformer
 
@@ -89,6 +90,10 @@ class Objective(Protocol):
     @property
     def attention(self) -> AttentionKind:
         """Who sees whom under this objective."""
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """The modes that it teaches a model. Its likelihood is that of the first one."""
 
     @property
     def passes(self) -> Sequence[Pass]:

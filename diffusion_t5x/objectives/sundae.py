@@ -14,6 +14,7 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind
+from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.sampling import Sampling, forbid, sample
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.objectives.objective import (
@@ -89,6 +90,10 @@ class Sundae:
     @property
     def attention(self) -> AttentionKind:
         return BIDIRECTIONAL
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (Mode.of(self.attention, "uniform"),)
 
     @property
     def passes(self) -> Sequence[Pass]:
