@@ -9,27 +9,26 @@ import seqio
 import tensorflow as tf
 from google.protobuf.message import DecodeError
 
-from diffusion_t5x.data.vocabularies import num_sentinels
+from diffusion_t5x.data.vocabularies import SENTINELS, num_sentinels
 from diffusion_t5x.errors import UserError, did_you_mean
 from diffusion_t5x.tasks import preprocessors as pretraining
 
-SENTINELS = 100
 MetricFn = Callable[[Sequence[Any], Sequence[str]], Mapping[str, float]]
 Preprocessor = Callable[..., tf.data.Dataset]
 
 
-def vocabulary(file: str | None) -> seqio.Vocabulary:
+def vocabulary(file: str | None, extra_ids: int = SENTINELS) -> seqio.Vocabulary:
     """A vocabulary by its file.
 
     Args:
-      file: a Hugging Face tokenizer (.json), llama2.c's (.bin), or a SentencePiece model, which gets `SENTINELS` ids
-        behind its own unless it ends in sentinels, as mT5's does; None takes bytes.
+      file: a Hugging Face tokenizer (.json), llama2.c's (.bin), or a SentencePiece model; None takes bytes.
+      extra_ids: sentinels that bytes get, and a SentencePiece model unless it ends in sentinels, as mT5's does.
 
     Raises:
       UserError: there is no such file, or it is none of these.
     """
     if file is None:
-        return seqio.ByteVocabulary(extra_ids=SENTINELS)
+        return seqio.ByteVocabulary(extra_ids=extra_ids)
     path = os.path.expanduser(file)
     if not os.path.isfile(path):
         raise UserError(
@@ -49,7 +48,7 @@ def vocabulary(file: str | None) -> seqio.Vocabulary:
         has_sentinels = num_sentinels(own) > 0
     except (DecodeError, RuntimeError) as error:
         raise UserError(f"{file} is no SentencePiece model.") from error
-    return own if has_sentinels else seqio.SentencePieceVocabulary(path, extra_ids=SENTINELS)
+    return own if has_sentinels else seqio.SentencePieceVocabulary(path, extra_ids=extra_ids)
 
 
 def task(

@@ -59,22 +59,36 @@ def notes(checkpoint: epath.Path) -> dict:
         return {}
 
 
-def faults(checkpoint: epath.Path, items: Sequence[str] = (), checksums: bool = True) -> list[str]:
+def read(checkpoint: epath.Path) -> dict[str, dict] | str:
+    """Sizes and hashes of the files of a checkpoint that `has_manifest`; or what is wrong with its manifest."""
+    try:
+        entries = json.loads((checkpoint / FILE).read_text())["files"]
+    except FileNotFoundError:
+        return f"{FILE} is missing"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{FILE} cannot be read"
+    if any(name.startswith("/") or ".." in name.split("/") for name in entries):
+        return f"{FILE} names files outside of the checkpoint"
+    return entries
+
+
+def faults(
+    checkpoint: epath.Path,
+    items: Sequence[str] = (),
+    checksums: bool = True,
+    entries: dict[str, dict] | str | None = None,
+) -> list[str]:
     """What is wrong with the files of a checkpoint, one line each; several processes share the reading.
 
     Args:
       checkpoint: one that `has_manifest`.
       items: only these files and folders of it; all by default.
       checksums: read the files; else only their sizes are compared.
+      entries: what `read` returns, if that was called before.
     """
-    try:
-        entries = json.loads((checkpoint / FILE).read_text())["files"]
-    except FileNotFoundError:
-        return [f"{FILE} is missing"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return [f"{FILE} cannot be read"]
-    if any(name.startswith("/") or ".." in name.split("/") for name in entries):
-        return [f"{FILE} names files outside of the checkpoint"]
+    entries = read(checkpoint) if entries is None else entries
+    if isinstance(entries, str):
+        return [entries]
     names = sorted(name for name in entries if not items or any(f"{name}/".startswith(f"{item}/") for item in items))
     shares = np.arange(len(names)) % jax.process_count() == jax.process_index()
 

@@ -51,15 +51,16 @@ def commit_class(directory: epath.Path) -> type:
     return WithManifest
 
 
-def check(checkpoint: epath.Path, *items: str) -> None:
+def check(checkpoint: epath.Path, *items: str, entries: dict[str, dict] | str | None = None) -> None:
     """Raises a BrokenCheckpoint if a file of these items (by default: any file) is not what was written.
 
     It names the file and the newest whole checkpoint beside it. Checkpoints of before there were manifests pass.
+    `entries` are what `manifest.read` returns, if that was called before.
     """
     if not manifest.has_manifest(checkpoint):
         _say_unchecked(checkpoint)
         return
-    faults = manifest.faults(checkpoint, items)
+    faults = manifest.faults(checkpoint, items, entries=entries)
     if not faults:
         return
     more = f"; and {len(faults) - _MAX_FAULTS} more" if len(faults) > _MAX_FAULTS else ""
