@@ -23,47 +23,68 @@ _TASK = "MIXTURE_OR_TASK_NAME"
 _VOCABULARY = "diffusion_t5x.tasks.registration.vocabulary"
 
 
-def take_checkpoint(
-    argv: Sequence[str], runs: Sequence[str], macros: Mapping[str, Any]
-) -> tuple[list[str], dict[str, str], OpenCheckpoint | None]:
-    """Takes `--checkpoint DIR` off a command line.
-
-    Args:
-      argv: the command line. Its gin files of runs/ are read before what the checkpoint says, which so need not be said
-        again.
-      runs: gin files to read where it names none of runs/.
-      macros: what else to bind, such as an output folder.
-
-    Returns:
-      The other flags; the texts to read before gin files, see `config.load`; the checkpoint. Without the flag, all
-      flags, no texts and None.
+def take_checkpoint(argv: Sequence[str] | None) -> tuple[OpenCheckpoint | None, list[str]]:
+    """The checkpoint that a command line (by default, this process's) names with `--checkpoint`, and its other flags.
 
     Raises:
-      UserError: no checkpoint, or its metadata cannot be read.
+      UserError: no checkpoint is there.
     """
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--checkpoint")
     flags, rest = parser.parse_known_args(argv)
-    if flags.checkpoint is None:
-        return rest, {}, None
-    given = [flag for flag in rest if _RUN_FILE.fullmatch(flag)]
+    return (None if flags.checkpoint is None else open_checkpoint(flags.checkpoint)), rest
+
+
+def checkpoint_texts(
+    checkpoint: OpenCheckpoint | None, argv: Sequence[str], runs: Sequence[str], macros: Mapping[str, Any]
+) -> tuple[list[str], dict[str, str]]:
+    """What a verb reads before gin files (see `config.load`), so that a checkpoint is enough.
+
+    Args:
+      checkpoint: the one that the command line names; None reads nothing.
+      argv: the command line. Its gin files of runs/ are read first: what the checkpoint says wins over them.
+      runs: gin files to read where it has none of runs/.
+      macros: what else to bind.
+
+    Returns:
+      The command line without those files, and the texts.
+
+    Raises:
+      UserError: the checkpoint's metadata cannot be read.
+    """
+    if checkpoint is None:
+        return list(argv), {}
+    given = [flag for flag in argv if _RUN_FILE.fullmatch(flag)]
     files = [flag.removeprefix("--gin_file=") for flag in given] or runs
-    checkpoint = open_checkpoint(flags.checkpoint)
+    macros = {"CHECKPOINT_PATH": str(checkpoint)} | macros
     texts = {
         "the run": "\n".join([_HEADER, *(f"include {file!r}" for file in files)]),
         f"the record of {checkpoint}": gin_text(checkpoint),
-        "the flags": "\n".join(f"{n} = {v!r}" for n, v in ({"CHECKPOINT_PATH": flags.checkpoint} | macros).items()),
+        "the flags": "\n".join(f"{name} = {value!r}" for name, value in macros.items()),
     }
-    return [flag for flag in rest if flag not in given], texts, checkpoint
+    return [flag for flag in argv if flag not in given], texts
 
 
-def gin_text(checkpoint: OpenCheckpoint) -> str:
+def gin_text(checkpoint: OpenCheckpoint, with_task: bool = True) -> str:
     """Gin that binds what a checkpoint's record holds to the macros that the files of runs/ use.
 
     These are MODEL, ARCHITECTURE, OBJECTIVE, DECODER, BLOCK_SIZE, CANVAS, TASK_FEATURE_LENGTHS, MIXTURE_OR_TASK_NAME,
     CONTEXT_EOS, VOCABULARY, VOCABULARY_FILE and VOCABULARY_SIZE. What is not known is not bound.
+
+    Args:
+      checkpoint: its metadata are read.
+      with_task: bind the task, too, and import what registers it.
+
+    Raises:
+      UserError: the metadata cannot be read, or hold what is no record.
     """
-    record, text = checkpoint.record, _Text(str(checkpoint))
+    text = _Text(str(checkpoint))
+    try:
+        record = checkpoint.record
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{checkpoint} cannot be read: its metadata, which say what model it is, are not there or broken ({error})."
+        ) from error
     if record.model:
         known = {field.name for field in dataclasses.fields(ModelConfig)} - {
             "attention_backend"
@@ -77,20 +98,21 @@ def gin_text(checkpoint: OpenCheckpoint) -> str:
     for macro, described in {"OBJECTIVE": record.objective, "DECODER": record.decoder}.items():
         if described and _is_plain(described):
             text.bind(macro, _with_macro(described, "block_size", block, "BLOCK_SIZE"))
-    _bind_data(text, record)
+    _bind_data(text, record.dataset or {}, (record.task or {}) if with_task else {})
+    if record.imported:
+        text.bind("CANVAS", False)
+    if record.inputs_end is not None:
+        text.bind("CONTEXT_EOS", record.inputs_end)
     _bind_vocabulary(text, record, checkpoint.model_dir)
     return str(text)
 
 
-def _bind_data(text: "_Text", record: Record) -> None:
+def _bind_data(text: "_Text", dataset: Mapping[str, Any], task: Mapping[str, Any]) -> None:
     """Task, lengths and layout of rows."""
-    dataset, task = record.dataset or {}, record.task or {}
     if lengths := dataset.get("task_feature_lengths"):
         text.bind("TASK_FEATURE_LENGTHS", lengths)
-    if record.imported or "canvas" in dataset:
-        text.bind("CANVAS", dataset.get("canvas", False))
-    if record.inputs_end is not None:
-        text.bind("CONTEXT_EOS", record.inputs_end)
+    if "canvas" in dataset:
+        text.bind("CANVAS", dataset["canvas"])
     text.import_all(task.get("imports", ()))
     for name, value in task.get("bindings", {}).items():
         text.bind(name, value)
@@ -107,8 +129,8 @@ def _bind_vocabulary(text: "_Text", record: Record, folder: pathlib.Path) -> Non
     if file is not None and "://" not in file and not pathlib.Path(file).expanduser().exists():
         beside = folder / pathlib.PurePath(file).name
         file = str(beside) if beside.exists() else file
-    text.bind("VOCABULARY_FILE", file)
     if source:
+        text.bind("VOCABULARY_FILE", file)
         text.import_all([_VOCABULARY.rpartition(".")[0]])
         text.bind(f"{_VOCABULARY}.file", {"%": "VOCABULARY_FILE"})
         text.bind(f"{_VOCABULARY}.extra_ids", source["extra_ids"])

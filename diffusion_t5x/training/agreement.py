@@ -3,12 +3,13 @@
 import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 from diffusion_t5x.errors import OtherModel, UserError
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.objectives.objective import Objective
+from diffusion_t5x.training.checkpoints import OpenCheckpoint
 from diffusion_t5x.training.lora import Lora
 from diffusion_t5x.training.record import Record, class_name, describe, modes_of
 
@@ -46,6 +47,11 @@ class Agreement:
     setting: str
     allowed: bool = False
 
+    @classmethod
+    def of(cls, checkpoint: OpenCheckpoint, setting: str, allowed: bool) -> Self:
+        """With a checkpoint."""
+        return cls(str(checkpoint), checkpoint.record, setting, allowed)
+
     def check(self, model: ModelConfig, users: Iterable[object] = ()) -> None:
         """Checks what reads a checkpoint.
 
@@ -57,6 +63,10 @@ class Agreement:
           UserError: another model, or one that was not trained for such a use.
         """
         self.check_model(model)
+        self.check_users(users)
+
+    def check_users(self, users: Iterable[object]) -> None:
+        """As `check`, without the model."""
         self._judge([fault for user in users if user is not None for fault in self._misuses(user)])
 
     def check_model(self, model: ModelConfig) -> None:
@@ -85,12 +95,12 @@ class Agreement:
             )
         else:
             faults += self._shifts(objective)
+        self._judge(faults)
         if (trained_by := self.record.lora) != (lora_now := lora and lora.describe()):
-            faults.append(
+            raise UserError(
                 f"{self.path} was trained with train.lora = {trained_by}, but here it is {lora_now}: go on with the "
                 "same one, or start another run from it, with another MODEL_DIR and it as INITIAL_CHECKPOINT_PATH."
             )
-        self._judge(faults)
 
     def check_initial(self, model: ModelConfig, objective: Objective) -> None:
         """Checks a run that starts from another run's checkpoint: an objective of its own may teach the model anew.
@@ -106,7 +116,7 @@ class Agreement:
         for mode in modes_of(user) if learned else ():
             if mode not in learned:
                 yield (
-                    f"{self.path} was trained for {_in_words(learned)}, but {type(user).__name__} is for {mode}. "
+                    f"{self.path}: the model is trained for {_in_words(learned)}; {type(user).__name__} is for {mode}. "
                     f"{_remedy(user, mode, learned[0])}"
                 )
                 return
@@ -117,8 +127,8 @@ class Agreement:
         now = getattr(user, "shifted", trained)
         if trained is not None and now != trained:
             yield (
-                f"{self.path} was trained with shifted = {trained}, but {type(user).__name__} has shifted = {now}: "
-                "give conversion/shifted.gin in training and in decoding, or in neither."
+                f"{self.path}: the model is trained with shifted = {trained}, but {type(user).__name__} has shifted = "
+                f"{now}: give conversion/shifted.gin in training and in decoding, or in neither."
             )
 
     def _judge(self, faults: list[str]) -> None:
