@@ -108,7 +108,7 @@ def generate(
     path = checkpoints.find_checkpoint(checkpoint_path)
     metadata = checkpoints.read_metadata(str(path))
     trained_with = metadata.get("config", "")
-    check_shifted(results.trained_shifted(trained_with), f"The training of {path}", [decoder])
+    check_shifted(results.trained_shifted(trained_with), f"The training of {path}", model, [decoder])
     for name, value in (("length", length), ("samples", samples)):
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, not {value}.")
@@ -195,7 +195,7 @@ def gin_texts(checkpoint_path: str) -> dict[str, str]:
     return {
         "the settings of generate": _GIN,
         "the decoder": results.decoder_gin(trained_with),
-        f"the configuration in {path}": trained_with,
+        f"the configuration in {path}": results.with_shifted_models(trained_with),
         "the tokenizer": "VOCABULARY_FILE = %TOKENIZER_FILE" if macros == ["TOKENIZER_FILE"] else "",
         "the attention": _ATTENTION,
     }

@@ -104,7 +104,7 @@ def infer(
     how = _how(mode, decoder, objective, num_draws, data, trace)
     check_datasets([data], model, device_mesh)
     trained = results.trained_shifted(checkpoints.read_metadata(path).get("config", ""))
-    check_shifted(trained, f"The training of {path}", [objective if mode == "score" else decoder])
+    check_shifted(trained, f"The training of {path}", model, [objective if mode == "score" else decoder])
     name = f"{dataset.name}-{dataset.split}" if templates is None else f"infill-{data.name}"
     name += "-score" if mode == "score" else ""
     settings = {

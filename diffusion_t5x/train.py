@@ -161,7 +161,6 @@ def train(
         check_datasets(datasets, model, device_mesh)
         _check_microbatches(device_mesh, train_dataset, num_microbatches)
         check_distillation(objective, model, rollout, train_dataset)
-        check_shifted(getattr(objective, "shifted", None), "train.objective", [ev.decoder for ev in decode_evals])
         if isinstance(objective, Distillation) and not teacher_checkpoint_path and not dry_run:
             raise UserError("Distillation needs a teacher: set train.teacher_checkpoint_path.")
         if teacher_checkpoint_path:
@@ -174,7 +173,8 @@ def train(
         restored = ""
         if start_path:
             metadata = checkpointing.read_metadata(start_path)
-            check_shifted(trained_shifted(metadata.get("config", "")), f"The training of {start_path}", [objective])
+            trained = trained_shifted(metadata.get("config", ""))
+            check_shifted(trained, f"The training of {start_path}", model, [objective])
             if resume_path:
                 lora_training.check_resumed(start_path, metadata.get("lora"), lora)
             elif lora:
