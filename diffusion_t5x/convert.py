@@ -10,7 +10,7 @@ from diffusion_t5x import config
 from diffusion_t5x.conversion import llama2c
 from diffusion_t5x.conversion.from_hf import from_hf
 from diffusion_t5x.conversion.from_t5x import from_t5x
-from diffusion_t5x.conversion.output import empty_folder, model_gin, print_table, save
+from diffusion_t5x.conversion.output import empty_folder, model_gin, print_table, record_of, save
 from diffusion_t5x.conversion.to_hf import to_hf
 from diffusion_t5x.data.seqio_source import libraries
 from diffusion_t5x.data.vocabularies import token_ids
@@ -53,7 +53,8 @@ def from_llama2c(model_file: str, tokenizer_file: str, output_folder: str) -> No
     shutil.copyfile(os.path.expanduser(tokenizer_file), tokenizer)
     title = f"{os.path.basename(model_file)} of llama2.c, imported"
     gin = model_gin(title, source.config(), "TOKENIZER_FILE", tokenizer)
-    save(folder, definition, {name: values for name, (_, values) in converted.items()}, gin)
+    params = {name: values for name, (_, values) in converted.items()}
+    save(folder, record_of(definition, tokenizer), params, gin)
 
     rows = [
         (taken, f"{list(source.arrays[taken].shape)}", name, f"{list(values.shape)}")

@@ -6,9 +6,11 @@ The text is written here, from typed values whose names are checked. Nothing tha
 import dataclasses
 import pathlib
 import re
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.flags import Parser
 from diffusion_t5x.models.config import ModelConfig
@@ -36,7 +38,10 @@ def take_checkpoint(argv: Sequence[str] | None) -> tuple[OpenCheckpoint | None, 
 
 
 def checkpoint_texts(
-    checkpoint: OpenCheckpoint | None, argv: Sequence[str], runs: Sequence[str], macros: Mapping[str, Any]
+    checkpoint: OpenCheckpoint | None,
+    argv: Sequence[str],
+    runs: Sequence[str],
+    macros: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> tuple[list[str], dict[str, str]]:
     """What a verb reads before gin files (see `config.load`), so that a checkpoint is enough.
 
@@ -78,13 +83,7 @@ def gin_text(checkpoint: OpenCheckpoint, with_task: bool = True) -> str:
     Raises:
       UserError: the metadata cannot be read, or hold what is no record.
     """
-    text = _Text(str(checkpoint))
-    try:
-        record = checkpoint.record
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{checkpoint} cannot be read: its metadata, which say what model it is, are not there or broken ({error})."
-        ) from error
+    record, text = checkpoint.record, _Text(str(checkpoint))
     if record.model:
         known = {field.name for field in dataclasses.fields(ModelConfig)} - {
             "attention_backend"
@@ -104,6 +103,30 @@ def gin_text(checkpoint: OpenCheckpoint, with_task: bool = True) -> str:
     if record.inputs_end is not None:
         text.bind("CONTEXT_EOS", record.inputs_end)
     _bind_vocabulary(text, record, checkpoint.model_dir)
+    return str(text)
+
+
+def dataset_text(checkpoint: OpenCheckpoint, reader: str) -> str:
+    """Gin that gives a function the data set that a training read, in an argument `dataset`, and RANDOM_SEED.
+
+    Args:
+      checkpoint: of the training.
+      reader: full name of the function.
+
+    Raises:
+      UserError: the record says nothing of the data.
+    """
+    dataset, text = checkpoint.record.dataset, _Text(str(checkpoint))
+    if not dataset:
+        raise UserError(f"{checkpoint} says nothing of the data it was trained on: give the gin files of the run.")
+    known = {field.name for field in dataclasses.fields(SeqioDataset)} & dataset.keys()
+    macros = {"mixture_or_task_name": _TASK, "task_feature_lengths": "TASK_FEATURE_LENGTHS"}
+    macros |= {"architecture": "ARCHITECTURE", "batch_size": "BATCH_SIZE", "seed": "RANDOM_SEED", "canvas": "CANVAS"}
+    text.bind("RANDOM_SEED", dataset.get("seed", 0))
+    text.bind("BATCH_SIZE", dataset.get("batch_size", 1))
+    text.import_all([reader.rpartition(".")[0]])
+    values = {name: {"%": macros[name]} if name in macros else dataset[name] for name in known}
+    text.bind(f"{reader}.dataset", {CLASS: f"{SeqioDataset.__module__}.{SeqioDataset.__qualname__}"} | values)
     return str(text)
 
 

@@ -32,13 +32,13 @@ def start_ahead(batch, canvas, vocabulary):
 
 
 @functools.cache
-def reader(definition, decoder_class, kind, shifted=False):
+def reader(definition, decoder_class, kind):
     """The jitted `(params, batch, canvas) -> logits [B, L, V]` of whole passes, as this decoder's model reads."""
 
     @jax.jit
     def read(params, batch, canvas):
         model = definition.bind(params)
-        if shifted:
+        if definition.config.shifted and not decoder_class.autoregressive:
             slots, tokens = start_ahead(batch, canvas, definition.vocabulary)
             return model.logits(model(tokens, slots, kind, model.encode(batch)))[:, :-1]
         slots, tokens = Slots.of(batch), canvas
@@ -74,9 +74,7 @@ class PlainDecoding:
     def __init__(self, definition, params, decoder, batch, seed):
         self.vocabulary, self.decoder, self.batch = definition.vocabulary, decoder, batch
         self.narrowest = np.inf
-        self._read = functools.partial(
-            reader(definition, type(decoder), kind_of(decoder), getattr(decoder, "shifted", False)), params, batch
-        )
+        self._read = functools.partial(reader(definition, type(decoder), kind_of(decoder)), params, batch)
         self._targets = np.flatnonzero(batch.target_mask[0])
         key = jax.random.fold_in(jax.random.key(seed), batch.example_ids[0])
         if isinstance(decoder, AutoregressiveDecoder):

@@ -1,12 +1,13 @@
 """Autoregressive decoding, token by token over a cache of keys and values."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.decoding.decoder import Decoded, Watch, start_trace
+from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace
 from diffusion_t5x.models.attention import KVCache, write_rows
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind
 from diffusion_t5x.models.modes import Mode
@@ -47,7 +48,7 @@ def read_next(
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoregressiveDecoder:
+class AutoregressiveDecoder(Decoder):
     """Greedy decoding, or sampling with temperature, top-k and top-p.
 
     The score is the log-probability of the output up to and including EOS under the model at temperature 1: higher
@@ -58,6 +59,8 @@ class AutoregressiveDecoder:
       top_k, top_p: see `Sampling`.
       prefix: the model was trained with inputs that see each other both ways.
     """
+
+    autoregressive: ClassVar[bool] = True
 
     temperature: float = 0.0
     top_k: int | None = None

@@ -1,7 +1,7 @@
 """Beam search of an autoregressive model, as T5X has it."""
 
 import dataclasses
-from typing import Self
+from typing import ClassVar, Self
 
 import flax.struct
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.decoding.autoregressive import read_next, read_prompt
-from diffusion_t5x.decoding.decoder import Decoded, Watch, start_trace
+from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind
 from diffusion_t5x.models.modes import Mode
@@ -47,7 +47,7 @@ class Beams:
 
 
 @dataclasses.dataclass(frozen=True)
-class BeamSearchDecoder:
+class BeamSearchDecoder(Decoder):
     """The text of greatest score among those that `num_beams` beams find.
 
     A text's score is its log-probability, up to and including the EOS or pad that ends it, over
@@ -63,6 +63,8 @@ class BeamSearchDecoder:
       length_penalty: 0 is none; greater ones favour longer texts.
       prefix: the model was trained with inputs that see each other both ways.
     """
+
+    autoregressive: ClassVar[bool] = True
 
     num_beams: int = 4
     length_penalty: float = 0.6

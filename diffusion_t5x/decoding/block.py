@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.decoding.decoder import Decoded, Watch, Written, start_trace
+from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, Written, start_trace
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.attention import KVCache, write_rows
@@ -21,8 +21,6 @@ from diffusion_t5x.objectives.reading import Reading, start_first
 
 class InnerDecoder(Protocol):
     """What writes the targets of a block: `MaskedDecoder`, or `SundaeDecoder` with one sample and paper 1's steps."""
-
-    shifted: bool  # see `BlockDecoder`
 
     @property
     def modes(self) -> tuple[Mode, ...]:
@@ -61,15 +59,15 @@ class InnerDecoder(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockDecoder:
+class BlockDecoder(Decoder):
     """Writes block after block of targets. Earlier blocks and the inputs never change, and are computed once.
 
     A row stops after the block in which it has written EOS or pad; what stands behind that is dropped. The score is
     the mean over the written targets of what the inner decoder says of them. Every block costs one pass more than it
     has steps: that of its finished tokens, for the cache.
 
-    If the inner decoder is `shifted`, a token is predicted in the slot before its own, and the first one of a block in
-    that of the finished token before the block: see `objectives.block.Block`.
+    A shifted model (`ModelConfig.shifted`) predicts the first token of a block in the slot of the finished token before
+    the block: see `objectives.block.Block`.
 
     Attributes:
       block_size: targets a block, as in training.
@@ -91,10 +89,6 @@ class BlockDecoder:
                 )
 
     @property
-    def shifted(self) -> bool:
-        return self.inner.shifted
-
-    @property
     def attention(self) -> AttentionKind:
         return AttentionKind("block_causal", self.block_size)
 
@@ -103,10 +97,11 @@ class BlockDecoder:
         return tuple(Mode.of(self.attention, mode.noise) for mode in self.inner.modes)
 
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
-        vocabulary, size, inner = model.vocabulary, self.block_size, self.inner
+        vocabulary, shifted = model.vocabulary, model.config.shifted
+        size, inner = self.block_size, self.inner
         keys = row_keys(key, batch.example_ids)
         encoded = model.encode(batch)
-        reading = Reading.of(batch, vocabulary, inner.shifted)
+        reading = Reading.of(batch, vocabulary, shifted)
         blank = inner.blank(batch, vocabulary, keys)
         # Room for the last block of any row, beyond its end: slots that are not there, and that nothing sees.
         slots, prompt, canvas, target_mask, row_positions = jax.tree.map(
@@ -122,8 +117,8 @@ class BlockDecoder:
         cache = KVCache.empty(model.config, slots)
         hidden, cache = model.extend(prompt, self.attention, cache, jnp.zeros_like(first_target), encoded)
         # Shifted, the cache begins with the start token, and the slot before a block predicts its first token.
-        ahead = 1 if inner.shifted else 0
-        before = jnp.take_along_axis(hidden, first_target[:, None, None], axis=1) if inner.shifted else None
+        ahead = 1 if shifted else 0
+        before = jnp.take_along_axis(hidden, first_target[:, None, None], axis=1) if shifted else None
 
         def unfinished(carry):
             return ~jnp.all(carry["finished"])
@@ -147,9 +142,9 @@ class BlockDecoder:
 
             def write_some(block):
                 carry, step, eligible = block["carry"], block["step"], to_write(block)
-                read = block["tokens"] if inner.shifted else start_first(block["tokens"], positions, vocabulary)
+                read = block["tokens"] if shifted else start_first(block["tokens"], positions, vocabulary)
                 hidden, cache = model.extend(read, self.attention, carry["cache"], start + ahead, encoded)
-                if inner.shifted:
+                if shifted:
                     hidden = jnp.concatenate([carry["before"], hidden[:, :-1]], axis=1)
                 written = inner.write(model, hidden, block["tokens"], eligible, positions, keys, step)
                 carry |= {
@@ -176,7 +171,7 @@ class BlockDecoder:
                 "canvas": write_rows(carry["canvas"], tokens, start),
                 "written_at": write_rows(carry["written_at"], block["written_at"], start),
                 "cache": cache,
-                "before": hidden[:, -1:] if inner.shifted else None,
+                "before": hidden[:, -1:] if shifted else None,
                 "finished": carry["finished"] | jnp.any(ends, axis=-1) | (number * size >= num_targets),
                 "row_steps": carry["row_steps"] + ~carry["finished"],
             }

@@ -1,7 +1,7 @@
 """What every decoder is."""
 
 from collections.abc import Callable
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 import flax.struct
 import jax
@@ -157,7 +157,15 @@ class Decoded:
 
 
 class Decoder(Protocol):
-    """A frozen dataclass that writes the targets of a batch. It never reads the tokens at target positions."""
+    """A frozen dataclass that writes the targets of a batch. It never reads the tokens at target positions.
+
+    Decoders derive from this class and declare what differs from its defaults.
+
+    Attributes:
+      autoregressive: reads the model as an autoregressive one, whatever `ModelConfig.shifted` says.
+    """
+
+    autoregressive: ClassVar[bool] = False
 
     @property
     def modes(self) -> tuple[Mode, ...]:

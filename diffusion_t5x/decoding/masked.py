@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.commit import ORDERS, Order, choose, propose
-from diffusion_t5x.decoding.decoder import Decoded, Watch, Written, start_trace
+from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, Written, start_trace
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.masks import BIDIRECTIONAL
@@ -20,7 +20,7 @@ from diffusion_t5x.objectives.reading import Reading
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedDecoder:
+class MaskedDecoder(Decoder):
     """Unmasks in `num_steps` steps (LLaDA, arXiv 2502.09992), or whatever is sure enough (Fast-dLLM, 2505.22618).
 
     A token that is written stays. The score is the mean over targets of the log-probability that a token had when it
@@ -34,7 +34,6 @@ class MaskedDecoder:
       order: which positions come first: see `commit.propose`. A threshold is one of confidence.
       temperature: at which tokens are sampled; 0 takes the likeliest.
       top_k, top_p: see `Sampling`.
-      shifted: the model was trained to predict a token in the slot before its own, see `Reading`.
     """
 
     num_steps: int | None = 10
@@ -43,7 +42,6 @@ class MaskedDecoder:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
-    shifted: bool = False
 
     def __post_init__(self) -> None:
         self.sampling  # noqa: B018  (raises on bad values now, not in the middle of a run)
@@ -106,7 +104,7 @@ class MaskedDecoder:
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
         vocabulary, length = model.vocabulary, batch.tokens.shape[1]
         keys = row_keys(key, batch.example_ids)
-        reading, encoded = Reading.of(batch, vocabulary, self.shifted), model.encode(batch)
+        reading, encoded = Reading.of(batch, vocabulary, model.config.shifted), model.encode(batch)
 
         def masked(canvas, step):
             return self.eligible(canvas, batch.target_mask, vocabulary, step)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.decoding.autoregressive import read_prompt
 from diffusion_t5x.decoding.block import BlockDecoder
-from diffusion_t5x.decoding.decoder import Decoded, Watch, start_trace
+from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.attention import KVCache, write_rows
@@ -24,7 +24,7 @@ from diffusion_t5x.objectives.reading import start_first
 
 
 @dataclasses.dataclass(frozen=True)
-class SelfSpeculationDecoder:
+class SelfSpeculationDecoder(Decoder):
     """Greedy autoregressive decoding, several tokens at a time; for a model that was trained for both modes.
 
     Each round drafts what is left of a block and reads the draft in one autoregressive pass. The longest beginning of
@@ -47,18 +47,6 @@ class SelfSpeculationDecoder:
     draft: BlockDecoder = BlockDecoder(4, MaskedDecoder(num_steps=1))  # noqa: RUF009  (frozen)
     prefix: bool = False
 
-    def __post_init__(self) -> None:
-        if self.draft.shifted:
-            raise UserError(
-                "SelfSpeculationDecoder drafts each token in its own slot: it is not for models that were trained with "
-                "conversion/shifted.gin. Leave that file out, or decode by decoding/block.gin."
-            )
-
-    @property
-    def shifted(self) -> bool:
-        """Never: so that checkpoints of models that were trained otherwise are refused."""
-        return False
-
     @property
     def attention(self) -> AttentionKind:
         return PREFIX if self.prefix else CAUSAL
@@ -69,6 +57,11 @@ class SelfSpeculationDecoder:
 
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
         """`written_at` counts a row's own steps; the trace shows drafts, and that what was not accepted is gone."""
+        if model.config.shifted:
+            raise UserError(
+                "SelfSpeculationDecoder drafts each token in its own slot: it is not for models that were trained with "
+                "conversion/shifted.gin. Decode this one by decoding/block.gin."
+            )
         vocabulary, size, inner = model.vocabulary, self.draft.block_size, self.draft.inner
         keys = row_keys(key, batch.example_ids)
         encoded = model.encode(batch)

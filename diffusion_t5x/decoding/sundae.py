@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.commit import choose
-from diffusion_t5x.decoding.decoder import Decoded, Watch, Written, start_trace
+from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, Written, start_trace
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.masks import BIDIRECTIONAL
@@ -21,7 +21,7 @@ from diffusion_t5x.objectives.reading import Reading
 
 
 @dataclasses.dataclass(frozen=True)
-class SundaeDecoder:
+class SundaeDecoder(Decoder):
     """Denoises `num_samples` canvases of uniform noise for `num_steps` steps and keeps each example's best.
 
     The score is the cross-entropy, in nats a target position, between the canvas that the last step reads and the
@@ -42,7 +42,6 @@ class SundaeDecoder:
       stop_when_unchanged: a canvas is finished after a step that would have changed nothing had it written all targets,
         and its score is of that step; decoding stops when all are. At temperature 0 the result is the same, in less
         steps.
-      shifted: the model was trained to predict a token in the slot before its own, see `Reading`.
     """
 
     num_steps: int = 10
@@ -51,7 +50,6 @@ class SundaeDecoder:
     method: Literal["sample", "argmax_unrolled"] = "sample"
     update_share: float = 1.0
     stop_when_unchanged: bool = False
-    shifted: bool = False
 
     def __post_init__(self) -> None:
         if self.num_steps < 1 or self.num_samples < 1 or self.temperature < 0:
@@ -137,7 +135,7 @@ class SundaeDecoder:
         keys = jax.vmap(lambda k: jax.vmap(lambda n: jax.random.fold_in(k, n))(jnp.arange(samples)))(example_keys)
         keys = keys.reshape(-1)  # rows: example by example, each one's samples together
         rows = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), batch)
-        reading = Reading.of(rows, vocabulary, self.shifted)
+        reading = Reading.of(rows, vocabulary, model.config.shifted)
         encoded = model.encode(batch)
         encoded = encoded and encoded.repeat(samples)
 

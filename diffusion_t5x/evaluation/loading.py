@@ -80,6 +80,7 @@ def load_model(
       UserError: no checkpoint, another vocabulary, or parameters that do not fit.
     """
     path = open_checkpoint(path)
+    vocabulary.check_same(path.metadata["vocabulary"], str(path))
     definition = ModelDefinition(config, vocabulary)
     check_start(path, vocabulary, {"params": definition.abstract()}, restore_rules)
     abstract = abstract_params(mesh, definition)

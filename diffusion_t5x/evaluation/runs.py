@@ -1,19 +1,19 @@
 """What the verbs left in their folders, read back: curves, scores, predictions, decode times."""
 
-import ast
 import contextlib
 import dataclasses
 import datetime
 import json
 import numbers
 import pathlib
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.decode_times import DecodeTime, read_times
 from diffusion_t5x.evaluation.published import Published, matching
+from diffusion_t5x.training.checkpoints import open_checkpoint
+from diffusion_t5x.training.record import Record, in_words
 
 Record = Mapping[str, Any]
 _CURVES = ("train/metrics.jsonl", "training_eval/*/metrics.jsonl", "inference_eval/*/metrics.jsonl")
@@ -191,7 +191,7 @@ def _inference_eval(folder: pathlib.Path, curve: Curve) -> tuple[Scores, Predict
     step = max(step for points in curve.points.values() for step, _ in points)
     metrics = {name: points[-1][1] for name, points in curve.points.items() if points[-1][0] == step}
     records = _read_jsonl(folder / "inference_eval" / curve.task / f"predictions_{step}.jsonl")
-    decoder = _decoder_of_config(folder / "config.gin")
+    decoder = _decoder_of_run(folder)
     scores = Scores(curve.task, folder.resolve().name, step, decoder, len(records), metrics)
     return scores, Predictions(curve.task, decoder, records)
 
@@ -208,7 +208,7 @@ def _read_scores(path: pathlib.Path) -> list[Scores]:
             task=task,
             model=model,
             step=report["step"],
-            decoder=_decoder_of_evaluations(report["evaluations"], task),
+            decoder=_decoder_of_evaluations(report, task),
             num_examples=metrics.get("num_examples"),
             metrics={name: value for name, value in metrics.items() if name != "num_examples"},
             published=matching(task, metrics.get("num_examples"), report),
@@ -217,24 +217,21 @@ def _read_scores(path: pathlib.Path) -> list[Scores]:
     ]
 
 
-def _decoder_of_evaluations(evaluations: Iterable[str], task: str) -> str:
-    """The decoder among `DecodeEval(dataset=..., decoder=..., ...)`, which is what eval writes down of itself."""
-    for evaluation in evaluations:
-        with contextlib.suppress(SyntaxError):
-            fields = {field.arg: field.value for field in ast.parse(evaluation, mode="eval").body.keywords}
-            if "decoder" in fields and task in {getattr(node, "value", None) for node in ast.walk(fields["dataset"])}:
-                return ast.unparse(fields["decoder"])
-    return ""
+def _decoder_of_evaluations(report: Mapping[str, Any], task: str) -> str:
+    """The decoder of a task among the settings that `eval` writes down; "" where they are not there."""
+    evaluations = report.get("settings", {}).get("evaluations", [])
+    of_task = (found for found in evaluations if found.get("dataset", {}).get("mixture_or_task_name") == task)
+    return next((in_words(found["decoder"]) for found in of_task if found.get("decoder")), "")
 
 
-def _decoder_of_config(path: pathlib.Path) -> str:
-    """The decoder of a resolved configuration, by the macro that the shipped gin files set."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    decoder = re.search(r"^DECODER = @(\S+)\(\)$", text, re.MULTILINE)
-    if not decoder:
-        return ""
-    settings = re.findall(rf"^{re.escape(decoder[1])}\.(\w+) = (.+)$", text, re.MULTILINE)
-    return f"{decoder[1].rpartition('.')[2]}({', '.join(f'{name}={value}' for name, value in settings)})"
+def _decoder_of_run(folder: pathlib.Path) -> str:
+    """The decoder of a training run, by the record of its newest checkpoint or, where that is gone, config.gin."""
+    with contextlib.suppress(UserError):
+        decoder = open_checkpoint(str(folder)).record.decoder
+        return in_words(decoder) if decoder else ""
+    path = folder / "config.gin"
+    decoder = Record.read({"config": path.read_text(encoding="utf-8")}, str(path)).decoder if path.exists() else None
+    return in_words(decoder) if decoder else ""
 
 
 def _read_json(path: pathlib.Path) -> Any:

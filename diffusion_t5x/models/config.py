@@ -15,6 +15,9 @@ class ModelConfig:
       embed_dim, num_layers, num_heads, head_dim, mlp_dim: the size. An encoder has as many layers as its decoder.
       architecture: "decoder_only" reads inputs and targets as one sequence; "encoder_decoder" encodes the inputs, and
         every layer of its decoder attends to them as well.
+      shifted: how a model of diffusion is read. False: the hidden state at a slot predicts the slot's own token. True:
+        it predicts the next one, as an autoregressive model's does (Dream, arXiv 2508.15487; DiffuLLaMA, 2410.17891).
+        Autoregressive training and decoding read a model that way in any case.
       vocab_size: rows of the embedding; None takes the vocabulary's size, rounded up to a multiple of 128.
       num_kv_heads: key and value heads, shared by groups of query heads; None means one for each query head.
       position: "relative" is T5's learned bias shared by all layers, "rotary" rotates queries and keys, "learned" adds
@@ -60,6 +63,7 @@ class ModelConfig:
     head_dim: int
     mlp_dim: int
     architecture: Architecture = "decoder_only"
+    shifted: bool = False
     vocab_size: int | None = None
     num_kv_heads: int | None = None
     position: Literal["relative", "rotary", "learned"] = "relative"

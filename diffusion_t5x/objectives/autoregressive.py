@@ -2,20 +2,21 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind, Slots
 from diffusion_t5x.models.modes import Mode
-from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.objective import (
     Likelihood,
     LossSums,
     Normalize,
+    Objective,
     Pass,
     check_normalize,
     cross_entropy,
@@ -41,7 +42,7 @@ def shifted_slots(batch: Batch) -> Slots:
 
 
 @dataclasses.dataclass(frozen=True)
-class Autoregressive:
+class Autoregressive(Objective):
     """Teacher forcing: cross-entropy of `tokens[i]` given the start token and `tokens[:i]`.
 
     Attributes:
@@ -49,6 +50,8 @@ class Autoregressive:
       label_smoothing, z_loss: as in T5X.
       normalize: what the summed loss is divided by.
     """
+
+    autoregressive: ClassVar[bool] = True
 
     prefix: bool = False
     label_smoothing: float = 0.0
@@ -72,12 +75,12 @@ class Autoregressive:
     def passes(self) -> Sequence[Pass]:
         return (Pass(),)
 
-    def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array | None) -> jax.Array:
-        return shift_right(batch.tokens, batch.positions, vocabulary.start_id)
+    def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array | None) -> jax.Array:
+        return shift_right(batch.tokens, batch.positions, model.vocabulary.start_id)
 
     def hidden(self, model: Transformer, batch: Batch, dropout_keys: jax.Array | None = None) -> jax.Array:
         """Hidden states `[B, L, D]`, from whose i-th the i-th token is predicted."""
-        tokens = self.model_inputs(model.vocabulary, batch, None)
+        tokens = shift_right(batch.tokens, batch.positions, model.vocabulary.start_id)
         encoded = model.encode(batch, dropout_keys)
         return model(tokens, shifted_slots(batch), self.attention, encoded, dropout_keys)
 

@@ -13,13 +13,14 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import Annealed, AttentionKind, Slots
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.stack import Encoded
-from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.likelihood import masked_bound
 from diffusion_t5x.objectives.masked import SCHEDULES, mask_targets
 from diffusion_t5x.objectives.objective import (
     Likelihood,
     LossSums,
     Normalize,
+    Objective,
     Pass,
     Ratio,
     after_end,
@@ -89,11 +90,14 @@ def noisy_hidden(
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class Block(Objective):
     """Cross-entropy of the noisy targets of each block given the rest of the block and all that is before, clean.
 
     One pass over `[clean tokens | noisy targets]` gives the loss of every block. Each block draws a time of its own,
     stratified over the batch.
+
+    A shifted model (`ModelConfig.shifted`) predicts the first token of a block in the clean slot before the block
+    (Fast-dLLM v2, arXiv 2509.26328). At block size 1, with everything masked, its loss is the autoregressive one.
 
     Attributes:
       block_size: targets a block. 1 is autoregressive (reading MASK where an autoregressive model reads the token
@@ -105,9 +109,6 @@ class Block:
       schedule: see `Masked`.
       weighting: of a masked token, see `Masked`; "uniform" noise knows no other than "uniform".
       epsilon: the least time, which bounds the weights.
-      shifted: a token is predicted in the slot before its own (see `Reading`), the first of a block in the clean one
-        before the block (Fast-dLLM v2, arXiv 2509.26328); decode likewise. At block size 1, with everything masked,
-        the loss is the autoregressive one.
       anneal_steps: training steps in which attention inside blocks opens, see `annealed`; None needs none.
       normalize: what the summed loss is divided by.
     """
@@ -118,7 +119,6 @@ class Block:
     schedule: Literal["linear", "cosine"] = "linear"
     weighting: Literal["elbo", "uniform"] = "elbo"
     epsilon: float = 1e-3
-    shifted: bool = False
     anneal_steps: int | None = None
     normalize: Normalize = "target_tokens"
 
@@ -156,10 +156,10 @@ class Block:
     def passes(self) -> Sequence[Pass]:
         return (Pass(slots=2),)
 
-    def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
+    def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array) -> jax.Array:
         """The noisy targets among their clean inputs; the model reads the clean targets as well."""
-        noisy, _ = self.corrupt(vocabulary, batch, key)
-        return model_reads(noisy, batch, vocabulary, self.shifted)
+        noisy, _ = self.corrupt(model.vocabulary, batch, key)
+        return model_reads(noisy, batch, model)
 
     def corrupt(
         self, vocabulary: TokenIds, batch: Batch, key: jax.Array, size: int | jax.Array | None = None
@@ -197,7 +197,7 @@ class Block:
         dropout_keys = row_keys(dropout_key, batch.example_ids) if train else None
         size = self._size_at(step)
         noisy, weights = self.corrupt(model.vocabulary, batch, key, size)
-        reading = Reading.of(batch, model.vocabulary, self.shifted, packed=True)
+        reading = Reading.of(batch, model.vocabulary, model.config.shifted, packed=True)
         batch = reading.fits(batch)
         kind = annealed(AttentionKind("block_diffusion", size), self.anneal_steps, step, key)
         encoded = model.encode(batch, dropout_keys)
@@ -227,7 +227,7 @@ class Block:
         ended = after_end(batch.tokens, batch, model.vocabulary)
         counted = batch.target_mask & ~jnp.take_along_axis(ended, starts, axis=-1)
 
-        reading = Reading.of(batch, model.vocabulary, self.shifted)
+        reading = Reading.of(batch, model.vocabulary, model.config.shifted)
         kind = AttentionKind("block_diffusion", self.block_size)
 
         def hidden(tokens):

@@ -21,11 +21,12 @@ from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.transformer import ModelDefinition, Params, Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
-from diffusion_t5x.objectives.block import Block, block_starts, clean_and_noisy
+from diffusion_t5x.objectives.block import Block, block_starts, noisy_hidden
 from diffusion_t5x.objectives.objective import (
     Likelihood,
     LossSums,
     Normalize,
+    Objective,
     Pass,
     Ratio,
     check_normalize,
@@ -34,7 +35,7 @@ from diffusion_t5x.objectives.objective import (
     row_keys,
     text_of,
 )
-from diffusion_t5x.objectives.reading import start_first
+from diffusion_t5x.objectives.reading import Reading, model_reads
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
@@ -107,7 +108,7 @@ def visited_states(batch: Batch, vocabulary: TokenIds, block_size: int, key: jax
 
 
 @dataclasses.dataclass(frozen=True)
-class Distillation:
+class Distillation(Objective):
     """Divergence from the teacher's next-token distribution, at the masked targets up to the end of the text.
 
     Without a rollout stage the text is the data's (off-policy), and with it the student's own.
@@ -151,9 +152,9 @@ class Distillation:
     def passes(self) -> Sequence[Pass]:
         return (Pass(slots=2), Pass(by_teacher=True))
 
-    def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
+    def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array) -> jax.Array:
         """The noisy targets among their clean inputs; the student reads the clean targets as well."""
-        return start_first(self._noisy(vocabulary, batch, key), batch.positions, vocabulary)
+        return model_reads(self._noisy(model.vocabulary, batch, key), batch, model)
 
     def _noisy(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
         noise_key, _ = jax.random.split(key)
@@ -176,9 +177,11 @@ class Distillation:
         _, dropout_key = jax.random.split(key)
         dropout_keys = row_keys(dropout_key, batch.example_ids) if train else None
         noisy = self._noisy(vocabulary, batch, key)
-        tokens, slots = clean_and_noisy(batch, start_first(noisy, batch.positions, vocabulary))
+        reading = Reading.of(batch, vocabulary, model.config.shifted, packed=True)
+        batch = reading.fits(batch)
         kind = AttentionKind("block_diffusion", self.block_size)
-        hidden = model(tokens, slots, kind, None, dropout_keys)[:, batch.tokens.shape[1] :]
+        starts = block_starts(batch, self.block_size)
+        hidden = noisy_hidden(model, reading, starts, noisy, kind, None, dropout_keys)
 
         def compare(logits, teacher_hidden, labels):
             student = forbid(logits, vocabulary)

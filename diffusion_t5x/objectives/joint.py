@@ -9,15 +9,14 @@ from collections.abc import Sequence
 import jax
 
 from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import AttentionKind
 from diffusion_t5x.models.modes import Mode
-from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block
 from diffusion_t5x.objectives.masked import Masked
-from diffusion_t5x.objectives.objective import Likelihood, LossSums, Pass, Ratio, text_of
+from diffusion_t5x.objectives.objective import Likelihood, LossSums, Objective, Pass, Ratio, text_of
 from diffusion_t5x.objectives.sundae import Sundae
 
 # Folded into a step's key: no other use of it has a number as high.
@@ -25,7 +24,7 @@ _CAUSAL_PASS = 2**32 - 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Joint:
+class Joint(Objective):
     """`diffusion` + `ar_weight` * autoregressive: one loss, two passes over the same batch.
 
     The autoregressive loss is that of the text alone, up to the token that ends it, and is divided by what the
@@ -46,10 +45,6 @@ class Joint:
             raise UserError(f"Joint.ar_weight must not be negative; got {self.ar_weight}.")
 
     @property
-    def shifted(self) -> bool:
-        return self.diffusion.shifted
-
-    @property
     def attention(self) -> AttentionKind:
         return self.diffusion.attention
 
@@ -61,8 +56,8 @@ class Joint:
     def passes(self) -> Sequence[Pass]:
         return (*self.diffusion.passes, *Autoregressive().passes)
 
-    def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
-        return self.diffusion.model_inputs(vocabulary, batch, key)
+    def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array) -> jax.Array:
+        return self.diffusion.model_inputs(model, batch, key)
 
     def loss(
         self,

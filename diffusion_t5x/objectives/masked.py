@@ -15,12 +15,13 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind
 from diffusion_t5x.models.modes import Mode
-from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.likelihood import masked_bound
 from diffusion_t5x.objectives.objective import (
     Likelihood,
     LossSums,
     Normalize,
+    Objective,
     Pass,
     Ratio,
     check_normalize,
@@ -60,7 +61,7 @@ def mask_targets(batch: Batch, vocabulary: TokenIds, probability: jax.Array, key
 
 
 @dataclasses.dataclass(frozen=True)
-class Masked:
+class Masked(Objective):
     """Cross-entropy of masked targets given all others.
 
     Each example, packed ones too, draws a time t in (epsilon, 1], stratified over the batch; each of its targets is
@@ -71,7 +72,6 @@ class Masked:
       schedule: "linear": masked with probability t. "cosine": with probability cos(pi / 2 (1 - t)), so more of it is.
       weighting: of a masked token. "elbo": the evidence bound's. "uniform": 1; with "cosine" this is MaskGIT.
       epsilon: the least time, which bounds the weights.
-      shifted: a token is predicted in the slot before its own, see `Reading`; decode likewise.
       anneal_steps: training steps in which causal attention becomes bidirectional, see `annealed`; None needs none.
       normalize: what the summed loss is divided by.
     """
@@ -79,7 +79,6 @@ class Masked:
     schedule: Literal["linear", "cosine"] = "linear"
     weighting: Literal["elbo", "uniform"] = "elbo"
     epsilon: float = 1e-3
-    shifted: bool = False
     anneal_steps: int | None = None
     normalize: Normalize = "target_tokens"
 
@@ -104,9 +103,9 @@ class Masked:
     def passes(self) -> Sequence[Pass]:
         return (Pass(),)
 
-    def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
-        tokens, _ = self._corrupt(vocabulary, batch, key)
-        return model_reads(tokens, batch, vocabulary, self.shifted)
+    def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array) -> jax.Array:
+        tokens, _ = self._corrupt(model.vocabulary, batch, key)
+        return model_reads(tokens, batch, model)
 
     def _corrupt(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Of every position `[B, L]`: the token or MASK, and the bound's weight if it is masked."""
@@ -127,7 +126,7 @@ class Masked:
         _, _, dropout_key = jax.random.split(key, 3)
         dropout_keys = row_keys(dropout_key, batch.example_ids) if train else None
         tokens, weights = self._corrupt(model.vocabulary, batch, key)
-        reading = Reading.of(batch, model.vocabulary, self.shifted, packed=True)
+        reading = Reading.of(batch, model.vocabulary, model.config.shifted, packed=True)
         batch = reading.fits(batch)
         encoded = model.encode(batch, dropout_keys)
         kind = annealed(self.attention, self.anneal_steps, step, key)
@@ -152,7 +151,7 @@ class Masked:
         It knows neither `schedule` nor `weighting` nor `epsilon`: the bound is the same for all of them.
         """
         encoded = model.encode(batch)
-        reading = Reading.of(batch, model.vocabulary, self.shifted)
+        reading = Reading.of(batch, model.vocabulary, model.config.shifted)
 
         def nll(tokens):
             return score(model, reading.hidden(model, tokens, self.attention, encoded), batch.tokens)[0]

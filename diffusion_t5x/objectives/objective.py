@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, Protocol, Self
+from typing import ClassVar, Literal, Protocol, Self
 
 import flax.struct
 import jax
@@ -15,7 +15,7 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import AttentionKind
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.sampling import forbid
-from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 
 Normalize = Literal["target_tokens", "all_tokens", "sequences"]
 
@@ -85,7 +85,15 @@ class Likelihood:
 
 
 class Objective(Protocol):
-    """A frozen dataclass that corrupts clean tokens on device and scores the model on them."""
+    """A frozen dataclass that corrupts clean tokens on device and scores the model on them.
+
+    Objectives derive from this class and declare what differs from its defaults.
+
+    Attributes:
+      autoregressive: the model predicts each token from those before it, whatever `ModelConfig.shifted` says.
+    """
+
+    autoregressive: ClassVar[bool] = False
 
     @property
     def attention(self) -> AttentionKind:
@@ -99,7 +107,7 @@ class Objective(Protocol):
     def passes(self) -> Sequence[Pass]:
         """The passes of one call of `loss`."""
 
-    def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
+    def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array) -> jax.Array:
         """What the model reads first when `loss` is called with this key, int32 `[B, L]`: shifted, corrupted, or both.
 
         Of what it reads, that in the slots which predict the tokens.

@@ -1,8 +1,8 @@
 """How a diffusion model reads noisy tokens, and which hidden state predicts which token.
 
 A model that was pretrained autoregressively predicts a token where it reads the one before it. Diffusion either learns
-that anew ("same-position": a token is predicted where it stands itself) or keeps it ("shifted": Dream, arXiv
-2508.15487; DiffuLLaMA, arXiv 2410.17891), and its attention may open all at once or little by little.
+that anew ("same-position": a token is predicted where it stands itself) or keeps it ("shifted", see
+`ModelConfig.shifted`), and its attention may open all at once or little by little.
 """
 
 from typing import Self
@@ -16,7 +16,7 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import Annealed, AttentionKind, Slots
 from diffusion_t5x.models.stack import Encoded
-from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.autoregressive import shift_right
 
 # A packed row has room for one segment more for so many tokens of its length.
@@ -58,7 +58,7 @@ class Reading:
         Args:
           batch: clean tokens.
           vocabulary: says what the start token is.
-          shifted: see above.
+          shifted: see `ModelConfig`.
           packed: rows may hold more than one segment. Shifted, there is room for `1 + L / 16`, and for as many more as
             there is padding; the last tokens of a row with more than that are cut off, see `fits`.
         """
@@ -126,11 +126,11 @@ def _put(rows: jax.Array, slot: jax.Array, values: jax.Array) -> jax.Array:
     return rows.at[jnp.arange(len(rows))[:, None], slot].set(values, mode="drop")
 
 
-def model_reads(noisy: jax.Array, batch: Batch, vocabulary: TokenIds, shifted: bool) -> jax.Array:
+def model_reads(noisy: jax.Array, batch: Batch, model: ModelDefinition) -> jax.Array:
     """What stands in the slots that predict the tokens, int32 `[B, L]`: itself noisy, or shifted, what is before it."""
-    if shifted:
-        return shift_right(noisy, batch.positions, vocabulary.start_id)
-    return start_first(noisy, batch.positions, vocabulary)
+    if model.config.shifted:
+        return shift_right(noisy, batch.positions, model.vocabulary.start_id)
+    return start_first(noisy, batch.positions, model.vocabulary)
 
 
 def check_anneal_steps(anneal_steps: int | None) -> None:

@@ -16,11 +16,12 @@ from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.sampling import Sampling, forbid, sample
-from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.objective import (
     Likelihood,
     LossSums,
     Normalize,
+    Objective,
     Pass,
     check_normalize,
     cross_entropy,
@@ -57,7 +58,7 @@ def corrupt(batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sundae:
+class Sundae(Objective):
     """Cross-entropy of the clean targets given noisy ones, then given the model's own repair of them, and so on.
 
     Attributes:
@@ -65,7 +66,6 @@ class Sundae:
       weights: of the terms; None weighs each 1.
       temperature: at which the model's output is sampled for the next term; 0 takes the likeliest (paper 1), 1 is
         SUNDAE's.
-      shifted: a token is predicted in the slot before its own, see `Reading`; decode likewise.
       anneal_steps: training steps in which causal attention becomes bidirectional, see `annealed`; None needs none.
       normalize: what the summed loss is divided by.
     """
@@ -73,7 +73,6 @@ class Sundae:
     num_unrolls: int = 1
     weights: tuple[float, ...] | None = None
     temperature: float = 0.0
-    shifted: bool = False
     anneal_steps: int | None = None
     normalize: Normalize = "target_tokens"
 
@@ -99,8 +98,8 @@ class Sundae:
     def passes(self) -> Sequence[Pass]:
         return (Pass(), *[Pass(encodes=False)] * self.num_unrolls)
 
-    def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
-        return model_reads(self._corrupt(vocabulary, batch, key), batch, vocabulary, self.shifted)
+    def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array) -> jax.Array:
+        return model_reads(self._corrupt(model.vocabulary, batch, key), batch, model)
 
     def _corrupt(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
         noise_key, _, _ = jax.random.split(key, 3)
@@ -116,7 +115,7 @@ class Sundae:
     ) -> LossSums:
         _, sample_keys, dropout_keys = (row_keys(k, batch.example_ids) for k in jax.random.split(key, 3))
         tokens = self._corrupt(model.vocabulary, batch, key)
-        reading = Reading.of(batch, model.vocabulary, self.shifted, packed=True)
+        reading = Reading.of(batch, model.vocabulary, model.config.shifted, packed=True)
         batch = reading.fits(batch)
         kind = annealed(self.attention, self.anneal_steps, step, key)
         changed = normalized(batch, tokens != batch.tokens, "target_tokens")
@@ -139,7 +138,7 @@ class Sundae:
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
         """A lower bound, of all targets, by diffusion with uniform noise in place of unrolls: see `uniform_bound`."""
         encoded = model.encode(batch)
-        reading = Reading.of(batch, model.vocabulary, self.shifted)
+        reading = Reading.of(batch, model.vocabulary, model.config.shifted)
         first_target = jnp.argmax(batch.target_mask, axis=-1, keepdims=True)
 
         def hidden(tokens):

@@ -16,8 +16,8 @@ from diffusion_t5x.training.record import Record, class_name, describe, modes_of
 logger = logging.getLogger(__name__)
 
 # Fields of a ModelConfig that do not change what the model computes, or only how precisely. Arrays have the
-# vocabulary's size in their shapes.
-_FREE = {"vocab_size", "dropout_rate", "dtype", "scan_unroll", "remat", "attention_backend", "max_length"}
+# vocabulary's size in their shapes. `shifted` matters to diffusion alone, see `Agreement`.
+_FREE = {"vocab_size", "dropout_rate", "dtype", "scan_unroll", "remat", "attention_backend", "max_length", "shifted"}
 _ROTARY = {"rotary_base", "rotary_factor", "rotary_stretched", "local_rotary_base"}
 _RELATIVE = {"relative_buckets", "relative_max_distance", "causal_buckets"}
 # The gin files of objectives/ and decoding/ by the attention and noise of a mode.
@@ -63,11 +63,7 @@ class Agreement:
           UserError: another model, or one that was not trained for such a use.
         """
         self.check_model(model)
-        self.check_users(users)
-
-    def check_users(self, users: Iterable[object]) -> None:
-        """As `check`, without the model."""
-        self._judge([fault for user in users if user is not None for fault in self._misuses(user)])
+        self._judge([fault for user in users if user is not None for fault in self._misuses(model, user)])
 
     def check_model(self, model: ModelConfig) -> None:
         """Raises a UserError where the checkpoint's parameters would make another function than the trained one."""
@@ -94,7 +90,7 @@ class Agreement:
                 f"start another run from it: another MODEL_DIR and --gin.INITIAL_CHECKPOINT_PATH={self.path}."
             )
         else:
-            faults += self._shifts(objective)
+            faults += self._shifts(model, objective)
         self._judge(faults)
         if (trained_by := self.record.lora) != (lora_now := lora and lora.describe()):
             raise UserError(
@@ -109,9 +105,9 @@ class Agreement:
           UserError: another model, or a diffusion model that would be read in other slots than it was trained.
         """
         self.check_model(model)
-        self._judge(list(self._shifts(objective)))
+        self._judge(list(self._shifts(model, objective)))
 
-    def _misuses(self, user: object) -> Iterable[str]:
+    def _misuses(self, model: ModelConfig, user: object) -> Iterable[str]:
         learned = self.record.modes
         for mode in modes_of(user) if learned else ():
             if mode not in learned:
@@ -120,15 +116,15 @@ class Agreement:
                     f"{_remedy(user, mode, learned[0])}"
                 )
                 return
-        yield from self._shifts(user)
+        yield from self._shifts(model, user)
 
-    def _shifts(self, user: object) -> Iterable[str]:
+    def _shifts(self, model: ModelConfig, user: object) -> Iterable[str]:
+        """A fault where a diffusion model would be read in other slots; left to right, every model is read alike."""
         trained = self.record.shifted
-        now = getattr(user, "shifted", trained)
-        if trained is not None and now != trained:
+        if trained is not None and trained != model.shifted and not getattr(user, "autoregressive", False):
             yield (
-                f"{self.path}: the model is trained with shifted = {trained}, but {type(user).__name__} has shifted = "
-                f"{now}: give conversion/shifted.gin in training and in decoding, or in neither."
+                f"{self.path}: the model is trained with ModelConfig.shifted = {trained}; here it is {model.shifted}. "
+                "Give conversion/shifted.gin in training and in decoding, or in neither."
             )
 
     def _judge(self, faults: list[str]) -> None:

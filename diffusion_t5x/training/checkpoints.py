@@ -179,7 +179,12 @@ class OpenCheckpoint:
     def metadata(self) -> dict[str, Any]:
         """What was given to `Checkpoints.save`."""
         self.verify("metadata")
-        return stored.read_json(self.path, "metadata")
+        try:
+            return stored.read_json(self.path, "metadata")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self} cannot be read: its metadata, which say what model it is, are not there or broken ({error})."
+            ) from error
 
     @functools.cached_property
     def record(self) -> Record:

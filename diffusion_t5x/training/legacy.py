@@ -40,7 +40,6 @@ class Said:
 
     Attributes:
       model, objective: as trained.
-      shifted: a setting that objectives had before `ModelConfig` did.
       decoder: the one that its evaluations take.
       dataset: fields of the training's `SeqioDataset`.
       task: see `Record.task`.
@@ -50,7 +49,6 @@ class Said:
 
     model: ModelConfig | None
     objective: Any
-    shifted: bool
     decoder: Any
     dataset: Mapping[str, Any] | None
     task: Mapping[str, Any] | None
@@ -63,11 +61,13 @@ def read(text: str) -> Said:
     gin = _Gin(text)
     trained = any("train.train." in name for name in gin.values)
     objective = gin.made("train.train.objective", "OBJECTIVE")
-    diffusion = getattr(objective, "diffusion", objective)
+    model = gin.made("train.train.model", "MODEL")
+    # Objectives had this setting before models did.
+    if model and gin.fields([], type(getattr(objective, "diffusion", objective)).__name__).get("shifted") is True:
+        model = dataclasses.replace(model, shifted=True)
     return Said(
-        model=gin.made("train.train.model", "MODEL"),
+        model=model,
         objective=objective,
-        shifted=gin.fields([], type(diffusion).__name__).get("shifted") is True,
         decoder=gin.made("DECODER"),
         dataset=gin.described("train.train.train_dataset"),
         task=gin.task() if trained else None,

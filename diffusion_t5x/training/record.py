@@ -68,7 +68,6 @@ class Record:
       vocabulary_source: how the vocabulary is made, see `data.vocabularies.source_of`; None where it is not known.
       objective: what was minimised; None where it is not known.
       modes: that the model has learned; () where they are not known.
-      shifted: whether the hidden state at a slot predicts the next token; None for left to right alone, or not known.
       decoder: the one that suits the model; None where there is none.
       dataset: what was read: task, lengths, layout of rows. None for an imported model.
       task: what registers the task, see `config.registration`: modules to import and bindings.
@@ -83,7 +82,6 @@ class Record:
     vocabulary_source: Mapping[str, Any] | None = None
     objective: Mapping[str, Any] | None = None
     modes: tuple[Mode, ...] = ()
-    shifted: bool | None = None
     decoder: Mapping[str, Any] | None = None
     dataset: Mapping[str, Any] | None = None
     task: Mapping[str, Any] | None = None
@@ -113,14 +111,12 @@ class Record:
         """
         modes = modes_of(objective)
         suited = [decoder for decoder in decoders if not modes or set(modes_of(decoder)) <= set(modes)]
-        shifted = getattr(objective, "shifted", None)
-        decoder = suited[0] if suited else default_decoder(modes[0], bool(shifted)) if modes else None
+        decoder = suited[0] if suited else default_decoder(modes[0]) if modes else None
         return cls(
             model=dataclasses.asdict(model),
             vocabulary=vocabulary,
             objective=describe(objective),
             modes=modes,
-            shifted=shifted,
             decoder=describe(decoder),
             versions=_versions(),
             **more,
@@ -177,6 +173,12 @@ class Record:
         vocabulary, lora = fields.pop("vocabulary"), fields.pop("lora")
         fields["modes"] = [dataclasses.asdict(mode) for mode in self.modes]
         return {"vocabulary": dict(vocabulary), **({"lora": dict(lora)} if lora else {}), "record": fields}
+
+    @property
+    def shifted(self) -> bool | None:
+        """`ModelConfig.shifted` of a diffusion model; None where it is not known or does not matter."""
+        left_to_right = self.modes and not any(mode.noise for mode in self.modes)
+        return None if left_to_right or self.objective is None else self.model.get("shifted")
 
     @property
     def trained_by(self) -> str | None:

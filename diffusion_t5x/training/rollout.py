@@ -47,10 +47,6 @@ class Rollout:
     def __post_init__(self) -> None:
         if not isinstance(self.decoder.inner, MaskedDecoder):
             raise UserError(f"Rollout.decoder must write masked blocks: a step's state is what is masked; got {self}.")
-        if self.decoder.inner.shifted:
-            raise UserError(
-                "Rollout.decoder must not be shifted: a distillation's student predicts a token in its place."
-            )
         if min(self.num_batches, self.min_length, self.num_buckets) < 1 or self.growth_steps < 0:
             raise UserError(f"Rollout needs numbers of at least 1, growth_steps of at least 0; got {self}.")
         if self.min_length > self.max_length:

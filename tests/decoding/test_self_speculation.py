@@ -209,5 +209,6 @@ def test_a_row_s_steps_are_its_own():
 
 
 def test_drafts_in_the_slot_before_are_refused():
+    definition, params = tiny.make_model(dataclasses.replace(tiny.RELATIVE, shifted=True))
     with pytest.raises(UserError, match="its own slot"):
-        SelfSpeculationDecoder(BlockDecoder(4, MaskedDecoder(shifted=True)))
+        SelfSpeculationDecoder().decode(definition.bind(params), make_batch("relative", [(2, 4, 1)]), jax.random.key(0))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from plain_decoding import start_ahead
 
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
@@ -15,15 +16,16 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import CAUSAL, AttentionKind, Slots
 from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.transformer import ModelDefinition
-from diffusion_t5x.objectives.block import clean_and_noisy
+from diffusion_t5x.objectives.block import block_starts, noisy_hidden
 from diffusion_t5x.objectives.distillation import DIVERGENCES, Distillation, divergence, visited_states
-from diffusion_t5x.objectives.reading import start_first
+from diffusion_t5x.objectives.reading import Reading, start_first
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training.rollout import make_rollout_step
 
 VOCABULARY = tiny.VOCABULARY
 MASK, EOS = VOCABULARY.mask_id, VOCABULARY.eos_id
 MESH = MeshConfig(data=1, fsdp=1, tensor=1).make()
+SHIFTED = dataclasses.replace(tiny.LLAMA, shifted=True)
 
 
 def softmax(logits):
@@ -156,18 +158,21 @@ def brute_force_parts():
     return whole
 
 
-def student_logits(noisy, size):
+def student_logits(noisy, size, config):
     """Of each block by a pass of its own: all before it clean, nothing behind it."""
-    definition, student, _ = models()
+    definition, student, _ = models(config)
     logits = np.zeros((*noisy.shape, 32))
     for row, first, length in ((0, 2, 8), (1, 0, 5)):
         for start in range(first, length, size):
             end = min(start + size, length)
             tokens = np.concatenate([BATCH.tokens[row, :start], noisy[row, start:end]])[None]
-            slots = Slots.of(jax.tree.map(lambda x, end=end, row=row: x[row : row + 1, :end], mask_only(BATCH)))
+            part = jax.tree.map(lambda x, end=end, row=row: x[row : row + 1, :end], mask_only(BATCH))
+            slots = Slots.of(part)
             read = start_first(tokens, slots.positions, VOCABULARY)
+            if config.shifted:
+                slots, read = start_ahead(part, tokens, VOCABULARY)
             kind = AttentionKind("block_causal", size)
-            logits[row, start:end] = forward(definition, student, read, slots, kind)[0, start:]
+            logits[row, start:end] = forward(definition, student, read, slots, kind)[0, start:end]
     return logits
 
 
@@ -178,10 +183,10 @@ def mask_only(batch):
 @pytest.mark.parametrize(
     "kind,top_k,score_end", [("forward_kl", None, False), ("forward_kl", 3, True), ("jsd", None, True)]
 )
-@pytest.mark.parametrize("size", [3, 2])
-def test_the_loss_is_what_brute_force_gives(kind, top_k, score_end, size):
+@pytest.mark.parametrize(("size", "config"), [(3, tiny.LLAMA), (2, tiny.LLAMA), (3, SHIFTED)])
+def test_the_loss_is_what_brute_force_gives(kind, top_k, score_end, size, config):
     """Two blocks and more, borders included; averaged over a text's masked targets, then over texts."""
-    definition, student, teacher = models()
+    definition, student, teacher = models(config)
     objective = Distillation(size, kind, top_k, score_end=score_end)
     key = jax.random.key(4)
     sums = jax.jit(
@@ -190,7 +195,7 @@ def test_the_loss_is_what_brute_force_gives(kind, top_k, score_end, size):
         )
     )(student, teacher)
     noisy = np.asarray(visited_states(BATCH, VOCABULARY, size, jax.random.split(key)[0]))
-    distance = plain(brute_force_parts(), student_logits(noisy, size), kind, top_k)
+    distance = plain(brute_force_parts(), student_logits(noisy, size, config), kind, top_k)
     means, ends = [], 7 if score_end else 6
     for row, end in ((0, ends), (1, 5)):
         masked = [i for i in range(end) if BATCH.target_mask[row, i] and noisy[row, i] == MASK]
@@ -234,7 +239,7 @@ class Recording(MaskedDecoder):
 
 
 @pytest.mark.parametrize("inner", [{"num_steps": 2}, {"num_steps": 3}, {"num_steps": None, "threshold": 0.2}])
-@pytest.mark.parametrize("config", [tiny.LLAMA, tiny.RELATIVE])
+@pytest.mark.parametrize("config", [tiny.LLAMA, tiny.RELATIVE, SHIFTED])
 def test_the_training_row_gives_the_logits_that_the_decoder_saw(config, inner):
     """Every state of every block, those of a text that ends inside a block too, to 1e-5 of the largest logit.
 
@@ -256,10 +261,9 @@ def test_the_training_row_gives_the_logits_that_the_decoder_saw(config, inner):
     @jax.jit
     def passes(noisy):
         """Logits of the training row's noisy part, and of a pass over the row without a cache."""
-        tokens, slots = clean_and_noisy(texts, start_first(noisy, texts.positions, vocabulary))
-        hidden = model(tokens, slots, AttentionKind("block_diffusion", size))
-        uncached = model(start_first(noisy, texts.positions, vocabulary), Slots.of(texts), decoder.attention)
-        return model.logits(hidden[:, noisy.shape[1] :]), model.logits(uncached)
+        reading, starts = Reading.of(texts, vocabulary, config.shifted), block_starts(texts, size)
+        hidden = noisy_hidden(model, reading, starts, noisy, AttentionKind("block_diffusion", size), None)
+        return model.logits(hidden), model.logits(reading.hidden(model, noisy, decoder.attention))
 
     compared = 0
     for step, canvas, positions, eligible, logits in decoder.inner.notes:
