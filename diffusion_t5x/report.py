@@ -1,7 +1,8 @@
 """Show runs in one page: learning curves, scores, decoded examples, canvases step by step, decode times.
 
-RUN is a folder that train, eval, infer or benchmark wrote, or a folder that holds such folders; --checkpoint DIR means the
-MODEL_DIR of a checkpoint and what its readers wrote there. With --output FILE.md the tables of scores alone, as Markdown.
+RUN is a folder that train, eval, infer or benchmark wrote, or a folder that holds such folders; --checkpoint DIR means
+the MODEL_DIR of a checkpoint, and what its readers wrote there. With --output FILE.md the tables of scores alone, as
+Markdown.
 """
 
 import argparse

@@ -12,10 +12,12 @@ from typing import Any
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.decode_times import DecodeTime, read_times
 from diffusion_t5x.evaluation.published import Published, matching
+from diffusion_t5x.training import record
 from diffusion_t5x.training.checkpoints import open_checkpoint
-from diffusion_t5x.training.record import Record, in_words
+from diffusion_t5x.training.record import in_words
 
 Record = Mapping[str, Any]
+_OUTPUTS = ("results.json", "*.settings.json")
 _CURVES = ("train/metrics.jsonl", "training_eval/*/metrics.jsonl", "inference_eval/*/metrics.jsonl")
 
 
@@ -121,7 +123,7 @@ def _names(paths: Sequence[pathlib.Path]) -> list[str]:
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     """The files that say that a verb wrote this folder, and what."""
-    patterns = (*_CURVES, "results.json", "checkpoint_*/results.json", "*.settings.json", "decode_time.json")
+    patterns = (*_CURVES, "decode_time.json", *(at + name for at in ("", "checkpoint_*/") for name in _OUTPUTS))
     files = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
     # The quickstart has a summary of the same name, in a form of its own.
     return [path for path in files if path.name != "results.json" or "results" in _read_json(path)]
@@ -230,7 +232,8 @@ def _decoder_of_run(folder: pathlib.Path) -> str:
         decoder = open_checkpoint(str(folder)).record.decoder
         return in_words(decoder) if decoder else ""
     path = folder / "config.gin"
-    decoder = Record.read({"config": path.read_text(encoding="utf-8")}, str(path)).decoder if path.exists() else None
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    decoder = record.Record.read({"config": text}, str(path)).decoder
     return in_words(decoder) if decoder else ""
 
 

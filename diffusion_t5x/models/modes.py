@@ -30,4 +30,4 @@ class Mode:
     def __str__(self) -> str:
         blocks = f" in blocks of {self.block_size}" if self.block_size else ""
         tokens = {"mask": "masked tokens", "uniform": "random tokens", None: "left to right"}[self.noise]
-        return f"{tokens}{blocks}, {self.attention} attention"
+        return f"{tokens}{blocks}, {self.attention.replace('_', '-')} attention"

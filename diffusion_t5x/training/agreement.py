@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 # Fields of a ModelConfig that do not change what the model computes, or only how precisely. Arrays have the
 # vocabulary's size in their shapes. `shifted` matters to diffusion alone, see `Agreement`.
 _FREE = {"vocab_size", "dropout_rate", "dtype", "scan_unroll", "remat", "attention_backend", "max_length", "shifted"}
+_SIZES = {"embed_dim", "num_layers", "num_heads", "head_dim", "mlp_dim", "num_kv_heads"}
 _ROTARY = {"rotary_base", "rotary_factor", "rotary_stretched", "local_rotary_base"}
 _RELATIVE = {"relative_buckets", "relative_max_distance", "causal_buckets"}
 # The gin files of objectives/ and decoding/ by the attention and noise of a mode.
@@ -70,7 +71,8 @@ class Agreement:
         if other := other_settings(self.record.model, model):
             message = describe_other(other)
             if not self.allowed:
-                raise OtherModel(f"{self.path}: {message} {self._force()}", self.record.model)
+                hint = "" if _SIZES & other.keys() else f" {self._force()}"
+                raise OtherModel(f"{self.path}: {message} Set the same.{hint}", self.record.model)
             logger.warning("%s: %s", self.path, message)
 
     def check_resumed(self, model: ModelConfig, objective: Objective, lora: Lora | None) -> None:
@@ -152,8 +154,9 @@ def other_settings(trained: Mapping[str, Any], now: ModelConfig) -> dict[str, tu
         before, after = _function(ModelConfig(**known)), _function(now)
     except TypeError:  # not even the sizes are known
         return {}
-    names = [name for name in before | after if before.get(name, "unused") != after.get(name, "unused")]
-    return {name: (known.get(name), getattr(now, name)) for name in names}
+    names = (name for name in before | after if before.get(name, "unused") != after.get(name, "unused"))
+    fields = {name: (known.get(name), getattr(now, name)) for name in names}
+    return {name: values for name, values in fields.items() if values[0] != values[1]}  # others follow from these
 
 
 def describe_other(other: Mapping[str, tuple[Any, Any]]) -> str:

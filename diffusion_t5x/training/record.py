@@ -160,7 +160,8 @@ class Record:
         objective = Autoregressive() if said.imported else said.objective
         more = apart | {"dataset": said.dataset, "task": said.task, "imported": said.imported}
         if said.model is None or objective is None:
-            return cls(model=dataclasses.asdict(said.model) if said.model else {}, **more)
+            model = dataclasses.asdict(said.model) if said.model else {}
+            return cls(model=model, decoder=describe(said.decoder), **more)
         if said.imported:
             more["inputs_end"] = said.model.architecture == "encoder_decoder"
             more["vocabulary_source"] = {"file": said.vocabulary_file, "extra_ids": SENTINELS}
