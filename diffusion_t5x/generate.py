@@ -22,10 +22,7 @@ from diffusion_t5x import config
 from diffusion_t5x.data.prompts import Prompts
 from diffusion_t5x.data.seqio_source import SeqioDataset, libraries
 from diffusion_t5x.data.vocabularies import token_ids
-from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
-from diffusion_t5x.decoding.beam_search import BeamSearchDecoder
 from diffusion_t5x.decoding.decoder import Decoder
-from diffusion_t5x.decoding.self_speculation import SelfSpeculationDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.answers import Answers
 from diffusion_t5x.evaluation.conversation import Plain, Terminal, ended_by_signals, say
@@ -130,8 +127,7 @@ def generate(
     say(f"{decoder}, {each} tokens after {most} of a prompt, seed {random_seed}")
     canvas = None
     if sys.stdout.isatty() and (prompt is not None or sys.stdin.isatty()):
-        left_to_right = isinstance(decoder, AutoregressiveDecoder | BeamSearchDecoder | SelfSpeculationDecoder)
-        canvas = LiveCanvas(rich.console.Console(), prompts.cells, left_to_right)
+        canvas = LiveCanvas(rich.console.Console(), prompts.cells, decoder.left_to_right)
     answers = Answers(mesh, definition, params, decoder, random_seed, canvas)
     if canvas is None:
         with ended_by_signals():

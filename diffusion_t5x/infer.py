@@ -20,8 +20,6 @@ from diffusion_t5x import config
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.templates import Templates
 from diffusion_t5x.decoding.decoder import Decoder
-from diffusion_t5x.decoding.masked import MaskedDecoder
-from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import traces
 from diffusion_t5x.evaluation.inference import make_decode_step, predict
@@ -180,7 +178,7 @@ def _how(
         raise UserError("To predict, set infer.decoder: include a file of decoding/.")
     if not isinstance(data, Templates):
         return {"decoder": repr(decoder), "trace": trace}
-    if not isinstance(decoder, MaskedDecoder | SundaeDecoder):
+    if not decoder.fills_holes:
         raise UserError(
             f"{type(decoder).__name__} writes from left to right and cannot fill holes, whose ends are given: take a "
             "model of masked or SUNDAE diffusion with decoding/masked.gin or decoding/sundae.gin."

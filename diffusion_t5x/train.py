@@ -24,7 +24,6 @@ from diffusion_t5x.evaluation.inference import write_jsonl
 from diffusion_t5x.evaluation.loading import check_datasets, load_teacher
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
-from diffusion_t5x.objectives.distillation import Distillation
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.scale.dry_run import SliceDryRun, from_flags
@@ -40,7 +39,7 @@ from diffusion_t5x.training.lock import locked
 from diffusion_t5x.training.loop import Periods, train_loop
 from diffusion_t5x.training.metrics import check_writers, make_writer
 from diffusion_t5x.training.record import Record, describe
-from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout, check_distillation
+from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout, check_rollout
 from diffusion_t5x.training.run_config import write_config
 from diffusion_t5x.training.start import check_start
 from diffusion_t5x.training.state import TrainState, abstract_state, fresh_state, init_state, split
@@ -167,9 +166,9 @@ def train(
         datasets = [train_dataset, *(ev.dataset for ev in [*loss_evals, *decode_evals])]
         check_datasets(datasets, model, device_mesh)
         _check_microbatches(device_mesh, train_dataset, num_microbatches)
-        check_distillation(objective, model, rollout, train_dataset)
-        if isinstance(objective, Distillation) and not teacher_checkpoint_path and not dry_run:
-            raise UserError("Distillation needs a teacher: set train.teacher_checkpoint_path.")
+        check_rollout(objective, model, rollout, train_dataset)
+        if objective.needs_teacher and not teacher_checkpoint_path and not dry_run:
+            raise UserError(f"{type(objective).__name__} needs a teacher. Set TEACHER_CHECKPOINT_PATH.")
         if teacher_checkpoint_path:
             teacher_checkpoint_path = str(checkpointing.find_checkpoint(teacher_checkpoint_path))
 

@@ -61,6 +61,7 @@ class AutoregressiveDecoder(Decoder):
     """
 
     autoregressive: ClassVar[bool] = True
+    left_to_right: ClassVar[bool] = True
 
     temperature: float = 0.0
     top_k: int | None = None

@@ -65,6 +65,7 @@ class BeamSearchDecoder(Decoder):
     """
 
     autoregressive: ClassVar[bool] = True
+    left_to_right: ClassVar[bool] = True
 
     num_beams: int = 4
     length_penalty: float = 0.6

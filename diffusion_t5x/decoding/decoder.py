@@ -20,23 +20,6 @@ has of it, tokens and confidence `[B, L]`. Calls may overtake one another; an ex
 
 
 @flax.struct.dataclass
-class Written:
-    """What one step wrote.
-
-    Attributes:
-      tokens: int32 `[B, L]`, the rows after it.
-      mask: bool `[B, L]`, where it wrote, the same token anew or another.
-      log_probability: float32 `[B, L]`, of what it wrote there, at temperature 1 over what may be written.
-      score: float32 `[B]`, what it adds to the row's score.
-    """
-
-    tokens: jax.Array
-    mask: jax.Array
-    log_probability: jax.Array
-    score: jax.Array
-
-
-@flax.struct.dataclass
 class Trace:
     """The rows before the first step and after each one; steps after a decoder's last one show the end.
 
@@ -56,7 +39,7 @@ class Trace:
         return cls(tokens=tokens, confidence=jnp.zeros(tokens.shape))
 
     def record(self, step: jax.Array, tokens: jax.Array, mask: jax.Array, log_probability: jax.Array) -> Self:
-        """With one more step, counted from 0; the arguments are what a `Written` holds."""
+        """With one more step, counted from 0; the arguments are what `canvas.Written` holds."""
         confidence = jnp.where(mask, jnp.exp(log_probability), self.confidence[step])
         return Trace(
             tokens=self.tokens.at[step + 1].set(tokens), confidence=self.confidence.at[step + 1].set(confidence)
@@ -163,13 +146,18 @@ class Decoder(Protocol):
 
     Attributes:
       autoregressive: reads the model as an autoregressive one, whatever `ModelConfig.shifted` says.
+      left_to_right: writes the targets in order, and pad stands where it has not written yet.
+      fills_holes: targets may have inputs behind them, and may stand apart.
     """
 
     autoregressive: ClassVar[bool] = False
+    left_to_right: ClassVar[bool] = False
+    fills_holes: ClassVar[bool] = False
 
     @property
     def modes(self) -> tuple[Mode, ...]:
-        """The modes in which it uses a model; the model must have been trained in each of them."""
+        """The modes in which it uses a model, all of which the model must have learned; () where it does not say."""
+        return ()
 
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
         """Rows draw from the key by their `example_ids`, so they do not depend on their neighbours.

@@ -91,6 +91,7 @@ class Autoregressive(Objective):
         key: jax.Array | None,
         train: bool = True,
         step: jax.Array | None = None,
+        teacher: Transformer | None = None,
     ) -> LossSums:
         """The key serves dropout alone; the objective itself draws nothing."""
         hidden = self.hidden(model, batch, row_keys(key, batch.example_ids) if train else None)

@@ -192,6 +192,7 @@ class Block(Objective):
         key: jax.Array,
         train: bool = True,
         step: jax.Array | None = None,
+        teacher: Transformer | None = None,
     ) -> LossSums:
         _, _, _, dropout_key = jax.random.split(key, 4)
         dropout_keys = row_keys(dropout_key, batch.example_ids) if train else None

@@ -8,7 +8,7 @@ as it wrote (`training/rollout.py`).
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +123,9 @@ class Distillation(Objective):
       normalize: "sequences", as in the paper, averages over each text's masked targets first.
     """
 
+    needs_teacher: ClassVar[bool] = True
+    takes_rollouts: ClassVar[bool] = True
+
     block_size: int = 4
     divergence: Divergence = "forward_kl"
     top_k: int | None = None
@@ -139,6 +142,10 @@ class Distillation(Objective):
             )
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"Distillation.top_k must be at least 1, or None for all; got {self.top_k}.")
+
+    @property
+    def needs_rollouts(self) -> bool:
+        return self.states == "visited"
 
     @property
     def attention(self) -> AttentionKind:
@@ -169,10 +176,11 @@ class Distillation(Objective):
         key: jax.Array,
         train: bool = True,
         step: jax.Array | None = None,
-        *,
-        teacher: Transformer,
+        teacher: Transformer | None = None,
     ) -> LossSums:
-        """The loss of the student `model`; the teacher has no dropout and gets no gradient."""
+        """The loss of the student `model`."""
+        if teacher is None:
+            raise UserError("Distillation needs a teacher. Set TEACHER_CHECKPOINT_PATH.")
         vocabulary = model.vocabulary
         _, dropout_key = jax.random.split(key)
         dropout_keys = row_keys(dropout_key, batch.example_ids) if train else None
@@ -181,7 +189,7 @@ class Distillation(Objective):
         batch = reading.fits(batch)
         kind = AttentionKind("block_diffusion", self.block_size)
         starts = block_starts(batch, self.block_size)
-        hidden = noisy_hidden(model, reading, starts, noisy, kind, None, dropout_keys)
+        hidden = noisy_hidden(model, reading, starts, noisy, kind, model.encode(batch, dropout_keys), dropout_keys)
 
         def compare(logits, teacher_hidden, labels):
             student = forbid(logits, vocabulary)

@@ -14,10 +14,7 @@ from diffusion_t5x.models.masks import AttentionKind
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
-from diffusion_t5x.objectives.block import Block
-from diffusion_t5x.objectives.masked import Masked
-from diffusion_t5x.objectives.objective import Likelihood, LossSums, Objective, Pass, Ratio, text_of
-from diffusion_t5x.objectives.sundae import Sundae
+from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass, Ratio, text_of
 
 # Folded into a step's key: no other use of it has a number as high.
 _CAUSAL_PASS = 2**32 - 3
@@ -35,14 +32,18 @@ class Joint(Objective):
       ar_weight: of the autoregressive loss.
     """
 
-    diffusion: Sundae | Masked | Block
+    diffusion: Objective
     ar_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.diffusion, Sundae | Masked | Block):
-            raise UserError(f"Joint.diffusion must be Sundae, Masked or Block; got {self.diffusion}.")
+        if self.diffusion.autoregressive or self.diffusion.needs_teacher:
+            raise UserError(f"Joint.diffusion must be a diffusion objective without a teacher; got {self.diffusion}.")
         if self.ar_weight < 0:
             raise UserError(f"Joint.ar_weight must not be negative; got {self.ar_weight}.")
+
+    @property
+    def normalize(self) -> Normalize:
+        return self.diffusion.normalize
 
     @property
     def attention(self) -> AttentionKind:
@@ -50,7 +51,7 @@ class Joint(Objective):
 
     @property
     def modes(self) -> tuple[Mode, ...]:
-        return (*self.diffusion.modes, *Autoregressive().modes)
+        return (*self.diffusion.modes, *Autoregressive().modes) if self.diffusion.modes else ()
 
     @property
     def passes(self) -> Sequence[Pass]:
@@ -66,10 +67,11 @@ class Joint(Objective):
         key: jax.Array,
         train: bool = True,
         step: jax.Array | None = None,
+        teacher: Transformer | None = None,
     ) -> LossSums:
         diffusion = self.diffusion.loss(model, batch, key, train, step)
         text = batch.replace(target_mask=text_of(batch, model.vocabulary))
-        ar = Autoregressive(normalize=self.diffusion.normalize)
+        ar = Autoregressive(normalize=self.normalize)
         causal = ar.loss(model, text, jax.random.fold_in(key, _CAUSAL_PASS), train)
         numerator = diffusion.loss.numerator + self.ar_weight * causal.loss.numerator
         return LossSums(

@@ -122,6 +122,7 @@ class Masked(Objective):
         key: jax.Array,
         train: bool = True,
         step: jax.Array | None = None,
+        teacher: Transformer | None = None,
     ) -> LossSums:
         _, _, dropout_key = jax.random.split(key, 3)
         dropout_keys = row_keys(dropout_key, batch.example_ids) if train else None

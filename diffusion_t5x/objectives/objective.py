@@ -90,10 +90,20 @@ class Objective(Protocol):
     Objectives derive from this class and declare what differs from its defaults.
 
     Attributes:
-      autoregressive: the model predicts each token from those before it, whatever `ModelConfig.shifted` says.
+      autoregressive: predicts each token from those before it, by causal or prefix attention, whatever
+        `ModelConfig.shifted` says.
+      needs_teacher: the loss needs an autoregressive teacher.
+      takes_rollouts: learns from texts that the model wrote itself, in blocks of `attention.block_size`, and may read
+        `Batch.written_at`.
+      needs_rollouts: learns from no others.
+      normalize: what the summed loss is divided by, see `normalized`.
     """
 
     autoregressive: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = False
+    takes_rollouts: ClassVar[bool] = False
+    needs_rollouts: bool = False
+    normalize: Normalize = "target_tokens"
 
     @property
     def attention(self) -> AttentionKind:
@@ -101,7 +111,8 @@ class Objective(Protocol):
 
     @property
     def modes(self) -> tuple[Mode, ...]:
-        """The modes that it teaches a model. Its likelihood is that of the first one."""
+        """The modes that it teaches a model; its likelihood is that of the first one. () where it does not say."""
+        return ()
 
     @property
     def passes(self) -> Sequence[Pass]:
@@ -120,6 +131,7 @@ class Objective(Protocol):
         key: jax.Array | None,
         train: bool = True,
         step: jax.Array | None = None,
+        teacher: Transformer | None = None,
     ) -> LossSums:
         """The loss of a batch.
 
@@ -129,6 +141,7 @@ class Objective(Protocol):
           key: rows draw from it by their `example_ids`.
           train: switches dropout on.
           step: int32 scalar, training steps taken before, for what changes on the way; None is after its end.
+          teacher: of objectives that need one; without dropout, and it gets no gradient.
         """
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:

@@ -112,6 +112,7 @@ class Sundae(Objective):
         key: jax.Array,
         train: bool = True,
         step: jax.Array | None = None,
+        teacher: Transformer | None = None,
     ) -> LossSums:
         _, sample_keys, dropout_keys = (row_keys(k, batch.example_ids) for k in jax.random.split(key, 3))
         tokens = self._corrupt(model.vocabulary, batch, key)

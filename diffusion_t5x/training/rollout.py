@@ -12,11 +12,9 @@ from jax.sharding import Mesh
 from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.decoding.block import BlockDecoder
-from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition, Params
-from diffusion_t5x.objectives.distillation import Distillation
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.training.loop import BatchIterator
 from diffusion_t5x.training.state import TrainState
@@ -45,7 +43,7 @@ class Rollout:
     num_buckets: int = 4
 
     def __post_init__(self) -> None:
-        if not isinstance(self.decoder.inner, MaskedDecoder):
+        if not self.decoder.inner.keeps_written:
             raise UserError(f"Rollout.decoder must write masked blocks: a step's state is what is masked; got {self}.")
         if min(self.num_batches, self.min_length, self.num_buckets) < 1 or self.growth_steps < 0:
             raise UserError(f"Rollout needs numbers of at least 1, growth_steps of at least 0; got {self}.")
@@ -183,27 +181,24 @@ class OnPolicyBatches:
         self._texts = [Batch(**{name: x[i] for name, x in stored.items()}) for i in range(number)]
 
 
-def check_distillation(
-    objective: Objective, model: ModelConfig, rollout: Rollout | None, dataset: PromptSource
-) -> None:
+def check_rollout(objective: Objective, model: ModelConfig, rollout: Rollout | None, dataset: PromptSource) -> None:
     """Raises a UserError where objective, rollout and data do not go together."""
-    if not isinstance(objective, Distillation):
-        if rollout is not None:
-            raise UserError(f"A rollout needs the objective Distillation, not {type(objective).__name__}.")
-        return
-    if model.architecture != "decoder_only":
-        raise UserError("Distillation is for decoder-only models: include models/decoder_only.gin.")
-    if rollout is None and objective.states == "visited":
-        raise UserError(
-            'Distillation.states = "visited" needs texts that the model writes: set train.rollout, or '
-            'states = "random" for the data\'s own.'
-        )
+    name = type(objective).__name__
     if rollout is None:
+        if objective.needs_rollouts:
+            raise UserError(
+                f"{name} needs texts that the model writes: set train.rollout. (Distillation with "
+                'states = "random" takes the data\'s own.)'
+            )
         return
-    if rollout.decoder.block_size != objective.block_size:
+    if not objective.takes_rollouts:
+        raise UserError(f"A rollout needs an objective that learns from it, such as Distillation, not {name}.")
+    if model.architecture != "decoder_only":
+        raise UserError("A rollout is for decoder-only models: include models/decoder_only.gin.")
+    size = objective.attention.block_size
+    if rollout.decoder.block_size != size:
         raise UserError(
-            f"Rollout.decoder writes blocks of {rollout.decoder.block_size}, but Distillation.block_size is "
-            f"{objective.block_size}."
+            f"Rollout.decoder writes blocks of {rollout.decoder.block_size}, but {name} has blocks of {size}."
         )
     if dataset.pack or "inputs" not in dataset.task_feature_lengths:
         raise UserError(f"A rollout needs prompts, one a row: {dataset.name} with a feature 'inputs' and pack = False.")

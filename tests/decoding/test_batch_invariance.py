@@ -146,7 +146,10 @@ def cached_logits(definition, decoder, params, batch):
     return found[:, :length]
 
 
-@pytest.mark.parametrize(("architecture", "name"), [case for case in CASES if case[1] in ("ar", "masked", "block")])
+IN_PLACE = [case for case in CASES if case[1] in ("ar", "masked", "block") and not case[0].startswith("shifted")]
+
+
+@pytest.mark.parametrize(("architecture", "name"), IN_PLACE)
 def test_logits_alone_in_a_batch_and_cached_agree(architecture, name):
     definition, params = make_model(architecture)
     decoder = DECODERS[name]

@@ -229,13 +229,13 @@ class Recording(MaskedDecoder):
 
     notes: list = dataclasses.field(default_factory=list, compare=False)
 
-    def write(self, model, hidden, canvas, eligible, positions, keys, step):
+    def write(self, model, hidden, canvas, eligible, positions, keys):
         jax.debug.callback(
             lambda *x: self.notes.append([np.asarray(y) for y in x]),
-            step, canvas, positions, eligible, model.logits(hidden),
+            canvas.step, canvas.tokens, positions, eligible, model.logits(hidden),
             ordered=True,
         )  # fmt: skip
-        return super().write(model, hidden, canvas, eligible, positions, keys, step)
+        return super().write(model, hidden, canvas, eligible, positions, keys)
 
 
 @pytest.mark.parametrize("inner", [{"num_steps": 2}, {"num_steps": 3}, {"num_steps": None, "threshold": 0.2}])

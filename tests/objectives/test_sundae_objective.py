@@ -73,7 +73,8 @@ def test_no_gradient_flows_through_what_is_read_back():
         read = []
 
         class Spy:
-            vocabulary, map_logits, encode = model.vocabulary, model.map_logits, model.encode
+            config, vocabulary = model.config, model.vocabulary
+            map_logits, encode = model.map_logits, model.encode
 
             def __call__(self, tokens, *args):
                 read.append(tokens)
