@@ -5,6 +5,7 @@ examples is Wilson's; that of a score that is no mean over examples is a bootstr
 result would move with another test set of this size, not with another training seed.
 """
 
+import importlib.util
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -106,10 +107,8 @@ def math_accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[st
     Raises:
       UserError: no examples, not one prediction for each target, a target without an answer, or no math-verify.
     """
-    try:
-        import math_verify
-    except ImportError as error:
-        raise UserError("Answers are compared by math-verify: pip install diffusion_t5x[math].") from error
+    _check_math_verify()
+    import math_verify
 
     _check(targets, predictions)
     answers = [[math_verify.parse(text.rpartition("####")[2]) for text in texts] for texts in (targets, predictions)]
@@ -123,6 +122,14 @@ def math_accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[st
         "math_accuracy_low": 100 * low,
         "math_accuracy_high": 100 * high,
     }
+
+
+def _check_math_verify(**_: object) -> None:
+    if importlib.util.find_spec("math_verify") is None:
+        raise UserError("The metric math_accuracy needs a package: pip install diffusion_t5x[math]")
+
+
+math_accuracy.check_here = _check_math_verify  # see data.scoring
 
 
 def warn_of_small_difference(first: float, second: float, num_examples: int) -> str | None:

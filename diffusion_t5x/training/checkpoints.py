@@ -77,8 +77,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, data_state: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
         """Starts to write a checkpoint; does nothing where there is a whole one of this step.
 
-        A broken one, or one of another step under this name, is set aside. The state's buffers may be donated as soon as this returns. Waits for the save before, and raises what went
-        wrong in it.
+        A broken one, or one of another step under this name, is set aside. The state's buffers may be donated as soon
+        as this returns. Waits for the save before, and raises what went wrong in it.
 
         Args:
           step: number of finished training steps.

@@ -29,7 +29,10 @@ logger = logging.getLogger(__name__)
 
 
 class BatchIterator(Protocol):
-    """An endless stream of this process's part of the batches, which can say and take up its position."""
+    """An endless stream of this process's part of the batches, which can say and take up its position.
+
+    A `state_dict` of {} says that the position cannot be saved.
+    """
 
     def __next__(self) -> Batch: ...
 
@@ -160,9 +163,10 @@ def train_loop(
 ) -> TrainState:
     """Trains up to `total_steps`, and saves so that a run killed at any moment goes on from its last checkpoint.
 
-    At the end of a period it saves first and evaluates then. Until the evaluation is finished, the checkpoint's metadata
-    have "evaluation_due"; its metrics are added afterwards. Where an evaluation fails between two saves, the steps are
-    saved in the same way. Told to stop (see `preemption`), it finishes the step and saves; an evaluation is broken off.
+    At the end of a period it saves first and evaluates then. Until the evaluation is finished, the checkpoint's
+    metadata have "evaluation_due"; its metrics are added afterwards. Where an evaluation fails between two saves, the
+    steps are saved in the same way. Told to stop (see `preemption`), it finishes the step and saves; an evaluation is
+    broken off.
 
     Args:
       mesh: in use while training.
@@ -236,6 +240,9 @@ def train_loop(
                     try:
                         with goodput.spent("evaluation"):
                             results = stop.attempt(lambda: evaluate(state, step))  # noqa: B023  (called at once)
+                    except Exception:
+                        logger.warning("the evaluation of step %d failed: the same command begins with it again", step)
+                        raise
                     finally:
                         if results is None and not saves:
                             save(step, state, due=True)

@@ -4,7 +4,8 @@ A writer belongs to a run and writes below its MODEL_DIR. Metrics have a folder,
 "training_eval/my_task"; JSON lines and TensorBoard's events lie there.
 
 A run that was killed and resumed from step s shows each step once: a writer is made with `last_step=s` and forgets what
-was written for later steps, and for the step itself where that is evaluated again. (What W&B was told, it cannot forget: it shows those steps twice.)
+was written for later steps, and for s itself where that is evaluated again. (What W&B was told, it cannot forget: it
+shows those steps twice.)
 """
 
 import importlib.util

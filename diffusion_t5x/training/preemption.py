@@ -1,4 +1,4 @@
-"""Being told to stop: by a scheduler (SIGTERM, SIGUSR1), a terminal that closes (SIGHUP) or a person (SIGINT, Ctrl-C)."""
+"""Being told to stop: by a scheduler (SIGTERM, SIGUSR1), a closed terminal (SIGHUP) or a person (SIGINT, Ctrl-C)."""
 
 import logging
 import os
