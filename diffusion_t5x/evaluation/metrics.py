@@ -5,10 +5,10 @@ examples is Wilson's; that of a score that is no mean over examples is a bootstr
 result would move with another test set of this size, not with another training seed.
 """
 
-import importlib.util
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import sacrebleu
@@ -107,15 +107,13 @@ def math_accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[st
     Raises:
       UserError: no examples, not one prediction for each target, a target without an answer, or no math-verify.
     """
-    _check_math_verify()
-    import math_verify
-
+    parse, verify = _math_verify()
     _check(targets, predictions)
-    answers = [[math_verify.parse(text.rpartition("####")[2]) for text in texts] for texts in (targets, predictions)]
+    answers = [[parse(text.rpartition("####")[2]) for text in texts] for texts in (targets, predictions)]
     for target, answer in zip(targets, answers[0], strict=True):
         if not answer:
             raise UserError(f"The target {target[-80:]!r} has no answer that math-verify can read.")
-    correct = sum(math_verify.verify(target, prediction) for target, prediction in zip(*answers, strict=True))
+    correct = sum(verify(target, prediction) for target, prediction in zip(*answers, strict=True))
     low, high = wilson_interval(correct, len(targets))
     return {
         "math_accuracy": 100 * correct / len(targets),
@@ -124,12 +122,16 @@ def math_accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[st
     }
 
 
-def _check_math_verify(**_: object) -> None:
-    if importlib.util.find_spec("math_verify") is None:
-        raise UserError("The metric math_accuracy needs a package: pip install diffusion_t5x[math]")
+def _math_verify() -> tuple[Callable[..., Any], Callable[..., bool]]:
+    """math-verify's `parse` and `verify`."""
+    try:
+        from math_verify import parse, verify
+    except ImportError as error:
+        raise UserError("The metric math_accuracy needs math-verify: pip install diffusion_t5x[math]") from error
+    return parse, verify
 
 
-math_accuracy.check_here = _check_math_verify  # see data.scoring
+math_accuracy.check_here = _math_verify  # see data.scoring
 
 
 def warn_of_small_difference(first: float, second: float, num_examples: int) -> str | None:

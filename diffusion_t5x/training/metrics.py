@@ -8,7 +8,6 @@ was written for later steps, and for s itself where that is evaluated again. (Wh
 shows those steps twice.)
 """
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -166,8 +165,11 @@ def check_writers(names: Sequence[str]) -> None:
         if name not in WRITERS:
             known = ", ".join(WRITERS)
             raise UserError(f"No metric writer is called {name!r}; there are {known}.{did_you_mean(name, WRITERS)}")
-    if "wandb" in names and importlib.util.find_spec("wandb") is None:
-        raise UserError("The metric writer 'wandb' needs a package: pip install diffusion_t5x[wandb]")
+    if "wandb" in names:
+        try:
+            from wandb import init  # noqa: F401  (a folder `wandb` is a package without it)
+        except ImportError as error:
+            raise UserError("The metric writer 'wandb' needs a package: pip install diffusion_t5x[wandb]") from error
 
 
 def make_writer(
