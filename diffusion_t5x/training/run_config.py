@@ -4,16 +4,19 @@ import difflib
 import logging
 import pathlib
 
+from diffusion_t5x import records
+
 logger = logging.getLogger(__name__)
 
 _SHOWN = 10
 
 
-def write_config(path: pathlib.Path, text: str, step: int) -> None:
+def write_config(file: str, text: str, step: int) -> None:
     """Writes the configuration of a run that starts or goes on at a step.
 
     An earlier one that differs is kept as `config_<step>.gin`, and the log says what changed.
     """
+    path = pathlib.Path(file)
     before = path.read_text(encoding="utf-8") if path.exists() else text
     if changes := changed_lines(before, text):
         kept = _free(path.with_name(f"{path.stem}_{step}{path.suffix}"))
@@ -21,7 +24,7 @@ def write_config(path: pathlib.Path, text: str, step: int) -> None:
         more = f"\n  and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
         shown = "".join(f"\n  {line}" for line in changes[:_SHOWN])
         logger.info("the configuration changed at step %d; the earlier one is %s:%s%s", step, kept, shown, more)
-    path.write_text(text, encoding="utf-8")
+    records.write_text(path, text)
 
 
 def changed_lines(before: str, after: str) -> list[str]:
