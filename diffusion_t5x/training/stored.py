@@ -76,7 +76,7 @@ def check(checkpoint: epath.Path, *items: str, found: tuple[manifest.Entries, st
         if whole
         else "No whole one is beside it."
     )
-    raise BrokenCheckpoint(f"{checkpoint} is broken: {'; '.join(found[:_MAX_FAULTS])}{more}. {remedy}")
+    raise BrokenCheckpoint(f"{checkpoint} is broken: {'; '.join(wrong[:_MAX_FAULTS])}{more}. {remedy}")
 
 
 def faults(
