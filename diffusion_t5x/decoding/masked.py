@@ -11,7 +11,6 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.canvas import Canvas, StepRule, Written
 from diffusion_t5x.decoding.commit import ORDERS, Order, choose, propose
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.sampling import Sampling
 from diffusion_t5x.models.transformer import Transformer
 
@@ -78,13 +77,12 @@ class MaskedDecoder(StepRule):
         keys: jax.Array,
     ) -> Written:
         """One step: some of the eligible positions are written, for good."""
-        keys_of_step = fold_in(keys, canvas.step)
 
         def read_out(logits, positions):
-            return propose(logits, keys_of_step, positions, model.vocabulary, self.sampling, self.order)
+            return propose(logits, keys, positions, model.vocabulary, self.sampling, self.order)
 
         tokens, log_probability, certainty = model.map_logits(read_out, hidden, positions)
-        left = jnp.sum(eligible, axis=-1)
+        left = jnp.sum(eligible, axis=-1, dtype=jnp.int32)
         # The share of this step, rounded up, of what is left for all: shares differ by one at most.
         count = jnp.ones_like(left) if self.num_steps is None else -(-left // (self.num_steps - canvas.step))
         chosen = choose(certainty, eligible, count, self.threshold)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind, Slots
+from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.objective import (
     Likelihood,
@@ -89,7 +90,7 @@ class Autoregressive(Objective):
         teacher: Transformer | None = None,
     ) -> LossSums:
         """The key serves dropout alone; the objective itself draws nothing."""
-        hidden = self.hidden(model, batch, row_keys(key, batch.example_ids) if train else None)
+        hidden = self.hidden(model, batch, row_keys(stream(key, "dropout"), batch.example_ids) if train else None)
 
         def read_out(logits, labels):
             loss, nll = cross_entropy(logits, labels, label_smoothing=self.label_smoothing, z_loss=self.z_loss)

@@ -12,6 +12,7 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import Annealed, AttentionKind, Slots
 from diffusion_t5x.models.stack import Encoded
+from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.likelihood import masked_bound
 from diffusion_t5x.objectives.masked import SCHEDULES, mask_targets
@@ -163,12 +164,12 @@ class Block(Objective):
 
         Blocks are of this size, or of `block_size`.
         """
-        time_key, where_key, noise_key, _ = jax.random.split(key, 4)
-        share = stratified(time_key, batch.example_ids, block_starts(batch, self.block_size if size is None else size))
+        starts = block_starts(batch, self.block_size if size is None else size)
+        share = stratified(stream(key, "time"), batch.example_ids, starts)
         probability, weights = SCHEDULES[self.schedule](1 - (1 - self.epsilon) * share)
-        noisy = mask_targets(batch, vocabulary, probability, row_keys(where_key, batch.example_ids))
+        noisy = mask_targets(batch, vocabulary, probability, row_keys(stream(key, "where"), batch.example_ids))
         if self.noise == "uniform":
-            noise_keys = row_keys(noise_key, batch.example_ids)
+            noise_keys = row_keys(stream(key, "noise"), batch.example_ids)
             noise = jax.vmap(vocabulary.sample_noise, (0, None))(noise_keys, batch.tokens.shape[1:])
             noisy = jnp.where(noisy == vocabulary.mask_id, noise, batch.tokens)
         return noisy, weights
@@ -189,8 +190,7 @@ class Block(Objective):
         step: jax.Array | None = None,
         teacher: Transformer | None = None,
     ) -> LossSums:
-        _, _, _, dropout_key = jax.random.split(key, 4)
-        dropout_keys = row_keys(dropout_key, batch.example_ids) if train else None
+        dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids) if train else None
         size = self._size_at(step)
         noisy, weights = self.corrupt(model.vocabulary, batch, key, size)
         reading = Reading.of(batch, model.vocabulary, model.config.shifted, packed=True)

@@ -14,6 +14,7 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind
+from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.likelihood import masked_bound
 from diffusion_t5x.objectives.objective import (
@@ -55,7 +56,7 @@ def mask_targets(batch: Batch, vocabulary: TokenIds, probability: jax.Array, key
       probability: `[B, L]`.
       keys: `[B]`, a key for each row.
     """
-    masked = jax.vmap(lambda key, row: jax.random.uniform(key, row.shape) < row)(keys, probability)
+    masked = jax.vmap(lambda key, row: jax.random.uniform(key, row.shape, jnp.float32) < row)(keys, probability)
     return jnp.where(masked & batch.target_mask, vocabulary.mask_id, batch.tokens)
 
 
@@ -104,10 +105,9 @@ class Masked(Objective):
 
     def _corrupt(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Of every position `[B, L]`: the token or MASK, and the bound's weight if it is masked."""
-        time_key, where_key, _ = jax.random.split(key, 3)
-        share = stratified(time_key, batch.example_ids, batch.segment_ids)
+        share = stratified(stream(key, "time"), batch.example_ids, batch.segment_ids)
         probability, weights = SCHEDULES[self.schedule](1 - (1 - self.epsilon) * share)
-        keys = row_keys(where_key, batch.example_ids)
+        keys = row_keys(stream(key, "where"), batch.example_ids)
         return mask_targets(batch, vocabulary, probability, keys), weights
 
     def loss(
@@ -119,8 +119,7 @@ class Masked(Objective):
         step: jax.Array | None = None,
         teacher: Transformer | None = None,
     ) -> LossSums:
-        _, _, dropout_key = jax.random.split(key, 3)
-        dropout_keys = row_keys(dropout_key, batch.example_ids) if train else None
+        dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids) if train else None
         tokens, weights = self._corrupt(model.vocabulary, batch, key)
         reading = Reading.of(batch, model.vocabulary, model.config.shifted, packed=True)
         batch = reading.fits(batch)

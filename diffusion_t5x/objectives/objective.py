@@ -221,7 +221,7 @@ def after_end(tokens: jax.Array, batch: Batch, vocabulary: TokenIds) -> jax.Arra
       batch: says what the slots are.
       vocabulary: says what EOS and pad are.
     """
-    ends = batch.target_mask & ((tokens == vocabulary.eos_id) | (tokens == vocabulary.pad_id))
+    ends = batch.target_mask & vocabulary.is_end(tokens)
     ends_before = jnp.cumsum(ends, axis=-1) - ends
     segment_start = jnp.maximum(jnp.arange(tokens.shape[1]) - batch.positions, 0)
     return ends_before > jnp.take_along_axis(ends_before, segment_start, axis=-1)

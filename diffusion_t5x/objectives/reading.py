@@ -16,13 +16,12 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import Annealed, AttentionKind, Slots
 from diffusion_t5x.models.stack import Encoded
+from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.autoregressive import shift_right
 
 # A packed row has room for one segment more for so many tokens of its length.
 TOKENS_PER_SEGMENT = 16
-# Folded into a step's key: no other use of it has a number as high.
-_ANNEALING = 2**32 - 2
 
 
 def start_first(tokens: jax.Array, positions: jax.Array, vocabulary: TokenIds) -> jax.Array:
@@ -155,4 +154,4 @@ def annealed(
     if anneal_steps is None or step is None:
         return kind
     share = jnp.minimum(1.0, (step + 1) / anneal_steps)
-    return Annealed(kind, share, jax.random.fold_in(key, _ANNEALING))
+    return Annealed(kind, share, stream(key, "annealing"))

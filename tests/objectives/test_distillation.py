@@ -15,6 +15,7 @@ from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import CAUSAL, AttentionKind, Slots
 from diffusion_t5x.models.sampling import forbid
+from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.block import block_starts, noisy_hidden
 from diffusion_t5x.objectives.distillation import DIVERGENCES, Distillation, divergence, visited_states
@@ -194,7 +195,7 @@ def test_the_loss_is_what_brute_force_gives(kind, top_k, score_end, size, config
             definition.bind(student), BATCH, key, train=False, teacher=definition.bind(teacher)
         )
     )(student, teacher)
-    noisy = np.asarray(visited_states(BATCH, VOCABULARY, size, jax.random.split(key)[0]))
+    noisy = np.asarray(visited_states(BATCH, VOCABULARY, size, stream(key, "noise")))
     distance = plain(brute_force_parts(), student_logits(noisy, size, config), kind, top_k)
     means, ends = [], 7 if score_end else 6
     for row, end in ((0, ends), (1, 5)):
