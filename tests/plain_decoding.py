@@ -14,9 +14,8 @@ from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.decoder import end_at_eos
 from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.models.masks import BIDIRECTIONAL, Slots
+from diffusion_t5x.models.reading import shift_right, shifted_slots, start_first
 from diffusion_t5x.models.streams import stream
-from diffusion_t5x.objectives.autoregressive import shift_right, shifted_slots
-from diffusion_t5x.objectives.reading import start_first
 
 TOLERANCE = 1e-5  # of logits, as a share of the largest
 

@@ -12,9 +12,9 @@ from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.attention import KVCache, write_rows
 from diffusion_t5x.models.masks import AttentionKind, Slots
+from diffusion_t5x.models.reading import Reading, start_first
+from diffusion_t5x.models.streams import row_keys
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.objectives.objective import row_keys
-from diffusion_t5x.objectives.reading import Reading, start_first
 
 
 @dataclasses.dataclass(frozen=True)

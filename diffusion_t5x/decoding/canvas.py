@@ -16,10 +16,9 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace
 from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.masks import BIDIRECTIONAL
-from diffusion_t5x.models.streams import stream
+from diffusion_t5x.models.reading import Reading
+from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.objectives.objective import row_keys
-from diffusion_t5x.objectives.reading import Reading
 
 
 @flax.struct.dataclass

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.ends import after_end
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.objectives.objective import after_end
 
 Watch = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 """Is called while a decoder is at work: with a step's number, counted from 1 (0: before the first), and what a `Trace`

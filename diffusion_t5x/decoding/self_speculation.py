@@ -17,10 +17,11 @@ from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace,
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.models.attention import KVCache, write_rows
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind, Slots
+from diffusion_t5x.models.reading import Reading, start_first
+from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.sampling import forbid
+from diffusion_t5x.models.streams import row_keys
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.objectives.objective import cross_entropy, row_keys
-from diffusion_t5x.objectives.reading import Reading, start_first
 
 
 @dataclasses.dataclass(frozen=True)

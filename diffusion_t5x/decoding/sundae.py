@@ -12,10 +12,10 @@ from diffusion_t5x.decoding.canvas import Canvas, StepRule, Written, decode_canv
 from diffusion_t5x.decoding.commit import choose
 from diffusion_t5x.decoding.decoder import Decoded, Watch
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.sampling import Sampling, forbid, sample, uniform
 from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.objectives.objective import cross_entropy
 
 
 @dataclasses.dataclass(frozen=True)

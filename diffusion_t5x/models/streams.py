@@ -15,3 +15,8 @@ def stream(keys: jax.Array | None, name: str) -> jax.Array | None:
         return None
     number = zlib.crc32(name.encode())
     return jax.random.fold_in(keys, number) if keys.ndim == 0 else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+
+def row_keys(key: jax.Array, example_ids: jax.Array) -> jax.Array:
+    """A key `[B]` for each row, the same whichever batch, microbatch or device the row is in."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, example_ids)

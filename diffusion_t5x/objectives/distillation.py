@@ -14,11 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import AttentionKind
+from diffusion_t5x.models.reading import Reading, model_reads
+from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.sampling import forbid
-from diffusion_t5x.models.streams import stream
+from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Params, Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block, block_starts, noisy_hidden
@@ -30,12 +33,8 @@ from diffusion_t5x.objectives.objective import (
     Pass,
     Ratio,
     check_normalize,
-    cross_entropy,
     normalized,
-    row_keys,
-    text_of,
 )
-from diffusion_t5x.objectives.reading import Reading, model_reads
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")

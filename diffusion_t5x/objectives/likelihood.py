@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.layers import fold_in
-from diffusion_t5x.models.streams import stream
-from diffusion_t5x.objectives.objective import Likelihood, row_keys, text_of
+from diffusion_t5x.models.streams import row_keys, stream
+from diffusion_t5x.objectives.objective import Likelihood
 
 Draw = Callable[[jax.Array, jax.Array], jax.Array]
 

@@ -14,8 +14,11 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind
-from diffusion_t5x.models.streams import stream
+from diffusion_t5x.models.reading import Reading, model_reads
+from diffusion_t5x.models.readout import score
+from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
+from diffusion_t5x.objectives.annealing import annealed, check_anneal_steps
 from diffusion_t5x.objectives.likelihood import masked_bound
 from diffusion_t5x.objectives.objective import (
     Likelihood,
@@ -26,11 +29,8 @@ from diffusion_t5x.objectives.objective import (
     Ratio,
     check_normalize,
     normalized,
-    row_keys,
-    score,
     stratified,
 )
-from diffusion_t5x.objectives.reading import Reading, annealed, check_anneal_steps, model_reads
 
 
 def linear(t: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -18,10 +18,9 @@ from diffusion_t5x.models.attention import KVCache
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.masks import AttentionKind, Slots
-from diffusion_t5x.models.streams import stream
+from diffusion_t5x.models.reading import start_first
+from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition
-from diffusion_t5x.objectives.objective import row_keys
-from diffusion_t5x.objectives.reading import start_first
 
 VOCABULARY = tiny.VOCABULARY
 MASK, EOS = VOCABULARY.mask_id, VOCABULARY.eos_id

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind, same_segment
-from diffusion_t5x.models.streams import stream
+from diffusion_t5x.models.reading import Reading, model_reads
+from diffusion_t5x.models.readout import score
+from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.likelihood import masked_bound
 from diffusion_t5x.objectives.objective import (
@@ -20,11 +22,8 @@ from diffusion_t5x.objectives.objective import (
     Pass,
     check_normalize,
     normalized,
-    row_keys,
-    score,
     stratified,
 )
-from diffusion_t5x.objectives.reading import Reading, model_reads
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,12 +14,12 @@ from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import CAUSAL, AttentionKind, Slots
+from diffusion_t5x.models.reading import Reading, start_first
 from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.block import block_starts, noisy_hidden
 from diffusion_t5x.objectives.distillation import DIVERGENCES, Distillation, divergence, visited_states
-from diffusion_t5x.objectives.reading import Reading, start_first
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training.rollout import make_rollout_step
 
