@@ -10,7 +10,6 @@ from diffusion_t5x.models.sampling import Sampling, forbid, sample, uniform
 from diffusion_t5x.models.streams import stream
 
 Order = Literal["confidence", "entropy", "margin", "random"]
-ORDERS = ("confidence", "entropy", "margin", "random")
 
 
 def propose(

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.canvas import Canvas, StepRule, Written
-from diffusion_t5x.decoding.commit import ORDERS, Order, choose, propose
-from diffusion_t5x.errors import UserError
+from diffusion_t5x.decoding.commit import Order, choose, propose
+from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.sampling import Sampling
 from diffusion_t5x.models.transformer import Transformer
 
@@ -43,8 +43,7 @@ class MaskedDecoder(StepRule):
 
     def __post_init__(self) -> None:
         self.sampling  # noqa: B018  (raises on bad values now, not in the middle of a run)
-        if self.order not in ORDERS:
-            raise UserError(f"MaskedDecoder.order must be one of {', '.join(ORDERS)}, not {self.order!r}.")
+        check_choices(self)
         if self.num_steps is not None and self.num_steps < 1:
             raise UserError(f"MaskedDecoder.num_steps must be at least 1, or None; got {self.num_steps}.")
         if self.threshold is not None and (not 0 <= self.threshold <= 1 or self.order != "confidence"):

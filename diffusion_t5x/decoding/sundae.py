@@ -11,7 +11,7 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.canvas import Canvas, StepRule, Written, decode_canvas
 from diffusion_t5x.decoding.commit import choose
 from diffusion_t5x.decoding.decoder import Decoded, Watch
-from diffusion_t5x.errors import UserError
+from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.sampling import Sampling, forbid, sample, uniform
 from diffusion_t5x.models.streams import stream
@@ -57,8 +57,7 @@ class SundaeDecoder(StepRule):
             )
         if not 0 < self.update_share <= 1:
             raise UserError(f"SundaeDecoder.update_share must lie in (0, 1]; got {self.update_share}.")
-        if self.method not in ("sample", "argmax_unrolled"):
-            raise UserError(f"SundaeDecoder.method must be 'sample' or 'argmax_unrolled', not {self.method!r}.")
+        check_choices(self)
         if self.method == "argmax_unrolled" and self.temperature:
             raise UserError(
                 f"SundaeDecoder.method 'argmax_unrolled' takes the likeliest tokens: it needs temperature = 0, not "

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.ends import text_of
-from diffusion_t5x.errors import UserError
+from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind
 from diffusion_t5x.models.reading import shift_right, shifted_slots
 from diffusion_t5x.models.readout import cross_entropy, score
@@ -21,7 +21,6 @@ from diffusion_t5x.objectives.objective import (
     Normalize,
     Objective,
     Pass,
-    check_normalize,
     normalized,
 )
 
@@ -44,7 +43,7 @@ class Autoregressive(Objective):
     normalize: Normalize = "target_tokens"
 
     def __post_init__(self) -> None:
-        check_normalize(self.normalize)
+        check_choices(self)
         if not 0 <= self.label_smoothing < 1 or self.z_loss < 0:
             raise UserError(f"label_smoothing must lie in [0, 1) and z_loss must not be negative; got {self}.")
 

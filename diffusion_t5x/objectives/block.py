@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.ends import after_end
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.errors import UserError
+from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.masks import Annealed, AttentionKind, Slots
 from diffusion_t5x.models.reading import Reading, model_reads
 from diffusion_t5x.models.readout import score
@@ -19,7 +19,7 @@ from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.annealing import annealed, check_anneal_steps
 from diffusion_t5x.objectives.likelihood import masked_bound
-from diffusion_t5x.objectives.masked import SCHEDULES, mask_targets
+from diffusion_t5x.objectives.masked import SCHEDULES, Schedule, Weighting, mask_targets
 from diffusion_t5x.objectives.objective import (
     Likelihood,
     LossSums,
@@ -27,7 +27,6 @@ from diffusion_t5x.objectives.objective import (
     Objective,
     Pass,
     Ratio,
-    check_normalize,
     normalized,
     stratified,
 )
@@ -116,20 +115,18 @@ class Block(Objective):
     block_size: int = 4
     stages: tuple[tuple[int, int], ...] | None = None
     noise: Literal["mask", "uniform"] = "mask"
-    schedule: Literal["linear", "cosine"] = "linear"
-    weighting: Literal["elbo", "uniform"] = "elbo"
+    schedule: Schedule = "linear"
+    weighting: Weighting = "elbo"
     epsilon: float = 1e-3
     anneal_steps: int | None = None
     normalize: Normalize = "target_tokens"
 
     def __post_init__(self) -> None:
-        check_normalize(self.normalize)
+        check_choices(self)
         check_anneal_steps(self.anneal_steps)
         self.attention  # noqa: B018  (raises on a bad block size)
-        if self.noise not in ("mask", "uniform") or self.weighting not in ("elbo", "uniform"):
-            raise UserError(f"Block needs noise mask or uniform and weighting elbo or uniform; got {self}.")
-        if self.schedule not in SCHEDULES or not 0 <= self.epsilon < 1:
-            raise UserError(f"Block needs a schedule of {', '.join(SCHEDULES)}, epsilon in [0, 1); got {self}.")
+        if not 0 <= self.epsilon < 1:
+            raise UserError(f"Block.epsilon must lie in [0, 1); got {self.epsilon}.")
         if self.noise == "uniform" and self.weighting != "uniform":
             raise UserError('Block.weighting must be "uniform" with uniform noise: no bound is known here for it.')
         if self.stages is not None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.errors import UserError
+from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.masks import AttentionKind
 from diffusion_t5x.models.reading import Reading, model_reads
 from diffusion_t5x.models.readout import cross_entropy
@@ -32,12 +32,10 @@ from diffusion_t5x.objectives.objective import (
     Objective,
     Pass,
     Ratio,
-    check_normalize,
     normalized,
 )
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
 
 class Teacher(NamedTuple):
@@ -133,12 +131,8 @@ class Distillation(Objective):
     normalize: Normalize = "sequences"
 
     def __post_init__(self) -> None:
-        check_normalize(self.normalize)
+        check_choices(self)
         self.attention  # noqa: B018  (raises on a bad block size)
-        if self.divergence not in DIVERGENCES or self.states not in ("visited", "random"):
-            raise UserError(
-                f"Distillation needs a divergence of {', '.join(DIVERGENCES)} and states visited or random; got {self}."
-            )
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"Distillation.top_k must be at least 1, or None for all; got {self.top_k}.")
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.errors import UserError
+from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind
 from diffusion_t5x.models.reading import Reading, model_reads
 from diffusion_t5x.models.readout import score
@@ -27,10 +27,12 @@ from diffusion_t5x.objectives.objective import (
     Objective,
     Pass,
     Ratio,
-    check_normalize,
     normalized,
     stratified,
 )
+
+Schedule = Literal["linear", "cosine"]
+Weighting = Literal["elbo", "uniform"]
 
 
 def linear(t: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -76,20 +78,17 @@ class Masked(Objective):
       normalize: what the summed loss is divided by.
     """
 
-    schedule: Literal["linear", "cosine"] = "linear"
-    weighting: Literal["elbo", "uniform"] = "elbo"
+    schedule: Schedule = "linear"
+    weighting: Weighting = "elbo"
     epsilon: float = 1e-3
     anneal_steps: int | None = None
     normalize: Normalize = "target_tokens"
 
     def __post_init__(self) -> None:
-        check_normalize(self.normalize)
+        check_choices(self)
         check_anneal_steps(self.anneal_steps)
-        if self.schedule not in SCHEDULES or self.weighting not in ("elbo", "uniform") or not 0 <= self.epsilon < 1:
-            raise UserError(
-                f"Masked needs a schedule of {', '.join(SCHEDULES)}, a weighting of elbo or uniform and an epsilon in "
-                f"[0, 1); got {self}."
-            )
+        if not 0 <= self.epsilon < 1:
+            raise UserError(f"Masked.epsilon must lie in [0, 1); got {self.epsilon}.")
 
     @property
     def attention(self) -> AttentionKind:

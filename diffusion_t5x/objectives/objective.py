@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import AttentionKind
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 
@@ -165,11 +164,6 @@ def stratified(key: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array
     rows, columns = jnp.asarray(rows, jnp.uint32)[:, None], jnp.asarray(columns, jnp.uint32)
     bits = u + rows * GOLDEN_RATIO + columns * SQUARE_ROOT_OF_TWO
     return (bits >> 8).astype(jnp.float32) * 2.0**-24
-
-
-def check_normalize(normalize: str) -> None:
-    if normalize not in ("target_tokens", "all_tokens", "sequences"):
-        raise UserError(f"normalize must be target_tokens, all_tokens or sequences, not {normalize!r}.")
 
 
 def normalized(batch: Batch, loss: jax.Array, normalize: Normalize) -> Ratio:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.errors import UserError
+from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind
 from diffusion_t5x.models.reading import Reading, model_reads
@@ -26,7 +26,6 @@ from diffusion_t5x.objectives.objective import (
     Normalize,
     Objective,
     Pass,
-    check_normalize,
     normalized,
 )
 from diffusion_t5x.objectives.uniform_bound import uniform_bound
@@ -76,7 +75,7 @@ class Sundae(Objective):
     normalize: Normalize = "target_tokens"
 
     def __post_init__(self) -> None:
-        check_normalize(self.normalize)
+        check_choices(self)
         check_anneal_steps(self.anneal_steps)
         if self.num_unrolls < 0 or self.temperature < 0:
             raise UserError(f"num_unrolls and temperature must not be negative; got {self}.")

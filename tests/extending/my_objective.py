@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.errors import check_choices
 from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind, same_segment
 from diffusion_t5x.models.reading import Reading, model_reads
 from diffusion_t5x.models.readout import score
@@ -20,7 +21,6 @@ from diffusion_t5x.objectives.objective import (
     Normalize,
     Objective,
     Pass,
-    check_normalize,
     normalized,
     stratified,
 )
@@ -37,7 +37,7 @@ class MaskPredict(Objective):
     normalize: Normalize = "target_tokens"
 
     def __post_init__(self) -> None:
-        check_normalize(self.normalize)
+        check_choices(self)
 
     @property
     def attention(self) -> AttentionKind:
