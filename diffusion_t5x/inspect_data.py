@@ -22,8 +22,8 @@ from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.vocabularies import TokenIds, visible
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.reading import shift_right
 from diffusion_t5x.models.transformer import ModelDefinition
-from diffusion_t5x.objectives.autoregressive import shift_right
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.recorded import checkpoint_texts, dataset_text, take_checkpoint
 from diffusion_t5x.training.step import step_key

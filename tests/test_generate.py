@@ -164,6 +164,22 @@ def test_the_decoder_follows_from_the_training(files, settings, expected, form, 
     assert {name: found[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize("shifted", [False, True])
+def test_an_older_checkpoint_s_objective_says_whether_the_model_is_shifted(shifted, tmp_path, monkeypatch):
+    def as_it_was(text):
+        old = (f"{name}.shifted = {shifted}" for name in ("masked_objective.Masked", "masked_decoding.MaskedDecoder"))
+        assert "model_config.ModelConfig.shifted = False" in text
+        return text.replace("model_config.ModelConfig.shifted = False", "\n".join(old))
+
+    folder = untrained(tmp_path, "objectives/masked.gin", "decoding/masked.gin", edit=as_it_was)
+    seen = []
+    monkeypatch.setattr(Agreement, "check", lambda agreement, model, users: seen.extend([agreement.record, model]))
+    monkeypatch.setattr(generate, "_lengths", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate.main(["--checkpoint", str(folder), "--prompt", "a"])
+    assert seen[0].shifted is shifted and seen[1].shifted is shifted
+
+
 @pytest.mark.parametrize(
     ("features", "length", "architecture", "max_length", "expected"),
     [

@@ -19,7 +19,7 @@ from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.sundae import Sundae
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.tasks import quickstart  # noqa: F401  (registers its tasks)
-from diffusion_t5x.training.step import make_train_step
+from diffusion_t5x.training.step import make_train_step, step_key
 
 seqio = pytest.importorskip("seqio")
 tf = pytest.importorskip("tensorflow")
@@ -94,7 +94,7 @@ class Reader:
 def first_reads(objective, dataset, batch):
     """What the loss of training step 1 reads first: noise is keyed by (seed, step)."""
     with pytest.raises(FirstCall) as stopped:
-        objective.loss(Reader(dataset.token_ids()), batch, jax.random.fold_in(jax.random.key(SEED), 0))
+        objective.loss(Reader(dataset.token_ids()), batch, step_key(SEED, 0))
     return stopped.value.args[0]
 
 

@@ -25,10 +25,11 @@ RUN = [
 ]
 
 
-def untrained(folder, *files, architecture="decoder_only", run="runs/finetune.gin", settings=(), form="old"):
+def untrained(folder, *files, architecture="decoder_only", run="runs/finetune.gin", settings=(), form="old", edit=str):
     """A checkpoint as a training on JSON lines, in bytes, would leave it, but with random parameters.
 
-    In the old form its metadata have no record, in the new one they do.
+    In the old form its metadata have no record, in the new one they do. `edit` makes another text of their
+    configuration.
     """
     files = [f"models/{architecture}.gin", "sizes/tiny.gin", *files[:1], run, "tasks/local_jsonl.gin", *files[1:]]
     size = [f"ModelConfig.{name}={value}" for name, value in SIZE.items()]
@@ -36,7 +37,7 @@ def untrained(folder, *files, architecture="decoder_only", run="runs/finetune.gi
     config.load(files, [*size, *given, f"TASK_FEATURE_LENGTHS={LENGTHS}", *settings])
     model = ModelConfig(**SIZE, architecture=architecture, tie_embeddings=architecture == "decoder_only")
     definition = ModelDefinition(model, token_ids(seqio.ByteVocabulary(extra_ids=100)))
-    save_old(folder, definition, tiny.random_params(definition), config.operative_text())
+    save_old(folder, definition, tiny.random_params(definition), edit(config.operative_text()))
     if form == "new":
         give_record(folder)
     return folder

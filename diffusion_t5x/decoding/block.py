@@ -7,15 +7,15 @@ import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.decoding.canvas import Canvas, StepRule, Written, denoise
-from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace
+from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace, target_range
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.attention import KVCache, write_rows
 from diffusion_t5x.models.masks import AttentionKind, Slots
 from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.reading import Reading, start_first
+from diffusion_t5x.models.streams import row_keys
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.objectives.objective import row_keys
-from diffusion_t5x.objectives.reading import Reading, start_first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class BlockDecoder(Decoder):
 
     def __post_init__(self) -> None:
         self.attention  # noqa: B018  (raises on a bad block size)
-        if self.inner.num_samples not in (None, 1):
+        if self.inner.num_samples != 1:
             raise UserError(f"BlockDecoder.inner must have num_samples = 1: a block is written once; got {self.inner}.")
 
     @property
@@ -64,8 +64,7 @@ class BlockDecoder(Decoder):
             (Slots.of(reading.batch), reading.tokens(blank, vocabulary), blank, batch.target_mask, batch.positions),
         )
         length = batch.tokens.shape[1]
-        first_target = jnp.argmax(target_mask, axis=-1)
-        num_targets = jnp.sum(target_mask, axis=-1)
+        first_target, num_targets = target_range(target_mask)
         cut = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, size))
 
         # The inputs in one pass. It fills the slots of the targets too, but none is seen before it is written anew.
@@ -88,7 +87,7 @@ class BlockDecoder(Decoder):
                 if trace:
                     canvas = write_rows(carry["canvas"], written.tokens, start)
                     mask = write_rows(jnp.zeros(canvas.shape, bool), written.mask, start)
-                    log_probability = write_rows(jnp.zeros(canvas.shape), written.log_probability, start)
+                    log_probability = write_rows(jnp.zeros(canvas.shape, jnp.float32), written.log_probability, start)
                     carry["trace"] = carry["trace"].record(steps, canvas, mask, log_probability)
                 return carry | {"steps": steps + 1}
 
@@ -107,7 +106,7 @@ class BlockDecoder(Decoder):
             tokens = block.tokens
             hidden, carry = extend(tokens, carry)
             carry = show(carry, Written(tokens, jnp.zeros(tokens.shape, bool), block.log_probability, block.score))
-            ends = is_target & ((tokens == vocabulary.eos_id) | (tokens == vocabulary.pad_id))
+            ends = is_target & vocabulary.is_end(tokens)
             number = carry["block"] + 1
             return carry | {
                 "block": number,
@@ -127,7 +126,7 @@ class BlockDecoder(Decoder):
             "cache": cache,
             "before": before,
             "finished": num_targets == 0,
-            "score": jnp.zeros(rows),
+            "score": jnp.zeros(rows, jnp.float32),
             "steps": jnp.int32(0),
             "row_steps": jnp.zeros(rows, jnp.int32),
             "trace": start_trace(trace, canvas, -(-length // size) * (inner.most_steps(size) + 1), length=length),

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace
+from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.masks import BIDIRECTIONAL
+from diffusion_t5x.models.reading import Reading
+from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.objectives.objective import row_keys
-from diffusion_t5x.objectives.reading import Reading
 
 
 @flax.struct.dataclass
@@ -96,12 +97,12 @@ class StepRule(Decoder, Protocol):
 
     Attributes:
       keeps_written: a target is MASK until a step writes it, and keeps what that step wrote.
-      num_samples: canvases for each example, of which the one of best score is kept. None: one, with the row's own key.
+      num_samples: canvases for each example, of which the one of best score is kept.
     """
 
     fills_holes: ClassVar[bool] = True
     keeps_written: ClassVar[bool] = False
-    num_samples: int | None = None
+    num_samples: int = 1
 
     def blank(self, batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
         """The rows int32 `[B, L]` with what stands at the targets before the first step; keys `[B]`."""
@@ -129,7 +130,7 @@ class StepRule(Decoder, Protocol):
           canvas: before this step.
           eligible: bool `[B, L]`, where it may write.
           positions: int32 `[B, L]`.
-          keys: `[B]`, a key for each row, the same at every step.
+          keys: `[B]`, a key for each row and step, a source of named streams (see `models.streams`).
         """
 
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
@@ -154,7 +155,7 @@ def denoise(
       model: for the rule.
       canvas: before the first step.
       target_mask, positions: `[B, L]`.
-      keys: `[B]`.
+      keys: `[B]`, a key for each row.
       read: the hidden states `[B, L, D]` that predict tokens `[B, L]`; takes the carry (a cache, say), and returns it.
       show: returns the carry after a step that wrote this.
       carry: any tree of arrays, the caller's own.
@@ -168,7 +169,8 @@ def denoise(
         canvas, carry = state
         may_write = eligible(canvas)
         hidden, carry = read(canvas.tokens, carry)
-        written = rule.write(model, hidden, canvas, may_write, positions, keys)
+        step_keys = fold_in(stream(keys, "steps"), canvas.step)
+        written = rule.write(model, hidden, canvas, may_write, positions, step_keys)
         return canvas.after(written, jnp.any(may_write, axis=-1)), show(carry, written)
 
     return jax.lax.while_loop(lambda state: jnp.any(eligible(state[0])), take_step, (canvas, carry))
@@ -176,13 +178,13 @@ def denoise(
 
 def decode_canvas(rule: StepRule, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch) -> Decoded:
     """Writes all targets at once, each seeing all others. The score is the mean of the rule's over the targets."""
-    samples, keys = rule.num_samples or 1, row_keys(key, batch.example_ids)
+    samples, keys = rule.num_samples, row_keys(key, batch.example_ids)
     rows = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), batch)  # each example's samples together
     encoded = model.encode(batch)
     encoded = encoded and encoded.repeat(samples)
-    if rule.num_samples is not None:
+    if samples > 1:
         numbers = jnp.tile(jnp.arange(samples), len(batch.tokens))
-        keys = jax.vmap(jax.random.fold_in)(jnp.repeat(keys, samples), numbers)
+        keys = jax.vmap(jax.random.fold_in)(jnp.repeat(stream(keys, "samples"), samples), numbers)
     reading = Reading.of(rows, model.vocabulary, model.config.shifted)
 
     def read(tokens, carry):

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.ends import after_end
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.objectives.objective import after_end
 
 Watch = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 """Is called while a decoder is at work: with a step's number, counted from 1 (0: before the first), and what a `Trace`
@@ -36,7 +36,7 @@ class Trace:
     def start(cls, tokens: jax.Array, most_steps: int) -> Self:
         """Of rows `[B, L]` before the first step, with room for so many steps."""
         tokens = jnp.broadcast_to(tokens, (most_steps + 1, *tokens.shape))
-        return cls(tokens=tokens, confidence=jnp.zeros(tokens.shape))
+        return cls(tokens=tokens, confidence=jnp.zeros(tokens.shape, jnp.float32))
 
     def record(self, step: jax.Array, tokens: jax.Array, mask: jax.Array, log_probability: jax.Array) -> Self:
         """With one more step, counted from 0; the arguments are what `canvas.Written` holds."""
@@ -92,7 +92,7 @@ def start_trace(
     """
     if not callable(trace):
         return Trace.start(tokens, most_steps) if trace else None
-    watched = Watched(jnp.zeros(tokens.shape), trace, first, tokens.shape[1] if length is None else length)
+    watched = Watched(jnp.zeros(tokens.shape, jnp.float32), trace, first, tokens.shape[1] if length is None else length)
     watched.show(0, tokens)
     return watched
 
@@ -133,7 +133,7 @@ class Decoded:
         text = batch.target_mask & ~after_end(canvas, batch, vocabulary)
         return cls(
             tokens=end_at_eos(canvas, batch, vocabulary),
-            num_tokens=jnp.sum(text, axis=-1),
+            num_tokens=jnp.sum(text, axis=-1, dtype=jnp.int32),
             canvas=canvas,
             **fields,
         )
@@ -168,6 +168,11 @@ class Decoder(Protocol):
           key: of all that is drawn.
           trace: keep every step, or show it to a `Watch` while decoding goes on.
         """
+
+
+def target_range(target_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of masks bool `[B, L]`, the index of each row's first target and the number of its targets, int32 `[B]`."""
+    return jnp.argmax(target_mask, axis=-1).astype(jnp.int32), jnp.sum(target_mask, axis=-1, dtype=jnp.int32)
 
 
 def end_at_eos(tokens: jax.Array, batch: Batch, vocabulary: TokenIds) -> jax.Array:

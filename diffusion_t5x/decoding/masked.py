@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.canvas import Canvas, StepRule, Written
-from diffusion_t5x.decoding.commit import ORDERS, Order, choose, propose
-from diffusion_t5x.errors import UserError
-from diffusion_t5x.models.layers import fold_in
+from diffusion_t5x.decoding.commit import Order, choose, propose
+from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.masks import BIDIRECTIONAL
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.sampling import Sampling
@@ -46,8 +45,7 @@ class MaskedDecoder(StepRule):
 
     def __post_init__(self) -> None:
         self.sampling  # noqa: B018  (raises on bad values now, not in the middle of a run)
-        if self.order not in ORDERS:
-            raise UserError(f"MaskedDecoder.order must be one of {', '.join(ORDERS)}, not {self.order!r}.")
+        check_choices(self)
         if self.num_steps is not None and self.num_steps < 1:
             raise UserError(f"MaskedDecoder.num_steps must be at least 1, or None; got {self.num_steps}.")
         if self.threshold is not None and (not 0 <= self.threshold <= 1 or self.order != "confidence"):
@@ -84,13 +82,12 @@ class MaskedDecoder(StepRule):
         keys: jax.Array,
     ) -> Written:
         """One step: some of the eligible positions are written, for good."""
-        keys_of_step = fold_in(keys, canvas.step)
 
         def read_out(logits, positions):
-            return propose(logits, keys_of_step, positions, model.vocabulary, self.sampling, self.order)
+            return propose(logits, keys, positions, model.vocabulary, self.sampling, self.order)
 
         tokens, log_probability, certainty = model.map_logits(read_out, hidden, positions)
-        left = jnp.sum(eligible, axis=-1)
+        left = jnp.sum(eligible, axis=-1, dtype=jnp.int32)
         # The share of this step, rounded up, of what is left for all: shares differ by one at most.
         count = jnp.ones_like(left) if self.num_steps is None else -(-left // (self.num_steps - canvas.step))
         chosen = choose(certainty, eligible, count, self.threshold)

@@ -13,15 +13,16 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.decoding.autoregressive import read_prompt
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.canvas import Canvas, denoise
-from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace
+from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace, target_range
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.models.attention import KVCache, write_rows
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind, Slots
 from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.reading import Reading, start_first
+from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.sampling import forbid
+from diffusion_t5x.models.streams import row_keys
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.objectives.objective import cross_entropy, row_keys
-from diffusion_t5x.objectives.reading import Reading, start_first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +69,9 @@ class SelfSpeculationDecoder(Decoder):
         names = ("tokens", "target_mask", "segment_ids", "positions")
         room = batch.replace(**{name: jnp.pad(getattr(batch, name), ((0, 0), (size, size + 1))) for name in names})
         length, row_numbers = batch.tokens.shape[1], jnp.arange(len(batch.tokens))
-        first_target = size + jnp.argmax(batch.target_mask, axis=-1)
-        end = first_target + jnp.sum(batch.target_mask, axis=-1)
+        first_target, num_targets = target_range(batch.target_mask)
+        first_target += size
+        end = first_target + num_targets
 
         def cut(x, start, size):
             return jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, size))(x, start)
@@ -117,7 +119,7 @@ class SelfSpeculationDecoder(Decoder):
             draft = Canvas.start(cut(carry["canvas"], block, size))
             draft, carry = denoise(inner, model, draft, new, positions[:, size:], keys, read, show_draft, carry)
             carry |= {"row_steps": carry["row_steps"] + draft.row_steps}
-            return carry, draft.tokens, jnp.sum(new, axis=-1)
+            return carry, draft.tokens, jnp.sum(new, axis=-1, dtype=jnp.int32)
 
         def read_out(logits):
             logits = forbid(logits, vocabulary)
@@ -140,11 +142,11 @@ class SelfSpeculationDecoder(Decoder):
             place = jnp.arange(size + 1)
             is_drafted = place < num_drafted[:, None]
             agrees = is_drafted[:, :size] & (draft == tokens[:, :size])
-            num_agreed = jnp.sum(jnp.cumprod(agrees, axis=-1), axis=-1)
-            ends = (tokens == vocabulary.eos_id) | (tokens == vocabulary.pad_id)
+            num_agreed = jnp.sum(jnp.cumprod(agrees, axis=-1), axis=-1, dtype=jnp.int32)
+            ends = vocabulary.is_end(tokens)
             ends |= start[:, None] + place == end[:, None] - 1
             new = (place <= num_agreed[:, None]) & (jnp.cumsum(ends, axis=-1) - ends == 0) & ~carry["finished"][:, None]
-            num_new = jnp.sum(new, axis=-1)
+            num_new = jnp.sum(new, axis=-1, dtype=jnp.int32)
 
             def put(name, values):
                 return write_rows(carry[name], jnp.where(new, values, cut(carry[name], start, size + 1)), start)
@@ -171,8 +173,8 @@ class SelfSpeculationDecoder(Decoder):
             "canvas": canvas,
             "cache": cache,
             "draft_cache": draft_cache,
-            "finished": end == first_target,
-            "score": jnp.zeros(len(canvas)),
+            "finished": num_targets == 0,
+            "score": jnp.zeros(len(canvas), jnp.float32),
             "steps": jnp.int32(0),
             "row_steps": nothing,
             "written_at": jnp.full_like(canvas, -1),

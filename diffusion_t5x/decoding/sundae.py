@@ -11,13 +11,13 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.canvas import Canvas, StepRule, Written, decode_canvas
 from diffusion_t5x.decoding.commit import choose
 from diffusion_t5x.decoding.decoder import Decoded, Watch
-from diffusion_t5x.errors import UserError
-from diffusion_t5x.models.layers import fold_in
+from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.masks import BIDIRECTIONAL
 from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.sampling import Sampling, forbid, sample, uniform
+from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.objectives.objective import cross_entropy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +59,7 @@ class SundaeDecoder(StepRule):
             )
         if not 0 < self.update_share <= 1:
             raise UserError(f"SundaeDecoder.update_share must lie in (0, 1]; got {self.update_share}.")
-        if self.method not in ("sample", "argmax_unrolled"):
-            raise UserError(f"SundaeDecoder.method must be 'sample' or 'argmax_unrolled', not {self.method!r}.")
+        check_choices(self)
         if self.method == "argmax_unrolled" and self.temperature:
             raise UserError(
                 f"SundaeDecoder.method 'argmax_unrolled' takes the likeliest tokens: it needs temperature = 0, not "
@@ -73,7 +72,7 @@ class SundaeDecoder(StepRule):
 
     def blank(self, batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
         """The rows with noise for targets."""
-        noise = jax.vmap(vocabulary.sample_noise, (0, None))(fold_in(keys, self.num_steps), batch.tokens.shape[1:])
+        noise = jax.vmap(vocabulary.sample_noise, (0, None))(stream(keys, "blank"), batch.tokens.shape[1:])
         return jnp.where(batch.target_mask, noise, batch.tokens)
 
     def eligible(self, tokens: jax.Array, target_mask: jax.Array, vocabulary: TokenIds, step: jax.Array) -> jax.Array:
@@ -92,12 +91,11 @@ class SundaeDecoder(StepRule):
         keys: jax.Array,
     ) -> Written:
         """One step. The score is minus the cross-entropy of the tokens that a row's last step reads, and 0 before."""
-        keys_of_step = fold_in(keys, canvas.step)
 
         def read_out(logits, tokens, positions):
             logits = forbid(logits, model.vocabulary)
             wish, _ = cross_entropy(logits, tokens)
-            proposed = sample(logits, keys_of_step, positions, Sampling(self.temperature))
+            proposed = sample(logits, stream(keys, "tokens"), positions, Sampling(self.temperature))
             return proposed, cross_entropy(logits, proposed)[1], wish
 
         tokens, surprise, wish = model.map_logits(read_out, hidden, canvas.tokens, positions)
@@ -118,9 +116,8 @@ class SundaeDecoder(StepRule):
         if self.update_share == 1:
             return eligible
         count = jnp.maximum(jnp.round(self.update_share * jnp.sum(eligible, axis=-1)), 1)
-        if self.method == "sample":  # steps draw from the numbers up to num_steps, the noise from that one
-            order = uniform(fold_in(keys, self.num_steps + 1 + canvas.step), positions)
-            return choose(order, eligible, count)
+        if self.method == "sample":
+            return choose(uniform(stream(keys, "order"), positions), eligible, count)
         return jnp.where(canvas.step % 2 == 0, eligible, choose(-canvas.log_probability, eligible, count))
 
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:

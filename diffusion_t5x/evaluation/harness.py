@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Architecture, Batch
+from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.data.rows import Row, RowLayout, check_rows, fill_batches
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.decoder import Decoder
@@ -26,9 +27,10 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.inference import make_decode_step
 from diffusion_t5x.evaluation.likelihood import make_likelihood_step
 from diffusion_t5x.models.masks import PREFIX
+from diffusion_t5x.models.readout import score
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.objectives.autoregressive import Autoregressive
-from diffusion_t5x.objectives.objective import Objective, score, text_of
+from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.training.progress import Progress
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from diffusion_t5x.data.batch import Architecture
-from diffusion_t5x.errors import UserError
+from diffusion_t5x.errors import UserError, check_choices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,16 +102,7 @@ class ModelConfig:
         for name in ("embed_dim", "num_layers", "num_heads", "head_dim", "mlp_dim"):
             if getattr(self, name) < 1:
                 raise UserError(f"ModelConfig.{name} must be at least 1, not {getattr(self, name)}.")
-        for name, known in (
-            ("architecture", ("decoder_only", "encoder_decoder")),
-            ("position", ("relative", "rotary", "learned")),
-            ("norm", ("rms", "layer")),
-            ("activation", ("gelu", "silu")),
-            ("attention_backend", ("auto", "xla", "cudnn", "splash", "flash")),
-            ("remat", ("none", "dots", "full")),
-        ):
-            if getattr(self, name) not in known:
-                raise UserError(f"ModelConfig.{name} must be one of {known}, not {getattr(self, name)!r}.")
+        check_choices(self)
         if self.num_heads % self.kv_heads:
             raise UserError(
                 f"ModelConfig.num_heads = {self.num_heads} must be a multiple of num_kv_heads = {self.kv_heads}."

@@ -8,9 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.errors import UserError
-from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind, Slots
+from diffusion_t5x.data.ends import text_of
+from diffusion_t5x.errors import UserError, check_choices
+from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind
 from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.reading import shift_right, shifted_slots
+from diffusion_t5x.models.readout import cross_entropy, score
+from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.objective import (
     Likelihood,
@@ -18,27 +22,8 @@ from diffusion_t5x.objectives.objective import (
     Normalize,
     Objective,
     Pass,
-    check_normalize,
-    cross_entropy,
     normalized,
-    row_keys,
-    score,
-    text_of,
 )
-
-
-def shift_right(tokens: jax.Array, positions: jax.Array, start_id: int) -> jax.Array:
-    """What an autoregressive model reads, `[B, L]`: the token before, and the start token first in each segment."""
-    before = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)))
-    return jnp.where(positions == 0, start_id, before)
-
-
-def shifted_slots(batch: Batch) -> Slots:
-    """The slots of shifted tokens: a slot is an input where the token it *holds* is one (the start token is)."""
-    holds_input = jnp.pad(batch.input_mask[:, :-1], ((0, 0), (1, 0))) | (batch.positions == 0)
-    return Slots(
-        segment_ids=batch.segment_ids, positions=batch.positions, is_input=holds_input & (batch.segment_ids > 0)
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +44,7 @@ class Autoregressive(Objective):
     normalize: Normalize = "target_tokens"
 
     def __post_init__(self) -> None:
-        check_normalize(self.normalize)
+        check_choices(self)
         if not 0 <= self.label_smoothing < 1 or self.z_loss < 0:
             raise UserError(f"label_smoothing must lie in [0, 1) and z_loss must not be negative; got {self}.")
 
@@ -94,7 +79,7 @@ class Autoregressive(Objective):
         teacher: Transformer | None = None,
     ) -> LossSums:
         """The key serves dropout alone; the objective itself draws nothing."""
-        hidden = self.hidden(model, batch, row_keys(key, batch.example_ids) if train else None)
+        hidden = self.hidden(model, batch, row_keys(stream(key, "dropout"), batch.example_ids) if train else None)
 
         def read_out(logits, labels):
             loss, nll = cross_entropy(logits, labels, label_smoothing=self.label_smoothing, z_loss=self.z_loss)

@@ -8,14 +8,19 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.ends import after_end
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.errors import UserError
+from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.masks import Annealed, AttentionKind, Slots
 from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.reading import Reading, model_reads
+from diffusion_t5x.models.readout import score
 from diffusion_t5x.models.stack import Encoded
+from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
+from diffusion_t5x.objectives.annealing import annealed, check_anneal_steps
 from diffusion_t5x.objectives.likelihood import masked_bound
-from diffusion_t5x.objectives.masked import SCHEDULES, mask_targets
+from diffusion_t5x.objectives.masked import SCHEDULES, Schedule, Weighting, mask_targets
 from diffusion_t5x.objectives.objective import (
     Likelihood,
     LossSums,
@@ -23,14 +28,9 @@ from diffusion_t5x.objectives.objective import (
     Objective,
     Pass,
     Ratio,
-    after_end,
-    check_normalize,
     normalized,
-    row_keys,
-    score,
     stratified,
 )
-from diffusion_t5x.objectives.reading import Reading, annealed, check_anneal_steps, model_reads
 from diffusion_t5x.objectives.uniform_bound import uniform_bound
 
 
@@ -116,20 +116,18 @@ class Block(Objective):
     block_size: int = 4
     stages: tuple[tuple[int, int], ...] | None = None
     noise: Literal["mask", "uniform"] = "mask"
-    schedule: Literal["linear", "cosine"] = "linear"
-    weighting: Literal["elbo", "uniform"] = "elbo"
+    schedule: Schedule = "linear"
+    weighting: Weighting = "elbo"
     epsilon: float = 1e-3
     anneal_steps: int | None = None
     normalize: Normalize = "target_tokens"
 
     def __post_init__(self) -> None:
-        check_normalize(self.normalize)
+        check_choices(self)
         check_anneal_steps(self.anneal_steps)
         self.attention  # noqa: B018  (raises on a bad block size)
-        if self.noise not in ("mask", "uniform") or self.weighting not in ("elbo", "uniform"):
-            raise UserError(f"Block needs noise mask or uniform and weighting elbo or uniform; got {self}.")
-        if self.schedule not in SCHEDULES or not 0 <= self.epsilon < 1:
-            raise UserError(f"Block needs a schedule of {', '.join(SCHEDULES)}, epsilon in [0, 1); got {self}.")
+        if not 0 <= self.epsilon < 1:
+            raise UserError(f"Block.epsilon must lie in [0, 1); got {self.epsilon}.")
         if self.noise == "uniform" and self.weighting != "uniform":
             raise UserError('Block.weighting must be "uniform" with uniform noise: no bound is known here for it.')
         if self.stages is not None:
@@ -168,12 +166,12 @@ class Block(Objective):
 
         Blocks are of this size, or of `block_size`.
         """
-        time_key, where_key, noise_key, _ = jax.random.split(key, 4)
-        share = stratified(time_key, batch.example_ids, block_starts(batch, self.block_size if size is None else size))
+        starts = block_starts(batch, self.block_size if size is None else size)
+        share = stratified(stream(key, "time"), batch.example_ids, starts)
         probability, weights = SCHEDULES[self.schedule](1 - (1 - self.epsilon) * share)
-        noisy = mask_targets(batch, vocabulary, probability, row_keys(where_key, batch.example_ids))
+        noisy = mask_targets(batch, vocabulary, probability, row_keys(stream(key, "where"), batch.example_ids))
         if self.noise == "uniform":
-            noise_keys = row_keys(noise_key, batch.example_ids)
+            noise_keys = row_keys(stream(key, "noise"), batch.example_ids)
             noise = jax.vmap(vocabulary.sample_noise, (0, None))(noise_keys, batch.tokens.shape[1:])
             noisy = jnp.where(noisy == vocabulary.mask_id, noise, batch.tokens)
         return noisy, weights
@@ -194,8 +192,7 @@ class Block(Objective):
         step: jax.Array | None = None,
         teacher: Transformer | None = None,
     ) -> LossSums:
-        _, _, _, dropout_key = jax.random.split(key, 4)
-        dropout_keys = row_keys(dropout_key, batch.example_ids) if train else None
+        dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids) if train else None
         size = self._size_at(step)
         noisy, weights = self.corrupt(model.vocabulary, batch, key, size)
         reading = Reading.of(batch, model.vocabulary, model.config.shifted, packed=True)

@@ -9,15 +9,14 @@ from collections.abc import Sequence
 import jax
 
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import AttentionKind
 from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
-from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass, Ratio, text_of
-
-# Folded into a step's key: no other use of it has a number as high.
-_CAUSAL_PASS = 2**32 - 3
+from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass, Ratio
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Joint(Objective):
         diffusion = self.diffusion.loss(model, batch, key, train, step)
         text = batch.replace(target_mask=text_of(batch, model.vocabulary))
         ar = Autoregressive(normalize=self.normalize)
-        causal = ar.loss(model, text, jax.random.fold_in(key, _CAUSAL_PASS), train)
+        causal = ar.loss(model, text, stream(key, "autoregressive"), train)
         numerator = diffusion.loss.numerator + self.ar_weight * causal.loss.numerator
         return LossSums(
             loss=Ratio(numerator, diffusion.loss.denominator),

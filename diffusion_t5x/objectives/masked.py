@@ -12,10 +12,14 @@ import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.errors import UserError
+from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind
 from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.reading import Reading, model_reads
+from diffusion_t5x.models.readout import score
+from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
+from diffusion_t5x.objectives.annealing import annealed, check_anneal_steps
 from diffusion_t5x.objectives.likelihood import masked_bound
 from diffusion_t5x.objectives.objective import (
     Likelihood,
@@ -24,13 +28,12 @@ from diffusion_t5x.objectives.objective import (
     Objective,
     Pass,
     Ratio,
-    check_normalize,
     normalized,
-    row_keys,
-    score,
     stratified,
 )
-from diffusion_t5x.objectives.reading import Reading, annealed, check_anneal_steps, model_reads
+
+Schedule = Literal["linear", "cosine"]
+Weighting = Literal["elbo", "uniform"]
 
 
 def linear(t: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -56,7 +59,7 @@ def mask_targets(batch: Batch, vocabulary: TokenIds, probability: jax.Array, key
       probability: `[B, L]`.
       keys: `[B]`, a key for each row.
     """
-    masked = jax.vmap(lambda key, row: jax.random.uniform(key, row.shape) < row)(keys, probability)
+    masked = jax.vmap(lambda key, row: jax.random.uniform(key, row.shape, jnp.float32) < row)(keys, probability)
     return jnp.where(masked & batch.target_mask, vocabulary.mask_id, batch.tokens)
 
 
@@ -76,20 +79,17 @@ class Masked(Objective):
       normalize: what the summed loss is divided by.
     """
 
-    schedule: Literal["linear", "cosine"] = "linear"
-    weighting: Literal["elbo", "uniform"] = "elbo"
+    schedule: Schedule = "linear"
+    weighting: Weighting = "elbo"
     epsilon: float = 1e-3
     anneal_steps: int | None = None
     normalize: Normalize = "target_tokens"
 
     def __post_init__(self) -> None:
-        check_normalize(self.normalize)
+        check_choices(self)
         check_anneal_steps(self.anneal_steps)
-        if self.schedule not in SCHEDULES or self.weighting not in ("elbo", "uniform") or not 0 <= self.epsilon < 1:
-            raise UserError(
-                f"Masked needs a schedule of {', '.join(SCHEDULES)}, a weighting of elbo or uniform and an epsilon in "
-                f"[0, 1); got {self}."
-            )
+        if not 0 <= self.epsilon < 1:
+            raise UserError(f"Masked.epsilon must lie in [0, 1); got {self.epsilon}.")
 
     @property
     def attention(self) -> AttentionKind:
@@ -109,10 +109,9 @@ class Masked(Objective):
 
     def _corrupt(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Of every position `[B, L]`: the token or MASK, and the bound's weight if it is masked."""
-        time_key, where_key, _ = jax.random.split(key, 3)
-        share = stratified(time_key, batch.example_ids, batch.segment_ids)
+        share = stratified(stream(key, "time"), batch.example_ids, batch.segment_ids)
         probability, weights = SCHEDULES[self.schedule](1 - (1 - self.epsilon) * share)
-        keys = row_keys(where_key, batch.example_ids)
+        keys = row_keys(stream(key, "where"), batch.example_ids)
         return mask_targets(batch, vocabulary, probability, keys), weights
 
     def loss(
@@ -124,8 +123,7 @@ class Masked(Objective):
         step: jax.Array | None = None,
         teacher: Transformer | None = None,
     ) -> LossSums:
-        _, _, dropout_key = jax.random.split(key, 3)
-        dropout_keys = row_keys(dropout_key, batch.example_ids) if train else None
+        dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids) if train else None
         tokens, weights = self._corrupt(model.vocabulary, batch, key)
         reading = Reading.of(batch, model.vocabulary, model.config.shifted, packed=True)
         batch = reading.fits(batch)

@@ -11,24 +11,24 @@ import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.errors import UserError
+from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind
 from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.reading import Reading, model_reads
+from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.sampling import Sampling, forbid, sample
+from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
+from diffusion_t5x.objectives.annealing import annealed, check_anneal_steps
 from diffusion_t5x.objectives.objective import (
     Likelihood,
     LossSums,
     Normalize,
     Objective,
     Pass,
-    check_normalize,
-    cross_entropy,
     normalized,
-    row_keys,
 )
-from diffusion_t5x.objectives.reading import Reading, annealed, check_anneal_steps, model_reads
 from diffusion_t5x.objectives.uniform_bound import uniform_bound
 
 
@@ -48,10 +48,9 @@ def corrupt(batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
     """
 
     def row(key, segment_ids):
-        level_key, where_key, noise_key = jax.random.split(key, 3)
-        levels = jax.random.uniform(level_key, (segment_ids.size + 1,))[segment_ids]
-        replaced = jax.random.uniform(where_key, segment_ids.shape) < levels
-        return replaced, vocabulary.sample_noise(noise_key, segment_ids.shape)
+        levels = jax.random.uniform(stream(key, "level"), (segment_ids.size + 1,), jnp.float32)[segment_ids]
+        replaced = jax.random.uniform(stream(key, "where"), segment_ids.shape, jnp.float32) < levels
+        return replaced, vocabulary.sample_noise(stream(key, "noise"), segment_ids.shape)
 
     replaced, noise = jax.vmap(row)(keys, batch.segment_ids)
     return jnp.where(replaced & batch.target_mask, noise, batch.tokens)
@@ -77,7 +76,7 @@ class Sundae(Objective):
     normalize: Normalize = "target_tokens"
 
     def __post_init__(self) -> None:
-        check_normalize(self.normalize)
+        check_choices(self)
         check_anneal_steps(self.anneal_steps)
         if self.num_unrolls < 0 or self.temperature < 0:
             raise UserError(f"num_unrolls and temperature must not be negative; got {self}.")
@@ -102,8 +101,7 @@ class Sundae(Objective):
         return model_reads(self._corrupt(model.vocabulary, batch, key), batch, model)
 
     def _corrupt(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
-        noise_key, _, _ = jax.random.split(key, 3)
-        return corrupt(batch, vocabulary, row_keys(noise_key, batch.example_ids))
+        return corrupt(batch, vocabulary, row_keys(stream(key, "noise"), batch.example_ids))
 
     def loss(
         self,
@@ -114,7 +112,9 @@ class Sundae(Objective):
         step: jax.Array | None = None,
         teacher: Transformer | None = None,
     ) -> LossSums:
-        _, sample_keys, dropout_keys = (row_keys(k, batch.example_ids) for k in jax.random.split(key, 3))
+        sample_keys, dropout_keys, encoder_keys = (
+            row_keys(stream(key, name), batch.example_ids) for name in ("samples", "dropout", "encoder dropout")
+        )
         tokens = self._corrupt(model.vocabulary, batch, key)
         reading = Reading.of(batch, model.vocabulary, model.config.shifted, packed=True)
         batch = reading.fits(batch)
@@ -122,7 +122,7 @@ class Sundae(Objective):
         changed = normalized(batch, tokens != batch.tokens, "target_tokens")
         metrics = {"noise_fraction": changed}
         terms = []
-        encoded = model.encode(batch, fold_in(dropout_keys, self.num_unrolls + 1) if train else None)
+        encoded = model.encode(batch, encoder_keys if train else None)
         for unroll in range(self.num_unrolls + 1):
             term_keys = fold_in(dropout_keys, unroll) if train else None
             hidden = reading.hidden(model, tokens, kind, encoded, term_keys)

@@ -14,6 +14,7 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.training.loop import BatchIterator
@@ -93,8 +94,7 @@ def make_rollout_step(
     there is what the student saw as it wrote the block. Draws are keyed by `(seed, step, example_ids)`.
     """
 
-    # The keys of training steps are made of the seed and of numbers below this one.
-    base = jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
+    base = stream(jax.random.key(seed), "rollouts")
 
     def write(params: Params, batch: Batch, step: jax.Array) -> Batch:
         key = jax.random.fold_in(base, step)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.objectives.distillation import Teacher
 from diffusion_t5x.objectives.objective import LossSums, Objective
@@ -83,7 +84,7 @@ def loss_and_gradients(
 
 def step_key(seed: int, step: int | jax.Array) -> jax.Array:
     """The key of the noise and the dropout of the step that a state takes at its `step`, which is 0 at first."""
-    return jax.random.fold_in(jax.random.key(seed), step)
+    return jax.random.fold_in(stream(jax.random.key(seed), "steps"), step)
 
 
 def means(sums: LossSums) -> Metrics:

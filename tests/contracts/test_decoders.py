@@ -120,6 +120,23 @@ def test_it_never_reads_the_targets(config, name):
     np.testing.assert_array_equal(first.scores, second.scores)
 
 
+X64 = ("masked", "remasking", "blocks, sundae", "sundae, samples", "autoregressive", "beam search", "self-speculation")
+
+
+@pytest.mark.parametrize("name", X64)
+def test_64_bit_jax_changes_nothing(name):
+    batch = make_batch("decoder_only")
+    expected = decode("decoder_only", name, batch)
+    definition, params = tiny.make_model(CONFIGS["decoder_only"])
+    with jax.enable_x64(True):
+        run = jax.jit(lambda batch, key: DECODERS[name].decode(definition.bind(params), batch, key, trace=True))
+        found = jax.device_get(run(batch, jax.random.key(0)))
+    for field in ("tokens", "canvas", "written_at", "row_steps", "steps", "num_tokens", "scores"):
+        one, other = getattr(found, field), getattr(expected, field)
+        assert one.dtype == other.dtype, field
+        np.testing.assert_allclose(one, other, rtol=1e-4, err_msg=field)
+
+
 @pytest.mark.parametrize("name", [name for name, decoder in DECODERS.items() if decoder.left_to_right])
 def test_what_writes_from_left_to_right_writes_no_target_before_the_one_ahead_of_it(name):
     batch = make_batch("decoder_only")

@@ -22,8 +22,7 @@ from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.models.attention import KVCache
 from diffusion_t5x.models.masks import Slots
-from diffusion_t5x.objectives.autoregressive import shift_right, shifted_slots
-from diffusion_t5x.objectives.reading import start_first
+from diffusion_t5x.models.reading import shift_right, shifted_slots, start_first
 
 DECODERS = {
     "ar": AutoregressiveDecoder(),

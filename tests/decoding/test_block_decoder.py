@@ -16,10 +16,11 @@ from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.attention import KVCache
 from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.masks import AttentionKind, Slots
+from diffusion_t5x.models.reading import start_first
+from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition
-from diffusion_t5x.objectives.objective import row_keys
-from diffusion_t5x.objectives.reading import start_first
 
 VOCABULARY = tiny.VOCABULARY
 MASK, EOS = VOCABULARY.mask_id, VOCABULARY.eos_id
@@ -61,8 +62,9 @@ def uncached(name, decoder, batch=BATCH):
     @jax.jit
     def write(canvas, eligible, step):
         hidden = model(start_first(canvas, batch.positions, definition.vocabulary), Slots.of(batch), decoder.attention)
+        step_keys = fold_in(stream(keys, "steps"), step)
         before = Canvas.start(jnp.asarray(canvas)).replace(step=step)
-        return decoder.inner.write(model, hidden, before, eligible, jnp.asarray(batch.positions), keys)
+        return decoder.inner.write(model, hidden, before, eligible, jnp.asarray(batch.positions), step_keys)
 
     canvas = np.where(batch.target_mask, MASK, batch.tokens)
     index = np.cumsum(batch.target_mask, axis=1) - 1

@@ -18,7 +18,7 @@ from diffusion_t5x.decoding.canvas import Written
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.decoding.self_speculation import SelfSpeculationDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
-from diffusion_t5x.objectives.reading import Reading
+from diffusion_t5x.models.reading import Reading
 
 VOCABULARY = dataclasses.replace(tiny.VOCABULARY, start_id=21)  # not pad
 CONFIGS = {

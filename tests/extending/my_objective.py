@@ -8,7 +8,11 @@ import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.errors import check_choices
 from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind, same_segment
+from diffusion_t5x.models.reading import Reading, model_reads
+from diffusion_t5x.models.readout import score
+from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.likelihood import masked_bound
 from diffusion_t5x.objectives.objective import (
@@ -17,13 +21,9 @@ from diffusion_t5x.objectives.objective import (
     Normalize,
     Objective,
     Pass,
-    check_normalize,
     normalized,
-    row_keys,
-    score,
     stratified,
 )
-from diffusion_t5x.objectives.reading import Reading, model_reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class MaskPredict(Objective):
     normalize: Normalize = "target_tokens"
 
     def __post_init__(self) -> None:
-        check_normalize(self.normalize)
+        check_choices(self)
 
     @property
     def attention(self) -> AttentionKind:
@@ -49,13 +49,12 @@ class MaskPredict(Objective):
 
     def corrupt(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
         """The clean tokens int32 `[B, L]` with n targets of each example masked."""
-        level_key, where_key, _ = jax.random.split(key, 3)
-        keys = row_keys(where_key, batch.example_ids)
-        order = jax.vmap(lambda key, row: jax.random.uniform(key, row.shape))(keys, batch.positions)
+        keys = row_keys(stream(key, "where"), batch.example_ids)
+        order = jax.vmap(lambda key, row: jax.random.uniform(key, row.shape, jnp.float32))(keys, batch.positions)
         others = same_segment(batch.segment_ids, batch.segment_ids) & batch.target_mask[:, None]
         size = jnp.sum(others, axis=-1)
         rank = jnp.sum(others & (order[:, None] < order[:, :, None]), axis=-1)
-        level = stratified(level_key, batch.example_ids, batch.segment_ids)
+        level = stratified(stream(key, "level"), batch.example_ids, batch.segment_ids)
         return jnp.where(batch.target_mask & (rank <= level * size), vocabulary.mask_id, batch.tokens)
 
     def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array) -> jax.Array:
@@ -70,8 +69,7 @@ class MaskPredict(Objective):
         step: jax.Array | None = None,
         teacher: Transformer | None = None,
     ) -> LossSums:
-        _, _, dropout_key = jax.random.split(key, 3)
-        dropout_keys = row_keys(dropout_key, batch.example_ids) if train else None
+        dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids) if train else None
         tokens = self.corrupt(model.vocabulary, batch, key)
         reading = Reading.of(batch, model.vocabulary, model.config.shifted, packed=True)
         batch = reading.fits(batch)

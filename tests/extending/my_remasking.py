@@ -10,8 +10,8 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.canvas import Canvas, StepRule, Written
 from diffusion_t5x.decoding.commit import propose
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.sampling import Sampling, uniform
+from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import Transformer
 
 
@@ -54,7 +54,6 @@ class RemaskingDecoder(StepRule):
         keys: jax.Array,
     ) -> Written:
         """One step from time t to s, with the shares a and b of written tokens before and after it (equation 5)."""
-        keys = fold_in(keys, canvas.step)
 
         def read_out(logits, positions):
             return propose(logits, keys, positions, model.vocabulary, Sampling(self.temperature), "confidence")
@@ -64,7 +63,7 @@ class RemaskingDecoder(StepRule):
         sigma = jnp.minimum(self.cap, jnp.where(a > 0, (1 - b) / a, 1))
         is_masked = canvas.tokens == model.vocabulary.mask_id
         chance = jnp.where(is_masked, (1 - b - sigma * a) / (1 - a), sigma)  # of being masked after the step
-        becomes_masked = uniform(fold_in(keys, 2), positions) < chance
+        becomes_masked = uniform(stream(keys, "remasking"), positions) < chance
         writes, takes_back = eligible & is_masked & ~becomes_masked, eligible & ~is_masked & becomes_masked
         tokens = jnp.where(writes, proposed, jnp.where(takes_back, model.vocabulary.mask_id, canvas.tokens))
         gained = jnp.where(writes, log_probability, 0) - jnp.where(takes_back, canvas.log_probability, 0)

@@ -58,7 +58,7 @@ def test_every_verb_takes_them(tmp_path, monkeypatch, capsys):
     infill = flags("infer", SPLIT="validation", CHECKPOINT_PATH=folder, INFER_OUTPUT_DIR=f"{tmp_path}/filled")
     infer.main(["--templates", f"{tmp_path}/holes.jsonl", *infill])
     (filled,) = (tmp_path / "filled").glob("*.jsonl")
-    assert '"inputs": "a"' in filled.read_text()
+    assert '"template": "b<hole:4>c"' in filled.read_text()
     capsys.readouterr()
     generate.main(["--checkpoint", folder, "--prompt", "a", *allow])
     assert "RemaskingDecoder(num_steps=32" in capsys.readouterr().err

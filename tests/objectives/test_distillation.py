@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,12 @@ from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import CAUSAL, AttentionKind, Slots
+from diffusion_t5x.models.reading import Reading, start_first
 from diffusion_t5x.models.sampling import forbid
+from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.block import block_starts, noisy_hidden
-from diffusion_t5x.objectives.distillation import DIVERGENCES, Distillation, divergence, visited_states
-from diffusion_t5x.objectives.reading import Reading, start_first
+from diffusion_t5x.objectives.distillation import Distillation, Divergence, divergence, visited_states
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training.rollout import make_rollout_step
 
@@ -51,7 +53,7 @@ def plain(teacher, student, kind, top_k=None):
 LOGITS = np.random.default_rng(0).normal(0, 3, (2, 5, 7, 12)).astype(np.float32)
 
 
-@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("kind", get_args(Divergence))
 @pytest.mark.parametrize("top_k", [None, 1, 4, 12, 50])
 def test_divergences(kind, top_k):
     found = divergence(*LOGITS, kind, top_k)
@@ -60,7 +62,7 @@ def test_divergences(kind, top_k):
         np.testing.assert_array_equal(found, divergence(*LOGITS, kind))
 
 
-@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("kind", get_args(Divergence))
 def test_equal_logits_are_no_distance_apart_and_others_are(kind):
     same = LOGITS[0].copy()
     same[..., 3] = -np.inf
@@ -77,7 +79,7 @@ def test_a_truncated_divergence_is_not_clamped():
     assert divergence(student, teacher, "forward_kl", 1) > divergence(student, teacher, "forward_kl")
 
 
-@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("kind", get_args(Divergence))
 @pytest.mark.parametrize("top_k", [None, 6])
 @pytest.mark.parametrize("both", [False, True])
 def test_what_the_teacher_excludes_makes_no_nan_and_the_right_gradient(kind, top_k, both):
@@ -194,7 +196,7 @@ def test_the_loss_is_what_brute_force_gives(kind, top_k, score_end, size, config
             definition.bind(student), BATCH, key, train=False, teacher=definition.bind(teacher)
         )
     )(student, teacher)
-    noisy = np.asarray(visited_states(BATCH, VOCABULARY, size, jax.random.split(key)[0]))
+    noisy = np.asarray(visited_states(BATCH, VOCABULARY, size, stream(key, "noise")))
     distance = plain(brute_force_parts(), student_logits(noisy, size, config), kind, top_k)
     means, ends = [], 7 if score_end else 6
     for row, end in ((0, ends), (1, 5)):

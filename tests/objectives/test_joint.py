@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
+from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import BIDIRECTIONAL, CAUSAL
 from diffusion_t5x.models.transformer import ModelDefinition
@@ -13,7 +14,6 @@ from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block
 from diffusion_t5x.objectives.joint import Joint
 from diffusion_t5x.objectives.masked import Masked
-from diffusion_t5x.objectives.objective import text_of
 from diffusion_t5x.objectives.sundae import Sundae
 
 KEY = jax.random.key(0)

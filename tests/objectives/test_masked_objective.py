@@ -13,6 +13,7 @@ import tiny
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import BIDIRECTIONAL, Slots
+from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives import masked
 from diffusion_t5x.objectives.masked import Masked, mask_targets
@@ -234,7 +235,7 @@ def test_loss_and_metrics_follow_from_what_is_read(weighting):
     where = (tokens == 23) | (tokens == START)
     logits = (TABLE[np.roll(tokens, 1, axis=1)] + 2 * TABLE[np.roll(tokens, -1, axis=1)])[..., :23]
     nll = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, BATCH.tokens[..., None], -1)[..., 0]
-    time = 1 - (1 - 1e-3) * stratified(jax.random.split(KEY, 3)[0], BATCH.example_ids, BATCH.segment_ids)
+    time = 1 - (1 - 1e-3) * stratified(stream(KEY, "time"), BATCH.example_ids, BATCH.segment_ids)
     bound = (nll / time)[where].sum() / BATCH.target_mask.sum()
     expected = bound if weighting == "elbo" else nll[where].sum() / BATCH.target_mask.sum()
     assert float(sums.loss.mean()) == pytest.approx(float(expected), rel=1e-5)

@@ -11,11 +11,12 @@ import tiny
 
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import BIDIRECTIONAL, CAUSAL, Annealed, AttentionKind, Slots
+from diffusion_t5x.models.reading import Reading
+from diffusion_t5x.models.readout import score
+from diffusion_t5x.objectives.annealing import annealed
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block, block_starts, clean_and_noisy, noisy_hidden
 from diffusion_t5x.objectives.masked import Masked
-from diffusion_t5x.objectives.objective import score
-from diffusion_t5x.objectives.reading import Reading, annealed
 from diffusion_t5x.objectives.sundae import Sundae
 
 VOCABULARY = tiny.VOCABULARY

@@ -8,8 +8,8 @@ import tiny
 
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import BIDIRECTIONAL, Slots
+from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.objectives import sundae
-from diffusion_t5x.objectives.objective import cross_entropy
 from diffusion_t5x.objectives.sundae import Sundae
 
 BATCH = tiny.pack([tiny.random_examples(0, [(3, 5), (2, 4)]), tiny.random_examples(1, [(4, 8)])], 16)
