@@ -59,6 +59,10 @@ def checkpoint_texts(
     """
     if checkpoint is None:
         return list(argv), {}
+    argv = list(argv)
+    while "--gin_file" in argv[:-1]:
+        place = argv.index("--gin_file")
+        argv[place : place + 2] = [f"--gin_file={argv[place + 1]}"]
     given = [flag for flag in argv if _RUN_FILE.fullmatch(flag)]
     files = [flag.removeprefix("--gin_file=") for flag in given] or runs
     macros = {"CHECKPOINT_PATH": str(checkpoint)} | macros
