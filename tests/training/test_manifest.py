@@ -216,9 +216,7 @@ def test_a_part_of_a_checkpoint_is_none_that_is_older_than_manifests(run, lost):
     path.unlink() if path.is_file() else shutil.rmtree(path)
     path.parent.mkdir(exist_ok=True)
     (run / "checkpoint_7").mkdir(exist_ok=True)
-    with pytest.raises(
-        stored.BrokenCheckpoint, match=r"checkpoint_7 is broken: it has no (state|metadata)/"
-    ):
+    with pytest.raises(stored.BrokenCheckpoint, match=r"checkpoint_7 is broken: it has no (state|metadata)/"):
         checkpoints.restore(run, ABSTRACT)
     assert stored.latest_whole(run) == str(run / "checkpoint_5")
 
