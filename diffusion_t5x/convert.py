@@ -71,6 +71,10 @@ def convert(argv: Sequence[str]) -> None:
     sources = parser.add_subparsers(required=True, metavar="SOURCE")
     add = sources.add_parser("from_hf", help="a local folder in Hugging Face's format")
     add.add_argument("path", metavar="FOLDER")
+    add.add_argument(
+        "--ignore_keys", default=(), type=lambda text: text.split(","), metavar="KEY,...",
+        help="keys of config.json that are read as if they were not there",
+    )  # fmt: skip
     add.set_defaults(run=from_hf)
     _add_output(add)
     add = sources.add_parser("to_hf", help="back to that format, a model that was imported from it")

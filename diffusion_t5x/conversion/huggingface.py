@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any, Self
 
 import ml_dtypes
@@ -11,9 +12,10 @@ import safetensors
 import safetensors.numpy
 
 from diffusion_t5x import json_lines
-from diffusion_t5x.errors import UserError
+from diffusion_t5x.errors import UserError, did_you_mean
 
 CONFIG = "config.json"
+IGNORED = "ignored_keys.json"
 INDEX = "model.safetensors.index.json"
 TENSORS = "tensors.json"
 SINGLE = "model.safetensors"
@@ -52,13 +54,15 @@ class Folder:
 
     Attributes:
       path: the folder.
-      config: the contents of config.json.
+      config: the contents of config.json, without keys that are ignored.
       tensors: by name.
+      ignored: these keys.
     """
 
     path: pathlib.Path
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    ignored: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, path: str) -> Self:
@@ -74,6 +78,15 @@ class Folder:
             tensors |= _read_header(folder / name)
         return cls(folder, config, tensors)
 
+    def without_keys(self, names: Sequence[str]) -> Self:
+        """The same with keys of config.json taken out. Raises a UserError where one is not there."""
+        for name in names:
+            if name not in self.config:
+                hint = did_you_mean(name, self.config)
+                raise UserError(f"--ignore_keys: {self.path / CONFIG} has no key {name!r}.{hint}")
+        config = {name: value for name, value in self.config.items() if name not in names}
+        return dataclasses.replace(self, config=config, ignored=tuple(names))
+
     def read(self, name: str, start: int = 0, stop: int | None = None, axis: int = 0) -> np.ndarray:
         """See `Source`. The file is opened anew, so that no page of it stays in memory."""
         with safetensors.safe_open(self.tensors[name].file, "numpy") as file:
@@ -84,13 +97,16 @@ class Folder:
         """Writes what the headers say beside an imported model, so that the way back gives the same files' contents."""
         noted = {name: [tensor.dtype, tensor.shape] for name, tensor in self.tensors.items()}
         (to / TENSORS).write_text(json.dumps(noted, indent=0), encoding="utf-8")
+        if self.ignored:
+            (to / IGNORED).write_text(json.dumps({"ignored": self.ignored}), encoding="utf-8")
 
     @classmethod
     def noted(cls, path: pathlib.Path) -> Self:
         """The folder that an imported model was, without its weights, from what lies beside that."""
         noted = {name: said for name, said in read_json(path / TENSORS).items() if not name.endswith(_BUFFERS)}
         tensors = {name: Tensor("", dtype, tuple(shape)) for name, (dtype, shape) in noted.items()}
-        return cls(path, read_json(path / CONFIG), tensors)
+        ignored = read_json(path / IGNORED)["ignored"] if (path / IGNORED).exists() else ()
+        return cls(path, read_json(path / CONFIG), tensors).without_keys(ignored)
 
     def tokenizer(self) -> pathlib.Path:
         """The file of the vocabulary.

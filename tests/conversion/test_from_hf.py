@@ -95,14 +95,28 @@ def test_an_index_names_files_beside_it(index, tmp_path):
         ({"model_type": "qwen_3"}, r"model_type = 'qwen_3' is not supported, only .*qwen3.* Did you mean 'qwen3'"),
         ({"attention_bias": True}, r"config\.json: attention_bias = true is not supported, only false"),
         ({"hidden_act": "gelu"}, 'hidden_act = "gelu" is not supported, only "silu"'),
-        ({"use_sliding_window": True}, "use_sliding_window = true is not supported"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, '"sliding_attention" in layer_types'),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types has sliding_attention, but there is no",
+        ),
+        ({"layer_types": ["full_attention", "linear_attention"]}, '"linear_attention" in layer_types'),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 'rope_scaling: rope_type = "yarn" is not supported'),
         ({"rope_scaling": {"type": "linear", "factor": 4.0, "beta": 1}}, "rope_scaling has keys .*beta = 1"),
         ({"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
-        ({"quantization_config": {"bits": 4}, "router": 1}, 'quantization_config = {"bits": 4}, router = 1'),
+        (
+            {"quantization_config": {"bits": 4}, "use_mrope": True},
+            'quantization_config = {"bits": 4}, use_mrope = true',
+        ),
         ({"num_hidden_layers": None}, "has no 'num_hidden_layers'"),
         ({"num_hidden_layers": 3}, r"lacks tensors that qwen3 has: model\.layers\.2\..*, and 6 more"),
+        ({"num_hidden_layers": 1_000_000_000}, "num_hidden_layers = 1000000000, but the files hold only 24 tensors"),
+        ({"num_hidden_layers": 1e9}, r"num_hidden_layers = 1000000000\.0 should be a positive whole number"),
+        ({"hidden_size": 2**40}, r"has the shape .*asks for"),
+        ({"head_dim": 2**40}, r"has the shape .*asks for"),
+        ({"num_attention_heads": 2**40}, r"has the shape .*asks for"),
+        ({"num_key_value_heads": 2**40}, "must be a multiple of num_kv_heads"),
+        ({"vocab_size": 2**40}, r"has the shape .*asks for"),
+        ({"intermediate_size": 10**18}, r"has the shape .*asks for"),
         ({"num_hidden_layers": 1}, r"has tensors that are not known here: model\.layers\.1\."),
         ({"intermediate_size": 25}, r"mlp\.gate_proj\.weight has the shape \(24, 16\), .* asks for \(25, 16\)"),
         ({"tie_word_embeddings": False}, r"lacks tensors that qwen3 has: lm_head\.weight"),
@@ -251,3 +265,26 @@ def test_peak_memory_stays_below_two_shards(gigabytes, shards, tmp_path):
     growth = 1024 * int(done.stdout.split("GROWTH")[1])
     print(f"{sum(sizes):,} bytes in {shards} shards of at most {max(sizes):,}: {growth:,} bytes more at the peak")
     assert sum(sizes) > gigabytes * 1e9 and growth < 2 * max(sizes)
+
+
+def test_keys_that_are_ignored(tmp_path):
+    """They are as if not there, for the way back as well; a name that is no key is an error."""
+    changes = {"quantization_config": {"bits": 4}, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "router": 1}
+    source = write_source(tmp_path / "source", changes)
+    command = ["from_hf", str(source), "--output", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=r"--ignore_keys=quantization_config\."):
+        convert([*command, "--ignore_keys=rope_scaling"])
+    with pytest.raises(UserError, match=r"has no key 'rope_scalin'\. Did you mean 'rope_scaling'"):
+        convert([*command, "--ignore_keys=rope_scalin"])
+    assert not (tmp_path / "out").exists()
+    convert([*command, "--ignore_keys=quantization_config,rope_scaling"])
+    convert(["to_hf", str(tmp_path / "out"), "--output", str(tmp_path / "back")])
+    assert (tmp_path / "back" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    assert not (tmp_path / "back" / "ignored_keys.json").exists()
+
+
+def test_keys_that_are_passed_over_are_said_in_one_line(tmp_path, capsys):
+    import_model(write_source(tmp_path / "source", {"use_mrope": False, "router": 1}), tmp_path / "out")
+    line, *rest = capsys.readouterr().out.splitlines()
+    assert "use_mrope = false; and passed over, as transformers does not read them for this family: router = 1." in line
+    assert rest[0].startswith("model.embed_tokens.weight")
