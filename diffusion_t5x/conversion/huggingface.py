@@ -72,10 +72,17 @@ class Folder:
           UserError: a file that is missing, broken or not in this format, or tensors of other dtypes.
         """
         folder = pathlib.Path(path).expanduser().resolve()
+        for name in (*CARRIED, SINGLE, INDEX):
+            _check_link(folder / name)
         config = read_json(folder / CONFIG)
+        # As in `transformers`, an index counts where there is no single file.
+        names = [SINGLE] if (folder / SINGLE).exists() or not (folder / INDEX).exists() else _shards(folder / INDEX)
         tensors: dict[str, Tensor] = {}
-        for name in _shards(folder / INDEX) if (folder / INDEX).exists() else [SINGLE]:
-            tensors |= _read_header(folder / name)
+        for name in names:
+            found = _read_header(folder / name)
+            if twice := found.keys() & tensors.keys():
+                raise UserError(f"{folder}: {min(twice)} is in several files, such as {name}: only one can be meant.")
+            tensors |= found
         return cls(folder, config, tensors)
 
     def without_keys(self, names: Sequence[str]) -> Self:
@@ -103,6 +110,8 @@ class Folder:
     @classmethod
     def noted(cls, path: pathlib.Path) -> Self:
         """The folder that an imported model was, without its weights, from what lies beside that."""
+        for name in (*CARRIED, TENSORS, IGNORED):
+            _check_link(path / name)
         noted = {name: said for name, said in read_json(path / TENSORS).items() if not name.endswith(_BUFFERS)}
         tensors = {name: Tensor("", dtype, tuple(shape)) for name, (dtype, shape) in noted.items()}
         ignored = read_json(path / IGNORED)["ignored"] if (path / IGNORED).exists() else ()
@@ -135,6 +144,21 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return found
 
 
+def _check_link(file: pathlib.Path) -> None:
+    """Raises a UserError for a link that leads out of the folder.
+
+    In the cache of Hugging Face's hub it may lead to other places of the same model, whose
+    models--NAME/snapshots/REVISION has links to models--NAME/blobs.
+    """
+    folder = file.parent
+    in_cache = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
+    root, target = folder.parent.parent if in_cache else folder, file.resolve()
+    if not target.is_relative_to(root):
+        raise UserError(f"{file} is a link that leads out of {root}: put the file that is meant in its place.")
+    if target.exists() and not target.is_file():
+        raise UserError(f"{file} is no regular file.")
+
+
 def _shards(index: pathlib.Path) -> list[str]:
     """The files that an index names, which lie beside it."""
     where = read_json(index).get("weight_map")
@@ -146,6 +170,7 @@ def _shards(index: pathlib.Path) -> list[str]:
 
 
 def _read_header(file: pathlib.Path) -> dict[str, Tensor]:
+    _check_link(file)
     if not file.exists():
         others = sorted(path.name for path in file.parent.glob("*.bin"))
         hint = f" There is {others[0]}: save the model as safetensors first." if others else ""

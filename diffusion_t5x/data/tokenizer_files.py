@@ -57,7 +57,7 @@ def token_text(said: dict[str, Any], name: str, file: pathlib.Path) -> str | Non
     """
     token = said.get(name)
     text = token.get("content") if isinstance(token, dict) else token
-    if text is not None and not isinstance(text, str) or isinstance(token, dict) and text is None:
+    if (text is not None and not isinstance(text, str)) or (isinstance(token, dict) and text is None):
         raise UserError(f'{file}: {name} = {str(token)[:60]} should be a text, or an object with a "content".')
     return text
 
@@ -83,6 +83,11 @@ def added_tokens(folder: pathlib.Path) -> dict[int, AddedToken]:
         )
     file = folder / CONFIG
     return {_id(int(key) if key.isdecimal() else key, file): _token(token, file) for key, token in decoder.items()}
+
+
+def beside(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files that say which tokens are added to a SentencePiece model in a folder."""
+    return [file for name in (TOKENIZER, CONFIG, SPECIAL, ADDED) if (file := folder / name).exists()]
 
 
 def in_tokenizer(file: pathlib.Path) -> dict[int, AddedToken]:

@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -288,3 +289,67 @@ def test_keys_that_are_passed_over_are_said_in_one_line(tmp_path, capsys):
     line, *rest = capsys.readouterr().out.splitlines()
     assert "use_mrope = false; and passed over, as transformers does not read them for this family: router = 1." in line
     assert rest[0].startswith("model.embed_tokens.weight")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+)
+def test_numbers_that_are_none_are_refused(name, value, tmp_path):
+    array = np.ones((shapes(2) | {"": ()})[name], np.float32)
+    array[-1] = value
+    source = write_source(tmp_path / "source", tensors={name: array})
+    with pytest.raises(UserError, match=rf"{re.escape(name)} has numbers that are NaN or infinite"):
+        import_model(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_of_two_places_for_tensors_the_one_of_transformers_counts(tmp_path):
+    source = write_source(tmp_path / "source")
+    tensors = open_models.read_shards(source)
+    first, *_ = sorted(source.glob("model-*.safetensors"))
+    twice = open_models.safetensors.numpy.load_file(first) | {"model.norm.weight": np.ones(EMBED, np.float32)}
+    open_models.safetensors.numpy.save_file(twice, first)
+    with pytest.raises(UserError, match=r"model\.norm\.weight is in several files, such as model-00002-of-00002"):
+        import_model(source, tmp_path / "out")
+    tensors["model.norm.weight"] = np.full(EMBED, 3, np.float32)
+    open_models.save_shards(source, tensors)  # one file, which comes before an index
+    import_model(source, tmp_path / "out")
+    convert(["to_hf", str(tmp_path / "out"), "--output", str(tmp_path / "back")])
+    assert (open_models.read_shards(tmp_path / "back")["model.norm.weight"] == 3).all()
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "config.json", "merges.txt", "tokenizer.json"])
+@pytest.mark.parametrize("where", ["folder", "cache", "cache of another model"])
+def test_links_that_lead_out_are_refused(name, where, tmp_path):
+    """As the hub's cache has them, links from a model's snapshot to its blobs do not lead out."""
+    cache = tmp_path / "hub"
+    folder = cache / "models--org--name" / "snapshots" / "0123abcd"
+    folder.parent.mkdir(parents=True)
+    write_source(folder)
+    blobs = cache / "models--org--name" / "blobs"
+    blobs.mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(blobs / str(number))
+        file.symlink_to(pathlib.Path("..", "..", "blobs", str(number)))
+    (tmp_path / "link").symlink_to(folder)
+    import_model(tmp_path / "link", tmp_path / "out")
+    secret = tmp_path / "secret"
+    if where == "cache of another model":
+        secret = cache / "models--org--other" / "blobs" / "0"
+        secret.parent.mkdir(parents=True)
+    secret.write_bytes((folder / name).read_bytes() if (folder / name).exists() else b"a secret")
+    if where == "folder":
+        shutil.copytree(folder, folder := tmp_path / "plain")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(secret)
+    with pytest.raises(UserError, match=rf"{re.escape(name)} is a link that leads out of .*: put the file"):
+        import_model(folder, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    source = write_source(tmp_path / "source")
+    (source / "merges.txt").mkdir()
+    with pytest.raises(UserError, match=r"merges\.txt is no regular file"):
+        import_model(source, tmp_path / "out")

@@ -296,12 +296,12 @@ def test_arrays_beside_that_are_refused(tmp_path, tokenizer):
     name, array = "decoder/decoder_norm/scale", np.ones(EMBED, np.float32)
     said = write_zarr(tmp_path / "elsewhere", "norm", array)
 
-    def refuses(changes, message, path=None, written=False):
+    def refuses(changes, message, path=None):
         leaf = said | changes | ({"kvstore": {"driver": "file", "path": path}} if path else {})
         source = write_checkpoint(tmp_path / "source", target() | {name: leaf})
         with pytest.raises(UserError, match=message):
             import_model(source, tokenizer, tmp_path / "out")
-        assert (tmp_path / "out").exists() == written
+        assert not (tmp_path / "out").exists()
 
     outside = "scale lies outside of the checkpoint's folder"
     refuses({}, outside, "../elsewhere/norm")
@@ -322,7 +322,34 @@ def test_arrays_beside_that_are_refused(tmp_path, tokenizer):
     chunk.write_bytes(whole)
     refuses({"metadata": {"shape": [EMBED + 1]}}, r"has the shape \(8,\), and checkpoint says \(9,\)")
     chunk.write_bytes(whole[:12])
-    refuses({}, "cannot read decoder/decoder_norm/scale: .*norm/1", written=True)
+    refuses({}, "cannot read decoder/decoder_norm/scale: .*norm/1")
+
+
+def test_arrays_larger_than_their_files_are_refused_at_once(tmp_path, tokenizer):
+    name, array = "decoder/decoder_norm/scale", np.ones(EMBED, np.float32)
+    source = write_checkpoint(tmp_path / "source", target())
+    said = write_zarr(source, "norm", array)
+    header = json.loads((source / "norm" / ".zarray").read_text())
+    for size, chunk, message in (
+        (2**40, 4, "are missing"),
+        (2**40, 2**40, "cannot hold"),
+        (2**40, 2**39, "cannot hold"),
+    ):
+        (source / "norm" / ".zarray").write_text(json.dumps(header | {"shape": [size], "chunks": [chunk]}))
+        leaf = said | {"metadata": {"shape": [size]}}
+        (source / "checkpoint").unlink()
+        write_checkpoint(source, target() | {name: leaf})
+        with pytest.raises(UserError, match=message):
+            import_model(source, tokenizer, tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_none_are_refused(value, tmp_path, tokenizer):
+    name = "decoder/decoder_norm/scale"
+    source = write_checkpoint(tmp_path / "source", target() | {name: np.full(EMBED, value, np.float32)})
+    with pytest.raises(UserError, match=f"{name} has numbers that are NaN or infinite"):
+        import_model(source, tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_files_that_are_refused(tmp_path, tokenizer):
