@@ -53,7 +53,10 @@ def _with_added(contents: bytes, added: tuple[tuple[int, AddedToken], ...]):
 
     model = sentencepiece_model_pb2.ModelProto.FromString(contents)
     kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
+    own = {piece.piece: number for number, piece in enumerate(model.pieces)}
     for number, token in added:
+        if token.content in own:  # an added token comes before a piece of that text
+            model.pieces[own[token.content]].MergeFrom(kinds(piece=f"<unused_{own[token.content]}>", type=kinds.UNUSED))
         while len(model.pieces) < number:
             model.pieces.add(piece=f"<unused_{len(model.pieces)}>", score=0.0, type=kinds.UNUSED)
         # Matched in a text as it stands, as SeqIO's sentinels are.
@@ -86,6 +89,10 @@ def with_added_tokens(own: seqio.SentencePieceVocabulary, extra_ids: int) -> seq
                 "that is wrong."
             )
     behind = {number: token for number, token in sorted(tokens.items()) if number >= size}
+    for token in behind.values():
+        there = model.PieceToId(token.content)
+        if model.IdToPiece(there) == token.content and (model.IsControl(there) or model.IsUnknown(there)):
+            raise UserError(f"{token.file}: {token.content!r} is a special piece of {path} already: take it out.")
     sentinels = {size + extra_ids - 1 - number: f"<extra_id_{number}>" for number in range(extra_ids)}
     if any(number in sentinels and sentinels[number] != token.content for number, token in behind.items()):
         sentinels = {}
