@@ -118,17 +118,40 @@ class Folder:
         return cls(path, read_json(path / CONFIG), tensors).without_keys(ignored)
 
     def tokenizer(self) -> pathlib.Path:
-        """The file of the vocabulary.
+        """The file of the vocabulary. A spiece.model of other pieces than the tokenizer.json beside it is passed over.
 
         Raises:
           UserError: there is none.
         """
+        spiece, tokenizer = self.path / TOKENIZERS[0], self.path / TOKENIZERS[1]
+        if spiece.exists() and tokenizer.exists() and not _same_pieces(spiece, tokenizer):
+            print(f"{spiece} is passed over, as by transformers: {tokenizer.name} has other pieces.")
+            return tokenizer
         for name in TOKENIZERS:
             if (self.path / name).exists():
                 return self.path / name
         has_parts = (self.path / "merges.txt").exists()
         hint = " There is merges.txt: transformers' AutoTokenizer saves it as tokenizer.json." if has_parts else ""
         raise UserError(f"{self.path} has no tokenizer: none of {', '.join(TOKENIZERS)} is there.{hint}")
+
+
+def _same_pieces(spiece: pathlib.Path, tokenizer: pathlib.Path) -> bool:
+    """Whether a SentencePiece model's pieces have the same ids in a tokenizer.json."""
+    import sentencepiece
+
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(spiece))
+    except (RuntimeError, OSError):
+        return True  # no SentencePiece model: that is said when it is read
+    parts = read_json(tokenizer).get("model")
+    pieces = parts.get("vocab") if isinstance(parts, dict) else None
+    if isinstance(pieces, dict):
+        ids = pieces
+    else:
+        entries = [piece for piece in pieces or [] if isinstance(piece, list) and piece]
+        ids = {piece[0]: number for number, piece in enumerate(entries)}
+    names = {number: str(name).removeprefix("▁") for name, number in ids.items()}
+    return all(names.get(i) == model.IdToPiece(i).removeprefix("▁") for i in range(model.GetPieceSize()))
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

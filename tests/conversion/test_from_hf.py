@@ -11,6 +11,9 @@ import sys
 import numpy as np
 import open_models
 import pytest
+import sentencepiece
+import tokenizers
+from in_torch import load_ours
 
 from diffusion_t5x import config
 from diffusion_t5x.conversion.weights import Weight, table, vector
@@ -353,3 +356,32 @@ def test_what_is_no_file_is_refused(tmp_path):
     (source / "merges.txt").mkdir()
     with pytest.raises(UserError, match=r"merges\.txt is no regular file"):
         import_model(source, tmp_path / "out")
+
+
+def test_of_two_tokenizers_that_differ_the_one_of_transformers_counts(tmp_path, capsys):
+    """T5's spiece.model comes first where both have the same pieces."""
+    source = write_source(tmp_path / "source")
+    open_models.save_sentencepiece(source / "spiece.model", vocab_size=300, hard_vocab_limit=True)
+    import_model(source, tmp_path / "out")
+    assert "spiece.model is passed over, as by transformers: tokenizer.json has other" in capsys.readouterr().out
+    assert "out/tokenizer.json'" in (tmp_path / "out" / "model.gin").read_text()
+    model = sentencepiece.SentencePieceProcessor(model_file=str(source / "spiece.model"))
+    pieces = [(model.IdToPiece(number), 0.0) for number in range(300)]
+    open_models.save_tokenizer(source, tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, 2)), eos_token="</s>")
+    import_model(source, tmp_path / "same")
+    assert "passed over" not in capsys.readouterr().out
+    assert "same/spiece.model'" in (tmp_path / "same" / "model.gin").read_text()
+
+
+def test_tokens_that_were_added_to_a_t5_are_kept(tmp_path):
+    """A newline behind the pieces keeps its id and its row, and MASK is a new one."""
+    source = write_source(tmp_path / "source", {"vocab_size": IDS})
+    (source / "tokenizer.json").unlink()
+    open_models.save_sentencepiece(source / "spiece.model", vocab_size=308, hard_vocab_limit=True)
+    (source / "added_tokens.json").write_text(json.dumps({"\n": 308, "{": 309}))
+    import_model(source, tmp_path / "out")
+    definition, params = load_ours(tmp_path / "out", "spiece.model")
+    assert definition.vocabulary.mask_id == IDS
+    expected = open_models.read_shards(source)["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(params["embedding"][:IDS], expected)
+    np.testing.assert_allclose(params["embedding"][IDS], expected.mean(0), atol=1e-6)
