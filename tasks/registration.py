@@ -9,7 +9,7 @@ import seqio
 import tensorflow as tf
 from google.protobuf.message import DecodeError
 
-from diffusion_t5x.data.vocabularies import num_sentinels
+from diffusion_t5x.data.vocabularies import sentinels
 from diffusion_t5x.errors import UserError, did_you_mean
 from diffusion_t5x.tasks import preprocessors as pretraining
 
@@ -23,7 +23,8 @@ def vocabulary(file: str | None) -> seqio.Vocabulary:
 
     Args:
       file: a Hugging Face tokenizer (.json), llama2.c's (.bin), or a SentencePiece model, which gets `SENTINELS` ids
-        behind its own unless it ends in sentinels, as mT5's does; None takes bytes.
+        behind its own unless it ends in sentinels, as mT5's does, and the tokens that files beside it add; None takes
+        bytes.
 
     Raises:
       UserError: there is no such file, or it is none of these.
@@ -46,10 +47,12 @@ def vocabulary(file: str | None) -> seqio.Vocabulary:
         return Llama2cVocabulary(path)
     own = seqio.SentencePieceVocabulary(path)
     try:
-        has_sentinels = num_sentinels(own) > 0
+        has_sentinels = len(sentinels(own)) > 0
     except (DecodeError, RuntimeError) as error:
         raise UserError(f"{file} is no SentencePiece model.") from error
-    return own if has_sentinels else seqio.SentencePieceVocabulary(path, extra_ids=SENTINELS)
+    from diffusion_t5x.data.sentencepiece_vocabulary import with_added_tokens
+
+    return with_added_tokens(own, extra_ids=0 if has_sentinels else SENTINELS)
 
 
 def task(

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, Self
 import jinja2.ext
 import jinja2.sandbox
 
-from diffusion_t5x import json_lines
+from diffusion_t5x.data import tokenizer_files
 from diffusion_t5x.errors import UserError
 
 Message = Mapping[str, Any]
@@ -60,10 +60,13 @@ class ChatTemplate:
         Raises:
           UserError: there is none, or it cannot be read.
         """
-        config = _read_config(folder / "tokenizer_config.json")
+        file = folder / tokenizer_files.CONFIG
+        config = tokenizer_files.read(file)
         text = config.get("chat_template")
         if isinstance(text, list):  # several by name
-            text = {named["name"]: named["template"] for named in text}.get("default")
+            if not all(isinstance(named, dict) and {"name", "template"} <= named.keys() for named in text):
+                raise UserError(f'{file}: each template in chat_template should have a "name" and a "template".')
+            text = {str(named["name"]): named["template"] for named in text}.get("default")
         try:
             text = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -75,8 +78,7 @@ class ChatTemplate:
                 f"{folder} has no chat template: neither chat_template.jinja nor a chat_template in "
                 "tokenizer_config.json. Is it the folder of a chat model?"
             )
-        tokens = {name: config[name] for name in _TOKENS if config.get(name)}
-        tokens = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items()}
+        tokens = {name: token for name in _TOKENS if (token := tokenizer_files.token_text(config, name, file))}
         return cls(text, tokens, special, variables)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
@@ -135,15 +137,6 @@ class ChatTemplate:
 def parts(text: str) -> list[str]:
     """The parts of a rendered text: encoded one by one, no special token comes from a message."""
     return text.split(_MARK)
-
-
-def _read_config(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        return json_lines.parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"Cannot read {path}: {error}.") from error
 
 
 class _Generation(jinja2.ext.Extension):

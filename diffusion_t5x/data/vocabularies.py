@@ -107,6 +107,7 @@ def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
     import seqio
 
     from diffusion_t5x.data.python_vocabulary import PythonVocabulary
+    from diffusion_t5x.data.sentencepiece_vocabulary import AddedTokensVocabulary
 
     if vocabulary.eos_id is None:
         raise UserError(f"{type(vocabulary).__name__} has no EOS id: a target's end could not be written.")
@@ -118,6 +119,8 @@ def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
         # T5's sentinels are added behind the pieces by SeqIO; later vocabularies have them in the model itself.
         sentinel = [re.fullmatch("▁?<extra_id_[0-9]+>", piece) is not None for piece in model.IdToPiece(ids)]
         text = ~(special | sentinel)
+        if isinstance(vocabulary, AddedTokensVocabulary):
+            text[[number for number, token in vocabulary.added if token.is_special]] = False
         contents = vocabulary.sp_model
         start_id = vocabulary.bos_id if vocabulary.bos_id >= 0 else start_id
     elif isinstance(vocabulary, seqio.ByteVocabulary):
@@ -126,6 +129,7 @@ def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
         contents = f"bytes {size} {vocabulary.extra_ids}".encode()
     elif isinstance(vocabulary, PythonVocabulary):
         text = vocabulary.is_text()
+        text[list(sentinels(vocabulary))] = False
         contents = vocabulary.contents
         start_id = start_id if vocabulary.bos_id is None else vocabulary.bos_id
     elif isinstance(vocabulary, seqio.PassThroughVocabulary):
@@ -149,15 +153,39 @@ def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
     )
 
 
-def num_sentinels(vocabulary: "seqio.Vocabulary") -> int:
-    """How many of the last ids are T5's sentinels, `<extra_id_0>` being the last one: SeqIO's or the model's own."""
+def sentinels(vocabulary: "seqio.Vocabulary") -> range:
+    """The ids of T5's sentinels `<extra_id_0>`, `<extra_id_1>` ..., each one below the other; empty where it has none.
+
+    They are SeqIO's or the model's own: a SentencePiece model's last pieces, and those of a tokenizer.json by name.
+
+    Raises:
+      UserError: a tokenizer.json has sentinels whose ids do not descend.
+    """
     import seqio
 
+    from diffusion_t5x.data.python_vocabulary import PythonVocabulary
+    from diffusion_t5x.data.sentencepiece_vocabulary import AddedTokensVocabulary
+
+    if isinstance(vocabulary, PythonVocabulary):
+        ids = vocabulary.sentinel_ids()
+        if ids != list(range(*_descending(ids))):
+            raise UserError(
+                f"The tokenizer has <extra_id_0> to <extra_id_{len(ids) - 1}> with the ids {str(ids[:3])[1:-1]}, ...: "
+                "T5's sentinels have descending ids, one below the other."
+            )
+        return range(*_descending(ids))
+    end = vocabulary.num_before if isinstance(vocabulary, AddedTokensVocabulary) else vocabulary.vocab_size
     if not isinstance(vocabulary, seqio.SentencePieceVocabulary):
-        return vocabulary.extra_ids
-    model, size = vocabulary.tokenizer, vocabulary.vocab_size
-    names = ((number, model.IdToPiece(size - 1 - number)) for number in range(size))
-    return sum(1 for _ in itertools.takewhile(lambda x: x[1].removeprefix("▁") == f"<extra_id_{x[0]}>", names))
+        return range(end - 1, end - 1 - vocabulary.extra_ids, -1)
+    model = vocabulary.tokenizer
+    names = ((number, model.IdToPiece(end - 1 - number)) for number in range(end))
+    found = itertools.takewhile(lambda x: x[1].removeprefix("▁") == f"<extra_id_{x[0]}>", names)
+    return range(end - 1, end - 1 - sum(1 for _ in found), -1)
+
+
+def _descending(ids: Sequence[int]) -> tuple[int, int, int]:
+    """A range's arguments: as many numbers as there are ids, from the first one down."""
+    return (ids[0], ids[0] - len(ids), -1) if ids else (0, 0, -1)
 
 
 def piece(vocabulary: "seqio.Vocabulary", token: int) -> bytes:
