@@ -71,6 +71,7 @@ def program() -> Iterator[None]:
     Of several processes that work as one, none waits for others when it fails.
     """
     _quiet_start()
+    processes.in_32_bits()
     try:
         yield
         processes.leave()
