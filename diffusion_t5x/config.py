@@ -139,7 +139,6 @@ def load(
         gin_guard.check_references(allowed)
     gin_checks.check_macros_used()
     gin_checks.check_cycles()
-    gin_checks.check_types()
 
 
 def operative_text() -> str:
@@ -195,6 +194,7 @@ def _run(
     selector = gin_config._inverse_lookup(main).selector
     gin_config._CONFIG.setdefault(("", selector), {})  # so that `operative_text` shows it where nothing is bound
     gin_checks.check_flags_used(main)
+    gin_checks.check_types(main)
     if flags.print_config:
         print(operative_text())
     if missing := list(dict.fromkeys(gin_checks.unset(selector, [], {"dry_run"}))):

@@ -49,22 +49,30 @@ def check_cycles() -> None:
         visit(name, [])
 
 
-def check_types() -> None:
-    """Checks all that is bound against the annotations of the parameters; whole numbers written as 1e6 become such.
+def check_types(verb: Callable[..., Any]) -> None:
+    """Checks what a run of the verb comes to against the annotations of the parameters that it is bound to.
+
+    Whole numbers written as 1e6 become such where one is wanted.
 
     Raises:
       UserError: a value that does not fit, with its place, what would fit and what the value is.
     """
+    in_use = reached(verb)
     for (scope, selector), bound in list(gin_config._CONFIG.items()):
-        wrapped = gin_config._REGISTRY[selector].wrapped
-        if selector.startswith("gin.") or not bound:
+        if selector.startswith("gin.") or not any(_applies(scope, found) for name, found in in_use if name == selector):
             continue
+        wrapped = gin_config._REGISTRY[selector].wrapped
         annotations = hints(wrapped)
         defaults = {parameter.name: parameter.default for parameter in parameters(wrapped)}
         for name in bound:
             if name in annotations:
                 key = (scope, selector, name)
                 bound[name] = _fitted(key, bound[name], annotations[name], defaults.get(name, inspect.Parameter.empty))
+
+
+def _applies(scope: str, called_in: str) -> bool:
+    """Whether what is bound in a scope counts for a call in another one."""
+    return not scope or f"{called_in}/".startswith(f"{scope}/")
 
 
 def _fitted(key: gin_reading.Key, value: Any, hint: Any, default: Any) -> Any:
@@ -136,12 +144,17 @@ def reached(verb: Callable[..., Any]) -> set[tuple[str, str]]:
 
 
 def check_flags_used(verb: Callable[..., Any]) -> None:
-    """Raises a UserError where a flag sets a parameter of what nothing in the configuration of a verb calls."""
+    """Raises a UserError where a flag sets a macro, or a parameter, that a run of the verb does not come to."""
     in_use = reached(verb)
     for (scope, selector, _), flag in gin_reading.set_by_flags().items():
         scopes = [found for other, found in in_use if other == selector]
-        if selector.startswith("gin.") or any(f"{found}/".startswith(f"{scope}/") or not scope for found in scopes):
+        if any(_applies(scope, found) for found in scopes):
             continue
+        if selector == _MACRO:
+            users = sorted({name_of(*key) for key in _users(scope)})
+            raise UserError(
+                f"{flag}: it would change nothing: only {', '.join(users)} uses {scope}, and is not used itself."
+            )
         name = ".".join(selector.split(".")[-2:])
         if scopes:
             known = " and ".join(f"{found}/{name}" if found else name for found in sorted(set(scopes)))
@@ -150,6 +163,15 @@ def check_flags_used(verb: Callable[..., Any]) -> None:
             f"{flag}: it would change nothing: this configuration does not use {name}. Include the gin file that does, "
             "or see with --print_config what is used."
         )
+
+
+def _users(macro: str) -> Iterator[gin_reading.Key]:
+    """The bindings that refer to a macro."""
+    for (scope, selector), bound in gin_config._CONFIG.items():
+        for name, value in bound.items():
+            for reference in gin_config.iterate_references({name: value}):
+                if reference.config_key == (macro, _MACRO):
+                    yield scope, selector, name
 
 
 def unset(

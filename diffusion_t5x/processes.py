@@ -72,7 +72,7 @@ def join(flags: argparse.Namespace) -> None:
 
 
 def in_32_bits() -> None:
-    """Sets JAX_ENABLE_X64 aside, which shells that serve numerical programs have: models compute in 32 bits and less."""
+    """Sets JAX_ENABLE_X64 aside, which shells made for numerical programs have: models compute in 32 bits and less."""
     if os.environ.pop("JAX_ENABLE_X64", "").lower() in ("1", "true", "t", "yes", "y", "on"):
         logger.info("JAX_ENABLE_X64 is set aside: models compute in 32 bits and less")
         if "jax" in sys.modules:
