@@ -34,7 +34,8 @@ from gin import config_parser
 from diffusion_t5x import gin_checks, gin_guard, gin_messages, gin_reading, processes
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.flags import parse_flags
-from diffusion_t5x.gin_messages import explained_errors, shipped, shipped_text
+from diffusion_t5x.gin_messages import explained_errors
+from diffusion_t5x.gin_reading import shipped, shipped_text
 
 PACKAGE = pathlib.Path(__file__).parent
 # Strings that need no quotes on the command line: names and paths, as in --gin.MODEL_DIR=/tmp/model.
@@ -79,8 +80,8 @@ def program() -> Iterator[None]:
         processes.leave()
         raise
     except UserError as error:
-        # gin appends to every exception the chain of configurables that it passed through.
-        message, *_ = str(error).split("\n  In call to configurable")
+        # gin appends to every exception the chain of configurables and files that it passed through.
+        message, *_ = re.split(r"\n  In (?:call to configurable|file) ", str(error))
         print(f"error: {message}", file=sys.stderr)
         processes.give_up(2)
         sys.exit(2)
@@ -193,8 +194,8 @@ def _run(
     load(flags.gin_file, flags.gin_bindings, flags.gin_search_paths, [own, *flags.gin_allow], texts)
     selector = gin_config._inverse_lookup(main).selector
     gin_config._CONFIG.setdefault(("", selector), {})  # so that `operative_text` shows it where nothing is bound
-    gin_checks.check_flags_used(main)
     gin_checks.check_types(main)
+    gin_checks.check_flags_used(main)
     if flags.print_config:
         print(operative_text())
     if missing := list(dict.fromkeys(gin_checks.unset(selector, [], {"dry_run"}))):

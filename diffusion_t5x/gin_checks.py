@@ -1,6 +1,7 @@
 """What is checked of a configuration that has been read, before anything is built: types, cycles, what is used."""
 
 import inspect
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from diffusion_t5x.errors import UserError, did_you_mean
 from diffusion_t5x.setting_types import Misfit, fit, fits_call, hints, returned, shortened, takes_functions, words
 
 _MACRO = "gin.macro"
+_TASK_MODULE = "MIXTURE_OR_TASK_MODULE"  # of T5X
 
 
 def parameters(function_or_class: Callable[..., Any]) -> list[inspect.Parameter]:
@@ -26,6 +28,8 @@ def name_of(scope: str, selector: str, parameter: str) -> str:
     """A binding as gin files and flags spell it."""
     if selector == _MACRO:
         return scope
+    if (scope, _MACRO) in gin_config._CONFIG:
+        scope = ""  # what a macro refers to is called in a scope of the macro's name
     return "/".join([*filter(None, [scope]), ".".join(selector.split(".")[-2:])]) + f".{parameter}"
 
 
@@ -119,14 +123,28 @@ def _fit_macro(name: str, hint: Any, refer: Callable[[Any, Any], Any]) -> None:
 
 
 def check_macros_used() -> None:
-    """Raises a UserError where a flag sets a macro that nothing refers to."""
+    """Raises a UserError where a flag sets a macro that nothing refers to, or anything one that T5X alone has."""
     used = set()
     for reference in gin_config.iterate_references(gin_config._CONFIG):
         if reference.configurable.wrapped is gin_config.macro:
             used.add("/".join(reference.scopes))
+    modules = gin_config._CONFIG.get((_TASK_MODULE, _MACRO), {}).get("value")
+    if modules is not None and _TASK_MODULE not in used:
+        module = modules if isinstance(modules, str) else "my.tasks"
+        raise UserError(
+            f"{gin_reading.place((_TASK_MODULE, _MACRO, 'value'))}: here a gin file imports the module of a task, as "
+            f"tasks/quickstart.gin does: a file with the line `import {module}`, and "
+            f"--gin_allow={module.partition('.')[0]}. Leave {_TASK_MODULE} out."
+        )
     for (scope, selector, _), flag in gin_reading.set_by_flags().items():
         if selector == _MACRO and scope not in used:
-            raise UserError(f"{flag}: nothing in this configuration uses a macro {scope!r}.{did_you_mean(scope, used)}")
+            with_it = [
+                file
+                for file in gin_reading.shipped()
+                if re.search(rf"^{re.escape(scope)} = ", gin_reading.shipped_text(file), re.MULTILINE)
+            ]
+            hint = did_you_mean(scope, used) or (f" It goes with {', '.join(with_it[:3])}." if with_it else "")
+            raise UserError(f"{flag}: nothing in this configuration uses a macro {scope!r}.{hint}")
 
 
 def reached(verb: Callable[..., Any]) -> set[tuple[str, str]]:
@@ -157,7 +175,7 @@ def check_flags_used(verb: Callable[..., Any]) -> None:
             )
         name = ".".join(selector.split(".")[-2:])
         if scopes:
-            known = " and ".join(f"{found}/{name}" if found else name for found in sorted(set(scopes)))
+            known = " and ".join(name_of(found, selector, "")[:-1] for found in sorted(set(scopes)))
             raise UserError(f"{flag}: it would change nothing: this configuration uses {known}, not {scope}/{name}.")
         raise UserError(
             f"{flag}: it would change nothing: this configuration does not use {name}. Include the gin file that does, "

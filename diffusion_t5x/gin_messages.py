@@ -14,6 +14,7 @@ from gin import config as gin_config  # gin offers no public way to list what is
 
 from diffusion_t5x import gin_checks, gin_reading
 from diffusion_t5x.errors import UserError, did_you_mean
+from diffusion_t5x.gin_reading import shipped, shipped_text
 
 
 @contextlib.contextmanager
@@ -70,29 +71,23 @@ def _explanation(message: str, file: str) -> str:
     return message
 
 
-def shipped(folder: str = "") -> list[str]:
-    """The gin files that come with the package, relative to its gin folder."""
-    root = gin_reading.SHIPPED
-    return sorted(str(path.relative_to(root)) for path in (root / folder).rglob("*.gin"))
-
-
-def shipped_text(file: str) -> str:
-    return (gin_reading.SHIPPED / file).read_text(encoding="utf-8")
-
-
 def not_set(names: Sequence[str]) -> str:
     """What must be set: how on the command line, and which shipped files do."""
-    flags = " ".join(f"--gin.{name}=..." for name in names)
+    of_a_size = [name for name in names if ".ModelConfig." in f".{name}"]
+    flags = " ".join(f"--gin.{name}=..." for name in names if name not in of_a_size)
     hints = list(dict.fromkeys(filter(None, map(_shipped_values, names))))
-    return f"not set: {', '.join(names)}. Set on the command line ({flags}) or in a gin file{''.join(hints)}."
+    how = f"Set on the command line ({flags}) or in a gin file" if flags else "Add a gin file"
+    return f"not set: {', '.join(names)}. {how}{''.join(hints)}."
 
 
 def _shipped_values(name: str) -> str:
     """Which shipped gin files set a macro to a model, an objective or the like, or a parameter of the model."""
-    if name.startswith("config.ModelConfig."):
-        return "; a model's size is in sizes/tiny.gin, sizes/base.gin and the other files of sizes/"
+    if ".ModelConfig." in f".{name}":
+        return "; the sizes of models are in --gin_file=sizes/tiny.gin, sizes/base.gin and others"
     if name == "DECODER" and (objective := _objective()):
         return f"; DECODER is set in decoding/{objective}.gin, which goes with the objective"
+    if name == "MIXTURE_OR_TASK_NAME":
+        return "; tasks over files of yours are in tasks/local_jsonl.gin, local_text.gin, local_tsv.gin, local_chat.gin"
     files = [file for file in shipped() if re.search(rf"^{name} = @", shipped_text(file), re.MULTILINE)]
     return f"; {name} is set in {', '.join(files[:3])}" if files else ""
 

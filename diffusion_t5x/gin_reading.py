@@ -54,6 +54,16 @@ class Place:
         return (SHIPPED / "runs").resolve() in pathlib.Path(self.file).resolve().parents
 
 
+def shipped(folder: str = "") -> list[str]:
+    """The gin files that come with the package, relative to its gin folder."""
+    root = SHIPPED
+    return sorted(str(path.relative_to(root)) for path in (root / folder).rglob("*.gin"))
+
+
+def shipped_text(file: str) -> str:
+    return (SHIPPED / file).read_text(encoding="utf-8")
+
+
 class _Reading:
     """What is being read, and where all values were set that have been read."""
 

@@ -149,7 +149,8 @@ def words(hint: Any) -> str:
         return f"a list of {words(args[0])}" if args and args[0] is not Any else "a list"
     if origin in (dict, collections.abc.Mapping, collections.abc.MutableMapping):
         return f"a dict {{{words(args[0])}: {words(args[1])}}}" if args else "a dict"
-    return _WORDS.get(origin) or f"a {getattr(origin, '__name__', str(origin))}"
+    name = getattr(origin, "__name__", str(origin))
+    return _WORDS.get(origin) or f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
 def _plain(hint: Any) -> Any:

@@ -149,6 +149,8 @@ def train(
             rollout=rollout,
         )
         return
+    if train_steps < 1:
+        raise UserError(f"TRAIN_STEPS must be at least 1, not {train_steps}.")
     goodput = Goodput()
     device_mesh = mesh.make()
     check_writers(metric_writers)

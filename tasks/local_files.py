@@ -56,6 +56,8 @@ def expand(patterns: Patterns) -> list[str]:
         found = sorted(glob.glob(os.path.expanduser(pattern)))
         if not found:
             raise UserError(f"There is no file {pattern}.")
+        if folders := [name for name in found if os.path.isdir(name)]:
+            raise UserError(f"{folders[0]} is a folder. Name the files in it: {folders[0].rstrip('/')}/*")
         files += found
     return files
 

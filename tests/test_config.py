@@ -229,7 +229,7 @@ def test_gin_files_are_found_from_any_folder(toy, tmp_path, monkeypatch):
 
 
 def test_every_shipped_gin_file_parses():
-    for file in gin_messages.shipped():
+    for file in gin_reading.shipped():
         config.load([file])
 
 

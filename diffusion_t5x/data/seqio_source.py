@@ -344,7 +344,11 @@ class SeqioDataset:
         provider = self._provider()
         if self.split not in provider.splits:
             splits = ", ".join(sorted(provider.splits))
-            raise UserError(f"{self.mixture_or_task_name!r} has no split {self.split!r}, only {splits}.")
+            hint = f' HELD_OUT = {{"{self.split}": 1.0}} takes 1 % of "train" for it, in a task over files of yours.'
+            raise UserError(
+                f"{self.mixture_or_task_name!r} has no split {self.split!r}, only {splits}."
+                f"{hint if 'train' in provider.splits else ''}"
+            )
         return provider
 
     def _converter(self, pack: bool) -> "RowConverter":
