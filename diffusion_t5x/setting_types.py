@@ -192,12 +192,11 @@ def _fit_class(value: Any, wanted: type) -> Any:
         return int(value)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return value
-    is_number = isinstance(value, bool) and wanted in (int, float)  # True is 1 to Python
-    if isinstance(value, wanted) and not is_number:
-        return value
-    if getattr(wanted, "_is_protocol", False) and not isinstance(
-        value, int | float | str | list | tuple | dict | _NONE
-    ):
+    if getattr(wanted, "_is_protocol", False):  # a literal is none
+        fits = not isinstance(value, int | float | str | list | tuple | dict | None)
+    else:
+        fits = isinstance(value, wanted) and not (isinstance(value, bool) and wanted in (int, float))
+    if fits:
         return value
     raise Misfit(_advice(value, wanted))
 

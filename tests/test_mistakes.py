@@ -62,7 +62,7 @@ MISTAKES = [
     # Flags that change nothing.
     ("train", f"{FINETUNE} --gin.TRIAN_STEPS=5", ["--gin.TRIAN_STEPS=5", "Did you mean 'TRAIN_STEPS'?"]),
     ("train", f"{FINETUNE} --gin.NUM_STEPS=5", ["--gin.NUM_STEPS=5", "nothing in this configuration uses"]),
-    ("train", f"{FINETUNE} --gin_file=decoding/masked.gin --gin.SundaeDecoder.num_steps=2", ["it would change nothing"]),
+    ("train", f"{FINETUNE} --gin_file=decoding/masked.gin --gin.SundaeDecoder.num_steps=2", ["change nothing"]),
     ("train", f"{FINETUNE} --gin.schedules.rsqrt.value=2.0", ["rsqrt"]),
     ("train", f"{FINETUNE} --gin.best/SundaeDecoder.num_steps=2", ["it would change nothing", "best/"]),
     ("train", f"{QUICKSTART} --gin.NUM_DECODED_EXAMPLES=5", ["NUM_DECODED_EXAMPLES=5", "nothing"]),
