@@ -10,7 +10,17 @@ from gin import config as gin_config  # gin offers no public way to list what is
 
 from diffusion_t5x import gin_reading
 from diffusion_t5x.errors import UserError, did_you_mean
-from diffusion_t5x.setting_types import Misfit, fit, fits_call, hints, returned, shortened, takes_functions, words
+from diffusion_t5x.setting_types import (
+    Misfit,
+    fit,
+    fits_call,
+    hints,
+    plain_numbers,
+    returned,
+    shortened,
+    takes_functions,
+    words,
+)
 
 _MACRO = "gin.macro"
 _TASK_MODULE = "MIXTURE_OR_TASK_MODULE"  # of T5X
@@ -72,6 +82,8 @@ def check_types(verb: Callable[..., Any]) -> None:
             if name in annotations:
                 key = (scope, selector, name)
                 bound[name] = _fitted(key, bound[name], annotations[name], defaults.get(name, inspect.Parameter.empty))
+    for bound in gin_config._CONFIG.values():
+        bound.update({name: plain_numbers(value) for name, value in bound.items()})
 
 
 def _applies(scope: str, called_in: str) -> bool:

@@ -71,6 +71,7 @@ class _Reading:
         self.places: dict[Key, Place] = {}
         self.now = Place("text", "gin")
         self.open_files: list[str] = []
+        self.vouched: dict[pathlib.Path, bool] = {}
 
 
 _reading = _Reading()
@@ -111,10 +112,14 @@ def set_by_flags() -> dict[Key, Place]:
 def is_vouched(file: str) -> bool:
     """Whether a gin file does not lie beside a checkpoint, as those of runs and imports do, which may be anyone's."""
     path = pathlib.Path(os.path.realpath(file))
-    if SHIPPED.resolve() in path.parents:
-        return True
+    if path not in _reading.vouched:
+        _reading.vouched[path] = SHIPPED.resolve() in path.parents or not _lies_beside_checkpoint(path)
+    return _reading.vouched[path]
+
+
+def _lies_beside_checkpoint(path: pathlib.Path) -> bool:
     beside = [path.parent.name, *(entry.name for entry in path.parent.iterdir() if entry.is_dir())]
-    return not any(map(_CHECKPOINT.fullmatch, beside))
+    return any(map(_CHECKPOINT.fullmatch, beside))
 
 
 @contextlib.contextmanager

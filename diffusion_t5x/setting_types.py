@@ -101,6 +101,15 @@ def fit(value: Any, hint: Any, refer: Callable[[Any, Any], Any]) -> Any:
     return value
 
 
+def plain_numbers(value: Any) -> Any:
+    """The value with floats for what may be whole numbers, in its lists, tuples and dicts, too."""
+    if isinstance(value, WholeNumber):
+        return float(value)
+    if isinstance(value, dict):
+        return {plain_numbers(key): plain_numbers(item) for key, item in value.items()}
+    return type(value)(map(plain_numbers, value)) if type(value) in (list, tuple) else value
+
+
 def fits_call(returns: Any, hint: Any) -> bool:
     """Whether what a function is said to return, or a class, may fit: nothing speaks against it."""
     hint, returns = _plain(hint), _plain(returns)
@@ -190,6 +199,8 @@ def _fit_tuple(value: Any, args: Sequence[Any], refer: Callable[[Any, Any], Any]
 def _fit_class(value: Any, wanted: type) -> Any:
     if wanted is int and isinstance(value, WholeNumber):
         return int(value)
+    if wanted is float and isinstance(value, WholeNumber):
+        return float(value)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return value
     if getattr(wanted, "_is_protocol", False):  # a literal is none

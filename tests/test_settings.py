@@ -40,6 +40,7 @@ def refer(value, hint):
         (WholeNumber(1e6), int, 1_000_000),
         (WholeNumber(1e6), float, 1e6),
         (WholeNumber(1e6), float | None, 1e6),
+        (WholeNumber(1e6), int | float, 1_000_000),
         (3, float, 3),
         (3, int | bool, 3),
         (True, int | bool, True),
