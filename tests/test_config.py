@@ -1,9 +1,11 @@
 """Flags, look-up of gin files, overrides and the messages for gin's mistakes, on a small verb of its own."""
 
+import os
 import subprocess
 import sys
 
 import gin
+import jax
 import pytest
 
 from diffusion_t5x import config, gin_messages, gin_reading
@@ -310,6 +312,15 @@ def test_logs_are_terse_and_quiet(toy):
     result = verb(toy, "--gin_file=base.gin", *SET, "--gin.train.train.task=log", "--tfds_data_dir=/data")
     assert result.stderr.splitlines()[0].endswith(" resuming") and len(result.stderr.splitlines()) == 1
     assert "3 /data\n[]\n" in result.stdout  # and config needs neither JAX nor TensorFlow
+
+
+@pytest.mark.parametrize("value", ["1", "True", "true"])
+def test_a_shell_with_64_bits_is_set_aside(value, monkeypatch, caplog):
+    monkeypatch.setenv("JAX_ENABLE_X64", value)
+    jax.config.update("jax_enable_x64", True)
+    with caplog.at_level("INFO", "diffusion_t5x"), config.program():
+        assert not jax.config.jax_enable_x64 and "JAX_ENABLE_X64" not in os.environ
+    assert caplog.text.count("JAX_ENABLE_X64 is set aside") == 1
 
 
 def test_user_errors_and_bugs(toy):
