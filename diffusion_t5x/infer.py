@@ -44,7 +44,7 @@ _SHOWN_TRACES = 3
 def infer(
     *,
     model: ModelConfig,
-    checkpoint_path: str,
+    checkpoint_path: str | None,
     dataset: SeqioDataset,
     infer_output_dir: str,
     mode: Literal["predict", "score"] = "predict",
@@ -70,7 +70,7 @@ def infer(
 
     Args:
       model: dimensions of the checkpoint's model.
-      checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
+      checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR; None for a TPU slice, which needs none.
       dataset: task, split, lengths and batch size.
       infer_output_dir: made if it is not there.
       mode: "predict" decodes, "score" says how likely the targets are that the task has.
@@ -96,6 +96,8 @@ def infer(
             raise UserError("--topology is for decoding a task: set infer.decoder; leave out mode and templates.")
         dry_run.infer(mesh=mesh, model=model, decoder=decoder, dataset=dataset)
         return
+    if checkpoint_path is None:
+        raise UserError("No checkpoint: set CHECKPOINT_PATH. None is for a dry run on a --topology.")
     device_mesh = mesh.make()
     path = str(checkpoints.find_checkpoint(checkpoint_path))
     if not dry_run:

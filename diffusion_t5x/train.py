@@ -17,6 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from diffusion_t5x import config, partitioning, records
+from diffusion_t5x.data.cached_source import CachedDataset
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval, prepared
@@ -70,7 +71,7 @@ def train(
     model_dir: str,
     model: ModelConfig,
     objective: Objective,
-    train_dataset: SeqioDataset,
+    train_dataset: SeqioDataset | CachedDataset,
     optimizer: optax.GradientTransformation,
     train_steps: int,
     lora: lora_training.Lora | None = None,
@@ -148,6 +149,8 @@ def train(
             rollout=rollout,
         )
         return
+    if train_steps < 1:
+        raise UserError(f"TRAIN_STEPS must be at least 1, not {train_steps}.")
     goodput = Goodput()
     device_mesh = mesh.make()
     check_writers(metric_writers)

@@ -56,6 +56,8 @@ def expand(patterns: Patterns) -> list[str]:
         found = sorted(glob.glob(os.path.expanduser(pattern)))
         if not found:
             raise UserError(f"There is no file {pattern}.")
+        if folders := [name for name in found if os.path.isdir(name)]:
+            raise UserError(f"{folders[0]} is a folder. Name the files in it: {folders[0].rstrip('/')}/*")
         files += found
     return files
 
@@ -89,6 +91,8 @@ def source_of(
       read_files: the records of all files of a split.
       finish: makes of a record what the source gives.
     """
+    if not files:
+        raise UserError('There are no files: set FILES = {"train": "my/train-*.jsonl", ...}, paths by split.')
     held_out = dict(held_out or {})
     if held_out and ("train" not in files or held_out.keys() & files.keys() or sum(held_out.values()) >= 100):
         raise UserError(f"held_out takes percentages of 'train' for splits without files: {held_out}.")

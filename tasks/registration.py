@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -87,6 +88,8 @@ def task(
     Raises:
       UserError: no vocabulary file; shots of a task without inputs or training examples.
     """
+    if num_shots < 0:
+        raise UserError(f"{name} cannot have {num_shots} shots: set NUM_SHOTS to 0 or more.")
     if num_shots:
         if not has_inputs or "train" not in source.splits:
             raise UserError(f"{name} cannot have shots: they take inputs and targets of a split 'train'.")
@@ -113,7 +116,12 @@ def task(
 
 
 def add(name: str, **task: Any) -> str:
-    """`seqio.TaskRegistry.add`, in place of an earlier task or mixture of that name, which it returns."""
+    """`seqio.TaskRegistry.add`, in place of an earlier task or mixture of that name, which it returns.
+
+    Raises:
+      UserError: a name that SeqIO does not take.
+    """
+    _check_name(name)
     _remove(name)
     seqio.TaskRegistry.add(name, **task)
     return name
@@ -128,8 +136,10 @@ def mixture(name: str, tasks: Sequence[tuple[str, float | Callable[[seqio.Task],
         times its rate over the sum of rates.
 
     Raises:
-      UserError: no tasks, a task that is not registered, or a rate that is not positive.
+      UserError: a name that SeqIO does not take, no tasks, a task that is not registered, or a rate that is not
+        positive.
     """
+    _check_name(name)
     known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()} - {name}
     for part, rate in tasks:
         if part not in known:
@@ -141,6 +151,15 @@ def mixture(name: str, tasks: Sequence[tuple[str, float | Callable[[seqio.Task],
     _remove(name)
     seqio.MixtureRegistry.add(name, list(tasks))
     return name
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[\w.:#]+", name):
+        proposed = re.sub(r"[^\w.:#]+", "_", name) or "my_task"
+        raise UserError(
+            f"{name!r} cannot be a task's name: it may have letters, digits and . : _ # only. Set, for instance, "
+            f"TASK_NAME = {proposed!r}."
+        )
 
 
 def _remove(name: str) -> None:

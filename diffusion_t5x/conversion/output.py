@@ -83,6 +83,7 @@ def building(final: pathlib.Path) -> Iterator[pathlib.Path]:
 def model_gin(title: str, model: ModelConfig, macro: str, tokenizer: pathlib.Path) -> str:
     """A gin file that sets MODEL to `model`, and a macro to the tokenizer; dropout and dtype are left to the run."""
     values = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    title = "".join(character if character.isprintable() else " " for character in title)  # it is a comment, one line
     left_out = _LEFT_OUT if model.vocab_size else {*_LEFT_OUT, "vocab_size"}
     bindings = "\n".join(f"  {name} = {value!r}" for name, value in values.items() if name not in left_out)
     return _MODEL_GIN.format(

@@ -78,9 +78,15 @@ class TokenIds:
           UserError: another vocabulary.
         """
         if dict(described) != self.describe():
+            more = self.size - int(described.get("size", self.size))
+            hint = ""
+            if more and described.get("name") == self.name:
+                count = f"{abs(more)} ids {'more' if more > 0 else 'fewer'}"
+                hint = f" The task's has {count}: if both come from one file, they differ in extra_ids alone."
             raise UserError(
                 f"{path} was trained with another vocabulary ({_sentence(described)}) than the task's "
                 f"({_sentence(self.describe())}): choose a task with the checkpoint's vocabulary or another checkpoint."
+                f"{hint}"
             )
 
 
@@ -92,6 +98,19 @@ def _ranges(chosen: np.ndarray) -> tuple[tuple[int, int], ...]:
 
 def _sentence(described: Mapping[str, str | int]) -> str:
     return ", ".join(f"{key} {value}" for key, value in described.items())
+
+
+def difference(one: "seqio.Vocabulary", other: "seqio.Vocabulary") -> str:
+    """How two vocabularies differ, in words."""
+    kinds = [type(vocabulary).__name__ for vocabulary in (one, other)]
+    if kinds[0] != kinds[1]:
+        return f"one is a {kinds[0]}, the other a {kinds[1]}"
+    files = [getattr(vocabulary, "sentencepiece_model_file", "") for vocabulary in (one, other)]
+    if files[0] != files[1]:
+        return f"one is {files[0]}, the other {files[1]}"
+    if one.extra_ids != other.extra_ids:
+        return f"they differ only in extra_ids, {one.extra_ids} and {other.extra_ids}"
+    return f"both are a {kinds[0]}, but with other pieces"
 
 
 def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:

@@ -91,7 +91,7 @@ class ModelConfig:
     rotary_stretched: tuple[float, float] | None = None
     max_length: int | None = None
     dropout_rate: float = 0.0
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     scan_unroll: int | bool = 1
     remat: Literal["none", "dots", "full"] = "none"
 
@@ -105,6 +105,7 @@ class ModelConfig:
             ("norm", ("rms", "layer")),
             ("activation", ("gelu", "silu")),
             ("attention_backend", ("auto", "xla", "cudnn", "splash", "flash")),
+            ("dtype", ("float32", "bfloat16", "float16")),
             ("remat", ("none", "dots", "full")),
         ):
             if getattr(self, name) not in known:

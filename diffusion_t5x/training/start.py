@@ -42,9 +42,11 @@ def check_start(
     try:
         description = describe_assignment(targets, sources, rules)
     except UserError as error:
-        wrong.append(f"{checkpoint}: {error}")
-        if advice := _advice(*(model_settings(merging.plain(leaves)) for leaves in (targets, sources))):
-            wrong.append(advice)
+        advice = _advice(*(model_settings(merging.plain(leaves)) for leaves in (targets, sources)))
+        if advice and resumes:  # no rule could help, and most arrays differ: what to set says it in one line
+            wrong.append(f"{checkpoint} is of another model. {advice} Or choose another MODEL_DIR.")
+        else:
+            wrong += filter(None, [f"{checkpoint}: {error}", advice])
     if wrong:
         raise UserError("\n".join(wrong))
     return description
