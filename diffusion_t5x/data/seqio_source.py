@@ -223,6 +223,8 @@ class SeqioDataset:
         options = _without_autotuning()
         options.experimental_optimization.map_parallelization = False
         options.experimental_optimization.inject_prefetch = False
+        # Each parallel step reads ahead by as many documents as there are threads (else 16), all of them in a position.
+        options.threading.private_threadpool_size = min(os.cpu_count() or 1, 16)
         ds = ds.batch(len(example_ids), drop_remainder=True).prefetch(2).with_options(options)
         ordered = dataclasses.replace(self, task_feature_lengths=dict(sorted(self.task_feature_lengths.items())))
         source = f"{ordered}, shard {shard_index} of {num_shards}"
