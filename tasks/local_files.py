@@ -126,7 +126,10 @@ def source_of(
         members = np.flatnonzero(belongs == (1 + [*held_out].index(split) if split in held_out else 0))
         return Records(len(members), lambda i: finish(found.parse(members[i])), lambda i: found.where(members[i]))
 
-    return sources.records(load, [*files, *held_out])
+    def list_files(split: str) -> list[str]:
+        return text_files.expand(files["train" if split in held_out else split])
+
+    return sources.records(load, [*files, *held_out], list_files)
 
 
 def _share_of(text: str, percentages: Sequence[float]) -> int:

@@ -41,7 +41,9 @@ def squad(
         found, prepare = sources.PreparedTfds(TFDS_NAME, {"train": "train", "validation": "validation"}), []
     else:
         files = text_files.by_split(files, "SQUAD_FILES")
-        found, prepare = sources.records(lambda split: _read_all(files[split]), list(files)), [_as_in_tfds]
+        list_files = lambda split: text_files.expand(files[split])  # noqa: E731
+        found = sources.records(lambda split: _read_all(files[split]), list(files), list_files)
+        prepare = [_as_in_tfds]
     return registration.task(
         name,
         found,

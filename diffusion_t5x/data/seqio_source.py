@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffusion_t5x.data import scoring
+from diffusion_t5x.data import fingerprints, scoring
 from diffusion_t5x.data.batch import Architecture, Batch
+from diffusion_t5x.data.fingerprints import Fingerprint
 from diffusion_t5x.data.rows import check_rows, fill_batches, rows_of_shard
 from diffusion_t5x.data.truncation import CutCounter
 from diffusion_t5x.data.vocabularies import TokenIds, cells, piece, signs, to_text, token_ids
@@ -179,6 +180,10 @@ class SeqioDataset:
         sign = signs(self.vocabulary()).get(token)
         return sign.encode() if sign else piece(self.vocabulary(), token)
 
+    def check_scoring(self) -> None:
+        """Raises a UserError where `score` would: this is a mixture, or a metric cannot run on this machine."""
+        scoring.check_metrics(self._task().predict_metric_fns)
+
     def score(self, records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """The task's metrics of predictions.
 
@@ -189,10 +194,7 @@ class SeqioDataset:
         Raises:
           UserError: this is a mixture: metrics belong to tasks.
         """
-        task = self._provider()
-        if not isinstance(task, libraries()[0].Task):
-            raise UserError(f"Metrics belong to tasks, and {self.name!r} is a mixture: evaluate its tasks one by one.")
-        return scoring.score(task, records)
+        return scoring.score(self._task(), records)
 
     def train_iterator(self, num_shards: int = 1, shard_index: int = 0) -> "TrainIterator":
         """Endless batches of `batch_size / num_shards` rows, examples of this shard only.
@@ -228,7 +230,17 @@ class SeqioDataset:
         ds = ds.batch(len(example_ids), drop_remainder=True).prefetch(2).with_options(options)
         ordered = dataclasses.replace(self, task_feature_lengths=dict(sorted(self.task_feature_lengths.items())))
         source = f"{ordered}, shard {shard_index} of {num_shards}"
-        return TrainIterator(ds, example_ids, source)
+        return TrainIterator(ds, example_ids, source, self.fingerprint())
+
+    def fingerprint(self) -> Fingerprint:
+        """Of the files that the split is read from, as far as the sources name them."""
+        files = []
+        for task in libraries()[0].get_subtasks(self._provider_with_split()):
+            if self.split in task.splits:
+                source = getattr(task.source, "_original_source", task.source)  # what shots are taken from
+                list_files = getattr(source, "list_files", source.list_shards)
+                files += list_files(self.split)
+        return fingerprints.of_files(files)
 
     def eval_batches(self, num_examples: int | None = None) -> Iterator[tuple[Batch, list[dict[str, Any]]]]:
         """One pass in the data's own order, one example per row, whatever `shuffle` and `pack` say.
@@ -325,6 +337,12 @@ class SeqioDataset:
             if name not in FEATURES:
                 described[name] = _plain(value)
         return described
+
+    def _task(self) -> "seqio.Task":
+        task = self._provider()
+        if not isinstance(task, libraries()[0].Task):
+            raise UserError(f"Metrics belong to tasks, and {self.name!r} is a mixture: evaluate its tasks one by one.")
+        return task
 
     def _provider(self) -> "seqio.Task | seqio.Mixture":
         seqio, _ = libraries()

@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import json
 import logging
-import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TextIO
@@ -13,6 +12,7 @@ import jax
 
 from diffusion_t5x import json_lines
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.records import write_json
 from diffusion_t5x.training.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class RecordFile:
             locked.truncate(content.rfind(b"\n") + 1)  # a line that was cut short
             if content.count(b"\n") != self.done:
                 self._refuse("was written to by another process since this one began")
-            _write_note(self._note, self._settings)
+            write_json(self._note, self._settings)
             with self.path.open("a", encoding="utf-8") as file, Progress(total, self.done, title, "example") as bar:
                 for record in records:
                     if record["example_id"] >= self.done:
@@ -126,12 +126,6 @@ class RecordFile:
 
 def _said(record: Mapping[str, Any]) -> dict[str, Any]:
     return {name: record[name] for name in _EXAMPLE if name in record}
-
-
-def _write_note(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
-    unfinished = path.with_name(f"{path.name}.partial")
-    unfinished.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 @contextlib.contextmanager
