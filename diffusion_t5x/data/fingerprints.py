@@ -66,7 +66,7 @@ def warn_of_changes(kept: np.ndarray | None, now: Fingerprint) -> None:
     if found:
         more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         logger.warning(
-            "the training data have changed since the checkpoint: %s%s. Training goes on at the same position among what "
+            "the training data have changed since the checkpoint: %s%s. Training goes on at the same position in what "
             "is there now: examples may be read twice or not at all",
             "; ".join(found[:_SHOWN]),
             more,

@@ -234,12 +234,13 @@ class SeqioDataset:
 
     def fingerprint(self) -> Fingerprint:
         """Of the files that the split is read from, as far as the sources name them."""
-        files = []
-        for task in libraries()[0].get_subtasks(self._provider_with_split()):
-            if self.split in task.splits:
-                source = getattr(task.source, "_original_source", task.source)  # what shots are taken from
-                list_files = getattr(source, "list_files", source.list_shards)
-                files += list_files(self.split)
+        seqio, files = libraries()[0], []
+        for task in seqio.get_subtasks(self._provider_with_split()):
+            source = getattr(task.source, "_original_source", task.source)  # what shots are taken from
+            if self.split in task.splits and hasattr(source, "list_files"):
+                files += source.list_files(self.split)
+            elif self.split in task.splits and isinstance(source, seqio.FileDataSource):
+                files += source.list_shards(self.split)
         return fingerprints.of_files(files)
 
     def eval_batches(self, num_examples: int | None = None) -> Iterator[tuple[Batch, list[dict[str, Any]]]]:
