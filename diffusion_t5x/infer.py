@@ -89,7 +89,8 @@ def infer(
         batch for it and print what it would take.
 
     Raises:
-      UserError: anything that does not fit, or the output was begun with other settings; nothing is overwritten.
+      UserError: anything that does not fit, or the output was begun with other settings or other data; nothing is
+        overwritten.
     """
     if isinstance(dry_run, SliceDryRun):
         if mode != "predict" or templates or decoder is None:
@@ -119,6 +120,8 @@ def infer(
         "task_feature_lengths": dict(dataset.task_feature_lengths),
     }
     output = RecordFile(pathlib.Path(infer_output_dir, f"{name}.jsonl"), settings)
+    if templates is None and output.done:  # templates have a fingerprint among the settings
+        output.check_examples(dataset.eval_examples(output.done))
     if dry_run:
         print(f"Would {mode} {name} with {how} from {path} to {output.path}; {output.done} done.")
         return

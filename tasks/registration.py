@@ -86,16 +86,15 @@ def task(
       shuffle_buffer: examples to shuffle among; 1 for a source that shuffles by itself.
 
     Raises:
-      UserError: no vocabulary file; shots of a task without inputs or training examples.
+      UserError: no vocabulary file; shots of a task without inputs or training examples; on first reading, more shots
+        than training examples.
     """
-    if num_shots < 0:
-        raise UserError(f"{name} cannot have {num_shots} shots: set NUM_SHOTS to 0 or more.")
+    if not isinstance(num_shots, int) or num_shots < 0:
+        raise UserError(f"NUM_SHOTS is a number of examples, 0 or more, not {num_shots!r}.")
     if num_shots:
         if not has_inputs or "train" not in source.splits:
             raise UserError(f"{name} cannot have shots: they take inputs and targets of a split 'train'.")
-        source = seqio.experimental.FewshotDataSource(
-            source, num_shots, preprocessors, preprocessors, eval_on_fixed_exemplars=True
-        )
+        source = _Shots(source, num_shots, preprocessors, preprocessors, eval_on_fixed_exemplars=True)
         preprocessors = [functools.partial(seqio.experimental.fewshot_preprocessor, targets_prefix="\n")]
     feature = seqio.Feature(vocabulary(vocabulary_file), add_eos=True)
     if objective is None:
@@ -113,6 +112,18 @@ def task(
         postprocess_fn=postprocess_fn,
         shuffle_buffer_size=shuffle_buffer,
     )
+
+
+class _Shots(seqio.experimental.FewshotDataSource):
+    """SeqIO's source of examples with shots, each of them another training example."""
+
+    def get_dataset(self, *args: Any, **kwargs: Any) -> tf.data.Dataset:
+        available = self._original_source.get_dataset("train", shuffle=False).cardinality().numpy()
+        if 0 <= available < self._num_shots:  # it is negative where SeqIO does not know it
+            raise UserError(
+                f"There are {available} training examples for {self._num_shots} shots: lower NUM_SHOTS, or give more."
+            )
+        return super().get_dataset(*args, **kwargs)
 
 
 def add(name: str, **task: Any) -> str:
