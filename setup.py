@@ -45,7 +45,8 @@ setuptools.setup(
         "tensorflow-datasets>=4.9.10,<4.10",
         "importlib_resources>=6,<8",  # tensorflow-datasets imports it without declaring it
         # t5 brings nightly builds of seqio and tensorflow-datasets, which install over the stable ones; which files
-        # stay depends on the installer. With protobuf 7 the nightly tensorflow-datasets cannot read anything.
+        # stay depends on the installer, unless requirements.lock is installed, which leaves them out. With protobuf 7
+        # the nightly tensorflow-datasets cannot read anything.
         "protobuf>=6.31.1,<7",
         "sentencepiece>=0.2.1,<0.2.3",  # 0.2.3 needs protobuf 7
         "tokenizers>=0.22,<0.24",  # t5 brings it, and safetensors, by way of transformers
