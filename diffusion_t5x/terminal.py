@@ -10,7 +10,7 @@ import os
 import sys
 import unicodedata
 from collections.abc import Iterator
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 _KEPT = "\n\t\u200c\u200d"  # the last two join letters of Persian and Hindi, and emoji; no terminal obeys them
 _STRICT = "utf-8", "strict"
@@ -54,12 +54,13 @@ def standard_streams() -> Iterator[None]:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8", errors="backslashreplace"))  # noqa: SIM115
     # Others, such as those of a test that captures them, stay.
-    if sys.stdin is sys.__stdin__ and not sys.stdin.isatty() and (sys.stdin.encoding, sys.stdin.errors) != _STRICT:
-        sys.stdin.reconfigure(encoding=_STRICT[0], errors=_STRICT[1])
-    if sys.stdout is sys.__stdout__:
-        sys.stdout = _Output(sys.stdout)
-    if sys.stderr is sys.__stderr__:
-        sys.stderr = _Messages(sys.stderr)
+    stdin, stdout, stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
+    if stdin and sys.stdin is stdin and not stdin.isatty() and (stdin.encoding, stdin.errors) != _STRICT:
+        stdin.reconfigure(encoding=_STRICT[0], errors=_STRICT[1])
+    if stdout and sys.stdout is stdout:
+        sys.stdout = _Output(stdout)
+    if stderr and sys.stderr is stderr:
+        sys.stderr = _Messages(stderr)
     try:
         yield
     finally:
@@ -70,7 +71,7 @@ def standard_streams() -> Iterator[None]:
 class _Stream(io.TextIOWrapper):
     """A stream in place of another one, with the same file descriptor, whose failures go to `failed`."""
 
-    def __init__(self, stream: TextIO):
+    def __init__(self, stream: io.TextIOWrapper):
         stream.flush()
         super().__init__(
             open(stream.fileno(), "wb", closefd=False),  # noqa: SIM115

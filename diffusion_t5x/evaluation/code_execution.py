@@ -237,6 +237,8 @@ class _Worker:
             env=_ENVIRONMENT,
             start_new_session=True,
         )
+        assert self._process.stdin and self._process.stdout
+        self._input, self._output = self._process.stdin, self._process.stdout
         try:
             started = self._read()
             if started == worker.UNSHARED:
@@ -261,11 +263,11 @@ class _Worker:
         return Verdict(**self._read())
 
     def _write(self, content: bytes) -> None:
-        self._process.stdin.write(content)
-        self._process.stdin.flush()
+        self._input.write(content)
+        self._input.flush()
 
     def _read(self) -> Any:
-        line = self._process.stdout.readline()
+        line = self._output.readline()
         if not line:
             raise OSError(f"the worker ended with status {self._process.wait()}")
         return json.loads(line)
@@ -277,6 +279,6 @@ class _Worker:
         if kind:
             self._process.terminate()  # it kills what it has started
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+            self._input.close()
         self._process.wait()
-        self._process.stdout.close()
+        self._output.close()

@@ -61,7 +61,7 @@ class LiveCanvas:
     @contextlib.contextmanager
     def shown(self, batch: Batch) -> Iterator[None]:
         """Draws, as long as the context lasts, what is written to a batch; then the terminal is as it was before."""
-        self._targets, self._frame = batch.target_mask[0], None
+        self._targets, self._frame = np.asarray(batch.target_mask[0]), None
         self._stopped, self._drawing = False, True
         live = rich.live.Live(
             get_renderable=self._fitting,

@@ -167,7 +167,7 @@ def _mount_tmpfs(target: str, options: str) -> None:
     _call("mount", b"tmpfs", target.encode(), b"tmpfs", _MS_NOSUID | _MS_NODEV, options.encode())
 
 
-def _call(name: str, *arguments: int | bytes | None) -> int:
+def _call(name: str, *arguments: int | bytes | ctypes.c_long | None) -> int:
     """A function of the C library that answers -1 and sets errno where it fails."""
     result = getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments)
     if result == -1:
