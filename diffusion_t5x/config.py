@@ -31,7 +31,7 @@ import gin
 from gin import config as gin_config  # gin offers no public way to list what is registered and what is bound
 from gin import config_parser
 
-from diffusion_t5x import gin_checks, gin_guard, gin_messages, gin_reading, processes
+from diffusion_t5x import gin_checks, gin_guard, gin_messages, gin_reading, processes, terminal
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.flags import parse_flags
 from diffusion_t5x.gin_messages import explained_errors
@@ -71,6 +71,12 @@ def program() -> Iterator[None]:
     A `UserError` ends the process with `error: ...` on stderr and status 2; any other exception keeps its traceback.
     Of several processes that work as one, none waits for others when it fails.
     """
+    with terminal.standard_streams(), _ended_by_errors():
+        yield
+
+
+@contextlib.contextmanager
+def _ended_by_errors() -> Iterator[None]:
     _quiet_start()
     processes.in_32_bits()
     try:
@@ -82,7 +88,7 @@ def program() -> Iterator[None]:
     except UserError as error:
         # gin appends to every exception the chain of configurables and files that it passed through.
         message, *_ = re.split(r"\n  In (?:call to configurable|file) ", str(error))
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {terminal.safe(message)}", file=sys.stderr)
         processes.give_up(2)
         sys.exit(2)
     except BaseException:
@@ -271,16 +277,29 @@ def _importable(main: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(importlib.import_module(name), main.__name__)
 
 
+class _SafeFormatter(logging.Formatter):
+    """Whose lines a terminal obeys nothing of."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return terminal.safe(super().format(record))
+
+
 class _Stderr(logging.StreamHandler):
     """Writes to what `sys.stderr` is at the time."""
 
     def __init__(self):
         logging.Handler.__init__(self)
-        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        self.setFormatter(_SafeFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
 
     @property
     def stream(self):
         return sys.stderr
+
+
+def _print_exception(kind: type[BaseException], error: BaseException, frames: types.TracebackType | None) -> None:
+    """A traceback that quotes what others wrote."""
+    if sys.stderr:
+        print(terminal.safe("".join(traceback.format_exception(kind, error, frames))), end="", file=sys.stderr)
 
 
 def _quiet_start() -> None:
@@ -291,5 +310,7 @@ def _quiet_start() -> None:
     logger = logging.getLogger("diffusion_t5x")
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _print_exception
     if not logger.handlers:
         logger.addHandler(_Stderr())

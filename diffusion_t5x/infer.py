@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax
-import rich.console
 
 from diffusion_t5x import config
+from diffusion_t5x.console import Console
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.templates import Templates
 from diffusion_t5x.decoding.decoder import Decoder
@@ -148,7 +148,7 @@ def infer(
     if trace and jax.process_index() == 0:
         page = output.path.with_suffix(".trace.html")
         write_trace_page(page, output.read(), total, name, repr(decoder))
-        traces.show(itertools.islice(output.read(), _SHOWN_TRACES), rich.console.Console())
+        traces.show(itertools.islice(output.read(), _SHOWN_TRACES), Console())
         logger.info("wrote %s", page)
 
 

@@ -16,7 +16,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from diffusion_t5x import config, partitioning, records
+from diffusion_t5x import config, partitioning, records, terminal
 from diffusion_t5x.data.cached_source import CachedDataset
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
@@ -193,7 +193,7 @@ def train(
             teacher = f", taught by {teacher_checkpoint_path}" if teacher_checkpoint_path else ""
             print(f"Would train to step {train_steps} from {start_path or 'scratch'}{teacher}. Nothing was written.")
             if restored:
-                print(f"It starts with:\n{restored}")
+                print(terminal.safe(f"It starts with:\n{restored}"))
             return
 
         teacher = None

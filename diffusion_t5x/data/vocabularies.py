@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_t5x import terminal
 from diffusion_t5x.errors import UserError
 
 if TYPE_CHECKING:
@@ -328,14 +329,4 @@ def to_text(vocabulary: "seqio.Vocabulary", tokens: Iterable[int]) -> str:
 
 def visible(text: bytes) -> str:
     """UTF-8 with everything that cannot be printed as a sign or in angle brackets: a terminal obeys none of it."""
-
-    def sign(character: str) -> str:
-        code = ord(character)
-        if character.isprintable():
-            return character
-        if code < 0x20 or code == 0x7F:
-            return "␡" if code == 0x7F else chr(0x2400 + code)
-        # Bytes that are no character come as surrogates.
-        return f"<0x{code - 0xDC00:02X}>" if 0xDC80 <= code <= 0xDCFF else f"<U+{code:04X}>"
-
-    return "".join(map(sign, text.decode("utf-8", "surrogateescape")))
+    return terminal.signs(text.decode("utf-8", "surrogateescape"))
