@@ -101,7 +101,7 @@ def evaluate(
     todo = {path: folder for path, folder in folders.items() if not results.is_done(folder, path, settings)}
     for path in todo:
         trained = results.trained_shifted(checkpoints.read_metadata(path).get("config", ""))
-        check_shifted(trained, f"The training of {path}", [objective, *(ev.decoder for ev in decode_evals)])
+        check_shifted(trained, f"The training of {path}", model, [objective, *(ev.decoder for ev in decode_evals)])
     logger.info("%s: %d of %d checkpoints are evaluated", output, len(folders) - len(todo), len(folders))
     if dry_run and not todo:
         print(f"Would evaluate nothing: all results are in {output}.")

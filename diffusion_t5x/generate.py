@@ -24,10 +24,7 @@ from diffusion_t5x.console import Console
 from diffusion_t5x.data.prompts import Prompts
 from diffusion_t5x.data.seqio_source import SeqioDataset, libraries
 from diffusion_t5x.data.vocabularies import token_ids
-from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
-from diffusion_t5x.decoding.beam_search import BeamSearchDecoder
 from diffusion_t5x.decoding.decoder import Decoder
-from diffusion_t5x.decoding.self_speculation import SelfSpeculationDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import results
 from diffusion_t5x.evaluation.answers import Answers
@@ -108,7 +105,7 @@ def generate(
     path = checkpoints.find_checkpoint(checkpoint_path)
     metadata = checkpoints.read_metadata(str(path))
     trained_with = metadata.get("config", "")
-    check_shifted(results.trained_shifted(trained_with), f"The training of {path}", [decoder])
+    check_shifted(results.trained_shifted(trained_with), f"The training of {path}", model, [decoder])
     for name, value in (("length", length), ("samples", samples)):
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, not {value}.")
@@ -132,8 +129,7 @@ def generate(
     say(f"{decoder}, {each} tokens after {most} of a prompt, seed {random_seed}")
     canvas = None
     if sys.stdout.isatty() and (prompt is not None or sys.stdin.isatty()):
-        left_to_right = isinstance(decoder, AutoregressiveDecoder | BeamSearchDecoder | SelfSpeculationDecoder)
-        canvas = LiveCanvas(Console(), prompts.cells, left_to_right)
+        canvas = LiveCanvas(Console(), prompts.cells, decoder.left_to_right)
     answers = Answers(mesh, definition, params, decoder, random_seed, canvas)
     if canvas is None:
         with ended_by_signals():
@@ -195,7 +191,7 @@ def gin_texts(checkpoint_path: str) -> dict[str, str]:
     return {
         "the settings of generate": _GIN,
         "the decoder": results.decoder_gin(trained_with),
-        f"the configuration in {path}": trained_with,
+        f"the configuration in {path}": results.with_shifted_models(trained_with),
         "the tokenizer": "VOCABULARY_FILE = %TOKENIZER_FILE" if macros == ["TOKENIZER_FILE"] else "",
         "the attention": _ATTENTION,
     }

@@ -18,8 +18,6 @@ from diffusion_t5x.console import Console
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.templates import Templates
 from diffusion_t5x.decoding.decoder import Decoder
-from diffusion_t5x.decoding.masked import MaskedDecoder
-from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import results, traces
 from diffusion_t5x.evaluation.inference import make_decode_step, predict
@@ -107,7 +105,7 @@ def infer(
     how = _how(mode, decoder, objective, num_draws, data, trace)
     check_datasets([data], model, device_mesh)
     trained = results.trained_shifted(checkpoints.read_metadata(path).get("config", ""))
-    check_shifted(trained, f"The training of {path}", [objective if mode == "score" else decoder])
+    check_shifted(trained, f"The training of {path}", model, [objective if mode == "score" else decoder])
     name = f"{dataset.name}-{dataset.split}" if templates is None else f"infill-{data.name}"
     name += "-score" if mode == "score" else ""
     settings = {
@@ -176,7 +174,7 @@ def _how(
         raise UserError("To predict, set infer.decoder: include a file of decoding/.")
     if not isinstance(data, Templates):
         return {"decoder": repr(decoder), "trace": trace}
-    if not isinstance(decoder, MaskedDecoder | SundaeDecoder):
+    if not decoder.fills_holes:
         raise UserError(
             f"{type(decoder).__name__} writes from left to right and cannot fill holes, whose ends are given: take a "
             "model of masked or SUNDAE diffusion with decoding/masked.gin or decoding/sundae.gin."

@@ -20,7 +20,9 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.vocabularies import TokenIds, visible
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.objectives.autoregressive import shift_right
+from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.reading import shift_right
+from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.training.step import step_key
 
@@ -72,6 +74,7 @@ class _Sequence:
 def inspect_data(
     *,
     dataset: SeqioDataset,
+    model: ModelConfig,
     objective: Objective,
     num_rows: int = 2,
     positions: bool = True,
@@ -85,6 +88,7 @@ def inspect_data(
 
     Args:
       dataset: what the run trains on.
+      model: what it trains.
       objective: what it minimises.
       num_rows: how many rows of the batch to show.
       positions: show the table of single positions, too.
@@ -99,7 +103,7 @@ def inspect_data(
         raise UserError(f"num_rows must lie between 1 and the {dataset.batch_size} rows of a batch, not {num_rows}.")
     vocabulary = dataset.token_ids()
     batch = next(dataset.train_iterator())
-    read = jax.jit(functools.partial(objective.model_inputs, vocabulary))
+    read = jax.jit(functools.partial(objective.model_inputs, ModelDefinition(model, vocabulary)))
     reads = np.asarray(read(batch, step_key(random_seed, 0)))
     clean, shifted = _clean_reads(batch, reads, vocabulary)
     changed = (reads != clean) & (batch.segment_ids > 0)

@@ -118,7 +118,7 @@ def evaluate(
         return
     metadata = checkpoints.read_metadata(path)
     trained = results.trained_shifted(metadata.get("config", ""))
-    check_shifted(trained, f"The training of {path}", [objective, decoder])
+    check_shifted(trained, f"The training of {path}", model, [objective, decoder])
     ids = token_ids(vocabulary)
     definition, params = load_model(path, model, ids, device_mesh, restore_rules=restore_rules, use_ema=use_ema)
     if dry_run:

@@ -26,7 +26,6 @@ from diffusion_t5x.evaluation.loading import check_datasets, check_shifted, load
 from diffusion_t5x.evaluation.results import trained_shifted
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
-from diffusion_t5x.objectives.distillation import Distillation
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.scale.dry_run import SliceDryRun, from_flags
@@ -40,7 +39,7 @@ from diffusion_t5x.training.host_batches import HostBatches
 from diffusion_t5x.training.lock import locked
 from diffusion_t5x.training.loop import Periods, train_loop
 from diffusion_t5x.training.metrics import check_writers, make_writer
-from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout, check_distillation
+from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout, check_rollout
 from diffusion_t5x.training.start import check_start
 from diffusion_t5x.training.state import TrainState, abstract_state, fresh_state, init_state, split
 from diffusion_t5x.training.step import make_train_step
@@ -164,10 +163,9 @@ def train(
         datasets = [train_dataset, *(ev.dataset for ev in [*loss_evals, *decode_evals])]
         check_datasets(datasets, model, device_mesh)
         _check_microbatches(device_mesh, train_dataset, num_microbatches)
-        check_distillation(objective, model, rollout, train_dataset)
-        check_shifted(getattr(objective, "shifted", None), "train.objective", [ev.decoder for ev in decode_evals])
-        if isinstance(objective, Distillation) and not teacher_checkpoint_path and not dry_run:
-            raise UserError("Distillation needs a teacher: set train.teacher_checkpoint_path.")
+        check_rollout(objective, model, rollout, train_dataset)
+        if objective.needs_teacher and not teacher_checkpoint_path and not dry_run:
+            raise UserError(f"{type(objective).__name__} needs a teacher. Set TEACHER_CHECKPOINT_PATH.")
         if teacher_checkpoint_path:
             teacher_checkpoint_path = str(checkpointing.find_checkpoint(teacher_checkpoint_path))
 
@@ -178,7 +176,8 @@ def train(
         restored = ""
         if start_path:
             metadata = checkpointing.read_metadata(start_path)
-            check_shifted(trained_shifted(metadata.get("config", "")), f"The training of {start_path}", [objective])
+            trained = trained_shifted(metadata.get("config", ""))
+            check_shifted(trained, f"The training of {start_path}", model, [objective])
             if resume_path:
                 lora_training.check_resumed(start_path, metadata.get("lora"), lora)
             elif lora:

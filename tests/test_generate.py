@@ -132,8 +132,8 @@ def test_an_imported_encoder_decoder_reads_eos_behind_its_prompt(tmp_path, ask):
     [
         (["autoregressive"], [], {"": "AutoregressiveDecoder", "prefix": False}),
         (["autoregressive"], ["Autoregressive.prefix=True"], {"": "AutoregressiveDecoder", "prefix": True}),
-        (["sundae", "conversion/shifted.gin"], [], {"": "SundaeDecoder", "shifted": True}),
-        (["masked"], [], {"": "MaskedDecoder", "shifted": False}),
+        (["sundae", "conversion/shifted.gin"], [], {"": "SundaeDecoder"}),
+        (["masked"], [], {"": "MaskedDecoder"}),
         (["block"], ["BLOCK_SIZE=8"], {"": "BlockDecoder", "block_size": 8, "inner": "MaskedDecoder"}),
         (["block_uniform"], [], {"": "BlockDecoder", "block_size": 4, "inner": "SundaeDecoder"}),
         (["masked", "conversion/joint.gin"], [], {"": "MaskedDecoder"}),
@@ -148,8 +148,9 @@ def test_the_decoder_follows_from_the_training(files, settings, expected, tmp_pa
     folder = untrained(tmp_path, f"objectives/{files[0]}.gin", *files[1:], run=run, settings=settings)
     chosen = []
 
-    def stop(checkpoint, readers, decoders):
+    def stop(trained, whose, model, decoders):
         chosen.extend(decoders)
+        assert model.shifted == ("conversion/shifted.gin" in files)
         raise KeyError("chosen")
 
     monkeypatch.setattr(generate, "check_shifted", stop)
@@ -158,6 +159,22 @@ def test_the_decoder_follows_from_the_training(files, settings, expected, tmp_pa
     found = {"": type(chosen[0]).__name__} | {f.name: getattr(chosen[0], f.name) for f in dataclasses.fields(chosen[0])}
     found["inner"] = type(found.get("inner")).__name__
     assert {name: found[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_an_older_checkpoint_s_objective_says_whether_the_model_is_shifted(shifted, tmp_path, monkeypatch):
+    def as_it_was(text):
+        old = (f"{name}.shifted = {shifted}" for name in ("masked_objective.Masked", "masked_decoding.MaskedDecoder"))
+        assert "model_config.ModelConfig.shifted = False" in text
+        return text.replace("model_config.ModelConfig.shifted = False", "\n".join(old))
+
+    folder = untrained(tmp_path, "objectives/masked.gin", "decoding/masked.gin", edit=as_it_was)
+    seen = []
+    monkeypatch.setattr(generate, "check_shifted", lambda trained, whose, model, readers: seen.extend([trained, model]))
+    monkeypatch.setattr(generate, "_lengths", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate.main(["--checkpoint", str(folder), "--prompt", "a"])
+    assert seen[0] is shifted and seen[1].shifted is shifted
 
 
 @pytest.mark.parametrize(
@@ -259,7 +276,9 @@ def test_mistakes(masked, tmp_path, refused):
     assert "The prompt is refused: it is not UTF-8." in says(masked, "--prompt", "caf\udce9")
     assert "must have targets" in says(masked, "--prompt", "a", "--gin.TASK_FEATURE_LENGTHS={'inputs': 8}")
     shifted = ["--gin_file=conversion/shifted.gin"]
-    assert "has shifted = False, but MaskedDecoder has shifted = True" in says(masked, "--prompt", "a", *shifted)
+    assert "shifted = False, but MaskedDecoder would read the model with True" in says(
+        masked, "--prompt", "a", *shifted
+    )
     broken = shutil.copytree(masked, tmp_path / "broken")
     (broken / "checkpoints" / "checkpoint_0" / "metadata" / "metadata").write_text("{")
     assert "is broken: metadata/metadata" in says(broken, "--prompt", "a")
@@ -327,7 +346,7 @@ def test_what_a_training_leaves_is_enough(tmp_path, ask):
     config.run(train.train, flags)
     written = ask(tmp_path, lines=["a"])
     assert f"{tmp_path}, step 1, Block: " in written.err and written.out.count("\n") == 1
-    assert re.search(r"BlockDecoder\(block_size=3, inner=MaskedDecoder\(.*shifted=True\)\), 12 tokens", written.err)
+    assert re.search(r"BlockDecoder\(block_size=3, inner=MaskedDecoder\(.*\)\), 12 tokens", written.err)
 
 
 def test_the_commands_of_the_page(stories, ask, monkeypatch):

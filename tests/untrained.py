@@ -22,8 +22,11 @@ RUN = [
 ]
 
 
-def untrained(folder, *files, architecture="decoder_only", run="runs/finetune.gin", settings=()):
-    """A checkpoint as a training on JSON lines, in bytes, would leave it, but with random parameters."""
+def untrained(folder, *files, architecture="decoder_only", run="runs/finetune.gin", settings=(), edit=str):
+    """A checkpoint as a training on JSON lines, in bytes, would leave it, but with random parameters.
+
+    `edit` makes another text of its configuration.
+    """
     files = [f"models/{architecture}.gin", "sizes/tiny.gin", *files[:1], run, "tasks/local_jsonl.gin", *files[1:]]
     size = [f"ModelConfig.{name}={value}" for name, value in SIZE.items()]
     given = [flag.removeprefix("--gin.") for flag in RUN]
@@ -31,5 +34,5 @@ def untrained(folder, *files, architecture="decoder_only", run="runs/finetune.gi
     model = ModelConfig(**SIZE, architecture=architecture, tie_embeddings=architecture == "decoder_only")
     definition = ModelDefinition(model, token_ids(seqio.ByteVocabulary(extra_ids=100)))
     params = {name: np.asarray(leaf) for name, leaf in named_leaves(tiny.random_params(definition)).items()}
-    output.save(folder, definition, params, config.operative_text())
+    output.save(folder, definition, params, edit(config.operative_text()))
     return folder

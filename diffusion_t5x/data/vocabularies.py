@@ -59,6 +59,10 @@ class TokenIds:
             self, pad_id=self.mask_id, eos_id=self.mask_id, noise_ranges=_ranges(in_holes), noise_only=True
         )
 
+    def is_end(self, tokens: jax.Array) -> jax.Array:
+        """Whether tokens are EOS or pad, either of which ends a text."""
+        return (tokens == self.eos_id) | (tokens == self.pad_id)
+
     def noise_ids(self) -> np.ndarray:
         """int32 `[number of noise ids]`: the noise vocabulary in ascending order."""
         return np.concatenate([np.arange(first, end, dtype=np.int32) for first, end in self.noise_ranges])
@@ -66,7 +70,7 @@ class TokenIds:
     def sample_noise(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Ids drawn uniformly from the noise vocabulary, int32 `[*shape]`."""
         ids = self.noise_ids()
-        return jnp.asarray(ids)[jax.random.randint(key, shape, 0, len(ids))]
+        return jnp.asarray(ids, jnp.int32)[jax.random.randint(key, shape, 0, len(ids), jnp.int32)]
 
     def describe(self) -> dict[str, str | int]:
         """What a checkpoint keeps of the vocabulary it was trained with."""

@@ -9,10 +9,12 @@ from jax.sharding import Mesh
 from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Architecture
 from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.objectives.distillation import Teacher
+from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.training import checkpoints
 from diffusion_t5x.training.assignment import Rule
 from diffusion_t5x.training.start import check_start
@@ -42,20 +44,24 @@ def check_datasets(datasets: Iterable[Dataset], model: ModelConfig, mesh: Mesh) 
         partitioning.check_batch(mesh, dataset.batch_size, dataset.row_length)
 
 
-def check_shifted(trained: bool | None, whose: str, readers: Iterable[object]) -> None:
-    """Raises a UserError where an objective or a decoder reads a model otherwise than it was trained to be read.
+def check_shifted(
+    trained: bool | None, whose: str, model: ModelConfig, readers: Iterable[Objective | Decoder | None]
+) -> None:
+    """Raises a UserError where a diffusion model would be read otherwise than it was trained.
 
     Args:
-      trained: whether the model's objective was `shifted`; None is unknown, or neither.
+      trained: `ModelConfig.shifted` in the training of the checkpoint; None: unknown, or no diffusion.
       whose: named in the message.
-      readers: those without a `shifted` of their own, as an autoregressive decoder is, may be anything.
+      model: how it would be read.
+      readers: autoregressive objectives and decoders read every model alike.
     """
+    if trained is None or trained == model.shifted:
+        return
     for reader in readers:
-        shifted = getattr(reader, "shifted", trained)
-        if trained is not None and shifted != trained:
+        if reader is not None and not reader.autoregressive:
             raise UserError(
-                f"{whose} has shifted = {trained}, but {type(reader).__name__} has shifted = {shifted}: give "
-                "conversion/shifted.gin in training and in decoding, or in neither."
+                f"{whose} has ModelConfig.shifted = {trained}, but {type(reader).__name__} would read the model with "
+                f"{model.shifted}: give conversion/shifted.gin in training and in decoding, or in neither."
             )
 
 

@@ -28,6 +28,13 @@ _PREFIX = """\
 from __gin__ import dynamic_registration
 from diffusion_t5x.decoding import autoregressive as autoregressive_decoding
 autoregressive_decoding.AutoregressiveDecoder.prefix = True"""
+# Settings that say whether a model is shifted: the model's own, and those that older checkpoints have in its place.
+_SHIFTED = r"(?:[\w.]+\.)?(?:ModelConfig|Sundae|Masked|Block)\.shifted"
+_ONCE_SHIFTED = r"(?:[\w./]+[./])?(?:Sundae|Masked|Block|SundaeDecoder|MaskedDecoder)\.shifted"
+_SHIFTED_MODEL = """\
+from __gin__ import dynamic_registration
+from diffusion_t5x.models import config as model_config
+model_config.ModelConfig.shifted = True"""
 
 
 def describe(settings: Any) -> Any:
@@ -104,12 +111,25 @@ def training_objective(config: str) -> str | None:
 
 
 def trained_shifted(config: str) -> bool | None:
-    """Whether a training run's diffusion objective was `shifted`, by its resolved configuration; None if it had none.
+    """`ModelConfig.shifted` of a diffusion training run, by its resolved configuration; None if it was none.
 
-    An autoregressive model's was neither: it may be decoded both ways.
+    Nothing follows from an autoregressive model's: it may be decoded both ways.
     """
-    values = re.findall(r"^(?:[\w./]+\.)?(?:Sundae|Masked|Block)\.shifted = (True|False)$", config, re.MULTILINE)
+    if training_objective(config) == "Autoregressive":
+        return None
+    values = re.findall(rf"^{_SHIFTED} = (True|False)$", config, re.MULTILINE)
     return values[0] == "True" if len(set(values)) == 1 else None
+
+
+def with_shifted_models(config: str) -> str:
+    """A resolved configuration in which the model alone says whether it is shifted.
+
+    In those of older checkpoints objectives and decoders do, which have no such setting any more.
+    """
+    if not re.search(rf"^{_ONCE_SHIFTED} = ", config, re.MULTILINE):
+        return config
+    text = re.sub(rf"^{_ONCE_SHIFTED} = .*\n?", "", config, flags=re.MULTILINE)
+    return f"{_SHIFTED_MODEL}\n{text}" if trained_shifted(config) else text
 
 
 def decoder_gin(config: str) -> str:
