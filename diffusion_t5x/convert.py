@@ -11,7 +11,7 @@ from diffusion_t5x.conversion import llama2c
 from diffusion_t5x.conversion.from_hf import from_hf
 from diffusion_t5x.conversion.from_t5x import from_t5x
 from diffusion_t5x.conversion.importing import check_finite
-from diffusion_t5x.conversion.output import building, empty_folder, model_gin, print_table, save
+from diffusion_t5x.conversion.output import building, empty_folder, model_gin, print_table, record_of, save
 from diffusion_t5x.conversion.to_hf import to_hf
 from diffusion_t5x.data.seqio_source import libraries
 from diffusion_t5x.data.vocabularies import token_ids
@@ -54,7 +54,8 @@ def from_llama2c(model_file: str, tokenizer_file: str, output_folder: str) -> No
     gin = model_gin(title, source.config(), "TOKENIZER_FILE", folder / "tokenizer.bin")
     with building(folder) as unfinished:
         shutil.copyfile(os.path.expanduser(tokenizer_file), unfinished / "tokenizer.bin")
-        save(unfinished, definition, {name: values for name, (_, values) in converted.items()}, gin)
+        params = {name: values for name, (_, values) in converted.items()}
+        save(unfinished, record_of(definition, folder / "tokenizer.bin"), params, gin)
 
     rows = [
         (taken, f"{list(source.arrays[taken].shape)}", name, f"{list(values.shape)}")

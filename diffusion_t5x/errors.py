@@ -1,8 +1,8 @@
 """The one kind of error that is the user's to mend."""
 
 import difflib
-from collections.abc import Iterable
-from typing import Literal, get_args, get_origin, get_type_hints
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class UserError(Exception):
@@ -11,6 +11,18 @@ class UserError(Exception):
     The message says what is wrong, where, and how to mend it. The verbs print it without a traceback and exit with
     status 2, so it is raised before the long work starts.
     """
+
+
+class OtherModel(UserError):
+    """A model that is not the one of a checkpoint.
+
+    Attributes:
+      settings: fields of the checkpoint's `ModelConfig`, by name.
+    """
+
+    def __init__(self, message: str, settings: Mapping[str, Any]):
+        super().__init__(message)
+        self.settings = settings
 
 
 def check_choices(settings: object) -> None:

@@ -1,12 +1,13 @@
 """Show what a training run reads: rows of its first batch as text, and what the objective makes of them.
 
-Takes the gin files and flags of the run, and runs/inspect_data.gin after them.
+Takes the gin files and flags of the run, and runs/inspect_data.gin after them. With --checkpoint DIR it takes task,
+lengths, layout, objective and seed from a checkpoint of the run, and no gin file is needed.
 """
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -24,6 +25,7 @@ from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.reading import shift_right
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.objective import Objective
+from diffusion_t5x.recorded import checkpoint_texts, dataset_text, take_checkpoint
 from diffusion_t5x.training.step import step_key
 
 _STYLES = {
@@ -254,5 +256,15 @@ def _legend() -> Text:
     )
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads the flags and runs `inspect_data`."""
+    with config.program():
+        checkpoint, rest = take_checkpoint(argv)
+        rest, texts = checkpoint_texts(checkpoint, rest, ["runs/inspect_data.gin"])
+        if checkpoint:
+            texts["the data of the training"] = dataset_text(checkpoint, f"{__package__}.inspect_data.inspect_data")
+    config.run(inspect_data, rest, texts=texts)
+
+
 if __name__ == "__main__":
-    config.run(inspect_data)
+    main()

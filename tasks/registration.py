@@ -10,28 +10,28 @@ import seqio
 import tensorflow as tf
 from google.protobuf.message import DecodeError
 
-from diffusion_t5x.data.vocabularies import sentinels
+from diffusion_t5x.data.vocabularies import SENTINELS, sentinels
 from diffusion_t5x.errors import UserError, did_you_mean
 from diffusion_t5x.tasks import preprocessors as pretraining
 
-SENTINELS = 100
 MetricFn = Callable[[Sequence[Any], Sequence[str]], Mapping[str, float]]
 Preprocessor = Callable[..., tf.data.Dataset]
 
 
-def vocabulary(file: str | None) -> seqio.Vocabulary:
+def vocabulary(file: str | None, extra_ids: int = SENTINELS) -> seqio.Vocabulary:
     """A vocabulary by its file.
 
     Args:
-      file: a Hugging Face tokenizer (.json), llama2.c's (.bin), or a SentencePiece model, which gets `SENTINELS` ids
-        behind its own unless it ends in sentinels, as mT5's does, and the tokens that files beside it add; None takes
+      file: a Hugging Face tokenizer (.json), llama2.c's (.bin), or a SentencePiece model, which gets sentinels behind
+        its own pieces unless it ends in sentinels, as mT5's does, and the tokens that files beside it add; None takes
         bytes.
+      extra_ids: how many sentinels.
 
     Raises:
       UserError: there is no such file, or it is none of these.
     """
     if file is None:
-        return seqio.ByteVocabulary(extra_ids=SENTINELS)
+        return seqio.ByteVocabulary(extra_ids=extra_ids)
     path = os.path.expanduser(file)
     if not os.path.isfile(path):
         raise UserError(
@@ -53,7 +53,7 @@ def vocabulary(file: str | None) -> seqio.Vocabulary:
         raise UserError(f"{file} is no SentencePiece model.") from error
     from diffusion_t5x.data.sentencepiece_vocabulary import with_added_tokens
 
-    return with_added_tokens(own, extra_ids=0 if has_sentinels else SENTINELS)
+    return with_added_tokens(own, extra_ids=0 if has_sentinels else extra_ids)
 
 
 def task(

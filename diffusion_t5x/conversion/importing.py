@@ -57,7 +57,7 @@ def write(
     config = definition.config
     gin = output.model_gin(f"{source.path.name} ({kind}), imported", config, "VOCABULARY_FILE", final / tokenizer)
     streams = {weight.ours: _stream(source, weight, shapes[weight.ours]) for weight in described.weights}
-    output.save(to, definition, streams, gin)
+    output.save(to, output.record_of(definition, final / tokenizer), streams, gin)
 
     layers = f"0-{config.num_layers - 1}"
     output.print_table([(w.theirs.replace("{}", layers), w.ours, f"{list(shapes[w.ours])}") for w in described.weights])

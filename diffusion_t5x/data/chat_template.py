@@ -88,9 +88,7 @@ class ChatTemplate:
                 f"{folder} has no chat template: neither chat_template.jinja nor a chat_template in "
                 "tokenizer_config.json. Is it the folder of a chat model?"
             )
-        tokens = {
-            name: token for name in _TOKENS if (token := tokenizer_files.token_text(config, name, config_file))
-        }
+        tokens = {name: token for name in _TOKENS if (token := tokenizer_files.token_text(config, name, config_file))}
         return cls(text, tokens, special, variables, tool_use)
 
     def render(

@@ -35,6 +35,7 @@ class HuggingFaceVocabulary(PythonVocabulary):
 
     def __init__(self, path: str):
         super().__init__()
+        self.file = path
         file = pathlib.Path(path).expanduser()
         try:
             text = file.read_text(encoding="utf-8")

@@ -13,10 +13,12 @@ class PythonVocabulary(seqio.Vocabulary):
 
     Attributes:
       contents: bytes that tell it from others.
+      file: the path that it was made from.
       puts_space: a text's first piece has a space in front that is not the text's.
     """
 
     contents: bytes
+    file: str
     puts_space: bool
 
     @abc.abstractmethod

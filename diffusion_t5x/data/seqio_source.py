@@ -16,7 +16,7 @@ from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.fingerprints import Fingerprint
 from diffusion_t5x.data.rows import check_rows, fill_batches, rows_of_shard
 from diffusion_t5x.data.truncation import CutCounter
-from diffusion_t5x.data.vocabularies import TokenIds, cells, difference, piece, signs, to_text, token_ids
+from diffusion_t5x.data.vocabularies import TokenIds, cells, difference, piece, signs, source_of, to_text, token_ids
 from diffusion_t5x.errors import UserError
 
 if TYPE_CHECKING:
@@ -169,6 +169,11 @@ class SeqioDataset:
     def adds_eos(self, feature: str) -> bool:
         """Whether the texts of a feature end in EOS."""
         return self._provider().output_features[feature].add_eos
+
+    def texts(self) -> dict[str, Any]:
+        """How texts become tokens, for a checkpoint's record: "vocabulary_source", and whether "inputs_end" in EOS."""
+        inputs_end = "inputs" in self.task_feature_lengths and self.adds_eos("inputs")
+        return {"vocabulary_source": source_of(self.vocabulary()), "inputs_end": inputs_end}
 
     def to_text(self, tokens: Sequence[int]) -> str:
         """The text of target tokens, up to EOS or the first pad."""

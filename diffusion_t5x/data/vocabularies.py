@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Self
@@ -18,6 +19,8 @@ from diffusion_t5x.errors import UserError
 
 if TYPE_CHECKING:
     import seqio
+
+SENTINELS = 100  # that vocabularies get behind their own ids, as T5's have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +178,24 @@ def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
         name=type(vocabulary).__name__,
         fingerprint=hashlib.sha256(contents).hexdigest()[:16],
     )
+
+
+def source_of(vocabulary: "seqio.Vocabulary") -> dict[str, str | int | None] | None:
+    """The arguments by which `tasks.registration.vocabulary` makes this vocabulary again; None where it cannot."""
+    import seqio
+
+    from diffusion_t5x.data.python_vocabulary import PythonVocabulary
+
+    if isinstance(vocabulary, seqio.ByteVocabulary):
+        return {"file": None, "extra_ids": vocabulary.extra_ids}
+    if isinstance(vocabulary, seqio.SentencePieceVocabulary) and vocabulary.tokenizer:  # (loaded: it has a file now)
+        file = vocabulary.sentencepiece_model_file
+    elif isinstance(vocabulary, PythonVocabulary):
+        file = vocabulary.file
+    else:
+        return None
+    is_local = "://" not in file
+    return {"file": os.path.abspath(os.path.expanduser(file)) if is_local else file, "extra_ids": vocabulary.extra_ids}
 
 
 def sentinels(vocabulary: "seqio.Vocabulary") -> range:

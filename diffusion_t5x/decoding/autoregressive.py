@@ -10,6 +10,7 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace, target_range
 from diffusion_t5x.models.attention import KVCache, write_rows
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind
+from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.reading import shift_right, shifted_slots
 from diffusion_t5x.models.sampling import Sampling, forbid, sample
 from diffusion_t5x.models.stack import Encoded
@@ -77,6 +78,10 @@ class AutoregressiveDecoder(Decoder):
     @property
     def attention(self) -> AttentionKind:
         return PREFIX if self.prefix else CAUSAL
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (Mode.of(self.attention),)
 
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
         vocabulary, length = model.vocabulary, batch.tokens.shape[1]

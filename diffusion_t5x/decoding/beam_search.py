@@ -13,6 +13,7 @@ from diffusion_t5x.decoding.autoregressive import read_next, read_prompt
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace, target_range
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind
+from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.transformer import Transformer
 
 
@@ -79,6 +80,10 @@ class BeamSearchDecoder(Decoder):
     @property
     def attention(self) -> AttentionKind:
         return PREFIX if self.prefix else CAUSAL
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (Mode.of(self.attention),)
 
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
         """Nothing is drawn. The trace shows the likeliest live beam, and where an example is done its output."""

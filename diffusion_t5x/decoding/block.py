@@ -12,6 +12,7 @@ from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.attention import KVCache, write_rows
 from diffusion_t5x.models.masks import AttentionKind, Slots
+from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.reading import Reading, start_first
 from diffusion_t5x.models.streams import row_keys
 from diffusion_t5x.models.transformer import Transformer
@@ -45,6 +46,10 @@ class BlockDecoder(Decoder):
     @property
     def attention(self) -> AttentionKind:
         return AttentionKind("block_causal", self.block_size)
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return tuple(Mode.of(self.attention, mode.noise) for mode in self.inner.modes)
 
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
         vocabulary, shifted = model.vocabulary, model.config.shifted

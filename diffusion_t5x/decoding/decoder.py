@@ -11,6 +11,7 @@ import numpy as np
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.ends import after_end
 from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.transformer import Transformer
 
 Watch = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
@@ -152,6 +153,11 @@ class Decoder(Protocol):
     autoregressive: ClassVar[bool] = False
     left_to_right: ClassVar[bool] = False
     fills_holes: ClassVar[bool] = False
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """The modes in which it uses a model, all of which the model must have learned; () where it does not say."""
+        return ()
 
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
         """Rows draw from the key by their `example_ids`, so they do not depend on their neighbours.

@@ -11,6 +11,8 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.canvas import Canvas, StepRule, Written
 from diffusion_t5x.decoding.commit import Order, choose, propose
 from diffusion_t5x.errors import UserError, check_choices
+from diffusion_t5x.models.masks import BIDIRECTIONAL
+from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.sampling import Sampling
 from diffusion_t5x.models.transformer import Transformer
 
@@ -54,6 +56,10 @@ class MaskedDecoder(StepRule):
     @property
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_k, self.top_p)
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (Mode.of(BIDIRECTIONAL, "mask"),)
 
     def blank(self, batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
         """The rows with MASK for targets."""

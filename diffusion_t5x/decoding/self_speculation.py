@@ -17,6 +17,7 @@ from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace,
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.models.attention import KVCache, write_rows
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind, Slots
+from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.reading import Reading, start_first
 from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.sampling import forbid
@@ -53,6 +54,10 @@ class SelfSpeculationDecoder(Decoder):
     @property
     def attention(self) -> AttentionKind:
         return PREFIX if self.prefix else CAUSAL
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (*self.draft.modes, Mode.of(self.attention)) if self.draft.modes else ()
 
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
         """`written_at` counts a row's own steps; the trace shows drafts, and that what was not accepted is gone."""

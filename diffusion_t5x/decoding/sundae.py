@@ -12,6 +12,8 @@ from diffusion_t5x.decoding.canvas import Canvas, StepRule, Written, decode_canv
 from diffusion_t5x.decoding.commit import choose
 from diffusion_t5x.decoding.decoder import Decoded, Watch
 from diffusion_t5x.errors import UserError, check_choices
+from diffusion_t5x.models.masks import BIDIRECTIONAL
+from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.sampling import Sampling, forbid, sample, uniform
 from diffusion_t5x.models.streams import stream
@@ -63,6 +65,10 @@ class SundaeDecoder(StepRule):
                 f"SundaeDecoder.method 'argmax_unrolled' takes the likeliest tokens: it needs temperature = 0, not "
                 f"{self.temperature}."
             )
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (Mode.of(BIDIRECTIONAL, "uniform"),)
 
     def blank(self, batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
         """The rows with noise for targets."""

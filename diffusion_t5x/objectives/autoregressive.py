@@ -11,6 +11,7 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind
+from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.reading import shift_right, shifted_slots
 from diffusion_t5x.models.readout import cross_entropy, score
 from diffusion_t5x.models.streams import row_keys, stream
@@ -50,6 +51,10 @@ class Autoregressive(Objective):
     @property
     def attention(self) -> AttentionKind:
         return PREFIX if self.prefix else CAUSAL
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (Mode.of(self.attention),)
 
     @property
     def passes(self) -> Sequence[Pass]:

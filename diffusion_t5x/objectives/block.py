@@ -12,6 +12,7 @@ from diffusion_t5x.data.ends import after_end
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.masks import Annealed, AttentionKind, Slots
+from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.reading import Reading, model_reads
 from diffusion_t5x.models.readout import score
 from diffusion_t5x.models.stack import Encoded
@@ -144,6 +145,10 @@ class Block(Objective):
     @property
     def attention(self) -> AttentionKind:
         return AttentionKind("block_causal", self.block_size)
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (Mode.of(self.attention, self.noise),)
 
     @property
     def passes(self) -> Sequence[Pass]:

@@ -18,6 +18,7 @@ from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.masks import AttentionKind
+from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.reading import Reading, model_reads
 from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.sampling import forbid
@@ -143,6 +144,10 @@ class Distillation(Objective):
     @property
     def attention(self) -> AttentionKind:
         return AttentionKind("block_causal", self.block_size)
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (Mode.of(self.attention, "mask"),)
 
     @property
     def passes(self) -> Sequence[Pass]:

@@ -12,6 +12,7 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import AttentionKind
+from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
@@ -46,6 +47,10 @@ class Joint(Objective):
     @property
     def attention(self) -> AttentionKind:
         return self.diffusion.attention
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (*self.diffusion.modes, *Autoregressive().modes) if self.diffusion.modes else ()
 
     @property
     def passes(self) -> Sequence[Pass]:

@@ -14,6 +14,7 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind
+from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.reading import Reading, model_reads
 from diffusion_t5x.models.readout import score
 from diffusion_t5x.models.streams import row_keys, stream
@@ -93,6 +94,10 @@ class Masked(Objective):
     @property
     def attention(self) -> AttentionKind:
         return BIDIRECTIONAL
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (Mode.of(self.attention, "mask"),)
 
     @property
     def passes(self) -> Sequence[Pass]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.models.masks import AttentionKind
+from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 
 Normalize = Literal["target_tokens", "all_tokens", "sequences"]
@@ -104,6 +105,11 @@ class Objective(Protocol):
     @property
     def attention(self) -> AttentionKind:
         """Who sees whom under this objective."""
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """The modes that it teaches a model; its likelihood is that of the first one. () where it does not say."""
+        return ()
 
     @property
     def passes(self) -> Sequence[Pass]:

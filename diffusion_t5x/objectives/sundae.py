@@ -14,6 +14,7 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind
+from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.reading import Reading, model_reads
 from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.sampling import Sampling, forbid, sample
@@ -87,6 +88,10 @@ class Sundae(Objective):
     @property
     def attention(self) -> AttentionKind:
         return BIDIRECTIONAL
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (Mode.of(self.attention, "uniform"),)
 
     @property
     def passes(self) -> Sequence[Pass]:

@@ -5,20 +5,12 @@ import hashlib
 import json
 
 import pytest
-import tiny
 
-from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
-from diffusion_t5x.decoding.beam_search import BeamSearchDecoder
-from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import results
 from diffusion_t5x.evaluation.evaluator import DecodeEval
-from diffusion_t5x.evaluation.loading import check_shifted
 from diffusion_t5x.evaluation.published import PUBLISHED, matching
-from diffusion_t5x.objectives.autoregressive import Autoregressive
-from diffusion_t5x.objectives.joint import Joint
-from diffusion_t5x.objectives.masked import Masked
 
 LENGTHS = {"inputs": 4, "targets": 8}
 
@@ -76,11 +68,6 @@ def test_results_of_other_settings_are_kept(tmp_path):
         results.is_done(tmp_path, "/m/checkpoint_1", settings)
 
 
-def test_the_objective_is_read_from_the_training_s_configuration():
-    assert results.training_objective("A = 1\nOBJECTIVE = @sundae_objective.Sundae()\n") == "Sundae"
-    assert results.training_objective("A = 1\n") is None
-
-
 def evaluated(task="squad", size=(768, 12), objective="Sundae", architecture="decoder_only", shifted=False, **decoder):
     """What matters of a results.json."""
     model = {"embed_dim": size[0], "num_layers": size[1], "architecture": architecture, "shifted": shifted}
@@ -128,38 +115,3 @@ def test_published_scores_of_90_problems_are_multiples_of_a_90th():
     assert len(scores) == 22
     for score in scores:
         assert abs(score - round(score * 0.9) / 0.9) < 0.1, score  # printed with one digit, some cut off
-
-
-def test_a_model_is_read_as_it_was_trained():
-    config = "masked_objective.Masked.shifted = True\nmasked_decoding.MaskedDecoder.shifted = False\n"
-    assert results.trained_shifted(config) is True
-    assert results.trained_shifted("autoregressive_objective.Autoregressive.prefix = False\n") is None
-    joint = "OBJECTIVE = @masked_objective.Masked()\ntrain.train.objective = @joint_objective.Joint()\n"
-    assert results.training_objective(joint) == "Joint"
-    now = "model_config.ModelConfig.shifted = True\nOBJECTIVE = @{}()\n"
-    assert results.trained_shifted(now.format("masked_objective.Masked")) is True
-    assert results.trained_shifted(now.format("mine.Mine")) is True
-    assert results.trained_shifted(now.format("autoregressive_objective.Autoregressive")) is None
-    readers = [BlockDecoder(), Joint(Masked()), AutoregressiveDecoder(), SundaeDecoder(), None]
-    models = {shifted: dataclasses.replace(tiny.RELATIVE, shifted=shifted) for shifted in (False, True)}
-    for trained, model in models.items():
-        check_shifted(trained, "M", model, readers)
-        check_shifted(None, "M", model, readers)
-        check_shifted(not trained, "M", model, [AutoregressiveDecoder(), BeamSearchDecoder(), Autoregressive(), None])
-    for reader in (BlockDecoder(), SundaeDecoder(), Joint(Masked())):
-        with pytest.raises(UserError, match=r"M has ModelConfig.shifted = False, but \w+ would .* True: give"):
-            check_shifted(False, "M", models[True], [AutoregressiveDecoder(), reader])
-
-
-@pytest.mark.parametrize("shifted", [False, True])
-def test_an_older_checkpoint_s_objective_and_decoder_say_whether_the_model_is_shifted(shifted):
-    text = "".join(
-        f"{name}.shifted = {shifted}\n{name}.temperature = 0.0\n"
-        for name in ("sundae_objective.Sundae", "in_block/masked_decoding.MaskedDecoder", "SundaeDecoder")
-    )
-    assert results.trained_shifted(text) is shifted
-    found = results.with_shifted_models(text)
-    assert found.count("shifted") == shifted and found.count(".temperature = 0.0\n") == 3
-    assert ("model_config.ModelConfig.shifted = True\n" in found) is shifted
-    assert results.trained_shifted(found) is (True if shifted else None)
-    assert results.with_shifted_models(found) == found
