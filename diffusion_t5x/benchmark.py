@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-import rich.console
 
 from diffusion_t5x import config, partitioning, records
+from diffusion_t5x.console import Console
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError, did_you_mean
 from diffusion_t5x.evaluation import charts, stopwatch, train_speed
@@ -195,7 +195,7 @@ def train(
         for label, case in cases.items()
     }
     speeds = train_speed.take_turns(watches, num_steps, repeats)
-    rich.console.Console(width=None if sys.stdout.isatty() else 120).print(train_speed.table(speeds, device))
+    Console(width=None if sys.stdout.isatty() else 120).print(train_speed.table(speeds, device))
     settings = {"cases": cases, "vocabulary_size": vocabulary_size, **numbers, "random_seed": random_seed, "mesh": mesh}
     logger.info("wrote %s", train_speed.write(benchmark_output_dir, describe(settings), machine, speeds))
 

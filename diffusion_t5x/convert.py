@@ -10,6 +10,7 @@ from diffusion_t5x import config
 from diffusion_t5x.conversion import llama2c
 from diffusion_t5x.conversion.from_hf import from_hf
 from diffusion_t5x.conversion.from_t5x import from_t5x
+from diffusion_t5x.conversion.importing import check_finite
 from diffusion_t5x.conversion.output import building, empty_folder, model_gin, print_table, record_of, save
 from diffusion_t5x.conversion.to_hf import to_hf
 from diffusion_t5x.data.seqio_source import libraries
@@ -44,6 +45,8 @@ def from_llama2c(model_file: str, tokenizer_file: str, output_folder: str) -> No
             f"{tokenizer_file} has {vocabulary.vocab_size} pieces, but {model_file} is a model of {source.vocab_size}: "
             "give the tokenizer that the model was trained with."
         )
+    for name, array in source.arrays.items():
+        check_finite(array, name, model_file)
     definition = ModelDefinition(source.config(), token_ids(vocabulary))
     converted = source.params(rows=definition.config.vocab_size)
 
@@ -70,6 +73,10 @@ def convert(argv: Sequence[str]) -> None:
     sources = parser.add_subparsers(required=True, metavar="SOURCE")
     add = sources.add_parser("from_hf", help="a local folder in Hugging Face's format")
     add.add_argument("path", metavar="FOLDER")
+    add.add_argument(
+        "--ignore_keys", default=(), type=lambda text: text.split(","), metavar="KEY,...",
+        help="keys of config.json that are read as if they were not there",
+    )  # fmt: skip
     add.set_defaults(run=from_hf)
     _add_output(add)
     add = sources.add_parser("to_hf", help="back to that format, a model that was imported from it")

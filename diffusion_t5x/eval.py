@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from diffusion_t5x import config
+from diffusion_t5x import config, terminal
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import results
@@ -218,7 +218,7 @@ def score(
     examples = list(data.eval_examples(num_examples))
     records = add_predictions(examples, lines, predictions, f"split {data.split} of {name}")
     scores = {name: {**data.score(records), "num_examples": len(records)}}
-    print(json.dumps(scores, indent=2, ensure_ascii=False))
+    print(terminal.safe(json.dumps(scores, indent=2, ensure_ascii=False)))
     if eval_output_dir:
         report = {
             "results": scores,

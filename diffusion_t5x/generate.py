@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
-import rich.console
 
 from diffusion_t5x import config
+from diffusion_t5x.console import Console
 from diffusion_t5x.data.prompts import Prompts
 from diffusion_t5x.data.seqio_source import SeqioDataset, libraries
 from diffusion_t5x.data.vocabularies import token_ids
@@ -127,7 +127,7 @@ def generate(
     say(f"{decoder}, {each} tokens after {most} of a prompt, seed {random_seed}")
     canvas = None
     if sys.stdout.isatty() and (prompt is not None or sys.stdin.isatty()):
-        canvas = LiveCanvas(rich.console.Console(), prompts.cells, decoder.left_to_right)
+        canvas = LiveCanvas(Console(), prompts.cells, decoder.left_to_right)
     answers = Answers(mesh, definition, params, decoder, random_seed, canvas)
     if canvas is None:
         with ended_by_signals():

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax
-import rich.console
 
 from diffusion_t5x import config
+from diffusion_t5x.console import Console
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.templates import Templates
 from diffusion_t5x.decoding.decoder import Decoder
@@ -46,7 +46,7 @@ _SHOWN_TRACES = 3
 def infer(
     *,
     model: ModelConfig,
-    checkpoint_path: str,
+    checkpoint_path: str | None,
     dataset: SeqioDataset,
     infer_output_dir: str | None = None,
     mode: Literal["predict", "score"] = "predict",
@@ -73,7 +73,7 @@ def infer(
 
     Args:
       model: dimensions of the checkpoint's model.
-      checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
+      checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR; None for a TPU slice, which needs none.
       dataset: task, split, lengths and batch size.
       infer_output_dir: made if it is not there; None is infer/checkpoint_<step>/ in the checkpoint's MODEL_DIR.
       mode: "predict" decodes, "score" says how likely the targets are that the task has.
@@ -94,13 +94,16 @@ def infer(
         batch for it and print what it would take.
 
     Raises:
-      UserError: anything that does not fit, or the output was begun with other settings; nothing is overwritten.
+      UserError: anything that does not fit, or the output was begun with other settings or other data; nothing is
+        overwritten.
     """
     if isinstance(dry_run, SliceDryRun):
         if mode != "predict" or templates or decoder is None:
             raise UserError("--topology is for decoding a task: set infer.decoder; leave out mode and templates.")
         dry_run.infer(mesh=mesh, model=model, decoder=decoder, dataset=dataset)
         return
+    if checkpoint_path is None:
+        raise UserError("No checkpoint: set CHECKPOINT_PATH. None is for a dry run on a --topology.")
     device_mesh = mesh.make()
     checkpoint = checkpoints.open_checkpoint(checkpoint_path)
     path = str(checkpoint)
@@ -124,6 +127,8 @@ def infer(
         "task_feature_lengths": dict(dataset.task_feature_lengths),
     }
     output = RecordFile(pathlib.Path(infer_output_dir, f"{name}.jsonl"), settings)
+    if templates is None and output.done:  # templates have a fingerprint among the settings
+        output.check_examples(dataset.eval_examples(output.done))
     if dry_run:
         print(f"Would {mode} {name} with {how} from {path} to {output.path}; {output.done} done.")
         return
@@ -150,7 +155,7 @@ def infer(
     if trace and jax.process_index() == 0:
         page = output.path.with_suffix(".trace.html")
         write_trace_page(page, output.read(), total, name, repr(decoder))
-        traces.show(itertools.islice(output.read(), _SHOWN_TRACES), rich.console.Console())
+        traces.show(itertools.islice(output.read(), _SHOWN_TRACES), Console())
         logger.info("wrote %s", page)
 
 

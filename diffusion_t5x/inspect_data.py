@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
 from diffusion_t5x import config
+from diffusion_t5x.console import Console
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.vocabularies import TokenIds, visible

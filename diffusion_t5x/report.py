@@ -6,9 +6,9 @@ Markdown.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
+from diffusion_t5x import config, terminal
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.report import write_report
 from diffusion_t5x.flags import Parser
@@ -38,12 +38,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the flags and writes the page; a `UserError` is one line on stderr and status 2."""
-    try:
+    with config.program():
         flags = parse(argv)
-        print(f"wrote {write_report(flags.runs, flags.output)}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        print(terminal.safe(f"wrote {write_report(flags.runs, flags.output)}"))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from diffusion_t5x import config, partitioning, records
+from diffusion_t5x import config, partitioning, records, terminal
+from diffusion_t5x.data.cached_source import CachedDataset
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval, prepared
@@ -73,7 +74,7 @@ def train(
     model_dir: str,
     model: ModelConfig,
     objective: Objective,
-    train_dataset: SeqioDataset,
+    train_dataset: SeqioDataset | CachedDataset,
     optimizer: optax.GradientTransformation,
     train_steps: int,
     lora: lora_training.Lora | None = None,
@@ -154,6 +155,8 @@ def train(
             rollout=rollout,
         )
         return
+    if train_steps < 1:
+        raise UserError(f"TRAIN_STEPS must be at least 1, not {train_steps}.")
     goodput = Goodput()
     device_mesh = mesh.make()
     check_writers(metric_writers)
@@ -208,7 +211,7 @@ def train(
             teacher = f", taught by {teacher_checkpoint_path}" if teacher_checkpoint_path else ""
             print(f"Would train to step {train_steps} from {start_path or 'scratch'}{teacher}. Nothing was written.")
             if restored:
-                print(f"It starts with:\n{restored}")
+                print(terminal.safe(f"It starts with:\n{restored}"))
             return
 
         teacher = None

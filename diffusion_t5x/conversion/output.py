@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from flax import traverse_util
 
-from diffusion_t5x import records
+from diffusion_t5x import records, terminal
 from diffusion_t5x.data.vocabularies import SENTINELS
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
@@ -85,6 +85,7 @@ def building(final: pathlib.Path) -> Iterator[pathlib.Path]:
 def model_gin(title: str, model: ModelConfig, macro: str, tokenizer: pathlib.Path) -> str:
     """A gin file that sets MODEL to `model`, and a macro to the tokenizer; dropout and dtype are left to the run."""
     values = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    title = "".join(character if character.isprintable() else " " for character in title)  # it is a comment, one line
     left_out = _LEFT_OUT if model.vocab_size else {*_LEFT_OUT, "vocab_size"}
     bindings = "\n".join(f"  {name} = {value!r}" for name, value in values.items() if name not in left_out)
     return _MODEL_GIN.format(
@@ -111,4 +112,4 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Prints columns one below the other."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(terminal.safe("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()))

@@ -25,6 +25,10 @@ class PythonVocabulary(seqio.Vocabulary):
     def is_text(self) -> np.ndarray:
         """bool `[vocab_size]`: whether an id is a piece of text."""
 
+    def sentinel_ids(self) -> list[int]:
+        """The ids of `<extra_id_0>`, `<extra_id_1>` ..., as far as there are such tokens."""
+        return []
+
     @abc.abstractmethod
     def piece(self, token: int) -> bytes:
         """What one id stands for; a byte may be only a part of a character. Special ids have their names: "<s>"."""

@@ -42,7 +42,8 @@ class ModelConfig:
         had is an error, but where a decoder reads on over its cache: there "xla" stands in.
       local_layers: for each layer whether it sees only what is less than `window` tokens away; None: none does.
       window: of the local layers.
-      local_rotary_base: rotary base of the local layers, whose wavelengths are not stretched.
+      local_rotary_base: rotary base of the local layers, whose wavelengths then are not stretched; None: local layers
+        have the same wavelengths as the others.
       relative_buckets, relative_max_distance: of the relative position bias.
       causal_buckets: a decoder's relative position bias has T5's own one-sided buckets: all of them for the past, and
         the future counts as distance 0. Ours are two-sided, for what attention sees both ways; an encoder's always are.
@@ -94,7 +95,7 @@ class ModelConfig:
     rotary_stretched: tuple[float, float] | None = None
     max_length: int | None = None
     dropout_rate: float = 0.0
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     scan_unroll: int | bool = 1
     remat: Literal["none", "dots", "full"] = "none"
 

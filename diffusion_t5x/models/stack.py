@@ -231,8 +231,9 @@ class Stack(nnx.Module):
         if config.local_layers:
             is_local = jnp.asarray(config.local_layers)
             near = sight.mask & slots.within(key_slots, config.window)
-            base = config.local_rotary_base or config.rotary_base
-            local_frequencies = rotary_frequencies(config.head_dim, base)
+            local_frequencies = frequencies
+            if config.local_rotary_base is not None:
+                local_frequencies = rotary_frequencies(config.head_dim, config.local_rotary_base)
 
             def of_layer(is_local):
                 mask = jnp.where(is_local, near, sight.mask)

@@ -105,5 +105,5 @@ class Autoregressive(Objective):
         return Likelihood(
             log_likelihood=-jnp.sum(jnp.where(text, nll, 0), axis=-1),
             standard_error=jnp.zeros(len(text)),
-            num_tokens=jnp.sum(text, axis=-1),
+            num_tokens=jnp.sum(text, axis=-1, dtype=jnp.int32),
         )

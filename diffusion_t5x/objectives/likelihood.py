@@ -50,7 +50,7 @@ def estimate(draw: Draw, vocabulary: TokenIds, batch: Batch, key: jax.Array, num
     return Likelihood(
         log_likelihood=jnp.mean(pairs, axis=(0, 1)),
         standard_error=jnp.sqrt(spread) / num_draws,
-        num_tokens=jnp.sum(text_of(batch, vocabulary), axis=-1),
+        num_tokens=jnp.sum(text_of(batch, vocabulary), axis=-1, dtype=jnp.int32),
     )
 
 

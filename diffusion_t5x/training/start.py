@@ -37,10 +37,12 @@ def check_start(
     try:
         description = describe_assignment(targets, sources, rules)
     except UserError as error:
-        wrong.append(f"{checkpoint}: {error}")
         here, settings = (model_settings(merging.plain(leaves)) for leaves in (targets, sources))
-        if advice := _advice(here, settings):
-            wrong.append(advice)
+        advice = _advice(here, settings)
+        if advice and resumes:  # no rule could help, and most arrays differ: what to set says it in one line
+            wrong.append(f"{checkpoint} is of another model. {advice} Or choose another MODEL_DIR.")
+        else:
+            wrong += filter(None, [f"{checkpoint}: {error}", advice])
     if wrong:
         raise OtherModel("\n".join(wrong), settings)
     return description

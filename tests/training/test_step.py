@@ -98,7 +98,12 @@ def test_a_step_is_an_optimizer_step_on_the_loss(run):
 
 
 def test_noise_is_another_at_each_step_and_the_same_when_a_step_is_repeated(run):
-    assert len({float(metrics["noise_fraction"]) for metrics in run["metrics"]}) == 3
+    definition = ModelDefinition(DROPOUT, tiny.VOCABULARY)
+    reads = [np.asarray(SUNDAE.model_inputs(definition, BATCH, step_key(3, step))) for step in range(3)]
+    changed = [(noisy != BATCH.tokens)[BATCH.target_mask] for noisy in reads]
+    assert len({noise.tobytes() for noise in changed}) == 3
+    for noise, metrics in zip(changed, run["metrics"], strict=True):
+        assert metrics["noise_fraction"] == pytest.approx(noise.mean(), rel=1e-6)
     state, metrics = run["second again"]
     assert metrics == run["metrics"][1]
     jax.tree.map(np.testing.assert_array_equal, state, run["states"][2])
