@@ -47,7 +47,7 @@ def flags(folder, *files, **macros):
     """Of a run of one step on a few lines."""
     names = ["models/decoder_only.gin", "sizes/tiny.gin", *files, "runs/finetune.gin", "tasks/local_jsonl.gin"]
     data = {split: f"{folder}/lines.jsonl" for split in ("train", "validation", "test")}
-    macros = {"MODEL_DIR": str(folder / "run"), "FILES": data, "BATCH_SIZE": 4, "EVAL_STEPS": 1} | macros
+    macros = {"MODEL_DIR": str(folder / "run"), "FILES": data, "BATCH_SIZE": 4} | macros
     return [
         *(f"--gin_file={name}" for name in names),
         *(f"--gin.ModelConfig.{name}={value}" for name, value in SIZE.items()),
