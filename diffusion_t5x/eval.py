@@ -64,8 +64,8 @@ def evaluate(
     Args:
       model: dimensions of the checkpoint's model.
       checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
-      eval_output_dir: made if it is not there; None is eval/ in the checkpoint's MODEL_DIR, with a folder for each
-        checkpoint.
+      eval_output_dir: made if it is not there; None is eval/ in the checkpoint's MODEL_DIR (likelihood/ or loss/ where
+        nothing is decoded), with a folder for each checkpoint.
       all_checkpoints: evaluate all that are at the path; else the latest.
       decode_evals: what to decode and score.
       objective: whose loss `loss_evals` measure, and whose likelihood `likelihood_evals` do.
@@ -87,7 +87,8 @@ def evaluate(
     """
     device_mesh = mesh.make()
     found = [checkpoints.OpenCheckpoint(path) for path in checkpoints.find_checkpoints(checkpoint_path)]
-    output = pathlib.Path(eval_output_dir or found[-1].model_dir / "eval")
+    kind = "eval" if decode_evals else "likelihood" if likelihood_evals else "loss"
+    output = pathlib.Path(eval_output_dir or found[-1].model_dir / kind)
     if not dry_run:
         checkpoints.ensure_writable(str(output))
     loss_evals, likelihood_evals, decode_evals = map(prepared, (loss_evals, likelihood_evals, decode_evals))
@@ -110,10 +111,10 @@ def evaluate(
     has_folder = all_checkpoints or eval_output_dir is None
     chosen = found if all_checkpoints else found[-1:]
     folders = {checkpoint: output / checkpoint.path.name if has_folder else output for checkpoint in chosen}
-    todo = {at: folder for at, folder in folders.items() if not results.is_done(folder, str(at), settings)}
-    for checkpoint in todo:
+    for checkpoint in chosen:
         agreement = Agreement.of(checkpoint, _ALLOW_MISMATCH, allow_mismatch)
         agreement.check(model, [objective, *(ev.decoder for ev in decode_evals)])
+    todo = {at: folder for at, folder in folders.items() if not results.is_done(folder, str(at), settings)}
     logger.info("%s: %d of %d checkpoints are evaluated", output, len(folders) - len(todo), len(folders))
     if dry_run and not todo:
         print(f"Would evaluate nothing: all results are in {output}.")

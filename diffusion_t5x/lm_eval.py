@@ -122,11 +122,11 @@ def evaluate(
             "use_ema": use_ema,
         }
     )
+    agreement = Agreement.of(checkpoint, "lm_eval.evaluate.allow_mismatch", allow_mismatch)
+    agreement.check(model, [objective, decoder])
     if results.is_done(pathlib.Path(eval_output_dir), path, settings):
         logger.info("%s has these results already", eval_output_dir)
         return
-    agreement = Agreement.of(checkpoint, "lm_eval.evaluate.allow_mismatch", allow_mismatch)
-    agreement.check(model, [objective, decoder])
     ids = token_ids(vocabulary)
     definition, params = load_model(checkpoint, model, ids, device_mesh, restore_rules=restore_rules, use_ema=use_ema)
     if dry_run:

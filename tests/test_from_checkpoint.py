@@ -198,8 +198,9 @@ def test_readers_refuse_what_was_not_trained(given, said, block, refused):
         assert ("allow_mismatch=True" in message) == ("embed_dim" not in said)
 
 
-def test_a_mismatch_may_be_allowed(block, capsys):
+def test_a_mismatch_may_be_allowed(block, tmp_path, capsys):
     allowed = ["--gin.infer.infer.allow_mismatch=True", "--gin.BLOCK_SIZE=8", "--dry_run"]
+    allowed.append(f"--gin.INFER_OUTPUT_DIR={tmp_path}")
     infer.main(["--checkpoint", str(block), *allowed])
     output = capsys.readouterr()
     assert "Set --gin.BLOCK_SIZE=3." in output.err and "BlockDecoder(block_size=8" in output.out
@@ -253,6 +254,7 @@ def test_another_objective_may_start_from_an_autoregressive_model_and_a_teacher_
 
 def test_an_evaluation_parses_and_hashes_each_file_once(block, tmp_path, monkeypatch):
     run = shutil.copytree(block, tmp_path / "run")
+    shutil.rmtree(run / "eval", ignore_errors=True)
     parsed, hashed = [], []
     read, state = manifest.read, manifest._state
     monkeypatch.setattr(manifest, "read", lambda folder: parsed.append(folder) or read(folder))
