@@ -6,8 +6,11 @@ import sys
 import time
 from types import TracebackType
 
-import rich.console
+import rich.markup
 import rich.progress
+
+from diffusion_t5x import terminal
+from diffusion_t5x.console import Console
 
 
 class Progress:
@@ -36,7 +39,7 @@ class Progress:
         shown: bool = True,
     ):
         self._total = total
-        self._description = description
+        self._description = terminal.safe(description)
         self._unit = unit
         self._interval = interval
         self._shown = shown
@@ -48,8 +51,8 @@ class Progress:
         self._bar: rich.progress.Progress | None = None
         if shown and sys.stderr.isatty():
             columns = ("{task.description}", rich.progress.BarColumn(bar_width=None), "{task.fields[status]}")
-            console = rich.console.Console(stderr=True)
-            self._bar = rich.progress.Progress(*columns, console=console, expand=True)
+            self._bar = rich.progress.Progress(*columns, console=Console(stderr=True), expand=True)
+            description = rich.markup.escape(self._description)
             self._task = self._bar.add_task(description, total=total, completed=start, status=self._status())
 
     def update(self, step: int, loss: float | None = None, tokens: int = 0) -> None:

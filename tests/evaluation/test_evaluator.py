@@ -14,8 +14,9 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LikelihoodEval, LossEval, for_tasks, prepared
 from diffusion_t5x.evaluation.inference import predict, write_jsonl
 from diffusion_t5x.evaluation.losses import evaluate_loss
+from diffusion_t5x.models.streams import row_keys
 from diffusion_t5x.objectives.autoregressive import Autoregressive
-from diffusion_t5x.objectives.objective import LossSums, Ratio, row_keys
+from diffusion_t5x.objectives.objective import LossSums, Ratio
 from diffusion_t5x.partitioning import MeshConfig
 
 MESH = MeshConfig().make()
