@@ -31,11 +31,12 @@ import gin
 from gin import config as gin_config  # gin offers no public way to list what is registered and what is bound
 from gin import config_parser
 
-from diffusion_t5x import gin_checks, gin_guard, gin_messages, gin_reading, processes
-from diffusion_t5x.errors import UserError
+from diffusion_t5x import gin_checks, gin_guard, gin_messages, gin_reading, processes, terminal
+from diffusion_t5x.errors import OtherModel, UserError
 from diffusion_t5x.flags import parse_flags
 from diffusion_t5x.gin_messages import explained_errors
 from diffusion_t5x.gin_reading import shipped, shipped_text
+from diffusion_t5x.task_modules import registers_tasks
 
 PACKAGE = pathlib.Path(__file__).parent
 # Strings that need no quotes on the command line: names and paths, as in --gin.MODEL_DIR=/tmp/model.
@@ -71,6 +72,12 @@ def program() -> Iterator[None]:
     A `UserError` ends the process with `error: ...` on stderr and status 2; any other exception keeps its traceback.
     Of several processes that work as one, none waits for others when it fails.
     """
+    with terminal.standard_streams(), _ended_by_errors():
+        yield
+
+
+@contextlib.contextmanager
+def _ended_by_errors() -> Iterator[None]:
     _quiet_start()
     processes.in_32_bits()
     try:
@@ -82,7 +89,8 @@ def program() -> Iterator[None]:
     except UserError as error:
         # gin appends to every exception the chain of configurables and files that it passed through.
         message, *_ = re.split(r"\n  In (?:call to configurable|file) ", str(error))
-        print(f"error: {message}", file=sys.stderr)
+        message += _files_of(error.settings) if isinstance(error, OtherModel) else ""
+        print(f"error: {terminal.safe(message)}", file=sys.stderr)
         processes.give_up(2)
         sys.exit(2)
     except BaseException:
@@ -178,6 +186,50 @@ def operative_values() -> dict[str, Any]:
     return values
 
 
+def registration(macro: str) -> dict[str, Any]:
+    """What the value of a macro needs, as JSON can hold it, so that another program can bind it to the same.
+
+    Returns:
+      "imports": the modules it refers to, and those whose import may register tasks. "bindings": by full name
+      (`scope/package.module.function.argument`; macros have no dot) the values, in which a reference is
+      {"@": name, "call": bool} and a macro {"%": name}. {} where the macro is not bound.
+    """
+    if (macro, "gin.macro") not in gin_config._CONFIG:
+        return {}
+    bindings, wanted = {}, [(macro, "gin.macro")]
+    modules = {x.module for x in gin_config._IMPORTS if registers_tasks(x.module)}
+    while wanted:
+        scope, selector = key = wanted.pop()
+        configurable = gin_config._REGISTRY[selector].wrapped
+        name = f"{configurable.__module__}.{configurable.__qualname__}"
+        is_macro = configurable is gin_config.macro
+        for parameter, value in gin_config._CONFIG.get(key, {}).items():
+            full = scope if is_macro else f"{scope}/{name}.{parameter}".lstrip("/")
+            if full in bindings:
+                continue
+            bindings[full] = _as_json(value)
+            for reference in gin_config.iterate_references({parameter: value}):
+                found = reference.configurable
+                if found.wrapped is gin_config.macro:
+                    wanted.append(("/".join(reference.scopes), "gin.macro"))
+                else:
+                    modules.add(found.wrapped.__module__)
+                    wanted += [bound for bound in gin_config._CONFIG if bound[1] == found.selector]
+    return {"imports": sorted(modules), "bindings": bindings}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, gin_config.ConfigurableReference):
+        target, scope = value.configurable.wrapped, "/".join(value.scopes)
+        if target is gin_config.macro:
+            return {"%": scope}
+        name = f"{target.__module__}.{target.__qualname__}"
+        return {"@": f"{scope}/{name}".lstrip("/"), "call": value.evaluate}
+    if isinstance(value, Mapping):
+        return {key: _as_json(item) for key, item in value.items()}
+    return list(map(_as_json, value)) if isinstance(value, list | tuple) else value
+
+
 def _run(
     main: Callable[..., Any], argv: Sequence[str], subcommand: str, dry_run: object, texts: Mapping[str, str]
 ) -> None:
@@ -214,6 +266,16 @@ def _examples(module: str) -> list[str]:
         " ".join([f"--gin_file={file}", *(f"--gin.{name}=..." for name in names)])
         for file, names in zip(runs, required, strict=True)
     ]
+
+
+def _files_of(model: Mapping[str, Any]) -> str:
+    """Which shipped size a model has, by fields of its ModelConfig."""
+    for file in shipped("sizes"):
+        parsed = config_parser.ConfigParser(shipped_text(file), _AsText())
+        bound = {x.arg_name: x.value for x in parsed if isinstance(x, config_parser.BindingStatement)}
+        if all(model.get(name) == value for name, value in bound.items() if name in model) and "embed_dim" in model:
+            return f" Its size is that of {file}."
+    return ""
 
 
 class _AsText(config_parser.ParserDelegate):
@@ -271,16 +333,29 @@ def _importable(main: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(importlib.import_module(name), main.__name__)
 
 
+class _SafeFormatter(logging.Formatter):
+    """Whose lines a terminal obeys nothing of."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return terminal.safe(super().format(record))
+
+
 class _Stderr(logging.StreamHandler):
     """Writes to what `sys.stderr` is at the time."""
 
     def __init__(self):
         logging.Handler.__init__(self)
-        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        self.setFormatter(_SafeFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
 
     @property
     def stream(self):
         return sys.stderr
+
+
+def _print_exception(kind: type[BaseException], error: BaseException, frames: types.TracebackType | None) -> None:
+    """A traceback that quotes what others wrote."""
+    if sys.stderr:
+        print(terminal.safe("".join(traceback.format_exception(kind, error, frames))), end="", file=sys.stderr)
 
 
 def _quiet_start() -> None:
@@ -291,5 +366,7 @@ def _quiet_start() -> None:
     logger = logging.getLogger("diffusion_t5x")
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _print_exception
     if not logger.handlers:
         logger.addHandler(_Stderr())

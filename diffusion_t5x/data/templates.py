@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_t5x import json_lines
+from diffusion_t5x.data import text_files
 from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.rows import Row, RowLayout, fill_batches
 from diffusion_t5x.data.seqio_source import SeqioDataset
@@ -60,14 +61,11 @@ class Templates:
     """
 
     def __init__(self, path: str, dataset: SeqioDataset):
-        try:
-            content = pathlib.Path(path).expanduser().read_bytes()
-        except OSError as error:
-            raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+        lines = text_files.Pieces(path, text_files.ANY_LINE)
         self.name = pathlib.Path(path).stem
-        self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
+        self.fingerprint = hashlib.sha256(text_files.contents(path)).hexdigest()[:16]
         self._dataset = dataset
-        self._templates = [_parse(line, f"{path}:{number}") for number, line in enumerate(content.splitlines(), 1)]
+        self._templates = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
         if not self._templates:
             raise UserError(f"{path} is empty: {_WHAT_A_LINE_HAS}.")
 
@@ -106,8 +104,7 @@ class Templates:
         Where a row of the task has its targets, it has the template: tokens, holes, and EOS and pad as the task has
         them. Only the holes are in `target_mask`.
         """
-        rows = ((row, template) for (row, _), template in zip(self._rows, self._templates, strict=True))
-        rows = list(rows)[:num_examples]
+        rows = [(row, template) for (row, _), template in zip(self._rows, self._templates, strict=True)][:num_examples]
         for batch, group in fill_batches(rows, self.batch_size, self._dataset.vocabulary().pad_id):
             described = (
                 {"example_id": number, "inputs_pretokenized": template.inputs or "", "template": template.text}
@@ -119,7 +116,7 @@ class Templates:
         """bool `[B, L]`: where a batch of `eval_batches` has the templates and what follows them."""
         starts = np.array([start for _, start in self._rows])
         starts = starts[np.minimum(batch.example_ids, len(starts) - 1)]  # rows that fill up a batch have other ids
-        return (batch.segment_ids > 0) & (np.arange(batch.tokens.shape[1]) >= starts[:, None])
+        return np.asarray(batch.segment_ids > 0) & (np.arange(batch.tokens.shape[1]) >= starts[:, None])
 
     def to_text(self, tokens: Sequence[int]) -> str:
         """The text of tokens, up to EOS or the first pad."""
@@ -172,9 +169,9 @@ class Templates:
             raise UserError(f"{place}: {error}") from None
 
 
-def _parse(line: bytes, place: str) -> Template:
+def _parse(line: str, place: str) -> Template:
     try:
-        parsed = json_lines.parse(line)
+        parsed = json_lines.parse(line, distinct=True)
     except ValueError as error:
         raise UserError(f"{place}: {error}; {_WHAT_A_LINE_HAS}.") from None
     fields = ("template", "inputs")
@@ -191,7 +188,8 @@ def _parse(line: bytes, place: str) -> Template:
 
 def _split(text: str, place: str) -> tuple[list[str], list[int]]:
     """The texts around the holes, and the holes' sizes."""
-    parts, holes, end = [""], [], 0
+    parts, end = [""], 0
+    holes: list[int] = []
     for match in _HOLE.finditer(text):
         backslashes, size = match.groups()
         parts[-1] += text[end : match.start()] + backslashes[: len(backslashes) // 2]
