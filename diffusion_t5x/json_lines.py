@@ -1,23 +1,53 @@
 """JSON that people and other programs write."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
+_HARMLESS_DEPTH = 200
 
-def parse(line: str | bytes) -> Any:
-    """What a line of JSON says.
+
+def parse(text: str | bytes, distinct: bool = False) -> Any:
+    """What a text of JSON says.
+
+    Args:
+      text: in UTF-8.
+      distinct: refuse objects with two fields of one name, of which the last one counts otherwise.
 
     Raises:
       ValueError: it is no JSON; or no program could go on with it: nested without end, or text that is no Unicode.
     """
     try:
-        value = json.loads(line)
-        # Half of a surrogate pair, as in "\ud800", is JSON but no text.
-        json.dumps(value, ensure_ascii=False).encode()
+        text = text if isinstance(text, str) else text.decode("utf-8-sig")
+        value = json.loads(text, object_pairs_hook=_distinct if distinct else None)
+        # Half of a surrogate pair, as in "\ud800", is JSON but no text. What is nested deep may be too deep to write.
+        is_suspect = "\\u" in text or text.count("[") + text.count("{") > _HARMLESS_DEPTH
+        (json.dumps(value, ensure_ascii=False) if is_suspect else text).encode()
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
     except RecursionError:
         raise ValueError("JSON that is nested too deep") from None
     except UnicodeEncodeError as error:
         raise ValueError(f"text that is not Unicode ({error.reason})") from error
+    return value
+
+
+def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in fields if names.count(name) > 1)
+        raise ValueError(f"the field {twice!r} stands twice in one object")
+    return fields
+
+
+def parse_object(line: str) -> dict[str, Any]:
+    """The fields of a line that is a JSON object.
+
+    Raises:
+      ValueError: as `parse`; it is another value, or an object in it has two fields of one name.
+    """
+    value = parse(line, distinct=True)
+    if not isinstance(value, dict):
+        raise ValueError('not a JSON object: {"field": "text", ...} is wanted.')
     return value

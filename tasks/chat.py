@@ -5,6 +5,7 @@ turn of a conversation is learned, each once, from what the model reads when it 
 for any objective and architecture.
 """
 
+import collections
 import dataclasses
 import json
 import logging
@@ -16,6 +17,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from diffusion_t5x import json_lines
 from diffusion_t5x.data import chat_template
 from diffusion_t5x.data.chat_template import ChatTemplate, Message
 from diffusion_t5x.data.huggingface_vocabulary import HuggingFaceVocabulary
@@ -26,6 +28,8 @@ from diffusion_t5x.tasks.sources import Record
 
 logger = logging.getLogger(__name__)
 
+_LISTS = ("tools", "documents")
+_FIELDS = ("messages", "chat_template_kwargs", *_LISTS)
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -41,7 +45,8 @@ def task(
 
     Args:
       name: of the task.
-      files: paths or glob patterns for each split, of JSON lines `{"messages": [{"role": ..., "content": ...}, ...]}`.
+      files: paths or glob patterns for each split, of JSON lines `{"messages": [{"role": ..., "content": ...}, ...]}`,
+        maybe with "tools", "documents" or "chat_template_kwargs" beside, for the template.
       vocabulary_file: a tokenizer.json, with its chat template beside it.
       template_variables: what the template may ask for besides, such as {"enable_thinking": False}.
       held_out: as `local_files.task`; the messages before the first answer decide, so a conversation stays together.
@@ -73,25 +78,53 @@ def task(
 def _turns(files: Sequence[str], template: ChatTemplate) -> Records:
     """The assistant's turns: "opening" (what is before the first), "prompt" and "answer", rendered."""
     lines = readers.Jsonl().read(files)
-    conversations = dataclasses.replace(lines, parse=lambda i: {"messages": _messages(lines.parse(i))})
-    turns = [
-        (line, number)
-        for line, conversation in enumerate(conversations)
-        for number, message in enumerate(conversation["messages"])
-        if message["role"] == "assistant"
-    ]
+    conversations = dataclasses.replace(lines, parse=lambda i: _conversation(lines.parse(i)))
+    turns, unread, names = [], collections.Counter(), ", ".join(files)
+    for line, conversation in enumerate(conversations):
+        turns += [(line, n) for n, message in enumerate(conversation["messages"]) if message["role"] == "assistant"]
+        unread.update(name for name, value in conversation["variables"].items() if value and name not in template.names)
     if silent := len(conversations) - len({line for line, _ in turns}):
-        names = ", ".join(files)
         logger.warning("%s: %d of %d conversations have no assistant, left out", names, silent, len(conversations))
+    for name, count in unread.items():
+        logger.warning(
+            "%s: %d of %d conversations have %s, which the chat template does not read",
+            names,
+            count,
+            len(conversations),
+            name,
+        )
+    if unused := [name for name in lines[0] if name not in _FIELDS]:
+        logger.info("%s: fields that are not read: %s", names, ", ".join(unused))
 
     def parse(index: int) -> Fields:
         line, number = turns[index]
-        messages = conversations.parse(line)["messages"]
+        conversation = conversations.parse(line)
+        messages = conversation["messages"]
         first = [message["role"] for message in messages].index("assistant")
-        prompt, answer = template.turn(messages, number)
+        prompt, answer = template.turn(messages, number, conversation["variables"])
         return {"opening": json.dumps(messages[:first]), "prompt": prompt, "answer": answer}
 
     return Records(len(turns), parse, lambda index: lines.where(turns[index][0]))
+
+
+def _conversation(record: Fields) -> Fields:
+    """The messages of a line, and what it has for the template besides; raises a ValueError where they are none."""
+    variables = {}
+    for name in _LISTS:
+        value = record.get(name)
+        value = (
+            json_lines.parse(value) if isinstance(value, str) else value
+        )  # as data sets of one type a column have it
+        if value is not None:
+            if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+                raise ValueError(f'"{name}" is {json.dumps(value)[:40]}, not a list of objects.')
+            variables[name] = value
+    if record.get("functions"):
+        raise ValueError('"functions" is not read: name them as "tools", {"type": "function", "function": {…}}.')
+    kwargs = record.get("chat_template_kwargs") or {}
+    if not isinstance(kwargs, dict) or {"messages", "add_generation_prompt"} & kwargs.keys():
+        raise ValueError(f'"chat_template_kwargs" is {json.dumps(kwargs)[:40]}, not an object of variables.')
+    return {"messages": _messages(record), "variables": {**variables, **kwargs}}
 
 
 def _messages(record: Fields) -> list[Message]:
@@ -104,9 +137,11 @@ def _messages(record: Fields) -> list[Message]:
         if role not in ROLES:
             hint = did_you_mean(role, ROLES) if isinstance(role, str) else ""
             raise ValueError(f"message {number} has the role {json.dumps(role)}, not {', '.join(ROLES)}.{hint}")
-        if not isinstance(content, str):
+        is_call = content is None and role == "assistant" and message.get("tool_calls")
+        if not isinstance(content, str) and not is_call:
             raise ValueError(f"message {number} has the content {json.dumps(content)[:40]}, not text.")
-    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+    # A call's content may be null, which templates tell from none.
+    return [{key: x for key, x in message.items() if x is not None or key == "content"} for message in messages]
 
 
 def _encode(turn: Fields, vocabulary: HuggingFaceVocabulary) -> Record:

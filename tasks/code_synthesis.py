@@ -5,9 +5,8 @@ what its program has to do; the metric runs it (`evaluation.code_execution`) and
 """
 
 import functools
-import gzip
 import json
-import pathlib
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,16 +14,20 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
+from diffusion_t5x.data import text_files
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.code_execution import Limits, Tests
 from diffusion_t5x.evaluation.pass_at_k import passed_tests
+from diffusion_t5x.tasks import readers
+
+logger = logging.getLogger(__name__)
 
 MBPP, HUMANEVAL = "mbpp", "humaneval"
 # By task_id; the usual cut of the paper's 974 problems.
 MBPP_SPLITS = {"prompt": range(1, 11), "test": range(11, 511), "validation": range(511, 601), "train": range(601, 975)}
 SHOTS = (2, 3, 4)  # the task_ids of the paper's prompt
-_MBPP_FIELDS = ("task_id", "text", "code", "test_list", "test_setup_code")
-_HUMANEVAL_FIELDS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
+_MBPP_FIELDS = {"task_id": int, "text": str, "code": str, "test_list": list, "test_setup_code": str}
+_HUMANEVAL_FIELDS = dict.fromkeys(("task_id", "prompt", "canonical_solution", "test", "entry_point"), str)
 # Where another example of a few-shot prompt would begin.
 _MBPP_END = re.compile(r"\[DONE\]|\[BEGIN\]|^You are an expert", re.MULTILINE)
 # Where the function ends (Chen et al. 2021, section 2.3).
@@ -56,7 +59,9 @@ def mbpp(
     """
     if not 0 <= num_shots <= len(SHOTS):
         raise UserError(f"MBPP's prompt has 0 to {len(SHOTS)} solved problems, not {num_shots}.")
-    rows = {row["task_id"]: row for row in _read(path, _MBPP_FIELDS)}
+    rows = _read(path, _MBPP_FIELDS)
+    if surplus := len(rows.keys() - {task_id for ids in MBPP_SPLITS.values() for task_id in ids}):
+        logger.warning("%s: %d problems are of no split of MBPP, left out", path, surplus)
     if missing := [task_id for ids in MBPP_SPLITS.values() for task_id in ids if task_id not in rows]:
         raise UserError(f"{path} lacks MBPP's task {missing[0]}, and {len(missing) - 1} others.")
     shots = "".join(_mbpp_prompt(rows[i]) + f"{_source(rows[i]['code'])}\n[DONE]\n\n" for i in SHOTS[:num_shots])
@@ -101,7 +106,7 @@ def humaneval(
             "targets": row["canonical_solution"],
             "tests": _humaneval_tests(row),
         }
-        for row in _read(path, _HUMANEVAL_FIELDS)
+        for row in _read(path, _HUMANEVAL_FIELDS).values()
     ]
     return _register(HUMANEVAL, vocabulary, {"test": examples}, humaneval_program, limits, allow_unsafe)
 
@@ -141,18 +146,24 @@ def _humaneval_tests(row: Mapping[str, Any]) -> str:
     return json.dumps({"asserts": [test], "entry_points": [name]})
 
 
-def _read(path: str, fields: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of a JSONL file, each with all the fields."""
-    file = pathlib.Path(path).expanduser()
-    try:
-        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        rows = [json.loads(line) for line in content.decode("utf-8").splitlines() if line]
-    except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"Cannot read the problems in {path}: {error}.") from error
-    for number, row in enumerate(rows, 1):
-        if missing := [name for name in fields if not isinstance(row, dict) or name not in row]:
+def _read(path: str, fields: Mapping[str, type]) -> dict[Any, dict[str, Any]]:
+    """The problems of a file of JSON lines by their task_id, each with all the fields."""
+    records = readers.Jsonl().read(text_files.expand(path))
+    rows: dict[Any, dict[str, Any]] = {}
+    for number, row in enumerate(records, 1):
+        if missing := [name for name in fields if name not in row]:
             raise UserError(f"Problem {number} of {path} has no {missing[0]!r}: is it the right file?")
+        if odd := [name for name, kind in fields.items() if not _is_a(row[name], kind)]:
+            place, value = records.where(number - 1), json.dumps(row[odd[0]])
+            raise UserError(f"{place}: {odd[0]!r} is {value[:40]}: is it the right file?")
+        if row["task_id"] in rows:
+            raise UserError(f"{records.where(number - 1)}: the task_id {row['task_id']!r} stands twice in {path}.")
+        rows[row["task_id"]] = row
     return rows
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and (kind is not list or all(isinstance(part, str) for part in value))
 
 
 def _register(

@@ -6,58 +6,69 @@ order of its own, over all files, and the position in it is exact.
 
 import dataclasses
 import functools
-import glob
 import hashlib
+import itertools
 import json
 import logging
-import os
-import string
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import seqio
 
+from diffusion_t5x.data import text_files
+from diffusion_t5x.data.text_files import Patterns
 from diffusion_t5x.errors import UserError, did_you_mean
 from diffusion_t5x.tasks import registration, sources
 from diffusion_t5x.tasks.readers import Fields, Reader, Records
 
 logger = logging.getLogger(__name__)
-Patterns = str | Sequence[str]
+
+
+_BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+# A conversion or format behind a field's name, as in "{price:.2f}".
+_FORMATTED = re.compile(r"(?s)(.*?)(?:!([rsa]))?(?::(.*))?")
+_CONVERSIONS = {"r": repr, "s": str, "a": ascii, None: lambda value: value}
 
 
 class _Template:
-    """Text with `{field}` in it; `{{` and `}}` are braces."""
+    """Text with `{field}` in it; `{{` and `}}` are braces.
+
+    All that is between the braces is the field's name if a record has such a field, dots and brackets too. Else it may
+    end in a conversion or a format, as Python's format strings.
+    """
 
     def __init__(self, text: str):
-        try:
-            self._fields = {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
-        except ValueError as error:
-            raise UserError(f"{text!r} is no template: {error}. Write {{{{ and }}}} for braces.") from error
-        self._text = text
+        self._literals, self.fields, end = [""], [], 0
+        for match in _BRACES.finditer(text):
+            self._literals[-1] += text[end : match.start()]
+            end = match.end()
+            if match[1] is not None:
+                self.fields.append(match[1])
+                self._literals.append("")
+            elif len(match[0]) == 2:
+                self._literals[-1] += match[0][0]
+            else:
+                raise UserError(f"{text!r} is no template: a single {match[0]!r}. Write {{{{ and }}}} for braces.")
+        self._literals[-1] += text[end:]
 
     def fill(self, record: Fields) -> str:
-        for name in self._fields:
-            if name not in record:
-                hint = did_you_mean(name, record) or f" There are {', '.join(map(repr, record))}."
-                raise ValueError(f"no field {name!r}.{hint}")
-            if record[name] is None or isinstance(record[name], list | dict):
-                raise ValueError(f"the field {name!r} holds {json.dumps(record[name])[:40]}, not text.")
-        return self._text.format_map(record)
+        values = [self._value(name, record) for name in self.fields]
+        return "".join(itertools.chain(*itertools.zip_longest(self._literals, values, fillvalue="")))
 
-
-def expand(patterns: Patterns) -> list[str]:
-    """The files of paths and glob patterns, those of a pattern sorted.
-
-    Raises:
-      UserError: a pattern that no file matches.
-    """
-    files = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = sorted(glob.glob(os.path.expanduser(pattern)))
-        if not found:
-            raise UserError(f"There is no file {pattern}.")
-        files += found
-    return files
+    @staticmethod
+    def _value(name: str, record: Fields) -> str:
+        conversion = form = None
+        if name not in record:
+            short, conversion, form = _FORMATTED.fullmatch(name).groups()
+            if short not in record:
+                hint = did_you_mean(short, record) or f" There are {', '.join(map(repr, record))}."
+                raise ValueError(f"no field {short!r}.{hint}")
+            name = short
+        value = record[name]
+        if value is None or isinstance(value, list | dict):
+            raise ValueError(f"the field {name!r} holds {json.dumps(value)[:40]}, not text.")
+        return format(_CONVERSIONS[conversion](value), form or "")
 
 
 def source(
@@ -71,6 +82,9 @@ def source(
 
     def read(names: Sequence[str]) -> Records:
         found = reader.read(names)
+        used = {name for template in filled.values() for name in template.fields}
+        if unused := [name for name in (found[0] if len(found) else ()) if name not in used]:
+            logger.info("%s: fields that no template names: %s", ", ".join(names), ", ".join(unused))
         return dataclasses.replace(found, parse=lambda i: {k: t.fill(found.parse(i)) for k, t in filled.items()})
 
     return source_of(files, read, held_out)
@@ -89,14 +103,14 @@ def source_of(
       read_files: the records of all files of a split.
       finish: makes of a record what the source gives.
     """
-    held_out = dict(held_out or {})
+    files, held_out = text_files.by_split(files), dict(held_out or {})
     if held_out and ("train" not in files or held_out.keys() & files.keys() or sum(held_out.values()) >= 100):
         raise UserError(f"held_out takes percentages of 'train' for splits without files: {held_out}.")
 
     @functools.cache
     def read(split: str) -> tuple[Records, np.ndarray]:
         """The records of a split's files, and for each of them the number of the split it belongs to."""
-        names = expand(files[split])
+        names = text_files.expand(files[split])
         found = read_files(names)
         splits = [split, *(held_out if split == "train" else {})]
         shares = [held_out[name] for name in splits[1:]]
@@ -112,7 +126,10 @@ def source_of(
         members = np.flatnonzero(belongs == (1 + [*held_out].index(split) if split in held_out else 0))
         return Records(len(members), lambda i: finish(found.parse(members[i])), lambda i: found.where(members[i]))
 
-    return sources.records(load, [*files, *held_out])
+    def list_files(split: str) -> list[str]:
+        return text_files.expand(files["train" if split in held_out else split])
+
+    return sources.records(load, [*files, *held_out], list_files)
 
 
 def _share_of(text: str, percentages: Sequence[float]) -> int:

@@ -19,8 +19,8 @@ def gsm8k(
 ) -> str:
     """Registers `gsm8k` (arXiv 2110.14168) and returns its name.
 
-    Targets are the published solutions, which end in "#### 42"; the answer of a prediction is what it has behind its
-    last "####", else the last number or formula in it.
+    Targets are the published solutions, which end in "#### 42"; the answer of a prediction is the number behind its
+    first "####", else the last number or formula in it.
 
     Args:
       vocabulary_file: see `registration.vocabulary`.

@@ -1,13 +1,12 @@
 """SQuAD v1.1 as T5 asks for it, "question: ... context: ...", from TFDS or JSON in its official form."""
 
-import gzip
 import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import tensorflow as tf
 
+from diffusion_t5x.data import text_files
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import metrics
 from diffusion_t5x.tasks import registration, sources
@@ -16,7 +15,10 @@ TFDS_NAME = "squad/v1.1:3.0.0"
 
 
 def squad(
-    vocabulary_file: str | None, files: Mapping[str, str] | None = None, name: str = "squad", num_shots: int = 0
+    vocabulary_file: str | None,
+    files: Mapping[str, text_files.Patterns] | None = None,
+    name: str = "squad",
+    num_shots: int = 0,
 ) -> str:
     """Registers SQuAD and returns the task's name.
 
@@ -25,7 +27,8 @@ def squad(
 
     Args:
       vocabulary_file: see `registration.vocabulary`.
-      files: for each split a JSON file (also .gz) in SQuAD's format; None reads TFDS, splits "train" and "validation".
+      files: paths or glob patterns for each split, of JSON (also .gz) in SQuAD's format; None reads TFDS, splits
+        "train" and "validation".
       name: of the task.
       num_shots: see `registration.task`.
 
@@ -37,7 +40,10 @@ def squad(
     if files is None:
         found, prepare = sources.PreparedTfds(TFDS_NAME, {"train": "train", "validation": "validation"}), []
     else:
-        found, prepare = sources.records(lambda split: read(files[split]), list(files)), [_as_in_tfds]
+        files = text_files.by_split(files, "SQUAD_FILES")
+        list_files = lambda split: text_files.expand(files[split])  # noqa: E731
+        found = sources.records(lambda split: _read_all(files[split]), list(files), list_files)
+        prepare = [_as_in_tfds]
     return registration.task(
         name,
         found,
@@ -66,23 +72,19 @@ def read(file: str) -> list[dict[str, Any]]:
     """The questions of a file, each with its `id`, `question`, `context` and `answers` (texts).
 
     Raises:
-      UserError: no such file, or another format.
+      UserError: no such file, another format, no questions, or one without an answer.
     """
-    path = os.path.expanduser(file)
+    value = text_files.json_value(file)
+    if value is None:
+        raise UserError(f"{file} is empty.")
     try:
-        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as opened:
-            articles = json.load(opened)["data"]
         questions = [
-            {"id": qa["id"], "question": qa["question"], "context": paragraph["context"]}
-            | {"answers": [answer["text"] for answer in qa["answers"]]}
-            for article in articles
+            {"id": _text(qa["id"]), "question": _text(qa["question"]), "context": _text(paragraph["context"])}
+            | {"answers": [_text(answer["text"]) for answer in qa["answers"]]}
+            for article in value["data"]
             for paragraph in article["paragraphs"]
             for qa in paragraph["qas"]
         ]
-    except OSError as error:
-        raise UserError(f"Cannot read {file}: {error}.") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{error.lineno}: not JSON: {error.msg} at column {error.colno}.") from error
     except (KeyError, TypeError) as error:
         raise UserError(f"{file} is not in SQuAD's format: {type(error).__name__} {error}.") from error
     if not questions:
@@ -90,3 +92,13 @@ def read(file: str) -> list[dict[str, Any]]:
     if unanswered := sum(not question["answers"] for question in questions):
         raise UserError(f"{file}: {unanswered} questions have no answer; SQuAD v1.1 has one for each.")
     return questions
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{json.dumps(value)[:40]} is not text")
+    return value
+
+
+def _read_all(patterns: text_files.Patterns) -> list[dict[str, Any]]:
+    return [question for file in text_files.expand(patterns) for question in read(file)]

@@ -1,77 +1,25 @@
 """Readers of text files: JSON lines, TSV, plain text and parallel text, each also as .gz, as sequences of records.
 
-Files are read in place: an index of where records begin is held in memory, the text of compressed files, too.
+How a file is opened, unpacked and split is `data.text_files`'.
 """
 
 import abc
 import bisect
 import dataclasses
-import gzip
 import itertools
 import logging
-import mmap
-import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from diffusion_t5x import json_lines
+from diffusion_t5x.data import text_files
+from diffusion_t5x.data.text_files import Pieces
 from diffusion_t5x.errors import UserError
 
 logger = logging.getLogger(__name__)
 Fields = Mapping[str, Any]
 
-_LINE = re.compile(rb"[^\n]*\S[^\n]*")
-_ANY_LINE = re.compile(rb"[^\n]*\n|[^\n]+")
-_DOCUMENTS = {
-    "line": _LINE,
-    "paragraphs": re.compile(rb"[^\n]*\S[^\n]*(?:\n(?![ \t\r]*(?:\n|\Z))[^\n]*)*"),
-    "file": re.compile(rb"(?s).*\S.*"),
-}
-
-
-class Pieces(Sequence[str]):
-    """The pieces of a text file that a pattern finds, without the line ends around them.
-
-    Raises:
-      UserError: no such file, nothing in it, or (on access) text that is not UTF-8.
-    """
-
-    def __init__(self, path: str, pattern: re.Pattern[bytes]):
-        self._path = path
-        try:
-            self._content = _content(path)
-        except (OSError, EOFError) as error:
-            raise UserError(f"Cannot read {path}: {error}.") from error
-        edges = (edge for match in pattern.finditer(self._content) for edge in match.span())
-        self._spans = np.fromiter(edges, np.int64).reshape(-1, 2)
-        if not len(self):
-            raise UserError(f"{path} is empty.")
-
-    def __len__(self) -> int:
-        return len(self._spans)
-
-    def __getitem__(self, index: int) -> str:
-        start, end = self._spans[index]
-        try:
-            return self._content[start:end].decode("utf-8").strip("\r\n").removeprefix("\ufeff")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{self.where(index)}: not UTF-8 ({error.reason}).") from error
-
-    def where(self, index: int) -> str:
-        """`file:line` of a piece."""
-        lines = self._content[: self._spans[index][0]].count(b"\n")
-        return f"{self._path}:{1 + lines}"
-
-
-def _content(path: str) -> bytes | mmap.mmap:
-    if path.endswith(".gz"):
-        with gzip.open(path) as file:
-            return file.read()
-    with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.path.getsize(path) else b""
+_DOCUMENTS = {"line": text_files.LINE, "paragraphs": text_files.PARAGRAPHS, "file": text_files.WHOLE}
 
 
 class Reader(abc.ABC):
@@ -100,7 +48,17 @@ class Records(Sequence[Fields]):
             raise UserError(f"{self.where(index)}: {error}") from error
 
 
-def _join(parts: Sequence[Records]) -> Records:
+def _read_each(files: Sequence[str], read: Callable[[str], Records]) -> Records:
+    """The records of all files, one file after another. Files without any are named in the log.
+
+    Raises:
+      UserError: no file has a record.
+    """
+    parts = [read(file) for file in files]
+    if empty := [file for file, part in zip(files, parts, strict=True) if not len(part)]:
+        if len(empty) == len(files):
+            raise UserError(f"{', '.join(files)} {'is' if len(files) == 1 else 'are'} empty.")
+        logger.warning("%d of %d files are empty, left out: %s", len(empty), len(files), ", ".join(empty))
     ends = list(itertools.accumulate(map(len, parts)))
 
     def find(index: int) -> tuple[Records, int]:
@@ -120,20 +78,14 @@ def _join(parts: Sequence[Records]) -> Records:
 
 @dataclasses.dataclass(frozen=True)
 class Jsonl(Reader):
-    """A JSON object a line; its fields are texts or numbers."""
+    """A JSON object a line; its fields are texts or numbers. A field that stands twice is refused."""
 
     def read(self, files: Sequence[str]) -> Records:
-        def records(pieces: Pieces) -> Records:
-            return Records(len(pieces), lambda i: _json_object(pieces[i]), pieces.where)
+        def records(file: str) -> Records:
+            pieces = Pieces(file)
+            return Records(len(pieces), lambda i: json_lines.parse_object(pieces[i]), pieces.where)
 
-        return _join([records(Pieces(file, _LINE)) for file in files])
-
-
-def _json_object(line: str) -> Fields:
-    value = json_lines.parse(line)
-    if not isinstance(value, dict):
-        raise ValueError('not a JSON object: {"field": "text", ...} is wanted.')
-    return value
+        return _read_each(files, records)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,19 +99,25 @@ class Tsv(Reader):
     columns: Sequence[str] | None = None
 
     def read(self, files: Sequence[str]) -> Records:
-        def records(pieces: Pieces) -> Records:
-            columns = self.columns or pieces[0].split("\t")
-            first = 0 if self.columns else 1
+        return _read_each(files, self._read_file)
 
-            def parse(index: int) -> Fields:
-                values = pieces[first + index].split("\t")
-                if len(values) != len(columns):
-                    raise ValueError(f"{len(values)} columns, not the {len(columns)}: {', '.join(columns)}.")
-                return dict(zip(columns, values, strict=True))
+    def _read_file(self, file: str) -> Records:
+        pieces = Pieces(file)
+        first = int(self.columns is None)
+        if not len(pieces):
+            return Records(0, {}.__getitem__, pieces.where)
+        columns = pieces[0].split("\t") if self.columns is None else self.columns
+        if twice := [name for number, name in enumerate(columns) if name in columns[:number]]:
+            place = f"{pieces.where(0)}: the header" if self.columns is None else "Tsv.columns"
+            raise UserError(f"{place} names the column {twice[0]!r} twice: give each column a name of its own.")
 
-            return Records(len(pieces) - first, parse, lambda i: pieces.where(first + i))
+        def parse(index: int) -> Fields:
+            values = pieces[first + index].split("\t")
+            if len(values) != len(columns):
+                raise ValueError(f"{len(values)} columns, not the {len(columns)}: {', '.join(columns)}.")
+            return dict(zip(columns, values, strict=True))
 
-        return _join([records(Pieces(file, _LINE)) for file in files])
+        return Records(len(pieces) - first, parse, lambda i: pieces.where(first + i))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,10 +134,11 @@ class Text(Reader):
         if self.document not in _DOCUMENTS:
             raise UserError(f"Text.document must be one of {', '.join(_DOCUMENTS)}, not {self.document!r}.")
 
-        def records(pieces: Pieces) -> Records:
+        def records(file: str) -> Records:
+            pieces = Pieces(file, _DOCUMENTS[self.document])
             return Records(len(pieces), lambda i: {"text": pieces[i]}, pieces.where)
 
-        return _join([records(Pieces(file, _DOCUMENTS[self.document])) for file in files])
+        return _read_each(files, records)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,9 +154,13 @@ class Parallel(Reader):
     def read(self, files: Sequence[str]) -> Records:
         if len(files) != 2:
             raise UserError(f"Parallel text is two files, not {len(files)}: {', '.join(files)}.")
-        first, second = (Pieces(file, _ANY_LINE) for file in files)
+        if len(self.fields) != 2 or self.fields[0] == self.fields[1]:
+            raise UserError(f"Parallel.fields are two different names, not {self.fields!r}.")
+        first, second = (Pieces(file, text_files.ANY_LINE) for file in files)
         if len(first) != len(second):
             raise UserError(f"{files[0]} has {len(first)} lines, {files[1]} has {len(second)}: they must be as many.")
+        if not len(first):
+            raise UserError(f"{', '.join(files)} are empty.")
         kept = [i for i in range(len(first)) if first[i].strip() and second[i].strip()]
         if blank := len(first) - len(kept):
             logger.warning("%s, %s: %d of %d pairs have a blank line, left out", *files, blank, len(first))

@@ -28,13 +28,26 @@ def index_blocks(size: int, shuffle: bool, seed: int | None) -> tf.data.Dataset:
     return epoch.flat_map(lambda key: blocks.map(lambda indices: shuffled(indices, key)))
 
 
-def records(load: Callable[[str], Sequence[Record]], splits: Sequence[str]) -> seqio.DataSource:
+class _Records(seqio.FunctionDataSource):
+    """A source that knows its files.
+
+    Attributes:
+      list_files: the files of a split.
+    """
+
+    list_files: Callable[[str], Sequence[str]]
+
+
+def records(
+    load: Callable[[str], Sequence[Record]], splits: Sequence[str], list_files: Callable[[str], Sequence[str]]
+) -> seqio.DataSource:
     """A source of records that Python holds or finds in its files: `load(split)` is called once, when first read.
 
     Args:
       load: gives a sequence of at least one record; the first one tells the fields. Texts become strings `[]`, lists of
         texts strings `[n]`, arrays of ids int32 `[n]`.
       splits: what `load` knows.
+      list_files: the files of a split.
     """
     load = functools.cache(load)
 
@@ -55,7 +68,9 @@ def records(load: Callable[[str], Sequence[Record]], splits: Sequence[str]) -> s
         indices = index_blocks(len(found), shuffle_files, seed).unbatch()
         return indices.map(look_up).apply(tf.data.experimental.assert_cardinality(len(found)))
 
-    return seqio.FunctionDataSource(dataset, splits=splits)
+    source = _Records(dataset, splits=splits)
+    source.list_files = list_files
+    return source
 
 
 class PreparedTfds(seqio.TfdsDataSource):

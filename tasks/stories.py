@@ -1,14 +1,19 @@
 """Prompts and texts for a model imported from llama2.c, whose tokenizer and whose texts are files of yours."""
 
-import json
-import pathlib
+import dataclasses
+import logging
+import re
 
 import seqio
 import tensorflow as tf
 
+from diffusion_t5x.data import text_files
 from diffusion_t5x.data.llama2c_vocabulary import Llama2cVocabulary
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import metrics
+from diffusion_t5x.tasks import readers
+
+logger = logging.getLogger(__name__)
 
 TASK = "stories_prompts"
 CONTINUATIONS = "stories_continuations"
@@ -27,10 +32,7 @@ def prompts(tokenizer_file: str, text_file: str) -> str:
     Raises:
       UserError: a file that cannot be read.
     """
-    try:
-        lines = pathlib.Path(text_file).expanduser().read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"Cannot read the prompts in {text_file}: {error}.") from error
+    lines = re.sub("\r\n?", "\n", text_files.text(text_file)).removesuffix("\n").split("\n")
 
     def examples(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del split, shuffle_files, seed
@@ -58,14 +60,11 @@ def continuations(
       UserError: a file that cannot be read, or with too few texts.
     """
     vocabulary = Llama2cVocabulary(tokenizer_file)
-    try:
-        lines = pathlib.Path(samples_file).expanduser().read_text(encoding="utf-8").splitlines()
-        texts = [vocabulary.encode(json.loads(line)["prediction"]) for line in lines]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f'Cannot read predictions (JSON lines with "prediction") in {samples_file}: {error}.'
-        ) from error
-    texts = [text for text in texts if len(text) > prompt_tokens]
+    lines = readers.Jsonl().read(text_files.expand(samples_file))
+    predictions = dataclasses.replace(lines, parse=lambda i: _prediction(lines.parse(i)))
+    texts = [tokens for tokens in map(vocabulary.encode, predictions) if len(tokens) > prompt_tokens]
+    if short := len(predictions) - len(texts):
+        logger.info("%s: %d of %d texts are too short, left out", samples_file, short, len(predictions))
     num_held = num_test + num_validation
     if len(texts) <= num_held:
         raise UserError(
@@ -86,6 +85,12 @@ def continuations(
     return _register(
         CONTINUATIONS, examples, tuple(splits), tokenizer_file, [split_prompt], metric_fns=[metrics.distinct_n]
     )
+
+
+def _prediction(record: readers.Fields) -> str:
+    if not isinstance(record.get("prediction"), str):
+        raise ValueError('no "prediction", which is text.')
+    return record["prediction"]
 
 
 def _register(name, examples, splits, tokenizer_file, preprocessors, **fields):

@@ -1,14 +1,14 @@
 """Examples that were tokenised elsewhere, as JSON lines of ids: for vocabularies that are not at hand here."""
 
+import dataclasses
 import functools
-import json
-import pathlib
 
 import numpy as np
 import seqio
 import tensorflow as tf
 
-from diffusion_t5x.errors import UserError
+from diffusion_t5x.data import text_files
+from diffusion_t5x.tasks import readers
 
 TASK = "token_ids"
 FEATURES = ("inputs", "targets")
@@ -33,23 +33,20 @@ def register(train_file: str, validation_file: str, vocab_size: int, eos_id: int
     """Registers the SeqIO task `token_ids`, in place of an earlier one, and returns its name.
 
     Args:
-      train_file, validation_file: UTF-8; a line is `{"inputs": [ids], "targets": [ids]}`, targets with their EOS. A
-        line without targets is a prompt.
+      train_file, validation_file: JSON lines, maybe with .gz: `{"inputs": [ids], "targets": [ids]}`, targets with their
+        EOS. A line without targets is a prompt.
       vocab_size: ids of the vocabulary. MASK is the id behind them.
       eos_id, pad_id: of the vocabulary.
 
     Raises:
       UserError: a file that is not there; when it is read, a line (by its number) that is no such example.
     """
-    files = {"train": train_file, "validation": validation_file}
-    for file in files.values():
-        if not pathlib.Path(file).expanduser().is_file():
-            raise UserError(f"There is no file of token ids {file}.")
+    files = {"train": text_files.expand(train_file), "validation": text_files.expand(validation_file)}
 
     @functools.cache
     def read(split: str) -> dict[str, tf.RaggedTensor]:
-        with pathlib.Path(files[split]).expanduser().open(encoding="utf-8") as lines:
-            found = [_example(line, vocab_size, f"{files[split]}, line {n}") for n, line in enumerate(lines, start=1)]
+        lines = readers.Jsonl().read(files[split])
+        found = list(dataclasses.replace(lines, parse=lambda i: _example(lines.parse(i), vocab_size)))
         return {name: _ragged([example[name] for example in found]) for name in FEATURES}
 
     def examples(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
@@ -73,14 +70,10 @@ def _ragged(rows: list[list[int]]) -> tf.RaggedTensor:
     return tf.RaggedTensor.from_row_lengths(values, np.array([len(row) for row in rows], np.int64))
 
 
-def _example(line: str, vocab_size: int, where: str) -> dict[str, list[int]]:
-    try:
-        example = {"targets": [], **json.loads(line)}
-        ids = {name: list(example[name]) for name in FEATURES}
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f'{where}: expected {{"inputs": [ids], "targets": [ids]}}, not {line.strip()[:80]!r}.'
-        ) from error
-    if not all(isinstance(i, int) and 0 <= i < vocab_size for i in [*ids["inputs"], *ids["targets"]]):
-        raise UserError(f"{where}: ids must be whole numbers from 0 to {vocab_size - 1}.")
-    return ids
+def _example(fields: readers.Fields, vocab_size: int) -> dict[str, list[int]]:
+    ids = {"targets": [], **fields}
+    if not all(isinstance(ids.get(name), list) for name in FEATURES):
+        raise ValueError('expected {"inputs": [ids], "targets": [ids]}.')
+    if not all(type(i) is int and 0 <= i < vocab_size for name in FEATURES for i in ids[name]):
+        raise ValueError(f"ids must be whole numbers from 0 to {vocab_size - 1}.")
+    return {name: ids[name] for name in FEATURES}

@@ -62,6 +62,20 @@ TURNS = r"""{{- bos_token -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<start_of_turn>model\n' -}}{%- endif -%}"""
 
+# As DeepSeek-R1: what asks for an answer opens a thought; thoughts are left out of what was said.
+REASONING = r"""{%- for m in messages -%}
+    {{- '<|im_start|>' ~ m.role ~ '\n' -}}
+    {%- if m['content'] is none -%}
+        {%- for call in m['tool_calls'] -%}{{- '<call>' ~ call.function | tojson -}}{%- endfor -%}
+    {%- elif '</think>' in m['content'] -%}
+        {{- m['content'].split('</think>')[-1] -}}
+    {%- else -%}
+        {{- m['content'] -}}
+    {%- endif -%}
+    {{- '<|im_end|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n<think>\n' -}}{%- endif -%}"""
+
 # What else templates make use of.
 ODD = r"""{%- for m in messages -%}
     {%- if loop.index > 6 -%}{%- break -%}{%- endif -%}

@@ -32,14 +32,14 @@ FIND = """
 import importlib.util, json
 import gin
 import diffusion_t5x
-from diffusion_t5x import config
+from diffusion_t5x import config, gin_reading
 
 config.load(["probe.gin"])
 config.load(["gin/probe.gin"])
 found = {
     "package": diffusion_t5x.__file__,
     "tasks": importlib.util.find_spec("diffusion_t5x.tasks.probe").origin,
-    "gin files": config._shipped(),
+    "gin files": gin_reading.shipped(),
     "gin": gin.__file__,
 }
 print(json.dumps(found))

@@ -3,14 +3,17 @@
 import dataclasses
 import itertools
 import json
+import pathlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import grain
 import numpy as np
 
-from diffusion_t5x.data import cache
+from diffusion_t5x.data import cache, fingerprints
 from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.cache import CachedTask
+from diffusion_t5x.data.fingerprints import Fingerprint
 from diffusion_t5x.data.rows import RowLayout, check_rows, check_source, fill_batches, rows_of_shard, unreadable
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
@@ -91,6 +94,10 @@ class CachedDataset:
         """What models, objectives and decoders know of the vocabulary."""
         return self._tasks()[0][0].vocabulary
 
+    def texts(self) -> dict[str, Any]:
+        """As of a `SeqioDataset`: a cache holds tokens and knows no texts."""
+        return {}
+
     def train_iterator(self, num_shards: int = 1, shard_index: int = 0) -> "CachedIterator":
         """Endless batches of `batch_size / num_shards` rows, made of every `num_shards`-th example of the global order.
 
@@ -118,7 +125,16 @@ class CachedDataset:
         ordered = dataclasses.replace(self, task_feature_lengths=dict(sorted(self.task_feature_lengths.items())))
         contents = ", ".join(shard.sha256[:16] for task, _ in self._tasks() for shard in task.shards)
         source = f"{ordered} with contents {contents}, shard {shard_index} of {num_shards}"
-        return CachedIterator(batches, example_ids, source)
+        return CachedIterator(batches, example_ids, source, self.fingerprint())
+
+    def fingerprint(self) -> Fingerprint:
+        """Of the files that are read."""
+        shards = (self._shard_files(task) for task, _ in self._tasks())
+        return fingerprints.of_files([str(file) for files in shards for file in files])
+
+    def _shard_files(self, task: CachedTask) -> list[pathlib.Path]:
+        where = cache.folder(self.cache_dir, task.name, task.split)
+        return [cache.shard_file(where, i, task.num_shards) for i in range(task.num_shards)]
 
     def eval_batches(self, num_examples: int | None = None) -> Iterator[tuple[Batch, list[dict[str, int]]]]:
         """One pass in the cache's order, one example per row, whatever `shuffle` and `pack` say.
@@ -157,7 +173,7 @@ class CachedDataset:
           UserError: a file is missing, or holds other than it should; or there are no examples at all.
         """
         where = cache.folder(self.cache_dir, task.name, task.split)
-        files = [cache.shard_file(where, i, task.num_shards) for i in range(task.num_shards)]
+        files = self._shard_files(task)
         wanted = sum(shard.num_examples for shard in task.shards)
         if missing := [file.name for file in files if not file.is_file()]:
             raise UserError(f"The cache in {where} lacks {missing[0]}: delete the folder and run cache_tasks again.")
@@ -194,12 +210,14 @@ class CachedIterator:
       dataset: gives dictionaries of the arrays of a `Batch`, example_ids excepted.
       example_ids: int32 `[rows]`, the same for each batch.
       source: says which data these are. A position is only good for the data it was taken in.
+      files: the fingerprint of the files that are read.
     """
 
-    def __init__(self, dataset: grain.IterDataset, example_ids: np.ndarray, source: str):
+    def __init__(self, dataset: grain.IterDataset, example_ids: np.ndarray, source: str, files: Fingerprint):
         self._iterator = iter(dataset)
         self._example_ids = example_ids
         self._source = np.frombuffer(source.encode(), np.uint8)
+        self._files = files
 
     def __iter__(self) -> "CachedIterator":
         return self
@@ -219,7 +237,11 @@ class CachedIterator:
     def state_dict(self) -> dict[str, np.ndarray]:
         """The position as uint8 arrays: what `load_state_dict` needs to go on with the very next batch."""
         position = json.dumps(self._iterator.get_state()).encode()
-        return {"source": self._source, "position": np.frombuffer(position, np.uint8)}
+        return {
+            "source": self._source,
+            "files": fingerprints.to_array(self._files),
+            "position": np.frombuffer(position, np.uint8),
+        }
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """Goes to the position that `state_dict` gave, without reading what lies before it.
@@ -228,4 +250,5 @@ class CachedIterator:
           UserError: the position was taken in other data (task, contents, lengths, batch size, seed, shards ...).
         """
         check_source(state, self._source)
+        fingerprints.warn_of_changes(state.get("files"), self._files)
         self._iterator.set_state(json.loads(bytes(state["position"])))

@@ -1,25 +1,25 @@
 """A model's chat template, the Jinja that comes with its tokenizer: conversations as texts, turn by turn.
 
-Whoever made a model wrote its template, so it runs in Jinja's sandbox and sees plain JSON.
+Whoever made a model wrote its template, so it runs in Jinja's sandbox, in a process of its own with limits of time and
+memory, and sees plain JSON.
 """
 
-import datetime
 import itertools
 import json
 import pathlib
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
-import jinja2.ext
-import jinja2.sandbox
-
-from diffusion_t5x import json_lines
+from diffusion_t5x.data import template_process, text_files, tokenizer_files
 from diffusion_t5x.errors import UserError
 
 Message = Mapping[str, Any]
 
 _MARK = "\U0010ffff"  # Unicode keeps it for a program's own use
+# What asks for an answer may begin it with a thought, as DeepSeek-R1's template does.
+_OPEN_THOUGHT = re.compile(r"<([\w:]+)>\s*\Z")
+_THOUGHTS = ("reasoning_content", "reasoning")
 _TOKENS = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
@@ -31,6 +31,10 @@ class ChatTemplate:
       tokens: what it may name: "bos_token", "eos_token" ...
       special: texts that a tokenizer makes special tokens, wherever they stand.
       variables: what else it may name, such as {"enable_thinking": False}.
+      tool_use: a template for conversations that have tools; None takes `text` for them, too.
+
+    Attributes:
+      names: the variables that the templates read.
 
     Raises:
       UserError: it is no Jinja.
@@ -42,10 +46,16 @@ class ChatTemplate:
         tokens: Mapping[str, str],
         special: Collection[str],
         variables: Mapping[str, Any] | None = None,
+        tool_use: str | None = None,
     ):
+        self._text, self._tool_use = text, text if tool_use is None else tool_use
         try:
-            self._template = _environment().from_string(text)
-        except jinja2.TemplateError as error:
+            json.dumps(variables)
+            known = map(template_process.shared().names, (self._text, self._tool_use))
+            self.names = frozenset(itertools.chain.from_iterable(known))
+        except TypeError as error:
+            raise UserError(f"TEMPLATE_VARIABLES are plain values, not {variables!r}.") from error
+        except ValueError as error:
             raise UserError(f"The chat template is no Jinja that is known here: {error}.") from error
         self._known = {"tools": None, "documents": None, **tokens, **(variables or {})}
         longest_first = "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)"
@@ -57,66 +67,106 @@ class ChatTemplate:
     def read(cls, folder: pathlib.Path, special: Collection[str], variables: Mapping[str, Any] | None = None) -> Self:
         """The template of a tokenizer's folder: chat_template.jinja, else "chat_template" in tokenizer_config.json.
 
+        Of several by name it is "default", and "tool_use" for conversations with tools, as in `transformers`.
+
         Raises:
           UserError: there is none, or it cannot be read.
         """
-        config = _read_config(folder / "tokenizer_config.json")
-        text = config.get("chat_template")
+        file, config_file = folder / "chat_template.jinja", folder / tokenizer_files.CONFIG
+        config = tokenizer_files.read(config_file)
+        text, tool_use = config.get("chat_template"), None
         if isinstance(text, list):  # several by name
-            text = {named["name"]: named["template"] for named in text}.get("default")
-        try:
-            text = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        except FileNotFoundError:
-            pass
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"Cannot read {folder / 'chat_template.jinja'}: {error}.") from error
+            if not all(isinstance(each, dict) and {"name", "template"} <= each.keys() for each in text):
+                raise UserError(f'{config_file}: each chat_template of a list has a "name" and a "template".')
+            named = {each["name"]: each["template"] for each in text}
+            text, tool_use = named.get("default"), named.get("tool_use")
+        if file.exists():
+            text, more = text_files.text(file), folder / "additional_chat_templates" / "tool_use.jinja"
+            tool_use = text_files.text(more) if more.exists() else None
         if not isinstance(text, str):
             raise UserError(
                 f"{folder} has no chat template: neither chat_template.jinja nor a chat_template in "
                 "tokenizer_config.json. Is it the folder of a chat model?"
             )
-        tokens = {name: config[name] for name in _TOKENS if config.get(name)}
-        tokens = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items()}
-        return cls(text, tokens, special, variables)
+        tokens = {name: token for name in _TOKENS if (token := tokenizer_files.token_text(config, name, config_file))}
+        return cls(text, tokens, special, variables, tool_use)
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """The text of a conversation, at whose end the assistant's turn may begin.
 
         Where a message has the text of a special token, `parts` finds a cut.
 
-        Raises:
-          ValueError: the template refuses the conversation or fails.
-        """
-        marked = self._mark(messages)
-        text = self._run(marked, add_generation_prompt)
-        if marked != messages and text.replace(_MARK, "") != self._run(messages, add_generation_prompt):
-            raise ValueError("it has the text of a special token, which the chat template does not leave as it is.")
-        return text
+        Args:
+          messages: of the conversation.
+          add_generation_prompt: ask for an answer.
+          variables: what else belongs to the conversation, such as "tools".
 
-    def turn(self, messages: Sequence[Message], number: int) -> tuple[str, str]:
+        Raises:
+          ValueError: the template refuses the conversation, fails, or takes too much time or memory.
+        """
+        return self._render([(messages, add_generation_prompt)], variables)[0]
+
+    def turn(
+        self, messages: Sequence[Message], number: int, variables: Mapping[str, Any] | None = None
+    ) -> tuple[str, str]:
         """What the model reads before it writes `messages[number]`, and what it then writes.
 
         That ends with the last special token behind the message; what a template puts after it, such as a line end,
-        begins what is read next.
+        begins what is read next. Where the template asks for an answer with an open thought, which it leaves out of
+        what was answered, the thought is the message's (empty if it has none), and closed before the answer.
 
         Raises:
           ValueError: as `render`, or the template begins a turn otherwise than it asks for one.
         """
-        prompt = self.render(messages[:number], add_generation_prompt=True)
-        text = self.render(messages[: number + 1])
-        if not text.startswith(prompt):
+        prompt, text = self._render([(messages[:number], True), (messages[: number + 1], False)], variables)
+        thought = _OPEN_THOUGHT.search(prompt)
+        if text.startswith(prompt):
+            answer = text[len(prompt) :]
+        elif thought and text.startswith(prompt[: thought.start()]):
+            answer = self._behind_thought(text[thought.start() :], messages[number], thought[1])
+        else:
             raise ValueError(
                 f"the chat template asks for message {number + 1} with {prompt[-40:]!r}, but writes it otherwise."
             )
-        answer = text[len(prompt) :]
         ends = [special.end() for special in self._special.finditer(answer)]
         return prompt, answer[: ends[-1]] if ends else answer
 
-    def _run(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def _behind_thought(self, written: str, message: Message, tag: str) -> str:
+        """What is written of an answer behind the tag that opens a thought."""
+        begins, ends = f"<{tag}>", f"</{tag}>"
+        if written.lstrip().startswith(begins):  # with other spaces than the prompt has
+            return written.lstrip().removeprefix(begins).lstrip("\n")
+        if ends in written:
+            return written
+        thought = next((message[name] for name in _THOUGHTS if isinstance(message.get(name), str)), "")
+        content = message.get("content") or ""
+        if ends in content:
+            thought = content.rpartition(ends)[0].lstrip().removeprefix(begins)
+        return f"{self._mark(thought.strip(chr(10)))}\n{ends}\n\n{written.lstrip(chr(10))}"
+
+    def _render(
+        self, asked: Sequence[tuple[Sequence[Message], bool]], variables: Mapping[str, Any] | None
+    ) -> list[str]:
+        """The marked texts of conversations, each with whether it asks for an answer."""
+        said = [{**(variables or {}), "messages": list(messages)} for messages, _ in asked]
+        marked = [self._mark(each) for each in said]
+        cut = [number for number, each in enumerate(said) if each != marked[number]]
+        wanted = [*enumerate(marked), *((number, said[number]) for number in cut)]
+        renders = [{**self._known, **each, "add_generation_prompt": asked[number][1]} for number, each in wanted]
         try:
-            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **self._known)
-        except Exception as error:  # a template can fail in any way
+            text = self._text if (variables or {}).get("tools") is None else self._tool_use
+            texts = template_process.shared().render(text, renders)
+        except ValueError as error:
             raise ValueError(f"the chat template does not take it: {error}") from error
+        for number, plain in zip(cut, texts[len(asked) :], strict=True):
+            if texts[number].replace(_MARK, "") != plain:
+                raise ValueError("it has the text of a special token, which the chat template does not leave as it is.")
+        return texts[: len(asked)]
 
     def _mark(self, value: Any) -> Any:
         """The same with a mark inside each special token's text, which so is not one any more."""
@@ -128,47 +178,10 @@ class ChatTemplate:
             edges = [0, *(match.start() + 1 for match in self._starts.finditer(value)), len(value)]
             return _MARK.join(value[start:end] for start, end in itertools.pairwise(edges))
         if isinstance(value, dict):
-            return {name: self._mark(inner) for name, inner in value.items()}
+            return {self._mark(name): self._mark(inner) for name, inner in value.items()}
         return [self._mark(inner) for inner in value] if isinstance(value, list) else value
 
 
 def parts(text: str) -> list[str]:
     """The parts of a rendered text: encoded one by one, no special token comes from a message."""
     return text.split(_MARK)
-
-
-def _read_config(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        return json_lines.parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"Cannot read {path}: {error}.") from error
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %}, with which some templates mark what the assistant says."""
-
-    tags = frozenset({"generation"})
-
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> jinja2.Environment:
-    """Jinja as `transformers` sets it up."""
-
-    def raise_exception(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    def to_json(value: Any, ensure_ascii: bool = False, **how: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **how)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment

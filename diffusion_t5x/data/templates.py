@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_t5x import json_lines
+from diffusion_t5x.data import text_files
 from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.rows import Row, RowLayout, fill_batches
 from diffusion_t5x.data.seqio_source import SeqioDataset
@@ -60,14 +61,11 @@ class Templates:
     """
 
     def __init__(self, path: str, dataset: SeqioDataset):
-        try:
-            content = pathlib.Path(path).expanduser().read_bytes()
-        except OSError as error:
-            raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+        lines = text_files.Pieces(path, text_files.ANY_LINE)
         self.name = pathlib.Path(path).stem
-        self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
+        self.fingerprint = hashlib.sha256(text_files.contents(path)).hexdigest()[:16]
         self._dataset = dataset
-        self._templates = [_parse(line, f"{path}:{number}") for number, line in enumerate(content.splitlines(), 1)]
+        self._templates = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
         if not self._templates:
             raise UserError(f"{path} is empty: {_WHAT_A_LINE_HAS}.")
 
@@ -171,9 +169,9 @@ class Templates:
             raise UserError(f"{place}: {error}") from None
 
 
-def _parse(line: bytes, place: str) -> Template:
+def _parse(line: str, place: str) -> Template:
     try:
-        parsed = json_lines.parse(line)
+        parsed = json_lines.parse(line, distinct=True)
     except ValueError as error:
         raise UserError(f"{place}: {error}; {_WHAT_A_LINE_HAS}.") from None
     fields = ("template", "inputs")

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 import numpy as np
 import tensorflow as tf
 
+from diffusion_t5x.data import fingerprints
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.fingerprints import Fingerprint
 from diffusion_t5x.data.rows import check_source, unreadable
 from diffusion_t5x.errors import UserError
 
@@ -29,12 +31,14 @@ class TrainIterator:
       dataset: gives dictionaries of the arrays of a `Batch`, example_ids excepted.
       example_ids: int32 `[rows]`, the same for each batch.
       source: says which data these are. A position is only good for the data it was taken in.
+      files: the fingerprint of the files that are read.
     """
 
-    def __init__(self, dataset: tf.data.Dataset, example_ids: np.ndarray, source: str):
+    def __init__(self, dataset: tf.data.Dataset, example_ids: np.ndarray, source: str, files: Fingerprint):
         self._iterator = iter(dataset)
         self._example_ids = example_ids
         self._source = np.frombuffer(source.encode(), np.uint8)
+        self._files = files
         self._is_tried = False
 
     def __iter__(self) -> "TrainIterator":
@@ -72,7 +76,8 @@ class TrainIterator:
         except (tf.errors.FailedPreconditionError, tf.errors.UnimplementedError) as error:
             _say_unsaved(_plain(error))
             return {}
-        return {"source": self._source} | {key: np.frombuffer(data, np.uint8) for key, data in files.items()}
+        position = {key: np.frombuffer(data, np.uint8) for key, data in files.items()}
+        return {"source": self._source, "files": fingerprints.to_array(self._files), **position}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """Goes to the position that `state_dict` gave.
@@ -81,6 +86,7 @@ class TrainIterator:
           UserError: the position was taken in other data (task, lengths, batch size, seed, shards ...).
         """
         check_source(state, self._source)
+        fingerprints.warn_of_changes(state.get("files"), self._files)
         with tempfile.TemporaryDirectory() as folder:
             for key, file in _FILES.items():
                 pathlib.Path(folder, file).write_bytes(bytes(state[key]))

@@ -6,6 +6,7 @@ result would move with another test set of this size, not with another training 
 """
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -101,15 +102,16 @@ def squad(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[
 def math_accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
     """The percentage of solutions with the target's answer, as math-verify compares them, with Wilson's interval.
 
-    The answer of a text is what follows its last "####" (GSM8K), else what math-verify finds: the last \\boxed, formula
-    or number. A text without an answer is wrong.
+    The answer of a text is the number right behind a "####", of the first one that has a number, whatever follows it:
+    GSM8K's own rule. Else it is what math-verify finds behind the last "####" or in all of the text: the last \\boxed,
+    formula or number. A text without an answer is wrong.
 
     Raises:
       UserError: no examples, not one prediction for each target, a target without an answer, or no math-verify.
     """
     parse, verify = _math_verify()
     _check(targets, predictions)
-    answers = [[parse(text.rpartition("####")[2]) for text in texts] for texts in (targets, predictions)]
+    answers = [[parse(_answer_of(text)) for text in texts] for texts in (targets, predictions)]
     for target, answer in zip(targets, answers[0], strict=True):
         if not answer:
             raise UserError(f"The target {target[-80:]!r} has no answer that math-verify can read.")
@@ -120,6 +122,15 @@ def math_accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[st
         "math_accuracy_low": 100 * low,
         "math_accuracy_high": 100 * high,
     }
+
+
+_GSM8K_ANSWER = re.compile(r"####\s*(-?\$?[0-9.,]*[0-9](?:/[0-9]+)?)")
+
+
+def _answer_of(text: str) -> str:
+    """The part of a solution that has its answer."""
+    number = _GSM8K_ANSWER.search(text)
+    return number[1] if number else text.rpartition("####")[2]
 
 
 def _math_verify() -> tuple[Callable[..., Any], Callable[..., bool]]:

@@ -1,10 +1,10 @@
 """Predictions that were made elsewhere, put beside the examples that they belong to."""
 
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusion_t5x import json_lines
+from diffusion_t5x.data import text_files
 from diffusion_t5x.errors import UserError
 
 _WHAT_A_LINE_HAS = 'a line is {"prediction": TEXT}, or {"predictions": [TEXT, ...]}, and maybe an "example_id"'
@@ -16,11 +16,8 @@ def read_predictions(path: str) -> list[dict[str, Any]]:
     Raises:
       UserError: no such file, or a line that is none of these.
     """
-    try:
-        content = pathlib.Path(path).expanduser().read_bytes()
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
-    return [_parse(line, f"{path}:{number}") for number, line in enumerate(content.splitlines(), 1)]
+    lines = text_files.Pieces(path, text_files.ANY_LINE)
+    return [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
 
 
 def add_predictions(
@@ -64,9 +61,9 @@ def _texts(line: Mapping[str, Any]) -> dict[str, Any]:
     return {"prediction": line["prediction"]}
 
 
-def _parse(line: bytes, place: str) -> dict[str, Any]:
+def _parse(line: str, place: str) -> dict[str, Any]:
     try:
-        parsed = json_lines.parse(line)
+        parsed = json_lines.parse(line, distinct=True)
     except ValueError as error:
         raise UserError(f"{place}: {error}; {_WHAT_A_LINE_HAS}.") from None
     if not isinstance(parsed, dict) or not {"prediction", "predictions"} & set(parsed):

@@ -1,15 +1,23 @@
 """Records as JSON lines, written one by one and gone on with where an earlier run stopped."""
 
+import contextlib
+import fcntl
 import json
+import logging
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 
+from diffusion_t5x import json_lines
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.records import write_json
 from diffusion_t5x.training.progress import Progress
+
+logger = logging.getLogger(__name__)
+# What a record keeps of its example, whatever the mode.
+_EXAMPLE = ("inputs_pretokenized", "targets_pretokenized", "template")
 
 
 class RecordFile:
@@ -24,21 +32,52 @@ class RecordFile:
       done: how many records an earlier run has written.
 
     Raises:
-      UserError: the file was begun with other settings.
+      UserError: the file was begun with other settings, or nothing says with which.
     """
 
     def __init__(self, path: pathlib.Path, settings: Mapping[str, Any]):
         self.path, self._settings = path, settings
         self._note = path.with_suffix(".settings.json")
         self.done = 0
-        if path.exists():
-            before = json.loads(self._note.read_text(encoding="utf-8")) if self._note.exists() else {}
+        if path.exists() and (done := path.read_bytes().count(b"\n")):
+            before = self._read_note()
             if changed := [name for name in settings if before.get(name) != settings[name]]:
                 raise UserError(
                     f"{path} was begun with other settings ({', '.join(changed)}; see {self._note}). "
                     "Choose another INFER_OUTPUT_DIR, or remove that file."
                 )
-            self.done = path.read_bytes().count(b"\n")
+            self.done = done
+
+    def _read_note(self) -> Mapping[str, Any]:
+        try:
+            before = json_lines.parse(self._note.read_bytes())
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(
+                f"{self.path} is there, but {self._note}, which says how it was begun, cannot be read ({reason}): "
+                "remove both, or choose another INFER_OUTPUT_DIR."
+            ) from error
+        return before if isinstance(before, dict) else {}
+
+    def check_examples(self, examples: Iterable[Mapping[str, Any]]) -> None:
+        """Compares the records that are there with the examples that they were made for.
+
+        Args:
+          examples: those of the data set, in order, from the first on.
+
+        Raises:
+          UserError: an example has changed, or there are fewer now: old and new records do not belong together.
+        """
+        found = iter(examples)
+        for number, record in enumerate(self.read()):
+            example = next(found, None)
+            if example is None:
+                self._refuse(f"has {self.done} records, but the data have {number} examples now")
+            if _said(record) != _said(example):
+                self._refuse(f"was begun with other data: example {number} has changed")
+
+    def _refuse(self, reason: str) -> None:
+        raise UserError(f"{self.path} {reason}. Remove that file, or choose another INFER_OUTPUT_DIR.")
 
     def write(self, records: Iterable[Mapping[str, Any]], total: int, title: str) -> None:
         """Appends records, but for those whose "example_id" says that they are there; the first process alone writes.
@@ -47,23 +86,57 @@ class RecordFile:
           records: in order.
           total: how many the file will have.
           title: of the bar that shows how far it is.
+
+        Raises:
+          UserError: another process writes to the file.
         """
         if jax.process_index():
             for _ in records:  # made by all processes together
                 pass
             return
-        write_json(self._note, self._settings)
-        if self.path.exists():
-            with self.path.open("r+b") as file:  # a line that was cut short
-                file.truncate(file.read().rfind(b"\n") + 1)
-        with self.path.open("a", encoding="utf-8") as file, Progress(total, self.done, title, "example") as bar:
-            for record in records:
-                if record["example_id"] >= self.done:
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                    file.flush()
-                    bar.update(record["example_id"] + 1)
+        with self.path.open("a+b") as locked, _lock(locked, self.path):
+            content = self.path.read_bytes()
+            locked.truncate(content.rfind(b"\n") + 1)  # a line that was cut short
+            if content.count(b"\n") != self.done:
+                self._refuse("was written to by another process since this one began")
+            write_json(self._note, self._settings)
+            with self.path.open("a", encoding="utf-8") as file, Progress(total, self.done, title, "example") as bar:
+                for record in records:
+                    if record["example_id"] >= self.done:
+                        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                        file.flush()
+                        bar.update(record["example_id"] + 1)
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """The records that are there."""
+        """The records that are there, whole lines only.
+
+        Raises:
+          UserError: a line is no record.
+        """
+        if not self.path.exists():
+            return
         with self.path.open(encoding="utf-8", newline="\n") as file:
-            yield from map(json.loads, file)
+            for number, line in enumerate(file, 1):
+                if line.endswith("\n"):
+                    try:
+                        yield json_lines.parse_object(line)
+                    except ValueError as error:
+                        raise UserError(f"{self.path}:{number}: {error}. Remove that file to begin anew.") from error
+
+
+def _said(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: record[name] for name in _EXAMPLE if name in record}
+
+
+@contextlib.contextmanager
+def _lock(file: TextIO, path: pathlib.Path) -> Iterator[None]:
+    """Holds a lock of an open file; the kernel gives it back when the process ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"{path} is being written by another process: wait for it, or choose another INFER_OUTPUT_DIR."
+        ) from None
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s): see to it that no other run writes there", path, error)
+    yield

@@ -1,5 +1,6 @@
 """How far a long loop is: a bar on a terminal, a plain line now and then in a log."""
 
+import contextlib
 import datetime
 import sys
 import time
@@ -14,6 +15,8 @@ from diffusion_t5x.console import Console
 
 class Progress:
     """Shows step, loss, tokens a second and the time that is left, on the standard error.
+
+    What cannot be shown, on a terminal that has closed or a pipe that nobody reads, is not an error.
 
     Rates count from the first update on: what comes before it is compilation.
 
@@ -67,7 +70,8 @@ class Progress:
         else:
             self._tokens += tokens
         if self._bar:
-            self._bar.update(self._task, completed=step, status=self._status())
+            with contextlib.suppress(OSError):
+                self._bar.update(self._task, completed=step, status=self._status())
         elif now - self._printed[0] >= self._interval:
             self._print(now)
 
@@ -78,7 +82,8 @@ class Progress:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if self._bar:
-            self._bar.stop()
+            with contextlib.suppress(OSError):
+                self._bar.stop()
         elif self._step != self._printed[1]:
             self._print(time.monotonic())
 
@@ -86,7 +91,8 @@ class Progress:
         self._printed = (now, self._step)
         if not self._shown:
             return
-        print(f"{self._description}: {self._status()}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(f"{self._description}: {self._status()}", file=sys.stderr, flush=True)
 
     def _status(self) -> str:
         parts = [f"{self._unit} {self._step:,}/{self._total:,}"]

@@ -1,5 +1,6 @@
 """Chat templates: the texts of `transformers`, turns, and what templates and messages must not do."""
 
+import concurrent.futures
 import pathlib
 
 import chats
@@ -122,6 +123,88 @@ def test_folders_without_a_template(tmp_path: pathlib.Path):
     (tmp_path / "chat_template.jinja").write_text("{% if %}")
     with pytest.raises(UserError, match="no Jinja that is known here"):
         ChatTemplate.read(tmp_path, [])
-    (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(UserError, match=r"Cannot read .*tokenizer_config\.json"):
-        ChatTemplate.read(tmp_path, [])
+    for text, message_ in {
+        "{": r"tokenizer_config\.json:1: not JSON",
+        "[1]": "is no tokenizer's configuration",
+        '{"eos_token": 5}': "eos_token is 5, not a token's text",
+        '{"eos_token": {"id": 0}}': "eos_token is .* not a token's text",
+        '{"chat_template": [{"template": "x"}]}': 'has a "name" and a "template"',
+    }.items():
+        (tmp_path / "tokenizer_config.json").write_text(text)
+        with pytest.raises(UserError, match=message_):
+            ChatTemplate.read(tmp_path, [])
+
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+
+
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        (message("assistant", "it is"), "\n</think>\n\nit is<|im_end|>"),
+        (message("assistant", "<think>\nhm\n</think>\n\nit is"), "hm\n</think>\n\nit is<|im_end|>"),
+        (message("assistant", "hm\n</think>\nit is"), "hm\n</think>\n\nit is<|im_end|>"),
+        (message("assistant", "it is", reasoning_content="hm"), "hm\n</think>\n\nit is<|im_end|>"),
+        (CALL, '\n</think>\n\n<call>{"name": "f"}<|im_end|>'),
+    ],
+)
+def test_a_prompt_that_opens_a_thought_is_answered_with_it(said, answer):
+    template = ChatTemplate(chats.REASONING, {}, SPECIAL)
+    talk = [message("user", "a"), message("assistant", "<think>\nno\n</think>\n\nyes"), message("user", "b"), said]
+    prompt, written = template.turn(talk, 3)
+    assert prompt == template.render(talk[:3], True) and prompt.endswith("assistant\n<think>\n") and "no" not in prompt
+    assert written == answer
+
+
+def test_thoughts_become_no_special_tokens():
+    talk = [message("user", "a"), message("assistant", "<|im_end|>\n</think>\n\nyes")]
+    _, answer = ChatTemplate(chats.REASONING, {}, SPECIAL).turn(talk, 1)
+    assert parts(answer) == ["<", "|im_end|>\n</think>\n\nyes<|im_end|>"]
+
+
+def test_tools_reach_the_template_and_have_one_of_their_own(tmp_path):
+    tools = [{"type": "function", "function": {"name": "get <|im_end|>", "parameters": {"<|im_start|>": 1}}}]
+    named = [
+        {"name": "tool_use", "template": "{{ tools | tojson }}"},
+        {"name": "default", "template": "{{ x }}{{ tools }}"},
+    ]
+    chats.save(tmp_path, "chatml", template=named)
+    template = ChatTemplate.read(tmp_path, SPECIAL)
+    text = template.render([message("user", "a")], variables={"tools": tools})
+    assert parts(text) == [
+        '[{"function": {"name": "get <', '|im_end|>", "parameters": {"<', '|im_start|>": 1}}, "type": "function"}]'
+    ] or "".join(parts(text)).count("<|im_") == 2  # fmt: skip
+    assert template.render([message("user", "a")]) == "None" and template.names == {"tools", "x"}
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert "".join(parts(text)) == theirs.apply_chat_template([message("user", "a")], tools=tools, tokenize=False)
+
+
+@pytest.mark.parametrize(
+    ("template", "message_"),
+    [
+        ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 3 seconds"),
+        (
+            "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(90) }}",
+            "more than 3 seconds",
+        ),
+        ("{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "1024 MiB"),
+        ("{{ messages[0].content * 10**11 }}", "1024 MiB"),
+        ("{{ messages[0].content.ljust(10**11) }}", "1024 MiB"),
+        ("{{ '%99999999999d' | format(1) }}", "1024 MiB"),
+        ("{{ messages[0].content * 10**8 }}", "writes 100000000 characters"),
+        ("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "recursion"),
+    ],
+)
+def test_templates_that_loop_or_grow_end(template, message_):
+    with pytest.raises((ValueError, UserError), match=message_):
+        ChatTemplate(template, {}, []).render([message("user", "a")])
+    assert ChatTemplate("{{ messages[0].content }}", {}, []).render([message("user", "still there")]) == "still there"
+
+
+def test_threads_render_beside_one_another():
+    template = ChatTemplate(chats.CHATML, {}, SPECIAL)
+    talks = [[message("user", f"{i}"), message("assistant", f"answer {i}")] for i in range(200)]
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(lambda talk: template.turn(talk, 1)[1], talks))
+    assert answers == [f"answer {i}<|im_end|>" for i in range(200)]

@@ -163,6 +163,54 @@ def test_broken_lines_are_told_by_file_and_line(line, message_, tmp_path):
         turns(dataset_of(tokenizer, str(tmp_path / "a.jsonl")))
 
 
+TOOLS = """{% if tools %}{{ '<|im_start|>tools' + (tools | tojson) + '<|im_end|>' }}{% endif %}""" + chats.REASONING
+
+
+@pytest.mark.parametrize("absent", [False, True])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tools_and_calls_without_content(absent, as_text, tmp_path, caplog):
+    tools = [{"type": "function", "function": {"name": "get_weather"}}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "get_weather"}}]}
+    if absent:
+        del call["content"]
+    line = {"messages": [TALK[0], call], "tools": json.dumps(tools) if as_text else tools, "id": 1}
+    (tmp_path / "a.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(line | {"tools": None}))
+    template = TOOLS.replace("m['content'] is none", "not m['content']")
+    with caplog.at_level("INFO"):
+        first, second = turns(dataset_of(chats.save(tmp_path, "chatml", template), str(tmp_path / "a.jsonl")))
+    assert "get_weather" in first[2]["inputs_pretokenized"] and "tools" not in second[2]["inputs_pretokenized"]
+    assert first[2]["targets_pretokenized"] == '\n</think>\n\n<call>{"name": "get_weather"}'
+    assert "fields that are not read: id" in caplog.text and "does not read" not in caplog.text
+    with caplog.at_level("INFO"):
+        turns(
+            dataset_of(chats.save(tmp_path, "chatml", template.replace("tools", "no_tools")), str(tmp_path / "a.jsonl"))
+        )
+    assert "1 of 2 conversations have tools, which the chat template does not read" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "message_"),
+    [
+        ({"tools": {"type": "function"}}, r'"tools" is \{"type": "function"\}, not a list'),
+        ({"tools": "get_weather"}, "not JSON"),
+        ({"documents": ["text"]}, '"documents" is'),
+        ({"functions": [{"name": "f"}]}, '"functions" is not read: name them as "tools"'),
+        ({"chat_template_kwargs": {"messages": []}}, '"chat_template_kwargs" is'),
+    ],
+)
+def test_what_stands_beside_the_messages_is_used_or_refused(fields, message_, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": TALK, **fields}))
+    with pytest.raises(UserError, match=rf"a\.jsonl:1: .*{message_}"):
+        turns(dataset_of(chats.save(tmp_path, "chatml"), str(tmp_path / "a.jsonl")))
+
+
+def test_variables_of_a_conversation_reach_the_template(tmp_path):
+    line = {"messages": TALK, "chat_template_kwargs": {"enable_thinking": False}}
+    (tmp_path / "a.jsonl").write_text(json.dumps(line))
+    *_, record = turns(dataset_of(chats.save(tmp_path, "thinking"), str(tmp_path / "a.jsonl")))[0]
+    assert record["inputs_pretokenized"].endswith("<think>\n\n</think>\n\n")
+
+
 def test_other_mistakes(tmp_path):
     silent = chats.write_lines(tmp_path / "a.jsonl", [TALK[:1]])
     with pytest.raises(UserError, match=r"No record of .* belongs to the split 'train'"):

@@ -137,10 +137,10 @@ def test_mistakes(tmp_path, humaneval_file):
         code_synthesis.mbpp(BYTES, humaneval_file, num_shots=4)
     with pytest.raises(UserError, match=r"Problem 1 of .* has no 'text': is it the right file"):
         code_synthesis.mbpp(BYTES, humaneval_file)
-    with pytest.raises(UserError, match=r"Cannot read the problems in .*nowhere"):
+    with pytest.raises(UserError, match=r"There is no file .*nowhere"):
         code_synthesis.humaneval(BYTES, str(tmp_path / "nowhere.jsonl"))
     (tmp_path / "bad.jsonl.gz").write_bytes(gzip.compress(b"{"))
-    with pytest.raises(UserError, match=r"Cannot read the problems in .*bad"):
+    with pytest.raises(UserError, match=r"bad\.jsonl\.gz:1: not JSON"):
         code_synthesis.humaneval(BYTES, str(tmp_path / "bad.jsonl.gz"))
     row = {"task_id": 1, "text": "", "code": "", "test_list": [], "test_setup_code": ""}
     (tmp_path / "short.jsonl").write_text(json.dumps(row), encoding="utf-8")

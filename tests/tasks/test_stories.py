@@ -50,15 +50,21 @@ def test_texts_are_cut_into_prompts_and_the_rest_without_prompts_of_the_test_set
     with pytest.raises(UserError, match="has 5 texts of over 8 tokens; 6 are held out"):
         stories.continuations(tokenizer, str(path), prompt_tokens=8, num_validation=1, num_test=5)
     (tmp_path / "other.jsonl").write_text('{"text": "no prediction"}\n')
-    for broken in ("other.jsonl", "nowhere.jsonl"):
-        with pytest.raises(UserError, match=f"Cannot read predictions .*{broken}"):
+    for broken, message in (
+        ("other.jsonl", 'jsonl:1: no "prediction"'),
+        ("nowhere.jsonl", "There is no file .*nowhere"),
+    ):
+        with pytest.raises(UserError, match=message):
             stories.continuations(tokenizer, str(tmp_path / broken))
 
 
 def test_mistakes(tokenizer, tmp_path, capsys):
     (tmp_path / "latin-1.txt").write_bytes("été".encode("latin-1"))
-    for name in ("latin-1.txt", "nowhere.txt"):
-        with pytest.raises(UserError, match=f"Cannot read the prompts in .*{name}"):
+    for name, message in (
+        ("latin-1.txt", r"latin-1\.txt:1: not UTF-8"),
+        ("nowhere.txt", r"Cannot read .*nowhere\.txt"),
+    ):
+        with pytest.raises(UserError, match=message):
             stories.prompts(tokenizer, str(tmp_path / name))
     files = ["models/decoder_only.gin", "sizes/tiny.gin", "decoding/autoregressive.gin", "runs/infer.gin"]
     flags = [f"--gin_file={file}" for file in [*files, "tasks/stories.gin"]]

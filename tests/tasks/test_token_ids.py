@@ -56,11 +56,11 @@ def test_vocabularies_of_other_ids_are_others(tmp_path):
 @pytest.mark.parametrize(
     "line,message",
     [
-        ("{", "line 2: expected"),
-        ('{"targets": [1]}', "line 2: expected"),
-        ('{"inputs": 4}', "line 2: expected"),
-        ('{"inputs": ["a"]}', "line 2: ids must be whole numbers from 0 to 9"),
-        ('{"inputs": [10]}', "line 2: ids must be whole numbers from 0 to 9"),
+        ("{", r"ids\.jsonl:2: not JSON"),
+        ('{"targets": [1]}', r"ids\.jsonl:2: expected"),
+        ('{"inputs": 4}', r"ids\.jsonl:2: expected"),
+        ('{"inputs": ["a"]}', r"ids\.jsonl:2: ids must be whole numbers from 0 to 9"),
+        ('{"inputs": [10]}', r"ids\.jsonl:2: ids must be whole numbers from 0 to 9"),
     ],
 )
 def test_a_line_that_is_no_example_is_named(tmp_path, line, message):

@@ -1,0 +1,107 @@
+"""Runs chat templates in a process of their own, which ends where one takes too much time or memory."""
+
+import atexit
+import contextlib
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffusion_t5x.data.template_worker import SECONDS
+
+_WORKER = "import sys; sys.path[:] = sys.argv[1:]; from diffusion_t5x.data import template_worker as w; w.main()"
+
+
+class TemplateProcess:
+    """The process, which is started when it is first asked and again where it ended. Threads take turns."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._owner = 0  # a process made by fork must not share the pipes
+
+    def names(self, template: str) -> list[str]:
+        """The variables that a template reads.
+
+        Raises:
+          ValueError: it is no Jinja, or takes too much already when it is compiled.
+        """
+        return self._ask(template, [])["names"]
+
+    def render(self, template: str, renders: Sequence[Mapping[str, Any]]) -> list[str]:
+        """The texts of a template, one for each mapping of its variables.
+
+        Raises:
+          ValueError: the template fails, or takes too much.
+        """
+        texts = self._ask(template, renders)["texts"]
+        if errors := [text["error"] for text in texts if "error" in text]:
+            raise ValueError(errors[0])
+        return [text["text"] for text in texts]
+
+    def close(self) -> None:
+        """Ends the process."""
+        process, self._process = self._process, None
+        if process and self._owner == os.getpid():
+            process.kill()
+            _wait(process)
+
+    def _ask(self, template: str, renders: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        request = json.dumps({"template": template, "renders": list(renders)})
+        with self._lock:
+            if self._process is None or self._owner != os.getpid():
+                self._start()
+            try:
+                reply = self._exchange(request)
+            except BaseException:  # the reply to come would be taken for the next one
+                self.close()
+                raise
+        if "error" in reply:
+            raise ValueError(reply["error"])
+        return reply
+
+    def _start(self) -> None:
+        self._owner = os.getpid()
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _WORKER, *sys.path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="ascii",
+        )
+
+    def _exchange(self, request: str) -> dict[str, Any]:
+        try:
+            self._process.stdin.write(request + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended, and says no more
+        line = self._process.stdout.readline()
+        if line.endswith("\n"):
+            return json.loads(line)
+        process, self._process = self._process, None
+        code = _wait(process)
+        if code == -signal.SIGPROF:
+            return {"error": f"it runs for more than {SECONDS:g} seconds"}
+        return {"error": f"the process that runs it ended with {code}"}
+
+
+def _wait(process: subprocess.Popen[str]) -> int:
+    """The code that a process has ended with; closes its pipes."""
+    with contextlib.suppress(BrokenPipeError), process:
+        pass
+    return process.wait()
+
+
+@functools.cache
+def shared() -> TemplateProcess:
+    """The process that all templates share."""
+    process = TemplateProcess()
+    atexit.register(process.close)
+    return process
