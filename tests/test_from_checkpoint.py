@@ -47,7 +47,7 @@ def flags(folder, *files, **macros):
     """Of a run of one step on a few lines."""
     names = ["models/decoder_only.gin", "sizes/tiny.gin", *files, "runs/finetune.gin", "tasks/local_jsonl.gin"]
     data = {split: f"{folder}/lines.jsonl" for split in ("train", "validation", "test")}
-    macros = {"MODEL_DIR": str(folder / "run"), "FILES": data, "BATCH_SIZE": 4, "EVAL_STEPS": 1} | macros
+    macros = {"MODEL_DIR": str(folder / "run"), "FILES": data, "BATCH_SIZE": 4} | macros
     return [
         *(f"--gin_file={name}" for name in names),
         *(f"--gin.ModelConfig.{name}={value}" for name, value in SIZE.items()),
@@ -109,6 +109,15 @@ def test_eval(block):
     (settings,) = results["settings"]["evaluations"]
     assert settings["decoder"]["block_size"] == 3 and results["results"]["local"]["num_examples"] == 8
     assert results["training_objective"] == "Block"
+
+
+def test_eval_of_all_checkpoints(block, tmp_path, capsys):
+    run = shutil.copytree(block, tmp_path / "run")
+    shutil.rmtree(run / "eval", ignore_errors=True)
+    evaluation.main(["--checkpoint", str(run), "--gin.ALL_CHECKPOINTS=True", "--dry_run"])
+    assert f"{run}/eval: 0 of 1 checkpoints are evaluated" in capsys.readouterr().err
+    evaluation.main(["--checkpoint", str(run), "--dry_run", "--print_config"])
+    assert f"CHECKPOINT_PATH = '{run}'" in capsys.readouterr().out
 
 
 def test_eval_of_likelihood_with_a_run_file(block, capsys):

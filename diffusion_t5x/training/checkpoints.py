@@ -205,10 +205,11 @@ class OpenCheckpoint:
 
     Args:
       path: its folder.
+      named: the user's path that it was found by, such as a MODEL_DIR.
     """
 
-    def __init__(self, path: epath.Path):
-        self.path = path
+    def __init__(self, path: epath.Path, named: str = ""):
+        self.path, self.named = path, named or str(path)
         self._verified: set[str] = set()
 
     def __str__(self) -> str:
@@ -255,7 +256,7 @@ def open_checkpoint(checkpoint: AnyCheckpoint) -> OpenCheckpoint:
     """The checkpoint at a user's path; one that is open stays as it is."""
     if isinstance(checkpoint, OpenCheckpoint):
         return checkpoint
-    return OpenCheckpoint(find_checkpoint(os.fspath(checkpoint)))
+    return OpenCheckpoint(find_checkpoint(os.fspath(checkpoint)), os.fspath(checkpoint))
 
 
 def find_checkpoint(path: str) -> epath.Path:
