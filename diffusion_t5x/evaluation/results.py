@@ -31,10 +31,6 @@ autoregressive_decoding.AutoregressiveDecoder.prefix = True"""
 # Settings that say whether a model is shifted: the model's own, and those that older checkpoints have in its place.
 _SHIFTED = r"(?:[\w.]+\.)?(?:ModelConfig|Sundae|Masked|Block)\.shifted"
 _ONCE_SHIFTED = r"(?:[\w./]+[./])?(?:Sundae|Masked|Block|SundaeDecoder|MaskedDecoder)\.shifted"
-_SHIFTED_MODEL = """\
-from __gin__ import dynamic_registration
-from diffusion_t5x.models import config as model_config
-model_config.ModelConfig.shifted = True"""
 
 
 def describe(settings: Any) -> Any:
@@ -129,7 +125,9 @@ def with_shifted_models(config: str) -> str:
     if not re.search(rf"^{_ONCE_SHIFTED} = ", config, re.MULTILINE):
         return config
     text = re.sub(rf"^{_ONCE_SHIFTED} = .*\n?", "", config, flags=re.MULTILINE)
-    return f"{_SHIFTED_MODEL}\n{text}" if trained_shifted(config) else text
+    if not trained_shifted(config):
+        return text
+    return re.sub(r"^((?:[\w.]+\.)?ModelConfig)\.", r"\1.shifted = True\n\g<0>", text, count=1, flags=re.MULTILINE)
 
 
 def decoder_gin(config: str) -> str:

@@ -153,13 +153,13 @@ def test_a_model_is_read_as_it_was_trained():
 
 @pytest.mark.parametrize("shifted", [False, True])
 def test_an_older_checkpoint_s_objective_and_decoder_say_whether_the_model_is_shifted(shifted):
-    text = "".join(
+    text = "teacher/model_config.ModelConfig.embed_dim = 8\nmodel_config.ModelConfig.embed_dim = 16\n" + "".join(
         f"{name}.shifted = {shifted}\n{name}.temperature = 0.0\n"
         for name in ("sundae_objective.Sundae", "in_block/masked_decoding.MaskedDecoder", "SundaeDecoder")
     )
     assert results.trained_shifted(text) is shifted
     found = results.with_shifted_models(text)
     assert found.count("shifted") == shifted and found.count(".temperature = 0.0\n") == 3
-    assert ("model_config.ModelConfig.shifted = True\n" in found) is shifted
+    assert ("\nmodel_config.ModelConfig.shifted = True\nmodel_config.ModelConfig.embed_dim = 16\n" in found) is shifted
     assert results.trained_shifted(found) is (True if shifted else None)
     assert results.with_shifted_models(found) == found
