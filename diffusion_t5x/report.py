@@ -1,7 +1,7 @@
 """Show runs in one page: learning curves, scores, decoded examples, canvases step by step, decode times.
 
-RUN is a folder that train, eval, infer or benchmark wrote, or a folder that holds such folders. With --output FILE.md
-the tables of scores alone, as Markdown.
+RUN is a folder that train, eval, infer or benchmark wrote, or a folder that holds such folders. --output FILE.md writes
+the tables of scores alone, as Markdown; --output FILE.svg one traced example, as a moving picture.
 """
 
 import argparse
@@ -23,6 +23,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder")
     parser.add_argument("--output", default="report.html", metavar="FILE", help="what to write (default: %(default)s)")
+    parser.add_argument(
+        "--example", type=int, default=0, metavar="N", help="which traced example an .svg shows, from 0"
+    )
     return parser.parse_args(argv)
 
 
@@ -30,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Reads the flags and writes the page; a `UserError` is one line on stderr and status 2."""
     try:
         flags = parse(argv)
-        print(f"wrote {write_report(flags.runs, flags.output)}")
+        print(f"wrote {write_report(flags.runs, flags.output, flags.example)}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

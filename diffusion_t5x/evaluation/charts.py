@@ -191,7 +191,7 @@ def _figure(title: str, right: float, left: float = 58, height: float = _HEIGHT)
     figure = Figure(figsize=(_WIDTH / 72, height / 72), dpi=72)
     FigureCanvasSVG(figure)
     axes = figure.add_axes((left / _WIDTH, 42 / height, (_WIDTH - left - right) / _WIDTH, (height - 42 - 26) / height))
-    axes.set_title(title, loc="left", x=-left / (_WIDTH - left - right) + 0.01)
+    axes.set_title(title, loc="left", pad=12, x=-left / (_WIDTH - left - right) + 0.01)
     return figure, axes
 
 

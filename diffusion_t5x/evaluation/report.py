@@ -18,6 +18,7 @@ import markupsafe
 import diffusion_t5x
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import charts, shown
+from diffusion_t5x.evaluation.animation import animate
 from diffusion_t5x.evaluation.charts import Chart, Line
 from diffusion_t5x.evaluation.decode_charts import decode_charts
 from diffusion_t5x.evaluation.metrics import warn_of_small_difference
@@ -26,7 +27,11 @@ from diffusion_t5x.evaluation.traces import texts
 
 NUM_EXAMPLES = 20
 NUM_TRACES = 8  # of each run
-_FIRST_LINES = {"html": "<!doctype html><!-- diffusion_t5x report -->", "md": "<!-- diffusion_t5x report -->"}
+_FIRST_LINES = {
+    "html": "<!doctype html><!-- diffusion_t5x report -->",
+    "md": "<!-- diffusion_t5x report -->",
+    "svg": "<!-- diffusion_t5x canvas -->",
+}
 _MARKERS = "os^Dv"
 _MEANS = {"exact_match", "em", "f1", "math_accuracy", "pass@1"}  # over examples, in percent
 _SHOWN = {  # metrics of learning, as regular expressions, with what is on the axis
@@ -37,18 +42,25 @@ _SHOWN = {  # metrics of learning, as regular expressions, with what is on the a
 }
 
 
-def write_report(folders: Iterable[str | pathlib.Path], output: str | pathlib.Path) -> pathlib.Path:
+def write_report(folders: Iterable[str | pathlib.Path], output: str | pathlib.Path, example: int = 0) -> pathlib.Path:
     """Writes one self-contained HTML file about the runs in `folders`; see `runs.read_runs` for which those are.
 
     Sections with nothing to show are left out. The same runs give the same bytes. An `output` that ends in .md gets the
-    tables of scores as Markdown.
+    tables of scores as Markdown; one that ends in .svg the canvas of one example, in motion.
+
+    Args:
+      folders: what to report on.
+      output: the file to write; its ending says what.
+      example: which of the traced examples an .svg shows, counted from 0.
 
     Raises:
-      UserError: a folder or file that is missing or broken, or `output` exists and is no earlier report.
+      UserError: a folder or file that is missing or broken, no such traced example, or `output` exists and is no
+        earlier report.
     """
     output = pathlib.Path(output)
-    kind = "md" if output.suffix == ".md" else "html"
-    page = render(read_runs(folders), kind)
+    kind = output.suffix[1:] if output.suffix[1:] in _FIRST_LINES else "html"
+    runs = read_runs(folders)
+    page = _picture(runs, example) if kind == "svg" else render(runs, kind)
     try:
         if output.exists() and not output.read_bytes().startswith(_FIRST_LINES[kind].encode()):
             raise UserError(f"{output} exists and is not a report: choose another --output.")
@@ -92,6 +104,16 @@ def render(runs: Sequence[Run], kind: Literal["html", "md"] = "html") -> str:
             "palette": markupsafe.Markup(charts.PALETTE),
         }
     return environment.get_template(f"report.{kind}").render(page)
+
+
+def _picture(runs: Sequence[Run], example: int) -> str:
+    """An example's canvas in motion, as SVG."""
+    traced = [record for run in runs for found in run.predictions for record in found.records if record.get("trace")]
+    if not traced:
+        raise UserError("These runs hold no trace: run infer with --trace, then name its INFER_OUTPUT_DIR.")
+    if not 0 <= example < len(traced):
+        raise UserError(f"--example={example}: there are {len(traced)} traced examples, counted from 0.")
+    return f"{_FIRST_LINES['svg']}\n{animate(traced[example])}"
 
 
 def markdown(text: object) -> str:
