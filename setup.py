@@ -24,6 +24,7 @@ setuptools.setup(
     # `diffusion_t5x/tasks` and `diffusion_t5x/gin` are links to the folders at the top level, so a wheel, an
     # editable install and a plain checkout all find them in the same place. `gin/` is data, not a package.
     packages=setuptools.find_packages(include=["diffusion_t5x", "diffusion_t5x.*"]),
+    entry_points={"console_scripts": ["diffusion-t5x = diffusion_t5x.command_line.main:main"]},
     package_data={
         "diffusion_t5x": ["gin/*.gin", "gin/**/*.gin", "evaluation/*.html", "evaluation/*.js", "evaluation/*.md"]
     },

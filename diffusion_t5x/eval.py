@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import jax
 
 from diffusion_t5x import config
+from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import results
@@ -19,7 +20,6 @@ from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, Likelihood
 from diffusion_t5x.evaluation.inference import write_jsonl
 from diffusion_t5x.evaluation.loading import check_datasets, check_shifted, load_model, load_teacher
 from diffusion_t5x.evaluation.predictions import add_predictions, read_predictions
-from diffusion_t5x.flags import Parser
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import Params
 from diffusion_t5x.objectives.objective import Objective
@@ -215,11 +215,8 @@ def score(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the flags; with `--predictions` runs `score`, else `evaluate`."""
-    parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--predictions")
-    parser.add_argument("--task")
     with config.program():
-        flags, rest = parser.parse_known_args(argv)
+        flags, rest = own_flags("eval").parse_known_args(argv)
         if flags.task and not flags.predictions:
             raise UserError("--task goes with --predictions; to evaluate a model, set --gin.MIXTURE_OR_TASK_NAME=...")
     if flags.predictions:

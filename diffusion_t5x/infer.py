@@ -15,6 +15,7 @@ import jax
 import rich.console
 
 from diffusion_t5x import config
+from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.templates import Templates
 from diffusion_t5x.decoding.decoder import Decoder
@@ -27,7 +28,6 @@ from diffusion_t5x.evaluation.likelihood import likelihoods, make_likelihood_ste
 from diffusion_t5x.evaluation.loading import check_datasets, check_shifted, load_model
 from diffusion_t5x.evaluation.record_file import RecordFile
 from diffusion_t5x.evaluation.trace_page import write_trace_page
-from diffusion_t5x.flags import Parser
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.objectives.likelihood import check_num_draws
 from diffusion_t5x.objectives.objective import Objective
@@ -181,12 +181,9 @@ def _how(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the flags and runs `infer`."""
-    parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--templates")
-    parser.add_argument("--trace", action="store_true")
     with config.program():
         dry_run, rest = from_flags(sys.argv[1:] if argv is None else argv)
-        flags, rest = parser.parse_known_args(rest)
+        flags, rest = own_flags("infer").parse_known_args(rest)
     if flags.templates:
         rest.append(f"--gin.infer.infer.templates={flags.templates!r}")
     if flags.trace:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from diffusion_t5x import config, partitioning
+from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError, did_you_mean
@@ -23,7 +24,6 @@ from diffusion_t5x.evaluation.harness import Harness, Rows
 from diffusion_t5x.evaluation.inference import write_jsonl
 from diffusion_t5x.evaluation.lm_adapter import adapt
 from diffusion_t5x.evaluation.loading import check_shifted, load_model
-from diffusion_t5x.flags import Parser
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.objectives.likelihood import check_num_draws
 from diffusion_t5x.objectives.objective import Objective
@@ -207,13 +207,8 @@ def _asked(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the flags and runs `evaluate`."""
-    parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--tasks", type=lambda names: [name for name in names.split(",") if name])
-    parser.add_argument("--include_path")
-    parser.add_argument("--limit", type=int)
-    parser.add_argument("--num_fewshot", type=int)
     with config.program():
-        flags, rest = parser.parse_known_args(argv)
+        flags, rest = own_flags("lm_eval").parse_known_args(argv)
     given = {name: value for name, value in vars(flags).items() if value is not None}
     config.run(evaluate, [*rest, *(f"--gin.lm_eval.evaluate.{name}={value!r}" for name, value in given.items())])
 

@@ -8,25 +8,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from diffusion_t5x.command_line import help_pages
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.report import write_report
-from diffusion_t5x.flags import Parser
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags of this verb: `runs` and `output`."""
-    parser = Parser(
-        prog="python -m diffusion_t5x.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder")
-    parser.add_argument("--output", default="report.html", metavar="FILE", help="what to write (default: %(default)s)")
-    parser.add_argument(
-        "--example", type=int, default=0, metavar="N", help="which traced example an .svg shows, from 0"
-    )
-    return parser.parse_args(argv)
+    """The flags of this verb: `runs`, `output` and `example`."""
+    return help_pages.parser("report").parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

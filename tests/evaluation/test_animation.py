@@ -1,5 +1,6 @@
 """The moving picture of a canvas: what is seen at each step, and that model text stays text."""
 
+import itertools
 import json
 import re
 import xml.etree.ElementTree
@@ -18,7 +19,7 @@ def record(*frames, given=(), prediction="ab"):
     """A record of `infer --trace`, of canvases as lists of token texts; what changes has a probability."""
     steps = [
         [[place, now, 0.5] for place, (was, now) in enumerate(zip(before, after, strict=True)) if was != now]
-        for before, after in zip(frames, frames[1:], strict=False)
+        for before, after in itertools.pairwise(frames)
     ]
     trace = {"tokens": list(frames[0]), "given": list(given), "steps": steps}
     return {"inputs_pretokenized": "in <put>", "prediction": prediction, "trace": trace}
