@@ -163,7 +163,7 @@ def train(
         check_distillation(objective, model, rollout, train_dataset)
         check_shifted(getattr(objective, "shifted", None), "train.objective", [ev.decoder for ev in decode_evals])
         if isinstance(objective, Distillation) and not teacher_checkpoint_path and not dry_run:
-            raise UserError("Distillation needs a teacher: set train.teacher_checkpoint_path.")
+            raise UserError("Distillation needs a teacher. Set TEACHER_CHECKPOINT_PATH.")
         if teacher_checkpoint_path:
             teacher_checkpoint_path = str(checkpointing.find_checkpoint(teacher_checkpoint_path))
 

@@ -108,7 +108,8 @@ def test_metadata(wheel):
     (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     metadata = archive.read(name).decode().splitlines()
     assert {line for line in metadata if line.startswith("Provides-Extra: ")} == {
-        f"Provides-Extra: {extra}" for extra in ("test", "wandb", "beam", "math", "hf", "lm-eval", "tpu", "cuda")
+        f"Provides-Extra: {extra}"
+        for extra in ("test", "wandb", "beam", "math", "hf", "lm-eval", "docs", "tpu", "cuda")
     }
     assert "Name: diffusion_t5x" in metadata or "Name: diffusion-t5x" in metadata
     assert any(line.startswith("Requires-Python: ") and "3.11" in line and "3.14" in line for line in metadata)

@@ -16,7 +16,7 @@ _NORMS = {
 
 
 def config(keys: Keys, tied: bool) -> ModelConfig:
-    """As `llama.config`."""
+    """Builds the ModelConfig; same rules as `llama.config`."""
     return ModelConfig(tie_embeddings=tied, **shared(keys, every=2), **llama.rotary(keys))
 
 

@@ -9,7 +9,7 @@ EMBEDDING, HEAD, TIED, SAME = llama.EMBEDDING, llama.HEAD, llama.TIED, llama.SAM
 
 
 def config(keys: Keys, tied: bool) -> ModelConfig:
-    """As `llama.config`."""
+    """Builds the ModelConfig; same rules as `llama.config`."""
     llama.full_attention(keys)
     keys.require("attention_bias", False)
     return ModelConfig(tie_embeddings=tied, query_key_norm=True, **llama.shared(keys))
