@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import rich.console
 
-from diffusion_t5x import config, partitioning
+from diffusion_t5x import config, partitioning, records
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError, did_you_mean
 from diffusion_t5x.evaluation import charts, stopwatch, train_speed
@@ -130,7 +130,7 @@ def decode(
             sizes = comparison.saturate(length, sizes, max_batch_size)
     show(kept.times)
     for name, chart in decode_charts([("", kept.times)]).items():
-        kept.path.with_name(f"{name}.svg").write_text(charts.standalone(chart.svg), encoding="utf-8")
+        records.write_text(kept.path.with_name(f"{name}.svg"), charts.standalone(chart.svg))
     logger.info("wrote %s", write_report([benchmark_output_dir], kept.path.with_suffix(".html")))
 
 

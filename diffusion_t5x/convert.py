@@ -10,13 +10,12 @@ from diffusion_t5x.command_line import help_pages
 from diffusion_t5x.conversion import llama2c
 from diffusion_t5x.conversion.from_hf import from_hf
 from diffusion_t5x.conversion.from_t5x import from_t5x
-from diffusion_t5x.conversion.output import empty_folder, model_gin, print_table, save
+from diffusion_t5x.conversion.output import building, empty_folder, model_gin, print_table, save
 from diffusion_t5x.conversion.to_hf import to_hf
 from diffusion_t5x.data.seqio_source import libraries
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.transformer import ModelDefinition
-from diffusion_t5x.training import checkpoints
 
 
 def from_llama2c(model_file: str, tokenizer_file: str, output_folder: str) -> None:
@@ -46,13 +45,12 @@ def from_llama2c(model_file: str, tokenizer_file: str, output_folder: str) -> No
         )
     definition = ModelDefinition(source.config(), token_ids(vocabulary))
     converted = source.params(rows=definition.config.vocab_size)
-    checkpoints.ensure_writable(str(folder))
 
-    tokenizer = folder / "tokenizer.bin"
-    shutil.copyfile(os.path.expanduser(tokenizer_file), tokenizer)
     title = f"{os.path.basename(model_file)} of llama2.c, imported"
-    gin = model_gin(title, source.config(), "TOKENIZER_FILE", tokenizer)
-    save(folder, definition, {name: values for name, (_, values) in converted.items()}, gin)
+    gin = model_gin(title, source.config(), "TOKENIZER_FILE", folder / "tokenizer.bin")
+    with building(folder) as unfinished:
+        shutil.copyfile(os.path.expanduser(tokenizer_file), unfinished / "tokenizer.bin")
+        save(unfinished, definition, {name: values for name, (_, values) in converted.items()}, gin)
 
     rows = [
         (taken, f"{list(source.arrays[taken].shape)}", name, f"{list(values.shape)}")

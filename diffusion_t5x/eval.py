@@ -8,6 +8,7 @@ import json
 import logging
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
@@ -16,7 +17,7 @@ from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import results
-from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LikelihoodEval, LossEval
+from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LikelihoodEval, LossEval, prepared
 from diffusion_t5x.evaluation.inference import write_jsonl
 from diffusion_t5x.evaluation.loading import check_datasets, check_shifted, load_model, load_teacher
 from diffusion_t5x.evaluation.predictions import add_predictions, read_predictions
@@ -78,6 +79,7 @@ def evaluate(
     paths = checkpoints.find_checkpoints(checkpoint_path)
     if not dry_run:
         checkpoints.ensure_writable(eval_output_dir)
+    loss_evals, likelihood_evals, decode_evals = map(prepared, (loss_evals, likelihood_evals, decode_evals))
     evals = [*loss_evals, *likelihood_evals, *decode_evals]
     if not evals:
         raise UserError("Nothing to evaluate: set evaluate.decode_evals, loss_evals or likelihood_evals.")
@@ -152,10 +154,13 @@ def _evaluate(
     for task, metrics, records in evaluator.likelihoods(params):
         scores[task] = scores.get(task, {}) | metrics
         fingerprints[task] = results.fingerprint(records)
-    for task, metrics, records in evaluator.decode(params):
+
+    def keep(task: str, records: list[dict[str, Any]]) -> None:
+        write_jsonl(str(folder / f"{task}_predictions.jsonl"), records)
+
+    for task, metrics, records in evaluator.decode(params, keep):
         scores[task] = scores.get(task, {}) | metrics | {"num_examples": len(records)}
         fingerprints[task] = results.fingerprint(records)
-        write_jsonl(str(folder / f"{task}_predictions.jsonl"), records)
     for name, metrics in scores.items():
         logger.info("%s: %s", name, results.summary(metrics))
     return scores, fingerprints
@@ -188,6 +193,7 @@ def score(
         raise UserError("Predictions for which task? Give --task NAME, and the --gin_file that registers it.")
     lines = read_predictions(predictions)
     data = dataset(mixture_or_task_name=name)
+    data.check_scoring()
     settings = results.describe({"evaluations": [data], "predictions": predictions, "num_examples": num_examples})
     if eval_output_dir:
         checkpoints.ensure_writable(eval_output_dir)

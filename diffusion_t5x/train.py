@@ -7,19 +7,19 @@ least time are printed; --dry_run_output=FILE writes them as JSON, --fit looks f
 import dataclasses
 import logging
 import os
-import pathlib
 import sys
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
+from typing import Any
 
 import jax
 import optax
 from jax.sharding import Mesh
 
-from diffusion_t5x import config, partitioning
+from diffusion_t5x import config, partitioning, records
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval
+from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval, prepared
 from diffusion_t5x.evaluation.inference import write_jsonl
 from diffusion_t5x.evaluation.loading import check_datasets, check_shifted, load_teacher
 from diffusion_t5x.evaluation.results import trained_shifted
@@ -151,7 +151,8 @@ def train(
     goodput = Goodput()
     device_mesh = mesh.make()
     check_writers(metric_writers)
-    with nullcontext() if dry_run else locked(model_dir):
+    loss_evals, decode_evals = prepared(loss_evals), prepared(decode_evals)
+    with nullcontext() if dry_run else locked(model_dir) as check_folder:
         checkpoint_folder = os.path.join(model_dir, "checkpoints")
         find = stored.latest_whole if allow_older_checkpoint else checkpointing.latest
         resume_path = find(checkpoint_folder)
@@ -221,8 +222,8 @@ def train(
             stored.set_aside_after(resume_path)
         checkpoints = checkpointing.Checkpoints(checkpoint_folder, **dataclasses.asdict(checkpoint_policy))
         if jax.process_index() == 0:
-            pathlib.Path(model_dir, "config.gin").write_text(config.operative_text(), encoding="utf-8")
-            pathlib.Path(model_dir, "model-info.txt").write_text(info + "\n", encoding="utf-8")
+            records.write_text(os.path.join(model_dir, "config.gin"), config.operative_text())
+            records.write_text(os.path.join(model_dir, "model-info.txt"), info + "\n")
         share = partitioning.share_of_rows(device_mesh)
         batches = HostBatches(train_dataset.train_iterator, train_dataset.batch_size, share)
         next_batch = lambda _: next(batches)  # noqa: E731
@@ -255,12 +256,15 @@ def train(
         writer = make_writer(model_dir, metric_writers, first_step, config.operative_values())
 
         def evaluate(state: TrainState, step: int) -> dict[str, float]:
-            # Written when all is known: one that is broken off is done again, and leaves nothing twice.
+            # Metrics are written when all are known: an evaluation that is broken off is done again.
             losses = evaluator.losses(state.eval_params)
             results = [("training_eval", task, metrics) for task, metrics in losses.items()]
-            for task, metrics, records in evaluator.decode(state.eval_params):
+
+            def keep(task: str, predictions: list[dict[str, Any]]) -> None:
+                write_jsonl(os.path.join(model_dir, "inference_eval", task, f"predictions_{step}.jsonl"), predictions)
+
+            for task, metrics, _ in evaluator.decode(state.eval_params, keep):
                 results.append(("inference_eval", task, metrics))
-                write_jsonl(os.path.join(model_dir, "inference_eval", task, f"predictions_{step}.jsonl"), records)
             for kind, task, metrics in results:
                 writer.write(step, f"{kind}/{task}", metrics)
             found = {f"{task}/{name}": value for _, task, metrics in results for name, value in metrics.items()}
@@ -290,6 +294,7 @@ def train(
                 goodput=goodput,
                 evaluation_due=evaluation_due,
                 hang_timeout=hang_timeout,
+                check_folder=check_folder,
                 description=f"{type(objective).__name__} on {train_dataset.name}",
             )
 

@@ -1,5 +1,6 @@
 """The verb `checkpoints`, on checkpoints that the framework wrote and that were tampered with."""
 
+import json
 import pathlib
 import shutil
 
@@ -142,3 +143,25 @@ def test_diff_counts_what_is_not_a_number(tmp_path):
 def test_a_wrong_command_is_one_message_and_status_2(argv, expected, capsys):
     code, printed = call(capsys, *argv)
     assert code == 2 and expected in printed and printed.startswith("error: ") and "Traceback" not in printed
+
+
+@pytest.mark.parametrize("damage", ["empty", "no array", "no part of an array", "renamed"])
+def test_verify_of_a_checkpoint_without_manifest(run, capsys, damage):
+    """One of before there were manifests is read; what holds no checkpoint is none."""
+    path = run / "checkpoints" / "checkpoint_30"
+    (path / "manifest.json").unlink()
+    notes = json.loads((path / "_CHECKPOINT_METADATA").read_text())
+    (path / "_CHECKPOINT_METADATA").write_text(json.dumps(notes | {"custom_metadata": {}}))
+    code, printed = call(capsys, "verify", path)
+    assert code == 0 and "written before there were checksums; all of it can be read" in printed
+    if damage == "empty":
+        shutil.rmtree(path)
+        path.mkdir()
+    elif damage == "renamed":
+        path = path.rename(path.with_name("checkpoint_40"))
+    else:
+        files = sorted((path / "state").rglob("*"), key=lambda file: file.stat().st_size * file.is_file())
+        (path / "state" / "manifest.ocdbt" if damage == "no array" else files[-1]).unlink()
+    code, printed = call(capsys, "verify", run)
+    assert code == 1 and words(printed, path.name)[1] == "broken:"
+    assert words(printed, "checkpoint_20")[1] == "whole"

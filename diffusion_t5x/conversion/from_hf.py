@@ -6,7 +6,6 @@ from diffusion_t5x.conversion import families, importing, output
 from diffusion_t5x.conversion.huggingface import CARRIED, Folder
 from diffusion_t5x.data.seqio_source import libraries
 from diffusion_t5x.data.vocabularies import token_ids
-from diffusion_t5x.training import checkpoints
 
 
 def from_hf(path: str, output_folder: str) -> None:
@@ -26,16 +25,17 @@ def from_hf(path: str, output_folder: str) -> None:
     libraries()
     from diffusion_t5x.tasks import registration
 
-    to = output.empty_folder(output_folder)
+    final = output.empty_folder(output_folder)
     folder = Folder.open(path)
     described = families.describe(folder)
     tokenizer = folder.tokenizer()
     ids = token_ids(registration.vocabulary(str(tokenizer)))
     definition = importing.definition_of(folder, described, ids, tokenizer)
-    checkpoints.ensure_writable(str(to))
 
-    for name in CARRIED:
-        if (folder.path / name).exists():
-            shutil.copyfile(folder.path / name, to / name)
-    folder.note_tensors(to)
-    importing.write(to, folder, described, definition, tokenizer.name, folder.config["model_type"])
+    with output.building(final) as to:
+        for name in CARRIED:
+            if (folder.path / name).exists():
+                shutil.copyfile(folder.path / name, to / name)
+        folder.note_tensors(to)
+        importing.write(to, final, folder, described, definition, tokenizer.name, folder.config["model_type"])
+    print(f"Wrote {final}: checkpoints/checkpoint_0, {tokenizer.name}, model.gin")

@@ -13,7 +13,6 @@ from diffusion_t5x.data.seqio_source import libraries
 from diffusion_t5x.data.vocabularies import TokenIds, token_ids
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
-from diffusion_t5x.training import checkpoints
 
 _KIND = "T5 1.1"
 _EMBEDDING = "token_embedder/embedding"
@@ -38,17 +37,18 @@ def from_t5x(path: str, tokenizer_file: str, output_folder: str, activation: str
       UserError: what the folder holds is not supported or does not fit together, or the output is not empty; before
         anything is written. Only that an array's data are broken shows while it is written.
     """
-    to = output.empty_folder(output_folder)
+    final = output.empty_folder(output_folder)
     tokenizer = pathlib.Path(tokenizer_file).expanduser()
     ids = _ids(tokenizer)
     source = T5XCheckpoint.open(path)
     described = _describe(source, activation, max_distance)
     definition = importing.definition_of(source, described, ids, tokenizer)
-    checkpoints.ensure_writable(str(to))
 
-    shutil.copyfile(tokenizer, to / tokenizer.name)
-    output.print_table(_dropped(source))
-    importing.write(to, source, described, definition, tokenizer.name, f"{_KIND}, of T5X")
+    with output.building(final) as to:
+        shutil.copyfile(tokenizer, to / tokenizer.name)
+        output.print_table(_dropped(source))
+        importing.write(to, final, source, described, definition, tokenizer.name, f"{_KIND}, of T5X")
+    print(f"Wrote {final}: checkpoints/checkpoint_0, {tokenizer.name}, model.gin")
 
 
 def _ids(tokenizer: pathlib.Path) -> TokenIds:

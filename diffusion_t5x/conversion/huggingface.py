@@ -1,7 +1,6 @@
 """A model's folder in Hugging Face's format: its config.json, its safetensors files, its tokenizer."""
 
 import dataclasses
-import json
 import pathlib
 from typing import Any, Self
 
@@ -10,7 +9,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from diffusion_t5x import json_lines
+from diffusion_t5x import json_lines, records
 from diffusion_t5x.errors import UserError
 
 CONFIG = "config.json"
@@ -83,7 +82,7 @@ class Folder:
     def note_tensors(self, to: pathlib.Path) -> None:
         """Writes what the headers say beside an imported model, so that the way back gives the same files' contents."""
         noted = {name: [tensor.dtype, tensor.shape] for name, tensor in self.tensors.items()}
-        (to / TENSORS).write_text(json.dumps(noted, indent=0), encoding="utf-8")
+        records.write_json(to / TENSORS, noted, indent=0)
 
     @classmethod
     def noted(cls, path: pathlib.Path) -> Self:

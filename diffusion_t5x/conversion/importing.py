@@ -33,19 +33,26 @@ def definition_of(source: Source, described: Described, ids: TokenIds, tokenizer
 
 
 def write(
-    to: pathlib.Path, source: Source, described: Described, definition: ModelDefinition, tokenizer: str, kind: str
+    to: pathlib.Path,
+    final: pathlib.Path,
+    source: Source,
+    described: Described,
+    definition: ModelDefinition,
+    tokenizer: str,
+    kind: str,
 ) -> None:
     """Writes checkpoint_0 and model.gin, and prints which tensor became which parameter.
 
     Args:
       to: the folder; the tokenizer lies in it.
+      final: what the folder will be called.
       source, described, definition: the model.
       tokenizer: the name of the tokenizer's file.
       kind: of the model, in words.
     """
     shapes, rows, mask_id = param_shapes(definition), described.vocab_size, definition.vocabulary.mask_id
     config = definition.config
-    gin = output.model_gin(f"{source.path.name} ({kind}), imported", config, "VOCABULARY_FILE", to / tokenizer)
+    gin = output.model_gin(f"{source.path.name} ({kind}), imported", config, "VOCABULARY_FILE", final / tokenizer)
     streams = {weight.ours: _stream(source, weight, shapes[weight.ours]) for weight in described.weights}
     output.save(to, definition, streams, gin)
 
@@ -53,7 +60,6 @@ def write(
     output.print_table([(w.theirs.replace("{}", layers), w.ours, f"{list(shapes[w.ours])}") for w in described.weights])
     new = "" if mask_id < rows else ", a new row"
     print(f"{definition.num_params():,} parameters; {rows} rows, MASK is {mask_id}{new}")
-    print(f"Wrote {to}: checkpoints/checkpoint_0, {tokenizer}, model.gin")
 
 
 def _stream(source: Source, weight: Weight, shape: tuple[int, ...]) -> Streamed:

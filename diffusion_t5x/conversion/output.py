@@ -1,17 +1,23 @@
 """What every import writes: checkpoint_0 and a gin file that names the model and its tokenizer."""
 
+import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from flax import traverse_util
 
+from diffusion_t5x import records
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.training import checkpoints
 from diffusion_t5x.training.streaming import Streamed
+
+_UNFINISHED = ".unfinished"
+_LAST = ("config.json", "model.gin")  # without these, nothing takes a folder for a model
 
 _MODEL_GIN = """\
 # {title}. It stands for a model's and a size's gin file.
@@ -34,12 +40,44 @@ def empty_folder(path: str) -> pathlib.Path:
     """The folder of `--output`, which is not made yet.
 
     Raises:
-      UserError: there is something in it.
+      UserError: there is something in it, other than what a killed conversion left.
     """
     folder = pathlib.Path(path).expanduser().resolve()
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(entry.name != _UNFINISHED for entry in folder.iterdir()):
         raise UserError(f"{path} is not empty: nothing there is overwritten. Give another --output, or empty it.")
     return folder
+
+
+@contextlib.contextmanager
+def building(final: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to write to, whose content is in `final` at the end of the context; after an exception nothing is.
+
+    It lies beside `final` and is renamed; or inside, where `final` is there already (it may be a mount, or the current
+    folder), and its entries are renamed. One that a killed process left is removed first.
+
+    Args:
+      final: see `empty_folder`.
+
+    Raises:
+      UserError: it cannot be written to.
+    """
+    inside = final.exists()
+    aside = final / _UNFINISHED if inside else final.with_name(f".{final.name}{_UNFINISHED}")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoints.ensure_writable(str(aside))
+    try:
+        yield aside
+        for entry in aside.iterdir():
+            records.sync(entry)
+        if inside:
+            for entry in sorted(aside.iterdir(), key=lambda entry: entry.name in _LAST):
+                entry.rename(final / entry.name)
+            aside.rmdir()
+        else:
+            aside.rename(final)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
 
 
 def model_gin(title: str, model: ModelConfig, macro: str, tokenizer: pathlib.Path) -> str:
@@ -60,7 +98,7 @@ def save(
     store = checkpoints.Checkpoints(str(folder / "checkpoints"), asynchronous=False, streamed=True)
     store.save(0, state, {}, {"step": 0, "metrics": {}, "vocabulary": definition.vocabulary.describe(), "config": gin})
     store.close()
-    (folder / "model.gin").write_text(gin, encoding="utf-8")
+    records.write_text(folder / "model.gin", gin)
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

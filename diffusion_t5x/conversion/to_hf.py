@@ -1,7 +1,6 @@
 """Back to Hugging Face's format: a checkpoint's parameters as a folder that `transformers` loads."""
 
 import itertools
-import json
 import operator
 import pathlib
 import shutil
@@ -10,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import safetensors.numpy
 
+from diffusion_t5x import records
 from diffusion_t5x.conversion import families, output
 from diffusion_t5x.conversion.huggingface import CARRIED, DTYPES, INDEX, SINGLE, TENSORS, Folder
 from diffusion_t5x.conversion.weights import VOCABULARY_AXIS, Weight
@@ -35,7 +35,7 @@ def to_hf(checkpoint: str, output_folder: str, like: str | None = None) -> None:
       UserError: no checkpoint, no folder that `from_hf` wrote, or they do not belong together; before anything is
         written.
     """
-    to = output.empty_folder(output_folder)
+    final = output.empty_folder(output_folder)
     path = pathlib.Path(checkpoints.find_checkpoint(checkpoint))
     source = Folder.noted(_origin(path, like))
     shapes, read = checkpoints.open_params(str(path))
@@ -43,19 +43,19 @@ def to_hf(checkpoint: str, output_folder: str, like: str | None = None) -> None:
     layers = described.config.num_layers
     for weight in described.weights:
         _check(weight, shapes.get(weight.ours), source, layers, f"{path}, {source.path}")
-    checkpoints.ensure_writable(str(to))
 
-    for name in CARRIED:
-        if (source.path / name).exists():
-            shutil.copyfile(source.path / name, to / name)
-    files = _Files(to, source)
-    for theirs, parts in itertools.groupby(described.weights, operator.attrgetter("theirs")):
-        copies = [copy for copy, name in described.copies.items() if name == theirs and copy in source.tensors]
-        for name, tensor in _theirs(list(parts), read, described.vocab_size, layers):
-            for each in (name, *copies):
-                files.add(each, tensor)
-    files.close()
-    print(f"Wrote {to}: {sum(map(len, files.written))} tensors in files: {len(files.written)}")
+    with output.building(final) as to:
+        for name in CARRIED:
+            if (source.path / name).exists():
+                shutil.copyfile(source.path / name, to / name)
+        files = _Files(to, source)
+        for theirs, parts in itertools.groupby(described.weights, operator.attrgetter("theirs")):
+            copies = [copy for copy, name in described.copies.items() if name == theirs and copy in source.tensors]
+            for name, tensor in _theirs(list(parts), read, described.vocab_size, layers):
+                for each in (name, *copies):
+                    files.add(each, tensor)
+        files.close()
+    print(f"Wrote {final}: {sum(map(len, files.written))} tensors in files: {len(files.written)}")
 
 
 def _origin(checkpoint: pathlib.Path, like: str | None) -> pathlib.Path:
@@ -118,7 +118,10 @@ class _Files:
 
     def _write(self) -> None:
         file = self._folder / f"{len(self.written) + 1}.safetensors"
+        file.touch()
+        mode = file.stat().st_mode  # of any new file here; safetensors would let nobody else read it
         safetensors.numpy.save_file(self._pending, str(file), {"format": "pt"})
+        file.chmod(mode)
         self._bytes += sum(tensor.nbytes for tensor in self._pending.values())
         self.written.append(list(self._pending))
         self._pending = {}
@@ -134,4 +137,4 @@ class _Files:
             (self._folder / f"{number}.safetensors").rename(self._folder / file)
             weight_map |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        (self._folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        records.write_json(self._folder / INDEX, index)

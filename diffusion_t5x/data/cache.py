@@ -10,7 +10,6 @@ without it was not finished. A mixture's has only the rates of its tasks, which 
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from flax import serialization
 
+from diffusion_t5x import records
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 
@@ -105,11 +105,7 @@ def from_record(record: bytes) -> dict[str, np.ndarray]:
 
 def write_info(where: pathlib.Path, info: Info) -> None:
     """Finishes the split in the folder `where`."""
-    text = json.dumps({"format": FORMAT} | dataclasses.asdict(info), indent=2) + "\n"
-    where.mkdir(parents=True, exist_ok=True)
-    unfinished = where / "info.json.partial"
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, where / "info.json")
+    records.write_json(where / "info.json", {"format": FORMAT} | dataclasses.asdict(info))
 
 
 def read_info(where: pathlib.Path) -> Info | None:

@@ -1,6 +1,6 @@
 """A task's metrics of what was written for its examples."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,6 +29,18 @@ def score(task: "seqio.Task", records: Sequence[Mapping[str, Any]]) -> dict[str,
     for metric in task.predict_metric_fns:
         scores |= metric(targets, samples if takes_samples(metric) else [first for first, *_ in samples])
     return scores
+
+
+def check_metrics(metrics: Iterable[Callable[..., Mapping[str, float]]]) -> None:
+    """Asks metric functions whether they can run here, before the long work begins.
+
+    One that cannot run everywhere has an attribute `check_here`: a function that raises a UserError where it cannot. It
+    gets the keywords of a `functools.partial`.
+    """
+    for metric in metrics:
+        check = getattr(getattr(metric, "func", metric), "check_here", None)
+        if check is not None:
+            check(**getattr(metric, "keywords", {}))
 
 
 def takes_samples(metric: Callable[..., Mapping[str, float]]) -> bool:

@@ -179,6 +179,10 @@ class SeqioDataset:
         sign = signs(self.vocabulary()).get(token)
         return sign.encode() if sign else piece(self.vocabulary(), token)
 
+    def check_scoring(self) -> None:
+        """Raises a UserError where `score` would: this is a mixture, or a metric cannot run on this machine."""
+        scoring.check_metrics(self._task().predict_metric_fns)
+
     def score(self, records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """The task's metrics of predictions.
 
@@ -189,10 +193,7 @@ class SeqioDataset:
         Raises:
           UserError: this is a mixture: metrics belong to tasks.
         """
-        task = self._provider()
-        if not isinstance(task, libraries()[0].Task):
-            raise UserError(f"Metrics belong to tasks, and {self.name!r} is a mixture: evaluate its tasks one by one.")
-        return scoring.score(task, records)
+        return scoring.score(self._task(), records)
 
     def train_iterator(self, num_shards: int = 1, shard_index: int = 0) -> "TrainIterator":
         """Endless batches of `batch_size / num_shards` rows, examples of this shard only.
@@ -323,6 +324,12 @@ class SeqioDataset:
             if name not in FEATURES:
                 described[name] = _plain(value)
         return described
+
+    def _task(self) -> "seqio.Task":
+        task = self._provider()
+        if not isinstance(task, libraries()[0].Task):
+            raise UserError(f"Metrics belong to tasks, and {self.name!r} is a mixture: evaluate its tasks one by one.")
+        return task
 
     def _provider(self) -> "seqio.Task | seqio.Mixture":
         seqio, _ = libraries()

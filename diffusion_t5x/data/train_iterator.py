@@ -1,5 +1,7 @@
 """Endless training batches with an exact position. Imports TensorFlow: import it inside functions."""
 
+import functools
+import logging
 import pathlib
 import re
 import tempfile
@@ -10,12 +12,18 @@ import tensorflow as tf
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.rows import check_source, unreadable
+from diffusion_t5x.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _FILES = {"index": "position.index", "data": "position.data-00000-of-00001"}  # what a TensorFlow checkpoint is made of
 
 
 class TrainIterator:
     """Batches without end, and the exact position among them.
+
+    Where the data go through Python code (`tf.py_function`, `tf.numpy_function`, `from_generator`) or through random
+    numbers without a seed, TensorFlow cannot save a position. The log says so once, with the first batch as a rule.
 
     Args:
       dataset: gives dictionaries of the arrays of a `Batch`, example_ids excepted.
@@ -27,6 +35,7 @@ class TrainIterator:
         self._iterator = iter(dataset)
         self._example_ids = example_ids
         self._source = np.frombuffer(source.encode(), np.uint8)
+        self._is_tried = False
 
     def __iter__(self) -> "TrainIterator":
         return self
@@ -35,19 +44,34 @@ class TrainIterator:
         """The next batch.
 
         Raises:
-          UserError: a file has gone or is broken.
+          UserError: a file has gone or is broken, or there are no examples.
         """
         try:
             arrays = {name: array.numpy() for name, array in next(self._iterator).items()}
         except (tf.errors.NotFoundError, tf.errors.PermissionDeniedError, tf.errors.DataLossError) as error:
-            raise unreadable(re.sub(r"\{\{.*?\}\} | \[Op:.*", "", error.message)) from error
+            raise unreadable(_plain(error)) from error
+        except StopIteration:
+            raise UserError(
+                f"There is nothing to train on: {bytes(self._source).decode()} has no examples. Preprocessors may have "
+                "dropped them all; or more processes read the data than there are examples: use fewer."
+            ) from None
+        if not self._is_tried:
+            self._is_tried = True
+            self.state_dict()
         return Batch(**arrays, example_ids=self._example_ids)
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """The position as uint8 arrays: what `load_state_dict` needs to go on with the very next batch."""
-        with tempfile.TemporaryDirectory() as folder:
-            tf.train.Checkpoint(iterator=self._iterator).write(f"{folder}/position")
-            files = {key: pathlib.Path(folder, file).read_bytes() for key, file in _FILES.items()}
+        """The position as uint8 arrays: what `load_state_dict` needs to go on with the very next batch.
+
+        {} where it cannot be saved.
+        """
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                tf.train.Checkpoint(iterator=self._iterator).write(f"{folder}/position")
+                files = {key: pathlib.Path(folder, file).read_bytes() for key, file in _FILES.items()}
+        except (tf.errors.FailedPreconditionError, tf.errors.UnimplementedError) as error:
+            _say_unsaved(_plain(error))
+            return {}
         return {"source": self._source} | {key: np.frombuffer(data, np.uint8) for key, data in files.items()}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
@@ -61,3 +85,16 @@ class TrainIterator:
             for key, file in _FILES.items():
                 pathlib.Path(folder, file).write_bytes(bytes(state[key]))
             tf.train.Checkpoint(iterator=self._iterator).read(f"{folder}/position").assert_consumed()
+
+
+@functools.cache
+def _say_unsaved(reason: str) -> None:
+    logger.info(
+        "the position in the training data cannot be saved (%s): examples may repeat after a resume",
+        reason,
+    )
+
+
+def _plain(error: tf.errors.OpError) -> str:
+    """TensorFlow's message without its internal names."""
+    return re.sub(r"\{\{.*?\}\} | \[Op:.*", "", error.message).strip().rstrip(".")

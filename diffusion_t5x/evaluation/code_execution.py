@@ -148,6 +148,18 @@ def protections() -> Protections:
     return Protections(verdict.passed, verdict.detail)
 
 
+def check_isolation(allow_unsafe: bool = False) -> Protections:
+    """The `protections` of this machine; raises a UserError where there is no isolation and that is not allowed."""
+    found = protections()
+    if not found.isolation and not allow_unsafe:
+        raise UserError(
+            f"Programs cannot be shut in here: {found.reason}. The kernel must allow unprivileged user namespaces "
+            "(sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns; a container needs "
+            "--privileged). On a machine that may break, set allow_unsafe."
+        )
+    return found
+
+
 def check(
     programs: Sequence[str],
     tests: Sequence[Tests],
@@ -173,13 +185,7 @@ def check(
     """
     if len(programs) != len(tests):
         raise UserError(f"There are {len(programs)} programs for {len(tests)} sets of tests.")
-    found = protections()
-    if not found.isolation and not allow_unsafe:
-        raise UserError(
-            f"Programs cannot be shut in here: {found.reason}. The kernel must allow unprivileged user namespaces "
-            "(sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns; a container needs "
-            "--privileged). On a machine that may break, set allow_unsafe."
-        )
+    found = check_isolation(allow_unsafe)
     logger.info("running %d programs: %s", len(programs), found)
     workers = min(workers or os.cpu_count() or 1, max(len(programs), 1))
     verdicts = [Verdict("refused")] * len(programs)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import statistics
 import sys
@@ -15,6 +14,7 @@ import rich.console
 import rich.markup
 import rich.table
 
+from diffusion_t5x import records
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.results import differences
 
@@ -153,9 +153,7 @@ class Measurements:
     def _write(self) -> None:
         search = [[*place, seconds] for place, seconds in self._search.items()]
         report = self._head | {"times": [time.record() for time in self.times], "search": search}
-        unfinished = self.path.with_name(self.path.name + ".tmp")
-        unfinished.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(unfinished, self.path)
+        records.write_json(self.path, report)
 
 
 def crossings(a: Mapping[float, float], b: Mapping[float, float]) -> Iterator[tuple[float, float]]:

@@ -1,9 +1,10 @@
 """Every evaluation that a run asks for: losses, likelihoods, and decoding with scores."""
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from jax.sharding import Mesh
 
@@ -19,6 +20,8 @@ from diffusion_t5x.objectives.distillation import Teacher
 from diffusion_t5x.objectives.likelihood import check_num_draws
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.training.step import make_loss_step
+
+logger = logging.getLogger(__name__)
 
 
 class EvalDataset(Protocol):
@@ -37,6 +40,9 @@ class EvalDataset(Protocol):
     def cells(self, tokens: Sequence[int]) -> list[str]:
         """The texts of target tokens one by one, EOS, padding and all."""
 
+    def check_scoring(self) -> None:
+        """Raises a UserError where `score` cannot run here."""
+
     def score(self, records: Sequence[Example]) -> Mapping[str, float]:
         """The task's metrics of predictions (see `inference.predict`)."""
 
@@ -47,11 +53,14 @@ class LossEval:
 
     Attributes:
       dataset: what to evaluate on.
-      num_batches: at most so many batches; None takes all.
+      num_batches: at most so many batches; None takes all, 0 skips this evaluation.
     """
 
     dataset: EvalDataset
     num_batches: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_number("LossEval.num_batches", self.num_batches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +70,7 @@ class DecodeEval:
     Attributes:
       dataset: what to evaluate on.
       decoder: what writes.
-      num_examples: only the first so many; None takes all.
+      num_examples: only the first so many; None takes all, 0 skips this evaluation.
       seed: of the decoder's randomness.
       samples_per_example: how many texts each example gets, for metrics such as pass@k; the others take the first.
         (A decoder may have samples of its own, of which it keeps the best.)
@@ -74,6 +83,7 @@ class DecodeEval:
     samples_per_example: int = 1
 
     def __post_init__(self) -> None:
+        _check_number("DecodeEval.num_examples", self.num_examples)
         if self.samples_per_example < 1:
             raise UserError(f"DecodeEval.samples_per_example must be at least 1, not {self.samples_per_example}.")
 
@@ -84,7 +94,7 @@ class LikelihoodEval:
 
     Attributes:
       dataset: what to evaluate on.
-      num_examples: only the first so many; None takes all.
+      num_examples: only the first so many; None takes all, 0 skips this evaluation.
       num_draws: of each example, an even number; exact objectives need none.
       seed: of the draws.
     """
@@ -95,7 +105,33 @@ class LikelihoodEval:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_number("LikelihoodEval.num_examples", self.num_examples)
         check_num_draws(self.num_draws)
+
+
+AnyEval = TypeVar("AnyEval", LossEval, DecodeEval, LikelihoodEval)
+
+
+def prepared(evals: Sequence[AnyEval]) -> list[AnyEval]:
+    """The evaluations without those of 0 examples or batches, which the log names.
+
+    Raises:
+      UserError: a metric of one that decodes cannot run here.
+    """
+    found = []
+    for ev in evals:
+        if 0 in (getattr(ev, "num_batches", None), getattr(ev, "num_examples", None)):
+            logger.info("%s of %s is skipped: it was asked for 0 examples", type(ev).__name__, ev.dataset.name)
+            continue
+        if isinstance(ev, DecodeEval):
+            ev.dataset.check_scoring()
+        found.append(ev)
+    return found
+
+
+def _check_number(name: str, value: int | None) -> None:
+    if value is not None and value < 0:
+        raise UserError(f"{name} must be at least 0, or None for all; got {value}.")
 
 
 def for_tasks(
@@ -170,8 +206,12 @@ class Evaluator:
             records = list(likelihoods(step, params, batches, self._mesh, ev.dataset.to_text))
             yield ev.dataset.name, summarize(records), records
 
-    def decode(self, params: Params) -> Iterator[tuple[str, dict[str, float], list[dict[str, Any]]]]:
+    def decode(
+        self, params: Params, keep: Callable[[str, list[dict[str, Any]]], None] = lambda name, records: None
+    ) -> Iterator[tuple[str, dict[str, float], list[dict[str, Any]]]]:
         """For each data set its name, metrics and predictions.
+
+        Before they are scored, `keep` gets name and predictions: what was decoded outlives a metric that fails.
 
         To the task's own metrics come "tokens_per_step", over all texts, of a decoder that speculates "acceptance" (the
         share of the drafted tokens that stayed), "decode_seconds", compilation and reading counted too, and with a
@@ -184,6 +224,7 @@ class Evaluator:
             texts = dataset.to_text, dataset.cells
             records = list(predict(step, params, batches, self._mesh, *texts, self._judge, ev.samples_per_example))
             seconds = time.monotonic() - start
+            keep(dataset.name, records)
             yield dataset.name, {**dataset.score(records), **_totals(records), "decode_seconds": seconds}, records
 
 

@@ -8,6 +8,7 @@ result would move with another test set of this size, not with another training 
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import sacrebleu
@@ -106,23 +107,31 @@ def math_accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[st
     Raises:
       UserError: no examples, not one prediction for each target, a target without an answer, or no math-verify.
     """
-    try:
-        import math_verify
-    except ImportError as error:
-        raise UserError("Answers are compared by math-verify: pip install diffusion_t5x[math].") from error
-
+    parse, verify = _math_verify()
     _check(targets, predictions)
-    answers = [[math_verify.parse(text.rpartition("####")[2]) for text in texts] for texts in (targets, predictions)]
+    answers = [[parse(text.rpartition("####")[2]) for text in texts] for texts in (targets, predictions)]
     for target, answer in zip(targets, answers[0], strict=True):
         if not answer:
             raise UserError(f"The target {target[-80:]!r} has no answer that math-verify can read.")
-    correct = sum(math_verify.verify(target, prediction) for target, prediction in zip(*answers, strict=True))
+    correct = sum(verify(target, prediction) for target, prediction in zip(*answers, strict=True))
     low, high = wilson_interval(correct, len(targets))
     return {
         "math_accuracy": 100 * correct / len(targets),
         "math_accuracy_low": 100 * low,
         "math_accuracy_high": 100 * high,
     }
+
+
+def _math_verify() -> tuple[Callable[..., Any], Callable[..., bool]]:
+    """math-verify's `parse` and `verify`."""
+    try:
+        from math_verify import parse, verify
+    except ImportError as error:
+        raise UserError("The metric math_accuracy needs math-verify: pip install diffusion_t5x[math]") from error
+    return parse, verify
+
+
+math_accuracy.check_here = _math_verify  # see data.scoring
 
 
 def warn_of_small_difference(first: float, second: float, num_examples: int) -> str | None:

@@ -98,4 +98,9 @@ def passed_tests(
     return scores | {status: 100 * count / len(verdicts) for status, count in sorted(counts.items())}
 
 
+def _check_sandbox(allow_unsafe: bool = False, **_: object) -> None:
+    code_execution.check_isolation(allow_unsafe)
+
+
 passed_tests.takes_samples = True  # see data.scoring
+passed_tests.check_here = _check_sandbox

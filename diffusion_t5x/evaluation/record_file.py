@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.records import write_json
 from diffusion_t5x.training.progress import Progress
 
 
@@ -51,7 +52,7 @@ class RecordFile:
             for _ in records:  # made by all processes together
                 pass
             return
-        self._note.write_text(json.dumps(self._settings, indent=2) + "\n", encoding="utf-8")
+        write_json(self._note, self._settings)
         if self.path.exists():
             with self.path.open("r+b") as file:  # a line that was cut short
                 file.truncate(file.read().rfind(b"\n") + 1)

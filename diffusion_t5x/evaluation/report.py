@@ -6,7 +6,6 @@ name) escapes all of it, matplotlib escapes it in the charts, and the page's pol
 
 import difflib
 import itertools
-import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ import jinja2
 import markupsafe
 
 import diffusion_t5x
+from diffusion_t5x import records
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import charts, shown
 from diffusion_t5x.evaluation.animation import animate
@@ -64,12 +64,9 @@ def write_report(folders: Iterable[str | pathlib.Path], output: str | pathlib.Pa
     try:
         if output.exists() and not output.read_bytes().startswith(_FIRST_LINES[kind].encode()):
             raise UserError(f"{output} exists and is not a report: choose another --output.")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = output.with_name(output.name + ".tmp")
-        unfinished.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(unfinished, output)
     except OSError as error:
-        raise UserError(f"Cannot write {output}: {error.strerror}. Choose another --output.") from None
+        raise UserError(f"Cannot read {output}: {error.strerror}. Choose another --output.") from None
+    records.write_text(output, page, errors="replace")
     return output
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.metrics import bleu_signature
+from diffusion_t5x.records import write_json, write_json_lines
 
 _PACKAGES = ("diffusion_t5x", "jax", "flax", "seqio", "tensorflow", "sacrebleu")
 _NO_MATTER = ("batch_size", "scan_unroll")  # settings that results do not depend on
@@ -136,20 +137,12 @@ def decoder_gin(config: str) -> str:
 
 def write_results(folder: str | os.PathLike, report: Mapping[str, Any]) -> None:
     """Writes `report` to results.json in `folder`, all or nothing."""
-    _write(pathlib.Path(folder, "results.json"), [json.dumps(report, indent=2, ensure_ascii=False)])
+    write_json(os.path.join(folder, "results.json"), report)
 
 
 def write_records(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
     """Writes records as JSON lines, all or nothing."""
-    _write(pathlib.Path(path), (json.dumps(record, ensure_ascii=False) for record in records))
-
-
-def _write(final: pathlib.Path, lines: Iterable[str]) -> None:
-    final.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = final.with_name(final.name + ".tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in lines)
-    os.replace(unfinished, final)
+    write_json_lines(path, records)
 
 
 def summary(metrics: Mapping[str, float]) -> str:

@@ -8,7 +8,6 @@ import base64
 import hashlib
 import itertools
 import json
-import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -17,6 +16,7 @@ import jinja2
 import markupsafe
 
 import diffusion_t5x
+from diffusion_t5x.records import write_text
 
 MOST_EXAMPLES = 50
 _FOLDER = pathlib.Path(__file__).parent
@@ -35,9 +35,7 @@ def write_trace_page(
       decoder: who wrote.
     """
     shown = [_example(record) for record in itertools.islice(records, MOST_EXAMPLES)]
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(render(shown, total, title, decoder), encoding="utf-8", errors="replace")
-    os.replace(unfinished, path)
+    write_text(path, render(shown, total, title, decoder), errors="replace")
 
 
 def render(examples: list[dict[str, Any]], total: int, title: str, decoder: str) -> str:

@@ -1,7 +1,6 @@
 """How fast a training step is, on random batches: no task, no checkpoint, no TensorFlow."""
 
 import dataclasses
-import json
 import pathlib
 import statistics
 import time
@@ -16,7 +15,7 @@ import rich.markup
 import rich.table
 from jax.sharding import Mesh
 
-from diffusion_t5x import partitioning
+from diffusion_t5x import partitioning, records
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import stopwatch
 from diffusion_t5x.models.config import ModelConfig
@@ -237,5 +236,5 @@ def write(folder: str, settings: Mapping[str, Any], machine: Mapping[str, Any], 
     """Writes train_speed.json."""
     path = pathlib.Path(folder, FILE)
     report = {"settings": settings, "machine": machine, "cases": [speed.record() for speed in speeds]}
-    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    records.write_json(path, report)
     return path

@@ -1,7 +1,6 @@
 """Compiles the real training step or decoding loop for a TPU slice, on any machine: no data, no arrays, no TPU."""
 
 import dataclasses
-import json
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from diffusion_t5x import partitioning
+from diffusion_t5x import partitioning, records
 from diffusion_t5x.command_line.verbs import SLICE_FLAGS, with_flags
 from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.vocabularies import TokenIds
@@ -154,7 +153,7 @@ class SliceDryRun:
         if self.output:
             said = best.as_json() if best else {"fits": False}
             said |= {"tried": [report.as_json() for report in tried]} if self.fit else {}
-            pathlib.Path(self.output).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+            records.write_json(self.output, said, indent=1)
 
     def _fit(self, try_out: Callable[[int, str], Report], pieces: int) -> Report | None:
         best, rows = None, 1

@@ -15,6 +15,7 @@ from typing import Literal
 import jax
 import numpy as np
 
+from diffusion_t5x import records
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.errors import UserError
 
@@ -106,5 +107,6 @@ class Judge:
     def _keep(self, step: int, batch: Batch) -> str:
         process = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
         path = os.path.join(self._folder, f"bad_step_{step}{process}.npz")
-        np.savez(path, **{name: x for name, x in vars(batch).items() if x is not None})
+        with records.replacing(path, "wb") as file:
+            np.savez(file, **{name: x for name, x in vars(batch).items() if x is not None})
         return path

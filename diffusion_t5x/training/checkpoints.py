@@ -5,7 +5,8 @@ A checkpoint is a folder `checkpoint_<step>` with three items:
     knowing the optimizer, in parts, by other names and onto another mesh.
   data: where the data iterator stands.
   metadata: JSON, written by the caller: step, tokenizer, operative gin, metrics.
-and a manifest of all its files (see `manifest.py`), by which each item is checked before it is read.
+and a manifest of all its files (see `manifest.py`), by which each item is checked before it is read. The metrics of an
+evaluation that follows the save are added later, in a file of their own.
 Its name is given when all of it is written; what a killed process leaves behind is not a checkpoint.
 """
 
@@ -20,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import traverse_util
+from jax.experimental import multihost_utils
 
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.training import merging, stored, streaming
@@ -60,29 +62,12 @@ class Checkpoints:
             raise UserError(f'Checkpoints.best_mode = {best_mode!r}: "max" or "min".')
         ensure_writable(directory)
         self.directory = epath.Path(directory).resolve()
-        self._best_metric = best_metric if keep_best else ""
         self._notes = {"manifest": True} | ({"best": [best_metric, best_mode]} if keep_best else {})
-        worst = -math.inf if best_mode == "max" else math.inf
-
-        def quality(metrics: Mapping[str, float]) -> float:
-            value = metrics[best_metric]
-            return worst if math.isnan(value) else value
-
-        policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep_last)]
-        if keep_best:
-            policies.append(
-                ocp.checkpoint_managers.BestN(
-                    get_metric_fn=quality,
-                    reverse=best_mode == "min",
-                    n=keep_best,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
+        self._kept = _Kept(self.directory, keep_last, keep_best, best_metric, best_mode)
         options = ocp.CheckpointManagerOptions(
             step_name_format=stored.NAMES,
             temporary_path_class=stored.commit_class(self.directory),
-            best_fn=quality if keep_best else None,
-            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+            preservation_policy=self._kept,
             cleanup_tmp_directories=True,
             enable_async_checkpointing=asynchronous,
         )
@@ -90,10 +75,10 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options, handler_registry=handlers)
 
     def save(self, step: int, state: Any, data_state: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
-        """Starts to write a checkpoint; does nothing where there is one of this step.
+        """Starts to write a checkpoint; does nothing where there is a whole one of this step.
 
-        The state's buffers may be donated as soon as this returns. Waits for the save before, and raises what went
-        wrong in it.
+        A broken one, or one of another step under this name, is set aside. The state's buffers may be donated as soon
+        as this returns. Waits for the save before, and raises what went wrong in it.
 
         Args:
           step: number of finished training steps.
@@ -102,10 +87,13 @@ class Checkpoints:
           metadata: anything that JSON can hold.
         """
         self.wait()
-        if step in steps(self.directory):
-            return
         json.dumps(metadata)  # raises here and not in the background
-        metrics = metadata.get("metrics", {})
+        if there := [found.path for found in stored.find_all(self.directory) if found.step == step]:
+            if not stored.faults(there[0], checksums=False):
+                return
+            stored.set_aside(there)
+            self._manager.reload()
+        self._kept.metrics[step] = metadata.get("metrics", {})
         items = {
             "state": ocp.args.PyTreeSave(traverse_util.unflatten_dict(named_leaves(state), sep="/")),
             "metadata": ocp.args.JsonSave(dict(metadata)),
@@ -115,10 +103,24 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(**items),
-            metrics={self._best_metric: metrics[self._best_metric]} if self._best_metric in metrics else None,
             force=True,
             custom_metadata=self._notes,
         )
+
+    def add_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds the metrics of an evaluation to the checkpoint of this step, and removes what is not to stay.
+
+        Waits for the save under way. Broken off at any moment, it leaves the checkpoint whole, evaluated or not.
+        """
+        self.wait()
+        if jax.process_index() == 0:
+            stored.write_evaluation(find_checkpoint(str(self.directory / f"checkpoint_{step}")), metrics)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("add_evaluation")
+        self._kept.metrics.pop(step, None)  # to be read again, the same on every process
+        there = self._manager.all_steps()
+        for other in sorted(set(there) - self._kept.of(there)):
+            self._manager.delete(other)
 
     def wait(self) -> None:
         """Returns when the save under way is finished; raises what went wrong in it."""
@@ -127,6 +129,43 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for the save under way and frees the threads."""
         self._manager.close()
+
+
+class _Kept:
+    """Which checkpoints stay: the newest and the best. Orbax's own policy learns of metrics only as it saves.
+
+    Attributes:
+      metrics: by step, as far as they are known; others are read from the checkpoints.
+    """
+
+    def __init__(self, directory: epath.Path, keep_last: int, keep_best: int, best_metric: str, best_mode: str):
+        self._directory, self._keep_last, self._keep_best = directory, keep_last, keep_best
+        self._best_metric, self._sign = best_metric, 1 if best_mode == "max" else -1
+        self.metrics: dict[int, Mapping[str, float]] = {}
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Orbax's question: for each checkpoint, by ascending step, whether it stays."""
+        kept = self.of([checkpoint.step for checkpoint in checkpoints])
+        return [checkpoint.step in kept for checkpoint in checkpoints]
+
+    def of(self, there: Sequence[int]) -> set[int]:
+        """The steps that stay of those that are there."""
+        there = sorted(there)
+        best = sorted((self._quality(step), step) for step in there if self._keep_best and self._is_measured(step))
+        return {*there[-self._keep_last :], *(step for _, step in best[-self._keep_best :])}
+
+    def _is_measured(self, step: int) -> bool:
+        if step not in self.metrics:
+            try:
+                checkpoint = find_checkpoint(str(self._directory / f"checkpoint_{step}"))
+                self.metrics[step] = stored.read_metadata(checkpoint).get("metrics", {})
+            except Exception:  # whatever a broken file makes Orbax raise: it is not among the best
+                self.metrics[step] = {}
+        return self._best_metric in self.metrics[step]
+
+    def _quality(self, step: int) -> float:
+        value = self.metrics[step][self._best_metric]
+        return -math.inf if math.isnan(value) else self._sign * value
 
 
 def ensure_writable(directory: str) -> None:
@@ -190,8 +229,8 @@ def find_checkpoints(path: str) -> list[epath.Path]:
 def read_metadata(path: str) -> dict[str, Any]:
     """The metadata of the checkpoint at a user's path (see `find_checkpoint`)."""
     checkpoint = find_checkpoint(path)
-    stored.check(checkpoint, "metadata")
-    return stored.read_json(checkpoint, "metadata")
+    stored.check(checkpoint, "metadata", stored.EVALUATION)
+    return stored.read_metadata(checkpoint)
 
 
 def restore(path: str, abstract_state: Tree) -> tuple[Tree, dict[str, np.ndarray], dict[str, Any]]:
@@ -208,7 +247,7 @@ def restore(path: str, abstract_state: Tree) -> tuple[Tree, dict[str, np.ndarray
     checkpoint = find_checkpoint(path)
     stored.check(checkpoint)
     data_state = stored.read_tree(checkpoint, "data") if (checkpoint / "data").exists() else {}
-    return _restore(checkpoint, abstract_state, reader=stored), data_state, stored.read_json(checkpoint, "metadata")
+    return _restore(checkpoint, abstract_state, reader=stored), data_state, stored.read_metadata(checkpoint)
 
 
 def restore_initial(

@@ -1,6 +1,7 @@
 """What one of several processes reads of the training data, and where all of them stand."""
 
 import io
+import logging
 from collections.abc import Callable, Mapping
 
 import jax
@@ -10,6 +11,8 @@ from jax.experimental import multihost_utils
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.training.loop import BatchIterator
+
+logger = logging.getLogger(__name__)
 
 
 class HostBatches:
@@ -47,20 +50,27 @@ class HostBatches:
         return jax.tree.map(lambda *x: np.concatenate(x)[self._rows], *parts)
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """The positions of all shards, those of other processes too: all must ask at the same time."""
+        """The positions of all shards, those of other processes too: all must ask at the same time.
+
+        {} where the data have no position that can be saved.
+        """
         positions = {
             f"shard_{number}_{name}": x
             for number, shard in self._shards.items()
             for name, x in shard.state_dict().items()
         }
-        return {"num_shards": np.int32(self._num_shards), **_of_all_processes(positions)}
+        gathered = _of_all_processes(positions)
+        return {"num_shards": np.int32(self._num_shards), **gathered} if gathered else {}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """Goes to the position that `state_dict` gave, to whatever share.
+        """Goes to the position that `state_dict` gave, to whatever share; without one, stays at the beginning.
 
         Raises:
           UserError: it was taken in other data.
         """
+        if not state:
+            logger.info("the checkpoint has no position in the training data: they begin anew, so examples may repeat")
+            return
         if "num_shards" not in state:
             raise UserError("The checkpoint's position in the data is in a form that is not read any more: start anew.")
         if (num_shards := int(state["num_shards"])) != self._num_shards:

@@ -93,8 +93,22 @@ def listing(run: str) -> list[Listed]:
 
 
 def faults(checkpoint: epath.Path) -> list[str] | None:
-    """What is wrong with the files of a checkpoint, all of them read; None where it has no manifest to tell."""
-    return manifest.faults(checkpoint) if manifest.has_manifest(checkpoint) else None
+    """What is wrong with the files of a checkpoint, all of them read.
+
+    None: it was written before there were manifests, and all that it holds can be read.
+    """
+    found = stored.faults(checkpoint)
+    if found is not None:
+        return found
+    try:
+        for name in stored.leaves(checkpoint):
+            _read(checkpoint, name)
+        stored.read_metadata(checkpoint)
+        if (checkpoint / "data").exists():
+            stored.read_tree(checkpoint, "data")
+    except Exception as error:  # whatever a broken file makes Orbax raise
+        return [f"it cannot be read ({(str(error).splitlines() or [repr(error)])[0][:200]})"]
+    return None
 
 
 def arrays(checkpoint: epath.Path) -> dict[str, str]:
@@ -113,7 +127,7 @@ def difference(first: str, second: str) -> Difference:
         stored.check(folder)
     kinds = [arrays(folder) for folder in folders]
     found = [_array_difference(name, folders, kinds) for name in sorted(kinds[0] | kinds[1])]
-    metadata = [stored.read_json(folder, "metadata") for folder in folders]
+    metadata = [stored.read_metadata(folder) for folder in folders]
     configs = [values.pop("config", "").splitlines() for values in metadata]
     return Difference(
         arrays=[array for array in found if array],
@@ -130,14 +144,14 @@ def difference(first: str, second: str) -> Difference:
 def _listed(path: epath.Path) -> Listed:
     sizes = manifest.files(path)
     nanoseconds = manifest.notes(path).get("commit_timestamp_nsecs")
-    problems = manifest.faults(path, checksums=False) if manifest.has_manifest(path) else None
+    problems = stored.faults(path, checksums=False)
     return Listed(
         path=path,
         step=int(path.name.rpartition("_")[2]),
         size=sum((path / name).stat().length for name in sizes),
         written=datetime.datetime.fromtimestamp(nanoseconds / 1e9).astimezone() if nanoseconds else None,
         faults=problems,
-        metrics={} if problems else stored.read_json(path, "metadata").get("metrics", {}),
+        metrics={} if problems else stored.read_metadata(path).get("metrics", {}),
     )
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import pathlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -20,22 +20,25 @@ logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def locked(directory: str) -> Iterator[None]:
+def locked(directory: str) -> Iterator[Callable[[], None]]:
     """Holds the lock of a folder, which is made if it is not there.
 
     The kernel gives the lock back when the process ends, however it ends; the file stays, and says who had it last.
     Of a run of several processes the first holds it. Where the file system has no locks, the log says so.
 
+    Yields:
+      What raises a UserError if the folder has been removed or renamed since. It knows nothing of remote ones.
+
     Raises:
-      UserError: another process holds it, or the folder cannot be written to.
+      UserError: another process holds it, or the folder cannot be written to; or it was removed in the meantime.
     """
     if jax.process_index() != 0:
-        yield
+        yield lambda: None
         return
     if "://" in directory:
         ensure_writable(directory)
         logger.warning("%s is remote and cannot be locked: see to it that no other run trains there", directory)
-        yield
+        yield lambda: None
         return
     path = pathlib.Path(directory, FILE)
     try:
@@ -60,4 +63,17 @@ def locked(directory: str) -> Iterator[None]:
             since = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
             file.flush()
-        yield
+        try:
+            yield lambda: _check_there(directory)
+        except Exception as error:
+            if not isinstance(error, UserError):
+                _check_there(directory)  # which is then what is behind the error
+            raise
+
+
+def _check_there(directory: str) -> None:
+    if not any(os.path.exists(os.path.join(directory, name)) for name in (FILE, "config.gin")):
+        raise UserError(
+            f"{directory} was removed or renamed while the run was writing to it. What it has learned since its last "
+            "checkpoint is lost. Bring the folder back, and the same command goes on from the newest checkpoint in it."
+        )

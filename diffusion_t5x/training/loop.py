@@ -29,7 +29,10 @@ logger = logging.getLogger(__name__)
 
 
 class BatchIterator(Protocol):
-    """An endless stream of this process's part of the batches, which can say and take up its position."""
+    """An endless stream of this process's part of the batches, which can say and take up its position.
+
+    A `state_dict` of {} says that the position cannot be saved.
+    """
 
     def __next__(self) -> Batch: ...
 
@@ -156,11 +159,14 @@ def train_loop(
     description: str = "train",
     evaluation_due: bool = False,
     hang_timeout: float | None = None,
+    check_folder: Callable[[], None] = lambda: None,
 ) -> TrainState:
     """Trains up to `total_steps`, and saves so that a run killed at any moment goes on from its last checkpoint.
 
-    Told to stop (see `preemption`), it finishes the step and saves. An evaluation is broken off; the checkpoint's
-    metadata then have "evaluation_due".
+    At the end of a period it saves first and evaluates then. Until the evaluation is finished, the checkpoint's
+    metadata have "evaluation_due"; its metrics are added afterwards. Where an evaluation fails between two saves, the
+    steps are saved in the same way. Told to stop (see `preemption`), it finishes the step and saves; an evaluation is
+    broken off.
 
     Args:
       mesh: in use while training.
@@ -171,16 +177,17 @@ def train_loop(
       data_state: where the data stand.
       total_steps: of the run as a whole, those before a resumption counted.
       periods: of logging, evaluation and saving.
-      evaluate: called with the state and its step; its metrics go into the checkpoint.
+      evaluate: called with the state and its step; its metrics go into the checkpoint, if one is saved at this step.
       checkpoints: where to save.
       metadata: goes into every checkpoint; "step" and "metrics" are added.
       writer: gets the training metrics, as folder "train", and where the time went, as "goodput".
       judge: of bad steps; what it remembers goes into every checkpoint's metadata.
       goodput: counts on.
       description: shown by the progress bar.
-      evaluation_due: begin with the evaluation of `state` that an earlier run broke off.
+      evaluation_due: begin with the evaluation of `state` that an earlier run did not finish.
       hang_timeout: seconds; a step after the first that takes longer, its batch included, ends the process: exit code
         1, and where every thread stands on the standard error.
+      check_folder: raises if what was written has been removed.
 
     Returns:
       The state after the last step.
@@ -189,11 +196,19 @@ def train_loop(
       SystemExit: it was told to stop, and has saved.
       UserError: too many bad steps.
     """
+
+    def save(step: int, state: TrainState, due: bool) -> None:
+        noted = {**metadata, "step": step, "metrics": {}, **judge.memory()} | ({"evaluation_due": True} if due else {})
+        with goodput.spent("checkpoint"):
+            checkpoints.save(step, state, data_state(), noted)
+
     start = int(state.step)
     shown = jax.process_index() == 0
     with StopSignals() as stop, jax.set_mesh(mesh), Progress(total_steps, start, description, shown=shown) as progress:
-        if evaluation_due and stop.attempt(lambda: evaluate(state, start)) is None:
-            sys.exit(stop.exit_code)
+        if evaluation_due and periods.eval is not None:
+            if (results := stop.attempt(lambda: evaluate(state, start))) is None:
+                sys.exit(stop.exit_code)
+            checkpoints.add_evaluation(start, results)
         log = _Log(writer, progress, periods.log, judge, goodput)
         goodput.started()
         for step in range(start + 1, total_steps + 1):
@@ -211,22 +226,34 @@ def train_loop(
             stopping = stop.reached(step)
             evals = periods.eval is not None and (last or step % periods.eval == 0)
             saves = last or stopping or step % periods.save == 0
+            if step % periods.log == 0 or evals or saves:
+                check_folder()
             if not (evals or saves):
                 continue
             if last or stopping:
                 log.finish(step)
             with log.paused():
-                with goodput.spent("evaluation"):
-                    results = stop.attempt(lambda: evaluate(state, step)) if evals else {}  # noqa: B023  (called at once)
-                due = {"evaluation_due": True} if results is None else {}
-                if saves or due:
-                    finished = {**metadata, "step": step, "metrics": dict(results or {}), **judge.memory(), **due}
-                    with goodput.spent("checkpoint"):
-                        checkpoints.save(step, state, data_state(), finished)
-            if due or (stopping and not last):
+                if saves:
+                    save(step, state, due=evals)
+                results = None
+                if evals:
+                    try:
+                        with goodput.spent("evaluation"):
+                            results = stop.attempt(lambda: evaluate(state, step))  # noqa: B023  (called at once)
+                    except Exception:
+                        logger.warning("the evaluation of step %d failed: the same command begins with it again", step)
+                        raise
+                    finally:
+                        if results is None and not saves:
+                            save(step, state, due=True)
+                    if results is not None and saves:
+                        with goodput.spent("checkpoint"):
+                            checkpoints.add_evaluation(step, results)
+            if (evals and results is None) or (stopping and not last):
                 with goodput.spent("checkpoint"):
                     checkpoints.wait()
                 sys.exit(stop.exit_code)
         with goodput.spent("checkpoint"):
             checkpoints.wait()
+        check_folder()
     return state

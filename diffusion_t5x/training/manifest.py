@@ -1,6 +1,7 @@
 """The manifest of a checkpoint: size and SHA-256 of every file, so that one that was cut, changed or lost is found.
 
-It is written before the checkpoint gets its name, and so a part of what makes one complete.
+It is written before the checkpoint gets its name, and so a part of what makes one complete. It has a SHA-256 of itself.
+A file that comes later belongs to the checkpoint once the manifest, which is replaced as a whole, names it.
 """
 
 import concurrent.futures
@@ -8,11 +9,14 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
+
+from diffusion_t5x import records
 
 FILE = "manifest.json"
 # Orbax's notes about the commit, written between the manifest and the name; nothing is restored from them.
@@ -22,20 +26,40 @@ _CHUNK = 1 << 22
 _THREADS = 8
 _FINE, _MISSING, _SIZE, _CHANGED = range(4)
 
+Entries = dict[str, dict[str, Any]]
+
 
 def write(folder: epath.Path) -> None:
     """Writes the manifest of all that lies in a folder, when the file system has it on disk."""
     names = [name for name in files(folder) if name not in (FILE, *_WRITTEN_LATER)]
-
-    def entry(name: str) -> dict:
-        path = folder / name
-        sync(path)
-        return {"size": path.stat().length, "sha256": _sha256(path)}
-
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        entries = dict(zip(names, pool.map(entry, names), strict=True))
-    (folder / FILE).write_text(json.dumps({"files": entries}, indent=1))
-    sync(folder / FILE)
+        entries = dict(zip(names, pool.map(lambda name: _entry(folder / name), names), strict=True))
+    _write(folder, entries)
+
+
+def add(folder: epath.Path, name: str, content: str) -> None:
+    """Adds a small file to a finished checkpoint, or replaces it: all or nothing, whenever this is broken off.
+
+    Until the new manifest has its name, the file is not a part of the checkpoint.
+    """
+    entries, _ = _read(folder)
+    if name in entries:  # else the old manifest would, for a moment, tell of another content
+        _write(folder, {other: entry for other, entry in entries.items() if other != name})
+    put(folder / name, content)
+    _write(folder, entries | {name: _entry(folder / name)})
+
+
+def put(path: epath.Path, content: str) -> None:
+    """Writes a small file as a whole; remote stores do that by themselves."""
+    if "://" in os.fspath(path):
+        path.write_text(content)
+    else:
+        records.write_text(path, content)
+
+
+def holds(folder: epath.Path, name: str) -> bool:
+    """Whether a checkpoint's manifest names a file."""
+    return name in _read(folder)[0]
 
 
 def files(folder: epath.Path) -> list[str]:
@@ -67,14 +91,9 @@ def faults(checkpoint: epath.Path, items: Sequence[str] = (), checksums: bool = 
       items: only these files and folders of it; all by default.
       checksums: read the files; else only their sizes are compared.
     """
-    try:
-        entries = json.loads((checkpoint / FILE).read_text())["files"]
-    except FileNotFoundError:
-        return [f"{FILE} is missing"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return [f"{FILE} cannot be read"]
-    if any(name.startswith("/") or ".." in name.split("/") for name in entries):
-        return [f"{FILE} names files outside of the checkpoint"]
+    entries, fault = _read(checkpoint)
+    if fault:
+        return [fault]
     names = sorted(name for name in entries if not items or any(f"{name}/".startswith(f"{item}/") for item in items))
     shares = np.arange(len(names)) % jax.process_count() == jax.process_index()
 
@@ -92,13 +111,50 @@ def faults(checkpoint: epath.Path, items: Sequence[str] = (), checksums: bool = 
 
 def sync(path: epath.Path) -> None:
     """Returns when a local file, or the names in a local folder, are on disk; does nothing to remote ones."""
-    if "://" in os.fspath(path):
-        return
-    descriptor = os.open(path, os.O_RDONLY)
+    if "://" not in os.fspath(path):
+        records.sync(path)
+
+
+def _read(folder: epath.Path) -> tuple[Entries, str]:
+    """The entries by file, and what is wrong with the manifest itself ("" if nothing is)."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        said = json.loads((folder / FILE).read_text())
+    except FileNotFoundError:
+        return {}, f"{FILE} is missing"
+    except (OSError, ValueError, RecursionError):
+        return {}, f"{FILE} cannot be read"
+    if not isinstance(said, dict) or set(said) - {"sha256"} != {"files"} or not _are_entries(said["files"]):
+        return {}, f"{FILE} cannot be read"
+    entries = said["files"]
+    if any(name.startswith("/") or ".." in name.split("/") for name in entries):
+        return {}, f"{FILE} names files outside of the checkpoint"
+    if said.get("sha256", _digest(entries)) != _digest(entries):
+        return {}, f"{FILE} was changed (its own SHA-256 differs)"
+    return entries, ""
+
+
+def _are_entries(files: Any) -> bool:
+    return isinstance(files, dict) and all(
+        "\0" not in name
+        and isinstance(entry, dict)
+        and isinstance(entry.get("size"), int)
+        and isinstance(entry.get("sha256"), str)
+        for name, entry in files.items()
+    )
+
+
+def _write(folder: epath.Path, entries: Entries) -> None:
+    put(folder / FILE, json.dumps({"files": entries, "sha256": _digest(entries)}, indent=1))
+
+
+def _digest(entries: Entries) -> str:
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+
+def _entry(path: epath.Path) -> dict[str, Any]:
+    """Size and checksum of a file, when the file system has it on disk."""
+    sync(path)
+    return {"size": path.stat().length, "sha256": _sha256(path)}
 
 
 def _sha256(path: epath.Path) -> str:

@@ -34,7 +34,7 @@ def read_arrays(checkpoint: epath.Path, targets: Mapping[str, Any], sources: Map
     as_they_are = {target: parts[source][0] for target, source in sources.items() if len(parts[source]) == 1}
     arrays = stored.read_arrays(checkpoint, targets, as_they_are)
     if to_merge := [target for target in sources if target not in as_they_are]:  # in every process's order
-        settings = stored.read_json(checkpoint, "metadata")["lora"]
+        settings = stored.read_metadata(checkpoint)["lora"]
         for target in to_merge:
             names = parts[sources[target]]
             shapes = {name: found[name].shape for name in names}

@@ -4,10 +4,10 @@ A writer belongs to a run and writes below its MODEL_DIR. Metrics have a folder,
 "training_eval/my_task"; JSON lines and TensorBoard's events lie there.
 
 A run that was killed and resumed from step s shows each step once: a writer is made with `last_step=s` and forgets what
-was written for later steps. (What W&B was told, it cannot forget: it shows those steps twice.)
+was written for later steps, and for s itself where that is evaluated again. (What W&B was told, it cannot forget: it
+shows those steps twice.)
 """
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -19,6 +19,7 @@ from typing import Any, Protocol, TextIO
 import jax
 import tensorboardX
 
+from diffusion_t5x import records
 from diffusion_t5x.errors import UserError, did_you_mean
 from diffusion_t5x.training.preemption import RUN_AGAIN
 
@@ -47,7 +48,7 @@ class JsonlWriter:
 
     def write(self, step: int, folder: str, metrics: Mapping[str, float]) -> None:
         if folder not in self._files:
-            self._files[folder] = self._open(folder)
+            self._files[folder] = self._open(folder, min(self._last_step, step - 1))
         line = {"step": int(step)} | {name: float(value) for name, value in metrics.items()}
         self._files[folder].write(json.dumps(line, ensure_ascii=False) + "\n")
         self._files[folder].flush()
@@ -56,14 +57,12 @@ class JsonlWriter:
         for file in self._files.values():
             file.close()
 
-    def _open(self, folder: str) -> TextIO:
+    def _open(self, folder: str, last_step: int) -> TextIO:
         path = pathlib.Path(self._model_dir, folder, "metrics.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            kept = path.with_suffix(".jsonl.tmp")
-            with path.open(encoding="utf-8") as old, kept.open("w", encoding="utf-8") as new:
-                new.writelines(line for line in old if _step(line) <= self._last_step)
-            os.replace(kept, path)
+            with path.open("rb") as old, records.replacing(path, "wb") as new:
+                new.writelines(line for line in old if _step(line) <= last_step)
         return path.open("a", encoding="utf-8")
 
 
@@ -82,7 +81,8 @@ class TensorBoardWriter:
     def write(self, step: int, folder: str, metrics: Mapping[str, float]) -> None:
         if folder not in self._writers:
             path = os.path.join(self._model_dir, folder)
-            self._writers[folder] = tensorboardX.SummaryWriter(path, purge_step=self._last_step + 1, flush_secs=10)
+            purged = min(self._last_step + 1, step)
+            self._writers[folder] = tensorboardX.SummaryWriter(path, purge_step=purged, flush_secs=10)
         for name, value in metrics.items():
             self._writers[folder].add_scalar(name, float(value), int(step))
 
@@ -112,7 +112,7 @@ class WandbWriter:
         folder.mkdir(parents=True, exist_ok=True)
         run_id = folder / "run_id"
         if not run_id.exists():
-            run_id.write_text(uuid.uuid4().hex, encoding="utf-8")
+            records.write_text(run_id, uuid.uuid4().hex)
         try:
             self._run = wandb.init(
                 dir=model_dir,
@@ -165,8 +165,11 @@ def check_writers(names: Sequence[str]) -> None:
         if name not in WRITERS:
             known = ", ".join(WRITERS)
             raise UserError(f"No metric writer is called {name!r}; there are {known}.{did_you_mean(name, WRITERS)}")
-    if "wandb" in names and importlib.util.find_spec("wandb") is None:
-        raise UserError("The metric writer 'wandb' needs a package: pip install diffusion_t5x[wandb]")
+    if "wandb" in names:
+        try:
+            from wandb import init  # noqa: F401  (a folder `wandb` is a package without it)
+        except ImportError as error:
+            raise UserError("The metric writer 'wandb' needs a package: pip install diffusion_t5x[wandb]") from error
 
 
 def make_writer(
@@ -188,8 +191,9 @@ def make_writer(
     return MultiWriter([] if jax.process_index() else [makers[name]() for name in names])
 
 
-def _step(line: str) -> float:
+def _step(line: bytes) -> float:
+    """The step of a line; infinite where it was cut short or damaged."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else float("inf")
+    except (ValueError, KeyError, TypeError):
         return float("inf")

@@ -1,4 +1,4 @@
-"""Being told to stop, by a scheduler (SIGTERM) or by a person (SIGINT, Ctrl-C)."""
+"""Being told to stop: by a scheduler (SIGTERM, SIGUSR1), a closed terminal (SIGHUP) or a person (SIGINT, Ctrl-C)."""
 
 import logging
 import os
@@ -16,6 +16,10 @@ RUN_AGAIN = 75
 # What a shell gives for SIGINT: a person stopped the run, and no launcher should start it again.
 STOPPED = 128 + signal.SIGINT
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+# A second one of these ends at once. The others may come along with them, or twice, without anybody's wish.
+_URGENT = (signal.SIGTERM, signal.SIGINT)
+
 Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
@@ -26,11 +30,11 @@ class _BrokenOff(BaseException):
 
 
 class StopSignals:
-    """Within this context, the first SIGTERM or SIGINT is noted; the second ends the process at once.
+    """Within this context, the first of SIGNALS is noted; a second SIGTERM or SIGINT ends the process at once.
 
-    "At once" holds while the main thread computes or compiles, too: a thread sees to it. Where JAX joins several
-    processes, its preemption service has SIGTERM, and SIGINT stays as it was: a notice to any process stops all at
-    the same step.
+    "At once" holds while the main thread computes or compiles, too: a thread sees to it. A SIGHUP that is ignored, as
+    under `nohup`, stays ignored. Where JAX joins several processes, its preemption service has SIGTERM, the others are
+    handed to it, and SIGINT stays as it was: a notice to any process stops all at the same step.
     """
 
     def __init__(self):
@@ -40,20 +44,22 @@ class StopSignals:
         self._joined = jax.distributed.is_initialized()
 
     def __enter__(self) -> Self:
+        handled = [n for n in SIGNALS if n not in _URGENT and signal.getsignal(n) is not signal.SIG_IGN]
         if self._joined:
+            self._before = {number: signal.signal(number, _hand_on) for number in handled}
             return self
         read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
         self._wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(read_end,), daemon=True, name="stop_signals").start()
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {number: signal.signal(number, self._note) for number in (*_URGENT, *handled)}
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._joined:
-            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._joined:
+            return
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._write_end)
 
@@ -88,12 +94,29 @@ class StopSignals:
     def _watch(self, read_end: int) -> None:
         """Python tells of a signal through the pipe as it comes, and calls `_note` when the main thread is free."""
         with open(read_end, "rb", buffering=0) as pipe:
-            seen = False
+            noted = urgent = False
             while number := pipe.read(1):
-                if number[0] not in (signal.SIGTERM, signal.SIGINT):
+                if number[0] not in self._before:
                     continue
-                if seen:
+                if number[0] in _URGENT and urgent:
                     os._exit(128 + number[0])
-                seen = True
-                name = signal.Signals(number[0]).name
-                logger.warning("%s: stopping after this step with a checkpoint. A second signal ends at once", name)
+                urgent = urgent or number[0] in _URGENT
+                if number[0] == signal.SIGHUP:
+                    _leave_terminal()
+                if not noted:
+                    name = signal.Signals(number[0]).name
+                    logger.warning("%s: stopping after this step with a checkpoint. A second signal ends at once", name)
+                noted = True
+
+
+def _hand_on(number: int, frame: FrameType | None) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _leave_terminal() -> None:
+    """Sends to nowhere what is still printed to a terminal that has closed: writing there would be an error."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        if os.isatty(descriptor):
+            os.dup2(nowhere, descriptor)
+    os.close(nowhere)

@@ -3,8 +3,9 @@
 import asyncio
 import contextlib
 import functools
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +22,9 @@ from diffusion_t5x.training.assignment import named_leaves
 logger = logging.getLogger(__name__)
 
 NAMES = ocp.path.step.standard_name_format(step_prefix="checkpoint")
+EVALUATION = "evaluation.json"  # metrics of an evaluation that was finished after the checkpoint was
+_METADATA = "metadata/metadata"
+_ALWAYS_THERE = ("state/_METADATA", _METADATA)
 _MAX_FAULTS = 5
 
 
@@ -54,15 +58,15 @@ def commit_class(directory: epath.Path) -> type:
 def check(checkpoint: epath.Path, *items: str) -> None:
     """Raises a BrokenCheckpoint if a file of these items (by default: any file) is not what was written.
 
-    It names the file and the newest whole checkpoint beside it. Checkpoints of before there were manifests pass.
+    It names the file and the newest whole checkpoint beside it. A checkpoint of before there were manifests passes if
+    it has the files that each one has.
     """
-    if not manifest.has_manifest(checkpoint):
+    found = faults(checkpoint, items)
+    if found is None:
         _say_unchecked(checkpoint)
+    if not found:
         return
-    faults = manifest.faults(checkpoint, items)
-    if not faults:
-        return
-    more = f"; and {len(faults) - _MAX_FAULTS} more" if len(faults) > _MAX_FAULTS else ""
+    more = f"; and {len(found) - _MAX_FAULTS} more" if len(found) > _MAX_FAULTS else ""
     others = [found.path for found in reversed(find_all(checkpoint.parent)) if found.path != checkpoint]
     whole = next((other for other in others if is_whole(other)), None)
     remedy = (
@@ -71,13 +75,30 @@ def check(checkpoint: epath.Path, *items: str) -> None:
         if whole
         else "No whole one is beside it."
     )
-    raise BrokenCheckpoint(f"{checkpoint} is broken: {'; '.join(faults[:_MAX_FAULTS])}{more}. {remedy}")
+    raise BrokenCheckpoint(f"{checkpoint} is broken: {'; '.join(found[:_MAX_FAULTS])}{more}. {remedy}")
+
+
+def faults(checkpoint: epath.Path, items: Sequence[str] = (), checksums: bool = True) -> list[str] | None:
+    """What is wrong with a checkpoint, one line each (see `manifest.faults`).
+
+    None: nothing that can be known, as it was written before there were manifests.
+    """
+    has_manifest = manifest.has_manifest(checkpoint)
+    if has_manifest:
+        found = manifest.faults(checkpoint, items, checksums)
+    else:
+        found = [f"it has no {name}" for name in _ALWAYS_THERE if not (checkpoint / name).exists()]
+    step = None if found else _raw_metadata(checkpoint).get("step")
+    if step is not None and step != int(checkpoint.name.rpartition("_")[2]):
+        found = [f"it is of step {step} and was renamed: call it checkpoint_{step} again"]
+    return found if found or has_manifest else None
 
 
 def is_whole(checkpoint: epath.Path) -> bool:
     """Whether every file is what was written; of a checkpoint without manifest, whether it can be opened."""
-    if manifest.has_manifest(checkpoint):
-        return not manifest.faults(checkpoint)
+    found = faults(checkpoint)
+    if found is not None:
+        return not found
     try:
         return bool(leaves(checkpoint))
     except Exception:  # whatever a broken file makes Orbax raise
@@ -105,14 +126,19 @@ def set_aside_after(path: str) -> None:
     checkpoint = epath.Path(path)
     found = find_all(checkpoint.parent)
     newer = found[[other.path.name for other in found].index(checkpoint.name) + 1 :]
+    set_aside([other.path for other in newer])
+
+
+def set_aside(checkpoints: Sequence[epath.Path]) -> None:
+    """Renames checkpoints to `broken_checkpoint_<step>`."""
     if jax.process_index() == 0:
-        for other in newer:
-            names = [f"broken_{other.path.name}", *(f"broken_{other.path.name}_{i}" for i in range(2, 1000))]
-            aside = next(name for name in names if not (checkpoint.parent / name).exists())
-            other.path.rename(checkpoint.parent / aside)
-            logger.warning("%s is broken: set aside as %s", other.path, aside)
-    if newer and jax.process_count() > 1:
-        multihost_utils.sync_global_devices("set_aside_after")
+        for path in checkpoints:
+            names = [f"broken_{path.name}", *(f"broken_{path.name}_{i}" for i in range(2, 1000))]
+            aside = next(name for name in names if not (path.parent / name).exists())
+            path.rename(path.parent / aside)
+            logger.warning("%s is broken: set aside as %s", path, aside)
+    if checkpoints and jax.process_count() > 1:
+        multihost_utils.sync_global_devices("set_aside")
 
 
 def leaves(checkpoint: epath.Path) -> dict[str, Any]:
@@ -131,8 +157,18 @@ def leaves(checkpoint: epath.Path) -> dict[str, Any]:
     return named_leaves(tree)
 
 
-def read_json(checkpoint: epath.Path, item: str) -> dict[str, Any]:
-    return _read(checkpoint / item, ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
+def read_metadata(checkpoint: epath.Path) -> dict[str, Any]:
+    """What the caller of `Checkpoints.save` gave, with the metrics of an evaluation that was finished later."""
+    metadata = _read(checkpoint / "metadata", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
+    if not manifest.holds(checkpoint, EVALUATION):
+        return metadata
+    evaluation = json.loads((checkpoint / EVALUATION).read_text())
+    return {name: value for name, value in metadata.items() if name != "evaluation_due"} | evaluation
+
+
+def write_evaluation(checkpoint: epath.Path, metrics: Mapping[str, float]) -> None:
+    """Adds the metrics of an evaluation to a finished checkpoint, whose evaluation is then no longer due."""
+    manifest.add(checkpoint, EVALUATION, json.dumps({"metrics": dict(metrics)}))
 
 
 def read_tree(checkpoint: epath.Path, item: str) -> dict[str, np.ndarray]:
@@ -152,6 +188,14 @@ def read_arrays(checkpoint: epath.Path, targets: Mapping[str, Any], sources: dic
         read |= {target: restored[source] for source, target in now.items()}
         sources = {target: source for target, source in sources.items() if target not in read}
     return read
+
+
+def _raw_metadata(checkpoint: epath.Path) -> dict[str, Any]:
+    try:
+        metadata = json.loads((checkpoint / _METADATA).read_text())
+    except (OSError, ValueError):
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _read(path: epath.Path, handler: Any, args: Any) -> Any:

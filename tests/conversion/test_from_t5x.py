@@ -296,12 +296,12 @@ def test_arrays_beside_that_are_refused(tmp_path, tokenizer):
     name, array = "decoder/decoder_norm/scale", np.ones(EMBED, np.float32)
     said = write_zarr(tmp_path / "elsewhere", "norm", array)
 
-    def refuses(changes, message, path=None, written=False):
+    def refuses(changes, message, path=None):
         leaf = said | changes | ({"kvstore": {"driver": "file", "path": path}} if path else {})
         source = write_checkpoint(tmp_path / "source", target() | {name: leaf})
         with pytest.raises(UserError, match=message):
             import_model(source, tokenizer, tmp_path / "out")
-        assert (tmp_path / "out").exists() == written
+        assert not (tmp_path / "out").exists()
 
     outside = "scale lies outside of the checkpoint's folder"
     refuses({}, outside, "../elsewhere/norm")
@@ -322,7 +322,7 @@ def test_arrays_beside_that_are_refused(tmp_path, tokenizer):
     chunk.write_bytes(whole)
     refuses({"metadata": {"shape": [EMBED + 1]}}, r"has the shape \(8,\), and checkpoint says \(9,\)")
     chunk.write_bytes(whole[:12])
-    refuses({}, "cannot read decoder/decoder_norm/scale: .*norm/1", written=True)
+    refuses({}, "cannot read decoder/decoder_norm/scale: .*norm/1")
 
 
 def test_files_that_are_refused(tmp_path, tokenizer):

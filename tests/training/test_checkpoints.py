@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -339,3 +340,72 @@ def test_bad_settings(tmp_path):
         checkpoints.Checkpoints(tmp_path, keep_best=1)
     with pytest.raises(UserError, match="best_mode"):
         checkpoints.Checkpoints(tmp_path, keep_best=1, best_metric="bleu", best_mode="most")
+
+
+@pytest.mark.parametrize("mode,best", [("max", 2), ("min", 3)])
+def test_the_best_stay_by_metrics_that_come_after_the_save(tmp_path, mode, best):
+    store = checkpoints.Checkpoints(tmp_path, keep_last=1, keep_best=1, best_metric="bleu", best_mode=mode)
+    for step, score in {1: 0.5, 2: 0.9, 3: 0.1, 4: 0.6}.items():
+        store.save(step, {"x": jnp.full(2, step)}, {}, {"step": step, "metrics": {}, "evaluation_due": True})
+        assert checkpoints.steps(tmp_path)[-1:] in ([step], [step - 1], [])  # it is written in the background
+        store.add_evaluation(step, {"bleu": score})
+        assert checkpoints.read_metadata(tmp_path) == {"step": step, "metrics": {"bleu": score}}
+        assert not stored.faults(checkpoints.find_checkpoint(tmp_path))
+    store.close()
+    assert checkpoints.steps(tmp_path) == [best, 4]
+    # Another process learns of them from the disk.
+    store = checkpoints.Checkpoints(tmp_path, keep_last=1, keep_best=1, best_metric="bleu", best_mode=mode)
+    store.save(5, {"x": jnp.zeros(2)}, {}, {"step": 5})
+    store.close()
+    assert checkpoints.steps(tmp_path) == [best, 5]
+
+
+_EVALUATES_FOR_EVER = """
+import itertools, sys, jax.numpy as jnp
+from diffusion_t5x.training import checkpoints
+store = checkpoints.Checkpoints(sys.argv[1])
+print("ready", flush=True)
+for score in itertools.count(1):
+    store.add_evaluation(1, {"score": score})
+"""
+
+
+def test_killed_while_metrics_are_added_a_checkpoint_is_whole_evaluated_or_due(tmp_path):
+    store = checkpoints.Checkpoints(tmp_path)
+    store.save(1, {"x": jnp.arange(4)}, {}, {"step": 1, "metrics": {}, "evaluation_due": True})
+    store.close()
+    due = {"step": 1, "metrics": {}, "evaluation_due": True}
+    for milliseconds in (0, 3, 17):
+        process = subprocess.Popen(
+            [sys.executable, "-c", _EVALUATES_FOR_EVER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+        try:
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(milliseconds / 1000)
+        finally:
+            process.kill()
+            process.communicate()
+        assert stored.faults(checkpoints.find_checkpoint(tmp_path)) == []
+        state, _, metadata = checkpoints.restore(tmp_path, {"x": jax.ShapeDtypeStruct((4,), jnp.int32)})
+        assert state["x"].tolist() == [0, 1, 2, 3]
+        assert metadata == due or (metadata.keys() == {"step", "metrics"} and metadata["metrics"]["score"] >= 1)
+
+
+@pytest.mark.parametrize("what", ["renamed", "empty", "cut"])
+def test_a_step_is_saved_where_something_else_has_its_name(tmp_path, what, caplog):
+    store = checkpoints.Checkpoints(tmp_path, keep_last=9)
+    store.save(5, {"x": jnp.full(2, 5)}, {}, {"step": 5})
+    store.wait()
+    there = tmp_path / "checkpoint_10"
+    if what == "empty":
+        there.mkdir()
+    else:
+        shutil.copytree(tmp_path / "checkpoint_5", there)
+    if what == "cut":
+        (there / "state" / "_METADATA").unlink()
+    store.save(10, {"x": jnp.full(2, 10)}, {}, {"step": 10})
+    store.close()
+    assert "checkpoint_10 is broken: set aside as broken_checkpoint_10" in caplog.text
+    restored, _, metadata = checkpoints.restore(there, abstract({"x": jnp.zeros(2, int)}))
+    assert metadata == {"step": 10} and restored["x"].tolist() == [10, 10]
+    assert checkpoints.steps(tmp_path) == [5, 10]

@@ -90,6 +90,8 @@ def run(folder, *, total_steps, periods, start=0, train_step=count, state=None, 
             judge=more.get("judge", Judge(BadNumbers(), folder)),
             goodput=more.get("goodput", Goodput()),
             hang_timeout=more.get("hang_timeout"),
+            evaluation_due=more.get("evaluation_due", False),
+            check_folder=more.get("check_folder", lambda: None),
         )
     finally:
         store.close()
@@ -235,3 +237,72 @@ def test_the_time_of_a_run_is_shared_out(tmp_path):
     assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) >= 0
     assert shares["evaluation"] * took >= 0.3 * 0.98
     assert "evaluation" in str(goodput)
+
+
+class Failing(Recorder):
+    """An evaluation that raises until it is mended."""
+
+    mended = False
+
+    def evaluate(self, state, step):
+        if not self.mended:
+            raise UserError("The target 'a' has no answer.")
+        return super().evaluate(state, step)
+
+
+@pytest.mark.parametrize("periods,step", [(Periods(log=2, eval=4, save=4), 4), (Periods(log=2, eval=3, save=9), 3)])
+def test_an_evaluation_that_fails_leaves_the_steps_and_is_made_up_for(tmp_path, periods, step):
+    recorder = Failing()
+    with pytest.raises(UserError, match="has no answer"):
+        run(tmp_path, total_steps=8, periods=periods, recorder=recorder)
+    assert checkpoints.steps(tmp_path) == [step]
+    abstract = TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32), params={"sum": jax.ShapeDtypeStruct((), jnp.int32)}, opt_state=()
+    )
+    state, data, metadata = checkpoints.restore(tmp_path, abstract)
+    assert int(state.params["sum"]) == step * (step + 1) // 2 and int(data["next"]) == step
+    assert metadata == {"config": "text", "step": step, "metrics": {}, "evaluation_due": True}
+
+    def go_on():
+        batches = Batches()
+        batches.load_state_dict(data)
+        state, _, _ = checkpoints.restore(tmp_path / f"checkpoint_{step}", abstract)
+        more = {"recorder": recorder, "batches": batches, "state": state, "evaluation_due": True}
+        return run(tmp_path, total_steps=8, periods=periods, start=step, **more)
+
+    with pytest.raises(UserError, match="has no answer"):  # not mended yet: it begins with the same evaluation
+        go_on()
+    assert checkpoints.steps(tmp_path) == [step]
+    recorder.mended = True
+    final, _ = go_on()
+    assert int(final.params["sum"]) == 36 and sorted(recorder.evaluated) == sorted({step, *range(step, 9, step), 8})
+    assert checkpoints.read_metadata(tmp_path / f"checkpoint_{step}")["metrics"] == {"score": float(step)}
+    assert checkpoints.read_metadata(tmp_path)["metrics"] == {"score": 8.0}
+
+
+def test_an_evaluation_begins_when_its_steps_are_saved(tmp_path):
+    class Looks(Recorder):
+        def evaluate(self, state, step):
+            deadline = time.monotonic() + 60  # it is written in the background
+            while checkpoints.steps(tmp_path)[-1:] != [step] and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert checkpoints.read_metadata(tmp_path)["evaluation_due"]
+            return super().evaluate(state, step)
+
+    _, recorder = run(tmp_path, total_steps=4, periods=Periods(log=2, eval=2, save=2), recorder=Looks())
+    assert sorted(recorder.evaluated) == [2, 4]
+
+
+@pytest.mark.parametrize("gone_at", [1, 3])
+def test_a_folder_that_is_removed_ends_the_run(tmp_path, gone_at):
+    """At a log, and at the very end."""
+    asked = []
+
+    def check_folder():
+        asked.append(None)
+        if len(asked) == gone_at:
+            raise UserError("the folder was removed")
+
+    with pytest.raises(UserError, match="was removed"):
+        run(tmp_path, total_steps=4, periods=Periods(log=2, eval=None, save=9), check_folder=check_folder)
+    assert len(asked) == gone_at

@@ -196,3 +196,80 @@ def test_a_save_that_fails_is_an_error_and_leaves_the_only_whole_checkpoint(tmp_
 def test_synchronous_saves_have_a_manifest_too(tmp_path):
     save(tmp_path, 1, asynchronous=False)
     assert faults(tmp_path / "checkpoint_1") == []
+
+
+def test_a_renamed_checkpoint_is_noticed_wherever_it_is_read(run):
+    (run / "checkpoint_5").rename(run / "checkpoint_10")
+    named = "checkpoint_10 is broken: it is of step 5 and was renamed: call it checkpoint_5 again"
+    for read in (checkpoints.read_metadata, lambda path: checkpoints.restore(path, ABSTRACT)):
+        with pytest.raises(stored.BrokenCheckpoint, match=named):
+            read(run)
+    assert stored.latest_whole(run) == str(run / "checkpoint_7")
+    make_old(run / "checkpoint_10")
+    assert not stored.is_whole(epath.Path(run / "checkpoint_10"))
+
+
+@pytest.mark.parametrize("lost", ["metadata/metadata", "state/_METADATA", "metadata", "state", ""])
+def test_a_part_of_a_checkpoint_is_none_that_is_older_than_manifests(run, lost):
+    make_old(run / "checkpoint_7")
+    path = run / "checkpoint_7" / lost
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+    path.parent.mkdir(exist_ok=True)
+    (run / "checkpoint_7").mkdir(exist_ok=True)
+    with pytest.raises(
+        stored.BrokenCheckpoint, match=r"checkpoint_7 is broken: it has no (state|metadata)/"
+    ):
+        checkpoints.restore(run, ABSTRACT)
+    assert stored.latest_whole(run) == str(run / "checkpoint_5")
+
+
+def test_a_flipped_bit_of_the_manifest_is_always_found(run):
+    path = run / "checkpoint_7" / manifest.FILE
+    content = path.read_bytes()
+    for place in range(len(content)):
+        for bit in (0, place % 7 + 1):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+            (found,) = faults(run / "checkpoint_7", checksums=False)
+            assert found.startswith("manifest.json "), (place, bit, found)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[]",
+        b"{}",
+        b"\xff",
+        b'{"files": []}',
+        b'{"files": {"a": 1}}',
+        b'{"files": {"a": {"size": "1", "sha256": ""}}}',
+        b'{"files": {"a": {"size": 1}}}',
+        b'{"files": {"\\u0000": {"size": 1, "sha256": ""}}}',
+        b'{"files": {}, "more": 1}',
+        b"[" * 100_000,
+    ],
+)
+def test_what_is_no_manifest_is_a_fault(run, content):
+    (run / "checkpoint_7" / manifest.FILE).write_bytes(content)
+    assert faults(run / "checkpoint_7") == ["manifest.json cannot be read"]
+
+
+def test_manifests_of_before_they_had_a_checksum_of_their_own_are_read(run):
+    path = run / "checkpoint_7" / manifest.FILE
+    said = json.loads(path.read_text())
+    del said["sha256"]
+    path.write_text(json.dumps(said))
+    assert faults(run / "checkpoint_7") == []
+
+
+def test_damage_to_an_evaluation_is_found(run):
+    store = checkpoints.Checkpoints(run)
+    store.add_evaluation(7, {"score": 1.0})
+    store.close()
+    assert checkpoints.read_metadata(run) == {"step": 7, "metrics": {"score": 1.0}}
+    path = run / "checkpoint_7" / stored.EVALUATION
+    content = path.read_bytes()
+    for damage in (cut, change, lose):
+        damage(path)
+        with pytest.raises(stored.BrokenCheckpoint, match=r"checkpoint_7 is broken: evaluation.json"):
+            checkpoints.read_metadata(run)
+        path.write_bytes(content)
