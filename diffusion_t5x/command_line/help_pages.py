@@ -1,7 +1,6 @@
 """What `--help` shows: of the command the verbs, of a verb its flags, an example and its macros."""
 
 import argparse
-import ast
 import importlib.util
 import pathlib
 import re
@@ -118,9 +117,9 @@ def _macro_line(name: str, default: str, meaning: str) -> str:
 
 
 def _description(module: str) -> str:
-    """A module's docstring, without importing it."""
-    found = importlib.util.find_spec(module)
-    return ast.get_docstring(ast.parse(pathlib.Path(found.origin).read_text(encoding="utf-8"))) or ""
+    """A module's docstring, without importing the module."""
+    text = pathlib.Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
+    return re.match(r'r?"""(.*?)"""', text, re.DOTALL)[1].strip()
 
 
 def answer(program: Sequence[str]) -> str | None:
