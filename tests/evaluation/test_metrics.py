@@ -168,6 +168,8 @@ def test_math_answers_are_compared_as_mathematics():
         ("So 5 + 3 = 8 apples.\n#### 8", "#### 8"): 1,
         ("#### 1,000", "He has 12 and so on. #### 1000"): 1,
         ("#### 8", "#### 9"): 0,
+        ("#### 72", "... \n#### 72\n\nQuestion: Tom has 5 apples and 3 more. #### 8"): 1,
+        ("#### 72", "... \n#### 72 clips in 2 months"): 1,
         ("#### 72", "the answer is 72."): 1,
         ("#### 8", "no idea"): 0,
         (r"Thus $\boxed{\frac{1}{2}}$", r"It is $\boxed{0.5}$"): 1,
