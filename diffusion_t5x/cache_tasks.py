@@ -68,7 +68,7 @@ def cache_tasks(
             jobs.append(CacheJob(task, cache.folder(cache_dir, name, split), info, tuple(task_modules)))
 
     missing = [job for job in jobs if not cache.is_done(job.folder, job.info)]
-    unlisted = [info for info in mixtures if not cache.is_done(cache.folder(cache_dir, info.name, info.split), info)]
+    unlisted = [x for x in mixtures if not cache.is_done(cache.folder(cache_dir, x.name, x.split), x)]
     for job in jobs:
         logger.info("%s %s", job.folder, "is to be written" if job in missing else "is there already")
     if dry_run:
@@ -79,8 +79,8 @@ def cache_tasks(
         write(missing)
     else:
         write_with_beam(missing, beam_options)
-    for info in unlisted:
-        cache.write_info(cache.folder(cache_dir, info.name, info.split), info)
+    for mixture in unlisted:
+        cache.write_info(cache.folder(cache_dir, mixture.name, mixture.split), mixture)
 
 
 if __name__ == "__main__":

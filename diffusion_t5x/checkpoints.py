@@ -12,10 +12,10 @@ from collections.abc import Sequence
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an accelerator may be in use by the run that is looked at
 
 import rich.box
-import rich.console
 import rich.table
 
-from diffusion_t5x.errors import UserError
+from diffusion_t5x import config, terminal
+from diffusion_t5x.console import Console
 from diffusion_t5x.flags import Parser
 from diffusion_t5x.training import inspection, stored
 from diffusion_t5x.training.checkpoints import find_checkpoint, find_checkpoints, read_metadata
@@ -117,15 +117,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command; exits with status 0, 1 or 2 (see the module)."""
-    try:
+    with config.program():
         flags = parse(argv)
-        sys.exit(0 if flags.command(flags) else 1)
-    except stored.BrokenCheckpoint as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        try:
+            sys.exit(0 if flags.command(flags) else 1)
+        except stored.BrokenCheckpoint as error:
+            print(f"error: {terminal.safe(error)}", file=sys.stderr)
+            sys.exit(1)
 
 
 def _table(*columns: str) -> rich.table.Table:
@@ -137,7 +135,7 @@ def _table(*columns: str) -> rich.table.Table:
 
 def _print(*things: rich.table.Table | str) -> None:
     # Into a file or a pipe, no line is wrapped to a terminal's width.
-    console = rich.console.Console(width=None if sys.stdout.isatty() else 10_000, highlight=False, markup=False)
+    console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False, markup=False)
     for thing in things:
         console.print(thing)
 

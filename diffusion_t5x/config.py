@@ -1,6 +1,6 @@
 """gin at the edge: flags, search paths, overrides, and every gin mistake as one clear message.
 
-No other module imports gin, `gin_guard` excepted. A verb is a plain function whose arguments gin fills in:
+Only the modules beside it, `gin_*`, import gin, too. A verb is a plain function whose arguments gin fills in:
 
     def train(*, model: Transformer, train_steps: int, dry_run: bool = False): ...
 
@@ -10,7 +10,6 @@ No other module imports gin, `gin_guard` excepted. A verb is a plain function wh
 The flags are T5X's: `--gin_file` (repeatable, later wins), `--gin.NAME=VALUE`, `--gin_search_paths`, `--dry_run`.
 """
 
-import ast
 import contextlib
 import dataclasses
 import functools
@@ -19,7 +18,6 @@ import inspect
 import logging
 import os
 import pathlib
-import pkgutil
 import re
 import sys
 import tokenize
@@ -33,9 +31,12 @@ import gin
 from gin import config as gin_config  # gin offers no public way to list what is registered and what is bound
 from gin import config_parser
 
-from diffusion_t5x import gin_guard, processes
-from diffusion_t5x.errors import UserError, did_you_mean
+from diffusion_t5x import gin_checks, gin_guard, gin_messages, gin_reading, processes, terminal
+from diffusion_t5x.errors import OtherModel, UserError
 from diffusion_t5x.flags import parse_flags
+from diffusion_t5x.gin_messages import explained_errors
+from diffusion_t5x.gin_reading import shipped, shipped_text
+from diffusion_t5x.task_modules import registers_tasks
 
 PACKAGE = pathlib.Path(__file__).parent
 # Strings that need no quotes on the command line: names and paths, as in --gin.MODEL_DIR=/tmp/model.
@@ -71,7 +72,14 @@ def program() -> Iterator[None]:
     A `UserError` ends the process with `error: ...` on stderr and status 2; any other exception keeps its traceback.
     Of several processes that work as one, none waits for others when it fails.
     """
+    with terminal.standard_streams(), _ended_by_errors():
+        yield
+
+
+@contextlib.contextmanager
+def _ended_by_errors() -> Iterator[None]:
     _quiet_start()
+    processes.in_32_bits()
     try:
         yield
         processes.leave()
@@ -79,9 +87,10 @@ def program() -> Iterator[None]:
         processes.leave()
         raise
     except UserError as error:
-        # gin appends to every exception the chain of configurables that it passed through.
-        message, *_ = str(error).split("\n  In call to configurable")
-        print(f"error: {message}", file=sys.stderr)
+        # gin appends to every exception the chain of configurables and files that it passed through.
+        message, *_ = re.split(r"\n  In (?:call to configurable|file) ", str(error))
+        message += _files_of(error.settings) if isinstance(error, OtherModel) else ""
+        print(f"error: {terminal.safe(message)}", file=sys.stderr)
         processes.give_up(2)
         sys.exit(2)
     except BaseException:
@@ -101,7 +110,11 @@ def load(
     """Replaces gin's configuration by that of `gin_files`, then `bindings` (`"NAME = VALUE"`); later ones win.
 
     Before them come `texts`, gin that nobody named on the command line, such as a checkpoint's: it may refer to less
-    (`gin_guard.check_settings`). Their keys say in messages what they are.
+    (see `gin_guard`). Their keys say in messages what they are.
+
+    Run files, those in `gin/runs`, set defaults: what any other file sets wins, before or after them. `%gin.REQUIRED`
+    does not unset what an earlier one of `gin_files` set. A binding without scope replaces those that files have for
+    the same parameter in scopes.
 
     Files and their includes are looked up as given, in `search_paths`, beside the files of `gin_files`, then among the
     shipped ones: `runs/x.gin`, `gin/runs/x.gin` and `diffusion_t5x/gin/runs/x.gin` are the same file. They may import
@@ -115,32 +128,26 @@ def load(
     gin_files = [os.path.expanduser(file) for file in gin_files]
     folders = [os.path.dirname(file) for file in gin_files]
     gin.clear_config()
-    gin_config._LOCATION_PREFIXES[:] = map(str, ["", *search_paths, *folders, PACKAGE / "gin", PACKAGE, PACKAGE.parent])
-    # Besides `open`, gin has a reader that takes folders for Python packages and logs an error wherever it finds none.
-    gin_config._FILE_READERS[:] = [(functools.partial(open, encoding="utf-8"), os.path.isfile)]
+    gin_reading.start()
+    gin_config._LOCATION_PREFIXES[:] = map(
+        str, ["", *search_paths, *folders, gin_reading.SHIPPED, PACKAGE, PACKAGE.parent]
+    )
     gin.parse_config("from __gin__ import dynamic_registration")  # so that `operative_text` writes it, too
     for what, text in texts.items():
-        with _explained_errors(what):
+        with explained_errors(what), gin_reading.reading("text", what):
             gin.parse_config(text)
-            gin_guard.check_settings(allowed)
     for file in gin_files:
-        with _explained_errors():
+        with explained_errors(), gin_reading.reading("file", file):
             gin.parse_config_file(file)
-    overridden = []
     for binding in bindings:
         name, equals, value = (part.strip() for part in binding.partition("="))
         flag = f"--gin.{name}={value}" if equals else f"--gin_bindings={binding!r}"
-        with _explained_errors(flag):
+        with explained_errors(flag), gin_reading.reading("flag", flag):
             gin.parse_config(f"{name} = {_gin_value(name, value)}" if equals else binding)
-        if equals and "." not in name:
-            overridden.append((name, flag))
-    references = gin_config.iterate_references(gin_config._CONFIG)
-    used = {
-        "/".join(reference.scopes) for reference in references if reference.configurable.wrapped is gin_config.macro
-    }
-    for name, flag in overridden:
-        if name not in used:
-            raise UserError(f"{flag}: nothing in this configuration uses a macro {name!r}.{did_you_mean(name, used)}")
+    with explained_errors():
+        gin_guard.check_references(allowed)
+    gin_checks.check_macros_used()
+    gin_checks.check_cycles()
 
 
 def operative_text() -> str:
@@ -157,7 +164,7 @@ def operative_text() -> str:
     for selector, configurable in mentioned.items():
         unbound = {
             parameter.name: parameter.default
-            for parameter in _parameters(configurable.wrapped)
+            for parameter in gin_checks.parameters(configurable.wrapped)
             if parameter.name not in bound.get(("", selector), {}) and parameter.name != "dry_run"
         }
         literal = bool | int | float | str | tuple | list | dict | None
@@ -179,6 +186,50 @@ def operative_values() -> dict[str, Any]:
     return values
 
 
+def registration(macro: str) -> dict[str, Any]:
+    """What the value of a macro needs, as JSON can hold it, so that another program can bind it to the same.
+
+    Returns:
+      "imports": the modules it refers to, and those whose import may register tasks. "bindings": by full name
+      (`scope/package.module.function.argument`; macros have no dot) the values, in which a reference is
+      {"@": name, "call": bool} and a macro {"%": name}. {} where the macro is not bound.
+    """
+    if (macro, "gin.macro") not in gin_config._CONFIG:
+        return {}
+    bindings, wanted = {}, [(macro, "gin.macro")]
+    modules = {x.module for x in gin_config._IMPORTS if registers_tasks(x.module)}
+    while wanted:
+        scope, selector = key = wanted.pop()
+        configurable = gin_config._REGISTRY[selector].wrapped
+        name = f"{configurable.__module__}.{configurable.__qualname__}"
+        is_macro = configurable is gin_config.macro
+        for parameter, value in gin_config._CONFIG.get(key, {}).items():
+            full = scope if is_macro else f"{scope}/{name}.{parameter}".lstrip("/")
+            if full in bindings:
+                continue
+            bindings[full] = _as_json(value)
+            for reference in gin_config.iterate_references({parameter: value}):
+                found = reference.configurable
+                if found.wrapped is gin_config.macro:
+                    wanted.append(("/".join(reference.scopes), "gin.macro"))
+                else:
+                    modules.add(found.wrapped.__module__)
+                    wanted += [bound for bound in gin_config._CONFIG if bound[1] == found.selector]
+    return {"imports": sorted(modules), "bindings": bindings}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, gin_config.ConfigurableReference):
+        target, scope = value.configurable.wrapped, "/".join(value.scopes)
+        if target is gin_config.macro:
+            return {"%": scope}
+        name = f"{target.__module__}.{target.__qualname__}"
+        return {"@": f"{scope}/{name}".lstrip("/"), "call": value.evaluate}
+    if isinstance(value, Mapping):
+        return {key: _as_json(item) for key, item in value.items()}
+    return list(map(_as_json, value)) if isinstance(value, list | tuple) else value
+
+
 def _run(
     main: Callable[..., Any], argv: Sequence[str], subcommand: str, dry_run: object, texts: Mapping[str, str]
 ) -> None:
@@ -195,32 +246,36 @@ def _run(
     load(flags.gin_file, flags.gin_bindings, flags.gin_search_paths, [own, *flags.gin_allow], texts)
     selector = gin_config._inverse_lookup(main).selector
     gin_config._CONFIG.setdefault(("", selector), {})  # so that `operative_text` shows it where nothing is bound
+    gin_checks.check_types(main)
+    gin_checks.check_flags_used(main)
     if flags.print_config:
         print(operative_text())
-    if unset := list(dict.fromkeys(_unset(selector, [], {"dry_run"}))):
-        raise UserError(
-            f"{'' if flags.gin_file else 'no --gin_file was given (--help shows examples); '}"
-            f"not set: {', '.join(unset)}. Set on the command line ({' '.join(f'--gin.{name}=...' for name in unset)}) "
-            f"or in a gin file{''.join(map(_shipped_values, unset))}."
-        )
+    if missing := list(dict.fromkeys(gin_checks.unset(selector, [], {"dry_run"}))):
+        first = "" if flags.gin_file else "no --gin_file was given (--help shows examples); "
+        raise UserError(first + gin_messages.not_set(missing))
+    gin_guard.check_buckets(gin_checks.reached(main))
     if not flags.print_config:
         gin.get_configurable(main)(**({"dry_run": dry_run or flags.dry_run} if takes_dry_run else {}))
 
 
 def _examples(module: str) -> list[str]:
     """A command for each shipped run of the verb, with the macros that must be set."""
-    runs = [file for file in _shipped("runs") if module.rpartition(".")[2] in file]
-    required = [re.findall(r"^(\w+) = %gin.REQUIRED", _shipped_text(file), re.MULTILINE) for file in runs]
+    runs = [file for file in shipped("runs") if module.rpartition(".")[2] in file]
+    required = [re.findall(r"^(\w+) = %gin.REQUIRED", shipped_text(file), re.MULTILINE) for file in runs]
     return [
         " ".join([f"--gin_file={file}", *(f"--gin.{name}=..." for name in names)])
         for file, names in zip(runs, required, strict=True)
     ]
 
 
-def _shipped_values(macro: str) -> str:
-    """Which shipped gin files set a macro to a model, an objective or the like."""
-    files = [file for file in _shipped() if re.search(rf"^{macro} = @", _shipped_text(file), re.MULTILINE)]
-    return f"; {macro} is set in {', '.join(files[:3])}" if files else ""
+def _files_of(model: Mapping[str, Any]) -> str:
+    """Which shipped size a model has, by fields of its ModelConfig."""
+    for file in shipped("sizes"):
+        parsed = config_parser.ConfigParser(shipped_text(file), _AsText())
+        bound = {x.arg_name: x.value for x in parsed if isinstance(x, config_parser.BindingStatement)}
+        if all(model.get(name) == value for name, value in bound.items() if name in model) and "embed_dim" in model:
+            return f" Its size is that of {file}."
+    return ""
 
 
 class _AsText(config_parser.ParserDelegate):
@@ -264,104 +319,6 @@ def _gin_value(name: str, value: str) -> str:
     raise UserError(f"--gin.{name}={value}: not a gin value. Quote a string: --gin.{name}='\"{value}\"'")
 
 
-def _unset(selector: str, scope: list[str], given: set[str], called: bool = True, seen=None) -> Iterator[str]:
-    """What has no value among all that a call of `selector` in `scope` with the `given` arguments would evaluate."""
-    seen = set() if seen is None else seen
-    if (visit := (selector, called, *scope)) in seen:
-        return
-    seen.add(visit)
-    configurable = gin_config._REGISTRY[selector]
-    with gin.config_scope(scope):
-        bound = gin.get_bindings(selector, resolve_references=False)
-
-    def spelled(parameter: str) -> str:
-        if configurable.wrapped is gin_config.macro:
-            return "/".join(scope)
-        return "/".join([*scope, ".".join(selector.split(".")[-2:])]) + f".{parameter}"
-
-    if called:
-        for parameter in _parameters(configurable.wrapped):
-            if parameter.default is parameter.empty and parameter.name not in given | bound.keys():
-                yield spelled(parameter.name)
-    for name, value in bound.items():
-        for reference in gin_config.iterate_references({name: value}):
-            if repr(reference) == "%gin.REQUIRED":
-                yield spelled(name)
-            else:
-                next_scope = reference.scopes or scope
-                yield from _unset(reference.configurable.selector, next_scope, set(), reference.evaluate, seen)
-
-
-def _parameters(function_or_class: Callable[..., Any]) -> list[inspect.Parameter]:
-    """The parameters that gin can bind by name."""
-    is_class = inspect.isclass(function_or_class)
-    parameters = inspect.signature(function_or_class.__init__ if is_class else function_or_class).parameters.values()
-    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [parameter for parameter in list(parameters)[is_class:] if parameter.kind in by_name]
-
-
-@contextlib.contextmanager
-def _explained_errors(flag: str = "") -> Iterator[None]:
-    """Turns what gin raises while it reads a file, a text or the command line's `flag`, into a `UserError`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-        if any(frame.f_code.co_name == "<module>" for frame in frames):
-            raise  # a module that the file imports is broken: that needs its traceback
-        # gin appends the places to the message, innermost first; the tokenizer's errors do not know their file.
-        message, *places = str(error).strip('"').split("\n  In ")
-        file, line = next(iter(re.findall(r'^file "(.+)", line (\d+)', places[0] if places else "")), ("", ""))
-        if isinstance(error, SyntaxError | tokenize.TokenError):
-            readers = [frame for frame in frames if frame.f_code.co_name == "parse_config_file"]
-            file = readers[-1].f_locals["f"].name if readers else ""
-            if isinstance(error, SyntaxError):
-                message, line = f"{error.msg} In: {(error.text or '').strip()}", error.lineno
-            else:
-                message, (line, _) = ast.literal_eval(message)
-        place = flag or (file and f"{file}:{line}")
-        raise UserError(": ".join(filter(None, [place, _explanation(message, file)]))) from None
-
-
-def _explanation(message: str, file: str) -> str:
-    """gin's message in words for whoever wrote the file or the flag, with the names that may have been meant."""
-    if match := re.match(r"Unable to open file: (.+)\. Searched config paths", message):
-        name = match[1]
-        return f"there is no gin file {name!r}.{did_you_mean(name, _shipped())}"
-    if match := re.match(r"Configurable '(.+)' doesn't have a parameter named '(.+)'\.", message):
-        selector, name = match.groups()
-        names = [parameter.name for parameter in _parameters(gin_config._REGISTRY.get_match(selector).wrapped)]
-        return f"{selector} has no parameter {name!r}.{did_you_mean(name, names) or f' It has {names}.'}"
-    if match := re.match(r"No configurable matching (?:reference )?'@?([\w./]+)", message):
-        name = match[1].rpartition("/")[2]
-        length = name.count(".") + 1
-        names = {".".join(selector.split(".")[-length:]) for selector, _ in gin_config._REGISTRY.items()}
-        return f"no gin file that was read mentions {name!r}.{did_you_mean(name, names)}"
-    if match := re.match(r"'(.+)' was not provided by an import statement", message):
-        text = pathlib.Path(file).read_text(encoding="utf-8") if file else ""
-        imports = re.findall(r"^(?:from .+ )?import (?:.+ as )?(\w+)", text, re.MULTILINE)
-        return f"{match[1]!r} is not imported in this file.{did_you_mean(match[1], imports)}"
-    if match := re.match(r"Couldn't resolve selector .*<module '(.+)' from .+ has no attribute (.+)\.", message):
-        return f"{match[1]} has no {match[2]!r}.{did_you_mean(match[2], dir(sys.modules[match[1]]))}"
-    if match := re.match(r"No module named '(.+)'", message):
-        package, _, name = match[1].rpartition(".")
-        siblings = [info.name for info in pkgutil.iter_modules(getattr(sys.modules.get(package), "__path__", None))]
-        return f"there is no module {match[1]!r}.{did_you_mean(name, siblings)}"
-    return message
-
-
-def _shipped(folder: str = "") -> list[str]:
-    """The gin files that come with the package, relative to its gin folder."""
-    root = PACKAGE / "gin"
-    return sorted(str(path.relative_to(root)) for path in (root / folder).rglob("*.gin"))
-
-
-def _shipped_text(file: str) -> str:
-    return (PACKAGE / "gin" / file).read_text(encoding="utf-8")
-
-
 def _importable(main: Callable[..., Any]) -> Callable[..., Any]:
     """`main` as gin files import it: the one that `python -m` keeps in `__main__` is another function to gin."""
     if main.__module__ != "__main__":
@@ -376,16 +333,29 @@ def _importable(main: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(importlib.import_module(name), main.__name__)
 
 
+class _SafeFormatter(logging.Formatter):
+    """Whose lines a terminal obeys nothing of."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return terminal.safe(super().format(record))
+
+
 class _Stderr(logging.StreamHandler):
     """Writes to what `sys.stderr` is at the time."""
 
     def __init__(self):
         logging.Handler.__init__(self)
-        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        self.setFormatter(_SafeFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
 
     @property
     def stream(self):
         return sys.stderr
+
+
+def _print_exception(kind: type[BaseException], error: BaseException, frames: types.TracebackType | None) -> None:
+    """A traceback that quotes what others wrote."""
+    if sys.stderr:
+        print(terminal.safe("".join(traceback.format_exception(kind, error, frames))), end="", file=sys.stderr)
 
 
 def _quiet_start() -> None:
@@ -396,5 +366,7 @@ def _quiet_start() -> None:
     logger = logging.getLogger("diffusion_t5x")
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _print_exception
     if not logger.handlers:
         logger.addHandler(_Stderr())

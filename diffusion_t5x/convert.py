@@ -10,7 +10,8 @@ from diffusion_t5x import config
 from diffusion_t5x.conversion import llama2c
 from diffusion_t5x.conversion.from_hf import from_hf
 from diffusion_t5x.conversion.from_t5x import from_t5x
-from diffusion_t5x.conversion.output import building, empty_folder, model_gin, print_table, save
+from diffusion_t5x.conversion.importing import check_finite
+from diffusion_t5x.conversion.output import building, empty_folder, model_gin, print_table, record_of, save
 from diffusion_t5x.conversion.to_hf import to_hf
 from diffusion_t5x.data.seqio_source import libraries
 from diffusion_t5x.data.vocabularies import token_ids
@@ -44,6 +45,8 @@ def from_llama2c(model_file: str, tokenizer_file: str, output_folder: str) -> No
             f"{tokenizer_file} has {vocabulary.vocab_size} pieces, but {model_file} is a model of {source.vocab_size}: "
             "give the tokenizer that the model was trained with."
         )
+    for name, array in source.arrays.items():
+        check_finite(array, name, model_file)
     definition = ModelDefinition(source.config(), token_ids(vocabulary))
     converted = source.params(rows=definition.config.vocab_size)
 
@@ -51,7 +54,8 @@ def from_llama2c(model_file: str, tokenizer_file: str, output_folder: str) -> No
     gin = model_gin(title, source.config(), "TOKENIZER_FILE", folder / "tokenizer.bin")
     with building(folder) as unfinished:
         shutil.copyfile(os.path.expanduser(tokenizer_file), unfinished / "tokenizer.bin")
-        save(unfinished, definition, {name: values for name, (_, values) in converted.items()}, gin)
+        params = {name: values for name, (_, values) in converted.items()}
+        save(unfinished, record_of(definition, folder / "tokenizer.bin"), params, gin)
 
     rows = [
         (taken, f"{list(source.arrays[taken].shape)}", name, f"{list(values.shape)}")
@@ -69,6 +73,10 @@ def convert(argv: Sequence[str]) -> None:
     sources = parser.add_subparsers(required=True, metavar="SOURCE")
     add = sources.add_parser("from_hf", help="a local folder in Hugging Face's format")
     add.add_argument("path", metavar="FOLDER")
+    add.add_argument(
+        "--ignore_keys", default=(), type=lambda text: text.split(","), metavar="KEY,...",
+        help="keys of config.json that are read as if they were not there",
+    )  # fmt: skip
     add.set_defaults(run=from_hf)
     _add_output(add)
     add = sources.add_parser("to_hf", help="back to that format, a model that was imported from it")

@@ -1,7 +1,8 @@
 """The one kind of error that is the user's to mend."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class UserError(Exception):
@@ -10,6 +11,27 @@ class UserError(Exception):
     The message says what is wrong, where, and how to mend it. The verbs print it without a traceback and exit with
     status 2, so it is raised before the long work starts.
     """
+
+
+class OtherModel(UserError):
+    """A model that is not the one of a checkpoint.
+
+    Attributes:
+      settings: fields of the checkpoint's `ModelConfig`, by name.
+    """
+
+    def __init__(self, message: str, settings: Mapping[str, Any]):
+        super().__init__(message)
+        self.settings = settings
+
+
+def check_choices(settings: object) -> None:
+    """Raises a UserError where a field of a dataclass has none of the values that its `Literal` type lists."""
+    name = type(settings).__name__
+    for field, kind in get_type_hints(type(settings)).items():
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        if choices and (value := getattr(settings, field)) not in choices:
+            raise UserError(f"{name}.{field} must be one of {', '.join(map(str, choices))}, not {value!r}.")
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:

@@ -1,5 +1,7 @@
 """Evaluate checkpoints: decode tasks' examples and score them, measure losses and likelihoods; and write down how.
 
+With --checkpoint DIR (a MODEL_DIR, a checkpoint or what convert wrote) model, vocabulary, decoder, objective, task and
+lengths come from the checkpoint; gin files and --gin.NAME=VALUE change them. Results go to eval/ in the MODEL_DIR.
 With --predictions FILE.jsonl --task NAME it scores predictions made elsewhere, without a model; --gin_file registers
 the task. A line is {"prediction": TEXT} or {"predictions": [TEXT, ...]}, in the split's order or with an "example_id".
 """
@@ -12,30 +14,34 @@ from typing import Any
 
 import jax
 
-from diffusion_t5x import config
+from diffusion_t5x import config, terminal
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import results
 from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LikelihoodEval, LossEval, prepared
 from diffusion_t5x.evaluation.inference import write_jsonl
-from diffusion_t5x.evaluation.loading import check_datasets, check_shifted, load_model, load_teacher
+from diffusion_t5x.evaluation.loading import check_datasets, load_model, load_teacher
 from diffusion_t5x.evaluation.predictions import add_predictions, read_predictions
 from diffusion_t5x.flags import Parser
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import Params
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
+from diffusion_t5x.recorded import checkpoint_texts, take_checkpoint
 from diffusion_t5x.training import checkpoints
+from diffusion_t5x.training.agreement import Agreement
 from diffusion_t5x.training.assignment import Rule
 
 logger = logging.getLogger(__name__)
+
+_ALLOW_MISMATCH = "eval.evaluate.allow_mismatch"
 
 
 def evaluate(
     *,
     model: ModelConfig,
     checkpoint_path: str,
-    eval_output_dir: str,
+    eval_output_dir: str | None = None,
     all_checkpoints: bool = False,
     decode_evals: Sequence[DecodeEval] = (),
     objective: Objective | None = None,
@@ -45,6 +51,7 @@ def evaluate(
     use_ema: bool = True,
     teacher_checkpoint_path: str | None = None,
     teacher_model: ModelConfig | None = None,
+    allow_mismatch: bool = False,
     mesh: MeshConfig = MeshConfig(),  # noqa: B008  (frozen)
     dry_run: bool = False,
 ) -> None:
@@ -57,7 +64,8 @@ def evaluate(
     Args:
       model: dimensions of the checkpoint's model.
       checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
-      eval_output_dir: made if it is not there.
+      eval_output_dir: made if it is not there; None is eval/ in the checkpoint's MODEL_DIR, with a folder for each
+        checkpoint.
       all_checkpoints: evaluate all that are at the path; else the latest.
       decode_evals: what to decode and score.
       objective: whose loss `loss_evals` measure, and whose likelihood `likelihood_evals` do.
@@ -68,6 +76,8 @@ def evaluate(
       teacher_checkpoint_path: of an autoregressive model that judges what is decoded ("teacher_nll",
         "teacher_agreement"), and that a distillation's loss needs.
       teacher_model: its dimensions; None takes the model's.
+      allow_mismatch: use the model otherwise than it was trained, where the checkpoint's record says how: with another
+        function, decoder or objective.
       mesh: how the devices are arranged.
       dry_run: check everything, print what would be done, and evaluate nothing.
 
@@ -76,9 +86,10 @@ def evaluate(
         nothing is overwritten.
     """
     device_mesh = mesh.make()
-    paths = checkpoints.find_checkpoints(checkpoint_path)
+    found = [checkpoints.OpenCheckpoint(path) for path in checkpoints.find_checkpoints(checkpoint_path)]
+    output = pathlib.Path(eval_output_dir or found[-1].model_dir / "eval")
     if not dry_run:
-        checkpoints.ensure_writable(eval_output_dir)
+        checkpoints.ensure_writable(str(output))
     loss_evals, likelihood_evals, decode_evals = map(prepared, (loss_evals, likelihood_evals, decode_evals))
     evals = [*loss_evals, *likelihood_evals, *decode_evals]
     if not evals:
@@ -96,12 +107,13 @@ def evaluate(
             "teacher": teacher_checkpoint_path,
         }
     )
-    output = pathlib.Path(eval_output_dir)
-    folders = {str(path): output / path.name for path in paths} if all_checkpoints else {str(paths[-1]): output}
-    todo = {path: folder for path, folder in folders.items() if not results.is_done(folder, path, settings)}
-    for path in todo:
-        trained = results.trained_shifted(checkpoints.read_metadata(path).get("config", ""))
-        check_shifted(trained, f"The training of {path}", [objective, *(ev.decoder for ev in decode_evals)])
+    has_folder = all_checkpoints or eval_output_dir is None
+    chosen = found if all_checkpoints else found[-1:]
+    folders = {checkpoint: output / checkpoint.path.name if has_folder else output for checkpoint in chosen}
+    todo = {at: folder for at, folder in folders.items() if not results.is_done(folder, str(at), settings)}
+    for checkpoint in todo:
+        agreement = Agreement.of(checkpoint, _ALLOW_MISMATCH, allow_mismatch)
+        agreement.check(model, [objective, *(ev.decoder for ev in decode_evals)])
     logger.info("%s: %d of %d checkpoints are evaluated", output, len(folders) - len(todo), len(folders))
     if dry_run and not todo:
         print(f"Would evaluate nothing: all results are in {output}.")
@@ -110,30 +122,35 @@ def evaluate(
     vocabulary = evals[0].dataset.token_ids()
     teacher = None
     if teacher_checkpoint_path and todo:
-        teacher = load_teacher(teacher_checkpoint_path, teacher_model or model, vocabulary, device_mesh)
+        teacher = load_teacher(
+            teacher_checkpoint_path, teacher_model or model, vocabulary, device_mesh, _ALLOW_MISMATCH, allow_mismatch
+        )
     evaluator = None
-    for path, folder in todo.items():
+    for checkpoint, folder in todo.items():
         definition, params = load_model(
-            path, model, vocabulary, device_mesh, restore_rules=restore_rules, use_ema=use_ema
+            checkpoint, model, vocabulary, device_mesh, restore_rules=restore_rules, use_ema=use_ema
         )
         if dry_run:
-            print(f"Would evaluate {' '.join(todo)} ({definition.num_params():,} parameters):", *evals, sep="\n  ")
+            print(
+                f"Would evaluate {' '.join(map(str, todo))} ({definition.num_params():,} parameters):",
+                *evals,
+                sep="\n  ",
+            )
             return
         evaluator = evaluator or Evaluator(
             device_mesh, definition, objective, loss_evals, decode_evals, teacher, likelihood_evals
         )
         scores, fingerprints = _evaluate(evaluator, params, folder)
         del params  # before the next checkpoint's are there
-        metadata = checkpoints.read_metadata(path)
         report = {
             "results": scores,
-            "checkpoint": path,
+            "checkpoint": str(checkpoint),
             "teacher": teacher_checkpoint_path,
-            "step": metadata["step"],
+            "step": checkpoint.metadata["step"],
             "evaluations": [repr(ev) for ev in evals],
             "settings": settings,
             "data": fingerprints,
-            "training_objective": results.training_objective(metadata.get("config", "")),
+            "training_objective": checkpoint.record.trained_by,
             "num_parameters": definition.num_params(),
             "vocabulary": vocabulary.describe(),
             "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
@@ -201,7 +218,7 @@ def score(
     examples = list(data.eval_examples(num_examples))
     records = add_predictions(examples, lines, predictions, f"split {data.split} of {name}")
     scores = {name: {**data.score(records), "num_examples": len(records)}}
-    print(json.dumps(scores, indent=2, ensure_ascii=False))
+    print(terminal.safe(json.dumps(scores, indent=2, ensure_ascii=False)))
     if eval_output_dir:
         report = {
             "results": scores,
@@ -226,6 +243,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--task")
     with config.program():
         flags, rest = parser.parse_known_args(argv)
+        checkpoint, rest = take_checkpoint(rest)
+        if checkpoint and flags.predictions:
+            raise UserError("--predictions are scored without a model: leave out --checkpoint.")
         if flags.task and not flags.predictions:
             raise UserError("--task goes with --predictions; to evaluate a model, set --gin.MIXTURE_OR_TASK_NAME=...")
     if flags.predictions:
@@ -233,7 +253,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         bindings = [f"--gin.{name}={value!r}" for name, value in names.items()]
         config.run(score, ["--gin_file=runs/score.gin", *rest, *bindings])
     else:
-        config.run(evaluate, rest)
+        with config.program():
+            rest, texts = checkpoint_texts(checkpoint, rest, ["runs/eval.gin"], {"EVAL_OUTPUT_DIR": None})
+        config.run(evaluate, rest, texts=texts)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,11 @@ class Parser(argparse.ArgumentParser):
     """Whose mistakes are a `UserError` with the flags that may have been meant."""
 
     def error(self, message: str) -> NoReturn:
-        suggestions = [did_you_mean(flag, self._option_string_actions) for flag in re.findall(r"--\w+", message)]
+        suggestions = [
+            did_you_mean(flag, self._option_string_actions)
+            or (value and f" A setting is --gin.{flag[2:].upper()}{value}.")
+            for flag, value in re.findall(r"(--\w+)(=\S+)?", message)
+        ]
         raise UserError(f"{message}.{''.join(suggestions)} --help lists the flags.")
 
 

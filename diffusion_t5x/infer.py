@@ -1,5 +1,7 @@
 """Write predictions for a task's examples, or scores of them, as JSON lines, going on where an earlier run stopped.
 
+With --checkpoint DIR (a MODEL_DIR, a checkpoint or what convert wrote) model, vocabulary, decoder, objective, task and
+lengths come from the checkpoint; gin files and --gin.NAME=VALUE change them. The lines go to infer/ in the MODEL_DIR.
 With --templates FILE.jsonl the model fills the holes of texts: lines such as {"template": "x =<hole:4> + 1"}, with
 "inputs" for a task that has some. With --trace a page beside the predictions shows how they came to be, step by step.
 """
@@ -12,19 +14,17 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax
-import rich.console
 
 from diffusion_t5x import config
+from diffusion_t5x.console import Console
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.templates import Templates
 from diffusion_t5x.decoding.decoder import Decoder
-from diffusion_t5x.decoding.masked import MaskedDecoder
-from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.evaluation import results, traces
+from diffusion_t5x.evaluation import traces
 from diffusion_t5x.evaluation.inference import make_decode_step, predict
 from diffusion_t5x.evaluation.likelihood import likelihoods, make_likelihood_step
-from diffusion_t5x.evaluation.loading import check_datasets, check_shifted, load_model
+from diffusion_t5x.evaluation.loading import check_datasets, load_model
 from diffusion_t5x.evaluation.record_file import RecordFile
 from diffusion_t5x.evaluation.trace_page import write_trace_page
 from diffusion_t5x.flags import Parser
@@ -32,8 +32,10 @@ from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.objectives.likelihood import check_num_draws
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
+from diffusion_t5x.recorded import checkpoint_texts, take_checkpoint
 from diffusion_t5x.scale.dry_run import SliceDryRun, from_flags
 from diffusion_t5x.training import checkpoints
+from diffusion_t5x.training.agreement import Agreement
 from diffusion_t5x.training.assignment import Rule
 
 logger = logging.getLogger(__name__)
@@ -44,9 +46,9 @@ _SHOWN_TRACES = 3
 def infer(
     *,
     model: ModelConfig,
-    checkpoint_path: str,
+    checkpoint_path: str | None,
     dataset: SeqioDataset,
-    infer_output_dir: str,
+    infer_output_dir: str | None = None,
     mode: Literal["predict", "score"] = "predict",
     decoder: Decoder | None = None,
     objective: Objective | None = None,
@@ -57,6 +59,7 @@ def infer(
     random_seed: int = 0,
     restore_rules: Sequence[Rule] = (),
     use_ema: bool = True,
+    allow_mismatch: bool = False,
     mesh: MeshConfig = MeshConfig(),  # noqa: B008  (frozen)
     dry_run: bool | SliceDryRun = False,
 ) -> None:
@@ -70,9 +73,9 @@ def infer(
 
     Args:
       model: dimensions of the checkpoint's model.
-      checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
+      checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR; None for a TPU slice, which needs none.
       dataset: task, split, lengths and batch size.
-      infer_output_dir: made if it is not there.
+      infer_output_dir: made if it is not there; None is infer/checkpoint_<step>/ in the checkpoint's MODEL_DIR.
       mode: "predict" decodes, "score" says how likely the targets are that the task has.
       decoder: what writes.
       objective: whose likelihood is scored.
@@ -84,6 +87,8 @@ def infer(
       random_seed: of the decoder or the draws.
       restore_rules: assignment rules, as in training.
       use_ema: take the parameters' moving average where the checkpoint has one.
+      allow_mismatch: use the model otherwise than it was trained, where the checkpoint's record says how: with another
+        function, decoder or objective.
       mesh: how the devices are arranged.
       dry_run: check everything, print what would be done, and do nothing. For a TPU slice: compile the decoding of a
         batch for it and print what it would take.
@@ -97,15 +102,19 @@ def infer(
             raise UserError("--topology is for decoding a task: set infer.decoder; leave out mode and templates.")
         dry_run.infer(mesh=mesh, model=model, decoder=decoder, dataset=dataset)
         return
+    if checkpoint_path is None:
+        raise UserError("No checkpoint: set CHECKPOINT_PATH. None is for a dry run on a --topology.")
     device_mesh = mesh.make()
-    path = str(checkpoints.find_checkpoint(checkpoint_path))
+    checkpoint = checkpoints.open_checkpoint(checkpoint_path)
+    path = str(checkpoint)
+    infer_output_dir = infer_output_dir or str(checkpoint.model_dir / "infer" / checkpoint.path.name)
     if not dry_run:
         checkpoints.ensure_writable(infer_output_dir)
     data = dataset if templates is None else Templates(templates, dataset)
     how = _how(mode, decoder, objective, num_draws, data, trace)
     check_datasets([data], model, device_mesh)
-    trained = results.trained_shifted(checkpoints.read_metadata(path).get("config", ""))
-    check_shifted(trained, f"The training of {path}", [objective if mode == "score" else decoder])
+    agreement = Agreement.of(checkpoint, "infer.infer.allow_mismatch", allow_mismatch)
+    agreement.check(model, [objective if mode == "score" else decoder])
     name = f"{dataset.name}-{dataset.split}" if templates is None else f"infill-{data.name}"
     name += "-score" if mode == "score" else ""
     settings = {
@@ -125,7 +134,7 @@ def infer(
         return
 
     definition, params = load_model(
-        path, model, data.token_ids(), device_mesh, restore_rules=restore_rules, use_ema=use_ema
+        checkpoint, model, data.token_ids(), device_mesh, restore_rules=restore_rules, use_ema=use_ema
     )
     total = data.num_eval_examples(num_examples)
     logger.info("%s: %d of %d examples are there", output.path, output.done, total)
@@ -146,7 +155,7 @@ def infer(
     if trace and jax.process_index() == 0:
         page = output.path.with_suffix(".trace.html")
         write_trace_page(page, output.read(), total, name, repr(decoder))
-        traces.show(itertools.islice(output.read(), _SHOWN_TRACES), rich.console.Console())
+        traces.show(itertools.islice(output.read(), _SHOWN_TRACES), Console())
         logger.info("wrote %s", page)
 
 
@@ -174,7 +183,7 @@ def _how(
         raise UserError("To predict, set infer.decoder: include a file of decoding/.")
     if not isinstance(data, Templates):
         return {"decoder": repr(decoder), "trace": trace}
-    if not isinstance(decoder, MaskedDecoder | SundaeDecoder):
+    if not decoder.fills_holes:
         raise UserError(
             f"{type(decoder).__name__} writes from left to right and cannot fill holes, whose ends are given: take a "
             "model of masked or SUNDAE diffusion with decoding/masked.gin or decoding/sundae.gin."
@@ -190,11 +199,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     with config.program():
         dry_run, rest = from_flags(sys.argv[1:] if argv is None else argv)
         flags, rest = parser.parse_known_args(rest)
+        checkpoint, rest = take_checkpoint(rest)
+        rest, texts = checkpoint_texts(checkpoint, rest, ["runs/infer.gin"], {"INFER_OUTPUT_DIR": None})
     if flags.templates:
         rest.append(f"--gin.infer.infer.templates={flags.templates!r}")
     if flags.trace:
         rest.append("--gin.infer.infer.trace=True")
-    config.run(infer, rest, dry_run=dry_run)
+    config.run(infer, rest, dry_run=dry_run, texts=texts)
 
 
 if __name__ == "__main__":

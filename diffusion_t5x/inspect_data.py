@@ -1,27 +1,31 @@
 """Show what a training run reads: rows of its first batch as text, and what the objective makes of them.
 
-Takes the gin files and flags of the run, and runs/inspect_data.gin after them.
+Takes the gin files and flags of the run, and runs/inspect_data.gin after them. With --checkpoint DIR it takes task,
+lengths, layout, objective and seed from a checkpoint of the run, and no gin file is needed.
 """
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
 from diffusion_t5x import config
+from diffusion_t5x.console import Console
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.vocabularies import TokenIds, visible
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.objectives.autoregressive import shift_right
+from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.reading import shift_right
+from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.objective import Objective
+from diffusion_t5x.recorded import checkpoint_texts, dataset_text, take_checkpoint
 from diffusion_t5x.training.step import step_key
 
 _STYLES = {
@@ -72,6 +76,7 @@ class _Sequence:
 def inspect_data(
     *,
     dataset: SeqioDataset,
+    model: ModelConfig,
     objective: Objective,
     num_rows: int = 2,
     positions: bool = True,
@@ -85,6 +90,7 @@ def inspect_data(
 
     Args:
       dataset: what the run trains on.
+      model: what it trains.
       objective: what it minimises.
       num_rows: how many rows of the batch to show.
       positions: show the table of single positions, too.
@@ -99,7 +105,7 @@ def inspect_data(
         raise UserError(f"num_rows must lie between 1 and the {dataset.batch_size} rows of a batch, not {num_rows}.")
     vocabulary = dataset.token_ids()
     batch = next(dataset.train_iterator())
-    read = jax.jit(functools.partial(objective.model_inputs, vocabulary))
+    read = jax.jit(functools.partial(objective.model_inputs, ModelDefinition(model, vocabulary)))
     reads = np.asarray(read(batch, step_key(random_seed, 0)))
     clean, shifted = _clean_reads(batch, reads, vocabulary)
     changed = (reads != clean) & (batch.segment_ids > 0)
@@ -250,5 +256,15 @@ def _legend() -> Text:
     )
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads the flags and runs `inspect_data`."""
+    with config.program():
+        checkpoint, rest = take_checkpoint(argv)
+        rest, texts = checkpoint_texts(checkpoint, rest, ["runs/inspect_data.gin"])
+        if checkpoint:
+            texts["the data of the training"] = dataset_text(checkpoint, f"{__package__}.inspect_data.inspect_data")
+    config.run(inspect_data, rest, texts=texts)
+
+
 if __name__ == "__main__":
-    config.run(inspect_data)
+    main()

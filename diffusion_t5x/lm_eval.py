@@ -1,5 +1,7 @@
 """Evaluate a checkpoint by EleutherAI's lm-evaluation-harness, with its tasks or with ones of yours.
 
+With --checkpoint DIR (a MODEL_DIR, a checkpoint or what convert wrote) model, vocabulary, objective, decoder and
+lengths come from the checkpoint; gin files and --gin.NAME=VALUE change them. Results go to lm_eval/ in the MODEL_DIR.
 --tasks=NAME,NAME ...; --include_path=DIR has task files of yours; --limit=N takes the first N examples of each task;
 --num_fewshot=N puts so many examples before each.
 """
@@ -22,13 +24,15 @@ from diffusion_t5x.evaluation import results
 from diffusion_t5x.evaluation.harness import Harness, Rows
 from diffusion_t5x.evaluation.inference import write_jsonl
 from diffusion_t5x.evaluation.lm_adapter import adapt
-from diffusion_t5x.evaluation.loading import check_shifted, load_model
+from diffusion_t5x.evaluation.loading import load_model
 from diffusion_t5x.flags import Parser
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.objectives.likelihood import check_num_draws
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
+from diffusion_t5x.recorded import checkpoint_texts, take_checkpoint
 from diffusion_t5x.training import checkpoints
+from diffusion_t5x.training.agreement import Agreement
 from diffusion_t5x.training.assignment import Rule
 
 if TYPE_CHECKING:
@@ -42,11 +46,11 @@ def evaluate(
     *,
     model: ModelConfig,
     checkpoint_path: str,
-    eval_output_dir: str,
     vocabulary: "seqio.Vocabulary",
     rows: Rows,
     objective: Objective,
     decoder: Decoder,
+    eval_output_dir: str | None = None,
     tasks: Sequence[str] = (),
     include_path: str | None = None,
     num_fewshot: int | None = None,
@@ -55,6 +59,7 @@ def evaluate(
     random_seed: int = 0,
     restore_rules: Sequence[Rule] = (),
     use_ema: bool = True,
+    allow_mismatch: bool = False,
     mesh: MeshConfig = MeshConfig(),  # noqa: B008  (frozen)
     dry_run: bool = False,
 ) -> None:
@@ -66,11 +71,11 @@ def evaluate(
     Args:
       model: dimensions of the checkpoint's model.
       checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
-      eval_output_dir: made if it is not there.
       vocabulary: of the model.
       rows: how requests lie in rows.
       objective: whose likelihood is told.
       decoder: what writes.
+      eval_output_dir: made if it is not there; None is lm_eval/checkpoint_<step>/ in the checkpoint's MODEL_DIR.
       tasks: names that the harness knows: tasks, groups, tags.
       include_path: a folder with task files of yours.
       num_fewshot: examples before each, but where a task says 0; None leaves it to the task.
@@ -79,6 +84,8 @@ def evaluate(
       random_seed: of draws and decoder.
       restore_rules: assignment rules, as in training.
       use_ema: take the parameters' moving average where the checkpoint has one.
+      allow_mismatch: use the model otherwise than it was trained, where the checkpoint's record says how: with another
+        function, decoder or objective.
       mesh: how the devices are arranged.
       dry_run: check everything, print what would be done, and evaluate nothing.
 
@@ -89,7 +96,9 @@ def evaluate(
     lm_eval = _library()
     manager = _task_manager(lm_eval, tasks, include_path)
     device_mesh = mesh.make()
-    path = str(checkpoints.find_checkpoint(checkpoint_path))
+    checkpoint = checkpoints.open_checkpoint(checkpoint_path)
+    path = str(checkpoint)
+    eval_output_dir = eval_output_dir or str(checkpoint.model_dir / "lm_eval" / checkpoint.path.name)
     check_num_draws(num_draws)
     if rows.architecture != model.architecture:
         raise UserError(f"Rows.architecture is {rows.architecture}, but ModelConfig.architecture {model.architecture}.")
@@ -116,11 +125,10 @@ def evaluate(
     if results.is_done(pathlib.Path(eval_output_dir), path, settings):
         logger.info("%s has these results already", eval_output_dir)
         return
-    metadata = checkpoints.read_metadata(path)
-    trained = results.trained_shifted(metadata.get("config", ""))
-    check_shifted(trained, f"The training of {path}", [objective, decoder])
+    agreement = Agreement.of(checkpoint, "lm_eval.evaluate.allow_mismatch", allow_mismatch)
+    agreement.check(model, [objective, decoder])
     ids = token_ids(vocabulary)
-    definition, params = load_model(path, model, ids, device_mesh, restore_rules=restore_rules, use_ema=use_ema)
+    definition, params = load_model(checkpoint, model, ids, device_mesh, restore_rules=restore_rules, use_ema=use_ema)
     if dry_run:
         print(f"Would evaluate {path} ({definition.num_params():,} parameters) on {', '.join(tasks)}.")
         return
@@ -139,11 +147,11 @@ def evaluate(
     report = {
         "results": scores,
         "checkpoint": path,
-        "step": metadata["step"],
+        "step": checkpoint.metadata["step"],
         "evaluations": [f"lm_eval(task={task!r}, rows={rows!r})" for task in tasks],
         "settings": settings,
         "data": {task: results.fingerprint(map(_asked, records)) for task, records in samples.items()},
-        "training_objective": results.training_objective(metadata.get("config", "")),
+        "training_objective": checkpoint.record.trained_by,
         "num_parameters": definition.num_params(),
         "vocabulary": ids.describe(),
         "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
@@ -214,8 +222,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num_fewshot", type=int)
     with config.program():
         flags, rest = parser.parse_known_args(argv)
+        checkpoint, rest = take_checkpoint(rest)
+        rest, texts = checkpoint_texts(checkpoint, rest, ["runs/lm_eval.gin"], {"EVAL_OUTPUT_DIR": None})
     given = {name: value for name, value in vars(flags).items() if value is not None}
-    config.run(evaluate, [*rest, *(f"--gin.lm_eval.evaluate.{name}={value!r}" for name, value in given.items())])
+    bindings = [f"--gin.lm_eval.evaluate.{name}={value!r}" for name, value in given.items()]
+    config.run(evaluate, [*rest, *bindings], texts=texts)
 
 
 if __name__ == "__main__":

@@ -53,9 +53,14 @@ class MeshConfig:
         """The mesh over all devices.
 
         Raises:
-          UserError: an axis is no number of devices, they do not multiply to the number of devices, or the devices
-            are several slices and `replica` is not their number.
+          UserError: an axis is no number of devices, they do not multiply to the number of devices, the devices are
+            several slices and `replica` is not their number, or JAX computes in 64 bits.
         """
+        if jax.config.jax_enable_x64:
+            raise UserError(
+                "JAX computes in 64 bits (JAX_ENABLE_X64), which no model is made for. Unset the variable, or call "
+                'jax.config.update("jax_enable_x64", False) first.'
+            )
         sizes = {name: getattr(self, name) for name in MESH_AXES}
         others = [size for name, size in sizes.items() if name != "data"]
         if min(others) < 1 or (self.data < 1 and self.data != -1):

@@ -71,6 +71,14 @@ def join(flags: argparse.Namespace) -> None:
     logger.info("%d processes with %d devices", jax.process_count(), jax.device_count())
 
 
+def in_32_bits() -> None:
+    """Sets JAX_ENABLE_X64 aside, which shells made for numerical programs have: models compute in 32 bits and less."""
+    if os.environ.pop("JAX_ENABLE_X64", "").lower() in ("1", "true", "t", "yes", "y", "on"):
+        logger.info("JAX_ENABLE_X64 is set aside: models compute in 32 bits and less")
+        if "jax" in sys.modules:
+            sys.modules["jax"].config.update("jax_enable_x64", False)
+
+
 def are_joined() -> bool:
     """Whether this process is one of several."""
     return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()

@@ -1,16 +1,18 @@
 """Show runs in one page: learning curves, scores, decoded examples, canvases step by step, decode times.
 
-RUN is a folder that train, eval, infer or benchmark wrote, or a folder that holds such folders. With --output FILE.md
-the tables of scores alone, as Markdown.
+RUN is a folder that train, eval, infer or benchmark wrote, or a folder that holds such folders; --checkpoint DIR means
+the MODEL_DIR of a checkpoint, and what its readers wrote there. With --output FILE.md the tables of scores alone, as
+Markdown.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
+from diffusion_t5x import config, terminal
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.report import write_report
 from diffusion_t5x.flags import Parser
+from diffusion_t5x.training.checkpoints import open_checkpoint
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -21,19 +23,24 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folder")
+    parser.add_argument("--checkpoint", metavar="DIR", help="a MODEL_DIR or a checkpoint: the run it belongs to")
     parser.add_argument("--output", default="report.html", metavar="FILE", help="what to write (default: %(default)s)")
-    return parser.parse_args(argv)
+    flags = parser.parse_args(argv)
+    if flags.checkpoint:
+        flags.runs.append(str(open_checkpoint(flags.checkpoint).model_dir))
+    if not flags.runs:
+        raise UserError(
+            "Which runs? Name folders that train, eval, infer or benchmark wrote, or give --checkpoint DIR."
+        )
+    return flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the flags and writes the page; a `UserError` is one line on stderr and status 2."""
-    try:
+    with config.program():
         flags = parse(argv)
-        print(f"wrote {write_report(flags.runs, flags.output)}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        print(terminal.safe(f"wrote {write_report(flags.runs, flags.output)}"))
 
 
 if __name__ == "__main__":

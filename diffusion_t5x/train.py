@@ -16,22 +16,22 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from diffusion_t5x import config, partitioning, records
+from diffusion_t5x import config, partitioning, records, terminal
+from diffusion_t5x.data.cached_source import CachedDataset
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval, prepared
 from diffusion_t5x.evaluation.inference import write_jsonl
-from diffusion_t5x.evaluation.loading import check_datasets, check_shifted, load_teacher
-from diffusion_t5x.evaluation.results import trained_shifted
+from diffusion_t5x.evaluation.loading import check_datasets, load_teacher
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
-from diffusion_t5x.objectives.distillation import Distillation
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.scale.dry_run import SliceDryRun, from_flags
 from diffusion_t5x.training import checkpoints as checkpointing
 from diffusion_t5x.training import lora as lora_training
 from diffusion_t5x.training import stored
+from diffusion_t5x.training.agreement import Agreement
 from diffusion_t5x.training.assignment import Rule
 from diffusion_t5x.training.bad_numbers import BadNumbers, Judge
 from diffusion_t5x.training.goodput import Goodput
@@ -39,13 +39,17 @@ from diffusion_t5x.training.host_batches import HostBatches
 from diffusion_t5x.training.lock import locked
 from diffusion_t5x.training.loop import Periods, train_loop
 from diffusion_t5x.training.metrics import check_writers, make_writer
-from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout, check_distillation
+from diffusion_t5x.training.record import Record, describe
+from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout, check_rollout
+from diffusion_t5x.training.run_config import write_config
 from diffusion_t5x.training.start import check_start
 from diffusion_t5x.training.state import TrainState, abstract_state, fresh_state, init_state, split
 from diffusion_t5x.training.step import make_train_step
 from diffusion_t5x.training.surroundings import explained
 
 logger = logging.getLogger(__name__)
+
+_ALLOW_MISMATCH = "train.train.allow_mismatch"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +74,7 @@ def train(
     model_dir: str,
     model: ModelConfig,
     objective: Objective,
-    train_dataset: SeqioDataset,
+    train_dataset: SeqioDataset | CachedDataset,
     optimizer: optax.GradientTransformation,
     train_steps: int,
     lora: lora_training.Lora | None = None,
@@ -89,6 +93,7 @@ def train(
     decode_evals: Sequence[DecodeEval] = (),
     checkpoint_policy: CheckpointPolicy = CheckpointPolicy(),  # noqa: B008  (frozen)
     allow_older_checkpoint: bool = False,
+    allow_mismatch: bool = False,
     bad_numbers: BadNumbers = BadNumbers(),  # noqa: B008  (frozen)
     hang_timeout: float | None = 1800.0,
     metric_writers: Sequence[str] = ("jsonl", "tensorboard"),
@@ -123,6 +128,8 @@ def train(
       decode_evals: decoding and scoring at each evaluation.
       checkpoint_policy: which checkpoints stay.
       allow_older_checkpoint: where the latest checkpoint in `model_dir` is broken, go on from the newest whole one.
+      allow_mismatch: go on, or start, from a checkpoint whose record says that it is of another model or was trained
+        otherwise; decode by decoders that do not suit the objective.
       bad_numbers: which steps are not applied, and how many of them end the run.
       hang_timeout: seconds; a step that takes longer ends the run, with where every thread stands; None waits for ever.
       metric_writers: "jsonl", "tensorboard", "wandb" (Weights & Biases, an extra).
@@ -148,6 +155,8 @@ def train(
             rollout=rollout,
         )
         return
+    if train_steps < 1:
+        raise UserError(f"TRAIN_STEPS must be at least 1, not {train_steps}.")
     goodput = Goodput()
     device_mesh = mesh.make()
     check_writers(metric_writers)
@@ -161,27 +170,39 @@ def train(
         datasets = [train_dataset, *(ev.dataset for ev in [*loss_evals, *decode_evals])]
         check_datasets(datasets, model, device_mesh)
         _check_microbatches(device_mesh, train_dataset, num_microbatches)
-        check_distillation(objective, model, rollout, train_dataset)
-        check_shifted(getattr(objective, "shifted", None), "train.objective", [ev.decoder for ev in decode_evals])
-        if isinstance(objective, Distillation) and not teacher_checkpoint_path and not dry_run:
-            raise UserError("Distillation needs a teacher: set train.teacher_checkpoint_path.")
+        check_rollout(objective, model, rollout, train_dataset)
+        if objective.needs_teacher and not teacher_checkpoint_path and not dry_run:
+            raise UserError(f"{type(objective).__name__} needs a teacher. Set TEACHER_CHECKPOINT_PATH.")
         if teacher_checkpoint_path:
             teacher_checkpoint_path = str(checkpointing.find_checkpoint(teacher_checkpoint_path))
 
         vocabulary = train_dataset.token_ids()
         definition = lora_training.define(model, vocabulary, lora)
         abstract = abstract_state(device_mesh, definition, optimizer, ema_decay is not None)
+        record = Record.of(
+            definition.config,
+            vocabulary.describe(),
+            objective,
+            [ev.decoder for ev in decode_evals],
+            dataset=describe(train_dataset),
+            task=config.registration("MIXTURE_OR_TASK_NAME"),
+            lora=lora and lora.describe(),
+            **train_dataset.texts(),
+        )
+        decoders = [*(ev.decoder for ev in decode_evals), *([rollout.decoder] if rollout else [])]
+        Agreement("train.objective", record, _ALLOW_MISMATCH, allow_mismatch).check(model, decoders)
         start_path = resume_path or initial_checkpoint_path
-        restored = ""
+        start, restored = None, ""
         if start_path:
-            metadata = checkpointing.read_metadata(start_path)
-            check_shifted(trained_shifted(metadata.get("config", "")), f"The training of {start_path}", [objective])
+            start = checkpointing.open_checkpoint(start_path)
+            agreement = Agreement.of(start, _ALLOW_MISMATCH, allow_mismatch)
             if resume_path:
-                lora_training.check_resumed(start_path, metadata.get("lora"), lora)
-            elif lora:
-                restore_rules = definition.restore_rules(restore_rules)
+                agreement.check_resumed(model, objective, lora)
+            else:
+                agreement.check_initial(model, objective)
+                restore_rules = definition.restore_rules(restore_rules) if lora else restore_rules
             rules = () if resume_path else restore_rules
-            restored = check_start(start_path, vocabulary, abstract, rules, resumes=bool(resume_path))
+            restored = check_start(start, vocabulary, abstract, rules, resumes=bool(resume_path))
         info = _describe(definition, abstract)
         if dry_run:
             batch = next(train_dataset.train_iterator())
@@ -190,19 +211,26 @@ def train(
             teacher = f", taught by {teacher_checkpoint_path}" if teacher_checkpoint_path else ""
             print(f"Would train to step {train_steps} from {start_path or 'scratch'}{teacher}. Nothing was written.")
             if restored:
-                print(f"It starts with:\n{restored}")
+                print(terminal.safe(f"It starts with:\n{restored}"))
             return
 
         teacher = None
         if teacher_checkpoint_path:
-            teacher = load_teacher(teacher_checkpoint_path, teacher_model or model, vocabulary, device_mesh)
+            teacher = load_teacher(
+                teacher_checkpoint_path,
+                teacher_model or model,
+                vocabulary,
+                device_mesh,
+                _ALLOW_MISMATCH,
+                allow_mismatch,
+            )
         data_state, evaluation_due, losses = None, False, ()
         if resume_path:
-            state, data_state, metadata = checkpointing.restore(resume_path, abstract)
+            state, data_state, metadata = checkpointing.restore(start, abstract)
             evaluation_due, losses = metadata.get("evaluation_due", False), metadata.get("losses", ())
         elif initial_checkpoint_path:
             state = checkpointing.restore_initial(
-                initial_checkpoint_path,
+                start,
                 abstract,
                 restore_rules,
                 init=lambda: fresh_state(definition, optimizer, ema_decay is not None, jax.random.key(random_seed)),
@@ -222,7 +250,7 @@ def train(
             stored.set_aside_after(resume_path)
         checkpoints = checkpointing.Checkpoints(checkpoint_folder, **dataclasses.asdict(checkpoint_policy))
         if jax.process_index() == 0:
-            records.write_text(os.path.join(model_dir, "config.gin"), config.operative_text())
+            write_config(os.path.join(model_dir, "config.gin"), config.operative_text(), first_step)
             records.write_text(os.path.join(model_dir, "model-info.txt"), info + "\n")
         share = partitioning.share_of_rows(device_mesh)
         batches = HostBatches(train_dataset.train_iterator, train_dataset.batch_size, share)
@@ -285,9 +313,8 @@ def train(
                 evaluate=evaluate,
                 checkpoints=checkpoints,
                 metadata={
-                    "vocabulary": vocabulary.describe(),
+                    **record.metadata(),
                     "config": config.operative_text(),
-                    **({"lora": lora.describe()} if lora else {}),
                 },
                 writer=writer,
                 judge=Judge(bad_numbers, model_dir, losses),

@@ -2,7 +2,8 @@
 # Sourced by the scripts beside it: sets ROOT and VENV, and makes the environment in VENV ready for the checkout in ROOT.
 #
 # VENV is .venv of the checkout (another folder: DIFFUSION_T5X_VENV). All commands share it, so it always holds the
-# `test` extra as well: 20 MB on top of 3.6 GB, and no command takes away what another one installed.
+# `test` extra as well: 100 MB on top of 3.6 GB, and no command takes away what another one installed. The versions are
+# those of requirements.lock, each checked against its hash (launch/lock.sh makes that file).
 # The interpreter is $PYTHON, else the first of python3, python3.13, python3.12, python3.11 that fits.
 # `.ready` inside holds what it was built from; `.unfinished` marks an installation that was cut off.
 
@@ -19,7 +20,7 @@ can_make_venv() { has_uv || "$1" -c 'import ensurepip, venv' >/dev/null 2>&1; }
 as_wanted() { [ -z "${PYTHON:-}" ] || [ "$(version "$PYTHON")" = "$(version "$VENV/bin/python")" ]; }
 
 key() {
-  cat "$ROOT/setup.py" "$ROOT/pyproject.toml" | cksum
+  cat "$ROOT/setup.py" "$ROOT/pyproject.toml" "$ROOT/requirements.lock" | cksum
   echo "$ROOT"
   version "$VENV/bin/python"
 }
@@ -82,7 +83,11 @@ install() {
   rm -f "$VENV/.ready"
   touch "$VENV/.unfinished"
   say "installing diffusion_t5x and what it needs (3.6 GB, some minutes; log: $log)"
-  pip_install -e ".[test]" >"$log" 2>&1 || explain_failure "$log"
+  # --no-deps: the lock is complete, and leaves out the nightly builds that t5 asks for.
+  {
+    pip_install --no-deps --require-hashes -r requirements.lock &&
+      pip_install --no-deps --no-build-isolation -e .
+  } >"$log" 2>&1 || explain_failure "$log"
   key >"$VENV/.ready"
   rm "$VENV/.unfinished"
   say "done in ${SECONDS} s"

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import random
 from collections.abc import Callable
+from typing import Literal
 
 from babel import Locale, dates, lists, numbers, units
 
@@ -82,7 +83,7 @@ def _all_pairs() -> dict[str, tuple[Pair, ...]]:
                 continue
             if found.setdefault(pair.english, pair).french != pair.french:
                 ambiguous.add(pair.english)
-    splits = {"train": [], "validation": [], "test": []}
+    splits: dict[str, list[Pair]] = {"train": [], "validation": [], "test": []}
     for text in sorted(found.keys() - ambiguous, key=_digest):
         splits[split_of(text)].append(found[text])
     return {split: tuple(content) for split, content in splits.items()}
@@ -121,8 +122,14 @@ def _interval(rng: random.Random) -> Draw:
     return lambda locale: dates.format_interval(start, end, skeleton, locale=locale)
 
 
+_UNITS_OF_TIME: tuple[tuple[Literal["second", "minute", "hour", "day", "week", "year"], int], ...] = (
+    *(("second", 0), ("minute", 0), ("hour", 0)),  # days of a unit, 0 for parts of one
+    *(("day", 1), ("week", 7), ("year", 365)),
+)
+
+
 def _from_now(rng: random.Random) -> Draw:
-    unit, days = rng.choice((("second", 0), ("minute", 0), ("hour", 0), ("day", 1), ("week", 7), ("year", 365)))
+    unit, days = rng.choice(_UNITS_OF_TIME)
     count = rng.choice((-1, 1)) * rng.randint(1, 400)
     delta = datetime.timedelta(days=count * days) if days else datetime.timedelta(**{unit + "s": count})
     # A threshold out of reach: "90 minutes" is not rounded to "2 hours".
@@ -135,14 +142,15 @@ def _number(rng: random.Random) -> Draw:
         share = decimal.Decimal(rng.randrange(20_000)).scaleb(-4)
         return lambda locale: numbers.format_percent(share, locale=locale, decimal_quantization=False)
     if style == "compact":
-        big, form = rng.randrange(10 ** rng.randint(4, 11)), rng.choice(("short", "long"))
+        big = rng.randrange(10 ** rng.randint(4, 11))
+        form: Literal["short", "long"] = rng.choice(("short", "long"))
         return lambda locale: numbers.format_compact_decimal(big, format_type=form, locale=locale, fraction_digits=1)
     return lambda locale: numbers.format_decimal(value, locale=locale)
 
 
 def _currency(rng: random.Random) -> Draw:
     value, code = _amount(rng, 6), rng.choice(_CURRENCIES)
-    style = rng.choice(("standard", "standard", "name", "compact"))
+    style: Literal["standard", "name", "compact"] = rng.choice(("standard", "standard", "name", "compact"))
     if style == "compact":
         big = rng.randrange(10 ** rng.randint(4, 11))
         return lambda locale: numbers.format_compact_currency(big, code, locale=locale, fraction_digits=1)
@@ -150,7 +158,8 @@ def _currency(rng: random.Random) -> Draw:
 
 
 def _unit(rng: random.Random) -> Draw:
-    value, unit, length = _amount(rng, 4), rng.choice(_UNITS), rng.choice(("long", "long", "short"))
+    value, unit = _amount(rng, 4), rng.choice(_UNITS)
+    length: Literal["long", "short"] = rng.choice(("long", "long", "short"))
     return lambda locale: units.format_unit(value, unit, length, locale=locale)
 
 
@@ -167,7 +176,7 @@ def _name(rng: random.Random) -> Draw:
     if len(codes) == 1 and what == "languages" and rng.random() < 0.8:
         where = rng.choice(_codes("territories"))
         return lambda locale: f"{locale.languages[codes[0]]} ({locale.territories[where]})"
-    style = rng.choice(("standard", "or"))
+    style: Literal["standard", "or"] = rng.choice(("standard", "or"))
     return lambda locale: lists.format_list([getattr(locale, what)[c] for c in codes], style, locale=locale)
 
 

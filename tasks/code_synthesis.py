@@ -8,7 +8,7 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import seqio
@@ -169,7 +169,7 @@ def _is_a(value: Any, kind: type) -> bool:
 def _register(
     name: str,
     vocabulary: seqio.Vocabulary,
-    examples: Mapping[str, Iterable[Mapping[str, str]]],
+    examples: Mapping[str, Sequence[Mapping[str, str]]],
     program: Callable[[str, str], str],
     limits: Limits,
     allow_unsafe: bool,
@@ -182,8 +182,9 @@ def _register(
     def postprocess(text: str | Sequence[str], example: Mapping[str, Any], is_target: bool) -> Any:
         """The tests for a target; for a prediction its program, or those of its samples."""
         if is_target:
-            fields = json.loads(example["tests"])
-            return Tests(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+            fields: dict[str, Any] = json.loads(example["tests"])
+            fields |= {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
+            return Tests(**fields)
         texts = [text] if isinstance(text, str) else text
         programs = [program(text, example["inputs_pretokenized"]) for text in texts]
         return programs[0] if isinstance(text, str) else programs

@@ -28,7 +28,7 @@ SENTENCES = (
 )
 
 
-OBJECTIVES = {
+OBJECTIVES: dict[str, Callable[..., tf.data.Dataset]] = {
     "prefix_lm": preprocessors.prefix_lm,
     "span_corruption": functools.partial(  # two spans or three in each of these short texts
         preprocessors.span_corruption, noise_density=0.3, mean_noise_span_length=2.0

@@ -13,7 +13,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from diffusion_t5x.data.vocabularies import num_sentinels
+from diffusion_t5x.data.vocabularies import sentinels
 from diffusion_t5x.errors import UserError
 
 SHUFFLE_BUFFER = 2_048  # chunks: some hundred documents' worth
@@ -86,7 +86,7 @@ def span_corruption(
     Args:
       dataset: of documents.
       sequence_length: of both features.
-      output_features: with a vocabulary that ends in sentinels.
+      output_features: with a vocabulary that has sentinels.
       noise_density: share of the tokens that is hidden.
       mean_noise_span_length: in tokens.
 
@@ -95,7 +95,7 @@ def span_corruption(
     """
     from t5.data import preprocessors
 
-    _check_sentinels(output_features)
+    output_features = _ending_in_sentinels(output_features)
     _, targets_length = preprocessors.random_spans_helper(
         inputs_length=sequence_length["inputs"],
         noise_density=noise_density,
@@ -160,13 +160,13 @@ def ul2(
     """
     from t5.data import preprocessors
 
-    _check_sentinels(output_features)
     vocabulary = output_features["targets"].vocabulary
+    ending = _ending_in_sentinels(output_features)["targets"].vocabulary
     modes = [vocabulary.encode(denoiser.mode) for denoiser in denoisers]
     room = (
         sequence_length["inputs"] - 1 - max(map(len, modes)),
         sequence_length["targets"] - 1,
-        num_sentinels(vocabulary),
+        len(sentinels(vocabulary)),
     )
     longest = min(_longest_chunk(denoiser, room) for denoiser in denoisers)
     if longest < 2:
@@ -179,8 +179,8 @@ def ul2(
             inputs, targets = tf.boolean_mask(tokens, given), tf.boolean_mask(tokens, ~given)
         else:
             hidden = _spans_mask(tf.size(tokens), denoiser, seeds)
-            inputs = preprocessors.noise_span_to_unique_sentinel(tokens, hidden, vocabulary, seeds)
-            targets = preprocessors.nonnoise_span_to_unique_sentinel(tokens, hidden, vocabulary, seeds)
+            inputs = preprocessors.noise_span_to_unique_sentinel(tokens, hidden, ending, seeds)
+            targets = preprocessors.nonnoise_span_to_unique_sentinel(tokens, hidden, ending, seeds)
         return tf.concat([tf.constant(mode, tokens.dtype), inputs], 0), targets
 
     @seqio.map_over_dataset(num_seeds=4)
@@ -228,6 +228,14 @@ def _longest_chunk(denoiser: Denoiser, room: tuple[int, int, int]) -> int:
     return sum(1 for _ in itertools.takewhile(fits, itertools.count(2))) + 1
 
 
-def _check_sentinels(output_features: Mapping[str, seqio.Feature]) -> None:
-    if not num_sentinels(output_features["inputs"].vocabulary):
-        raise UserError("Span corruption needs a vocabulary with sentinels: give it extra_ids, 100 in T5.")
+def _ending_in_sentinels(output_features: Mapping[str, seqio.Feature]) -> dict[str, seqio.Feature]:
+    """The features as t5's preprocessors want them: the last id of a vocabulary is its first sentinel."""
+    ending = {}
+    for name, feature in output_features.items():
+        if not (ids := sentinels(feature.vocabulary)):
+            raise UserError(
+                "Span corruption and UL2 need a vocabulary with sentinels, the tokens <extra_id_0>, <extra_id_1>, ...: "
+                "bytes (VOCABULARY_FILE=None), a SentencePiece model or a T5's tokenizer.json has them."
+            )
+        ending[name] = dataclasses.replace(feature, vocabulary=seqio.PassThroughVocabulary(ids[0] + 1))
+    return ending

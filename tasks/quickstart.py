@@ -14,6 +14,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import seqio
 import tensorflow as tf
@@ -48,7 +49,7 @@ def vocabulary_file() -> pathlib.Path:
       UserError: the cache folder cannot be written.
     """
     text = _training_text()
-    settings = {
+    settings: dict[str, Any] = {
         "vocab_size": PIECES,
         "model_type": "bpe",
         "byte_fallback": True,
@@ -90,6 +91,8 @@ def _write_atomically(path: pathlib.Path, content: bytes) -> None:
 
 class QuickstartVocabulary(seqio.SentencePieceVocabulary):
     """The vocabulary at `vocabulary_file()`, looked for (and trained) only when its first text is encoded."""
+
+    _sentencepiece_model_file: str
 
     def __init__(self):
         super().__init__(sentencepiece_model_file="", extra_ids=SENTINELS)

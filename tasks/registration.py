@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,27 +10,28 @@ import seqio
 import tensorflow as tf
 from google.protobuf.message import DecodeError
 
-from diffusion_t5x.data.vocabularies import num_sentinels
+from diffusion_t5x.data.vocabularies import SENTINELS, sentinels
 from diffusion_t5x.errors import UserError, did_you_mean
 from diffusion_t5x.tasks import preprocessors as pretraining
 
-SENTINELS = 100
 MetricFn = Callable[[Sequence[Any], Sequence[str]], Mapping[str, float]]
 Preprocessor = Callable[..., tf.data.Dataset]
 
 
-def vocabulary(file: str | None) -> seqio.Vocabulary:
+def vocabulary(file: str | None, extra_ids: int = SENTINELS) -> seqio.Vocabulary:
     """A vocabulary by its file.
 
     Args:
-      file: a Hugging Face tokenizer (.json), llama2.c's (.bin), or a SentencePiece model, which gets `SENTINELS` ids
-        behind its own unless it ends in sentinels, as mT5's does; None takes bytes.
+      file: a Hugging Face tokenizer (.json), llama2.c's (.bin), or a SentencePiece model, which gets sentinels behind
+        its own pieces unless it ends in sentinels, as mT5's does, and the tokens that files beside it add; None takes
+        bytes.
+      extra_ids: how many sentinels.
 
     Raises:
       UserError: there is no such file, or it is none of these.
     """
     if file is None:
-        return seqio.ByteVocabulary(extra_ids=SENTINELS)
+        return seqio.ByteVocabulary(extra_ids=extra_ids)
     path = os.path.expanduser(file)
     if not os.path.isfile(path):
         raise UserError(
@@ -46,10 +48,12 @@ def vocabulary(file: str | None) -> seqio.Vocabulary:
         return Llama2cVocabulary(path)
     own = seqio.SentencePieceVocabulary(path)
     try:
-        has_sentinels = num_sentinels(own) > 0
+        has_sentinels = len(sentinels(own)) > 0
     except (DecodeError, RuntimeError) as error:
         raise UserError(f"{file} is no SentencePiece model.") from error
-    return own if has_sentinels else seqio.SentencePieceVocabulary(path, extra_ids=SENTINELS)
+    from diffusion_t5x.data.sentencepiece_vocabulary import with_added_tokens
+
+    return with_added_tokens(own, extra_ids=0 if has_sentinels else extra_ids)
 
 
 def task(
@@ -123,7 +127,12 @@ class _Shots(seqio.experimental.FewshotDataSource):
 
 
 def add(name: str, **task: Any) -> str:
-    """`seqio.TaskRegistry.add`, in place of an earlier task or mixture of that name, which it returns."""
+    """`seqio.TaskRegistry.add`, in place of an earlier task or mixture of that name, which it returns.
+
+    Raises:
+      UserError: a name that SeqIO does not take.
+    """
+    _check_name(name)
     _remove(name)
     seqio.TaskRegistry.add(name, **task)
     return name
@@ -138,8 +147,10 @@ def mixture(name: str, tasks: Sequence[tuple[str, float | Callable[[seqio.Task],
         times its rate over the sum of rates.
 
     Raises:
-      UserError: no tasks, a task that is not registered, or a rate that is not positive.
+      UserError: a name that SeqIO does not take, no tasks, a task that is not registered, or a rate that is not
+        positive.
     """
+    _check_name(name)
     known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()} - {name}
     for part, rate in tasks:
         if part not in known:
@@ -151,6 +162,15 @@ def mixture(name: str, tasks: Sequence[tuple[str, float | Callable[[seqio.Task],
     _remove(name)
     seqio.MixtureRegistry.add(name, list(tasks))
     return name
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[\w.:#]+", name):
+        proposed = re.sub(r"[^\w.:#]+", "_", name) or "my_task"
+        raise UserError(
+            f"{name!r} cannot be a task's name: it may have letters, digits and . : _ # only. Set, for instance, "
+            f"TASK_NAME = {proposed!r}."
+        )
 
 
 def _remove(name: str) -> None:

@@ -26,7 +26,7 @@ class TokenIdVocabulary(seqio.PassThroughVocabulary):
         return self._pad_id
 
     def __eq__(self, other: object) -> bool:
-        return super().__eq__(other) and self._pad_id == other._pad_id
+        return super().__eq__(other) and self._pad_id == getattr(other, "_pad_id", None)
 
 
 def register(train_file: str, validation_file: str, vocab_size: int, eos_id: int, pad_id: int) -> str:

@@ -14,8 +14,8 @@ from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.decoder import end_at_eos
 from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.models.masks import BIDIRECTIONAL, Slots
-from diffusion_t5x.objectives.autoregressive import shift_right, shifted_slots
-from diffusion_t5x.objectives.reading import start_first
+from diffusion_t5x.models.reading import shift_right, shifted_slots, start_first
+from diffusion_t5x.models.streams import stream
 
 TOLERANCE = 1e-5  # of logits, as a share of the largest
 
@@ -32,13 +32,13 @@ def start_ahead(batch, canvas, vocabulary):
 
 
 @functools.cache
-def reader(definition, decoder_class, kind, shifted=False):
+def reader(definition, decoder_class, kind):
     """The jitted `(params, batch, canvas) -> logits [B, L, V]` of whole passes, as this decoder's model reads."""
 
     @jax.jit
     def read(params, batch, canvas):
         model = definition.bind(params)
-        if shifted:
+        if definition.config.shifted and not decoder_class.autoregressive:
             slots, tokens = start_ahead(batch, canvas, definition.vocabulary)
             return model.logits(model(tokens, slots, kind, model.encode(batch)))[:, :-1]
         slots, tokens = Slots.of(batch), canvas
@@ -74,9 +74,7 @@ class PlainDecoding:
     def __init__(self, definition, params, decoder, batch, seed):
         self.vocabulary, self.decoder, self.batch = definition.vocabulary, decoder, batch
         self.narrowest = np.inf
-        self._read = functools.partial(
-            reader(definition, type(decoder), kind_of(decoder), getattr(decoder, "shifted", False)), params, batch
-        )
+        self._read = functools.partial(reader(definition, type(decoder), kind_of(decoder)), params, batch)
         self._targets = np.flatnonzero(batch.target_mask[0])
         key = jax.random.fold_in(jax.random.key(seed), batch.example_ids[0])
         if isinstance(decoder, AutoregressiveDecoder):
@@ -103,7 +101,9 @@ class PlainDecoding:
         """The canvas that the model wants to change the least, by the cross-entropy of what its last step reads."""
         canvases, scores = [], []
         for sample in range(self.decoder.num_samples):
-            sample_key = jax.random.fold_in(key, sample)
+            sample_key = key
+            if self.decoder.num_samples > 1:
+                sample_key = jax.random.fold_in(stream(key, "samples"), sample)
             canvas = np.array(self.decoder.blank(self.batch, self.vocabulary, sample_key[None]))
             scores.append(self._write(self.decoder, canvas, self._targets, sample_key))
             canvases.append(canvas)
@@ -126,14 +126,14 @@ class PlainDecoding:
         """All steps of SUNDAE's or the masked decoder over these places; returns SUNDAE's score."""
         if isinstance(inner, SundaeDecoder):
             for step in range(inner.num_steps):
-                step_key = jax.random.fold_in(key, step)
+                step_key = stream(jax.random.fold_in(stream(key, "steps"), step), "tokens")
                 numbers = self.batch.positions[0, places]
                 read = canvas[0, places]
                 canvas[0, places], likely = self._choose(canvas, places, inner.temperature, step_key, numbers)
             return -np.log(likely[np.arange(len(places)), read]).mean()
         step = 0
         while len(left := places[canvas[0, places] == self.vocabulary.mask_id]):
-            token_key = jax.random.fold_in(jax.random.fold_in(key, step), 0)
+            token_key = stream(jax.random.fold_in(stream(key, "steps"), step), "tokens")
             numbers = self.batch.positions[0, left]
             tokens, likely = self._choose(canvas, left, inner.temperature, token_key, numbers)
             sure = likely[np.arange(len(left)), tokens]

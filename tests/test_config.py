@@ -1,12 +1,14 @@
 """Flags, look-up of gin files, overrides and the messages for gin's mistakes, on a small verb of its own."""
 
+import os
 import subprocess
 import sys
 
 import gin
+import jax
 import pytest
 
-from diffusion_t5x import config
+from diffusion_t5x import config, gin_messages, gin_reading
 from diffusion_t5x.errors import UserError
 
 MODELS = """
@@ -32,10 +34,10 @@ import logging
 import os
 import sys
 
-from diffusion_t5x import config
+from diffusion_t5x import config, gin_messages, gin_reading
 from diffusion_t5x.errors import UserError
 
-def train(*, model_dir, objective, train_steps: int = 10, schedule=None, task: str = "books", dry_run: bool = False):
+def train(*, model_dir, objective, train_steps: int = 10, schedule=None, task="books", dry_run: bool = False):
     """What the verb does."""
     print(f"{model_dir=} {objective=} {train_steps=} {task=} {dry_run=}")
     if schedule:
@@ -215,6 +217,7 @@ def test_gin_files_are_found_from_any_folder(toy, tmp_path, monkeypatch):
     (shipped / "gin/sizes").mkdir()
     (shipped / "gin/sizes/tiny.gin").write_text(f"include '{toy}/base.gin'\n")
     monkeypatch.setattr(config, "PACKAGE", shipped)
+    monkeypatch.setattr(gin_reading, "SHIPPED", shipped / "gin")
     monkeypatch.chdir(tmp_path)  # the current folder comes first
     for file in ("runs/pretrain.gin", "gin/runs/pretrain.gin", "package/gin/runs/pretrain.gin"):
         assert bound(toy, files=[file])["train_steps"] == 3
@@ -228,12 +231,13 @@ def test_gin_files_are_found_from_any_folder(toy, tmp_path, monkeypatch):
 
 
 def test_every_shipped_gin_file_parses():
-    for file in config._shipped():
+    for file in gin_reading.shipped():
         config.load([file])
 
 
 def test_print_config_can_be_loaded_again(toy, tmp_path):
-    longer = ("--gin_file=warmup.gin", "--gin_file=configs/longer.gin", "--gin.scope/models.Sundae.num_unrolls=3")
+    longer = ("--gin_file=warmup.gin", "--gin_file=configs/longer.gin")
+    longer += ("--gin.train.train.objective=@scope/models.Sundae()", "--gin.scope/models.Sundae.num_unrolls=3")
     longer += ("--gin.train.train.schedule=@warmup",)
     result = verb(toy, *longer, *SET, "--print_config")
     assert result.returncode == 0, result.stderr
@@ -275,9 +279,9 @@ def test_shipped_files_are_suggested(tmp_path, monkeypatch):
     (tmp_path / "gin/models/small.gin").write_text("MODEL = @models.Model()\n")
     (tmp_path / "gin/runs/pretrain.gin").write_text("MODEL_DIR = %gin.REQUIRED\nMODEL = %gin.REQUIRED\nSTEPS = 1\n")
     (tmp_path / "gin/runs/infer.gin").write_text("")
-    monkeypatch.setattr(config, "PACKAGE", tmp_path)
-    assert config._shipped_values("MODEL") == "; MODEL is set in models/small.gin"
-    assert config._shipped_values("MODEL_DIR") == ""
+    monkeypatch.setattr(gin_reading, "SHIPPED", tmp_path / "gin")
+    assert gin_messages._shipped_values("MODEL") == "; MODEL is set in models/small.gin"
+    assert gin_messages._shipped_values("MODEL_DIR") == ""
     assert config._examples("diffusion_t5x.train") == [
         "--gin_file=runs/pretrain.gin --gin.MODEL_DIR=... --gin.MODEL=..."
     ]
@@ -308,6 +312,15 @@ def test_logs_are_terse_and_quiet(toy):
     result = verb(toy, "--gin_file=base.gin", *SET, "--gin.train.train.task=log", "--tfds_data_dir=/data")
     assert result.stderr.splitlines()[0].endswith(" resuming") and len(result.stderr.splitlines()) == 1
     assert "3 /data\n[]\n" in result.stdout  # and config needs neither JAX nor TensorFlow
+
+
+@pytest.mark.parametrize("value", ["1", "True", "true"])
+def test_a_shell_with_64_bits_is_set_aside(value, monkeypatch, caplog):
+    monkeypatch.setenv("JAX_ENABLE_X64", value)
+    jax.config.update("jax_enable_x64", True)
+    with caplog.at_level("INFO", "diffusion_t5x"), config.program():
+        assert not jax.config.jax_enable_x64 and "JAX_ENABLE_X64" not in os.environ
+    assert caplog.text.count("JAX_ENABLE_X64 is set aside") == 1
 
 
 def test_user_errors_and_bugs(toy):

@@ -7,15 +7,18 @@ import sys
 
 import pytest
 
-from diffusion_t5x import benchmark, checkpoints, config, infer, lm_eval, report, train
+from diffusion_t5x import benchmark, checkpoints, config, infer, inspect_data, lm_eval, report, train
 from diffusion_t5x import eval as evaluation
+
+pytest.importorskip("seqio")
+from untrained import give_record, untrained
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# A module that a reader is told to write, places that a reader's own text goes into, what knows no gin (and is run with
+# Modules that a reader is told to write, places that a reader's own text goes into, what knows no gin (and is run with
 # its page's other commands in tests/conversion), what reads a checkpoint first (see test_generate.py), and what another
 # command writes (see test_walkthrough.py).
-NOT_RUN_AS_IT_STANDS = re.compile(r"my_task|…|FILE|diffusion_t5x\.(convert|generate)|/tmp/walk/")
+NOT_RUN_AS_IT_STANDS = re.compile(r"my_\w+|…|FILE|diffusion_t5x\.(convert|generate)|/tmp/walk/")
 
 
 def commands() -> list[str]:
@@ -32,9 +35,20 @@ def commands() -> list[str]:
     return sorted(command for command in found if not NOT_RUN_AS_IT_STANDS.search(command))
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Stands for the checkpoints that the pages' commands name."""
+    files = "objectives/block.gin", "decoding/block.gin"
+    folder = untrained(tmp_path_factory.mktemp("docs") / "model", *files, form="new")
+    give_record(folder, vocabulary_source={"file": None, "extra_ids": 100}, inputs_end=True)
+    return folder
+
+
 @pytest.mark.parametrize("command", commands())
-def test_a_command_of_the_pages_resolves(command, capsys):
+def test_a_command_of_the_pages_resolves(command, capsys, checkpoint):
     _, _, module, *flags = shlex.split(command)
+    if "--checkpoint" in flags:
+        flags[flags.index("--checkpoint") + 1] = str(checkpoint)
     if module == report.__name__:  # verbs that have no gin
         assert report.parse(flags).runs
         return
@@ -44,13 +58,16 @@ def test_a_command_of_the_pages_resolves(command, capsys):
     if module in (
         evaluation.__name__,
         infer.__name__,
+        inspect_data.__name__,
         benchmark.__name__,
         lm_eval.__name__,
         train.__name__,
     ):  # which have flags of their own
         sys.modules[module].main([*flags, "--print_config"])
         printed = capsys.readouterr()
-        found = re.search(r"^# Parameters for \w+\.(evaluate|score|infer|decode|train):$", printed.out, re.MULTILINE)
+        found = re.search(
+            r"^# Parameters for \w+\.(evaluate|score|infer|inspect_data|decode|train):$", printed.out, re.MULTILINE
+        )
         assert found and not printed.err
         return
     verb = module.rpartition(".")[2]

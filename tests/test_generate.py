@@ -10,7 +10,6 @@ import shlex
 import shutil
 import sys
 
-import numpy as np
 import open_models
 import pytest
 import tiny
@@ -22,16 +21,15 @@ from diffusion_t5x.data.prompts import Prompts
 from diffusion_t5x.data.vocabularies import to_text, token_ids
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.evaluation import results
 from diffusion_t5x.evaluation.conversation import one_line
 from diffusion_t5x.evaluation.inference import make_decode_step
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.training.assignment import named_leaves
+from diffusion_t5x.training.agreement import Agreement
 
 seqio = pytest.importorskip("seqio")
-from untrained import LENGTHS, RUN, SIZE, untrained  # noqa: E402
+from untrained import LENGTHS, RUN, SIZE, give_record, save_old, untrained  # noqa: E402
 
 from diffusion_t5x.tasks import registration  # noqa: E402
 
@@ -110,16 +108,18 @@ def test_a_moved_folder_and_a_lost_tokenizer(stories, test_data, tmp_path, ask, 
         os.rename(f"{lost}.away", lost)
 
 
-def test_an_imported_encoder_decoder_reads_eos_behind_its_prompt(tmp_path, ask):
+@pytest.mark.parametrize("form", ["old", "new"])
+def test_an_imported_encoder_decoder_reads_eos_behind_its_prompt(form, tmp_path, ask):
     specials = {"eos_token": "<|end|>", "pad_token": "<|pad|>"}
     tokenizer = open_models.save_tokenizer(tmp_path, open_models.byte_level(), **specials)
     vocabulary = registration.vocabulary(tokenizer)
     model = ModelConfig(**SIZE, architecture="encoder_decoder", tie_embeddings=False)
     definition = ModelDefinition(model, token_ids(vocabulary))
     params = tiny.random_params(definition)
-    arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(params).items()}
     text = output.model_gin("random", model, "VOCABULARY_FILE", pathlib.Path(tokenizer))
-    output.save(tmp_path, definition, arrays, text)
+    save_old(tmp_path, definition, params, text)
+    if form == "new":
+        give_record(tmp_path)
     written = ask(tmp_path, "--prompt", "Once upon a time", "--length", "6")
     batch = tiny.pack_apart([[([*vocabulary.encode("Once upon a time"), vocabulary.eos_id], [0] * 6)]], 64, 6)
     decoded = make_decode_step(MeshConfig().make(), definition, AutoregressiveDecoder(), seed=0)(params, batch)
@@ -132,8 +132,8 @@ def test_an_imported_encoder_decoder_reads_eos_behind_its_prompt(tmp_path, ask):
     [
         (["autoregressive"], [], {"": "AutoregressiveDecoder", "prefix": False}),
         (["autoregressive"], ["Autoregressive.prefix=True"], {"": "AutoregressiveDecoder", "prefix": True}),
-        (["sundae", "conversion/shifted.gin"], [], {"": "SundaeDecoder", "shifted": True}),
-        (["masked"], [], {"": "MaskedDecoder", "shifted": False}),
+        (["sundae", "conversion/shifted.gin"], [], {"": "SundaeDecoder"}),
+        (["masked"], [], {"": "MaskedDecoder"}),
         (["block"], ["BLOCK_SIZE=8"], {"": "BlockDecoder", "block_size": 8, "inner": "MaskedDecoder"}),
         (["block_uniform"], [], {"": "BlockDecoder", "block_size": 4, "inner": "SundaeDecoder"}),
         (["masked", "conversion/joint.gin"], [], {"": "MaskedDecoder"}),
@@ -142,22 +142,42 @@ def test_an_imported_encoder_decoder_reads_eos_behind_its_prompt(tmp_path, ask):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_the_decoder_follows_from_the_training(files, settings, expected, tmp_path, monkeypatch):
+@pytest.mark.parametrize("form", ["old", "new"])
+def test_the_decoder_follows_from_the_training(files, settings, expected, form, tmp_path, monkeypatch):
     """Without one in the training's own configuration, as in pretraining, and with one."""
     run = "runs/finetune.gin" if "decoding/sundae.gin" in files else "runs/pretrain.gin"
-    folder = untrained(tmp_path, f"objectives/{files[0]}.gin", *files[1:], run=run, settings=settings)
+    folder = untrained(tmp_path, f"objectives/{files[0]}.gin", *files[1:], run=run, settings=settings, form=form)
     chosen = []
 
-    def stop(checkpoint, readers, decoders):
+    def stop(agreement, model, decoders):
+        agreement_check(agreement, model, decoders)
         chosen.extend(decoders)
+        assert model.shifted == ("conversion/shifted.gin" in files)
         raise KeyError("chosen")
 
-    monkeypatch.setattr(generate, "check_shifted", stop)
+    agreement_check = Agreement.check
+    monkeypatch.setattr(Agreement, "check", stop)
     with pytest.raises(KeyError):
         generate.main(["--checkpoint", str(folder), "--prompt", "a"])
     found = {"": type(chosen[0]).__name__} | {f.name: getattr(chosen[0], f.name) for f in dataclasses.fields(chosen[0])}
     found["inner"] = type(found.get("inner")).__name__
     assert {name: found[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_an_older_checkpoint_s_objective_says_whether_the_model_is_shifted(shifted, tmp_path, monkeypatch):
+    def as_it_was(text):
+        old = (f"{name}.shifted = {shifted}" for name in ("masked_objective.Masked", "masked_decoding.MaskedDecoder"))
+        assert "model_config.ModelConfig.shifted = False" in text
+        return text.replace("model_config.ModelConfig.shifted = False", "\n".join(old))
+
+    folder = untrained(tmp_path, "objectives/masked.gin", "decoding/masked.gin", edit=as_it_was)
+    seen = []
+    monkeypatch.setattr(Agreement, "check", lambda agreement, model, users: seen.extend([agreement.record, model]))
+    monkeypatch.setattr(generate, "_lengths", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate.main(["--checkpoint", str(folder), "--prompt", "a"])
+    assert seen[0].shifted is shifted and seen[1].shifted is shifted
 
 
 @pytest.mark.parametrize(
@@ -192,10 +212,6 @@ def test_rows_have_room_for_prompts_of_many_lengths():
         dataclasses.replace(prompts, architecture="encoder_decoder").batch("", 0)
     with pytest.raises(UserError, match="PassThroughVocabulary, which has ids and no texts"):
         Prompts(seqio.PassThroughVocabulary(8, 1), False, 8, 8, "decoder_only")
-
-
-def test_nothing_says_how_it_was_trained():
-    assert results.decoder_gin("") == "" and results.decoder_gin("train.train.objective = @mine.Mine()\n") == ""
 
 
 @pytest.mark.parametrize(
@@ -259,7 +275,7 @@ def test_mistakes(masked, tmp_path, refused):
     assert "The prompt is refused: it is not UTF-8." in says(masked, "--prompt", "caf\udce9")
     assert "must have targets" in says(masked, "--prompt", "a", "--gin.TASK_FEATURE_LENGTHS={'inputs': 8}")
     shifted = ["--gin_file=conversion/shifted.gin"]
-    assert "has shifted = False, but MaskedDecoder has shifted = True" in says(masked, "--prompt", "a", *shifted)
+    assert "is trained with ModelConfig.shifted = False; here it is True" in says(masked, "--prompt", "a", *shifted)
     broken = shutil.copytree(masked, tmp_path / "broken")
     (broken / "checkpoints" / "checkpoint_0" / "metadata" / "metadata").write_text("{")
     assert "is broken: metadata/metadata" in says(broken, "--prompt", "a")
@@ -279,31 +295,39 @@ def test_no_checkpoint_and_help(capsys):
 
 def test_a_module_that_is_not_trusted(tmp_path, refused):
     definition = ModelDefinition(ModelConfig(**SIZE), token_ids(seqio.ByteVocabulary(extra_ids=100)))
-    params = {name: np.asarray(leaf) for name, leaf in named_leaves(tiny.random_params(definition)).items()}
-    text = "from __gin__ import dynamic_registration\nimport subprocess\n"
-    output.save(tmp_path, definition, params, text)
+    text = "from __gin__ import dynamic_registration\nimport subprocess\ntrain.train.train_steps = 1\n"
+    save_old(tmp_path, definition, tiny.random_params(definition), text)
     message = refused(tmp_path, "--prompt", "a")
-    assert "error: the configuration in" in message and "imports subprocess" in message and "--gin_allow" in message
+    assert "error: the record of" in message and "imports subprocess" in message and "--gin_allow" in message
 
 
 def test_what_a_checkpoint_says_makes_settings_and_nothing_else(masked, tmp_path, refused, ask):
     """Its configuration is read unasked: it must not call what writes files."""
     definition = ModelDefinition(ModelConfig(**SIZE), token_ids(seqio.ByteVocabulary(extra_ids=100)))
-    params = {name: np.asarray(leaf) for name, leaf in named_leaves(tiny.random_params(definition)).items()}
     victim = tmp_path / "victim"
     text = f"""
 from __gin__ import dynamic_registration
-from diffusion_t5x import generate
+from diffusion_t5x import train
 from diffusion_t5x.evaluation import results
 
+train.train.train_steps = 1
 results.write_records.path = {str(victim)!r}
 results.write_records.records = ["mine"]
-generate.generate.random_seed = @results.write_records()
+MIXTURE_OR_TASK_NAME = @results.write_records()
 """
-    output.save(tmp_path / "crafted", definition, params, text)
+    save_old(tmp_path / "crafted", definition, tiny.random_params(definition), text)
     message = refused(tmp_path / "crafted", "--prompt", "a")
     assert "it refers to diffusion_t5x.evaluation.results.write_records, which does more than" in message
     assert "--gin_allow=diffusion_t5x.evaluation.results" in message and not victim.exists()
+    for objective, said in (
+        ({"class": "subprocess.Popen", "args": ["touch", str(victim)]}, "imports subprocess"),
+        ({"class": "diffusion_t5x.evaluation.results.write_records", "path": str(victim)}, "which does more than"),
+        ({"class": f"x\ninclude '{victim}'\ny.Z"}, "in place of a name"),
+        ({"class": "optax.sgd", "a = 1\ninclude 'b'\nc": 1}, "in place of a name"),
+    ):
+        crafted = shutil.copytree(masked, tmp_path / str(len(str(objective))))
+        give_record(crafted, objective=objective)
+        assert said in refused(crafted, "--prompt", "a") and not victim.exists()
     # A prompt is no gin, whatever it looks like.
     assert ask(masked, "--prompt", "a@train.com").out
 
@@ -327,7 +351,7 @@ def test_what_a_training_leaves_is_enough(tmp_path, ask):
     config.run(train.train, flags)
     written = ask(tmp_path, lines=["a"])
     assert f"{tmp_path}, step 1, Block: " in written.err and written.out.count("\n") == 1
-    assert re.search(r"BlockDecoder\(block_size=3, inner=MaskedDecoder\(.*shifted=True\)\), 12 tokens", written.err)
+    assert re.search(r"BlockDecoder\(block_size=3, inner=MaskedDecoder\(.*\)\), 12 tokens", written.err)
 
 
 def test_the_commands_of_the_page(stories, ask, monkeypatch):

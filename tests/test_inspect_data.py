@@ -19,12 +19,13 @@ from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.sundae import Sundae
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.tasks import quickstart  # noqa: F401  (registers its tasks)
-from diffusion_t5x.training.step import make_train_step
+from diffusion_t5x.training.step import make_train_step, step_key
 
 seqio = pytest.importorskip("seqio")
 tf = pytest.importorskip("tensorflow")
 
 SEED = 7
+TINIEST = ModelConfig(embed_dim=8, num_layers=1, num_heads=1, head_dim=8, mlp_dim=8)
 HOSTILE = "[red]a [/red]\x1b[31m:smile:\x1b]0;t\x07\n\té\u202eb\x7f\x9b2J"
 HARMLESS = "[red]a [/red]␛[31m:smile:␛]0;t␇␊␉é<U+202E>b␡<U+009B>2J"
 POSITION = re.compile(r"^ *(\d+) +(\d+) +(\d+) +(\d+) +(\S+) +(inputs|targets) *(\S*) *$", re.MULTILINE)
@@ -81,7 +82,7 @@ class Reader:
     """Stands in for a model, and stops at the first tokens that it reads."""
 
     def __init__(self, vocabulary):
-        self.vocabulary = vocabulary
+        self.vocabulary, self.config = vocabulary, TINIEST
 
     def encode(self, batch, dropout_keys=None):
         return None
@@ -93,7 +94,7 @@ class Reader:
 def first_reads(objective, dataset, batch):
     """What the loss of training step 1 reads first: noise is keyed by (seed, step)."""
     with pytest.raises(FirstCall) as stopped:
-        objective.loss(Reader(dataset.token_ids()), batch, jax.random.fold_in(jax.random.key(SEED), 0))
+        objective.loss(Reader(dataset.token_ids()), batch, step_key(SEED, 0))
     return stopped.value.args[0]
 
 
@@ -146,10 +147,9 @@ def test_the_table_is_the_batch_and_what_step_1_reads(recipe, flags, tmp_path, c
 
 def test_training_step_1_has_the_noise_that_is_shown(capsys):
     dataset, objective = DATASET, Sundae()
-    inspect_data(dataset=dataset, objective=objective, random_seed=SEED, dry_run=True)
+    inspect_data(dataset=dataset, model=TINIEST, objective=objective, random_seed=SEED, dry_run=True)
     shown = capsys.readouterr().out
-    tiniest = ModelConfig(embed_dim=8, num_layers=1, num_heads=1, head_dim=8, mlp_dim=8)
-    definition = ModelDefinition(tiniest, dataset.token_ids())
+    definition = ModelDefinition(TINIEST, dataset.token_ids())
     mesh, optimizer = MeshConfig().make(), optax.sgd(0.1)
     abstract, state = tiny.fresh_state(mesh, definition, optimizer)
     with jax.set_mesh(mesh):
@@ -160,7 +160,7 @@ def test_training_step_1_has_the_noise_that_is_shown(capsys):
 
 
 def test_text_of_the_data_is_shown_and_never_obeyed(capsys):
-    inspect_data(dataset=DATASET, objective=Autoregressive(), num_rows=1, positions=False)
+    inspect_data(dataset=DATASET, model=TINIEST, objective=Autoregressive(), num_rows=1, positions=False)
     shown = capsys.readouterr().out
     first, second = HARMLESS.split("␊")
     lines = [line.strip() for line in shown.splitlines()]
@@ -174,10 +174,10 @@ def test_text_of_the_data_is_shown_and_never_obeyed(capsys):
 
 def test_colours_are_all_that_a_terminal_is_told(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    inspect_data(dataset=DATASET, objective=Sundae(), num_rows=2)
+    inspect_data(dataset=DATASET, model=TINIEST, objective=Sundae(), num_rows=2)
     coloured = capsys.readouterr().out
     monkeypatch.delenv("FORCE_COLOR")
-    inspect_data(dataset=DATASET, objective=Sundae(), num_rows=2)
+    inspect_data(dataset=DATASET, model=TINIEST, objective=Sundae(), num_rows=2)
     plain = capsys.readouterr().out
     without = re.sub(r"\x1b\[[\d;]*m", "", coloured)
     assert coloured != without

@@ -3,9 +3,11 @@
 Built by setuptools itself, so without the package registry; a wheel of pure Python is installed by unpacking it.
 """
 
+import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,8 @@ import tarfile
 import zipfile
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 pytest.importorskip("setuptools")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -28,14 +32,14 @@ FIND = """
 import importlib.util, json
 import gin
 import diffusion_t5x
-from diffusion_t5x import config
+from diffusion_t5x import config, gin_reading
 
 config.load(["probe.gin"])
 config.load(["gin/probe.gin"])
 found = {
     "package": diffusion_t5x.__file__,
     "tasks": importlib.util.find_spec("diffusion_t5x.tasks.probe").origin,
-    "gin files": config._shipped(),
+    "gin files": gin_reading.shipped(),
     "gin": gin.__file__,
 }
 print(json.dumps(found))
@@ -103,10 +107,20 @@ def test_wheel_of_the_source_distribution_is_the_same(checkout, wheel, tmp_path)
     assert set(zipfile.ZipFile(again).namelist()) == set(zipfile.ZipFile(wheel).namelist())
 
 
-def test_metadata(wheel):
+@pytest.fixture(scope="module")
+def metadata(wheel):
     archive = zipfile.ZipFile(wheel)
     (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-    metadata = archive.read(name).decode().splitlines()
+    return archive.read(name).decode().splitlines()
+
+
+@pytest.fixture(scope="module")
+def asked(metadata):
+    """What setup.py asks for, extras included."""
+    return [Requirement(line.removeprefix(start)) for line in metadata if line.startswith(start := "Requires-Dist: ")]
+
+
+def test_metadata(metadata):
     assert {line for line in metadata if line.startswith("Provides-Extra: ")} == {
         f"Provides-Extra: {extra}" for extra in ("test", "wandb", "beam", "math", "hf", "lm-eval", "tpu", "cuda")
     }
@@ -145,3 +159,59 @@ def test_gin_folder_does_not_shadow_the_library(checkout):
     assert not list((ROOT / "gin").rglob("*.py"))
     # From the checkout itself, its folder `gin` comes first on the path.
     assert python("import gin; print(gin.parse_config.__name__)", checkout, cwd=checkout) == "parse_config\n"
+
+
+PYTHONS = [{"python_version": f"3.{minor}", "python_full_version": f"3.{minor}.1"} for minor in (11, 12, 13)]
+LEFT_OUT = {"seqio-nightly", "tfds-nightly"}  # install over seqio and tensorflow-datasets
+
+
+def locked(python):
+    """The versions in requirements.lock for a Python, by canonical name."""
+    text = (ROOT / "requirements.lock").read_text(encoding="utf-8").replace("\\\n", " ")
+    pins = [Requirement(line.partition(" --hash")[0]) for line in text.splitlines() if not line.startswith("#")]
+    pins = [pin for pin in pins if pin.marker is None or pin.marker.evaluate(python)]
+    versions = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
+    assert len(versions) == len(pins)
+    return versions
+
+
+def fits(requirement, versions, extra, python):
+    if requirement.marker and not requirement.marker.evaluate(python | {"extra": extra}):
+        return True
+    version = versions.get(canonicalize_name(requirement.name))
+    return version is not None and requirement.specifier.contains(version, prereleases=True)
+
+
+@pytest.mark.parametrize("python", PYTHONS, ids=lambda python: python["python_version"])
+def test_the_lock_has_what_setup_asks_for(python, asked):
+    versions = locked(python)
+    assert len(asked) > 30
+    assert not [str(one) for one in asked if not fits(one, versions, "test", python)]
+    assert not LEFT_OUT & versions.keys()
+
+
+def test_the_lock_is_complete():
+    """What its packages need themselves is in it, too: it is installed without looking for more."""
+    python = {"python_version": f"{sys.version_info[0]}.{sys.version_info[1]}"}
+    versions = locked(python)
+    installed = {canonicalize_name(d.name): d for d in importlib.metadata.distributions()}
+    same = [name for name, version in versions.items() if name in installed and installed[name].version == version]
+    assert len(same) > len(versions) / 2
+    missing = {
+        (name, line)
+        for name in same
+        for line in installed[name].requires or ()
+        if not fits(Requirement(line), versions, "", python) and Requirement(line).name not in LEFT_OUT
+    }
+    assert not missing
+
+
+def test_the_lock_has_hashes_and_names_no_registry():
+    text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    entries = re.split(r"^(?=[a-z0-9])", text, flags=re.MULTILINE)[1:]
+    assert len(entries) > 100 and all("--hash=sha256:" in entry for entry in entries)
+    assert "://" not in text and "-url" not in text and "--find-links" not in text
+
+
+def test_every_requirement_has_an_upper_bound(asked):
+    assert not [str(one) for one in asked if not any(part.operator in ("<", "==") for part in one.specifier)]

@@ -231,3 +231,8 @@ def test_every_objective_trains_and_decodes_the_same_on_every_mesh(eight_devices
             np.testing.assert_allclose(found["losses"], one["losses"], rtol=1e-5, err_msg=f"{objective} on {mesh}")
             assert found["gradients"] < 1e-5, (objective, mesh)
             assert found["tokens"] == one["tokens"], (objective, mesh)  # no ties by rounding among these
+
+
+def test_64_bits_are_refused_in_one_line():
+    with jax.enable_x64(True), pytest.raises(UserError, match=r"64 bits \(JAX_ENABLE_X64\).*jax_enable_x64"):
+        MeshConfig().make()

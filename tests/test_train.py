@@ -181,6 +181,12 @@ def test_a_checkpoint_that_does_not_fit_is_listed_parameter_by_parameter(
     flags += ["--gin.ModelConfig.mlp_dim=48", "--gin.ModelConfig.tie_embeddings=False"]
     with pytest.raises(SystemExit):
         config.run(train.train, flags)
+    assert capsys.readouterr().err.endswith(
+        "checkpoint_20: The checkpoint's model has ModelConfig.mlp_dim = 32 (here 48), tie_embeddings = True "
+        "(here False). Set the same.\n"
+    )
+    with pytest.raises(SystemExit):
+        config.run(train.train, [*flags, "--gin.train.train.allow_mismatch=True"])
     message = capsys.readouterr().err
     assert message.count("error: ") == 1 and "Traceback" not in message
     rows = [" ".join(line.split()) for line in message.splitlines()]

@@ -65,6 +65,25 @@ MODELS = {
             "rope_scaling": {"rope_type": "linear", "factor": 8.0},
         },
     ),
+    "gemma2_scaled": (
+        "Gemma2",
+        SMALL | GEMMA,
+        {"rope_parameters": None, "rope_theta": 10_000.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    ),
+    "gemma3_scaled": ("Gemma3", SMALL | GEMMA | {"attn_logit_softcapping": 5.0}, {"rope_scaling": LLAMA3}),
+    "mistral": ("Mistral", SMALL | {"sliding_window": 32}, {}),
+    "qwen2_windows": (
+        "Qwen2",
+        SMALL | {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1},
+        {"rope_parameters": None, "rope_theta": 10_000.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    ),
+    "qwen3_windows": (
+        "Qwen3",
+        SMALL
+        | {"head_dim": 16, "use_sliding_window": True, "sliding_window": 24}
+        | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+        {},
+    ),
     "llama3": ("Llama", SMALL | {"rope_parameters": LLAMA3, "rms_norm_eps": 1e-5}, {}),
     "llama2": (
         "Llama",

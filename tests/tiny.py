@@ -127,8 +127,9 @@ class TableModel:
     `calls` notes what it is called with; the n-th call's logits have `added[n]` on top.
     """
 
-    def __init__(self, table, vocabulary=VOCABULARY, added=None):
+    def __init__(self, table, vocabulary=VOCABULARY, added=None, shifted=False):
         self.table, self.vocabulary, self.added, self.calls = table, vocabulary, added, []
+        self.config = dataclasses.replace(RELATIVE, shifted=shifted)
 
     def encode(self, batch, dropout_keys=None):
         return None

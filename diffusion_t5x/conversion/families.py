@@ -3,7 +3,7 @@
 import dataclasses
 from types import ModuleType
 
-from diffusion_t5x.conversion import gemma2, gemma3_text, gpt2, llama, mt5, qwen2, qwen3, t5
+from diffusion_t5x.conversion import gemma2, gemma3_text, gpt2, llama, mistral, mt5, qwen2, qwen3, t5
 from diffusion_t5x.conversion.huggingface import CONFIG, Folder
 from diffusion_t5x.conversion.keys import Keys
 from diffusion_t5x.conversion.weights import VOCABULARY_AXIS, Source, Weight
@@ -12,14 +12,15 @@ from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.training.assignment import named_leaves
 
-# A module has `config(keys, tied)`, `weights(config)`, the names EMBEDDING and HEAD, TIED (what `tie_word_embeddings`
-# is where a config.json does not say), SAME (names of copies, and of what); and BASE, if files may lack that prefix of
-# their names.
+# A module has `config(keys, tied)`, `weights(config)`, EMBEDDING and HEAD (names), TIED (what `tie_word_embeddings` is
+# where a config.json does not say), SAME (names of copies, and of what); BASE, if files may lack that prefix of their
+# names; and ALIASES, if keys of the config.json have other names too.
 FAMILIES: dict[str, ModuleType] = {
     "gemma2": gemma2,
     "gemma3_text": gemma3_text,
     "gpt2": gpt2,
     "llama": llama,
+    "mistral": mistral,
     "mt5": mt5,
     "qwen2": qwen2,
     "qwen3": qwen3,
@@ -37,6 +38,7 @@ class Described:
       vocab_size: rows of the embedding there.
       weights: how each is called and lies.
       copies: names of tensors that hold what another does.
+      passed_over: a line on keys of its config.json that change nothing; empty where there are none.
       sizes_from: where the model's sizes were read, for messages.
     """
 
@@ -44,6 +46,7 @@ class Described:
     vocab_size: int
     weights: tuple[Weight, ...]
     copies: dict[str, str]
+    passed_over: str = ""
     sizes_from: str = CONFIG
 
 
@@ -62,7 +65,8 @@ def describe(folder: Folder, tied: bool | None = None) -> Described:
     if not isinstance(kind, str) or kind not in FAMILIES:
         only = f"only {', '.join(FAMILIES)}.{did_you_mean(str(kind), FAMILIES)}"
         raise UserError(f"{where}: model_type = {kind!r} is not supported, {only}")
-    family, keys = FAMILIES[kind], Keys(folder.config, where)
+    family = FAMILIES[kind]
+    keys = Keys(folder.config, where, getattr(family, "ALIASES", None), most_layers=len(folder.tensors))
     # As in transformers: said to be tied, and yet different in the files, they are not.
     said = keys.get("tie_word_embeddings", family.TIED)
     base = getattr(family, "BASE", "")
@@ -71,10 +75,10 @@ def describe(folder: Folder, tied: bool | None = None) -> Described:
     tied = said and _same(folder, family.HEAD, embedding) if tied is None else tied
     vocab_size = keys.get("vocab_size")
     config = family.config(keys, tied)
-    keys.check_all_read()
+    passed_over = keys.judge()
     copies = family.SAME | ({family.HEAD: embedding} if tied else {})
     weights = (dataclasses.replace(w, theirs=w.theirs.removeprefix(cut)) for w in family.weights(config))
-    described = Described(config, vocab_size, tuple(weights), copies)
+    described = Described(config, vocab_size, tuple(weights), copies, passed_over)
     check_names(folder, described, kind)
     return described
 

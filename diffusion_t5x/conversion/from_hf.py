@@ -1,6 +1,7 @@
 """From Hugging Face's format: a folder's model as a checkpoint."""
 
 import shutil
+from collections.abc import Sequence
 
 from diffusion_t5x.conversion import families, importing, output
 from diffusion_t5x.conversion.huggingface import CARRIED, Folder
@@ -8,7 +9,7 @@ from diffusion_t5x.data.seqio_source import libraries
 from diffusion_t5x.data.vocabularies import token_ids
 
 
-def from_hf(path: str, output_folder: str) -> None:
+def from_hf(path: str, output_folder: str, ignore_keys: Sequence[str] = ()) -> None:
     """Imports a model from a local folder in Hugging Face's format.
 
     `output_folder` gets checkpoints/checkpoint_0 (step and parameters), config.json and the tokenizer's files as they
@@ -17,6 +18,7 @@ def from_hf(path: str, output_folder: str) -> None:
     Args:
       path: with config.json, safetensors and a tokenizer.
       output_folder: a folder that is empty or not there.
+      ignore_keys: keys of config.json that are read as if they were not there.
 
     Raises:
       UserError: what the folder holds is not supported or does not fit together, or the output is not empty; before
@@ -26,12 +28,14 @@ def from_hf(path: str, output_folder: str) -> None:
     from diffusion_t5x.tasks import registration
 
     final = output.empty_folder(output_folder)
-    folder = Folder.open(path)
+    folder = Folder.open(path).without_keys(ignore_keys)
     described = families.describe(folder)
     tokenizer = folder.tokenizer()
     ids = token_ids(registration.vocabulary(str(tokenizer)))
     definition = importing.definition_of(folder, described, ids, tokenizer)
 
+    if described.passed_over:
+        print(described.passed_over)
     with output.building(final) as to:
         for name in CARRIED:
             if (folder.path / name).exists():

@@ -9,6 +9,7 @@ from diffusion_t5x.conversion import importing, output
 from diffusion_t5x.conversion.families import Described, check_names
 from diffusion_t5x.conversion.t5x_checkpoint import T5XCheckpoint
 from diffusion_t5x.conversion.weights import Weight, table, under, vector
+from diffusion_t5x.data import tokenizer_files
 from diffusion_t5x.data.seqio_source import libraries
 from diffusion_t5x.data.vocabularies import TokenIds, token_ids
 from diffusion_t5x.errors import UserError
@@ -34,8 +35,8 @@ def from_t5x(path: str, tokenizer_file: str, output_folder: str, activation: str
       max_distance: of the relative position bias; no array tells it.
 
     Raises:
-      UserError: what the folder holds is not supported or does not fit together, or the output is not empty; before
-        anything is written. Only that an array's data are broken shows while it is written.
+      UserError: what the folder holds is not supported, broken or does not fit together, or the output is not empty;
+        before anything is written.
     """
     final = output.empty_folder(output_folder)
     tokenizer = pathlib.Path(tokenizer_file).expanduser()
@@ -45,7 +46,8 @@ def from_t5x(path: str, tokenizer_file: str, output_folder: str, activation: str
     definition = importing.definition_of(source, described, ids, tokenizer)
 
     with output.building(final) as to:
-        shutil.copyfile(tokenizer, to / tokenizer.name)
+        for file in (tokenizer, *tokenizer_files.beside(tokenizer.parent)):
+            shutil.copyfile(file, to / file.name)
         output.print_table(_dropped(source))
         importing.write(to, final, source, described, definition, tokenizer.name, f"{_KIND}, of T5X")
     print(f"Wrote {final}: checkpoints/checkpoint_0, {tokenizer.name}, model.gin")

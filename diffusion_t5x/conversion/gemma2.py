@@ -17,7 +17,11 @@ _NORMS = {
 
 def config(keys: Keys, tied: bool) -> ModelConfig:
     """As `llama.config`."""
-    return ModelConfig(tie_embeddings=tied, **shared(keys, every=2), **llama.rotary(keys))
+    fields = shared(keys, every=2) | {
+        "attention_softcap": keys.nullable("attn_logit_softcapping", 50.0),
+        "logits_softcap": keys.nullable("final_logit_softcapping", 30.0),
+    }
+    return ModelConfig(tie_embeddings=tied, **fields, **llama.rotary(keys))
 
 
 def shared(keys: Keys, every: int) -> dict[str, Any]:
@@ -29,23 +33,21 @@ def shared(keys: Keys, every: int) -> dict[str, Any]:
     """
     keys.require("attention_bias", False)
     keys.require("use_bidirectional_attention", False)
-    keys.require("hidden_act", "gelu_pytorch_tanh")
     keys.require("hidden_activation", "gelu_pytorch_tanh")
-    keys.ignore("cache_implementation")
-    fields = llama.dimensions(keys)
-    layers = range(1, fields["num_layers"] + 1)
-    kinds = keys.get("layer_types", ["sliding_attention" if i % every else "full_attention" for i in layers])
-    return fields | {
-        "activation": "gelu",
-        "attention_scale": keys.get("query_pre_attn_scalar") ** -0.5,
-        "norm_offset": True,
-        "post_norms": True,
-        "embedding_scale": fields["embed_dim"] ** 0.5,
-        "attention_softcap": keys.get("attn_logit_softcapping", None),
-        "logits_softcap": keys.get("final_logit_softcapping", None),
-        "local_layers": tuple(kind == "sliding_attention" for kind in kinds),
-        "window": keys.get("sliding_window"),
-    }
+    fields = llama.dimensions(keys, kv_heads=4, head_dim=256)
+    kinds = llama.layer_kinds(keys, fields["num_layers"], lambda layer: (layer + 1) % every > 0)
+    windows = llama.local_layers(keys, kinds, keys.nullable("sliding_window", 4096))
+    return (
+        fields
+        | windows
+        | {
+            "activation": "gelu",
+            "attention_scale": keys.get("query_pre_attn_scalar", 256) ** -0.5,
+            "norm_offset": True,
+            "post_norms": True,
+            "embedding_scale": fields["embed_dim"] ** 0.5,
+        }
+    )
 
 
 def weights(config: ModelConfig) -> tuple[Weight, ...]:

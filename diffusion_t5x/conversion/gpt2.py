@@ -9,6 +9,12 @@ HEAD = "lm_head.weight"
 TIED = True
 SAME: dict[str, str] = {}
 BASE = "transformer."
+ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
 # Dropout, training, the head of a classifier, and how attention is computed.
 _HARMLESS = (
     "attn_pdrop", "embd_pdrop", "resid_pdrop", "n_ctx", "n_special", "predict_special_tokens",
@@ -27,7 +33,7 @@ def config(keys: Keys, tied: bool) -> ModelConfig:
     embed, heads = keys.get("n_embd"), keys.get("n_head")
     return ModelConfig(
         embed_dim=embed,
-        num_layers=keys.get("n_layer"),
+        num_layers=keys.layers("n_layer"),
         num_heads=heads,
         head_dim=embed // heads,
         mlp_dim=keys.get("n_inner", 4 * embed),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any, Self
 
 import ml_dtypes
@@ -10,9 +11,10 @@ import safetensors
 import safetensors.numpy
 
 from diffusion_t5x import json_lines, records
-from diffusion_t5x.errors import UserError
+from diffusion_t5x.errors import UserError, did_you_mean
 
 CONFIG = "config.json"
+IGNORED = "ignored_keys.json"
 INDEX = "model.safetensors.index.json"
 TENSORS = "tensors.json"
 SINGLE = "model.safetensors"
@@ -51,13 +53,15 @@ class Folder:
 
     Attributes:
       path: the folder.
-      config: the contents of config.json.
+      config: the contents of config.json, without keys that are ignored.
       tensors: by name.
+      ignored: these keys.
     """
 
     path: pathlib.Path
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    ignored: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, path: str) -> Self:
@@ -67,11 +71,27 @@ class Folder:
           UserError: a file that is missing, broken or not in this format, or tensors of other dtypes.
         """
         folder = pathlib.Path(path).expanduser().resolve()
+        for name in (*CARRIED, SINGLE, INDEX):
+            _check_link(folder / name)
         config = read_json(folder / CONFIG)
+        # As in `transformers`, an index counts where there is no single file.
+        names = [SINGLE] if (folder / SINGLE).exists() or not (folder / INDEX).exists() else _shards(folder / INDEX)
         tensors: dict[str, Tensor] = {}
-        for name in _shards(folder / INDEX) if (folder / INDEX).exists() else [SINGLE]:
-            tensors |= _read_header(folder / name)
+        for name in names:
+            found = _read_header(folder / name)
+            if twice := found.keys() & tensors.keys():
+                raise UserError(f"{folder}: {min(twice)} is in several files, such as {name}: only one can be meant.")
+            tensors |= found
         return cls(folder, config, tensors)
+
+    def without_keys(self, names: Sequence[str]) -> Self:
+        """The same with keys of config.json taken out. Raises a UserError where one is not there."""
+        for name in names:
+            if name not in self.config:
+                hint = did_you_mean(name, self.config)
+                raise UserError(f"--ignore_keys: {self.path / CONFIG} has no key {name!r}.{hint}")
+        config = {name: value for name, value in self.config.items() if name not in names}
+        return dataclasses.replace(self, config=config, ignored=tuple(names))
 
     def read(self, name: str, start: int = 0, stop: int | None = None, axis: int = 0) -> np.ndarray:
         """See `Source`. The file is opened anew, so that no page of it stays in memory."""
@@ -83,26 +103,54 @@ class Folder:
         """Writes what the headers say beside an imported model, so that the way back gives the same files' contents."""
         noted = {name: [tensor.dtype, tensor.shape] for name, tensor in self.tensors.items()}
         records.write_json(to / TENSORS, noted, indent=0)
+        if self.ignored:
+            records.write_json(to / IGNORED, {"ignored": list(self.ignored)})
 
     @classmethod
     def noted(cls, path: pathlib.Path) -> Self:
         """The folder that an imported model was, without its weights, from what lies beside that."""
+        for name in (*CARRIED, TENSORS, IGNORED):
+            _check_link(path / name)
         noted = {name: said for name, said in read_json(path / TENSORS).items() if not name.endswith(_BUFFERS)}
         tensors = {name: Tensor("", dtype, tuple(shape)) for name, (dtype, shape) in noted.items()}
-        return cls(path, read_json(path / CONFIG), tensors)
+        ignored = read_json(path / IGNORED)["ignored"] if (path / IGNORED).exists() else ()
+        return cls(path, read_json(path / CONFIG), tensors).without_keys(ignored)
 
     def tokenizer(self) -> pathlib.Path:
-        """The file of the vocabulary.
+        """The file of the vocabulary. A spiece.model of other pieces than the tokenizer.json beside it is passed over.
 
         Raises:
           UserError: there is none.
         """
+        spiece, tokenizer = self.path / TOKENIZERS[0], self.path / TOKENIZERS[1]
+        if spiece.exists() and tokenizer.exists() and not _same_pieces(spiece, tokenizer):
+            print(f"{spiece} is passed over, as by transformers: {tokenizer.name} has other pieces.")
+            return tokenizer
         for name in TOKENIZERS:
             if (self.path / name).exists():
                 return self.path / name
         has_parts = (self.path / "merges.txt").exists()
         hint = " There is merges.txt: transformers' AutoTokenizer saves it as tokenizer.json." if has_parts else ""
         raise UserError(f"{self.path} has no tokenizer: none of {', '.join(TOKENIZERS)} is there.{hint}")
+
+
+def _same_pieces(spiece: pathlib.Path, tokenizer: pathlib.Path) -> bool:
+    """Whether a SentencePiece model's pieces have the same ids in a tokenizer.json."""
+    import sentencepiece
+
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(spiece))
+    except (RuntimeError, OSError):
+        return True  # no SentencePiece model: that is said when it is read
+    parts = read_json(tokenizer).get("model")
+    pieces = parts.get("vocab") if isinstance(parts, dict) else None
+    if isinstance(pieces, dict):
+        ids = pieces
+    else:
+        entries = [piece for piece in pieces or [] if isinstance(piece, list) and piece]
+        ids = {piece[0]: number for number, piece in enumerate(entries)}
+    names = {number: str(name).removeprefix("▁") for name, number in ids.items()}
+    return all(names.get(i) == model.IdToPiece(i).removeprefix("▁") for i in range(model.GetPieceSize()))
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -118,6 +166,21 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return found
 
 
+def _check_link(file: pathlib.Path) -> None:
+    """Raises a UserError for a link that leads out of the folder.
+
+    In the cache of Hugging Face's hub it may lead to other places of the same model, whose
+    models--NAME/snapshots/REVISION has links to models--NAME/blobs.
+    """
+    folder = file.parent
+    in_cache = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
+    root, target = folder.parent.parent if in_cache else folder, file.resolve()
+    if not target.is_relative_to(root):
+        raise UserError(f"{file} is a link that leads out of {root}: put the file that is meant in its place.")
+    if target.exists() and not target.is_file():
+        raise UserError(f"{file} is no regular file.")
+
+
 def _shards(index: pathlib.Path) -> list[str]:
     """The files that an index names, which lie beside it."""
     where = read_json(index).get("weight_map")
@@ -129,6 +192,7 @@ def _shards(index: pathlib.Path) -> list[str]:
 
 
 def _read_header(file: pathlib.Path) -> dict[str, Tensor]:
+    _check_link(file)
     if not file.exists():
         others = sorted(path.name for path in file.parent.glob("*.bin"))
         hint = f" There is {others[0]}: save the model as safetensors first." if others else ""

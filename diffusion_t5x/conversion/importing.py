@@ -1,6 +1,7 @@
 """From a source's tensors to a checkpoint, tensor by tensor."""
 
 import dataclasses
+import math
 import pathlib
 
 import numpy as np
@@ -21,7 +22,8 @@ def definition_of(source: Source, described: Described, ids: TokenIds, tokenizer
     """The model here: MASK is one of the rows that it keeps in reserve, or a new row of the embedding.
 
     Raises:
-      UserError: the tokenizer has more ids than the model, or a tensor is of another shape than the model says.
+      UserError: the tokenizer has more ids than the model, or a tensor is of another shape than the model says, cannot
+        be read, or has numbers that are NaN or infinite.
     """
     rows = described.vocab_size
     if (last := ids.noise_ids()[-1]) >= rows:
@@ -29,6 +31,7 @@ def definition_of(source: Source, described: Described, ids: TokenIds, tokenizer
     config = dataclasses.replace(described.config, vocab_size=rows if ids.size <= rows else None)
     definition = ModelDefinition(config, ids)
     check_shapes(source, described, definition)
+    _check_numbers(source, described)
     return definition
 
 
@@ -54,12 +57,31 @@ def write(
     config = definition.config
     gin = output.model_gin(f"{source.path.name} ({kind}), imported", config, "VOCABULARY_FILE", final / tokenizer)
     streams = {weight.ours: _stream(source, weight, shapes[weight.ours]) for weight in described.weights}
-    output.save(to, definition, streams, gin)
+    output.save(to, output.record_of(definition, final / tokenizer), streams, gin)
 
     layers = f"0-{config.num_layers - 1}"
     output.print_table([(w.theirs.replace("{}", layers), w.ours, f"{list(shapes[w.ours])}") for w in described.weights])
     new = "" if mask_id < rows else ", a new row"
     print(f"{definition.num_params():,} parameters; {rows} rows, MASK is {mask_id}{new}")
+
+
+def _check_numbers(source: Source, described: Described) -> None:
+    """Reads every array once, in blocks. Raises a UserError that names one with numbers that are none."""
+    layers = described.config.num_layers
+    for name in dict.fromkeys(name for weight in described.weights for name in weight.names(layers)):
+        rows, *others = source.tensors[name].shape
+        step = max(1, _BLOCK // math.prod(others))
+        for start in range(0, rows, step):
+            check_finite(source.read(name, start, min(start + step, rows)), name, source.path)
+
+
+def check_finite(array: np.ndarray, name: str, path: str | pathlib.Path) -> None:
+    """Raises a UserError where an array has NaN or infinite numbers."""
+    if bad := array.size - np.count_nonzero(np.isfinite(array)):
+        raise UserError(
+            f"{path}: {name} has numbers that are NaN or infinite ({bad:,} of {array.size:,} read): its file is "
+            "damaged, or its training broke down."
+        )
 
 
 def _stream(source: Source, weight: Weight, shape: tuple[int, ...]) -> Streamed:

@@ -7,9 +7,10 @@ from diffusion_t5x.conversion.keys import Keys
 from diffusion_t5x.models.config import ModelConfig
 
 EMBEDDING, HEAD, TIED, SAME = t5.EMBEDDING, t5.HEAD, t5.TIED, t5.SAME
+ALIASES = t5.ALIASES
 weights = t5.weights
 
 
 def config(keys: Keys, tied: bool) -> ModelConfig:
     """As `t5.config`."""
-    return dataclasses.replace(t5.config(keys, tied), logits_scale=1.0)
+    return dataclasses.replace(t5.config(keys, tied, "gated-gelu"), logits_scale=1.0)

@@ -9,11 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from flax import traverse_util
 
-from diffusion_t5x import records
+from diffusion_t5x import records, terminal
+from diffusion_t5x.data.vocabularies import SENTINELS
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.training import checkpoints
+from diffusion_t5x.training.record import Record
 from diffusion_t5x.training.streaming import Streamed
 
 _UNFINISHED = ".unfinished"
@@ -83,6 +85,7 @@ def building(final: pathlib.Path) -> Iterator[pathlib.Path]:
 def model_gin(title: str, model: ModelConfig, macro: str, tokenizer: pathlib.Path) -> str:
     """A gin file that sets MODEL to `model`, and a macro to the tokenizer; dropout and dtype are left to the run."""
     values = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    title = "".join(character if character.isprintable() else " " for character in title)  # it is a comment, one line
     left_out = _LEFT_OUT if model.vocab_size else {*_LEFT_OUT, "vocab_size"}
     bindings = "\n".join(f"  {name} = {value!r}" for name, value in values.items() if name not in left_out)
     return _MODEL_GIN.format(
@@ -90,13 +93,17 @@ def model_gin(title: str, model: ModelConfig, macro: str, tokenizer: pathlib.Pat
     )
 
 
-def save(
-    folder: pathlib.Path, definition: ModelDefinition, params: Mapping[str, np.ndarray | Streamed], gin: str
-) -> None:
+def record_of(definition: ModelDefinition, tokenizer: pathlib.Path) -> Record:
+    """The record of an imported model whose tokenizer lies at this path."""
+    source = {"file": str(tokenizer), "extra_ids": SENTINELS}
+    return Record.of_import(definition.config, definition.vocabulary.describe(), source)
+
+
+def save(folder: pathlib.Path, record: Record, params: Mapping[str, np.ndarray | Streamed], gin: str) -> None:
     """Writes checkpoint_0, what a run of no steps would leave, without an optimizer; and model.gin."""
     state = {"step": np.zeros((), np.int32), "params": traverse_util.unflatten_dict(dict(params), sep="/")}
     store = checkpoints.Checkpoints(str(folder / "checkpoints"), asynchronous=False, streamed=True)
-    store.save(0, state, {}, {"step": 0, "metrics": {}, "vocabulary": definition.vocabulary.describe(), "config": gin})
+    store.save(0, state, {}, {"step": 0, "metrics": {}, **record.metadata(), "config": gin})
     store.close()
     records.write_text(folder / "model.gin", gin)
 
@@ -105,4 +112,4 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Prints columns one below the other."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(terminal.safe("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()))

@@ -10,8 +10,8 @@ EMBEDDING, HEAD, TIED, SAME = llama.EMBEDDING, llama.HEAD, llama.TIED, llama.SAM
 
 def config(keys: Keys, tied: bool) -> ModelConfig:
     """As `llama.config`."""
-    llama.full_attention(keys)
-    return ModelConfig(tie_embeddings=tied, qkv_bias=True, **llama.shared(keys))
+    fields = llama.shared(keys, kv_heads=32)
+    return ModelConfig(tie_embeddings=tied, qkv_bias=True, **fields, **llama.qwen_windows(keys, fields["num_layers"]))
 
 
 def weights(config: ModelConfig) -> tuple[Weight, ...]:

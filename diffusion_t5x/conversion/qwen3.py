@@ -10,9 +10,10 @@ EMBEDDING, HEAD, TIED, SAME = llama.EMBEDDING, llama.HEAD, llama.TIED, llama.SAM
 
 def config(keys: Keys, tied: bool) -> ModelConfig:
     """As `llama.config`."""
-    llama.full_attention(keys)
     keys.require("attention_bias", False)
-    return ModelConfig(tie_embeddings=tied, query_key_norm=True, **llama.shared(keys))
+    fields = llama.shared(keys, kv_heads=32, head_dim=128)
+    windows = llama.qwen_windows(keys, fields["num_layers"])
+    return ModelConfig(tie_embeddings=tied, query_key_norm=True, **fields, **windows)
 
 
 def weights(config: ModelConfig) -> tuple[Weight, ...]:

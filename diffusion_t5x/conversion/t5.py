@@ -9,15 +9,31 @@ HEAD = "lm_head.weight"
 TIED = True
 # Copies that some files hold.
 SAME = {"encoder.embed_tokens.weight": EMBEDDING, "decoder.embed_tokens.weight": EMBEDDING}
+ALIASES = {
+    "hidden_size": "d_model",
+    "num_attention_heads": "num_heads",
+    "num_hidden_layers": "num_layers",
+    "head_dim": "d_kv",
+}
 _ACTIVATIONS = {"gated-gelu": "gelu", "gated-silu": "silu"}
+_NAMES = {"gelu": ("gelu_new", "gelu_pytorch_tanh"), "silu": ("silu", "swish")}  # of the same functions
 
 
-def config(keys: Keys, tied: bool) -> ModelConfig:
-    """The model that a config.json describes; `tied` says whether the embedding reads the logits out."""
-    layers, embed = keys.get("num_layers"), keys.get("d_model")
+def config(keys: Keys, tied: bool, feed_forward: str = "relu") -> ModelConfig:
+    """The model that a config.json describes.
+
+    Args:
+      keys: of the config.json.
+      tied: whether the embedding reads the logits out.
+      feed_forward: the kind of feed-forward layers, where the config.json does not say.
+    """
+    layers, embed = keys.layers("num_layers"), keys.get("d_model")
     keys.require("num_decoder_layers", layers)
     keys.require("is_encoder_decoder", True)
-    keys.ignore("is_gated_act", "dense_act_fn")  # which follow from feed_forward_proj
+    activation = _ACTIVATIONS[keys.require("feed_forward_proj", *_ACTIVATIONS, default=feed_forward)]
+    # These two follow from it, but would overrule it.
+    keys.require("is_gated_act", True)
+    keys.require("dense_act_fn", *_NAMES[activation])
     # T5 1.1 is told from T5 by `tie_word_embeddings`, or as newer files have it by what that was once taken to mean.
     scaled = keys.get("scale_decoder_outputs", keys.get("tie_word_embeddings", True))
     return ModelConfig(
@@ -27,7 +43,7 @@ def config(keys: Keys, tied: bool) -> ModelConfig:
         head_dim=keys.get("d_kv"),
         mlp_dim=keys.get("d_ff"),
         architecture="encoder_decoder",
-        activation=_ACTIVATIONS[keys.require("feed_forward_proj", *_ACTIVATIONS, default="relu")],
+        activation=activation,
         tie_embeddings=tied,
         logits_scale=embed**-0.5 if scaled else 1.0,
         norm_epsilon=keys.get("layer_norm_epsilon", 1e-6),

@@ -5,6 +5,7 @@ A folder with a msgpack file `checkpoint`: a tree of arrays, each in it or, wher
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Iterator
 from typing import Any, Self
@@ -18,6 +19,8 @@ from diffusion_t5x.errors import UserError
 _FILE = "checkpoint"
 _TARGET = "optimizer/target/"
 _DTYPES = ("float32", "bfloat16", "float16")
+_DENSEST = 2048  # how many times its size a compressed file may hold; gzip, which T5X has, reaches 1,032
+_ALWAYS = 1 << 24  # so many bytes may be held by any file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +126,7 @@ def _open_zarr(folder: pathlib.Path, name: str, spec: dict[str, Any]) -> tensors
             raise UserError(f"{folder}: the array {name} lies outside of the checkpoint's folder, in {said!r}.")
         opened = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(path)}}
         array = tensorstore.open(opened, read=True, open=True).result()
+        _check_room(folder, name, array, path, said)
         is_whole = array.storage_statistics(query_fully_stored=True).result().fully_stored
     except ValueError as error:
         raise UserError(f"{folder}: cannot read the array {name} in {said!r}: {_shortly(error)}.") from error
@@ -131,6 +135,20 @@ def _open_zarr(folder: pathlib.Path, name: str, spec: dict[str, Any]) -> tensors
     if array.shape != _shape(spec):
         raise UserError(f"{folder}: {name} has the shape {array.shape}, and {_FILE} says {_shape(spec)}.")
     return array
+
+
+def _check_room(folder: pathlib.Path, name: str, array: tensorstore.TensorStore, path: pathlib.Path, said: str) -> None:
+    """Raises a UserError where an array is larger than its files can hold, before anything goes through its chunks."""
+    sizes = [file.stat().st_size for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
+    chunk = array.chunk_layout.read_chunk.shape
+    chunks = math.prod(-(-size // max(1, part)) for size, part in zip(array.shape, chunk, strict=True))
+    if chunks > len(sizes):
+        raise UserError(f"{folder}: files of the array {name} are missing in {said!r}.")
+    for shape, stored in ((array.shape, sum(sizes)), (chunk, max(sizes, default=0))):
+        if (held := math.prod(shape) * array.dtype.numpy_dtype.itemsize) > max(_ALWAYS, _DENSEST * stored):
+            raise UserError(
+                f"{folder}: {name} is said to have {held:,} bytes, which files of {stored:,} bytes cannot hold."
+            )
 
 
 def _shortly(error: ValueError) -> str:

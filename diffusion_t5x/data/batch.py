@@ -10,8 +10,7 @@ Array = jax.Array | np.ndarray
 Architecture = Literal["decoder_only", "encoder_decoder"]
 
 
-@flax.struct.dataclass
-class Batch:
+class Batch(flax.struct.PyTreeNode):
     """Clean, unshifted tokens and what they are; every corruption, shift and mask is made on device from these.
 
     A padding position is known by `segment_ids == 0`, never by its token: pad tokens inside a target canvas are data.

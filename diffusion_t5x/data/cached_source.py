@@ -5,6 +5,7 @@ import itertools
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import grain
 import numpy as np
@@ -92,6 +93,10 @@ class CachedDataset:
     def token_ids(self) -> TokenIds:
         """What models, objectives and decoders know of the vocabulary."""
         return self._tasks()[0][0].vocabulary
+
+    def texts(self) -> dict[str, Any]:
+        """As of a `SeqioDataset`: a cache holds tokens and knows no texts."""
+        return {}
 
     def train_iterator(self, num_shards: int = 1, shard_index: int = 0) -> "CachedIterator":
         """Endless batches of `batch_size / num_shards` rows, made of every `num_shards`-th example of the global order.

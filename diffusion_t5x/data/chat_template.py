@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Self
 
-from diffusion_t5x.data import template_process, text_files
+from diffusion_t5x.data import template_process, text_files, tokenizer_files
 from diffusion_t5x.errors import UserError
 
 Message = Mapping[str, Any]
@@ -72,10 +72,8 @@ class ChatTemplate:
         Raises:
           UserError: there is none, or it cannot be read.
         """
-        file, config_file = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-        config = (text_files.json_value(config_file) if config_file.exists() else None) or {}
-        if not isinstance(config, dict):
-            raise UserError(f"{config_file} is no tokenizer's configuration: a JSON object is wanted.")
+        file, config_file = folder / "chat_template.jinja", folder / tokenizer_files.CONFIG
+        config = tokenizer_files.read(config_file)
         text, tool_use = config.get("chat_template"), None
         if isinstance(text, list):  # several by name
             if not all(isinstance(each, dict) and {"name", "template"} <= each.keys() for each in text):
@@ -90,10 +88,7 @@ class ChatTemplate:
                 f"{folder} has no chat template: neither chat_template.jinja nor a chat_template in "
                 "tokenizer_config.json. Is it the folder of a chat model?"
             )
-        tokens = {name: config[name] for name in _TOKENS if config.get(name)}
-        tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
-        if odd := [name for name, token in tokens.items() if not isinstance(token, str)]:
-            raise UserError(f"{config_file}: {odd[0]} is {json.dumps(config[odd[0]])[:40]}, not a token's text.")
+        tokens = {name: token for name in _TOKENS if (token := tokenizer_files.token_text(config, name, config_file))}
         return cls(text, tokens, special, variables, tool_use)
 
     def render(

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import seqio
 import tensorflow as tf
@@ -26,7 +26,7 @@ class RowConverter(seqio.FeatureConverter, abc.ABC):
       pad_id: the token that fills up.
     """
 
-    PACKING_FEATURE_DTYPES: ClassVar = {}
+    PACKING_FEATURE_DTYPES: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, has_inputs: bool = True, pack: bool = False, canvas: bool = False, pad_id: int = 0):
         names = ("inputs", "targets") if has_inputs else ("targets",)

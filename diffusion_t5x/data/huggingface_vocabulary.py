@@ -1,6 +1,7 @@
 """Hugging Face's tokenizers (a `tokenizer.json`) as a vocabulary. Imports SeqIO: import it inside functions."""
 
 import functools
+import itertools
 import json
 import pathlib
 import re
@@ -10,19 +11,20 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from diffusion_t5x.data import tokenizer_files
 from diffusion_t5x.data.python_vocabulary import PythonVocabulary
 from diffusion_t5x.errors import UserError
 
 _ROLES = ("bos", "eos", "pad", "unk")
-_NAMED_IN = ("tokenizer_config.json", "special_tokens_map.json", "config.json")
 
 
 class HuggingFaceVocabulary(PythonVocabulary):
     """Encodes and decodes as the library `tokenizers` does, without the special tokens that it would put around a text.
 
-    What ends a text, begins one and pads is named by the files beside the tokenizer: tokenizer_config.json, else
-    special_tokens_map.json, else config.json. Where none names a pad token, EOS pads. `contents` are the tokenizer's
-    file and these ids.
+    What ends a text, begins one and pads is named by the files beside the tokenizer, with the precedence that they have
+    in `transformers`: tokenizer_config.json where it has `added_tokens_decoder`, else special_tokens_map.json before
+    it; config.json comes last. Where none names a pad token, EOS pads. Tokens that these files add are added.
+    `contents` are the tokenizer's file and these ids.
 
     Args:
       path: a tokenizer.json.
@@ -33,6 +35,7 @@ class HuggingFaceVocabulary(PythonVocabulary):
 
     def __init__(self, path: str):
         super().__init__()
+        self.file = path
         file = pathlib.Path(path).expanduser()
         try:
             text = file.read_text(encoding="utf-8")
@@ -44,8 +47,11 @@ class HuggingFaceVocabulary(PythonVocabulary):
             raise UserError(f"{path} is no tokenizer.json that the library tokenizers reads: {error}.") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._text = text
-        self._size = 1 + max(self._tokenizer.get_vocab().values())
+        self._text = self._tokenizer.to_str() if _add_tokens(self._tokenizer, file) else text
+        ids = self._tokenizer.get_vocab().values()
+        files = [file, file.parent / tokenizer_files.CONFIG, file.parent / tokenizer_files.ADDED]
+        tokenizer_files.check_room(ids, files, file)
+        self._size = 1 + max(ids)
         self._ids = _special_ids(file.parent, self._tokenizer)
         if self._ids["eos"] is None:
             raise UserError(
@@ -54,7 +60,7 @@ class HuggingFaceVocabulary(PythonVocabulary):
             )
         if self._ids["pad"] is None:
             self._ids["pad"] = self._ids["eos"]
-        self.contents = f"{json.dumps(self._ids)} {text}".encode()
+        self.contents = f"{json.dumps(self._ids)} {self._text}".encode()
 
     @property
     def bos_id(self) -> int | None:
@@ -92,6 +98,10 @@ class HuggingFaceVocabulary(PythonVocabulary):
         special = [token for token, added in self._added.items() if added.special]
         text[special + [token for token in (self.bos_id, self.unk_id) if token is not None]] = False
         return text
+
+    def sentinel_ids(self) -> list[int]:
+        ids = (self._tokenizer.token_to_id(f"<extra_id_{number}>") for number in itertools.count())
+        return list(itertools.takewhile(lambda token: token is not None, ids))
 
     def piece(self, token: int) -> bytes:
         name = self._tokenizer.id_to_token(token) or ""
@@ -136,24 +146,45 @@ class HuggingFaceVocabulary(PythonVocabulary):
         return tokenizers.Tokenizer.from_str(json.dumps(spec | {"truncation": None, "padding": None}))
 
 
+def _add_tokens(tokenizer: tokenizers.Tokenizer, file: pathlib.Path) -> bool:
+    """Adds the tokens that the files beside a tokenizer.json name and it lacks, as `transformers` does.
+
+    Raises:
+      UserError: one has another id in the tokenizer than it is said to have.
+    """
+    found = sorted(tokenizer_files.added_tokens(file.parent).items())
+    lacking = [token for _, token in found if tokenizer.token_to_id(token.content) is None]
+    for token in lacking:
+        options = {"normalized": not token.is_special} | dict(token.options)
+        tokenizer.add_tokens([tokenizers.AddedToken(token.content, special=token.is_special, **options)])
+    for number, token in found:
+        if (id_here := tokenizer.token_to_id(token.content)) != number:
+            raise UserError(
+                f"{token.file}: {token.content!r} is said to have the id {number}, and has {id_here} in {file}: take "
+                "out the file that is wrong."
+            )
+    return bool(lacking)
+
+
 def _special_ids(folder: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> dict[str, int | None]:
     """The id of each role, from the first file that names it."""
+    names = [tokenizer_files.CONFIG, tokenizer_files.SPECIAL, "config.json"]
+    files = {folder / name: tokenizer_files.read(folder / name) for name in names}
+    if "added_tokens_decoder" not in files[folder / names[0]]:
+        names[:2] = names[1::-1]
     ids: dict[str, int | None] = dict.fromkeys(_ROLES)
-    for name in _NAMED_IN:
-        try:
-            said = json.loads((folder / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError) as error:
-            raise UserError(f"Cannot read {folder / name}: {error}.") from error
+    for file in (folder / name for name in names):
         for role in _ROLES:
-            token = said.get(f"{role}_token")
-            token = token["content"] if isinstance(token, dict) else token
-            token = said.get(f"{role}_token_id") if token is None else tokenizer.token_to_id(token)
+            text = tokenizer_files.token_text(files[file], f"{role}_token", file)
+            token = files[file].get(f"{role}_token_id") if text is None else tokenizer.token_to_id(text)
             token = token[0] if isinstance(token, list) and token else token
-            if ids[role] is None and isinstance(token, int) and tokenizer.id_to_token(token) is not None:
+            if ids[role] is None and _is_id(token) and tokenizer.id_to_token(token) is not None:
                 ids[role] = token
     return ids
+
+
+def _is_id(token: Any) -> bool:
+    return isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 1 << 32
 
 
 def _parts(component: dict[str, Any] | None) -> list[dict[str, Any]]:

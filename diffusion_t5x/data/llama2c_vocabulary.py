@@ -41,6 +41,7 @@ class Llama2cVocabulary(PythonVocabulary):
 
     def __init__(self, path: str):
         super().__init__()
+        self.file = path
         try:
             self.contents = pathlib.Path(path).expanduser().read_bytes()
         except OSError as error:

@@ -13,15 +13,21 @@ class PythonVocabulary(seqio.Vocabulary):
 
     Attributes:
       contents: bytes that tell it from others.
+      file: the path that it was made from.
       puts_space: a text's first piece has a space in front that is not the text's.
     """
 
     contents: bytes
+    file: str
     puts_space: bool
 
     @abc.abstractmethod
     def is_text(self) -> np.ndarray:
         """bool `[vocab_size]`: whether an id is a piece of text."""
+
+    def sentinel_ids(self) -> list[int]:
+        """The ids of `<extra_id_0>`, `<extra_id_1>` ..., as far as there are such tokens."""
+        return []
 
     @abc.abstractmethod
     def piece(self, token: int) -> bytes:

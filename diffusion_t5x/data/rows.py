@@ -126,7 +126,7 @@ class RowLayout:
 
     def row(self, sequences: Row) -> Row:
         """A row of one example."""
-        packed = {}
+        packed: dict[str, np.ndarray] = {}
         for name, length in self.lengths.items():
             size = len(sequences[name])
             values = np.full(length, self.fillers[name], sequences[name].dtype)

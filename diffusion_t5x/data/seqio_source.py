@@ -16,7 +16,7 @@ from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.fingerprints import Fingerprint
 from diffusion_t5x.data.rows import check_rows, fill_batches, rows_of_shard
 from diffusion_t5x.data.truncation import CutCounter
-from diffusion_t5x.data.vocabularies import TokenIds, cells, piece, signs, to_text, token_ids
+from diffusion_t5x.data.vocabularies import TokenIds, cells, difference, piece, signs, source_of, to_text, token_ids
 from diffusion_t5x.errors import UserError
 
 if TYPE_CHECKING:
@@ -135,7 +135,10 @@ class SeqioDataset:
         check_rows(self.task_feature_lengths, self.batch_size, self.pack, self.canvas)
         vocabularies = [provider.output_features[name].vocabulary for name in wanted]
         if vocabularies[0] != vocabularies[-1]:
-            raise UserError(f"inputs and targets of {where} must share one vocabulary, as they share an embedding.")
+            raise UserError(
+                f"inputs and targets of {where} must share one vocabulary, as they share an embedding: "
+                f"{difference(vocabularies[0], vocabularies[-1])}. Give both features the same."
+            )
         if self.use_cached:
             for task in libraries()[0].get_subtasks(provider):
                 if task.supports_caching and not task.cache_dir:
@@ -166,6 +169,11 @@ class SeqioDataset:
     def adds_eos(self, feature: str) -> bool:
         """Whether the texts of a feature end in EOS."""
         return self._provider().output_features[feature].add_eos
+
+    def texts(self) -> dict[str, Any]:
+        """How texts become tokens, for a checkpoint's record: "vocabulary_source", and whether "inputs_end" in EOS."""
+        inputs_end = "inputs" in self.task_feature_lengths and self.adds_eos("inputs")
+        return {"vocabulary_source": source_of(self.vocabulary()), "inputs_end": inputs_end}
 
     def to_text(self, tokens: Sequence[int]) -> str:
         """The text of target tokens, up to EOS or the first pad."""
@@ -362,7 +370,11 @@ class SeqioDataset:
         provider = self._provider()
         if self.split not in provider.splits:
             splits = ", ".join(sorted(provider.splits))
-            raise UserError(f"{self.mixture_or_task_name!r} has no split {self.split!r}, only {splits}.")
+            hint = f' HELD_OUT = {{"{self.split}": 1.0}} takes 1 % of "train" for it, in a task over files of yours.'
+            raise UserError(
+                f"{self.mixture_or_task_name!r} has no split {self.split!r}, only {splits}."
+                f"{hint if 'train' in provider.splits else ''}"
+            )
         return provider
 
     def _converter(self, pack: bool) -> "RowConverter":

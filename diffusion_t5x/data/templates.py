@@ -104,8 +104,7 @@ class Templates:
         Where a row of the task has its targets, it has the template: tokens, holes, and EOS and pad as the task has
         them. Only the holes are in `target_mask`.
         """
-        rows = ((row, template) for (row, _), template in zip(self._rows, self._templates, strict=True))
-        rows = list(rows)[:num_examples]
+        rows = [(row, template) for (row, _), template in zip(self._rows, self._templates, strict=True)][:num_examples]
         for batch, group in fill_batches(rows, self.batch_size, self._dataset.vocabulary().pad_id):
             described = (
                 {"example_id": number, "inputs_pretokenized": template.inputs or "", "template": template.text}
@@ -117,7 +116,7 @@ class Templates:
         """bool `[B, L]`: where a batch of `eval_batches` has the templates and what follows them."""
         starts = np.array([start for _, start in self._rows])
         starts = starts[np.minimum(batch.example_ids, len(starts) - 1)]  # rows that fill up a batch have other ids
-        return (batch.segment_ids > 0) & (np.arange(batch.tokens.shape[1]) >= starts[:, None])
+        return np.asarray(batch.segment_ids > 0) & (np.arange(batch.tokens.shape[1]) >= starts[:, None])
 
     def to_text(self, tokens: Sequence[int]) -> str:
         """The text of tokens, up to EOS or the first pad."""
@@ -189,7 +188,8 @@ def _parse(line: str, place: str) -> Template:
 
 def _split(text: str, place: str) -> tuple[list[str], list[int]]:
     """The texts around the holes, and the holes' sizes."""
-    parts, holes, end = [""], [], 0
+    parts, end = [""], 0
+    holes: list[int] = []
     for match in _HOLE.finditer(text):
         backslashes, size = match.groups()
         parts[-1] += text[end : match.start()] + backslashes[: len(backslashes) // 2]

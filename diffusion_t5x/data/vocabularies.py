@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Self
@@ -13,10 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_t5x import terminal
 from diffusion_t5x.errors import UserError
 
 if TYPE_CHECKING:
     import seqio
+
+SENTINELS = 100  # that vocabularies get behind their own ids, as T5's have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +62,10 @@ class TokenIds:
             self, pad_id=self.mask_id, eos_id=self.mask_id, noise_ranges=_ranges(in_holes), noise_only=True
         )
 
+    def is_end(self, tokens: jax.Array) -> jax.Array:
+        """Whether tokens are EOS or pad, either of which ends a text."""
+        return (tokens == self.eos_id) | (tokens == self.pad_id)
+
     def noise_ids(self) -> np.ndarray:
         """int32 `[number of noise ids]`: the noise vocabulary in ascending order."""
         return np.concatenate([np.arange(first, end, dtype=np.int32) for first, end in self.noise_ranges])
@@ -65,7 +73,7 @@ class TokenIds:
     def sample_noise(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Ids drawn uniformly from the noise vocabulary, int32 `[*shape]`."""
         ids = self.noise_ids()
-        return jnp.asarray(ids)[jax.random.randint(key, shape, 0, len(ids))]
+        return jnp.asarray(ids, jnp.int32)[jax.random.randint(key, shape, 0, len(ids), jnp.int32)]
 
     def describe(self) -> dict[str, str | int]:
         """What a checkpoint keeps of the vocabulary it was trained with."""
@@ -78,9 +86,15 @@ class TokenIds:
           UserError: another vocabulary.
         """
         if dict(described) != self.describe():
+            more = self.size - int(described.get("size", self.size))
+            hint = ""
+            if more and described.get("name") == self.name:
+                count = f"{abs(more)} ids {'more' if more > 0 else 'fewer'}"
+                hint = f" The task's has {count}: if both come from one file, they differ in extra_ids alone."
             raise UserError(
                 f"{path} was trained with another vocabulary ({_sentence(described)}) than the task's "
                 f"({_sentence(self.describe())}): choose a task with the checkpoint's vocabulary or another checkpoint."
+                f"{hint}"
             )
 
 
@@ -92,6 +106,19 @@ def _ranges(chosen: np.ndarray) -> tuple[tuple[int, int], ...]:
 
 def _sentence(described: Mapping[str, str | int]) -> str:
     return ", ".join(f"{key} {value}" for key, value in described.items())
+
+
+def difference(one: "seqio.Vocabulary", other: "seqio.Vocabulary") -> str:
+    """How two vocabularies differ, in words."""
+    kinds = [type(vocabulary).__name__ for vocabulary in (one, other)]
+    if kinds[0] != kinds[1]:
+        return f"one is a {kinds[0]}, the other a {kinds[1]}"
+    files = [getattr(vocabulary, "sentencepiece_model_file", "") for vocabulary in (one, other)]
+    if files[0] != files[1]:
+        return f"one is {files[0]}, the other {files[1]}"
+    if one.extra_ids != other.extra_ids:
+        return f"they differ only in extra_ids, {one.extra_ids} and {other.extra_ids}"
+    return f"both are a {kinds[0]}, but with other pieces"
 
 
 def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
@@ -107,6 +134,7 @@ def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
     import seqio
 
     from diffusion_t5x.data.python_vocabulary import PythonVocabulary
+    from diffusion_t5x.data.sentencepiece_vocabulary import AddedTokensVocabulary
 
     if vocabulary.eos_id is None:
         raise UserError(f"{type(vocabulary).__name__} has no EOS id: a target's end could not be written.")
@@ -118,6 +146,8 @@ def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
         # T5's sentinels are added behind the pieces by SeqIO; later vocabularies have them in the model itself.
         sentinel = [re.fullmatch("▁?<extra_id_[0-9]+>", piece) is not None for piece in model.IdToPiece(ids)]
         text = ~(special | sentinel)
+        if isinstance(vocabulary, AddedTokensVocabulary):
+            text[[number for number, token in vocabulary.added if token.is_special]] = False
         contents = vocabulary.sp_model
         start_id = vocabulary.bos_id if vocabulary.bos_id >= 0 else start_id
     elif isinstance(vocabulary, seqio.ByteVocabulary):
@@ -126,6 +156,7 @@ def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
         contents = f"bytes {size} {vocabulary.extra_ids}".encode()
     elif isinstance(vocabulary, PythonVocabulary):
         text = vocabulary.is_text()
+        text[list(sentinels(vocabulary))] = False
         contents = vocabulary.contents
         start_id = start_id if vocabulary.bos_id is None else vocabulary.bos_id
     elif isinstance(vocabulary, seqio.PassThroughVocabulary):
@@ -149,15 +180,57 @@ def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
     )
 
 
-def num_sentinels(vocabulary: "seqio.Vocabulary") -> int:
-    """How many of the last ids are T5's sentinels, `<extra_id_0>` being the last one: SeqIO's or the model's own."""
+def source_of(vocabulary: "seqio.Vocabulary") -> dict[str, str | int | None] | None:
+    """The arguments by which `tasks.registration.vocabulary` makes this vocabulary again; None where it cannot."""
     import seqio
 
+    from diffusion_t5x.data.python_vocabulary import PythonVocabulary
+
+    if isinstance(vocabulary, seqio.ByteVocabulary):
+        return {"file": None, "extra_ids": vocabulary.extra_ids}
+    if isinstance(vocabulary, seqio.SentencePieceVocabulary) and vocabulary.tokenizer:  # (loaded: it has a file now)
+        file = vocabulary.sentencepiece_model_file
+    elif isinstance(vocabulary, PythonVocabulary):
+        file = vocabulary.file
+    else:
+        return None
+    is_local = "://" not in file
+    return {"file": os.path.abspath(os.path.expanduser(file)) if is_local else file, "extra_ids": vocabulary.extra_ids}
+
+
+def sentinels(vocabulary: "seqio.Vocabulary") -> range:
+    """The ids of T5's sentinels `<extra_id_0>`, `<extra_id_1>` ..., each one below the other; empty where it has none.
+
+    They are SeqIO's or the model's own: a SentencePiece model's last pieces, and those of a tokenizer.json by name.
+
+    Raises:
+      UserError: a tokenizer.json has sentinels whose ids do not descend.
+    """
+    import seqio
+
+    from diffusion_t5x.data.python_vocabulary import PythonVocabulary
+    from diffusion_t5x.data.sentencepiece_vocabulary import AddedTokensVocabulary
+
+    if isinstance(vocabulary, PythonVocabulary):
+        ids = vocabulary.sentinel_ids()
+        if ids != list(range(*_descending(ids))):
+            raise UserError(
+                f"The tokenizer has <extra_id_0> to <extra_id_{len(ids) - 1}> with the ids {str(ids[:3])[1:-1]}, ...: "
+                "T5's sentinels have descending ids, one below the other."
+            )
+        return range(*_descending(ids))
+    end = vocabulary.num_before if isinstance(vocabulary, AddedTokensVocabulary) else vocabulary.vocab_size
     if not isinstance(vocabulary, seqio.SentencePieceVocabulary):
-        return vocabulary.extra_ids
-    model, size = vocabulary.tokenizer, vocabulary.vocab_size
-    names = ((number, model.IdToPiece(size - 1 - number)) for number in range(size))
-    return sum(1 for _ in itertools.takewhile(lambda x: x[1].removeprefix("▁") == f"<extra_id_{x[0]}>", names))
+        return range(end - 1, end - 1 - vocabulary.extra_ids, -1)
+    model = vocabulary.tokenizer
+    names = ((number, model.IdToPiece(end - 1 - number)) for number in range(end))
+    found = itertools.takewhile(lambda x: x[1].removeprefix("▁") == f"<extra_id_{x[0]}>", names)
+    return range(end - 1, end - 1 - sum(1 for _ in found), -1)
+
+
+def _descending(ids: Sequence[int]) -> tuple[int, int, int]:
+    """A range's arguments: as many numbers as there are ids, from the first one down."""
+    return (ids[0], ids[0] - len(ids), -1) if ids else (0, 0, -1)
 
 
 def piece(vocabulary: "seqio.Vocabulary", token: int) -> bytes:
@@ -281,14 +354,4 @@ def to_text(vocabulary: "seqio.Vocabulary", tokens: Iterable[int]) -> str:
 
 def visible(text: bytes) -> str:
     """UTF-8 with everything that cannot be printed as a sign or in angle brackets: a terminal obeys none of it."""
-
-    def sign(character: str) -> str:
-        code = ord(character)
-        if character.isprintable():
-            return character
-        if code < 0x20 or code == 0x7F:
-            return "␡" if code == 0x7F else chr(0x2400 + code)
-        # Bytes that are no character come as surrogates.
-        return f"<0x{code - 0xDC00:02X}>" if 0xDC80 <= code <= 0xDCFF else f"<U+{code:04X}>"
-
-    return "".join(map(sign, text.decode("utf-8", "surrogateescape")))
+    return terminal.signs(text.decode("utf-8", "surrogateescape"))

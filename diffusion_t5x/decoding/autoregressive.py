@@ -1,19 +1,21 @@
 """Autoregressive decoding, token by token over a cache of keys and values."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.decoding.decoder import Decoded, Watch, start_trace
+from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace, target_range
 from diffusion_t5x.models.attention import KVCache, write_rows
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind
+from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.reading import shift_right, shifted_slots
 from diffusion_t5x.models.sampling import Sampling, forbid, sample
 from diffusion_t5x.models.stack import Encoded
+from diffusion_t5x.models.streams import row_keys
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.objectives.autoregressive import shift_right, shifted_slots
-from diffusion_t5x.objectives.objective import row_keys
 
 
 def read_prompt(
@@ -46,7 +48,7 @@ def read_next(
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoregressiveDecoder:
+class AutoregressiveDecoder(Decoder):
     """Greedy decoding, or sampling with temperature, top-k and top-p.
 
     The score is the log-probability of the output up to and including EOS under the model at temperature 1: higher
@@ -57,6 +59,9 @@ class AutoregressiveDecoder:
       top_k, top_p: see `Sampling`.
       prefix: the model was trained with inputs that see each other both ways.
     """
+
+    autoregressive: ClassVar[bool] = True
+    left_to_right: ClassVar[bool] = True
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -74,11 +79,15 @@ class AutoregressiveDecoder:
     def attention(self) -> AttentionKind:
         return PREFIX if self.prefix else CAUSAL
 
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (Mode.of(self.attention),)
+
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
         vocabulary, length = model.vocabulary, batch.tokens.shape[1]
         keys = row_keys(key, batch.example_ids)
         rows = jnp.arange(batch.tokens.shape[0])
-        first_target = jnp.argmax(batch.target_mask, axis=-1)
+        first_target, num_targets = target_range(batch.target_mask)
         is_last = batch.target_mask & ~jnp.pad(batch.target_mask[:, 1:], ((0, 0), (0, 1)))
         encoded = model.encode(batch)
         canvas, cache = read_prompt(model, batch, self.attention, encoded)
@@ -102,21 +111,22 @@ class AutoregressiveDecoder:
                 history = history.record(step, canvas, here, log_probability[:, None])
             written += ~finished
             # A row is done after EOS (or pad), and where its canvas ends.
-            finished |= (token == vocabulary.eos_id) | (token == vocabulary.pad_id) | is_last[rows, slot]
+            finished |= vocabulary.is_end(token) | is_last[rows, slot]
             return step + 1, canvas, cache, finished, scores, written, history
 
-        finished = ~jnp.any(batch.target_mask, axis=-1)
+        finished = num_targets == 0
         history = start_trace(trace, canvas, length)
-        carry = (0, canvas, cache, finished, jnp.zeros(len(rows)), jnp.zeros_like(first_target), history)
+        scores = jnp.zeros(len(rows), jnp.float32)
+        carry = (jnp.int32(0), canvas, cache, finished, scores, jnp.zeros_like(first_target), history)
         steps, canvas, _, _, scores, written, history = jax.lax.while_loop(unfinished, write_next, carry)
-        step_of_slot = jnp.arange(length) - first_target[:, None]
+        step_of_slot = jnp.arange(length, dtype=jnp.int32) - first_target[:, None]
         is_written = batch.target_mask & (step_of_slot < written[:, None])
         return Decoded.of(
             canvas,
             batch,
             vocabulary,
             scores=scores,
-            steps=jnp.asarray(steps),
+            steps=steps,
             row_steps=written,
             written_at=jnp.where(is_written, step_of_slot, -1),
             trace=history and history.end(steps),

@@ -1,19 +1,20 @@
 """Beam search of an autoregressive model, as T5X has it."""
 
 import dataclasses
-from typing import Self
+from typing import ClassVar, Self
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.ends import after_end
 from diffusion_t5x.decoding.autoregressive import read_next, read_prompt
-from diffusion_t5x.decoding.decoder import Decoded, Watch, start_trace
+from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace, target_range
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind
+from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.objectives.objective import after_end
 
 
 @flax.struct.dataclass
@@ -46,7 +47,7 @@ class Beams:
 
 
 @dataclasses.dataclass(frozen=True)
-class BeamSearchDecoder:
+class BeamSearchDecoder(Decoder):
     """The text of greatest score among those that `num_beams` beams find.
 
     A text's score is its log-probability, up to and including the EOS or pad that ends it, over
@@ -63,6 +64,9 @@ class BeamSearchDecoder:
       prefix: the model was trained with inputs that see each other both ways.
     """
 
+    autoregressive: ClassVar[bool] = True
+    left_to_right: ClassVar[bool] = True
+
     num_beams: int = 4
     length_penalty: float = 0.6
     prefix: bool = False
@@ -77,12 +81,15 @@ class BeamSearchDecoder:
     def attention(self) -> AttentionKind:
         return PREFIX if self.prefix else CAUSAL
 
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (Mode.of(self.attention),)
+
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
         """Nothing is drawn. The trace shows the likeliest live beam, and where an example is done its output."""
         vocabulary, beams = model.vocabulary, self.num_beams
         rows, length = batch.tokens.shape
-        first_target = jnp.argmax(batch.target_mask, axis=-1)
-        num_targets = jnp.sum(batch.target_mask, axis=-1)
+        first_target, num_targets = target_range(batch.target_mask)
 
         # An example's inputs are read once; its beams are neighbours in the cache.
         encoded = model.encode(batch)
@@ -121,7 +128,7 @@ class BeamSearchDecoder:
             of_token = jnp.take_along_axis(log_probability.reshape(rows, -1), index, axis=-1)
             candidates = live.take(beam).write(slot, token, of_token, score)
 
-            ends = (token == vocabulary.eos_id) | (token == vocabulary.pad_id)
+            ends = vocabulary.is_end(token)
             ended = candidates.replace(score=jnp.where(ends, score / penalty(step + 1), -jnp.inf))
             finished = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), carry["finished"], ended)
             finished = finished.take(jax.lax.top_k(finished.score, beams)[1])
@@ -148,11 +155,11 @@ class BeamSearchDecoder:
         copies = jnp.repeat(canvas[:, None], beams, axis=1)
         nothing = Beams(
             tokens=copies,
-            log_probability=jnp.full(copies.shape, -jnp.inf) if trace else None,
-            score=jnp.full((rows, beams), -jnp.inf),
+            log_probability=jnp.full(copies.shape, -jnp.inf, jnp.float32) if trace else None,
+            score=jnp.full((rows, beams), -jnp.inf, jnp.float32),
         )
         carry = {
-            "step": 0,
+            "step": jnp.int32(0),
             "cache": cache,
             "live": nothing.replace(score=nothing.score.at[:, 0].set(0)),  # else all would be the same
             "finished": nothing,
@@ -168,9 +175,9 @@ class BeamSearchDecoder:
             batch,
             vocabulary,
             scores=best.score,
-            steps=jnp.asarray(carry["step"]),
+            steps=carry["step"],
             row_steps=carry["row_steps"],
-            written_at=jnp.where(written, jnp.arange(length) - first_target[:, None], -1),
+            written_at=jnp.where(written, jnp.arange(length, dtype=jnp.int32) - first_target[:, None], -1),
             trace=carry["trace"] and carry["trace"].end(carry["step"]),
         )
 

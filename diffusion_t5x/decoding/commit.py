@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.sampling import Sampling, forbid, sample, uniform
+from diffusion_t5x.models.streams import stream
 
 Order = Literal["confidence", "entropy", "margin", "random"]
-ORDERS = ("confidence", "entropy", "margin", "random")
 
 
 def propose(
@@ -31,7 +30,7 @@ def propose(
         nats. "margin": the likeliest token's probability minus the next one's. "random": a number drawn from [0, 1).
     """
     logits = forbid(logits, vocabulary)
-    tokens = sample(logits, fold_in(keys, 0), positions, sampling)
+    tokens = sample(logits, stream(keys, "tokens"), positions, sampling)
     log_probabilities = jax.nn.log_softmax(logits)
     log_probability = jnp.take_along_axis(log_probabilities, tokens[..., None], axis=-1)[..., 0]
     if order == "confidence":
@@ -42,7 +41,7 @@ def propose(
         first, second = jnp.moveaxis(jax.lax.top_k(jnp.exp(log_probabilities), 2)[0], -1, 0)
         certainty = first - second
     else:
-        certainty = uniform(fold_in(keys, 1), positions)
+        certainty = uniform(stream(keys, "order"), positions)
     return tokens, log_probability, certainty
 
 

@@ -1,7 +1,7 @@
 """What every decoder is."""
 
 from collections.abc import Callable
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 import flax.struct
 import jax
@@ -9,30 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.ends import after_end
 from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.objectives.objective import after_end
 
 Watch = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 """Is called while a decoder is at work: with a step's number, counted from 1 (0: before the first), and what a `Trace`
 has of it, tokens and confidence `[B, L]`. Calls may overtake one another; an exception ends the decoding."""
-
-
-@flax.struct.dataclass
-class Written:
-    """What one step wrote.
-
-    Attributes:
-      tokens: int32 `[B, L]`, the rows after it.
-      mask: bool `[B, L]`, where it wrote, the same token anew or another.
-      log_probability: float32 `[B, L]`, of what it wrote there, at temperature 1 over what may be written.
-      score: float32 `[B]`, what it adds to the row's score.
-    """
-
-    tokens: jax.Array
-    mask: jax.Array
-    log_probability: jax.Array
-    score: jax.Array
 
 
 @flax.struct.dataclass
@@ -52,10 +36,10 @@ class Trace:
     def start(cls, tokens: jax.Array, most_steps: int) -> Self:
         """Of rows `[B, L]` before the first step, with room for so many steps."""
         tokens = jnp.broadcast_to(tokens, (most_steps + 1, *tokens.shape))
-        return cls(tokens=tokens, confidence=jnp.zeros(tokens.shape))
+        return cls(tokens=tokens, confidence=jnp.zeros(tokens.shape, jnp.float32))
 
     def record(self, step: jax.Array, tokens: jax.Array, mask: jax.Array, log_probability: jax.Array) -> Self:
-        """With one more step, counted from 0; the arguments are what a `Written` holds."""
+        """With one more step, counted from 0; the arguments are what `canvas.Written` holds."""
         confidence = jnp.where(mask, jnp.exp(log_probability), self.confidence[step])
         return Trace(
             tokens=self.tokens.at[step + 1].set(tokens), confidence=self.confidence.at[step + 1].set(confidence)
@@ -108,7 +92,7 @@ def start_trace(
     """
     if not callable(trace):
         return Trace.start(tokens, most_steps) if trace else None
-    watched = Watched(jnp.zeros(tokens.shape), trace, first, tokens.shape[1] if length is None else length)
+    watched = Watched(jnp.zeros(tokens.shape, jnp.float32), trace, first, tokens.shape[1] if length is None else length)
     watched.show(0, tokens)
     return watched
 
@@ -149,14 +133,31 @@ class Decoded:
         text = batch.target_mask & ~after_end(canvas, batch, vocabulary)
         return cls(
             tokens=end_at_eos(canvas, batch, vocabulary),
-            num_tokens=jnp.sum(text, axis=-1),
+            num_tokens=jnp.sum(text, axis=-1, dtype=jnp.int32),
             canvas=canvas,
             **fields,
         )
 
 
 class Decoder(Protocol):
-    """A frozen dataclass that writes the targets of a batch. It never reads the tokens at target positions."""
+    """A frozen dataclass that writes the targets of a batch. It never reads the tokens at target positions.
+
+    Decoders derive from this class and declare what differs from its defaults.
+
+    Attributes:
+      autoregressive: reads the model as an autoregressive one, whatever `ModelConfig.shifted` says.
+      left_to_right: writes the targets in order, and pad stands where it has not written yet.
+      fills_holes: targets may have inputs behind them, and may stand apart.
+    """
+
+    autoregressive: ClassVar[bool] = False
+    left_to_right: ClassVar[bool] = False
+    fills_holes: ClassVar[bool] = False
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """The modes in which it uses a model, all of which the model must have learned; () where it does not say."""
+        return ()
 
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
         """Rows draw from the key by their `example_ids`, so they do not depend on their neighbours.
@@ -167,6 +168,11 @@ class Decoder(Protocol):
           key: of all that is drawn.
           trace: keep every step, or show it to a `Watch` while decoding goes on.
         """
+
+
+def target_range(target_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of masks bool `[B, L]`, the index of each row's first target and the number of its targets, int32 `[B]`."""
+    return jnp.argmax(target_mask, axis=-1).astype(jnp.int32), jnp.sum(target_mask, axis=-1, dtype=jnp.int32)
 
 
 def end_at_eos(tokens: jax.Array, batch: Batch, vocabulary: TokenIds) -> jax.Array:

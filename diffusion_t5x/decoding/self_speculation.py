@@ -4,6 +4,7 @@ Speculative decoding (arXiv 2211.17192), greedy, with the model as its own draft
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,19 +12,21 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.decoding.autoregressive import read_prompt
 from diffusion_t5x.decoding.block import BlockDecoder
-from diffusion_t5x.decoding.decoder import Decoded, Watch, start_trace
+from diffusion_t5x.decoding.canvas import Canvas, denoise
+from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace, target_range
 from diffusion_t5x.decoding.masked import MaskedDecoder
-from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.attention import KVCache, write_rows
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind, Slots
+from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.reading import Reading, start_first
+from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.sampling import forbid
+from diffusion_t5x.models.streams import row_keys
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.objectives.objective import cross_entropy, row_keys
-from diffusion_t5x.objectives.reading import start_first
 
 
 @dataclasses.dataclass(frozen=True)
-class SelfSpeculationDecoder:
+class SelfSpeculationDecoder(Decoder):
     """Greedy autoregressive decoding, several tokens at a time; for a model that was trained for both modes.
 
     Each round drafts what is left of a block and reads the draft in one autoregressive pass. The longest beginning of
@@ -43,36 +46,32 @@ class SelfSpeculationDecoder:
       prefix: the model was trained with inputs that see each other both ways, in its autoregressive mode.
     """
 
+    left_to_right: ClassVar[bool] = True
+
     draft: BlockDecoder = BlockDecoder(4, MaskedDecoder(num_steps=1))  # noqa: RUF009  (frozen)
     prefix: bool = False
-
-    def __post_init__(self) -> None:
-        if self.draft.shifted:
-            raise UserError(
-                "SelfSpeculationDecoder drafts each token in its own slot: it is not for models that were trained with "
-                "conversion/shifted.gin. Leave that file out, or decode by decoding/block.gin."
-            )
-
-    @property
-    def shifted(self) -> bool:
-        """Never: so that checkpoints of models that were trained otherwise are refused."""
-        return False
 
     @property
     def attention(self) -> AttentionKind:
         return PREFIX if self.prefix else CAUSAL
 
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (*self.draft.modes, Mode.of(self.attention)) if self.draft.modes else ()
+
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
         """`written_at` counts a row's own steps; the trace shows drafts, and that what was not accepted is gone."""
-        vocabulary, size, inner = model.vocabulary, self.draft.block_size, self.draft.inner
+        vocabulary, shifted = model.vocabulary, model.config.shifted
+        size, inner = self.draft.block_size, self.draft.inner
         keys = row_keys(key, batch.example_ids)
         encoded = model.encode(batch)
         # Room for a block before the row and for a pass behind it: slots that are not there, and that nothing sees.
         names = ("tokens", "target_mask", "segment_ids", "positions")
         room = batch.replace(**{name: jnp.pad(getattr(batch, name), ((0, 0), (size, size + 1))) for name in names})
         length, row_numbers = batch.tokens.shape[1], jnp.arange(len(batch.tokens))
-        first_target = size + jnp.argmax(batch.target_mask, axis=-1)
-        end = first_target + jnp.sum(batch.target_mask, axis=-1)
+        first_target, num_targets = target_range(batch.target_mask)
+        first_target += size
+        end = first_target + num_targets
 
         def cut(x, start, size):
             return jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, size))(x, start)
@@ -80,9 +79,13 @@ class SelfSpeculationDecoder:
         # Each mode reads the inputs in one pass. No slot of the targets is seen before it is written anew.
         canvas = inner.blank(room, vocabulary, keys)
         _, cache = read_prompt(model, room, self.attention, encoded)
-        draft_cache = KVCache.empty(model.config, Slots.of(room))
+        # Drafts of a shifted model read the start token first, and each token is predicted in the slot before its own.
+        reading, ahead = Reading.of(room, vocabulary, shifted), 1 if shifted else 0
+        draft_cache = KVCache.empty(model.config, Slots.of(reading.batch))
         start = jnp.zeros_like(first_target)
-        _, draft_cache = model.extend(canvas, self.draft.attention, draft_cache, start, encoded)
+        read = reading.tokens(canvas, vocabulary) if shifted else canvas
+        canvas = canvas.at[:, size - 1].set(vocabulary.start_id) if shifted else canvas  # where drafts read it
+        _, draft_cache = model.extend(read, self.draft.attention, draft_cache, start, encoded)
 
         def show(carry, canvas, tokens, start, mask, log_probability):
             """The canvas with these tokens `[B, l]` from each row's start on, after one step more."""
@@ -101,23 +104,22 @@ class SelfSpeculationDecoder:
             new &= unfinished
             before, positions = cut(carry["canvas"], block - size, size), cut(room.positions, block - size, 2 * size)
 
-            def to_write(state):
-                return inner.eligible(state["tokens"], new, vocabulary, state["step"])
-
-            def write_some(state):
-                carry, step, tokens, eligible = state["carry"], state["step"], state["tokens"], to_write(state)
-                read = start_first(jnp.concatenate([before, tokens], axis=1), positions, vocabulary)
+            def read(tokens, carry):
+                tokens = jnp.concatenate([before, tokens], axis=1)
+                if not shifted:
+                    tokens = start_first(tokens, positions, vocabulary)
                 hidden, draft_cache = model.extend(
-                    read, self.draft.attention, carry["draft_cache"], block - size, encoded
+                    tokens, self.draft.attention, carry["draft_cache"], block - size + ahead, encoded
                 )
-                written = inner.write(model, hidden[:, size:], tokens, eligible, positions[:, size:], keys, step)
-                carry |= {"draft_cache": draft_cache, "row_steps": carry["row_steps"] + jnp.any(eligible, axis=-1)}
-                carry = show(carry, carry["canvas"], written.tokens, block, written.mask, written.log_probability)
-                return {"tokens": written.tokens, "step": step + 1, "carry": carry}
+                return hidden[:, size - ahead : 2 * size - ahead], carry | {"draft_cache": draft_cache}
 
-            state = {"tokens": cut(carry["canvas"], block, size), "step": 0, "carry": carry}
-            state = jax.lax.while_loop(lambda state: jnp.any(to_write(state)), write_some, state)
-            return state["carry"], state["tokens"], jnp.sum(new, axis=-1)
+            def show_draft(carry, written):
+                return show(carry, carry["canvas"], written.tokens, block, written.mask, written.log_probability)
+
+            draft = Canvas.start(cut(carry["canvas"], block, size))
+            draft, carry = denoise(inner, model, draft, new, positions[:, size:], keys, read, show_draft, carry)
+            carry |= {"row_steps": carry["row_steps"] + draft.row_steps}
+            return carry, draft.tokens, jnp.sum(new, axis=-1, dtype=jnp.int32)
 
         def read_out(logits):
             logits = forbid(logits, vocabulary)
@@ -140,11 +142,11 @@ class SelfSpeculationDecoder:
             place = jnp.arange(size + 1)
             is_drafted = place < num_drafted[:, None]
             agrees = is_drafted[:, :size] & (draft == tokens[:, :size])
-            num_agreed = jnp.sum(jnp.cumprod(agrees, axis=-1), axis=-1)
-            ends = (tokens == vocabulary.eos_id) | (tokens == vocabulary.pad_id)
+            num_agreed = jnp.sum(jnp.cumprod(agrees, axis=-1), axis=-1, dtype=jnp.int32)
+            ends = vocabulary.is_end(tokens)
             ends |= start[:, None] + place == end[:, None] - 1
             new = (place <= num_agreed[:, None]) & (jnp.cumsum(ends, axis=-1) - ends == 0) & ~carry["finished"][:, None]
-            num_new = jnp.sum(new, axis=-1)
+            num_new = jnp.sum(new, axis=-1, dtype=jnp.int32)
 
             def put(name, values):
                 return write_rows(carry[name], jnp.where(new, values, cut(carry[name], start, size + 1)), start)
@@ -171,9 +173,9 @@ class SelfSpeculationDecoder:
             "canvas": canvas,
             "cache": cache,
             "draft_cache": draft_cache,
-            "finished": end == first_target,
-            "score": jnp.zeros(len(canvas)),
-            "steps": 0,
+            "finished": num_targets == 0,
+            "score": jnp.zeros(len(canvas), jnp.float32),
+            "steps": jnp.int32(0),
             "row_steps": nothing,
             "written_at": jnp.full_like(canvas, -1),
             "num_drafted": nothing,
@@ -190,7 +192,7 @@ class SelfSpeculationDecoder:
             batch,
             vocabulary,
             scores=carry["score"],
-            steps=jnp.asarray(carry["steps"]),
+            steps=carry["steps"],
             row_steps=carry["row_steps"],
             written_at=written_at,
             trace=history and history.end(carry["steps"]),

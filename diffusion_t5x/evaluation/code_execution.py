@@ -2,9 +2,9 @@
 
     verdicts = check(["def double(x): return 2 * x"], [Tests(("assert double(2) == 4",))])
 
-A program is untrusted text. Each one runs in a process of its own that sees Python's standard library and an empty
-folder in memory, and nothing else: no other files, no environment, no network, no other processes. When it is over, all
-that it started is killed and the folder is gone.
+A program is untrusted text. Each one runs in a process of its own that sees Python's standard library, the shared
+libraries that it needs and an empty folder in memory, and nothing else: no other files, no environment, no network, no
+other processes, no keyrings. When it is over, all that it started is killed and the folder is gone.
 
 The tests run in another process, which only asks the program for values (`sandbox.judge`). To pass, a program must give
 right answers to all tests, however it finds them. It sees the arguments of each call, but neither the tests nor the
@@ -12,9 +12,8 @@ values that they expect, so nothing that it changes in its own interpreter can m
 over and get back plain data (numbers, text, lists, tuples, sets, dictionaries, ...) and objects of the program's own,
 which equal nothing but themselves; arguments that a program changes in place do not change for the test.
 
-What it does not hold off: a hole in the kernel; a program that wastes time up to its limits on purpose; memory that
-belongs to no process (System V shared memory), which is freed when the program ends; and whatever goes with
-`allow_unsafe`.
+What it does not hold off: a hole in the kernel; a program that wastes time up to its limits on purpose; and whatever
+goes with `allow_unsafe`.
 """
 
 import concurrent.futures
@@ -78,7 +77,8 @@ class Limits:
     Attributes:
       cpu_seconds: processor time of each of its processes.
       wall_seconds: time from its start to the last test.
-      memory: bytes of address space of each process.
+      memory: bytes of address space of each process; shared memory and files in memory that belong to none are
+        refused.
       disk: bytes of its folder, and of a file.
       processes: and threads, at a time.
       output: bytes of what it prints that are kept.
@@ -125,7 +125,7 @@ class Protections:
     reason: str = ""
 
     def __str__(self) -> str:
-        limits = "limits on time, memory, files and processes; all processes killed; clean environment"
+        limits = "limits on time, memory, files, processes and system calls; all processes killed; clean environment"
         if self.isolation:
             return f"{limits}; no files but an empty folder, no network, no sight of other processes, no privileges"
         return f"{limits}; NO protection of files, network and other processes ({self.reason})"
@@ -154,8 +154,9 @@ def check_isolation(allow_unsafe: bool = False) -> Protections:
     if not found.isolation and not allow_unsafe:
         raise UserError(
             f"Programs cannot be shut in here: {found.reason}. The kernel must allow unprivileged user namespaces "
-            "(sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns; a container needs "
-            "--privileged). On a machine that may break, set allow_unsafe."
+            "(sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns). Containers forbid them "
+            "by default: score programs on the machine itself or in a virtual one. On a machine that may break, set "
+            "allow_unsafe."
         )
     return found
 
@@ -181,7 +182,7 @@ def check(
       A verdict for each program.
 
     Raises:
-      UserError: not as many tests as programs; no isolation here.
+      UserError: not as many tests as programs; no isolation here; no worker starts.
     """
     if len(programs) != len(tests):
         raise UserError(f"There are {len(programs)} programs for {len(tests)} sets of tests.")
@@ -214,6 +215,8 @@ def check(
             try:
                 for future in [pool.submit(work) for _ in range(workers)]:
                     future.result()
+            except OSError as error:
+                raise UserError(f"Programs cannot be run here: {error}.") from error
             finally:  # interrupted: let none be begun
                 with contextlib.suppress(queue.Empty):
                     while True:
@@ -240,6 +243,8 @@ class _Worker:
             env=_ENVIRONMENT,
             start_new_session=True,
         )
+        assert self._process.stdin and self._process.stdout
+        self._input, self._output = self._process.stdin, self._process.stdout
         try:
             started = self._read()
             if started == worker.UNSHARED:
@@ -264,11 +269,11 @@ class _Worker:
         return Verdict(**self._read())
 
     def _write(self, content: bytes) -> None:
-        self._process.stdin.write(content)
-        self._process.stdin.flush()
+        self._input.write(content)
+        self._input.flush()
 
     def _read(self) -> Any:
-        line = self._process.stdout.readline()
+        line = self._output.readline()
         if not line:
             raise OSError(f"the worker ended with status {self._process.wait()}")
         return json.loads(line)
@@ -280,6 +285,6 @@ class _Worker:
         if kind:
             self._process.terminate()  # it kills what it has started
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+            self._input.close()
         self._process.wait()
-        self._process.stdout.close()
+        self._output.close()

@@ -7,16 +7,17 @@ import signal
 import sys
 from collections.abc import Iterator
 
+from diffusion_t5x import terminal
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.prompts import Prompts
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.answers import Answers
-from diffusion_t5x.evaluation.live_canvas import LiveCanvas, on_screen
+from diffusion_t5x.evaluation.live_canvas import LiveCanvas
 
 
 @dataclasses.dataclass(frozen=True)
 class Plain:
-    """Answers as plain text on standard output, and nothing else there.
+    """Answers as plain text on standard output, and nothing else there; signs for what a terminal there would obey.
 
     Attributes:
       prompts: makes rows of texts.
@@ -39,7 +40,8 @@ class Plain:
             for sample in range(self.samples):
                 answer = self.answers.write(batch, sample)
                 written = self.prompts.to_text(answer.tokens)
-                print(written if is_alone else one_line(written), flush=True)
+                written = written if is_alone else one_line(written)
+                print(terminal.safe(written) if sys.stdout.isatty() else written, flush=True)
                 say(answer.figures())
 
 
@@ -79,7 +81,7 @@ class Terminal(Plain):
                 print(self.canvas.picture().plain)
                 say(f"stopped after {self.canvas.num_steps} passes of the model")
                 return
-            print(on_screen(self.prompts.to_text(answer.tokens)))
+            print(terminal.safe(self.prompts.to_text(answer.tokens)))
             say(answer.figures())
 
 
@@ -125,4 +127,5 @@ def ended_by_signals() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    """Writes a line about an answer to standard error."""
+    print(terminal.safe(text), file=sys.stderr, flush=True)

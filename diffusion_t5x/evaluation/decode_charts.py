@@ -27,7 +27,8 @@ def decode_charts(runs: Sequence[tuple[str, Sequence[DecodeTime]]]) -> dict[str,
 
 
 def _chart(title: str, runs: Sequence[tuple[str, Sequence[DecodeTime]]]) -> Chart:
-    lines, marks, sentences = [], [], []
+    lines: list[Line] = []
+    marks, sentences = [], []
     for run, times in runs:
         run_name = f"{run}: " if len(runs) > 1 else ""
         for label in dict.fromkeys(time.label for time in times):

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import rich.box
-import rich.console
 import rich.markup
 import rich.table
 
 from diffusion_t5x import records
+from diffusion_t5x.console import Console
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.results import differences
 
@@ -195,7 +195,7 @@ def compare(times: Sequence[DecodeTime]) -> Iterator[tuple[str, list[tuple[float
 
 def show(times: Sequence[DecodeTime]) -> None:
     """Prints a table for each kind of batch, and where decoders cross."""
-    console = rich.console.Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 120)
     for saturating in sorted({time.saturating for time in times}):
         shown = [time for time in times if time.saturating == saturating]
         what = "saturating batches" if saturating else f"{shown[0].batch_size} at once"

@@ -24,8 +24,8 @@ from diffusion_t5x.training.step import make_loss_step
 logger = logging.getLogger(__name__)
 
 
-class EvalDataset(Protocol):
-    """What evaluation needs of a data set; `data.seqio_source.SeqioDataset` is one."""
+class LossDataset(Protocol):
+    """What a loss needs of a data set; `data.cached_source.CachedDataset` is one."""
 
     @property
     def name(self) -> str:
@@ -33,6 +33,10 @@ class EvalDataset(Protocol):
 
     def eval_batches(self, num_examples: int | None = None) -> Iterator[tuple[Batch, Sequence[Example]]]:
         """The evaluation set in order, with the examples' texts."""
+
+
+class EvalDataset(LossDataset, Protocol):
+    """What evaluation needs of a data set; `data.seqio_source.SeqioDataset` is one."""
 
     def to_text(self, tokens: Sequence[int]) -> str:
         """The text of target tokens, up to EOS."""
@@ -56,7 +60,7 @@ class LossEval:
       num_batches: at most so many batches; None takes all, 0 skips this evaluation.
     """
 
-    dataset: EvalDataset
+    dataset: LossDataset
     num_batches: int | None = None
 
     def __post_init__(self) -> None:

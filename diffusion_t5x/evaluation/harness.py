@@ -19,15 +19,18 @@ from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Architecture, Batch
+from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.data.rows import Row, RowLayout, check_rows, fill_batches
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.inference import make_decode_step
 from diffusion_t5x.evaluation.likelihood import make_likelihood_step
+from diffusion_t5x.models.masks import PREFIX
+from diffusion_t5x.models.readout import score
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.objectives.autoregressive import Autoregressive
-from diffusion_t5x.objectives.objective import Objective, score, text_of
+from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.training.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -105,7 +108,7 @@ class Harness:
         self._ids: TokenIds = definition.vocabulary
         self._likelihood = make_likelihood_step(mesh, definition, objective, num_draws=num_draws, seed=seed)
         self._decode = make_decode_step(mesh, definition, decoder, seed=seed)
-        self._greedy = _make_greedy_step(mesh, definition, objective) if isinstance(objective, Autoregressive) else None
+        self._greedy = _make_greedy_step(mesh, definition, objective) if objective.autoregressive else None
 
     def log_likelihoods(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[float]:
         """Of continuations after contexts, in nats.
@@ -223,13 +226,15 @@ def _example_ids(examples: Sequence[tuple[Tokens, Tokens]]) -> np.ndarray:
 
 
 def _make_greedy_step(
-    mesh: Mesh, definition: ModelDefinition, objective: Autoregressive
+    mesh: Mesh, definition: ModelDefinition, objective: Objective
 ) -> Callable[[Params, Batch], jax.Array]:
     """The jitted `(params, batch) -> bool [B]`: whether each token of the text is the likeliest one."""
 
+    reader = Autoregressive(prefix=objective.attention == PREFIX)
+
     def step(params: Params, batch: Batch) -> jax.Array:
         model = definition.bind(params)
-        _, is_likeliest = score(model, objective.hidden(model, batch), batch.tokens)
+        _, is_likeliest = score(model, reader.hidden(model, batch), batch.tokens)
         return jnp.all(is_likeliest | ~text_of(batch, model.vocabulary), axis=-1)
 
     return jax.jit(step, out_shardings=partitioning.replicated(mesh))

@@ -23,7 +23,7 @@ DecodeStep = Callable[[Params, Batch, np.int32], Decoded]
 
 def make_decode_step(
     mesh: Mesh, definition: ModelDefinition, decoder: Decoder, *, seed: int, trace: bool | Watch = False
-) -> DecodeStep:
+) -> jax.stages.Wrapped:
     """The jitted `(params, batch, sample=0) -> Decoded`.
 
     Examples draw from `(seed, example_ids)`, and from keys of their own for each sample; the 0th sample is what is
@@ -81,7 +81,8 @@ def predict(
                 jax.device_get(decode_step(params, placed, np.int32(sample)).tokens)
                 for sample in range(1, samples_per_example)
             ]
-        masks = batch.target_mask if text_mask is None else text_mask(batch)
+        targets = np.asarray(batch.target_mask)
+        masks = targets if text_mask is None else text_mask(batch)
         for row, example in enumerate(examples):
             text = np.flatnonzero(masks[row])
             texts = [to_text(tokens[row, text].tolist()) for tokens in (decoded.tokens, *others)]
@@ -97,12 +98,12 @@ def predict(
                 record["num_drafted"] = int(decoded.num_drafted[row])
                 record["num_accepted"] = int(decoded.num_accepted[row])
             if text_mask is not None:
-                record["holes"] = _holes(cells(decoded.tokens[row, text].tolist()), batch.target_mask[row, text])
+                record["holes"] = _holes(cells(decoded.tokens[row, text].tolist()), targets[row, text])
             if others:
                 record["predictions"] = texts
             if decoded.trace is not None:
                 steps = jax.tree.map(lambda x: x[:, row, text], decoded.trace)  # noqa: B023
-                record["trace"] = traces.compact(steps, batch.target_mask[row, text], record["num_steps"], cells)
+                record["trace"] = traces.compact(steps, targets[row, text], record["num_steps"], cells)
             yield record
 
 

@@ -86,7 +86,7 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     counts = np.array([[*(record[name] for name in columns), 1] for record in records], np.float64)
     totals = counts.sum(axis=0)
     error = math.sqrt(sum(record["standard_error"] ** 2 for record in records))
-    metrics = {}
+    metrics: dict[str, float] = {}
     for name, unit, by in (
         ("bits_per_token", -1 / math.log(2), 1),
         ("bits_per_byte", -1 / math.log(2), 2),

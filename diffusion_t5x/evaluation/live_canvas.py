@@ -9,6 +9,7 @@ import rich.console
 import rich.live
 import rich.text
 
+from diffusion_t5x import terminal
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.evaluation import traces
 
@@ -60,7 +61,7 @@ class LiveCanvas:
     @contextlib.contextmanager
     def shown(self, batch: Batch) -> Iterator[None]:
         """Draws, as long as the context lasts, what is written to a batch; then the terminal is as it was before."""
-        self._targets, self._frame = batch.target_mask[0], None
+        self._targets, self._frame = np.asarray(batch.target_mask[0]), None
         self._stopped, self._drawing = False, True
         live = rich.live.Live(
             get_renderable=self._fitting,
@@ -86,7 +87,7 @@ class LiveCanvas:
             end = 1 + max((place for place, sure in enumerate(confidence) if sure), default=-1)
         text = rich.text.Text()
         for cell, sure in zip(self._cells(tokens)[:end], confidence, strict=False):
-            text.append(on_screen(cell) if sure else _BLOCK, traces.colour(sure) if sure else "dim")
+            text.append(terminal.safe(cell) if sure else _BLOCK, traces.colour(sure) if sure else "dim")
         return text
 
     def _fitting(self) -> rich.text.Text:
@@ -96,11 +97,6 @@ class LiveCanvas:
         width, height = self._console.size
         lines = self.picture().wrap(self._console, width)
         return rich.text.Text("\n").join(lines[-(height - 2) :])
-
-
-def on_screen(text: str) -> str:
-    """A text for a terminal: line breaks, and signs for all else that it might obey."""
-    return "\n".join(map(traces.sign, text.split("\n")))
 
 
 def _is_no_stop(record: logging.LogRecord) -> bool:

@@ -12,9 +12,12 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition, Params
+from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.distillation import Teacher
 from diffusion_t5x.training import checkpoints
+from diffusion_t5x.training.agreement import Agreement
 from diffusion_t5x.training.assignment import Rule
+from diffusion_t5x.training.checkpoints import AnyCheckpoint, open_checkpoint
 from diffusion_t5x.training.start import check_start
 
 
@@ -42,33 +45,20 @@ def check_datasets(datasets: Iterable[Dataset], model: ModelConfig, mesh: Mesh) 
         partitioning.check_batch(mesh, dataset.batch_size, dataset.row_length)
 
 
-def check_shifted(trained: bool | None, whose: str, readers: Iterable[object]) -> None:
-    """Raises a UserError where an objective or a decoder reads a model otherwise than it was trained to be read.
-
-    Args:
-      trained: whether the model's objective was `shifted`; None is unknown, or neither.
-      whose: named in the message.
-      readers: those without a `shifted` of their own, as an autoregressive decoder is, may be anything.
-    """
-    for reader in readers:
-        shifted = getattr(reader, "shifted", trained)
-        if trained is not None and shifted != trained:
-            raise UserError(
-                f"{whose} has shifted = {trained}, but {type(reader).__name__} has shifted = {shifted}: give "
-                "conversion/shifted.gin in training and in decoding, or in neither."
-            )
-
-
-def load_teacher(path: str, config: ModelConfig, vocabulary: TokenIds, mesh: Mesh) -> Teacher:
-    """As `load_model`, with a message that says whose checkpoint is amiss."""
+def load_teacher(
+    path: AnyCheckpoint, config: ModelConfig, vocabulary: TokenIds, mesh: Mesh, setting: str, allow_mismatch: bool
+) -> Teacher:
+    """As `load_model`, of an autoregressive model, with a message that says whose checkpoint is amiss."""
     try:
-        return Teacher(*load_model(path, config, vocabulary, mesh))
+        checkpoint = open_checkpoint(path)
+        Agreement.of(checkpoint, setting, allow_mismatch).check(config, [Autoregressive()])
+        return Teacher(*load_model(checkpoint, config, vocabulary, mesh))
     except UserError as error:
         raise UserError(f"The teacher's checkpoint: {error}") from error
 
 
 def load_model(
-    path: str,
+    path: AnyCheckpoint,
     config: ModelConfig,
     vocabulary: TokenIds,
     mesh: Mesh,
@@ -79,7 +69,7 @@ def load_model(
     """The model of a checkpoint, to be read and not trained.
 
     Args:
-      path: a checkpoint folder, a folder of them or a MODEL_DIR.
+      path: a checkpoint folder, a folder of them or a MODEL_DIR; or an open checkpoint.
       config: the model's dimensions.
       vocabulary: of the task; must be the one the model was trained with.
       mesh: where the parameters go.
@@ -89,6 +79,8 @@ def load_model(
     Raises:
       UserError: no checkpoint, another vocabulary, or parameters that do not fit.
     """
+    path = open_checkpoint(path)
+    vocabulary.check_same(path.metadata["vocabulary"], str(path))
     definition = ModelDefinition(config, vocabulary)
     check_start(path, vocabulary, {"params": definition.abstract()}, restore_rules)
     abstract = abstract_params(mesh, definition)

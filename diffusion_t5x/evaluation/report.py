@@ -15,7 +15,7 @@ import jinja2
 import markupsafe
 
 import diffusion_t5x
-from diffusion_t5x import records
+from diffusion_t5x import records, terminal
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import charts
 from diffusion_t5x.evaluation.charts import Chart, Line
@@ -86,7 +86,8 @@ def render(runs: Sequence[Run], kind: Literal["html", "md"] = "html") -> str:
             "decode_charts": list(decode_charts([(run.name, run.decode_times) for run in runs]).values()),
             "palette": markupsafe.Markup(charts.PALETTE),
         }
-    return environment.get_template(f"report.{kind}").render(page)
+    text = environment.get_template(f"report.{kind}").render(page)
+    return terminal.safe(text) if kind == "md" else text
 
 
 def markdown(text: object) -> str:

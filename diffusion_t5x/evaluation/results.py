@@ -1,45 +1,26 @@
 """results.json: scores, and all it takes to repeat them."""
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.metrics import bleu_signature
 from diffusion_t5x.records import write_json, write_json_lines
+from diffusion_t5x.training.record import describe as describe_in_full
 
 _PACKAGES = ("diffusion_t5x", "jax", "flax", "seqio", "tensorflow", "sacrebleu")
 _NO_MATTER = ("batch_size", "scan_unroll")  # settings that results do not depend on
-_DECODER_FILES = {
-    "Autoregressive": "autoregressive",
-    "Sundae": "sundae",
-    "Masked": "masked",
-    "Block": "block",
-    "Distillation": "block",
-}
-_PREFIX = """\
-from __gin__ import dynamic_registration
-from diffusion_t5x.decoding import autoregressive as autoregressive_decoding
-autoregressive_decoding.AutoregressiveDecoder.prefix = True"""
 
 
 def describe(settings: Any) -> Any:
-    """Dataclasses as JSON can hold them: their fields, and under "class" their name; what is unknown as its repr."""
-    if dataclasses.is_dataclass(settings):
-        fields = {field.name: describe(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
-        return {"class": type(settings).__name__} | fields
-    if isinstance(settings, Mapping):
-        return {str(name): describe(value) for name, value in settings.items()}
-    if isinstance(settings, list | tuple):
-        return [describe(value) for value in settings]
-    return settings if isinstance(settings, bool | int | float | str | None) else repr(settings)
+    """Settings as JSON can hold them, see `record.describe`; classes without their modules."""
+    return describe_in_full(settings, lambda cls: cls.__name__)
 
 
 def fingerprint(records: Iterable[Mapping[str, Any]]) -> str:
@@ -93,46 +74,6 @@ def differences(before: Any, now: Any, no_matter: Collection[str] = (), name: st
             yield from differences(*pair, no_matter, f"{name}[{place}]")
     elif before != now:
         yield name
-
-
-def training_objective(config: str) -> str | None:
-    """The objective's class in a training run's resolved configuration, by what the shipped gin files bind."""
-    for name in (r"train\.train\.objective", "OBJECTIVE"):
-        if found := re.search(rf"^{name} = @(?:[\w./]+\.)?(\w+)\(\)$", config, re.MULTILINE):
-            return found[1]
-    return None
-
-
-def trained_shifted(config: str) -> bool | None:
-    """Whether a training run's diffusion objective was `shifted`, by its resolved configuration; None if it had none.
-
-    An autoregressive model's was neither: it may be decoded both ways.
-    """
-    values = re.findall(r"^(?:[\w./]+\.)?(?:Sundae|Masked|Block)\.shifted = (True|False)$", config, re.MULTILINE)
-    return values[0] == "True" if len(set(values)) == 1 else None
-
-
-def decoder_gin(config: str) -> str:
-    """A gin text that sets DECODER for a model trained with this resolved configuration; "" where nothing says how.
-
-    The configuration, read after it, gives the decoder its own settings: block size, shifted or not, and more where it
-    has a decoder itself. One without a training is that of an imported model, which is autoregressive.
-    """
-    objective = training_objective(config)
-    if objective == "Joint":
-        found = re.search(
-            r"^(?:OBJECTIVE|(?:[\w./]+\.)?Joint\.diffusion) = @(?:[\w./]+\.)?(\w+)\(\)$", config, re.MULTILINE
-        )
-        objective = found and found[1]
-    if objective is None and config and "train.train." not in config:
-        objective = "Autoregressive"
-    file = _DECODER_FILES.get(objective or "")
-    if objective == "Block" and re.search(r"^(?:[\w./]+\.)?Block\.noise = 'uniform'$", config, re.MULTILINE):
-        file = "block_uniform"
-    text = f'include "decoding/{file}.gin"\n' if file else ""
-    if re.search(r"^(?:[\w./]+\.)?Autoregressive\.prefix = True$", config, re.MULTILINE):
-        text = f"{_PREFIX}\n{text}"
-    return text
 
 
 def write_results(folder: str | os.PathLike, report: Mapping[str, Any]) -> None:

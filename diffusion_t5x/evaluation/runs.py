@@ -1,21 +1,23 @@
 """What the verbs left in their folders, read back: curves, scores, predictions, decode times."""
 
-import ast
 import contextlib
 import dataclasses
 import datetime
 import json
 import numbers
 import pathlib
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.decode_times import DecodeTime, read_times
 from diffusion_t5x.evaluation.published import Published, matching
+from diffusion_t5x.training import record
+from diffusion_t5x.training.checkpoints import open_checkpoint
+from diffusion_t5x.training.record import in_words
 
 Record = Mapping[str, Any]
+_OUTPUTS = ("results.json", "*.settings.json")
 _CURVES = ("train/metrics.jsonl", "training_eval/*/metrics.jsonl", "inference_eval/*/metrics.jsonl")
 
 
@@ -121,7 +123,7 @@ def _names(paths: Sequence[pathlib.Path]) -> list[str]:
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     """The files that say that a verb wrote this folder, and what."""
-    patterns = (*_CURVES, "results.json", "checkpoint_*/results.json", "*.settings.json", "decode_time.json")
+    patterns = (*_CURVES, "decode_time.json", *(at + name for at in ("", "checkpoint_*/") for name in _OUTPUTS))
     files = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
     # The quickstart has a summary of the same name, in a form of its own.
     return [path for path in files if path.name != "results.json" or "results" in _read_json(path)]
@@ -191,7 +193,7 @@ def _inference_eval(folder: pathlib.Path, curve: Curve) -> tuple[Scores, Predict
     step = max(step for points in curve.points.values() for step, _ in points)
     metrics = {name: points[-1][1] for name, points in curve.points.items() if points[-1][0] == step}
     records = _read_jsonl(folder / "inference_eval" / curve.task / f"predictions_{step}.jsonl")
-    decoder = _decoder_of_config(folder / "config.gin")
+    decoder = _decoder_of_run(folder)
     scores = Scores(curve.task, folder.resolve().name, step, decoder, len(records), metrics)
     return scores, Predictions(curve.task, decoder, records)
 
@@ -208,7 +210,7 @@ def _read_scores(path: pathlib.Path) -> list[Scores]:
             task=task,
             model=model,
             step=report["step"],
-            decoder=_decoder_of_evaluations(report["evaluations"], task),
+            decoder=_decoder_of_evaluations(report, task),
             num_examples=metrics.get("num_examples"),
             metrics={name: value for name, value in metrics.items() if name != "num_examples"},
             published=matching(task, metrics.get("num_examples"), report),
@@ -217,24 +219,22 @@ def _read_scores(path: pathlib.Path) -> list[Scores]:
     ]
 
 
-def _decoder_of_evaluations(evaluations: Iterable[str], task: str) -> str:
-    """The decoder among `DecodeEval(dataset=..., decoder=..., ...)`, which is what eval writes down of itself."""
-    for evaluation in evaluations:
-        with contextlib.suppress(SyntaxError):
-            fields = {field.arg: field.value for field in ast.parse(evaluation, mode="eval").body.keywords}
-            if "decoder" in fields and task in {getattr(node, "value", None) for node in ast.walk(fields["dataset"])}:
-                return ast.unparse(fields["decoder"])
-    return ""
+def _decoder_of_evaluations(report: Mapping[str, Any], task: str) -> str:
+    """The decoder of a task among the settings that `eval` writes down; "" where they are not there."""
+    evaluations = report.get("settings", {}).get("evaluations", [])
+    of_task = (found for found in evaluations if found.get("dataset", {}).get("mixture_or_task_name") == task)
+    return next((in_words(found["decoder"]) for found in of_task if found.get("decoder")), "")
 
 
-def _decoder_of_config(path: pathlib.Path) -> str:
-    """The decoder of a resolved configuration, by the macro that the shipped gin files set."""
+def _decoder_of_run(folder: pathlib.Path) -> str:
+    """The decoder of a training run, by the record of its newest checkpoint or, where that is gone, config.gin."""
+    with contextlib.suppress(UserError):
+        decoder = open_checkpoint(str(folder)).record.decoder
+        return in_words(decoder) if decoder else ""
+    path = folder / "config.gin"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    decoder = re.search(r"^DECODER = @(\S+)\(\)$", text, re.MULTILINE)
-    if not decoder:
-        return ""
-    settings = re.findall(rf"^{re.escape(decoder[1])}\.(\w+) = (.+)$", text, re.MULTILINE)
-    return f"{decoder[1].rpartition('.')[2]}({', '.join(f'{name}={value}' for name, value in settings)})"
+    decoder = record.Record.read({"config": text}, str(path)).decoder
+    return in_words(decoder) if decoder else ""
 
 
 def _read_json(path: pathlib.Path) -> Any:

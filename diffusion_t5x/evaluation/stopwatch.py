@@ -127,6 +127,7 @@ def saturating_batch(seconds_of: Callable[[int], float | None], start: int, most
       most: is not exceeded.
     """
     size, seconds = start, seconds_of(start)
+    assert seconds is not None, "the first batch fits"
     while 2 * size <= most:
         twice = seconds_of(2 * size)
         if twice is None or 2 * seconds < _LEAST_GAIN * twice:

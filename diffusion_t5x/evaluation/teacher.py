@@ -8,10 +8,11 @@ from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.ends import text_of
+from diffusion_t5x.models.readout import score
 from diffusion_t5x.models.transformer import Params
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.distillation import Teacher
-from diffusion_t5x.objectives.objective import score, text_of
 
 Judge = Callable[[Batch], dict[str, jax.Array]]
 

@@ -9,7 +9,7 @@ import numpy as np
 import rich.console
 import rich.text
 
-from diffusion_t5x.data.vocabularies import visible
+from diffusion_t5x import terminal
 from diffusion_t5x.decoding.decoder import Trace
 
 _MOST_LINES = 12  # of a text in the terminal
@@ -102,4 +102,4 @@ def colour(confidence: float) -> str:
 def sign(text: str) -> str:
     """What a terminal shows of a text: spaces of any kind as such, signs for all else that it might obey."""
     plain = "".join(" " if unicodedata.category(character) == "Zs" else character for character in text)
-    return visible(plain.encode("utf-8", "surrogateescape"))
+    return terminal.signs(plain)

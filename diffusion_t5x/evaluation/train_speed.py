@@ -20,7 +20,6 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import stopwatch
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
-from diffusion_t5x.objectives.distillation import Distillation
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.scale.topology import CHIPS
 from diffusion_t5x.training.flops import step_flops
@@ -49,7 +48,7 @@ class Case:
 
     Attributes:
       model: dimensions.
-      objective: what is minimised; no distillation, which needs a teacher.
+      objective: what is minimised; none that needs a teacher.
       batch_size: rows of a step, over all devices.
       num_microbatches: pieces in which a step goes through them.
     """
@@ -61,8 +60,9 @@ class Case:
 
     def check(self, label: str, mesh: Mesh, input_length: int, length: int) -> None:
         """Raises a UserError where this cannot be trained so."""
-        if isinstance(self.objective, Distillation):
-            raise UserError(f"benchmark.train, {label}: a distillation needs a teacher; measure Block, its student's.")
+        if self.objective.needs_teacher:
+            name = type(self.objective).__name__
+            raise UserError(f"benchmark.train, {label}: {name} needs a teacher. Measure Block in its place.")
         if self.num_microbatches < 1 or self.batch_size % self.num_microbatches:
             raise UserError(
                 f"benchmark.train, {label}: {self.batch_size} rows cannot be cut into {self.num_microbatches} "

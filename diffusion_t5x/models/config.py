@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from diffusion_t5x.data.batch import Architecture
-from diffusion_t5x.errors import UserError
+from diffusion_t5x.errors import UserError, check_choices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +15,9 @@ class ModelConfig:
       embed_dim, num_layers, num_heads, head_dim, mlp_dim: the size. An encoder has as many layers as its decoder.
       architecture: "decoder_only" reads inputs and targets as one sequence; "encoder_decoder" encodes the inputs, and
         every layer of its decoder attends to them as well.
+      shifted: how a model of diffusion is read. False: the hidden state at a slot predicts the slot's own token. True:
+        it predicts the next one, as an autoregressive model's does (Dream, arXiv 2508.15487; DiffuLLaMA, 2410.17891).
+        Autoregressive training and decoding read a model that way in any case.
       vocab_size: rows of the embedding; None takes the vocabulary's size, rounded up to a multiple of 128.
       num_kv_heads: key and value heads, shared by groups of query heads; None means one for each query head.
       position: "relative" is T5's learned bias shared by all layers, "rotary" rotates queries and keys, "learned" adds
@@ -39,7 +42,8 @@ class ModelConfig:
         had is an error, but where a decoder reads on over its cache: there "xla" stands in.
       local_layers: for each layer whether it sees only what is less than `window` tokens away; None: none does.
       window: of the local layers.
-      local_rotary_base: rotary base of the local layers, whose wavelengths are not stretched.
+      local_rotary_base: rotary base of the local layers, whose wavelengths then are not stretched; None: local layers
+        have the same wavelengths as the others.
       relative_buckets, relative_max_distance: of the relative position bias.
       causal_buckets: a decoder's relative position bias has T5's own one-sided buckets: all of them for the past, and
         the future counts as distance 0. Ours are two-sided, for what attention sees both ways; an encoder's always are.
@@ -60,6 +64,7 @@ class ModelConfig:
     head_dim: int
     mlp_dim: int
     architecture: Architecture = "decoder_only"
+    shifted: bool = False
     vocab_size: int | None = None
     num_kv_heads: int | None = None
     position: Literal["relative", "rotary", "learned"] = "relative"
@@ -90,7 +95,7 @@ class ModelConfig:
     rotary_stretched: tuple[float, float] | None = None
     max_length: int | None = None
     dropout_rate: float = 0.0
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     scan_unroll: int | bool = 1
     remat: Literal["none", "dots", "full"] = "none"
 
@@ -98,16 +103,7 @@ class ModelConfig:
         for name in ("embed_dim", "num_layers", "num_heads", "head_dim", "mlp_dim"):
             if getattr(self, name) < 1:
                 raise UserError(f"ModelConfig.{name} must be at least 1, not {getattr(self, name)}.")
-        for name, known in (
-            ("architecture", ("decoder_only", "encoder_decoder")),
-            ("position", ("relative", "rotary", "learned")),
-            ("norm", ("rms", "layer")),
-            ("activation", ("gelu", "silu")),
-            ("attention_backend", ("auto", "xla", "cudnn", "splash", "flash")),
-            ("remat", ("none", "dots", "full")),
-        ):
-            if getattr(self, name) not in known:
-                raise UserError(f"ModelConfig.{name} must be one of {known}, not {getattr(self, name)!r}.")
+        check_choices(self)
         if self.num_heads % self.kv_heads:
             raise UserError(
                 f"ModelConfig.num_heads = {self.num_heads} must be a multiple of num_kv_heads = {self.kv_heads}."

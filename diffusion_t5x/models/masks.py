@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.errors import UserError
+from diffusion_t5x.errors import UserError, check_choices
 
 Order = Literal["before", "all"]  # of its segment, a query sees the slots up to its own, or all
 
@@ -69,9 +69,7 @@ class AttentionKind:
     block_size: int | jax.Array | None = None
 
     def __post_init__(self) -> None:
-        kinds = ("causal", "prefix", "bidirectional", "block_causal", "block_diffusion")
-        if self.name not in kinds:
-            raise UserError(f"Unknown attention kind {self.name!r}: one of {', '.join(kinds)}.")
+        check_choices(self)
         if self.name.startswith("block") != (self.block_size is not None):
             raise UserError(f"block_size belongs to block_causal and block_diffusion attention alone; got {self}.")
         if isinstance(self.block_size, int) and self.block_size < 1:

@@ -1,6 +1,7 @@
 """Tokens out of logits."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,8 @@ def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
 def uniform(keys: jax.Array, positions: jax.Array) -> jax.Array:
     """Numbers float32 `[B, L]` from [0, 1): of the rows' keys `[B]` and the positions' numbers `[B, L]` alone."""
-    return jax.vmap(jax.vmap(jax.random.uniform))(_position_keys(keys, positions))
+    draw = functools.partial(jax.random.uniform, dtype=jnp.float32)
+    return jax.vmap(jax.vmap(draw))(_position_keys(keys, positions))
 
 
 def _position_keys(keys: jax.Array, positions: jax.Array) -> jax.Array:

@@ -39,6 +39,27 @@ class Encoded:
         )
 
 
+@flax.struct.dataclass
+class View:
+    """What the queries of a layer see, and from where.
+
+    Attributes:
+      positions: int32 `[B, Lq]`, of the queries.
+      sight: what they see of the keys.
+      bias: float32 `[n, heads, Lq, Lk]`, one for each nth of the rows; None without relative positions.
+      frequencies: float32 `[head_dim / 2]`; None without rotary positions.
+      write_at: int32 `[B]`, the slot of each row's first query in the cache; None without a cache.
+      inputs_sight: what the queries see of an encoder's inputs; None without an encoder.
+    """
+
+    positions: jax.Array
+    sight: Sight
+    bias: jax.Array | None
+    frequencies: jax.Array | None
+    write_at: jax.Array | None
+    inputs_sight: Sight | None
+
+
 def norm(config: ModelConfig) -> RMSNorm | LayerNorm:
     """Of hidden states."""
     if config.norm == "layer":
@@ -74,18 +95,36 @@ class Block(nnx.Module):
             self.mlp_post_norm = norm(config)
         self.config = config
 
-    def __call__(self, x, positions, sight, bias, frequencies, cached, write_at, inputs, inputs_sight, dropout_keys):
+    def __call__(
+        self,
+        x: jax.Array,
+        view: View,
+        cached: tuple[jax.Array, jax.Array] | None,
+        inputs: tuple[jax.Array, jax.Array] | None,
+        dropout_keys: jax.Array | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """Hidden states `[B, Lq, D]` after this layer, and its cache with the queries' keys and values written.
+
+        Args:
+          x: hidden states `[B, Lq, D]`.
+          view: what the queries see.
+          cached: this layer's keys and values `[B, Lk, kv_heads, head_dim]`; None without a cache.
+          inputs: this layer's keys and values `[B, S, kv_heads, head_dim]` of the inputs; None without an encoder.
+          dropout_keys: `[B]`; None switches dropout off.
+        """
         keys = [fold_in(dropout_keys, use) for use in range(4)]
 
         def add(x, branch, use):
             return constrain(x + dropout(branch, self.config.dropout_rate, keys[use]), ACTIVATIONS)
 
-        attended, cached = self.attention(self.attention_norm(x), positions, sight, bias, frequencies, cached, write_at)
+        attended, cached = self.attention(
+            self.attention_norm(x), view.positions, view.sight, view.bias, view.frequencies, cached, view.write_at
+        )
         if self.config.post_norms:
             attended = self.attention_post_norm(attended)
         x = add(x, attended, 0)
         if inputs is not None:
-            x = add(x, self.cross_attention.cross(self.cross_attention_norm(x), *inputs, inputs_sight), 3)
+            x = add(x, self.cross_attention.cross(self.cross_attention_norm(x), *inputs, view.inputs_sight), 3)
         branch = self.mlp(self.mlp_norm(x), keys[1])
         if self.config.post_norms:
             branch = self.mlp_post_norm(branch)
@@ -178,18 +217,6 @@ class Stack(nnx.Module):
         if config.position == "rotary":
             stretching = (config.rotary_factor, config.rotary_stretched)
             frequencies = rotary_frequencies(config.head_dim, config.rotary_base, *stretching)
-        # What a layer attends by: the same in all, or in local layers something else.
-        by_layer, is_local = (lambda is_local: (sight, frequencies)), None
-        if config.local_layers:
-            is_local = jnp.asarray(config.local_layers)
-            near = sight.mask & slots.within(key_slots, config.window)
-            base = config.local_rotary_base or config.rotary_base
-            local_frequencies = rotary_frequencies(config.head_dim, base)
-
-            def by_layer(is_local):
-                mask = jnp.where(is_local, near, sight.mask)
-                return sight.replace(mask=mask, order=None), jnp.where(is_local, local_frequencies, frequencies)
-
         keys = [fold_in(dropout_keys, use) for use in range(3)]
         if config.position == "learned":
             x = self.positions(x, slots.positions)
@@ -199,12 +226,24 @@ class Stack(nnx.Module):
         if encoded is not None:
             inputs = (encoded.keys, encoded.values)
             inputs_sight = Sight.across(slots.segment_ids, encoded.segment_ids, whole=cached is None)
+        view = View(slots.positions, sight, bias, frequencies, write_at, inputs_sight)
+        of_layer, is_local = (lambda is_local: view), None
+        if config.local_layers:
+            is_local = jnp.asarray(config.local_layers)
+            near = sight.mask & slots.within(key_slots, config.window)
+            local_frequencies = frequencies
+            if config.local_rotary_base is not None:
+                local_frequencies = rotary_frequencies(config.head_dim, config.local_rotary_base)
+
+            def of_layer(is_local):
+                mask = jnp.where(is_local, near, sight.mask)
+                turns = jnp.where(is_local, local_frequencies, frequencies)
+                return view.replace(sight=sight.replace(mask=mask, order=None), frequencies=turns)
 
         def layer(x, scanned):
             block, cached, inputs, number, is_local = scanned
             layer_keys = fold_in(keys[1], number)
-            sees, turns = by_layer(is_local)
-            return block(x, slots.positions, sees, bias, turns, cached, write_at, inputs, inputs_sight, layer_keys)
+            return block(x, of_layer(is_local), cached, inputs, layer_keys)
 
         if config.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None

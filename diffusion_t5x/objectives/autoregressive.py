@@ -2,45 +2,32 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.errors import UserError
-from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind, Slots
-from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.data.ends import text_of
+from diffusion_t5x.errors import UserError, check_choices
+from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind
+from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.reading import shift_right, shifted_slots
+from diffusion_t5x.models.readout import cross_entropy, score
+from diffusion_t5x.models.streams import row_keys, stream
+from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.objective import (
     Likelihood,
     LossSums,
     Normalize,
+    Objective,
     Pass,
-    check_normalize,
-    cross_entropy,
     normalized,
-    row_keys,
-    score,
-    text_of,
 )
 
 
-def shift_right(tokens: jax.Array, positions: jax.Array, start_id: int) -> jax.Array:
-    """What an autoregressive model reads, `[B, L]`: the token before, and the start token first in each segment."""
-    before = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)))
-    return jnp.where(positions == 0, start_id, before)
-
-
-def shifted_slots(batch: Batch) -> Slots:
-    """The slots of shifted tokens: a slot is an input where the token it *holds* is one (the start token is)."""
-    holds_input = jnp.pad(batch.input_mask[:, :-1], ((0, 0), (1, 0))) | (batch.positions == 0)
-    return Slots(
-        segment_ids=batch.segment_ids, positions=batch.positions, is_input=holds_input & (batch.segment_ids > 0)
-    )
-
-
 @dataclasses.dataclass(frozen=True)
-class Autoregressive:
+class Autoregressive(Objective):
     """Teacher forcing: cross-entropy of `tokens[i]` given the start token and `tokens[:i]`.
 
     Attributes:
@@ -49,13 +36,15 @@ class Autoregressive:
       normalize: what the summed loss is divided by.
     """
 
+    autoregressive: ClassVar[bool] = True
+
     prefix: bool = False
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     normalize: Normalize = "target_tokens"
 
     def __post_init__(self) -> None:
-        check_normalize(self.normalize)
+        check_choices(self)
         if not 0 <= self.label_smoothing < 1 or self.z_loss < 0:
             raise UserError(f"label_smoothing must lie in [0, 1) and z_loss must not be negative; got {self}.")
 
@@ -64,15 +53,19 @@ class Autoregressive:
         return PREFIX if self.prefix else CAUSAL
 
     @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (Mode.of(self.attention),)
+
+    @property
     def passes(self) -> Sequence[Pass]:
         return (Pass(),)
 
-    def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array | None) -> jax.Array:
-        return shift_right(batch.tokens, batch.positions, vocabulary.start_id)
+    def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array | None) -> jax.Array:
+        return shift_right(batch.tokens, batch.positions, model.vocabulary.start_id)
 
     def hidden(self, model: Transformer, batch: Batch, dropout_keys: jax.Array | None = None) -> jax.Array:
         """Hidden states `[B, L, D]`, from whose i-th the i-th token is predicted."""
-        tokens = self.model_inputs(model.vocabulary, batch, None)
+        tokens = shift_right(batch.tokens, batch.positions, model.vocabulary.start_id)
         encoded = model.encode(batch, dropout_keys)
         return model(tokens, shifted_slots(batch), self.attention, encoded, dropout_keys)
 
@@ -83,9 +76,10 @@ class Autoregressive:
         key: jax.Array | None,
         train: bool = True,
         step: jax.Array | None = None,
+        teacher: Transformer | None = None,
     ) -> LossSums:
         """The key serves dropout alone; the objective itself draws nothing."""
-        hidden = self.hidden(model, batch, row_keys(key, batch.example_ids) if train else None)
+        hidden = self.hidden(model, batch, row_keys(stream(key, "dropout"), batch.example_ids) if train else None)
 
         def read_out(logits, labels):
             loss, nll = cross_entropy(logits, labels, label_smoothing=self.label_smoothing, z_loss=self.z_loss)
@@ -111,5 +105,5 @@ class Autoregressive:
         return Likelihood(
             log_likelihood=-jnp.sum(jnp.where(text, nll, 0), axis=-1),
             standard_error=jnp.zeros(len(text)),
-            num_tokens=jnp.sum(text, axis=-1),
+            num_tokens=jnp.sum(text, axis=-1, dtype=jnp.int32),
         )

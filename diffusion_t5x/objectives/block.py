@@ -8,27 +8,29 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.ends import after_end
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.errors import UserError
+from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.masks import Annealed, AttentionKind, Slots
+from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.reading import Reading, model_reads
+from diffusion_t5x.models.readout import score
 from diffusion_t5x.models.stack import Encoded
-from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.models.streams import row_keys, stream
+from diffusion_t5x.models.transformer import ModelDefinition, Transformer
+from diffusion_t5x.objectives.annealing import annealed, check_anneal_steps
 from diffusion_t5x.objectives.likelihood import masked_bound
-from diffusion_t5x.objectives.masked import SCHEDULES, mask_targets
+from diffusion_t5x.objectives.masked import SCHEDULES, Schedule, Weighting, mask_targets
 from diffusion_t5x.objectives.objective import (
     Likelihood,
     LossSums,
     Normalize,
+    Objective,
     Pass,
     Ratio,
-    after_end,
-    check_normalize,
     normalized,
-    row_keys,
-    score,
     stratified,
 )
-from diffusion_t5x.objectives.reading import Reading, annealed, check_anneal_steps, model_reads
 from diffusion_t5x.objectives.uniform_bound import uniform_bound
 
 
@@ -88,11 +90,14 @@ def noisy_hidden(
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class Block(Objective):
     """Cross-entropy of the noisy targets of each block given the rest of the block and all that is before, clean.
 
     One pass over `[clean tokens | noisy targets]` gives the loss of every block. Each block draws a time of its own,
     stratified over the batch.
+
+    A shifted model (`ModelConfig.shifted`) predicts the first token of a block in the clean slot before the block
+    (Fast-dLLM v2, arXiv 2509.26328). At block size 1, with everything masked, its loss is the autoregressive one.
 
     Attributes:
       block_size: targets a block. 1 is autoregressive (reading MASK where an autoregressive model reads the token
@@ -104,9 +109,6 @@ class Block:
       schedule: see `Masked`.
       weighting: of a masked token, see `Masked`; "uniform" noise knows no other than "uniform".
       epsilon: the least time, which bounds the weights.
-      shifted: a token is predicted in the slot before its own (see `Reading`), the first of a block in the clean one
-        before the block (Fast-dLLM v2, arXiv 2509.26328); decode likewise. At block size 1, with everything masked,
-        the loss is the autoregressive one.
       anneal_steps: training steps in which attention inside blocks opens, see `annealed`; None needs none.
       normalize: what the summed loss is divided by.
     """
@@ -114,21 +116,18 @@ class Block:
     block_size: int = 4
     stages: tuple[tuple[int, int], ...] | None = None
     noise: Literal["mask", "uniform"] = "mask"
-    schedule: Literal["linear", "cosine"] = "linear"
-    weighting: Literal["elbo", "uniform"] = "elbo"
+    schedule: Schedule = "linear"
+    weighting: Weighting = "elbo"
     epsilon: float = 1e-3
-    shifted: bool = False
     anneal_steps: int | None = None
     normalize: Normalize = "target_tokens"
 
     def __post_init__(self) -> None:
-        check_normalize(self.normalize)
+        check_choices(self)
         check_anneal_steps(self.anneal_steps)
         self.attention  # noqa: B018  (raises on a bad block size)
-        if self.noise not in ("mask", "uniform") or self.weighting not in ("elbo", "uniform"):
-            raise UserError(f"Block needs noise mask or uniform and weighting elbo or uniform; got {self}.")
-        if self.schedule not in SCHEDULES or not 0 <= self.epsilon < 1:
-            raise UserError(f"Block needs a schedule of {', '.join(SCHEDULES)}, epsilon in [0, 1); got {self}.")
+        if not 0 <= self.epsilon < 1:
+            raise UserError(f"Block.epsilon must lie in [0, 1); got {self.epsilon}.")
         if self.noise == "uniform" and self.weighting != "uniform":
             raise UserError('Block.weighting must be "uniform" with uniform noise: no bound is known here for it.')
         if self.stages is not None:
@@ -148,13 +147,17 @@ class Block:
         return AttentionKind("block_causal", self.block_size)
 
     @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (Mode.of(self.attention, self.noise),)
+
+    @property
     def passes(self) -> Sequence[Pass]:
         return (Pass(slots=2),)
 
-    def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
+    def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array) -> jax.Array:
         """The noisy targets among their clean inputs; the model reads the clean targets as well."""
-        noisy, _ = self.corrupt(vocabulary, batch, key)
-        return model_reads(noisy, batch, vocabulary, self.shifted)
+        noisy, _ = self.corrupt(model.vocabulary, batch, key)
+        return model_reads(noisy, batch, model)
 
     def corrupt(
         self, vocabulary: TokenIds, batch: Batch, key: jax.Array, size: int | jax.Array | None = None
@@ -163,12 +166,12 @@ class Block:
 
         Blocks are of this size, or of `block_size`.
         """
-        time_key, where_key, noise_key, _ = jax.random.split(key, 4)
-        share = stratified(time_key, batch.example_ids, block_starts(batch, self.block_size if size is None else size))
+        starts = block_starts(batch, self.block_size if size is None else size)
+        share = stratified(stream(key, "time"), batch.example_ids, starts)
         probability, weights = SCHEDULES[self.schedule](1 - (1 - self.epsilon) * share)
-        noisy = mask_targets(batch, vocabulary, probability, row_keys(where_key, batch.example_ids))
+        noisy = mask_targets(batch, vocabulary, probability, row_keys(stream(key, "where"), batch.example_ids))
         if self.noise == "uniform":
-            noise_keys = row_keys(noise_key, batch.example_ids)
+            noise_keys = row_keys(stream(key, "noise"), batch.example_ids)
             noise = jax.vmap(vocabulary.sample_noise, (0, None))(noise_keys, batch.tokens.shape[1:])
             noisy = jnp.where(noisy == vocabulary.mask_id, noise, batch.tokens)
         return noisy, weights
@@ -187,12 +190,12 @@ class Block:
         key: jax.Array,
         train: bool = True,
         step: jax.Array | None = None,
+        teacher: Transformer | None = None,
     ) -> LossSums:
-        _, _, _, dropout_key = jax.random.split(key, 4)
-        dropout_keys = row_keys(dropout_key, batch.example_ids) if train else None
+        dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids) if train else None
         size = self._size_at(step)
         noisy, weights = self.corrupt(model.vocabulary, batch, key, size)
-        reading = Reading.of(batch, model.vocabulary, self.shifted, packed=True)
+        reading = Reading.of(batch, model.vocabulary, model.config.shifted, packed=True)
         batch = reading.fits(batch)
         kind = annealed(AttentionKind("block_diffusion", size), self.anneal_steps, step, key)
         encoded = model.encode(batch, dropout_keys)
@@ -222,7 +225,7 @@ class Block:
         ended = after_end(batch.tokens, batch, model.vocabulary)
         counted = batch.target_mask & ~jnp.take_along_axis(ended, starts, axis=-1)
 
-        reading = Reading.of(batch, model.vocabulary, self.shifted)
+        reading = Reading.of(batch, model.vocabulary, model.config.shifted)
         kind = AttentionKind("block_diffusion", self.block_size)
 
         def hidden(tokens):

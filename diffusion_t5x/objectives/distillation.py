@@ -8,35 +8,35 @@ as it wrote (`training/rollout.py`).
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.errors import UserError
+from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.masks import AttentionKind
+from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.reading import Reading, model_reads
+from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.sampling import forbid
+from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Params, Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
-from diffusion_t5x.objectives.block import Block, block_starts, clean_and_noisy
+from diffusion_t5x.objectives.block import Block, block_starts, noisy_hidden
 from diffusion_t5x.objectives.objective import (
     Likelihood,
     LossSums,
     Normalize,
+    Objective,
     Pass,
     Ratio,
-    check_normalize,
-    cross_entropy,
     normalized,
-    row_keys,
-    text_of,
 )
-from diffusion_t5x.objectives.reading import start_first
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
 
 class Teacher(NamedTuple):
@@ -99,14 +99,14 @@ def visited_states(batch: Batch, vocabulary: TokenIds, block_size: int, key: jax
     rows = jnp.arange(len(batch.tokens))[:, None, None]
     at = jnp.where(batch.target_mask, batch.written_at, -1)
     last = jnp.max(at.at[rows, in_block].get(mode="fill", fill_value=-1), axis=-1)
-    draws = jax.vmap(lambda k: jax.random.uniform(k, (length,)))(row_keys(key, batch.example_ids))
+    draws = jax.vmap(lambda k: jax.random.uniform(k, (length,), jnp.float32))(row_keys(key, batch.example_ids))
     draw = jnp.take_along_axis(draws, jnp.maximum(starts, 0), axis=-1)
     step = jnp.floor(draw * (last + 1))
     return jnp.where(batch.target_mask & (at >= step), vocabulary.mask_id, batch.tokens)
 
 
 @dataclasses.dataclass(frozen=True)
-class Distillation:
+class Distillation(Objective):
     """Divergence from the teacher's next-token distribution, at the masked targets up to the end of the text.
 
     Without a rollout stage the text is the data's (off-policy), and with it the student's own.
@@ -121,6 +121,9 @@ class Distillation:
       normalize: "sequences", as in the paper, averages over each text's masked targets first.
     """
 
+    needs_teacher: ClassVar[bool] = True
+    takes_rollouts: ClassVar[bool] = True
+
     block_size: int = 4
     divergence: Divergence = "forward_kl"
     top_k: int | None = None
@@ -129,29 +132,33 @@ class Distillation:
     normalize: Normalize = "sequences"
 
     def __post_init__(self) -> None:
-        check_normalize(self.normalize)
+        check_choices(self)
         self.attention  # noqa: B018  (raises on a bad block size)
-        if self.divergence not in DIVERGENCES or self.states not in ("visited", "random"):
-            raise UserError(
-                f"Distillation needs a divergence of {', '.join(DIVERGENCES)} and states visited or random; got {self}."
-            )
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"Distillation.top_k must be at least 1, or None for all; got {self.top_k}.")
+
+    @property
+    def needs_rollouts(self) -> bool:
+        return self.states == "visited"
 
     @property
     def attention(self) -> AttentionKind:
         return AttentionKind("block_causal", self.block_size)
 
     @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (Mode.of(self.attention, "mask"),)
+
+    @property
     def passes(self) -> Sequence[Pass]:
         return (Pass(slots=2), Pass(by_teacher=True))
 
-    def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
+    def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array) -> jax.Array:
         """The noisy targets among their clean inputs; the student reads the clean targets as well."""
-        return start_first(self._noisy(vocabulary, batch, key), batch.positions, vocabulary)
+        return model_reads(self._noisy(model.vocabulary, batch, key), batch, model)
 
     def _noisy(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
-        noise_key, _ = jax.random.split(key)
+        noise_key = stream(key, "noise")
         if self.states == "visited" and batch.written_at is not None:
             return visited_states(batch, vocabulary, self.block_size, noise_key)
         return Block(self.block_size).corrupt(vocabulary, batch, noise_key)[0]
@@ -163,17 +170,19 @@ class Distillation:
         key: jax.Array,
         train: bool = True,
         step: jax.Array | None = None,
-        *,
-        teacher: Transformer,
+        teacher: Transformer | None = None,
     ) -> LossSums:
-        """The loss of the student `model`; the teacher has no dropout and gets no gradient."""
+        """The loss of the student `model`."""
+        if teacher is None:
+            raise UserError("Distillation needs a teacher. Set TEACHER_CHECKPOINT_PATH.")
         vocabulary = model.vocabulary
-        _, dropout_key = jax.random.split(key)
-        dropout_keys = row_keys(dropout_key, batch.example_ids) if train else None
+        dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids) if train else None
         noisy = self._noisy(vocabulary, batch, key)
-        tokens, slots = clean_and_noisy(batch, start_first(noisy, batch.positions, vocabulary))
+        reading = Reading.of(batch, vocabulary, model.config.shifted, packed=True)
+        batch = reading.fits(batch)
         kind = AttentionKind("block_diffusion", self.block_size)
-        hidden = model(tokens, slots, kind, None, dropout_keys)[:, batch.tokens.shape[1] :]
+        starts = block_starts(batch, self.block_size)
+        hidden = noisy_hidden(model, reading, starts, noisy, kind, model.encode(batch, dropout_keys), dropout_keys)
 
         def compare(logits, teacher_hidden, labels):
             student = forbid(logits, vocabulary)
@@ -188,7 +197,7 @@ class Distillation:
         text = text_of(batch, vocabulary)
         scored = text & (noisy == vocabulary.mask_id)
         if not self.score_end:
-            scored &= (batch.tokens != vocabulary.eos_id) & (batch.tokens != vocabulary.pad_id)
+            scored &= ~vocabulary.is_end(batch.tokens)
         is_scored, is_text = batch.replace(target_mask=scored), batch.replace(target_mask=text)
         return LossSums(
             loss=normalized(is_scored, distance, self.normalize),

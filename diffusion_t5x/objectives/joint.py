@@ -9,22 +9,18 @@ from collections.abc import Sequence
 import jax
 
 from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import AttentionKind
-from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.streams import stream
+from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
-from diffusion_t5x.objectives.block import Block
-from diffusion_t5x.objectives.masked import Masked
-from diffusion_t5x.objectives.objective import Likelihood, LossSums, Pass, Ratio, text_of
-from diffusion_t5x.objectives.sundae import Sundae
-
-# Folded into a step's key: no other use of it has a number as high.
-_CAUSAL_PASS = 2**32 - 3
+from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass, Ratio
 
 
 @dataclasses.dataclass(frozen=True)
-class Joint:
+class Joint(Objective):
     """`diffusion` + `ar_weight` * autoregressive: one loss, two passes over the same batch.
 
     The autoregressive loss is that of the text alone, up to the token that ends it, and is divided by what the
@@ -35,29 +31,33 @@ class Joint:
       ar_weight: of the autoregressive loss.
     """
 
-    diffusion: Sundae | Masked | Block
+    diffusion: Objective
     ar_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.diffusion, Sundae | Masked | Block):
-            raise UserError(f"Joint.diffusion must be Sundae, Masked or Block; got {self.diffusion}.")
+        if self.diffusion.autoregressive or self.diffusion.needs_teacher:
+            raise UserError(f"Joint.diffusion must be a diffusion objective without a teacher; got {self.diffusion}.")
         if self.ar_weight < 0:
             raise UserError(f"Joint.ar_weight must not be negative; got {self.ar_weight}.")
 
     @property
-    def shifted(self) -> bool:
-        return self.diffusion.shifted
+    def normalize(self) -> Normalize:
+        return self.diffusion.normalize
 
     @property
     def attention(self) -> AttentionKind:
         return self.diffusion.attention
 
     @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (*self.diffusion.modes, *Autoregressive().modes) if self.diffusion.modes else ()
+
+    @property
     def passes(self) -> Sequence[Pass]:
         return (*self.diffusion.passes, *Autoregressive().passes)
 
-    def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
-        return self.diffusion.model_inputs(vocabulary, batch, key)
+    def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array) -> jax.Array:
+        return self.diffusion.model_inputs(model, batch, key)
 
     def loss(
         self,
@@ -66,11 +66,12 @@ class Joint:
         key: jax.Array,
         train: bool = True,
         step: jax.Array | None = None,
+        teacher: Transformer | None = None,
     ) -> LossSums:
         diffusion = self.diffusion.loss(model, batch, key, train, step)
         text = batch.replace(target_mask=text_of(batch, model.vocabulary))
-        ar = Autoregressive(normalize=self.diffusion.normalize)
-        causal = ar.loss(model, text, jax.random.fold_in(key, _CAUSAL_PASS), train)
+        ar = Autoregressive(normalize=self.normalize)
+        causal = ar.loss(model, text, stream(key, "autoregressive"), train)
         numerator = diffusion.loss.numerator + self.ar_weight * causal.loss.numerator
         return LossSums(
             loss=Ratio(numerator, diffusion.loss.denominator),

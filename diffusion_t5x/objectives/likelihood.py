@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.layers import fold_in
-from diffusion_t5x.objectives.objective import Likelihood, row_keys, text_of
+from diffusion_t5x.models.streams import row_keys, stream
+from diffusion_t5x.objectives.objective import Likelihood
 
 Draw = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -40,21 +42,21 @@ def estimate(draw: Draw, vocabulary: TokenIds, batch: Batch, key: jax.Array, num
     keys = row_keys(key, batch.example_ids)
 
     def one(number):
-        offset = uniform(fold_in(keys, 2 * number), batch.tokens.shape[1])
-        return draw(fold_in(keys, 2 * number + 1), (number // 2 + offset) / parts)
+        offset = uniform(fold_in(stream(keys, "offsets"), number), batch.tokens.shape[1])
+        return draw(fold_in(stream(keys, "draws"), number), (number // 2 + offset) / parts)
 
     pairs = jax.lax.map(one, jnp.arange(num_draws)).reshape(parts, 2, -1)
     spread = jnp.sum(jnp.square(pairs[:, 0] - pairs[:, 1]), axis=0)
     return Likelihood(
         log_likelihood=jnp.mean(pairs, axis=(0, 1)),
         standard_error=jnp.sqrt(spread) / num_draws,
-        num_tokens=jnp.sum(text_of(batch, vocabulary), axis=-1),
+        num_tokens=jnp.sum(text_of(batch, vocabulary), axis=-1, dtype=jnp.int32),
     )
 
 
 def uniform(keys: jax.Array, length: int) -> jax.Array:
     """Numbers float32 `[B, length]`, uniform in [0, 1), from keys `[B]`; a longer row begins with the same ones."""
-    return jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)
+    return jax.vmap(lambda key: jax.random.uniform(key, (length,), jnp.float32))(keys)
 
 
 def masked_bound(

@@ -12,23 +12,28 @@ import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.errors import UserError
+from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind
-from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.reading import Reading, model_reads
+from diffusion_t5x.models.readout import score
+from diffusion_t5x.models.streams import row_keys, stream
+from diffusion_t5x.models.transformer import ModelDefinition, Transformer
+from diffusion_t5x.objectives.annealing import annealed, check_anneal_steps
 from diffusion_t5x.objectives.likelihood import masked_bound
 from diffusion_t5x.objectives.objective import (
     Likelihood,
     LossSums,
     Normalize,
+    Objective,
     Pass,
     Ratio,
-    check_normalize,
     normalized,
-    row_keys,
-    score,
     stratified,
 )
-from diffusion_t5x.objectives.reading import Reading, annealed, check_anneal_steps, model_reads
+
+Schedule = Literal["linear", "cosine"]
+Weighting = Literal["elbo", "uniform"]
 
 
 def linear(t: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -54,12 +59,12 @@ def mask_targets(batch: Batch, vocabulary: TokenIds, probability: jax.Array, key
       probability: `[B, L]`.
       keys: `[B]`, a key for each row.
     """
-    masked = jax.vmap(lambda key, row: jax.random.uniform(key, row.shape) < row)(keys, probability)
+    masked = jax.vmap(lambda key, row: jax.random.uniform(key, row.shape, jnp.float32) < row)(keys, probability)
     return jnp.where(masked & batch.target_mask, vocabulary.mask_id, batch.tokens)
 
 
 @dataclasses.dataclass(frozen=True)
-class Masked:
+class Masked(Objective):
     """Cross-entropy of masked targets given all others.
 
     Each example, packed ones too, draws a time t in (epsilon, 1], stratified over the batch; each of its targets is
@@ -70,45 +75,43 @@ class Masked:
       schedule: "linear": masked with probability t. "cosine": with probability cos(pi / 2 (1 - t)), so more of it is.
       weighting: of a masked token. "elbo": the evidence bound's. "uniform": 1; with "cosine" this is MaskGIT.
       epsilon: the least time, which bounds the weights.
-      shifted: a token is predicted in the slot before its own, see `Reading`; decode likewise.
       anneal_steps: training steps in which causal attention becomes bidirectional, see `annealed`; None needs none.
       normalize: what the summed loss is divided by.
     """
 
-    schedule: Literal["linear", "cosine"] = "linear"
-    weighting: Literal["elbo", "uniform"] = "elbo"
+    schedule: Schedule = "linear"
+    weighting: Weighting = "elbo"
     epsilon: float = 1e-3
-    shifted: bool = False
     anneal_steps: int | None = None
     normalize: Normalize = "target_tokens"
 
     def __post_init__(self) -> None:
-        check_normalize(self.normalize)
+        check_choices(self)
         check_anneal_steps(self.anneal_steps)
-        if self.schedule not in SCHEDULES or self.weighting not in ("elbo", "uniform") or not 0 <= self.epsilon < 1:
-            raise UserError(
-                f"Masked needs a schedule of {', '.join(SCHEDULES)}, a weighting of elbo or uniform and an epsilon in "
-                f"[0, 1); got {self}."
-            )
+        if not 0 <= self.epsilon < 1:
+            raise UserError(f"Masked.epsilon must lie in [0, 1); got {self.epsilon}.")
 
     @property
     def attention(self) -> AttentionKind:
         return BIDIRECTIONAL
 
     @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (Mode.of(self.attention, "mask"),)
+
+    @property
     def passes(self) -> Sequence[Pass]:
         return (Pass(),)
 
-    def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
-        tokens, _ = self._corrupt(vocabulary, batch, key)
-        return model_reads(tokens, batch, vocabulary, self.shifted)
+    def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array) -> jax.Array:
+        tokens, _ = self._corrupt(model.vocabulary, batch, key)
+        return model_reads(tokens, batch, model)
 
     def _corrupt(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Of every position `[B, L]`: the token or MASK, and the bound's weight if it is masked."""
-        time_key, where_key, _ = jax.random.split(key, 3)
-        share = stratified(time_key, batch.example_ids, batch.segment_ids)
+        share = stratified(stream(key, "time"), batch.example_ids, batch.segment_ids)
         probability, weights = SCHEDULES[self.schedule](1 - (1 - self.epsilon) * share)
-        keys = row_keys(where_key, batch.example_ids)
+        keys = row_keys(stream(key, "where"), batch.example_ids)
         return mask_targets(batch, vocabulary, probability, keys), weights
 
     def loss(
@@ -118,11 +121,11 @@ class Masked:
         key: jax.Array,
         train: bool = True,
         step: jax.Array | None = None,
+        teacher: Transformer | None = None,
     ) -> LossSums:
-        _, _, dropout_key = jax.random.split(key, 3)
-        dropout_keys = row_keys(dropout_key, batch.example_ids) if train else None
+        dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids) if train else None
         tokens, weights = self._corrupt(model.vocabulary, batch, key)
-        reading = Reading.of(batch, model.vocabulary, self.shifted, packed=True)
+        reading = Reading.of(batch, model.vocabulary, model.config.shifted, packed=True)
         batch = reading.fits(batch)
         encoded = model.encode(batch, dropout_keys)
         kind = annealed(self.attention, self.anneal_steps, step, key)
@@ -147,7 +150,7 @@ class Masked:
         It knows neither `schedule` nor `weighting` nor `epsilon`: the bound is the same for all of them.
         """
         encoded = model.encode(batch)
-        reading = Reading.of(batch, model.vocabulary, self.shifted)
+        reading = Reading.of(batch, model.vocabulary, model.config.shifted)
 
         def nll(tokens):
             return score(model, reading.hidden(model, tokens, self.attention, encoded), batch.tokens)[0]

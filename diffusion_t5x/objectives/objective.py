@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, Protocol, Self
+from typing import ClassVar, Literal, Protocol, Self
 
 import flax.struct
 import jax
@@ -10,11 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import AttentionKind
-from diffusion_t5x.models.sampling import forbid
-from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 
 Normalize = Literal["target_tokens", "all_tokens", "sequences"]
 
@@ -84,17 +82,40 @@ class Likelihood:
 
 
 class Objective(Protocol):
-    """A frozen dataclass that corrupts clean tokens on device and scores the model on them."""
+    """A frozen dataclass that corrupts clean tokens on device and scores the model on them.
+
+    Objectives derive from this class and declare what differs from its defaults.
+
+    Attributes:
+      autoregressive: predicts each token from those before it, by causal or prefix attention, whatever
+        `ModelConfig.shifted` says.
+      needs_teacher: the loss needs an autoregressive teacher.
+      takes_rollouts: learns from texts that the model wrote itself, in blocks of `attention.block_size`, and may read
+        `Batch.written_at`.
+      needs_rollouts: learns from no others.
+      normalize: what the summed loss is divided by, see `normalized`.
+    """
+
+    autoregressive: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = False
+    takes_rollouts: ClassVar[bool] = False
+    needs_rollouts: bool = False
+    normalize: Normalize = "target_tokens"
 
     @property
     def attention(self) -> AttentionKind:
         """Who sees whom under this objective."""
 
     @property
+    def modes(self) -> tuple[Mode, ...]:
+        """The modes that it teaches a model; its likelihood is that of the first one. () where it does not say."""
+        return ()
+
+    @property
     def passes(self) -> Sequence[Pass]:
         """The passes of one call of `loss`."""
 
-    def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
+    def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array) -> jax.Array:
         """What the model reads first when `loss` is called with this key, int32 `[B, L]`: shifted, corrupted, or both.
 
         Of what it reads, that in the slots which predict the tokens.
@@ -107,6 +128,7 @@ class Objective(Protocol):
         key: jax.Array | None,
         train: bool = True,
         step: jax.Array | None = None,
+        teacher: Transformer | None = None,
     ) -> LossSums:
         """The loss of a batch.
 
@@ -116,6 +138,7 @@ class Objective(Protocol):
           key: rows draw from it by their `example_ids`.
           train: switches dropout on.
           step: int32 scalar, training steps taken before, for what changes on the way; None is after its end.
+          teacher: of objectives that need one; without dropout, and it gets no gradient.
         """
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
@@ -129,11 +152,6 @@ class Objective(Protocol):
           key: of the draws.
           num_draws: how many there are, an even number; exact objectives take one pass, whatever it says.
         """
-
-
-def row_keys(key: jax.Array, example_ids: jax.Array) -> jax.Array:
-    """A key `[B]` for each row, the same whichever batch, microbatch or device the row is in."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, example_ids)
 
 
 def stratified(key: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
@@ -152,69 +170,6 @@ def stratified(key: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array
     rows, columns = jnp.asarray(rows, jnp.uint32)[:, None], jnp.asarray(columns, jnp.uint32)
     bits = u + rows * GOLDEN_RATIO + columns * SQUARE_ROOT_OF_TWO
     return (bits >> 8).astype(jnp.float32) * 2.0**-24
-
-
-def cross_entropy(
-    logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0, z_loss: float = 0.0
-) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of labels `[...]` under float32 logits `[..., V]`, in nats.
-
-    Label smoothing gives `1 - label_smoothing` to the label and shares the rest among the other ids; the entropy of
-    that target is subtracted, so that 0 stays the least possible. `z_loss * log(Z)^2` draws the normaliser to 1
-    (both as in T5X).
-
-    Returns:
-      The loss with smoothing and z-loss, and the plain negative log-likelihood, both `[...]`.
-    """
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    nll = log_z - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    loss = nll
-    if label_smoothing:
-        others = logits.shape[-1] - 1
-        rest = label_smoothing / others
-        entropy = -((1 - label_smoothing) * jnp.log(1 - label_smoothing) + label_smoothing * jnp.log(rest))
-        nll_of_others = (others + 1) * log_z - logits.sum(axis=-1) - nll
-        loss = (1 - label_smoothing) * nll + rest * nll_of_others - entropy
-    if z_loss:
-        loss = loss + z_loss * jnp.square(log_z)
-    return loss, nll
-
-
-def score(model: Transformer, hidden: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of labels `[B, L]` given hidden `[B, L, D]`: the cross-entropy, MASK left out, and whether they are likeliest."""
-
-    def read_out(logits, labels):
-        logits = forbid(logits, model.vocabulary)
-        nll, _ = cross_entropy(logits, labels)
-        return nll, jnp.argmax(logits, axis=-1) == labels
-
-    return model.map_logits(read_out, hidden, labels)
-
-
-def after_end(tokens: jax.Array, batch: Batch, vocabulary: TokenIds) -> jax.Array:
-    """bool `[B, L]`: behind the first EOS or pad among the targets of its segment.
-
-    The one place where the length of an output is decided: decoders drop what stands there.
-
-    Args:
-      tokens: int32 `[B, L]`, in place of the batch's own.
-      batch: says what the slots are.
-      vocabulary: says what EOS and pad are.
-    """
-    ends = batch.target_mask & ((tokens == vocabulary.eos_id) | (tokens == vocabulary.pad_id))
-    ends_before = jnp.cumsum(ends, axis=-1) - ends
-    segment_start = jnp.maximum(jnp.arange(tokens.shape[1]) - batch.positions, 0)
-    return ends_before > jnp.take_along_axis(ends_before, segment_start, axis=-1)
-
-
-def text_of(batch: Batch, vocabulary: TokenIds) -> jax.Array:
-    """bool `[B, L]`: the targets of the text, the one that ends it too."""
-    return batch.target_mask & ~after_end(batch.tokens, batch, vocabulary)
-
-
-def check_normalize(normalize: str) -> None:
-    if normalize not in ("target_tokens", "all_tokens", "sequences"):
-        raise UserError(f"normalize must be target_tokens, all_tokens or sequences, not {normalize!r}.")
 
 
 def normalized(batch: Batch, loss: jax.Array, normalize: Normalize) -> Ratio:

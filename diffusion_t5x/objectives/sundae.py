@@ -11,22 +11,24 @@ import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.errors import UserError
+from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind
+from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.reading import Reading, model_reads
+from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.sampling import Sampling, forbid, sample
-from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.models.streams import row_keys, stream
+from diffusion_t5x.models.transformer import ModelDefinition, Transformer
+from diffusion_t5x.objectives.annealing import annealed, check_anneal_steps
 from diffusion_t5x.objectives.objective import (
     Likelihood,
     LossSums,
     Normalize,
+    Objective,
     Pass,
-    check_normalize,
-    cross_entropy,
     normalized,
-    row_keys,
 )
-from diffusion_t5x.objectives.reading import Reading, annealed, check_anneal_steps, model_reads
 from diffusion_t5x.objectives.uniform_bound import uniform_bound
 
 
@@ -46,17 +48,16 @@ def corrupt(batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
     """
 
     def row(key, segment_ids):
-        level_key, where_key, noise_key = jax.random.split(key, 3)
-        levels = jax.random.uniform(level_key, (segment_ids.size + 1,))[segment_ids]
-        replaced = jax.random.uniform(where_key, segment_ids.shape) < levels
-        return replaced, vocabulary.sample_noise(noise_key, segment_ids.shape)
+        levels = jax.random.uniform(stream(key, "level"), (segment_ids.size + 1,), jnp.float32)[segment_ids]
+        replaced = jax.random.uniform(stream(key, "where"), segment_ids.shape, jnp.float32) < levels
+        return replaced, vocabulary.sample_noise(stream(key, "noise"), segment_ids.shape)
 
     replaced, noise = jax.vmap(row)(keys, batch.segment_ids)
     return jnp.where(replaced & batch.target_mask, noise, batch.tokens)
 
 
 @dataclasses.dataclass(frozen=True)
-class Sundae:
+class Sundae(Objective):
     """Cross-entropy of the clean targets given noisy ones, then given the model's own repair of them, and so on.
 
     Attributes:
@@ -64,7 +65,6 @@ class Sundae:
       weights: of the terms; None weighs each 1.
       temperature: at which the model's output is sampled for the next term; 0 takes the likeliest (paper 1), 1 is
         SUNDAE's.
-      shifted: a token is predicted in the slot before its own, see `Reading`; decode likewise.
       anneal_steps: training steps in which causal attention becomes bidirectional, see `annealed`; None needs none.
       normalize: what the summed loss is divided by.
     """
@@ -72,12 +72,11 @@ class Sundae:
     num_unrolls: int = 1
     weights: tuple[float, ...] | None = None
     temperature: float = 0.0
-    shifted: bool = False
     anneal_steps: int | None = None
     normalize: Normalize = "target_tokens"
 
     def __post_init__(self) -> None:
-        check_normalize(self.normalize)
+        check_choices(self)
         check_anneal_steps(self.anneal_steps)
         if self.num_unrolls < 0 or self.temperature < 0:
             raise UserError(f"num_unrolls and temperature must not be negative; got {self}.")
@@ -91,15 +90,18 @@ class Sundae:
         return BIDIRECTIONAL
 
     @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (Mode.of(self.attention, "uniform"),)
+
+    @property
     def passes(self) -> Sequence[Pass]:
         return (Pass(), *[Pass(encodes=False)] * self.num_unrolls)
 
-    def model_inputs(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
-        return model_reads(self._corrupt(vocabulary, batch, key), batch, vocabulary, self.shifted)
+    def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array) -> jax.Array:
+        return model_reads(self._corrupt(model.vocabulary, batch, key), batch, model)
 
     def _corrupt(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
-        noise_key, _, _ = jax.random.split(key, 3)
-        return corrupt(batch, vocabulary, row_keys(noise_key, batch.example_ids))
+        return corrupt(batch, vocabulary, row_keys(stream(key, "noise"), batch.example_ids))
 
     def loss(
         self,
@@ -108,16 +110,19 @@ class Sundae:
         key: jax.Array,
         train: bool = True,
         step: jax.Array | None = None,
+        teacher: Transformer | None = None,
     ) -> LossSums:
-        _, sample_keys, dropout_keys = (row_keys(k, batch.example_ids) for k in jax.random.split(key, 3))
+        sample_keys, dropout_keys, encoder_keys = (
+            row_keys(stream(key, name), batch.example_ids) for name in ("samples", "dropout", "encoder dropout")
+        )
         tokens = self._corrupt(model.vocabulary, batch, key)
-        reading = Reading.of(batch, model.vocabulary, self.shifted, packed=True)
+        reading = Reading.of(batch, model.vocabulary, model.config.shifted, packed=True)
         batch = reading.fits(batch)
         kind = annealed(self.attention, self.anneal_steps, step, key)
         changed = normalized(batch, tokens != batch.tokens, "target_tokens")
         metrics = {"noise_fraction": changed}
         terms = []
-        encoded = model.encode(batch, fold_in(dropout_keys, self.num_unrolls + 1) if train else None)
+        encoded = model.encode(batch, encoder_keys if train else None)
         for unroll in range(self.num_unrolls + 1):
             term_keys = fold_in(dropout_keys, unroll) if train else None
             hidden = reading.hidden(model, tokens, kind, encoded, term_keys)
@@ -134,7 +139,7 @@ class Sundae:
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
         """A lower bound, of all targets, by diffusion with uniform noise in place of unrolls: see `uniform_bound`."""
         encoded = model.encode(batch)
-        reading = Reading.of(batch, model.vocabulary, self.shifted)
+        reading = Reading.of(batch, model.vocabulary, model.config.shifted)
         first_target = jnp.argmax(batch.target_mask, axis=-1, keepdims=True)
 
         def hidden(tokens):

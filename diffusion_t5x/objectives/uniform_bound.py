@@ -8,8 +8,8 @@ import numpy as np
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.sampling import forbid
+from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.objectives.likelihood import estimate, uniform
 from diffusion_t5x.objectives.objective import Likelihood
@@ -109,7 +109,7 @@ def uniform_bound(
 
     def draw(keys, numbers):
         index = jnp.searchsorted(ends, jnp.take_along_axis(numbers, starts, axis=-1), side="right")
-        where, what = fold_in(keys, 0), fold_in(keys, 1)
+        where, what = stream(keys, "where"), stream(keys, "noise")
         replaced = batch.target_mask & (uniform(where, batch.tokens.shape[1]) < (index + 1) / num_steps)
         noise = jax.vmap(vocabulary.sample_noise, (0, None))(what, batch.tokens.shape[1:])
         noisy = jnp.where(replaced, noise, batch.tokens)

@@ -21,7 +21,7 @@ from diffusion_t5x.evaluation.loading import abstract_params
 from diffusion_t5x.flags import Parser
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
-from diffusion_t5x.objectives.distillation import Distillation, Teacher
+from diffusion_t5x.objectives.distillation import Teacher
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.scale.roofline import Report
@@ -87,7 +87,7 @@ class SliceDryRun:
             definition = define(model, vocabulary, lora)
             state = abstract_state(mesh, definition, optimizer, ema_decay is not None)
             teacher = None
-            if isinstance(objective, Distillation):
+            if objective.needs_teacher:
                 taught_by = ModelDefinition(teacher_model or model, vocabulary)
                 teacher = Teacher(taught_by, abstract_params(mesh, taught_by))
             step = make_train_step(

@@ -13,6 +13,14 @@ _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 
 
+def find(pattern: str | re.Pattern[str], text: str, start: int = 0) -> re.Match[str]:
+    """The first match from `start` on; ValueError where the text of a program has none."""
+    found = re.compile(pattern).search(text, start)
+    if found is None:
+        raise ValueError(f"not the text of a compiled program: no {pattern} in {text[start : start + 200]!r}")
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class Array:
     """An array that an instruction makes.
@@ -74,10 +82,9 @@ class Instruction:
     def arrays(self) -> tuple[Array, ...]:
         return Array.all_in(self.type)
 
-    def called(self, attribute: str) -> str | None:
+    def called(self, attribute: str) -> str:
         """The computation that an attribute such as "body" names."""
-        match = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.attributes)
-        return match and match[1]
+        return find(rf"\b(?:{attribute})=%?([\w.\-]+)", self.attributes)[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +118,9 @@ class Program:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Reads the text of `compiled.as_text()`."""
-        computations, entry = {}, ""
+        computations: dict[str, Computation] = {}
+        instructions: dict[str, Instruction] = {}
+        entry = ""
         for line in text.splitlines():
             if header := _COMPUTATION.match(line):
                 name, instructions, root = header[2], {}, ""
@@ -128,7 +137,7 @@ class Program:
 
 def _instruction(name: str, text: str) -> Instruction:
     end = _end(text, 0) if text.startswith("(") else text.index(" ")
-    opcode = _OPCODE.match(text, end)
+    opcode = find(_OPCODE, text, end)
     last = _end(text, opcode.end() - 1)
     inside = text[opcode.end() : last - 1]
     is_leaf = opcode[1] in ("parameter", "constant")

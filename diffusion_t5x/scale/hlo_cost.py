@@ -37,8 +37,8 @@ class Cost:
 
     flops: float = 0
     hbm_bytes: float = 0
-    collectives: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    sent_bytes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    collectives: collections.Counter[tuple[str, int]] = dataclasses.field(default_factory=collections.Counter)
+    sent_bytes: dict[tuple[str, int], float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
     unknown_loops: int = 0
 
     def add(self, other: Self, times: int = 1) -> None:
@@ -63,7 +63,8 @@ class ProgramCost:
     def _of(self, name: str) -> Cost:
         """Of a computation that runs by itself: the entry, a loop's body, a branch."""
         if name not in self._known:
-            computation, cost, channels = self._program.computations[name], Cost(), set()
+            computation, cost = self._program.computations[name], Cost()
+            channels: set[str] = set()
             for instruction in computation.instructions.values():
                 self._add(cost, computation, instruction, channels)
             self._known[name] = cost
@@ -80,7 +81,7 @@ class ProgramCost:
             names = re.findall(r"%([\w.\-]+)", instruction.attributes.split("metadata=")[0])
             cost.add(max((self._of(name) for name in names), key=lambda branch: (branch.flops, branch.hbm_bytes)))
         elif opcode in ("call", "async-start"):
-            cost.add(self._of(instruction.called("to_apply") or instruction.called("calls")))
+            cost.add(self._of(instruction.called("to_apply|calls")))
         elif opcode == "fusion":
             for inner, within in self._inside(instruction.called("calls")):
                 cost.flops += product_flops(within, inner)
@@ -107,7 +108,7 @@ class ProgramCost:
                 yield instruction, computation
 
     def _add_collective(self, cost: Cost, computation: Computation, instruction: Instruction) -> None:
-        kind = _collective(instruction.opcode)
+        kind = _collective(instruction.opcode) or instruction.opcode
         operands = [array for name in instruction.operands for array in computation.instructions[name].arrays]
         results = instruction.arrays
         if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
@@ -115,7 +116,7 @@ class ProgramCost:
         # The TPU compiler has a fusion for reduce-scatter: an all-reduce of which every device takes its slice.
         users = _users(computation, instruction.name)
         if kind == "all-reduce" and users and all(user.opcode == "dynamic-slice" for user in users):
-            kind, results = "reduce-scatter", [array for user in users for array in user.arrays]
+            kind, results = "reduce-scatter", tuple(array for user in users for array in user.arrays)
         devices = group_size(instruction.attributes, self._program.devices)
         largest = max(sum(array.bytes for array in arrays) for arrays in (operands, results))
         share = {"all-reduce": 2, "collective-permute": devices / max(devices - 1, 1)}.get(kind, 1)
@@ -123,7 +124,7 @@ class ProgramCost:
         cost.sent_bytes[kind, devices] += share * largest * (devices - 1) / devices
         cost.hbm_bytes += sum(array.hbm_bytes for array in (*operands, *results))
 
-    def _fusion_bytes(self, computation: Computation, fusion: Instruction) -> int:
+    def _fusion_bytes(self, computation: Computation, fusion: Instruction) -> float:
         called = self._program.computations[fusion.called("calls")]
         read = sum(
             self._read(called, called.parameter(number).name, sum(x.hbm_bytes for x in arrays), arrays)

@@ -3,7 +3,7 @@
 import json
 import re
 
-from diffusion_t5x.scale.hlo import Computation, Instruction, Program
+from diffusion_t5x.scale.hlo import Computation, Instruction, Program, find
 
 
 def trips(program: Program, computation: Computation, loop: Instruction) -> int | None:
@@ -19,7 +19,7 @@ def trips(program: Program, computation: Computation, loop: Instruction) -> int 
     body = program.computations[loop.called("body")]
     if counter.opcode != "get-tuple-element" or bound.opcode != "constant":
         return None
-    index = int(re.search(r"index=(\d+)", counter.attributes)[1])
+    index = int(find(r"index=(\d+)", counter.attributes)[1])
     start = _constant(computation, computation.instructions[loop.operands[0]].operands[index])
     root = body.instructions[body.root]
     step = _step(body, root.operands[index], index) if root.opcode == "tuple" else None

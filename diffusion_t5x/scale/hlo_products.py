@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from diffusion_t5x.scale.hlo import Computation, Instruction
+from diffusion_t5x.scale.hlo import Computation, Instruction, find
 
 # Attention kernels of JAX by their names, and how many products of queries by keys by head_dim each computes.
 _KERNELS = (
@@ -20,7 +20,7 @@ def product_flops(computation: Computation, instruction: Instruction) -> float:
     """Of a matrix product, a convolution or an attention kernel on one device; 0 of anything else."""
     if instruction.opcode == "dot":
         left = computation.instructions[instruction.operands[0]].arrays[0]
-        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)[1]
+        axes = find(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)[1]
         return 2 * instruction.arrays[0].size * math.prod(left.shape[int(axis)] for axis in axes.split(",") if axis)
     if instruction.opcode == "custom-call":
         return _kernel_flops(computation, instruction)
@@ -40,7 +40,7 @@ def _kernel_flops(computation: Computation, instruction: Instruction) -> float:
 def _convolution_flops(computation: Computation, instruction: Instruction) -> float:
     """Without the products with padding and with the holes of a dilation, which make batches of matrices."""
     left, right = (computation.instructions[name].arrays[0] for name in instruction.operands)
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    labels = find(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     of_left, of_right, of_result = labels[1], labels[2], labels[3]
     groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
     window = {

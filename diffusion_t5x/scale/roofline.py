@@ -31,6 +31,7 @@ class Memory:
     @classmethod
     def of(cls, compiled: jax.stages.Compiled) -> Self:
         found = compiled.memory_analysis()
+        assert found is not None  # XLA has it of every program that it compiles
         arguments, outputs = found.argument_size_in_bytes, found.output_size_in_bytes
         aliased, temporaries = found.alias_size_in_bytes, found.temp_size_in_bytes
         return cls(arguments, outputs, aliased, temporaries, arguments + outputs - aliased + temporaries)
@@ -91,7 +92,7 @@ class Report:
 
     @classmethod
     def of(cls, settings: dict[str, Any], chip: Chip, compiled: jax.stages.Compiled, *seconds: float) -> Self:
-        cost = ProgramCost(Program.parse(compiled.as_text())).total()
+        cost = ProgramCost(Program.parse(compiled.as_text() or "")).total()
         return cls(settings, chip, Memory.of(compiled), "", cost, *seconds)
 
     @property
@@ -115,12 +116,12 @@ class Report:
             "loops_of_unknown_length": self.cost.unknown_loops,
             "roofline_seconds": dataclasses.asdict(roofline),
             "bottleneck": roofline.bottleneck,
-            "without_reduce_scatter": self._without_reduce_scatter(),
+            "without_reduce_scatter": self._without_reduce_scatter(self.cost),
         }
 
-    def _without_reduce_scatter(self) -> str | None:
+    def _without_reduce_scatter(self, cost: Cost) -> str | None:
         """How devices sum what they share where no reduce-scatter is seen; None where one is, or nothing is summed."""
-        kinds = {kind for kind, _ in self.cost.collectives}
+        kinds = {kind for kind, _ in cost.collectives}
         if "reduce-scatter" in kinds or "all-reduce" not in kinds:
             return None
         if "collective-permute" in kinds:
@@ -147,7 +148,7 @@ class Report:
             for (kind, devices), count in sorted(cost.collectives.items())
         ]
         lines.append(f"  bottleneck: {roofline.bottleneck}, at least {roofline.seconds:.3g} s")
-        if how := self._without_reduce_scatter():
+        if how := self._without_reduce_scatter(self.cost):
             lines.append(f"  no reduce-scatter: {how}")
         if cost.unknown_loops:
             lines.append(

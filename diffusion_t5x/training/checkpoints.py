@@ -10,8 +10,10 @@ evaluation that follows the save are added later, in a file of their own.
 Its name is given when all of it is written; what a killed process leaves behind is not a checkpoint.
 """
 
+import functools
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, TypeVar
@@ -24,8 +26,9 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.training import merging, stored, streaming
+from diffusion_t5x.training import manifest, merging, stored, streaming
 from diffusion_t5x.training.assignment import Rule, assign, named_leaves
+from diffusion_t5x.training.record import Record
 
 Tree = TypeVar("Tree")
 
@@ -197,6 +200,64 @@ def latest(directory: str) -> str | None:
     return next((str(found.path) for found in reversed(stored.find_all(epath.Path(directory)))), None)
 
 
+class OpenCheckpoint:
+    """A checkpoint that was found; each part of it is verified and parsed when it is first asked for, and once.
+
+    Args:
+      path: its folder.
+    """
+
+    def __init__(self, path: epath.Path):
+        self.path = path
+        self._verified: set[str] = set()
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @functools.cached_property
+    def metadata(self) -> dict[str, Any]:
+        """What was given to `Checkpoints.save`."""
+        self.verify("metadata", stored.EVALUATION)
+        try:
+            return stored.read_metadata(self.path, self._manifest)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self} cannot be read: its metadata, which say what model it is, are not there or broken ({error})."
+            ) from error
+
+    @functools.cached_property
+    def record(self) -> Record:
+        """What the model was trained as."""
+        return Record.read(self.metadata, str(self.path))
+
+    @property
+    def model_dir(self) -> epath.Path:
+        """The folder of the run that wrote it."""
+        return self.path.parent.parent if self.path.parent.name == "checkpoints" else self.path.parent
+
+    def verify(self, *items: str) -> None:
+        """Compares the files of some items (by default, of all) with the manifest; raises a BrokenCheckpoint."""
+        if "" in self._verified or (items and self._verified.issuperset(items)):
+            return
+        stored.check(self.path, *items, found=self._manifest)
+        self._verified.update(items or ("",))
+
+    @functools.cached_property
+    def _manifest(self) -> tuple[manifest.Entries, str] | None:
+        return manifest.read(self.path) if manifest.has_manifest(self.path) else None
+
+
+AnyCheckpoint = str | os.PathLike | OpenCheckpoint
+"""A user's path (see `find_checkpoints`, whose latest is meant), or a checkpoint that is open."""
+
+
+def open_checkpoint(checkpoint: AnyCheckpoint) -> OpenCheckpoint:
+    """The checkpoint at a user's path; one that is open stays as it is."""
+    if isinstance(checkpoint, OpenCheckpoint):
+        return checkpoint
+    return OpenCheckpoint(find_checkpoint(os.fspath(checkpoint)))
+
+
 def find_checkpoint(path: str) -> epath.Path:
     """The folder `checkpoint_<step>` that a user's path means: the latest of `find_checkpoints`."""
     return find_checkpoints(path)[-1]
@@ -226,32 +287,30 @@ def find_checkpoints(path: str) -> list[epath.Path]:
     )
 
 
-def read_metadata(path: str) -> dict[str, Any]:
-    """The metadata of the checkpoint at a user's path (see `find_checkpoint`)."""
-    checkpoint = find_checkpoint(path)
-    stored.check(checkpoint, "metadata", stored.EVALUATION)
-    return stored.read_metadata(checkpoint)
+def read_metadata(path: AnyCheckpoint) -> dict[str, Any]:
+    """The metadata of a checkpoint."""
+    return open_checkpoint(path).metadata
 
 
-def restore(path: str, abstract_state: Tree) -> tuple[Tree, dict[str, np.ndarray], dict[str, Any]]:
+def restore(path: AnyCheckpoint, abstract_state: Tree) -> tuple[Tree, dict[str, np.ndarray], dict[str, Any]]:
     """All that `Checkpoints.save` wrote, to go on from it: state, data state and metadata.
 
     Args:
-      path: a user's path, see `find_checkpoint`.
+      path: a user's path, or an open checkpoint.
       abstract_state: tree of `jax.ShapeDtypeStruct` whose shardings say where each array goes, on the mesh that it was
         saved from or another. A leaf without sharding comes back as a numpy array.
 
     Raises:
       UserError: no such checkpoint, or it does not fit the state.
     """
-    checkpoint = find_checkpoint(path)
-    stored.check(checkpoint)
-    data_state = stored.read_tree(checkpoint, "data") if (checkpoint / "data").exists() else {}
-    return _restore(checkpoint, abstract_state, reader=stored), data_state, stored.read_metadata(checkpoint)
+    checkpoint = open_checkpoint(path)
+    checkpoint.verify()
+    data_state = stored.read_tree(checkpoint.path, "data") if (checkpoint.path / "data").exists() else {}
+    return _restore(checkpoint.path, abstract_state, reader=stored), data_state, checkpoint.metadata
 
 
 def restore_initial(
-    path: str,
+    path: AnyCheckpoint,
     abstract_state: Tree,
     rules: Sequence[Rule] = (),
     init: Callable[[], Tree] | None = None,
@@ -261,7 +320,7 @@ def restore_initial(
     As in all that reads a checkpoint but `restore`, factors of a LoRA run are merged (see `merging`).
 
     Args:
-      path: a user's path, see `find_checkpoint`.
+      path: a user's path, or an open checkpoint.
       abstract_state: tree of `jax.ShapeDtypeStruct` with shardings.
       rules: `(target regex, source template or None)`, in order. For a fresh optimizer: `("opt_state/.*", None)`.
       init: makes the fresh state, traceable by `jax.jit`; needed where a rule leaves something fresh. Only what
@@ -270,16 +329,18 @@ def restore_initial(
     Raises:
       UserError: no checkpoint, an unused rule, or what does not fit.
     """
-    checkpoint = find_checkpoint(path)
-    stored.check(checkpoint, "state")
-    return _restore(checkpoint, abstract_state, rules, init)
+    checkpoint = open_checkpoint(path)
+    checkpoint.verify("state")
+    return _restore(checkpoint.path, abstract_state, rules, init)
 
 
-def restore_params(path: str, abstract_params: Tree, rules: Sequence[Rule] = (), use_ema: bool = False) -> Tree:
+def restore_params(
+    path: AnyCheckpoint, abstract_params: Tree, rules: Sequence[Rule] = (), use_ema: bool = False
+) -> Tree:
     """Only the parameters of a checkpoint, without the optimizer's state.
 
     Args:
-      path: a user's path, see `find_checkpoint`.
+      path: a user's path, or an open checkpoint.
       abstract_params: tree of `jax.ShapeDtypeStruct` with shardings.
       rules: assignment rules; names begin with `params/`.
       use_ema: take the moving average of the parameters where the checkpoint has it and no rule says otherwise.
@@ -287,18 +348,20 @@ def restore_params(path: str, abstract_params: Tree, rules: Sequence[Rule] = (),
     Raises:
       UserError: no checkpoint, an unused rule, or what does not fit.
     """
-    checkpoint = find_checkpoint(path)
-    stored.check(checkpoint, "state")
-    if use_ema and any(name.startswith("ema/") for name in merging.leaves(checkpoint)):
+    checkpoint = open_checkpoint(path)
+    checkpoint.verify("state")
+    if use_ema and any(name.startswith("ema/") for name in merging.leaves(checkpoint.path)):
         rules = [*rules, (r"params/(.*)", r"ema/\1")]
-    return _restore(checkpoint, {"params": abstract_params}, rules)["params"]
+    return _restore(checkpoint.path, {"params": abstract_params}, rules)["params"]
 
 
-def open_params(path: str, use_ema: bool = True) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
+def open_params(
+    path: AnyCheckpoint, use_ema: bool = True
+) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
     """The parameters of a checkpoint, to be read one by one.
 
     Args:
-      path: a user's path, see `find_checkpoint`.
+      path: a user's path, or an open checkpoint.
       use_ema: take their moving average where the checkpoint has it.
 
     Returns:
@@ -307,8 +370,9 @@ def open_params(path: str, use_ema: bool = True) -> tuple[dict[str, tuple[int, .
     Raises:
       UserError: no checkpoint, or a broken one.
     """
-    checkpoint = find_checkpoint(path)
-    stored.check(checkpoint, "state")
+    opened = open_checkpoint(path)
+    opened.verify("state")
+    checkpoint = opened.path
     leaves = merging.leaves(checkpoint)
     part = "ema/" if use_ema and any(name.startswith("ema/") for name in leaves) else "params/"
     shapes = {name.removeprefix(part): tuple(leaf.shape) for name, leaf in leaves.items() if name.startswith(part)}

@@ -67,15 +67,6 @@ def define(config: ModelConfig, vocabulary: TokenIds, lora: Lora | None = None) 
     return ModelDefinition(config, vocabulary) if lora is None else LoraDefinition(config, vocabulary, lora)
 
 
-def check_resumed(checkpoint: str, trained_by: dict[str, Any] | None, lora: Lora | None) -> None:
-    """Raises a UserError where a run would go on with another LoRA than the one of its checkpoint's metadata."""
-    if trained_by != (now := lora and lora.describe()):
-        raise UserError(
-            f"{checkpoint} was trained with train.lora = {trained_by}, but here it is {now}: go on with the same one, "
-            "or start another run from it, with another MODEL_DIR and it as INITIAL_CHECKPOINT_PATH."
-        )
-
-
 @dataclasses.dataclass(frozen=True)
 class LoraDefinition(ModelDefinition):
     """A model with a `LowRank` in place of each targeted parameter.

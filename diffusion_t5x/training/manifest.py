@@ -42,7 +42,7 @@ def add(folder: epath.Path, name: str, content: str) -> None:
 
     Until the new manifest has its name, the file is not a part of the checkpoint.
     """
-    entries, _ = _read(folder)
+    entries, _ = read(folder)
     if name in entries:  # else the old manifest would, for a moment, tell of another content
         _write(folder, {other: entry for other, entry in entries.items() if other != name})
     put(folder / name, content)
@@ -57,9 +57,9 @@ def put(path: epath.Path, content: str) -> None:
         records.write_text(path, content)
 
 
-def holds(folder: epath.Path, name: str) -> bool:
-    """Whether a checkpoint's manifest names a file."""
-    return name in _read(folder)[0]
+def holds(folder: epath.Path, name: str, found: tuple[Entries, str] | None = None) -> bool:
+    """Whether a checkpoint's manifest, which may have been `read` before, names a file."""
+    return name in (found or read(folder))[0]
 
 
 def files(folder: epath.Path) -> list[str]:
@@ -83,15 +83,21 @@ def notes(checkpoint: epath.Path) -> dict:
         return {}
 
 
-def faults(checkpoint: epath.Path, items: Sequence[str] = (), checksums: bool = True) -> list[str]:
+def faults(
+    checkpoint: epath.Path,
+    items: Sequence[str] = (),
+    checksums: bool = True,
+    found: tuple[Entries, str] | None = None,
+) -> list[str]:
     """What is wrong with the files of a checkpoint, one line each; several processes share the reading.
 
     Args:
       checkpoint: one that `has_manifest`.
       items: only these files and folders of it; all by default.
       checksums: read the files; else only their sizes are compared.
+      found: what `read` returns, if that was called before.
     """
-    entries, fault = _read(checkpoint)
+    entries, fault = found or read(checkpoint)
     if fault:
         return [fault]
     names = sorted(name for name in entries if not items or any(f"{name}/".startswith(f"{item}/") for item in items))
@@ -115,7 +121,7 @@ def sync(path: epath.Path) -> None:
         records.sync(path)
 
 
-def _read(folder: epath.Path) -> tuple[Entries, str]:
+def read(folder: epath.Path) -> tuple[Entries, str]:
     """The entries by file, and what is wrong with the manifest itself ("" if nothing is)."""
     try:
         said = json.loads((folder / FILE).read_text())

@@ -130,9 +130,8 @@ def _per_matrix(transform: optax.GradientTransformation) -> optax.GradientTransf
             lambda path, *args: over_layers(path, update_one)(*args), updates, state, params
         )
         # The pairs hang where the parameters hung: take them apart into two such trees.
-        treedef = jax.tree.structure(updates)
-        new_updates, new_state = zip(*treedef.flatten_up_to(pairs), strict=True)
-        return treedef.unflatten(new_updates), treedef.unflatten(new_state)
+        new_updates = jax.tree.map(lambda _, pair: pair[0], updates, pairs)
+        return new_updates, jax.tree.map(lambda _, pair: pair[1], updates, pairs)
 
     return optax.GradientTransformation(init, update)
 

@@ -1,8 +1,10 @@
 """Being told to stop: by a scheduler (SIGTERM, SIGUSR1), a closed terminal (SIGHUP) or a person (SIGINT, Ctrl-C)."""
 
+import contextlib
 import logging
 import os
 import signal
+import stat
 import threading
 from collections.abc import Callable
 from types import FrameType
@@ -114,9 +116,10 @@ def _hand_on(number: int, frame: FrameType | None) -> None:
 
 
 def _leave_terminal() -> None:
-    """Sends to nowhere what is still printed to a terminal that has closed: writing there would be an error."""
+    """Sends what is still printed to a closed terminal to nowhere: writing there would be an error."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
-        if os.isatty(descriptor):
-            os.dup2(nowhere, descriptor)
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):  # `isatty` no longer knows a terminal that has closed
+                os.dup2(nowhere, descriptor)
     os.close(nowhere)

@@ -1,16 +1,22 @@
 """How far a long loop is: a bar on a terminal, a plain line now and then in a log."""
 
+import contextlib
 import datetime
 import sys
 import time
 from types import TracebackType
 
-import rich.console
+import rich.markup
 import rich.progress
+
+from diffusion_t5x import terminal
+from diffusion_t5x.console import Console
 
 
 class Progress:
     """Shows step, loss, tokens a second and the time that is left, on the standard error.
+
+    What cannot be shown, on a terminal that has closed or a pipe that nobody reads, is not an error.
 
     Rates count from the first update on: what comes before it is compilation.
 
@@ -33,7 +39,7 @@ class Progress:
         shown: bool = True,
     ):
         self._total = total
-        self._description = description
+        self._description = terminal.safe(description)
         self._unit = unit
         self._interval = interval
         self._shown = shown
@@ -45,8 +51,8 @@ class Progress:
         self._bar: rich.progress.Progress | None = None
         if shown and sys.stderr.isatty():
             columns = ("{task.description}", rich.progress.BarColumn(bar_width=None), "{task.fields[status]}")
-            console = rich.console.Console(stderr=True)
-            self._bar = rich.progress.Progress(*columns, console=console, expand=True)
+            self._bar = rich.progress.Progress(*columns, console=Console(stderr=True), expand=True)
+            description = rich.markup.escape(self._description)
             self._task = self._bar.add_task(description, total=total, completed=start, status=self._status())
 
     def update(self, step: int, loss: float | None = None, tokens: int = 0) -> None:
@@ -64,7 +70,8 @@ class Progress:
         else:
             self._tokens += tokens
         if self._bar:
-            self._bar.update(self._task, completed=step, status=self._status())
+            with contextlib.suppress(OSError):
+                self._bar.update(self._task, completed=step, status=self._status())
         elif now - self._printed[0] >= self._interval:
             self._print(now)
 
@@ -75,7 +82,8 @@ class Progress:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if self._bar:
-            self._bar.stop()
+            with contextlib.suppress(OSError):
+                self._bar.stop()
         elif self._step != self._printed[1]:
             self._print(time.monotonic())
 
@@ -83,7 +91,8 @@ class Progress:
         self._printed = (now, self._step)
         if not self._shown:
             return
-        print(f"{self._description}: {self._status()}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(f"{self._description}: {self._status()}", file=sys.stderr, flush=True)
 
     def _status(self) -> str:
         parts = [f"{self._unit} {self._step:,}/{self._total:,}"]

@@ -12,11 +12,10 @@ from jax.sharding import Mesh
 from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.decoding.block import BlockDecoder
-from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import ModelDefinition, Params
-from diffusion_t5x.objectives.distillation import Distillation
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.training.loop import BatchIterator
 from diffusion_t5x.training.state import TrainState
@@ -45,12 +44,8 @@ class Rollout:
     num_buckets: int = 4
 
     def __post_init__(self) -> None:
-        if not isinstance(self.decoder.inner, MaskedDecoder):
+        if not self.decoder.inner.keeps_written:
             raise UserError(f"Rollout.decoder must write masked blocks: a step's state is what is masked; got {self}.")
-        if self.decoder.inner.shifted:
-            raise UserError(
-                "Rollout.decoder must not be shifted: a distillation's student predicts a token in its place."
-            )
         if min(self.num_batches, self.min_length, self.num_buckets) < 1 or self.growth_steps < 0:
             raise UserError(f"Rollout needs numbers of at least 1, growth_steps of at least 0; got {self}.")
         if self.min_length > self.max_length:
@@ -99,8 +94,7 @@ def make_rollout_step(
     there is what the student saw as it wrote the block. Draws are keyed by `(seed, step, example_ids)`.
     """
 
-    # The keys of training steps are made of the seed and of numbers below this one.
-    base = jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
+    base = stream(jax.random.key(seed), "rollouts")
 
     def write(params: Params, batch: Batch, step: jax.Array) -> Batch:
         key = jax.random.fold_in(base, step)
@@ -187,27 +181,24 @@ class OnPolicyBatches:
         self._texts = [Batch(**{name: x[i] for name, x in stored.items()}) for i in range(number)]
 
 
-def check_distillation(
-    objective: Objective, model: ModelConfig, rollout: Rollout | None, dataset: PromptSource
-) -> None:
+def check_rollout(objective: Objective, model: ModelConfig, rollout: Rollout | None, dataset: PromptSource) -> None:
     """Raises a UserError where objective, rollout and data do not go together."""
-    if not isinstance(objective, Distillation):
-        if rollout is not None:
-            raise UserError(f"A rollout needs the objective Distillation, not {type(objective).__name__}.")
-        return
-    if model.architecture != "decoder_only":
-        raise UserError("Distillation is for decoder-only models: include models/decoder_only.gin.")
-    if rollout is None and objective.states == "visited":
-        raise UserError(
-            'Distillation.states = "visited" needs texts that the model writes: set train.rollout, or '
-            'states = "random" for the data\'s own.'
-        )
+    name = type(objective).__name__
     if rollout is None:
+        if objective.needs_rollouts:
+            raise UserError(
+                f"{name} needs texts that the model writes: set train.rollout. (Distillation with "
+                'states = "random" takes the data\'s own.)'
+            )
         return
-    if rollout.decoder.block_size != objective.block_size:
+    if not objective.takes_rollouts:
+        raise UserError(f"A rollout needs an objective that learns from it, such as Distillation, not {name}.")
+    if model.architecture != "decoder_only":
+        raise UserError("A rollout is for decoder-only models: include models/decoder_only.gin.")
+    size = objective.attention.block_size
+    if rollout.decoder.block_size != size:
         raise UserError(
-            f"Rollout.decoder writes blocks of {rollout.decoder.block_size}, but Distillation.block_size is "
-            f"{objective.block_size}."
+            f"Rollout.decoder writes blocks of {rollout.decoder.block_size}, but {name} has blocks of {size}."
         )
     if dataset.pack or "inputs" not in dataset.task_feature_lengths:
         raise UserError(f"A rollout needs prompts, one a row: {dataset.name} with a feature 'inputs' and pack = False.")

@@ -1,6 +1,7 @@
 """Learning-rate schedules: small factories of `optax.Schedule`, functions of the 0-based step.
 
-Every schedule takes `warmup_steps`. Except in T5's `rsqrt`, warm-up is a linear ramp that starts at 0 with step 0 and
+Every schedule takes `warmup_steps`; those that know how many steps there are take a share of them, too: 0.05 of 1,000
+steps are 50. Except in T5's `rsqrt`, warm-up is a linear ramp that starts at 0 with step 0 and
 reaches the peak at step `warmup_steps`.
 """
 
@@ -15,16 +16,20 @@ def constant(value: float, warmup_steps: int = 0) -> optax.Schedule:
     return _warmed_up(optax.constant_schedule(value), value, warmup_steps)
 
 
-def linear(peak_value: float, total_steps: int, warmup_steps: int = 0, end_value: float = 0.0) -> optax.Schedule:
+def linear(
+    peak_value: float, total_steps: int, warmup_steps: int | float = 0, end_value: float = 0.0
+) -> optax.Schedule:
     """A straight line from `peak_value` after the warm-up to `end_value` at `total_steps`, and flat from there on."""
-    _check_steps(total_steps, warmup_steps)
+    warmup_steps = _warmup(total_steps, warmup_steps)
     decay = optax.linear_schedule(peak_value, end_value, total_steps - warmup_steps)
     return _warmed_up(decay, peak_value, warmup_steps)
 
 
-def cosine(peak_value: float, total_steps: int, warmup_steps: int = 0, end_value: float = 0.0) -> optax.Schedule:
+def cosine(
+    peak_value: float, total_steps: int, warmup_steps: int | float = 0, end_value: float = 0.0
+) -> optax.Schedule:
     """Half a cosine from `peak_value` after the warm-up to `end_value` at `total_steps`, and flat from there on."""
-    _check_steps(total_steps, warmup_steps)
+    warmup_steps = _warmup(total_steps, warmup_steps)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup_steps else peak_value,
         peak_value=peak_value,
@@ -34,12 +39,17 @@ def cosine(peak_value: float, total_steps: int, warmup_steps: int = 0, end_value
     )
 
 
-def rsqrt(value: float = 1.0, warmup_steps: int = 10_000, linear_warmup: bool = False) -> optax.Schedule:
+def rsqrt(
+    value: float = 1.0, warmup_steps: int = 10_000, linear_warmup: bool = False, peak_value: float | None = None
+) -> optax.Schedule:
     """`value / sqrt(max(step, warmup_steps))`: T5's pretraining schedule, made for Adafactor.
 
     It is T5X's `factors="constant * rsqrt_decay"`: the warm-up is a plateau, at `value / sqrt(warmup_steps)` (0.01 with
     the defaults), not a ramp. `linear_warmup` multiplies a ramp into it (T5X's factor of that name), which Adam needs.
+    `peak_value` is the rate at the end of the warm-up, in place of `value`.
     """
+    if peak_value is not None:
+        value = peak_value * max(warmup_steps, 1) ** 0.5
 
     def schedule(step):
         decay = value / jnp.sqrt(jnp.maximum(step, max(warmup_steps, 1)))
@@ -48,9 +58,15 @@ def rsqrt(value: float = 1.0, warmup_steps: int = 10_000, linear_warmup: bool = 
     return schedule
 
 
-def _check_steps(total_steps: int, warmup_steps: int) -> None:
-    if not 0 <= warmup_steps < total_steps:
-        raise UserError(f"A schedule of {total_steps} steps cannot warm up for {warmup_steps}: fewer, but at least 0.")
+def _warmup(total_steps: int, warmup_steps: int | float) -> int:
+    """The number of warm-up steps, of which a share may be given."""
+    steps = round(warmup_steps * total_steps) if 0 < warmup_steps < 1 else warmup_steps
+    if steps != int(steps) or not 0 <= steps < max(total_steps, 1):
+        raise UserError(
+            f"A schedule of {total_steps} steps cannot warm up for {warmup_steps}. Set WARMUP_STEPS to a whole number "
+            f"below {total_steps}, or to a share of the steps such as 0.05."
+        )
+    return int(steps)
 
 
 def _warmed_up(schedule: optax.Schedule, peak_value: float, warmup_steps: int) -> optax.Schedule:

@@ -1,27 +1,22 @@
 """Whether a checkpoint fits a model, before any of it is read: all that differs, and what to set."""
 
-import pathlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.errors import UserError
+from diffusion_t5x.errors import OtherModel, UserError
 from diffusion_t5x.training import merging, stored
 from diffusion_t5x.training.assignment import Rule, describe_assignment, named_leaves
-from diffusion_t5x.training.checkpoints import find_checkpoint, read_metadata
-
-_SIZES = pathlib.Path(__file__).parent.parent / "gin" / "sizes"
-_OF_A_SIZE = ("embed_dim", "num_layers", "num_heads", "mlp_dim")
+from diffusion_t5x.training.checkpoints import AnyCheckpoint, open_checkpoint
 
 
 def check_start(
-    path: str, vocabulary: TokenIds, abstract_state: Any, rules: Sequence[Rule] = (), resumes: bool = False
+    path: AnyCheckpoint, vocabulary: TokenIds, abstract_state: Any, rules: Sequence[Rule] = (), resumes: bool = False
 ) -> str:
     """What becomes of each array of a state that starts from a checkpoint, in words; reads names and shapes only.
 
     Args:
-      path: a user's path, see `checkpoints.find_checkpoint`.
+      path: a user's path, or an open checkpoint.
       vocabulary: of the task.
       abstract_state: tree of shapes and dtypes, with the model's parameters as `params`.
       rules: assignment rules.
@@ -30,23 +25,26 @@ def check_start(
     Raises:
       UserError: no checkpoint, or one message of all that does not fit, the vocabulary and parameter by parameter.
     """
-    checkpoint = find_checkpoint(path)
-    stored.check(checkpoint, "state/_METADATA")
+    checkpoint = open_checkpoint(path)
+    checkpoint.verify("state/_METADATA")
     reader = stored if resumes else merging
-    targets, sources = named_leaves(abstract_state), reader.leaves(checkpoint)
-    wrong = []
+    targets, sources = named_leaves(abstract_state), reader.leaves(checkpoint.path)
+    wrong, settings = [], {}
     try:
-        vocabulary.check_same(read_metadata(str(checkpoint))["vocabulary"], str(checkpoint))
+        vocabulary.check_same(checkpoint.metadata["vocabulary"], str(checkpoint))
     except UserError as error:
         wrong.append(str(error))
     try:
         description = describe_assignment(targets, sources, rules)
     except UserError as error:
-        wrong.append(f"{checkpoint}: {error}")
-        if advice := _advice(*(model_settings(merging.plain(leaves)) for leaves in (targets, sources))):
-            wrong.append(advice)
+        here, settings = (model_settings(merging.plain(leaves)) for leaves in (targets, sources))
+        advice = _advice(here, settings)
+        if advice and resumes:  # no rule could help, and most arrays differ: what to set says it in one line
+            wrong.append(f"{checkpoint} is of another model. {advice} Or choose another MODEL_DIR.")
+        else:
+            wrong += filter(None, [f"{checkpoint}: {error}", advice])
     if wrong:
-        raise UserError("\n".join(wrong))
+        raise OtherModel("\n".join(wrong), settings)
     return description
 
 
@@ -90,15 +88,4 @@ def _advice(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
     if not here or not differing:
         return ""
     values = ", ".join(f"{name} = {value!r} (here {here.get(name)!r})" for name, value in differing.items())
-    files = [f"models/{there['architecture']}.gin"] if "architecture" in differing else []
-    if any(name in differing for name in _OF_A_SIZE):
-        files += [f"sizes/{file.name}" for file in sorted(_SIZES.glob("*.gin")) if _is_size(file, there)][:1]
-    including = f" Include {' and '.join(files)}." if files else ""
-    return f"The checkpoint's model has ModelConfig.{values}.{including}"
-
-
-def _is_size(file: pathlib.Path, settings: Mapping[str, Any]) -> bool:
-    bound = dict(re.findall(r"^  (\w+) = (\S+)", file.read_text(encoding="utf-8"), re.MULTILINE))
-    return all(name in bound for name in _OF_A_SIZE) and all(
-        str(settings[name]) == value for name, value in bound.items() if name in settings
-    )
+    return f"The checkpoint's model has ModelConfig.{values}."

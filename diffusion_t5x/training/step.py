@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import ModelDefinition, Params
-from diffusion_t5x.objectives.distillation import Distillation, Teacher
+from diffusion_t5x.objectives.distillation import Teacher
 from diffusion_t5x.objectives.objective import LossSums, Objective
 from diffusion_t5x.training import optimizers
 from diffusion_t5x.training.state import TrainState, join, shardings_of, split
@@ -22,9 +23,9 @@ Metrics = Mapping[str, jax.Array]
 Loss = Callable[..., LossSums]  # an objective's `loss`
 
 
-def _taught(objective: Objective, teacher: Teacher | None, teacher_params: Params | None) -> Loss:
-    """The objective's loss; a distillation's is told of the teacher."""
-    if teacher is None or not isinstance(objective, Distillation):
+def loss_of(objective: Objective, teacher: Teacher | None, teacher_params: Params | None) -> Loss:
+    """The objective's loss; that of an objective which needs a teacher is told of it."""
+    if teacher is None or not objective.needs_teacher:
         return objective.loss
     return functools.partial(objective.loss, teacher=teacher.definition.bind(teacher_params))
 
@@ -83,7 +84,7 @@ def loss_and_gradients(
 
 def step_key(seed: int, step: int | jax.Array) -> jax.Array:
     """The key of the noise and the dropout of the step that a state takes at its `step`, which is 0 at first."""
-    return jax.random.fold_in(jax.random.key(seed), step)
+    return jax.random.fold_in(stream(jax.random.key(seed), "steps"), step)
 
 
 def means(sums: LossSums) -> Metrics:
@@ -136,7 +137,7 @@ def make_train_step(
     ) -> tuple[TrainState, Metrics]:
         sums, grads = loss_and_gradients(
             definition,
-            functools.partial(_taught(objective, teacher, teacher_params), step=state.step),
+            functools.partial(loss_of(objective, teacher, teacher_params), step=state.step),
             state.params,
             batch,
             step_key(seed, state.step),
@@ -182,7 +183,7 @@ def make_loss_step(
     """`(params, batch) -> sums` for evaluation, jitted: no dropout, and the same noise at each evaluation."""
 
     def step(params: Params, batch: Batch, teacher_params: Params | None) -> LossSums:
-        loss = _taught(objective, teacher, teacher_params)
+        loss = loss_of(objective, teacher, teacher_params)
         return loss(definition.bind(params), batch, jax.random.key(seed), train=False)
 
     jitted, teacher_params = jax.jit(step, out_shardings=partitioning.replicated(mesh)), teacher and teacher.params

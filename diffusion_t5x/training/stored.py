@@ -55,18 +55,19 @@ def commit_class(directory: epath.Path) -> type:
     return WithManifest
 
 
-def check(checkpoint: epath.Path, *items: str) -> None:
+def check(checkpoint: epath.Path, *items: str, found: tuple[manifest.Entries, str] | None = None) -> None:
     """Raises a BrokenCheckpoint if a file of these items (by default: any file) is not what was written.
 
     It names the file and the newest whole checkpoint beside it. A checkpoint of before there were manifests passes if
     it has the files that each one has.
+    `found` is what `manifest.read` returns, if that was called before.
     """
-    found = faults(checkpoint, items)
-    if found is None:
+    wrong = faults(checkpoint, items, found=found)
+    if wrong is None:
         _say_unchecked(checkpoint)
-    if not found:
+    if not wrong:
         return
-    more = f"; and {len(found) - _MAX_FAULTS} more" if len(found) > _MAX_FAULTS else ""
+    more = f"; and {len(wrong) - _MAX_FAULTS} more" if len(wrong) > _MAX_FAULTS else ""
     others = [found.path for found in reversed(find_all(checkpoint.parent)) if found.path != checkpoint]
     whole = next((other for other in others if is_whole(other)), None)
     remedy = (
@@ -75,23 +76,28 @@ def check(checkpoint: epath.Path, *items: str) -> None:
         if whole
         else "No whole one is beside it."
     )
-    raise BrokenCheckpoint(f"{checkpoint} is broken: {'; '.join(found[:_MAX_FAULTS])}{more}. {remedy}")
+    raise BrokenCheckpoint(f"{checkpoint} is broken: {'; '.join(wrong[:_MAX_FAULTS])}{more}. {remedy}")
 
 
-def faults(checkpoint: epath.Path, items: Sequence[str] = (), checksums: bool = True) -> list[str] | None:
+def faults(
+    checkpoint: epath.Path,
+    items: Sequence[str] = (),
+    checksums: bool = True,
+    found: tuple[manifest.Entries, str] | None = None,
+) -> list[str] | None:
     """What is wrong with a checkpoint, one line each (see `manifest.faults`).
 
     None: nothing that can be known, as it was written before there were manifests.
     """
     has_manifest = manifest.has_manifest(checkpoint)
     if has_manifest:
-        found = manifest.faults(checkpoint, items, checksums)
+        wrong = manifest.faults(checkpoint, items, checksums, found)
     else:
-        found = [f"it has no {name}" for name in _ALWAYS_THERE if not (checkpoint / name).exists()]
-    step = None if found else _raw_metadata(checkpoint).get("step")
+        wrong = [f"it has no {name}" for name in _ALWAYS_THERE if not (checkpoint / name).exists()]
+    step = None if wrong else _raw_metadata(checkpoint).get("step")
     if step is not None and step != int(checkpoint.name.rpartition("_")[2]):
-        found = [f"it is of step {step} and was renamed: call it checkpoint_{step} again"]
-    return found if found or has_manifest else None
+        wrong = [f"it is of step {step} and was renamed: call it checkpoint_{step} again"]
+    return wrong if wrong or has_manifest else None
 
 
 def is_whole(checkpoint: epath.Path) -> bool:
@@ -157,10 +163,10 @@ def leaves(checkpoint: epath.Path) -> dict[str, Any]:
     return named_leaves(tree)
 
 
-def read_metadata(checkpoint: epath.Path) -> dict[str, Any]:
+def read_metadata(checkpoint: epath.Path, found: tuple[manifest.Entries, str] | None = None) -> dict[str, Any]:
     """What the caller of `Checkpoints.save` gave, with the metrics of an evaluation that was finished later."""
     metadata = _read(checkpoint / "metadata", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
-    if not manifest.holds(checkpoint, EVALUATION):
+    if not manifest.holds(checkpoint, EVALUATION, found):
         return metadata
     evaluation = json.loads((checkpoint / EVALUATION).read_text())
     return {name: value for name, value in metadata.items() if name != "evaluation_due"} | evaluation

@@ -4,12 +4,16 @@ import json
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import open_models
 import pytest
+import sentencepiece
+import tokenizers
+from in_torch import load_ours
 
 from diffusion_t5x import config
 from diffusion_t5x.conversion.weights import Weight, table, vector
@@ -95,14 +99,28 @@ def test_an_index_names_files_beside_it(index, tmp_path):
         ({"model_type": "qwen_3"}, r"model_type = 'qwen_3' is not supported, only .*qwen3.* Did you mean 'qwen3'"),
         ({"attention_bias": True}, r"config\.json: attention_bias = true is not supported, only false"),
         ({"hidden_act": "gelu"}, 'hidden_act = "gelu" is not supported, only "silu"'),
-        ({"use_sliding_window": True}, "use_sliding_window = true is not supported"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, '"sliding_attention" in layer_types'),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types has sliding_attention, but there is no",
+        ),
+        ({"layer_types": ["full_attention", "linear_attention"]}, '"linear_attention" in layer_types'),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 'rope_scaling: rope_type = "yarn" is not supported'),
         ({"rope_scaling": {"type": "linear", "factor": 4.0, "beta": 1}}, "rope_scaling has keys .*beta = 1"),
         ({"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
-        ({"quantization_config": {"bits": 4}, "router": 1}, 'quantization_config = {"bits": 4}, router = 1'),
+        (
+            {"quantization_config": {"bits": 4}, "use_mrope": True},
+            'quantization_config = {"bits": 4}, use_mrope = true',
+        ),
         ({"num_hidden_layers": None}, "has no 'num_hidden_layers'"),
         ({"num_hidden_layers": 3}, r"lacks tensors that qwen3 has: model\.layers\.2\..*, and 6 more"),
+        ({"num_hidden_layers": 1_000_000_000}, "num_hidden_layers = 1000000000, but the files hold only 24 tensors"),
+        ({"num_hidden_layers": 1e9}, r"num_hidden_layers = 1000000000\.0 should be a positive whole number"),
+        ({"hidden_size": 2**40}, r"has the shape .*asks for"),
+        ({"head_dim": 2**40}, r"has the shape .*asks for"),
+        ({"num_attention_heads": 2**40}, r"has the shape .*asks for"),
+        ({"num_key_value_heads": 2**40}, "must be a multiple of num_kv_heads"),
+        ({"vocab_size": 2**40}, r"has the shape .*asks for"),
+        ({"intermediate_size": 10**18}, r"has the shape .*asks for"),
         ({"num_hidden_layers": 1}, r"has tensors that are not known here: model\.layers\.1\."),
         ({"intermediate_size": 25}, r"mlp\.gate_proj\.weight has the shape \(24, 16\), .* asks for \(25, 16\)"),
         ({"tie_word_embeddings": False}, r"lacks tensors that qwen3 has: lm_head\.weight"),
@@ -251,3 +269,119 @@ def test_peak_memory_stays_below_two_shards(gigabytes, shards, tmp_path):
     growth = 1024 * int(done.stdout.split("GROWTH")[1])
     print(f"{sum(sizes):,} bytes in {shards} shards of at most {max(sizes):,}: {growth:,} bytes more at the peak")
     assert sum(sizes) > gigabytes * 1e9 and growth < 2 * max(sizes)
+
+
+def test_keys_that_are_ignored(tmp_path):
+    """They are as if not there, for the way back as well; a name that is no key is an error."""
+    changes = {"quantization_config": {"bits": 4}, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "router": 1}
+    source = write_source(tmp_path / "source", changes)
+    command = ["from_hf", str(source), "--output", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=r"--ignore_keys=quantization_config\."):
+        convert([*command, "--ignore_keys=rope_scaling"])
+    with pytest.raises(UserError, match=r"has no key 'rope_scalin'\. Did you mean 'rope_scaling'"):
+        convert([*command, "--ignore_keys=rope_scalin"])
+    assert not (tmp_path / "out").exists()
+    convert([*command, "--ignore_keys=quantization_config,rope_scaling"])
+    convert(["to_hf", str(tmp_path / "out"), "--output", str(tmp_path / "back")])
+    assert (tmp_path / "back" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    assert not (tmp_path / "back" / "ignored_keys.json").exists()
+
+
+def test_keys_that_are_passed_over_are_said_in_one_line(tmp_path, capsys):
+    import_model(write_source(tmp_path / "source", {"use_mrope": False, "router": 1}), tmp_path / "out")
+    line, *rest = capsys.readouterr().out.splitlines()
+    assert "use_mrope = false; and passed over, as transformers does not read them for this family: router = 1." in line
+    assert rest[0].startswith("model.embed_tokens.weight")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+)
+def test_numbers_that_are_none_are_refused(name, value, tmp_path):
+    array = np.ones((shapes(2) | {"": ()})[name], np.float32)
+    array[-1] = value
+    source = write_source(tmp_path / "source", tensors={name: array})
+    with pytest.raises(UserError, match=rf"{re.escape(name)} has numbers that are NaN or infinite"):
+        import_model(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_of_two_places_for_tensors_the_one_of_transformers_counts(tmp_path):
+    source = write_source(tmp_path / "source")
+    tensors = open_models.read_shards(source)
+    first, *_ = sorted(source.glob("model-*.safetensors"))
+    twice = open_models.safetensors.numpy.load_file(first) | {"model.norm.weight": np.ones(EMBED, np.float32)}
+    open_models.safetensors.numpy.save_file(twice, first)
+    with pytest.raises(UserError, match=r"model\.norm\.weight is in several files, such as model-00002-of-00002"):
+        import_model(source, tmp_path / "out")
+    tensors["model.norm.weight"] = np.full(EMBED, 3, np.float32)
+    open_models.save_shards(source, tensors)  # one file, which comes before an index
+    import_model(source, tmp_path / "out")
+    convert(["to_hf", str(tmp_path / "out"), "--output", str(tmp_path / "back")])
+    assert (open_models.read_shards(tmp_path / "back")["model.norm.weight"] == 3).all()
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "config.json", "merges.txt", "tokenizer.json"])
+@pytest.mark.parametrize("where", ["folder", "cache", "cache of another model"])
+def test_links_that_lead_out_are_refused(name, where, tmp_path):
+    """As the hub's cache has them, links from a model's snapshot to its blobs do not lead out."""
+    cache = tmp_path / "hub"
+    folder = cache / "models--org--name" / "snapshots" / "0123abcd"
+    folder.parent.mkdir(parents=True)
+    write_source(folder)
+    blobs = cache / "models--org--name" / "blobs"
+    blobs.mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(blobs / str(number))
+        file.symlink_to(pathlib.Path("..", "..", "blobs", str(number)))
+    (tmp_path / "link").symlink_to(folder)
+    import_model(tmp_path / "link", tmp_path / "out")
+    secret = tmp_path / "secret"
+    if where == "cache of another model":
+        secret = cache / "models--org--other" / "blobs" / "0"
+        secret.parent.mkdir(parents=True)
+    secret.write_bytes((folder / name).read_bytes() if (folder / name).exists() else b"a secret")
+    if where == "folder":
+        shutil.copytree(folder, folder := tmp_path / "plain")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(secret)
+    with pytest.raises(UserError, match=rf"{re.escape(name)} is a link that leads out of .*: put the file"):
+        import_model(folder, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    source = write_source(tmp_path / "source")
+    (source / "merges.txt").mkdir()
+    with pytest.raises(UserError, match=r"merges\.txt is no regular file"):
+        import_model(source, tmp_path / "out")
+
+
+def test_of_two_tokenizers_that_differ_the_one_of_transformers_counts(tmp_path, capsys):
+    """T5's spiece.model comes first where both have the same pieces."""
+    source = write_source(tmp_path / "source")
+    open_models.save_sentencepiece(source / "spiece.model", vocab_size=300, hard_vocab_limit=True)
+    import_model(source, tmp_path / "out")
+    assert "spiece.model is passed over, as by transformers: tokenizer.json has other" in capsys.readouterr().out
+    assert "out/tokenizer.json'" in (tmp_path / "out" / "model.gin").read_text()
+    model = sentencepiece.SentencePieceProcessor(model_file=str(source / "spiece.model"))
+    pieces = [(model.IdToPiece(number), 0.0) for number in range(300)]
+    open_models.save_tokenizer(source, tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, 2)), eos_token="</s>")
+    import_model(source, tmp_path / "same")
+    assert "passed over" not in capsys.readouterr().out
+    assert "same/spiece.model'" in (tmp_path / "same" / "model.gin").read_text()
+
+
+def test_tokens_that_were_added_to_a_t5_are_kept(tmp_path):
+    """A newline behind the pieces keeps its id and its row, and MASK is a new one."""
+    source = write_source(tmp_path / "source", {"vocab_size": IDS})
+    (source / "tokenizer.json").unlink()
+    open_models.save_sentencepiece(source / "spiece.model", vocab_size=308, hard_vocab_limit=True)
+    (source / "added_tokens.json").write_text(json.dumps({"\n": 308, "{": 309}))
+    import_model(source, tmp_path / "out")
+    definition, params = load_ours(tmp_path / "out", "spiece.model")
+    assert definition.vocabulary.mask_id == IDS
+    expected = open_models.read_shards(source)["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(params["embedding"][:IDS], expected)
+    np.testing.assert_allclose(params["embedding"][IDS], expected.mean(0), atol=1e-6)

@@ -325,6 +325,33 @@ def test_arrays_beside_that_are_refused(tmp_path, tokenizer):
     refuses({}, "cannot read decoder/decoder_norm/scale: .*norm/1")
 
 
+def test_arrays_larger_than_their_files_are_refused_at_once(tmp_path, tokenizer):
+    name, array = "decoder/decoder_norm/scale", np.ones(EMBED, np.float32)
+    source = write_checkpoint(tmp_path / "source", target())
+    said = write_zarr(source, "norm", array)
+    header = json.loads((source / "norm" / ".zarray").read_text())
+    for size, chunk, message in (
+        (2**40, 4, "are missing"),
+        (2**40, 2**40, "cannot hold"),
+        (2**40, 2**39, "cannot hold"),
+    ):
+        (source / "norm" / ".zarray").write_text(json.dumps(header | {"shape": [size], "chunks": [chunk]}))
+        leaf = said | {"metadata": {"shape": [size]}}
+        (source / "checkpoint").unlink()
+        write_checkpoint(source, target() | {name: leaf})
+        with pytest.raises(UserError, match=message):
+            import_model(source, tokenizer, tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_none_are_refused(value, tmp_path, tokenizer):
+    name = "decoder/decoder_norm/scale"
+    source = write_checkpoint(tmp_path / "source", target() | {name: np.full(EMBED, value, np.float32)})
+    with pytest.raises(UserError, match=f"{name} has numbers that are NaN or infinite"):
+        import_model(source, tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_files_that_are_refused(tmp_path, tokenizer):
     source = write_checkpoint(tmp_path / "checkpoint_7", target())
 

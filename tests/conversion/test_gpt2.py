@@ -111,7 +111,7 @@ def test_a_tokenizer_in_two_files_is_to_be_made_one(tmp_path):
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = true is not supported"),
         ({"scale_attn_weights": False}, "scale_attn_weights = false is not supported"),
         ({"add_cross_attention": True}, "add_cross_attention = true is not supported"),
-        ({"rotary": True}, "keys that are not known here.*rotary = true"),
+        ({"layer_types": ["full_attention"] * 2}, "layer_types: layers of several kinds"),
         ({"n_head": 0}, "n_head = 0 should be a positive whole number"),
         ({"n_head": 5}, r"c_attn\.weight has the shape \(12, 36\), .* asks for \(12, 30\)"),
         ({"n_positions": 65}, r"wpe\.weight has the shape \(64, 12\), .* asks for \(65, 12\)"),

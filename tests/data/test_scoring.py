@@ -1,10 +1,16 @@
 """Which metric function of a task sees what."""
 
 import functools
+import sys
+import types
 
+import pytest
 import seqio
 
 from diffusion_t5x.data import scoring
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.evaluation import code_execution, metrics
+from diffusion_t5x.evaluation.pass_at_k import passed_tests
 
 
 def first_is_right(targets, predictions):
@@ -35,3 +41,35 @@ def test_a_metric_takes_the_first_sample_or_all_if_it_says_so():
         {"targets_pretokenized": "e", "prediction": "e"},
     ]
     assert scoring.score(task, records) == {"first": 2, "any": 1}
+
+
+def test_metrics_say_whether_they_can_run_here():
+    def plain(targets, predictions):
+        return {}
+
+    def picky(targets, predictions, limit=0):
+        return {}
+
+    def check_here(limit=0):
+        if limit:
+            raise UserError(f"not with {limit}")
+
+    picky.check_here = check_here
+    scoring.check_metrics([plain, picky, functools.partial(plain)])
+    with pytest.raises(UserError, match="not with 3"):
+        scoring.check_metrics([plain, functools.partial(picky, limit=3)])
+
+
+@pytest.mark.parametrize("found", [None, types.ModuleType("math_verify")])  # nothing; a folder that has the name
+def test_a_metric_whose_package_is_missing_says_how_to_get_it(monkeypatch, found):
+    monkeypatch.setitem(sys.modules, "math_verify", found)
+    with pytest.raises(UserError, match=r"pip install diffusion_t5x\[math\]"):
+        scoring.check_metrics([metrics.math_accuracy])
+
+
+def test_programs_that_nothing_holds_in_are_refused_before_there_are_any(monkeypatch):
+    unsafe = code_execution.Protections(isolation=False, reason="no namespaces")
+    monkeypatch.setattr(code_execution, "protections", lambda: unsafe)
+    with pytest.raises(UserError, match="Programs cannot be shut in here: no namespaces"):
+        scoring.check_metrics([functools.partial(passed_tests, limits=code_execution.Limits())])
+    scoring.check_metrics([functools.partial(passed_tests, allow_unsafe=True)])

@@ -1,13 +1,15 @@
 """Reading tasks and mixtures: order, shards, positions that can be resumed, evaluation sets, and mistakes."""
 
 import dataclasses
+import importlib
+import logging
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from diffusion_t5x.data.seqio_source import SeqioDataset
+from diffusion_t5x.data.seqio_source import FEATURES, SeqioDataset
 from diffusion_t5x.errors import UserError
 
 seqio = pytest.importorskip("seqio")
@@ -229,3 +231,78 @@ def test_inputs_and_targets_share_a_vocabulary():
 def test_importing_it_imports_no_tensorflow():
     code = "import sys, diffusion_t5x.data.seqio_source; assert not {'tensorflow', 'seqio'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def _py_function(ds):
+    plus = lambda targets: targets + 1  # noqa: E731
+    return ds.map(lambda x: x | {"targets": tf.ensure_shape(tf.py_function(plus, [x["targets"]], tf.int32), [None])})
+
+
+def _numpy_function(ds):
+    plus = lambda targets: targets + 1  # noqa: E731
+    return ds.map(lambda x: x | {"targets": tf.ensure_shape(tf.numpy_function(plus, [x["targets"]], tf.int32), [None])})
+
+
+def _filter(ds):
+    return ds.filter(lambda x: tf.py_function(lambda targets: len(targets) > 0, [x["targets"]], tf.bool))
+
+
+def _unseeded(ds):
+    return ds.filter(lambda x: tf.random.uniform(()) < 2)
+
+
+def _generated(split, shuffle_files, seed=None):
+    def examples():
+        for i in range(SIZE):
+            yield {"inputs": word(i), "targets": word(i).upper()}
+
+    signature = dict.fromkeys(("inputs", "targets"), tf.TensorSpec((), tf.string))
+    return tf.data.Dataset.from_generator(examples, output_signature=signature)
+
+
+def _listed(split, shuffle_files, seed=None):
+    texts = [word(i) for i in range(SIZE)]
+    return tf.data.Dataset.from_tensor_slices({"inputs": texts, "targets": texts})
+
+
+@pytest.mark.parametrize(
+    "source,steps",
+    [*((_listed, [step]) for step in (_py_function, _numpy_function, _filter, _unseeded)), (_generated, [])],
+    ids=["py_function", "numpy_function", "filter", "unseeded", "from_generator"],
+)
+def test_data_whose_position_cannot_be_saved_are_read_and_the_log_says_so_at_once(
+    source, steps, request, caplog, monkeypatch
+):
+    name = f"test_stateful_{request.node.callspec.id}"
+    seqio.TaskRegistry.add(
+        name,
+        source=seqio.FunctionDataSource(source, splits=("train",)),
+        preprocessors=[seqio.preprocessors.tokenize, *steps, seqio.preprocessors.append_eos_after_trim],
+        output_features={n: seqio.Feature(seqio.ByteVocabulary()) for n in FEATURES},
+    )
+    importlib.import_module("diffusion_t5x.data.train_iterator")._say_unsaved.cache_clear()
+    monkeypatch.setattr(logging.getLogger("diffusion_t5x"), "propagate", True)
+    iterator = dataclasses.replace(WORDS, mixture_or_task_name=name).train_iterator()
+    with caplog.at_level(logging.INFO, "diffusion_t5x"):
+        next(iterator)  # before the first step
+    assert caplog.text.count("position in the training data cannot be saved") == 1
+    assert "is stateful): examples may repeat after a resume" in caplog.text
+    for _ in range(9):
+        next(iterator)
+        assert iterator.state_dict() == {}
+
+
+def test_more_shards_than_examples_are_one_message():
+    seqio.TaskRegistry.add(
+        "test_three",
+        source=seqio.FunctionDataSource(
+            lambda split, shuffle_files, seed=None: _listed(split, shuffle_files).take(3), splits=("train",)
+        ),
+        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
+        output_features={n: seqio.Feature(seqio.ByteVocabulary()) for n in FEATURES},
+    )
+    three = dataclasses.replace(WORDS, mixture_or_task_name="test_three")
+    for shard in range(3):
+        next(three.train_iterator(4, shard))
+    with pytest.raises(UserError, match=r"nothing to train on.*shard 3 of 4 has no examples.*more processes"):
+        next(three.train_iterator(4, 3))

@@ -10,7 +10,7 @@ import tiny
 
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.objectives.autoregressive import shift_right, shifted_slots
+from diffusion_t5x.models.reading import shift_right, shifted_slots
 
 # A start token that is not pad; inputs of many lengths, none in row 2, and a filler row without anything.
 VOCABULARY = dataclasses.replace(tiny.VOCABULARY, start_id=21)

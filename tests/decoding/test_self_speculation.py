@@ -14,19 +14,18 @@ from plain_decoding import PlainDecoding, is_tie
 
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding.block import BlockDecoder
-from diffusion_t5x.decoding.decoder import Written
+from diffusion_t5x.decoding.canvas import Written
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.decoding.self_speculation import SelfSpeculationDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
-from diffusion_t5x.errors import UserError
-from diffusion_t5x.models.masks import Slots
-from diffusion_t5x.objectives.reading import start_first
+from diffusion_t5x.models.reading import Reading
 
 VOCABULARY = dataclasses.replace(tiny.VOCABULARY, start_id=21)  # not pad
 CONFIGS = {
     "relative": tiny.RELATIVE,
     "llama": tiny.LLAMA,
     "encoder_decoder": dataclasses.replace(tiny.ENCODER_DECODER, tie_embeddings=True),
+    "shifted": dataclasses.replace(tiny.RELATIVE, shifted=True),
 }
 MOST = 6, 9  # tokens of input and of target
 # Every shape is a program to compile. No targets at all is a filler row.
@@ -42,10 +41,10 @@ class Tells(MaskedDecoder):
     num_steps: int | None = 1
     texts: jax.Array | None = None
 
-    def write(self, model, hidden, canvas, eligible, positions, keys, step):
-        told = self.texts[jnp.arange(len(canvas))[:, None], positions]
-        nothing = jnp.zeros(canvas.shape)
-        return Written(jnp.where(eligible, told, canvas), eligible, nothing, nothing[:, 0])
+    def write(self, model, hidden, canvas, eligible, positions, keys):
+        told = self.texts[jnp.arange(len(positions))[:, None], positions]
+        nothing = jnp.zeros(positions.shape)
+        return Written(jnp.where(eligible, told, canvas.tokens), eligible, nothing, nothing[:, 0])
 
 
 # What drafts, and how large a block is. Drafts that are told are greedy decoding's with a share of wrong tokens.
@@ -60,6 +59,7 @@ CASES = [
     ("relative", True, "one step"),
     ("llama", False, "sampled"),
     ("encoder_decoder", False, "sundae"),
+    ("shifted", False, "sampled"),
 ]
 
 
@@ -162,18 +162,19 @@ def test_what_drafts_are_worth():
     np.testing.assert_array_equal(found.written_at[0, 3:12], [1] * 4 + [3] * 3 + [5] * 2)
 
 
-def test_drafts_are_those_of_whole_passes():
+@pytest.mark.parametrize("name", ["relative", "shifted"])
+def test_drafts_are_those_of_whole_passes(name):
     """The caches change nothing: a pass over the whole row says the same of every draft."""
-    definition, params = make_model("relative")
-    batch = make_batch("relative", [(2, 9, 1), (6, 9, 2), (0, 9, 3), (4, 5, 4)])
-    _, found = decode("relative", True, "one step", batch)
+    definition, params = make_model(name)
+    batch = make_batch(name, [(2, 9, 1), (6, 9, 2), (0, 9, 3), (4, 5, 4)])
+    _, found = decode(name, True, "one step", batch)
     kind = DRAFTS["one step"].attention
+    reading = Reading.of(batch, VOCABULARY, definition.config.shifted)
 
     @jax.jit
     def whole_pass(tokens):
         model = definition.bind(params)
-        read = start_first(tokens, jnp.asarray(batch.positions), VOCABULARY)
-        logits = model.logits(model(read, Slots.of(batch), kind))
+        logits = model.logits(reading.hidden(model, tokens, kind))
         return jax.nn.softmax(logits.at[..., 23:].set(-np.inf))
 
     tokens, confidence = found.trace.tokens, found.trace.confidence
@@ -206,8 +207,3 @@ def test_a_row_s_steps_are_its_own():
         )[1]
         for name in ("tokens", "row_steps", "written_at", "num_drafted", "num_accepted"):
             np.testing.assert_array_equal(getattr(apart, name)[0], getattr(together, name)[n], err_msg=name)
-
-
-def test_drafts_in_the_slot_before_are_refused():
-    with pytest.raises(UserError, match="its own slot"):
-        SelfSpeculationDecoder(BlockDecoder(4, MaskedDecoder(shifted=True)))

@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import pathlib
+import platform
 import re
 import socket
 import tempfile
@@ -18,6 +19,7 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import code_execution
 from diffusion_t5x.evaluation.code_execution import Limits, Protections, Tests, Verdict, check
 
+ROOT = pathlib.Path(__file__).parents[2]
 RIGHT = "def double(x):\n    return 2 * x"
 TESTS = Tests(("assert double(2) == 4", "assert double('ab') == 'abab'", "assert set([double(-1)]) == set([-2])"))
 QUICK = Limits(cpu_seconds=1, wall_seconds=3.0)
@@ -325,6 +327,97 @@ def test_programs_do_not_find_what_others_wrote():
         limits=QUICK,
     )
     assert [verdict.output for verdict in verdicts] == ["[]\n", "[]\n"]
+
+
+# What a program must not reach, as an expression that raises OSError or is -1 with errno set. Numbers are x86-64's.
+CALL = "import ctypes, os, socket\nlibc = ctypes.CDLL(None, use_errno=True)\nlong = ctypes.c_long\n"
+REFUSED = {
+    "add_key": "libc.syscall(long(248), b'user', b'name', b'value', long(5), long(-4))",
+    "request_key": "libc.syscall(long(249), b'user', b'name', None, long(-4))",
+    "keyctl: session keyring": "libc.syscall(long(250), long(0), long(-3), long(1))",
+    "keyctl: user keyring": "libc.syscall(long(250), long(0), long(-4), long(1))",
+    "shared memory": "libc.shmget(0, 1 << 20, 0o1600)",
+    "semaphores": "libc.semget(0, 1, 0o1600)",
+    "message queue": "libc.msgget(0, 0o1600)",
+    "memory file": "os.memfd_create('x')",
+    "secret memory": "libc.syscall(long(447), long(0))",
+    "ptrace": "libc.ptrace(0, 0, 0, 0)",
+    "bpf": "libc.syscall(long(321), long(0), bytes(16), long(16))",
+    "io_uring": "libc.syscall(long(425), long(1), bytes(120))",
+    "performance counter": "libc.syscall(long(298), bytes(128), long(0), long(-1), long(-1), long(0))",
+    "user faults": "libc.syscall(long(323), long(1))",
+    "user namespace": "libc.unshare(0x10000000)",
+    "mount": "libc.mount(b'x', b'/tmp', b'tmpfs', 0, None)",
+    "new mount": "libc.syscall(long(430), b'tmpfs', long(0))",
+    "x32": "libc.syscall(long(0x40000000 + 39))",
+    "a call of the future": "libc.syscall(long(457), 0, 0, 0, 0)",
+    "vsock": "socket.socket(socket.AF_VSOCK)",
+    "netlink": "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)",
+    "crypto": "socket.socket(socket.AF_ALG, socket.SOCK_SEQPACKET)",
+}
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of another machine")
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_kernel_s_other_doors_are_shut(name):
+    program = f"""{CALL}
+try:
+    print('reached' if ({REFUSED[name]}) != -1 else os.strerror(ctypes.get_errno()))
+except OSError as error:
+    print(error.strerror)
+{RIGHT}
+"""
+    verdict = one(program)
+    refusals = ("Operation not permitted", "Function not implemented", "Address family not supported by protocol")
+    assert verdict.passed and verdict.output.strip() in refusals
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of another machine")
+def test_programs_of_one_worker_pass_nothing_on_by_keyrings():
+    keep = f"{CALL}libc.syscall(long(248), b'user', b'passed-on', b'value', long(5), long(-4))\n{RIGHT}"
+    find = f"{CALL}print(libc.syscall(long(250), long(10), long(-4), b'user', b'passed-on', long(0)))\n{RIGHT}"
+    verdicts = check([keep, find], [TESTS] * 2, workers=1, limits=QUICK)
+    assert [verdict.output for verdict in verdicts] == ["", "-1\n"]
+
+
+def test_right_programs_have_what_they_need():
+    program = f"""
+import asyncio, concurrent.futures, hashlib, os, socket, sqlite3, ssl, tempfile, zlib, zoneinfo
+hashlib.sha256(zlib.compress(b'x')).hexdigest()
+sqlite3.connect('x.db').execute('create table t (x)')
+zoneinfo.ZoneInfo('Europe/Berlin')
+asyncio.run(asyncio.sleep(0))
+ssl.create_default_context()
+a, b = socket.socketpair()
+with concurrent.futures.ThreadPoolExecutor(1) as pool: pool.submit(print, 'threads').result()
+if (pid := os.fork()) == 0: os._exit(3)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+with tempfile.TemporaryFile() as file: file.write(b'x')
+{RIGHT}
+"""
+    assert one(program) == Verdict("pass", output="threads\n")
+
+
+def test_only_python_s_library_is_there():
+    program = f"""
+import os, sys
+found = [os.path.join(at, name) for at, folders, _ in os.walk('/') for name in folders if name.endswith('-packages')]
+print(sys.orig_argv, [os.listdir(path) for path in found if os.listdir(path)])
+print([path for path in ('/usr/lib/python3', '/usr/bin', '/etc', '/proc/self', {str(ROOT)!r}) if os.path.exists(path)])
+{RIGHT}
+"""
+    verdict = one(program, limits=Limits(output=100_000))
+    assert verdict.passed
+    assert verdict.output == "[''] []\n[]\n"
+
+
+def test_no_seccomp_no_programs(monkeypatch):
+    """Also where they may run without isolation."""
+    monkeypatch.setattr(code_execution, "protections", lambda: Protections(False, "because"))
+    another = "import platform\nplatform.machine = lambda: 'pdp11'"
+    monkeypatch.setattr(code_execution, "_START", another + code_execution._START)
+    with pytest.raises(UserError, match=r"cannot be run here: .*no list of system calls for pdp11"):
+        check([RIGHT], [TESTS], allow_unsafe=True)
 
 
 def test_no_socket_reaches_the_machine():

@@ -1,5 +1,6 @@
 """Losses over an evaluation set, predictions of its examples, and both through the evaluator."""
 
+import functools
 import json
 
 import jax
@@ -10,11 +11,12 @@ import tiny
 
 from diffusion_t5x.decoding.decoder import Decoded, Trace
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval, for_tasks
+from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LikelihoodEval, LossEval, for_tasks, prepared
 from diffusion_t5x.evaluation.inference import predict, write_jsonl
 from diffusion_t5x.evaluation.losses import evaluate_loss
+from diffusion_t5x.models.streams import row_keys
 from diffusion_t5x.objectives.autoregressive import Autoregressive
-from diffusion_t5x.objectives.objective import LossSums, Ratio, row_keys
+from diffusion_t5x.objectives.objective import LossSums, Ratio
 from diffusion_t5x.partitioning import MeshConfig
 
 MESH = MeshConfig().make()
@@ -38,6 +40,9 @@ class Dataset:
 
     def cells(self, tokens):
         return [f"<{token}>" for token in tokens]
+
+    def check_scoring(self):
+        pass
 
     def score(self, records):
         return {"right": np.mean([record["prediction"] == record["targets"] for record in records])}
@@ -219,3 +224,25 @@ def test_what_was_drafted_and_accepted_is_told():
     assert metrics["acceptance"] == pytest.approx(1 / 3)
     assert metrics["tokens_per_step"] == sum(len(targets) for _, targets in EXAMPLES) / 5
     assert "num_drafted" not in metrics and "num_accepted" not in metrics
+
+
+@pytest.mark.parametrize("make", [LossEval, functools.partial(DecodeEval, decoder=Echo()), LikelihoodEval])
+def test_an_evaluation_of_no_examples_is_none_and_one_of_fewer_is_refused(make):
+    number = "num_batches" if make is LossEval else "num_examples"
+    kept, skipped = make(Dataset()), make(Dataset(), **{number: 0})
+    assert prepared([skipped, kept, skipped]) == [kept]
+    with pytest.raises(UserError, match=rf"{number} must be at least 0, or None for all; got -1"):
+        make(Dataset(), **{number: -1})
+
+
+def test_what_was_decoded_is_kept_before_it_is_scored():
+    class Fails(Dataset):
+        def score(self, records):
+            raise UserError("a target has no answer")
+
+    definition, params = tiny.make_model()
+    evaluator = Evaluator(MESH, definition, Autoregressive(), [], [DecodeEval(Fails(), Echo())])
+    kept = {}
+    with pytest.raises(UserError, match="has no answer"):
+        list(evaluator.decode(params, kept.__setitem__))
+    assert len(kept["five"]) == 5 and "prediction" in kept["five"][0]

@@ -24,6 +24,7 @@ from diffusion_t5x.training.metrics import JsonlWriter
 EVIL = "<script>alert(1)</script>\"><img src=x onerror='alert(2)'>{{ 7 * 7 }}</svg></style>"
 EVIL_NAME = EVIL.replace("/", "\\")  # a folder's name has no slash
 SUNDAE = "SundaeDecoder(num_steps=5, num_samples=4, temperature=0.2)"
+SUNDAE_SETTINGS = {"class": "SundaeDecoder", "num_steps": 5, "num_samples": 4, "temperature": 0.2}
 
 
 class Page(html.parser.HTMLParser):
@@ -64,7 +65,7 @@ def records(predictions, trace=None):
     return [record | {"trace": {"tokens": [trace[0]], "given": [], "steps": steps}} for record in made]
 
 
-def evaluated(folder, predictions, task="pairs", model="finetuned", decoder=SUNDAE, step=30):
+def evaluated(folder, predictions, task="pairs", model="finetuned", decoder=SUNDAE_SETTINGS, step=30):
     """An EVAL_OUTPUT_DIR in the form of eval.py."""
     made = records(predictions)
     scores = exact_match([r["targets_pretokenized"] for r in made], [r["prediction"] for r in made])
@@ -73,10 +74,12 @@ def evaluated(folder, predictions, task="pairs", model="finetuned", decoder=SUND
         "results": {task: scores | {"decode_seconds": 41.1, "num_examples": len(made)}},
         "checkpoint": f"/somewhere/secret/{model}/checkpoints/checkpoint_{step}",
         "step": step,
-        "evaluations": [
-            f"LossEval(dataset=SeqioDataset(mixture_or_task_name={task!r}), num_batches=None)",
-            f"DecodeEval(dataset=SeqioDataset(mixture_or_task_name={task!r}, split='test'), decoder={decoder}, seed=0)",
-        ],
+        "settings": {
+            "evaluations": [
+                {"class": "LossEval", "dataset": {"mixture_or_task_name": task}, "num_batches": None},
+                {"class": "DecodeEval", "dataset": {"mixture_or_task_name": task}, "decoder": decoder, "seed": 0},
+            ],
+        },
     }
     (folder / "results.json").write_text(json.dumps(results))
     return folder
@@ -153,7 +156,7 @@ def test_the_same_runs_give_the_same_bytes_and_only_a_report_is_overwritten(runs
 def test_names_and_model_text_are_text_and_nothing_is_fetched(tmp_path):
     folder = tmp_path / EVIL_NAME
     trained(folder / EVIL_NAME, task=EVIL_NAME)
-    evaluated(folder / f"eval{EVIL_NAME}", [EVIL, EVIL, EVIL], task=EVIL_NAME, decoder=f"D({EVIL!r})")
+    evaluated(folder / f"eval{EVIL_NAME}", [EVIL, EVIL, EVIL], task=EVIL_NAME, decoder={"class": "D", "x": EVIL})
     inferred(folder / f"infer{EVIL_NAME}", [EVIL, EVIL[1:]], task=EVIL_NAME, predictions=[EVIL])
     page = Page(write_report([folder], tmp_path / "report.html"))
     assert not {"script", "img", "iframe", "object", "embed", "link", "base", "form"} & set(page.tags)
@@ -192,7 +195,7 @@ def test_the_last_evaluation_of_training_counts_as_scores(tmp_path):
     (run,) = read_runs([folder])
     (scores,) = run.scores
     assert (scores.step, scores.metrics["exact_match"], scores.num_examples) == (20, 60.0, 1)
-    assert scores.decoder == "SundaeDecoder(num_steps=5)"
+    assert scores.decoder.startswith("SundaeDecoder(num_steps=5, num_samples=8, ")
     assert [record["prediction"] for record in run.predictions[0].records] == ["20"]
     page = Page(write_report([folder], tmp_path / "report.html"))
     assert "60.0 [55.0, 65.0]" in page.text and page.tags.count("svg") == 4
@@ -245,13 +248,13 @@ def test_a_difference_of_less_than_one_example_is_pointed_out(tmp_path):
 
 
 def test_markdown_has_the_tables_of_scores(runs, tmp_path):
-    evaluated(tmp_path / "runs" / "eval|c", ["06:09"], task="<b>_*", model="m", decoder="D('|')")
+    evaluated(tmp_path / "runs" / "eval|c", ["06:09"], task="<b>_*", model="m", decoder={"class": "D", "x": "|"})
     text = write_report([runs], tmp_path / "report.md").read_text(encoding="utf-8")
     assert text == write_report([runs], tmp_path / "report.md").read_text(encoding="utf-8")
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables} == {8}  # seven cells in each row
     assert r"| eval\_b | other | 30 | 3 | 66.7 [20.8, 93.9] | 41.1 |" in text
-    assert r"## \<b\>\_\*" in text and r"| eval\|c | m |" in text and "D('\\|')" in text
+    assert r"## \<b\>\_\*" in text and r"| eval\|c | m |" in text and "D(x='\\|')" in text
     (tmp_path / "notes.md").write_text("mine")
     with pytest.raises(UserError, match=r"notes\.md exists and is not a report"):
         write_report([runs], tmp_path / "notes.md")

@@ -6,17 +6,11 @@ import json
 
 import pytest
 
-from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
-from diffusion_t5x.decoding.block import BlockDecoder
-from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import results
 from diffusion_t5x.evaluation.evaluator import DecodeEval
-from diffusion_t5x.evaluation.loading import check_shifted
 from diffusion_t5x.evaluation.published import PUBLISHED, matching
-from diffusion_t5x.objectives.joint import Joint
-from diffusion_t5x.objectives.masked import Masked
 
 LENGTHS = {"inputs": 4, "targets": 8}
 
@@ -74,14 +68,9 @@ def test_results_of_other_settings_are_kept(tmp_path):
         results.is_done(tmp_path, "/m/checkpoint_1", settings)
 
 
-def test_the_objective_is_read_from_the_training_s_configuration():
-    assert results.training_objective("A = 1\nOBJECTIVE = @sundae_objective.Sundae()\n") == "Sundae"
-    assert results.training_objective("A = 1\n") is None
-
-
-def evaluated(task="squad", size=(768, 12), objective="Sundae", architecture="decoder_only", **decoder):
+def evaluated(task="squad", size=(768, 12), objective="Sundae", architecture="decoder_only", shifted=False, **decoder):
     """What matters of a results.json."""
-    model = {"embed_dim": size[0], "num_layers": size[1], "architecture": architecture}
+    model = {"embed_dim": size[0], "num_layers": size[1], "architecture": architecture, "shifted": shifted}
     evaluation = DecodeEval(Dataset(task), SundaeDecoder(**{"num_steps": 10, "num_samples": 8} | decoder))
     settings = {"evaluations": results.describe([evaluation]), "model": model}
     return {"settings": settings, "training_objective": objective}
@@ -113,6 +102,7 @@ def test_published_numbers_stand_beside_scores_of_their_own_setting():
         ("squad", 10570, evaluated(objective="Masked")),
         ("squad", 10570, evaluated(objective=None)),
         ("squad", 10570, evaluated(num_steps=7)),
+        ("squad", 10570, evaluated(shifted=True)),
         ("squad", 10570, {}),  # of an earlier version
     ],
 )
@@ -125,17 +115,3 @@ def test_published_scores_of_90_problems_are_multiples_of_a_90th():
     assert len(scores) == 22
     for score in scores:
         assert abs(score - round(score * 0.9) / 0.9) < 0.1, score  # printed with one digit, some cut off
-
-
-def test_a_model_is_read_as_it_was_trained():
-    config = "masked_objective.Masked.shifted = True\nmasked_decoding.MaskedDecoder.shifted = False\n"
-    assert results.trained_shifted(config) is True
-    assert results.trained_shifted("autoregressive_objective.Autoregressive.prefix = False\n") is None
-    joint = "OBJECTIVE = @masked_objective.Masked()\ntrain.train.objective = @joint_objective.Joint()\n"
-    assert results.training_objective(joint) == "Joint"
-    shifted = BlockDecoder(4, MaskedDecoder(shifted=True))
-    check_shifted(True, "M", [shifted, Joint(Masked(shifted=True)), AutoregressiveDecoder(), None])
-    check_shifted(None, "M", [shifted, SundaeDecoder()])
-    for trained, reader in ((False, shifted), (True, SundaeDecoder()), (True, Joint(Masked()))):
-        with pytest.raises(UserError, match=r"M has shifted = \w+, but \w+ has shifted = \w+: give conversion/"):
-            check_shifted(trained, "M", [AutoregressiveDecoder(), reader])

@@ -154,7 +154,8 @@ def test_fine_tuning_as_published(kind, task, steps, period):
     load(kind, f"finetune_{task}")
     assert (macro("TRAIN_STEPS"), macro("EVAL_PERIOD"), macro("BATCH_SIZE")) == (steps, period, 128)
     assert gin.query_parameter("optimizers.adafactor.learning_rate").selector == "schedules.constant"
-    assert gin.query_parameter("schedules.constant.value") == 1e-3
+    assert macro("LEARNING_RATE") == 1e-3
+    assert repr(gin.query_parameter("schedules.constant.value")) == "%LEARNING_RATE"
     load(kind, f"eval_{task}")
     if kind == "ar":
         assert (macro("TEMPERATURE") > 0) == (task == "mbpp")

@@ -9,7 +9,8 @@ import pytest
 import tiny
 
 from diffusion_t5x.models.masks import CAUSAL, Slots
-from diffusion_t5x.objectives.autoregressive import Autoregressive, shift_right, shifted_slots
+from diffusion_t5x.models.reading import shift_right, shifted_slots
+from diffusion_t5x.objectives.autoregressive import Autoregressive
 
 EXAMPLES = tiny.random_examples(0, [(2, 3), (1, 4), (3, 1), (0, 2)])
 PADDED = tiny.one_a_row(EXAMPLES, length=11)

@@ -18,6 +18,7 @@ from diffusion_t5x.objectives.block import Block, block_starts, clean_and_noisy
 # Packed examples, one without inputs, and a row with padding.
 ROWS = [tiny.random_examples(0, [(3, 5), (0, 4), (1, 6)]), tiny.random_examples(1, [(2, 7)])]
 PACKED = tiny.pack(ROWS, 20)
+DEFINITION = ModelDefinition(tiny.RELATIVE, tiny.VOCABULARY)
 MASK = tiny.VOCABULARY.mask_id
 ALL_MASKED = 1 - 2.0**-20  # as epsilon: every time is next to 1
 
@@ -47,7 +48,7 @@ def test_noisy_logits_are_those_of_a_pass_for_each_block(size, config):
     definition, params = tiny.make_model(config)
     model, kind = definition.bind(params), AttentionKind("block_causal", size)
     objective = Block(size)
-    noisy = np.asarray(objective.model_inputs(tiny.VOCABULARY, PACKED, jax.random.key(0)))
+    noisy = np.asarray(objective.model_inputs(DEFINITION, PACKED, jax.random.key(0)))
     assert 0.2 < (noisy == MASK)[PACKED.target_mask].mean() < 0.95
 
     @jax.jit
@@ -74,7 +75,7 @@ def test_one_block_without_inputs_is_bidirectional():
     batch = tiny.one_a_row(tiny.random_examples(2, [(0, 6), (0, 6)]))
     definition, params = tiny.make_model()
     model = definition.bind(params)
-    noisy = Block(6).model_inputs(tiny.VOCABULARY, batch, jax.random.key(1))
+    noisy = Block(6).model_inputs(DEFINITION, batch, jax.random.key(1))
     tokens, slots = clean_and_noisy(batch, noisy)
     found = model(tokens, slots, AttentionKind("block_diffusion", 6))[:, 6:]
     np.testing.assert_allclose(found, model(noisy, Slots.of(batch), BIDIRECTIONAL), rtol=1e-4, atol=1e-5)
@@ -110,7 +111,7 @@ def test_noise_lies_on_targets_alone_at_a_level_of_each_block(noise):
     rows = [[example] for example in tiny.random_examples(3, [(2, 12)] * 2000)]
     batch = tiny.pack(rows, 14)
     objective = Block(4, noise=noise, weighting="uniform")
-    noisy = np.asarray(jax.jit(objective.model_inputs, static_argnums=0)(tiny.VOCABULARY, batch, jax.random.key(0)))
+    noisy = np.asarray(jax.jit(objective.model_inputs, static_argnums=0)(DEFINITION, batch, jax.random.key(0)))
     changed = noisy != batch.tokens
     assert not changed[~batch.target_mask].any()
     assert (noisy[changed] == MASK).all() if noise == "mask" else not (noisy == MASK).any()

@@ -2,28 +2,32 @@
 
 import dataclasses
 import functools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from plain_decoding import start_ahead
 
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import CAUSAL, AttentionKind, Slots
+from diffusion_t5x.models.reading import Reading, start_first
 from diffusion_t5x.models.sampling import forbid
+from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import ModelDefinition
-from diffusion_t5x.objectives.block import clean_and_noisy
-from diffusion_t5x.objectives.distillation import DIVERGENCES, Distillation, divergence, visited_states
-from diffusion_t5x.objectives.reading import start_first
+from diffusion_t5x.objectives.block import block_starts, noisy_hidden
+from diffusion_t5x.objectives.distillation import Distillation, Divergence, divergence, visited_states
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training.rollout import make_rollout_step
 
 VOCABULARY = tiny.VOCABULARY
 MASK, EOS = VOCABULARY.mask_id, VOCABULARY.eos_id
 MESH = MeshConfig(data=1, fsdp=1, tensor=1).make()
+SHIFTED = dataclasses.replace(tiny.LLAMA, shifted=True)
 
 
 def softmax(logits):
@@ -49,7 +53,7 @@ def plain(teacher, student, kind, top_k=None):
 LOGITS = np.random.default_rng(0).normal(0, 3, (2, 5, 7, 12)).astype(np.float32)
 
 
-@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("kind", get_args(Divergence))
 @pytest.mark.parametrize("top_k", [None, 1, 4, 12, 50])
 def test_divergences(kind, top_k):
     found = divergence(*LOGITS, kind, top_k)
@@ -58,7 +62,7 @@ def test_divergences(kind, top_k):
         np.testing.assert_array_equal(found, divergence(*LOGITS, kind))
 
 
-@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("kind", get_args(Divergence))
 def test_equal_logits_are_no_distance_apart_and_others_are(kind):
     same = LOGITS[0].copy()
     same[..., 3] = -np.inf
@@ -75,7 +79,7 @@ def test_a_truncated_divergence_is_not_clamped():
     assert divergence(student, teacher, "forward_kl", 1) > divergence(student, teacher, "forward_kl")
 
 
-@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("kind", get_args(Divergence))
 @pytest.mark.parametrize("top_k", [None, 6])
 @pytest.mark.parametrize("both", [False, True])
 def test_what_the_teacher_excludes_makes_no_nan_and_the_right_gradient(kind, top_k, both):
@@ -156,18 +160,21 @@ def brute_force_parts():
     return whole
 
 
-def student_logits(noisy, size):
+def student_logits(noisy, size, config):
     """Of each block by a pass of its own: all before it clean, nothing behind it."""
-    definition, student, _ = models()
+    definition, student, _ = models(config)
     logits = np.zeros((*noisy.shape, 32))
     for row, first, length in ((0, 2, 8), (1, 0, 5)):
         for start in range(first, length, size):
             end = min(start + size, length)
             tokens = np.concatenate([BATCH.tokens[row, :start], noisy[row, start:end]])[None]
-            slots = Slots.of(jax.tree.map(lambda x, end=end, row=row: x[row : row + 1, :end], mask_only(BATCH)))
+            part = jax.tree.map(lambda x, end=end, row=row: x[row : row + 1, :end], mask_only(BATCH))
+            slots = Slots.of(part)
             read = start_first(tokens, slots.positions, VOCABULARY)
+            if config.shifted:
+                slots, read = start_ahead(part, tokens, VOCABULARY)
             kind = AttentionKind("block_causal", size)
-            logits[row, start:end] = forward(definition, student, read, slots, kind)[0, start:]
+            logits[row, start:end] = forward(definition, student, read, slots, kind)[0, start:end]
     return logits
 
 
@@ -178,10 +185,10 @@ def mask_only(batch):
 @pytest.mark.parametrize(
     "kind,top_k,score_end", [("forward_kl", None, False), ("forward_kl", 3, True), ("jsd", None, True)]
 )
-@pytest.mark.parametrize("size", [3, 2])
-def test_the_loss_is_what_brute_force_gives(kind, top_k, score_end, size):
+@pytest.mark.parametrize(("size", "config"), [(3, tiny.LLAMA), (2, tiny.LLAMA), (3, SHIFTED)])
+def test_the_loss_is_what_brute_force_gives(kind, top_k, score_end, size, config):
     """Two blocks and more, borders included; averaged over a text's masked targets, then over texts."""
-    definition, student, teacher = models()
+    definition, student, teacher = models(config)
     objective = Distillation(size, kind, top_k, score_end=score_end)
     key = jax.random.key(4)
     sums = jax.jit(
@@ -189,8 +196,8 @@ def test_the_loss_is_what_brute_force_gives(kind, top_k, score_end, size):
             definition.bind(student), BATCH, key, train=False, teacher=definition.bind(teacher)
         )
     )(student, teacher)
-    noisy = np.asarray(visited_states(BATCH, VOCABULARY, size, jax.random.split(key)[0]))
-    distance = plain(brute_force_parts(), student_logits(noisy, size), kind, top_k)
+    noisy = np.asarray(visited_states(BATCH, VOCABULARY, size, stream(key, "noise")))
+    distance = plain(brute_force_parts(), student_logits(noisy, size, config), kind, top_k)
     means, ends = [], 7 if score_end else 6
     for row, end in ((0, ends), (1, 5)):
         masked = [i for i in range(end) if BATCH.target_mask[row, i] and noisy[row, i] == MASK]
@@ -224,17 +231,17 @@ class Recording(MaskedDecoder):
 
     notes: list = dataclasses.field(default_factory=list, compare=False)
 
-    def write(self, model, hidden, canvas, eligible, positions, keys, step):
+    def write(self, model, hidden, canvas, eligible, positions, keys):
         jax.debug.callback(
             lambda *x: self.notes.append([np.asarray(y) for y in x]),
-            step, canvas, positions, eligible, model.logits(hidden),
+            canvas.step, canvas.tokens, positions, eligible, model.logits(hidden),
             ordered=True,
         )  # fmt: skip
-        return super().write(model, hidden, canvas, eligible, positions, keys, step)
+        return super().write(model, hidden, canvas, eligible, positions, keys)
 
 
 @pytest.mark.parametrize("inner", [{"num_steps": 2}, {"num_steps": 3}, {"num_steps": None, "threshold": 0.2}])
-@pytest.mark.parametrize("config", [tiny.LLAMA, tiny.RELATIVE])
+@pytest.mark.parametrize("config", [tiny.LLAMA, tiny.RELATIVE, SHIFTED])
 def test_the_training_row_gives_the_logits_that_the_decoder_saw(config, inner):
     """Every state of every block, those of a text that ends inside a block too, to 1e-5 of the largest logit.
 
@@ -256,10 +263,9 @@ def test_the_training_row_gives_the_logits_that_the_decoder_saw(config, inner):
     @jax.jit
     def passes(noisy):
         """Logits of the training row's noisy part, and of a pass over the row without a cache."""
-        tokens, slots = clean_and_noisy(texts, start_first(noisy, texts.positions, vocabulary))
-        hidden = model(tokens, slots, AttentionKind("block_diffusion", size))
-        uncached = model(start_first(noisy, texts.positions, vocabulary), Slots.of(texts), decoder.attention)
-        return model.logits(hidden[:, noisy.shape[1] :]), model.logits(uncached)
+        reading, starts = Reading.of(texts, vocabulary, config.shifted), block_starts(texts, size)
+        hidden = noisy_hidden(model, reading, starts, noisy, AttentionKind("block_diffusion", size), None)
+        return model.logits(hidden), model.logits(reading.hidden(model, noisy, decoder.attention))
 
     compared = 0
     for step, canvas, positions, eligible, logits in decoder.inner.notes:

@@ -6,16 +6,18 @@ import numpy as np
 import pytest
 import tiny
 
+from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import BIDIRECTIONAL, CAUSAL
+from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block
 from diffusion_t5x.objectives.joint import Joint
 from diffusion_t5x.objectives.masked import Masked
-from diffusion_t5x.objectives.objective import text_of
 from diffusion_t5x.objectives.sundae import Sundae
 
 KEY = jax.random.key(0)
+DEFINITION = ModelDefinition(tiny.RELATIVE, tiny.VOCABULARY)
 EOS = tiny.VOCABULARY.eos_id
 # Canvases: text, EOS, padding; and one that has no end.
 CANVASES = tiny.one_a_row([([5, 6], [7, 8, EOS, 0, 0, 0]), ([9], [10, EOS, 0, 0]), ([], [11, 12, 13, 14, 15])], 9)
@@ -61,9 +63,9 @@ def test_both_passes_have_their_own_attention_and_dropout():
 
 
 def test_what_is_of_diffusion_is_that_of_the_diffusion_objective():
-    joint, diffusion = Joint(Block(2, shifted=True)), Block(2, shifted=True)
-    assert joint.attention == diffusion.attention and joint.shifted
-    inputs = [objective.model_inputs(tiny.VOCABULARY, CANVASES, KEY) for objective in (joint, diffusion)]
+    joint, diffusion = Joint(Block(2)), Block(2)
+    assert joint.attention == diffusion.attention
+    inputs = [objective.model_inputs(DEFINITION, CANVASES, KEY) for objective in (joint, diffusion)]
     np.testing.assert_array_equal(*inputs)
 
 

@@ -13,6 +13,8 @@ import tiny
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import BIDIRECTIONAL, Slots
+from diffusion_t5x.models.streams import stream
+from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives import masked
 from diffusion_t5x.objectives.masked import Masked, mask_targets
 from diffusion_t5x.objectives.objective import stratified
@@ -20,6 +22,7 @@ from diffusion_t5x.objectives.objective import stratified
 KEY = jax.random.key(0)
 START = 21  # what a masked first token is read as; not pad, so that one cannot stand for the other
 VOCABULARY = dataclasses.replace(tiny.VOCABULARY, start_id=START)
+DEFINITION = ModelDefinition(tiny.RELATIVE, VOCABULARY)
 TABLE = np.random.default_rng(0).standard_normal((32, 32)).astype(np.float32)
 TABLE[:, 23:] = 9.0  # MASK and what is no id would come first
 
@@ -156,7 +159,7 @@ def draw(monkeypatch):
         return mask_targets(batch, vocabulary, probability, keys)
 
     monkeypatch.setattr(masked, "mask_targets", spy)
-    return lambda objective, batch: (np.asarray(objective.model_inputs(VOCABULARY, batch, KEY)), drawn.pop())
+    return lambda objective, batch: (np.asarray(objective.model_inputs(DEFINITION, batch, KEY)), drawn.pop())
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -195,7 +198,7 @@ BATCH = tiny.pack(
 def test_a_masked_first_token_is_read_as_the_start_token():
     """Where no input comes before it, in each packed example; else it is MASK."""
     batch = tiny.pack([[([], [5, 6, 7]), ([8], [9, 10]), ([], [11, 12])]] * 40, length=9)
-    tokens = np.asarray(Masked(epsilon=0.5).model_inputs(VOCABULARY, batch, KEY))
+    tokens = np.asarray(Masked(epsilon=0.5).model_inputs(DEFINITION, batch, KEY))
     for place, clean in enumerate([5, 6, 7, 8, 9, 10, 11, 12, 0]):
         read_as = {START} if place in (0, 6) else set() if place in (3, 8) else {23}
         assert set(tokens[:, place].tolist()) == {clean} | read_as
@@ -203,9 +206,9 @@ def test_a_masked_first_token_is_read_as_the_start_token():
 
 @pytest.mark.parametrize("rows", [[3, 0, 6, 1, 7, 5, 4, 2], [0, 2, 5, 7], [6]])
 def test_what_a_row_reads_is_its_own_in_any_batch(rows):
-    whole, part = (Masked().model_inputs(VOCABULARY, b, KEY) for b in (BATCH, tiny.rows_of(BATCH, rows)))
+    whole, part = (Masked().model_inputs(DEFINITION, b, KEY) for b in (BATCH, tiny.rows_of(BATCH, rows)))
     np.testing.assert_array_equal(part, whole[np.array(rows)])
-    other = Masked().model_inputs(VOCABULARY, BATCH, jax.random.key(1))
+    other = Masked().model_inputs(DEFINITION, BATCH, jax.random.key(1))
     assert (other != whole).any(axis=1).sum() > 4
 
 
@@ -228,11 +231,11 @@ def test_loss_and_metrics_follow_from_what_is_read(weighting):
     assert kind == BIDIRECTIONAL and dropout_keys.shape == (8,)
 
     tokens = np.roll(tokens, -1, axis=1)  # it notes the tokens before
-    np.testing.assert_array_equal(tokens, Masked().model_inputs(VOCABULARY, BATCH, KEY))
+    np.testing.assert_array_equal(tokens, Masked().model_inputs(DEFINITION, BATCH, KEY))
     where = (tokens == 23) | (tokens == START)
     logits = (TABLE[np.roll(tokens, 1, axis=1)] + 2 * TABLE[np.roll(tokens, -1, axis=1)])[..., :23]
     nll = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, BATCH.tokens[..., None], -1)[..., 0]
-    time = 1 - (1 - 1e-3) * stratified(jax.random.split(KEY, 3)[0], BATCH.example_ids, BATCH.segment_ids)
+    time = 1 - (1 - 1e-3) * stratified(stream(KEY, "time"), BATCH.example_ids, BATCH.segment_ids)
     bound = (nll / time)[where].sum() / BATCH.target_mask.sum()
     expected = bound if weighting == "elbo" else nll[where].sum() / BATCH.target_mask.sum()
     assert float(sums.loss.mean()) == pytest.approx(float(expected), rel=1e-5)
@@ -249,7 +252,7 @@ def test_gradient_lives_on_masked_targets_and_on_what_may_be_written():
         )
 
     gradient = np.asarray(jax.grad(loss)(jnp.zeros((1, *BATCH.tokens.shape, 32)))[0])
-    where = np.isin(Masked().model_inputs(VOCABULARY, BATCH, KEY), [23, START])
+    where = np.isin(Masked().model_inputs(DEFINITION, BATCH, KEY), [23, START])
     assert where.any() and (where != BATCH.target_mask).any()
     assert (gradient[~where] == 0).all() and (gradient[..., 23:] == 0).all()
     assert (np.abs(gradient[where]).max(axis=-1) > 1e-4).all()

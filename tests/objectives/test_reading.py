@@ -1,5 +1,6 @@
 """Which slot predicts which token, against segments laid out by hand; and attention that opens little by little."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,11 +11,12 @@ import tiny
 
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import BIDIRECTIONAL, CAUSAL, Annealed, AttentionKind, Slots
+from diffusion_t5x.models.reading import Reading
+from diffusion_t5x.models.readout import score
+from diffusion_t5x.objectives.annealing import annealed
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block, block_starts, clean_and_noisy, noisy_hidden
 from diffusion_t5x.objectives.masked import Masked
-from diffusion_t5x.objectives.objective import score
-from diffusion_t5x.objectives.reading import Reading, annealed
 from diffusion_t5x.objectives.sundae import Sundae
 
 VOCABULARY = tiny.VOCABULARY
@@ -36,21 +38,21 @@ def segments(batch):
             yield row, np.flatnonzero(ids == segment)
 
 
-def losses(objective, batch, **settings):
+def losses(objective, batch, shifted=True):
     """The sums of a table's losses, and the tokens of each pass."""
-    model = tiny.TableModel(jnp.asarray(TABLE))
+    model = tiny.TableModel(jnp.asarray(TABLE), shifted=shifted)
 
     @jax.jit
     def run():
-        sums = objective.loss(model, batch, jax.random.key(0), **settings)
+        sums = objective.loss(model, batch, jax.random.key(0))
         return sums, [tokens for tokens, *_ in model.calls]
 
     return jax.device_get(run())
 
 
 @functools.cache
-def make_model(name):
-    definition, params = tiny.make_model(BATCHES[name][0])
+def make_model(name, shifted=False):
+    definition, params = tiny.make_model(dataclasses.replace(BATCHES[name][0], shifted=shifted))
     return definition.bind(params)
 
 
@@ -132,13 +134,13 @@ def test_tokens_without_a_place_are_cut_off_and_do_not_count():
     np.testing.assert_array_equal(reading.batch.tokens[0], np.concatenate(row)[:35])
     dropped = batch.target_mask & ~reading.fits(batch).target_mask
     np.testing.assert_array_equal(np.flatnonzero(dropped), [28, 29, 30, 31])  # 39 slots were needed
-    sums, _ = losses(Masked(shifted=True, weighting="uniform"), batch)
+    sums, _ = losses(Masked(weighting="uniform"), batch)
     assert sums.loss.denominator == batch.target_mask.sum() - 4
     assert np.isfinite(sums.loss.mean())
 
 
 def test_masked_loss_is_of_the_slot_before():
-    sums, [read] = losses(Masked(shifted=True, weighting="uniform"), PACKED)
+    sums, [read] = losses(Masked(weighting="uniform"), PACKED)
     slot = np.asarray(Reading.of(PACKED, VOCABULARY, shifted=True, packed=True).slot)
     total, masked = 0, 0
     for row, places in segments(PACKED):
@@ -152,7 +154,7 @@ def test_masked_loss_is_of_the_slot_before():
 
 
 def test_sundaes_unroll_reads_what_the_slots_before_wrote():
-    _, [first, second] = losses(Sundae(shifted=True), PACKED)
+    _, [first, second] = losses(Sundae(), PACKED)
     slot = np.asarray(Reading.of(PACKED, VOCABULARY, shifted=True, packed=True).slot)
     for row, places in segments(PACKED):
         is_target, at = PACKED.target_mask[row, places], slot[row, places]
@@ -184,8 +186,8 @@ def test_shifted_blocks_are_those_of_a_pass_for_each_block(size, name):
 
 @pytest.mark.parametrize("name", ["llama", "apart"])
 def test_shifted_blocks_of_one_token_all_masked_are_the_autoregressive_loss(name):
-    batch, model = BATCHES[name][1], make_model(name)
-    objective = Block(1, shifted=True, epsilon=1 - 2.0**-20)
+    batch, model = BATCHES[name][1], make_model(name, shifted=True)
+    objective = Block(1, epsilon=1 - 2.0**-20)
     found = jax.jit(lambda: objective.loss(model, batch, jax.random.key(0), train=False).loss.mean())()
     nll = jax.jit(lambda: score(model, Autoregressive().hidden(model, batch), batch.tokens)[0])()
     assert float(found) == pytest.approx(float(nll[batch.target_mask].mean()), rel=1e-5)

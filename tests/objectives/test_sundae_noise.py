@@ -12,8 +12,8 @@ import tiny
 
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.streams import row_keys
 from diffusion_t5x.models.transformer import ModelDefinition
-from diffusion_t5x.objectives.objective import row_keys
 from diffusion_t5x.objectives.sundae import Sundae, corrupt
 
 FLOORS = {2: 0.562335, 4: 1.073543, 27: 2.261174}  # nats a token, of i.i.d. uniform data

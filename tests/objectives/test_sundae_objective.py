@@ -8,8 +8,8 @@ import tiny
 
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import BIDIRECTIONAL, Slots
+from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.objectives import sundae
-from diffusion_t5x.objectives.objective import cross_entropy
 from diffusion_t5x.objectives.sundae import Sundae
 
 BATCH = tiny.pack([tiny.random_examples(0, [(3, 5), (2, 4)]), tiny.random_examples(1, [(4, 8)])], 16)
@@ -73,7 +73,8 @@ def test_no_gradient_flows_through_what_is_read_back():
         read = []
 
         class Spy:
-            vocabulary, map_logits, encode = model.vocabulary, model.map_logits, model.encode
+            config, vocabulary = model.config, model.vocabulary
+            map_logits, encode = model.map_logits, model.encode
 
             def __call__(self, tokens, *args):
                 read.append(tokens)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion_t5x.data.vocabularies import num_sentinels
+from diffusion_t5x.data import vocabularies
 from diffusion_t5x.errors import UserError
 
 seqio = pytest.importorskip("seqio")
@@ -45,7 +45,7 @@ def test_t5s_example_comes_out_token_for_token(sentinels, test_data, tmp_path, m
         file.write_bytes(vocabulary.sp_model)
         vocabulary = registration.vocabulary(str(file))
         assert vocabulary.extra_ids == 0
-    assert num_sentinels(vocabulary) == 100
+    assert len(vocabularies.sentinels(vocabulary)) == 100
     text = "Thank you for inviting me to your party last week."
     tokens = vocabulary.encode(text)
     hidden = [vocabulary.decode([token]) in ("for", "inviting", "last") for token in tokens]
@@ -138,5 +138,5 @@ def test_span_corruption_hides_the_share_it_was_told_to():
 def test_what_does_not_fit_is_said():
     with pytest.raises(UserError, match="makes 26 tokens of targets: set TASK_FEATURE_LENGTHS"):
         run(preprocessors.span_corruption, [], {"inputs": 114, "targets": 25})
-    with pytest.raises(UserError, match="needs a vocabulary with sentinels"):
+    with pytest.raises(UserError, match="need a vocabulary with sentinels"):
         run(preprocessors.span_corruption, [], {"inputs": 30, "targets": 14}, VOCABULARY)

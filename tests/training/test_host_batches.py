@@ -76,3 +76,16 @@ def test_shares_that_do_not_divide_the_batch_are_refused():
         HostBatches(Shard, ROWS, (0, 5))
     with pytest.raises(UserError, match="not read any more"):
         HostBatches(Shard, ROWS).load_state_dict({"source": np.zeros(2)})
+
+
+def test_data_without_a_position_begin_anew():
+    class NoPosition(Shard):
+        def state_dict(self):
+            return {}
+
+    batches = HostBatches(NoPosition, ROWS)
+    first = next(batches)
+    assert batches.state_dict() == {}
+    again = HostBatches(NoPosition, ROWS)
+    again.load_state_dict({})
+    np.testing.assert_array_equal(next(again).tokens, first.tokens)

@@ -1,6 +1,7 @@
 """One training process at a time in a MODEL_DIR, whatever becomes of it."""
 
 import fcntl
+import shutil
 import subprocess
 import sys
 
@@ -57,3 +58,21 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
 def test_a_folder_that_cannot_be_written(directory):
     with pytest.raises(UserError, match=f"Cannot write to {directory}"), locked(directory):
         pass
+
+
+@pytest.mark.parametrize("remove", [shutil.rmtree, lambda path: path.rename(path.with_name("elsewhere"))])
+def test_a_folder_that_is_removed_is_noticed(tmp_path, remove):
+    folder = tmp_path / "model"
+    with locked(str(folder)) as check_folder:
+        check_folder()
+        (folder / "config.gin").write_text("")
+        (folder / FILE).unlink()  # somebody took it for a left-over
+        check_folder()
+        remove(folder)
+        with pytest.raises(UserError, match=f"{folder} was removed or renamed while the run was writing to it"):
+            check_folder()
+    with pytest.raises(UserError, match="was removed or renamed"), locked(str(folder)):
+        remove(folder) if remove is shutil.rmtree else shutil.rmtree(folder)
+        raise FileNotFoundError("checkpoints/checkpoint_3")  # what a background save says of it
+    with pytest.raises(KeyError), locked(str(folder)):
+        raise KeyError("something else")

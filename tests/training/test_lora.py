@@ -21,11 +21,14 @@ from diffusion_t5x.models.low_rank import LowRank
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block
+from diffusion_t5x.objectives.masked import Masked
 from diffusion_t5x.objectives.sundae import Sundae
 from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.training import checkpoints, lora, optimizers
+from diffusion_t5x.training import checkpoints, optimizers
+from diffusion_t5x.training.agreement import Agreement
 from diffusion_t5x.training.assignment import named_leaves
 from diffusion_t5x.training.lora import Lora, LoraDefinition
+from diffusion_t5x.training.record import Record
 from diffusion_t5x.training.start import check_start
 from diffusion_t5x.training.state import TrainState, abstract_state, fresh_state, join, split
 from diffusion_t5x.training.step import loss_and_gradients, make_train_step
@@ -236,12 +239,13 @@ def test_a_restored_run_goes_on_bit_for_bit(run, tmp_path):
     with jax.set_mesh(run["mesh"]):
         state, _ = run["step"](state, partitioning.put_batch(run["mesh"], BATCH))
     assert_same(state, run["states"][3])
-    lora.check_resumed(path, metadata["lora"], SETTINGS)
+    trained = Agreement(path, Record.read(metadata, path), "")
+    trained.check_resumed(tiny.RELATIVE, Masked(), SETTINGS)
     for other in (None, Lora(rank=3, alpha=5.0, whole=["embedding"])):
         with pytest.raises(
             UserError, match=r"was trained with train\.lora = .*go on with the same one, or start another"
         ):
-            lora.check_resumed(path, metadata["lora"], other)
+            trained.check_resumed(tiny.RELATIVE, Masked(), other)
 
 
 def test_every_other_reader_gets_the_merged_model(run, tmp_path):

@@ -1,6 +1,7 @@
 """Told to stop, by real signals: the step is finished and saved, and the run goes on from there as if undisturbed."""
 
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -92,7 +93,15 @@ class Run:
             store.close()
 
 
-@pytest.mark.parametrize("number,code", [(signal.SIGTERM, RUN_AGAIN), (signal.SIGINT, STOPPED)])
+@pytest.mark.parametrize(
+    "number,code",
+    [
+        (signal.SIGTERM, RUN_AGAIN),
+        (signal.SIGINT, STOPPED),
+        (signal.SIGHUP, RUN_AGAIN),
+        (signal.SIGUSR1, RUN_AGAIN),
+    ],
+)
 def test_a_signal_finishes_the_step_and_saves(tmp_path, number, code):
     before = signal.getsignal(number)
     run = Run(tmp_path, in_batch={3: number, 7: number})
@@ -175,7 +184,8 @@ jax.distributed.shutdown()
 
 
 @pytest.mark.slow
-def test_joined_processes_stop_at_the_same_step_whichever_is_told():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_joined_processes_stop_at_the_same_step_whichever_is_told(number):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -183,7 +193,7 @@ def test_joined_processes_stop_at_the_same_step_whichever_is_told():
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
     try:
         assert [process.stdout.readline() for process in processes] == ["ready\n"] * 2
-        processes[1].send_signal(signal.SIGTERM)
+        processes[1].send_signal(number)
         told = [process.communicate(timeout=120)[0] for process in processes]
         assert told[0] == told[1] and told[0].split()[1] == str(RUN_AGAIN)
     finally:
@@ -197,3 +207,83 @@ def test_outside_of_training_signals_are_as_they_were():
     with StopSignals():
         assert handlers != [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+
+_TOLD = """
+import sys, time
+from diffusion_t5x.training.preemption import StopSignals
+from diffusion_t5x.training.progress import Progress
+with StopSignals() as stop, Progress(10**6) as progress:
+    open(sys.argv[1], "w").write("running")
+    for step in range(1, 10**6):
+        progress.update(step, 1.0)
+        time.sleep(0.01)
+        if stop.reached(step):
+            time.sleep(0.5)  # of a checkpoint
+            open(sys.argv[1], "w").write("saved")
+            sys.exit(stop.exit_code)
+"""
+
+
+def wait_until(path, text):
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.read_text() == text):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_terminal_that_closes_stops_a_run_with_a_checkpoint(tmp_path):
+    """Then nothing can be printed any more."""
+    said = tmp_path / "said"
+    terminal, end = pty.openpty()
+    program = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)" + _TOLD
+    command = [sys.executable, "-c", program, str(said)]
+    process = subprocess.Popen(command, stdin=end, stdout=end, stderr=end, start_new_session=True)
+    try:
+        os.close(end)
+        wait_until(said, "running")
+        os.read(terminal, 1 << 16)
+        os.close(terminal)
+        assert process.wait(timeout=60) == RUN_AGAIN and said.read_text() == "saved"
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    "numbers,code",
+    [
+        ([signal.SIGHUP, signal.SIGHUP], RUN_AGAIN),  # from the shell and from the kernel
+        ([signal.SIGTERM, signal.SIGHUP], RUN_AGAIN),  # from systemd
+        ([signal.SIGUSR1, signal.SIGTERM], RUN_AGAIN),  # from Slurm, early and late
+        ([signal.SIGTERM, signal.SIGTERM], -signal.SIGTERM),
+    ],
+)
+def test_signals_that_come_along_with_others_are_no_second_ones(tmp_path, numbers, code):
+    said = tmp_path / "said"
+    process = subprocess.Popen([sys.executable, "-c", _TOLD, str(said)], stderr=subprocess.DEVNULL)
+    try:
+        wait_until(said, "running")
+        for number in numbers:
+            process.send_signal(number)
+            time.sleep(0.1)
+        ended = process.wait(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert ended == (128 - code if code < 0 else code)
+    assert said.read_text() == ("running" if code < 0 else "saved")
+
+
+def test_a_hangup_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as by nohup
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.05)
+            assert not stop.reached(1)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.05)
+            assert stop.reached(1)
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -19,24 +19,25 @@ from diffusion_t5x.training.step import make_train_step, step_key
 
 BATCH = tiny.pack([tiny.random_examples(0, [(2, 7), (0, 4)]), tiny.random_examples(1, [(3, 9)])], 14)
 STAGES = ((0, 1), (2, 4))
-BLOCK = Block(4, stages=STAGES, shifted=True)
+BLOCK = Block(4, stages=STAGES)
+SHIFTED = dataclasses.replace(tiny.RELATIVE, shifted=True)
 
 
 @functools.cache
-def _loss(objective):
-    definition, _ = tiny.make_model()
+def _loss(objective, config=tiny.RELATIVE):
+    definition, _ = tiny.make_model(config)
     return jax.jit(lambda p, step: objective.loss(definition.bind(p), BATCH, step_key(0, step), step=step))
 
 
-def loss_at(objective, step):
-    return _loss(objective)(tiny.make_model()[1], step)
+def loss_at(objective, step, config=tiny.RELATIVE):
+    return _loss(objective, config)(tiny.make_model()[1], step)
 
 
 def test_the_loss_of_a_stage_is_that_of_its_block_size():
     for step, size in ((0, 1), (1, 1), (2, 4), (9, 4)):
-        found, expected = loss_at(BLOCK, step), loss_at(Block(size, shifted=True), step)
+        found, expected = loss_at(BLOCK, step, SHIFTED), loss_at(Block(size), step, SHIFTED)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), found, expected)
-    assert _loss(BLOCK)._cache_size() == 1
+    assert _loss(BLOCK, SHIFTED)._cache_size() == 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.sundae import Sundae
 from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.training.step import loss_and_gradients, make_loss_step, make_train_step
+from diffusion_t5x.training.step import loss_and_gradients, make_loss_step, make_train_step, step_key
 
 # Very uneven rows: 1 to 11 targets, two packed rows, an empty one.
 ROWS = [
@@ -85,7 +85,7 @@ def run():
 
 
 def test_a_step_is_an_optimizer_step_on_the_loss(run):
-    sums, grads = gradients(SUNDAE, BATCH, jax.random.fold_in(jax.random.key(3), 0))
+    sums, grads = gradients(SUNDAE, BATCH, step_key(3, 0))
     start, first = run["states"][:2]
     assert first.step == 1
     assert_close(first.params, jax.tree.map(lambda p, g: p - 0.1 * g, start.params, grads))
@@ -98,7 +98,12 @@ def test_a_step_is_an_optimizer_step_on_the_loss(run):
 
 
 def test_noise_is_another_at_each_step_and_the_same_when_a_step_is_repeated(run):
-    assert len({float(metrics["noise_fraction"]) for metrics in run["metrics"]}) == 3
+    definition = ModelDefinition(DROPOUT, tiny.VOCABULARY)
+    reads = [np.asarray(SUNDAE.model_inputs(definition, BATCH, step_key(3, step))) for step in range(3)]
+    changed = [(noisy != BATCH.tokens)[BATCH.target_mask] for noisy in reads]
+    assert len({noise.tobytes() for noise in changed}) == 3
+    for noise, metrics in zip(changed, run["metrics"], strict=True):
+        assert metrics["noise_fraction"] == pytest.approx(noise.mean(), rel=1e-6)
     state, metrics = run["second again"]
     assert metrics == run["metrics"][1]
     jax.tree.map(np.testing.assert_array_equal, state, run["states"][2])

@@ -1,12 +1,15 @@
 """What the Linux kernel offers to shut a process in, by ctypes: namespaces, a root of its own, limits, no privileges.
 
 Three steps, each one narrower than the one before:
-`enter_namespaces` once for a worker, `enter_job` for each program, `confine` in the program's own process.
+`enter_namespaces` once for a worker, `enter_job` for each program, `confine` in the program's own process. The system
+calls that it may make are another (`system_calls`).
 """
 
 import ctypes
+import glob
 import os
 import pathlib
+import re
 import resource
 import struct
 import sys
@@ -24,19 +27,20 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 36, 38
 # Numbers that all architectures share; glibc got names for them late or never.
 _SYS_OPEN_TREE, _SYS_MOVE_MOUNT, _SYS_MOUNT_SETATTR = 428, 429, 442
 _CAPABILITY_VERSION_3 = 0x20080522
-_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
+_LINKS = ("/lib", "/lib64")  # to folders of the same name in /usr, on most systems
 
 
 def enter_namespaces(wait_for_id_maps: Callable[[], None]) -> None:
     """Leaves the machine's users, network, host name and files behind; the process stays able to set up its children.
 
-    What remains of the files: Python's standard library and the system's shared libraries, read-only.
+      What remains of the files, read-only: Python's standard library, the shared libraries beside those that Python has
+    loaded, and time zones.
 
-    Args:
-      wait_for_id_maps: returns when the parent has called `write_id_maps` for this process.
+      Args:
+        wait_for_id_maps: returns when the parent has called `write_id_maps` for this process.
 
-    Raises:
-      OSError: the kernel does not allow it.
+      Raises:
+        OSError: the kernel does not allow it.
     """
     if os.geteuid() == 0:
         os.setgroups([])
@@ -62,8 +66,8 @@ def enter_namespaces(wait_for_id_maps: Callable[[], None]) -> None:
             os.makedirs(target)
         _syscall(_SYS_MOVE_MOUNT, tree, b"", _AT_FDCWD, target.encode(), _MOVE_MOUNT_F_EMPTY_PATH)
         os.close(tree)
-        if os.path.isdir(f"{target}/site-packages"):
-            _mount_tmpfs(f"{target}/site-packages", "size=0,mode=755")
+        for packages in _package_folders(target):
+            _mount_tmpfs(packages, "size=0,mode=755")
     for path, target in links.items():
         os.symlink(target, path.lstrip("/"))
     os.makedirs(SCRATCH.lstrip("/"))
@@ -133,18 +137,26 @@ def adopt_orphans() -> None:
 
 
 def _readable_folders() -> list[str]:
-    """Of the standard library and the shared libraries; none within another, no links at the top."""
-    wanted = {*_LIBRARIES, "/usr/share/zoneinfo", f"{sys.base_prefix}/lib", *sys.path}
-    folders: list[str] = []
-    for path in sorted(path for path in wanted if os.path.isdir(path) and path not in _links()):
-        if not any(path.startswith(f"{other}/") for other in folders):
-            folders.append(path)
-    return folders
+    """Of the standard library (`sys.path` has no more, see `_START`) and of shared libraries; none within another."""
+    maps = pathlib.Path("/proc/self/maps").read_text(encoding="utf-8")
+    loaded = re.findall(r" (/.*)/[^/]+\.so[.\d]*$", maps, re.MULTILINE)
+    links = tuple(f"{path}/" for path in _links())
+    wanted = {
+        os.path.realpath(path) if path.startswith(links) else path
+        for path in ["/usr/share/zoneinfo", *sys.path, *loaded]
+        if os.path.isdir(path)
+    }
+    return [path for path in sorted(wanted) if not any(path.startswith(f"{other}/") for other in wanted)]
+
+
+def _package_folders(path: str) -> list[str]:
+    """Of installed packages, in a folder of libraries."""
+    return [name for depth in ("", "python3*/") for name in glob.glob(f"{glob.escape(path)}/{depth}*-packages")]
 
 
 def _links() -> dict[str, str]:
     """`/lib` and the like where they are links, and what to."""
-    return {path: os.readlink(path) for path in _LIBRARIES if os.path.islink(path)}
+    return {path: os.readlink(path) for path in _LINKS if os.path.islink(path)}
 
 
 def _clone_tree(path: str) -> int:
@@ -155,7 +167,7 @@ def _mount_tmpfs(target: str, options: str) -> None:
     _call("mount", b"tmpfs", target.encode(), b"tmpfs", _MS_NOSUID | _MS_NODEV, options.encode())
 
 
-def _call(name: str, *arguments: int | bytes | None) -> int:
+def _call(name: str, *arguments: int | bytes | ctypes.c_long | None) -> int:
     """A function of the C library that answers -1 and sets errno where it fails."""
     result = getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments)
     if result == -1:

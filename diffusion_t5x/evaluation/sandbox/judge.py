@@ -101,7 +101,8 @@ class Program:
         parts = []
         while size:
             left = self._deadline - time.monotonic()
-            ready = select.select([self._channel, self._output], [], [], max(left, 0))[0] if left > 0 else []
+            ends: list[Any] = [self._channel, self._output]
+            ready = select.select(ends, [], [], left)[0] if left > 0 else []
             if not ready:
                 raise TimeoutError
             if self._output in ready:
@@ -200,7 +201,7 @@ def _number(value: Any) -> int:
 
 
 def _exception(name: str, message: str) -> Exception:
-    kind = getattr(builtins, str(name), None)
+    kind: Any = getattr(builtins, str(name), None)
     try:
         if issubclass(kind, Exception) and kind is not EOFError and kind is not TimeoutError:
             return kind(str(message))

@@ -10,7 +10,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from diffusion_t5x.evaluation.sandbox import isolation, wire
+from diffusion_t5x.evaluation.sandbox import isolation, system_calls, wire
 
 _MAX_MESSAGE = 300  # characters of an exception's message
 
@@ -33,8 +33,9 @@ def run(channel: int, output: int, folder: str, limits: Mapping[str, int]) -> No
     os.closerange(4, os.sysconf("SC_OPEN_MAX"))
     os.chdir(folder)
     isolation.confine(limits)
+    system_calls.refuse()
 
-    sys.argv = [""]
+    sys.argv, sys.orig_argv = [""], [""]
     program = types.ModuleType("program")
     sys.modules["program"] = program  # where dataclasses and pickle look for it
     objects: list[Any] = []

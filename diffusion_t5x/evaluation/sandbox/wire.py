@@ -89,7 +89,7 @@ def encode(value: Any, refer: Callable[[Any], int]) -> Any:
             return [kind, [encode(item, refer) for item in value]]
     if isinstance(value, types.ModuleType):
         return ["module", value.__name__]
-    if isinstance(value, type) and vars(builtins).get(value.__name__) is value:
+    if isinstance(value, type) and value.__name__ in vars(builtins) and vars(builtins)[value.__name__] is value:
         return ["type", value.__name__]
     return ["object", refer(value)]
 

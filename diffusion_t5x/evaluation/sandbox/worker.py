@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from diffusion_t5x.evaluation.sandbox import isolation, judge, runner, wire
+from diffusion_t5x.evaluation.sandbox import isolation, judge, runner, system_calls, wire
 
 UNSHARED = "unshared"  # the first line of an isolated worker: its id maps are to be written now
 _OUT_OF_JOBS, _BROKEN = 10, 11  # exit statuses of a judge
@@ -38,12 +38,13 @@ def main(isolated: bool, limits: Mapping[str, Any]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     isolation.adopt_orphans()
     children = os.open(f"/proc/{os.getpid()}/task/{os.getpid()}/children", os.O_RDONLY)
-    if isolated:
-        try:
+    try:
+        system_calls.check()
+        if isolated:
             isolation.enter_namespaces(_wait_for_id_maps)
-        except OSError as error:
-            _say({"failed": str(error)})
-            return
+    except OSError as error:
+        _say({"failed": str(error)})
+        return
     _say({"failed": None})
     exit_status = 0
     while exit_status not in (_OUT_OF_JOBS, _BROKEN):

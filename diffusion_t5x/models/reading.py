@@ -1,8 +1,8 @@
 """How a diffusion model reads noisy tokens, and which hidden state predicts which token.
 
 A model that was pretrained autoregressively predicts a token where it reads the one before it. Diffusion either learns
-that anew ("same-position": a token is predicted where it stands itself) or keeps it ("shifted": Dream, arXiv
-2508.15487; DiffuLLaMA, arXiv 2410.17891), and its attention may open all at once or little by little.
+that anew ("same-position": a token is predicted where it stands itself) or keeps it ("shifted", see
+`ModelConfig.shifted`), and its attention may open all at once or little by little.
 """
 
 from typing import Self
@@ -13,16 +13,12 @@ import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import Annealed, AttentionKind, Slots
 from diffusion_t5x.models.stack import Encoded
-from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.objectives.autoregressive import shift_right
+from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 
 # A packed row has room for one segment more for so many tokens of its length.
 TOKENS_PER_SEGMENT = 16
-# Folded into a step's key: no other use of it has a number as high.
-_ANNEALING = 2**32 - 2
 
 
 def start_first(tokens: jax.Array, positions: jax.Array, vocabulary: TokenIds) -> jax.Array:
@@ -33,6 +29,20 @@ def start_first(tokens: jax.Array, positions: jax.Array, vocabulary: TokenIds) -
     start token says where the row begins, and an autoregressive model's first slot reads it too.
     """
     return jnp.where((tokens == vocabulary.mask_id) & (positions == 0), vocabulary.start_id, tokens)
+
+
+def shift_right(tokens: jax.Array, positions: jax.Array, start_id: int) -> jax.Array:
+    """What an autoregressive model reads, `[B, L]`: the token before, and the start token first in each segment."""
+    before = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)))
+    return jnp.where(positions == 0, start_id, before)
+
+
+def shifted_slots(batch: Batch) -> Slots:
+    """The slots of shifted tokens: a slot is an input where the token it *holds* is one (the start token is)."""
+    holds_input = jnp.pad(batch.input_mask[:, :-1], ((0, 0), (1, 0))) | (batch.positions == 0)
+    return Slots(
+        segment_ids=batch.segment_ids, positions=batch.positions, is_input=holds_input & (batch.segment_ids > 0)
+    )
 
 
 @flax.struct.dataclass
@@ -58,7 +68,7 @@ class Reading:
         Args:
           batch: clean tokens.
           vocabulary: says what the start token is.
-          shifted: see above.
+          shifted: see `ModelConfig`.
           packed: rows may hold more than one segment. Shifted, there is room for `1 + L / 16`, and for as many more as
             there is padding; the last tokens of a row with more than that are cut off, see `fits`.
         """
@@ -126,33 +136,8 @@ def _put(rows: jax.Array, slot: jax.Array, values: jax.Array) -> jax.Array:
     return rows.at[jnp.arange(len(rows))[:, None], slot].set(values, mode="drop")
 
 
-def model_reads(noisy: jax.Array, batch: Batch, vocabulary: TokenIds, shifted: bool) -> jax.Array:
+def model_reads(noisy: jax.Array, batch: Batch, model: ModelDefinition) -> jax.Array:
     """What stands in the slots that predict the tokens, int32 `[B, L]`: itself noisy, or shifted, what is before it."""
-    if shifted:
-        return shift_right(noisy, batch.positions, vocabulary.start_id)
-    return start_first(noisy, batch.positions, vocabulary)
-
-
-def check_anneal_steps(anneal_steps: int | None) -> None:
-    if anneal_steps is not None and anneal_steps < 1:
-        raise UserError(f"anneal_steps must be at least 1, or None for no annealing; got {anneal_steps}.")
-
-
-def annealed(
-    kind: AttentionKind, anneal_steps: int | None, step: jax.Array | None, key: jax.Array
-) -> AttentionKind | Annealed:
-    """The attention of a training step on the way from causal attention to `kind` (DiffuLLaMA).
-
-    An edge of `kind` to what is behind is open with probability `min(1, (step + 1) / anneal_steps)`; those to what is
-    before always are.
-
-    Args:
-      kind: at the end.
-      anneal_steps: how long it takes; None has it open from the first step on.
-      step: int32 scalar, steps taken before; None is after the end.
-      key: of the step: all rows, layers and heads have the same edges.
-    """
-    if anneal_steps is None or step is None:
-        return kind
-    share = jnp.minimum(1.0, (step + 1) / anneal_steps)
-    return Annealed(kind, share, jax.random.fold_in(key, _ANNEALING))
+    if model.config.shifted:
+        return shift_right(noisy, batch.positions, model.vocabulary.start_id)
+    return start_first(noisy, batch.positions, model.vocabulary)

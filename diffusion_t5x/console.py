@@ -1,0 +1,15 @@
+"""rich's console, for tables and styled text that hold what others wrote."""
+
+from typing import Any
+
+import rich.console
+import rich.text
+
+from diffusion_t5x import terminal
+
+
+class Console(rich.console.Console):
+    """Prints strings, also those in the cells of tables, as `terminal.safe` text. A `Text` is printed as it is."""
+
+    def render_str(self, text: str, **options: Any) -> rich.text.Text:
+        return super().render_str(terminal.safe(text), **options)

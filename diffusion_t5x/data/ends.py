@@ -1,0 +1,28 @@
+"""Where a text ends among its targets."""
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.vocabularies import TokenIds
+
+
+def after_end(tokens: jax.Array, batch: Batch, vocabulary: TokenIds) -> jax.Array:
+    """bool `[B, L]`: behind the first EOS or pad among the targets of its segment.
+
+    The one place where the length of an output is decided: decoders drop what stands there.
+
+    Args:
+      tokens: int32 `[B, L]`, in place of the batch's own.
+      batch: says what the slots are.
+      vocabulary: says what EOS and pad are.
+    """
+    ends = batch.target_mask & vocabulary.is_end(tokens)
+    ends_before = jnp.cumsum(ends, axis=-1) - ends
+    segment_start = jnp.maximum(jnp.arange(tokens.shape[1]) - batch.positions, 0)
+    return ends_before > jnp.take_along_axis(ends_before, segment_start, axis=-1)
+
+
+def text_of(batch: Batch, vocabulary: TokenIds) -> jax.Array:
+    """bool `[B, L]`: the targets of the text, the one that ends it too."""
+    return batch.target_mask & ~after_end(batch.tokens, batch, vocabulary)

@@ -1,0 +1,102 @@
+"""SentencePiece models with tokens that were added behind their pieces. Imports SeqIO: import it inside functions."""
+
+import functools
+import pathlib
+
+import seqio
+
+from diffusion_t5x.data import tokenizer_files
+from diffusion_t5x.data.tokenizer_files import AddedToken
+from diffusion_t5x.errors import UserError
+
+
+class AddedTokensVocabulary(seqio.SentencePieceVocabulary):
+    """A SentencePiece model, SeqIO's sentinels behind it, and behind these the tokens that files beside it add.
+
+    Args:
+      path: the model.
+      extra_ids: how many sentinels.
+      added: contents of the tokens, and whether each is special, by id. Ids between them stand for nothing.
+    """
+
+    def __init__(self, path: str, extra_ids: int, added: tuple[tuple[int, AddedToken], ...]):
+        super().__init__(path, extra_ids=extra_ids)
+        self._added = added
+
+    @property
+    def added(self) -> tuple[tuple[int, AddedToken], ...]:
+        return self._added
+
+    @property
+    def num_before(self) -> int:
+        """How many ids stand before the added tokens: the model's own and the sentinels."""
+        return super().tokenizer.GetPieceSize()
+
+    @property
+    def sp_model(self) -> bytes:
+        return self._with_added[0]
+
+    @property
+    def tokenizer(self):
+        return self._with_added[1]
+
+    @property
+    def _with_added(self):
+        return _with_added(super().sp_model, self._added)
+
+
+@functools.lru_cache(maxsize=4)
+def _with_added(contents: bytes, added: tuple[tuple[int, AddedToken], ...]):
+    """The model's contents with the added tokens as pieces, and its processor."""
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(contents)
+    kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
+    own = {piece.piece: number for number, piece in enumerate(model.pieces)}
+    for number, token in added:
+        if token.content in own:  # an added token comes before a piece of that text
+            model.pieces[own[token.content]].MergeFrom(kinds(piece=f"<unused_{own[token.content]}>", type=kinds.UNUSED))
+        while len(model.pieces) < number:
+            model.pieces.add(piece=f"<unused_{len(model.pieces)}>", score=0.0, type=kinds.UNUSED)
+        # Matched in a text as it stands, as SeqIO's sentinels are.
+        model.pieces.add(piece=token.content, score=0.0, type=kinds.USER_DEFINED)
+    contents = model.SerializeToString()
+    return contents, sentencepiece.SentencePieceProcessor(model_proto=contents)
+
+
+def with_added_tokens(own: seqio.SentencePieceVocabulary, extra_ids: int) -> seqio.SentencePieceVocabulary:
+    """A SentencePiece model's vocabulary with sentinels and the tokens that files beside it add.
+
+    Without such tokens it is SeqIO's own. An added token where a sentinel would be says that there are none.
+
+    Args:
+      own: the model alone.
+      extra_ids: how many sentinels would stand behind its pieces.
+
+    Raises:
+      UserError: an added token has an id of another piece, or one beyond what the files can hold.
+    """
+    path = pathlib.Path(own.sentencepiece_model_file)
+    size, model = own.vocab_size, own.tokenizer
+    tokens = tokenizer_files.in_tokenizer(path.parent / tokenizer_files.TOKENIZER)
+    tokens |= tokenizer_files.added_tokens(path.parent)
+    tokenizer_files.check_room(tokens, [path, *{token.file for token in tokens.values()}], path.parent)
+    for number, token in tokens.items():
+        if number < size and (piece := model.IdToPiece(number)).removeprefix("▁") != token.content:
+            raise UserError(
+                f"{token.file}: {token.content!r} has the id {number}, which is {piece!r} in {path}: take out the file "
+                "that is wrong."
+            )
+    behind = {number: token for number, token in sorted(tokens.items()) if number >= size}
+    for token in behind.values():
+        there = model.PieceToId(token.content)
+        if model.IdToPiece(there) == token.content and (model.IsControl(there) or model.IsUnknown(there)):
+            raise UserError(f"{token.file}: {token.content!r} is a special piece of {path} already: take it out.")
+    sentinels = {size + extra_ids - 1 - number: f"<extra_id_{number}>" for number in range(extra_ids)}
+    if any(number in sentinels and sentinels[number] != token.content for number, token in behind.items()):
+        sentinels = {}
+    added = tuple((number, token) for number, token in behind.items() if number not in sentinels)
+    if not added:
+        return seqio.SentencePieceVocabulary(str(path), extra_ids=extra_ids) if extra_ids else own
+    return AddedTokensVocabulary(str(path), len(sentinels), added)

@@ -1,0 +1,220 @@
+"""The loop of all decoders that denoise.
+
+A `StepRule` says what one step may write, and writes it. `decode_canvas` runs a rule over whole rows; `BlockDecoder`
+and `SelfSpeculationDecoder` run it over blocks, which they read in another way.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, Self
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace
+from diffusion_t5x.models.layers import fold_in
+from diffusion_t5x.models.masks import BIDIRECTIONAL
+from diffusion_t5x.models.reading import Reading
+from diffusion_t5x.models.streams import row_keys, stream
+from diffusion_t5x.models.transformer import Transformer
+
+
+@flax.struct.dataclass
+class Written:
+    """What one step wrote.
+
+    Attributes:
+      tokens: int32 `[B, L]`, the rows after it.
+      mask: bool `[B, L]`, where it wrote, the same token anew or another.
+      log_probability: float32 `[B, L]`, of what it wrote there, at temperature 1 over what may be written.
+      score: float32 `[B]`, what it adds to the row's score, a sum over targets: higher is better.
+      finished: bool `[B]`, rows that need no more steps, whatever is eligible; None: no row.
+    """
+
+    tokens: jax.Array
+    mask: jax.Array
+    log_probability: jax.Array
+    score: jax.Array
+    finished: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class Canvas:
+    """Rows, or a block of each, between two steps.
+
+    Attributes:
+      step: int32 scalar, steps taken.
+      tokens: int32 `[B, L]`.
+      log_probability: float32 `[B, L]`, of each token in the step that wrote it; 0 where none has.
+      written_at: int32 `[B, L]`, that step, counted from 0; -1 where none has.
+      score: float32 `[B]`, of the row so far.
+      row_steps: int32 `[B]`, steps that a row took part in.
+      finished: bool `[B]`, rows that take no more steps.
+    """
+
+    step: jax.Array
+    tokens: jax.Array
+    log_probability: jax.Array
+    written_at: jax.Array
+    score: jax.Array
+    row_steps: jax.Array
+    finished: jax.Array
+
+    @classmethod
+    def start(cls, tokens: jax.Array, score: jax.Array | None = None) -> Self:
+        """Before the first step, with a score that steps add to; None is 0."""
+        rows = len(tokens)
+        return cls(
+            step=jnp.int32(0),
+            tokens=tokens,
+            log_probability=jnp.zeros(tokens.shape, jnp.float32),
+            written_at=jnp.full(tokens.shape, -1, jnp.int32),
+            score=jnp.zeros(rows, jnp.float32) if score is None else score,
+            row_steps=jnp.zeros(rows, jnp.int32),
+            finished=jnp.zeros(rows, bool),
+        )
+
+    def after(self, written: Written, takes_part: jax.Array) -> Self:
+        """After one more step, in which these rows, bool `[B]`, took part."""
+        return Canvas(
+            step=self.step + 1,
+            tokens=written.tokens,
+            log_probability=jnp.where(written.mask, written.log_probability, self.log_probability),
+            written_at=jnp.where(written.mask, self.step, self.written_at),
+            score=self.score + written.score,
+            row_steps=self.row_steps + takes_part,
+            finished=self.finished if written.finished is None else self.finished | (written.finished & takes_part),
+        )
+
+
+class StepRule(Decoder, Protocol):
+    """A frozen dataclass that says what one denoising step may write, and writes it.
+
+    By itself it is a decoder of whole canvases, see `decode_canvas`; `BlockDecoder` writes blocks by it. What it draws
+    at a position depends on the row's key, the step and the position's number alone.
+
+    Attributes:
+      keeps_written: a target is MASK until a step writes it, and keeps what that step wrote.
+      num_samples: canvases for each example, of which the one of best score is kept.
+    """
+
+    fills_holes: ClassVar[bool] = True
+    keeps_written: ClassVar[bool] = False
+    num_samples: int = 1
+
+    def blank(self, batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
+        """The rows int32 `[B, L]` with what stands at the targets before the first step; keys `[B]`."""
+
+    def eligible(self, tokens: jax.Array, target_mask: jax.Array, vocabulary: TokenIds, step: jax.Array) -> jax.Array:
+        """bool `[B, L]`: targets that a step may write. A row with none is done."""
+
+    def most_steps(self, num_targets: int) -> int:
+        """The most steps that so many targets can take."""
+
+    def write(
+        self,
+        model: Transformer,
+        hidden: jax.Array,
+        canvas: Canvas,
+        eligible: jax.Array,
+        positions: jax.Array,
+        keys: jax.Array,
+    ) -> Written:
+        """One step.
+
+        Args:
+          model: reads the logits out.
+          hidden: `[B, L, D]`, of the canvas.
+          canvas: before this step.
+          eligible: bool `[B, L]`, where it may write.
+          positions: int32 `[B, L]`.
+          keys: `[B]`, a key for each row and step, a source of named streams (see `models.streams`).
+        """
+
+    def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
+        return decode_canvas(self, model, batch, key, trace)
+
+
+def denoise(
+    rule: StepRule,
+    model: Transformer,
+    canvas: Canvas,
+    target_mask: jax.Array,
+    positions: jax.Array,
+    keys: jax.Array,
+    read: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
+    show: Callable[[Any, Written], Any],
+    carry: Any,
+) -> tuple[Canvas, Any]:
+    """Takes steps until no row has a target that may be written.
+
+    Args:
+      rule: what a step does.
+      model: for the rule.
+      canvas: before the first step.
+      target_mask, positions: `[B, L]`.
+      keys: `[B]`, a key for each row.
+      read: the hidden states `[B, L, D]` that predict tokens `[B, L]`; takes the carry (a cache, say), and returns it.
+      show: returns the carry after a step that wrote this.
+      carry: any tree of arrays, the caller's own.
+    """
+
+    def eligible(canvas):
+        may_write = rule.eligible(canvas.tokens, target_mask, model.vocabulary, canvas.step)
+        return may_write & ~canvas.finished[:, None]
+
+    def take_step(state):
+        canvas, carry = state
+        may_write = eligible(canvas)
+        hidden, carry = read(canvas.tokens, carry)
+        step_keys = fold_in(stream(keys, "steps"), canvas.step)
+        written = rule.write(model, hidden, canvas, may_write, positions, step_keys)
+        return canvas.after(written, jnp.any(may_write, axis=-1)), show(carry, written)
+
+    return jax.lax.while_loop(lambda state: jnp.any(eligible(state[0])), take_step, (canvas, carry))
+
+
+def decode_canvas(rule: StepRule, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch) -> Decoded:
+    """Writes all targets at once, each seeing all others. The score is the mean of the rule's over the targets."""
+    samples, keys = rule.num_samples, row_keys(key, batch.example_ids)
+    rows = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), batch)  # each example's samples together
+    encoded = model.encode(batch)
+    encoded = encoded and encoded.repeat(samples)
+    if samples > 1:
+        numbers = jnp.tile(jnp.arange(samples), len(batch.tokens))
+        keys = jax.vmap(jax.random.fold_in)(jnp.repeat(stream(keys, "samples"), samples), numbers)
+    reading = Reading.of(rows, model.vocabulary, model.config.shifted)
+
+    def read(tokens, carry):
+        return reading.hidden(model, tokens, BIDIRECTIONAL, encoded), carry
+
+    def show(carry, written):
+        step, history = carry
+        history = history and history.record(step, written.tokens, written.mask, written.log_probability)
+        return step + 1, history
+
+    blank = rule.blank(rows, model.vocabulary, keys)
+    carry = jnp.int32(0), start_trace(trace, blank, rule.most_steps(blank.shape[1]))
+    canvas, (steps, history) = denoise(
+        rule, model, Canvas.start(blank), rows.target_mask, rows.positions, keys, read, show, carry
+    )
+    num_targets = jnp.sum(rows.target_mask, axis=-1)
+    scores = (canvas.score / jnp.maximum(num_targets, 1)).reshape(-1, samples)
+    best = jnp.argmax(scores, axis=-1)
+
+    def keep(x):  # [..., B * samples, L] -> [..., B, L]
+        x = x.reshape(*x.shape[:-2], -1, samples, x.shape[-1])
+        return x[..., jnp.arange(len(best)), best, :]
+
+    return Decoded.of(
+        keep(canvas.tokens),
+        batch,
+        model.vocabulary,
+        scores=jnp.max(scores, axis=-1),
+        steps=steps,
+        row_steps=jnp.max(canvas.row_steps.reshape(-1, samples), axis=-1),
+        written_at=keep(canvas.written_at),
+        trace=jax.tree.map(keep, history and history.end(steps)),
+    )

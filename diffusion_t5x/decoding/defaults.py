@@ -1,0 +1,25 @@
+"""The decoder that suits a mode, with the settings of the shipped gin files."""
+
+from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
+from diffusion_t5x.decoding.block import BlockDecoder
+from diffusion_t5x.decoding.decoder import Decoder
+from diffusion_t5x.decoding.masked import MaskedDecoder
+from diffusion_t5x.decoding.sundae import SundaeDecoder
+from diffusion_t5x.models.modes import Mode
+
+
+def default_decoder(mode: Mode) -> Decoder | None:
+    """The decoder for a model of this mode; None for a mode that no shipped decoder has."""
+    candidates = [
+        AutoregressiveDecoder(),
+        AutoregressiveDecoder(prefix=True),
+        MaskedDecoder(),
+        SundaeDecoder(),
+    ]
+    if mode.block_size is not None:
+        inner = (
+            MaskedDecoder(num_steps=4),
+            SundaeDecoder(num_steps=4, num_samples=1, temperature=0.2),
+        )
+        candidates += [BlockDecoder(mode.block_size, decoder) for decoder in inner]
+    return next((decoder for decoder in candidates if decoder.modes == (mode,)), None)

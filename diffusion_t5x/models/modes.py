@@ -1,0 +1,33 @@
+"""How a model can be used: the modes that an objective teaches and a decoder needs."""
+
+import dataclasses
+from typing import Literal, Self
+
+from diffusion_t5x.models.masks import AttentionKind
+
+Noise = Literal["mask", "uniform"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """One way in which a model predicts tokens.
+
+    Attributes:
+      attention: name of an `AttentionKind`.
+      block_size: tokens per block, where attention has blocks.
+      noise: what stands where a token is not written yet; None for left to right, where nothing does.
+    """
+
+    attention: str
+    block_size: int | None = None
+    noise: Noise | None = None
+
+    @classmethod
+    def of(cls, kind: AttentionKind, noise: Noise | None = None) -> Self:
+        """The mode with this attention and noise."""
+        return cls(kind.name, kind.block_size, noise)
+
+    def __str__(self) -> str:
+        blocks = f" in blocks of {self.block_size}" if self.block_size else ""
+        tokens = {"mask": "masked tokens", "uniform": "random tokens", None: "left to right"}[self.noise]
+        return f"{tokens}{blocks}, {self.attention.replace('_', '-')} attention"

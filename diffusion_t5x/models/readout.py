@@ -1,0 +1,44 @@
+"""What logits say of given tokens."""
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_t5x.models.sampling import forbid
+from diffusion_t5x.models.transformer import Transformer
+
+
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy of labels `[...]` under float32 logits `[..., V]`, in nats.
+
+    Label smoothing gives `1 - label_smoothing` to the label and shares the rest among the other ids; the entropy of
+    that target is subtracted, so that 0 stays the least possible. `z_loss * log(Z)^2` draws the normaliser to 1
+    (both as in T5X).
+
+    Returns:
+      The loss with smoothing and z-loss, and the plain negative log-likelihood, both `[...]`.
+    """
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    nll = log_z - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    loss = nll
+    if label_smoothing:
+        others = logits.shape[-1] - 1
+        rest = label_smoothing / others
+        entropy = -((1 - label_smoothing) * jnp.log(1 - label_smoothing) + label_smoothing * jnp.log(rest))
+        nll_of_others = (others + 1) * log_z - logits.sum(axis=-1) - nll
+        loss = (1 - label_smoothing) * nll + rest * nll_of_others - entropy
+    if z_loss:
+        loss = loss + z_loss * jnp.square(log_z)
+    return loss, nll
+
+
+def score(model: Transformer, hidden: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of labels `[B, L]` given hidden `[B, L, D]`: the cross-entropy, MASK left out, and whether they are likeliest."""
+
+    def read_out(logits, labels):
+        logits = forbid(logits, model.vocabulary)
+        nll, _ = cross_entropy(logits, labels)
+        return nll, jnp.argmax(logits, axis=-1) == labels
+
+    return model.map_logits(read_out, hidden, labels)

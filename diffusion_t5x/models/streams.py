@@ -1,0 +1,22 @@
+"""Named random streams: what draws for different purposes from one key draws independent numbers."""
+
+import zlib
+
+import jax
+
+
+def stream(keys: jax.Array | None, name: str) -> jax.Array | None:
+    """The key, or a key for each row `[B]`, of one purpose; None stays None.
+
+    A key is either the source of named streams or is folded with numbers (steps, ids, positions), never both: so no
+    name has to keep clear of any number.
+    """
+    if keys is None:
+        return None
+    number = zlib.crc32(name.encode())
+    return jax.random.fold_in(keys, number) if keys.ndim == 0 else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+
+def row_keys(key: jax.Array, example_ids: jax.Array) -> jax.Array:
+    """A key `[B]` for each row, the same whichever batch, microbatch or device the row is in."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, example_ids)

@@ -1,0 +1,33 @@
+"""Attention that opens little by little, from causal to what an objective asks for (DiffuLLaMA, arXiv 2410.17891)."""
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.masks import Annealed, AttentionKind
+from diffusion_t5x.models.streams import stream
+
+
+def check_anneal_steps(anneal_steps: int | None) -> None:
+    if anneal_steps is not None and anneal_steps < 1:
+        raise UserError(f"anneal_steps must be at least 1, or None for no annealing; got {anneal_steps}.")
+
+
+def annealed(
+    kind: AttentionKind, anneal_steps: int | None, step: jax.Array | None, key: jax.Array
+) -> AttentionKind | Annealed:
+    """The attention of a training step on the way from causal attention to `kind` (DiffuLLaMA).
+
+    An edge of `kind` to what is behind is open with probability `min(1, (step + 1) / anneal_steps)`; those to what is
+    before always are.
+
+    Args:
+      kind: at the end.
+      anneal_steps: how long it takes; None has it open from the first step on.
+      step: int32 scalar, steps taken before; None is after the end.
+      key: of the step: all rows, layers and heads have the same edges.
+    """
+    if anneal_steps is None or step is None:
+        return kind
+    share = jnp.minimum(1.0, (step + 1) / anneal_steps)
+    return Annealed(kind, share, stream(key, "annealing"))

@@ -1,0 +1,201 @@
+"""Whether a model is used as it was trained: the one place where a checkpoint's record is compared with settings."""
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
+
+from diffusion_t5x.errors import OtherModel, UserError
+from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.objectives.objective import Objective
+from diffusion_t5x.training.checkpoints import OpenCheckpoint
+from diffusion_t5x.training.lora import Lora
+from diffusion_t5x.training.record import Record, class_name, describe, modes_of
+
+logger = logging.getLogger(__name__)
+
+# Fields of a ModelConfig that do not change what the model computes, or only how precisely. Arrays have the
+# vocabulary's size in their shapes. `shifted` matters to diffusion alone, see `Agreement`.
+_FREE = {"vocab_size", "dropout_rate", "dtype", "scan_unroll", "remat", "attention_backend", "max_length", "shifted"}
+_SIZES = {"embed_dim", "num_layers", "num_heads", "head_dim", "mlp_dim", "num_kv_heads"}
+_ROTARY = {"rotary_base", "rotary_factor", "rotary_stretched", "local_rotary_base"}
+_RELATIVE = {"relative_buckets", "relative_max_distance", "causal_buckets"}
+# The gin files of objectives/ and decoding/ by the attention and noise of a mode.
+_FILES = {
+    ("causal", None): "autoregressive",
+    ("prefix", None): "autoregressive",
+    ("bidirectional", "mask"): "masked",
+    ("bidirectional", "uniform"): "sundae",
+    ("block_causal", "mask"): "block",
+    ("block_causal", "uniform"): "block_uniform",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """Compares the record of a checkpoint with the settings of a run.
+
+    Attributes:
+      path: the checkpoint, for messages.
+      record: what it was trained as. What is not known is not compared.
+      setting: the gin setting that allows a mismatch, such as "infer.infer.allow_mismatch".
+      allowed: its value: mismatches are logged, and no error.
+    """
+
+    path: str
+    record: Record
+    setting: str
+    allowed: bool = False
+
+    @classmethod
+    def of(cls, checkpoint: OpenCheckpoint, setting: str, allowed: bool) -> Self:
+        """With a checkpoint."""
+        return cls(str(checkpoint), checkpoint.record, setting, allowed)
+
+    def check(self, model: ModelConfig, users: Iterable[object] = ()) -> None:
+        """Checks what reads a checkpoint.
+
+        Args:
+          model: how the model is built.
+          users: objectives and decoders that use it; None is skipped.
+
+        Raises:
+          UserError: another model, or one that was not trained for such a use.
+        """
+        self.check_model(model)
+        self._judge([fault for user in users if user is not None for fault in self._misuses(model, user)])
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Raises a UserError where the checkpoint's parameters would make another function than the trained one."""
+        if other := other_settings(self.record.model, model):
+            message = describe_other(other)
+            if not self.allowed:
+                hint = "" if _SIZES & other.keys() else f" {self._force()}"
+                raise OtherModel(f"{self.path}: {message} Set the same.{hint}", self.record.model)
+            logger.warning("%s: %s", self.path, message)
+
+    def check_resumed(self, model: ModelConfig, objective: Objective, lora: Lora | None) -> None:
+        """Checks a run that goes on from its own checkpoint.
+
+        Raises:
+          UserError: it would go on as another model, by another objective or with another LoRA.
+        """
+        self.check_model(model)
+        faults = []
+        trained, now = self.record.objective, describe(objective)
+        other_modes = self.record.modes and modes_of(objective) and modes_of(objective) != self.record.modes
+        if trained and (class_name(trained) != class_name(now) or other_modes):
+            faults.append(
+                f"{self.path} was trained by {class_name(trained)} ({_in_words(self.record.modes)}), but here "
+                f"train.objective is {class_name(now)} ({_in_words(modes_of(objective))}). Go on with the same one, or "
+                f"start another run from it: another MODEL_DIR and --gin.INITIAL_CHECKPOINT_PATH={self.path}."
+            )
+        else:
+            faults += self._shifts(model, objective)
+        self._judge(faults)
+        if (trained_by := self.record.lora) != (lora_now := lora and lora.describe()):
+            raise UserError(
+                f"{self.path} was trained with train.lora = {trained_by}, but here it is {lora_now}: go on with the "
+                "same one, or start another run from it, with another MODEL_DIR and it as INITIAL_CHECKPOINT_PATH."
+            )
+
+    def check_initial(self, model: ModelConfig, objective: Objective) -> None:
+        """Checks a run that starts from another run's checkpoint: an objective of its own may teach the model anew.
+
+        Raises:
+          UserError: another model, or a diffusion model that would be read in other slots than it was trained.
+        """
+        self.check_model(model)
+        self._judge(list(self._shifts(model, objective)))
+
+    def _misuses(self, model: ModelConfig, user: object) -> Iterable[str]:
+        learned = self.record.modes
+        for mode in modes_of(user) if learned else ():
+            if mode not in learned:
+                yield (
+                    f"{self.path}: the model is trained for {_in_words(learned)}; {type(user).__name__} is for {mode}. "
+                    f"{_remedy(user, mode, learned[0])}"
+                )
+                return
+        yield from self._shifts(model, user)
+
+    def _shifts(self, model: ModelConfig, user: object) -> Iterable[str]:
+        """A fault where a diffusion model would be read in other slots; left to right, every model is read alike."""
+        trained = self.record.shifted
+        if trained is not None and trained != model.shifted and not getattr(user, "autoregressive", False):
+            yield (
+                f"{self.path}: the model is trained with ModelConfig.shifted = {trained}; here it is {model.shifted}. "
+                "Give conversion/shifted.gin in training and in decoding, or in neither."
+            )
+
+    def _judge(self, faults: list[str]) -> None:
+        if faults and not self.allowed:
+            raise UserError(" ".join([*faults, self._force()]))
+        for fault in faults:
+            logger.warning("%s", fault)
+
+    def _force(self) -> str:
+        return f"(To do it all the same: --gin.{self.setting}=True.)"
+
+
+def other_settings(trained: Mapping[str, Any], now: ModelConfig) -> dict[str, tuple[Any, Any]]:
+    """The fields by which two models compute different functions, or have parameters of other shapes.
+
+    Args:
+      trained: fields of a ModelConfig; those that are not there have their defaults, and unknown ones are dropped.
+      now: the other.
+
+    Returns:
+      By name the trained value and the other one; {} where nothing is known of the trained one.
+    """
+    known = {field.name: trained[field.name] for field in dataclasses.fields(ModelConfig) if field.name in trained}
+    try:
+        before, after = _function(ModelConfig(**known)), _function(now)
+    except TypeError:  # not even the sizes are known
+        return {}
+    names = (name for name in before | after if before.get(name, "unused") != after.get(name, "unused"))
+    fields = {name: (known.get(name), getattr(now, name)) for name in names}
+    return {name: values for name, values in fields.items() if values[0] != values[1]}  # others follow from these
+
+
+def describe_other(other: Mapping[str, tuple[Any, Any]]) -> str:
+    """A sentence on what `other_settings` returns."""
+    values = ", ".join(f"{name} = {trained!r} (here {now!r})" for name, (trained, now) in other.items())
+    return f"The checkpoint's model has ModelConfig.{values}."
+
+
+def _function(config: ModelConfig) -> dict[str, Any]:
+    """The fields of a model that decide what it computes, with defaults that depend on others filled in."""
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
+    values |= {"num_kv_heads": config.kv_heads, "logits_scale": config.readout_scale}
+    values["local_layers"] = tuple(config.local_layers or ())
+    unused = _RELATIVE if config.position != "relative" else set()
+    unused |= _ROTARY if config.position != "rotary" else set()
+    if not any(values["local_layers"]):
+        unused |= {"local_layers", "window", "local_rotary_base"}
+    if config.rotary_factor == 1:
+        unused |= {"rotary_stretched"}
+    elif config.rotary_stretched is not None and "rotary_stretched" not in unused:
+        values["rotary_stretched"] = tuple(config.rotary_stretched)
+    learned = {"max_length": config.max_length} if config.position == "learned" else {}
+    return {name: value for name, value in values.items() if name not in unused} | learned
+
+
+def _in_words(modes: Iterable[Mode]) -> str:
+    return " and for ".join(map(str, modes)) or "what is not declared"
+
+
+def _remedy(user: object, mode: Mode, learned: Mode) -> str:
+    """What to set in order to use a model in the mode that it has learned."""
+    name = type(user).__name__
+    if mode.noise is None and learned.noise is None:
+        return f"Set --gin.{name}.prefix={learned.attention == 'prefix'}."
+    block = f"--gin.BLOCK_SIZE={learned.block_size}" if learned.block_size else ""
+    if (mode.attention, mode.noise) == (learned.attention, learned.noise):
+        return f"Set {block}."
+    folder = "objectives" if hasattr(user, "loss") else "decoding"
+    file = _FILES.get((learned.attention, learned.noise))
+    prefix = "--gin.AutoregressiveDecoder.prefix=True" if learned.attention == "prefix" and folder == "decoding" else ""
+    flags = " ".join(filter(None, [f"--gin_file={folder}/{file}.gin", block, prefix]))
+    return f"Give {flags}." if file else f"Take what goes with {learned}."
