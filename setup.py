@@ -16,7 +16,7 @@ MATH = "math-verify>=0.9,<0.10"
 setuptools.setup(
     name="diffusion_t5x",
     version=VERSION,
-    description="Diffusion language models in JAX, in the T5X manner: pretrain, adapt, fine-tune, evaluate, infer.",
+    description="Train, convert and run diffusion language models in JAX, the T5X way.",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -24,6 +24,7 @@ setuptools.setup(
     # `diffusion_t5x/tasks` and `diffusion_t5x/gin` are links to the folders at the top level, so a wheel, an
     # editable install and a plain checkout all find them in the same place. `gin/` is data, not a package.
     packages=setuptools.find_packages(include=["diffusion_t5x", "diffusion_t5x.*"]),
+    entry_points={"console_scripts": ["diffusion-t5x = diffusion_t5x.command_line.main:main"]},
     package_data={
         "diffusion_t5x": ["gin/*.gin", "gin/**/*.gin", "evaluation/*.html", "evaluation/*.js", "evaluation/*.md"]
     },
@@ -69,6 +70,7 @@ setuptools.setup(
         # What imported models are tested against. PyPI has torch with CUDA; its CPU builds have an index of their own.
         "hf": ["torch>=2.9,<2.14", "transformers>=5.20,<6"],
         "lm-eval": ["lm-eval>=0.4.13,<0.5"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10"],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
     },

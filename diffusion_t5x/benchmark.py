@@ -19,6 +19,7 @@ import numpy as np
 import optax
 
 from diffusion_t5x import config, partitioning, records
+from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.console import Console
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError, did_you_mean
@@ -32,7 +33,7 @@ from diffusion_t5x.evaluation.train_speed import Case, StepWatch
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.recorded import checkpoint_texts, take_checkpoint
+from diffusion_t5x.recorded import checkpoint_texts
 from diffusion_t5x.training import checkpoints
 from diffusion_t5x.training.checkpoints import OpenCheckpoint
 
@@ -299,9 +300,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{did_you_mean(name, SUBCOMMANDS)} Write python -m diffusion_t5x.benchmark {next(iter(SUBCOMMANDS))} "
                 "--gin_file=..."
             )
-        checkpoint, rest = take_checkpoint(words[1:])
-        if checkpoint and name != "decode":
+        flags, rest = own_flags("benchmark decode").parse_known_args(words[1:])
+        if flags.checkpoint and name != "decode":
             raise UserError(f"--checkpoint goes with decode: {name} takes its models from gin files.")
+        checkpoint = flags.checkpoint and checkpoints.open_checkpoint(flags.checkpoint)
         rest, texts = checkpoint_texts(checkpoint, rest, ["runs/benchmark_decode.gin"], _of_checkpoint(checkpoint))
     config.run(SUBCOMMANDS[name], rest, subcommand=name, texts=texts)
 

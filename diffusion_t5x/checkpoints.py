@@ -15,8 +15,8 @@ import rich.box
 import rich.table
 
 from diffusion_t5x import config, terminal
+from diffusion_t5x.command_line import help_pages
 from diffusion_t5x.console import Console
-from diffusion_t5x.flags import Parser
 from diffusion_t5x.training import inspection, stored
 from diffusion_t5x.training.checkpoints import find_checkpoint, find_checkpoints, read_metadata
 
@@ -92,35 +92,17 @@ def diff(first: str, second: str) -> bool:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags of this verb: `run`, the function of a command, and its arguments."""
-    parser = Parser(
-        prog="python -m diffusion_t5x.checkpoints",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(required=True, metavar="{list,show,verify,diff}")
-    add = commands.add_parser("list", help="steps, sizes, dates; which are whole, newest, best")
-    add.add_argument("path", metavar="RUN")
-    add.set_defaults(command=lambda flags: list_run(flags.path))
-    add = commands.add_parser("show", help="arrays, vocabulary, metadata and config")
-    add.add_argument("path", metavar="CHECKPOINT")
-    add.set_defaults(command=lambda flags: show(flags.path))
-    add = commands.add_parser("verify", help="read every file and compare checksums")
-    add.add_argument("path", metavar="CHECKPOINT|RUN")
-    add.set_defaults(command=lambda flags: verify(flags.path))
-    add = commands.add_parser("diff", help="arrays, metadata and config that differ")
-    add.add_argument("first", metavar="A")
-    add.add_argument("second", metavar="B")
-    add.set_defaults(command=lambda flags: diff(flags.first, flags.second))
-    return parser.parse_args(argv)
+    """The flags of this verb: `command`, the name of a function of this module's, and its arguments."""
+    return help_pages.parser("checkpoints").parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command; exits with status 0, 1 or 2 (see the module)."""
     with config.program():
-        flags = parse(argv)
+        arguments = vars(parse(argv))
+        command = {"list": list_run, "show": show, "verify": verify, "diff": diff}[arguments.pop("command")]
         try:
-            sys.exit(0 if flags.command(flags) else 1)
+            sys.exit(0 if command(*arguments.values()) else 1)
         except stored.BrokenCheckpoint as error:
             print(f"error: {terminal.safe(error)}", file=sys.stderr)
             sys.exit(1)

@@ -1,12 +1,12 @@
 """Import a model of another framework, with its tokenizer and a gin file that names both; and the way back."""
 
-import argparse
 import os
 import shutil
 import sys
 from collections.abc import Sequence
 
 from diffusion_t5x import config
+from diffusion_t5x.command_line import help_pages
 from diffusion_t5x.conversion import llama2c
 from diffusion_t5x.conversion.from_hf import from_hf
 from diffusion_t5x.conversion.from_t5x import from_t5x
@@ -16,7 +16,6 @@ from diffusion_t5x.conversion.to_hf import to_hf
 from diffusion_t5x.data.seqio_source import libraries
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.flags import Parser
 from diffusion_t5x.models.transformer import ModelDefinition
 
 
@@ -69,45 +68,9 @@ def from_llama2c(model_file: str, tokenizer_file: str, output_folder: str) -> No
 
 def convert(argv: Sequence[str]) -> None:
     """Runs the conversion that the command line `argv` (without the program's name) asks for."""
-    parser = Parser(prog="python -m diffusion_t5x.convert", description=__doc__)
-    sources = parser.add_subparsers(required=True, metavar="SOURCE")
-    add = sources.add_parser("from_hf", help="a local folder in Hugging Face's format")
-    add.add_argument("path", metavar="FOLDER")
-    add.add_argument(
-        "--ignore_keys", default=(), type=lambda text: text.split(","), metavar="KEY,...",
-        help="keys of config.json that are read as if they were not there",
-    )  # fmt: skip
-    add.set_defaults(run=from_hf)
-    _add_output(add)
-    add = sources.add_parser("to_hf", help="back to that format, a model that was imported from it")
-    add.add_argument("checkpoint", metavar="CHECKPOINT")
-    add.add_argument("--like", metavar="DIR", help="what from_hf wrote, if CHECKPOINT is not in it")
-    add.set_defaults(run=to_hf)
-    _add_output(add)
-    add = sources.add_parser("from_t5x", help="a T5 1.1 in a checkpoint folder of T5X, of the time before Orbax")
-    add.add_argument("path", metavar="FOLDER")
-    add.add_argument(
-        "--tokenizer", required=True, dest="tokenizer_file", metavar="FILE", help="its SentencePiece model"
-    )
-    add.add_argument("--activation", default="gelu", choices=("gelu", "silu"), help="of the gates (default: gelu)")
-    add.add_argument(
-        "--max_distance", default=128, type=int, metavar="TOKENS", help="of its relative position bias (default: 128)"
-    )
-    add.set_defaults(run=from_t5x)
-    _add_output(add)
-    add = sources.add_parser("from_llama2c", help="a checkpoint of llama2.c (export version 0)")
-    add.add_argument("model_file", metavar="MODEL.bin")
-    add.add_argument("--tokenizer", required=True, dest="tokenizer_file", metavar="TOKENIZER.bin")
-    add.set_defaults(run=from_llama2c)
-    _add_output(add)
-    arguments = vars(parser.parse_args(argv))
-    arguments.pop("run")(**arguments)
-
-
-def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--output", required=True, dest="output_folder", metavar="DIR", help="a folder that is empty or not there"
-    )
+    arguments = vars(help_pages.parser("convert").parse_args(argv))
+    sources = {"from_hf": from_hf, "to_hf": to_hf, "from_t5x": from_t5x, "from_llama2c": from_llama2c}
+    sources[arguments.pop("source")](**arguments)
 
 
 if __name__ == "__main__":

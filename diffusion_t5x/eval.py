@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from diffusion_t5x import config, terminal
+from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import results
@@ -22,12 +23,11 @@ from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, Likelihood
 from diffusion_t5x.evaluation.inference import write_jsonl
 from diffusion_t5x.evaluation.loading import check_datasets, load_model, load_teacher
 from diffusion_t5x.evaluation.predictions import add_predictions, read_predictions
-from diffusion_t5x.flags import Parser
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import Params
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.recorded import checkpoint_texts, take_checkpoint
+from diffusion_t5x.recorded import checkpoint_texts
 from diffusion_t5x.training import checkpoints
 from diffusion_t5x.training.agreement import Agreement
 from diffusion_t5x.training.assignment import Rule
@@ -239,14 +239,11 @@ def score(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the flags; with `--predictions` runs `score`, else `evaluate`."""
-    parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--predictions")
-    parser.add_argument("--task")
     with config.program():
-        flags, rest = parser.parse_known_args(argv)
-        checkpoint, rest = take_checkpoint(rest)
-        if checkpoint and flags.predictions:
+        flags, rest = own_flags("eval").parse_known_args(argv)
+        if flags.checkpoint and flags.predictions:
             raise UserError("--predictions are scored without a model: leave out --checkpoint.")
+        checkpoint = flags.checkpoint and checkpoints.open_checkpoint(flags.checkpoint)
         if flags.task and not flags.predictions:
             raise UserError("--task goes with --predictions; to evaluate a model, set --gin.MIXTURE_OR_TASK_NAME=...")
     if flags.predictions:

@@ -9,7 +9,7 @@ from typing import NoReturn
 from diffusion_t5x import processes
 from diffusion_t5x.errors import UserError, did_you_mean
 
-_ABOUT_OVERRIDES = """
+ABOUT_OVERRIDES = """
 --gin.NAME=VALUE sets a macro (--gin.TRAIN_STEPS=100) or a parameter (--gin.train.train.train_steps=100).
 VALUE is gin syntax; names and paths may go without quotes (--gin.MODEL_DIR=/tmp/model).
 """
@@ -41,16 +41,31 @@ def parse_flags(
     Raises:
       UserError: an unknown or malformed flag.
     """
+    if {"-h", "--help"} & set(argv):
+        from diffusion_t5x.command_line import help_pages  # it imports this module
+
+        package, _, verb = module.partition(".")
+        if package == "diffusion_t5x" and (page := help_pages.asked([*f"{verb} {subcommand}".split(), "--help"])):
+            print(page)
+            sys.exit()
     program = f"python -m {module}" if module != "__main__" else f"python {sys.argv[0]}"
     program = f"{program} {subcommand}".rstrip()
     parser = Parser(
         prog=program,
         usage="%(prog)s --gin_file=FILE [--gin.NAME=VALUE ...] [flags]",
         description=sys.modules[module].__doc__,
-        epilog="\n".join([_ABOUT_OVERRIDES, *(f"example: {program} {example}" for example in examples)]),
+        epilog="\n".join([ABOUT_OVERRIDES, *(f"example: {program} {example}" for example in examples)]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    add_gin_flags(parser, takes_dry_run)
+    if takes_mesh:
+        processes.add_flags(parser)
+    return parser.parse_args([_with_binding(argument) for argument in argv])
+
+
+def add_gin_flags(parser: argparse._ActionsContainer, takes_dry_run: bool) -> None:
+    """Adds the flags of a verb that reads gin files to its parser, or to a group of it."""
     add = parser.add_argument
     add("--gin_file", action="append", default=[], metavar="FILE", help="gin file; repeatable, later ones win")
     add("--gin_bindings", action="append", default=[], metavar="'NAME = VALUE'", help="the same as --gin.NAME=VALUE")
@@ -66,19 +81,16 @@ def parse_flags(
         action="append",
         default=[],
         metavar="MODULE",
-        help="gin files may import it, too; repeatable. Import nothing that you have not read",
+        help="module that gin files may import, too; repeatable. It is run: read it first",
     )
     add("--print_config", action="store_true", help="print the resolved configuration and stop")
     if takes_dry_run:
         add("--dry_run", action="store_true", help="build model, data and shapes, print them and stop")
-    if takes_mesh:
-        processes.add_flags(parser)
     add("--tfds_data_dir", metavar="DIR", help="folder of the TensorFlow Datasets")
-    return parser.parse_args([_with_binding(argument) for argument in argv])
 
 
 class Parser(argparse.ArgumentParser):
-    """Whose mistakes are a `UserError` with the flags that may have been meant."""
+    """A parser that raises a `UserError` for a wrong flag, with the flags that may have been meant."""
 
     def error(self, message: str) -> NoReturn:
         suggestions = [

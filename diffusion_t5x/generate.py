@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from diffusion_t5x import config
+from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.console import Console
 from diffusion_t5x.data.prompts import Prompts
 from diffusion_t5x.data.seqio_source import SeqioDataset, libraries
@@ -28,7 +29,6 @@ from diffusion_t5x.evaluation.answers import Answers
 from diffusion_t5x.evaluation.conversation import Plain, Terminal, ended_by_signals, say
 from diffusion_t5x.evaluation.live_canvas import LiveCanvas
 from diffusion_t5x.evaluation.loading import load_model
-from diffusion_t5x.flags import Parser
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.recorded import gin_text
@@ -174,14 +174,8 @@ def _vocabulary(file: str | None, dataset: SeqioDataset | None) -> "seqio.Vocabu
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the flags and runs `generate`."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--checkpoint")
-    parser.add_argument("--prompt")
-    parser.add_argument("--length", type=int)
-    parser.add_argument("--samples", type=int)
-    parser.add_argument("--seed", type=int)
     with config.program():
-        flags, rest = parser.parse_known_args(argv)
+        flags, rest = own_flags("generate").parse_known_args(argv)
         if flags.checkpoint is None and not {"-h", "--help"} & set(rest):
             raise UserError("Which model? Give --checkpoint DIR: a MODEL_DIR, a checkpoint or what convert wrote.")
         texts = {"the settings of generate": _GIN}

@@ -16,6 +16,7 @@ from typing import Literal
 import jax
 
 from diffusion_t5x import config
+from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.console import Console
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.templates import Templates
@@ -27,12 +28,11 @@ from diffusion_t5x.evaluation.likelihood import likelihoods, make_likelihood_ste
 from diffusion_t5x.evaluation.loading import check_datasets, load_model
 from diffusion_t5x.evaluation.record_file import RecordFile
 from diffusion_t5x.evaluation.trace_page import write_trace_page
-from diffusion_t5x.flags import Parser
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.objectives.likelihood import check_num_draws
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.recorded import checkpoint_texts, take_checkpoint
+from diffusion_t5x.recorded import checkpoint_texts
 from diffusion_t5x.scale.dry_run import SliceDryRun, from_flags
 from diffusion_t5x.training import checkpoints
 from diffusion_t5x.training.agreement import Agreement
@@ -193,13 +193,10 @@ def _how(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the flags and runs `infer`."""
-    parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--templates")
-    parser.add_argument("--trace", action="store_true")
     with config.program():
         dry_run, rest = from_flags(sys.argv[1:] if argv is None else argv)
-        flags, rest = parser.parse_known_args(rest)
-        checkpoint, rest = take_checkpoint(rest)
+        flags, rest = own_flags("infer").parse_known_args(rest)
+        checkpoint = flags.checkpoint and checkpoints.open_checkpoint(flags.checkpoint)
         rest, texts = checkpoint_texts(checkpoint, rest, ["runs/infer.gin"], {"INFER_OUTPUT_DIR": None})
     if flags.templates:
         rest.append(f"--gin.infer.infer.templates={flags.templates!r}")

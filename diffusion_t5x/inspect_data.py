@@ -16,6 +16,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from diffusion_t5x import config
+from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.console import Console
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.seqio_source import SeqioDataset
@@ -25,7 +26,8 @@ from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.reading import shift_right
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.objective import Objective
-from diffusion_t5x.recorded import checkpoint_texts, dataset_text, take_checkpoint
+from diffusion_t5x.recorded import checkpoint_texts, dataset_text
+from diffusion_t5x.training.checkpoints import open_checkpoint
 from diffusion_t5x.training.step import step_key
 
 _STYLES = {
@@ -259,7 +261,8 @@ def _legend() -> Text:
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the flags and runs `inspect_data`."""
     with config.program():
-        checkpoint, rest = take_checkpoint(argv)
+        flags, rest = own_flags("inspect_data").parse_known_args(argv)
+        checkpoint = flags.checkpoint and open_checkpoint(flags.checkpoint)
         rest, texts = checkpoint_texts(checkpoint, rest, ["runs/inspect_data.gin"])
         if checkpoint:
             texts["the data of the training"] = dataset_text(checkpoint, f"{__package__}.inspect_data.inspect_data")

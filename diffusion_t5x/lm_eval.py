@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from diffusion_t5x import config, partitioning
+from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError, did_you_mean
@@ -25,12 +26,11 @@ from diffusion_t5x.evaluation.harness import Harness, Rows
 from diffusion_t5x.evaluation.inference import write_jsonl
 from diffusion_t5x.evaluation.lm_adapter import adapt
 from diffusion_t5x.evaluation.loading import load_model
-from diffusion_t5x.flags import Parser
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.objectives.likelihood import check_num_draws
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.recorded import checkpoint_texts, take_checkpoint
+from diffusion_t5x.recorded import checkpoint_texts
 from diffusion_t5x.training import checkpoints
 from diffusion_t5x.training.agreement import Agreement
 from diffusion_t5x.training.assignment import Rule
@@ -215,16 +215,11 @@ def _asked(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the flags and runs `evaluate`."""
-    parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--tasks", type=lambda names: [name for name in names.split(",") if name])
-    parser.add_argument("--include_path")
-    parser.add_argument("--limit", type=int)
-    parser.add_argument("--num_fewshot", type=int)
     with config.program():
-        flags, rest = parser.parse_known_args(argv)
-        checkpoint, rest = take_checkpoint(rest)
+        flags, rest = own_flags("lm_eval").parse_known_args(argv)
+        checkpoint = flags.checkpoint and checkpoints.open_checkpoint(flags.checkpoint)
         rest, texts = checkpoint_texts(checkpoint, rest, ["runs/lm_eval.gin"], {"EVAL_OUTPUT_DIR": None})
-    given = {name: value for name, value in vars(flags).items() if value is not None}
+    given = {name: value for name, value in vars(flags).items() if value is not None and name != "checkpoint"}
     bindings = [f"--gin.lm_eval.evaluate.{name}={value!r}" for name, value in given.items()]
     config.run(evaluate, [*rest, *bindings], texts=texts)
 

@@ -208,7 +208,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of every array of a batch: the rows are cut, all other axes whole."""
+    """Sharding of a batch: rows over the data axes, everything else replicated."""
     return NamedSharding(mesh, PartitionSpec(_rules["batch"]))
 
 

@@ -1,4 +1,4 @@
-"""What the verbs take from a checkpoint: the flag `--checkpoint`, and gin text that is made from the record.
+"""What the verbs take from a checkpoint: gin text that is made from the record.
 
 The text is written here, from typed values whose names are checked. Nothing that a checkpoint holds is read as gin.
 """
@@ -12,9 +12,8 @@ from typing import Any
 
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.flags import Parser
 from diffusion_t5x.models.config import ModelConfig
-from diffusion_t5x.training.checkpoints import OpenCheckpoint, open_checkpoint
+from diffusion_t5x.training.checkpoints import OpenCheckpoint
 from diffusion_t5x.training.record import CLASS, Record
 
 _NAME = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
@@ -23,18 +22,6 @@ _RUN_FILE = re.compile(r"--gin_file=(?:.*/)?runs/[^/]+\.gin")
 _HEADER = "from __gin__ import dynamic_registration"
 _TASK = "MIXTURE_OR_TASK_NAME"
 _VOCABULARY = "diffusion_t5x.tasks.registration.vocabulary"
-
-
-def take_checkpoint(argv: Sequence[str] | None) -> tuple[OpenCheckpoint | None, list[str]]:
-    """The checkpoint that a command line (by default, this process's) names with `--checkpoint`, and its other flags.
-
-    Raises:
-      UserError: no checkpoint is there.
-    """
-    parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--checkpoint")
-    flags, rest = parser.parse_known_args(argv)
-    return (None if flags.checkpoint is None else open_checkpoint(flags.checkpoint)), rest
 
 
 def checkpoint_texts(

@@ -1,32 +1,23 @@
 """Show runs in one page: learning curves, scores, decoded examples, canvases step by step, decode times.
 
 RUN is a folder that train, eval, infer or benchmark wrote, or a folder that holds such folders; --checkpoint DIR means
-the MODEL_DIR of a checkpoint, and what its readers wrote there. With --output FILE.md the tables of scores alone, as
-Markdown.
+the MODEL_DIR of a checkpoint, and what its readers wrote there. --output FILE.md writes the tables of scores alone, as
+Markdown; --output FILE.svg one traced example, as a moving picture.
 """
 
 import argparse
 from collections.abc import Sequence
 
 from diffusion_t5x import config, terminal
+from diffusion_t5x.command_line import help_pages
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.report import write_report
-from diffusion_t5x.flags import Parser
 from diffusion_t5x.training.checkpoints import open_checkpoint
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags of this verb: `runs` and `output`."""
-    parser = Parser(
-        prog="python -m diffusion_t5x.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="folder")
-    parser.add_argument("--checkpoint", metavar="DIR", help="a MODEL_DIR or a checkpoint: the run it belongs to")
-    parser.add_argument("--output", default="report.html", metavar="FILE", help="what to write (default: %(default)s)")
-    flags = parser.parse_args(argv)
+    """The flags of this verb: `runs`, `output` and `example`."""
+    flags = help_pages.parser("report").parse_args(argv)
     if flags.checkpoint:
         flags.runs.append(str(open_checkpoint(flags.checkpoint).model_dir))
     if not flags.runs:
@@ -40,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Reads the flags and writes the page; a `UserError` is one line on stderr and status 2."""
     with config.program():
         flags = parse(argv)
-        print(terminal.safe(f"wrote {write_report(flags.runs, flags.output)}"))
+        print(terminal.safe(f"wrote {write_report(flags.runs, flags.output, flags.example)}"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The quickstart: paper 1's experiment (arXiv 2401.17181) in small, on two CPU cores and without any download.
+"""The quickstart: the AR2Diff experiment (arXiv 2401.17181) at small scale, on two CPU cores, without any download.
 
 An autoregressive model is pretrained, then fine-tuned (the baseline); the same pretrained model is adapted to diffusion
 (AR2Diff_N) and fine-tuned with diffusion. Both write 512 held-out strings. Stages are ordinary runs of the verbs; one

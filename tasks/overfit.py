@@ -1,4 +1,4 @@
-"""Eight sentences to learn by heart: the first thing to try with a new objective, model or decoder.
+"""Eight sentences to overfit: the first thing to try with a new objective, model or decoder.
 
 overfit_prefix_lm        the beginning of each sentence given, the rest asked
 overfit_span_corruption  some spans of each sentence hidden, and asked

@@ -19,6 +19,20 @@ from diffusion_t5x.errors import UserError
 SHUFFLE_BUFFER = 2_048  # chunks: some hundred documents' worth
 
 
+def tokenize(
+    dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature], copy_pretokenized: bool = True
+) -> tf.data.Dataset:
+    """SeqIO's `tokenize`, but that it reads ahead as many examples as there are cores.
+
+    SeqIO's own reads 256 of them ahead, which become part of every saved position: of a long document read again and
+    again, too many to get to the first batch.
+    """
+    encode = functools.partial(
+        seqio.preprocessors.tokenize_impl, output_features=output_features, copy_pretokenized=copy_pretokenized
+    )
+    return dataset.map(encode, num_parallel_calls=tf.data.AUTOTUNE)
+
+
 def full_lm(
     dataset: tf.data.Dataset, sequence_length: Mapping[str, int], output_features: Mapping[str, seqio.Feature]
 ) -> tf.data.Dataset:

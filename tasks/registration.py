@@ -98,9 +98,9 @@ def task(
         preprocessors = [functools.partial(seqio.experimental.fewshot_preprocessor, targets_prefix="\n")]
     feature = seqio.Feature(vocabulary(vocabulary_file), add_eos=True)
     if objective is None:
-        steps = [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim]
+        steps = [pretraining.tokenize, seqio.preprocessors.append_eos_after_trim]
     else:
-        tokenize = functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False)
+        tokenize = functools.partial(pretraining.tokenize, copy_pretokenized=False)
         steps = [tokenize, objective, seqio.preprocessors.append_eos]
         shuffle_buffer = max(shuffle_buffer, pretraining.SHUFFLE_BUFFER)
     return add(

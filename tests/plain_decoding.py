@@ -102,7 +102,7 @@ class PlainDecoding:
         canvases, scores = [], []
         for sample in range(self.decoder.num_samples):
             sample_key = key
-            if self.decoder.num_samples > 1:
+            if sample > 0:
                 sample_key = jax.random.fold_in(stream(key, "samples"), sample)
             canvas = np.array(self.decoder.blank(self.batch, self.vocabulary, sample_key[None]))
             scores.append(self._write(self.decoder, canvas, self._targets, sample_key))

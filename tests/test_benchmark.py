@@ -268,7 +268,7 @@ def test_help(capsys):
     assert "decode" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         benchmark.main(["decode", "--help"])
-    assert "python -m diffusion_t5x.benchmark decode --gin_file=FILE" in capsys.readouterr().out
+    assert "diffusion-t5x benchmark decode --gin_file=FILE" in capsys.readouterr().out
 
 
 def test_the_verb_runs_without_tensorflow(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 
 from diffusion_t5x import benchmark, checkpoints, config, infer, inspect_data, lm_eval, report, train
 from diffusion_t5x import eval as evaluation
+from diffusion_t5x.command_line.verbs import VERBS
 
 pytest.importorskip("seqio")
 from untrained import give_record, untrained
@@ -22,16 +23,18 @@ NOT_RUN_AS_IT_STANDS = re.compile(r"my_\w+|…|FILE|diffusion_t5x\.(convert|gene
 
 
 def commands() -> list[str]:
-    """Every `python -m diffusion_t5x.…` of the pages and of the run files' comments, on one line each."""
+    """Every command of the pages, of the run files' comments and of the verbs' help, as `python -m …` on one line."""
     found = set()
     for page in PAGES:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            block = re.sub(r"^diffusion-t5x ", "python -m diffusion_t5x.", block, flags=re.MULTILINE)
             found |= set(re.findall(r"python -m diffusion_t5x\.[^\n]+", block.replace("\\\n", " ")))
     for file in sorted((ROOT / "gin").rglob("*.gin")):
         comment = "\n".join(
             line.removeprefix("#").strip() for line in file.read_text(encoding="utf-8").splitlines() if line[:1] == "#"
         )
         found |= set(re.findall(r"python -m diffusion_t5x\.[^\n]+", comment.replace("\\\n", " ")))
+    found |= {f"python -m diffusion_t5x.{verb.example}" for verb in VERBS.values() if verb.takes_gin}
     return sorted(command for command in found if not NOT_RUN_AS_IT_STANDS.search(command))
 
 

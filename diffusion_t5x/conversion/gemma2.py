@@ -16,7 +16,7 @@ _NORMS = {
 
 
 def config(keys: Keys, tied: bool) -> ModelConfig:
-    """As `llama.config`."""
+    """Builds the ModelConfig; same rules as `llama.config`."""
     fields = shared(keys, every=2) | {
         "attention_softcap": keys.nullable("attn_logit_softcapping", 50.0),
         "logits_softcap": keys.nullable("final_logit_softcapping", 30.0),

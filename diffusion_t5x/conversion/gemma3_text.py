@@ -11,7 +11,7 @@ EMBEDDING, HEAD, TIED, SAME = gemma2.EMBEDDING, gemma2.HEAD, gemma2.TIED, gemma2
 
 
 def config(keys: Keys, tied: bool) -> ModelConfig:
-    """As `llama.config`."""
+    """Builds the ModelConfig; same rules as `llama.config`."""
     every = keys.get("sliding_window_pattern", keys.get("_sliding_window_pattern", 6))
     fields = gemma2.shared(keys, every) | {"logits_softcap": keys.nullable("final_logit_softcapping", None)}
     return ModelConfig(tie_embeddings=tied, query_key_norm=True, **fields, **_rotary(keys))

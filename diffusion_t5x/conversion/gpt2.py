@@ -24,7 +24,7 @@ _HARMLESS = (
 
 
 def config(keys: Keys, tied: bool) -> ModelConfig:
-    """As `llama.config`."""
+    """Builds the ModelConfig; same rules as `llama.config`."""
     keys.ignore(*_HARMLESS)
     keys.require("activation_function", "gelu_new", "gelu_pytorch_tanh")  # two names of one function
     keys.require("add_cross_attention", False)

@@ -9,7 +9,7 @@ EMBEDDING, HEAD, TIED, SAME = llama.EMBEDDING, llama.HEAD, llama.TIED, llama.SAM
 
 
 def config(keys: Keys, tied: bool) -> ModelConfig:
-    """As `llama.config`."""
+    """Builds the ModelConfig; same rules as `llama.config`."""
     fields = llama.shared(keys, kv_heads=32)
     return ModelConfig(tie_embeddings=tied, qkv_bias=True, **fields, **llama.qwen_windows(keys, fields["num_layers"]))
 

@@ -9,7 +9,7 @@ EMBEDDING, HEAD, TIED, SAME = llama.EMBEDDING, llama.HEAD, llama.TIED, llama.SAM
 
 
 def config(keys: Keys, tied: bool) -> ModelConfig:
-    """As `llama.config`."""
+    """Builds the ModelConfig; same rules as `llama.config`."""
     keys.require("attention_bias", False)
     fields = llama.shared(keys, kv_heads=32, head_dim=128)
     windows = llama.qwen_windows(keys, fields["num_layers"])

@@ -83,7 +83,7 @@ def with_added_tokens(own: seqio.SentencePieceVocabulary, extra_ids: int) -> seq
     tokens |= tokenizer_files.added_tokens(path.parent)
     tokenizer_files.check_room(tokens, [path, *{token.file for token in tokens.values()}], path.parent)
     for number, token in tokens.items():
-        if number < size and (piece := model.IdToPiece(number)).removeprefix("▁") != token.content:
+        if number < size and token.content not in (piece := model.IdToPiece(number), piece.removeprefix("▁")):
             raise UserError(
                 f"{token.file}: {token.content!r} has the id {number}, which is {piece!r} in {path}: take out the file "
                 "that is wrong."

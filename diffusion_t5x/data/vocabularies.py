@@ -156,7 +156,7 @@ def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
         contents = f"bytes {size} {vocabulary.extra_ids}".encode()
     elif isinstance(vocabulary, PythonVocabulary):
         text = vocabulary.is_text()
-        text[list(sentinels(vocabulary))] = False
+        text[vocabulary.sentinel_ids()] = False
         contents = vocabulary.contents
         start_id = start_id if vocabulary.bos_id is None else vocabulary.bos_id
     elif isinstance(vocabulary, seqio.PassThroughVocabulary):

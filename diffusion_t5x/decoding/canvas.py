@@ -184,7 +184,8 @@ def decode_canvas(rule: StepRule, model: Transformer, batch: Batch, key: jax.Arr
     encoded = encoded and encoded.repeat(samples)
     if samples > 1:
         numbers = jnp.tile(jnp.arange(samples), len(batch.tokens))
-        keys = jax.vmap(jax.random.fold_in)(jnp.repeat(stream(keys, "samples"), samples), numbers)
+        others = jax.vmap(jax.random.fold_in)(jnp.repeat(stream(keys, "samples"), samples), numbers)
+        keys = jnp.where(numbers == 0, jnp.repeat(keys, samples), others)  # the first is the one of a single canvas
     reading = Reading.of(rows, model.vocabulary, model.config.shifted)
 
     def read(tokens, carry):

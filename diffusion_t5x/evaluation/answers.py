@@ -33,10 +33,11 @@ class Answer:
     compile_seconds: float
 
     def figures(self) -> str:
-        """On one line."""
+        """The speed of this answer on one line."""
         text = (
-            f"{self.num_tokens} tokens in {self.seconds:.3g} s, {self.num_tokens / self.seconds:.0f} tokens/s, "
-            f"{self.num_steps} passes of the model"
+            f"{self.num_tokens} token{'' if self.num_tokens == 1 else 's'} in {self.seconds:.3g} s, "
+            f"{self.num_tokens / self.seconds:.0f} tokens/s, "
+            f"{self.num_steps} pass{'' if self.num_steps == 1 else 'es'} of the model"
         )
         return f"{text}; compiled in {self.compile_seconds:.1f} s before" if self.compile_seconds else text
 

@@ -93,6 +93,7 @@ def line_chart(
     marks: Sequence[tuple[float, float]] = (),
     log_x: bool = False,
     log_y: bool = False,
+    y_bounds: tuple[float, float] | None = None,
 ) -> str:
     """Lines with their labels at their ends, as SVG.
 
@@ -102,6 +103,8 @@ def line_chart(
       marks: points `(x, y)` with a ring around them.
       log_x: logarithmic x axis, with a tick at every x there is.
       log_y: logarithmic y axis, where the values are positive and span a decade.
+      y_bounds: what y can be at least and at most: where the axis begins and ends. Without it, the axis of values that
+        are never negative does not go below 0.
     """
     with matplotlib.rc_context(_STYLE):
         labels = [shorten(line.label) for line in lines]
@@ -117,29 +120,52 @@ def line_chart(
             x, y = zip(*line.points, strict=True)
             colour = _SERIES[line.series % NUM_COLOURS]
             style = "-" if line.series < NUM_COLOURS else "--"
-            axes.plot(x, y, color=colour, linestyle=style, linewidth=1.5, marker=line.marker, markersize=4.5)
+            # Not clipped: a marker on the edge of a bounded axis is drawn whole.
+            marker = {"marker": line.marker, "markersize": 4.5, "clip_on": False}
+            axes.plot(x, y, color=colour, linestyle=style, linewidth=1.5, **marker)
             if line.band:
                 axes.fill_between(x, *zip(*line.band, strict=True), color=colour, alpha=0.2, linewidth=0)
         for x, y in marks:
             axes.plot([x], [y], color=_TEXT, marker="o", markersize=9, markerfacecolor="none", zorder=3)
         _set_ticks(axes, log_x and sorted({x for line in lines for x, _ in line.points}))
         axes.autoscale_view()  # the labels' heights depend on it
+        if y_bounds:
+            axes.set_ylim(*y_bounds)
+        elif axes.get_yscale() == "linear" and values and min(values) >= 0:
+            axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))
         _label_ends(axes, lines, labels)
         return _svg(figure)
 
 
-def interval_chart(title: str, x_label: str, rows: Sequence[tuple[str, float, float, float]]) -> str:
-    """Values with their intervals, `(label, value, low, high)`, one below the other, as SVG."""
+def interval_chart(
+    title: str,
+    x_label: str,
+    rows: Sequence[tuple[str, float, float, float]],
+    bounds: tuple[float, float] | None = None,
+) -> str:
+    """Values with their intervals, `(label, value, low, high)`, one below the other, as SVG.
+
+    Args:
+      title, x_label: of the chart and its axis.
+      rows: from top to bottom.
+      bounds: the least and greatest possible value, where the axis begins and ends.
+    """
     with matplotlib.rc_context(_STYLE):
         labels = [shorten(row[0]) for row in rows]
         height = 70 + 24 * len(rows)
         figure, axes = _figure(title, right=16, left=_text_width(labels) + 16, height=height)
         for place, (_, value, low, high) in enumerate(rows):
+            if bounds:
+                value, low, high = (min(max(x, bounds[0]), bounds[1]) for x in (value, low, high))
             axes.plot([low, high], [place, place], color=_SERIES[0], linewidth=2.5, solid_capstyle="butt")
-            axes.plot([value], [place], color=_SERIES[0], marker="o", markersize=6)
+            axes.plot([value], [place], color=_SERIES[0], marker="o", markersize=6, clip_on=False)
         axes.set_yticks(range(len(rows)), labels)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.margins(x=0.08)
+        if bounds:
+            axes.set_xlim(*bounds)
+        elif all(low >= 0 for _, _, low, _ in rows):
+            axes.set_xlim(left=max(0, axes.get_xlim()[0]))
         axes.grid(axis="y", visible=False)
         axes.spines.left.set_visible(False)
         axes.tick_params(axis="y", length=0)
@@ -165,7 +191,7 @@ def _figure(title: str, right: float, left: float = 58, height: float = _HEIGHT)
     figure = Figure(figsize=(_WIDTH / 72, height / 72), dpi=72)
     FigureCanvasSVG(figure)
     axes = figure.add_axes((left / _WIDTH, 42 / height, (_WIDTH - left - right) / _WIDTH, (height - 42 - 26) / height))
-    axes.set_title(title, loc="left", x=-left / (_WIDTH - left - right) + 0.01)
+    axes.set_title(title, loc="left", pad=12, x=-left / (_WIDTH - left - right) + 0.01)
     return figure, axes
 
 

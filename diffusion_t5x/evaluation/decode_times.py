@@ -68,7 +68,7 @@ class DecodeTime:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all texts together."""
+        """Total decode time of the batch, in seconds."""
         return self.batch_size * self.length / self.median
 
     def record(self) -> dict[str, Any]:

@@ -143,7 +143,13 @@ def for_tasks(
     dataset: Callable[..., EvalDataset],
     decode_eval: Callable[..., DecodeEval | LikelihoodEval],
 ) -> list[DecodeEval | LikelihoodEval]:
-    """One evaluation for each task: `decode_eval(dataset=dataset(mixture_or_task_name=task))`."""
+    """One evaluation for each task: `decode_eval(dataset=dataset(mixture_or_task_name=task))`.
+
+    Args:
+      tasks: names of tasks or mixtures.
+      dataset: makes the data set of a `mixture_or_task_name`.
+      decode_eval: makes the evaluation on a `dataset`.
+    """
     if isinstance(tasks, str) or not tasks:
         raise UserError(f'EVAL_TASKS is a list of tasks\' names, such as ["my_task"], not {tasks!r}.')
     return [decode_eval(dataset=dataset(mixture_or_task_name=task)) for task in tasks]

@@ -6,10 +6,12 @@ import datetime
 import json
 import numbers
 import pathlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.evaluation import shown
 from diffusion_t5x.evaluation.decode_times import DecodeTime, read_times
 from diffusion_t5x.evaluation.published import Published, matching
 from diffusion_t5x.training import record
@@ -29,11 +31,18 @@ class Curve:
       kind: "train", "training_eval" or "inference_eval".
       task: what was evaluated on; "" for training itself.
       points: for each metric `(step, value)`, in the order of the steps.
+      split: of the task; "" if it is not on record.
     """
 
     kind: str
     task: str
     points: Mapping[str, Sequence[tuple[int, float]]]
+    split: str = ""
+
+    @property
+    def data_set(self) -> str:
+        """The name of task and split."""
+        return _data_set(self.task, self.split)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +57,7 @@ class Scores:
       num_examples: that were decoded; None for losses.
       metrics: by name; `x_low` and `x_high` are the ends of the 95 % interval of `x`.
       published: models of papers in the same setting, each with a metric and its value (see `published.matching`).
+      split: of the task; "" if it is not on record.
     """
 
     task: str
@@ -57,6 +67,12 @@ class Scores:
     num_examples: int | None
     metrics: Mapping[str, float]
     published: Sequence[tuple[Published, str, float]] = ()
+    split: str = ""
+
+    @property
+    def data_set(self) -> str:
+        """The name of task and split: what scores must share to be compared."""
+        return _data_set(self.task, self.split)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +82,12 @@ class Predictions:
     task: str
     decoder: str
     records: Sequence[Record]
+    split: str = ""
+
+    @property
+    def data_set(self) -> str:
+        """The name of task and split."""
+        return _data_set(self.task, self.split)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +111,9 @@ class Run:
 
 
 def read_runs(folders: Iterable[str | pathlib.Path]) -> list[Run]:
-    """The runs in these folders: each folder itself, if a verb wrote it, and those directly below it, by name.
+    """The runs in these folders, in the order given: each folder itself, if a verb wrote it, then those in it by name.
+
+    Numbers in names count as numbers: `run_2` comes before `run_10`.
 
     A last line that was cut short belongs to a run that is still going, and is left out.
 
@@ -102,7 +126,8 @@ def read_runs(folders: Iterable[str | pathlib.Path]) -> list[Run]:
             raise UserError(f"There is no folder {folder}: name one that train, eval, infer or benchmark wrote.")
         own = _files(folder)
         parts = {path.parent for path in own}  # evaluated checkpoints, not runs of their own
-        inner = sorted(path for path in folder.iterdir() if path.is_dir() and path not in parts)
+        inner = [path for path in folder.iterdir() if path.is_dir() and path not in parts]
+        inner.sort(key=lambda path: _natural(path.name))
         here = {path.resolve(): files for path, files in [(folder, own), *((p, _files(p)) for p in inner)] if files}
         if not here:
             raise UserError(
@@ -121,6 +146,15 @@ def _names(paths: Sequence[pathlib.Path]) -> list[str]:
     return names
 
 
+def _natural(name: str) -> tuple[list[tuple[str, int]], str]:
+    """A sort key by which numbers in names count as numbers."""
+    return [(text, int(digits or 0)) for text, digits in re.findall(r"([^0-9]*)([0-9]*)", name)], name
+
+
+def _data_set(task: str, split: str) -> str:
+    return f"{task} ({split})" if split else task
+
+
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     """The files that say that a verb wrote this folder, and what."""
     patterns = (*_CURVES, "decode_time.json", *(at + name for at in ("", "checkpoint_*/") for name in _OUTPUTS))
@@ -134,7 +168,7 @@ def _read_run(name: str, folder: pathlib.Path, files: Sequence[pathlib.Path]) ->
     for path in files:
         with _whole(path):
             if path.name == "metrics.jsonl":
-                curves.append(_read_curve(path))
+                curves.append(_read_curve(path, folder / "config.gin"))
                 if curves[-1].kind == "inference_eval" and curves[-1].points:
                     decoded = _inference_eval(folder, curves[-1])
                     scores.append(decoded[0])
@@ -146,13 +180,14 @@ def _read_run(name: str, folder: pathlib.Path, files: Sequence[pathlib.Path]) ->
             elif (output := path.with_name(path.name.replace(".settings.json", ".jsonl"))).exists():
                 settings = _read_json(path)
                 if settings.get("mode") != "score":  # nothing was decoded
-                    predictions.append(Predictions(settings["task"], settings["decoder"], _read_jsonl(output)))
+                    written_by, split = shown.decoder(settings["decoder"]), settings.get("split", "")
+                    predictions.append(Predictions(settings["task"], written_by, _read_jsonl(output), split))
     evaluated.sort(key=lambda found: found[0].step or 0)
     scores += [found for found, _ in evaluated]
-    last = {found.task: (found, where) for found, where in evaluated if found.num_examples is not None}
+    last = {found.data_set: (found, where) for found, where in evaluated if found.num_examples is not None}
     for found, where in last.values():
         records = _read_jsonl(where / f"{found.task}_predictions.jsonl")
-        predictions.append(Predictions(found.task, found.decoder, records))
+        predictions.append(Predictions(found.task, found.decoder, records, found.split))
     curves += _curves_of_scores([found for found, _ in evaluated])
     info = folder / "model-info.txt"
     return Run(
@@ -166,26 +201,27 @@ def _read_run(name: str, folder: pathlib.Path, files: Sequence[pathlib.Path]) ->
     )
 
 
-def _read_curve(path: pathlib.Path) -> Curve:
+def _read_curve(path: pathlib.Path, config: pathlib.Path) -> Curve:
     points: dict[str, list[tuple[int, float]]] = {}
     for line in _read_jsonl(path):
         for name, value in line.items():
             if name != "step" and isinstance(value, numbers.Real):
                 points.setdefault(name, []).append((line["step"], value))
     kind, task = ("train", "") if path.parent.name == "train" else (path.parent.parent.name, path.parent.name)
-    return Curve(kind, task, points)
+    scopes = {"training_eval": "loss_eval", "inference_eval": "decode_eval"}
+    return Curve(kind, task, points, _split_of_config(config, scopes[kind]) if task else "")
 
 
 def _curves_of_scores(scores: Sequence[Scores]) -> Iterator[Curve]:
-    """A curve for each task that several checkpoints were evaluated on; the scores come by ascending step."""
-    for task in dict.fromkeys(found.task for found in scores):
+    """A curve for each data set that several checkpoints were evaluated on; the scores come by ascending step."""
+    for task, split in dict.fromkeys((found.task, found.split) for found in scores):
         points: dict[str, list[tuple[int, float]]] = {}
         for found in scores:
-            if found.task == task:
+            if (found.task, found.split) == (task, split):
                 for name, value in found.metrics.items():
                     points.setdefault(name, []).append((found.step, value))
         if any(len(series) > 1 for series in points.values()):
-            yield Curve("inference_eval", task, points)
+            yield Curve("inference_eval", task, points, split)
 
 
 def _inference_eval(folder: pathlib.Path, curve: Curve) -> tuple[Scores, Predictions]:
@@ -193,9 +229,9 @@ def _inference_eval(folder: pathlib.Path, curve: Curve) -> tuple[Scores, Predict
     step = max(step for points in curve.points.values() for step, _ in points)
     metrics = {name: points[-1][1] for name, points in curve.points.items() if points[-1][0] == step}
     records = _read_jsonl(folder / "inference_eval" / curve.task / f"predictions_{step}.jsonl")
-    decoder = _decoder_of_run(folder)
-    scores = Scores(curve.task, folder.resolve().name, step, decoder, len(records), metrics)
-    return scores, Predictions(curve.task, decoder, records)
+    decoder = shown.decoder(_decoder_of_run(folder))
+    scores = Scores(curve.task, folder.resolve().name, step, decoder, len(records), metrics, split=curve.split)
+    return scores, Predictions(curve.task, decoder, records, curve.split)
 
 
 def _read_scores(path: pathlib.Path) -> list[Scores]:
@@ -210,10 +246,11 @@ def _read_scores(path: pathlib.Path) -> list[Scores]:
             task=task,
             model=model,
             step=report["step"],
-            decoder=_decoder_of_evaluations(report, task),
+            decoder=shown.decoder(_decoder_of_evaluations(report, task)),
             num_examples=metrics.get("num_examples"),
             metrics={name: value for name, value in metrics.items() if name != "num_examples"},
             published=matching(task, metrics.get("num_examples"), report),
+            split=_split_of_settings(report.get("settings", {}), task),
         )
         for task, metrics in report["results"].items()
     ]
@@ -235,6 +272,24 @@ def _decoder_of_run(folder: pathlib.Path) -> str:
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     decoder = record.Record.read({"config": text}, str(path)).decoder
     return in_words(decoder) if decoder else ""
+
+
+def _split_of_settings(settings: Mapping[str, Any], task: str) -> str:
+    """The splits of a task that an evaluation read, those it decoded first; "" where none is on record."""
+    evaluations = settings.get("evaluations", ())
+    evaluations = sorted(evaluations, key=lambda evaluation: "decoder" not in evaluation)
+    data_sets = [evaluation.get("dataset", evaluation) for evaluation in evaluations]
+    splits = [data.get("split", "") for data in data_sets if data.get("mixture_or_task_name") == task]
+    return " + ".join(dict.fromkeys(filter(None, splits)))
+
+
+def _split_of_config(path: pathlib.Path, scope: str) -> str:
+    """The split that a training run's evaluations read, by the scope that the shipped gin files give them."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    found = re.search(rf"^{scope}/(?:[\w.]+\.)?SeqioDataset\.split = (?:'(.+)'|%(\w+))$", text, re.MULTILINE)
+    if found and found[2]:
+        found = re.search(rf"^{found[2]} = '(.+)'$", text, re.MULTILINE)
+    return found[1] if found else ""
 
 
 def _read_json(path: pathlib.Path) -> Any:

@@ -57,11 +57,15 @@ def render(examples: list[dict[str, Any]], total: int, title: str, decoder: str)
     )
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def _example(record: Mapping[str, Any]) -> dict[str, Any]:
     names = {"inputs_pretokenized": "input", "template": "template", "targets_pretokenized": "reference"}
     texts = {name: record.get(field) for field, name in names.items()}
     texts = {name: text for name, text in texts.items() if text}
-    score = f"{record['score']:.3g}, {record['num_tokens']} tokens in {record['num_steps']} steps"
+    score = f"{record['score']:.3g}, {_count(record['num_tokens'], 'token')} in {_count(record['num_steps'], 'step')}"
     name = texts.get("template") or texts.get("input") or record["prediction"]
     return {
         "name": name[:80],

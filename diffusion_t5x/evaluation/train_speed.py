@@ -132,7 +132,7 @@ class StepWatch:
         self.seconds(1)
 
     def seconds(self, num_steps: int) -> float:
-        """Of a step, by so many one after the other."""
+        """Seconds per step, averaged over `num_steps` consecutive steps."""
         with jax.set_mesh(self._mesh):
             start = time.perf_counter()
             for _ in range(num_steps):
@@ -181,7 +181,7 @@ class Speed:
         return self.flops_per_second / self.peak_flops if self.peak_flops else None
 
     def record(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """The record as a JSON-serialisable dict."""
         return dataclasses.asdict(self) | {
             "seconds_median": self.median,
             "tokens_per_second_per_device": self.tokens / self.median / self.num_devices,

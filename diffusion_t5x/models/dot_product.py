@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 QUERIES = ("batch", "length", "heads", "head_dim")
 KEYS = ("batch", "keys", "kv_heads", "head_dim")
 _TPU_LANES = 128  # lengths of the kernels for TPUs are multiples of this
+_NAMES = {"xla": "XLA", "cudnn": "cuDNN", "splash": "splash", "flash": "flash"}
 _told: set[str] = set()  # backends that the log has named
 
 
@@ -61,7 +62,7 @@ def choose(asked: str, call: Call) -> tuple[str, str]:
     if asked == "auto":
         asked = {"gpu": "cudnn", "tpu": "flash" if call.has_bias else "splash"}.get(call.platform, "xla")
         if asked == "xla":
-            return "xla", f"there is no kernel for a {call.platform}"
+            return "xla", f"no fused kernel on {call.platform.upper()}"
         reason = _refusal(asked, call)
         return ("xla", reason) if reason else (asked, "it suits device and model")
     reason = _refusal(asked, call)
@@ -121,7 +122,7 @@ def attend(
     backend, reason = choose(config.attention_backend, call)
     if call.whole and backend not in _told:  # the same in every step and layer: told once
         _told.add(backend)
-        logger.info("Attention by %s: %s.", backend, reason)
+        logger.info("Attention: %s (%s).", _NAMES[backend], reason)
     if backend == "xla":
         return xla(query, key, value, bias, sight, config.attention_scale, config.attention_softcap)
     return by_kernel(backend, query, key, value, bias, sight, config.attention_scale, config.attention_softcap)

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning, records
+from diffusion_t5x.command_line.verbs import SLICE_FLAGS, with_flags
 from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.decoder import Decoder
@@ -215,11 +216,7 @@ def from_flags(argv: Sequence[str]) -> tuple[SliceDryRun | None, list[str]]:
     Raises:
       UserError: a flag that belongs to `--topology` without it, or that without `--dry_run`.
     """
-    parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--topology")
-    parser.add_argument("--dry_run_output")
-    parser.add_argument("--fit", action="store_true")
-    flags, rest = parser.parse_known_args(argv)
+    flags, rest = with_flags(Parser(add_help=False, allow_abbrev=False), SLICE_FLAGS).parse_known_args(argv)
     if flags.topology is None:
         if flags.fit or flags.dry_run_output:
             raise UserError("--fit and --dry_run_output belong to --dry_run --topology=CHIP:SHAPE.")

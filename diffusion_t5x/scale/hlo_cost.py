@@ -24,7 +24,7 @@ _FREE = {
 
 @dataclasses.dataclass
 class Cost:
-    """What one device does.
+    """Cost of a compiled program on one device: FLOPs, HBM bytes, collective bytes.
 
     Attributes:
       flops: of matrix products (and convolutions, which the TPU compiler makes of them) and attention kernels.

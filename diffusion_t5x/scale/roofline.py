@@ -1,4 +1,4 @@
-"""How long a program would take a chip at least, by what it computes, what it moves and what it sends."""
+"""Roofline lower bound on a program's run time: compute, HBM and interconnect."""
 
 import dataclasses
 from typing import Any, Self

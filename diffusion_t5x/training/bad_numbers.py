@@ -26,7 +26,7 @@ _FEWEST = 20  # losses, before a leap can be told from noise
 
 @dataclasses.dataclass(frozen=True)
 class BadNumbers:
-    """What becomes of a run with bad steps. Their updates are never applied.
+    """Policy for steps with NaN, infinite or spiking loss or gradients. Their updates are never applied.
 
     Attributes:
       policy: "skip" goes on with the next batch, "halt" stops at the first bad step.

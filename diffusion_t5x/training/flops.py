@@ -14,7 +14,7 @@ def step_flops(
     encoder_length: int = 0,
     teacher: ModelConfig | None = None,
 ) -> int:
-    """Of a training step: each pass of the objective forwards, and twice that backwards but for the teacher's.
+    """FLOPs of one training step: forward of every pass, plus twice that for the backward pass (the teacher has none).
 
     Args:
       config: of the model, with `vocab_size` set.

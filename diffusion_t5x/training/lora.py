@@ -24,7 +24,7 @@ Axes = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """What is trained of a model in place of all of it.
+    """LoRA settings: which matrices get low-rank updates and which parameters are trained in full.
 
     A name in `targets` or `whole` is a regular expression for the end of a parameter's name: "query" means the query
     matrices of every attention, "decoder/blocks/mlp/wo" those of one stack. Each layer has factors of its own.
@@ -173,7 +173,7 @@ def _is_matrix_of_layers(axes: Axes) -> bool:
 
 
 def _cut(axes: Axes, values: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
-    """What stands at a matrix's axes: at that of the layers, its inputs' and its outputs'; one of these is `embed`."""
+    """Logical axes of a matrix: layers, inputs, outputs; one of the last two is `embed`."""
     first_output = 2 if axes[1] == "embed" else len(axes) - 1
     return values[:1], values[1:first_output], values[first_output:]
 

@@ -28,7 +28,14 @@ def linear(
 def cosine(
     peak_value: float, total_steps: int, warmup_steps: int | float = 0, end_value: float = 0.0
 ) -> optax.Schedule:
-    """Half a cosine from `peak_value` after the warm-up to `end_value` at `total_steps`, and flat from there on."""
+    """Half a cosine from `peak_value` after the warm-up to `end_value` at `total_steps`, and flat from there on.
+
+    Args:
+      peak_value: the highest learning rate, at the end of the warm-up.
+      total_steps: steps until the rate reaches `end_value`.
+      warmup_steps: steps over which the rate rises from 0 to its peak; a float below 1 is a share of `total_steps`.
+      end_value: the rate from `total_steps` on.
+    """
     warmup_steps = _warmup(total_steps, warmup_steps)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup_steps else peak_value,

@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits a model, before any of it is read: all that differs, and what to set."""
+"""Checks a checkpoint against a model before reading it; reports every mismatch with the setting that fixes it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -90,6 +90,9 @@ def test_span_corruption_takes_the_sentinels_before_added_tokens(spiece):
 
 def test_without_added_tokens_nothing_is_different(spiece):
     plain = registration.vocabulary(str(spiece / "spiece.model"))
+    model = plain.tokenizer
+    with_space = next(i for i in range(300, PIECES) if model.IdToPiece(i).startswith("▁"))
+    write(spiece, tokenizer={"added_tokens": [token(model.IdToPiece(with_space)) | {"id": with_space}]})
     write(spiece, tokenizer_config=in_decoder({"<pad>": 0, "<extra_id_0>": 429}), added_tokens={"<extra_id_99>": 330})
     vocabulary = registration.vocabulary(str(spiece / "spiece.model"))
     assert type(vocabulary) is seqio.SentencePieceVocabulary and vocabulary == plain
@@ -210,8 +213,10 @@ def test_sentinels_of_a_tokenizer_json(tmp_path):
     ids = token_ids(vocabulary)
     assert not {300, 399, 400} & set(ids.noise_ids().tolist()) and ids.mask_id == 401
     assert not vocabularies.sentinels(registration.vocabulary(with_sentinels(tmp_path / "none", [])))
+    ascending = registration.vocabulary(with_sentinels(tmp_path / "ascending", names))
+    assert not {300, 399} & set(token_ids(ascending).noise_ids().tolist())
     with pytest.raises(UserError, match=r"<extra_id_0> to <extra_id_99> with the ids 300, 301, 302, \.\.\.: T5's"):
-        vocabularies.sentinels(registration.vocabulary(with_sentinels(tmp_path / "ascending", names)))
+        vocabularies.sentinels(ascending)
 
 
 def test_sentinels_are_those_behind_the_sentencepiece_model(tmp_path, spiece):

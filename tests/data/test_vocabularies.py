@@ -75,3 +75,13 @@ def test_t5s_own_vocabulary(test_data):
     ids = vocabularies.token_ids(seqio.SentencePieceVocabulary(model, extra_ids=100))
     assert (ids.size, ids.pad_id, ids.eos_id, ids.start_id, ids.mask_id) == (32_101, 0, 1, 0, 32_100)
     assert ids.noise_ranges == ((0, 2), (3, 32_000))
+
+
+def test_vocabularies_that_differ_only_in_extra_ids():
+    seqio = pytest.importorskip("seqio")
+    few, many = seqio.ByteVocabulary(extra_ids=0), seqio.ByteVocabulary(extra_ids=100)
+    assert vocabularies.difference(few, many) == "they differ only in extra_ids, 0 and 100"
+    assert "PassThroughVocabulary" in vocabularies.difference(few, seqio.PassThroughVocabulary(8))
+    described = vocabularies.token_ids(few).describe()
+    with pytest.raises(UserError, match=r"100 ids more: if both come from one file, they differ in extra_ids alone\.$"):
+        vocabularies.token_ids(many).check_same(described, "/a/checkpoint")

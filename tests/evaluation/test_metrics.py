@@ -146,7 +146,7 @@ def test_squad_is_the_official_script_s():
         assert (result["em"], result["f1"]) == pytest.approx((em, f1), abs=1e-9)
     result = metrics.squad(answers, predictions)
     assert (result["em"], result["f1"]) == pytest.approx(squad_evaluate(answers, predictions), abs=1e-9)
-    low, high = metrics.wilson_interval(5, 8)
+    low, high = metrics.wilson_interval(7, 10)
     assert (result["em_low"], result["em_high"]) == pytest.approx((100 * low, 100 * high))
     assert result["f1_low"] < result["f1"] < result["f1_high"]
     assert all(type(value) is float for value in result.values())
@@ -168,6 +168,8 @@ def test_math_answers_are_compared_as_mathematics():
         ("So 5 + 3 = 8 apples.\n#### 8", "#### 8"): 1,
         ("#### 1,000", "He has 12 and so on. #### 1000"): 1,
         ("#### 8", "#### 9"): 0,
+        ("#### 72", "... \n#### 72\n\nQuestion: Tom has 5 apples and 3 more. #### 8"): 1,
+        ("#### 72", "... \n#### 72 clips in 2 months"): 1,
         ("#### 72", "the answer is 72."): 1,
         ("#### 8", "no idea"): 0,
         (r"Thus $\boxed{\frac{1}{2}}$", r"It is $\boxed{0.5}$"): 1,
@@ -177,8 +179,8 @@ def test_math_answers_are_compared_as_mathematics():
     for (target, prediction), right in cases.items():
         assert metrics.math_accuracy([target], [prediction])["math_accuracy"] == 100 * right, (target, prediction)
     result = metrics.math_accuracy(*map(list, zip(*cases, strict=True)))
-    low, high = metrics.wilson_interval(5, 8)
-    expected = {"math_accuracy": 62.5, "math_accuracy_low": 100 * low, "math_accuracy_high": 100 * high}
+    low, high = metrics.wilson_interval(7, 10)
+    expected = {"math_accuracy": 70, "math_accuracy_low": 100 * low, "math_accuracy_high": 100 * high}
     assert result == pytest.approx(expected)
     with pytest.raises(UserError, match="has no answer"):
         metrics.math_accuracy(["none at all"], ["1"])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from diffusion_t5x import report as verb
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.evaluation import charts
+from diffusion_t5x.evaluation import charts, shown
 from diffusion_t5x.evaluation.inference import write_jsonl
 from diffusion_t5x.evaluation.metrics import exact_match
 from diffusion_t5x.evaluation.published import Published
@@ -25,6 +25,7 @@ EVIL = "<script>alert(1)</script>\"><img src=x onerror='alert(2)'>{{ 7 * 7 }}</s
 EVIL_NAME = EVIL.replace("/", "\\")  # a folder's name has no slash
 SUNDAE = "SundaeDecoder(num_steps=5, num_samples=4, temperature=0.2)"
 SUNDAE_SETTINGS = {"class": "SundaeDecoder", "num_steps": 5, "num_samples": 4, "temperature": 0.2}
+SORTED_SUNDAE = "SundaeDecoder(num_samples=4, num_steps=5, temperature=0.2)"
 
 
 class Page(html.parser.HTMLParser):
@@ -65,7 +66,7 @@ def records(predictions, trace=None):
     return [record | {"trace": {"tokens": [trace[0]], "given": [], "steps": steps}} for record in made]
 
 
-def evaluated(folder, predictions, task="pairs", model="finetuned", decoder=SUNDAE_SETTINGS, step=30):
+def evaluated(folder, predictions, task="pairs", model="finetuned", decoder=SUNDAE_SETTINGS, step=30, split="test"):
     """An EVAL_OUTPUT_DIR in the form of eval.py."""
     made = records(predictions)
     scores = exact_match([r["targets_pretokenized"] for r in made], [r["prediction"] for r in made])
@@ -77,7 +78,12 @@ def evaluated(folder, predictions, task="pairs", model="finetuned", decoder=SUND
         "settings": {
             "evaluations": [
                 {"class": "LossEval", "dataset": {"mixture_or_task_name": task}, "num_batches": None},
-                {"class": "DecodeEval", "dataset": {"mixture_or_task_name": task}, "decoder": decoder, "seed": 0},
+                {
+                    "class": "DecodeEval",
+                    "dataset": {"mixture_or_task_name": task, "split": split},
+                    "decoder": decoder,
+                    "seed": 0,
+                },
             ],
         },
     }
@@ -88,7 +94,7 @@ def evaluated(folder, predictions, task="pairs", model="finetuned", decoder=SUND
 def inferred(folder, trace, task="pairs", predictions=("06:09",)):
     """An INFER_OUTPUT_DIR in the form of infer.py."""
     write_jsonl(str(folder / f"{task}-test.jsonl"), records(predictions, trace))
-    (folder / f"{task}-test.settings.json").write_text(json.dumps({"task": task, "decoder": SUNDAE}))
+    (folder / f"{task}-test.settings.json").write_text(json.dumps({"task": task, "split": "test", "decoder": SUNDAE}))
     return folder
 
 
@@ -124,10 +130,10 @@ def test_every_section_shows_what_the_files_hold(runs, tmp_path):
     for name in ("adapted", "finetuned", "eval_a", "eval_b", "inferred", "timed"):
         assert name in page.text
     assert "trained to step 40 · model: 38,224 parameters" in page.text
-    assert "pairs: 3 examples, other at step 30" in page.text
+    assert "pairs (test): 3 examples, other at step 30" in page.text
     # Wilson's interval of 3 in 3 is [43.85, 100], of 2 in 3 [20.77, 93.85]: textbook values.
-    assert "100 [43.9, 100]" in page.text and "66.7 [20.8, 93.9]" in page.text
-    assert SUNDAE in page.text and "LossEval" not in page.text
+    assert "100.0 [43.9, 100.0]" in page.text and "66.7 [20.8, 93.9]" in page.text
+    assert SORTED_SUNDAE in page.text and SUNDAE not in page.text and "LossEval" not in page.text
     assert "secret" not in page.text and str(tmp_path) not in page.text
     verdicts = [value for name, value in page.attributes if name == "title"]
     # The table of the first: 2 × 3 and the one of infer. That of those with a ✗: one example, two runs.
@@ -214,7 +220,7 @@ def test_evaluated_checkpoints_are_one_run_with_a_curve(tmp_path):
     (found,) = run.predictions  # the last checkpoint's
     assert [record["prediction"] for record in found.records] == ["06:09", "3 t", "navajo"]
     page = Page(write_report([folder], tmp_path / "report.html"))
-    assert "pairs: 3 examples, finetuned at step 100 and 2 earlier" in page.text
+    assert "pairs (test): 3 examples, finetuned at step 100 and 2 earlier" in page.text
     assert page.tags.count("svg") == 1 and "66.7 [20.8, 93.9]" in page.text
 
 
@@ -224,7 +230,7 @@ def test_predictions_made_elsewhere_have_no_step(tmp_path):
     elsewhere = {"checkpoint": None, "predictions": "/somewhere/made.jsonl", "evaluations": ["SeqioDataset(seed=0)"]}
     file.write_text(json.dumps(json.loads(file.read_text()) | elsewhere))
     page = Page(write_report([tmp_path / "scores"], tmp_path / "report.html"))
-    assert "pairs: 1 examples, made.jsonl" in page.text and "secret" not in page.text
+    assert "pairs (test): 1 example, made.jsonl" in page.text and "secret" not in page.text
 
 
 PAPER = Published("arXiv 1|2, table 3", "a method", "Base", "", "", {}, {})
@@ -234,7 +240,7 @@ def test_the_papers_numbers_follow_ours():
     ours = Scores("squad", "m", 3, "", 2, {"f1": 50.0, "em": 40.0}, [(PAPER, "f1", 77.41)])
     same = Scores("squad", "n", 4, "", 2, {"f1": 51.0}, [(PAPER, "f1", 77.41)])
     table = score_table("squad", [("a", ours), ("b", same)])
-    assert table["papers"] == [("arXiv 1|2, table 3", "Base, a method", [77.41, None])]
+    assert table["papers"] == [("arXiv 1|2, table 3", "Base, a method", ["77.4", None])]
 
 
 def test_a_difference_of_less_than_one_example_is_pointed_out(tmp_path):
@@ -337,8 +343,8 @@ def test_a_label_stands_at_the_height_of_its_line_s_end():
     lines = [charts.Line(f"run{n}", n, [(0, 0.0), (10, end)]) for n, end in enumerate((50.0, 100.0))]
     svg = charts.line_chart("t", "step", "nats", lines)
     heights = {name: float(y) for y, name in re.findall(r'<text [^>]*?y="([\d.]+)"[^>]*>(run\d)<', svg)}
-    # The axes are 192 points high and show 0 to 100 with a twentieth to spare at both ends.
-    assert heights["run0"] - heights["run1"] == pytest.approx(192 / 1.1 / 2, abs=1)
+    # The axes are 192 points high and show 0 to 100 with a twentieth to spare at the top.
+    assert heights["run0"] - heights["run1"] == pytest.approx(192 / 1.05 / 2, abs=1)
 
 
 def test_a_chart_s_colours_are_the_page_s():
@@ -360,3 +366,125 @@ def test_a_chart_of_its_own_brings_its_colours_and_rings_what_is_marked():
 def test_the_quickstart_s_summary_is_no_run(runs):
     assert [run.name for run in read_runs([runs])] == ["adapted", "eval_a", "eval_b", "finetuned", "inferred", "timed"]
     assert pathlib.Path(runs, "results.json").exists()
+
+
+def evaluated_in_training(folder, split):
+    """A MODEL_DIR whose run has decoded its `split` at steps 10 and 20."""
+    writer = JsonlWriter(trained(folder))
+    for step, value in ((10, 20.0), (20, 60.0)):
+        interval = {"exact_match": value, "exact_match_low": value - 5, "exact_match_high": value + 5}
+        writer.write(step, "inference_eval/pairs", interval)
+        write_jsonl(str(folder / "inference_eval" / "pairs" / f"predictions_{step}.jsonl"), records([f"{step}"]))
+    (folder / "config.gin").write_text(
+        f"SPLIT = {split!r}\nloss_eval/seqio_source.SeqioDataset.split = 'validation'\n"
+        "decode_eval/seqio_source.SeqioDataset.split = %SPLIT\nDECODER = @s.SundaeDecoder()\n"
+        "s.SundaeDecoder.temperature = 0.2\ns.SundaeDecoder.num_samples = 4\ns.SundaeDecoder.num_steps = 5\n"
+    )
+    return folder
+
+
+def test_validation_during_training_and_a_test_set_are_never_in_one_table_or_plot(tmp_path):
+    a = evaluated_in_training(tmp_path / "run", "validation")
+    for step, predictions in ((10, ["x", "3 t", "x"]), (20, ["06:09", "3 tonnes", "x"])):
+        evaluated(tmp_path / "scores" / f"checkpoint_{step}", predictions, step=step, model="run")
+    runs = read_runs([a, tmp_path / "scores"])
+    assert [[scores.data_set for scores in run.scores] for run in runs] == [
+        ["pairs (validation)"],
+        ["pairs (test)"] * 2,
+    ]
+    page = Page(write_report([a, tmp_path / "scores"], tmp_path / "report.html"))
+    charts = re.findall(r"exact_match, pairs \(\w+\)", page.text)
+    assert charts == ["exact_match, pairs (validation)", "exact_match, pairs (test)"]
+    markdown = write_report([a, tmp_path / "scores"], tmp_path / "report.md").read_text(encoding="utf-8")
+    tables = re.split("^## ", markdown, flags=re.MULTILINE)[1:]
+    assert [table.partition("\n")[0] for table in tables] == ["pairs (validation)", "pairs (test)"]
+    assert "60.0 [55.0, 65.0]" in tables[0] and "60.0 [55.0, 65.0]" not in tables[1]
+    # A split of the same name is comparable, wherever it was decoded.
+    b = evaluated_in_training(tmp_path / "other", "test")
+    markdown = write_report([b, tmp_path / "scores"], tmp_path / "report.md").read_text(encoding="utf-8")
+    assert re.findall("^## .+", markdown, re.MULTILINE) == ["## pairs (test)"]
+
+
+def test_runs_stay_in_the_order_given_and_numbers_in_names_count_as_numbers(tmp_path):
+    for name in ("zero", "alpha", "mid"):
+        evaluated(trained(tmp_path / name), ["06:09", "3 t", "x"])
+    given = ["zero", "alpha", "mid"]
+    page = Page(write_report([tmp_path / name for name in given], tmp_path / "report.html"))
+    # In the head, in the charts' labels, in the tables and beside the examples.
+    assert [name for name in re.findall("zero|alpha|mid", page.text)][:3] == given
+    text = write_report([tmp_path / name for name in given], tmp_path / "report.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| (zero|alpha|mid) ", text, re.MULTILINE) == given
+    for name in ("run_10", "run_9", "run_1"):
+        trained(tmp_path / "many" / name)
+    assert [run.name for run in read_runs([tmp_path / "many"])] == ["run_1", "run_9", "run_10"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "interval", "expected"),
+    [
+        ("bleu", 0.0, (3.31e-16, 4.2), "0.0 [0.0, 4.2]"),
+        ("bleu", 3.31e-16, (-1e-14, 3.31e-16), "0.0 [0.0, 0.0]"),
+        ("exact_match", 100.0, (43.85, 100.00000000000001), "100.0 [43.9, 100.0]"),
+        ("exact_match", 6.25, (1.7, 20.1), "6.2 [1.7, 20.1]"),
+        ("accuracy", 0.0, (-0.05, 1.2), "0.000 [0.000, 1.000]"),
+        ("f1", 5.0, None, "5.0"),
+        ("bits_per_byte", 1.5, (1.25, 1.75), "1.50 [1.25, 1.75]"),
+        ("nll", -0.0, (-1e-18, 0.25), "0.000 [0.000, 0.250]"),
+        ("nll", 123.4, (99.5, 150.0), "123 [100, 150]"),
+        ("my_score", 1e-15, None, "0"),
+        ("my_score", 0.00012345, None, "0.000123"),
+        ("exact_match", float("nan"), (0.0, 1.0), "nan [0.0, 1.0]"),
+    ],
+)
+def test_an_interval_has_the_decimals_of_its_value_and_stays_within_bounds(metric, value, interval, expected):
+    assert shown.score(metric, value, interval) == expected
+
+
+def ticks(svg):
+    """The numbers on the axes of a chart."""
+    return {float(text.replace("−", "-").replace(",", "")) for text in re.findall(r">([−\d.,-]+)</text>", svg)}
+
+
+@pytest.mark.parametrize(
+    ("metric", "values"), [("accuracy", (0.0, 0.9)), ("bleu", (0.0, 41.0)), ("pass@1", (3.0, 100.0))]
+)
+def test_the_axis_of_a_bounded_metric_runs_from_zero_to_its_bound(metric, values):
+    low, high = shown.bounds(metric)
+    line = charts.Line("run", 0, list(enumerate(values)), marker="o")
+    svg = charts.line_chart("t", "step", "y", [line], y_bounds=shown.bounds(metric))
+    y_axis = ticks(svg) - {0.0, 0.25, 0.5, 0.75, 1.0} | {low, high}
+    assert min(ticks(svg)) == low and max(y_axis) == high
+    rows = [("a", values[0], values[0], values[1]), ("b", values[1], values[0], values[1])]
+    svg = charts.interval_chart(metric, "x", rows, bounds=shown.bounds(metric))
+    assert min(ticks(svg)) == low and max(ticks(svg)) == high
+
+
+def test_the_axis_of_what_is_never_negative_does_not_go_below_zero():
+    svg = charts.line_chart("t", "step", "y", [charts.Line("run", 0, [(0, 0.01), (1, 5.0)])])
+    assert min(ticks(svg)) == 0
+    svg = charts.line_chart("t", "step", "y", [charts.Line("run", 0, [(0, -3.0), (1, 5.0)])])
+    assert min(ticks(svg)) < 0
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (SUNDAE, SORTED_SUNDAE),
+        ("D(a=1, b=E(y='z', x=None))", 'D(b=E(x=None, y="z"),a=1)'),
+    ],
+)
+def test_the_same_decoder_with_its_fields_in_another_order_is_one(one, other, tmp_path):
+    assert shown.decoder(one) == shown.decoder(other)
+    # The latest checkpoint was evaluated by itself and then among all: one row, and one column of examples.
+    evaluated(tmp_path / "scores", ["06:09", "3 t", "x"], decoder=one)
+    evaluated(tmp_path / "scores" / "checkpoint_30", ["06:09", "3 t", "x"], decoder=other)
+    text = write_report([tmp_path / "scores"], tmp_path / "report.md").read_text(encoding="utf-8")
+    assert len(re.findall(r"^\| scores ", text, re.MULTILINE)) == 1
+    evaluated(tmp_path / "scores" / "checkpoint_30", ["06:09", "3 t", "navajo"], decoder=other)  # other results
+    text = write_report([tmp_path / "scores"], tmp_path / "report.md").read_text(encoding="utf-8")
+    assert len(re.findall(r"^\| scores ", text, re.MULTILINE)) == 2
+
+
+@pytest.mark.parametrize("text", ["", "not ( a decoder", "D(1, *a, **b)", "x + 1", "<script>"])
+def test_what_is_no_decoder_stays_as_it_is(text):
+    assert shown.decoder(text) == text

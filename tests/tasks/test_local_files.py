@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import os
 
 import numpy as np
 import pytest
@@ -219,3 +220,69 @@ def test_longer_texts_are_cut_and_counted(write, caplog):
         "inputs": 0,
         "targets": 9,
     }
+
+
+@pytest.mark.parametrize(
+    ("line", "template", "text"),
+    [
+        ('{"meta.text": "right", "meta": "wrong"}', "{meta.text}", "right"),
+        ('{"a[0]": "right", "a": "wrong"}', "{a[0]}", "right"),
+        ('{"a:b": "right", "a!r": "wrong"}', "{a:b}", "right"),
+        ('{"": "right"}', "{{{}}}", "{right}"),
+        ('{"price": 1.5, "name": "n"}', "{price:.2f} {name!r} {price}", "1.50 'n' 1.5"),
+    ],
+)
+def test_a_field_s_name_is_its_key_whatever_characters_it_has(write, line, template, text):
+    assert read({"train": write("a.jsonl", line)}, readers.Jsonl(), inputs=template, targets="x") == [(text, "x")]
+
+
+def test_what_would_be_dropped_without_a_word_is_refused_or_said(write, caplog):
+    with pytest.raises(UserError, match=r"a\.tsv:2: the header names the column 'text' twice"):
+        read({"train": write("a.tsv", "\ntext\tid\ttext\na\tb\tc\n")}, readers.Tsv(), inputs="{text}", targets="{id}")
+    with pytest.raises(UserError, match=r"Tsv\.columns names the column 'a' twice"):
+        read({"train": write("a.tsv", "b\tc\n")}, readers.Tsv(("a", "a")), inputs="{a}", targets="{a}")
+    with pytest.raises(UserError, match="two different names"):
+        read(
+            {"train": (write("a", "b\n"), write("b", "b\n"))}, readers.Parallel(("a", "a")), inputs="{a}", targets="{a}"
+        )
+    with pytest.raises(UserError, match=r"a\.jsonl:1: the field 'inputs' stands twice"):
+        read({"train": write("a.jsonl", '{"inputs": "a", "inputs": "b", "targets": "c"}')}, readers.Jsonl())
+    with caplog.at_level("INFO", logger="diffusion_t5x"):
+        read({"train": write("a.jsonl", '{"inputs": "a", "targets": "b", "id": 1}')}, readers.Jsonl())
+    assert "fields that no template names: id" in caplog.text
+
+
+def test_more_shots_than_records_are_refused(write):
+    files = {"train": write("a.tsv", "a\tb\nc\td\n"), "test": write("b.tsv", "x\ty\n")}
+    assert len(read(files, readers.Tsv(("inputs", "targets")), "test", num_shots=2)) == 1
+    with pytest.raises(UserError, match="There are 2 training examples for 3 shots: lower NUM_SHOTS"):
+        read(files, readers.Tsv(("inputs", "targets")), "test", num_shots=3)
+    with pytest.raises(UserError, match="NUM_SHOTS is a number of examples"):
+        read(files, readers.Tsv(("inputs", "targets")), "test", num_shots=-1)
+
+
+@pytest.mark.parametrize("reader", [readers.Jsonl(), readers.Tsv(), readers.Text("file")])
+def test_empty_files_among_others_are_left_out_and_named(write, tmp_path, reader, caplog):
+    record = '{"text": "a"}\n' if isinstance(reader, readers.Jsonl) else "text\na\n"
+    for name, text in (("1", "\n"), ("2", record), ("3", "")):
+        write(name, text)
+    templates = {"inputs": None, "targets": "{text}"}
+    name = local_files.task("mine", {"train": str(tmp_path / "?")}, reader, None, **templates)
+    with caplog.at_level("WARNING", logger="diffusion_t5x"):
+        assert len(list(SeqioDataset(name, {"targets": 8}).eval_examples())) == 1
+    assert "2 of 3 files are empty, left out" in caplog.text
+    with pytest.raises(UserError, match=r"1, .*3 are empty"):
+        name = local_files.task("mine", {"train": str(tmp_path / "[13]")}, reader, None, **templates)
+        list(SeqioDataset(name, {"targets": 8}).eval_examples())
+
+
+def test_a_long_document_is_read_ahead_a_few_times_only(write):
+    file = write("a.txt", "word " * 40_000)
+    name = local_files.task(
+        "mine", {"train": file}, readers.Text("paragraphs"), None, targets="{text}", objective=preprocessors.full_lm
+    )
+    batches = SeqioDataset(name, {"inputs": 1, "targets": 64}, batch_size=4, canvas=False).train_iterator()
+    next(batches)
+    cores = len(os.sched_getaffinity(0))
+    # The tokens of a document are 0.8 MB, and each of a few steps holds one a core.
+    assert sum(x.nbytes for x in batches.state_dict().values()) < (4 + 4 * cores) * 1_000_000

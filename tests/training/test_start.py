@@ -80,3 +80,12 @@ def test_what_becomes_of_each_array_is_told(tmp_path):
         r"  ema/ (12 arrays) come from params/\1, by the rule ('ema/(.*)', 'params/\\1')",
         "  opt_state/ (4 arrays), step of the checkpoint stay unread",
     ]
+
+
+def test_a_model_dir_of_another_size_is_one_line(tmp_path):
+    path = save(tmp_path, TINY)
+    with pytest.raises(UserError) as error:
+        check_start(path, tiny.VOCABULARY, abstract(tiny.RELATIVE), resumes=True)
+    (line,) = str(error.value).splitlines()
+    assert "is of another model. The checkpoint's model has ModelConfig.embed_dim = 96 (here 16)" in line
+    assert line.endswith("Include sizes/tiny.gin. Or choose another MODEL_DIR.")

@@ -1,8 +1,8 @@
 """What the Linux kernel offers to shut a process in, by ctypes: namespaces, a root of its own, limits, no privileges.
 
 Three steps, each one narrower than the one before:
-`enter_namespaces` once for a worker, `enter_job` for each program, `confine` in the program's own process. The system
-calls that it may make are another (`system_calls`).
+`enter_namespaces` once for a worker, `enter_job` for each program, `confine` in the program's own process. A fourth,
+`system_calls.refuse`, takes system calls from it.
 """
 
 import ctypes
@@ -33,14 +33,14 @@ _LINKS = ("/lib", "/lib64")  # to folders of the same name in /usr, on most syst
 def enter_namespaces(wait_for_id_maps: Callable[[], None]) -> None:
     """Leaves the machine's users, network, host name and files behind; the process stays able to set up its children.
 
-      What remains of the files, read-only: Python's standard library, the shared libraries beside those that Python has
+    What remains of the files, read-only: Python's standard library, the folders of the shared libraries that Python has
     loaded, and time zones.
 
-      Args:
-        wait_for_id_maps: returns when the parent has called `write_id_maps` for this process.
+    Args:
+      wait_for_id_maps: returns when the parent has called `write_id_maps` for this process.
 
-      Raises:
-        OSError: the kernel does not allow it.
+    Raises:
+      OSError: the kernel does not allow it.
     """
     if os.geteuid() == 0:
         os.setgroups([])

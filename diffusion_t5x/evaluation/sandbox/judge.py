@@ -176,7 +176,7 @@ def _names(tests: Iterable[str]) -> set[str]:
 
 
 def _defined(program: Program, names: Iterable[str], entry_points: Iterable[str]) -> dict[str, Any]:
-    """What the tests get from the program, of the names they use.
+    """Values that the tests read from the program under test.
 
     Python's own names stay Python's: a program's `set` or `math` could make any comparison hold.
     """

@@ -49,7 +49,7 @@ _REFUSED = {
 # of a virtual machine) or deep into the kernel.
 _SOCKET, _SOCKETPAIR = (41, 198), (53, 199)
 _FAMILIES = (1, 2, 10)  # AF_UNIX, AF_INET, AF_INET6
-# Calls above are younger than this list, or x86-64's second table (x32). C libraries do without them.
+# Higher numbers are newer than this list, or of x86-64's second table (x32). C libraries do without them.
 _NEWEST = 450
 
 # linux/filter.h, linux/seccomp.h

@@ -1,0 +1,70 @@
+"""The arguments of the verbs that read no gin files."""
+
+from diffusion_t5x.flags import Parser
+
+
+def add_report(parser: Parser) -> None:
+    """Adds the runs, and what to write."""
+    add = parser.add_argument
+    add("runs", nargs="*", metavar="RUN", help="folder that a verb wrote, or a folder of such folders")
+    add("--checkpoint", metavar="DIR", help="a MODEL_DIR or a checkpoint: the run it belongs to")
+    add("--output", default="report.html", metavar="FILE", help=".html, .md or .svg (default: %(default)s)")
+    add("--example", type=int, default=0, metavar="N", help="which traced example an .svg shows, from 0 on")
+
+
+def add_checkpoints(parser: Parser) -> None:
+    """Adds the subcommands: `command` is "list", "show", "verify" or "diff"."""
+    commands = parser.add_subparsers(required=True, dest="command", metavar="{list,show,verify,diff}")
+    add = commands.add_parser("list", help="steps, sizes, dates; which are whole, newest, best")
+    add.add_argument("path", metavar="RUN")
+    add = commands.add_parser("show", help="arrays, vocabulary, metadata and config")
+    add.add_argument("path", metavar="CHECKPOINT")
+    add = commands.add_parser("verify", help="read every file and compare checksums")
+    add.add_argument("path", metavar="CHECKPOINT|RUN")
+    add = commands.add_parser("diff", help="arrays, metadata and config that differ")
+    add.add_argument("first", metavar="A")
+    add.add_argument("second", metavar="B")
+
+
+def add_convert(parser: Parser) -> None:
+    """Adds the subcommands: `source` is "from_hf", "to_hf", "from_t5x" or "from_llama2c"."""
+    sources = parser.add_subparsers(required=True, dest="source", metavar="{from_hf,to_hf,from_t5x,from_llama2c}")
+    from_hf = sources.add_parser("from_hf", help="a local folder in Hugging Face's format")
+    from_hf.add_argument("path", metavar="FOLDER")
+    from_hf.add_argument(
+        "--ignore_keys",
+        default=(),
+        type=lambda text: text.split(","),
+        metavar="KEY,KEY",
+        help="keys of config.json to read as if they were absent",
+    )
+    to_hf = sources.add_parser("to_hf", help="back to that format, a model that was imported from it")
+    to_hf.add_argument("checkpoint", metavar="CHECKPOINT")
+    to_hf.add_argument("--like", metavar="DIR", help="what from_hf wrote, if CHECKPOINT is not in it")
+    from_t5x = sources.add_parser("from_t5x", help="a T5 1.1 checkpoint of T5X in its own format (before Orbax)")
+    add = from_t5x.add_argument
+    add("path", metavar="FOLDER")
+    add("--tokenizer", required=True, dest="tokenizer_file", metavar="FILE", help="its SentencePiece model")
+    add("--activation", default="gelu", choices=("gelu", "silu"), help="of the gates (default: gelu)")
+    distance = "of its relative position bias (default: 128)"
+    add("--max_distance", default=128, type=int, metavar="TOKENS", help=distance)
+    from_llama2c = sources.add_parser("from_llama2c", help="a checkpoint of llama2.c (export version 0)")
+    from_llama2c.add_argument("model_file", metavar="MODEL.bin")
+    from_llama2c.add_argument("--tokenizer", required=True, dest="tokenizer_file", metavar="TOKENIZER.bin")
+    for source in (from_hf, to_hf, from_t5x, from_llama2c):
+        output = "a folder that is empty or does not exist yet"
+        source.add_argument("--output", required=True, dest="output_folder", metavar="DIR", help=output)
+
+
+def add_nothing(parser: Parser) -> None:
+    """Adds nothing."""
+
+
+def add_tasks(parser: Parser) -> None:
+    """Adds the word to look for."""
+    parser.add_argument("word", nargs="?", default="", metavar="WORD", help="only names that contain it")
+
+
+def add_completion(parser: Parser) -> None:
+    """Adds the shell."""
+    parser.add_argument("shell", choices=("bash", "zsh"), help="which shell reads it")
