@@ -26,7 +26,7 @@ setuptools.setup(
     packages=setuptools.find_packages(include=["diffusion_t5x", "diffusion_t5x.*"]),
     entry_points={"console_scripts": ["diffusion-t5x = diffusion_t5x.command_line.main:main"]},
     package_data={
-        "diffusion_t5x": ["gin/*.gin", "gin/**/*.gin", "evaluation/*.html", "evaluation/*.js", "evaluation/*.md"]
+        "diffusion_t5x": ["gin/*.gin", "gin/**/*.gin", "reporting/*.html", "reporting/*.js", "reporting/*.md"]
     },
     install_requires=[
         "absl-py>=2.1,<3",

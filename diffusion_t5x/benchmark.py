@@ -18,24 +18,26 @@ import jax
 import numpy as np
 import optax
 
-from diffusion_t5x import config, partitioning, records
+from diffusion_t5x import partitioning, records
+from diffusion_t5x.checkpointing import checkpoints
+from diffusion_t5x.checkpointing.checkpoints import OpenCheckpoint
+from diffusion_t5x.command_line import config
+from diffusion_t5x.command_line.recorded import checkpoint_texts
 from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.console import Console
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError, did_you_mean
-from diffusion_t5x.evaluation import charts, stopwatch, train_speed
-from diffusion_t5x.evaluation.decode_charts import decode_charts
-from diffusion_t5x.evaluation.decode_times import DecodeTime, Measurements, show
-from diffusion_t5x.evaluation.report import write_report
 from diffusion_t5x.evaluation.results import describe
-from diffusion_t5x.evaluation.stopwatch import OutOfMemory, Stopwatch
-from diffusion_t5x.evaluation.train_speed import Case, StepWatch
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.recorded import checkpoint_texts
-from diffusion_t5x.training import checkpoints
-from diffusion_t5x.training.checkpoints import OpenCheckpoint
+from diffusion_t5x.performance import stopwatch, train_speed
+from diffusion_t5x.performance.decode_times import DecodeTime, Measurements, show
+from diffusion_t5x.performance.stopwatch import OutOfMemory, Stopwatch
+from diffusion_t5x.performance.train_speed import Case, StepWatch
+from diffusion_t5x.reporting import charts
+from diffusion_t5x.reporting.decode_charts import decode_charts
+from diffusion_t5x.reporting.report import write_report
 
 logger = logging.getLogger(__name__)
 

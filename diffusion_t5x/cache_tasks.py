@@ -8,13 +8,13 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 
-from diffusion_t5x import config
+from diffusion_t5x.checkpointing import checkpoints
+from diffusion_t5x.command_line import config
 from diffusion_t5x.data import cache
 from diffusion_t5x.data.cache import CachedMixture, CachedTask
 from diffusion_t5x.data.cache_writer import CacheJob, write, write_with_beam
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.training import checkpoints
 
 logger = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an accelerator may be in use by
 import rich.box
 import rich.table
 
-from diffusion_t5x import config, terminal
-from diffusion_t5x.command_line import help_pages
+from diffusion_t5x import terminal
+from diffusion_t5x.checkpointing import inspection, stored
+from diffusion_t5x.checkpointing.checkpoints import find_checkpoint, find_checkpoints, read_metadata
+from diffusion_t5x.command_line import config, help_pages
 from diffusion_t5x.console import Console
-from diffusion_t5x.training import inspection, stored
-from diffusion_t5x.training.checkpoints import find_checkpoint, find_checkpoints, read_metadata
 
 
 def list_run(run: str) -> bool:

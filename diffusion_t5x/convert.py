@@ -5,17 +5,16 @@ import shutil
 import sys
 from collections.abc import Sequence
 
-from diffusion_t5x import config
-from diffusion_t5x.command_line import help_pages
-from diffusion_t5x.conversion import llama2c
-from diffusion_t5x.conversion.from_hf import from_hf
-from diffusion_t5x.conversion.from_t5x import from_t5x
-from diffusion_t5x.conversion.importing import check_finite
-from diffusion_t5x.conversion.output import building, empty_folder, model_gin, print_table, record_of, save
-from diffusion_t5x.conversion.to_hf import to_hf
+from diffusion_t5x.command_line import config, help_pages
 from diffusion_t5x.data.seqio_source import libraries
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.importing import llama2c
+from diffusion_t5x.importing.from_hf import from_hf
+from diffusion_t5x.importing.from_t5x import from_t5x
+from diffusion_t5x.importing.importing import check_finite
+from diffusion_t5x.importing.output import building, empty_folder, model_gin, print_table, record_of, save
+from diffusion_t5x.importing.to_hf import to_hf
 from diffusion_t5x.models.transformer import ModelDefinition
 
 

@@ -14,7 +14,11 @@ from typing import Any
 
 import jax
 
-from diffusion_t5x import config, terminal
+from diffusion_t5x import terminal
+from diffusion_t5x.checkpointing import checkpoints
+from diffusion_t5x.checkpointing.assignment import Rule
+from diffusion_t5x.command_line import config
+from diffusion_t5x.command_line.recorded import checkpoint_texts
 from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
@@ -27,10 +31,7 @@ from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import Params
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.recorded import checkpoint_texts
-from diffusion_t5x.training import checkpoints
 from diffusion_t5x.training.agreement import Agreement
-from diffusion_t5x.training.assignment import Rule
 
 logger = logging.getLogger(__name__)
 

@@ -17,22 +17,22 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from diffusion_t5x import config
+from diffusion_t5x.chat.answers import Answers
+from diffusion_t5x.chat.conversation import Plain, Terminal, ended_by_signals, say
+from diffusion_t5x.chat.live_canvas import LiveCanvas
+from diffusion_t5x.chat.prompts import Prompts
+from diffusion_t5x.checkpointing import checkpoints
+from diffusion_t5x.command_line import config
+from diffusion_t5x.command_line.recorded import gin_text
 from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.console import Console
-from diffusion_t5x.data.prompts import Prompts
 from diffusion_t5x.data.seqio_source import SeqioDataset, libraries
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.evaluation.answers import Answers
-from diffusion_t5x.evaluation.conversation import Plain, Terminal, ended_by_signals, say
-from diffusion_t5x.evaluation.live_canvas import LiveCanvas
 from diffusion_t5x.evaluation.loading import load_model
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.recorded import gin_text
-from diffusion_t5x.training import checkpoints
 from diffusion_t5x.training.agreement import Agreement
 
 if TYPE_CHECKING:

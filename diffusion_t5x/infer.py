@@ -15,7 +15,10 @@ from typing import Literal
 
 import jax
 
-from diffusion_t5x import config
+from diffusion_t5x.checkpointing import checkpoints
+from diffusion_t5x.checkpointing.assignment import Rule
+from diffusion_t5x.command_line import config
+from diffusion_t5x.command_line.recorded import checkpoint_texts
 from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.console import Console
 from diffusion_t5x.data.seqio_source import SeqioDataset
@@ -27,16 +30,13 @@ from diffusion_t5x.evaluation.inference import make_decode_step, predict
 from diffusion_t5x.evaluation.likelihood import likelihoods, make_likelihood_step
 from diffusion_t5x.evaluation.loading import check_datasets, load_model
 from diffusion_t5x.evaluation.record_file import RecordFile
-from diffusion_t5x.evaluation.trace_page import write_trace_page
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.objectives.likelihood import check_num_draws
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.recorded import checkpoint_texts
-from diffusion_t5x.scale.dry_run import SliceDryRun, from_flags
-from diffusion_t5x.training import checkpoints
+from diffusion_t5x.performance.dry_run import SliceDryRun, from_flags
+from diffusion_t5x.reporting.trace_page import write_trace_page
 from diffusion_t5x.training.agreement import Agreement
-from diffusion_t5x.training.assignment import Rule
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,9 @@ from rich import box
 from rich.table import Column, Table
 from rich.text import Text
 
-from diffusion_t5x import config
+from diffusion_t5x.checkpointing.checkpoints import open_checkpoint
+from diffusion_t5x.command_line import config
+from diffusion_t5x.command_line.recorded import checkpoint_texts, dataset_text
 from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.console import Console
 from diffusion_t5x.data.batch import Batch
@@ -26,8 +28,6 @@ from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.reading import shift_right
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.objective import Objective
-from diffusion_t5x.recorded import checkpoint_texts, dataset_text
-from diffusion_t5x.training.checkpoints import open_checkpoint
 from diffusion_t5x.training.step import step_key
 
 _STYLES = {

@@ -16,7 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from diffusion_t5x import config, partitioning
+from diffusion_t5x import partitioning
+from diffusion_t5x.checkpointing import checkpoints
+from diffusion_t5x.checkpointing.assignment import Rule
+from diffusion_t5x.command_line import config
+from diffusion_t5x.command_line.recorded import checkpoint_texts
 from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.decoding.decoder import Decoder
@@ -30,10 +34,7 @@ from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.objectives.likelihood import check_num_draws
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.recorded import checkpoint_texts
-from diffusion_t5x.training import checkpoints
 from diffusion_t5x.training.agreement import Agreement
-from diffusion_t5x.training.assignment import Rule
 
 if TYPE_CHECKING:
     import lm_eval.tasks

@@ -8,11 +8,11 @@ Markdown; --output FILE.svg one traced example, as a moving picture.
 import argparse
 from collections.abc import Sequence
 
-from diffusion_t5x import config, terminal
-from diffusion_t5x.command_line import help_pages
+from diffusion_t5x import terminal
+from diffusion_t5x.checkpointing.checkpoints import open_checkpoint
+from diffusion_t5x.command_line import config, help_pages
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.evaluation.report import write_report
-from diffusion_t5x.training.checkpoints import open_checkpoint
+from diffusion_t5x.reporting.report import write_report
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -16,7 +16,13 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from diffusion_t5x import config, partitioning, records, terminal
+from diffusion_t5x import partitioning, records, terminal
+from diffusion_t5x.checkpointing import checkpoints as checkpointing
+from diffusion_t5x.checkpointing import stored
+from diffusion_t5x.checkpointing.assignment import Rule
+from diffusion_t5x.checkpointing.record import Record, describe
+from diffusion_t5x.checkpointing.start import check_start
+from diffusion_t5x.command_line import config
 from diffusion_t5x.data.cached_source import CachedDataset
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
@@ -27,22 +33,17 @@ from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.scale.dry_run import SliceDryRun, from_flags
-from diffusion_t5x.training import checkpoints as checkpointing
+from diffusion_t5x.performance.dry_run import SliceDryRun, from_flags
 from diffusion_t5x.training import lora as lora_training
-from diffusion_t5x.training import stored
 from diffusion_t5x.training.agreement import Agreement
-from diffusion_t5x.training.assignment import Rule
 from diffusion_t5x.training.bad_numbers import BadNumbers, Judge
 from diffusion_t5x.training.goodput import Goodput
 from diffusion_t5x.training.host_batches import HostBatches
 from diffusion_t5x.training.lock import locked
 from diffusion_t5x.training.loop import Periods, train_loop
 from diffusion_t5x.training.metrics import check_writers, make_writer
-from diffusion_t5x.training.record import Record, describe
 from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout, check_rollout
 from diffusion_t5x.training.run_config import write_config
-from diffusion_t5x.training.start import check_start
 from diffusion_t5x.training.state import TrainState, abstract_state, fresh_state, init_state, split
 from diffusion_t5x.training.step import make_train_step
 from diffusion_t5x.training.surroundings import explained

@@ -31,8 +31,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import conversion_report
 from conversion_report import Point, Score
 
-from diffusion_t5x import config, convert, infer, train
+from diffusion_t5x import convert, infer, train
 from diffusion_t5x import eval as evaluation
+from diffusion_t5x.checkpointing import merging
+from diffusion_t5x.checkpointing.checkpoints import find_checkpoint
+from diffusion_t5x.checkpointing.start import model_settings
+from diffusion_t5x.command_line import config
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.models.config import ModelConfig
@@ -40,17 +44,14 @@ from diffusion_t5x.objectives.block import Block
 from diffusion_t5x.objectives.distillation import Distillation
 from diffusion_t5x.objectives.joint import Joint
 from diffusion_t5x.objectives.objective import Objective
-from diffusion_t5x.training import merging
-from diffusion_t5x.training.checkpoints import find_checkpoint
-from diffusion_t5x.training.flops import rollout_flops, step_flops
+from diffusion_t5x.performance.step_flops import rollout_flops, step_flops
 from diffusion_t5x.training.rollout import Rollout
-from diffusion_t5x.training.start import model_settings
 
 BLOCK_SIZE = 4
 NUM_EVALUATIONS = 4  # on the way
 ADAPT_BATCH_SIZE, ADAPT_LENGTH = 16, 96  # rows of recipes/quickstart/pretraining.gin
 DIFFUSION = ["--gin_file=objectives/block.gin", "--gin.ROLLOUT=None"]
-SHIFTED = ["--gin_file=conversion/shifted.gin"]
+SHIFTED = ["--gin_file=adaptation/shifted.gin"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,18 +73,18 @@ class Stage:
 
 AR2DIFF = Stage(DIFFUSION)
 STUDENT = Distillation(BLOCK_SIZE)
-GROWTH = ["--gin_file=conversion/block_growth.gin", f"--gin.BLOCK_SIZE={BLOCK_SIZE}"]
+GROWTH = ["--gin_file=adaptation/block_growth.gin", f"--gin.BLOCK_SIZE={BLOCK_SIZE}"]
 ROUTES = {
     "ar2diff_0": [AR2DIFF],
     "ar2diff_100": [Stage(adapt_steps=100), AR2DIFF],
     "ar2diff_300": [Stage(adapt_steps=300), AR2DIFF],
-    "annealed": [Stage([*DIFFUSION, "--gin_file=conversion/annealed.gin", "--gin.ANNEAL_STEPS={1/2}"])],
+    "annealed": [Stage([*DIFFUSION, "--gin_file=adaptation/annealed.gin", "--gin.ANNEAL_STEPS={1/2}"])],
     "shifted": [Stage([*DIFFUSION, *SHIFTED])],
     "block_growth": [Stage([*DIFFUSION, *GROWTH, "--gin.BLOCK_STAGES=((0, 1), ({1/4}, 2), ({1/2}, 4))"])],
     "off_policy": [Stage(['--gin.STATES="random"', "--gin.ROLLOUT=None"], STUDENT)],
     "random_masks": [Stage(['--gin.STATES="random"'], STUDENT, writes=True)],
     "opdlm": [Stage([], STUDENT, writes=True)],
-    "joint": [Stage([*DIFFUSION, "--gin_file=conversion/joint.gin"], Joint(Block(BLOCK_SIZE)))],
+    "joint": [Stage([*DIFFUSION, "--gin_file=adaptation/joint.gin"], Joint(Block(BLOCK_SIZE)))],
 }
 DECODERS = {
     "4 steps a block": [],

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from scipy import stats
 
-from diffusion_t5x.evaluation import charts
-from diffusion_t5x.evaluation.charts import Line
+from diffusion_t5x.reporting import charts
+from diffusion_t5x.reporting.charts import Line
 
 AUTOREGRESSIVE = ("one by one", "self-speculation")  # decoders that write what an autoregressive model does
 

@@ -24,9 +24,10 @@ import rich.console
 import rich.markup
 import rich.table
 
-from diffusion_t5x import benchmark, config, infer, train
+from diffusion_t5x import benchmark, infer, train
 from diffusion_t5x import eval as evaluation
-from diffusion_t5x.evaluation.report import write_report
+from diffusion_t5x.command_line import config
+from diffusion_t5x.reporting.report import write_report
 
 RECIPES = "recipes/quickstart"
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -13,12 +13,12 @@ import numpy as np
 import safetensors.numpy
 import tokenizers
 
-from diffusion_t5x import config
-from diffusion_t5x.conversion import families, output, qwen3
-from diffusion_t5x.conversion.keys import Keys
+from diffusion_t5x.command_line import config
+from diffusion_t5x.command_line.flags import Parser
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.flags import Parser
+from diffusion_t5x.importing import families, output, qwen3
+from diffusion_t5x.importing.keys import Keys
 from diffusion_t5x.models.transformer import ModelDefinition
 
 END = "<|endoftext|>"

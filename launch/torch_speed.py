@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from torch_model import Transformer
 
 from diffusion_t5x import partitioning
-from diffusion_t5x.evaluation import stopwatch
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.partitioning import MeshConfig
+from diffusion_t5x.performance import stopwatch
 from diffusion_t5x.training.state import abstract_state, init_state
 from diffusion_t5x.training.step import make_train_step
 

@@ -16,8 +16,8 @@ import tensorflow as tf
 
 from diffusion_t5x.data import text_files
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.evaluation.code_execution import Limits, Tests
-from diffusion_t5x.evaluation.pass_at_k import passed_tests
+from diffusion_t5x.evaluation.code.execution import Limits, Tests
+from diffusion_t5x.evaluation.code.pass_at_k import passed_tests
 from diffusion_t5x.tasks import readers
 
 logger = logging.getLogger(__name__)

@@ -15,11 +15,11 @@ from diffusion_t5x import benchmark
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.evaluation import stopwatch
-from diffusion_t5x.evaluation.decode_times import DecodeTime, compare, crossings
-from diffusion_t5x.evaluation.stopwatch import OutOfMemory, Stopwatch, saturating_batch
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.partitioning import MeshConfig
+from diffusion_t5x.performance import stopwatch
+from diffusion_t5x.performance.decode_times import DecodeTime, compare, crossings
+from diffusion_t5x.performance.stopwatch import OutOfMemory, Stopwatch, saturating_batch
 
 SMALL = dataclasses.replace(tiny.RELATIVE, num_layers=1, vocab_size=None, max_length=16)
 DECODERS = {"AR": AutoregressiveDecoder(), "4 steps": SundaeDecoder(num_steps=4, num_samples=1)}

@@ -8,8 +8,8 @@ import grain
 import numpy as np
 import pytest
 
-from diffusion_t5x import config
 from diffusion_t5x.cache_tasks import cache_tasks
+from diffusion_t5x.command_line import config
 from diffusion_t5x.data import cache
 from diffusion_t5x.data.cached_source import CachedDataset
 from diffusion_t5x.data.seqio_source import SeqioDataset

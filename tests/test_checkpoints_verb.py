@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from diffusion_t5x import checkpoints as verb
-from diffusion_t5x.training import inspection
-from diffusion_t5x.training.checkpoints import Checkpoints
+from diffusion_t5x.checkpointing import inspection
+from diffusion_t5x.checkpointing.checkpoints import Checkpoints
 
 RNG = np.random.default_rng(0)
 WEIGHTS = RNG.standard_normal((8, 16)).astype(np.float32)

@@ -8,7 +8,8 @@ import pytest
 from quickstart_runs import TINY
 from scipy import stats
 
-from diffusion_t5x import config, train
+from diffusion_t5x import train
+from diffusion_t5x.command_line import config
 
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
 

@@ -19,7 +19,8 @@ class NotInstalled:
 
 sys.meta_path.insert(0, NotInstalled())
 names = [f"diffusion_t5x.data.{name}" for name in ("batch", "cached_source", "rows", "seqio_source", "vocabularies")]
-for room in ("models", "objectives", "decoding", "training", "evaluation", "conversion", "scale"):
+rooms = "models objectives decoding checkpointing training evaluation importing performance reporting"
+for room in rooms.split():
     package = importlib.import_module(f"diffusion_t5x.{room}")
     names += [f"diffusion_t5x.{room}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
 for name in names:

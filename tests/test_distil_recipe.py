@@ -9,8 +9,9 @@ import time
 import numpy as np
 import pytest
 
-from diffusion_t5x import config, convert, infer, train
+from diffusion_t5x import convert, infer, train
 from diffusion_t5x import eval as evaluation
+from diffusion_t5x.command_line import config
 
 pytestmark = pytest.mark.slow
 

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from diffusion_t5x import benchmark, checkpoints, config, infer, inspect_data, lm_eval, report, train
+from diffusion_t5x import benchmark, checkpoints, infer, inspect_data, lm_eval, report, train
 from diffusion_t5x import eval as evaluation
+from diffusion_t5x.command_line import config
 from diffusion_t5x.command_line.verbs import VERBS
 
 pytest.importorskip("seqio")
@@ -17,7 +18,7 @@ from untrained import give_record, untrained
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Modules that a reader is told to write, places that a reader's own text goes into, what knows no gin (and is run with
-# its page's other commands in tests/conversion), what reads a checkpoint first (see test_generate.py), and what another
+# its page's other commands in tests/importing), what reads a checkpoint first (see test_generate.py), and what another
 # command writes (see test_walkthrough.py).
 NOT_RUN_AS_IT_STANDS = re.compile(r"my_\w+|…|FILE|diffusion_t5x\.(convert|generate)|/tmp/walk/")
 

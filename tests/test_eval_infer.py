@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from quickstart_runs import MODELS, TASK, TINY
 
-from diffusion_t5x import config, infer
 from diffusion_t5x import eval as evaluation
-from diffusion_t5x.evaluation.report import write_report
-from diffusion_t5x.evaluation.runs import read_runs
-from diffusion_t5x.training import checkpoints
+from diffusion_t5x import infer
+from diffusion_t5x.checkpointing import checkpoints
+from diffusion_t5x.command_line import config
+from diffusion_t5x.reporting.report import write_report
+from diffusion_t5x.reporting.runs import read_runs
 
 TWO_TASKS = """
 from __gin__ import dynamic_registration

@@ -6,9 +6,10 @@ import shutil
 
 import pytest
 
-from diffusion_t5x import benchmark, config, generate, infer, inspect_data, report, train
+from diffusion_t5x import benchmark, generate, infer, inspect_data, report, train
 from diffusion_t5x import eval as evaluation
-from diffusion_t5x.training import checkpoints, manifest
+from diffusion_t5x.checkpointing import checkpoints, manifest
+from diffusion_t5x.command_line import config
 
 pytest.importorskip("seqio")
 from untrained import LENGTHS, RUN, SIZE
@@ -187,7 +188,7 @@ def test_a_module_of_a_user(folder, tmp_path, monkeypatch, capsys, refused):
         (["--gin.BLOCK_SIZE=8"], "Set --gin.BLOCK_SIZE=3."),
         (["--gin_file=decoding/block.gin"], "Set --gin.BLOCK_SIZE=3."),
         (["--gin.ModelConfig.activation=silu"], "ModelConfig.activation = 'gelu' (here 'silu'). Set the same."),
-        (["--gin_file=conversion/shifted.gin"], "ModelConfig.shifted = False; here it is True."),
+        (["--gin_file=adaptation/shifted.gin"], "ModelConfig.shifted = False; here it is True."),
         (["--gin_file=sizes/base.gin"], "embed_dim = 16 (here 768)"),
     ],
 )

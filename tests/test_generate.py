@@ -14,15 +14,16 @@ import open_models
 import pytest
 import tiny
 
-from diffusion_t5x import config, generate, infer, train
-from diffusion_t5x.conversion import output
+from diffusion_t5x import generate, infer, train
+from diffusion_t5x.chat.conversation import one_line
+from diffusion_t5x.chat.prompts import Prompts
+from diffusion_t5x.command_line import config
 from diffusion_t5x.convert import convert
-from diffusion_t5x.data.prompts import Prompts
 from diffusion_t5x.data.vocabularies import to_text, token_ids
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.evaluation.conversation import one_line
 from diffusion_t5x.evaluation.inference import make_decode_step
+from diffusion_t5x.importing import output
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.partitioning import MeshConfig
@@ -132,11 +133,11 @@ def test_an_imported_encoder_decoder_reads_eos_behind_its_prompt(form, tmp_path,
     [
         (["autoregressive"], [], {"": "AutoregressiveDecoder", "prefix": False}),
         (["autoregressive"], ["Autoregressive.prefix=True"], {"": "AutoregressiveDecoder", "prefix": True}),
-        (["sundae", "conversion/shifted.gin"], [], {"": "SundaeDecoder"}),
+        (["sundae", "adaptation/shifted.gin"], [], {"": "SundaeDecoder"}),
         (["masked"], [], {"": "MaskedDecoder"}),
         (["block"], ["BLOCK_SIZE=8"], {"": "BlockDecoder", "block_size": 8, "inner": "MaskedDecoder"}),
         (["block_uniform"], [], {"": "BlockDecoder", "block_size": 4, "inner": "SundaeDecoder"}),
-        (["masked", "conversion/joint.gin"], [], {"": "MaskedDecoder"}),
+        (["masked", "adaptation/joint.gin"], [], {"": "MaskedDecoder"}),
         (["distillation"], ["BLOCK_SIZE=2"], {"": "BlockDecoder", "block_size": 2, "inner": "MaskedDecoder"}),
         (["sundae", "decoding/sundae.gin"], ["SundaeDecoder.num_steps=3"], {"": "SundaeDecoder", "num_steps": 3}),
     ],
@@ -152,7 +153,7 @@ def test_the_decoder_follows_from_the_training(files, settings, expected, form, 
     def stop(agreement, model, decoders):
         agreement_check(agreement, model, decoders)
         chosen.extend(decoders)
-        assert model.shifted == ("conversion/shifted.gin" in files)
+        assert model.shifted == ("adaptation/shifted.gin" in files)
         raise KeyError("chosen")
 
     agreement_check = Agreement.check
@@ -274,7 +275,7 @@ def test_mistakes(masked, tmp_path, refused):
     assert "Did you mean '--gin_file'" in says(masked, "--prompt", "a", "--gin_fil", "b")
     assert "The prompt is refused: it is not UTF-8." in says(masked, "--prompt", "caf\udce9")
     assert "must have targets" in says(masked, "--prompt", "a", "--gin.TASK_FEATURE_LENGTHS={'inputs': 8}")
-    shifted = ["--gin_file=conversion/shifted.gin"]
+    shifted = ["--gin_file=adaptation/shifted.gin"]
     assert "is trained with ModelConfig.shifted = False; here it is True" in says(masked, "--prompt", "a", *shifted)
     broken = shutil.copytree(masked, tmp_path / "broken")
     (broken / "checkpoints" / "checkpoint_0" / "metadata" / "metadata").write_text("{")
@@ -342,7 +343,7 @@ def test_what_a_training_leaves_is_enough(tmp_path, ask):
         "runs/finetune.gin",
     ]
     flags = [
-        *(f"--gin_file={file}" for file in [*files, "tasks/local_jsonl.gin", "conversion/shifted.gin"]),
+        *(f"--gin_file={file}" for file in [*files, "tasks/local_jsonl.gin", "adaptation/shifted.gin"]),
         *(f"--gin.ModelConfig.{name}={value}" for name, value in SIZE.items()),
         *(*RUN, f"--gin.MODEL_DIR={tmp_path}", f'--gin.FILES={{"train": "{tmp_path}/train.jsonl"}}'),
         *("--gin.BLOCK_SIZE=3", f"--gin.TASK_FEATURE_LENGTHS={LENGTHS}", "--gin.BATCH_SIZE=8"),

@@ -14,7 +14,7 @@ import pytest
 import rich.console
 import tiny
 
-from diffusion_t5x.evaluation.live_canvas import LiveCanvas
+from diffusion_t5x.chat.live_canvas import LiveCanvas
 
 pytest.importorskip("seqio")
 from untrained import untrained

@@ -9,7 +9,7 @@ import optax
 import pytest
 import tiny
 
-from diffusion_t5x import config
+from diffusion_t5x.command_line import config
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.vocabularies import piece, visible
 from diffusion_t5x.inspect_data import inspect_data

@@ -19,10 +19,10 @@ from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.loading import load_model
-from diffusion_t5x.evaluation.report import write_report
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.partitioning import MeshConfig
+from diffusion_t5x.reporting.report import write_report
 
 pytest.importorskip("seqio")
 

@@ -32,7 +32,7 @@ FIND = """
 import importlib.util, json
 import gin
 import diffusion_t5x
-from diffusion_t5x import config, gin_reading
+from diffusion_t5x.command_line import config, gin_reading
 
 config.load(["probe.gin"])
 config.load(["gin/probe.gin"])

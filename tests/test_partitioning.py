@@ -148,7 +148,7 @@ def test_nothing_is_held_where_no_mesh_is_in_use():
 @pytest.fixture(scope="module")
 def on_meshes(eight_devices):
     """What `on_meshes.py` saw, by mesh: one device, and eight in three ways."""
-    program = pathlib.Path(__file__).parent / "on_meshes.py"
+    program = pathlib.Path(__file__).parent / "helpers" / "on_meshes.py"
     done = subprocess.run([sys.executable, program], env=eight_devices, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
@@ -217,7 +217,7 @@ def test_fsdp_holds_an_eighth_and_gathers_nothing_but_parameters(on_meshes):
     ],
 )
 def test_every_objective_trains_and_decodes_the_same_on_every_mesh(eight_devices, model):
-    program = pathlib.Path(__file__).parent / "mesh_matrix.py"
+    program = pathlib.Path(__file__).parent / "helpers" / "mesh_matrix.py"
     command = [sys.executable, program, model]
     done = subprocess.run(command, env=eight_devices, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]

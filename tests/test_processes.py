@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from quickstart_runs import KEEP_THREE, TINY
 
-from diffusion_t5x import processes
+from diffusion_t5x.command_line import processes
 from diffusion_t5x.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -19,8 +19,8 @@ PACKAGE = pathlib.Path(records.__file__).parent
 # Places that open a file for writing by themselves, and why.
 APPENDING = {"training/metrics.py", "evaluation/record_file.py", "training/lock.py"}
 # /proc, /dev/null, scratch files, the standard streams
-SYSTEM = {"evaluation/sandbox/isolation.py", "data/seqio_source.py", "data/train_iterator.py", "terminal.py"}
-REMOTE = {"training/manifest.py", "training/checkpoints.py"}  # where a bucket writes whole objects itself
+SYSTEM = {"evaluation/code/sandbox/isolation.py", "data/seqio_source.py", "data/train_iterator.py", "terminal.py"}
+REMOTE = {"checkpointing/manifest.py", "checkpointing/checkpoints.py"}  # where a bucket writes whole objects itself
 OF_A_LIBRARY = {"data/cache_writer.py"}  # the library opens the file; it is renamed when it is whole
 
 

@@ -13,12 +13,13 @@ import rich.table
 import rich.text
 
 from diffusion_t5x import checkpoints as checkpoints_verb
-from diffusion_t5x import config, terminal
+from diffusion_t5x import terminal
+from diffusion_t5x.chat.conversation import Plain
+from diffusion_t5x.command_line import config
 from diffusion_t5x.console import Console
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.evaluation import report, runs
-from diffusion_t5x.evaluation.conversation import Plain
-from diffusion_t5x.training.progress import Progress
+from diffusion_t5x.progress import Progress
+from diffusion_t5x.reporting import report, runs
 
 HOSTILE = {
     "clears the screen": "\x1b[2J",
@@ -118,8 +119,8 @@ def test_progress(monkeypatch):
 
 PROGRAM = """
 import sys, types
-from diffusion_t5x import config
-from diffusion_t5x.evaluation.conversation import Plain
+from diffusion_t5x.command_line import config
+from diffusion_t5x.chat.conversation import Plain
 
 {before}
 prompts = types.SimpleNamespace(batch=lambda text, number: text, to_text=lambda tokens: tokens)
@@ -210,7 +211,7 @@ def test_messages_that_cannot_be_written_stop_nothing():
 
 
 PRINTING = """
-from diffusion_t5x import config
+from diffusion_t5x.command_line import config
 with config.program():
     for number in range(100_000): print(number)
 """

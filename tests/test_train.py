@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from quickstart_runs import FINETUNE, PRETRAIN, arrays, steps
 
-from diffusion_t5x import config, train
+from diffusion_t5x import train
+from diffusion_t5x.checkpointing import checkpoints, manifest
+from diffusion_t5x.command_line import config
 from diffusion_t5x.data.seqio_source import SeqioDataset
-from diffusion_t5x.training import checkpoints, manifest
 from diffusion_t5x.training.lock import FILE as LOCK
 from diffusion_t5x.training.lock import locked
 

@@ -10,7 +10,8 @@ import pytest
 import wandb
 from wandb.proto import wandb_internal_pb2
 
-from diffusion_t5x import config, train
+from diffusion_t5x import train
+from diffusion_t5x.command_line import config
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.training import metrics
 from diffusion_t5x.training.preemption import RUN_AGAIN

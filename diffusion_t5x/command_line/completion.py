@@ -8,8 +8,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 
-from diffusion_t5x import gin_macros
-from diffusion_t5x.command_line import help_pages
+from diffusion_t5x.command_line import gin_macros, help_pages
 from diffusion_t5x.command_line.verbs import VERBS
 from diffusion_t5x.errors import UserError
 

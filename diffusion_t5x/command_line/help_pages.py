@@ -8,9 +8,9 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 import diffusion_t5x
-from diffusion_t5x import gin_macros, processes
+from diffusion_t5x.command_line import gin_macros, processes
+from diffusion_t5x.command_line.flags import ABOUT_OVERRIDES, Parser, add_gin_flags
 from diffusion_t5x.command_line.verbs import VERBS, Verb, with_flags
-from diffusion_t5x.flags import ABOUT_OVERRIDES, Parser, add_gin_flags
 
 COMMAND = "diffusion-t5x"
 _WIDTH = 110

@@ -7,8 +7,8 @@ import pathlib
 import textwrap
 from collections.abc import Iterator
 
-from diffusion_t5x import gin_macros
-from diffusion_t5x.gin_macros import REQUIRED, Macro
+from diffusion_t5x.command_line import gin_macros
+from diffusion_t5x.command_line.gin_macros import REQUIRED, Macro
 
 PAGE = pathlib.Path("docs/macros.md")
 _INTRODUCTION = """\

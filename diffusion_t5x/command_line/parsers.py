@@ -1,6 +1,6 @@
 """The arguments of the verbs that read no gin files."""
 
-from diffusion_t5x.flags import Parser
+from diffusion_t5x.command_line.flags import Parser
 
 
 def add_report(parser: Parser) -> None:

@@ -5,8 +5,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 
-from diffusion_t5x import config, gin_macros
-from diffusion_t5x.command_line import help_pages
+from diffusion_t5x.command_line import config, gin_macros, help_pages
 from diffusion_t5x.errors import UserError
 
 _TASKS = "diffusion_t5x.tasks."

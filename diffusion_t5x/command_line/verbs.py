@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffusion_t5x.command_line import parsers
-from diffusion_t5x.flags import Parser
+from diffusion_t5x.command_line.flags import Parser
 
 Flags = Mapping[str, Mapping[str, Any]]
 """Arguments of `ArgumentParser.add_argument`, by the flag's name."""

@@ -31,7 +31,7 @@ from diffusion_t5x.models.readout import score
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.objective import Objective
-from diffusion_t5x.training.progress import Progress
+from diffusion_t5x.progress import Progress
 
 logger = logging.getLogger(__name__)
 

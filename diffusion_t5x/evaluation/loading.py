@@ -7,6 +7,10 @@ import jax
 from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning
+from diffusion_t5x.checkpointing import checkpoints
+from diffusion_t5x.checkpointing.assignment import Rule
+from diffusion_t5x.checkpointing.checkpoints import AnyCheckpoint, open_checkpoint
+from diffusion_t5x.checkpointing.start import check_start
 from diffusion_t5x.data.batch import Architecture
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
@@ -14,11 +18,7 @@ from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.distillation import Teacher
-from diffusion_t5x.training import checkpoints
 from diffusion_t5x.training.agreement import Agreement
-from diffusion_t5x.training.assignment import Rule
-from diffusion_t5x.training.checkpoints import AnyCheckpoint, open_checkpoint
-from diffusion_t5x.training.start import check_start
 
 
 class Dataset(Protocol):

@@ -12,8 +12,8 @@ import jax
 
 from diffusion_t5x import json_lines
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.progress import Progress
 from diffusion_t5x.records import write_json
-from diffusion_t5x.training.progress import Progress
 
 logger = logging.getLogger(__name__)
 # What a record keeps of its example, whatever the mode.

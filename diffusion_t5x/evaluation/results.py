@@ -9,10 +9,10 @@ import platform
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+from diffusion_t5x.checkpointing.record import describe as describe_in_full
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.metrics import bleu_signature
 from diffusion_t5x.records import write_json, write_json_lines
-from diffusion_t5x.training.record import describe as describe_in_full
 
 _PACKAGES = ("diffusion_t5x", "jax", "flax", "seqio", "tensorflow", "sacrebleu")
 _NO_MATTER = ("batch_size", "scan_unroll")  # settings that results do not depend on

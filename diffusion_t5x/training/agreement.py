@@ -5,13 +5,13 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
+from diffusion_t5x.checkpointing.checkpoints import OpenCheckpoint
+from diffusion_t5x.checkpointing.record import Record, class_name, describe, modes_of
 from diffusion_t5x.errors import OtherModel, UserError
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.objectives.objective import Objective
-from diffusion_t5x.training.checkpoints import OpenCheckpoint
 from diffusion_t5x.training.lora import Lora
-from diffusion_t5x.training.record import Record, class_name, describe, modes_of
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ class Agreement:
         if trained is not None and trained != model.shifted and not getattr(user, "autoregressive", False):
             yield (
                 f"{self.path}: the model is trained with ModelConfig.shifted = {trained}; here it is {model.shifted}. "
-                "Give conversion/shifted.gin in training and in decoding, or in neither."
+                "Give adaptation/shifted.gin in training and in decoding, or in neither."
             )
 
     def _judge(self, faults: list[str]) -> None:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 
 import jax
 
+from diffusion_t5x.checkpointing.checkpoints import ensure_writable
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.training.checkpoints import ensure_writable
 
 FILE = ".lock"
 

@@ -14,14 +14,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning
+from diffusion_t5x.checkpointing.checkpoints import Checkpoints
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.progress import Progress
 from diffusion_t5x.training.bad_numbers import Judge
-from diffusion_t5x.training.checkpoints import Checkpoints
 from diffusion_t5x.training.goodput import Goodput
 from diffusion_t5x.training.metrics import Writer
 from diffusion_t5x.training.preemption import StopSignals
-from diffusion_t5x.training.progress import Progress
 from diffusion_t5x.training.state import TrainState
 from diffusion_t5x.training.step import Metrics
 

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from diffusion_t5x.checkpointing.assignment import Rule, compile_pattern
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError, did_you_mean
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.layers import normal
 from diffusion_t5x.models.low_rank import LowRank
 from diffusion_t5x.models.transformer import ModelDefinition, Params, is_matrix
-from diffusion_t5x.training.assignment import Rule, compile_pattern
 
 Axes = tuple[str, ...]
 

@@ -10,8 +10,7 @@ import sys
 
 import pytest
 
-from diffusion_t5x import gin_macros
-from diffusion_t5x.command_line import completion, help_pages, macro_reference
+from diffusion_t5x.command_line import completion, gin_macros, help_pages, macro_reference
 from diffusion_t5x.command_line.main import main
 from diffusion_t5x.command_line.verbs import VERBS
 

@@ -312,7 +312,8 @@ import sys
 
 # None stands for what cannot be found.
 sys.modules |= dict.fromkeys(("tensorflow", "tensorflow_datasets", "tensorflow_text", "seqio", "t5"))
-from diffusion_t5x import config, train
+from diffusion_t5x.command_line import config
+from diffusion_t5x import train
 for steps in (2, 3):
     config.run(train.train, [*sys.argv[1:], f"--gin.TRAIN_STEPS={steps}"])
 """

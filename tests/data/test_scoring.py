@@ -9,8 +9,9 @@ import seqio
 
 from diffusion_t5x.data import scoring
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.evaluation import code_execution, metrics
-from diffusion_t5x.evaluation.pass_at_k import passed_tests
+from diffusion_t5x.evaluation import metrics
+from diffusion_t5x.evaluation.code import execution as code_execution
+from diffusion_t5x.evaluation.code.pass_at_k import passed_tests
 
 
 def first_is_right(targets, predictions):

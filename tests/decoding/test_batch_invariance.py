@@ -102,7 +102,7 @@ def test_a_text_alone_and_in_any_batch_with_any_padding(architecture, name):
 
 @pytest.mark.slow
 def test_texts_on_eight_devices_are_those_of_one_alone(eight_devices):
-    program = pathlib.Path(__file__).parent.parent / "decode_on_eight.py"
+    program = pathlib.Path(__file__).parents[1] / "helpers" / "decode_on_eight.py"
     done = subprocess.run(
         [sys.executable, program, pathlib.Path(__file__).parent],
         env=eight_devices,

@@ -16,8 +16,8 @@ import time
 import pytest
 
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.evaluation import code_execution
-from diffusion_t5x.evaluation.code_execution import Limits, Protections, Tests, Verdict, check
+from diffusion_t5x.evaluation.code import execution as code_execution
+from diffusion_t5x.evaluation.code.execution import Limits, Protections, Tests, Verdict, check
 
 ROOT = pathlib.Path(__file__).parents[2]
 RIGHT = "def double(x):\n    return 2 * x"
@@ -36,7 +36,7 @@ def leftovers():
     found = set(glob.glob(f"{tempfile.gettempdir()}/program-*"))
     for path in glob.glob("/proc/[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it has ended
-            if b"from diffusion_t5x.evaluation.sandbox import worker" in pathlib.Path(path).read_bytes():
+            if b"from diffusion_t5x.evaluation.code.sandbox import worker" in pathlib.Path(path).read_bytes():
                 found.add(path)
     return found
 
@@ -170,13 +170,13 @@ import os
 while True: os.write(3, b'\\0\\0\\0\\x0f["value", null]')
 """,
     "patched channel": """
-from diffusion_t5x.evaluation.sandbox import judge, runner, wire, worker
+from diffusion_t5x.evaluation.code.sandbox import judge, runner, wire, worker
 wire.frame = lambda message, frame=wire.frame: frame(["value", True])
 judge.judge = worker._say = lambda *a: ("pass", "")
 def double(x): return 0
 """,
     "forged objects": """
-from diffusion_t5x.evaluation.sandbox import wire
+from diffusion_t5x.evaluation.code.sandbox import wire
 wire.encode = lambda value, refer: ["object", {"__eq__": True}]
 def double(x): return 0
 """,

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import tiny
 
+from diffusion_t5x.checkpointing import checkpoints
 from diffusion_t5x.evaluation.loading import load_model
 from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.training import checkpoints
 
 
 def test_matrices_are_read_in_the_dtype_of_the_activations(tmp_path):

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.evaluation import code_execution, metrics
-from diffusion_t5x.evaluation.code_execution import Limits, Tests
-from diffusion_t5x.evaluation.pass_at_k import pass_at_k, pass_at_k_with_interval, passed_tests
+from diffusion_t5x.evaluation import metrics
+from diffusion_t5x.evaluation.code import execution as code_execution
+from diffusion_t5x.evaluation.code.execution import Limits, Tests
+from diffusion_t5x.evaluation.code.pass_at_k import pass_at_k, pass_at_k_with_interval, passed_tests
 
 RIGHT, WRONG, BROKEN = "def f(x): return x", "def f(x): return 1", "def f(x:"
 TESTS = Tests(("assert f(1) == 1", "assert f(2) == 2"))

@@ -10,7 +10,7 @@ from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import results
 from diffusion_t5x.evaluation.evaluator import DecodeEval
-from diffusion_t5x.evaluation.published import PUBLISHED, matching
+from diffusion_t5x.reporting.published import PUBLISHED, matching
 
 LENGTHS = {"inputs": 4, "targets": 8}
 

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion_t5x.decoding.decoder import Trace
-from diffusion_t5x.evaluation import trace_page, traces
+from diffusion_t5x.evaluation import traces
+from diffusion_t5x.reporting import trace_page
 
 EVIL = (
     "</script><script>alert(1)</script>",

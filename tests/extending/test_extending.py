@@ -8,8 +8,9 @@ import sys
 import pytest
 from untrained import LENGTHS, SIZE
 
-from diffusion_t5x import config, generate, infer, train
 from diffusion_t5x import eval as evaluation
+from diffusion_t5x import generate, infer, train
+from diffusion_t5x.command_line import config
 
 HERE = pathlib.Path(__file__).parent
 PAGE = (HERE.parent.parent / "docs" / "extending.md").read_text(encoding="utf-8")

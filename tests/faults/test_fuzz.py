@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from diffusion_t5x import config
-from diffusion_t5x.conversion import families, huggingface
+from diffusion_t5x.checkpointing import checkpoints, manifest, stored
+from diffusion_t5x.command_line import config
 from diffusion_t5x.data import templates
 from diffusion_t5x.data.llama2c_vocabulary import Llama2cVocabulary
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import predictions
+from diffusion_t5x.importing import families, huggingface
 from diffusion_t5x.tasks import local_files, readers
-from diffusion_t5x.training import checkpoints, manifest, stored
 
 pytestmark = pytest.mark.slow
 

@@ -11,11 +11,11 @@ import numpy as np
 import open_models
 import pytest
 
-from diffusion_t5x import config
-from diffusion_t5x.conversion import families
-from diffusion_t5x.conversion.keys import Keys
+from diffusion_t5x.command_line import config
 from diffusion_t5x.convert import convert
 from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.importing import families
+from diffusion_t5x.importing.keys import Keys
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.train import train
@@ -74,7 +74,7 @@ RECIPES = {
     "llama3_8b_opdlm": LLAMA3,
     "t5_1_1_base": T5,
 }
-OF_THE_RUN = {"dtype", "remat", "scan_unroll", "dropout_rate", "vocab_size"}
+OF_THE_RUN = {"shifted", "dtype", "remat", "scan_unroll", "dropout_rate", "vocab_size"}
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
 SMALL |= {"num_key_value_heads": 2, "max_position_embeddings": 128, "vocab_size": 310}
 SMALL_T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2}

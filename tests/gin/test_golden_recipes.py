@@ -11,7 +11,8 @@ import re
 
 import pytest
 
-from diffusion_t5x import config, train
+from diffusion_t5x import train
+from diffusion_t5x.command_line import config
 from diffusion_t5x.models.config import ModelConfig
 
 GIN = pathlib.Path(__file__).parents[2] / "gin"
@@ -71,7 +72,7 @@ RUNS["paper1/pretrain+diffusion+span_corruption"] = [
 RUNS["quickstart/adapt+all_conversions"] = [
     f"{QUICKSTART}/adapt.gin",
     "objectives/block.gin",
-    *(f"conversion/{name}.gin" for name in ("shifted", "annealed", "block_growth", "joint")),
+    *(f"adaptation/{name}.gin" for name in ("shifted", "annealed", "block_growth", "joint")),
 ]
 
 

@@ -11,9 +11,10 @@ import shlex
 import gin
 import pytest
 
-from diffusion_t5x import benchmark, config, train
+from diffusion_t5x import benchmark, train
 from diffusion_t5x import eval as evaluation
-from diffusion_t5x.training import checkpoints
+from diffusion_t5x.checkpointing import checkpoints
+from diffusion_t5x.command_line import config
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "paper1.md"
 VERBS = {"train": train.train, "eval": evaluation.evaluate, "benchmark": benchmark.decode}

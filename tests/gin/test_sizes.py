@@ -3,7 +3,7 @@
 import gin
 import pytest
 
-from diffusion_t5x import config
+from diffusion_t5x.command_line import config
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition

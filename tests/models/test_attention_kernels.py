@@ -188,7 +188,8 @@ def test_models_learn_the_same_by_kernels(config, batch, used, monkeypatch):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5), found, expected)
 
 
-FOLDERS = [str(pathlib.Path(__file__).parents[up]) for up in (0, 1)]
+HERE = pathlib.Path(__file__).parent
+FOLDERS = [str(HERE), str(HERE.parent / "helpers")]
 MESH = """
 import sys
 import jax, numpy as np

@@ -192,7 +192,8 @@ print("the same")
 @pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="there is no NVIDIA GPU")
 def test_cudnn_is_attention():
     environment = os.environ | {"JAX_PLATFORMS": "cuda", "XLA_FLAGS": ""}
-    folders = [str(pathlib.Path(__file__).parents[up]) for up in (0, 1)]
+    here = pathlib.Path(__file__).parent
+    folders = [str(here), str(here.parent / "helpers")]
     command = [sys.executable, "-c", ON_GPU, *folders]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     if "Unable to initialize backend" in done.stderr:

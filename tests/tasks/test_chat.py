@@ -14,7 +14,8 @@ from chats import message
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from diffusion_t5x import config, train
+from diffusion_t5x import train
+from diffusion_t5x.command_line import config
 from diffusion_t5x.convert import convert
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError

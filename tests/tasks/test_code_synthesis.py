@@ -5,10 +5,11 @@ import json
 
 import pytest
 
-from diffusion_t5x import config, train
+from diffusion_t5x import train
+from diffusion_t5x.command_line import config
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.evaluation import code_execution
+from diffusion_t5x.evaluation.code import execution as code_execution
 
 seqio = pytest.importorskip("seqio")
 

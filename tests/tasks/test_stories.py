@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from diffusion_t5x import config, infer
+from diffusion_t5x import infer
+from diffusion_t5x.command_line import config
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 

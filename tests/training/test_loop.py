@@ -13,10 +13,10 @@ import optax
 import pytest
 import tiny
 
+from diffusion_t5x.checkpointing import checkpoints
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.objectives.sundae import Sundae
 from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.training import checkpoints
 from diffusion_t5x.training.bad_numbers import BadNumbers, Judge
 from diffusion_t5x.training.goodput import KINDS, Goodput
 from diffusion_t5x.training.loop import Periods, train_loop

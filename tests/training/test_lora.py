@@ -15,6 +15,10 @@ import pytest
 import tiny
 
 from diffusion_t5x import partitioning
+from diffusion_t5x.checkpointing import checkpoints
+from diffusion_t5x.checkpointing.assignment import named_leaves
+from diffusion_t5x.checkpointing.record import Record
+from diffusion_t5x.checkpointing.start import check_start
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.layers import dense
 from diffusion_t5x.models.low_rank import LowRank
@@ -24,12 +28,9 @@ from diffusion_t5x.objectives.block import Block
 from diffusion_t5x.objectives.masked import Masked
 from diffusion_t5x.objectives.sundae import Sundae
 from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.training import checkpoints, optimizers
+from diffusion_t5x.training import optimizers
 from diffusion_t5x.training.agreement import Agreement
-from diffusion_t5x.training.assignment import named_leaves
 from diffusion_t5x.training.lora import Lora, LoraDefinition
-from diffusion_t5x.training.record import Record
-from diffusion_t5x.training.start import check_start
 from diffusion_t5x.training.state import TrainState, abstract_state, fresh_state, join, split
 from diffusion_t5x.training.step import loss_and_gradients, make_train_step
 
@@ -342,7 +343,9 @@ print(json.dumps({name: found[name] for name in ("losses", "parts")}))
 @pytest.mark.slow
 def test_two_devices_that_cut_the_parameters_compute_what_one_does(run, eight_devices):
     folder = pathlib.Path(__file__).parent
-    environment = eight_devices | {"PYTHONPATH": ":".join([str(folder), str(folder.parent), *filter(None, sys.path)])}
+    environment = eight_devices | {
+        "PYTHONPATH": ":".join([str(folder), str(folder.parent / "helpers"), *filter(None, sys.path)])
+    }
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)

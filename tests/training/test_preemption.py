@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import tiny
 
+from diffusion_t5x.checkpointing import checkpoints, manifest
 from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.training import checkpoints, manifest
 from diffusion_t5x.training.bad_numbers import BadNumbers, Judge
 from diffusion_t5x.training.goodput import Goodput
 from diffusion_t5x.training.loop import Periods, train_loop
@@ -212,7 +212,7 @@ def test_outside_of_training_signals_are_as_they_were():
 _TOLD = """
 import sys, time
 from diffusion_t5x.training.preemption import StopSignals
-from diffusion_t5x.training.progress import Progress
+from diffusion_t5x.progress import Progress
 with StopSignals() as stop, Progress(10**6) as progress:
     open(sys.argv[1], "w").write("running")
     for step in range(1, 10**6):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from diffusion_t5x.training import progress
+from diffusion_t5x import progress
 
 
 class Clock:

@@ -46,7 +46,7 @@ TRAIN = """
     import jax, jax.numpy as jnp, numpy as np, tiny
     from contextlib import closing
     from diffusion_t5x.partitioning import MeshConfig
-    from diffusion_t5x.training import checkpoints
+    from diffusion_t5x.checkpointing import checkpoints
     from diffusion_t5x.training.bad_numbers import BadNumbers, Judge
     from diffusion_t5x.training.goodput import Goodput
     from diffusion_t5x.training.loop import Periods, train_loop

@@ -1,0 +1,131 @@
+"""Prompts come in and answers go out: as lines of text, or in a terminal that shows how they are written."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import signal
+import sys
+from collections.abc import Iterator
+
+from diffusion_t5x import terminal
+from diffusion_t5x.chat.answers import Answers
+from diffusion_t5x.chat.live_canvas import LiveCanvas
+from diffusion_t5x.chat.prompts import Prompts
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """Answers as plain text on standard output, and nothing else there; signs for what a terminal there would obey.
+
+    Attributes:
+      prompts: makes rows of texts.
+      answers: writes to them.
+      samples: answers to each prompt.
+    """
+
+    prompts: Prompts
+    answers: Answers
+    samples: int
+
+    def run(self, prompt: str | None) -> None:
+        """The answer to the prompt as it is, or one answer a line."""
+        is_alone = prompt is not None and self.samples == 1
+        for number, text in enumerate(_lines() if prompt is None else [prompt]):
+            try:
+                batch = self.prompts.batch(text, number)
+            except UserError as error:
+                raise UserError(f"Line {number + 1}: {error}" if prompt is None else str(error)) from error
+            for sample in range(self.samples):
+                answer = self.answers.write(batch, sample)
+                written = self.prompts.to_text(answer.tokens)
+                written = written if is_alone else one_line(written)
+                print(terminal.safe(written) if sys.stdout.isatty() else written, flush=True)
+                say(answer.figures())
+
+
+@dataclasses.dataclass(frozen=True)
+class Terminal(Plain):
+    """Answers in a terminal, where the canvas is seen while it is written.
+
+    Attributes:
+      canvas: draws it.
+    """
+
+    canvas: LiveCanvas
+
+    def run(self, prompt: str | None) -> None:
+        """Answers the prompt, or one after another that the user is asked for."""
+        if prompt is not None:
+            self._answer(self.prompts.batch(prompt, 0))
+            return
+        for number, text in enumerate(_typed()):
+            try:
+                self._answer(self.prompts.batch(text, number))
+            except UserError as error:
+                say(str(error))
+
+    def _answer(self, batch: Batch) -> None:
+        for sample in range(self.samples):
+            # The main thread is free to hear Ctrl-C.
+            with self.canvas.shown(batch), concurrent.futures.ThreadPoolExecutor(1) as worker:
+                writing = worker.submit(self.answers.write, batch, sample)
+                try:
+                    answer = writing.result()
+                except KeyboardInterrupt:
+                    self.canvas.stop()
+                    concurrent.futures.wait([writing])
+                    answer = None
+            if answer is None:
+                print(self.canvas.picture().plain)
+                say(f"stopped after {self.canvas.num_steps} passes of the model")
+                return
+            print(terminal.safe(self.prompts.to_text(answer.tokens)))
+            say(answer.figures())
+
+
+def one_line(text: str) -> str:
+    r"""A text without line breaks: `\n` and `\r` in their places, and `\\` for a backslash."""
+    return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+
+
+def _lines() -> Iterator[str]:
+    try:
+        for line in sys.stdin:
+            yield line.removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise UserError(f"Standard input is not UTF-8: {error}.") from error
+
+
+def _typed() -> Iterator[str]:
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (lets a line be edited, and brings earlier ones back)
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+            continue
+        if not text:
+            return
+        yield text
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Ctrl-C, and a reader that goes away, end the process at once, as they do other programs in a pipe."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGPIPE)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def say(text: str) -> None:
+    """Writes a line about an answer to standard error."""
+    print(terminal.safe(text), file=sys.stderr, flush=True)

@@ -1,0 +1,416 @@
+"""Checkpoints. With `stored.py` and `streaming.py`, the only module that imports Orbax.
+
+A checkpoint is a folder `checkpoint_<step>` with three items:
+  state: every array of the train state under its "/"-joined name, in plain nested dictionaries. It can be read without
+    knowing the optimizer, in parts, by other names and onto another mesh.
+  data: where the data iterator stands.
+  metadata: JSON, written by the caller: step, tokenizer, operative gin, metrics.
+and a manifest of all its files (see `manifest.py`), by which each item is checked before it is read. The metrics of an
+evaluation that follows the save are added later, in a file of their own.
+Its name is given when all of it is written; what a killed process leaves behind is not a checkpoint.
+"""
+
+import functools
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import traverse_util
+from jax.experimental import multihost_utils
+
+from diffusion_t5x.checkpointing import manifest, merging, stored, streaming
+from diffusion_t5x.checkpointing.assignment import Rule, assign, named_leaves
+from diffusion_t5x.checkpointing.record import Record
+from diffusion_t5x.errors import UserError
+
+Tree = TypeVar("Tree")
+
+
+class Checkpoints:
+    """The checkpoints of one run. Saves in the background; keeps the newest and, if asked to, the best.
+
+    Args:
+      directory: folder of the `checkpoint_<step>` folders; made if it is not there. Left-overs of killed saves are
+        removed, so a folder has one writer at a time.
+      keep_last: how many of the newest checkpoints stay.
+      keep_best: how many of the best stay as well, by `best_metric`.
+      best_metric: key of `metadata["metrics"]`. A checkpoint without it is not among the best.
+      best_mode: "max" where more is better, "min" where less is.
+      asynchronous: write while training goes on; else `save` returns when all is written.
+      streamed: what is saved holds `Streamed` leaves and numpy arrays.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        keep_last: int = 3,
+        keep_best: int = 0,
+        best_metric: str = "",
+        best_mode: str = "max",
+        asynchronous: bool = True,
+        streamed: bool = False,
+    ):
+        if keep_last < 1:
+            raise UserError(f"Checkpoints.keep_last = {keep_last}: at least the newest checkpoint must stay.")
+        if keep_best and not best_metric:
+            raise UserError(f"Checkpoints.keep_best = {keep_best} needs Checkpoints.best_metric: best by what?")
+        if best_mode not in ("max", "min"):
+            raise UserError(f'Checkpoints.best_mode = {best_mode!r}: "max" or "min".')
+        ensure_writable(directory)
+        self.directory = epath.Path(directory).resolve()
+        self._notes = {"manifest": True} | ({"best": [best_metric, best_mode]} if keep_best else {})
+        self._kept = _Kept(self.directory, keep_last, keep_best, best_metric, best_mode)
+        options = ocp.CheckpointManagerOptions(
+            step_name_format=stored.NAMES,
+            temporary_path_class=stored.commit_class(self.directory),
+            preservation_policy=self._kept,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=asynchronous,
+        )
+        handlers = streaming.handlers() if streamed else None
+        self._manager = ocp.CheckpointManager(self.directory, options=options, handler_registry=handlers)
+
+    def save(self, step: int, state: Any, data_state: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
+        """Starts to write a checkpoint; does nothing where there is a whole one of this step.
+
+        A broken one, or one of another step under this name, is set aside. The state's buffers may be donated as soon
+        as this returns. Waits for the save before, and raises what went wrong in it.
+
+        Args:
+          step: number of finished training steps.
+          state: tree of arrays.
+          data_state: where the data iterator stands, the same on every process.
+          metadata: anything that JSON can hold.
+        """
+        self.wait()
+        json.dumps(metadata)  # raises here and not in the background
+        if there := [found.path for found in stored.find_all(self.directory) if found.step == step]:
+            if not stored.faults(there[0], checksums=False):
+                return
+            stored.set_aside(there)
+            self._manager.reload()
+        self._kept.metrics[step] = metadata.get("metrics", {})
+        items = {
+            "state": ocp.args.PyTreeSave(traverse_util.unflatten_dict(named_leaves(state), sep="/")),
+            "metadata": ocp.args.JsonSave(dict(metadata)),
+        }
+        if data_state:  # Orbax writes no empty tree
+            items["data"] = ocp.args.PyTreeSave(dict(data_state))
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(**items),
+            force=True,
+            custom_metadata=self._notes,
+        )
+
+    def add_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds the metrics of an evaluation to the checkpoint of this step, and removes what is not to stay.
+
+        Waits for the save under way. Broken off at any moment, it leaves the checkpoint whole, evaluated or not.
+        """
+        self.wait()
+        if jax.process_index() == 0:
+            stored.write_evaluation(find_checkpoint(str(self.directory / f"checkpoint_{step}")), metrics)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("add_evaluation")
+        self._kept.metrics.pop(step, None)  # to be read again, the same on every process
+        there = self._manager.all_steps()
+        for other in sorted(set(there) - self._kept.of(there)):
+            self._manager.delete(other)
+
+    def wait(self) -> None:
+        """Returns when the save under way is finished; raises what went wrong in it."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the save under way and frees the threads."""
+        self._manager.close()
+
+
+class _Kept:
+    """Which checkpoints stay: the newest and the best. Orbax's own policy learns of metrics only as it saves.
+
+    Attributes:
+      metrics: by step, as far as they are known; others are read from the checkpoints.
+    """
+
+    def __init__(self, directory: epath.Path, keep_last: int, keep_best: int, best_metric: str, best_mode: str):
+        self._directory, self._keep_last, self._keep_best = directory, keep_last, keep_best
+        self._best_metric, self._sign = best_metric, 1 if best_mode == "max" else -1
+        self.metrics: dict[int, Mapping[str, float]] = {}
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Orbax's question: for each checkpoint, by ascending step, whether it stays."""
+        kept = self.of([checkpoint.step for checkpoint in checkpoints])
+        return [checkpoint.step in kept for checkpoint in checkpoints]
+
+    def of(self, there: Sequence[int]) -> set[int]:
+        """The steps that stay of those that are there."""
+        there = sorted(there)
+        best = sorted((self._quality(step), step) for step in there if self._keep_best and self._is_measured(step))
+        return {*there[-self._keep_last :], *(step for _, step in best[-self._keep_best :])}
+
+    def _is_measured(self, step: int) -> bool:
+        if step not in self.metrics:
+            try:
+                checkpoint = find_checkpoint(str(self._directory / f"checkpoint_{step}"))
+                self.metrics[step] = stored.read_metadata(checkpoint).get("metrics", {})
+            except Exception:  # whatever a broken file makes Orbax raise: it is not among the best
+                self.metrics[step] = {}
+        return self._best_metric in self.metrics[step]
+
+    def _quality(self, step: int) -> float:
+        value = self.metrics[step][self._best_metric]
+        return -math.inf if math.isnan(value) else self._sign * value
+
+
+def ensure_writable(directory: str) -> None:
+    """Makes the folder if it is not there, and a file in it.
+
+    Raises:
+      UserError: it cannot be made or written to.
+    """
+    probe = epath.Path(directory) / f".writable-{jax.process_index()}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except Exception as error:  # OSError of a disk; clients of remote stores have kinds of their own
+        said = str(getattr(error, "strerror", None) or error).strip().rstrip(".")
+        raise UserError(
+            f"Cannot write to {directory}: {said}. Choose another folder (MODEL_DIR), or see to it that this one can "
+            "be reached and written."
+        ) from error
+
+
+def steps(directory: str) -> list[int]:
+    """Steps of the finished checkpoints in a folder of `checkpoint_<step>` folders, ascending."""
+    return [found.step for found in stored.find_all(epath.Path(directory))]
+
+
+def latest(directory: str) -> str | None:
+    """The newest finished checkpoint in a folder of `checkpoint_<step>` folders; None where there is none."""
+    return next((str(found.path) for found in reversed(stored.find_all(epath.Path(directory)))), None)
+
+
+class OpenCheckpoint:
+    """A checkpoint that was found; each part of it is verified and parsed when it is first asked for, and once.
+
+    Args:
+      path: its folder.
+      named: the user's path that it was found by, such as a MODEL_DIR.
+    """
+
+    def __init__(self, path: epath.Path, named: str = ""):
+        self.path, self.named = path, named or str(path)
+        self._verified: set[str] = set()
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @functools.cached_property
+    def metadata(self) -> dict[str, Any]:
+        """What was given to `Checkpoints.save`."""
+        self.verify("metadata", stored.EVALUATION)
+        try:
+            return stored.read_metadata(self.path, self._manifest)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self} cannot be read: its metadata, which say what model it is, are not there or broken ({error})."
+            ) from error
+
+    @functools.cached_property
+    def record(self) -> Record:
+        """What the model was trained as."""
+        return Record.read(self.metadata, str(self.path))
+
+    @property
+    def model_dir(self) -> epath.Path:
+        """The folder of the run that wrote it."""
+        return self.path.parent.parent if self.path.parent.name == "checkpoints" else self.path.parent
+
+    def verify(self, *items: str) -> None:
+        """Compares the files of some items (by default, of all) with the manifest; raises a BrokenCheckpoint."""
+        if "" in self._verified or (items and self._verified.issuperset(items)):
+            return
+        stored.check(self.path, *items, found=self._manifest)
+        self._verified.update(items or ("",))
+
+    @functools.cached_property
+    def _manifest(self) -> tuple[manifest.Entries, str] | None:
+        return manifest.read(self.path) if manifest.has_manifest(self.path) else None
+
+
+AnyCheckpoint = str | os.PathLike | OpenCheckpoint
+"""A user's path (see `find_checkpoints`, whose latest is meant), or a checkpoint that is open."""
+
+
+def open_checkpoint(checkpoint: AnyCheckpoint) -> OpenCheckpoint:
+    """The checkpoint at a user's path; one that is open stays as it is."""
+    if isinstance(checkpoint, OpenCheckpoint):
+        return checkpoint
+    return OpenCheckpoint(find_checkpoint(os.fspath(checkpoint)), os.fspath(checkpoint))
+
+
+def find_checkpoint(path: str) -> epath.Path:
+    """The folder `checkpoint_<step>` that a user's path means: the latest of `find_checkpoints`."""
+    return find_checkpoints(path)[-1]
+
+
+def find_checkpoints(path: str) -> list[epath.Path]:
+    """The folders `checkpoint_<step>` that a user's path means, by ascending step.
+
+    Args:
+      path: such a folder; or a folder of them, or a MODEL_DIR whose `checkpoints` is one.
+
+    Raises:
+      UserError: no finished checkpoint is there.
+    """
+    given = epath.Path(path).expanduser().resolve()
+    if any(found.path == given for found in stored.find_all(given.parent)):
+        return [given]
+    for folder in (given, given / "checkpoints"):
+        if found := stored.find_all(folder):
+            return [checkpoint.path for checkpoint in found]
+    beside = ", ".join(map(str, steps(given.parent)))
+    there = f" Beside it are the steps {beside}." if beside else ""
+    state = "holds no finished checkpoint" if given.exists() else "does not exist"
+    raise UserError(
+        f"No checkpoint at {path}: it {state}.{there} Give a folder checkpoint_<step>, a folder of such folders, or a "
+        "MODEL_DIR with `checkpoints` in it."
+    )
+
+
+def read_metadata(path: AnyCheckpoint) -> dict[str, Any]:
+    """The metadata of a checkpoint."""
+    return open_checkpoint(path).metadata
+
+
+def restore(path: AnyCheckpoint, abstract_state: Tree) -> tuple[Tree, dict[str, np.ndarray], dict[str, Any]]:
+    """All that `Checkpoints.save` wrote, to go on from it: state, data state and metadata.
+
+    Args:
+      path: a user's path, or an open checkpoint.
+      abstract_state: tree of `jax.ShapeDtypeStruct` whose shardings say where each array goes, on the mesh that it was
+        saved from or another. A leaf without sharding comes back as a numpy array.
+
+    Raises:
+      UserError: no such checkpoint, or it does not fit the state.
+    """
+    checkpoint = open_checkpoint(path)
+    checkpoint.verify()
+    data_state = stored.read_tree(checkpoint.path, "data") if (checkpoint.path / "data").exists() else {}
+    return _restore(checkpoint.path, abstract_state, reader=stored), data_state, checkpoint.metadata
+
+
+def restore_initial(
+    path: AnyCheckpoint,
+    abstract_state: Tree,
+    rules: Sequence[Rule] = (),
+    init: Callable[[], Tree] | None = None,
+) -> Tree:
+    """A state from a checkpoint by assignment rules, in T5X's manner (see `assignment.assign`).
+
+    As in all that reads a checkpoint but `restore`, factors of a LoRA run are merged (see `merging`).
+
+    Args:
+      path: a user's path, or an open checkpoint.
+      abstract_state: tree of `jax.ShapeDtypeStruct` with shardings.
+      rules: `(target regex, source template or None)`, in order. For a fresh optimizer: `("opt_state/.*", None)`.
+      init: makes the fresh state, traceable by `jax.jit`; needed where a rule leaves something fresh. Only what
+        stays fresh is computed.
+
+    Raises:
+      UserError: no checkpoint, an unused rule, or what does not fit.
+    """
+    checkpoint = open_checkpoint(path)
+    checkpoint.verify("state")
+    return _restore(checkpoint.path, abstract_state, rules, init)
+
+
+def restore_params(
+    path: AnyCheckpoint, abstract_params: Tree, rules: Sequence[Rule] = (), use_ema: bool = False
+) -> Tree:
+    """Only the parameters of a checkpoint, without the optimizer's state.
+
+    Args:
+      path: a user's path, or an open checkpoint.
+      abstract_params: tree of `jax.ShapeDtypeStruct` with shardings.
+      rules: assignment rules; names begin with `params/`.
+      use_ema: take the moving average of the parameters where the checkpoint has it and no rule says otherwise.
+
+    Raises:
+      UserError: no checkpoint, an unused rule, or what does not fit.
+    """
+    checkpoint = open_checkpoint(path)
+    checkpoint.verify("state")
+    if use_ema and any(name.startswith("ema/") for name in merging.leaves(checkpoint.path)):
+        rules = [*rules, (r"params/(.*)", r"ema/\1")]
+    return _restore(checkpoint.path, {"params": abstract_params}, rules)["params"]
+
+
+def open_params(
+    path: AnyCheckpoint, use_ema: bool = True
+) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
+    """The parameters of a checkpoint, to be read one by one.
+
+    Args:
+      path: a user's path, or an open checkpoint.
+      use_ema: take their moving average where the checkpoint has it.
+
+    Returns:
+      Their shapes by name, and what reads one of them.
+
+    Raises:
+      UserError: no checkpoint, or a broken one.
+    """
+    opened = open_checkpoint(path)
+    opened.verify("state")
+    checkpoint = opened.path
+    leaves = merging.leaves(checkpoint)
+    part = "ema/" if use_ema and any(name.startswith("ema/") for name in leaves) else "params/"
+    shapes = {name.removeprefix(part): tuple(leaf.shape) for name, leaf in leaves.items() if name.startswith(part)}
+
+    def read(name: str) -> np.ndarray:
+        target = {name: jax.ShapeDtypeStruct(shapes[name], np.float32)}
+        return merging.read_arrays(checkpoint, target, {name: part + name})[name]
+
+    return shapes, read
+
+
+def _restore(
+    checkpoint: epath.Path,
+    abstract_state: Tree,
+    rules: Sequence[Rule] = (),
+    init: Callable[[], Tree] | None = None,
+    reader: ModuleType = merging,
+) -> Tree:
+    targets, sources = named_leaves(abstract_state), reader.leaves(checkpoint)
+    try:
+        assignment = assign(targets, sources, rules)
+    except UserError as error:
+        raise UserError(f"{checkpoint}: {error}") from error
+    leaves = _initialise({t: targets[t] for t, source in assignment.items() if source is None}, init)
+    leaves |= reader.read_arrays(checkpoint, targets, {t: s for t, s in assignment.items() if s is not None})
+    return jax.tree.unflatten(jax.tree.structure(abstract_state), [leaves[name] for name in targets])
+
+
+def _initialise(abstract: dict[str, Any], init: Callable[[], Any] | None) -> dict[str, jax.Array]:
+    if not abstract:
+        return {}
+    if init is None:
+        names = ", ".join(abstract)
+        raise UserError(f"No assignment rule may leave parameters fresh here, but these would be: {names}.")
+
+    def fresh():
+        leaves = named_leaves(init())
+        return {name: leaves[name] for name in abstract}
+
+    return jax.jit(fresh, out_shardings={name: leaf.sharding for name, leaf in abstract.items()})()

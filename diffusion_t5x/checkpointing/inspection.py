@@ -1,0 +1,178 @@
+"""What checkpoints hold, and how two of them differ. Arrays are read one at a time."""
+
+import dataclasses
+import datetime
+import difflib
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from diffusion_t5x.checkpointing import manifest, stored
+from diffusion_t5x.checkpointing.checkpoints import find_checkpoint, find_checkpoints
+
+_CHUNK = 1 << 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """A checkpoint in a list.
+
+    Attributes:
+      path: its folder.
+      step: training steps.
+      size: bytes of all its files.
+      written: when it was complete; None where that is not known.
+      faults: what is wrong with its files, by their sizes alone; None where it has no manifest to tell.
+      metrics: of the evaluation that goes with it.
+      newest, best: whether it is, among those without faults; best by the metric that the run keeps the best by.
+    """
+
+    path: epath.Path
+    step: int
+    size: int
+    written: datetime.datetime | None
+    faults: list[str] | None
+    metrics: dict[str, float]
+    newest: bool = False
+    best: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayDifference:
+    """How an array differs between two checkpoints.
+
+    Attributes:
+      name: of the array.
+      first, second: dtype and shape in each; None where it is not there.
+      largest: largest absolute difference of two elements; None unless shapes and dtypes are the same.
+      relative: norm of the difference over the norm of the first; None as well.
+    """
+
+    name: str
+    first: str | None
+    second: str | None
+    largest: float | None = None
+    relative: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """All that differs between two checkpoints.
+
+    Attributes:
+      arrays: those that differ.
+      num_equal: how many are the same, bit for bit.
+      metadata: names of metadata with both values; None where one has no such name.
+      config: a unified diff of the operative gin, by lines.
+    """
+
+    arrays: list[ArrayDifference]
+    num_equal: int
+    metadata: dict[str, tuple[Any, Any]]
+    config: list[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.arrays or self.metadata or self.config)
+
+
+def listing(run: str) -> list[Listed]:
+    """The checkpoints at a user's path (see `find_checkpoints`), by ascending step."""
+    found = [_listed(path) for path in find_checkpoints(run)]
+    whole = [listed for listed in found if not listed.faults]
+    newest = whole[-1:]
+    best: list[Listed] = []
+    for listed in whole:
+        metric, mode = manifest.notes(listed.path).get("custom_metadata", {}).get("best", (None, None))
+        value = listed.metrics.get(metric, np.nan)
+        if not np.isnan(value):
+            better = not best or (value > best[0].metrics[metric] if mode == "max" else value < best[0].metrics[metric])
+            best = [listed] if better else best
+    return [dataclasses.replace(listed, newest=listed in newest, best=listed in best) for listed in found]
+
+
+def faults(checkpoint: epath.Path) -> list[str] | None:
+    """What is wrong with the files of a checkpoint, all of them read.
+
+    None: it was written before there were manifests, and all that it holds can be read.
+    """
+    found = stored.faults(checkpoint)
+    if found is not None:
+        return found
+    try:
+        for name in stored.leaves(checkpoint):
+            _read(checkpoint, name)
+        stored.read_metadata(checkpoint)
+        if (checkpoint / "data").exists():
+            stored.read_tree(checkpoint, "data")
+    except Exception as error:  # whatever a broken file makes Orbax raise
+        return [f"it cannot be read ({(str(error).splitlines() or [repr(error)])[0][:200]})"]
+    return None
+
+
+def arrays(checkpoint: epath.Path) -> dict[str, str]:
+    """Dtype and shape of every array, such as "float32[16, 8]", by name."""
+    return {name: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for name, leaf in stored.leaves(checkpoint).items()}
+
+
+def difference(first: str, second: str) -> Difference:
+    """Compares the checkpoints at two users' paths (see `find_checkpoint`), both of which must be whole.
+
+    Raises:
+      UserError: no checkpoint, or a broken one.
+    """
+    folders = find_checkpoint(first), find_checkpoint(second)
+    for folder in folders:
+        stored.check(folder)
+    kinds = [arrays(folder) for folder in folders]
+    found = [_array_difference(name, folders, kinds) for name in sorted(kinds[0] | kinds[1])]
+    metadata = [stored.read_metadata(folder) for folder in folders]
+    configs = [values.pop("config", "").splitlines() for values in metadata]
+    return Difference(
+        arrays=[array for array in found if array],
+        num_equal=found.count(None),
+        metadata={
+            name: (metadata[0].get(name), metadata[1].get(name))
+            for name in sorted(metadata[0] | metadata[1])
+            if metadata[0].get(name) != metadata[1].get(name)
+        },
+        config=list(difflib.unified_diff(*configs, *map(str, folders), n=0, lineterm="")),
+    )
+
+
+def _listed(path: epath.Path) -> Listed:
+    sizes = manifest.files(path)
+    nanoseconds = manifest.notes(path).get("commit_timestamp_nsecs")
+    problems = stored.faults(path, checksums=False)
+    return Listed(
+        path=path,
+        step=int(path.name.rpartition("_")[2]),
+        size=sum((path / name).stat().length for name in sizes),
+        written=datetime.datetime.fromtimestamp(nanoseconds / 1e9).astimezone() if nanoseconds else None,
+        faults=problems,
+        metrics={} if problems else stored.read_metadata(path).get("metrics", {}),
+    )
+
+
+def _array_difference(name: str, folders: tuple[epath.Path, epath.Path], kinds: list[dict]) -> ArrayDifference | None:
+    first, second = (kind.get(name) for kind in kinds)
+    if first != second:
+        return ArrayDifference(name, first, second)
+    a, b = (np.ravel(_read(folder, name)) for folder in folders)
+    if a.tobytes() == b.tobytes():
+        return None
+    largest, squares, norm = 0.0, 0.0, 0.0
+    for start in range(0, a.size, _CHUNK):  # in double precision, a piece at a time
+        x, y = (np.asarray(array[start : start + _CHUNK], np.float64) for array in (a, b))
+        largest = np.maximum(largest, np.max(np.abs(x - y)))  # NaN stays NaN
+        squares, norm = squares + np.sum((x - y) ** 2), norm + np.sum(x**2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = np.sqrt(squares) / np.sqrt(norm)
+    return ArrayDifference(name, first, second, float(largest), float(relative))
+
+
+def _read(checkpoint: epath.Path, name: str) -> np.ndarray:
+    leaf = stored.leaves(checkpoint)[name]
+    target = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)}
+    return np.asarray(stored.read_arrays(checkpoint, target, {name: name})[name])

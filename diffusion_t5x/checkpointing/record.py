@@ -1,0 +1,191 @@
+"""What a checkpoint was trained as: a record in its metadata, from which every reader takes its settings."""
+
+import dataclasses
+import importlib.metadata
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+from diffusion_t5x.checkpointing import legacy
+from diffusion_t5x.data.vocabularies import SENTINELS
+from diffusion_t5x.decoding.decoder import Decoder
+from diffusion_t5x.decoding.defaults import default_decoder
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.objectives.autoregressive import Autoregressive
+from diffusion_t5x.objectives.objective import Objective
+
+PACKAGES = ("diffusion_t5x", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+CLASS = "class"  # the key of an object's class among its fields
+
+
+def describe(value: Any, name: Callable[[type], str] | None = None) -> Any:
+    """Settings as JSON can hold them: a dataclass becomes its fields and, under "class", its name.
+
+    Args:
+      value: a dataclass, a container of them, or a plain value; anything else becomes its repr.
+      name: of a class; by default, with its module, as it can be imported.
+    """
+    name = name or (lambda cls: f"{cls.__module__}.{cls.__qualname__}")
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: describe(getattr(value, field.name), name) for field in dataclasses.fields(value)}
+        return {CLASS: name(type(value))} | fields
+    if isinstance(value, Mapping):
+        return {str(key): describe(item, name) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [describe(item, name) for item in value]
+    return value if isinstance(value, bool | int | float | str | None) else repr(value)
+
+
+def in_words(described: Any) -> str:
+    """What `describe` made of an object, as Python writes it: "Masked(schedule='linear', ...)"."""
+    if isinstance(described, Mapping):
+        if CLASS not in described:
+            return "{" + ", ".join(f"{key!r}: {in_words(value)}" for key, value in described.items()) + "}"
+        fields = (f"{key}={in_words(value)}" for key, value in described.items() if key != CLASS)
+        return f"{class_name(described)}({', '.join(fields)})"
+    return f"[{', '.join(map(in_words, described))}]" if isinstance(described, list) else repr(described)
+
+
+def class_name(described: Mapping[str, Any]) -> str:
+    """The class of a described object, without its module."""
+    return str(described[CLASS]).rpartition(".")[2]
+
+
+def modes_of(user: object) -> tuple[Mode, ...]:
+    """The modes that an objective or decoder declares; () where it declares none."""
+    return tuple(getattr(user, "modes", None) or ())
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a model was trained as. Objects are as `describe` gives them.
+
+    Attributes:
+      model: all fields of its `ModelConfig`.
+      vocabulary: see `TokenIds.describe`.
+      vocabulary_source: how the vocabulary is made, see `data.vocabularies.source_of`; None where it is not known.
+      objective: what was minimised; None where it is not known.
+      modes: that the model has learned; () where they are not known.
+      decoder: the one that suits the model; None where there is none.
+      dataset: what was read: task, lengths, layout of rows. None for an imported model.
+      task: what registers the task, see `config.registration`: modules to import and bindings.
+      inputs_end: whether the inputs end in EOS; None where it is not known.
+      lora: see `Lora.describe`.
+      imported: the model comes from another framework.
+      versions: of the libraries.
+    """
+
+    model: Mapping[str, Any]
+    vocabulary: Mapping[str, Any]
+    vocabulary_source: Mapping[str, Any] | None = None
+    objective: Mapping[str, Any] | None = None
+    modes: tuple[Mode, ...] = ()
+    decoder: Mapping[str, Any] | None = None
+    dataset: Mapping[str, Any] | None = None
+    task: Mapping[str, Any] | None = None
+    inputs_end: bool | None = None
+    lora: Mapping[str, Any] | None = None
+    imported: bool = False
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        model: ModelConfig,
+        vocabulary: Mapping[str, Any],
+        objective: Objective,
+        decoders: Sequence[Decoder] = (),
+        **more: Any,
+    ) -> Self:
+        """The record of a training with this objective.
+
+        Args:
+          model: its `vocab_size` is set.
+          vocabulary: as in the record.
+          objective: what is minimised.
+          decoders: of its evaluations; the first that suits the model becomes its decoder. Without one, the default
+            one of its first mode does.
+          **more: other fields of the record.
+        """
+        modes = modes_of(objective)
+        suited = [decoder for decoder in decoders if not modes or set(modes_of(decoder)) <= set(modes)]
+        decoder = suited[0] if suited else default_decoder(modes[0]) if modes else None
+        return cls(
+            model=dataclasses.asdict(model),
+            vocabulary=vocabulary,
+            objective=describe(objective),
+            modes=modes,
+            decoder=describe(decoder),
+            versions=_versions(),
+            **more,
+        )
+
+    @classmethod
+    def of_import(
+        cls, model: ModelConfig, vocabulary: Mapping[str, Any], vocabulary_source: Mapping[str, Any] | None
+    ) -> Self:
+        """The record of an autoregressive model that comes from another framework."""
+        inputs_end = model.architecture == "encoder_decoder"
+        return cls.of(
+            model,
+            vocabulary,
+            Autoregressive(),
+            vocabulary_source=vocabulary_source,
+            inputs_end=inputs_end,
+            imported=True,
+        )
+
+    @classmethod
+    def read(cls, metadata: Mapping[str, Any], path: str) -> Self:
+        """The record in the metadata of the checkpoint at `path`; of older ones, what their gin text says.
+
+        Raises:
+          UserError: it is damaged.
+        """
+        apart = {"vocabulary": metadata.get("vocabulary", {}), "lora": metadata.get("lora")}
+        if (written := metadata.get("record")) is None:
+            return cls._of_text(metadata.get("config", ""), **apart)
+        known = {field.name for field in dataclasses.fields(cls)}
+        try:
+            values = {name: value for name, value in written.items() if name in known}
+            return cls(**values | apart | {"modes": tuple(Mode(**mode) for mode in written["modes"])})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: the record of its training is damaged ({error!r}).") from error
+
+    @classmethod
+    def _of_text(cls, text: str, **apart: Any) -> Self:
+        said = legacy.read(text)
+        objective = Autoregressive() if said.imported else said.objective
+        more = apart | {"dataset": said.dataset, "task": said.task, "imported": said.imported}
+        if said.model is None or objective is None:
+            model = dataclasses.asdict(said.model) if said.model else {}
+            return cls(model=model, decoder=describe(said.decoder), **more)
+        if said.imported:
+            more["inputs_end"] = said.model.architecture == "encoder_decoder"
+            more["vocabulary_source"] = {"file": said.vocabulary_file, "extra_ids": SENTINELS}
+        decoders = [said.decoder] if said.decoder else []
+        return dataclasses.replace(cls.of(said.model, objective=objective, decoders=decoders, **more), versions={})
+
+    def metadata(self) -> dict[str, Any]:
+        """What a checkpoint's metadata hold of it: "record", "vocabulary" and, where it is one, "lora"."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        vocabulary, lora = fields.pop("vocabulary"), fields.pop("lora")
+        fields["modes"] = [dataclasses.asdict(mode) for mode in self.modes]
+        return {"vocabulary": dict(vocabulary), **({"lora": dict(lora)} if lora else {}), "record": fields}
+
+    @property
+    def shifted(self) -> bool | None:
+        """`ModelConfig.shifted` of a diffusion model; None where it is not known or does not matter."""
+        left_to_right = self.modes and not any(mode.noise for mode in self.modes)
+        return None if left_to_right or self.objective is None else self.model.get("shifted")
+
+    @property
+    def trained_by(self) -> str | None:
+        """The objective's class without its module; None for an imported model or where it is not known."""
+        return class_name(self.objective) if self.objective and not self.imported else None
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}

@@ -1,0 +1,214 @@
+"""A checkpoint as it lies on disk: its name, how it is committed, and reading it only if it is whole."""
+
+import asyncio
+import contextlib
+import functools
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import traverse_util
+from jax.experimental import multihost_utils
+
+from diffusion_t5x.checkpointing import manifest
+from diffusion_t5x.checkpointing.assignment import named_leaves
+from diffusion_t5x.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+NAMES = ocp.path.step.standard_name_format(step_prefix="checkpoint")
+EVALUATION = "evaluation.json"  # metrics of an evaluation that was finished after the checkpoint was
+_METADATA = "metadata/metadata"
+_ALWAYS_THERE = ("state/_METADATA", _METADATA)
+_MAX_FAULTS = 5
+
+
+class BrokenCheckpoint(UserError):
+    """A file of a checkpoint is not what was written."""
+
+
+def find_all(folder: epath.Path) -> list[Any]:
+    """Orbax's `step` and `path` of each finished checkpoint in a folder, by ascending step."""
+    with contextlib.suppress(OSError):
+        return sorted(NAMES.find_all(folder), key=lambda found: found.step) if folder.is_dir() else []
+    return []
+
+
+def commit_class(directory: epath.Path) -> type:
+    """How Orbax commits a checkpoint in this folder, with a manifest written just before."""
+    base = ocp.path.atomicity_defaults.get_default_temporary_path_class(directory)
+
+    class WithManifest(base):
+        async def finalize(self) -> None:
+            whole = self.get_final().parent == directory  # Orbax commits the items of a checkpoint in the same way
+            if whole:
+                await asyncio.to_thread(manifest.write, self.get())
+            await super().finalize()
+            if whole:
+                manifest.sync(directory)
+
+    return WithManifest
+
+
+def check(checkpoint: epath.Path, *items: str, found: tuple[manifest.Entries, str] | None = None) -> None:
+    """Raises a BrokenCheckpoint if a file of these items (by default: any file) is not what was written.
+
+    It names the file and the newest whole checkpoint beside it. A checkpoint of before there were manifests passes if
+    it has the files that each one has.
+    `found` is what `manifest.read` returns, if that was called before.
+    """
+    wrong = faults(checkpoint, items, found=found)
+    if wrong is None:
+        _say_unchecked(checkpoint)
+    if not wrong:
+        return
+    more = f"; and {len(wrong) - _MAX_FAULTS} more" if len(wrong) > _MAX_FAULTS else ""
+    others = [found.path for found in reversed(find_all(checkpoint.parent)) if found.path != checkpoint]
+    whole = next((other for other in others if is_whole(other)), None)
+    remedy = (
+        f"The newest whole one beside it is {whole}: give its path, or let a training run go on from it with "
+        "--gin.train.train.allow_older_checkpoint=True."
+        if whole
+        else "No whole one is beside it."
+    )
+    raise BrokenCheckpoint(f"{checkpoint} is broken: {'; '.join(wrong[:_MAX_FAULTS])}{more}. {remedy}")
+
+
+def faults(
+    checkpoint: epath.Path,
+    items: Sequence[str] = (),
+    checksums: bool = True,
+    found: tuple[manifest.Entries, str] | None = None,
+) -> list[str] | None:
+    """What is wrong with a checkpoint, one line each (see `manifest.faults`).
+
+    None: nothing that can be known, as it was written before there were manifests.
+    """
+    has_manifest = manifest.has_manifest(checkpoint)
+    if has_manifest:
+        wrong = manifest.faults(checkpoint, items, checksums, found)
+    else:
+        wrong = [f"it has no {name}" for name in _ALWAYS_THERE if not (checkpoint / name).exists()]
+    step = None if wrong else _raw_metadata(checkpoint).get("step")
+    if step is not None and step != int(checkpoint.name.rpartition("_")[2]):
+        wrong = [f"it is of step {step} and was renamed: call it checkpoint_{step} again"]
+    return wrong if wrong or has_manifest else None
+
+
+def is_whole(checkpoint: epath.Path) -> bool:
+    """Whether every file is what was written; of a checkpoint without manifest, whether it can be opened."""
+    found = faults(checkpoint)
+    if found is not None:
+        return not found
+    try:
+        return bool(leaves(checkpoint))
+    except Exception:  # whatever a broken file makes Orbax raise
+        return False
+
+
+def latest_whole(directory: str) -> str | None:
+    """The newest whole checkpoint in a folder of `checkpoint_<step>` folders; None where there is none at all.
+
+    Raises:
+      UserError: there are checkpoints, and all are broken.
+    """
+    found = find_all(epath.Path(directory))
+    whole = next((str(checkpoint.path) for checkpoint in reversed(found) if is_whole(checkpoint.path)), None)
+    if found and not whole:
+        raise UserError(f"Every checkpoint in {directory} is broken: {', '.join(c.path.name for c in found)}.")
+    return whole
+
+
+def set_aside_after(path: str) -> None:
+    """Renames all checkpoints that are newer than this one to `broken_checkpoint_<step>`.
+
+    A run that goes on from an older one writes their steps again, and must not take them for its newest.
+    """
+    checkpoint = epath.Path(path)
+    found = find_all(checkpoint.parent)
+    newer = found[[other.path.name for other in found].index(checkpoint.name) + 1 :]
+    set_aside([other.path for other in newer])
+
+
+def set_aside(checkpoints: Sequence[epath.Path]) -> None:
+    """Renames checkpoints to `broken_checkpoint_<step>`."""
+    if jax.process_index() == 0:
+        for path in checkpoints:
+            names = [f"broken_{path.name}", *(f"broken_{path.name}_{i}" for i in range(2, 1000))]
+            aside = next(name for name in names if not (path.parent / name).exists())
+            path.rename(path.parent / aside)
+            logger.warning("%s is broken: set aside as %s", path, aside)
+    if checkpoints and jax.process_count() > 1:
+        multihost_utils.sync_global_devices("set_aside")
+
+
+def leaves(checkpoint: epath.Path) -> dict[str, Any]:
+    """Shape and dtype of every array of a checkpoint, by name.
+
+    Raises:
+      UserError: it is broken, or another program's.
+    """
+    try:
+        tree = ocp.PyTreeCheckpointHandler().metadata(checkpoint / "state").tree
+    except Exception as error:  # whatever a broken file makes Orbax raise
+        check(checkpoint, "state")
+        if isinstance(error, FileNotFoundError):
+            raise UserError(f"{checkpoint} was not written by this framework: it has no `state`.") from error
+        raise
+    return named_leaves(tree)
+
+
+def read_metadata(checkpoint: epath.Path, found: tuple[manifest.Entries, str] | None = None) -> dict[str, Any]:
+    """What the caller of `Checkpoints.save` gave, with the metrics of an evaluation that was finished later."""
+    metadata = _read(checkpoint / "metadata", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
+    if not manifest.holds(checkpoint, EVALUATION, found):
+        return metadata
+    evaluation = json.loads((checkpoint / EVALUATION).read_text())
+    return {name: value for name, value in metadata.items() if name != "evaluation_due"} | evaluation
+
+
+def write_evaluation(checkpoint: epath.Path, metrics: Mapping[str, float]) -> None:
+    """Adds the metrics of an evaluation to a finished checkpoint, whose evaluation is then no longer due."""
+    manifest.add(checkpoint, EVALUATION, json.dumps({"metrics": dict(metrics)}))
+
+
+def read_tree(checkpoint: epath.Path, item: str) -> dict[str, np.ndarray]:
+    return _read(checkpoint / item, ocp.PyTreeCheckpointHandler(), ocp.args.PyTreeRestore())
+
+
+def read_arrays(checkpoint: epath.Path, targets: Mapping[str, Any], sources: dict[str, str]) -> dict[str, Any]:
+    """Reads `targets` from `sources`, straight into their shardings and dtypes."""
+    read = {}
+    while sources:
+        # Two targets of one source (parameters and their moving average) need two buffers: one is read later.
+        now = {source: target for target, source in reversed(sources.items())}
+        tree = traverse_util.unflatten_dict({source: targets[target] for source, target in now.items()}, sep="/")
+        restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
+        args = ocp.args.PyTreeRestore(item=tree, restore_args=restore_args, partial_restore=True)
+        restored = named_leaves(_read(checkpoint / "state", ocp.PyTreeCheckpointHandler(), args))
+        read |= {target: restored[source] for source, target in now.items()}
+        sources = {target: source for target, source in sources.items() if target not in read}
+    return read
+
+
+def _raw_metadata(checkpoint: epath.Path) -> dict[str, Any]:
+    try:
+        metadata = json.loads((checkpoint / _METADATA).read_text())
+    except (OSError, ValueError):
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _read(path: epath.Path, handler: Any, args: Any) -> Any:
+    with ocp.Checkpointer(handler) as checkpointer:
+        return checkpointer.restore(path, args=args)
+
+
+@functools.cache
+def _say_unchecked(checkpoint: epath.Path) -> None:
+    logger.warning("%s was written before there were checksums: whether it is whole is not known", checkpoint)

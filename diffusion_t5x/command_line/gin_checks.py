@@ -1,0 +1,232 @@
+"""What is checked of a configuration that has been read, before anything is built: types, cycles, what is used."""
+
+import inspect
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import gin
+from gin import config as gin_config  # gin offers no public way to list what is registered and what is bound
+
+from diffusion_t5x.command_line import gin_reading
+from diffusion_t5x.command_line.setting_types import (
+    Misfit,
+    fit,
+    fits_call,
+    hints,
+    plain_numbers,
+    returned,
+    shortened,
+    takes_functions,
+    words,
+)
+from diffusion_t5x.errors import UserError, did_you_mean
+
+_MACRO = "gin.macro"
+_TASK_MODULE = "MIXTURE_OR_TASK_MODULE"  # of T5X
+
+
+def parameters(function_or_class: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The parameters that gin can bind by name."""
+    is_class = inspect.isclass(function_or_class)
+    found = inspect.signature(function_or_class.__init__ if is_class else function_or_class).parameters.values()
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [parameter for parameter in list(found)[is_class:] if parameter.kind in by_name]
+
+
+def name_of(scope: str, selector: str, parameter: str) -> str:
+    """A binding as gin files and flags spell it."""
+    if selector == _MACRO:
+        return scope
+    if (scope, _MACRO) in gin_config._CONFIG:
+        scope = ""  # what a macro refers to is called in a scope of the macro's name
+    return "/".join([*filter(None, [scope]), ".".join(selector.split(".")[-2:])]) + f".{parameter}"
+
+
+def check_cycles() -> None:
+    """Raises a UserError where macros stand for each other in a circle."""
+    values = {scope: bound for (scope, selector), bound in gin_config._CONFIG.items() if selector == _MACRO}
+
+    def visit(name: str, path: list[str]) -> None:
+        if name in path:
+            circle = [*path[path.index(name) :], name]
+            place = gin_reading.place((path[-1], _MACRO, "value"))
+            raise UserError(f"{place}: {' = %'.join(circle)} never comes to a value. Set one of them.")
+        if name not in done:
+            for reference in gin_config.iterate_references(values.get(name, {})):
+                if reference.configurable.wrapped is gin_config.macro:
+                    visit("/".join(reference.scopes), [*path, name])
+            done.add(name)
+
+    done: set[str] = set()
+    for name in values:
+        visit(name, [])
+
+
+def check_types(verb: Callable[..., Any]) -> None:
+    """Checks what a run of the verb comes to against the annotations of the parameters that it is bound to.
+
+    Whole numbers written as 1e6 become such where one is wanted.
+
+    Raises:
+      UserError: a value that does not fit, with its place, what would fit and what the value is.
+    """
+    in_use = reached(verb)
+    for (scope, selector), bound in list(gin_config._CONFIG.items()):
+        if selector.startswith("gin.") or not any(_applies(scope, found) for name, found in in_use if name == selector):
+            continue
+        wrapped = gin_config._REGISTRY[selector].wrapped
+        annotations = hints(wrapped)
+        defaults = {parameter.name: parameter.default for parameter in parameters(wrapped)}
+        for name in bound:
+            if name in annotations:
+                key = (scope, selector, name)
+                bound[name] = _fitted(key, bound[name], annotations[name], defaults.get(name, inspect.Parameter.empty))
+    for bound in gin_config._CONFIG.values():
+        bound.update({name: plain_numbers(value) for name, value in bound.items()})
+
+
+def _applies(scope: str, called_in: str) -> bool:
+    """Whether what is bound in a scope counts for a call in another one."""
+    return not scope or f"{called_in}/".startswith(f"{scope}/")
+
+
+def _fitted(key: gin_reading.Key, value: Any, hint: Any, default: Any) -> Any:
+    """The value of a binding, converted to what its annotation says."""
+
+    def refer(value: Any, hint: Any) -> Any:
+        if not isinstance(value, gin_config.ConfigurableReference):
+            return NotImplemented
+        wrapped = value.configurable.wrapped
+        if wrapped is gin_config.macro:
+            _fit_macro("/".join(value.scopes), hint, refer)
+        elif wrapped in (gin_config._retrieve_constant, gin_config.singleton):
+            pass  # anything
+        elif value.evaluate:
+            if not fits_call(returned(wrapped), hint):
+                spelled = repr(value)
+                raise Misfit(f"Write {spelled.removesuffix('()')}, without ()." if takes_functions(hint) else "")
+        elif not takes_functions(hint):
+            raise Misfit(f"Write {value!r}() for what it returns." if fits_call(returned(wrapped), hint) else "")
+        return value
+
+    try:
+        return fit(value, hint, refer)
+    except Misfit as misfit:
+        last, found = misfit.binding or (key, value)
+        if type(found) is type(default) and found == default:
+            return value  # it is what the code has, whatever the annotation says
+        place = gin_reading.place(last)
+        here = "" if place.kind == "flag" else f"{name_of(*last)} = {shortened(found)}: "
+        wanted = f"{name_of('', *key[1:])} must be {words(hint)}, not {shortened(found)}."
+        raise UserError(f"{place}: {here}{wanted} {misfit}".rstrip()) from None
+
+
+def _fit_macro(name: str, hint: Any, refer: Callable[[Any, Any], Any]) -> None:
+    """Fits the value of a macro, and leaves it converted; one that has none is told elsewhere."""
+    bound = gin_config._CONFIG.get((name, _MACRO), {})
+    if "value" not in bound:
+        return
+    try:
+        bound["value"] = fit(bound["value"], hint, refer)
+    except Misfit as misfit:
+        misfit.binding = misfit.binding or ((name, _MACRO, "value"), bound["value"])
+        raise
+
+
+def check_macros_used() -> None:
+    """Raises a UserError where a flag sets a macro that nothing refers to, or anything one that T5X alone has."""
+    used = set()
+    for reference in gin_config.iterate_references(gin_config._CONFIG):
+        if reference.configurable.wrapped is gin_config.macro:
+            used.add("/".join(reference.scopes))
+    modules = gin_config._CONFIG.get((_TASK_MODULE, _MACRO), {}).get("value")
+    if modules is not None and _TASK_MODULE not in used:
+        module = modules if isinstance(modules, str) else "my.tasks"
+        raise UserError(
+            f"{gin_reading.place((_TASK_MODULE, _MACRO, 'value'))}: here a gin file imports the module of a task, as "
+            f"tasks/quickstart.gin does: a file with the line `import {module}`, and "
+            f"--gin_allow={module.partition('.')[0]}. Leave {_TASK_MODULE} out."
+        )
+    for (scope, selector, _), flag in gin_reading.set_by_flags().items():
+        if selector == _MACRO and scope not in used:
+            with_it = [
+                file
+                for file in gin_reading.shipped()
+                if re.search(rf"^{re.escape(scope)} = ", gin_reading.shipped_text(file), re.MULTILINE)
+            ]
+            hint = did_you_mean(scope, used) or (f" It goes with {', '.join(with_it[:3])}." if with_it else "")
+            raise UserError(f"{flag}: nothing in this configuration uses a macro {scope!r}.{hint}")
+
+
+def reached(verb: Callable[..., Any]) -> set[tuple[str, str]]:
+    """Selectors and scopes of all that a call of a verb, or of another one that is configured, would evaluate."""
+    found = set()
+    folder = verb.__module__.rpartition(".")[0]
+    for _, selector in list(gin_config._CONFIG):
+        wrapped = gin_config._REGISTRY[selector].wrapped
+        # The settings of other verbs may be there, too: inspect_data shows what train reads.
+        if wrapped is verb or (inspect.isfunction(wrapped) and wrapped.__module__.rpartition(".")[0] == folder):
+            seen: set[tuple[Any, ...]] = set()
+            list(unset(selector, [], set(), seen=seen))
+            found |= {(visited, "/".join(scope)) for visited, _, *scope in seen}
+    return found
+
+
+def check_flags_used(verb: Callable[..., Any]) -> None:
+    """Raises a UserError where a flag sets a macro, or a parameter, that a run of the verb does not come to."""
+    in_use = reached(verb)
+    for (scope, selector, _), flag in gin_reading.set_by_flags().items():
+        scopes = [found for other, found in in_use if other == selector]
+        if any(_applies(scope, found) for found in scopes):
+            continue
+        if selector == _MACRO:
+            users = sorted({name_of(*key) for key in _users(scope)})
+            raise UserError(
+                f"{flag}: it would change nothing: only {', '.join(users)} uses {scope}, and is not used itself."
+            )
+        name = ".".join(selector.split(".")[-2:])
+        if scopes:
+            known = " and ".join(name_of(found, selector, "")[:-1] for found in sorted(set(scopes)))
+            raise UserError(f"{flag}: it would change nothing: this configuration uses {known}, not {scope}/{name}.")
+        raise UserError(
+            f"{flag}: it would change nothing: this configuration does not use {name}. Include the gin file that does, "
+            "or see with --print_config what is used."
+        )
+
+
+def _users(macro: str) -> Iterator[gin_reading.Key]:
+    """The bindings that refer to a macro."""
+    for (scope, selector), bound in gin_config._CONFIG.items():
+        for name, value in bound.items():
+            for reference in gin_config.iterate_references({name: value}):
+                if reference.config_key == (macro, _MACRO):
+                    yield scope, selector, name
+
+
+def unset(
+    selector: str, scope: Sequence[str], given: Collection[str], called: bool = True, seen: set[Any] | None = None
+) -> Iterator[str]:
+    """What has no value among all that a call of `selector` in `scope` with the `given` arguments would evaluate.
+
+    To `seen` it adds what it visits: selector, whether it is called, and its scopes.
+    """
+    seen = set() if seen is None else seen
+    if (visit := (selector, called, *scope)) in seen:
+        return
+    seen.add(visit)
+    configurable = gin_config._REGISTRY[selector]
+    with gin.config_scope(list(scope)):
+        bound = gin.get_bindings(selector, resolve_references=False)
+
+    if called:
+        for parameter in parameters(configurable.wrapped):
+            if parameter.default is parameter.empty and parameter.name not in {*given, *bound}:
+                yield name_of("/".join(scope), selector, parameter.name)
+    for name, value in bound.items():
+        for reference in gin_config.iterate_references({name: value}):
+            if repr(reference) == "%gin.REQUIRED":
+                yield name_of("/".join(scope), selector, name)
+            else:
+                next_scope = reference.scopes or scope
+                yield from unset(reference.configurable.selector, next_scope, set(), reference.evaluate, seen)

@@ -1,0 +1,276 @@
+"""What macros the shipped gin files have: their values, what they are bound to, and what that means by its docstring.
+
+Files are read, not run: no module that they import is imported.
+"""
+
+import ast
+import dataclasses
+import functools
+import pathlib
+import re
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from gin import config_parser
+
+PACKAGE = pathlib.Path(__file__).parents[1]
+REQUIRED = "%gin.REQUIRED"
+# Where a docstring's words about a parameter need the rest of the docstring, or where a macro sets several parameters.
+_MEANINGS = {
+    "ARCHITECTURE": '"decoder_only" or "encoder_decoder".',
+    "AR_WEIGHT": "weight of the autoregressive loss beside the diffusion loss.",
+    "BATCH_SIZE": "examples per step, over all devices.",
+    "BENCHMARK_OUTPUT_DIR": "folder that gets the measured times; created if missing.",
+    "BEST_METRIC": 'metric by which the best checkpoints are kept, such as "my_task/exact_match".',
+    "BLOCK_SIZE": "target tokens per block; decode with the size that the model was trained with.",
+    "CACHE_DIR": "folder of the tokenized data that `cache_tasks` writes.",
+    "CASES": "what to time, each with a name of your choice.",
+    "CHECKPOINT_PATH": "the model: a checkpoint, a folder of checkpoints or a MODEL_DIR (the newest counts).",
+    "CODE_FILES": "files of source code, as paths or glob patterns by split.",
+    "COLUMNS": "names of the TSV file's columns; None takes them from the first line.",
+    "DECODER": "how text is decoded; a file of `decoding/` sets it.",
+    "DECODERS": "decoders to time, each with a name of your choice.",
+    "EOS_ID": "token id that ends a text.",
+    "EVAL_OUTPUT_DIR": "folder that gets scores and predictions; created if missing.",
+    "EVAL_PERIOD": "steps between evaluations, each with a checkpoint; None never evaluates.",
+    "EVAL_STEPS": "batches of held-out data per evaluation of the loss; None takes all.",
+    "FILES": "your data: paths or glob patterns by split.",
+    "HELD_OUT": 'percentage of "train" that becomes another split, such as `{"validation": 1.0}`.',
+    "INFER_OUTPUT_DIR": "folder that gets the predictions; created if missing.",
+    "INITIAL_CHECKPOINT_PATH": "the model to start from: a checkpoint, a folder of them or a MODEL_DIR; None: scratch.",
+    "INPUTS": "template of the inputs, with field names in braces; None makes every token a target.",
+    "INPUT_LENGTH": "input tokens per text.",
+    "LENGTHS": "target lengths to time, in tokens.",
+    "LORA": "LoRA settings; None trains the whole model.",
+    "LORA_BASE_DTYPE": "dtype of the frozen matrices.",
+    "LORA_RANK": "rank of the low-rank updates.",
+    "LORA_TARGETS": "matrices that get a low-rank update.",
+    "LORA_WHOLE": "parameters that are trained in full.",
+    "MAX_ROLLOUT_LENGTH": "longest text that an on-policy step decodes, in tokens.",
+    "METRICS": "metrics of decoded text, such as `(@metrics.bleu, @metrics.exact_match)`.",
+    "MIN_ROLLOUT_LENGTH": "length of on-policy texts at the first step, in tokens; it grows to MAX_ROLLOUT_LENGTH.",
+    "MIXTURE_OR_TASK_NAME": "SeqIO task or mixture to read; `diffusion-t5x tasks` lists those that come along.",
+    "MODEL": "the model's dimensions; files of `models/` and `sizes/` set them.",
+    "MODEL_DIR": "folder of the run: checkpoints, metrics, configuration.",
+    "NTREX_FILES": "NTREX files, as paths or glob patterns by split.",
+    "NUM_DECODED_EXAMPLES": "examples to decode, from the start of the split; None takes all.",
+    "NUM_DRAWS": "noise draws per example for the likelihood bound; an even number.",
+    "NUM_SAMPLES": "canvases decoded per example; the best by model score is kept.",
+    "NUM_SCORED_EXAMPLES": "examples to score, from the start of the split; None takes all.",
+    "NUM_SHARDS": "files per split.",
+    "NUM_SHOTS": "solved examples put before each input.",
+    "NUM_STEPS": "denoising steps; None: one per token.",
+    "OBJECTIVE": "what training minimises; a file of `objectives/` sets it.",
+    "PAD_ID": "token id of padding.",
+    "PEAK_LEARNING_RATE": "highest learning rate, at the end of the warm-up.",
+    "PRETRAINING": "what pretraining asks of a document: a function of `tasks.preprocessors`.",
+    "PROMPTS_FILE": "JSON lines of token ids to train on.",
+    "RANDOM_SEED": "seed of initialisation, data order, noise and decoding.",
+    "READER": "how files are read: `readers.Jsonl`, `Tsv`, `Text` or `Parallel`.",
+    "ROLLOUT": "on-policy training: the model's own texts in place of the data's targets; None trains on the targets.",
+    "SAMPLES_PER_EXAMPLE": "texts decoded per example, for metrics such as pass@k.",
+    "SOURCE_LANGUAGE": "language code of the inputs.",
+    "SPLIT": "split to read.",
+    "SPLITS": "splits to cache; None caches all.",
+    "TARGETS": "template of the targets, with field names in braces.",
+    "TARGET_LANGUAGE": "language code of the targets.",
+    "TARGET_LENGTH": "target tokens per row.",
+    "TASK": "name of the task that the predictions answer.",
+    "TASK_FEATURE_LENGTHS": "tokens of `inputs` and `targets`; longer ones are cut.",
+    "TASK_NAME": "name under which the task is registered.",
+    "TATOEBA_FILE": "Tatoeba file, as a path or glob pattern by split.",
+    "TEACHER_CHECKPOINT_PATH": "the autoregressive teacher of a distillation: a checkpoint or a MODEL_DIR.",
+    "TEMPERATURE": "sampling temperature; 0 is greedy.",
+    "TEMPLATE_VARIABLES": 'extra variables of the chat template, such as `{"enable_thinking": False}`.',
+    "TEXT": "the natural-language part of a pretraining mixture.",
+    "TEXT_FILE": "UTF-8 text, one prompt per line.",
+    "THRESHOLD": "probability above which a step writes a token at once; None writes a fixed number per step.",
+    "TOKENIZER_FILE": "tokenizer of a model imported from llama2.c.",
+    "TRAIN_STEPS": "step to train up to, counting those before a resume and those of the initial checkpoint.",
+    "USE_CACHED_TASKS": "read what `seqio_cache_tasks` wrote.",
+    "VALIDATION_FILE": "JSON lines of token ids to evaluate on.",
+    "VOCABULARY": "the tokenizer, as a SeqIO vocabulary.",
+    "VOCABULARY_FILE": "the tokenizer: a SentencePiece model, a tokenizer.json or llama2.c's .bin; None: bytes.",
+    "WARMUP_STEPS": "steps over which the learning rate rises from 0.",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """A parameter that a macro is bound to in a file, such as `data.seqio_source.SeqioDataset.batch_size`.
+
+    Attributes:
+      file: the gin file.
+      parameter: its full name, without that of this package.
+      meaning: the words of its docstring; "" if there are none.
+    """
+
+    file: str
+    parameter: str
+    meaning: str
+
+
+@dataclasses.dataclass
+class Macro:
+    """A macro of the shipped gin files.
+
+    Attributes:
+      name: in capitals.
+      values: what each file sets it to, as gin text; `REQUIRED` where the user has to.
+      uses: the parameters that it is bound to, the documented ones first.
+    """
+
+    name: str
+    values: dict[str, str] = dataclasses.field(default_factory=dict)
+    uses: list[Use] = dataclasses.field(default_factory=list)
+
+    def meaning(self, files: Sequence[str] = ()) -> str:
+        """The docstring's words about the parameter that these files, or else most files, bind it to."""
+        if self.name in _MEANINGS:
+            return _MEANINGS[self.name]
+        own = [use.meaning for use in self.uses if use.meaning and use.file in files]
+        meanings = own or [use.meaning for use in self.uses if use.meaning]
+        return max(meanings, key=meanings.count, default="")
+
+    def default(self, files: list[str]) -> str:
+        """The value that the last of these files to set it gives; "" if none of them does."""
+        return next((self.values[file] for file in reversed(files) if file in self.values), "")
+
+
+@dataclasses.dataclass
+class File:
+    """What one gin file states.
+
+    Attributes:
+      comment: the lines at its top.
+      imports: modules, by the name that the file has for each.
+      includes: the files it includes.
+      values: of macros, as gin text.
+      uses: `(macro, selector, parameter)` for each parameter that a macro is bound to.
+    """
+
+    comment: str
+    imports: dict[str, str]
+    includes: list[str]
+    values: dict[str, str]
+    uses: list[tuple[str, str, str]]
+
+
+def files() -> list[str]:
+    """The shipped gin files, relative to the gin folder."""
+    root = PACKAGE / "gin"
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*.gin"))
+
+
+def with_includes(file: str) -> list[str]:
+    """A shipped file and all that it includes, in the order in which gin reads them."""
+    found = [inner for included in read(file).includes for inner in with_includes(included)]
+    return list(dict.fromkeys([*found, file]))
+
+
+@functools.cache
+def macros() -> Mapping[str, Macro]:
+    """All macros of the shipped files, by name."""
+    found: dict[str, Macro] = {}
+    for name in files():
+        file = read(name)
+        for macro, value in file.values.items():
+            found.setdefault(macro, Macro(macro)).values[name] = value
+        for macro, selector, parameter in file.uses:
+            found.setdefault(macro, Macro(macro)).uses.append(_use(name, selector, parameter))
+    for macro in found.values():
+        macro.uses.sort(key=lambda use: not use.meaning)
+    return dict(sorted(found.items()))
+
+
+def of_runs(run_files: list[str]) -> list[Macro]:
+    """The macros that these run files set, those that must be given first."""
+    named = list(
+        dict.fromkeys(name for file in run_files for inner in with_includes(file) for name in read(inner).values)
+    )
+    return sorted((macros()[name] for name in named), key=lambda macro: REQUIRED not in macro.default(run_files))
+
+
+class _Text(str):
+    """Gin text that stands without quotes in a value."""
+
+    __repr__ = str.__str__
+
+
+class _Reader(config_parser.ParserDelegate):
+    """Leaves references and macros as they are spelled."""
+
+    def configurable_reference(self, scoped_selector: str, evaluate: bool) -> _Text:
+        return _Text(f"@{scoped_selector}{'()' if evaluate else ''}")
+
+    def macro(self, macro_name: str) -> _Text:
+        return _Text(f"%{macro_name}")
+
+
+@functools.cache
+def read(name: str) -> File:
+    """The statements of a shipped file."""
+    text = (PACKAGE / "gin" / name).read_text(encoding="utf-8")
+    comment = re.match(r"(#.*\n)*", text)[0]
+    file = File(re.sub(r"^# ?", "", comment, flags=re.MULTILINE).strip(), {}, [], {}, [])
+    for statement in config_parser.ConfigParser(text, _Reader()):
+        if isinstance(statement, config_parser.ImportStatement):
+            file.imports[statement.bound_name()] = statement.module
+        elif isinstance(statement, config_parser.IncludeStatement):
+            file.includes.append(statement.filename)
+        elif isinstance(statement, config_parser.BindingStatement):
+            if not statement.arg_name:
+                file.values[statement.selector] = repr(statement.value)
+            else:
+                used = dict.fromkeys(_macros_in(statement.value))
+                file.uses += [(macro, statement.selector, statement.arg_name) for macro in used]
+    return file
+
+
+def _macros_in(value: Any) -> Iterator[str]:
+    """The names of the macros in a value, at any depth."""
+    if isinstance(value, _Text):
+        if value.startswith("%") and value != REQUIRED:
+            yield value[1:]
+    elif isinstance(value, Mapping):
+        for item in value.items():
+            yield from _macros_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _macros_in(item)
+
+
+def _use(file: str, selector: str, parameter: str) -> Use:
+    """A parameter by its full name, with its words in the docstring of what it belongs to."""
+    first, _, rest = selector.partition(".")
+    module = _imports(file).get(first, first)
+    name = f"{module}.{rest}".removeprefix(f"{PACKAGE.name}.")
+    documented = _docstring(module, rest)
+    return Use(file, f"{name}.{parameter}", _entry(documented, parameter))
+
+
+def _imports(file: str) -> dict[str, str]:
+    """The modules that a file names: its own imports and those of the files that it includes."""
+    return {name: module for inner in with_includes(file) for name, module in read(inner).imports.items()}
+
+
+@functools.cache
+def _docstring(module: str, name: str) -> str:
+    """The docstring of a function or class in a module of this package; "" for those of others."""
+    if not module.startswith(f"{PACKAGE.name}."):
+        return ""
+    path = PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py")
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
+            return ast.get_docstring(node) or ""
+    return ""
+
+
+def _entry(docstring: str, parameter: str) -> str:
+    """What a docstring says of a parameter under "Args:" or "Attributes:", as one line."""
+    for section in re.findall(r"^(?:Args|Attributes):\n((?:  .*\n?|\n)+)", docstring, re.MULTILINE):
+        for names, text in re.findall(r"^(\w[\w, ]*): (.+(?:\n  .+)*)", textwrap.dedent(section), re.MULTILINE):
+            if parameter in names.split(", "):
+                return " ".join(text.split())
+    return ""

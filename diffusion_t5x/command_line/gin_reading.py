@@ -1,0 +1,210 @@
+"""How gin files are read: where each value was set, which of two values stays, and which files may be included."""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from gin import config as gin_config  # what parses and binds is not part of gin's interface
+from gin import config_parser
+
+from diffusion_t5x.command_line.setting_types import WholeNumber, shortened
+from diffusion_t5x.errors import UserError
+
+SHIPPED = pathlib.Path(__file__).parents[1] / "gin"
+_WHOLE_NUMBER = re.compile(r"-?\d[\d_]*[eE]\+?\d+")  # 1e6, and not 1.0e6 or 1e-6
+_CHECKPOINT = re.compile(r"checkpoints|checkpoint_\d+")
+Key = tuple[str, str, str]  # scope, selector, parameter
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a value was set.
+
+    Attributes:
+      kind: "text" is gin that nobody named, such as a checkpoint's; "flag" is the command line.
+      given: the file as the command line names it, the flag, or what the text is.
+      file, line: of the statement, in a file.
+      open_files: real paths of that file and of those that include it, outermost first.
+    """
+
+    kind: Literal["text", "file", "flag"]
+    given: str
+    file: str = ""
+    line: int = 0
+    open_files: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{_readable(self.file)}:{self.line}" if self.file else self.given
+
+    @property
+    def is_vouched(self) -> bool:
+        """Whether somebody who may be trusted wrote it: we, or the user."""
+        return self.kind == "flag" or (self.kind == "file" and is_vouched(self.file))
+
+    @property
+    def is_default(self) -> bool:
+        """Whether it stands in one of the shipped run files, which set defaults."""
+        return (SHIPPED / "runs").resolve() in pathlib.Path(self.file).resolve().parents
+
+
+def shipped(folder: str = "") -> list[str]:
+    """The gin files that come with the package, relative to its gin folder."""
+    root = SHIPPED
+    return sorted(str(path.relative_to(root)) for path in (root / folder).rglob("*.gin"))
+
+
+def shipped_text(file: str) -> str:
+    return (SHIPPED / file).read_text(encoding="utf-8")
+
+
+class _Reading:
+    """What is being read, and where all values were set that have been read."""
+
+    def __init__(self) -> None:
+        self.places: dict[Key, Place] = {}
+        self.now = Place("text", "gin")
+        self.open_files: list[str] = []
+        self.vouched: dict[pathlib.Path, bool] = {}
+
+
+_reading = _Reading()
+
+
+def start() -> None:
+    """Forgets all that was read. From now on gin reads as this module says."""
+    _reading.__init__()
+    config_parser.ConfigParser = _Parser
+    gin_config.bind_parameter = _bind
+    gin_config._FILE_READERS[:] = [(_opened, os.path.isfile)]
+
+
+@contextlib.contextmanager
+def reading(kind: Literal["text", "file", "flag"], given: str) -> Iterator[None]:
+    """What is read inside comes from there."""
+    before, _reading.now = _reading.now, Place(kind, given)
+    try:
+        yield
+    finally:
+        _reading.now = before
+
+
+def place(key: Key) -> Place:
+    """Where a value that is bound was set."""
+    return _reading.places.get(key, Place("text", "gin"))
+
+
+def set_by_flags() -> dict[Key, Place]:
+    """The values that were set on the command line."""
+    return {
+        (scope, selector, name): found
+        for (scope, selector, name), found in _reading.places.items()
+        if found.kind == "flag" and name in gin_config._CONFIG.get((scope, selector), {})
+    }
+
+
+def is_vouched(file: str) -> bool:
+    """Whether a gin file does not lie beside a checkpoint, as those of runs and imports do, which may be anyone's."""
+    path = pathlib.Path(os.path.realpath(file))
+    if path not in _reading.vouched:
+        _reading.vouched[path] = SHIPPED.resolve() in path.parents or not _lies_beside_checkpoint(path)
+    return _reading.vouched[path]
+
+
+def _lies_beside_checkpoint(path: pathlib.Path) -> bool:
+    beside = [path.parent.name, *(entry.name for entry in path.parent.iterdir() if entry.is_dir())]
+    return any(map(_CHECKPOINT.fullmatch, beside))
+
+
+@contextlib.contextmanager
+def _opened(file: str) -> Iterator[Any]:
+    """A gin file, for gin to read. It must not include itself, and what nobody vouches for includes shipped files."""
+    path, outer = os.path.realpath(file), _reading.open_files[-1:]
+    if path in _reading.open_files:
+        chain = [*_reading.open_files[_reading.open_files.index(path) :], path]
+        raise UserError(f"{_readable(file)} includes itself: {' -> '.join(map(_readable, chain))}. Remove an include.")
+    is_trusted = is_vouched(outer[0]) if outer else _reading.now.kind != "text"
+    if not is_trusted and SHIPPED.resolve() not in pathlib.Path(path).parents:
+        raise PermissionError(
+            f"it includes {file}, but what comes with a checkpoint may include shipped gin files only."
+        )
+    _reading.open_files.append(path)
+    try:
+        with open(file, encoding="utf-8") as text:
+            yield text
+    finally:
+        _reading.open_files.pop()
+
+
+class _Parser(config_parser.ConfigParser):
+    """gin's, which says where it is and keeps apart numbers such as 1e6."""
+
+    def parse_statement(self) -> Any:
+        statement = super().parse_statement()
+        if statement and _reading.now.kind != "flag":
+            line = statement.location.line_num
+            files = tuple(_reading.open_files)
+            _reading.now = dataclasses.replace(_reading.now, file=self._filename or "", line=line, open_files=files)
+        if isinstance(statement, config_parser.IncludeStatement) and "://" in statement.filename:
+            raise PermissionError(f"it includes {statement.filename}, but gin files are read from disk only.")
+        return statement
+
+    def _maybe_parse_basic_type(self) -> tuple[bool, Any]:
+        text = self._current_token.string
+        found, value = super()._maybe_parse_basic_type()
+        is_whole = isinstance(value, float) and _WHOLE_NUMBER.fullmatch(text) and value.is_integer()
+        return found, WholeNumber(value) if is_whole else value
+
+
+def _bind(binding_key: Any, value: Any) -> None:
+    """gin's `bind_parameter`, but defaults leave alone what other files set, and flags win in every scope."""
+    parsed = gin_config.ParsedBindingKey.parse(binding_key)
+    key = (parsed.scope, parsed.complete_selector, parsed.arg_name)
+    bound = gin_config._CONFIG.setdefault(parsed.config_key, {})
+    before, now = _reading.places.get(key), _reading.now
+    if before and parsed.arg_name in bound and _stays(before, bound[parsed.arg_name], now, value):
+        return
+    if now.kind == "flag":
+        _replace_in_scopes(key, now)
+    bound[parsed.arg_name] = value
+    _reading.places[key] = now
+
+
+def _stays(before: Place, value: Any, now: Place, new: Any) -> bool:
+    """Whether a value stays although there is a later one: run files set defaults, whatever the order of the files.
+
+    What a run file sets gives way to what other files set, and %gin.REQUIRED to any value. But what a file includes
+    gives way to the file itself.
+    """
+    if before.kind != "file" or now.kind != "file" or now.open_files[-1] in before.open_files:
+        return False
+    if repr(value) == "%gin.REQUIRED" or before.is_default:
+        return False
+    return now.is_default or repr(new) == "%gin.REQUIRED"
+
+
+def _replace_in_scopes(key: Key, flag: Place) -> None:
+    """Removes values that files bind in narrower scopes: there they would win over the flag."""
+    scope, selector, parameter = key
+    for (other, same), bound in gin_config._CONFIG.items():
+        narrower = other != scope and (not scope or other.startswith(f"{scope}/"))
+        found = _reading.places.get((other, same, parameter))
+        if same == selector and narrower and parameter in bound and found and found.kind != "flag":
+            if selector == "gin.macro":
+                continue  # a macro's scope is its name
+            value = bound.pop(parameter)
+            del _reading.places[other, same, parameter]
+            name = f"{other}/{'.'.join(selector.split('.')[-2:])}.{parameter}"
+            logger.info("%s replaces %s = %s (%s)", flag, name, shortened(value), found)
+
+
+def _readable(file: str) -> str:
+    """A shipped file by its name in the gin folder, another one as it is."""
+    path = pathlib.Path(os.path.realpath(file))
+    return path.relative_to(SHIPPED.resolve()).as_posix() if SHIPPED.resolve() in path.parents else file

@@ -1,0 +1,248 @@
+"""What the verbs take from a checkpoint: gin text that is made from the record.
+
+The text is written here, from typed values whose names are checked. Nothing that a checkpoint holds is read as gin.
+"""
+
+import dataclasses
+import pathlib
+import re
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from diffusion_t5x.checkpointing.checkpoints import OpenCheckpoint
+from diffusion_t5x.checkpointing.record import CLASS, Record
+from diffusion_t5x.data.seqio_source import SeqioDataset
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.config import ModelConfig
+
+_NAME = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
+_SCOPED_NAME = re.compile(rf"(?:[A-Za-z_]\w*/)*{_NAME.pattern}")
+_RUN_FILE = re.compile(r"--gin_file=(?:.*/)?runs/[^/]+\.gin")
+_HEADER = "from __gin__ import dynamic_registration"
+_TASK = "MIXTURE_OR_TASK_NAME"
+_VOCABULARY = "diffusion_t5x.tasks.registration.vocabulary"
+
+
+def checkpoint_texts(
+    checkpoint: OpenCheckpoint | None,
+    argv: Sequence[str],
+    runs: Sequence[str],
+    macros: Mapping[str, Any] = types.MappingProxyType({}),
+) -> tuple[list[str], dict[str, str]]:
+    """What a verb reads before gin files (see `config.load`), so that a checkpoint is enough.
+
+    Args:
+      checkpoint: the one that the command line names; None reads nothing.
+      argv: the command line. Its gin files of runs/ are read first: what the checkpoint says wins over them.
+      runs: gin files to read where it has none of runs/.
+      macros: what else to bind.
+
+    Returns:
+      The command line without those files, and the texts.
+
+    Raises:
+      UserError: the checkpoint's metadata cannot be read.
+    """
+    if checkpoint is None:
+        return list(argv), {}
+    argv = list(argv)
+    while "--gin_file" in argv[:-1]:
+        place = argv.index("--gin_file")
+        argv[place : place + 2] = [f"--gin_file={argv[place + 1]}"]
+    given = [flag for flag in argv if _RUN_FILE.fullmatch(flag)]
+    files = [flag.removeprefix("--gin_file=") for flag in given] or runs
+    macros = {"CHECKPOINT_PATH": checkpoint.named} | macros
+    texts = {
+        "the run": "\n".join([_HEADER, *(f"include {file!r}" for file in files)]),
+        f"the record of {checkpoint}": gin_text(checkpoint),
+        "the flags": "\n".join(f"{name} = {value!r}" for name, value in macros.items()),
+    }
+    return [flag for flag in argv if flag not in given], texts
+
+
+def gin_text(checkpoint: OpenCheckpoint, with_task: bool = True) -> str:
+    """Gin that binds what a checkpoint's record holds to the macros that the files of runs/ use.
+
+    These are MODEL, ARCHITECTURE, OBJECTIVE, DECODER, BLOCK_SIZE, CANVAS, TASK_FEATURE_LENGTHS, MIXTURE_OR_TASK_NAME,
+    CONTEXT_EOS, VOCABULARY, VOCABULARY_FILE and VOCABULARY_SIZE. What is not known is not bound.
+
+    Args:
+      checkpoint: its metadata are read.
+      with_task: bind the task, too, and import what registers it.
+
+    Raises:
+      UserError: the metadata cannot be read, or hold what is no record.
+    """
+    record, text = checkpoint.record, _Text(str(checkpoint))
+    if record.model:
+        known = {field.name for field in dataclasses.fields(ModelConfig)} - {
+            "attention_backend"
+        }  # the machine's affair
+        model = {name: value for name, value in record.model.items() if name in known}
+        text.bind("ARCHITECTURE", model.get("architecture", "decoder_only"))
+        model["architecture"] = {"%": "ARCHITECTURE"}
+        text.bind("MODEL", {CLASS: f"{ModelConfig.__module__}.{ModelConfig.__qualname__}"} | model)
+    if block := next((mode.block_size for mode in record.modes if mode.block_size), None):
+        text.bind("BLOCK_SIZE", block)
+    for macro, described in {"OBJECTIVE": record.objective, "DECODER": record.decoder}.items():
+        if described and _is_plain(described):
+            text.bind(macro, _with_macro(described, "block_size", block, "BLOCK_SIZE"))
+    _bind_data(text, record.dataset or {}, (record.task or {}) if with_task else {})
+    if record.imported:
+        text.bind("CANVAS", False)
+    if record.inputs_end is not None:
+        text.bind("CONTEXT_EOS", record.inputs_end)
+    _bind_vocabulary(text, record, checkpoint.model_dir)
+    return str(text)
+
+
+def dataset_text(checkpoint: OpenCheckpoint, reader: str) -> str:
+    """Gin that gives a function the data set that a training read, in an argument `dataset`, and RANDOM_SEED.
+
+    Args:
+      checkpoint: of the training.
+      reader: full name of the function.
+
+    Raises:
+      UserError: the record says nothing of the data.
+    """
+    dataset, text = checkpoint.record.dataset, _Text(str(checkpoint))
+    if not dataset:
+        raise UserError(f"{checkpoint} says nothing of the data it was trained on: give the gin files of the run.")
+    known = {field.name for field in dataclasses.fields(SeqioDataset)} & dataset.keys()
+    macros = {"mixture_or_task_name": _TASK, "task_feature_lengths": "TASK_FEATURE_LENGTHS"}
+    macros |= {"architecture": "ARCHITECTURE", "batch_size": "BATCH_SIZE", "seed": "RANDOM_SEED", "canvas": "CANVAS"}
+    text.bind("RANDOM_SEED", dataset.get("seed", 0))
+    text.bind("BATCH_SIZE", dataset.get("batch_size", 1))
+    text.import_all([reader.rpartition(".")[0]])
+    values = {name: {"%": macros[name]} if name in macros else dataset[name] for name in known}
+    text.bind(f"{reader}.dataset", {CLASS: f"{SeqioDataset.__module__}.{SeqioDataset.__qualname__}"} | values)
+    return str(text)
+
+
+def _bind_data(text: "_Text", dataset: Mapping[str, Any], task: Mapping[str, Any]) -> None:
+    """Task, lengths and layout of rows."""
+    if lengths := dataset.get("task_feature_lengths"):
+        text.bind("TASK_FEATURE_LENGTHS", lengths)
+    if "canvas" in dataset:
+        text.bind("CANVAS", dataset["canvas"])
+    text.import_all(task.get("imports", ()))
+    for name, value in task.get("bindings", {}).items():
+        text.bind(name, value)
+    if _TASK not in task.get("bindings", {}) and isinstance(name := dataset.get("mixture_or_task_name"), str):
+        text.bind(_TASK, name)
+
+
+def _bind_vocabulary(text: "_Text", record: Record, folder: pathlib.Path) -> None:
+    """The vocabulary; its file may have been moved together with the model's folder."""
+    if size := record.vocabulary.get("size"):
+        text.bind("VOCABULARY_SIZE", size)
+    source = record.vocabulary_source or {}
+    file = source.get("file")
+    if file is not None and "://" not in file and not pathlib.Path(file).expanduser().exists():
+        beside = folder / pathlib.PurePath(file).name
+        file = str(beside) if beside.exists() else file
+    if source:
+        text.bind("VOCABULARY_FILE", file)
+        text.import_all([_VOCABULARY.rpartition(".")[0]])
+        text.bind(f"{_VOCABULARY}.file", {"%": "VOCABULARY_FILE"})
+        text.bind(f"{_VOCABULARY}.extra_ids", source["extra_ids"])
+        text.bind("VOCABULARY", {"@": _VOCABULARY, "call": True})
+
+
+def _is_plain(described: Any) -> bool:
+    """Whether gin can say it; `record.describe` has the repr of what it does not know."""
+    if isinstance(described, Mapping):
+        return all(map(_is_plain, described.values()))
+    if isinstance(described, list | tuple):
+        return all(map(_is_plain, described))
+    return not (isinstance(described, str) and described.startswith("<"))
+
+
+def _with_macro(described: Any, field: str, value: Any, macro: str) -> Any:
+    """A described object with a macro in place of this value of a field, also in the objects that it holds."""
+    if not isinstance(described, Mapping):
+        return described
+    return {
+        name: {"%": macro} if name == field and item == value else _with_macro(item, field, value, macro)
+        for name, item in described.items()
+    }
+
+
+class _Text:
+    """A gin text that is being written.
+
+    A checkpoint may be a stranger's: what should be a name and is none raises a UserError.
+
+    Args:
+      where: the checkpoint, for messages.
+    """
+
+    def __init__(self, where: str):
+        self._where = where
+        self._imports: dict[str, str] = {}
+        self._bound: dict[str, str] = {}
+
+    def __str__(self) -> str:
+        imports = [(*module.rpartition("."), alias) for module, alias in self._imports.items()]
+        return "\n".join(
+            [
+                _HEADER,
+                *(f"from {package} import {name} as {alias}" if dot else f"import {name}"
+                  for package, dot, name, alias in imports),
+                *(f"{name} = {value}" for name, value in self._bound.items()),
+            ]
+        )  # fmt: skip
+
+    def import_all(self, modules: Iterable[str]) -> None:
+        """Imports modules, each by a name of its own."""
+        for module in modules:
+            self._imports.setdefault(self._checked(module), module.replace(".", "_"))
+
+    def bind(self, name: str, value: Any) -> None:
+        """Binds a macro, or an argument by its full name; see `config.registration` for the values."""
+        self._bound[self._spelled(name)] = self._value(value)
+
+    def _made(self, described: Mapping[str, Any]) -> str:
+        """A reference to a described object, whose fields are bound: in a scope where others of its class are."""
+        name = self._checked(described[CLASS])
+        self.import_all([name.rpartition(".")[0]])
+        values = {
+            self._checked(field): self._value(value) for field, value in described.items() if field != CLASS
+        }  # fmt: skip
+        scope, number = "", 1
+        while any(self._bound.get(self._spelled(f"{scope}{name}.{f}"), value) != value for f, value in values.items()):
+            number += 1
+            scope = f"checkpoint_{number}/"
+        for field, value in values.items():
+            self._bound[self._spelled(f"{scope}{name}.{field}")] = value
+        return f"@{self._spelled(f'{scope}{name}')}()"
+
+    def _value(self, value: Any) -> str:
+        if isinstance(value, Mapping) and CLASS in value:
+            return self._made(value)
+        if isinstance(value, Mapping) and "@" in value:
+            return f"@{self._spelled(value['@'])}{'()' if value.get('call') else ''}"
+        if isinstance(value, Mapping) and "%" in value:
+            return f"%{self._checked(value['%'], _SCOPED_NAME)}"
+        if isinstance(value, Mapping):
+            return "{" + ", ".join(f"{key!r}: {self._value(item)}" for key, item in value.items()) + "}"
+        if isinstance(value, list | tuple):
+            return f"({''.join(f'{self._value(item)}, ' for item in value)})"
+        if not isinstance(value, bool | int | float | str | None):
+            raise UserError(f"The record of {self._where} holds {value!r}, which is no setting.")
+        return repr(value)
+
+    def _spelled(self, name: str) -> str:
+        """A full name by the name that its module is imported as."""
+        scope, slash, selector = self._checked(name, _SCOPED_NAME).rpartition("/")
+        if modules := [module for module in self._imports if selector.startswith(f"{module}.")]:
+            module = max(modules, key=len)
+            selector = self._imports[module] + selector.removeprefix(module)
+        return f"{scope}{slash}{selector}"
+
+    def _checked(self, name: Any, pattern: re.Pattern = _NAME) -> str:
+        if not isinstance(name, str) or not pattern.fullmatch(name):
+            raise UserError(f"The record of {self._where} holds {name!r} in place of a name.")
+        return name

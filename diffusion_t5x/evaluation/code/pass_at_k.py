@@ -1,0 +1,106 @@
+"""pass@k: the chance that at least one of k samples of a program passes its tests, with its 95 % interval."""
+
+import collections
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.evaluation.code import execution as code_execution
+from diffusion_t5x.evaluation.code.execution import Limits, Tests
+from diffusion_t5x.evaluation.metrics import bootstrap_interval, wilson_interval
+
+logger = logging.getLogger(__name__)
+
+FEW_PROBLEMS = 500  # below this, one problem more or less shows in the first decimal
+_KS = (1, 10, 100)
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The unbiased estimate from n samples of which c pass: 1 - C(n - c, k) / C(n, k).
+
+    Chen et al. 2021 (arXiv 2107.03374), section 2.1.
+
+    Raises:
+      ValueError: not 1 <= k <= n, or not 0 <= c <= n.
+    """
+    if not (1 <= k <= n and 0 <= c <= n):
+        raise ValueError(f"pass@{k} cannot be estimated from {c} of {n} samples.")
+    if n - c < k:
+        return 1.0
+    return float(1 - np.prod(1 - k / np.arange(n - c + 1, n + 1)))
+
+
+def pass_at_k_with_interval(n: int, passed: Sequence[int], k: int) -> tuple[float, float, float]:
+    """The mean of `pass_at_k` over problems and its 95 % interval, all within [0, 1].
+
+    The interval is a bootstrap over problems. Where each problem's estimate is 0 or 1, it is Wilson's: a bootstrap of
+    nothing but zeros would be certain of them.
+
+    Args:
+      n: samples of each problem.
+      passed: for each problem, how many of them pass.
+      k: samples that count.
+    """
+    estimates = np.array([pass_at_k(n, c, k) for c in passed])
+    size = len(estimates)
+    if np.isin(estimates, (0.0, 1.0)).all():
+        low, high = wilson_interval(int(estimates.sum()), size)
+    else:
+        low, high = bootstrap_interval(estimates[:, None], lambda sums: float(sums[0]) / size)
+    return float(estimates.mean()), low, high
+
+
+def passed_tests(
+    targets: Sequence[Tests],
+    predictions: Sequence[str | Sequence[str]],
+    limits: Limits = Limits(),  # noqa: B008  (frozen)
+    workers: int | None = None,
+    allow_unsafe: bool = False,
+) -> dict[str, float]:
+    """SeqIO's metric function of programs: pass@k in percent for k = 1, 10, 100 and n, as far as there are n samples.
+
+    Args:
+      targets: each problem's tests.
+      predictions: for each problem a program, or n samples of one.
+      limits, workers, allow_unsafe: see `code_execution.check`.
+
+    Returns:
+      "pass@1", "pass@1_low", "pass@1_high", ..., and the percentage of samples with each other verdict ("wrong",
+      "error", ...).
+
+    Raises:
+      UserError: no problems, not as many samples for each, or no safe way to run them here.
+    """
+    samples = [[prediction] if isinstance(prediction, str) else list(prediction) for prediction in predictions]
+    if not targets or len(targets) != len(samples):
+        raise UserError(f"There are {len(samples)} predictions for {len(targets)} problems.")
+    n = len(samples[0])
+    if not n or any(len(some) != n for some in samples):
+        raise UserError("pass@k needs the same number of samples, at least one, for each problem.")
+    size = len(targets)
+    if size < FEW_PROBLEMS:
+        logger.warning("%d problems: one more or less is %.1f points: look at the interval.", size, 100 / size)
+    verdicts = code_execution.check(
+        [program for some in samples for program in some],
+        [tests for tests in targets for _ in range(n)],
+        limits=limits,
+        workers=workers,
+        allow_unsafe=allow_unsafe,
+    )
+    passed = [sum(verdict.passed for verdict in verdicts[i : i + n]) for i in range(0, size * n, n)]
+    scores = {}
+    for k in sorted({k for k in _KS if k <= n} | {n}):
+        share, low, high = pass_at_k_with_interval(n, passed, k)
+        scores |= {f"pass@{k}": 100 * share, f"pass@{k}_low": 100 * low, f"pass@{k}_high": 100 * high}
+    counts = collections.Counter(verdict.status for verdict in verdicts if not verdict.passed)
+    return scores | {status: 100 * count / len(verdicts) for status, count in sorted(counts.items())}
+
+
+def _check_sandbox(allow_unsafe: bool = False, **_: object) -> None:
+    code_execution.check_isolation(allow_unsafe)
+
+
+passed_tests.takes_samples = True  # see data.scoring
+passed_tests.check_here = _check_sandbox

@@ -1,0 +1,138 @@
+"""A process that gives birth to judges, one for each program, and cleans up after them.
+
+It never reads a job itself: the judge that it has started waits for one, with the program's process already born. So
+no process that runs a program was ever copied from one that knew a test.
+
+Reads frames (`wire`): jobs, from standard input. Writes JSON lines to standard output: one when it is ready, then a
+verdict for each job. Ends with its input.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import select
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import traceback
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from diffusion_t5x.evaluation.code.sandbox import isolation, judge, runner, system_calls, wire
+
+UNSHARED = "unshared"  # the first line of an isolated worker: its id maps are to be written now
+_OUT_OF_JOBS, _BROKEN = 10, 11  # exit statuses of a judge
+
+
+def main(isolated: bool, limits: Mapping[str, Any]) -> None:
+    """Serves until the end of its input.
+
+    Args:
+      isolated: in namespaces of its own. Without, programs see the machine's files, network and processes.
+      limits: `Limits` of the library, by name.
+    """
+    sys.set_int_max_str_digits(0)  # long numbers are plain data
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    isolation.adopt_orphans()
+    children = os.open(f"/proc/{os.getpid()}/task/{os.getpid()}/children", os.O_RDONLY)
+    try:
+        system_calls.check()
+        if isolated:
+            isolation.enter_namespaces(_wait_for_id_maps)
+    except OSError as error:
+        _say({"failed": str(error)})
+        return
+    _say({"failed": None})
+    exit_status = 0
+    while exit_status not in (_OUT_OF_JOBS, _BROKEN):
+        folder = isolation.SCRATCH if isolated else tempfile.mkdtemp(prefix="program-")
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.close(children)
+            _judge_one(isolated, limits, folder)
+        try:
+            _, status = os.waitpid(pid, 0)
+        finally:
+            _kill_all(children)
+            if not isolated:
+                shutil.rmtree(folder, ignore_errors=True)
+        exit_status = os.waitstatus_to_exitcode(status)
+        if exit_status == -signal.SIGALRM:
+            _say({"status": "timeout", "detail": "a test took too long", "output": ""})
+        elif exit_status < 0:
+            _say({"status": "error", "detail": f"the judge ended by signal {-exit_status}", "output": ""})
+
+
+def _wait_for_id_maps() -> None:
+    _say(UNSHARED)
+    wire.read_exactly(0, 1)
+
+
+def _judge_one(isolated: bool, limits: Mapping[str, Any], folder: str) -> NoReturn:
+    exit_status = _BROKEN
+    try:
+        isolation.die_with_parent()
+        if isolated:
+            isolation.enter_job(limits["disk"])
+        # What a program returns may be long, or make a test ask for much.
+        resource.setrlimit(resource.RLIMIT_AS, (2 * limits["memory"],) * 2)
+        mine, its = socket.socketpair()
+        output, its_output = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            runner.run(its.fileno(), its_output, folder, limits)
+        its.close()
+        os.close(its_output)
+        try:
+            job = wire.read_frame(lambda size: wire.read_exactly(0, size))
+        except EOFError:
+            os._exit(_OUT_OF_JOBS)
+        program = judge.Program(mine, output, limits["output"], limits["wall_seconds"])
+        try:
+            status, detail = judge.judge(job, program, limits["wall_seconds"])
+        except EOFError:
+            status, detail = _end_of(pid, limits["cpu_seconds"])
+        else:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        program.drain()
+        _say({"status": status, "detail": detail, "output": program.printed})
+        exit_status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(exit_status)
+
+
+def _end_of(pid: int, cpu_seconds: int) -> tuple[str, str]:
+    """The verdict on a process that has hung up."""
+    exited = select.select([os.pidfd_open(pid)], [], [], 0.5)[0]
+    if not exited:
+        os.kill(pid, signal.SIGKILL)
+    _, status, usage = os.wait4(pid, 0)
+    if not exited:
+        return "error", "hung up before all tests were run"
+    code = os.waitstatus_to_exitcode(status)
+    if code == -signal.SIGKILL and usage.ru_utime + usage.ru_stime > cpu_seconds - 0.5:
+        return "timeout", f"{cpu_seconds} s of processor time are used up"
+    return "error", f"ended {f'by signal {-code}' if code < 0 else f'with status {code}'} before all tests were run"
+
+
+def _kill_all(children: int) -> None:
+    """Kills every descendant: whose parent has ended becomes a child of this process, until there is none."""
+    while True:
+        for pid in os.pread(children, 1 << 16, 0).split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
+
+def _say(message: Any) -> None:
+    os.write(1, json.dumps(message).encode("ascii") + b"\n")

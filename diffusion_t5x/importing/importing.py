@@ -1,0 +1,123 @@
+"""From a source's tensors to a checkpoint, tensor by tensor."""
+
+import dataclasses
+import math
+import pathlib
+
+import numpy as np
+
+from diffusion_t5x.checkpointing.streaming import Streamed
+from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.importing import output
+from diffusion_t5x.importing.families import Described, check_shapes, param_shapes
+from diffusion_t5x.importing.weights import VOCABULARY_AXIS, Source, Weight
+from diffusion_t5x.models.transformer import ModelDefinition
+
+_FLOAT32 = np.dtype(np.float32)
+_BLOCK = 1 << 24  # numbers of a table that are written at a time
+
+
+def definition_of(source: Source, described: Described, ids: TokenIds, tokenizer: pathlib.Path) -> ModelDefinition:
+    """The model here: MASK is one of the rows that it keeps in reserve, or a new row of the embedding.
+
+    Raises:
+      UserError: the tokenizer has more ids than the model, or a tensor is of another shape than the model says, cannot
+        be read, or has numbers that are NaN or infinite.
+    """
+    rows = described.vocab_size
+    if (last := ids.noise_ids()[-1]) >= rows:
+        raise UserError(f"{tokenizer} has pieces up to id {last}, but {source.path} is a model of {rows} ids.")
+    config = dataclasses.replace(described.config, vocab_size=rows if ids.size <= rows else None)
+    definition = ModelDefinition(config, ids)
+    check_shapes(source, described, definition)
+    _check_numbers(source, described)
+    return definition
+
+
+def write(
+    to: pathlib.Path,
+    final: pathlib.Path,
+    source: Source,
+    described: Described,
+    definition: ModelDefinition,
+    tokenizer: str,
+    kind: str,
+) -> None:
+    """Writes checkpoint_0 and model.gin, and prints which tensor became which parameter.
+
+    Args:
+      to: the folder; the tokenizer lies in it.
+      final: what the folder will be called.
+      source, described, definition: the model.
+      tokenizer: the name of the tokenizer's file.
+      kind: of the model, in words.
+    """
+    shapes, rows, mask_id = param_shapes(definition), described.vocab_size, definition.vocabulary.mask_id
+    config = definition.config
+    gin = output.model_gin(f"{source.path.name} ({kind}), imported", config, "VOCABULARY_FILE", final / tokenizer)
+    streams = {weight.ours: _stream(source, weight, shapes[weight.ours]) for weight in described.weights}
+    output.save(to, output.record_of(definition, final / tokenizer), streams, gin)
+
+    layers = f"0-{config.num_layers - 1}"
+    output.print_table([(w.theirs.replace("{}", layers), w.ours, f"{list(shapes[w.ours])}") for w in described.weights])
+    new = "" if mask_id < rows else ", a new row"
+    print(f"{definition.num_params():,} parameters; {rows} rows, MASK is {mask_id}{new}")
+
+
+def _check_numbers(source: Source, described: Described) -> None:
+    """Reads every array once, in blocks. Raises a UserError that names one with numbers that are none."""
+    layers = described.config.num_layers
+    for name in dict.fromkeys(name for weight in described.weights for name in weight.names(layers)):
+        rows, *others = source.tensors[name].shape
+        step = max(1, _BLOCK // math.prod(others))
+        for start in range(0, rows, step):
+            check_finite(source.read(name, start, min(start + step, rows)), name, source.path)
+
+
+def check_finite(array: np.ndarray, name: str, path: str | pathlib.Path) -> None:
+    """Raises a UserError where an array has NaN or infinite numbers."""
+    if bad := array.size - np.count_nonzero(np.isfinite(array)):
+        raise UserError(
+            f"{path}: {name} has numbers that are NaN or infinite ({bad:,} of {array.size:,} read): its file is "
+            "damaged, or its training broke down."
+        )
+
+
+def _stream(source: Source, weight: Weight, shape: tuple[int, ...]) -> Streamed:
+    """A parameter that is read while it is written: layer by layer, rows of ids in blocks."""
+    if weight.ours in VOCABULARY_AXIS:
+        return _table(source, weight, shape)
+    if weight.stacked:
+
+        def read(layer: int, _: int) -> np.ndarray:
+            return weight.to_ours(source.read(weight.theirs.format(layer)), shape[1:])[None]
+
+        return Streamed(shape, _FLOAT32, axis=0, step=1, read=read)
+    whole = lambda *_: weight.to_ours(source.read(weight.theirs), shape)  # noqa: E731
+    return Streamed(shape, _FLOAT32, axis=0, step=shape[0], read=whole)
+
+
+def _table(source: Source, weight: Weight, shape: tuple[int, ...]) -> Streamed:
+    """With a row (or column) for each id; those that the model lacks start at the mean of all others."""
+    axis = VOCABULARY_AXIS[weight.ours]
+    their_axis = 1 - axis if weight.transposed else axis
+    rows, known = shape[axis], source.tensors[weight.theirs].shape[their_axis]
+    step = max(1, min(rows, _BLOCK // shape[1 - axis]))
+
+    def known_rows(start: int, stop: int) -> np.ndarray:
+        block = source.read(weight.theirs, start, min(stop, known), their_axis)
+        return block.T if weight.transposed else block
+
+    mean = 0.0
+    if rows > known:
+        for start in range(0, known, step):
+            mean += known_rows(start, start + step).sum(axis=axis, keepdims=True, dtype=np.float64) / known
+
+    def read(start: int, stop: int) -> np.ndarray:
+        parts = [known_rows(start, stop)] if start < known else []
+        if stop > known:
+            parts.append(np.repeat(mean.astype(np.float32), stop - max(start, known), axis=axis))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
+
+    return Streamed(shape, _FLOAT32, axis=axis, step=step, read=read)

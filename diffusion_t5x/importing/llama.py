@@ -1,0 +1,129 @@
+"""Llama 2 and 3, and what the families that descend from it share with it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.importing.keys import Keys
+from diffusion_t5x.importing.weights import Weight, table, under, vector
+from diffusion_t5x.models.config import ModelConfig
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+TIED = False
+SAME: dict[str, str] = {}
+
+
+def config(keys: Keys, tied: bool) -> ModelConfig:
+    """The model that a config.json describes; `tied` says whether the embedding reads the logits out."""
+    keys.require("mlp_bias", False)
+    keys.require("attention_bias", False)
+    fields = shared(keys)
+    keys.list_of("layer_types", fields["num_layers"], "full_attention")
+    return ModelConfig(tie_embeddings=tied, **fields)
+
+
+def shared(keys: Keys, kv_heads: int | None = None, head_dim: int | None = None) -> dict[str, Any]:
+    """The fields of ModelConfig that Llama's closest relatives have in common, but for `tie_embeddings`.
+
+    Args:
+      keys: of the config.json.
+      kv_heads, head_dim: what they are where a config.json does not say; None follows from the other sizes.
+    """
+    fields = dimensions(keys, kv_heads, head_dim)
+    scale = fields["head_dim"] ** -0.5
+    return fields | {"activation": keys.require("hidden_act", "silu"), "attention_scale": scale} | rotary(keys)
+
+
+def dimensions(keys: Keys, kv_heads: int | None = None, head_dim: int | None = None) -> dict[str, Any]:
+    """Sizes, and what is the same in all descendants; arguments as in `shared`."""
+    heads, embed = keys.get("num_attention_heads"), keys.get("hidden_size")
+    return {
+        "embed_dim": embed,
+        "num_layers": keys.layers("num_hidden_layers"),
+        "num_heads": heads,
+        "head_dim": keys.get("head_dim", head_dim or embed // heads),
+        "mlp_dim": keys.get("intermediate_size"),
+        "num_kv_heads": keys.nullable("num_key_value_heads", kv_heads) or heads,
+        "position": "rotary",
+        "logits_scale": 1.0,
+        "norm_epsilon": keys.get("rms_norm_eps", 1e-6),
+        "max_length": keys.get("max_position_embeddings"),
+    }
+
+
+def qwen_windows(keys: Keys, num_layers: int) -> dict[str, Any]:
+    """Which layers of a Qwen2 or Qwen3 see a window only, as fields of ModelConfig."""
+    on = keys.get("use_sliding_window", False)
+    window, first = keys.nullable("sliding_window", 4096), keys.get("max_window_layers", 28)
+    kinds = layer_kinds(keys, num_layers, lambda layer: bool(on and window) and layer >= first)
+    return local_layers(keys, kinds, window if on else None)
+
+
+def layer_kinds(keys: Keys, num_layers: int, is_local: Callable[[int], bool]) -> list[bool]:
+    """For each layer whether it sees a window only: by `layer_types`, else by its number, from 0 on."""
+    kinds = keys.list_of("layer_types", num_layers, "full_attention", "sliding_attention")
+    if kinds is None:
+        return [is_local(layer) for layer in range(num_layers)]
+    return [kind == "sliding_attention" for kind in kinds]
+
+
+def local_layers(keys: Keys, kinds: Sequence[bool], window: int | None) -> dict[str, Any]:
+    """The fields of ModelConfig of layers that see a window only; none where no layer does.
+
+    Raises:
+      UserError: there are such layers and no window.
+    """
+    if not any(kinds):
+        return {}
+    if window is None:
+        raise UserError(f"{keys.where}: layer_types has sliding_attention, but there is no sliding_window in use.")
+    return {"local_layers": tuple(kinds), "window": window}
+
+
+def rotary(keys: Keys, base: float = 10_000.0) -> dict[str, Any]:
+    """From `rope_scaling`, which older files have beside `rope_theta`, else from `rope_parameters`."""
+    keys.require("partial_rotary_factor", 1.0)
+    old_base, length = keys.get("rope_theta", base), keys.get("original_max_position_embeddings", None)
+    new, old = keys.inside("rope_parameters"), keys.inside("rope_scaling")
+    return read_rotary(old if keys.get("rope_scaling", None) else new, old_base, keys, length)
+
+
+def read_rotary(said: Keys, base: float, keys: Keys, length: int | None = None) -> dict[str, Any]:
+    """The fields of ModelConfig from one object of a config.json.
+
+    Args:
+      said: the object.
+      base: where the object has none.
+      keys: of the config.json.
+      length: of rows before they were made longer, where the config.json says it outside of the object.
+    """
+    said.require("partial_rotary_factor", 1.0)
+    kind = said.require("rope_type", "default", "linear", "llama3", default=said.get("type", "default"))
+    fields = {"rotary_base": float(said.get("rope_theta", base))}
+    if kind != "default":
+        fields["rotary_factor"] = float(said.get("factor"))
+    if kind == "llama3":
+        inside = said.get("original_max_position_embeddings", keys.get("max_position_embeddings"))
+        length = length or inside
+        fields["rotary_stretched"] = (length / said.get("high_freq_factor"), length / said.get("low_freq_factor"))
+    said.check_all_read()
+    return fields
+
+
+def weights(config: ModelConfig) -> tuple[Weight, ...]:
+    """All weights; an output matrix of its own only where the embedding is not tied."""
+    block = under(
+        {"model.layers.{}.": "decoder/blocks/"},
+        vector("input_layernorm.weight", "attention_norm/scale"),
+        Weight("self_attn.q_proj.weight", "attention/query"),
+        Weight("self_attn.k_proj.weight", "attention/key"),
+        Weight("self_attn.v_proj.weight", "attention/value"),
+        Weight("self_attn.o_proj.weight", "attention/out", inputs=2),
+        vector("post_attention_layernorm.weight", "mlp_norm/scale"),
+        Weight("mlp.gate_proj.weight", "mlp/wi_0"),
+        Weight("mlp.up_proj.weight", "mlp/wi_1"),
+        Weight("mlp.down_proj.weight", "mlp/wo"),
+    )
+    head = () if config.tie_embeddings else (Weight(HEAD, "head"),)
+    return (table(EMBEDDING, "embedding"), *block, vector("model.norm.weight", "decoder/final_norm/scale"), *head)

@@ -1,0 +1,16 @@
+"""Mistral 7B (arXiv 2310.06825): Llama whose layers see a window only, until version 0.2."""
+
+from diffusion_t5x.importing import llama
+from diffusion_t5x.importing.keys import Keys
+from diffusion_t5x.models.config import ModelConfig
+
+EMBEDDING, HEAD, TIED, SAME = llama.EMBEDDING, llama.HEAD, llama.TIED, llama.SAME
+weights = llama.weights
+
+
+def config(keys: Keys, tied: bool) -> ModelConfig:
+    """As `llama.config`."""
+    fields = llama.shared(keys, kv_heads=8)
+    window = keys.nullable("sliding_window", 4096)
+    kinds = [window is not None] * fields["num_layers"]
+    return ModelConfig(tie_embeddings=tied, **fields, **llama.local_layers(keys, kinds, window))

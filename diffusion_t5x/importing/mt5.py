@@ -1,0 +1,16 @@
+"""mT5 (arXiv 2010.11934): T5 1.1, whose logits are never scaled, whatever the config.json says of ties."""
+
+import dataclasses
+
+from diffusion_t5x.importing import t5
+from diffusion_t5x.importing.keys import Keys
+from diffusion_t5x.models.config import ModelConfig
+
+EMBEDDING, HEAD, TIED, SAME = t5.EMBEDDING, t5.HEAD, t5.TIED, t5.SAME
+ALIASES = t5.ALIASES
+weights = t5.weights
+
+
+def config(keys: Keys, tied: bool) -> ModelConfig:
+    """As `t5.config`."""
+    return dataclasses.replace(t5.config(keys, tied, "gated-gelu"), logits_scale=1.0)

@@ -1,0 +1,115 @@
+"""What every import writes: checkpoint_0 and a gin file that names the model and its tokenizer."""
+
+import contextlib
+import dataclasses
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from flax import traverse_util
+
+from diffusion_t5x import records, terminal
+from diffusion_t5x.checkpointing import checkpoints
+from diffusion_t5x.checkpointing.record import Record
+from diffusion_t5x.checkpointing.streaming import Streamed
+from diffusion_t5x.data.vocabularies import SENTINELS
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.transformer import ModelDefinition
+
+_UNFINISHED = ".unfinished"
+_LAST = ("config.json", "model.gin")  # without these, nothing takes a folder for a model
+
+_MODEL_GIN = """\
+# {title}. It stands for a model's and a size's gin file.
+from __gin__ import dynamic_registration
+
+from diffusion_t5x.models import config as model_config
+
+include "models/{architecture}.gin"
+
+{macro} = {tokenizer!r}
+
+model_config.ModelConfig:
+{bindings}
+"""
+# What the architecture's gin file, the run or the vocabulary decides.
+_LEFT_OUT = {"architecture", "dropout_rate", "dtype", "scan_unroll", "remat", "attention_backend"}
+
+
+def empty_folder(path: str) -> pathlib.Path:
+    """The folder of `--output`, which is not made yet.
+
+    Raises:
+      UserError: there is something in it, other than what a killed conversion left.
+    """
+    folder = pathlib.Path(path).expanduser().resolve()
+    if folder.is_dir() and any(entry.name != _UNFINISHED for entry in folder.iterdir()):
+        raise UserError(f"{path} is not empty: nothing there is overwritten. Give another --output, or empty it.")
+    return folder
+
+
+@contextlib.contextmanager
+def building(final: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to write to, whose content is in `final` at the end of the context; after an exception nothing is.
+
+    It lies beside `final` and is renamed; or inside, where `final` is there already (it may be a mount, or the current
+    folder), and its entries are renamed. One that a killed process left is removed first.
+
+    Args:
+      final: see `empty_folder`.
+
+    Raises:
+      UserError: it cannot be written to.
+    """
+    inside = final.exists()
+    aside = final / _UNFINISHED if inside else final.with_name(f".{final.name}{_UNFINISHED}")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoints.ensure_writable(str(aside))
+    try:
+        yield aside
+        for entry in aside.iterdir():
+            records.sync(entry)
+        if inside:
+            for entry in sorted(aside.iterdir(), key=lambda entry: entry.name in _LAST):
+                entry.rename(final / entry.name)
+            aside.rmdir()
+        else:
+            aside.rename(final)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def model_gin(title: str, model: ModelConfig, macro: str, tokenizer: pathlib.Path) -> str:
+    """A gin file that sets MODEL to `model`, and a macro to the tokenizer; dropout and dtype are left to the run."""
+    values = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    title = "".join(character if character.isprintable() else " " for character in title)  # it is a comment, one line
+    left_out = _LEFT_OUT if model.vocab_size else {*_LEFT_OUT, "vocab_size"}
+    bindings = "\n".join(f"  {name} = {value!r}" for name, value in values.items() if name not in left_out)
+    return _MODEL_GIN.format(
+        title=title, architecture=model.architecture, macro=macro, tokenizer=str(tokenizer), bindings=bindings
+    )
+
+
+def record_of(definition: ModelDefinition, tokenizer: pathlib.Path) -> Record:
+    """The record of an imported model whose tokenizer lies at this path."""
+    source = {"file": str(tokenizer), "extra_ids": SENTINELS}
+    return Record.of_import(definition.config, definition.vocabulary.describe(), source)
+
+
+def save(folder: pathlib.Path, record: Record, params: Mapping[str, np.ndarray | Streamed], gin: str) -> None:
+    """Writes checkpoint_0, what a run of no steps would leave, without an optimizer; and model.gin."""
+    state = {"step": np.zeros((), np.int32), "params": traverse_util.unflatten_dict(dict(params), sep="/")}
+    store = checkpoints.Checkpoints(str(folder / "checkpoints"), asynchronous=False, streamed=True)
+    store.save(0, state, {}, {"step": 0, "metrics": {}, **record.metadata(), "config": gin})
+    store.close()
+    records.write_text(folder / "model.gin", gin)
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Prints columns one below the other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print(terminal.safe("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()))

@@ -1,0 +1,140 @@
+"""Back to Hugging Face's format: a checkpoint's parameters as a folder that `transformers` loads."""
+
+import itertools
+import operator
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import safetensors.numpy
+
+from diffusion_t5x import records
+from diffusion_t5x.checkpointing import checkpoints
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.importing import families, output
+from diffusion_t5x.importing.huggingface import CARRIED, DTYPES, INDEX, SINGLE, TENSORS, Folder
+from diffusion_t5x.importing.weights import VOCABULARY_AXIS, Weight
+
+MAX_FILE_BYTES = 2 << 30
+
+
+def to_hf(checkpoint: str, output_folder: str, like: str | None = None) -> None:
+    """Writes a model that was once imported from Hugging Face's format, and perhaps trained since, in that format.
+
+    Tensors have the names, shapes and dtypes that they came with; rows of ids that the model came without (MASK, where
+    it was a new row) are left out. What was not trained comes back bit for bit.
+
+    Args:
+      checkpoint: a checkpoint, a folder of them or a MODEL_DIR. Where it has a moving average of the parameters, that
+        is taken.
+      output_folder: a folder that is empty or not there.
+      like: the folder that `from_hf` wrote; not needed for its own checkpoint.
+
+    Raises:
+      UserError: no checkpoint, no folder that `from_hf` wrote, or they do not belong together; before anything is
+        written.
+    """
+    final = output.empty_folder(output_folder)
+    path = pathlib.Path(checkpoints.find_checkpoint(checkpoint))
+    source = Folder.noted(_origin(path, like))
+    shapes, read = checkpoints.open_params(str(path))
+    described = families.describe(source, tied="head" not in shapes)
+    layers = described.config.num_layers
+    for weight in described.weights:
+        _check(weight, shapes.get(weight.ours), source, layers, f"{path}, {source.path}")
+
+    with output.building(final) as to:
+        for name in CARRIED:
+            if (source.path / name).exists():
+                shutil.copyfile(source.path / name, to / name)
+        files = _Files(to, source)
+        for theirs, parts in itertools.groupby(described.weights, operator.attrgetter("theirs")):
+            copies = [copy for copy, name in described.copies.items() if name == theirs and copy in source.tensors]
+            for name, tensor in _theirs(list(parts), read, described.vocab_size, layers):
+                for each in (name, *copies):
+                    files.add(each, tensor)
+        files.close()
+    print(f"Wrote {final}: {sum(map(len, files.written))} tensors in files: {len(files.written)}")
+
+
+def _origin(checkpoint: pathlib.Path, like: str | None) -> pathlib.Path:
+    """The folder that `from_hf` wrote: the one named, or one that the checkpoint lies in."""
+    folders = [pathlib.Path(like).expanduser().resolve()] if like else [checkpoint.parent.parent, checkpoint.parent]
+    for folder in folders:
+        if (folder / TENSORS).exists():
+            return folder
+    raise UserError(
+        f"{folders[0]} is no folder that from_hf wrote (it has no {TENSORS}): name the one that the model was imported "
+        "to with --like."
+    )
+
+
+def _check(weight: Weight, shape: tuple[int, ...] | None, source: Folder, layers: int, where: str) -> None:
+    """Raises a UserError where a parameter is not there, or is not that of the model that was imported."""
+    if shape is not None:
+        one = list(shape[1:] if weight.stacked else shape)
+        expected = source.tensors[weight.names(layers)[0]].shape
+        if weight.ours in VOCABULARY_AXIS:
+            axis = VOCABULARY_AXIS[weight.ours]
+            one[axis] = min(one[axis], expected[0])
+        if weight.their_shape(one) == expected and (not weight.stacked or shape[0] == layers):
+            return
+    raise UserError(
+        f"{where}: the checkpoint is of another model than the one that was imported: {weight.ours} is "
+        f"{'not there' if shape is None else list(shape)}."
+    )
+
+
+def _theirs(
+    parts: Sequence[Weight], read: Callable[[str], np.ndarray], rows: int, layers: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors, one or of every layer, that these weights are the parts of."""
+    arrays = [read(weight.ours) for weight in parts]
+    if parts[0].ours in VOCABULARY_AXIS:
+        arrays = [np.take(array, np.arange(rows), axis=VOCABULARY_AXIS[parts[0].ours]) for array in arrays]
+    for number, name in enumerate(parts[0].names(layers)):
+        pieces = [
+            weight.to_theirs(array[number] if weight.stacked else array)
+            for weight, array in zip(parts, arrays, strict=True)
+        ]
+        yield name, np.concatenate(pieces, axis=-1) if len(pieces) > 1 else pieces[0]
+
+
+class _Files:
+    """Safetensors files of at most MAX_FILE_BYTES each, with an index where there are several."""
+
+    def __init__(self, folder: pathlib.Path, source: Folder):
+        self._folder, self._source = folder, source
+        self._pending: dict[str, np.ndarray] = {}
+        self._bytes = 0
+        self.written: list[list[str]] = []
+
+    def add(self, name: str, tensor: np.ndarray) -> None:
+        tensor = np.ascontiguousarray(tensor.astype(DTYPES[self._source.tensors[name].dtype]))
+        if self._pending and sum(each.nbytes for each in self._pending.values()) + tensor.nbytes > MAX_FILE_BYTES:
+            self._write()
+        self._pending[name] = tensor
+
+    def _write(self) -> None:
+        file = self._folder / f"{len(self.written) + 1}.safetensors"
+        file.touch()
+        mode = file.stat().st_mode  # of any new file here; safetensors would let nobody else read it
+        safetensors.numpy.save_file(self._pending, str(file), {"format": "pt"})
+        file.chmod(mode)
+        self._bytes += sum(tensor.nbytes for tensor in self._pending.values())
+        self.written.append(list(self._pending))
+        self._pending = {}
+
+    def close(self) -> None:
+        self._write()
+        if len(self.written) == 1:
+            (self._folder / "1.safetensors").rename(self._folder / SINGLE)
+            return
+        weight_map = {}
+        for number, names in enumerate(self.written, 1):
+            file = f"model-{number:05}-of-{len(self.written):05}.safetensors"
+            (self._folder / f"{number}.safetensors").rename(self._folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        records.write_json(self._folder / INDEX, index)

@@ -1,0 +1,226 @@
+"""Compiles the real training step or decoding loop for a TPU slice, on any machine: no data, no arrays, no TPU."""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from diffusion_t5x import partitioning, records
+from diffusion_t5x.command_line.flags import Parser
+from diffusion_t5x.command_line.verbs import SLICE_FLAGS, with_flags
+from diffusion_t5x.data.batch import Architecture, Batch
+from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.decoding.decoder import Decoder
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.evaluation.inference import make_decode_step
+from diffusion_t5x.evaluation.loading import abstract_params
+from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.transformer import ModelDefinition
+from diffusion_t5x.objectives.distillation import Teacher
+from diffusion_t5x.objectives.objective import Objective
+from diffusion_t5x.partitioning import MeshConfig
+from diffusion_t5x.performance.roofline import Report
+from diffusion_t5x.performance.topology import Chip, find_slice
+from diffusion_t5x.training.lora import Lora, define
+from diffusion_t5x.training.rollout import Rollout
+from diffusion_t5x.training.state import abstract_state
+from diffusion_t5x.training.step import make_train_step
+
+_REMAT = ("none", "dots", "full")  # the least computed again first
+_MOST_ROWS = 64  # a device, that `fit` tries
+
+
+class Rows(Protocol):
+    """What a data set says of its rows before it is read."""
+
+    name: str
+    task_feature_lengths: Mapping[str, int]
+    architecture: Architecture
+    batch_size: int
+    row_length: int
+
+    def token_ids(self) -> TokenIds: ...
+
+
+# Compiles for a mesh: (mesh, model, batch size) -> what is compiled.
+Lower = Callable[[Mesh, ModelConfig, int], jax.stages.Lowered]
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceDryRun:
+    """A dry run for a slice.
+
+    Attributes:
+      topology: as "v5p:4x4x8".
+      output: a file that gets the report as JSON; None writes none.
+      fit: look for the largest batch that fits, and what need not be computed again then.
+    """
+
+    topology: str
+    output: str | None = None
+    fit: bool = False
+
+    def train(
+        self,
+        *,
+        mesh: MeshConfig,
+        model: ModelConfig,
+        objective: Objective,
+        dataset: Rows,
+        optimizer: optax.GradientTransformation,
+        lora: Lora | None,
+        microbatches: int,
+        normalizing_factor: float | None,
+        ema_decay: float | None,
+        teacher_model: ModelConfig | None,
+        rollout: Rollout | None,
+    ) -> None:
+        """Prints what a training step would take; arguments as for `train.train`."""
+        vocabulary = dataset.token_ids()
+
+        def lower(mesh: Mesh, model: ModelConfig, batch_size: int) -> jax.stages.Lowered:
+            definition = define(model, vocabulary, lora)
+            state = abstract_state(mesh, definition, optimizer, ema_decay is not None)
+            teacher = None
+            if objective.needs_teacher:
+                taught_by = ModelDefinition(teacher_model or model, vocabulary)
+                teacher = Teacher(taught_by, abstract_params(mesh, taught_by))
+            step = make_train_step(
+                mesh,
+                state,
+                definition,
+                objective,
+                optimizer,
+                seed=0,
+                microbatches=microbatches,
+                normalizing_factor=normalizing_factor,
+                ema_decay=ema_decay,
+                teacher=teacher,
+            )
+            return step.lower(state, abstract_batch(mesh, dataset, batch_size, rollout))
+
+        self._run(f"a step of {type(objective).__name__}", lower, mesh, model, dataset, microbatches)
+
+    def infer(self, *, mesh: MeshConfig, model: ModelConfig, decoder: Decoder, dataset: Rows) -> None:
+        """Prints what decoding a batch would take; arguments as for `infer.infer`."""
+        vocabulary = dataset.token_ids()
+
+        def lower(mesh: Mesh, model: ModelConfig, batch_size: int) -> jax.stages.Lowered:
+            definition = ModelDefinition(model, vocabulary)
+            decode = make_decode_step(mesh, definition, decoder, seed=0)
+            return decode.lower(
+                abstract_params(mesh, definition), abstract_batch(mesh, dataset, batch_size), np.int32(0)
+            )
+
+        self._run(f"a batch of {type(decoder).__name__}", lower, mesh, model, dataset, 1)
+
+    def _run(self, what: str, lower: Lower, mesh: MeshConfig, model: ModelConfig, dataset: Rows, microbatches: int):
+        model.check_length(dataset.row_length, f"task_feature_lengths of {dataset.name}")
+        if self.output and pathlib.Path(self.output).exists():
+            raise UserError(f"--dry_run_output={self.output}: the file is there already, and nothing is overwritten.")
+        chip, devices = find_slice(self.topology)
+        devices_mesh = mesh.make(devices)
+        tried: list[Report] = []
+
+        def try_out(rows: int, remat: str) -> Report:
+            partitioning.check_batch(devices_mesh, rows // microbatches, dataset.row_length)
+            settings = {
+                "what": what,
+                "topology": self.topology,
+                "chips": len(devices),
+                "mesh": {name: size for name, size in devices_mesh.shape.items() if size > 1},
+                "batch_size": rows,
+                "row_length": dataset.row_length,
+                "microbatches": microbatches,
+                "remat": remat,
+                "dtype": model.dtype,
+            }
+            changed = dataclasses.replace(model, remat=remat)
+            tried.append(_compile(settings, chip, lambda: lower(devices_mesh, changed, rows), devices_mesh))
+            print(tried[-1], flush=True)
+            return tried[-1]
+
+        pieces = partitioning.pieces_of("batch", devices_mesh) * microbatches
+        best = self._fit(try_out, pieces) if self.fit else try_out(dataset.batch_size, model.remat)
+        if self.fit:
+            print(_advice(best))
+        if self.output:
+            said = best.as_json() if best else {"fits": False}
+            said |= {"tried": [report.as_json() for report in tried]} if self.fit else {}
+            records.write_json(self.output, said, indent=1)
+
+    def _fit(self, try_out: Callable[[int, str], Report], pieces: int) -> Report | None:
+        best, rows = None, 1
+        while rows <= _MOST_ROWS and (report := try_out(rows * pieces, "full")).fits:
+            best, rows = report, 2 * rows
+        for remat in _REMAT[:-1] if best else ():
+            if (report := try_out(best.settings["batch_size"], remat)).fits:
+                return report
+        return best
+
+
+def _compile(settings: dict[str, Any], chip: Chip, lower: Callable[[], jax.stages.Lowered], mesh: Mesh) -> Report:
+    start = lowered = time.monotonic()
+    try:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # nothing may run on devices that are not there
+            program = lower()
+            lowered = time.monotonic()
+            compiled = program.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        said = next((line for line in str(error).splitlines() if "Used" in line), str(error).splitlines()[0])
+        return Report(settings, chip, None, said.strip(), None, lowered - start, time.monotonic() - lowered)
+    return Report.of(settings, chip, compiled, lowered - start, time.monotonic() - lowered)
+
+
+def _advice(best: Report | None) -> str:
+    if best is None:
+        return "Nothing fits, one row a device neither: take a larger slice, num_microbatches, or another mesh."
+    return f"--fit: BATCH_SIZE = {best.settings['batch_size']}, ModelConfig.remat = {best.settings['remat']!r}"
+
+
+def abstract_batch(mesh: Mesh, dataset: Rows, batch_size: int, rollout: Rollout | None = None) -> Batch:
+    """Shapes, dtypes and shardings of a training batch, by the lengths alone; with a rollout, of its longest texts."""
+    sharding = partitioning.batch_sharding(mesh)
+    lengths = dict(dataset.task_feature_lengths)
+    if rollout is not None:
+        lengths["targets"] = rollout.max_length
+
+    def rows(dtype: type, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding)
+
+    apart = dataset.architecture == "encoder_decoder"
+    length = lengths["targets"] if apart else sum(lengths.values())
+    encoder = ("encoder_tokens", "encoder_segment_ids", "encoder_positions") if apart else ()
+    return Batch(
+        tokens=rows(np.int32, length),
+        target_mask=rows(np.bool_, length),
+        segment_ids=rows(np.int32, length),
+        positions=rows(np.int32, length),
+        example_ids=rows(np.int32),
+        written_at=rows(np.int32, length) if rollout is not None else None,
+        **{name: rows(np.int32, lengths["inputs"]) for name in encoder},
+    )
+
+
+def from_flags(argv: Sequence[str]) -> tuple[SliceDryRun | None, list[str]]:
+    """The dry run that `--dry_run --topology=...` asks for, or None, and the other flags.
+
+    Raises:
+      UserError: a flag that belongs to `--topology` without it, or that without `--dry_run`.
+    """
+    flags, rest = with_flags(Parser(add_help=False, allow_abbrev=False), SLICE_FLAGS).parse_known_args(argv)
+    if flags.topology is None:
+        if flags.fit or flags.dry_run_output:
+            raise UserError("--fit and --dry_run_output belong to --dry_run --topology=CHIP:SHAPE.")
+        return None, rest
+    if "--dry_run" not in rest:
+        raise UserError("--topology is for a dry run: add --dry_run.")
+    return SliceDryRun(flags.topology, flags.dry_run_output, flags.fit), rest

@@ -1,0 +1,150 @@
+"""Keys of config.json: those of published models, those that change the computation, and those of transformers."""
+
+import dataclasses
+import importlib
+import re
+
+import pytest
+from published_configs import LLAMA3_8B, LLAMA3_SCALING, PUBLISHED
+
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.importing import config_keys
+from diffusion_t5x.importing.families import FAMILIES
+from diffusion_t5x.importing.keys import Keys
+
+
+def read(config, most_layers=1000):
+    """The model that a config.json describes, and what is said of keys passed over."""
+    family = FAMILIES[config["model_type"]]
+    keys = Keys(config, "config.json", getattr(family, "ALIASES", None), most_layers)
+    keys.ignore("vocab_size", "tie_word_embeddings")
+    return family.config(keys, tied=True), keys.judge()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_are_read(name):
+    config, passed_over = PUBLISHED[name]
+    model, line = read(config)
+    layers = next(config[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if key in config)
+    assert model.num_layers == layers
+    assert set(re.findall(r"([\w.]+) = ", line)) == set(passed_over)
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("quantization_config", {"quant_method": "gptq", "bits": 4}),
+        ("auto_map", {"AutoModelForCausalLM": "modeling.Model"}),
+        ("is_causal", False),
+        ("use_mrope", True),
+        ("rope_interleaved", True),
+        ("per_layer_config", {"0": {}}),
+        ("attention_chunk_size", 64),
+        ("vision_config", {"hidden_size": 8}),
+    ],
+)
+def test_keys_that_change_the_computation_are_refused(name, key, value):
+    with pytest.raises(UserError, match=rf"{key} = .* \({key}: .*--ignore_keys={key}\."):
+        read(PUBLISHED[name][0] | {key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("do_sample", True),
+        ("temperature", 0.7),
+        ("max_length", 4096),
+        ("is_encoder_decoder", False),
+        ("_attn_implementation_autoset", True),
+        ("num_logits_to_keep", None),
+        ("some_note_of_mine", {"a": 1}),
+        ("pretraining_tp", 2),
+    ],
+)
+def test_keys_that_change_nothing_are_passed_over_with_a_note(key, value):
+    model, line = read(LLAMA3_8B | {key: value})
+    assert model == read(LLAMA3_8B)[0]
+    assert (f"{key} = " in line) == (value is not None)
+    assert ("transformers does not read" in line) == (key == "some_note_of_mine")
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_key_that_transformers_reads_is_known(kind):
+    """So that a new version of transformers with a new key is noticed here, and not by wrong numbers."""
+    pytest.importorskip("transformers")
+    names = {"gemma3_text": ("gemma3", "Gemma3TextConfig"), "gpt2": ("gpt2", "GPT2Config"), "mt5": ("mt5", "MT5Config")}
+    module, name = names.get(kind, (kind, f"{kind.capitalize()}Config"))
+    theirs = getattr(importlib.import_module(f"transformers.models.{module}.configuration_{module}"), name)
+    config = next(config for config, _ in PUBLISHED.values() if config["model_type"] == kind)
+    family = FAMILIES[kind]
+    assert theirs.attribute_map == getattr(family, "ALIASES", {})
+    keys = Keys(config, "config.json", theirs.attribute_map)
+    keys.ignore("vocab_size", "tie_word_embeddings")
+    family.config(keys, tied=True)
+    fields = {field.name for field in dataclasses.fields(theirs)}
+    unknown = {field for field in fields if field not in keys.asked and not config_keys.is_known(field)}
+    assert not unknown
+
+
+def test_an_alias_is_the_key_it_stands_for():
+    gpt2, t5 = PUBLISHED["gpt2"][0], PUBLISHED["t5-v1_1-base"][0]
+    assert read(gpt2 | {"hidden_size": 768})[0] == read(gpt2)[0]
+    with pytest.raises(UserError, match="hidden_size = 769 and n_embd = 768 are two names of one size"):
+        read(gpt2 | {"hidden_size": 769})
+    assert read({name: value for name, value in t5.items() if name != "num_layers"} | {"num_hidden_layers": 12})[0]
+
+
+def test_more_layers_than_the_files_can_hold_are_refused_at_once():
+    for name, key in (("Llama-2-7b-hf", "num_hidden_layers"), ("gpt2", "n_layer"), ("mt5-base", "num_layers")):
+        with pytest.raises(UserError, match=f"{key} = 1000000000, but the files hold only 1000 tensors"):
+            read(PUBLISHED[name][0] | {key: 1_000_000_000})
+
+
+def test_what_is_absent_is_as_transformers_has_it():
+    """And null is not absent where its default is something else."""
+    gemma2, qwen3 = PUBLISHED["gemma-2-2b"][0], PUBLISHED["Qwen3-0.6B"][0]
+
+    def without(config, *names):
+        return {name: value for name, value in config.items() if name not in names}
+
+    assert read(without(gemma2, "attn_logit_softcapping", "final_logit_softcapping"))[0] == read(gemma2)[0]
+    model, _ = read(gemma2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None})
+    assert (model.attention_softcap, model.logits_softcap) == (None, None)
+    assert read(without(qwen3, "head_dim"))[0].head_dim == 128
+    assert read(without(qwen3, "num_key_value_heads") | {"num_attention_heads": 64})[0].num_kv_heads == 32
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-0.5B", "Qwen3-0.6B"])
+def test_windows_of_qwen(name):
+    config = PUBLISHED[name][0]
+    assert read(config)[0].local_layers is None
+    on = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 20}
+    model, _ = read(config | on)
+    assert model.window == 64 and model.local_layers == tuple(layer >= 20 for layer in range(model.num_layers))
+    kinds = ["sliding_attention", "full_attention"] * (model.num_layers // 2)
+    assert read(config | on | {"layer_types": kinds})[0].local_layers == (True, False) * (model.num_layers // 2)
+    with pytest.raises(UserError, match="layer_types has sliding_attention, but there is no sliding_window in use"):
+        read(config | {"layer_types": kinds})
+    with pytest.raises(UserError, match="should be a list of"):
+        read(config | on | {"layer_types": kinds[1:]})
+
+
+def test_windows_of_mistral():
+    assert read(PUBLISHED["Mistral-7B-v0.1"][0])[0].local_layers == (True,) * 32
+    assert read(PUBLISHED["Mistral-7B-v0.3"][0])[0].local_layers is None
+
+
+def test_of_two_places_for_rotary_positions_the_one_of_transformers_counts():
+    both = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_scaling": LLAMA3_SCALING}
+    model, _ = read(LLAMA3_8B | both)
+    assert (model.rotary_factor, model.rotary_stretched) == (8.0, (2048.0, 8192.0))
+    model, _ = read(LLAMA3_8B | {"rope_scaling": LLAMA3_SCALING, "original_max_position_embeddings": 4096})
+    assert model.rotary_stretched == (1024.0, 4096.0)
+    gemma = PUBLISHED["gemma-3-1b-it"][0]
+    scaled = {"rope_type": "linear", "factor": 8.0}
+    model, _ = read(gemma | {"rope_scaling": scaled})
+    assert (model.rotary_factor, model.local_rotary_base) == (8.0, 10_000.0)
+    with pytest.raises(UserError, match='sliding_attention: rope_type = "linear" is not supported'):
+        read(gemma | {"rope_parameters": {"sliding_attention": scaled, "full_attention": scaled}})
