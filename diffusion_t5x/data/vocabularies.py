@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_t5x import terminal
+from diffusion_t5x.data.batch import Array
 from diffusion_t5x.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class TokenIds:
             self, pad_id=self.mask_id, eos_id=self.mask_id, noise_ranges=_ranges(in_holes), noise_only=True
         )
 
-    def is_end(self, tokens: jax.Array) -> jax.Array:
+    def is_end(self, tokens: Array) -> jax.Array:
         """Whether tokens are EOS or pad, either of which ends a text."""
         return (tokens == self.eos_id) | (tokens == self.pad_id)
 

@@ -144,6 +144,12 @@ class ModelConfig:
             return self.logits_scale
         return self.embed_dim**-0.5 if self.tie_embeddings else 1.0
 
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the embedding; known once the config is one `with_vocabulary`."""
+        assert self.vocab_size is not None
+        return self.vocab_size
+
     def with_vocabulary(self, size: int) -> "ModelConfig":
         """The same model with an embedding row for each of `size` ids.
 
