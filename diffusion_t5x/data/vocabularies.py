@@ -145,7 +145,7 @@ def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
         model, ids = vocabulary.tokenizer, list(range(size))
         special = np.array([model.IsControl(ids), model.IsUnknown(ids), model.IsUnused(ids)]).any(0)
         # T5's sentinels are added behind the pieces by SeqIO; later vocabularies have them in the model itself.
-        sentinel = [re.fullmatch("▁?<extra_id_[0-9]+>", piece) is not None for piece in model.IdToPiece(ids)]
+        sentinel = np.array([bool(re.fullmatch("▁?<extra_id_[0-9]+>", piece)) for piece in model.IdToPiece(ids)])
         text = ~(special | sentinel)
         if isinstance(vocabulary, AddedTokensVocabulary):
             text[[number for number, token in vocabulary.added if token.is_special]] = False
