@@ -316,6 +316,7 @@ def test_logs_are_terse_and_quiet(toy):
 
 @pytest.mark.parametrize("value", ["1", "True", "true"])
 def test_a_shell_with_64_bits_is_set_aside(value, monkeypatch, capsys):
+    monkeypatch.setattr(config.logging.getLogger("diffusion_t5x"), "handlers", [])  # none of pytest's
     monkeypatch.setenv("JAX_ENABLE_X64", value)
     jax.config.update("jax_enable_x64", True)
     with config.program():
