@@ -23,6 +23,7 @@ from diffusion_t5x.checkpointing.assignment import Rule
 from diffusion_t5x.checkpointing.record import Record, describe
 from diffusion_t5x.checkpointing.start import check_start
 from diffusion_t5x.command_line import config
+from diffusion_t5x.command_line.slice_flags import slice_dry_run
 from diffusion_t5x.data.cached_source import CachedDataset
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
@@ -33,7 +34,7 @@ from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.performance.dry_run import SliceDryRun, from_flags
+from diffusion_t5x.performance.dry_run import SliceDryRun
 from diffusion_t5x.training import lora as lora_training
 from diffusion_t5x.training.agreement import Agreement
 from diffusion_t5x.training.bad_numbers import BadNumbers, Judge
@@ -351,7 +352,7 @@ def _describe(definition: ModelDefinition, state: TrainState) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the flags and runs `train`."""
     with config.program():
-        dry_run, rest = from_flags(sys.argv[1:] if argv is None else argv)
+        dry_run, rest = slice_dry_run(sys.argv[1:] if argv is None else argv)
     config.run(train, rest, dry_run=dry_run)
 
 
