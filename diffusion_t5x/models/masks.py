@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.errors import UserError, check_choices
 
-Order = Literal["before", "all"]  # of its segment, a query sees the slots up to its own, or all
+Reach = Literal["before", "all"]  # of its segment, a query sees the slots up to its own, or all
 
 
 @flax.struct.dataclass
@@ -96,7 +96,7 @@ class AttentionKind:
         return together & (clean | (query_noisy & key_noisy & (key_block == query_block)))
 
     @property
-    def order(self) -> Order | None:
+    def order(self) -> Reach | None:
         """What is seen of a segment whose slots stand one behind the other; None where more than that tells."""
         return {"causal": "before", "bidirectional": "all"}.get(self.name)
 
@@ -144,7 +144,7 @@ class Sight:
     sees: jax.Array
     query_segments: jax.Array
     key_segments: jax.Array
-    order: Order | None = flax.struct.field(pytree_node=False, default=None)
+    order: Reach | None = flax.struct.field(pytree_node=False, default=None)
     whole: bool = flax.struct.field(pytree_node=False, default=True)
 
     @classmethod

@@ -282,9 +282,6 @@ def test_shipped_files_are_suggested(tmp_path, monkeypatch):
     monkeypatch.setattr(gin_reading, "SHIPPED", tmp_path / "gin")
     assert gin_messages._shipped_values("MODEL") == "; MODEL is set in models/small.gin"
     assert gin_messages._shipped_values("MODEL_DIR") == ""
-    assert config._examples("diffusion_t5x.train") == [
-        "--gin_file=runs/pretrain.gin --gin.MODEL_DIR=... --gin.MODEL=..."
-    ]
 
 
 def test_functions_as_values_get_their_bindings(toy):
