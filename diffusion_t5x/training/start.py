@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 
-from diffusion_t5x.checkpointing import checkpoints, stored
+from diffusion_t5x.checkpointing import checkpoints, restoring, stored
 from diffusion_t5x.checkpointing.assignment import Rule
 from diffusion_t5x.checkpointing.checkpoints import OpenCheckpoint
 from diffusion_t5x.checkpointing.start import check_start
@@ -106,13 +106,13 @@ class Start:
         if self.checkpoint is None:
             return Begun(init_state(abstract, definition, optimizer, seed))
         if self.resumes:
-            state, data_state, metadata = checkpoints.restore(self.checkpoint, abstract)
+            state, data_state, metadata = restoring.restore(self.checkpoint, abstract)
             return Begun(state, data_state, metadata.get("evaluation_due", False), metadata.get("losses", ()))
 
         def fresh() -> TrainState:
             return fresh_state(definition, optimizer, abstract.ema is not None, jax.random.key(seed))
 
-        return Begun(checkpoints.restore_initial(self.checkpoint, abstract, self._rules(definition), init=fresh))
+        return Begun(restoring.restore_initial(self.checkpoint, abstract, self._rules(definition), init=fresh))
 
     def _rules(self, definition: ModelDefinition) -> Sequence[Rule]:
         if isinstance(definition, LoraDefinition) and not self.resumes:
