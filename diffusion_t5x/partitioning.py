@@ -61,7 +61,7 @@ class MeshConfig:
           UserError: an axis is no number of devices, they do not multiply to the number of devices, the devices are
             several slices and `replica` is not their number, or JAX computes in 64 bits.
         """
-        if jax.config.jax_enable_x64:
+        if jax.config.jax_enable_x64:  # type: ignore[attr-defined]  # JAX declares its settings at run time
             raise UserError(
                 "JAX computes in 64 bits (JAX_ENABLE_X64), which no model is made for. Unset the variable, or call "
                 'jax.config.update("jax_enable_x64", False) first.'
@@ -244,7 +244,7 @@ def share_of_rows(mesh: Mesh) -> tuple[int, int]:
             f"The mesh {dict(mesh.shape)} gives some processes a part of the rows of others: change the axes of "
             "MeshConfig so that processes have the same rows or others."
         )
-    return shares.index(pieces[jax.process_index()]), len(shares)
+    return shares.index(frozenset(pieces[jax.process_index()])), len(shares)
 
 
 def _pieces(mesh: Mesh, devices: Iterable[jax.Device]) -> dict[jax.Device, int]:

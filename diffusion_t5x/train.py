@@ -9,7 +9,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from typing import Any
 
@@ -24,12 +24,13 @@ from diffusion_t5x.checkpointing.checkpoints import Checkpoints, find_checkpoint
 from diffusion_t5x.checkpointing.record import Record, describe
 from diffusion_t5x.command_line import config
 from diffusion_t5x.command_line.slice_flags import slice_dry_run
+from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.cached_source import CachedDataset
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval, prepared
 from diffusion_t5x.evaluation.inference import write_jsonl
-from diffusion_t5x.evaluation.loading import check_datasets, load_teacher
+from diffusion_t5x.evaluation.loading import Dataset, check_datasets, load_teacher
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.objective import Objective
@@ -38,6 +39,7 @@ from diffusion_t5x.performance.dry_run import SliceDryRun
 from diffusion_t5x.training import lora as lora_training
 from diffusion_t5x.training.agreement import Agreement
 from diffusion_t5x.training.bad_numbers import BadNumbers, Judge
+from diffusion_t5x.training.beginning import Start
 from diffusion_t5x.training.goodput import Goodput
 from diffusion_t5x.training.host_batches import HostBatches
 from diffusion_t5x.training.lock import locked
@@ -45,7 +47,6 @@ from diffusion_t5x.training.loop import Periods, train_loop
 from diffusion_t5x.training.metrics import Writer, check_writers, make_writer
 from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout, check_rollout
 from diffusion_t5x.training.run_config import write_config
-from diffusion_t5x.training.start import Start
 from diffusion_t5x.training.state import TrainState, abstract_state, split
 from diffusion_t5x.training.step import make_train_step
 from diffusion_t5x.training.surroundings import explained
@@ -151,8 +152,15 @@ def train(
         "ema_decay": ema_decay,
     }
     if isinstance(dry_run, SliceDryRun):
-        data = {"dataset": train_dataset, "rollout": rollout}
-        dry_run.train(mesh=mesh, model=model, lora=lora, teacher_model=teacher_model, **data, **step)
+        dry_run.train(
+            mesh=mesh,
+            model=model,
+            dataset=train_dataset,
+            lora=lora,
+            teacher_model=teacher_model,
+            rollout=rollout,
+            **step,
+        )
         return
     if train_steps < 1:
         raise UserError(f"TRAIN_STEPS must be at least 1, not {train_steps}.")
@@ -160,10 +168,15 @@ def train(
     device_mesh = mesh.make()
     check_writers(metric_writers)
     loss_evals, decode_evals = prepared(loss_evals), prepared(decode_evals)
-    with nullcontext() if dry_run else locked(model_dir) as check_folder:
+    with nullcontext(lambda: None) if dry_run else locked(model_dir) as check_folder:
         folder = os.path.join(model_dir, "checkpoints")
         start = Start.find(folder, initial_checkpoint_path, restore_rules, allow_older_checkpoint)
-        check_datasets([train_dataset, *(ev.dataset for ev in [*loss_evals, *decode_evals])], model, device_mesh)
+        datasets: list[Dataset] = [
+            train_dataset,
+            *(ev.dataset for ev in loss_evals),
+            *(ev.dataset for ev in decode_evals),
+        ]
+        check_datasets(datasets, model, device_mesh)
         _check_microbatches(device_mesh, train_dataset, num_microbatches)
         check_rollout(objective, model, rollout, train_dataset)
         teacher_path = _find_teacher(objective, teacher_checkpoint_path, bool(dry_run))
@@ -191,14 +204,13 @@ def train(
             logger.info("%s: all %d steps are taken already, nothing to do", model_dir, train_steps)
             return
 
-        if start.resumes and allow_older_checkpoint:
+        if start.checkpoint and start.resumes and allow_older_checkpoint:
             stored.set_aside_after(start.checkpoint.named)
         checkpoints = Checkpoints(folder, **dataclasses.asdict(checkpoint_policy))
         if jax.process_index() == 0:
             write_config(os.path.join(model_dir, "config.gin"), config.operative_text(), first_step)
             records.write_text(os.path.join(model_dir, "model-info.txt"), info + "\n")
-        batches = _batches(device_mesh, definition, train_dataset, rollout, random_seed)
-        next_batch = batches.next_batch if rollout else lambda _: next(batches)
+        batches, next_batch = _batches(device_mesh, definition, train_dataset, rollout, random_seed)
         if begun.data_state is not None:
             batches.load_state_dict(begun.data_state)
         train_step = make_train_step(device_mesh, abstract, definition, seed=random_seed, teacher=teacher, **step)
@@ -227,7 +239,7 @@ def train(
             )
 
 
-def _check_microbatches(mesh: Mesh, dataset: SeqioDataset, num_microbatches: int) -> None:
+def _check_microbatches(mesh: Mesh, dataset: SeqioDataset | CachedDataset, num_microbatches: int) -> None:
     rows = dataset.batch_size
     if num_microbatches < 1 or rows % num_microbatches:
         raise UserError(f"A batch of {rows} rows cannot be cut into num_microbatches = {num_microbatches}.")
@@ -285,13 +297,14 @@ def _batches(
     dataset: SeqioDataset | CachedDataset,
     rollout: Rollout | None,
     seed: int,
-) -> HostBatches | OnPolicyBatches:
-    """This process's share of the batches: of the data, or of what the model writes to their inputs."""
+) -> tuple[HostBatches | OnPolicyBatches, Callable[[TrainState], Batch]]:
+    """This process's share of the batches, of the data or of what the model writes to them; and the next."""
     batches = HostBatches(dataset.train_iterator, dataset.batch_size, partitioning.share_of_rows(mesh))
     if rollout is None:
-        return batches
+        return batches, lambda _: next(batches)
     num_inputs = dataset.task_feature_lengths["inputs"]
-    return OnPolicyBatches(mesh, definition, rollout, batches, num_inputs, dataset.batch_size, seed)
+    written = OnPolicyBatches(mesh, definition, rollout, batches, num_inputs, dataset.batch_size, seed)
+    return written, written.next_batch
 
 
 def _evaluate(evaluator: Evaluator, writer: Writer, model_dir: str, state: TrainState, step: int) -> dict[str, float]:
