@@ -28,6 +28,11 @@ LOGICAL_AXIS_RULES: dict[str, tuple[str, ...]] = {
 _rules = dict(LOGICAL_AXIS_RULES)  # those in force
 
 
+def leaf_name(path: jax.tree_util.KeyPath) -> str:
+    """The "/"-joined name of a leaf, such as "params/embedding"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """How many devices each mesh axis has.
@@ -158,7 +163,7 @@ def param_shardings(mesh: Mesh, abstract: Any, axes: Any) -> Any:
     """
 
     def sharding(path, leaf, names):
-        parameter = jax.tree_util.keystr(path, simple=True, separator="/")
+        parameter = leaf_name(path)
         cuts = [_rules.get(name, ()) for name in names]
         for mesh_axis in MESH_AXES:
             if len(cut := [name for name in names if mesh_axis in _rules.get(name, ())]) > 1:

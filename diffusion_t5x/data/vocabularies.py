@@ -182,7 +182,7 @@ def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
 
 
 def source_of(vocabulary: "seqio.Vocabulary") -> dict[str, str | int | None] | None:
-    """The arguments by which `tasks.registration.vocabulary` makes this vocabulary again; None where it cannot."""
+    """The arguments by which `vocabulary_files.vocabulary` makes this vocabulary again; None where it cannot."""
     import seqio
 
     from diffusion_t5x.data.python_vocabulary import PythonVocabulary
