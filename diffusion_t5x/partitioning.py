@@ -61,7 +61,7 @@ class MeshConfig:
           UserError: an axis is no number of devices, they do not multiply to the number of devices, the devices are
             several slices and `replica` is not their number, or JAX computes in 64 bits.
         """
-        if jax.config.jax_enable_x64:  # type: ignore[attr-defined]  # JAX declares its settings at run time
+        if jax.config.jax_enable_x64:  # type: ignore[attr-defined]  # JAX declares its settings as it runs
             raise UserError(
                 "JAX computes in 64 bits (JAX_ENABLE_X64), which no model is made for. Unset the variable, or call "
                 'jax.config.update("jax_enable_x64", False) first.'
