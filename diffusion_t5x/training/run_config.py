@@ -9,13 +9,16 @@ from diffusion_t5x import records
 logger = logging.getLogger(__name__)
 
 _SHOWN = 10
+_NOTHING = "# This run was started from Python, without gin. Its checkpoints' records say what it trains.\n"
 
 
 def write_config(file: str, text: str, step: int) -> None:
     """Writes the configuration of a run that starts or goes on at a step.
 
-    An earlier one that differs is kept as `config_<step>.gin`, and the log says what changed.
+    An earlier one that differs is kept as `config_<step>.gin`, and the log says what changed. Of a run that has none,
+    that was started without gin, it says so.
     """
+    text = text if text.strip() else _NOTHING
     path = pathlib.Path(file)
     before = path.read_text(encoding="utf-8") if path.exists() else text
     if changes := changed_lines(before, text):
