@@ -388,10 +388,8 @@ class Model:
         if lengths is None:
             size = max((len(self.tokenizer.encode(text)) for pair in pairs for text in pair), default=0)
             room = room_for(size + 1, self.config.max_length)
-            names = (
-                ["inputs", "targets"] if has_inputs or self.config.architecture == "encoder_decoder" else ["targets"]
-            )
-            lengths = dict.fromkeys(names, room)
+            has_inputs |= self.config.architecture == "encoder_decoder"
+            lengths = dict.fromkeys(["inputs", "targets"] if has_inputs else ["targets"], room)
         canvas = not self.record.imported and (self.record.dataset or {}).get("canvas", True)
         return TextRows(self.tokenizer, lengths, self.config.architecture, canvas, self._inputs_end, self.name)
 
@@ -427,7 +425,7 @@ def load(
         tokenizer = _vocabulary(record, local, name, vocabulary)
         abstract = traverse_util.flatten_dict(abstract_params(mesh, definition), sep="/")
         params = traverse_util.unflatten_dict(
-            {key: jax.device_put(streams[key].whole().astype(x.dtype), x.sharding) for key, x in abstract.items()},
+            {path: jax.device_put(streams[path].whole().astype(x.dtype), x.sharding) for path, x in abstract.items()},
             sep="/",
         )
     else:
@@ -446,9 +444,7 @@ def _config(record: Record, name: str) -> ModelConfig:
     # Which kernel computes attention is the machine's affair.
     known = {field.name for field in dataclasses.fields(ModelConfig)} - {"attention_backend"}
     if not record.model:
-        raise UserError(
-            f"{name} does not say what model it is: it was written by an old version, without its settings."
-        )
+        raise UserError(f"{name} does not say what model it is: it was written without its settings.")
     return ModelConfig(**{key: rebuild(value, name) for key, value in record.model.items() if key in known})
 
 

@@ -51,7 +51,7 @@ def in_words(described: Any) -> str:
 
 
 def is_plain(described: Any) -> bool:
-    """Whether `describe` could say all of an object; of what it does not know it has the repr, such as "<function …>"."""
+    """Whether `describe` could say all of an object; of what it does not know it has the repr, "<function ...>"."""
     if isinstance(described, Mapping):
         return all(map(is_plain, described.values()))
     if isinstance(described, list | tuple):

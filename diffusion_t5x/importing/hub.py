@@ -38,7 +38,6 @@ def _download(name: str, repo: str, revision: str | None, files: list[str]) -> p
     import huggingface_hub
     from huggingface_hub import errors
 
-    there_is_no = f"There is no folder {name}, and"
     try:
         patterns = [glob.escape(file) for file in files]
         return pathlib.Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
@@ -48,13 +47,13 @@ def _download(name: str, repo: str, revision: str | None, files: list[str]) -> p
         raise UserError(f"{repo} has no revision {revision} on Hugging Face's hub.") from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(
-            f"{there_is_no} Hugging Face's hub has no such model, or it is private: set HF_TOKEN."
+            f"There is no folder {name}, and Hugging Face's hub has no such model. If it is private, set HF_TOKEN."
         ) from error
     except errors.LocalEntryNotFoundError as error:
         why = "HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else _first_line(error)
         raise UserError(
-            f"{there_is_no} Hugging Face's hub cannot be reached ({why}). Its cache, "
-            f"{huggingface_hub.constants.HF_HUB_CACHE}, does not have the model either: connect, or give a local folder."
+            f"There is no folder {name}, and Hugging Face's hub cannot be reached ({why}). Its cache, "
+            f"{huggingface_hub.constants.HF_HUB_CACHE}, lacks the model, too: connect, or give a local folder."
         ) from error
     except (errors.HFValidationError, errors.HfHubHTTPError, OSError) as error:
         raise UserError(f"{name} could not be downloaded from Hugging Face's hub: {_first_line(error)}") from error
