@@ -4,6 +4,8 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from diffusion_t5x import moved
+
 __version__ = "0.1.0"
 
 # The Python interface: each name, and the module it comes from, which is imported on first use.
@@ -67,6 +69,9 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+moved.install()
 
 
 def _answer_help() -> None:
