@@ -36,7 +36,7 @@ def local_folder(name: str | os.PathLike) -> str:
 
 def _download(name: str, repo: str, revision: str | None, files: list[str]) -> pathlib.Path:
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     try:
         patterns = [glob.escape(file) for file in files]
@@ -50,10 +50,10 @@ def _download(name: str, repo: str, revision: str | None, files: list[str]) -> p
             f"There is no folder {name}, and Hugging Face's hub has no such model. If it is private, set HF_TOKEN."
         ) from error
     except errors.LocalEntryNotFoundError as error:
-        why = "HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else _first_line(error)
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _first_line(error)
         raise UserError(
             f"There is no folder {name}, and Hugging Face's hub cannot be reached ({why}). Its cache, "
-            f"{huggingface_hub.constants.HF_HUB_CACHE}, lacks the model, too: connect, or give a local folder."
+            f"{constants.HF_HUB_CACHE}, lacks the model, too: connect, or give a local folder."
         ) from error
     except (errors.HFValidationError, errors.HfHubHTTPError, OSError) as error:
         raise UserError(f"{name} could not be downloaded from Hugging Face's hub: {_first_line(error)}") from error

@@ -18,7 +18,7 @@ def write_config(file: str, text: str, step: int) -> None:
     An earlier one that differs is kept as `config_<step>.gin`, and the log says what changed. Of a run that has none,
     that was started without gin, it says so.
     """
-    text = text if text.strip() else _NOTHING
+    text = text if _statements(text) else _NOTHING
     path = pathlib.Path(file)
     before = path.read_text(encoding="utf-8") if path.exists() else text
     if changes := changed_lines(before, text):
@@ -32,11 +32,11 @@ def write_config(file: str, text: str, step: int) -> None:
 
 def changed_lines(before: str, after: str) -> list[str]:
     """Lines that only one of two gin texts has, with "-" or "+" in front; comments, imports and order do not matter."""
-    statements = [
-        [line for line in text.splitlines() if line.strip() and not line.startswith(("#", "from ", "import "))]
-        for text in (before, after)
-    ]
-    return [line for line in difflib.ndiff(*statements) if line[0] in "+-"]
+    return [line for line in difflib.ndiff(_statements(before), _statements(after)) if line[0] in "+-"]
+
+
+def _statements(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.strip() and not line.startswith(("#", "from ", "import "))]
 
 
 def _free(path: pathlib.Path) -> pathlib.Path:
