@@ -123,7 +123,7 @@ class Model:
         return self.definition.config
 
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap]  # a str is a sequence of them
         self,
         prompts: str,
         *,
@@ -189,7 +189,7 @@ class Model:
         return found[0] if isinstance(prompts, str) else found
 
     @overload
-    def fill(self, texts: str, inputs: str = ..., *, decoder: Decoder | None = ..., seed: int = ...) -> str: ...
+    def fill(self, texts: str, inputs: str = ..., *, decoder: Decoder | None = ..., seed: int = ...) -> str: ...  # type: ignore[overload-overlap]  # a str is a sequence of them
 
     @overload
     def fill(
@@ -238,7 +238,7 @@ class Model:
         return found[0] if isinstance(texts, str) else found
 
     @overload
-    def log_likelihood(
+    def log_likelihood(  # type: ignore[overload-overlap]  # a str is a sequence of them
         self,
         texts: str,
         inputs: str = ...,
@@ -290,7 +290,7 @@ class Model:
         check_num_draws(num_draws)
         rows = self._rows(pairs)
         step = self._likelihood_step(objective, num_draws, seed)
-        batches = [(rows.batch(given, text, number), [{}]) for number, (text, given) in enumerate(pairs)]
+        batches: _Batches = [(rows.batch(given, text, number), [{}]) for number, (text, given) in enumerate(pairs)]
         found = [
             LogLikelihood(record["log_likelihood"], record["standard_error"], record["num_tokens"])
             for record in likelihoods(step, self.params, batches, self.mesh, rows.to_text)

@@ -1,5 +1,6 @@
 """The Python interface: it writes and scores what the verbs do, and trains without gin."""
 
+import ast
 import dataclasses
 import io
 import json
@@ -47,6 +48,9 @@ def test_the_package_is_light_and_its_names_are_there():
     assert {"load", "train", "Model", "Sundae"} <= set(dir(dt))
     for name in dt.__all__:
         assert getattr(dt, name) is not None
+    tree = ast.parse(pathlib.Path(dt.__file__).read_text(encoding="utf-8"))
+    typed = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    assert {alias.name for statement in typed.body for alias in statement.names} == {*dt.__all__} - {"__version__"}
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
         dt.lod  # noqa: B018
     code = "import diffusion_t5x, sys; print({'jax', 'tensorflow', 'seqio'} & set(sys.modules))"
