@@ -16,6 +16,7 @@ from diffusion_t5x.chat.prompts import Prompts, prompt_lengths
 from diffusion_t5x.checkpointing import checkpoints
 from diffusion_t5x.checkpointing.rebuilding import rebuild
 from diffusion_t5x.checkpointing.record import Record, is_plain
+from diffusion_t5x.data import vocabulary_files
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.seqio_source import libraries
 from diffusion_t5x.data.templates import Template, Templates
@@ -452,14 +453,12 @@ def _vocabulary(
     record: Record, folder: str | os.PathLike, name: str, given: "str | seqio.Vocabulary | None"
 ) -> "seqio.Vocabulary":
     libraries()
-    from diffusion_t5x.tasks import registration
-
     if given is not None:
-        return registration.vocabulary(given) if isinstance(given, str) else given
+        return vocabulary_files.vocabulary(given) if isinstance(given, str) else given
     arguments = record.vocabulary_arguments(folder)
     if arguments is None:
         raise UserError(f"{name} does not say how its vocabulary is made: give vocabulary=FILE or a SeqIO vocabulary.")
-    return registration.vocabulary(**arguments)
+    return vocabulary_files.vocabulary(**arguments)
 
 
 def _example(prompt: str) -> dict[str, Any]:

@@ -101,9 +101,9 @@ def prompt_lengths(
     if features is not None and not {"targets"} <= features.keys() <= {"inputs", "targets"}:
         raise UserError(f"TASK_FEATURE_LENGTHS must have targets, and may have inputs: {dict(features)}.")
     if features and "inputs" in features:
-        most, length = features["inputs"], length or features["targets"]
-        model.check_length(most + length if is_one_row else max(most, length), "TASK_FEATURE_LENGTHS or --length")
-        return most, length
+        inputs, targets = features["inputs"], length or features["targets"]
+        model.check_length(inputs + targets if is_one_row else max(inputs, targets), "TASK_FEATURE_LENGTHS or --length")
+        return inputs, targets
     most = features["targets"] if features else model.max_length
     if most is None:
         return None, length or _LENGTH

@@ -187,7 +187,7 @@ class Record:
         return {"vocabulary": dict(vocabulary), **({"lora": dict(lora)} if lora else {}), "record": fields}
 
     def vocabulary_arguments(self, model_dir: str | os.PathLike) -> dict[str, Any] | None:
-        """The arguments of `tasks.registration.vocabulary` that make the vocabulary; None where they are not known.
+        """The arguments of `data.vocabulary_files.vocabulary` that make the vocabulary; None where they are not known.
 
         Args:
           model_dir: the model's folder. A file that is gone from its place is taken from there: a folder may be moved.

@@ -8,6 +8,7 @@ from diffusion_t5x.checkpointing.record import Record
 from diffusion_t5x.checkpointing.streaming import Streamed
 from diffusion_t5x.data.seqio_source import libraries
 from diffusion_t5x.data.vocabularies import token_ids
+from diffusion_t5x.data.vocabulary_files import vocabulary
 from diffusion_t5x.importing import families, hub, importing, output
 from diffusion_t5x.importing.families import Described
 from diffusion_t5x.importing.huggingface import CARRIED, CONFIG, Folder
@@ -64,10 +65,8 @@ def in_memory(path: str) -> tuple[Record, ModelDefinition, dict[str, Streamed]]:
 def _opened(path: str, ignore_keys: Sequence[str] = ()) -> tuple[Folder, Described, ModelDefinition, pathlib.Path]:
     """The folder, what it describes, the model here, and the tokenizer's file; all checked, no weights kept."""
     libraries()
-    from diffusion_t5x.tasks import registration
-
     folder = Folder.open(hub.local_folder(path)).without_keys(ignore_keys)
     described = families.describe(folder)
     tokenizer = folder.tokenizer()
-    ids = token_ids(registration.vocabulary(str(tokenizer)))
+    ids = token_ids(vocabulary(str(tokenizer)))
     return folder, described, importing.definition_of(folder, described, ids, tokenizer), tokenizer
