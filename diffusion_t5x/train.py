@@ -9,6 +9,7 @@ import functools
 import logging
 import os
 import sys
+import types
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from typing import Any
@@ -340,6 +341,15 @@ def _describe(definition: ModelDefinition, state: TrainState) -> str:
     size = sum(leaf.size for leaf in jax.tree.leaves(trained))
     of_which = "" if size == definition.num_params() else f", {size:,} of them trained"
     return "\n".join([f"model: {definition.num_params():,} parameters{of_which}", *rows])
+
+
+class _CallableModule(types.ModuleType):
+    """This module is the attribute `train` of its package, and so it can be called: `diffusion_t5x.train(...)`."""
+
+    __call__ = staticmethod(train)
+
+
+sys.modules[__name__].__class__ = _CallableModule
 
 
 def main(argv: Sequence[str] | None = None) -> None:
