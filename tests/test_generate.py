@@ -13,6 +13,7 @@ import sys
 import open_models
 import pytest
 import tiny
+from pages import by_module
 
 from diffusion_t5x import generate, infer, train
 from diffusion_t5x.chat.conversation import one_line
@@ -357,9 +358,7 @@ def test_what_a_training_leaves_is_enough(tmp_path, ask):
 
 def test_the_commands_of_the_page(stories, ask, monkeypatch):
     """Run with an imported model in place of theirs."""
-    commands = re.findall(
-        r"python -m diffusion_t5x\.generate ([^\n|>]+)", PAGE.read_text(encoding="utf-8").replace("\\\n", " ")
-    )
+    commands = re.findall(r"diffusion_t5x\.generate ([^\n|>]+)", by_module(PAGE.read_text(encoding="utf-8")))
     assert len(commands) >= 3
     for command in commands:
         flags = shlex.split(command)

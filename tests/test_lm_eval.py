@@ -12,6 +12,7 @@ import numpy as np
 import open_models
 import pytest
 import tiny
+from pages import by_module
 
 from diffusion_t5x import lm_eval
 from diffusion_t5x.convert import convert
@@ -81,7 +82,7 @@ def folder(tmp_path_factory):
 def flags_of(folder, **settings):
     """The page's command, small."""
     block, *_ = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    command = block.replace("\\\n", " ").replace("/tmp/", f"{folder}/").replace("=my_tasks", f"={folder}/my_tasks")
+    command = by_module(block).replace("/tmp/", f"{folder}/").replace("=my_tasks", f"={folder}/my_tasks")
     settings = {"TASK_FEATURE_LENGTHS": '{"inputs": 48, "targets": 16}', "BATCH_SIZE": 2} | settings
     flags = [*shlex.split(command.splitlines()[1])[3:], "--gin_file=hardware/cpu.gin"]
     return flags + [f"--gin.{name}={value}" for name, value in settings.items()]

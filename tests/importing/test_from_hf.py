@@ -14,6 +14,7 @@ import pytest
 import sentencepiece
 import tokenizers
 from in_torch import load_ours
+from pages import by_module
 
 from diffusion_t5x.command_line import config
 from diffusion_t5x.convert import convert
@@ -205,7 +206,7 @@ def test_the_commands_of_the_page(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     block, *_ = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    commands = block.replace("\\\n", " ").replace("/tmp/", f"{tmp_path}/").splitlines()
+    commands = by_module(block).replace("/tmp/", f"{tmp_path}/").splitlines()
     importing, training, exporting = (shlex.split(command)[3:] for command in commands)
     convert(importing)
     small = ["--gin.TRAIN_STEPS=2", "--gin.BATCH_SIZE=2", '--gin.TASK_FEATURE_LENGTHS={"inputs": 16, "targets": 16}']

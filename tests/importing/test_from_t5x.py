@@ -19,6 +19,7 @@ import pytest
 import tensorstore
 from flax import serialization, traverse_util
 from in_torch import as_batch, load_ours, run_theirs
+from pages import by_module
 
 from diffusion_t5x.checkpointing import checkpoints
 from diffusion_t5x.convert import convert
@@ -258,7 +259,9 @@ def test_the_command_of_the_page_on_a_model_with_tied_embeddings(tmp_path, token
     write_checkpoint(tmp_path / "checkpoint_1000000", target(head=False))
     shutil.copyfile(tokenizer, tmp_path / "t5_vocab.model")
     monkeypatch.chdir(tmp_path)
-    (command,) = re.findall(r"python -m diffusion_t5x.convert (from_t5x .*)", PAGE.read_text(encoding="utf-8"))
+    (command,) = re.findall(
+        r"python -m diffusion_t5x.convert (from_t5x .*)", by_module(PAGE.read_text(encoding="utf-8"))
+    )
     convert(shlex.split(command.replace("/tmp/", f"{tmp_path}/")))
     definition, params = load_ours(tmp_path / "t5", "t5_vocab.model")
     assert "head" not in params and definition.config.tie_embeddings
