@@ -128,7 +128,7 @@ def inspect_data(
 
 
 def _clean_reads(batch: Batch, reads: np.ndarray, vocabulary: TokenIds) -> tuple[np.ndarray, bool]:
-    """What the model would read without noise, `[B, L]`: the tokens in their places, or one later. And if one later."""
+    """Tokens `[B, L]` that the model would read without noise, in place or shifted right; and true if shifted."""
     later = np.asarray(shift_right(batch.tokens, batch.positions, vocabulary.start_id))
     there = batch.segment_ids > 0
     shifted = bool(np.sum((reads == later)[there]) > np.sum((reads == batch.tokens)[there]))

@@ -8,7 +8,7 @@ _HARMLESS_DEPTH = 200
 
 
 def parse(text: str | bytes, distinct: bool = False) -> Any:
-    """What a text of JSON says.
+    """Parses a JSON text.
 
     Args:
       text: in UTF-8.

@@ -183,7 +183,7 @@ def _library() -> types.ModuleType:
 def _task_manager(
     lm_eval: types.ModuleType, tasks: Sequence[str], include_path: str | None
 ) -> "lm_eval.tasks.TaskManager":
-    """What knows the tasks; raises a UserError where it does not."""
+    """The harness's task manager; raises a UserError if it does not know a task."""
     if isinstance(tasks, str) or not tasks:
         raise UserError("Which tasks? Give --tasks=NAME,NAME.")
     if include_path and not pathlib.Path(include_path).expanduser().is_dir():

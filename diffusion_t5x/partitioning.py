@@ -99,7 +99,7 @@ def _use_rules(overrides: Mapping[str, Sequence[str]]) -> None:
 
 
 def platform() -> str:
-    """Of the devices that will run what is traced: "cpu", "gpu", "tpu".
+    """Platform of the devices that will run the traced program: "cpu", "gpu", "tpu".
 
     Those of the mesh in use, which may be a slice that programs are compiled for on a machine without one.
     """

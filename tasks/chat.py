@@ -167,7 +167,7 @@ def _encode(turn: Fields, vocabulary: HuggingFaceVocabulary) -> Record:
 
 
 def _keep_newest(dataset: tf.data.Dataset, sequence_length: Mapping[str, int] | None) -> tf.data.Dataset:
-    """Of inputs that are too long the end, which asks for the answer; SeqIO would keep the beginning."""
+    """Keeps the end of inputs that are too long, which asks for the answer; SeqIO would keep the beginning."""
     if sequence_length is None or "inputs" not in sequence_length:
         return dataset
     return dataset.map(lambda x: x | {"inputs": x["inputs"][-sequence_length["inputs"] :]})

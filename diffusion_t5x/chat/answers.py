@@ -16,7 +16,7 @@ from diffusion_t5x.models.transformer import ModelDefinition, Params
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What was written.
+    """A decoded answer and its figures.
 
     Attributes:
       tokens: of the canvas, ended where the text ends.

@@ -75,7 +75,7 @@ def assign(targets: Mapping[str, Any], sources: Mapping[str, Any], rules: Sequen
 
 
 def describe_assignment(targets: Mapping[str, Any], sources: Mapping[str, Any], rules: Sequence[Rule]) -> str:
-    """What `assign` does, a line for each rule and one for all arrays that no rule matches.
+    """Describes what `assign` does: a line for each rule and one for all arrays that no rule matches.
 
     Raises:
       UserError: see `assign`.

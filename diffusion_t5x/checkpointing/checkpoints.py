@@ -217,7 +217,7 @@ class OpenCheckpoint:
 
     @functools.cached_property
     def metadata(self) -> dict[str, Any]:
-        """What was given to `Checkpoints.save`."""
+        """The metadata given to `Checkpoints.save`."""
         self.verify("metadata", stored.EVALUATION)
         try:
             return stored.read_metadata(self.path, self._manifest)
@@ -228,7 +228,7 @@ class OpenCheckpoint:
 
     @functools.cached_property
     def record(self) -> Record:
-        """What the model was trained as."""
+        """The record of how the model was trained."""
         return Record.read(self.metadata, str(self.path))
 
     @property

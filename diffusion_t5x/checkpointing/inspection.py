@@ -1,4 +1,4 @@
-"""What checkpoints hold, and how two of them differ. Arrays are read one at a time."""
+"""Lists the contents of checkpoints and compares two of them. Arrays are read one at a time."""
 
 import dataclasses
 import datetime
@@ -93,7 +93,7 @@ def listing(run: str) -> list[Listed]:
 
 
 def faults(checkpoint: epath.Path) -> list[str] | None:
-    """What is wrong with the files of a checkpoint, all of them read.
+    """Problems of a checkpoint's files, all of which are read.
 
     None: it was written before there were manifests, and all that it holds can be read.
     """

@@ -58,7 +58,7 @@ def put(path: epath.Path, content: str) -> None:
 
 
 def holds(folder: epath.Path, name: str, found: tuple[Entries, str] | None = None) -> bool:
-    """Whether a checkpoint's manifest, which may have been `read` before, names a file."""
+    """True if a checkpoint's manifest, which may have been `read` before, names a file."""
     return name in (found or read(folder))[0]
 
 
@@ -71,12 +71,12 @@ def files(folder: epath.Path) -> list[str]:
 
 
 def has_manifest(checkpoint: epath.Path) -> bool:
-    """Whether a checkpoint was written with a manifest, even if that is lost. Older ones were not."""
+    """True if a checkpoint was written with a manifest, even if the manifest is lost. Older ones were not."""
     return (checkpoint / FILE).exists() or "manifest" in notes(checkpoint).get("custom_metadata", {})
 
 
 def notes(checkpoint: epath.Path) -> dict:
-    """What Orbax noted about the commit of a checkpoint; {} where that cannot be read."""
+    """Orbax's notes about the commit of a checkpoint; {} if they cannot be read."""
     try:
         return json.loads((checkpoint / NOTES).read_text())
     except (OSError, ValueError):
@@ -89,7 +89,7 @@ def faults(
     checksums: bool = True,
     found: tuple[Entries, str] | None = None,
 ) -> list[str]:
-    """What is wrong with the files of a checkpoint, one line each; several processes share the reading.
+    """Problems of a checkpoint's files, one line each; several processes share the reading.
 
     Args:
       checkpoint: one that `has_manifest`.

@@ -1,4 +1,4 @@
-"""What a checkpoint was trained as: a record in its metadata, from which every reader takes its settings."""
+"""Record of how a checkpoint was trained; it is part of the metadata, and every reader takes its settings from it."""
 
 import dataclasses
 import importlib.metadata
@@ -39,7 +39,7 @@ def describe(value: Any, name: Callable[[type], str] | None = None) -> Any:
 
 
 def in_words(described: Any) -> str:
-    """What `describe` made of an object, as Python writes it: "Masked(schedule='linear', ...)"."""
+    """The Python repr of an object that `describe` has described: "Masked(schedule='linear', ...)"."""
     if isinstance(described, Mapping):
         if CLASS not in described:
             return "{" + ", ".join(f"{key!r}: {in_words(value)}" for key, value in described.items()) + "}"
@@ -60,7 +60,7 @@ def modes_of(user: object) -> tuple[Mode, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a model was trained as. Objects are as `describe` gives them.
+    """How a model was trained. Objects are stored as `describe` returns them.
 
     Attributes:
       model: all fields of its `ModelConfig`.
@@ -169,7 +169,7 @@ class Record:
         return dataclasses.replace(cls.of(said.model, objective=objective, decoders=decoders, **more), versions={})
 
     def metadata(self) -> dict[str, Any]:
-        """What a checkpoint's metadata hold of it: "record", "vocabulary" and, where it is one, "lora"."""
+        """The record as part of a checkpoint's metadata: "record", "vocabulary" and, for a LoRA run, "lora"."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         vocabulary, lora = fields.pop("vocabulary"), fields.pop("lora")
         fields["modes"] = [dataclasses.asdict(mode) for mode in self.modes]

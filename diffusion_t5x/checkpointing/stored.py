@@ -85,7 +85,7 @@ def faults(
     checksums: bool = True,
     found: tuple[manifest.Entries, str] | None = None,
 ) -> list[str] | None:
-    """What is wrong with a checkpoint, one line each (see `manifest.faults`).
+    """Problems of a checkpoint, one line each (see `manifest.faults`).
 
     None: nothing that can be known, as it was written before there were manifests.
     """
@@ -101,7 +101,7 @@ def faults(
 
 
 def is_whole(checkpoint: epath.Path) -> bool:
-    """Whether every file is what was written; of a checkpoint without manifest, whether it can be opened."""
+    """True if every file is as it was written; for a checkpoint without a manifest, true if it can be opened."""
     found = faults(checkpoint)
     if found is not None:
         return not found
@@ -164,7 +164,7 @@ def leaves(checkpoint: epath.Path) -> dict[str, Any]:
 
 
 def read_metadata(checkpoint: epath.Path, found: tuple[manifest.Entries, str] | None = None) -> dict[str, Any]:
-    """What the caller of `Checkpoints.save` gave, with the metrics of an evaluation that was finished later."""
+    """The metadata given to `Checkpoints.save`, with the metrics of an evaluation that was finished later."""
     metadata = _read(checkpoint / "metadata", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
     if not manifest.holds(checkpoint, EVALUATION, found):
         return metadata

@@ -56,7 +56,7 @@ class _Handler(ocp.type_handlers.NumpyHandler):
 
 
 def handlers() -> ocp.handlers.CheckpointHandlerRegistry:
-    """What a checkpoint manager needs to save `Streamed` leaves in its item "state"."""
+    """Handlers with which a checkpoint manager saves `Streamed` leaves in its item "state"."""
     kinds = (
         (jax.Array, ocp.type_handlers.ArrayHandler()),
         (np.ndarray, ocp.type_handlers.NumpyHandler()),

@@ -68,7 +68,7 @@ def run(
 
 @contextlib.contextmanager
 def program() -> Iterator[None]:
-    """What every verb runs in: quiet libraries, its own progress on stderr.
+    """Context in which every verb runs: quiet libraries, progress on stderr.
 
     A `UserError` ends the process with `error: ...` on stderr and status 2; any other exception keeps its traceback.
     Of several processes that work as one, none waits for others when it fails.
@@ -178,7 +178,7 @@ def operative_text() -> str:
 
 
 def operative_values() -> dict[str, Any]:
-    """What `operative_text` binds, nested by the dots of its names; references are text, such as "%MODEL"."""
+    """The bindings of `operative_text`, nested by the dots of their names; references are text, such as "%MODEL"."""
     values: dict[str, Any] = {}
     for statement in config_parser.ConfigParser(operative_text(), _AsText()):
         if isinstance(statement, config_parser.BindingStatement):
@@ -188,7 +188,7 @@ def operative_values() -> dict[str, Any]:
 
 
 def registration(macro: str) -> dict[str, Any]:
-    """What the value of a macro needs, as JSON can hold it, so that another program can bind it to the same.
+    """What another program needs to bind a macro to the same value, as a JSON-serialisable dict.
 
     Returns:
       "imports": the modules it refers to, and those whose import may register tasks. "bindings": by full name
@@ -335,7 +335,7 @@ def _importable(main: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _SafeFormatter(logging.Formatter):
-    """Whose lines a terminal obeys nothing of."""
+    """Log formatter that escapes control characters, so that a log line cannot control the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         return terminal.safe(super().format(record))

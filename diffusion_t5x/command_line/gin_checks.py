@@ -1,4 +1,4 @@
-"""What is checked of a configuration that has been read, before anything is built: types, cycles, what is used."""
+"""Checks a configuration that has been read, before anything is built: types, cycles, unused bindings."""
 
 import inspect
 import re
@@ -87,7 +87,7 @@ def check_types(verb: Callable[..., Any]) -> None:
 
 
 def _applies(scope: str, called_in: str) -> bool:
-    """Whether what is bound in a scope counts for a call in another one."""
+    """True if a binding in one scope applies to a call in another scope."""
     return not scope or f"{called_in}/".startswith(f"{scope}/")
 
 
@@ -207,7 +207,7 @@ def _users(macro: str) -> Iterator[gin_reading.Key]:
 def unset(
     selector: str, scope: Sequence[str], given: Collection[str], called: bool = True, seen: set[Any] | None = None
 ) -> Iterator[str]:
-    """What has no value among all that a call of `selector` in `scope` with the `given` arguments would evaluate.
+    """Names without a value that a call of `selector` in `scope` with the `given` arguments would evaluate.
 
     To `seen` it adds what it visits: selector, whether it is called, and its scopes.
     """

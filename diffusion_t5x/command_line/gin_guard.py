@@ -1,4 +1,4 @@
-"""What gin files may import, name and read: one that came with somebody else's checkpoint must not run anything."""
+"""Limits what gin files may import, name and read: a file from somebody else's checkpoint must not run code."""
 
 import dataclasses
 import types

@@ -1,4 +1,4 @@
-"""What macros the shipped gin files have: their values, what they are bound to, and what that means by its docstring.
+"""Macros of the shipped gin files: their values, the parameters they are bound to, and these parameters' docstrings.
 
 Files are read, not run: no module that they import is imported.
 """
@@ -140,7 +140,7 @@ class Macro:
 
 @dataclasses.dataclass
 class File:
-    """What one gin file states.
+    """Contents of one gin file.
 
     Attributes:
       comment: the lines at its top.
@@ -268,7 +268,7 @@ def _docstring(module: str, name: str) -> str:
 
 
 def _entry(docstring: str, parameter: str) -> str:
-    """What a docstring says of a parameter under "Args:" or "Attributes:", as one line."""
+    """A parameter's entry under "Args:" or "Attributes:" of a docstring, as one line."""
     for section in re.findall(r"^(?:Args|Attributes):\n((?:  .*\n?|\n)+)", docstring, re.MULTILINE):
         for names, text in re.findall(r"^(\w[\w, ]*): (.+(?:\n  .+)*)", textwrap.dedent(section), re.MULTILINE):
             if parameter in names.split(", "):

@@ -72,7 +72,7 @@ def _explanation(message: str, file: str) -> str:
 
 
 def not_set(names: Sequence[str]) -> str:
-    """What must be set: how on the command line, and which shipped files do."""
+    """Message that lists unset macros: how to set them on the command line, and which shipped files set them."""
     of_a_size = [name for name in names if ".ModelConfig." in f".{name}"]
     flags = " ".join(f"--gin.{name}=..." for name in names if name not in of_a_size)
     hints = list(dict.fromkeys(filter(None, map(_shipped_values, names))))

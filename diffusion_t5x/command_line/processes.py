@@ -80,7 +80,7 @@ def in_32_bits() -> None:
 
 
 def are_joined() -> bool:
-    """Whether this process is one of several."""
+    """True if this process is one of several."""
     return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
 
 

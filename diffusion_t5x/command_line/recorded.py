@@ -1,4 +1,4 @@
-"""What the verbs take from a checkpoint: gin text that is made from the record.
+"""Settings that the verbs take from a checkpoint, as gin text made from its record.
 
 The text is written here, from typed values whose names are checked. Nothing that a checkpoint holds is read as gin.
 """
@@ -30,7 +30,7 @@ def checkpoint_texts(
     runs: Sequence[str],
     macros: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> tuple[list[str], dict[str, str]]:
-    """What a verb reads before gin files (see `config.load`), so that a checkpoint is enough.
+    """The gin text that a verb reads before gin files (see `config.load`), so that a checkpoint suffices.
 
     Args:
       checkpoint: the one that the command line names; None reads nothing.
@@ -152,7 +152,7 @@ def _bind_vocabulary(text: "_Text", record: Record, folder: pathlib.Path) -> Non
 
 
 def _is_plain(described: Any) -> bool:
-    """Whether gin can say it; `record.describe` has the repr of what it does not know."""
+    """True if gin can express it; `record.describe` stores unknown objects as their repr."""
     if isinstance(described, Mapping):
         return all(map(_is_plain, described.values()))
     if isinstance(described, list | tuple):

@@ -26,7 +26,7 @@ FORMAT = 1
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """What one file holds.
+    """Contents of one file of the cache.
 
     Attributes:
       num_examples: how many records.
@@ -83,7 +83,7 @@ Info = CachedTask | CachedMixture
 
 
 def folder(cache_dir: str, name: str, split: str) -> pathlib.Path:
-    """Of a task's or mixture's split."""
+    """The folder of a split of a task or mixture."""
     return pathlib.Path(cache_dir).expanduser() / name / split
 
 
@@ -109,7 +109,7 @@ def write_info(where: pathlib.Path, info: Info) -> None:
 
 
 def read_info(where: pathlib.Path) -> Info | None:
-    """What the folder `where` says that it holds; None where there is no cache, not even an unfinished one.
+    """The contents of the cache in folder `where`; None if there is no cache, not even an unfinished one.
 
     Raises:
       UserError: the cache was not finished, is of another format, or its info.json is damaged.
@@ -134,7 +134,7 @@ def read_info(where: pathlib.Path) -> Info | None:
 
 
 def is_done(where: pathlib.Path, info: Info) -> bool:
-    """Whether the folder `where` holds what `info` (without shards) asks for.
+    """True if the folder `where` holds what `info` (without shards) asks for.
 
     Raises:
       UserError: it holds something else.
@@ -151,7 +151,7 @@ def is_done(where: pathlib.Path, info: Info) -> bool:
 
 
 def _settings(info: Info) -> dict[str, Any]:
-    """What the making of a cache starts from."""
+    """The settings from which a cache is made."""
     values = dataclasses.asdict(info)
     return {name: value for name, value in values.items() if name not in ("shards", "versions")}
 

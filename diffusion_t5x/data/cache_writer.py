@@ -23,7 +23,7 @@ _PACKAGES = ("diffusion_t5x", "seqio", "t5", "tensorflow")
 
 @dataclasses.dataclass(frozen=True)
 class CacheJob:
-    """What is to be written. Shards can be written in any order, anywhere that sees the folder, and more than once.
+    """A cache to write. Shards can be written in any order, anywhere that sees the folder, and more than once.
 
     Attributes:
       dataset: the task; its `split`, `seed` and `task_feature_lengths` count.

@@ -56,7 +56,7 @@ class CachedDataset:
 
     @property
     def name(self) -> str:
-        """Of the task or mixture."""
+        """Name of the task or mixture."""
         return self.mixture_or_task_name
 
     @property
@@ -91,11 +91,11 @@ class CachedDataset:
             raise UserError(f"{self.name!r} has no inputs for the encoder: take a decoder-only model, or another task.")
 
     def token_ids(self) -> TokenIds:
-        """What models, objectives and decoders know of the vocabulary."""
+        """The vocabulary's special ids and size, for models, objectives and decoders."""
         return self._tasks()[0][0].vocabulary
 
     def texts(self) -> dict[str, Any]:
-        """As of a `SeqioDataset`: a cache holds tokens and knows no texts."""
+        """Same as `SeqioDataset.texts`, but empty: a cache holds only tokens."""
         return {}
 
     def train_iterator(self, num_shards: int = 1, shard_index: int = 0) -> "CachedIterator":
@@ -128,7 +128,7 @@ class CachedDataset:
         return CachedIterator(batches, example_ids, source, self.fingerprint())
 
     def fingerprint(self) -> Fingerprint:
-        """Of the files that are read."""
+        """Fingerprint of the files that are read."""
         shards = (self._shard_files(task) for task, _ in self._tasks())
         return fingerprints.of_files([str(file) for files in shards for file in files])
 

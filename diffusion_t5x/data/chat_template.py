@@ -137,7 +137,7 @@ class ChatTemplate:
         return prompt, answer[: ends[-1]] if ends else answer
 
     def _behind_thought(self, written: str, message: Message, tag: str) -> str:
-        """What is written of an answer behind the tag that opens a thought."""
+        """The part of an answer after the tag that opens a thought."""
         begins, ends = f"<{tag}>", f"</{tag}>"
         if written.lstrip().startswith(begins):  # with other spaces than the prompt has
             return written.lstrip().removeprefix(begins).lstrip("\n")

@@ -1,4 +1,4 @@
-"""What training data files look like, cheaply: whether they are the same when a run goes on."""
+"""Cheap fingerprints of training data files, to detect changes when a run resumes."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ def _of_file(path: str) -> tuple[int, str]:
 
 
 def changes(before: Fingerprint, now: Fingerprint) -> list[str]:
-    """What has changed, a phrase for each file."""
+    """The changes between two fingerprints, a phrase for each file."""
     found = []
     for name in sorted(before.keys() | now.keys()):
         if name not in now:

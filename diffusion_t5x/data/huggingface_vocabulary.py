@@ -87,7 +87,7 @@ class HuggingFaceVocabulary(PythonVocabulary):
         return self._encode("a") != self.encode_part("a", begins=False)
 
     def special_tokens(self) -> list[str]:
-        """What the library makes a special token wherever it stands in a text, and what begins, ends and pads one."""
+        """Tokens that the library treats as special anywhere in a text, and those that begin, end and pad a text."""
         special = {token for token, added in self._added.items() if added.special}
         roles = {token for token in self._ids.values() if token is not None}
         return [self._tokenizer.id_to_token(token) for token in sorted(special | roles)]

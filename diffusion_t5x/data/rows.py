@@ -101,7 +101,7 @@ class RowLayout:
 
     @property
     def lengths(self) -> dict[str, int]:
-        """Of a row's sequences."""
+        """Lengths of a row's sequences, in tokens."""
         if self.architecture == "decoder_only":
             return dict.fromkeys(("tokens", "target_mask"), sum(self.task_feature_lengths.values()))
         targets = self.task_feature_lengths["targets"]
@@ -109,7 +109,7 @@ class RowLayout:
 
     @property
     def fillers(self) -> dict[str, int | bool]:
-        """What stands in a row's sequences where nothing is."""
+        """Fill values of the empty positions in a row's sequences."""
         return {name: False if name == "target_mask" else self.pad_id for name in self.lengths}
 
     def sequences(self, example: Mapping[str, np.ndarray]) -> Row:

@@ -44,5 +44,5 @@ def check_metrics(metrics: Iterable[Callable[..., Mapping[str, float]]]) -> None
 
 
 def takes_samples(metric: Callable[..., Mapping[str, float]]) -> bool:
-    """Whether a metric function, or the one of a `functools.partial`, has the attribute `takes_samples = True`."""
+    """True if a metric function, or that of a `functools.partial`, has the attribute `takes_samples = True`."""
     return getattr(getattr(metric, "func", metric), "takes_samples", False)

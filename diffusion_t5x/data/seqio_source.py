@@ -104,7 +104,7 @@ class SeqioDataset:
 
     @property
     def name(self) -> str:
-        """Of the task or mixture."""
+        """Name of the task or mixture."""
         return self.mixture_or_task_name
 
     @property
@@ -163,11 +163,11 @@ class SeqioDataset:
         return self._provider().output_features["targets"].vocabulary
 
     def token_ids(self) -> TokenIds:
-        """What models, objectives and decoders know of the vocabulary."""
+        """The vocabulary's special ids and size, for models, objectives and decoders."""
         return token_ids(self.vocabulary())
 
     def adds_eos(self, feature: str) -> bool:
-        """Whether the texts of a feature end in EOS."""
+        """True if the texts of a feature end in EOS."""
         return self._provider().output_features[feature].add_eos
 
     def texts(self) -> dict[str, Any]:
@@ -241,7 +241,7 @@ class SeqioDataset:
         return TrainIterator(ds, example_ids, source, self.fingerprint())
 
     def fingerprint(self) -> Fingerprint:
-        """Of the files that the split is read from, as far as the sources name them."""
+        """Fingerprint of the files that the split is read from, as far as the sources name them."""
         seqio, files = libraries()[0], []
         for task in seqio.get_subtasks(self._provider_with_split()):
             source = getattr(task.source, "_original_source", task.source)  # what shots are taken from
@@ -298,7 +298,7 @@ class SeqioDataset:
     def tokenized_examples(
         self, num_epochs: int = 1, num_shards: int = 1, shard_index: int = 0
     ) -> Iterator[dict[str, np.ndarray]]:
-        """What a shard's unshuffled training reads before it is made to rows: `inputs` and `targets`, int32, cut.
+        """A shard's unshuffled training examples before they are laid out in rows: `inputs` and `targets`, int32, cut.
 
         Args:
           num_epochs: how often the data are gone through, each time with new random choices of the preprocessors.

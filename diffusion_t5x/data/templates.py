@@ -91,7 +91,7 @@ class Templates:
         self._rows  # noqa: B018
 
     def token_ids(self) -> TokenIds:
-        """Of the task's vocabulary, as they are in holes."""
+        """The task's special ids, as they apply in holes."""
         return self._dataset.token_ids().for_infilling()
 
     def num_eval_examples(self, num_examples: int | None = None) -> int:

@@ -135,7 +135,7 @@ def text(path: Path) -> str:
 
 
 def json_value(path: Path) -> Any:
-    """What a file of JSON says; None where it is empty.
+    """The contents of a JSON file; None if it is empty.
 
     Raises:
       UserError: as `text`, or it is no JSON.

@@ -1,4 +1,4 @@
-"""What the models, objectives and decoders know of a vocabulary: its size and the ids that mean something."""
+"""The size and special ids of a vocabulary, for models, objectives and decoders."""
 
 import codecs
 import dataclasses
@@ -63,7 +63,7 @@ class TokenIds:
         )
 
     def is_end(self, tokens: jax.Array) -> jax.Array:
-        """Whether tokens are EOS or pad, either of which ends a text."""
+        """True for tokens that are EOS or pad, either of which ends a text."""
         return (tokens == self.eos_id) | (tokens == self.pad_id)
 
     def noise_ids(self) -> np.ndarray:
@@ -76,7 +76,7 @@ class TokenIds:
         return jnp.asarray(ids, jnp.int32)[jax.random.randint(key, shape, 0, len(ids), jnp.int32)]
 
     def describe(self) -> dict[str, str | int]:
-        """What a checkpoint keeps of the vocabulary it was trained with."""
+        """The vocabulary's entry in a checkpoint's metadata."""
         return {"name": self.name, "size": self.size, "mask_id": self.mask_id, "fingerprint": self.fingerprint}
 
     def check_same(self, described: Mapping[str, str | int], path: str) -> None:
@@ -122,7 +122,7 @@ def difference(one: "seqio.Vocabulary", other: "seqio.Vocabulary") -> str:
 
 
 def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
-    """What diffusion has to know of a SeqIO vocabulary. MASK gets the first id behind the vocabulary's own.
+    """The special ids of a SeqIO vocabulary, for diffusion. MASK gets the first id after the vocabulary's own.
 
     The noise vocabulary is what a target may hold: pieces (byte-fallback pieces too), pad and EOS. Sentinels, unknown,
     control and unused ids are not in it. Autoregression starts from BOS where the vocabulary has one, else from pad, as
@@ -234,7 +234,7 @@ def _descending(ids: Sequence[int]) -> tuple[int, int, int]:
 
 
 def piece(vocabulary: "seqio.Vocabulary", token: int) -> bytes:
-    """What one token of a SeqIO vocabulary stands for, in UTF-8; a byte may be only a part of a character.
+    """The UTF-8 bytes of one token of a SeqIO vocabulary; a byte may be only part of a character.
 
     Ids that stand for no text have their SentencePiece names: "<unk>", "<extra_id_0>".
     """
@@ -341,7 +341,7 @@ def cells(vocabulary: "seqio.Vocabulary", tokens: Sequence[int], signs: Mapping[
 
 
 def signs(vocabulary: "seqio.Vocabulary") -> dict[int, str]:
-    """What is shown of tokens that are no text: EOS as ¶, pad as ·, MASK as ▢."""
+    """Symbols for tokens that are not text: EOS as ¶, pad as ·, MASK as ▢."""
     return {vocabulary.eos_id: "¶", vocabulary.pad_id: "·", vocabulary.vocab_size: "▢"}
 
 

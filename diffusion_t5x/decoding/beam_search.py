@@ -101,7 +101,7 @@ class BeamSearchDecoder(Decoder):
             return ((5 + num_tokens) / 6) ** self.length_penalty
 
         def output(carry):
-            """Of each example, one text `[B, ...]`."""
+            """The best text of each example, `[B, ...]`."""
             finished, live = (jax.tree.map(lambda x: x[:, 0], carry[name]) for name in ("finished", "live"))
             live = live.replace(score=live.score / penalty(carry["row_steps"]))
             return select(finished.score > -jnp.inf, finished, live)

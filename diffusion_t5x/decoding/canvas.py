@@ -23,7 +23,7 @@ from diffusion_t5x.models.transformer import Transformer
 
 @flax.struct.dataclass
 class Written:
-    """What one step wrote.
+    """The output of one step.
 
     Attributes:
       tokens: int32 `[B, L]`, the rows after it.

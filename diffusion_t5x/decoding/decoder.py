@@ -1,4 +1,4 @@
-"""What every decoder is."""
+"""The protocol of decoders."""
 
 from collections.abc import Callable
 from typing import ClassVar, Protocol, Self
@@ -34,7 +34,7 @@ class Trace:
 
     @classmethod
     def start(cls, tokens: jax.Array, most_steps: int) -> Self:
-        """Of rows `[B, L]` before the first step, with room for so many steps."""
+        """Empty trace of rows `[B, L]` before the first step, with room for `most_steps` steps."""
         tokens = jnp.broadcast_to(tokens, (most_steps + 1, *tokens.shape))
         return cls(tokens=tokens, confidence=jnp.zeros(tokens.shape, jnp.float32))
 
@@ -82,7 +82,7 @@ class Watched:
 def start_trace(
     trace: bool | Watch, tokens: jax.Array, most_steps: int, first: int = 0, length: int | None = None
 ) -> Trace | Watched | None:
-    """What a decoder records its steps with, if anything.
+    """Starts recording a decoder's steps; None if they are neither kept nor shown.
 
     Args:
       trace: keep them, show them, or neither.
@@ -99,7 +99,7 @@ def start_trace(
 
 @flax.struct.dataclass
 class Decoded:
-    """What a decoder wrote.
+    """The output of a decoder.
 
     Attributes:
       tokens: int32 `[B, L]`, rows like the batch's with what was written at the target positions; what follows an
@@ -129,7 +129,7 @@ class Decoded:
 
     @classmethod
     def of(cls, canvas: jax.Array, batch: Batch, vocabulary: TokenIds, **fields: jax.Array | None) -> Self:
-        """What was written into a batch's targets, ended where it ends."""
+        """The text written into a batch's targets, up to its end."""
         text = batch.target_mask & ~after_end(canvas, batch, vocabulary)
         return cls(
             tokens=end_at_eos(canvas, batch, vocabulary),
@@ -171,7 +171,7 @@ class Decoder(Protocol):
 
 
 def target_range(target_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of masks bool `[B, L]`, the index of each row's first target and the number of its targets, int32 `[B]`."""
+    """Index of each row's first target and its number of targets, int32 `[B]`, from masks bool `[B, L]`."""
     return jnp.argmax(target_mask, axis=-1).astype(jnp.int32), jnp.sum(target_mask, axis=-1, dtype=jnp.int32)
 
 

@@ -98,7 +98,7 @@ class SelfSpeculationDecoder(Decoder):
             return carry | {"steps": carry["steps"] + 1}
 
         def write_draft(carry, block):
-            """What is left of each row's block, which starts at `block`: its tokens `[B, size]`, and what is new."""
+            """The rest of each row's block, which starts at `block`: its tokens `[B, size]`, and which are new."""
             unfinished = ~carry["finished"][:, None]
             new = cut(room.target_mask, block, size) & (block[:, None] + jnp.arange(size) >= carry["start"][:, None])
             new &= unfinished

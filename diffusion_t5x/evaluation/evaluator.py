@@ -25,18 +25,18 @@ logger = logging.getLogger(__name__)
 
 
 class LossDataset(Protocol):
-    """What a loss needs of a data set; `data.cached_source.CachedDataset` is one."""
+    """The data-set interface that losses need; `data.cached_source.CachedDataset` implements it."""
 
     @property
     def name(self) -> str:
-        """Of the task or mixture."""
+        """Name of the task or mixture."""
 
     def eval_batches(self, num_examples: int | None = None) -> Iterator[tuple[Batch, Sequence[Example]]]:
         """The evaluation set in order, with the examples' texts."""
 
 
 class EvalDataset(LossDataset, Protocol):
-    """What evaluation needs of a data set; `data.seqio_source.SeqioDataset` is one."""
+    """The data-set interface that evaluation needs; `data.seqio_source.SeqioDataset` implements it."""
 
     def to_text(self, tokens: Sequence[int]) -> str:
         """The text of target tokens, up to EOS."""
@@ -233,7 +233,7 @@ class Evaluator:
 
 
 def _totals(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What the records' numbers come to over all texts."""
+    """Totals of the records' figures over all texts."""
     sums = {
         name: sum(record[name] for record in records)
         for name in ("num_tokens", "num_steps", "teacher_nll", "teacher_agreement", "num_drafted", "num_accepted")

@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness asks a model, in token ids: how likely is a continuation, and what follows a context?
+"""Answers lm-evaluation-harness's requests in token ids: the likelihood of a continuation, and a generated one.
 
 Requests are sorted into rows of few lengths, so that little is compiled. What a request draws depends on its own tokens
 and on how often it was asked before: neither neighbours nor padding change its numbers.
@@ -69,7 +69,7 @@ class Rows:
 
     @property
     def are_free(self) -> bool:
-        """Whether inputs and targets may be of any lengths that together fit."""
+        """True if inputs and targets may have any lengths that fit together."""
         return self.architecture == "decoder_only" and not self.canvas
 
     @property
@@ -111,7 +111,7 @@ class Harness:
         self._greedy = _make_greedy_step(mesh, definition, objective) if objective.autoregressive else None
 
     def log_likelihoods(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[float]:
-        """Of continuations after contexts, in nats.
+        """Log-likelihoods of continuations given their contexts, in nats.
 
         Raises:
           UserError: a continuation that is longer than the targets.
@@ -120,7 +120,7 @@ class Harness:
         return [float(likelihood.log_likelihood) for likelihood, _ in found]
 
     def are_greedy(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[bool]:
-        """Whether each continuation is what the model would write.
+        """True for each continuation that equals what the model would write.
 
         An autoregressive model writes the likeliest token each time. Any other writes what its decoder does: onto a
         canvas if it has one, else as many tokens as the continuation has.
@@ -134,7 +134,7 @@ class Harness:
         return [written[key] == continuation for key, (_, continuation) in zip(asked, pairs, strict=True)]
 
     def write(self, requests: Sequence[tuple[Tokens, int]]) -> list[Tokens]:
-        """What the decoder writes after each context up to the end of the text, at most so many tokens.
+        """The decoder's output after each context, up to the end of the text, at most as many tokens as its request says.
 
         A canvas is written as a whole, and then cut.
         """

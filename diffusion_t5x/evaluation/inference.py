@@ -1,4 +1,4 @@
-"""What a model writes for the examples of a data set."""
+"""Decodes the examples of a data set with a model."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

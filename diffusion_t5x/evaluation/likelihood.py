@@ -69,7 +69,7 @@ def likelihoods(
 
 
 def summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What records of `likelihoods` come to.
+    """Aggregates records of `likelihoods` into metrics.
 
     Of "bits_per_token" and "bits_per_byte" (summed bits over summed tokens and bytes), and of "log_likelihood" (nats,
     the mean over examples): with "_se" the standard error of the estimate, from the objective's draws alone, which more

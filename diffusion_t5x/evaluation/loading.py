@@ -1,4 +1,4 @@
-"""What the verbs do before the work starts: check that data and model fit, and load a model's parameters."""
+"""Prepares a verb's work: checks that data and model fit, and loads a model's parameters."""
 
 from collections.abc import Iterable, Sequence
 from typing import Protocol
@@ -22,7 +22,7 @@ from diffusion_t5x.training.agreement import Agreement
 
 
 class Dataset(Protocol):
-    """What a data set says of itself before it is read."""
+    """The data-set interface that is available before reading."""
 
     name: str
     row_length: int
@@ -48,7 +48,7 @@ def check_datasets(datasets: Iterable[Dataset], model: ModelConfig, mesh: Mesh) 
 def load_teacher(
     path: AnyCheckpoint, config: ModelConfig, vocabulary: TokenIds, mesh: Mesh, setting: str, allow_mismatch: bool
 ) -> Teacher:
-    """As `load_model`, of an autoregressive model, with a message that says whose checkpoint is amiss."""
+    """Same as `load_model`, for the autoregressive teacher; error messages name the teacher's checkpoint."""
     try:
         checkpoint = open_checkpoint(path)
         Agreement.of(checkpoint, setting, allow_mismatch).check(config, [Autoregressive()])

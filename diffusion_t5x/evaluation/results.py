@@ -33,14 +33,14 @@ def fingerprint(records: Iterable[Mapping[str, Any]]) -> str:
 
 
 def provenance(scores: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """What the scores were computed with: versions, and sacrebleu's signature where there is a BLEU."""
+    """Versions of the packages that computed the scores, and sacrebleu's signature if there is a BLEU."""
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
     has_bleu = any("bleu" in metrics for metrics in scores.values())
     return {"versions": versions} | ({"bleu_signature": bleu_signature()} if has_bleu else {})
 
 
 def is_done(folder: pathlib.Path, checkpoint: str | None, settings: Mapping[str, Any]) -> bool:
-    """Whether the folder has the results of this checkpoint with these settings (as `describe` gives them).
+    """True if the folder has the results of this checkpoint with these settings (as `describe` returns them).
 
     Raises:
       UserError: it has those of others.

@@ -1,4 +1,4 @@
-"""What another model, an autoregressive teacher, says of texts."""
+"""Scores texts with another model, an autoregressive teacher."""
 
 from collections.abc import Callable
 

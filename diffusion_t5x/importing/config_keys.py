@@ -84,7 +84,7 @@ REFUSED: Mapping[str, str] = {
 
 
 def is_known(name: str) -> bool:
-    """Whether a key is in the table, and not an unknown one."""
+    """True if a key is in the table, false if it is unknown."""
     return name in QUIET or name in ONLY or name in REFUSED or any(name in names for names in HARMLESS.values())
 
 

@@ -31,7 +31,7 @@ _COMPARED = 1 << 24  # numbers at a time
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """What a source says of its model, checked.
+    """A source's description of its model, checked.
 
     Attributes:
       config: the model here; the embedding's rows are not set.
@@ -51,7 +51,7 @@ class Described:
 
 
 def describe(folder: Folder, tied: bool | None = None) -> Described:
-    """What is in a folder.
+    """Contents of a model folder.
 
     Args:
       folder: with its headers.
@@ -92,7 +92,7 @@ def check_names(source: Source, described: Described, kind: str) -> None:
 
 
 def _same(folder: Folder, copy: str, name: str) -> bool:
-    """Whether a tensor holds what another does, or is not there."""
+    """True if a tensor is missing or has the same values as another one."""
     if copy not in folder.tensors or name not in folder.tensors:
         return True
     rows, columns = folder.tensors[name].shape

@@ -34,7 +34,7 @@ CARRIED = (
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """What a file's header says of a tensor.
+    """A tensor's entry in a file's header.
 
     Attributes:
       file: the path.
@@ -135,7 +135,7 @@ class Folder:
 
 
 def _same_pieces(spiece: pathlib.Path, tokenizer: pathlib.Path) -> bool:
-    """Whether a SentencePiece model's pieces have the same ids in a tokenizer.json."""
+    """True if a SentencePiece model's pieces have the same ids in a tokenizer.json."""
     import sentencepiece
 
     try:

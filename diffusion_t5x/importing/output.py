@@ -1,4 +1,4 @@
-"""What every import writes: checkpoint_0 and a gin file that names the model and its tokenizer."""
+"""Writes an import: checkpoint_0 and a gin file that names the model and its tokenizer."""
 
 import contextlib
 import dataclasses

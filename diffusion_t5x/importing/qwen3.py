@@ -17,7 +17,7 @@ def config(keys: Keys, tied: bool) -> ModelConfig:
 
 
 def weights(config: ModelConfig) -> tuple[Weight, ...]:
-    """As `llama.weights`."""
+    """Maps parameters to tensors; same rules as `llama.weights`."""
     return (*llama.weights(config), *query_key_norms())
 
 

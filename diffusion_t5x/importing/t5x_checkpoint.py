@@ -93,7 +93,7 @@ def _is_zarr(leaf: Any) -> bool:
 
 
 def _shape(leaf: Any) -> tuple[int, ...]:
-    """As the msgpack file says; what is no array has none."""
+    """Shape of an array according to the msgpack file; () for anything else."""
     if _is_zarr(leaf):
         metadata = leaf.get("metadata")
         shape = metadata.get("shape") if isinstance(metadata, dict) else None

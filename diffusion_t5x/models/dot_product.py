@@ -24,7 +24,7 @@ _told: set[str] = set()  # backends that the log has named
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What the choice of a backend rests on.
+    """The properties of an attention call that decide its backend.
 
     Attributes:
       platform: of the devices that will run it: "cpu", "gpu", "tpu".

@@ -15,7 +15,7 @@ Order = Literal["before", "all"]  # of its segment, a query sees the slots up to
 
 @flax.struct.dataclass
 class Slots:
-    """What the mask room knows of every token slot; each field is `[B, L]`.
+    """The properties of every token slot that attention masks depend on; each field is `[B, L]`.
 
     Attributes:
       segment_ids: int32, 0 = nothing there. Slots of different segments never see each other.
@@ -97,7 +97,7 @@ class AttentionKind:
 
     @property
     def order(self) -> Order | None:
-        """What is seen of a segment whose slots stand one behind the other; None where more than that tells."""
+        """The order in which a segment's consecutive slots see each other; None if it takes more to say."""
         return {"causal": "before", "bidirectional": "all"}.get(self.name)
 
 
@@ -130,7 +130,7 @@ class Annealed:
 
 @flax.struct.dataclass
 class Sight:
-    """What queries see of keys, said in the two ways that attention may be computed by.
+    """Which keys each query sees, in two forms: for kernels and as a mask.
 
     Attributes:
       mask: bool `[B, Lq, Lk]`, whether a query sees a key.
@@ -149,13 +149,13 @@ class Sight:
 
     @classmethod
     def of(cls, kind: AttentionKind | Annealed, queries: Slots, keys: Slots, whole: bool) -> Self:
-        """Of slots to slots of the same rows, or with `whole` to themselves."""
+        """The sight of slots in the same rows, or with `whole` of the slots in themselves."""
         mask = kind.mask(queries, keys)
         order = kind.order if whole and keys.index is None else None
         return cls(mask, jnp.any(mask, axis=-1), queries.segment_ids, keys.segment_ids, order, whole)
 
     @classmethod
     def across(cls, queries: jax.Array, keys: jax.Array, whole: bool) -> Self:
-        """Of segments `[B, Lq]` to the same segments of other rows, `[B, Lk]`."""
+        """The sight of segments `[B, Lq]` in the same segments of other rows, `[B, Lk]`."""
         mask = same_segment(queries, keys)
         return cls(mask, jnp.any(mask, axis=-1), queries, keys, "all", whole)

@@ -19,7 +19,7 @@ ACTIVATIONS = ("batch", "length", "embed")
 
 @flax.struct.dataclass
 class Encoded:
-    """What a decoder sees of the inputs: keys and values for the cross-attention of every layer, computed once.
+    """The encoded inputs as a decoder sees them: keys and values for every layer's cross-attention, computed once.
 
     Attributes:
       keys, values: `[layers, B, S, kv_heads, head_dim]`.
@@ -41,7 +41,7 @@ class Encoded:
 
 @flax.struct.dataclass
 class View:
-    """What the queries of a layer see, and from where.
+    """The keys that a layer's queries see, and the queries' positions.
 
     Attributes:
       positions: int32 `[B, Lq]`, of the queries.
@@ -61,7 +61,7 @@ class View:
 
 
 def norm(config: ModelConfig) -> RMSNorm | LayerNorm:
-    """Of hidden states."""
+    """The configured norm of hidden states."""
     if config.norm == "layer":
         return LayerNorm(config.embed_dim, config.norm_epsilon)
     return RMSNorm(config.embed_dim, config.norm_epsilon, offset=config.norm_offset)
@@ -183,7 +183,7 @@ class Stack(nnx.Module):
         write_at: jax.Array,
         encoded: Encoded | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """As `__call__` for some slots of each row, over the cached keys and values of the others.
+        """Same as `__call__` for some slots of each row, over the cached keys and values of the others.
 
         Args:
           x: embedded tokens `[B, Lq, D]`.

@@ -41,7 +41,7 @@ class Transformer(nnx.Module):
         self.vocabulary = vocabulary
 
     def encode(self, batch: Batch, dropout_keys: jax.Array | None = None) -> Encoded | None:
-        """What the decoder sees of a batch's inputs; None for a decoder-only model, which reads them among its tokens.
+        """Encodes a batch's inputs; None for a decoder-only model, which reads them among its tokens.
 
         Args:
           batch: with `encoder_tokens` if the model has an encoder.
@@ -159,7 +159,7 @@ class Transformer(nnx.Module):
 
 
 def is_matrix(axes: Sequence[str]) -> bool:
-    """Whether logical axes are those of a matrix or an embedding, not of a norm, a bias or a table of biases."""
+    """True if logical axes belong to a matrix or an embedding, not to a norm, a bias or a table of biases."""
     return "embed" in axes and len(axes) > 1 + ("layers" in axes)
 
 

@@ -162,7 +162,7 @@ class Block(Objective):
     def corrupt(
         self, vocabulary: TokenIds, batch: Batch, key: jax.Array, size: int | jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Of every position `[B, L]`: the token or noise, and the bound's weight if it is masked.
+        """For every position `[B, L]`: the token or noise, and the weight in the bound if it is masked.
 
         Blocks are of this size, or of `block_size`.
         """

@@ -213,5 +213,5 @@ class Distillation(Objective):
         )
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
-        """Of the student, which writes by block diffusion: that of `Block`."""
+        """The student's likelihood, as a block diffusion model: that of `Block`."""
         return Block(self.block_size).log_likelihood(model, batch, key, num_draws)

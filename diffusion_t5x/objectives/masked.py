@@ -108,7 +108,7 @@ class Masked(Objective):
         return model_reads(tokens, batch, model)
 
     def _corrupt(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Of every position `[B, L]`: the token or MASK, and the bound's weight if it is masked."""
+        """For every position `[B, L]`: the token or MASK, and the weight in the bound if it is masked."""
         share = stratified(stream(key, "time"), batch.example_ids, batch.segment_ids)
         probability, weights = SCHEDULES[self.schedule](1 - (1 - self.epsilon) * share)
         keys = row_keys(stream(key, "where"), batch.example_ids)

@@ -1,4 +1,4 @@
-"""What every objective is, and the pieces that objectives share."""
+"""The protocol of objectives, and the pieces that objectives share."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ class Ratio:
 
 @flax.struct.dataclass
 class LossSums:
-    """What an objective says of a batch.
+    """An objective's loss and metrics on a batch.
 
     Attributes:
       loss: what is minimised.
@@ -116,7 +116,7 @@ class Objective(Protocol):
         """The passes of one call of `loss`."""
 
     def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array) -> jax.Array:
-        """What the model reads first when `loss` is called with this key, int32 `[B, L]`: shifted, corrupted, or both.
+        """The model's first input when `loss` is called with this key, int32 `[B, L]`: shifted, corrupted, or both.
 
         Of what it reads, that in the slots which predict the tokens.
         """
@@ -142,7 +142,7 @@ class Objective(Protocol):
         """
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
-        """Of rows that hold one example each, as an evaluation's do: packed ones would be taken for one.
+        """Log-likelihoods of rows with one example each, as in evaluation; a packed row would count as one example.
 
         Rows draw from the key by their `example_ids`: a row's numbers are the same alone and in any batch.
 

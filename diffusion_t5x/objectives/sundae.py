@@ -148,7 +148,7 @@ class Sundae(Objective):
         return uniform_bound(model, hidden, batch, first_target, batch.target_mask, key, num_draws)
 
     def _read_out(self, model, hidden, batch, keys):
-        """Of every position `[B, L]`: the clean token's cross-entropy, whether it is likeliest, a sampled token."""
+        """For every position `[B, L]`: the clean token's cross-entropy, whether it is the argmax, a sampled token."""
 
         def score(logits, labels, positions):
             loss, _ = cross_entropy(logits, labels)

@@ -63,7 +63,7 @@ class DecodeTime:
 
     @property
     def tokens_per_forward(self) -> float:
-        """Of each text."""
+        """Tokens of each text per forward pass."""
         return self.length / self.forwards
 
     @property
@@ -72,7 +72,7 @@ class DecodeTime:
         return self.batch_size * self.length / self.median
 
     def record(self) -> dict[str, Any]:
-        """What the file holds of it: the fields, and what follows from them."""
+        """The result as it is stored in the file: the fields and the figures derived from them."""
         figures = {
             "seconds_median": self.median,
             "seconds_min": min(self.seconds),
@@ -133,7 +133,7 @@ class Measurements:
         return sorted(self._times.values(), key=lambda time: (time.saturating, time.length))
 
     def seconds(self, label: str, length: int, saturating: bool) -> tuple[float, ...]:
-        """Of the runs that were timed."""
+        """Seconds of each timed run."""
         time = self._times.get((label, length, saturating))
         return time.seconds if time else ()
 

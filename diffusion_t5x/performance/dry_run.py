@@ -37,7 +37,7 @@ _MOST_ROWS = 64  # a device, that `fit` tries
 
 
 class Rows(Protocol):
-    """What a data set says of its rows before it is read."""
+    """A data set's description of its rows, available before reading."""
 
     name: str
     task_feature_lengths: Mapping[str, int]

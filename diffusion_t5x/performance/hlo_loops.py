@@ -29,7 +29,7 @@ def trips(program: Program, computation: Computation, loop: Instruction) -> int 
 
 
 def _origin(computation: Computation, name: str) -> Instruction:
-    """What an instruction copies."""
+    """The instruction whose result another one copies."""
     instruction = computation.instructions[name]
     while instruction.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
         instruction = computation.instructions[instruction.operands[0]]
@@ -43,7 +43,7 @@ def _constant(computation: Computation, name: str) -> int | None:
 
 
 def _step(body: Computation, name: str, index: int) -> int | None:
-    """What a turn adds to the element `index` of the loop's state."""
+    """What one iteration adds to element `index` of the loop's state."""
     added = _origin(body, name)
     if added.opcode != "add":
         return None

@@ -17,7 +17,7 @@ def forward_flops(
     encoder_length: int = 0,
     encodes: bool = True,
 ) -> int:
-    """Of one row in one forward pass.
+    """FLOPs of one row in one forward pass.
 
     Args:
       config: with `vocab_size` set.

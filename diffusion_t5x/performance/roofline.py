@@ -70,7 +70,7 @@ class Roofline:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a program would do on a slice.
+    """Estimated cost of a program on a slice.
 
     Attributes:
       settings: what was compiled, by name.

@@ -102,7 +102,7 @@ class Stopwatch:
         self.forwards = int(decoded.steps)
 
     def seconds(self) -> float:
-        """Of one more run."""
+        """Seconds of one more run."""
         with jax.set_mesh(self._mesh):
             start = time.perf_counter()
             jax.block_until_ready(self._step(*self._arguments))

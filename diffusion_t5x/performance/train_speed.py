@@ -44,7 +44,7 @@ PEAK_FLOPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is trained in a measurement.
+    """The training setup that a measurement times.
 
     Attributes:
       model: dimensions.
@@ -143,7 +143,7 @@ class StepWatch:
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """What was measured of a case.
+    """Measured speed of a case.
 
     Attributes:
       label: its name.
@@ -172,7 +172,7 @@ class Speed:
 
     @property
     def flops_per_second(self) -> float:
-        """Of each device."""
+        """FLOP/s of each device."""
         return self.flops / self.median / self.num_devices
 
     @property

@@ -209,7 +209,7 @@ def _text(record: Record, name: str) -> str:
 
 
 def _contents(run: Run) -> Iterator[str]:
-    """What a run holds, in words."""
+    """The contents of a run, in words."""
     for curve in run.curves:
         if curve.kind == "train" and curve.points:
             yield f"trained to step {max(points[-1][0] for points in curve.points.values()):,}"

@@ -1,4 +1,4 @@
-"""What the verbs left in their folders, read back: curves, scores, predictions, decode times."""
+"""Reads what the verbs wrote: curves, scores, predictions, decode times."""
 
 import contextlib
 import dataclasses
@@ -77,7 +77,7 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """What was written for a task: records as `evaluation.inference.predict` yields them."""
+    """Predictions for a task: records as `evaluation.inference.predict` yields them."""
 
     task: str
     decoder: str

@@ -19,7 +19,7 @@ def bounds(metric: str) -> tuple[float, float] | None:
 
 
 def unit(metric: str) -> str:
-    """What stands on the axis of a metric."""
+    """The axis label of a metric."""
     return f"{metric} (%)" if bounds(metric) == (0, 100) else metric
 
 

@@ -53,7 +53,7 @@ _ENVIRONMENT = {"HOME": isolation.SCRATCH, "LANG": "C.UTF-8", "PYTHONHASHSEED": 
 
 @dataclasses.dataclass(frozen=True)
 class Tests:
-    """What a program has to do.
+    """Tests of one program.
 
     Attributes:
       asserts: source texts, run one after another in one namespace; each raises AssertionError where it fails. A name
@@ -72,7 +72,7 @@ class Tests:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a program may use.
+    """Resource limits of a program.
 
     Attributes:
       cpu_seconds: processor time of each of its processes.
@@ -114,7 +114,7 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Protections:
-    """What programs are held off from here.
+    """The isolation that this machine can give to programs.
 
     Attributes:
       isolation: namespaces for users, files, network, processes and IPC. Essential.

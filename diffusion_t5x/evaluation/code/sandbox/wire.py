@@ -1,4 +1,4 @@
-"""What the judge and a program tell each other: plain data as JSON, in frames.
+"""Messages between the judge and a program: plain data as JSON, in frames.
 
 JSON, because the judge must be able to read whatever the program sends: nothing in it can run. Numbers, text, None and
 truth values are themselves; everything else is `[kind, content]`. Subclasses become what they are a subclass of, and
