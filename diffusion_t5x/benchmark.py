@@ -84,7 +84,7 @@ def decode(
         anything is compiled; or `batch_size` texts do not fit into memory.
     """
     if jax.process_count() > 1:
-        raise UserError("benchmark.decode measures one host: start it on one.")
+        raise UserError("benchmark.decode measures a single host: start it on one host.")
     device_mesh = mesh.make()
     numbers = {"input_length": [input_length], "batch_size": [batch_size], "repeats": [repeats], "lengths": lengths}
     for name, values in numbers.items():
@@ -177,7 +177,7 @@ def train(
       UserError: anything that does not fit, before anything is compiled.
     """
     if jax.process_count() > 1:
-        raise UserError("benchmark.train measures one host: start it on one.")
+        raise UserError("benchmark.train measures a single host: start it on one host.")
     device_mesh = mesh.make()
     numbers = {"input_length": input_length, "target_length": target_length, "num_steps": num_steps, "repeats": repeats}
     for name, value in numbers.items():
@@ -293,12 +293,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = words[0] if words else ""
     with config.program():
         if name in ("-h", "--help"):
-            print(f"{__doc__}\nTo be measured: {', '.join(SUBCOMMANDS)}; each has a --help of its own.")
+            print(f"{__doc__}\nTo be measured: {', '.join(SUBCOMMANDS)}; each has its own --help.")
             return
         if name not in SUBCOMMANDS:
             given = f"not {name!r}" if words else "but there is none"
             raise UserError(
-                f"The first word says what is measured: {' or '.join(SUBCOMMANDS)}, {given}."
+                f"The first argument says what is measured: {' or '.join(SUBCOMMANDS)}, {given}."
                 f"{did_you_mean(name, SUBCOMMANDS)} Write python -m diffusion_t5x.benchmark {next(iter(SUBCOMMANDS))} "
                 "--gin_file=..."
             )

@@ -97,7 +97,9 @@ def evaluate(
     if not evals:
         raise UserError("Nothing to evaluate: set evaluate.decode_evals, loss_evals or likelihood_evals.")
     if (loss_evals or likelihood_evals) and objective is None:
-        raise UserError("evaluate.loss_evals and likelihood_evals need evaluate.objective: whose loss or likelihood?")
+        raise UserError(
+            "evaluate.loss_evals and likelihood_evals need evaluate.objective. Include a file of objectives/."
+        )
     check_datasets([ev.dataset for ev in evals], model, device_mesh)
     settings = results.describe(
         {
@@ -209,7 +211,7 @@ def score(
     """
     name = task or mixture_or_task_name
     if not name:
-        raise UserError("Predictions for which task? Give --task NAME, and the --gin_file that registers it.")
+        raise UserError("No task for the predictions. Give --task NAME, and the --gin_file that registers it.")
     lines = read_predictions(predictions)
     data = dataset(mixture_or_task_name=name)
     data.check_scoring()

@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with config.program():
         flags, rest = own_flags("generate").parse_known_args(argv)
         if flags.checkpoint is None and not {"-h", "--help"} & set(rest):
-            raise UserError("Which model? Give --checkpoint DIR: a MODEL_DIR, a checkpoint or what convert wrote.")
+            raise UserError("No model. Give --checkpoint DIR: a MODEL_DIR, a checkpoint or what convert wrote.")
         texts = {"the settings of generate": _GIN}
         if flags.checkpoint:
             checkpoint = checkpoints.open_checkpoint(flags.checkpoint)

@@ -94,7 +94,7 @@ def infer(
         batch for it and print what it would take.
 
     Raises:
-      UserError: anything that does not fit, or the output was begun with other settings or other data; nothing is
+      UserError: anything that does not fit, or the output was started with other settings or other data; nothing is
         overwritten.
     """
     if isinstance(dry_run, SliceDryRun):
@@ -137,7 +137,7 @@ def infer(
         checkpoint, model, data.token_ids(), device_mesh, restore_rules=restore_rules, use_ema=use_ema
     )
     total = data.num_eval_examples(num_examples)
-    logger.info("%s: %d of %d examples are there", output.path, output.done, total)
+    logger.info("%s: %d of %d examples are done", output.path, output.done, total)
     batches = (
         (batch, examples)
         for batch, examples in data.eval_batches(num_examples)

@@ -37,7 +37,7 @@ def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in fields if names.count(name) > 1)
-        raise ValueError(f"the field {twice!r} stands twice in one object")
+        raise ValueError(f"the field {twice!r} occurs twice in one object")
     return fields
 
 
@@ -49,5 +49,5 @@ def parse_object(line: str) -> dict[str, Any]:
     """
     value = parse(line, distinct=True)
     if not isinstance(value, dict):
-        raise ValueError('not a JSON object: {"field": "text", ...} is wanted.')
+        raise ValueError('not a JSON object: {"field": "text", ...} is expected.')
     return value

@@ -185,7 +185,7 @@ def _task_manager(
 ) -> "lm_eval.tasks.TaskManager":
     """The harness's task manager; raises a UserError if it does not know a task."""
     if isinstance(tasks, str) or not tasks:
-        raise UserError("Which tasks? Give --tasks=NAME,NAME.")
+        raise UserError("No tasks. Give --tasks=NAME,NAME.")
     if include_path and not pathlib.Path(include_path).expanduser().is_dir():
         raise UserError(f"There is no folder {include_path}, which --include_path names.")
     manager = lm_eval.tasks.TaskManager(include_path=include_path and str(pathlib.Path(include_path).expanduser()))

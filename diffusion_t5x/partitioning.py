@@ -58,7 +58,7 @@ class MeshConfig:
         """
         if jax.config.jax_enable_x64:
             raise UserError(
-                "JAX computes in 64 bits (JAX_ENABLE_X64), which no model is made for. Unset the variable, or call "
+                "JAX computes in 64 bits (JAX_ENABLE_X64), which models do not support. Unset the variable, or call "
                 'jax.config.update("jax_enable_x64", False) first.'
             )
         sizes = {name: getattr(self, name) for name in MESH_AXES}

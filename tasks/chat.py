@@ -84,7 +84,9 @@ def _turns(files: Sequence[str], template: ChatTemplate) -> Records:
         turns += [(line, n) for n, message in enumerate(conversation["messages"]) if message["role"] == "assistant"]
         unread.update(name for name, value in conversation["variables"].items() if value and name not in template.names)
     if silent := len(conversations) - len({line for line, _ in turns}):
-        logger.warning("%s: %d of %d conversations have no assistant, left out", names, silent, len(conversations))
+        logger.warning(
+            "%s: %d of %d conversations have no assistant turn and are left out", names, silent, len(conversations)
+        )
     for name, count in unread.items():
         logger.warning(
             "%s: %d of %d conversations have %s, which the chat template does not read",

@@ -61,7 +61,7 @@ def mbpp(
         raise UserError(f"MBPP's prompt has 0 to {len(SHOTS)} solved problems, not {num_shots}.")
     rows = _read(path, _MBPP_FIELDS)
     if surplus := len(rows.keys() - {task_id for ids in MBPP_SPLITS.values() for task_id in ids}):
-        logger.warning("%s: %d problems are of no split of MBPP, left out", path, surplus)
+        logger.warning("%s: %d problems belong to no split of MBPP and are left out", path, surplus)
     if missing := [task_id for ids in MBPP_SPLITS.values() for task_id in ids if task_id not in rows]:
         raise UserError(f"{path} lacks MBPP's task {missing[0]}, and {len(missing) - 1} others.")
     shots = "".join(_mbpp_prompt(rows[i]) + f"{_source(rows[i]['code'])}\n[DONE]\n\n" for i in SHOTS[:num_shots])
@@ -157,7 +157,7 @@ def _read(path: str, fields: Mapping[str, type]) -> dict[Any, dict[str, Any]]:
             place, value = records.where(number - 1), json.dumps(row[odd[0]])
             raise UserError(f"{place}: {odd[0]!r} is {value[:40]}: is it the right file?")
         if row["task_id"] in rows:
-            raise UserError(f"{records.where(number - 1)}: the task_id {row['task_id']!r} stands twice in {path}.")
+            raise UserError(f"{records.where(number - 1)}: the task_id {row['task_id']!r} occurs twice in {path}.")
         rows[row["task_id"]] = row
     return rows
 

@@ -49,7 +49,7 @@ class _Template:
             elif len(match[0]) == 2:
                 self._literals[-1] += match[0][0]
             else:
-                raise UserError(f"{text!r} is no template: a single {match[0]!r}. Write {{{{ and }}}} for braces.")
+                raise UserError(f"{text!r} is not a template: a single {match[0]!r}. Write {{{{ and }}}} for braces.")
         self._literals[-1] += text[end:]
 
     def fill(self, record: Fields) -> str:

@@ -44,7 +44,7 @@ def full_lm(
 
     del output_features
     if sequence_length["targets"] < 2:
-        raise UserError(f"Full LM needs at least 2 tokens of targets, not {sequence_length['targets']}.")
+        raise UserError(f"Full LM needs at least 2 target tokens, not {sequence_length['targets']}.")
     chunks = preprocessors.split_tokens(dataset, max_tokens_per_segment=sequence_length["targets"] - 1)
     return chunks.map(lambda x: {"inputs": x["targets"][:0], "targets": x["targets"]})
 

@@ -283,7 +283,7 @@ def test_mistakes(masked, tmp_path, refused):
     assert "is broken: metadata/metadata" in says(broken, "--prompt", "a")
     for name in ("manifest.json", "_CHECKPOINT_METADATA"):
         (broken / "checkpoints" / "checkpoint_0" / name).unlink()
-    assert "its metadata, which say what model it is, are not there or broken" in says(broken, "--prompt", "a")
+    assert "its metadata, which describe the model, are missing or broken" in says(broken, "--prompt", "a")
 
 
 def test_no_checkpoint_and_help(capsys):
@@ -324,8 +324,8 @@ MIXTURE_OR_TASK_NAME = @results.write_records()
     for objective, said in (
         ({"class": "subprocess.Popen", "args": ["touch", str(victim)]}, "imports subprocess"),
         ({"class": "diffusion_t5x.evaluation.results.write_records", "path": str(victim)}, "which does more than"),
-        ({"class": f"x\ninclude '{victim}'\ny.Z"}, "in place of a name"),
-        ({"class": "optax.sgd", "a = 1\ninclude 'b'\nc": 1}, "in place of a name"),
+        ({"class": f"x\ninclude '{victim}'\ny.Z"}, "instead of a name"),
+        ({"class": "optax.sgd", "a = 1\ninclude 'b'\nc": 1}, "instead of a name"),
     ):
         crafted = shutil.copytree(masked, tmp_path / str(len(str(objective))))
         give_record(crafted, objective=objective)

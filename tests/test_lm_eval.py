@@ -148,7 +148,7 @@ def test_the_pages_command_gives_our_own_numbers(folder, offline, tmp_path, caps
     assert (tmp_path / "out" / "results.json").read_bytes() == before
     with pytest.raises(SystemExit):
         lm_eval.main([*flags, "--limit=1"])
-    assert "has the results of something else (other: limit)" in capsys.readouterr().err
+    assert "has results with other settings ( limit)" in capsys.readouterr().err
 
 
 @pytest.mark.slow

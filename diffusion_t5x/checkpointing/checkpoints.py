@@ -58,11 +58,13 @@ class Checkpoints:
         streamed: bool = False,
     ):
         if keep_last < 1:
-            raise UserError(f"Checkpoints.keep_last = {keep_last}: at least the newest checkpoint must stay.")
+            raise UserError(
+                f"Checkpoints.keep_last = {keep_last}: it must be at least 1, to keep the newest checkpoint."
+            )
         if keep_best and not best_metric:
-            raise UserError(f"Checkpoints.keep_best = {keep_best} needs Checkpoints.best_metric: best by what?")
+            raise UserError(f"Checkpoints.keep_best = {keep_best} needs Checkpoints.best_metric.")
         if best_mode not in ("max", "min"):
-            raise UserError(f'Checkpoints.best_mode = {best_mode!r}: "max" or "min".')
+            raise UserError(f'Checkpoints.best_mode must be "max" or "min", not {best_mode!r}.')
         ensure_writable(directory)
         self.directory = epath.Path(directory).resolve()
         self._notes = {"manifest": True} | ({"best": [best_metric, best_mode]} if keep_best else {})
@@ -185,8 +187,7 @@ def ensure_writable(directory: str) -> None:
     except Exception as error:  # OSError of a disk; clients of remote stores have kinds of their own
         said = str(getattr(error, "strerror", None) or error).strip().rstrip(".")
         raise UserError(
-            f"Cannot write to {directory}: {said}. Choose another folder (MODEL_DIR), or see to it that this one can "
-            "be reached and written."
+            f"Cannot write to {directory}: {said}. Choose another folder (MODEL_DIR), or make this one writable."
         ) from error
 
 
@@ -223,7 +224,7 @@ class OpenCheckpoint:
             return stored.read_metadata(self.path, self._manifest)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{self} cannot be read: its metadata, which say what model it is, are not there or broken ({error})."
+                f"{self} cannot be read: its metadata, which describe the model, are missing or broken ({error})."
             ) from error
 
     @functools.cached_property

@@ -142,7 +142,7 @@ def set_aside(checkpoints: Sequence[epath.Path]) -> None:
             names = [f"broken_{path.name}", *(f"broken_{path.name}_{i}" for i in range(2, 1000))]
             aside = next(name for name in names if not (path.parent / name).exists())
             path.rename(path.parent / aside)
-            logger.warning("%s is broken: set aside as %s", path, aside)
+            logger.warning("%s is broken: renamed to %s", path, aside)
     if checkpoints and jax.process_count() > 1:
         multihost_utils.sync_global_devices("set_aside")
 
@@ -211,4 +211,4 @@ def _read(path: epath.Path, handler: Any, args: Any) -> Any:
 
 @functools.cache
 def _say_unchecked(checkpoint: epath.Path) -> None:
-    logger.warning("%s was written before there were checksums: whether it is whole is not known", checkpoint)
+    logger.warning("%s was written without checksums, so it cannot be verified", checkpoint)

@@ -51,7 +51,7 @@ def check_cycles() -> None:
         if name in path:
             circle = [*path[path.index(name) :], name]
             place = gin_reading.place((path[-1], _MACRO, "value"))
-            raise UserError(f"{place}: {' = %'.join(circle)} never comes to a value. Set one of them.")
+            raise UserError(f"{place}: {' = %'.join(circle)} is circular. Set one of them to a value.")
         if name not in done:
             for reference in gin_config.iterate_references(values.get(name, {})):
                 if reference.configurable.wrapped is gin_config.macro:
@@ -66,7 +66,7 @@ def check_cycles() -> None:
 def check_types(verb: Callable[..., Any]) -> None:
     """Checks what a run of the verb comes to against the annotations of the parameters that it is bound to.
 
-    Whole numbers written as 1e6 become such where one is wanted.
+    Whole numbers written as 1e6 become such where one is expected.
 
     Raises:
       UserError: a value that does not fit, with its place, what would fit and what the value is.
@@ -191,7 +191,7 @@ def check_flags_used(verb: Callable[..., Any]) -> None:
             raise UserError(f"{flag}: it would change nothing: this configuration uses {known}, not {scope}/{name}.")
         raise UserError(
             f"{flag}: it would change nothing: this configuration does not use {name}. Include the gin file that does, "
-            "or see with --print_config what is used."
+            "or see --print_config for what is used."
         )
 
 

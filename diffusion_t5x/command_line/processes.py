@@ -48,7 +48,7 @@ def join(flags: argparse.Namespace) -> None:
         for name in ("num_processes", "process_id"):
             given[name] = None if given[name] is None else int(given[name])
     except ValueError:
-        raise UserError(f"{_VARIABLES[name]} = {given[name]!r} is no number.") from None
+        raise UserError(f"{_VARIABLES[name]} = {given[name]!r} is not a number.") from None
     known = [value is not None for value in given.values()]
     if any(known) and not all(known):
         missing = [f"--{name} ({_VARIABLES[name]})" for name, value in given.items() if value is None]
@@ -61,7 +61,7 @@ def join(flags: argparse.Namespace) -> None:
         jax.distributed.initialize(**given)
     except (ValueError, RuntimeError) as error:
         if all(known):
-            raise UserError(f"--distributed: the processes did not come together ({error}).") from error
+            raise UserError(f"--distributed: the processes could not connect ({error}).") from error
         raise UserError(
             "--distributed: nothing here says which processes there are (no TPU slice, Slurm, Open MPI or Kubernetes "
             f"is seen: {error}). Give --coordinator_address, --num_processes and --process_id."
@@ -74,7 +74,7 @@ def join(flags: argparse.Namespace) -> None:
 def in_32_bits() -> None:
     """Sets JAX_ENABLE_X64 aside, which shells made for numerical programs have: models compute in 32 bits and less."""
     if os.environ.pop("JAX_ENABLE_X64", "").lower() in ("1", "true", "t", "yes", "y", "on"):
-        logger.info("JAX_ENABLE_X64 is set aside: models compute in 32 bits and less")
+        logger.info("JAX_ENABLE_X64 is ignored: models compute in 32 bits or less")
         if "jax" in sys.modules:
             sys.modules["jax"].config.update("jax_enable_x64", False)
 

@@ -109,7 +109,7 @@ def dataset_text(checkpoint: OpenCheckpoint, reader: str) -> str:
     """
     dataset, text = checkpoint.record.dataset, _Text(str(checkpoint))
     if not dataset:
-        raise UserError(f"{checkpoint} says nothing of the data it was trained on: give the gin files of the run.")
+        raise UserError(f"{checkpoint} does not record the data it was trained on: give the gin files of the run.")
     known = {field.name for field in dataclasses.fields(SeqioDataset)} & dataset.keys()
     macros = {"mixture_or_task_name": _TASK, "task_feature_lengths": "TASK_FEATURE_LENGTHS"}
     macros |= {"architecture": "ARCHITECTURE", "batch_size": "BATCH_SIZE", "seed": "RANDOM_SEED", "canvas": "CANVAS"}
@@ -231,7 +231,7 @@ class _Text:
         if isinstance(value, list | tuple):
             return f"({''.join(f'{self._value(item)}, ' for item in value)})"
         if not isinstance(value, bool | int | float | str | None):
-            raise UserError(f"The record of {self._where} holds {value!r}, which is no setting.")
+            raise UserError(f"The record of {self._where} holds {value!r}, which is not a setting.")
         return repr(value)
 
     def _spelled(self, name: str) -> str:
@@ -244,5 +244,5 @@ class _Text:
 
     def _checked(self, name: Any, pattern: re.Pattern = _NAME) -> str:
         if not isinstance(name, str) or not pattern.fullmatch(name):
-            raise UserError(f"The record of {self._where} holds {name!r} in place of a name.")
+            raise UserError(f"The record of {self._where} holds {name!r} instead of a name.")
         return name

@@ -60,7 +60,7 @@ def returned(function_or_class: Callable[..., Any]) -> Any:
 
 def fit(value: Any, hint: Any, refer: Callable[[Any, Any], Any]) -> Any:
     """`value` as a parameter annotated with `hint` takes it: itself, but for whole numbers written as 1e6 and lists
-    where a tuple is wanted.
+    where a tuple is expected.
 
     Args:
       value: a literal, maybe with references in it.
@@ -129,7 +129,7 @@ def fits_call(returns: Any, hint: Any) -> bool:
         return all(hasattr(returns, name) for name in _methods(origin))
     if origin is float and returns is int:
         return True
-    # What is annotated as a base class may be the one that is wanted.
+    # What is annotated as a base class may be the one that is expected.
     return issubclass(returns, origin) or (issubclass(origin, returns) and returns is not object)
 
 

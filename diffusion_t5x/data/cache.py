@@ -144,7 +144,7 @@ def is_done(where: pathlib.Path, info: Info) -> bool:
     wanted, there = _settings(info), _settings(read_info(where))
     if differences := [f"{key} {there.get(key)}, not {wanted[key]}" for key in wanted if there.get(key) != wanted[key]]:
         raise UserError(
-            f"{where} holds a cache that was made otherwise: {'; '.join(differences)}. Nothing is overwritten: give "
+            f"{where} holds a cache made with other settings: {'; '.join(differences)}. Nothing is overwritten: give "
             "another CACHE_DIR, or delete that folder."
         )
     return True

@@ -88,7 +88,7 @@ class CachedDataset:
                 )
             self._open(task)
         if self.architecture == "encoder_decoder" and "inputs" not in self.task_feature_lengths:
-            raise UserError(f"{self.name!r} has no inputs for the encoder: take a decoder-only model, or another task.")
+            raise UserError(f"{self.name!r} has no inputs for the encoder: use a decoder-only model or another task.")
 
     def token_ids(self) -> TokenIds:
         """The vocabulary's special ids and size, for models, objectives and decoders."""

@@ -44,7 +44,7 @@ class HuggingFaceVocabulary(PythonVocabulary):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises no class of its own
-            raise UserError(f"{path} is no tokenizer.json that the library tokenizers reads: {error}.") from error
+            raise UserError(f"{path} is not a tokenizer.json that the tokenizers library can read: {error}.") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._text = self._tokenizer.to_str() if _add_tokens(self._tokenizer, file) else text
@@ -55,7 +55,7 @@ class HuggingFaceVocabulary(PythonVocabulary):
         self._ids = _special_ids(file.parent, self._tokenizer)
         if self._ids["eos"] is None:
             raise UserError(
-                f"Nothing beside {path} says which token ends a text: add a tokenizer_config.json with an eos_token "
+                f"No file beside {path} says which token ends a text: add a tokenizer_config.json with an eos_token "
                 "that the tokenizer has."
             )
         if self._ids["pad"] is None:
@@ -160,7 +160,7 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, file: pathlib.Path) -> bool:
     for number, token in found:
         if (id_here := tokenizer.token_to_id(token.content)) != number:
             raise UserError(
-                f"{token.file}: {token.content!r} is said to have the id {number}, and has {id_here} in {file}: take "
+                f"{token.file}: {token.content!r} should have the id {number}, but has {id_here} in {file}: take "
                 "out the file that is wrong."
             )
     return bool(lacking)

@@ -43,7 +43,7 @@ def check_source(state: Mapping[str, np.ndarray], source: np.ndarray) -> None:
     """
     if bytes(state["source"]) != bytes(source):
         raise UserError(
-            f"The checkpoint's position in the data is one in {bytes(state['source']).decode()}, but the run reads "
+            f"The checkpoint's position in the data belongs to {bytes(state['source']).decode()}, but the run reads "
             f"{bytes(source).decode()}: resume with the same data settings, or start in a new MODEL_DIR."
         )
 
@@ -51,8 +51,8 @@ def check_source(state: Mapping[str, np.ndarray], source: np.ndarray) -> None:
 def unreadable(reason: str) -> UserError:
     """For training data that were there when the run began."""
     return UserError(
-        f"The training data cannot be read any more: {reason}. Finished checkpoints are as they were: bring the file "
-        "back, and the same command goes on from the newest of them."
+        f"The training data can no longer be read: {reason}. Finished checkpoints are not affected: restore the file, "
+        "and the same command continues from the newest of them."
     )
 
 

@@ -131,7 +131,7 @@ class SeqioDataset:
                 f"{' and '.join(self.task_feature_lengths) or 'none'}."
             )
         if self.architecture == "encoder_decoder" and "inputs" not in wanted:
-            raise UserError(f"{where} has no inputs for the encoder: take a decoder-only model, or another task.")
+            raise UserError(f"{where} has no inputs for the encoder: use a decoder-only model or another task.")
         check_rows(self.task_feature_lengths, self.batch_size, self.pack, self.canvas)
         vocabularies = [provider.output_features[name].vocabulary for name in wanted]
         if vocabularies[0] != vocabularies[-1]:

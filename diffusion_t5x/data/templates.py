@@ -199,7 +199,7 @@ def _split(text: str, place: str) -> tuple[list[str], list[int]]:
             continue
         if not re.fullmatch("0*[1-9][0-9]{0,8}", size or "", re.ASCII):
             raise UserError(
-                f"{place}: {match[0][len(backslashes) :]} is no hole: <hole:N> has N tokens, at least one. As plain "
+                f"{place}: {match[0][len(backslashes) :]} is not a hole: <hole:N> has N tokens, at least one. As plain "
                 "text it has a backslash before it (in JSON two)."
             )
         if holes and not parts[-1]:

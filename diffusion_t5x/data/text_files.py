@@ -79,7 +79,7 @@ def expand(patterns: Patterns) -> list[str]:
             logger.warning("%s: %d folders are left out", pattern, len(matches) - len(found))
         files += found
     if twice := [file for file, count in collections.Counter(files).items() if count > 1]:
-        logger.warning("%s is named more than once, and read as often", ", ".join(twice))
+        logger.warning("%s is named more than once, and is read each time", ", ".join(twice))
     return files
 
 
@@ -102,7 +102,7 @@ def contents(path: Path) -> bytes | bytearray | mmap.mmap:
                     return _read_at_most(unpacked, max(_ALWAYS_FINE, _MOST_TIMES * size), path)
             return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"Cannot read {os.fspath(path)}: it is no gzip file, or a damaged one ({error}).") from error
+        raise UserError(f"Cannot read {os.fspath(path)}: it is not a gzip file, or it is damaged ({error}).") from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"Cannot read {os.fspath(path)}: {reason}.") from error
@@ -115,7 +115,7 @@ def _read_at_most(file: Any, limit: int, path: Path) -> bytearray:
         if len(found) > limit:
             raise UserError(
                 f"{os.fspath(path)} holds more than {limit >> 20} MiB when it is read to its end, too much to keep in "
-                "memory: is it the right file? If so, unpack it to a plain file, which is read in place."
+                "memory: is it the right file? If so, unpack it: plain files are not kept in memory."
             )
     return found
 

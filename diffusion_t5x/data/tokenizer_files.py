@@ -120,7 +120,7 @@ def _special_texts(folder: pathlib.Path, config: dict[str, Any]) -> set[str]:
 
 def _id(number: Any, file: pathlib.Path) -> int:
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-        raise UserError(f"{file}: {str(number)[:40]!r} is no id of a token.")
+        raise UserError(f"{file}: {str(number)[:40]!r} is not a token id.")
     return number
 
 

@@ -271,7 +271,7 @@ def encode_part(vocabulary: "seqio.Vocabulary", text: str, begins: bool) -> list
     if isinstance(vocabulary, PythonVocabulary):
         return vocabulary.encode_part(text, begins)
     if isinstance(vocabulary, seqio.PassThroughVocabulary):
-        raise UserError(f"{type(vocabulary).__name__} has ids and no texts: nothing can be encoded with it.")
+        raise UserError(f"{type(vocabulary).__name__} has only ids: texts cannot be encoded with it.")
     if not isinstance(vocabulary, seqio.SentencePieceVocabulary):
         return list(vocabulary.encode(text))
     model, drops_spaces = _part_model(vocabulary.sp_model, begins)

@@ -183,7 +183,7 @@ class Evaluator:
         for evals in (loss_evals, decode_evals, likelihood_evals):
             names = [ev.dataset.name for ev in evals]
             if twice := {name for name in names if names.count(name) > 1}:
-                raise UserError(f"Two evaluations of one kind on {twice.pop()!r}: run them apart.")
+                raise UserError(f"Two evaluations of the same kind on {twice.pop()!r}: run them separately.")
         self._mesh = mesh
         self._loss_evals = loss_evals
         self._loss_step = make_loss_step(mesh, definition, objective, seed=0, teacher=teacher)

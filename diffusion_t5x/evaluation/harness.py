@@ -65,7 +65,7 @@ class Rows:
             )
         check_rows(self.task_feature_lengths, self.batch_size, pack=False, canvas=self.canvas)
         if self.architecture == "encoder_decoder" and not self.context_eos:
-            raise UserError("What an encoder reads ends in EOS: set CONTEXT_EOS = True.")
+            raise UserError("An encoder's inputs end in EOS: set CONTEXT_EOS = True.")
 
     @property
     def are_free(self) -> bool:
@@ -134,13 +134,15 @@ class Harness:
         return [written[key] == continuation for key, (_, continuation) in zip(asked, pairs, strict=True)]
 
     def write(self, requests: Sequence[tuple[Tokens, int]]) -> list[Tokens]:
-        """The decoder's output after each context, up to the end of the text, at most as many tokens as its request says.
+        """The decoder's output after each context, up to the end of the text, within the requested length.
 
         A canvas is written as a whole, and then cut.
         """
         limit = self._rows.task_feature_lengths["targets"]
         if longer := sum(size > limit for _, size in requests):
-            logger.warning("%d of %d texts may be longer than %d tokens, and end there", longer, len(requests), limit)
+            logger.warning(
+                "%d of %d texts may be longer than %d tokens; they are cut there", longer, len(requests), limit
+            )
         return self._write([(context, min(size, limit)) for context, size in requests])
 
     def _write(self, requests: Sequence[tuple[Tokens, int]]) -> list[Tokens]:
@@ -197,7 +199,7 @@ class Harness:
             cut += len(context) > room
             yield context[max(0, len(context) - room) :] + end, targets
         if cut:
-            logger.warning("%d of %d contexts are too long, and lose their beginning", cut, len(examples))
+            logger.warning("%d of %d contexts are too long; their beginnings are cut off", cut, len(examples))
 
     def _shape(self, sequences: Row) -> tuple[tuple[str, int], ...]:
         """The lengths of the shortest row that the sequences fit in, of those that are compiled for."""

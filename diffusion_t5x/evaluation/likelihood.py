@@ -54,7 +54,7 @@ def likelihoods(
     """
     for batch, examples in batches:
         if np.max(batch.segment_ids) > 1:
-            raise UserError("Likelihoods are of rows of one example each: these are packed.")
+            raise UserError("Likelihoods need rows of one example each, but these are packed.")
         with jax.set_mesh(mesh):
             found = jax.device_get(step(params, partitioning.put_batch(mesh, batch)))
         for row, example in enumerate(examples):

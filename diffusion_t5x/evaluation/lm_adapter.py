@@ -108,4 +108,4 @@ def _warn_of_sampling(settings: Sequence[Mapping[str, Any]]) -> None:
         if name not in ("until", *_LIMITS) and value
     }
     if ignored:
-        logger.warning("generation_kwargs leave the decoder as it is: %s", ", ".join(sorted(ignored)))
+        logger.warning("generation_kwargs that the decoder ignores: %s", ", ".join(sorted(ignored)))

@@ -32,7 +32,7 @@ class RecordFile:
       done: how many records an earlier run has written.
 
     Raises:
-      UserError: the file was begun with other settings, or nothing says with which.
+      UserError: the file was started with other settings, or nothing says with which.
     """
 
     def __init__(self, path: pathlib.Path, settings: Mapping[str, Any]):
@@ -43,7 +43,7 @@ class RecordFile:
             before = self._read_note()
             if changed := [name for name in settings if before.get(name) != settings[name]]:
                 raise UserError(
-                    f"{path} was begun with other settings ({', '.join(changed)}; see {self._note}). "
+                    f"{path} was started with other settings ({', '.join(changed)}; see {self._note}). "
                     "Choose another INFER_OUTPUT_DIR, or remove that file."
                 )
             self.done = done
@@ -138,5 +138,5 @@ def _lock(file: TextIO, path: pathlib.Path) -> Iterator[None]:
             f"{path} is being written by another process: wait for it, or choose another INFER_OUTPUT_DIR."
         ) from None
     except OSError as error:
-        logger.warning("%s cannot be locked (%s): see to it that no other run writes there", path, error)
+        logger.warning("%s cannot be locked (%s): make sure that no other run writes there", path, error)
     yield

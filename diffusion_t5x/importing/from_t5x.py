@@ -55,7 +55,7 @@ def from_t5x(path: str, tokenizer_file: str, output_folder: str, activation: str
 
 def _ids(tokenizer: pathlib.Path) -> TokenIds:
     if tokenizer.suffix in (".json", ".bin"):
-        raise UserError(f"{tokenizer} is no SentencePiece model, which the tokenizers of T5X's models are.")
+        raise UserError(f"{tokenizer} is not a SentencePiece model, which the tokenizers of T5X's models are.")
     libraries()
     from diffusion_t5x.tasks import registration
 
@@ -72,7 +72,7 @@ def _describe(source: T5XCheckpoint, activation: str, max_distance: int) -> Desc
     if layers["encoder"] != layers["decoder"]:
         raise UserError(
             f"{source.path}: an encoder of {layers['encoder']} layers and a decoder of {layers['decoder']}; "
-            "they must be as many here."
+            "they must be equal."
         )
     if joined % heads:
         raise UserError(

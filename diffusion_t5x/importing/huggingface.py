@@ -124,7 +124,7 @@ class Folder:
         """
         spiece, tokenizer = self.path / TOKENIZERS[0], self.path / TOKENIZERS[1]
         if spiece.exists() and tokenizer.exists() and not _same_pieces(spiece, tokenizer):
-            print(f"{spiece} is passed over, as by transformers: {tokenizer.name} has other pieces.")
+            print(f"{spiece} is ignored, as in transformers: {tokenizer.name} has other pieces.")
             return tokenizer
         for name in TOKENIZERS:
             if (self.path / name).exists():
@@ -162,7 +162,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: {error}.") from error
     if not isinstance(found, dict):
-        raise UserError(f"{path} is no JSON object.")
+        raise UserError(f"{path} is not a JSON object.")
     return found
 
 
@@ -176,9 +176,9 @@ def _check_link(file: pathlib.Path) -> None:
     in_cache = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
     root, target = folder.parent.parent if in_cache else folder, file.resolve()
     if not target.is_relative_to(root):
-        raise UserError(f"{file} is a link that leads out of {root}: put the file that is meant in its place.")
+        raise UserError(f"{file} is a link that leads out of {root}: replace it with the file itself.")
     if target.exists() and not target.is_file():
-        raise UserError(f"{file} is no regular file.")
+        raise UserError(f"{file} is not a regular file.")
 
 
 def _shards(index: pathlib.Path) -> list[str]:
@@ -206,7 +206,7 @@ def _read_header(file: pathlib.Path) -> dict[str, Tensor]:
                 header = opened.get_slice(name)
                 found[name] = Tensor(str(file), header.get_dtype(), tuple(header.get_shape()))
     except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{file} is broken, or no safetensors file: {error}.") from error
+        raise UserError(f"{file} is broken, or not a safetensors file: {error}.") from error
     for name, tensor in found.items():
         if tensor.dtype not in DTYPES:
             raise UserError(f"{file}: {name} is {tensor.dtype}; only {', '.join(DTYPES)} are supported.")

@@ -54,7 +54,7 @@ class Keys:
         """A key's value, or the default.
 
         Raises:
-          UserError: there is neither, or it is no number where one is wanted.
+          UserError: there is neither, or it is no number where one is expected.
         """
         self.asked.add(name)
         value = self._values.get(name, default)

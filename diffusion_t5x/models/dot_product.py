@@ -68,7 +68,7 @@ def choose(asked: str, call: Call) -> tuple[str, str]:
     reason = _refusal(asked, call)
     if reason and call.whole:
         raise UserError(
-            f'ModelConfig.attention_backend = "{asked}" cannot be had: {reason}. Set it to "auto" or "xla", or change '
+            f'ModelConfig.attention_backend = "{asked}" cannot be used: {reason}. Set it to "auto" or "xla", or change '
             "that."
         )
     return ("xla", reason) if reason else (asked, "it was asked for")

@@ -71,7 +71,7 @@ class AttentionKind:
     def __post_init__(self) -> None:
         check_choices(self)
         if self.name.startswith("block") != (self.block_size is not None):
-            raise UserError(f"block_size belongs to block_causal and block_diffusion attention alone; got {self}.")
+            raise UserError(f"block_size belongs only to block_causal and block_diffusion attention; got {self}.")
         if isinstance(self.block_size, int) and self.block_size < 1:
             raise UserError(f"block_size must be at least 1, not {self.block_size}.")
 

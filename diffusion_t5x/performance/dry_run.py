@@ -123,7 +123,7 @@ class SliceDryRun:
     def _run(self, what: str, lower: Lower, mesh: MeshConfig, model: ModelConfig, dataset: Rows, microbatches: int):
         model.check_length(dataset.row_length, f"task_feature_lengths of {dataset.name}")
         if self.output and pathlib.Path(self.output).exists():
-            raise UserError(f"--dry_run_output={self.output}: the file is there already, and nothing is overwritten.")
+            raise UserError(f"--dry_run_output={self.output}: the file exists already, and nothing is overwritten.")
         chip, devices = find_slice(self.topology)
         devices_mesh = mesh.make(devices)
         tried: list[Report] = []

@@ -108,7 +108,7 @@ def _picture(runs: Sequence[Run], example: int) -> str:
     """An example's canvas in motion, as SVG."""
     traced = [record for run in runs for found in run.predictions for record in found.records if record.get("trace")]
     if not traced:
-        raise UserError("These runs hold no trace: run infer with --trace, then name its INFER_OUTPUT_DIR.")
+        raise UserError("These runs have no trace: run infer with --trace, then name its INFER_OUTPUT_DIR.")
     if not 0 <= example < len(traced):
         raise UserError(f"--example={example}: there are {len(traced)} traced examples, counted from 0.")
     return f"{_FIRST_LINES['svg']}\n{animate(traced[example])}"

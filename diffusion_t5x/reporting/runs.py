@@ -131,7 +131,7 @@ def read_runs(folders: Iterable[str | pathlib.Path]) -> list[Run]:
         here = {path.resolve(): files for path, files in [(folder, own), *((p, _files(p)) for p in inner)] if files}
         if not here:
             raise UserError(
-                f"{folder} holds nothing that train, eval, infer or benchmark wrote, and neither do the folders in it."
+                f"{folder} holds no output of train, eval, infer or benchmark, and neither do the folders in it."
             )
         found |= here
     return [_read_run(name, path, found[path]) for name, path in zip(_names(list(found)), found, strict=True)]
@@ -311,7 +311,7 @@ def _whole(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename} is missing: restore it, or leave its run out.") from None
+        raise UserError(f"{error.filename} is missing: restore it, or leave out its run.") from None
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{path} is not as diffusion_t5x wrote it ({type(error).__name__}: {error}): restore it, or leave its run "

@@ -90,7 +90,7 @@ def test_special_tokens_in_messages_are_cut():
         ("{{ 1 / 0 }}", "a", "does not take it: division by zero"),
         ("{{ messages[0].content[:3] }}", "<|im_end|>", "does not leave as it is"),
         ("{{ messages[0].content }}", "\U0010ffff", "U.10FFFF"),
-        ("{{ messages[0].content }}", "a~", "special token '~', which cannot be told from text"),
+        ("{{ messages[0].content }}", "a~", "special token '~', which cannot be distinguished from text"),
         # The sandbox.
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "a", "unsafe"),
         ("{{ lipsum.__globals__['os'].popen('ls') }}", "a", "unsafe"),

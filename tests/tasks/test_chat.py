@@ -137,7 +137,7 @@ def test_a_conversation_stays_in_one_split(tmp_path, caplog):
         for split in ("train", "validation"):
             records = [r for *_, r in turns(dataset_of(tokenizer, file, split, held_out={"validation": 30.0}))]
             found[split] = [record["inputs_pretokenized"].split("<")[1] for record in records]
-    assert "1 of 101 conversations have no assistant, left out" in caplog.text
+    assert "1 of 101 conversations have no assistant turn and are left out" in caplog.text
     assert sum(map(len, found.values())) == 200 and not set(found["train"]) & set(found["validation"])
     assert all(names.count(name) == 2 for names in found.values() for name in names) and len(found["validation"]) > 20
 

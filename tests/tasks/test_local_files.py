@@ -188,7 +188,7 @@ def test_other_mistakes(write, tmp_path, caplog):
             ("a", "x"),
             ("b", "z"),
         ]
-    assert "1 of 3 pairs have a blank line, left out" in caplog.text
+    assert "1 of 3 pairs have a blank line and are left out" in caplog.text
 
 
 def test_mixtures(write):

@@ -139,7 +139,7 @@ def protections() -> Protections:
       UserError: no Linux.
     """
     if sys.platform != "linux":
-        raise UserError(f"Programs can be run safely on Linux only, and this is {sys.platform}.")
+        raise UserError(f"Programs can be run safely only on Linux, not on {sys.platform}.")
     try:
         with _Worker(Limits(), isolated=True) as trial:
             verdict = trial.judge("def answer(): return 42", Tests(("assert answer() == 42",)))
@@ -153,9 +153,9 @@ def check_isolation(allow_unsafe: bool = False) -> Protections:
     found = protections()
     if not found.isolation and not allow_unsafe:
         raise UserError(
-            f"Programs cannot be shut in here: {found.reason}. The kernel must allow unprivileged user namespaces "
+            f"Programs cannot be isolated here: {found.reason}. The kernel must allow unprivileged user namespaces "
             "(sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns). Containers forbid them "
-            "by default: score programs on the machine itself or in a virtual one. On a machine that may break, set "
+            "by default: score programs on the host or in a virtual machine. On a dedicated machine, set "
             "allow_unsafe."
         )
     return found

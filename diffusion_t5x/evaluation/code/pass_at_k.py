@@ -81,7 +81,7 @@ def passed_tests(
         raise UserError("pass@k needs the same number of samples, at least one, for each problem.")
     size = len(targets)
     if size < FEW_PROBLEMS:
-        logger.warning("%d problems: one more or less is %.1f points: look at the interval.", size, 100 / size)
+        logger.warning("%d problems: one problem is %.1f points. Look at the interval.", size, 100 / size)
     verdicts = code_execution.check(
         [program for some in samples for program in some],
         [tests for tests in targets for _ in range(n)],
