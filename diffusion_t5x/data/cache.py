@@ -47,7 +47,7 @@ class CachedTask:
       task_feature_lengths: what the features were cut to, and what the preprocessors made them for.
       vocabulary: what the tokens are ids of.
       seed: of the preprocessors' random choices.
-      num_epochs: how often the data were gone through.
+      num_epochs: number of passes over the data.
       num_shards: parts that they were read in, a file for each.
       shards: the files, in order.
       versions: of the libraries that made them.
@@ -104,7 +104,7 @@ def from_record(record: bytes) -> dict[str, np.ndarray]:
 
 
 def write_info(where: pathlib.Path, info: Info) -> None:
-    """Finishes the split in the folder `where`."""
+    """Writes info.json in the folder `where`, which finishes the split."""
     records.write_json(where / "info.json", {"format": FORMAT} | dataclasses.asdict(info))
 
 

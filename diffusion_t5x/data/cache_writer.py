@@ -71,7 +71,7 @@ class CacheJob:
 
 
 def write(jobs: Sequence[CacheJob]) -> None:
-    """Writes all, one shard after another."""
+    """Writes all shards, one after another."""
     for job in jobs:
         job.begin()
         job.finish(map(job.write_shard, range(job.info.num_shards)))

@@ -65,7 +65,7 @@ class CachedDataset:
         return max(self._layout(pad_id=0).lengths.values())
 
     def check(self) -> None:
-        """Looks at everything that can be wrong without reading data.
+        """Checks everything that can be checked without reading data.
 
         Raises:
           UserError: no cache, an unfinished or damaged one, or one for other lengths; tasks with different
@@ -142,7 +142,7 @@ class CachedDataset:
         A mixture takes turns at its rates until the first of its tasks ends.
 
         Args:
-          num_examples: only the first so many; None for all.
+          num_examples: only the first `num_examples`; None for all.
 
         Yields:
           Batches as those of `SeqioDataset.eval_batches`; and for each example its `example_id`.
@@ -170,7 +170,7 @@ class CachedDataset:
         """The records of a task.
 
         Raises:
-          UserError: a file is missing, or holds other than it should; or there are no examples at all.
+          UserError: a file is missing, or has unexpected contents; or there are no examples at all.
         """
         where = cache.folder(self.cache_dir, task.name, task.split)
         files = self._shard_files(task)
@@ -204,7 +204,7 @@ class CachedDataset:
 
 
 class CachedIterator:
-    """Batches without end, and the exact position among them.
+    """Endless batches, and the exact position among them.
 
     Args:
       dataset: gives dictionaries of the arrays of a `Batch`, example_ids excepted.

@@ -19,7 +19,7 @@ _ROLES = ("bos", "eos", "pad", "unk")
 
 
 class HuggingFaceVocabulary(PythonVocabulary):
-    """Encodes and decodes as the library `tokenizers` does, without the special tokens that it would put around a text.
+    """Encodes and decodes with the `tokenizers` library, without the special tokens that it adds around a text.
 
     What ends a text, begins one and pads is named by the files beside the tokenizer, with the precedence that they have
     in `transformers`: tokenizer_config.json where it has `added_tokens_decoder`, else special_tokens_map.json before

@@ -114,7 +114,7 @@ class SeqioDataset:
         return sum(lengths) if self.architecture == "decoder_only" else max(lengths)
 
     def check(self) -> None:
-        """Looks at everything that can be wrong without reading data.
+        """Checks everything that can be checked without reading data.
 
         Raises:
           UserError: unknown task, split or feature; lengths or batch size that are missing or not positive; packing
@@ -257,7 +257,7 @@ class SeqioDataset:
         A mixture is mixed at its rates until the first of its tasks ends.
 
         Args:
-          num_examples: only the first so many; None for all.
+          num_examples: only the first `num_examples`; None for all.
 
         Yields:
           Batches whose `example_ids` are the examples' indices in the evaluation set, the last one filled up with
@@ -301,7 +301,7 @@ class SeqioDataset:
         """A shard's unshuffled training examples before they are laid out in rows: `inputs` and `targets`, int32, cut.
 
         Args:
-          num_epochs: how often the data are gone through, each time with new random choices of the preprocessors.
+          num_epochs: number of passes over the data, each time with new random choices of the preprocessors.
           num_shards: parts that the data are read in.
           shard_index: which of them.
         """

@@ -95,7 +95,7 @@ class Templates:
         return self._dataset.token_ids().for_infilling()
 
     def num_eval_examples(self, num_examples: int | None = None) -> int:
-        """How many templates there are, of the first so many."""
+        """Number of templates, at most `num_examples`."""
         return len(self._templates[:num_examples])
 
     def eval_batches(self, num_examples: int | None = None) -> Iterator[tuple[Batch, list[dict[str, Any]]]]:

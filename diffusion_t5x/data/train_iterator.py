@@ -22,7 +22,7 @@ _FILES = {"index": "position.index", "data": "position.data-00000-of-00001"}  # 
 
 
 class TrainIterator:
-    """Batches without end, and the exact position among them.
+    """Endless batches, and the exact position among them.
 
     Where the data go through Python code (`tf.py_function`, `tf.numpy_function`, `from_generator`) or through random
     numbers without a seed, TensorFlow cannot save a position. The log says so once, with the first batch as a rule.

@@ -111,7 +111,7 @@ class StepRule(Decoder, Protocol):
         """bool `[B, L]`: targets that a step may write. A row with none is done."""
 
     def most_steps(self, num_targets: int) -> int:
-        """The most steps that so many targets can take."""
+        """The maximum number of steps for `num_targets` targets."""
 
     def write(
         self,

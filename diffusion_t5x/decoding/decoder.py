@@ -39,14 +39,14 @@ class Trace:
         return cls(tokens=tokens, confidence=jnp.zeros(tokens.shape, jnp.float32))
 
     def record(self, step: jax.Array, tokens: jax.Array, mask: jax.Array, log_probability: jax.Array) -> Self:
-        """With one more step, counted from 0; the arguments are what `canvas.Written` holds."""
+        """The trace with one more step, counted from 0; arguments as in `canvas.Written`."""
         confidence = jnp.where(mask, jnp.exp(log_probability), self.confidence[step])
         return Trace(
             tokens=self.tokens.at[step + 1].set(tokens), confidence=self.confidence.at[step + 1].set(confidence)
         )
 
     def end(self, steps: jax.Array) -> Self:
-        """Where only so many steps were taken, the ones after show the end."""
+        """Fills the steps after the last one taken with the final state."""
         shown = jnp.minimum(jnp.arange(len(self.tokens)), steps)
         return jax.tree.map(lambda x: x[shown], self)
 

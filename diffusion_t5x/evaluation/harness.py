@@ -122,7 +122,7 @@ class Harness:
     def are_greedy(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[bool]:
         """True for each continuation that equals what the model would write.
 
-        An autoregressive model writes the likeliest token each time. Any other writes what its decoder does: onto a
+        An autoregressive model writes the most likely token each time. Any other writes what its decoder does: onto a
         canvas if it has one, else as many tokens as the continuation has.
         """
         if self._greedy is not None:
@@ -230,7 +230,7 @@ def _example_ids(examples: Sequence[tuple[Tokens, Tokens]]) -> np.ndarray:
 def _make_greedy_step(
     mesh: Mesh, definition: ModelDefinition, objective: Objective
 ) -> Callable[[Params, Batch], jax.Array]:
-    """The jitted `(params, batch) -> bool [B]`: whether each token of the text is the likeliest one."""
+    """The jitted `(params, batch) -> bool [B]`: whether each token of the text is the most likely one."""
 
     reader = Autoregressive(prefix=objective.attention == PREFIX)
 

@@ -1,4 +1,4 @@
-"""The mask room: who may see whom."""
+"""Attention masks: which slots may attend to which."""
 
 import dataclasses
 from typing import ClassVar, Literal, Self
@@ -54,7 +54,7 @@ def same_segment(queries: jax.Array, keys: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionKind:
-    """One of the ways in which the tokens of a segment see each other.
+    """An attention pattern between the tokens of a segment.
 
     Attributes:
       name: "causal": itself and what is before. "prefix": moreover, every input. "bidirectional": the whole segment.
@@ -62,7 +62,7 @@ class AttentionKind:
         from the segment's first target, backwards too, so inputs stand in blocks of negative index. "block_diffusion":
         clean slots as in "block_causal"; a noisy one sees the clean slots of earlier blocks and the noisy ones of its
         own, as it will when it is decoded behind a cache (the same paper, section 3.2).
-      block_size: tokens a block, for the last two; traced, where it grows in training.
+      block_size: tokens per block, for the last two; traced, where it grows in training.
     """
 
     name: Literal["causal", "prefix", "bidirectional", "block_causal", "block_diffusion"]

@@ -46,7 +46,7 @@ class View:
     Attributes:
       positions: int32 `[B, Lq]`, of the queries.
       sight: what they see of the keys.
-      bias: float32 `[n, heads, Lq, Lk]`, one for each nth of the rows; None without relative positions.
+      bias: float32 `[n, heads, Lq, Lk]`, one for each of n equal groups of rows; None without relative positions.
       frequencies: float32 `[head_dim / 2]`; None without rotary positions.
       write_at: int32 `[B]`, the slot of each row's first query in the cache; None without a cache.
       inputs_sight: what the queries see of an encoder's inputs; None without an encoder.
@@ -164,7 +164,7 @@ class Stack(nnx.Module):
         Args:
           x: embedded tokens.
           slots: what they are.
-          kind: who sees whom.
+          kind: which slots attend to which.
           encoded: the inputs, for cross-attention.
           dropout_keys: `[B]`, a key for each row; None switches dropout off.
         """
@@ -188,7 +188,7 @@ class Stack(nnx.Module):
         Args:
           x: embedded tokens `[B, Lq, D]`.
           queries: their slots.
-          kind: who sees whom.
+          kind: which slots attend to which.
           slots: of the whole rows, `[B, L]`.
           cached: keys and values, `[layers, B, L, kv_heads, head_dim]`.
           write_at: int32 `[B]`, the slot of each row's first token.
@@ -205,7 +205,7 @@ class Stack(nnx.Module):
         return jax.vmap(lambda block: block.cross_attention.keys_values(hidden))(self.blocks)
 
     def _bias(self, query_positions, key_positions, rows):
-        """`[n, heads, Lq, Lk]`, one for each nth of the rows."""
+        """`[n, heads, Lq, Lk]`, one for each of n equal groups of rows."""
         axes = ("heads", "length", "keys")
         if len(query_positions) > 1:
             return constrain(self.relative_bias(query_positions, key_positions), ("batch", *axes))

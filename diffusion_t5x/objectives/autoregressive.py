@@ -1,4 +1,4 @@
-"""The autoregressive objective: predict each target from what is before it."""
+"""The autoregressive objective: predict each target from the tokens before it."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -78,7 +78,7 @@ class Autoregressive(Objective):
         step: jax.Array | None = None,
         teacher: Transformer | None = None,
     ) -> LossSums:
-        """The key serves dropout alone; the objective itself draws nothing."""
+        """The key is only for dropout; the objective itself draws nothing."""
         hidden = self.hidden(model, batch, row_keys(stream(key, "dropout"), batch.example_ids) if train else None)
 
         def read_out(logits, labels):

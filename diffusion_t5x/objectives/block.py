@@ -37,7 +37,7 @@ from diffusion_t5x.objectives.uniform_bound import uniform_bound
 def block_starts(batch: Batch, block_size: int | jax.Array) -> jax.Array:
     """int32 `[B, L]`: the row index of the first slot of the block of targets that a target is in.
 
-    Blocks are counted from each segment's first target. What it says of inputs and padding means nothing.
+    Blocks are counted from each segment's first target. Undefined for inputs and padding.
     """
 
     def first_targets(segment_ids, input_mask):
@@ -100,7 +100,7 @@ class Block(Objective):
     (Fast-dLLM v2, arXiv 2509.26328). At block size 1, with everything masked, its loss is the autoregressive one.
 
     Attributes:
-      block_size: targets a block. 1 is autoregressive (reading MASK where an autoregressive model reads the token
+      block_size: targets per block. 1 is autoregressive (reading MASK where an autoregressive model reads the token
         before); as long as the targets, it is one diffusion over all of them.
       stages: `((0, size), (step, size), ...)`, the block sizes of training from these steps on, the last of them
         `block_size` (LLaDA2.0's warm-up, arXiv 2512.15745); None trains with `block_size` alone.

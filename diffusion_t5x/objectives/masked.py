@@ -1,4 +1,4 @@
-"""Masked (absorbing) diffusion: predict the targets that are hidden, at every share of hidden ones.
+"""Masked (absorbing) diffusion: predict masked targets, for any share of masked ones.
 
 MDLM (arXiv 2406.07524, section 3) and LLaDA (arXiv 2502.09992, section 2).
 """

@@ -31,7 +31,7 @@ class Ratio:
         return jax.tree.map(jnp.add, self, other)
 
     def mean(self) -> jax.Array:
-        """0 where there was nothing to average."""
+        """The mean; 0 if there was nothing to average."""
         return self.numerator / jnp.where(self.denominator == 0, 1, self.denominator)
 
 
@@ -53,7 +53,7 @@ class LossSums:
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """A pass of the decoder over a batch in `Objective.loss`, for counting what a step costs.
+    """A pass of the decoder over a batch in `Objective.loss`, for counting FLOPs.
 
     Attributes:
       slots: that are read for each slot of the batch. The logits of one of them are computed.
@@ -68,7 +68,7 @@ class Pass:
 
 @flax.struct.dataclass
 class Likelihood:
-    """How likely a model finds each row's targets, given its inputs.
+    """Log-likelihood of each row's targets, given its inputs.
 
     Attributes:
       log_likelihood: float32 `[B]` in nats: exact, or an unbiased estimate of a lower bound; the objective says which.
@@ -92,7 +92,7 @@ class Objective(Protocol):
       needs_teacher: the loss needs an autoregressive teacher.
       takes_rollouts: learns from texts that the model wrote itself, in blocks of `attention.block_size`, and may read
         `Batch.written_at`.
-      needs_rollouts: learns from no others.
+      needs_rollouts: learns only from such texts.
       normalize: what the summed loss is divided by, see `normalized`.
     """
 
@@ -104,7 +104,7 @@ class Objective(Protocol):
 
     @property
     def attention(self) -> AttentionKind:
-        """Who sees whom under this objective."""
+        """The attention kind of this objective."""
 
     @property
     def modes(self) -> tuple[Mode, ...]:
@@ -173,11 +173,11 @@ def stratified(key: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array
 
 
 def normalized(batch: Batch, loss: jax.Array, normalize: Normalize) -> Ratio:
-    """The sum of a loss `[B, L]` over target positions, and what to divide it by.
+    """The sum of a loss `[B, L]` over target positions, and its denominator.
 
     Args:
       batch: says which positions are targets.
-      loss: of every position; what it says elsewhere is dropped.
+      loss: of every position; other values are ignored.
       normalize: "target_tokens" makes the mean over target positions, "all_tokens" divides by all positions, padding
         too, "sequences" makes the mean over sequences (packed ones counted one by one) of each one's mean (T5X's
         NUM_REAL_TARGET_TOKENS, NUM_TOTAL_TARGET_TOKENS and AVERAGE_PER_SEQUENCE).

@@ -58,12 +58,12 @@ def corrupt(batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Sundae(Objective):
-    """Cross-entropy of the clean targets given noisy ones, then given the model's own repair of them, and so on.
+    """Cross-entropy of the clean targets given noisy ones, then given the model's own output, and so on.
 
     Attributes:
-      num_unrolls: how often the model reads its own output: the loss has `num_unrolls + 1` terms.
+      num_unrolls: number of times the model reads its own output: the loss has `num_unrolls + 1` terms.
       weights: of the terms; None weighs each 1.
-      temperature: at which the model's output is sampled for the next term; 0 takes the likeliest (paper 1), 1 is
+      temperature: at which the model's output is sampled for the next term; 0 takes the most likely (paper 1), 1 is
         SUNDAE's.
       anneal_steps: training steps in which causal attention becomes bidirectional, see `annealed`; None needs none.
       normalize: what the summed loss is divided by.
