@@ -85,7 +85,7 @@ def generate(
     Args:
       checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
       model: dimensions of the checkpoint's model.
-      decoder: what writes.
+      decoder: writes the texts.
       vocabulary: of the model.
       vocabulary_file: in its place, see `tasks.registration.vocabulary`.
       context_eos: whether EOS stands behind a prompt.

@@ -77,7 +77,7 @@ def infer(
       dataset: task, split, lengths and batch size.
       infer_output_dir: made if it is not there; None is infer/checkpoint_<step>/ in the checkpoint's MODEL_DIR.
       mode: "predict" decodes, "score" says how likely the targets are that the task has.
-      decoder: what writes.
+      decoder: writes the texts.
       objective: whose likelihood is scored.
       num_draws: for scores that are estimates; an even number.
       templates: a file of texts with holes to fill, in place of the task's examples (see `data.templates`).

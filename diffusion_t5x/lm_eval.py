@@ -74,8 +74,8 @@ def evaluate(
       checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
       vocabulary: of the model.
       rows: how requests lie in rows.
-      objective: whose likelihood is told.
-      decoder: what writes.
+      objective: computes likelihoods.
+      decoder: writes the texts.
       eval_output_dir: made if it is not there; None is lm_eval/checkpoint_<step>/ in the checkpoint's MODEL_DIR.
       tasks: names that the harness knows: tasks, groups, tags.
       include_path: a folder with task files of yours.

@@ -52,7 +52,7 @@ def mbpp(
       path: mbpp.jsonl of google-research/mbpp, maybe with .gz.
       num_shots: solved problems before each prompt, of the paper's three (tasks 2, 3, 4).
       limits: of a program that is scored.
-      allow_unsafe: score without isolation where there is none (see `code_execution.check`).
+      allow_unsafe: score without isolation if there is none (see `code_execution.check`).
 
     Raises:
       UserError: a file that cannot be read or is none of MBPP's; shots that there are not.

@@ -48,7 +48,7 @@ class Answers:
     Args:
       mesh: of the device.
       definition, params: the model.
-      decoder: what writes.
+      decoder: writes the texts.
       seed: of what is drawn, see `make_decode_step`.
       watch: is shown every step; None decodes with the program that `infer` has.
     """

@@ -197,7 +197,7 @@ def steps(directory: str) -> list[int]:
 
 
 def latest(directory: str) -> str | None:
-    """The newest finished checkpoint in a folder of `checkpoint_<step>` folders; None where there is none."""
+    """The newest finished checkpoint in a folder of `checkpoint_<step>` folders; None if there is none."""
     return next((str(found.path) for found in reversed(stored.find_all(epath.Path(directory)))), None)
 
 

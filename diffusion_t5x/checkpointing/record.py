@@ -68,7 +68,7 @@ class Record:
       vocabulary_source: how the vocabulary is made, see `data.vocabularies.source_of`; None where it is not known.
       objective: what was minimised; None where it is not known.
       modes: that the model has learned; () where they are not known.
-      decoder: the one that suits the model; None where there is none.
+      decoder: the one that suits the model; None if there is none.
       dataset: what was read: task, lengths, layout of rows. None for an imported model.
       task: what registers the task, see `config.registration`: modules to import and bindings.
       inputs_end: whether the inputs end in EOS; None where it is not known.

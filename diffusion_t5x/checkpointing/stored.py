@@ -112,7 +112,7 @@ def is_whole(checkpoint: epath.Path) -> bool:
 
 
 def latest_whole(directory: str) -> str | None:
-    """The newest whole checkpoint in a folder of `checkpoint_<step>` folders; None where there is none at all.
+    """The newest whole checkpoint in a folder of `checkpoint_<step>` folders; None if there is none at all.
 
     Raises:
       UserError: there are checkpoints, and all are broken.

@@ -235,7 +235,7 @@ class CachedIterator:
         return Batch(**arrays, example_ids=self._example_ids)
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """The position as uint8 arrays: what `load_state_dict` needs to go on with the very next batch."""
+        """The position as uint8 arrays: what `load_state_dict` needs to continue with the next batch."""
         position = json.dumps(self._iterator.get_state()).encode()
         return {
             "source": self._source,
@@ -244,7 +244,7 @@ class CachedIterator:
         }
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """Goes to the position that `state_dict` gave, without reading what lies before it.
+        """Restores the position that `state_dict` returned, without reading what lies before it.
 
         Raises:
           UserError: the position was taken in other data (task, contents, lengths, batch size, seed, shards ...).

@@ -49,7 +49,7 @@ def check_source(state: Mapping[str, np.ndarray], source: np.ndarray) -> None:
 
 
 def unreadable(reason: str) -> UserError:
-    """For training data that were there when the run began."""
+    """The error for training data that disappeared or broke during a run."""
     return UserError(
         f"The training data can no longer be read: {reason}. Finished checkpoints are not affected: restore the file, "
         "and the same command continues from the newest of them."
@@ -59,7 +59,7 @@ def unreadable(reason: str) -> UserError:
 def fill_batches(
     examples: Iterable[tuple[Row, Any]], batch_size: int, pad_id: int
 ) -> Iterator[tuple[Batch, list[Any]]]:
-    """Groups rows to batches whose `example_ids` count on; empty rows (`segment_ids` 0) fill up the last one.
+    """Groups rows into batches with consecutive `example_ids`; empty rows (`segment_ids` 0) fill the last one.
 
     Args:
       examples: rows, each with anything that goes with it.

@@ -1,4 +1,4 @@
-"""The edge to SeqIO: tasks and mixtures by name as batches of numpy arrays. TensorFlow is imported on first use."""
+"""Interface to SeqIO: tasks and mixtures by name, as batches of numpy arrays. TensorFlow is imported on first use."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ FEATURES = ("inputs", "targets")
 
 
 def _without_autotuning() -> "tf.data.Options":
-    """Freeing an iterator that TensorFlow tunes waits for the tuning thread: up to a minute of doing nothing."""
+    """Options without autotuning: freeing an autotuned iterator waits for the tuning thread, up to a minute."""
     options = libraries()[1].data.Options()
     options.autotune.enabled = False
     return options
@@ -38,7 +38,7 @@ def _without_autotuning() -> "tf.data.Options":
 
 @functools.cache
 def libraries() -> tuple[types.ModuleType, types.ModuleType]:
-    """SeqIO and TensorFlow, quiet and away from the accelerators, which are JAX's."""
+    """SeqIO and TensorFlow, silenced and kept off the accelerators, which belong to JAX."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     with _silent_stderr():
@@ -64,7 +64,7 @@ def _silent_stderr() -> Iterator[None]:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers and texts of numpy as Python's own."""
+    """Converts numpy numbers and texts to Python's."""
     value = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
     if isinstance(value, list):
         return [_plain(item) for item in value]
@@ -148,7 +148,7 @@ class SeqioDataset:
                     )
 
     def splits(self) -> list[str]:
-        """All that the task or mixture has."""
+        """The splits of the task or mixture."""
         return sorted(self._provider().splits)
 
     def rates(self) -> dict[str, float]:
@@ -291,7 +291,7 @@ class SeqioDataset:
         return (self._describe(number, example) for number, example in enumerate(examples))
 
     def num_eval_examples(self, num_examples: int | None = None) -> int:
-        """How many examples `eval_batches` gives, by reading them."""
+        """Number of examples of `eval_batches`, by reading them."""
         self.check()
         return int(self._eval_dataset(num_examples).reduce(0, lambda count, _: count + 1))
 
@@ -310,7 +310,7 @@ class SeqioDataset:
         return ds.with_options(_without_autotuning()).as_numpy_iterator()
 
     def count_cut(self, num_examples: int) -> CutCounter:
-        """Counts longer features among the first so many examples, in shuffled order if `shuffle`."""
+        """Counts too long features among the first `num_examples` examples, in shuffled order if `shuffle`."""
         self.check()
         counter = self._cut_counter()
         for example in self._eval_dataset(num_examples, self.shuffle).as_numpy_iterator():

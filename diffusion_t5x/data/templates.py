@@ -1,4 +1,4 @@
-r"""Texts with holes, read from JSON lines, as rows of which a model writes the holes and nothing else.
+r"""Texts with holes, read from JSON lines, as rows in which a model writes only the holes.
 
 A line is {"template": "def f(x):<hole:16> return y"}, with "inputs" beside it for a task that has some. `<hole:N>` is a
 hole of N tokens. With a backslash before it, `\<hole:16>`, it is plain text; two stand for a backslash before a hole.
@@ -46,7 +46,7 @@ class Template:
 
 
 class Templates:
-    """Templates in place of a task's examples. The task has the vocabulary, the lengths and the layout of the rows.
+    """Templates instead of a task's examples. The task has the vocabulary, the lengths and the layout of the rows.
 
     Args:
       path: a file of JSON lines.

@@ -1,4 +1,4 @@
-"""Text files that users name: the one place that finds, opens, unpacks and splits them.
+"""User text files: finds, opens, unpacks and splits them, for all readers.
 
 A file is plain or gzip; its text is UTF-8, with or without a byte order mark; its lines end in LF or CR LF. Plain files
 are read in place, with an index of 16 bytes a piece in memory. The text of gzip files is held in memory.

@@ -35,7 +35,7 @@ class TokenIds:
       start_id: what an autoregressive model reads before the first token (pad in T5 vocabularies).
       noise_ranges: half-open, disjoint, ascending id ranges `((first, last + 1), ...)` of the noise vocabulary: all
         that a target may hold (real pieces, pad, EOS) and nothing else (no sentinel, MASK, BOS, unknown, unused id).
-      name: which vocabulary this is, for people.
+      name: name of the vocabulary, for messages.
       fingerprint: hash of its contents; a checkpoint trained with another one is refused.
       noise_only: a model may write what is in the noise vocabulary, and nothing else.
     """
@@ -109,7 +109,7 @@ def _sentence(described: Mapping[str, str | int]) -> str:
 
 
 def difference(one: "seqio.Vocabulary", other: "seqio.Vocabulary") -> str:
-    """How two vocabularies differ, in words."""
+    """The difference between two vocabularies, in words."""
     kinds = [type(vocabulary).__name__ for vocabulary in (one, other)]
     if kinds[0] != kinds[1]:
         return f"one is a {kinds[0]}, the other a {kinds[1]}"
@@ -181,7 +181,7 @@ def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
 
 
 def source_of(vocabulary: "seqio.Vocabulary") -> dict[str, str | int | None] | None:
-    """The arguments by which `tasks.registration.vocabulary` makes this vocabulary again; None where it cannot."""
+    """The arguments by which `tasks.registration.vocabulary` makes this vocabulary again; None if it cannot."""
     import seqio
 
     from diffusion_t5x.data.python_vocabulary import PythonVocabulary
@@ -353,5 +353,5 @@ def to_text(vocabulary: "seqio.Vocabulary", tokens: Iterable[int]) -> str:
 
 
 def visible(text: bytes) -> str:
-    """UTF-8 with everything that cannot be printed as a sign or in angle brackets: a terminal obeys none of it."""
+    """UTF-8 text with symbols or angle brackets in place of control characters, so that a terminal is safe."""
     return terminal.signs(text.decode("utf-8", "surrogateescape"))

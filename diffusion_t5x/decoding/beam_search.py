@@ -24,7 +24,7 @@ class Beams:
     Attributes:
       tokens: int32 `[B, K, L]`, rows like the batch's.
       log_probability: float32 `[B, K, L]`, of every token that was written, -inf elsewhere; None where nobody asks.
-      score: float32 `[B, K]`, -inf where there is no text.
+      score: float32 `[B, K]`, -inf if there is no text.
     """
 
     tokens: jax.Array

@@ -1,4 +1,4 @@
-"""Every evaluation that a run asks for: losses, likelihoods, and decoding with scores."""
+"""Evaluations of a run: losses, likelihoods, and decoding with scores."""
 
 import dataclasses
 import logging
@@ -57,7 +57,7 @@ class LossEval:
 
     Attributes:
       dataset: what to evaluate on.
-      num_batches: at most so many batches; None takes all, 0 skips this evaluation.
+      num_batches: maximum number of batches; None takes all, 0 skips this evaluation.
     """
 
     dataset: LossDataset
@@ -69,14 +69,14 @@ class LossEval:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeEval:
-    """A data set's metrics of what a decoder writes.
+    """Metrics of a decoder's output on a data set.
 
     Attributes:
       dataset: what to evaluate on.
-      decoder: what writes.
-      num_examples: only the first so many; None takes all, 0 skips this evaluation.
+      decoder: writes the texts.
+      num_examples: number of examples, from the start; None takes all, 0 skips this evaluation.
       seed: of the decoder's randomness.
-      samples_per_example: how many texts each example gets, for metrics such as pass@k; the others take the first.
+      samples_per_example: number of samples per example, for metrics such as pass@k; other metrics take the first.
         (A decoder may have samples of its own, of which it keeps the best.)
     """
 
@@ -94,11 +94,11 @@ class DecodeEval:
 
 @dataclasses.dataclass(frozen=True)
 class LikelihoodEval:
-    """How likely the objective's model finds the targets of a data set: see `evaluation.likelihood.summarize`.
+    """Likelihood of the targets of a data set under the objective: see `evaluation.likelihood.summarize`.
 
     Attributes:
       dataset: what to evaluate on.
-      num_examples: only the first so many; None takes all, 0 skips this evaluation.
+      num_examples: number of examples, from the start; None takes all, 0 skips this evaluation.
       num_draws: of each example, an even number; exact objectives need none.
       seed: of the draws.
     """
@@ -117,7 +117,7 @@ AnyEval = TypeVar("AnyEval", LossEval, DecodeEval, LikelihoodEval)
 
 
 def prepared(evals: Sequence[AnyEval]) -> list[AnyEval]:
-    """The evaluations without those of 0 examples or batches, which the log names.
+    """The evaluations without those of 0 examples or batches, which are logged.
 
     Raises:
       UserError: a metric of one that decodes cannot run here.
@@ -215,11 +215,11 @@ class Evaluator:
     ) -> Iterator[tuple[str, dict[str, float], list[dict[str, Any]]]]:
         """For each data set its name, metrics and predictions.
 
-        Before they are scored, `keep` gets name and predictions: what was decoded outlives a metric that fails.
+        Before scoring, `keep` gets name and predictions, so that decoded texts survive a failing metric.
 
         To the task's own metrics come "tokens_per_step", over all texts, of a decoder that speculates "acceptance" (the
         share of the drafted tokens that stayed), "decode_seconds", compilation and reading counted too, and with a
-        teacher "teacher_nll" (nats a token) and "teacher_agreement" (a share of the tokens).
+        teacher "teacher_nll" (nats per token) and "teacher_agreement" (a share of the tokens).
         """
         for ev, step in self._decode_evals:
             start = time.monotonic()

@@ -41,7 +41,7 @@ _SHORTEST = 32
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """How requests lie in rows, which should be as the model's training had its examples.
+    """Layout of requests in rows, which should match the layout of the model's training examples.
 
     Attributes:
       task_feature_lengths: tokens of `inputs` (contexts) and `targets` (continuations, and what is written). Longer
@@ -80,14 +80,14 @@ class Rows:
 
 
 class Harness:
-    """A model that answers requests.
+    """Answers requests with a model.
 
     Args:
       mesh: to spread the rows over.
       definition: the model.
       params: its parameters.
-      objective: whose likelihood is told.
-      decoder: what writes.
+      objective: computes likelihoods.
+      decoder: writes the texts.
       rows: how requests lie in rows.
       num_draws: of a likelihood that is estimated.
       seed: of draws and decoder.
@@ -186,7 +186,7 @@ class Harness:
         return found
 
     def _fitted(self, examples: Sequence[tuple[Tokens, Tokens]]) -> Iterator[tuple[Tokens, Tokens]]:
-        """The examples as they fit in rows."""
+        """The examples cut to the row lengths."""
         rows, lengths, cut = self._rows, self._rows.task_feature_lengths, 0
         end = [self._ids.eos_id] if rows.context_eos else []
         for context, targets in examples:

@@ -50,7 +50,7 @@ def predict(
     samples_per_example: int = 1,
     text_mask: Callable[[Batch], np.ndarray] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """One record for each example, in order.
+    """Yields one record for each example, in order.
 
     Args:
       decode_step: see `make_decode_step`.

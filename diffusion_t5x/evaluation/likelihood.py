@@ -1,4 +1,4 @@
-"""How likely a model finds the targets of a data set: of each example, and in bits a token and a byte."""
+"""Likelihood of the targets of a data set: of each example, and in bits per token and per byte."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ def likelihoods(
     mesh: Mesh,
     to_text: Callable[[Sequence[int]], str],
 ) -> Iterator[dict[str, Any]]:
-    """One record for each example, in order.
+    """Yields one record for each example, in order.
 
     Args:
       step: see `make_likelihood_step`.

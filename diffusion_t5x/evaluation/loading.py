@@ -33,7 +33,7 @@ class Dataset(Protocol):
 
 
 def check_datasets(datasets: Iterable[Dataset], model: ModelConfig, mesh: Mesh) -> None:
-    """Raises a UserError where a data set is amiss, or its rows or batches do not fit the model or the mesh."""
+    """Raises a UserError if a data set is invalid, or its rows or batches do not fit the model or the mesh."""
     for dataset in datasets:
         dataset.check()
         if dataset.architecture != model.architecture:
@@ -66,7 +66,7 @@ def load_model(
     restore_rules: Sequence[Rule] = (),
     use_ema: bool = True,
 ) -> tuple[ModelDefinition, Params]:
-    """The model of a checkpoint, to be read and not trained.
+    """Loads a checkpoint's model for inference.
 
     Args:
       path: a checkpoint folder, a folder of them or a MODEL_DIR; or an open checkpoint.
@@ -88,7 +88,7 @@ def load_model(
 
 
 def abstract_params(mesh: Mesh, definition: ModelDefinition) -> Params:
-    """Shapes, dtypes and shardings of parameters that are read and not trained, see `ModelDefinition.as_read`."""
+    """Shapes, dtypes and shardings of parameters for inference, see `ModelDefinition.as_read`."""
     shapes = jax.eval_shape(definition.as_read, definition.abstract())
     shardings = partitioning.param_shardings(mesh, shapes, definition.axes())
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

@@ -1,4 +1,4 @@
-"""Records as JSON lines, written one by one and gone on with where an earlier run stopped."""
+"""Records as JSON lines, written one by one; a repeated run continues where the last one stopped."""
 
 import contextlib
 import fcntl
@@ -25,7 +25,7 @@ class RecordFile:
 
     Args:
       path: the file, which need not be there.
-      settings: what has to be the same for an earlier run to be gone on with.
+      settings: settings that must be the same to continue an earlier run.
 
     Attributes:
       path: the file.
@@ -108,7 +108,7 @@ class RecordFile:
                         bar.update(record["example_id"] + 1)
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """The records that are there, whole lines only.
+        """The existing records; only complete lines.
 
         Raises:
           UserError: a line is no record.

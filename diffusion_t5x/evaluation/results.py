@@ -1,4 +1,4 @@
-"""results.json: scores, and all it takes to repeat them."""
+"""results.json: scores, and everything needed to repeat them."""
 
 import hashlib
 import importlib.metadata
@@ -19,12 +19,12 @@ _NO_MATTER = ("batch_size", "scan_unroll")  # settings that results do not depen
 
 
 def describe(settings: Any) -> Any:
-    """Settings as JSON can hold them, see `record.describe`; classes without their modules."""
+    """Settings as a JSON-serialisable dict, see `record.describe`; classes without their modules."""
     return describe_in_full(settings, lambda cls: cls.__name__)
 
 
 def fingerprint(records: Iterable[Mapping[str, Any]]) -> str:
-    """A hash of the records' inputs and targets, in order: two evaluations with the same one asked the same."""
+    """A hash of the records' inputs and targets, in order: evaluations with equal hashes are on the same examples."""
     digest = hashlib.sha256()
     for record in records:
         texts = [record.get(f"{side}_pretokenized") for side in ("inputs", "targets")]

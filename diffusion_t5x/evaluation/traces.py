@@ -1,4 +1,4 @@
-"""How a text came to be: what stood in it at each step, as records keep it, and as it looks in a terminal."""
+"""Traces of decoding: the canvas at each step, in records and in a terminal."""
 
 import itertools
 import unicodedata

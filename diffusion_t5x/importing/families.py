@@ -38,7 +38,7 @@ class Described:
       vocab_size: rows of the embedding there.
       weights: how each is called and lies.
       copies: names of tensors that hold what another does.
-      passed_over: a line on keys of its config.json that change nothing; empty where there are none.
+      passed_over: a line on keys of its config.json that change nothing; empty if there are none.
       sizes_from: where the model's sizes were read, for messages.
     """
 

@@ -74,7 +74,7 @@ class Folder:
         for name in (*CARRIED, SINGLE, INDEX):
             _check_link(folder / name)
         config = read_json(folder / CONFIG)
-        # As in `transformers`, an index counts where there is no single file.
+        # As in `transformers`, an index counts if there is no single file.
         names = [SINGLE] if (folder / SINGLE).exists() or not (folder / INDEX).exists() else _shards(folder / INDEX)
         tensors: dict[str, Tensor] = {}
         for name in names:
@@ -154,7 +154,7 @@ def _same_pieces(spiece: pathlib.Path, tokenizer: pathlib.Path) -> bool:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A file's JSON object. Raises a UserError where there is none."""
+    """A file's JSON object. Raises a UserError if there is none."""
     try:
         found = json_lines.parse(path.read_text(encoding="utf-8"))
     except OSError as error:

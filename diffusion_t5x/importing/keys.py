@@ -137,7 +137,7 @@ class Keys:
             )
 
     def judge(self) -> str:
-        """Judges the keys nobody has asked for: returns a line on those passed over, empty where there are none.
+        """Judges the keys nobody has asked for: returns a line on those passed over, empty if there are none.
 
         Raises:
           UserError: keys that change what the model computes.

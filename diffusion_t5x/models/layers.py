@@ -42,7 +42,7 @@ def dense(x: jax.Array, kernel: jax.Array | LowRank, inputs: int = 1) -> jax.Arr
 
 
 def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
-    """The sum, in x's dtype; x where there is no bias."""
+    """The sum, in x's dtype; x if there is no bias."""
     return x if bias is None else x + bias.get_value().astype(x.dtype)
 
 

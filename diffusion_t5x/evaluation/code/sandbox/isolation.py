@@ -1,8 +1,8 @@
 """Isolates a process with the Linux kernel, through ctypes: namespaces, its own root, limits, no privileges.
 
-Three steps, each one narrower than the one before:
+Three steps, each more restrictive than the one before:
 `enter_namespaces` once for a worker, `enter_job` for each program, `confine` in the program's own process. A fourth,
-`system_calls.refuse`, takes system calls from it.
+`system_calls.refuse`, blocks system calls.
 """
 
 import ctypes
@@ -104,7 +104,7 @@ def enter_job(disk: int) -> None:
 
 
 def confine(limits: Mapping[str, int]) -> None:
-    """Limits on this process and those that it starts, none of which can win privileges.
+    """Limits this process and those that it starts; none can gain privileges.
 
     Args:
       limits: `Limits` of the library, by name.
