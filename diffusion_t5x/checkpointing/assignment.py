@@ -1,4 +1,4 @@
-"""Which array of a checkpoint goes to which array of a state, by name.
+"""Assignment of a checkpoint's arrays to a state's arrays, by name.
 
 Names are "/"-joined paths such as `params/decoder/blocks/attention/query` or `opt_state/1/count`.
 """

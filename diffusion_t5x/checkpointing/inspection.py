@@ -41,7 +41,7 @@ class Listed:
 
 @dataclasses.dataclass(frozen=True)
 class ArrayDifference:
-    """How an array differs between two checkpoints.
+    """Difference of an array between two checkpoints.
 
     Attributes:
       name: of the array.
@@ -59,7 +59,7 @@ class ArrayDifference:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """All that differs between two checkpoints.
+    """The differences between two checkpoints.
 
     Attributes:
       arrays: those that differ.
@@ -95,7 +95,7 @@ def listing(run: str) -> list[Listed]:
 def faults(checkpoint: epath.Path) -> list[str] | None:
     """Problems of a checkpoint's files, all of which are read.
 
-    None: it was written before there were manifests, and all that it holds can be read.
+    None if it was written before manifests and can be read completely.
     """
     found = stored.faults(checkpoint)
     if found is not None:

@@ -1,4 +1,4 @@
-"""A checkpoint of a LoRA run, read as the plain model that it stands for: `base + alpha / rank * down up`.
+"""Reads a checkpoint of a LoRA run as the merged model: `base + alpha / rank * down up`.
 
 Every other checkpoint is read as it is.
 """

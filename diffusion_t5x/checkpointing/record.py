@@ -21,7 +21,7 @@ CLASS = "class"  # the key of an object's class among its fields
 
 
 def describe(value: Any, name: Callable[[type], str] | None = None) -> Any:
-    """Settings as JSON can hold them: a dataclass becomes its fields and, under "class", its name.
+    """Settings as JSON-serialisable values: a dataclass becomes its fields and, under "class", its name.
 
     Args:
       value: a dataclass, a container of them, or a plain value; anything else becomes its repr.
@@ -65,13 +65,13 @@ class Record:
     Attributes:
       model: all fields of its `ModelConfig`.
       vocabulary: see `TokenIds.describe`.
-      vocabulary_source: how the vocabulary is made, see `data.vocabularies.source_of`; None where it is not known.
-      objective: what was minimised; None where it is not known.
-      modes: that the model has learned; () where they are not known.
+      vocabulary_source: how the vocabulary is made, see `data.vocabularies.source_of`; None if it is not known.
+      objective: what was minimised; None if it is not known.
+      modes: that the model has learned; () if they are not known.
       decoder: the one that suits the model; None if there is none.
       dataset: what was read: task, lengths, layout of rows. None for an imported model.
       task: what registers the task, see `config.registration`: modules to import and bindings.
-      inputs_end: whether the inputs end in EOS; None where it is not known.
+      inputs_end: whether the inputs end in EOS; None if it is not known.
       lora: see `Lora.describe`.
       imported: the model comes from another framework.
       versions: of the libraries.
@@ -177,13 +177,13 @@ class Record:
 
     @property
     def shifted(self) -> bool | None:
-        """`ModelConfig.shifted` of a diffusion model; None where it is not known or does not matter."""
+        """`ModelConfig.shifted` of a diffusion model; None if it is not known or does not matter."""
         left_to_right = self.modes and not any(mode.noise for mode in self.modes)
         return None if left_to_right or self.objective is None else self.model.get("shifted")
 
     @property
     def trained_by(self) -> str | None:
-        """The objective's class without its module; None for an imported model or where it is not known."""
+        """The objective's class without its module; None for an imported model or if it is not known."""
         return class_name(self.objective) if self.objective and not self.imported else None
 
 

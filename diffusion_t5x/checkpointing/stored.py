@@ -1,4 +1,4 @@
-"""A checkpoint as it lies on disk: its name, how it is committed, and reading it only if it is whole."""
+"""Checkpoints on disk: name, commit, and reading only after verification."""
 
 import asyncio
 import contextlib
@@ -29,7 +29,7 @@ _MAX_FAULTS = 5
 
 
 class BrokenCheckpoint(UserError):
-    """A file of a checkpoint is not what was written."""
+    """A file of a checkpoint differs from what was written."""
 
 
 def find_all(folder: epath.Path) -> list[Any]:
@@ -40,7 +40,7 @@ def find_all(folder: epath.Path) -> list[Any]:
 
 
 def commit_class(directory: epath.Path) -> type:
-    """How Orbax commits a checkpoint in this folder, with a manifest written just before."""
+    """Orbax's commit class for this folder, which writes a manifest just before the commit."""
     base = ocp.path.atomicity_defaults.get_default_temporary_path_class(directory)
 
     class WithManifest(base):
@@ -58,8 +58,8 @@ def commit_class(directory: epath.Path) -> type:
 def check(checkpoint: epath.Path, *items: str, found: tuple[manifest.Entries, str] | None = None) -> None:
     """Raises a BrokenCheckpoint if a file of these items (by default: any file) is not what was written.
 
-    It names the file and the newest whole checkpoint beside it. A checkpoint of before there were manifests passes if
-    it has the files that each one has.
+    It names the file and the newest whole checkpoint beside it. A checkpoint from before manifests passes if
+    it has the files that every checkpoint has.
     `found` is what `manifest.read` returns, if that was called before.
     """
     wrong = faults(checkpoint, items, found=found)
@@ -87,7 +87,7 @@ def faults(
 ) -> list[str] | None:
     """Problems of a checkpoint, one line each (see `manifest.faults`).
 
-    None: nothing that can be known, as it was written before there were manifests.
+    None if that cannot be known, because it was written before manifests.
     """
     has_manifest = manifest.has_manifest(checkpoint)
     if has_manifest:
@@ -127,7 +127,7 @@ def latest_whole(directory: str) -> str | None:
 def set_aside_after(path: str) -> None:
     """Renames all checkpoints that are newer than this one to `broken_checkpoint_<step>`.
 
-    A run that goes on from an older one writes their steps again, and must not take them for its newest.
+    A run that continues from an older one writes their steps again, and must not take them for its newest.
     """
     checkpoint = epath.Path(path)
     found = find_all(checkpoint.parent)

@@ -1,4 +1,4 @@
-"""gin at the edge: flags, search paths, overrides, and every gin mistake as one clear message.
+"""The interface to gin: flags, search paths, overrides, and a clear message for every gin mistake.
 
 Only the modules beside it, `gin_*`, import gin, too. A verb is a plain function whose arguments gin fills in:
 
@@ -270,7 +270,7 @@ def _examples(module: str) -> list[str]:
 
 
 def _files_of(model: Mapping[str, Any]) -> str:
-    """Which shipped size a model has, by fields of its ModelConfig."""
+    """The shipped size file that matches the fields of a ModelConfig."""
     for file in shipped("sizes"):
         parsed = config_parser.ConfigParser(shipped_text(file), _AsText())
         bound = {x.arg_name: x.value for x in parsed if isinstance(x, config_parser.BindingStatement)}
@@ -342,7 +342,7 @@ class _SafeFormatter(logging.Formatter):
 
 
 class _Stderr(logging.StreamHandler):
-    """Writes to what `sys.stderr` is at the time."""
+    """Writes to the current `sys.stderr`."""
 
     def __init__(self):
         logging.Handler.__init__(self)
@@ -354,7 +354,7 @@ class _Stderr(logging.StreamHandler):
 
 
 def _print_exception(kind: type[BaseException], error: BaseException, frames: types.TracebackType | None) -> None:
-    """A traceback that quotes what others wrote."""
+    """Prints a traceback with control characters escaped."""
     if sys.stderr:
         print(terminal.safe("".join(traceback.format_exception(kind, error, frames))), end="", file=sys.stderr)
 

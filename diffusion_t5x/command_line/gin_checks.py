@@ -44,7 +44,7 @@ def name_of(scope: str, selector: str, parameter: str) -> str:
 
 
 def check_cycles() -> None:
-    """Raises a UserError where macros stand for each other in a circle."""
+    """Raises a UserError for circular macros."""
     values = {scope: bound for (scope, selector), bound in gin_config._CONFIG.items() if selector == _MACRO}
 
     def visit(name: str, path: list[str]) -> None:
@@ -64,7 +64,7 @@ def check_cycles() -> None:
 
 
 def check_types(verb: Callable[..., Any]) -> None:
-    """Checks what a run of the verb comes to against the annotations of the parameters that it is bound to.
+    """Checks all values that a run of the verb uses against the type annotations of their parameters.
 
     Whole numbers written as 1e6 become such where one is expected.
 
@@ -123,7 +123,7 @@ def _fitted(key: gin_reading.Key, value: Any, hint: Any, default: Any) -> Any:
 
 
 def _fit_macro(name: str, hint: Any, refer: Callable[[Any, Any], Any]) -> None:
-    """Fits the value of a macro, and leaves it converted; one that has none is told elsewhere."""
+    """Checks and converts the value of a macro; a macro without a value is reported elsewhere."""
     bound = gin_config._CONFIG.get((name, _MACRO), {})
     if "value" not in bound:
         return
@@ -135,7 +135,7 @@ def _fit_macro(name: str, hint: Any, refer: Callable[[Any, Any], Any]) -> None:
 
 
 def check_macros_used() -> None:
-    """Raises a UserError where a flag sets a macro that nothing refers to, or anything one that T5X alone has."""
+    """Raises a UserError if a flag sets a macro that nothing uses, or if anything sets a macro that only T5X has."""
     used = set()
     for reference in gin_config.iterate_references(gin_config._CONFIG):
         if reference.configurable.wrapped is gin_config.macro:
@@ -174,7 +174,7 @@ def reached(verb: Callable[..., Any]) -> set[tuple[str, str]]:
 
 
 def check_flags_used(verb: Callable[..., Any]) -> None:
-    """Raises a UserError where a flag sets a macro, or a parameter, that a run of the verb does not come to."""
+    """Raises a UserError if a flag sets a macro, or a parameter, that a run of the verb does not use."""
     in_use = reached(verb)
     for (scope, selector, _), flag in gin_reading.set_by_flags().items():
         scopes = [found for other, found in in_use if other == selector]

@@ -1,4 +1,4 @@
-"""gin's own mistakes in words, as one message with its place, and what the shipped gin files offer."""
+"""Explains gin's errors in one message with their place, and suggests shipped gin files."""
 
 import ast
 import contextlib
@@ -81,7 +81,7 @@ def not_set(names: Sequence[str]) -> str:
 
 
 def _shipped_values(name: str) -> str:
-    """Which shipped gin files set a macro to a model, an objective or the like, or a parameter of the model."""
+    """The shipped gin files that set a macro (a model, an objective, …) or a parameter of the model."""
     if ".ModelConfig." in f".{name}":
         return "; the sizes of models are in --gin_file=sizes/tiny.gin, sizes/base.gin and others"
     if name == "DECODER" and (objective := _objective()):

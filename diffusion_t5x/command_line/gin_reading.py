@@ -78,7 +78,7 @@ _reading = _Reading()
 
 
 def start() -> None:
-    """Forgets all that was read. From now on gin reads as this module says."""
+    """Resets all state, and makes gin read files by this module's rules."""
     _reading.__init__()
     config_parser.ConfigParser = _Parser
     gin_config.bind_parameter = _bind
@@ -124,7 +124,7 @@ def _lies_beside_checkpoint(path: pathlib.Path) -> bool:
 
 @contextlib.contextmanager
 def _opened(file: str) -> Iterator[Any]:
-    """A gin file, for gin to read. It must not include itself, and what nobody vouches for includes shipped files."""
+    """Opens a gin file. It must not include itself; untrusted files may include only shipped ones."""
     path, outer = os.path.realpath(file), _reading.open_files[-1:]
     if path in _reading.open_files:
         chain = [*_reading.open_files[_reading.open_files.index(path) :], path]
@@ -143,7 +143,7 @@ def _opened(file: str) -> Iterator[Any]:
 
 
 class _Parser(config_parser.ConfigParser):
-    """gin's, which says where it is and keeps apart numbers such as 1e6."""
+    """gin's parser, with the current place, and numbers such as 1e6 kept apart from other floats."""
 
     def parse_statement(self) -> Any:
         statement = super().parse_statement()

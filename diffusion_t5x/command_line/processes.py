@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds `--distributed` and what goes with it."""
+    """Adds `--distributed` and related flags."""
     add = parser.add_argument
     add(
         "--distributed",
@@ -34,7 +34,7 @@ def join(flags: argparse.Namespace) -> None:
     """Joins this process with the others that `--distributed` means; without that flag, does nothing.
 
     Raises:
-      UserError: flags or environment do not say which processes there are, or the others do not come.
+      UserError: flags or environment do not say which processes there are, or the others do not connect.
     """
     given = {name: getattr(flags, name) for name in _VARIABLES}
     if not flags.distributed:
@@ -72,7 +72,7 @@ def join(flags: argparse.Namespace) -> None:
 
 
 def in_32_bits() -> None:
-    """Sets JAX_ENABLE_X64 aside, which shells made for numerical programs have: models compute in 32 bits and less."""
+    """Ignores JAX_ENABLE_X64, which some shells set: models compute in 32 bits or less."""
     if os.environ.pop("JAX_ENABLE_X64", "").lower() in ("1", "true", "t", "yes", "y", "on"):
         logger.info("JAX_ENABLE_X64 is ignored: models compute in 32 bits or less")
         if "jax" in sys.modules:
@@ -85,7 +85,7 @@ def are_joined() -> bool:
 
 
 def leave() -> None:
-    """Waits for the others to come to their end, too; a joined process that does not would never end."""
+    """Waits for the other processes to end; a joined process that does not wait would never end."""
     if are_joined():
         sys.modules["jax"].distributed.shutdown()
 

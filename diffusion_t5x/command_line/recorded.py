@@ -98,7 +98,7 @@ def gin_text(checkpoint: OpenCheckpoint, with_task: bool = True) -> str:
 
 
 def dataset_text(checkpoint: OpenCheckpoint, reader: str) -> str:
-    """Gin that gives a function the data set that a training read, in an argument `dataset`, and RANDOM_SEED.
+    """Gin text that binds a run's training data set to a function's argument `dataset`, and RANDOM_SEED.
 
     Args:
       checkpoint: of the training.
@@ -171,7 +171,7 @@ def _with_macro(described: Any, field: str, value: Any, macro: str) -> Any:
 
 
 class _Text:
-    """A gin text that is being written.
+    """A gin text under construction.
 
     A checkpoint may be a stranger's: what should be a name and is none raises a UserError.
 

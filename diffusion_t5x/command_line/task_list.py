@@ -1,4 +1,4 @@
-"""List the tasks and mixtures that come along, by family, with the gin file that registers each."""
+"""List the shipped tasks and mixtures by family, with the gin file that registers each."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""The verbs: what each is for, its flags, an example, and the gin files that it runs with.
+"""The verbs: purpose, flags, an example, and the gin files they run with.
 
 The modules of the verbs read their own flags with the parsers made here, so that help shows the same ones.
 """

@@ -39,7 +39,7 @@ class CachedDataset:
       shuffle: train in shuffled order, a new one each epoch. Evaluation never shuffles.
       seed: of the shuffling. Preprocessors have made their choices already.
       pack: several examples to a training row, kept apart by `segment_ids`. Excludes `canvas`.
-      canvas: every target is followed by pad tokens up to the targets' length, and these are to be produced too.
+      canvas: every target is followed by pad tokens up to the targets' length, and the model learns to write these too.
       architecture: of the model that the rows are for.
     """
 

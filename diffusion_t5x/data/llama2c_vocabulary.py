@@ -88,7 +88,7 @@ class Llama2cVocabulary(PythonVocabulary):
     def _to_ids(self, text: bytes, begins: bool = True) -> list[int]:
         """Characters or bytes first; then, again and again, the pair whose joined piece has the best score is joined.
 
-        Of equal scores the leftmost pair wins. A heap of pairs finds it; a pair that has changed since is passed over.
+        Of equal scores the leftmost pair wins. A heap of pairs finds it; a pair that has changed since is ignored.
         """
         if not text:
             return []

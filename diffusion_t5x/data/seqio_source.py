@@ -85,8 +85,8 @@ class SeqioDataset:
       shuffle: train in shuffled order, a new one each epoch. Evaluation never shuffles.
       seed: of the shuffling and of the random choices of preprocessors.
       pack: several examples to a training row, kept apart by `segment_ids`. Excludes `canvas`.
-      canvas: every target is followed by pad tokens up to the targets' length, and these are to be produced too. This
-        is how diffusion learns where to stop; without it targets end at their last token (EOS).
+      canvas: every target is followed by pad tokens up to the targets' length, and the model learns to write these
+        too. This is how diffusion learns where to stop; without it targets end at their last token (EOS).
       use_cached: read what `seqio_cache_tasks` wrote.
       architecture: of the model that the rows are for.
     """

@@ -46,8 +46,9 @@ class Rows:
     Attributes:
       task_feature_lengths: tokens of `inputs` (contexts) and `targets` (continuations, and what is written). Longer
         contexts lose their beginning. Without a canvas, a decoder-only model's are of any length that together fit.
-      context_eos: contexts end in EOS, as the inputs of most tasks do, and not those of imported models.
-      canvas: a continuation is followed by EOS and padding up to the targets' length, and these are to be produced too.
+      context_eos: contexts end in EOS, like the inputs of most tasks; False for imported models.
+      canvas: a continuation is followed by EOS and padding up to the targets' length, and the model learns to write
+        these too.
       architecture: of the model.
       batch_size: rows of a batch.
     """

@@ -1,4 +1,4 @@
-"""From Hugging Face's format: a folder's model as a checkpoint."""
+"""Imports a model from Hugging Face's format as a checkpoint."""
 
 import shutil
 from collections.abc import Sequence

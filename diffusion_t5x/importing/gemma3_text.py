@@ -1,4 +1,4 @@
-"""Gemma 3's text models (arXiv 2503.19786): Gemma 2 with normed queries and keys, and two kinds of rotary positions."""
+"""Gemma 3's text models (arXiv 2503.19786): Gemma 2 with query and key norms, and two kinds of rotary positions."""
 
 from typing import Any
 

@@ -85,7 +85,7 @@ class Folder:
         return cls(folder, config, tensors)
 
     def without_keys(self, names: Sequence[str]) -> Self:
-        """The same with keys of config.json taken out. Raises a UserError where one is not there."""
+        """The same without these keys of config.json. Raises a UserError if one does not exist."""
         for name in names:
             if name not in self.config:
                 hint = did_you_mean(name, self.config)
@@ -117,7 +117,7 @@ class Folder:
         return cls(path, read_json(path / CONFIG), tensors).without_keys(ignored)
 
     def tokenizer(self) -> pathlib.Path:
-        """The file of the vocabulary. A spiece.model of other pieces than the tokenizer.json beside it is passed over.
+        """The file of the vocabulary. A spiece.model of other pieces than the tokenizer.json beside it is ignored.
 
         Raises:
           UserError: there is none.

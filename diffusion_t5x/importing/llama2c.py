@@ -19,7 +19,7 @@ _MAGIC_OF_LATER_VERSIONS = 0x616B3432  # "ak42"
 
 @dataclasses.dataclass(frozen=True)
 class Llama2cModel:
-    """A checkpoint, in llama2.c's own words.
+    """A checkpoint, with llama2.c's names.
 
     Attributes:
       dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len: its header; a negative vocab_size there

@@ -109,7 +109,7 @@ def save(folder: pathlib.Path, record: Record, params: Mapping[str, np.ndarray |
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Prints columns one below the other."""
+    """Prints a table with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print(terminal.safe("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()))

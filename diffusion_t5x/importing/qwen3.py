@@ -1,4 +1,4 @@
-"""Qwen3 (arXiv 2505.09388): Llama with normed queries and keys."""
+"""Qwen3 (arXiv 2505.09388): Llama with normalised queries and keys."""
 
 from diffusion_t5x.importing import llama
 from diffusion_t5x.importing.keys import Keys

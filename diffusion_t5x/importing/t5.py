@@ -54,7 +54,7 @@ def config(keys: Keys, tied: bool, feed_forward: str = "relu") -> ModelConfig:
 
 
 def weights(config: ModelConfig) -> tuple[Weight, ...]:
-    """All weights; an output matrix of its own only where the embedding is not tied."""
+    """All weights; an output matrix only if the embedding is not tied."""
     head = () if config.tie_embeddings else (Weight(HEAD, "head"),)
     encoder = (*_sublayer("0.", "SelfAttention", "attention"), *_feed_forward("1."))
     decoder = (

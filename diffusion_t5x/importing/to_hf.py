@@ -1,4 +1,4 @@
-"""Back to Hugging Face's format: a checkpoint's parameters as a folder that `transformers` loads."""
+"""Exports a checkpoint's parameters to Hugging Face's format, as a folder that `transformers` loads."""
 
 import itertools
 import operator

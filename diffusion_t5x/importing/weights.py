@@ -1,4 +1,4 @@
-"""How weights lie there and here, said once for both ways."""
+"""The layouts of weights in the source and here, for both import and export."""
 
 import dataclasses
 import math

@@ -102,14 +102,15 @@ class Block(Objective):
     Attributes:
       block_size: targets per block. 1 is autoregressive (reading MASK where an autoregressive model reads the token
         before); as long as the targets, it is one diffusion over all of them.
-      stages: `((0, size), (step, size), ...)`, the block sizes of training from these steps on, the last of them
+      stages: `((0, size), (step, size), ...)`, the block sizes of training from these steps on, the last one
         `block_size` (LLaDA2.0's warm-up, arXiv 2512.15745); None trains with `block_size` alone.
       noise: "mask" hides tokens, and the loss is that of the hidden ones. "uniform" puts others in their place, and
         the loss is that of all tokens, without weights: no bound (SUNDAE's first term, inside blocks).
       schedule: see `Masked`.
       weighting: of a masked token, see `Masked`; "uniform" noise knows no other than "uniform".
       epsilon: the least time, which bounds the weights.
-      anneal_steps: training steps in which attention inside blocks opens, see `annealed`; None needs none.
+      anneal_steps: training steps over which attention inside blocks becomes bidirectional, see `annealed`; None: no
+        annealing.
       normalize: what the summed loss is divided by.
     """
 

@@ -75,7 +75,8 @@ class Masked(Objective):
       schedule: "linear": masked with probability t. "cosine": with probability cos(pi / 2 (1 - t)), so more of it is.
       weighting: of a masked token. "elbo": the evidence bound's. "uniform": 1; with "cosine" this is MaskGIT.
       epsilon: the least time, which bounds the weights.
-      anneal_steps: training steps in which causal attention becomes bidirectional, see `annealed`; None needs none.
+      anneal_steps: training steps over which causal attention becomes bidirectional, see `annealed`; None: no
+        annealing.
       normalize: what the summed loss is divided by.
     """
 

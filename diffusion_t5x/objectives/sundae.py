@@ -65,7 +65,8 @@ class Sundae(Objective):
       weights: of the terms; None weighs each 1.
       temperature: at which the model's output is sampled for the next term; 0 takes the most likely (paper 1), 1 is
         SUNDAE's.
-      anneal_steps: training steps in which causal attention becomes bidirectional, see `annealed`; None needs none.
+      anneal_steps: training steps over which causal attention becomes bidirectional, see `annealed`; None: no
+        annealing.
       normalize: what the summed loss is divided by.
     """
 

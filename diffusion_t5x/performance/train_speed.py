@@ -1,4 +1,4 @@
-"""How fast a training step is, on random batches: no task, no checkpoint, no TensorFlow."""
+"""Training speed on random batches: no task, no checkpoint, no TensorFlow."""
 
 import dataclasses
 import pathlib
@@ -59,7 +59,7 @@ class Case:
     num_microbatches: int = 1
 
     def check(self, label: str, mesh: Mesh, input_length: int, length: int) -> None:
-        """Raises a UserError where this cannot be trained so."""
+        """Raises a UserError if the case cannot be trained."""
         if self.objective.needs_teacher:
             name = type(self.objective).__name__
             raise UserError(f"benchmark.train, {label}: {name} needs a teacher. Measure Block in its place.")
@@ -191,7 +191,7 @@ class Speed:
 
 
 def take_turns(watches: Mapping[str, StepWatch], num_steps: int, repeats: int) -> list[Speed]:
-    """Measures each case `repeats` times, so many steps at a time."""
+    """Measures each case `repeats` times, in turns."""
     seconds: dict[str, list[float]] = {label: [] for label in watches}
     for _ in range(repeats):
         for label, watch in watches.items():

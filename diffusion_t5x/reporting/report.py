@@ -1,4 +1,4 @@
-"""One page about any runs: learning curves, scores, decoded examples, canvases step by step, decode times.
+"""Report about runs: learning curves, scores, decoded examples, canvases step by step, decode times.
 
 As Markdown the scores alone. What models wrote and how things are named is data: jinja2 (in Markdown the filter of that
 name) escapes all of it, matplotlib escapes it in the charts, and the page's policy lets no script run.

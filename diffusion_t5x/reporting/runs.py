@@ -47,7 +47,7 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Metrics of one task at one step, and how they came about.
+    """Metrics of one task at one step, with their settings.
 
     Attributes:
       task: what was evaluated on.

@@ -1,4 +1,4 @@
-"""How metrics and decoders are written in tables and charts: bounds, digits, one spelling for equal settings."""
+"""Formats metrics and decoders for tables and charts: bounds, digits, one spelling for equal settings."""
 
 import ast
 import math
