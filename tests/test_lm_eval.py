@@ -171,11 +171,11 @@ def test_a_diffusion_model(folder, offline, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tasks="], "Which tasks? Give --tasks=NAME,NAME"),
+        (["--tasks="], "No tasks. Give --tasks=NAME,NAME"),
         (["--limit=two"], "invalid int value: 'two'"),
         (["--tasks=my_choises"], "knows no task 'my_choises'. Did you mean 'my_choices'"),
         (["--include_path=/no/such"], "There is no folder /no/such"),
-        (["--gin.ARCHITECTURE='encoder_decoder'"], "an encoder reads ends in EOS"),
+        (["--gin.ARCHITECTURE='encoder_decoder'"], "An encoder's inputs end in EOS"),
         (['--gin.TASK_FEATURE_LENGTHS={"inputs": 480, "targets": 16}'], "max_length is 256"),
     ],
 )

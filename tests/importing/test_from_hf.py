@@ -181,7 +181,7 @@ def test_the_way_back_needs_the_model_that_was_imported(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "out" / "checkpoints").rename(tmp_path / "run" / "checkpoints")
     back = ["--output", str(tmp_path / "back")]
-    with pytest.raises(UserError, match=r"no folder that from_hf wrote .* --like"):
+    with pytest.raises(UserError, match=r"not a folder that from_hf wrote .* --like"):
         convert(["to_hf", str(tmp_path / "run"), *back])
     narrow = {name: np.ones(shape, np.float32) for name, shape in shapes(2, head_dim=4).items()}
     import_model(write_source(tmp_path / "narrow", {"head_dim": 4}, narrow), tmp_path / "other")
@@ -347,7 +347,7 @@ def test_links_that_lead_out_are_refused(name, where, tmp_path):
         shutil.copytree(folder, folder := tmp_path / "plain")
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(secret)
-    with pytest.raises(UserError, match=rf"{re.escape(name)} is a link that leads out of .*: put the file"):
+    with pytest.raises(UserError, match=rf"{re.escape(name)} is a link that leads out of .*: replace it"):
         import_model(folder, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 

@@ -283,8 +283,8 @@ BAD_SHAPE = {"encoder/layers_1/mlp/wo/kernel": np.zeros((MLP, EMBED + 1), np.flo
         ({"decoder/relpos_bias/rel_embedding": np.ones((3, BUCKETS), np.float32)}, "8 columns .* into the 3 heads"),
         ({"decoder/decoder_norm/scale": np.ones(EMBED, np.int32)}, "decoder_norm/scale is int32; only float32"),
         ({"decoder/decoder_norm/scale": "PLACEHOLDER"}, "decoder_norm/scale is not an array, but 'PLACEHOLDER'"),
-        ({"decoder/decoder_norm/scale": {"driver": "n5", "kvstore": {"path": "a"}}}, "is no zarr array with a path"),
-        ({"decoder/decoder_norm/scale": {"driver": "zarr", "kvstore": {}}}, "is no zarr array with a path"),
+        ({"decoder/decoder_norm/scale": {"driver": "n5", "kvstore": {"path": "a"}}}, "is not a zarr array with a path"),
+        ({"decoder/decoder_norm/scale": {"driver": "zarr", "kvstore": {}}}, "is not a zarr array with a path"),
     ],
 )
 def test_checkpoints_that_are_refused(changes, message, tmp_path, tokenizer):
