@@ -1,8 +1,8 @@
-"""Measure how long decoders take for texts of different lengths (`decode`), and training steps (`train`).
+"""Time decoders over text lengths (`decode`), or training steps (`train`).
 
-Neither task nor checkpoint nor TensorFlow is needed.
+No task, no checkpoint and no TensorFlow is needed.
 
-What is measured is the first word: python -m diffusion_t5x.benchmark decode --gin_file=FILE ...
+The first argument says what to measure: diffusion-t5x benchmark decode --gin_file=FILE ...
 `decode --checkpoint DIR` takes model, decoder, lengths and the vocabulary's size from a checkpoint, and writes to
 benchmark/ in its MODEL_DIR.
 """
@@ -59,28 +59,28 @@ def decode(
 ) -> None:
     """Times decoders side by side: a table, `decode_time.json`, `.html` and `.svg` in `benchmark_output_dir`.
 
-    The model has fresh random parameters and reads random inputs. Nothing can end a text, so every target position is
-    written: the time is that of the whole length. Compilation is not in it. At each length the decoders take turns, so
-    that a machine that slows down does so for all. Each time is kept as soon as it is taken; the same command goes on
-    from there.
+    The model has fresh random parameters and reads random inputs. No token ends a text, so every target position is
+    written: the time is that of the whole length, without compilation. At each length the decoders take turns, so
+    that a machine that slows down affects all of them. Each time is saved as soon as it is measured; the same command
+    continues from there.
 
     Args:
       model: dimensions.
-      decoders: what writes, by a name of yours.
+      decoders: the decoders to time, by a name of your choice.
       benchmark_output_dir: made if it is not there.
       vocabulary_size: number of ids, MASK included.
       lengths: target tokens.
       input_length: tokens of the input.
       batch_size: texts that are written at once.
       repeats: runs of each decoder at each length.
-      max_batch_size: if given, all is measured once more with each decoder's own saturating batch: `batch_size` is
+      max_batch_size: if given, everything is measured again with each decoder's own saturating batch: `batch_size` is
         doubled until that raises the tokens per second by less than a tenth, or exceeds this, or memory runs out.
       random_seed: of parameters, inputs and decoders.
       mesh: how the devices are arranged.
       dry_run: check everything, print what would be measured, and measure nothing.
 
     Raises:
-      UserError: anything that does not fit, or measurements of something else in `benchmark_output_dir`, before
+      UserError: anything that does not fit, or measurements with other settings in `benchmark_output_dir`, before
         anything is compiled; or `batch_size` texts do not fit into memory.
     """
     if jax.process_count() > 1:
@@ -159,10 +159,10 @@ def train(
     """Times training steps side by side: a table, and `train_speed.json` in `benchmark_output_dir`.
 
     Models have fresh random parameters and learn random tokens. The cases take turns, so that a machine that slows
-    down does so for all; the state of each stays on the devices, so all must fit together.
+    down affects all of them; the state of each stays on the devices, so all must fit together.
 
     Args:
-      cases: what is trained, by a name of yours.
+      cases: what to train, by a name of your choice.
       optimizer: of all of them.
       benchmark_output_dir: made if it is not there.
       vocabulary_size: number of ids, MASK included.

@@ -1,4 +1,4 @@
-"""JSON that people and other programs write."""
+"""Parses JSON from users and other programs."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ def parse(text: str | bytes, distinct: bool = False) -> Any:
       distinct: refuse objects with two fields of one name, of which the last one counts otherwise.
 
     Raises:
-      ValueError: it is no JSON; or no program could go on with it: nested without end, or text that is no Unicode.
+      ValueError: it is not JSON, is nested too deeply, or has text that is not Unicode.
     """
     try:
         text = text if isinstance(text, str) else text.decode("utf-8-sig")

@@ -89,7 +89,7 @@ class Harness:
       params: its parameters.
       objective: computes likelihoods.
       decoder: writes the texts.
-      rows: how requests lie in rows.
+      rows: layout of requests in rows.
       num_draws: of a likelihood that is estimated.
       seed: of draws and decoder.
     """

@@ -114,6 +114,6 @@ def _holes(cells: Sequence[str], written: np.ndarray) -> list[str]:
 
 
 def write_jsonl(path: str, records: Iterable[Mapping[str, Any]]) -> None:
-    """Writes records as JSON lines, all or nothing; only the first process of a run writes."""
+    """Writes records as JSON lines, atomically; only the first process of a run writes."""
     if jax.process_index() == 0:
         write_records(path, records)

@@ -77,12 +77,12 @@ def differences(before: Any, now: Any, no_matter: Collection[str] = (), name: st
 
 
 def write_results(folder: str | os.PathLike, report: Mapping[str, Any]) -> None:
-    """Writes `report` to results.json in `folder`, all or nothing."""
+    """Writes `report` to results.json in `folder`, atomically."""
     write_json(os.path.join(folder, "results.json"), report)
 
 
 def write_records(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
-    """Writes records as JSON lines, all or nothing."""
+    """Writes records as JSON lines, atomically."""
     write_json_lines(path, records)
 
 
