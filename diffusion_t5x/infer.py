@@ -145,11 +145,13 @@ def infer(
         if examples[-1]["example_id"] >= output.done
     )
     if mode == "score":
+        assert objective is not None  # see `_how`
         step = make_likelihood_step(device_mesh, definition, objective, num_draws=num_draws, seed=random_seed)
         records = likelihoods(step, params, batches, device_mesh, data.to_text)
     else:
+        assert decoder is not None  # see `_how`
         step = make_decode_step(device_mesh, definition, decoder, seed=random_seed, trace=trace)
-        text_mask = None if templates is None else data.text_mask
+        text_mask = data.text_mask if isinstance(data, Templates) else None
         records = predict(step, params, batches, device_mesh, data.to_text, data.cells, text_mask=text_mask)
     output.write(records, total, f"infer {dataset.name}")
     logger.info("wrote %s", output.path)

@@ -56,7 +56,7 @@ class MeshConfig:
           UserError: an axis is not a number of devices, their product is not the number of devices, the devices are
             several slices and `replica` is not their number, or JAX computes in 64 bits.
         """
-        if jax.config.jax_enable_x64:
+        if jax.config.jax_enable_x64:  # type: ignore[attr-defined]  # JAX declares its settings at run time
             raise UserError(
                 "JAX computes in 64 bits (JAX_ENABLE_X64), which models do not support. Unset the variable, or call "
                 'jax.config.update("jax_enable_x64", False) first.'
@@ -239,7 +239,7 @@ def share_of_rows(mesh: Mesh) -> tuple[int, int]:
             f"The mesh {dict(mesh.shape)} gives some processes a part of the rows of others: change the axes of "
             "MeshConfig so that processes have the same rows or others."
         )
-    return shares.index(pieces[jax.process_index()]), len(shares)
+    return shares.index(frozenset(pieces[jax.process_index()])), len(shares)
 
 
 def _pieces(mesh: Mesh, devices: Iterable[jax.Device]) -> dict[jax.Device, int]:

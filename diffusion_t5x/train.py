@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from typing import Any
 
@@ -23,12 +23,13 @@ from diffusion_t5x.checkpointing.assignment import Rule
 from diffusion_t5x.checkpointing.record import Record, describe
 from diffusion_t5x.checkpointing.start import check_start
 from diffusion_t5x.command_line import config
+from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.cached_source import CachedDataset
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval, prepared
 from diffusion_t5x.evaluation.inference import write_jsonl
-from diffusion_t5x.evaluation.loading import check_datasets, load_teacher
+from diffusion_t5x.evaluation.loading import Dataset, check_datasets, load_teacher
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.objective import Objective
@@ -162,13 +163,17 @@ def train(
     device_mesh = mesh.make()
     check_writers(metric_writers)
     loss_evals, decode_evals = prepared(loss_evals), prepared(decode_evals)
-    with nullcontext() if dry_run else locked(model_dir) as check_folder:
+    with nullcontext(lambda: None) if dry_run else locked(model_dir) as check_folder:
         checkpoint_folder = os.path.join(model_dir, "checkpoints")
         find = stored.latest_whole if allow_older_checkpoint else checkpointing.latest
         resume_path = find(checkpoint_folder)
         if initial_checkpoint_path and not resume_path:
             initial_checkpoint_path = str(checkpointing.find_checkpoint(initial_checkpoint_path))
-        datasets = [train_dataset, *(ev.dataset for ev in [*loss_evals, *decode_evals])]
+        datasets: list[Dataset] = [
+            train_dataset,
+            *(ev.dataset for ev in loss_evals),
+            *(ev.dataset for ev in decode_evals),
+        ]
         check_datasets(datasets, model, device_mesh)
         _check_microbatches(device_mesh, train_dataset, num_microbatches)
         check_rollout(objective, model, rollout, train_dataset)
@@ -201,7 +206,8 @@ def train(
                 agreement.check_resumed(model, objective, lora)
             else:
                 agreement.check_initial(model, objective)
-                restore_rules = definition.restore_rules(restore_rules) if lora else restore_rules
+                if isinstance(definition, lora_training.LoraDefinition):
+                    restore_rules = definition.restore_rules(restore_rules)
             rules = () if resume_path else restore_rules
             restored = check_start(start, vocabulary, abstract, rules, resumes=bool(resume_path))
         info = _describe(definition, abstract)
@@ -209,8 +215,8 @@ def train(
             batch = next(train_dataset.train_iterator())
             shapes = (f"  {name} {x.dtype}{list(x.shape)}" for name, x in vars(batch).items() if x is not None)
             print(info, "batch:", *shapes, sep="\n")
-            teacher = f", taught by {teacher_checkpoint_path}" if teacher_checkpoint_path else ""
-            print(f"Would train to step {train_steps} from {start_path or 'scratch'}{teacher}. Nothing was written.")
+            taught = f", taught by {teacher_checkpoint_path}" if teacher_checkpoint_path else ""
+            print(f"Would train to step {train_steps} from {start_path or 'scratch'}{taught}. Nothing was written.")
             if restored:
                 print(terminal.safe(f"It starts with:\n{restored}"))
             return
@@ -226,10 +232,10 @@ def train(
                 allow_mismatch,
             )
         data_state, evaluation_due, losses = None, False, ()
-        if resume_path:
+        if start is not None and resume_path:
             state, data_state, metadata = checkpointing.restore(start, abstract)
             evaluation_due, losses = metadata.get("evaluation_due", False), metadata.get("losses", ())
-        elif initial_checkpoint_path:
+        elif start is not None:
             state = checkpointing.restore_initial(
                 start,
                 abstract,
@@ -254,14 +260,15 @@ def train(
             write_config(os.path.join(model_dir, "config.gin"), config.operative_text(), first_step)
             records.write_text(os.path.join(model_dir, "model-info.txt"), info + "\n")
         share = partitioning.share_of_rows(device_mesh)
-        batches = HostBatches(train_dataset.train_iterator, train_dataset.batch_size, share)
-        next_batch = lambda _: next(batches)  # noqa: E731
+        host_batches = HostBatches(train_dataset.train_iterator, train_dataset.batch_size, share)
+        batches: HostBatches | OnPolicyBatches = host_batches
+        next_batch: Callable[[TrainState], Batch] = lambda _: next(host_batches)  # noqa: E731
         if rollout is not None:
             batches = OnPolicyBatches(
                 device_mesh,
                 definition,
                 rollout,
-                batches,
+                host_batches,
                 num_inputs=train_dataset.task_feature_lengths["inputs"],
                 batch_size=train_dataset.batch_size,
                 seed=random_seed,
@@ -327,7 +334,7 @@ def train(
             )
 
 
-def _check_microbatches(mesh: Mesh, dataset: SeqioDataset, num_microbatches: int) -> None:
+def _check_microbatches(mesh: Mesh, dataset: SeqioDataset | CachedDataset, num_microbatches: int) -> None:
     rows = dataset.batch_size
     if num_microbatches < 1 or rows % num_microbatches:
         raise UserError(f"A batch of {rows} rows cannot be cut into num_microbatches = {num_microbatches}.")

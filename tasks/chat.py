@@ -79,7 +79,9 @@ def _turns(files: Sequence[str], template: ChatTemplate) -> Records:
     """The assistant's turns: "opening" (what is before the first), "prompt" and "answer", rendered."""
     lines = readers.Jsonl().read(files)
     conversations = dataclasses.replace(lines, parse=lambda i: _conversation(lines.parse(i)))
-    turns, unread, names = [], collections.Counter(), ", ".join(files)
+    turns: list[tuple[int, int]] = []
+    unread: collections.Counter[str] = collections.Counter()
+    names = ", ".join(files)
     for line, conversation in enumerate(conversations):
         turns += [(line, n) for n, message in enumerate(conversation["messages"]) if message["role"] == "assistant"]
         unread.update(name for name, value in conversation["variables"].items() if value and name not in template.names)

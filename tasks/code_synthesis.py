@@ -146,10 +146,10 @@ def _humaneval_tests(row: Mapping[str, Any]) -> str:
     return json.dumps({"asserts": [test], "entry_points": [name]})
 
 
-def _read(path: str, fields: Mapping[str, type]) -> dict[Any, dict[str, Any]]:
+def _read(path: str, fields: Mapping[str, type]) -> dict[Any, Mapping[str, Any]]:
     """The problems of a file of JSON lines by their task_id, each with all the fields."""
     records = readers.Jsonl().read(text_files.expand(path))
-    rows: dict[Any, dict[str, Any]] = {}
+    rows: dict[Any, Mapping[str, Any]] = {}
     for number, row in enumerate(records, 1):
         if missing := [name for name in fields if name not in row]:
             raise UserError(f"Problem {number} of {path} has no {missing[0]!r}: is it the right file?")
@@ -163,7 +163,9 @@ def _read(path: str, fields: Mapping[str, type]) -> dict[Any, dict[str, Any]]:
 
 
 def _is_a(value: Any, kind: type) -> bool:
-    return isinstance(value, kind) and (kind is not list or all(isinstance(part, str) for part in value))
+    if kind is list:
+        return isinstance(value, list) and all(isinstance(part, str) for part in value)
+    return isinstance(value, kind)
 
 
 def _register(

@@ -1,6 +1,5 @@
 """Prompts and texts for a model imported from llama2.c, whose tokenizer and whose texts are files of yours."""
 
-import dataclasses
 import logging
 import re
 
@@ -61,7 +60,7 @@ def continuations(
     """
     vocabulary = Llama2cVocabulary(tokenizer_file)
     lines = readers.Jsonl().read(text_files.expand(samples_file))
-    predictions = dataclasses.replace(lines, parse=lambda i: _prediction(lines.parse(i)))
+    predictions = readers.Records(lines.size, lambda i: _prediction(lines.parse(i)), lines.where)
     texts = [tokens for tokens in map(vocabulary.encode, predictions) if len(tokens) > prompt_tokens]
     if short := len(predictions) - len(texts):
         logger.info("%s: %d of %d texts are too short and are left out", samples_file, short, len(predictions))

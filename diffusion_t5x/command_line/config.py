@@ -327,7 +327,7 @@ def _importable(main: Callable[..., Any]) -> Callable[..., Any]:
     script = sys.modules["__main__"]
     if script.__spec__:
         name = script.__spec__.name
-    elif pathlib.Path(script.__file__).resolve().parent == PACKAGE.resolve():
+    elif script.__file__ and pathlib.Path(script.__file__).resolve().parent == PACKAGE.resolve():
         name = f"{PACKAGE.name}.{pathlib.Path(script.__file__).stem}"
     else:
         return main

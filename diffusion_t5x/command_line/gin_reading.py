@@ -68,6 +68,9 @@ class _Reading:
     """What is being read, and the places where all values so far were set."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
         self.places: dict[Key, Place] = {}
         self.now = Place("text", "gin")
         self.open_files: list[str] = []
@@ -79,7 +82,7 @@ _reading = _Reading()
 
 def start() -> None:
     """Resets all state, and makes gin read files by this module's rules."""
-    _reading.__init__()
+    _reading.forget()
     config_parser.ConfigParser = _Parser
     gin_config.bind_parameter = _bind
     gin_config._FILE_READERS[:] = [(_opened, os.path.isfile)]

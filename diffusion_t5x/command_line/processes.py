@@ -16,7 +16,7 @@ _VARIABLES = {
 logger = logging.getLogger(__name__)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: argparse._ActionsContainer) -> None:
     """Adds `--distributed` and related flags."""
     add = parser.add_argument
     add(

@@ -52,7 +52,7 @@ def checkpoint_texts(
         argv[place : place + 2] = [f"--gin_file={argv[place + 1]}"]
     given = [flag for flag in argv if _RUN_FILE.fullmatch(flag)]
     files = [flag.removeprefix("--gin_file=") for flag in given] or runs
-    macros = {"CHECKPOINT_PATH": checkpoint.named} | macros
+    macros = {"CHECKPOINT_PATH": checkpoint.named, **macros}
     texts = {
         "the run": "\n".join([_HEADER, *(f"include {file!r}" for file in files)]),
         f"the record of {checkpoint}": gin_text(checkpoint),

@@ -19,7 +19,6 @@ class PythonVocabulary(seqio.Vocabulary):
 
     contents: bytes
     file: str
-    puts_space: bool
 
     @abc.abstractmethod
     def is_text(self) -> np.ndarray:

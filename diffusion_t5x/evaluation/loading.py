@@ -24,12 +24,21 @@ from diffusion_t5x.training.agreement import Agreement
 class Dataset(Protocol):
     """The data-set interface that is available before reading."""
 
-    name: str
-    row_length: int
-    batch_size: int
-    architecture: Architecture
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def row_length(self) -> int: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def architecture(self) -> Architecture: ...
 
     def check(self) -> None: ...
+
+    def token_ids(self) -> TokenIds: ...
 
 
 def check_datasets(datasets: Iterable[Dataset], model: ModelConfig, mesh: Mesh) -> None:

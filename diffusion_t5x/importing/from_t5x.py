@@ -13,7 +13,7 @@ from diffusion_t5x.importing import importing, output
 from diffusion_t5x.importing.families import Described, check_names
 from diffusion_t5x.importing.t5x_checkpoint import T5XCheckpoint
 from diffusion_t5x.importing.weights import Weight, table, under, vector
-from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.config import Activation, ModelConfig
 
 _KIND = "T5 1.1"
 _EMBEDDING = "token_embedder/embedding"
@@ -21,7 +21,7 @@ _LAYER = re.compile(r"(?<=/layers_)\d+")
 _HEAD = "decoder/logits_dense/kernel"
 
 
-def from_t5x(path: str, tokenizer_file: str, output_folder: str, activation: str, max_distance: int) -> None:
+def from_t5x(path: str, tokenizer_file: str, output_folder: str, activation: Activation, max_distance: int) -> None:
     """Imports an encoder-decoder that T5X has trained, from a checkpoint as it wrote them before it had Orbax.
 
     `output_folder` gets checkpoints/checkpoint_0 (step and parameters), a copy of the tokenizer and model.gin. The
@@ -62,7 +62,7 @@ def _ids(tokenizer: pathlib.Path) -> TokenIds:
     return token_ids(registration.vocabulary(str(tokenizer)))
 
 
-def _describe(source: T5XCheckpoint, activation: str, max_distance: int) -> Described:
+def _describe(source: T5XCheckpoint, activation: Activation, max_distance: int) -> Described:
     """The model by the shapes of its arrays."""
     rows, embed = _matrix(source, _EMBEDDING)
     heads, buckets = _matrix(source, "decoder/relpos_bias/rel_embedding")

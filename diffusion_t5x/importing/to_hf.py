@@ -131,7 +131,7 @@ class _Files:
         if len(self.written) == 1:
             (self._folder / "1.safetensors").rename(self._folder / SINGLE)
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self.written, 1):
             file = f"model-{number:05}-of-{len(self.written):05}.safetensors"
             (self._folder / f"{number}.safetensors").rename(self._folder / file)

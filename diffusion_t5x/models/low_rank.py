@@ -5,8 +5,7 @@ import jax
 import jax.numpy as jnp
 
 
-@flax.struct.dataclass
-class LowRank:
+class LowRank(flax.struct.PyTreeNode):
     """Takes the place of a parameter of value `base + scale * down up`; layers multiply by the three separately.
 
     Leading axes, such as that of stacked layers, are the same in all three.

@@ -79,7 +79,10 @@ class Autoregressive(Objective):
         teacher: Transformer | None = None,
     ) -> LossSums:
         """The key is only for dropout; the objective itself draws nothing."""
-        hidden = self.hidden(model, batch, row_keys(stream(key, "dropout"), batch.example_ids) if train else None)
+        dropout_keys = None
+        if train and key is not None:
+            dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids)
+        hidden = self.hidden(model, batch, dropout_keys)
 
         def read_out(logits, labels):
             loss, nll = cross_entropy(logits, labels, label_smoothing=self.label_smoothing, z_loss=self.z_loss)

@@ -117,6 +117,7 @@ class StepWatch:
             self.compile_seconds = time.monotonic() - start
             self._state = init_state(abstract, definition, optimizer, seed)
         plan = self._step.memory_analysis()
+        assert plan is not None  # XLA has it of every program that it compiles
         self.peak_bytes = (
             plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes - plan.alias_size_in_bytes
         )
