@@ -119,7 +119,7 @@ class Measurements:
             before = {}
         if changed := list(differences(before, self._head)):
             raise UserError(
-                f"{self.path} has measurements with other settings ( {', '.join(changed[:5])}). Choose another "
+                f"{self.path} has measurements with other settings ({', '.join(changed[:5])}). Choose another "
                 "BENCHMARK_OUTPUT_DIR, or remove that file."
             )
 

@@ -25,7 +25,7 @@ _STORED = "rollout_"  # texts in the data's state
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """Settings for decoding the student's own texts from prompts. The prompts are the inputs of the training data; targets are unused.
+    """Settings for decoding the student's own texts. Prompts are the training data's inputs; its targets are unused.
 
     Attributes:
       decoder: writes the texts; its blocks are the objective's.

@@ -85,9 +85,9 @@ def test_special_tokens_in_messages_are_cut():
 @pytest.mark.parametrize(
     ("template", "content", "message_"),
     [
-        ("{{ raise_exception('not so') }}", "a", "does not take it: not so"),
-        ("{{ messages[3].content.strip() }}", "a", "does not take it: list object has no element 3"),
-        ("{{ 1 / 0 }}", "a", "does not take it: division by zero"),
+        ("{{ raise_exception('not so') }}", "a", "refuses it: not so"),
+        ("{{ messages[3].content.strip() }}", "a", "refuses it: list object has no element 3"),
+        ("{{ 1 / 0 }}", "a", "refuses it: division by zero"),
         ("{{ messages[0].content[:3] }}", "<|im_end|>", "which the chat template changes"),
         ("{{ messages[0].content }}", "\U0010ffff", "U.10FFFF"),
         ("{{ messages[0].content }}", "a~", "special token '~', which cannot be distinguished from text"),
