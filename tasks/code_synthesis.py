@@ -1,4 +1,4 @@
-"""Programs from descriptions, scored by running them: MBPP and HumanEval, from their authors' JSONL files.
+"""Code synthesis, scored by running the programs: MBPP and HumanEval, from their authors' JSONL files.
 
 A gin file calls `mbpp` or `humaneval`, which register a SeqIO task (see gin/tasks/mbpp.gin). An example's "tests" hold
 what its program has to do; the metric runs it (`evaluation.code_execution`) and gives pass@k.
@@ -55,7 +55,7 @@ def mbpp(
       allow_unsafe: score without isolation if there is none (see `code_execution.check`).
 
     Raises:
-      UserError: a file that cannot be read or is none of MBPP's; shots that there are not.
+      UserError: a file that cannot be read or is not MBPP's; shots that do not exist.
     """
     if not 0 <= num_shots <= len(SHOTS):
         raise UserError(f"MBPP's prompt has 0 to {len(SHOTS)} solved problems, not {num_shots}.")
@@ -97,7 +97,7 @@ def humaneval(
       limits, allow_unsafe: as in `mbpp`.
 
     Raises:
-      UserError: a file that cannot be read or is none of HumanEval's.
+      UserError: a file that cannot be read or is not HumanEval's.
     """
     examples = [
         {
@@ -118,7 +118,7 @@ def mbpp_program(text: str, prompt: str) -> str:
 
 
 def humaneval_program(text: str, prompt: str) -> str:
-    """The program that the prompt begins and a model went on with."""
+    """The prompt's beginning of a program with the model's continuation."""
     return prompt + _HUMANEVAL_END.split(text, maxsplit=1)[0]
 
 

@@ -78,7 +78,7 @@ def _read_each(files: Sequence[str], read: Callable[[str], Records]) -> Records:
 
 @dataclasses.dataclass(frozen=True)
 class Jsonl(Reader):
-    """A JSON object a line; its fields are texts or numbers. A field that stands twice is refused."""
+    """One JSON object per line; its fields are texts or numbers. A duplicate field is refused."""
 
     def read(self, files: Sequence[str]) -> Records:
         def records(file: str) -> Records:

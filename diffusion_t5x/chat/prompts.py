@@ -15,7 +15,7 @@ from diffusion_t5x.errors import UserError
 if TYPE_CHECKING:
     import seqio
 
-# Rows have room for so many tokens of a prompt, then for twice as many, and so on: few programs serve all prompts.
+# Rows have room for this many tokens of a prompt, then for twice as many, and so on: few programs serve all prompts.
 _LEAST_ROOM = 64
 
 

@@ -66,7 +66,7 @@ def join(flags: argparse.Namespace) -> None:
             "--distributed: nothing here says which processes there are (no TPU slice, Slurm, Open MPI or Kubernetes "
             f"is seen: {error}). Give --coordinator_address, --num_processes and --process_id."
         ) from error
-    if jax.process_index():  # what is told once is told by process 0
+    if jax.process_index():  # process 0 logs what is logged once
         logging.getLogger("diffusion_t5x").setLevel(logging.WARNING)
     logger.info("%d processes with %d devices", jax.process_count(), jax.device_count())
 

@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 Fingerprint = Mapping[str, tuple[int, str]]  # by name: bytes, and a hash of the file's two ends
 
 _END = 1 << 12  # bytes of a file that are read at its beginning and at its end
-_MOST_NAMES = 1_000  # so many files are kept one by one, more of them as one
+_MOST_NAMES = 1_000  # up to this many files are kept one by one, more of them as one
 _SHOWN = 5
 
 

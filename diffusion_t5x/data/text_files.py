@@ -38,7 +38,7 @@ WHOLE = re.compile(rb"(?s)(?=\s*+\S)(.++)|\s++")
 _BOM = b"\xef\xbb\xbf"
 _GZIP = b"\x1f\x8b"
 _BLOCK = 1 << 20
-# A gzip file may hold so many times its size, or at least so many bytes: text rarely shrinks to less than a tenth.
+# A gzip file may unpack to this multiple of its size, or to this many bytes: text rarely shrinks below a tenth.
 _MOST_TIMES, _ALWAYS_FINE = 50, 1 << 28
 
 

@@ -21,7 +21,7 @@ from diffusion_t5x.errors import UserError
 if TYPE_CHECKING:
     import seqio
 
-SENTINELS = 100  # that vocabularies get behind their own ids, as T5's have
+SENTINELS = 100  # that vocabularies get after their own ids, as T5's have
 
 
 @dataclasses.dataclass(frozen=True)

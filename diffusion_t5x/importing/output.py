@@ -22,7 +22,7 @@ _UNFINISHED = ".unfinished"
 _LAST = ("config.json", "model.gin")  # without these, nothing takes a folder for a model
 
 _MODEL_GIN = """\
-# {title}. It stands for a model's and a size's gin file.
+# {title}. Use it in place of a model's and a size's gin file.
 from __gin__ import dynamic_registration
 
 from diffusion_t5x.models import config as model_config

@@ -20,7 +20,7 @@ _FILE = "checkpoint"
 _TARGET = "optimizer/target/"
 _DTYPES = ("float32", "bfloat16", "float16")
 _DENSEST = 2048  # how many times its size a compressed file may hold; gzip, which T5X has, reaches 1,032
-_ALWAYS = 1 << 24  # so many bytes may be held by any file
+_ALWAYS = 1 << 24  # any file may hold this many bytes
 
 
 @dataclasses.dataclass(frozen=True)

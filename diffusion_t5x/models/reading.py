@@ -17,7 +17,7 @@ from diffusion_t5x.models.masks import Annealed, AttentionKind, Slots
 from diffusion_t5x.models.stack import Encoded
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 
-# A packed row has room for one segment more for so many tokens of its length.
+# A packed row has room for one more segment per this many tokens of its length.
 TOKENS_PER_SEGMENT = 16
 
 
