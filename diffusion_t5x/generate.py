@@ -26,6 +26,7 @@ from diffusion_t5x.command_line import config
 from diffusion_t5x.command_line.recorded import gin_text
 from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.console import Console
+from diffusion_t5x.data import vocabulary_files
 from diffusion_t5x.data.seqio_source import SeqioDataset, libraries
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.decoding.decoder import Decoder
@@ -87,7 +88,7 @@ def generate(
       model: dimensions of the checkpoint's model.
       decoder: writes the texts.
       vocabulary: of the model.
-      vocabulary_file: in its place, see `tasks.registration.vocabulary`.
+      vocabulary_file: in its place, see `data.vocabulary_files.vocabulary`.
       context_eos: whether EOS stands behind a prompt.
       task: says what the three before leave open. Its preprocessors are not applied. Without it, EOS stands behind the
         prompts of encoder-decoders alone.
@@ -166,9 +167,7 @@ def _vocabulary(file: str | None, dataset: SeqioDataset | None) -> "seqio.Vocabu
             "task that it was trained on, --gin_file=tasks/... --gin.MIXTURE_OR_TASK_NAME=..."
         )
     libraries()
-    from diffusion_t5x.tasks import registration
-
-    return registration.vocabulary(file)
+    return vocabulary_files.vocabulary(file)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

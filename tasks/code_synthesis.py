@@ -18,7 +18,7 @@ from diffusion_t5x.data import text_files
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.code.execution import Limits, Tests
 from diffusion_t5x.evaluation.code.pass_at_k import passed_tests
-from diffusion_t5x.tasks import readers
+from diffusion_t5x.tasks import readers, registration
 
 logger = logging.getLogger(__name__)
 
@@ -191,10 +191,8 @@ def _register(
         programs = [program(text, example["inputs_pretokenized"]) for text in texts]
         return programs[0] if isinstance(text, str) else programs
 
-    if name in seqio.TaskRegistry.names():
-        seqio.TaskRegistry.remove(name)
     feature = seqio.Feature(vocabulary, add_eos=True)
-    seqio.TaskRegistry.add(
+    return registration.add(
         name,
         source=seqio.FunctionDataSource(dataset, tuple(examples)),
         preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
@@ -203,4 +201,3 @@ def _register(
         metric_fns=[functools.partial(passed_tests, limits=limits, allow_unsafe=allow_unsafe)],
         shuffle_buffer_size=512,
     )
-    return name

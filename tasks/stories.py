@@ -10,7 +10,7 @@ from diffusion_t5x.data import text_files
 from diffusion_t5x.data.llama2c_vocabulary import Llama2cVocabulary
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import metrics
-from diffusion_t5x.tasks import readers
+from diffusion_t5x.tasks import readers, registration
 
 logger = logging.getLogger(__name__)
 
@@ -94,13 +94,10 @@ def _prediction(record: readers.Fields) -> str:
 
 def _register(name, examples, splits, tokenizer_file, preprocessors, **fields):
     feature = seqio.Feature(Llama2cVocabulary(tokenizer_file), add_eos=False)
-    if name in seqio.TaskRegistry.names():
-        seqio.TaskRegistry.remove(name)
-    seqio.TaskRegistry.add(
+    return registration.add(
         name,
         source=seqio.FunctionDataSource(examples, splits),
         preprocessors=preprocessors,
         output_features={"inputs": feature, "targets": feature},
         **fields,
     )
-    return name

@@ -19,6 +19,7 @@ _SETTINGS: tuple[str, ...] = (
     "diffusion_t5x.training.schedules",
 )
 _SETTINGS += ("diffusion_t5x.evaluation.metrics", "diffusion_t5x.evaluation.evaluator", "optax")
+_SETTINGS += ("diffusion_t5x.data.vocabulary_files",)
 # And of these, where a user wrote it.
 _OF_OTHERS: tuple[str, ...] = (
     "seqio.preprocessors",

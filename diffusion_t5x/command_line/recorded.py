@@ -21,7 +21,7 @@ _SCOPED_NAME = re.compile(rf"(?:[A-Za-z_]\w*/)*{_NAME.pattern}")
 _RUN_FILE = re.compile(r"--gin_file=(?:.*/)?runs/[^/]+\.gin")
 _HEADER = "from __gin__ import dynamic_registration"
 _TASK = "MIXTURE_OR_TASK_NAME"
-_VOCABULARY = "diffusion_t5x.tasks.registration.vocabulary"
+_VOCABULARY = "diffusion_t5x.data.vocabulary_files.vocabulary"
 
 
 def checkpoint_texts(

@@ -158,7 +158,7 @@ class Evaluator:
     Args:
       mesh: to spread the rows over.
       definition: the model.
-      objective: of the losses and likelihoods; None where there are none of them.
+      objective: of the losses and likelihoods; None if there are none of them.
       loss_evals, decode_evals: what to run.
       teacher: of the objective; judges what is decoded, too.
       likelihood_evals: what to run, too.

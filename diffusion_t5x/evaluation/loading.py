@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning
-from diffusion_t5x.checkpointing import checkpoints
+from diffusion_t5x.checkpointing import restoring
 from diffusion_t5x.checkpointing.assignment import Rule
 from diffusion_t5x.checkpointing.checkpoints import AnyCheckpoint, open_checkpoint
 from diffusion_t5x.checkpointing.start import check_start
@@ -93,7 +93,7 @@ def load_model(
     definition = ModelDefinition(config, vocabulary)
     check_start(path, vocabulary, {"params": definition.abstract()}, restore_rules)
     abstract = abstract_params(mesh, definition)
-    return definition, checkpoints.restore_params(path, abstract, restore_rules, use_ema)
+    return definition, restoring.restore_params(path, abstract, restore_rules, use_ema)
 
 
 def abstract_params(mesh: Mesh, definition: ModelDefinition) -> Params:

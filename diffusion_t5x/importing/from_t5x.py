@@ -8,6 +8,7 @@ import shutil
 from diffusion_t5x.data import tokenizer_files
 from diffusion_t5x.data.seqio_source import libraries
 from diffusion_t5x.data.vocabularies import TokenIds, token_ids
+from diffusion_t5x.data.vocabulary_files import vocabulary
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.importing import importing, output
 from diffusion_t5x.importing.families import Described, check_names
@@ -29,7 +30,7 @@ def from_t5x(path: str, tokenizer_file: str, output_folder: str, activation: Act
 
     Args:
       path: a folder with a file `checkpoint`.
-      tokenizer_file: its SentencePiece model. See `tasks.registration.vocabulary`.
+      tokenizer_file: its SentencePiece model. See `data.vocabulary_files.vocabulary`.
       output_folder: a folder that is empty or not there.
       activation: the gate of the feed-forward layers, which the arrays do not show.
       max_distance: of the relative position bias, which the arrays do not show.
@@ -57,9 +58,7 @@ def _ids(tokenizer: pathlib.Path) -> TokenIds:
     if tokenizer.suffix in (".json", ".bin"):
         raise UserError(f"{tokenizer} is not a SentencePiece model, which the tokenizers of T5X's models are.")
     libraries()
-    from diffusion_t5x.tasks import registration
-
-    return token_ids(registration.vocabulary(str(tokenizer)))
+    return token_ids(vocabulary(str(tokenizer)))
 
 
 def _describe(source: T5XCheckpoint, activation: Activation, max_distance: int) -> Described:

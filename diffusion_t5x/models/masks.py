@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Array, Batch
 from diffusion_t5x.errors import UserError, check_choices
 
-Order = Literal["before", "all"]  # of its segment, a query sees the slots up to its own, or all
+Reach = Literal["before", "all"]  # of its segment, a query sees the slots up to its own, or all
 
 
 class Slots(flax.struct.PyTreeNode):
@@ -97,9 +97,9 @@ class AttentionKind:
         return together & (clean | (query_noisy & key_noisy & (key_block == query_block)))
 
     @property
-    def order(self) -> Order | None:
+    def order(self) -> Reach | None:
         """The order in which a segment's consecutive slots see each other; None if it takes more to say."""
-        orders: dict[str, Order] = {"causal": "before", "bidirectional": "all"}
+        orders: dict[str, Reach] = {"causal": "before", "bidirectional": "all"}
         return orders.get(self.name)
 
 
@@ -145,7 +145,7 @@ class Sight(flax.struct.PyTreeNode):
     sees: jax.Array
     query_segments: Array
     key_segments: Array
-    order: Order | None = flax.struct.field(pytree_node=False, default=None)
+    order: Reach | None = flax.struct.field(pytree_node=False, default=None)
     whole: bool = flax.struct.field(pytree_node=False, default=True)
 
     @classmethod

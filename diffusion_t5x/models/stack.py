@@ -66,7 +66,7 @@ def norm(config: ModelConfig) -> RMSNorm | LayerNorm:
     return RMSNorm(config.embed_dim, config.norm_epsilon, offset=config.norm_offset)
 
 
-class Block(nnx.Module):
+class Layer(nnx.Module):
     """Self-attention, in a decoder over an encoder cross-attention, and a feed-forward layer.
 
     Each is normed before, with `post_norms` after as well, and added to the residual stream.
@@ -137,7 +137,7 @@ class Stack(nnx.Module):
     def __init__(self, key: jax.Array, config: ModelConfig, cross_attention: bool = False):
         block_key, position_key = jax.random.split(key)
         keys = jax.random.split(block_key, config.num_layers)
-        self.blocks = jax.vmap(lambda k: Block(k, config, cross_attention))(keys)
+        self.blocks = jax.vmap(lambda k: Layer(k, config, cross_attention))(keys)
         self.final_norm = norm(config)
         if config.position == "relative":
             self.relative_bias = RelativePositionBias(

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -12,8 +12,6 @@ import optax
 from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning, records
-from diffusion_t5x.command_line.flags import Parser
-from diffusion_t5x.command_line.verbs import SLICE_FLAGS, with_flags
 from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.decoder import Decoder
@@ -220,19 +218,3 @@ def abstract_batch(mesh: Mesh, dataset: Rows, batch_size: int, rollout: Rollout 
         written_at=rows(np.int32, length) if rollout is not None else None,
         **{name: rows(np.int32, lengths["inputs"]) for name in encoder},
     )
-
-
-def from_flags(argv: Sequence[str]) -> tuple[SliceDryRun | None, list[str]]:
-    """The dry run that `--dry_run --topology=...` asks for, or None, and the other flags.
-
-    Raises:
-      UserError: a flag that belongs to `--topology` without it, or that without `--dry_run`.
-    """
-    flags, rest = with_flags(Parser(add_help=False, allow_abbrev=False), SLICE_FLAGS).parse_known_args(argv)
-    if flags.topology is None:
-        if flags.fit or flags.dry_run_output:
-            raise UserError("--fit and --dry_run_output belong to --dry_run --topology=CHIP:SHAPE.")
-        return None, rest
-    if "--dry_run" not in rest:
-        raise UserError("--topology is for a dry run: add --dry_run.")
-    return SliceDryRun(flags.topology, flags.dry_run_output, flags.fit), rest

@@ -81,7 +81,8 @@ class _Log:
     @property
     def is_running(self) -> bool:
         """Whether the step taken in last still keeps the devices busy."""
-        return self._pending is not None and not self._pending[1]["loss"].is_ready()  # type: ignore[attr-defined]  # JAX's arrays have it, their type does not say so
+        # JAX's arrays have it, though their type does not say so.
+        return self._pending is not None and not self._pending[1]["loss"].is_ready()  # type: ignore[attr-defined]
 
     def flush(self) -> None:
         """Waits for the metrics taken in last."""
