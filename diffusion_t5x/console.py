@@ -1,4 +1,4 @@
-"""rich's console, for tables and styled text that hold what others wrote."""
+"""rich's console, for tables and styled text with untrusted content."""
 
 from typing import Any
 

@@ -1,14 +1,14 @@
-r"""Write answers to prompts: python -m diffusion_t5x.generate --checkpoint DIR [--prompt TEXT]
+r"""Write answers to prompts: diffusion-t5x generate --checkpoint DIR [--prompt TEXT]
 
-DIR is a MODEL_DIR, a checkpoint or what `convert` wrote. Model, vocabulary, lengths and the decoder come from what the
-checkpoint says of itself; gin files and --gin.NAME=VALUE change them.
+DIR is a MODEL_DIR, a checkpoint or what `convert` wrote. Model, vocabulary, lengths and decoder come from the
+checkpoint; gin files and --gin.NAME=VALUE change them.
 
   --prompt TEXT   write one answer and stop. Without it, a terminal asks for one prompt after another (an empty line or
-                  Ctrl-D ends, Ctrl-C stops an answer), and a pipe gives a prompt a line and gets an answer a line, in
-                  which \n is a line break and \\ a backslash
-  --length N      tokens to write at most; for diffusion, the canvas
+                  Ctrl-D ends, Ctrl-C stops an answer), and a pipe gives one prompt per line and gets one answer per
+                  line, in which \n is a line break and \\ a backslash
+  --length N      maximum number of tokens to write; for diffusion, the canvas
   --samples N     answers to each prompt
-  --seed N        of what is drawn
+  --seed N        random seed
 """
 
 import sys
@@ -78,14 +78,14 @@ def generate(
     random_seed: int = 0,
     allow_mismatch: bool = False,
 ) -> None:
-    """Answers prompts on one device, one row at a time: what the decoder writes to them as `inputs`.
+    """Answers prompts, the decoder's `inputs`, on one device, one row at a time.
 
     The n-th prompt draws what the n-th example of a task does in `infer`, with the same seed.
 
     Args:
       checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
       model: dimensions of the checkpoint's model.
-      decoder: what writes.
+      decoder: writes the texts.
       vocabulary: of the model.
       vocabulary_file: in its place, see `data.vocabulary_files.vocabulary`.
       context_eos: whether EOS stands behind a prompt.
@@ -97,7 +97,7 @@ def generate(
       length: tokens to write, in place of the targets' length.
       samples: answers to each prompt.
       random_seed: of the decoder.
-      allow_mismatch: use the model otherwise than it was trained, where the checkpoint's record says how.
+      allow_mismatch: use the model other than as trained, according to the checkpoint's record.
 
     Raises:
       UserError: anything that does not fit; a prompt that is too long.
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with config.program():
         flags, rest = own_flags("generate").parse_known_args(argv)
         if flags.checkpoint is None and not {"-h", "--help"} & set(rest):
-            raise UserError("Which model? Give --checkpoint DIR: a MODEL_DIR, a checkpoint or what convert wrote.")
+            raise UserError("No model. Give --checkpoint DIR: a MODEL_DIR, a checkpoint or what convert wrote.")
         texts = {"the settings of generate": _GIN}
         if flags.checkpoint:
             checkpoint = checkpoints.open_checkpoint(flags.checkpoint)

@@ -1,4 +1,4 @@
-"""How far a long loop is: a bar on a terminal, a plain line now and then in a log."""
+"""Progress of a long loop: a bar on a terminal, an occasional plain line in a log."""
 
 import contextlib
 import datetime
@@ -14,7 +14,7 @@ from diffusion_t5x.console import Console
 
 
 class Progress:
-    """Shows step, loss, tokens a second and the time that is left, on the standard error.
+    """Shows step, loss, tokens per second and the remaining time on standard error.
 
     What cannot be shown, on a terminal that has closed or a pipe that nobody reads, is not an error.
 

@@ -1,8 +1,8 @@
 """The SeqIO tasks of the quickstart: nothing to download, a vocabulary that is trained on first use.
 
-quickstart_corpus_prefix_lm          the Python standard library: the first part of a chunk given, the rest asked
-quickstart_corpus_span_corruption    the same: some spans of a chunk hidden, and asked
-quickstart_pairs                     the task to transfer to: English to French dates, numbers, units, names ...
+quickstart_corpus_prefix_lm          the Python standard library: the first part of a chunk is given, the rest predicted
+quickstart_corpus_span_corruption    the same: some spans of a chunk are hidden and predicted
+quickstart_pairs                     the fine-tuning task: English to French dates, numbers, units, names ...
 quickstart_pretrain                  for pretraining: of 10 examples 8 are of the corpus (prefix LM) and 2 are pairs
 quickstart_pretrain_span_corruption  the same with span corruption
 """

@@ -13,6 +13,7 @@ import sys
 import open_models
 import pytest
 import tiny
+from pages import by_module
 
 from diffusion_t5x import generate, infer, train
 from diffusion_t5x.chat.conversation import one_line
@@ -281,7 +282,7 @@ def test_mistakes(masked, tmp_path, refused):
     assert "is broken: metadata/metadata" in says(broken, "--prompt", "a")
     for name in ("manifest.json", "_CHECKPOINT_METADATA"):
         (broken / "checkpoints" / "checkpoint_0" / name).unlink()
-    assert "its metadata, which say what model it is, are not there or broken" in says(broken, "--prompt", "a")
+    assert "its metadata, which describe the model, are missing or broken" in says(broken, "--prompt", "a")
 
 
 def test_no_checkpoint_and_help(capsys):
@@ -322,8 +323,8 @@ MIXTURE_OR_TASK_NAME = @results.write_records()
     for objective, said in (
         ({"class": "subprocess.Popen", "args": ["touch", str(victim)]}, "imports subprocess"),
         ({"class": "diffusion_t5x.evaluation.results.write_records", "path": str(victim)}, "which does more than"),
-        ({"class": f"x\ninclude '{victim}'\ny.Z"}, "in place of a name"),
-        ({"class": "optax.sgd", "a = 1\ninclude 'b'\nc": 1}, "in place of a name"),
+        ({"class": f"x\ninclude '{victim}'\ny.Z"}, "instead of a name"),
+        ({"class": "optax.sgd", "a = 1\ninclude 'b'\nc": 1}, "instead of a name"),
     ):
         crafted = shutil.copytree(masked, tmp_path / str(len(str(objective))))
         give_record(crafted, objective=objective)
@@ -356,9 +357,7 @@ def test_what_a_training_leaves_is_enough(tmp_path, ask):
 
 def test_the_commands_of_the_page(stories, ask, monkeypatch):
     """Run with an imported model in place of theirs."""
-    commands = re.findall(
-        r"python -m diffusion_t5x\.generate ([^\n|>]+)", PAGE.read_text(encoding="utf-8").replace("\\\n", " ")
-    )
+    commands = re.findall(r"diffusion_t5x\.generate ([^\n|>]+)", by_module(PAGE.read_text(encoding="utf-8")))
     assert len(commands) >= 3
     for command in commands:
         flags = shlex.split(command)

@@ -1,4 +1,4 @@
-"""Texts to be answered, as rows for a model: without a task, but laid out as the model's own task has its rows."""
+"""Prompts as rows for a model, without a task, in the layout of the model's own task."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -16,19 +16,19 @@ from diffusion_t5x.models.config import ModelConfig
 if TYPE_CHECKING:
     import seqio
 
-# Rows have room for so many tokens of a prompt, then for twice as many, and so on: few programs serve all prompts.
+# Rows have room for this many tokens of a prompt, then for twice as many, and so on: few programs serve all prompts.
 _LEAST_ROOM = 64
 _LENGTH = 256  # of what a model writes whose task is not known
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """How texts become rows, one at a time, and what is written becomes text.
+    """Converts prompts to rows, one at a time, and decoded tokens to text.
 
     Attributes:
       vocabulary: of the model.
       adds_eos: an EOS stands behind a prompt, as behind the inputs of the model's task.
-      max_inputs: a prompt has at most so many tokens, EOS included; None sets no limit.
+      max_inputs: maximum number of tokens of a prompt, including EOS; None sets no limit.
       length: tokens of the canvas.
       architecture: of the model.
     """

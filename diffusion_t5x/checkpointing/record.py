@@ -1,4 +1,4 @@
-"""What a checkpoint was trained as: a record in its metadata, from which every reader takes its settings."""
+"""Record of how a checkpoint was trained; it is part of the metadata, and every reader takes its settings from it."""
 
 import dataclasses
 import importlib.metadata
@@ -23,7 +23,7 @@ CLASS = "class"  # the key of an object's class among its fields
 
 
 def describe(value: Any, name: Callable[[type], str] | None = None) -> Any:
-    """Settings as JSON can hold them: a dataclass becomes its fields and, under "class", its name.
+    """Settings as JSON-serialisable values: a dataclass becomes its fields and, under "class", its name.
 
     Args:
       value: a dataclass, a container of them, or a plain value; anything else becomes its repr.
@@ -41,7 +41,7 @@ def describe(value: Any, name: Callable[[type], str] | None = None) -> Any:
 
 
 def in_words(described: Any) -> str:
-    """What `describe` made of an object, as Python writes it: "Masked(schedule='linear', ...)"."""
+    """The Python repr of an object that `describe` has described: "Masked(schedule='linear', ...)"."""
     if isinstance(described, Mapping):
         if CLASS not in described:
             return "{" + ", ".join(f"{key!r}: {in_words(value)}" for key, value in described.items()) + "}"
@@ -71,18 +71,18 @@ def modes_of(user: object) -> tuple[Mode, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a model was trained as. Objects are as `describe` gives them.
+    """How a model was trained. Objects are stored as `describe` returns them.
 
     Attributes:
       model: all fields of its `ModelConfig`.
       vocabulary: see `TokenIds.describe`.
-      vocabulary_source: how the vocabulary is made, see `data.vocabularies.source_of`; None where it is not known.
-      objective: what was minimised; None where it is not known.
-      modes: that the model has learned; () where they are not known.
-      decoder: the one that suits the model; None where there is none.
+      vocabulary_source: how the vocabulary is made, see `data.vocabularies.source_of`; None if it is not known.
+      objective: what was minimised; None if it is not known.
+      modes: that the model has learned; () if they are not known.
+      decoder: the one that suits the model; None if there is none.
       dataset: what was read: task, lengths, layout of rows. None for an imported model.
       task: what registers the task, see `config.registration`: modules to import and bindings.
-      inputs_end: whether the inputs end in EOS; None where it is not known.
+      inputs_end: whether the inputs end in EOS; None if it is not known.
       lora: see `Lora.describe`.
       imported: the model comes from another framework.
       versions: of the libraries.
@@ -180,7 +180,7 @@ class Record:
         return dataclasses.replace(cls.of(said.model, objective=objective, decoders=decoders, **more), versions={})
 
     def metadata(self) -> dict[str, Any]:
-        """What a checkpoint's metadata hold of it: "record", "vocabulary" and, where it is one, "lora"."""
+        """The record as part of a checkpoint's metadata: "record", "vocabulary" and, for a LoRA run, "lora"."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         vocabulary, lora = fields.pop("vocabulary"), fields.pop("lora")
         fields["modes"] = [dataclasses.asdict(mode) for mode in self.modes]
@@ -202,13 +202,13 @@ class Record:
 
     @property
     def shifted(self) -> bool | None:
-        """`ModelConfig.shifted` of a diffusion model; None where it is not known or does not matter."""
+        """`ModelConfig.shifted` of a diffusion model; None if it is not known or does not matter."""
         left_to_right = self.modes and not any(mode.noise for mode in self.modes)
         return None if left_to_right or self.objective is None else self.model.get("shifted")
 
     @property
     def trained_by(self) -> str | None:
-        """The objective's class without its module; None for an imported model or where it is not known."""
+        """The objective's class without its module; None for an imported model or if it is not known."""
         return class_name(self.objective) if self.objective and not self.imported else None
 
 

@@ -13,7 +13,7 @@ from diffusion_t5x.errors import OtherModel, UserError
 def check_start(
     path: AnyCheckpoint, vocabulary: TokenIds, abstract_state: Any, rules: Sequence[Rule] = (), resumes: bool = False
 ) -> str:
-    """What becomes of each array of a state that starts from a checkpoint, in words; reads names and shapes only.
+    """Describes what happens to each array of a state that starts from a checkpoint; reads only names and shapes.
 
     Args:
       path: a user's path, or an open checkpoint.
@@ -49,7 +49,7 @@ def check_start(
 
 
 def model_settings(leaves: Mapping[str, Any]) -> dict[str, int | bool | str]:
-    """What the parameters of a model, by names such as `params/embedding`, say of its `ModelConfig`.
+    """Fields of `ModelConfig` that follow from a model's parameters, by names such as `params/embedding`.
 
     Nothing where they are no model's of this framework.
     """
@@ -83,7 +83,7 @@ def model_settings(leaves: Mapping[str, Any]) -> dict[str, int | bool | str]:
 
 
 def _advice(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
-    """What to set in order to have the checkpoint's model."""
+    """The settings that make the model match the checkpoint, as text."""
     differing = {name: value for name, value in there.items() if value != here.get(name)}
     if not here or not differing:
         return ""

@@ -1,4 +1,4 @@
-"""What the verbs take from a checkpoint: gin text that is made from the record.
+"""Settings that the verbs take from a checkpoint, as gin text made from its record.
 
 The text is written here, from typed values whose names are checked. Nothing that a checkpoint holds is read as gin.
 """
@@ -30,7 +30,7 @@ def checkpoint_texts(
     runs: Sequence[str],
     macros: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> tuple[list[str], dict[str, str]]:
-    """What a verb reads before gin files (see `config.load`), so that a checkpoint is enough.
+    """The gin text that a verb reads before gin files (see `config.load`), so that a checkpoint suffices.
 
     Args:
       checkpoint: the one that the command line names; None reads nothing.
@@ -98,7 +98,7 @@ def gin_text(checkpoint: OpenCheckpoint, with_task: bool = True) -> str:
 
 
 def dataset_text(checkpoint: OpenCheckpoint, reader: str) -> str:
-    """Gin that gives a function the data set that a training read, in an argument `dataset`, and RANDOM_SEED.
+    """Gin text that binds a run's training data set to a function's argument `dataset`, and RANDOM_SEED.
 
     Args:
       checkpoint: of the training.
@@ -109,7 +109,7 @@ def dataset_text(checkpoint: OpenCheckpoint, reader: str) -> str:
     """
     dataset, text = checkpoint.record.dataset, _Text(str(checkpoint))
     if not dataset:
-        raise UserError(f"{checkpoint} says nothing of the data it was trained on: give the gin files of the run.")
+        raise UserError(f"{checkpoint} does not record the data it was trained on: give the gin files of the run.")
     known = {field.name for field in dataclasses.fields(SeqioDataset)} & dataset.keys()
     macros = {"mixture_or_task_name": _TASK, "task_feature_lengths": "TASK_FEATURE_LENGTHS"}
     macros |= {"architecture": "ARCHITECTURE", "batch_size": "BATCH_SIZE", "seed": "RANDOM_SEED", "canvas": "CANVAS"}
@@ -157,7 +157,7 @@ def _with_macro(described: Any, field: str, value: Any, macro: str) -> Any:
 
 
 class _Text:
-    """A gin text that is being written.
+    """A gin text under construction.
 
     A checkpoint may be a stranger's: what should be a name and is none raises a UserError.
 
@@ -217,7 +217,7 @@ class _Text:
         if isinstance(value, list | tuple):
             return f"({''.join(f'{self._value(item)}, ' for item in value)})"
         if not isinstance(value, bool | int | float | str | None):
-            raise UserError(f"The record of {self._where} holds {value!r}, which is no setting.")
+            raise UserError(f"The record of {self._where} holds {value!r}, which is not a setting.")
         return repr(value)
 
     def _spelled(self, name: str) -> str:
@@ -230,5 +230,5 @@ class _Text:
 
     def _checked(self, name: Any, pattern: re.Pattern = _NAME) -> str:
         if not isinstance(name, str) or not pattern.fullmatch(name):
-            raise UserError(f"The record of {self._where} holds {name!r} in place of a name.")
+            raise UserError(f"The record of {self._where} holds {name!r} instead of a name.")
         return name

@@ -1,4 +1,4 @@
-"""SentencePiece models with tokens that were added behind their pieces. Imports SeqIO: import it inside functions."""
+"""SentencePiece models with tokens added after their pieces. Imports SeqIO: import it inside functions."""
 
 import functools
 import pathlib

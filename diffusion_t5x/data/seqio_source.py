@@ -1,4 +1,4 @@
-"""The edge to SeqIO: tasks and mixtures by name as batches of numpy arrays. TensorFlow is imported on first use."""
+"""Interface to SeqIO: tasks and mixtures by name, as batches of numpy arrays. TensorFlow is imported on first use."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ FEATURES = ("inputs", "targets")
 
 
 def _without_autotuning() -> "tf.data.Options":
-    """Freeing an iterator that TensorFlow tunes waits for the tuning thread: up to a minute of doing nothing."""
+    """Options without autotuning: freeing an autotuned iterator waits for the tuning thread, up to a minute."""
     options = libraries()[1].data.Options()
     options.autotune.enabled = False
     return options
@@ -38,7 +38,7 @@ def _without_autotuning() -> "tf.data.Options":
 
 @functools.cache
 def libraries() -> tuple[types.ModuleType, types.ModuleType]:
-    """SeqIO and TensorFlow, quiet and away from the accelerators, which are JAX's."""
+    """SeqIO and TensorFlow, silenced and kept off the accelerators, which belong to JAX."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     with _silent_stderr():
@@ -64,7 +64,7 @@ def _silent_stderr() -> Iterator[None]:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers and texts of numpy as Python's own."""
+    """Converts numpy numbers and texts to Python's."""
     value = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
     if isinstance(value, list):
         return [_plain(item) for item in value]
@@ -85,8 +85,8 @@ class SeqioDataset:
       shuffle: train in shuffled order, a new one each epoch. Evaluation never shuffles.
       seed: of the shuffling and of the random choices of preprocessors.
       pack: several examples to a training row, kept apart by `segment_ids`. Excludes `canvas`.
-      canvas: every target is followed by pad tokens up to the targets' length, and these are to be produced too. This
-        is how diffusion learns where to stop; without it targets end at their last token (EOS).
+      canvas: every target is followed by pad tokens up to the targets' length, and the model learns to write these
+        too. This is how diffusion learns where to stop; without it targets end at their last token (EOS).
       use_cached: read what `seqio_cache_tasks` wrote.
       architecture: of the model that the rows are for.
     """
@@ -104,7 +104,7 @@ class SeqioDataset:
 
     @property
     def name(self) -> str:
-        """Of the task or mixture."""
+        """Name of the task or mixture."""
         return self.mixture_or_task_name
 
     @property
@@ -114,7 +114,7 @@ class SeqioDataset:
         return sum(lengths) if self.architecture == "decoder_only" else max(lengths)
 
     def check(self) -> None:
-        """Looks at everything that can be wrong without reading data.
+        """Checks everything that can be checked without reading data.
 
         Raises:
           UserError: unknown task, split or feature; lengths or batch size that are missing or not positive; packing
@@ -131,7 +131,7 @@ class SeqioDataset:
                 f"{' and '.join(self.task_feature_lengths) or 'none'}."
             )
         if self.architecture == "encoder_decoder" and "inputs" not in wanted:
-            raise UserError(f"{where} has no inputs for the encoder: take a decoder-only model, or another task.")
+            raise UserError(f"{where} has no inputs for the encoder: use a decoder-only model or another task.")
         check_rows(self.task_feature_lengths, self.batch_size, self.pack, self.canvas)
         vocabularies = [provider.output_features[name].vocabulary for name in wanted]
         if vocabularies[0] != vocabularies[-1]:
@@ -152,7 +152,7 @@ class SeqioDataset:
         dataclasses.replace(self, split=self.splits()[0]).check()
 
     def splits(self) -> list[str]:
-        """All that the task or mixture has."""
+        """The splits of the task or mixture."""
         return sorted(self._provider().splits)
 
     def rates(self) -> dict[str, float]:
@@ -167,11 +167,11 @@ class SeqioDataset:
         return self._provider().output_features["targets"].vocabulary
 
     def token_ids(self) -> TokenIds:
-        """What models, objectives and decoders know of the vocabulary."""
+        """The vocabulary's special ids and size, for models, objectives and decoders."""
         return token_ids(self.vocabulary())
 
     def adds_eos(self, feature: str) -> bool:
-        """Whether the texts of a feature end in EOS."""
+        """True if the texts of a feature end in EOS."""
         return self._provider().output_features[feature].add_eos
 
     def texts(self) -> dict[str, Any]:
@@ -245,7 +245,7 @@ class SeqioDataset:
         return TrainIterator(ds, example_ids, source, self.fingerprint())
 
     def fingerprint(self) -> Fingerprint:
-        """Of the files that the split is read from, as far as the sources name them."""
+        """Fingerprint of the files that the split is read from, as far as the sources name them."""
         seqio, files = libraries()[0], []
         for task in seqio.get_subtasks(self._provider_with_split()):
             source = getattr(task.source, "_original_source", task.source)  # what shots are taken from
@@ -261,7 +261,7 @@ class SeqioDataset:
         A mixture is mixed at its rates until the first of its tasks ends.
 
         Args:
-          num_examples: only the first so many; None for all.
+          num_examples: only the first `num_examples`; None for all.
 
         Yields:
           Batches whose `example_ids` are the examples' indices in the evaluation set, the last one filled up with
@@ -295,17 +295,17 @@ class SeqioDataset:
         return (self._describe(number, example) for number, example in enumerate(examples))
 
     def num_eval_examples(self, num_examples: int | None = None) -> int:
-        """How many examples `eval_batches` gives, by reading them."""
+        """Number of examples of `eval_batches`, by reading them."""
         self.check()
         return int(self._eval_dataset(num_examples).reduce(0, lambda count, _: count + 1))
 
     def tokenized_examples(
         self, num_epochs: int = 1, num_shards: int = 1, shard_index: int = 0
     ) -> Iterator[dict[str, np.ndarray]]:
-        """What a shard's unshuffled training reads before it is made to rows: `inputs` and `targets`, int32, cut.
+        """A shard's unshuffled training examples before they are laid out in rows: `inputs` and `targets`, int32, cut.
 
         Args:
-          num_epochs: how often the data are gone through, each time with new random choices of the preprocessors.
+          num_epochs: number of passes over the data, each time with new random choices of the preprocessors.
           num_shards: parts that the data are read in.
           shard_index: which of them.
         """
@@ -314,7 +314,7 @@ class SeqioDataset:
         return ds.with_options(_without_autotuning()).as_numpy_iterator()
 
     def count_cut(self, num_examples: int) -> CutCounter:
-        """Counts longer features among the first so many examples, in shuffled order if `shuffle`."""
+        """Counts too long features among the first `num_examples` examples, in shuffled order if `shuffle`."""
         self.check()
         counter = self._cut_counter()
         for example in self._eval_dataset(num_examples, self.shuffle).as_numpy_iterator():

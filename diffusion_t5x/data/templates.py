@@ -1,4 +1,4 @@
-r"""Texts with holes, read from JSON lines, as rows of which a model writes the holes and nothing else.
+r"""Texts with holes, read from JSON lines, as rows in which a model writes only the holes.
 
 A line is {"template": "def f(x):<hole:16> return y"}, with "inputs" beside it for a task that has some. `<hole:N>` is a
 hole of N tokens. With a backslash before it, `\<hole:16>`, it is plain text; two stand for a backslash before a hole.
@@ -52,7 +52,7 @@ class Template:
 
 
 class Templates:
-    """Templates in place of a task's examples. The task has the vocabulary, the lengths and the layout of the rows.
+    """Templates instead of a task's examples. The task has the vocabulary, the lengths and the layout of the rows.
 
     Args:
       templates: at least one.
@@ -103,11 +103,11 @@ class Templates:
         self._rows  # noqa: B018
 
     def token_ids(self) -> TokenIds:
-        """Of the task's vocabulary, as they are in holes."""
+        """The task's special ids, as they apply in holes."""
         return self._dataset.token_ids().for_infilling()
 
     def num_eval_examples(self, num_examples: int | None = None) -> int:
-        """How many templates there are, of the first so many."""
+        """Number of templates, at most `num_examples`."""
         return len(self._templates[:num_examples])
 
     def eval_batches(self, num_examples: int | None = None) -> Iterator[tuple[Batch, list[dict[str, Any]]]]:
@@ -210,7 +210,7 @@ def _split(text: str, place: str) -> tuple[list[str], list[int]]:
             continue
         if not re.fullmatch("0*[1-9][0-9]{0,8}", size or "", re.ASCII):
             raise UserError(
-                f"{place}: {match[0][len(backslashes) :]} is no hole: <hole:N> has N tokens, at least one. As plain "
+                f"{place}: {match[0][len(backslashes) :]} is not a hole: <hole:N> has N tokens, at least one. As plain "
                 "text it has a backslash before it (in JSON two)."
             )
         if holes and not parts[-1]:

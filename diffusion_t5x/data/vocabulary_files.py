@@ -45,7 +45,7 @@ def vocabulary(file: str | None, extra_ids: int = SENTINELS) -> "seqio.Vocabular
     try:
         has_sentinels = len(sentinels(own)) > 0
     except (DecodeError, RuntimeError) as error:
-        raise UserError(f"{file} is no SentencePiece model.") from error
+        raise UserError(f"{file} is not a SentencePiece model.") from error
     from diffusion_t5x.data.sentencepiece_vocabulary import with_added_tokens
 
     return with_added_tokens(own, extra_ids=0 if has_sentinels else extra_ids)

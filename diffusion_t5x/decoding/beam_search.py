@@ -1,4 +1,4 @@
-"""Beam search of an autoregressive model, as T5X has it."""
+"""Beam search of an autoregressive model, as in T5X."""
 
 import dataclasses
 from typing import Any, ClassVar, Self
@@ -24,7 +24,7 @@ class Beams(flax.struct.PyTreeNode):
     Attributes:
       tokens: int32 `[B, K, L]`, rows like the batch's.
       log_probability: float32 `[B, K, L]`, of every token that was written, -inf elsewhere; None where nobody asks.
-      score: float32 `[B, K]`, -inf where there is no text.
+      score: float32 `[B, K]`, -inf if there is no text.
     """
 
     tokens: jax.Array
@@ -53,10 +53,10 @@ class BeamSearchDecoder(Decoder):
     A text's score is its log-probability, up to and including the EOS or pad that ends it, over
     `((5 + length) / 6) ** length_penalty` (arXiv 1609.08144; length in tokens, the ending one too): higher is better.
 
-    As in T5X, each step extends the live beams by one token; of the `2 * num_beams` likeliest of all extensions those
-    that end a text compete for the `num_beams` finished texts, and the likeliest others live on. An example is done
+    As in T5X, each step extends the live beams by one token; of the `2 * num_beams` most likely of all extensions those
+    that end a text compete for the `num_beams` finished texts, and the most likely others live on. An example is done
     when no live beam can come to beat the worst of its finished texts, at the latest where its canvas ends. If it has
-    finished none by then, the likeliest live beam is its output.
+    finished none by then, the most likely live beam is its output.
 
     Attributes:
       num_beams: beams of each example; one is greedy, but for texts that it could have ended earlier.
@@ -86,7 +86,7 @@ class BeamSearchDecoder(Decoder):
         return (Mode.of(self.attention),)
 
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
-        """Nothing is drawn. The trace shows the likeliest live beam, and where an example is done its output."""
+        """Nothing is drawn. The trace shows the most likely live beam, and where an example is done its output."""
         vocabulary, beams = model.vocabulary, self.num_beams
         rows, length = batch.tokens.shape
         first_target, num_targets = target_range(batch.target_mask)
@@ -98,7 +98,7 @@ class BeamSearchDecoder(Decoder):
         encoded = encoded and encoded.repeat(beams)
 
         def output(carry):
-            """Of each example, one text `[B, ...]`."""
+            """The best text of each example, `[B, ...]`."""
             finished, live = (jax.tree.map(lambda x: x[:, 0], carry[name]) for name in ("finished", "live"))
             live = live.replace(score=live.score / self._penalty(carry["row_steps"]))
             return select(finished.score > -jnp.inf, finished, live)

@@ -1,4 +1,4 @@
-"""Block decoding: diffusion inside a block, over an exact cache of the blocks before (arXiv 2503.09573)."""
+"""Block decoding: diffusion inside a block, over an exact cache of earlier blocks (arXiv 2503.09573)."""
 
 import dataclasses
 from typing import Any
@@ -25,15 +25,15 @@ Carry = dict[str, Any]
 class BlockDecoder(Decoder):
     """Writes block after block of targets. Earlier blocks and the inputs never change, and are computed once.
 
-    A row stops after the block in which it has written EOS or pad; what stands behind that is dropped. The score is
-    the mean over the written targets of what the inner decoder says of them. Every block costs one pass more than it
+    A row stops after the block in which it has written EOS or pad; everything after that is dropped. The score is
+    the mean over the written targets of what the inner decoder says of them. Every block costs one more pass than it
     has steps: that of its finished tokens, for the cache.
 
     A shifted model (`ModelConfig.shifted`) predicts the first token of a block in the slot of the finished token before
     the block: see `objectives.block.Block`.
 
     Attributes:
-      block_size: targets a block, as in training.
+      block_size: targets per block, as in training.
       inner: how a block is written; its `num_steps` are those of a block. Masked for models of masked blocks, SUNDAE's
         with one sample for those of uniform noise.
     """

@@ -67,7 +67,7 @@ class SelfSpeculationDecoder(Decoder):
         vocabulary, size, inner = model.vocabulary, self.draft.block_size, self.draft.inner
         keys = row_keys(key, batch.example_ids)
         encoded = model.encode(batch)
-        # Room for a block before the row and for a pass behind it: slots that are not there, and that nothing sees.
+        # Room for a block before the row and for a pass after it: slots that do not exist, and that nothing sees.
         names = ("tokens", "target_mask", "segment_ids", "positions")
         room = batch.replace(**{name: jnp.pad(getattr(batch, name), ((0, 0), (size, size + 1))) for name in names})
         length, row_numbers = batch.tokens.shape[1], jnp.arange(len(batch.tokens))

@@ -1,4 +1,4 @@
-"""Every evaluation that a run asks for: losses, likelihoods, and decoding with scores."""
+"""Evaluations of a run: losses, likelihoods, and decoding with scores."""
 
 import dataclasses
 import logging
@@ -26,14 +26,14 @@ logger = logging.getLogger(__name__)
 
 
 class LossDataset(Dataset, Protocol):
-    """What a loss needs of a data set; `data.cached_source.CachedDataset` is one."""
+    """The data-set interface that losses need; `data.cached_source.CachedDataset` implements it."""
 
     def eval_batches(self, num_examples: int | None = None) -> Iterator[tuple[Batch, Sequence[Example]]]:
         """The evaluation set in order, with the examples' texts."""
 
 
 class EvalDataset(LossDataset, Protocol):
-    """What evaluation needs of a data set; `data.seqio_source.SeqioDataset` is one."""
+    """The data-set interface that evaluation needs; `data.seqio_source.SeqioDataset` implements it."""
 
     def to_text(self, tokens: Sequence[int]) -> str:
         """The text of target tokens, up to EOS."""
@@ -54,7 +54,7 @@ class LossEval:
 
     Attributes:
       dataset: what to evaluate on.
-      num_batches: at most so many batches; None takes all, 0 skips this evaluation.
+      num_batches: maximum number of batches; None takes all, 0 skips this evaluation.
     """
 
     dataset: LossDataset
@@ -66,14 +66,14 @@ class LossEval:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeEval:
-    """A data set's metrics of what a decoder writes.
+    """Metrics of a decoder's output on a data set.
 
     Attributes:
       dataset: what to evaluate on.
-      decoder: what writes.
-      num_examples: only the first so many; None takes all, 0 skips this evaluation.
+      decoder: writes the texts.
+      num_examples: number of examples, from the start; None takes all, 0 skips this evaluation.
       seed: of the decoder's randomness.
-      samples_per_example: how many texts each example gets, for metrics such as pass@k; the others take the first.
+      samples_per_example: number of samples per example, for metrics such as pass@k; other metrics take the first.
         (A decoder may have samples of its own, of which it keeps the best.)
     """
 
@@ -91,11 +91,11 @@ class DecodeEval:
 
 @dataclasses.dataclass(frozen=True)
 class LikelihoodEval:
-    """How likely the objective's model finds the targets of a data set: see `evaluation.likelihood.summarize`.
+    """Likelihood of the targets of a data set under the objective: see `evaluation.likelihood.summarize`.
 
     Attributes:
       dataset: what to evaluate on.
-      num_examples: only the first so many; None takes all, 0 skips this evaluation.
+      num_examples: number of examples, from the start; None takes all, 0 skips this evaluation.
       num_draws: of each example, an even number; exact objectives need none.
       seed: of the draws.
     """
@@ -114,7 +114,7 @@ AnyEval = TypeVar("AnyEval", bound=LossEval | DecodeEval | LikelihoodEval)
 
 
 def prepared(evals: Sequence[AnyEval]) -> list[AnyEval]:
-    """The evaluations without those of 0 examples or batches, which the log names.
+    """The evaluations without those of 0 examples or batches, which are logged.
 
     Raises:
       UserError: a metric of one that decodes cannot run here.
@@ -158,7 +158,7 @@ class Evaluator:
     Args:
       mesh: to spread the rows over.
       definition: the model.
-      objective: of the losses and likelihoods; None where there are none of them.
+      objective: of the losses and likelihoods; None if there are none of them.
       loss_evals, decode_evals: what to run.
       teacher: of the objective; judges what is decoded, too.
       likelihood_evals: what to run, too.
@@ -180,7 +180,7 @@ class Evaluator:
         for evals in (loss_evals, decode_evals, likelihood_evals):
             names = [ev.dataset.name for ev in evals]
             if twice := {name for name in names if names.count(name) > 1}:
-                raise UserError(f"Two evaluations of one kind on {twice.pop()!r}: run them apart.")
+                raise UserError(f"Two evaluations of the same kind on {twice.pop()!r}: run them separately.")
         self._mesh = mesh
         self._judge = teacher and make_judge(mesh, teacher)
         self._decode_evals = [(ev, make_decode_step(mesh, definition, ev.decoder, seed=ev.seed)) for ev in decode_evals]
@@ -215,11 +215,11 @@ class Evaluator:
     ) -> Iterator[tuple[str, dict[str, float], list[dict[str, Any]]]]:
         """For each data set its name, metrics and predictions.
 
-        Before they are scored, `keep` gets name and predictions: what was decoded outlives a metric that fails.
+        Before scoring, `keep` gets name and predictions, so that decoded texts survive a failing metric.
 
         To the task's own metrics come "tokens_per_step", over all texts, of a decoder that speculates "acceptance" (the
         share of the drafted tokens that stayed), "decode_seconds", compilation and reading counted too, and with a
-        teacher "teacher_nll" (nats a token) and "teacher_agreement" (a share of the tokens).
+        teacher "teacher_nll" (nats per token) and "teacher_agreement" (a share of the tokens).
         """
         for ev, step in self._decode_evals:
             start = time.monotonic()
@@ -233,7 +233,7 @@ class Evaluator:
 
 
 def _totals(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What the records' numbers come to over all texts."""
+    """Totals of the records' figures over all texts."""
     sums = {
         name: sum(record[name] for record in records)
         for name in ("num_tokens", "num_steps", "teacher_nll", "teacher_agreement", "num_drafted", "num_accepted")

@@ -1,4 +1,4 @@
-"""What the verbs do before the work starts: check that data and model fit, and load a model's parameters."""
+"""Prepares a verb's work: checks that data and model fit, and loads a model's parameters."""
 
 from collections.abc import Iterable, Sequence
 from typing import Protocol
@@ -22,7 +22,7 @@ from diffusion_t5x.training.agreement import Agreement
 
 
 class Dataset(Protocol):
-    """What a data set says of itself before it is read."""
+    """The data-set interface that is available before reading."""
 
     @property
     def name(self) -> str: ...
@@ -42,7 +42,7 @@ class Dataset(Protocol):
 
 
 def check_datasets(datasets: Iterable[Dataset], model: ModelConfig, mesh: Mesh) -> None:
-    """Raises a UserError where a data set is amiss, or its rows or batches do not fit the model or the mesh."""
+    """Raises a UserError if a data set is invalid, or its rows or batches do not fit the model or the mesh."""
     for dataset in datasets:
         dataset.check()
         if dataset.architecture != model.architecture:
@@ -57,7 +57,7 @@ def check_datasets(datasets: Iterable[Dataset], model: ModelConfig, mesh: Mesh) 
 def load_teacher(
     path: AnyCheckpoint, config: ModelConfig, vocabulary: TokenIds, mesh: Mesh, setting: str, allow_mismatch: bool
 ) -> Teacher:
-    """As `load_model`, of an autoregressive model, with a message that says whose checkpoint is amiss."""
+    """Same as `load_model`, for the autoregressive teacher; error messages name the teacher's checkpoint."""
     try:
         checkpoint = open_checkpoint(path)
         Agreement.of(checkpoint, setting, allow_mismatch).check(config, [Autoregressive()])
@@ -75,7 +75,7 @@ def load_model(
     restore_rules: Sequence[Rule] = (),
     use_ema: bool = True,
 ) -> tuple[ModelDefinition, Params]:
-    """The model of a checkpoint, to be read and not trained.
+    """Loads a checkpoint's model for inference.
 
     Args:
       path: a checkpoint folder, a folder of them or a MODEL_DIR; or an open checkpoint.
@@ -97,7 +97,7 @@ def load_model(
 
 
 def abstract_params(mesh: Mesh, definition: ModelDefinition) -> Params:
-    """Shapes, dtypes and shardings of parameters that are read and not trained, see `ModelDefinition.as_read`."""
+    """Shapes, dtypes and shardings of parameters for inference, see `ModelDefinition.as_read`."""
     shapes = jax.eval_shape(definition.as_read, definition.abstract())
     shardings = partitioning.param_shardings(mesh, shapes, definition.axes())
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

@@ -1,4 +1,4 @@
-"""From a source's tensors to a checkpoint, tensor by tensor."""
+"""Writes a source's tensors to a checkpoint, one by one."""
 
 import dataclasses
 import math

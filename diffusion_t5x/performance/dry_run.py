@@ -35,7 +35,7 @@ _MOST_ROWS = 64  # a device, that `fit` tries
 
 
 class Rows(Protocol):
-    """What a data set says of its rows before it is read."""
+    """A data set's description of its rows, available before reading."""
 
     @property
     def name(self) -> str: ...
@@ -130,7 +130,7 @@ class SliceDryRun:
     def _run(self, what: str, lower: Lower, mesh: MeshConfig, model: ModelConfig, dataset: Rows, microbatches: int):
         model.check_length(dataset.row_length, f"task_feature_lengths of {dataset.name}")
         if self.output and pathlib.Path(self.output).exists():
-            raise UserError(f"--dry_run_output={self.output}: the file is there already, and nothing is overwritten.")
+            raise UserError(f"--dry_run_output={self.output}: the file exists already, and nothing is overwritten.")
         chip, devices = find_slice(self.topology)
         devices_mesh = mesh.make(devices)
         tried: list[Report] = []

@@ -1,4 +1,4 @@
-"""One self-contained HTML page that plays how texts came to be, token by token and step by step.
+"""A self-contained HTML page that plays traces, token by token and step by step.
 
 What models wrote is data: it stands in the page as JSON in which nothing can end the element, the script puts it there
 as text alone, and the page's policy lets no other script run.

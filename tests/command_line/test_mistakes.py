@@ -110,7 +110,7 @@ MISTAKES = [
     # Gin files.
     ("train", f"--gin_file=circle.gin {QUICKSTART}", ["circle.gin includes itself"]),
     ("train", f"--gin_file=macros.gin {QUICKSTART}", ["macros.gin", "A = %B = %A"]),
-    ("train", f"{QUICKSTART} --gin.TRAIN_STEPS=%EVAL_PERIOD --gin.EVAL_PERIOD=%TRAIN_STEPS", ["comes to a value"]),
+    ("train", f"{QUICKSTART} --gin.TRAIN_STEPS=%EVAL_PERIOD --gin.EVAL_PERIOD=%TRAIN_STEPS", ["is circular"]),
     ("train", f"--gin_file=runs/fintune.gin {SHORT}", ["Did you mean 'runs/finetune.gin'"]),
     ("train", f"{FINETUNE} --gin_files=runs/finetune.gin", ["Did you mean '--gin_file'?"]),
     ("train", f"{FINETUNE} --gin.MODEL_DIR = made", ["equals sign"]),
