@@ -29,6 +29,7 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval, prepared
 from diffusion_t5x.evaluation.inference import write_jsonl
 from diffusion_t5x.evaluation.loading import check_datasets, load_teacher
+from diffusion_t5x.evaluation.screen import evaluation_block, next_commands
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.objective import Objective
@@ -292,13 +293,16 @@ def train(
             def keep(task: str, predictions: list[dict[str, Any]]) -> None:
                 write_jsonl(os.path.join(model_dir, "inference_eval", task, f"predictions_{step}.jsonl"), predictions)
 
-            for task, metrics, _ in evaluator.decode(state.eval_params, keep):
+            samples = {}
+            for task, metrics, predictions in evaluator.decode(state.eval_params, keep):
                 results.append(("inference_eval", task, metrics))
+                samples[task] = predictions[:2]
             for kind, task, metrics in results:
                 writer.write(step, f"{kind}/{task}", metrics)
             found = {f"{task}/{name}": value for _, task, metrics in results for name, value in metrics.items()}
             if found:
-                logger.info("step %d: %s", step, "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+                shown = [(task, metrics) for _, task, metrics in results]
+                logger.info("%s", evaluation_block(f"evaluation at step {step:,} [95 % interval]", shown, samples))
             return found
 
         rows = f"{train_dataset.batch_size} rows of {train_dataset.row_length} tokens"
@@ -325,6 +329,7 @@ def train(
                 check_folder=check_folder,
                 description=f"{type(objective).__name__} on {train_dataset.name}",
             )
+        logger.info("%s", next_commands(model_dir))
 
 
 def _check_microbatches(mesh: Mesh, dataset: SeqioDataset, num_microbatches: int) -> None:
