@@ -26,7 +26,7 @@ from diffusion_t5x.command_line import config
 from diffusion_t5x.data.cached_source import CachedDataset
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval, prepared
+from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval, check_decoders, prepared
 from diffusion_t5x.evaluation.inference import write_jsonl
 from diffusion_t5x.evaluation.loading import check_datasets, load_teacher
 from diffusion_t5x.evaluation.screen import evaluation_block, next_commands
@@ -193,6 +193,7 @@ def train(
         )
         decoders = [*(ev.decoder for ev in decode_evals), *([rollout.decoder] if rollout else [])]
         Agreement("train.objective", record, _ALLOW_MISMATCH, allow_mismatch).check(model, decoders)
+        check_decoders(device_mesh, definition, decode_evals, abstract.eval_params)
         start_path = resume_path or initial_checkpoint_path
         start, restored = None, ""
         if start_path:
@@ -329,7 +330,8 @@ def train(
                 check_folder=check_folder,
                 description=f"{type(objective).__name__} on {train_dataset.name}",
             )
-        logger.info("%s", next_commands(model_dir))
+        scored = isinstance(train_dataset, SeqioDataset) and train_dataset.has_metrics
+        logger.info("%s", next_commands(model_dir, writes=record.decoder is not None, scored=scored))
 
 
 def _check_microbatches(mesh: Mesh, dataset: SeqioDataset, num_microbatches: int) -> None:

@@ -188,6 +188,12 @@ class SeqioDataset:
         sign = signs(self.vocabulary()).get(token)
         return sign.encode() if sign else piece(self.vocabulary(), token)
 
+    @property
+    def has_metrics(self) -> bool:
+        """Whether it is a task that scores decoded text; mixtures do not."""
+        provider = self._provider()
+        return isinstance(provider, libraries()[0].Task) and bool(provider.predict_metric_fns)
+
     def check_scoring(self) -> None:
         """Raises a UserError where `score` would: this is a mixture, or a metric cannot run on this machine."""
         scoring.check_metrics(self._task().predict_metric_fns)

@@ -39,23 +39,26 @@ def evaluation_block(
     return "\n".join(lines)
 
 
-def next_commands(model_dir: str) -> str:
-    """What to run on a MODEL_DIR whose training is over."""
-    return "\n".join(
-        [
-            "trained. Next:",
-            *(f"  diffusion-t5x {verb} --checkpoint {shlex.quote(model_dir)}" for verb in ("generate", "eval")),
-        ]
-    )
+def next_commands(model_dir: str, writes: bool, scored: bool) -> str:
+    """What to run on a MODEL_DIR whose training is over.
+
+    Args:
+      model_dir: of the run.
+      writes: whether its record has a decoder.
+      scored: whether it was trained on a task with metrics.
+    """
+    verbs = [verb for verb, fits in (("generate", writes), ("eval", writes and scored)) if fits]
+    commands = [f"  diffusion-t5x {verb} --checkpoint {shlex.quote(model_dir)}" for verb in verbs]
+    return "\n".join([f"trained: {model_dir}", *(["next:"] if commands else []), *commands])
 
 
 def with_intervals(metrics: Mapping[str, float]) -> list[str]:
-    """Each metric as text, with its 95 % interval where `NAME_low` and `NAME_high` go with it (see `metrics`)."""
+    """Each metric as text; first those that have a 95 % interval, `NAME_low` to `NAME_high` (see `metrics`)."""
     bounds = {name: (f"{name}_low", f"{name}_high") for name in metrics}
     bounds = {name: pair for name, pair in bounds.items() if all(bound in metrics for bound in pair)}
     within = {bound for pair in bounds.values() for bound in pair}
     texts = []
-    for name in metrics:
+    for name in sorted(metrics, key=lambda name: name not in bounds):
         if name in bounds:
             low, high = (metrics[bound] for bound in bounds[name])
             texts.append(f"{name} {metrics[name]:.4g} [{low:.4g}, {high:.4g}]")
