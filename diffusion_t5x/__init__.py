@@ -2,7 +2,11 @@
 
 import sys
 
+from diffusion_t5x import moved
+
 __version__ = "0.1.0"
+
+moved.install()
 
 
 def _answer_help() -> None:

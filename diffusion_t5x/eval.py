@@ -92,8 +92,12 @@ def evaluate(
     output = pathlib.Path(eval_output_dir or found[-1].model_dir / kind)
     if not dry_run:
         checkpoints.ensure_writable(str(output))
-    loss_evals, likelihood_evals, decode_evals = map(prepared, (loss_evals, likelihood_evals, decode_evals))
-    evals = [*loss_evals, *likelihood_evals, *decode_evals]
+    loss_evals, likelihood_evals, decode_evals = (
+        prepared(loss_evals),
+        prepared(likelihood_evals),
+        prepared(decode_evals),
+    )
+    evals: list[LossEval | LikelihoodEval | DecodeEval] = [*loss_evals, *likelihood_evals, *decode_evals]
     if not evals:
         raise UserError("Nothing to evaluate: set evaluate.decode_evals, loss_evals or likelihood_evals.")
     if (loss_evals or likelihood_evals) and objective is None:

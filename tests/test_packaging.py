@@ -67,7 +67,7 @@ def files_of(source):
     tasks = {pathlib.Path("diffusion_t5x") / path.relative_to(source) for path in (source / "tasks").rglob("*.py")}
     gin_files = {pathlib.Path("diffusion_t5x") / path.relative_to(source) for path in (source / "gin").rglob("*.gin")}
     templates = {
-        pathlib.Path("diffusion_t5x/evaluation") / name
+        pathlib.Path("diffusion_t5x/reporting") / name
         for name in ("report.html", "report.md", "trace_page.html", "trace_page.js")
     }
     return {path.as_posix() for path in modules | tasks | gin_files | templates}

@@ -1,14 +1,14 @@
 """What the verbs do before the work starts: check that data and model fit, and load a model's parameters."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning
-from diffusion_t5x.checkpointing import checkpoints
+from diffusion_t5x.checkpointing import restoring
 from diffusion_t5x.checkpointing.assignment import Rule
 from diffusion_t5x.checkpointing.checkpoints import AnyCheckpoint, open_checkpoint
 from diffusion_t5x.checkpointing.start import check_start
@@ -23,27 +23,31 @@ from diffusion_t5x.training.agreement import Agreement
 from diffusion_t5x.training.rollout import Rollout
 
 
-class Rows(Protocol):
-    """What a data set says of its rows before it is read."""
+class Dataset(Protocol):
+    """What a data set says of itself before it is read."""
 
-    name: str
-    task_feature_lengths: Mapping[str, int]
-    architecture: Architecture
-    batch_size: int
-    row_length: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def row_length(self) -> int: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def architecture(self) -> Architecture: ...
+
+    def check(self) -> None: ...
 
     def token_ids(self) -> TokenIds: ...
 
 
-class Dataset(Protocol):
-    """What a data set says of itself before it is read."""
+class Rows(Dataset, Protocol):
+    """What a data set says of its rows before it is read."""
 
-    name: str
-    row_length: int
-    batch_size: int
-    architecture: Architecture
-
-    def check(self) -> None: ...
+    @property
+    def task_feature_lengths(self) -> Mapping[str, int]: ...
 
 
 def check_datasets(datasets: Iterable[Dataset], model: ModelConfig, mesh: Mesh) -> None:
@@ -98,7 +102,7 @@ def load_model(
     definition = ModelDefinition(config, vocabulary)
     check_start(path, vocabulary, {"params": definition.abstract()}, restore_rules)
     abstract = abstract_params(mesh, definition)
-    return definition, checkpoints.restore_params(path, abstract, restore_rules, use_ema)
+    return definition, restoring.restore_params(path, abstract, restore_rules, use_ema)
 
 
 def abstract_params(mesh: Mesh, definition: ModelDefinition) -> Params:
@@ -115,7 +119,7 @@ def abstract_batch(mesh: Mesh, dataset: Rows, batch_size: int, rollout: Rollout 
     if rollout is not None:
         lengths["targets"] = rollout.max_length
 
-    def rows(dtype: type, *shape: int) -> jax.ShapeDtypeStruct:
+    def rows(dtype: type, *shape: int) -> Any:  # it stands where an array will
         return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding)
 
     apart = dataset.architecture == "encoder_decoder"
