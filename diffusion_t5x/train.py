@@ -29,9 +29,10 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.cached_source import CachedDataset
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval, prepared
+from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval, check_decoders, prepared
 from diffusion_t5x.evaluation.inference import write_jsonl
 from diffusion_t5x.evaluation.loading import Dataset, check_datasets, load_teacher
+from diffusion_t5x.evaluation.screen import evaluation_block, next_commands
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.objective import Objective
@@ -175,6 +176,7 @@ def train(
         record = _record(definition, objective, train_dataset, decode_evals, lora)
         decoders = [*(ev.decoder for ev in decode_evals), *([rollout.decoder] if rollout else [])]
         Agreement("train.objective", record, _ALLOW_MISMATCH, allow_mismatch).check(model, decoders)
+        check_decoders(device_mesh, definition, decode_evals, abstract.eval_params)
         assignment = start.check(definition, abstract, objective, lora, _ALLOW_MISMATCH, allow_mismatch)
         info = _describe(definition, abstract)
         if dry_run:
@@ -225,6 +227,8 @@ def train(
                 check_folder=check_folder,
                 description=f"{type(objective).__name__} on {train_dataset.name}",
             )
+        scored = isinstance(train_dataset, SeqioDataset) and train_dataset.has_metrics
+        logger.info("%s", next_commands(model_dir, writes=record.decoder is not None, scored=scored))
 
 
 def _check_data(
@@ -320,13 +324,16 @@ def _evaluate(evaluator: Evaluator, writer: Writer, model_dir: str, state: Train
     def keep(task: str, predictions: list[dict[str, Any]]) -> None:
         write_jsonl(os.path.join(model_dir, "inference_eval", task, f"predictions_{step}.jsonl"), predictions)
 
-    for task, metrics, _ in evaluator.decode(state.eval_params, keep):
+    samples = {}
+    for task, metrics, predictions in evaluator.decode(state.eval_params, keep):
         results.append(("inference_eval", task, metrics))
+        samples[task] = predictions[:2]
     for kind, task, metrics in results:
         writer.write(step, f"{kind}/{task}", metrics)
     found = {f"{task}/{name}": value for _, task, metrics in results for name, value in metrics.items()}
     if found:
-        logger.info("step %d: %s", step, "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        scores = [(task, metrics) for _, task, metrics in results]
+        logger.info("%s", evaluation_block(f"evaluation at step {step:,} [95 % interval]", scores, samples))
     return found
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
+from diffusion_t5x.data.sentencepiece_vocabulary import SentencePieceVocabulary
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import metrics
 from diffusion_t5x.tasks import cldr_pairs, preprocessors, sources, stdlib_corpus
@@ -89,7 +90,7 @@ def _write_atomically(path: pathlib.Path, content: bytes) -> None:
         raise UserError(f"Cannot write {path} ({error.strerror}): point DIFFUSION_T5X_CACHE elsewhere.") from error
 
 
-class QuickstartVocabulary(seqio.SentencePieceVocabulary):
+class QuickstartVocabulary(SentencePieceVocabulary):
     """The vocabulary at `vocabulary_file()`, looked for (and trained) only when its first text is encoded."""
 
     _sentencepiece_model_file: str

@@ -123,6 +123,8 @@ def test_adaptation_starts_from_the_parameters_with_a_fresh_optimizer(pretrained
     assert re.search(
         r"^  opt_state/ \(\d+ arrays\), step start anew, by the rule \('step\|opt_state", log, re.MULTILINE
     )
+    assert "compiling the training step …" in log and "evaluation at step 4" in log and "\x1b" not in log
+    assert log.endswith(f"trained: {tmp_path}\nnext:\n  diffusion-t5x generate --checkpoint {tmp_path}\n")  # a mixture
     before, after = arrays(pretrained), arrays(tmp_path)
     for name in before:
         if name.startswith("params/"):  # a learning rate of zero: what was restored is what is saved

@@ -15,6 +15,7 @@ from diffusion_t5x.data import fingerprints, scoring
 from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.fingerprints import Fingerprint
 from diffusion_t5x.data.rows import check_rows, fill_batches, rows_of_shard
+from diffusion_t5x.data.silence import silent_stderr
 from diffusion_t5x.data.truncation import CutCounter
 from diffusion_t5x.data.vocabularies import TokenIds, cells, difference, piece, signs, source_of, to_text, token_ids
 from diffusion_t5x.errors import UserError
@@ -41,26 +42,13 @@ def libraries() -> tuple[types.ModuleType, types.ModuleType]:
     """SeqIO and TensorFlow, silenced and kept off the accelerators, which belong to JAX."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    with _silent_stderr():
+    with silent_stderr():
         import seqio
         import tensorflow as tf
 
         with contextlib.suppress(RuntimeError):  # the caller has set TensorFlow up already
             tf.config.set_visible_devices([], "GPU")
     return seqio, tf
-
-
-@contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Drops what C++ code writes; TensorFlow reports missing accelerators at import, whatever its log level."""
-    kept = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def _plain(value: Any) -> Any:
@@ -191,6 +179,12 @@ class SeqioDataset:
         """One token by itself in UTF-8, of which it may be only a part; with the signs of `cells`."""
         sign = signs(self.vocabulary()).get(token)
         return sign.encode() if sign else piece(self.vocabulary(), token)
+
+    @property
+    def has_metrics(self) -> bool:
+        """Whether it is a task that scores decoded text; mixtures do not."""
+        provider = self._provider()
+        return isinstance(provider, libraries()[0].Task) and bool(provider.predict_metric_fns)
 
     def check_scoring(self) -> None:
         """Raises a UserError where `score` would: this is a mixture, or a metric cannot run on this machine."""

@@ -83,6 +83,8 @@ class TokenIds:
     def check_same(self, described: Mapping[str, str | int], path: str) -> None:
         """Checks that the checkpoint at `path`, whose metadata hold `described`, was trained with this vocabulary.
 
+        The name is that of a class: the same contents under another class are the same vocabulary.
+
         Raises:
           UserError: another vocabulary.
         """

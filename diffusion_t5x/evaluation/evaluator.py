@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
+import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_t5x.data.batch import Batch
@@ -13,7 +15,7 @@ from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.inference import Example, make_decode_step, predict
 from diffusion_t5x.evaluation.likelihood import likelihoods, make_likelihood_step, summarize
-from diffusion_t5x.evaluation.loading import Dataset
+from diffusion_t5x.evaluation.loading import Dataset, Rows, abstract_batch
 from diffusion_t5x.evaluation.losses import evaluate_loss
 from diffusion_t5x.evaluation.teacher import make_judge
 from diffusion_t5x.models.transformer import ModelDefinition, Params
@@ -32,7 +34,7 @@ class LossDataset(Dataset, Protocol):
         """The evaluation set in order, with the examples' texts."""
 
 
-class EvalDataset(LossDataset, Protocol):
+class EvalDataset(LossDataset, Rows, Protocol):
     """The data-set interface that evaluation needs; `data.seqio_source.SeqioDataset` implements it."""
 
     def to_text(self, tokens: Sequence[int]) -> str:
@@ -128,6 +130,23 @@ def prepared(evals: Sequence[AnyEval]) -> list[AnyEval]:
             ev.dataset.check_scoring()
         found.append(ev)
     return found
+
+
+def check_decoders(mesh: Mesh, definition: ModelDefinition, evals: Sequence[DecodeEval], params: Params) -> None:
+    """Traces what each evaluation decodes, of the shapes of its batches alone. Nothing is compiled or run.
+
+    A decoder that does not go with the model or the lengths raises here what it would raise in the first evaluation.
+
+    Args:
+      mesh: to spread the rows over.
+      definition: the model.
+      evals: that decode.
+      params: shapes and dtypes of the parameters.
+    """
+    for ev in evals:
+        step = make_decode_step(mesh, definition, ev.decoder, seed=ev.seed)
+        with jax.set_mesh(mesh):
+            jax.eval_shape(step, params, abstract_batch(mesh, ev.dataset, ev.dataset.batch_size), np.int32(0))
 
 
 def _check_number(name: str, value: int | None) -> None:

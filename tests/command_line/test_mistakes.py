@@ -148,6 +148,19 @@ def outcome(verb, arguments, capsys):
     return code, capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("verb", "arguments"),
+    [
+        ("train", "--num_processes=two"),
+        ("convert", "from_t5x x --output=y --max_distance far"),
+        ("report", "x --example a"),
+    ],
+)
+def test_a_flag_that_is_spelled_right_is_not_suggested(verb, arguments, folder, capsys):
+    code, said = outcome(verb, arguments, capsys)
+    assert code == 2 and "invalid int value" in said and "Did you mean" not in said, said
+
+
 @pytest.mark.parametrize(("verb", "arguments", "expected"), MISTAKES, ids=range(len(MISTAKES)))
 def test_a_mistake_ends_in_one_line(verb, arguments, expected, folder, capsys):
     code, said = outcome(verb, arguments, capsys)
