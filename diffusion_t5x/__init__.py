@@ -2,7 +2,11 @@
 
 import sys
 
+from diffusion_t5x import former_names
+
 __version__ = "0.1.0"
+
+former_names.install()
 
 
 def _answer_help() -> None:
