@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from typing import Any
 
 import jax
@@ -39,7 +39,7 @@ from diffusion_t5x.training.agreement import Agreement
 from diffusion_t5x.training.bad_numbers import BadNumbers, Judge
 from diffusion_t5x.training.goodput import Goodput
 from diffusion_t5x.training.host_batches import HostBatches
-from diffusion_t5x.training.lock import locked
+from diffusion_t5x.training.lock import can_be_made, locked
 from diffusion_t5x.training.loop import Periods, train_loop
 from diffusion_t5x.training.metrics import check_writers, make_writer
 from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout, check_rollout
@@ -156,13 +156,20 @@ def train(
             rollout=rollout,
         )
         return
-    if train_steps < 1:
-        raise UserError(f"TRAIN_STEPS must be at least 1, not {train_steps}.")
+    for setting, value, is_right, wanted in (
+        ("MODEL_DIR", model_dir, model_dir != "", "the path of a folder"),
+        ("TRAIN_STEPS", train_steps, train_steps >= 1, "at least 1"),
+        ("LOSS_NORMALIZING_FACTOR", loss_normalizing_factor, (loss_normalizing_factor or 1) > 0, "above 0, or None"),
+        ("train.train.ema_decay", ema_decay, 0 <= (ema_decay or 0) < 1, "in [0, 1), or None"),
+        ("train.train.hang_timeout", hang_timeout, hang_timeout is None or hang_timeout > 0, "above 0, or None"),
+    ):
+        if not is_right:
+            raise UserError(f"{setting} must be {wanted}, not {value!r}.")
     goodput = Goodput()
     device_mesh = mesh.make()
     check_writers(metric_writers)
     loss_evals, decode_evals = prepared(loss_evals), prepared(decode_evals)
-    with nullcontext() if dry_run else locked(model_dir) as check_folder:
+    with can_be_made(model_dir) if dry_run else locked(model_dir) as check_folder:
         checkpoint_folder = os.path.join(model_dir, "checkpoints")
         find = stored.latest_whole if allow_older_checkpoint else checkpointing.latest
         resume_path = find(checkpoint_folder)

@@ -24,13 +24,13 @@ def from_hf(path: str, output_folder: str, ignore_keys: Sequence[str] = ()) -> N
       UserError: what the folder holds is not supported or does not fit together, or the output is not empty; before
         anything is written.
     """
-    libraries()
-    from diffusion_t5x.tasks import registration
-
     final = output.empty_folder(output_folder)
     folder = Folder.open(path).without_keys(ignore_keys)
     described = families.describe(folder)
     tokenizer = folder.tokenizer()
+    libraries()
+    from diffusion_t5x.tasks import registration
+
     ids = token_ids(registration.vocabulary(str(tokenizer)))
     definition = importing.definition_of(folder, described, ids, tokenizer)
 
