@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from typing import Any
 
 import jax
@@ -39,7 +39,7 @@ from diffusion_t5x.training.agreement import Agreement
 from diffusion_t5x.training.bad_numbers import BadNumbers, Judge
 from diffusion_t5x.training.goodput import Goodput
 from diffusion_t5x.training.host_batches import HostBatches
-from diffusion_t5x.training.lock import can_be_made, locked
+from diffusion_t5x.training.lock import locked
 from diffusion_t5x.training.loop import Periods, train_loop
 from diffusion_t5x.training.metrics import check_writers, make_writer
 from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout, check_rollout
@@ -165,11 +165,13 @@ def train(
     ):
         if not is_right:
             raise UserError(f"{setting} must be {wanted}, not {value!r}.")
+    if dry_run:
+        checkpointing.ensure_writable(model_dir, dry_run=True)
     goodput = Goodput()
     device_mesh = mesh.make()
     check_writers(metric_writers)
     loss_evals, decode_evals = prepared(loss_evals), prepared(decode_evals)
-    with can_be_made(model_dir) if dry_run else locked(model_dir) as check_folder:
+    with nullcontext() if dry_run else locked(model_dir) as check_folder:
         checkpoint_folder = os.path.join(model_dir, "checkpoints")
         find = stored.latest_whole if allow_older_checkpoint else checkpointing.latest
         resume_path = find(checkpoint_folder)

@@ -97,6 +97,7 @@ class Parser(argparse.ArgumentParser):
             did_you_mean(flag, self._option_string_actions)
             or (value and f" A setting is --gin.{flag[2:].upper()}{value}.")
             for flag, value in re.findall(r"(--\w+)(=\S+)?", message)
+            if flag not in self._option_string_actions
         ]
         raise UserError(f"{message}.{''.join(suggestions)} --help lists the flags.")
 

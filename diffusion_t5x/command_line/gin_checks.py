@@ -155,10 +155,12 @@ def check_macros_used() -> None:
         if selector == _MACRO and scope not in used:
             with_it = [
                 file
-                for file in gin_reading.shipped()
+                for file in [*gin_reading.shipped("runs"), *gin_reading.shipped()]
                 if re.search(rf"^{re.escape(scope)} = ", gin_reading.shipped_text(file), re.MULTILINE)
             ]
-            hint = did_you_mean(scope, used) or (f" It goes with {', '.join(with_it[:3])}." if with_it else "")
+            hint = did_you_mean(scope, used) or (
+                f" It goes with {', '.join(list(dict.fromkeys(with_it))[:3])}." if with_it else ""
+            )
             raise UserError(f"{flag}: nothing in this configuration uses a macro {scope!r}.{hint}")
 
 

@@ -20,21 +20,6 @@ logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def can_be_made(directory: str) -> Iterator[None]:
-    """Writes nothing.
-
-    Raises:
-      UserError: something on the way to the folder is a file, or the folder that would hold it cannot be written to.
-    """
-    path = pathlib.Path(directory)
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    if "://" not in directory and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        state = "cannot be written to" if there.is_dir() else "is a file"
-        raise UserError(f"Cannot write to {directory}: {there} {state}. Choose another folder (MODEL_DIR).")
-    yield
-
-
-@contextlib.contextmanager
 def locked(directory: str) -> Iterator[Callable[[], None]]:
     """Holds the lock of a folder, which is made if it is not there.
 
