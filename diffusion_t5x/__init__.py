@@ -2,11 +2,11 @@
 
 import sys
 
-from diffusion_t5x import former_names
+from diffusion_t5x import moved
 
 __version__ = "0.1.0"
 
-former_names.install()
+moved.install()
 
 
 def _answer_help() -> None:

@@ -203,7 +203,7 @@ def train(
     logger.info("wrote %s", train_speed.write(benchmark_output_dir, describe(settings), machine, speeds))
 
 
-SUBCOMMANDS = {"decode": decode, "train": train}
+SUBCOMMANDS: dict[str, Callable[..., Any]] = {"decode": decode, "train": train}
 
 
 @dataclasses.dataclass(frozen=True)

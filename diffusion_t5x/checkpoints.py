@@ -7,7 +7,7 @@ MODEL_DIR or a folder of checkpoints. Exit status: 0 all is well, 1 something is
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an accelerator may be in use by the run that is looked at
 
@@ -100,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command; exits with status 0, 1 or 2 (see the module)."""
     with config.program():
         arguments = vars(parse(argv))
-        command = {"list": list_run, "show": show, "verify": verify, "diff": diff}[arguments.pop("command")]
+        commands: dict[str, Callable[..., bool]] = {"list": list_run, "show": show, "verify": verify, "diff": diff}
+        command = commands[arguments.pop("command")]
         try:
             sys.exit(0 if command(*arguments.values()) else 1)
         except stored.BrokenCheckpoint as error:

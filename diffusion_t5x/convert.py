@@ -3,7 +3,7 @@
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from diffusion_t5x.command_line import config, help_pages
 from diffusion_t5x.data.seqio_source import libraries
@@ -46,7 +46,7 @@ def from_llama2c(model_file: str, tokenizer_file: str, output_folder: str) -> No
     for name, array in source.arrays.items():
         check_finite(array, name, model_file)
     definition = ModelDefinition(source.config(), token_ids(vocabulary))
-    converted = source.params(rows=definition.config.vocab_size)
+    converted = source.params(rows=definition.config.num_embeddings)
 
     title = f"{os.path.basename(model_file)} of llama2.c, imported"
     gin = model_gin(title, source.config(), "TOKENIZER_FILE", folder / "tokenizer.bin")
@@ -68,7 +68,12 @@ def from_llama2c(model_file: str, tokenizer_file: str, output_folder: str) -> No
 def convert(argv: Sequence[str]) -> None:
     """Runs the conversion that the command line `argv` (without the program's name) asks for."""
     arguments = vars(help_pages.parser("convert").parse_args(argv))
-    sources = {"from_hf": from_hf, "to_hf": to_hf, "from_t5x": from_t5x, "from_llama2c": from_llama2c}
+    sources: dict[str, Callable[..., None]] = {
+        "from_hf": from_hf,
+        "to_hf": to_hf,
+        "from_t5x": from_t5x,
+        "from_llama2c": from_llama2c,
+    }
     sources[arguments.pop("source")](**arguments)
 
 

@@ -91,8 +91,12 @@ def evaluate(
     kind = "eval" if decode_evals else "likelihood" if likelihood_evals else "loss"
     output = pathlib.Path(eval_output_dir or found[-1].model_dir / kind)
     checkpoints.ensure_writable(str(output), dry_run)
-    loss_evals, likelihood_evals, decode_evals = map(prepared, (loss_evals, likelihood_evals, decode_evals))
-    evals = [*loss_evals, *likelihood_evals, *decode_evals]
+    loss_evals, likelihood_evals, decode_evals = (
+        prepared(loss_evals),
+        prepared(likelihood_evals),
+        prepared(decode_evals),
+    )
+    evals: list[LossEval | LikelihoodEval | DecodeEval] = [*loss_evals, *likelihood_evals, *decode_evals]
     if not evals:
         raise UserError("Nothing to evaluate: set evaluate.decode_evals, loss_evals or likelihood_evals.")
     if (loss_evals or likelihood_evals) and objective is None:

@@ -26,6 +26,7 @@ from diffusion_t5x.command_line import config
 from diffusion_t5x.command_line.recorded import gin_text
 from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.console import Console
+from diffusion_t5x.data import vocabulary_files
 from diffusion_t5x.data.seqio_source import SeqioDataset, libraries
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.decoding.decoder import Decoder
@@ -87,7 +88,7 @@ def generate(
       model: dimensions of the checkpoint's model.
       decoder: what writes.
       vocabulary: of the model.
-      vocabulary_file: in its place, see `tasks.registration.vocabulary`.
+      vocabulary_file: in its place, see `data.vocabulary_files.vocabulary`.
       context_eos: whether EOS stands behind a prompt.
       task: says what the three before leave open. Its preprocessors are not applied. Without it, EOS stands behind the
         prompts of encoder-decoders alone.
@@ -145,9 +146,9 @@ def _lengths(features: Mapping[str, int] | None, length: int | None, model: Mode
     if features is not None and not {"targets"} <= features.keys() <= {"inputs", "targets"}:
         raise UserError(f"TASK_FEATURE_LENGTHS must have targets, and may have inputs: {dict(features)}.")
     if features and "inputs" in features:
-        most, length = features["inputs"], length or features["targets"]
-        model.check_length(most + length if is_one_row else max(most, length), "TASK_FEATURE_LENGTHS or --length")
-        return most, length
+        inputs, targets = features["inputs"], length or features["targets"]
+        model.check_length(inputs + targets if is_one_row else max(inputs, targets), "TASK_FEATURE_LENGTHS or --length")
+        return inputs, targets
     most = features["targets"] if features else model.max_length
     if most is None:
         return None, length or _LENGTH
@@ -158,17 +159,15 @@ def _lengths(features: Mapping[str, int] | None, length: int | None, model: Mode
 
 
 def _vocabulary(file: str | None, dataset: SeqioDataset | None) -> "seqio.Vocabulary":
-    if file is None and dataset is None:
+    if file is None:
+        if dataset is not None:
+            return dataset.vocabulary()
         raise UserError(
             "The checkpoint names neither a task nor a vocabulary: give its file, --gin.VOCABULARY_FILE=FILE, or the "
             "task that it was trained on, --gin_file=tasks/... --gin.MIXTURE_OR_TASK_NAME=..."
         )
-    if file is None:
-        return dataset.vocabulary()
     libraries()
-    from diffusion_t5x.tasks import registration
-
-    return registration.vocabulary(file)
+    return vocabulary_files.vocabulary(file)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

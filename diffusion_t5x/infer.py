@@ -19,6 +19,7 @@ from diffusion_t5x.checkpointing import checkpoints
 from diffusion_t5x.checkpointing.assignment import Rule
 from diffusion_t5x.command_line import config
 from diffusion_t5x.command_line.recorded import checkpoint_texts
+from diffusion_t5x.command_line.slice_flags import slice_dry_run
 from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.console import Console
 from diffusion_t5x.data.seqio_source import SeqioDataset
@@ -34,7 +35,7 @@ from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.objectives.likelihood import check_num_draws
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.performance.dry_run import SliceDryRun, from_flags
+from diffusion_t5x.performance.dry_run import SliceDryRun
 from diffusion_t5x.reporting.trace_page import write_trace_page
 from diffusion_t5x.training.agreement import Agreement
 
@@ -143,11 +144,13 @@ def infer(
         if examples[-1]["example_id"] >= output.done
     )
     if mode == "score":
+        assert objective is not None  # see `_how`
         step = make_likelihood_step(device_mesh, definition, objective, num_draws=num_draws, seed=random_seed)
         records = likelihoods(step, params, batches, device_mesh, data.to_text)
     else:
+        assert decoder is not None  # see `_how`
         step = make_decode_step(device_mesh, definition, decoder, seed=random_seed, trace=trace)
-        text_mask = None if templates is None else data.text_mask
+        text_mask = data.text_mask if isinstance(data, Templates) else None
         records = predict(step, params, batches, device_mesh, data.to_text, data.cells, text_mask=text_mask)
     output.write(records, total, f"infer {dataset.name}")
     logger.info("wrote %s", output.path)
@@ -193,7 +196,7 @@ def _how(
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the flags and runs `infer`."""
     with config.program():
-        dry_run, rest = from_flags(sys.argv[1:] if argv is None else argv)
+        dry_run, rest = slice_dry_run(sys.argv[1:] if argv is None else argv)
         flags, rest = own_flags("infer").parse_known_args(rest)
         checkpoint = flags.checkpoint and checkpoints.open_checkpoint(flags.checkpoint)
         rest, texts = checkpoint_texts(checkpoint, rest, ["runs/infer.gin"], {"INFER_OUTPUT_DIR": None})

@@ -20,7 +20,7 @@ from diffusion_t5x.command_line import config
 from diffusion_t5x.command_line.recorded import checkpoint_texts, dataset_text
 from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.console import Console
-from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.batch import Array, Batch
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.vocabularies import TokenIds, visible
 from diffusion_t5x.errors import UserError
@@ -127,7 +127,7 @@ def inspect_data(
             console.print(writer.table(sequence))
 
 
-def _clean_reads(batch: Batch, reads: np.ndarray, vocabulary: TokenIds) -> tuple[np.ndarray, bool]:
+def _clean_reads(batch: Batch, reads: np.ndarray, vocabulary: TokenIds) -> tuple[Array, bool]:
     """What the model would read without noise, `[B, L]`: the tokens in their places, or one later. And if one later."""
     later = np.asarray(shift_right(batch.tokens, batch.positions, vocabulary.start_id))
     there = batch.segment_ids > 0
@@ -139,10 +139,13 @@ def _sequences(batch: Batch, reads: np.ndarray, changed: np.ndarray, row: int) -
     """The sequences of a row in the order in which the model reads them."""
     arrays = batch.tokens, batch.target_mask, batch.segment_ids, batch.positions, reads, changed
     if batch.encoder_tokens is None:
-        return [_Sequence("", *(x[row] for x in arrays))]
-    tokens, never = batch.encoder_tokens, np.zeros_like(batch.encoder_tokens, bool)
-    encoder = tokens, never, batch.encoder_segment_ids, batch.encoder_positions, tokens, never
-    return [_Sequence("encoder", *(x[row] for x in encoder)), _Sequence("decoder", *(x[row] for x in arrays))]
+        return [_Sequence("", *(np.asarray(x[row]) for x in arrays))]
+    tokens, segment_ids, positions = batch.encoder_tokens, batch.encoder_segment_ids, batch.encoder_positions
+    assert segment_ids is not None and positions is not None
+    never = np.zeros_like(tokens, bool)
+    encoder = tokens, never, segment_ids, positions, tokens, never
+    both = (("encoder", encoder), ("decoder", arrays))
+    return [_Sequence(name, *(np.asarray(x[row]) for x in fields)) for name, fields in both]
 
 
 def _summary(dataset: SeqioDataset, objective: Objective, batch: Batch, changed: np.ndarray, shifted: bool) -> Table:

@@ -28,6 +28,11 @@ LOGICAL_AXIS_RULES: dict[str, tuple[str, ...]] = {
 _rules = dict(LOGICAL_AXIS_RULES)  # those in force
 
 
+def leaf_name(path: jax.tree_util.KeyPath) -> str:
+    """The "/"-joined name of a leaf, such as "params/embedding"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """How many devices each mesh axis has.
@@ -56,7 +61,7 @@ class MeshConfig:
           UserError: an axis is no number of devices, they do not multiply to the number of devices, the devices are
             several slices and `replica` is not their number, or JAX computes in 64 bits.
         """
-        if jax.config.jax_enable_x64:
+        if jax.config.jax_enable_x64:  # type: ignore[attr-defined]  # JAX declares its settings as it runs
             raise UserError(
                 "JAX computes in 64 bits (JAX_ENABLE_X64), which no model is made for. Unset the variable, or call "
                 'jax.config.update("jax_enable_x64", False) first.'
@@ -158,7 +163,7 @@ def param_shardings(mesh: Mesh, abstract: Any, axes: Any) -> Any:
     """
 
     def sharding(path, leaf, names):
-        parameter = jax.tree_util.keystr(path, simple=True, separator="/")
+        parameter = leaf_name(path)
         cuts = [_rules.get(name, ()) for name in names]
         for mesh_axis in MESH_AXES:
             if len(cut := [name for name in names if mesh_axis in _rules.get(name, ())]) > 1:
@@ -239,7 +244,7 @@ def share_of_rows(mesh: Mesh) -> tuple[int, int]:
             f"The mesh {dict(mesh.shape)} gives some processes a part of the rows of others: change the axes of "
             "MeshConfig so that processes have the same rows or others."
         )
-    return shares.index(pieces[jax.process_index()]), len(shares)
+    return shares.index(frozenset(pieces[jax.process_index()])), len(shares)
 
 
 def _pieces(mesh: Mesh, devices: Iterable[jax.Device]) -> dict[jax.Device, int]:

@@ -31,7 +31,7 @@ def replacing(path: str | os.PathLike, mode: str = "w", errors: str = "strict") 
     Raises:
       UserError: the file cannot be written.
     """
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n", "errors": errors}
+    text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n", "errors": errors}
     if _is_special(path):
         with open(path, mode, **text) as file:
             yield file

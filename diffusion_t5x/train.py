@@ -5,10 +5,11 @@ least time are printed; --dry_run_output=FILE writes them as JSON, --fit looks f
 """
 
 import dataclasses
+import functools
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from typing import Any
 
@@ -17,34 +18,36 @@ import optax
 from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning, records, terminal
-from diffusion_t5x.checkpointing import checkpoints as checkpointing
 from diffusion_t5x.checkpointing import stored
-from diffusion_t5x.checkpointing.assignment import Rule
+from diffusion_t5x.checkpointing.assignment import Rule, named_leaves
+from diffusion_t5x.checkpointing.checkpoints import Checkpoints, ensure_writable, find_checkpoint
 from diffusion_t5x.checkpointing.record import Record, describe
-from diffusion_t5x.checkpointing.start import check_start
 from diffusion_t5x.command_line import config
+from diffusion_t5x.command_line.slice_flags import slice_dry_run
+from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.cached_source import CachedDataset
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval, prepared
 from diffusion_t5x.evaluation.inference import write_jsonl
-from diffusion_t5x.evaluation.loading import check_datasets, load_teacher
+from diffusion_t5x.evaluation.loading import Dataset, check_datasets, load_teacher
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.performance.dry_run import SliceDryRun, from_flags
+from diffusion_t5x.performance.dry_run import SliceDryRun
 from diffusion_t5x.training import lora as lora_training
 from diffusion_t5x.training.agreement import Agreement
 from diffusion_t5x.training.bad_numbers import BadNumbers, Judge
+from diffusion_t5x.training.beginning import Start
 from diffusion_t5x.training.goodput import Goodput
 from diffusion_t5x.training.host_batches import HostBatches
 from diffusion_t5x.training.lock import locked
 from diffusion_t5x.training.loop import Periods, train_loop
-from diffusion_t5x.training.metrics import check_writers, make_writer
+from diffusion_t5x.training.metrics import Writer, check_writers, make_writer
 from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout, check_rollout
 from diffusion_t5x.training.run_config import write_config
-from diffusion_t5x.training.state import TrainState, abstract_state, fresh_state, init_state, split
+from diffusion_t5x.training.state import TrainState, abstract_state, split
 from diffusion_t5x.training.step import make_train_step
 from diffusion_t5x.training.surroundings import explained
 
@@ -141,215 +144,216 @@ def train(
       UserError: anything that does not fit, before training data are read and before anything is compiled.
       SystemExit: told to stop, it has saved; see `training.preemption` for the exit codes.
     """
+    step: dict[str, Any] = {
+        "objective": objective,
+        "optimizer": optimizer,
+        "microbatches": num_microbatches,
+        "normalizing_factor": loss_normalizing_factor,
+        "ema_decay": ema_decay,
+    }
     if isinstance(dry_run, SliceDryRun):
         dry_run.train(
             mesh=mesh,
             model=model,
-            objective=objective,
             dataset=train_dataset,
-            optimizer=optimizer,
             lora=lora,
-            microbatches=num_microbatches,
-            normalizing_factor=loss_normalizing_factor,
-            ema_decay=ema_decay,
             teacher_model=teacher_model,
             rollout=rollout,
+            **step,
         )
         return
-    for setting, value, is_right, wanted in (
-        ("MODEL_DIR", model_dir, model_dir != "", "the path of a folder"),
-        ("TRAIN_STEPS", train_steps, train_steps >= 1, "at least 1"),
-        ("LOSS_NORMALIZING_FACTOR", loss_normalizing_factor, (loss_normalizing_factor or 1) > 0, "above 0, or None"),
-        ("train.train.ema_decay", ema_decay, 0 <= (ema_decay or 0) < 1, "in [0, 1), or None"),
-        ("train.train.hang_timeout", hang_timeout, hang_timeout is None or hang_timeout > 0, "above 0, or None"),
-    ):
-        if not is_right:
-            raise UserError(f"{setting} must be {wanted}, not {value!r}.")
+    _check_settings(model_dir, train_steps, loss_normalizing_factor, ema_decay, hang_timeout)
     if dry_run:
-        checkpointing.ensure_writable(model_dir, dry_run=True)
+        ensure_writable(model_dir, dry_run=True)
     goodput = Goodput()
     device_mesh = mesh.make()
     check_writers(metric_writers)
     loss_evals, decode_evals = prepared(loss_evals), prepared(decode_evals)
-    with nullcontext() if dry_run else locked(model_dir) as check_folder:
-        checkpoint_folder = os.path.join(model_dir, "checkpoints")
-        find = stored.latest_whole if allow_older_checkpoint else checkpointing.latest
-        resume_path = find(checkpoint_folder)
-        if initial_checkpoint_path and not resume_path:
-            initial_checkpoint_path = str(checkpointing.find_checkpoint(initial_checkpoint_path))
-        datasets = [train_dataset, *(ev.dataset for ev in [*loss_evals, *decode_evals])]
+    with nullcontext(lambda: None) if dry_run else locked(model_dir) as check_folder:
+        folder = os.path.join(model_dir, "checkpoints")
+        start = Start.find(folder, initial_checkpoint_path, restore_rules, allow_older_checkpoint)
+        datasets: list[Dataset] = [
+            train_dataset,
+            *(ev.dataset for ev in loss_evals),
+            *(ev.dataset for ev in decode_evals),
+        ]
         check_datasets(datasets, model, device_mesh)
         _check_microbatches(device_mesh, train_dataset, num_microbatches)
         check_rollout(objective, model, rollout, train_dataset)
-        if objective.needs_teacher and not teacher_checkpoint_path and not dry_run:
-            raise UserError(f"{type(objective).__name__} needs a teacher. Set TEACHER_CHECKPOINT_PATH.")
-        if teacher_checkpoint_path:
-            teacher_checkpoint_path = str(checkpointing.find_checkpoint(teacher_checkpoint_path))
-
-        vocabulary = train_dataset.token_ids()
-        definition = lora_training.define(model, vocabulary, lora)
+        teacher_path = _find_teacher(objective, teacher_checkpoint_path, bool(dry_run))
+        definition = lora_training.define(model, train_dataset.token_ids(), lora)
         abstract = abstract_state(device_mesh, definition, optimizer, ema_decay is not None)
-        record = Record.of(
-            definition.config,
-            vocabulary.describe(),
-            objective,
-            [ev.decoder for ev in decode_evals],
-            dataset=describe(train_dataset),
-            task=config.registration("MIXTURE_OR_TASK_NAME"),
-            lora=lora and lora.describe(),
-            **train_dataset.texts(),
-        )
+        record = _record(definition, objective, train_dataset, decode_evals, lora)
         decoders = [*(ev.decoder for ev in decode_evals), *([rollout.decoder] if rollout else [])]
         Agreement("train.objective", record, _ALLOW_MISMATCH, allow_mismatch).check(model, decoders)
-        start_path = resume_path or initial_checkpoint_path
-        start, restored = None, ""
-        if start_path:
-            start = checkpointing.open_checkpoint(start_path)
-            agreement = Agreement.of(start, _ALLOW_MISMATCH, allow_mismatch)
-            if resume_path:
-                agreement.check_resumed(model, objective, lora)
-            else:
-                agreement.check_initial(model, objective)
-                restore_rules = definition.restore_rules(restore_rules) if lora else restore_rules
-            rules = () if resume_path else restore_rules
-            restored = check_start(start, vocabulary, abstract, rules, resumes=bool(resume_path))
+        assignment = start.check(definition, abstract, objective, lora, _ALLOW_MISMATCH, allow_mismatch)
         info = _describe(definition, abstract)
         if dry_run:
-            batch = next(train_dataset.train_iterator())
-            shapes = (f"  {name} {x.dtype}{list(x.shape)}" for name, x in vars(batch).items() if x is not None)
-            print(info, "batch:", *shapes, sep="\n")
-            teacher = f", taught by {teacher_checkpoint_path}" if teacher_checkpoint_path else ""
-            print(f"Would train to step {train_steps} from {start_path or 'scratch'}{teacher}. Nothing was written.")
-            if restored:
-                print(terminal.safe(f"It starts with:\n{restored}"))
+            _show_plan(info, train_dataset, train_steps, start, teacher_path, assignment)
             return
 
         teacher = None
-        if teacher_checkpoint_path:
-            teacher = load_teacher(
-                teacher_checkpoint_path,
-                teacher_model or model,
-                vocabulary,
-                device_mesh,
-                _ALLOW_MISMATCH,
-                allow_mismatch,
-            )
-        data_state, evaluation_due, losses = None, False, ()
-        if resume_path:
-            state, data_state, metadata = checkpointing.restore(start, abstract)
-            evaluation_due, losses = metadata.get("evaluation_due", False), metadata.get("losses", ())
-        elif initial_checkpoint_path:
-            state = checkpointing.restore_initial(
-                start,
-                abstract,
-                restore_rules,
-                init=lambda: fresh_state(definition, optimizer, ema_decay is not None, jax.random.key(random_seed)),
-            )
-        else:
-            state = init_state(abstract, definition, optimizer, random_seed)
-        first_step = int(state.step)
-        how = f"{'resuming' if resume_path else 'initialised'} from {start_path}" if start_path else "from scratch"
-        logger.info("%s at step %d of %d", how, first_step, train_steps)
-        if restored:
-            logger.info("it starts with:\n%s", restored)
-        if first_step >= train_steps and not evaluation_due:
+        if teacher_path:
+            judged = (definition.vocabulary, device_mesh, _ALLOW_MISMATCH, allow_mismatch)
+            teacher = load_teacher(teacher_path, teacher_model or model, *judged)
+        begun = start.begin(definition, optimizer, abstract, random_seed)
+        first_step = int(begun.state.step)
+        logger.info("%s at step %d of %d", start, first_step, train_steps)
+        if assignment:
+            logger.info("it starts with:\n%s", assignment)
+        if first_step >= train_steps and not begun.evaluation_due:
             logger.info("%s: all %d steps are taken already, nothing to do", model_dir, train_steps)
             return
 
-        if resume_path and allow_older_checkpoint:
-            stored.set_aside_after(resume_path)
-        checkpoints = checkpointing.Checkpoints(checkpoint_folder, **dataclasses.asdict(checkpoint_policy))
+        if start.checkpoint and start.resumes and allow_older_checkpoint:
+            stored.set_aside_after(start.checkpoint.named)
+        checkpoints = Checkpoints(folder, **dataclasses.asdict(checkpoint_policy))
         if jax.process_index() == 0:
             write_config(os.path.join(model_dir, "config.gin"), config.operative_text(), first_step)
             records.write_text(os.path.join(model_dir, "model-info.txt"), info + "\n")
-        share = partitioning.share_of_rows(device_mesh)
-        batches = HostBatches(train_dataset.train_iterator, train_dataset.batch_size, share)
-        next_batch = lambda _: next(batches)  # noqa: E731
-        if rollout is not None:
-            batches = OnPolicyBatches(
-                device_mesh,
-                definition,
-                rollout,
-                batches,
-                num_inputs=train_dataset.task_feature_lengths["inputs"],
-                batch_size=train_dataset.batch_size,
-                seed=random_seed,
-            )
-            next_batch = batches.next_batch
-        if data_state is not None:
-            batches.load_state_dict(data_state)
-        train_step = make_train_step(
-            device_mesh,
-            abstract,
-            definition,
-            objective,
-            optimizer,
-            seed=random_seed,
-            microbatches=num_microbatches,
-            normalizing_factor=loss_normalizing_factor,
-            ema_decay=ema_decay,
-            teacher=teacher,
-        )
+        batches, next_batch = _batches(device_mesh, definition, train_dataset, rollout, random_seed)
+        if begun.data_state is not None:
+            batches.load_state_dict(begun.data_state)
+        train_step = make_train_step(device_mesh, abstract, definition, seed=random_seed, teacher=teacher, **step)
         evaluator = Evaluator(device_mesh, definition, objective, loss_evals, decode_evals, teacher)
         writer = make_writer(model_dir, metric_writers, first_step, config.operative_values())
-
-        def evaluate(state: TrainState, step: int) -> dict[str, float]:
-            # Metrics are written when all are known: an evaluation that is broken off is done again.
-            losses = evaluator.losses(state.eval_params)
-            results = [("training_eval", task, metrics) for task, metrics in losses.items()]
-
-            def keep(task: str, predictions: list[dict[str, Any]]) -> None:
-                write_jsonl(os.path.join(model_dir, "inference_eval", task, f"predictions_{step}.jsonl"), predictions)
-
-            for task, metrics, _ in evaluator.decode(state.eval_params, keep):
-                results.append(("inference_eval", task, metrics))
-            for kind, task, metrics in results:
-                writer.write(step, f"{kind}/{task}", metrics)
-            found = {f"{task}/{name}": value for _, task, metrics in results for name, value in metrics.items()}
-            if found:
-                logger.info("step %d: %s", step, "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
-            return found
-
         rows = f"{train_dataset.batch_size} rows of {train_dataset.row_length} tokens"
         with goodput, explained(abstract, rows, model_dir), closing(writer), closing(checkpoints):
             train_loop(
                 mesh=device_mesh,
-                state=state,
+                state=begun.state,
                 train_step=train_step,
                 next_batch=next_batch,
                 data_state=batches.state_dict,
                 total_steps=train_steps,
                 periods=periods,
-                evaluate=evaluate,
+                evaluate=functools.partial(_evaluate, evaluator, writer, model_dir),
                 checkpoints=checkpoints,
-                metadata={
-                    **record.metadata(),
-                    "config": config.operative_text(),
-                },
+                metadata={**record.metadata(), "config": config.operative_text()},
                 writer=writer,
-                judge=Judge(bad_numbers, model_dir, losses),
+                judge=Judge(bad_numbers, model_dir, begun.losses),
                 goodput=goodput,
-                evaluation_due=evaluation_due,
+                evaluation_due=begun.evaluation_due,
                 hang_timeout=hang_timeout,
                 check_folder=check_folder,
                 description=f"{type(objective).__name__} on {train_dataset.name}",
             )
 
 
-def _check_microbatches(mesh: Mesh, dataset: SeqioDataset, num_microbatches: int) -> None:
+def _check_settings(
+    model_dir: str,
+    train_steps: int,
+    loss_normalizing_factor: float | None,
+    ema_decay: float | None,
+    hang_timeout: float | None,
+) -> None:
+    def above_0(value: float | None) -> bool:
+        return value is None or value > 0
+
+    for name, value, is_right, wanted in (
+        ("MODEL_DIR", model_dir, model_dir != "", "the path of a folder"),
+        ("TRAIN_STEPS", train_steps, train_steps >= 1, "at least 1"),
+        ("LOSS_NORMALIZING_FACTOR", loss_normalizing_factor, above_0(loss_normalizing_factor), "above 0, or None"),
+        ("train.train.ema_decay", ema_decay, ema_decay is None or 0 <= ema_decay < 1, "in [0, 1), or None"),
+        ("train.train.hang_timeout", hang_timeout, above_0(hang_timeout), "above 0, or None"),
+    ):
+        if not is_right:
+            raise UserError(f"{name} must be {wanted}, not {value!r}.")
+
+
+def _check_microbatches(mesh: Mesh, dataset: SeqioDataset | CachedDataset, num_microbatches: int) -> None:
     rows = dataset.batch_size
     if num_microbatches < 1 or rows % num_microbatches:
         raise UserError(f"A batch of {rows} rows cannot be cut into num_microbatches = {num_microbatches}.")
     partitioning.check_batch(mesh, rows // num_microbatches, dataset.row_length)
 
 
+def _find_teacher(objective: Objective, path: str | None, may_be_missing: bool) -> str | None:
+    if objective.needs_teacher and not path and not may_be_missing:
+        raise UserError(f"{type(objective).__name__} needs a teacher. Set TEACHER_CHECKPOINT_PATH.")
+    return str(find_checkpoint(path)) if path else None
+
+
+def _record(
+    definition: ModelDefinition,
+    objective: Objective,
+    dataset: SeqioDataset | CachedDataset,
+    decode_evals: Sequence[DecodeEval],
+    lora: lora_training.Lora | None,
+) -> Record:
+    """What the checkpoints will say of this training."""
+    return Record.of(
+        definition.config,
+        definition.vocabulary.describe(),
+        objective,
+        [ev.decoder for ev in decode_evals],
+        dataset=describe(dataset),
+        task=config.registration("MIXTURE_OR_TASK_NAME"),
+        lora=lora and lora.describe(),
+        **dataset.texts(),
+    )
+
+
+def _show_plan(
+    info: str,
+    dataset: SeqioDataset | CachedDataset,
+    train_steps: int,
+    start: Start,
+    teacher_path: str | None,
+    assignment: str,
+) -> None:
+    """Prints what a run would do, for a dry run."""
+    batch = next(dataset.train_iterator())
+    shapes = (f"  {name} {x.dtype}{list(x.shape)}" for name, x in vars(batch).items() if x is not None)
+    print(info, "batch:", *shapes, sep="\n")
+    teacher = f", taught by {teacher_path}" if teacher_path else ""
+    source = start.checkpoint.named if start.checkpoint else "scratch"
+    print(f"Would train to step {train_steps} from {source}{teacher}. Nothing was written.")
+    if assignment:
+        print(terminal.safe(f"It starts with:\n{assignment}"))
+
+
+def _batches(
+    mesh: Mesh,
+    definition: ModelDefinition,
+    dataset: SeqioDataset | CachedDataset,
+    rollout: Rollout | None,
+    seed: int,
+) -> tuple[HostBatches | OnPolicyBatches, Callable[[TrainState], Batch]]:
+    """This process's share of the batches, of the data or of what the model writes to them; and the next."""
+    batches = HostBatches(dataset.train_iterator, dataset.batch_size, partitioning.share_of_rows(mesh))
+    if rollout is None:
+        return batches, lambda _: next(batches)
+    num_inputs = dataset.task_feature_lengths["inputs"]
+    written = OnPolicyBatches(mesh, definition, rollout, batches, num_inputs, dataset.batch_size, seed)
+    return written, written.next_batch
+
+
+def _evaluate(evaluator: Evaluator, writer: Writer, model_dir: str, state: TrainState, step: int) -> dict[str, float]:
+    """Metrics of a state by "<task>/<name>". They are written when all are known: an evaluation that is broken off is
+    done again."""
+    losses = evaluator.losses(state.eval_params)
+    results = [("training_eval", task, metrics) for task, metrics in losses.items()]
+
+    def keep(task: str, predictions: list[dict[str, Any]]) -> None:
+        write_jsonl(os.path.join(model_dir, "inference_eval", task, f"predictions_{step}.jsonl"), predictions)
+
+    for task, metrics, _ in evaluator.decode(state.eval_params, keep):
+        results.append(("inference_eval", task, metrics))
+    for kind, task, metrics in results:
+        writer.write(step, f"{kind}/{task}", metrics)
+    found = {f"{task}/{name}": value for _, task, metrics in results for name, value in metrics.items()}
+    if found:
+        logger.info("step %d: %s", step, "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+    return found
+
+
 def _describe(definition: ModelDefinition, state: TrainState) -> str:
     """Size and parameters of the model, one line each with shape, logical axes and partition."""
     names = jax.tree.leaves(definition.axes(), is_leaf=lambda x: isinstance(x, tuple))
     rows = [
-        f"  {jax.tree_util.keystr(path, simple=True, separator='/')} {list(leaf.shape)} "
-        f"({', '.join(axes)}) {leaf.sharding.spec}"
-        for (path, leaf), axes in zip(jax.tree_util.tree_leaves_with_path(state.params), names, strict=True)
+        f"  {name} {list(leaf.shape)} ({', '.join(axes)}) {leaf.sharding.spec}"
+        for (name, leaf), axes in zip(named_leaves(state.params).items(), names, strict=True)
     ]
     trained, _ = split(definition, state.params)
     size = sum(leaf.size for leaf in jax.tree.leaves(trained))
@@ -360,7 +364,7 @@ def _describe(definition: ModelDefinition, state: TrainState) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the flags and runs `train`."""
     with config.program():
-        dry_run, rest = from_flags(sys.argv[1:] if argv is None else argv)
+        dry_run, rest = slice_dry_run(sys.argv[1:] if argv is None else argv)
     config.run(train, rest, dry_run=dry_run)
 
 

@@ -18,7 +18,7 @@ import seqio
 import tensorflow as tf
 
 from diffusion_t5x import json_lines
-from diffusion_t5x.data import chat_template
+from diffusion_t5x.data import chat_template, vocabulary_files
 from diffusion_t5x.data.chat_template import ChatTemplate, Message
 from diffusion_t5x.data.huggingface_vocabulary import HuggingFaceVocabulary
 from diffusion_t5x.errors import UserError, did_you_mean
@@ -55,7 +55,7 @@ def task(
     Raises:
       UserError: no tokenizer.json, or no template beside it; on first reading what is wrong with a file.
     """
-    vocabulary = registration.vocabulary(vocabulary_file)
+    vocabulary = vocabulary_files.vocabulary(vocabulary_file)
     if not isinstance(vocabulary, HuggingFaceVocabulary):
         raise UserError(f"A chat template goes with a tokenizer.json, and VOCABULARY_FILE is {vocabulary_file}.")
     folder = pathlib.Path(vocabulary_file).expanduser().parent
@@ -79,7 +79,9 @@ def _turns(files: Sequence[str], template: ChatTemplate) -> Records:
     """The assistant's turns: "opening" (what is before the first), "prompt" and "answer", rendered."""
     lines = readers.Jsonl().read(files)
     conversations = dataclasses.replace(lines, parse=lambda i: _conversation(lines.parse(i)))
-    turns, unread, names = [], collections.Counter(), ", ".join(files)
+    turns: list[tuple[int, int]] = []
+    unread: collections.Counter[str] = collections.Counter()
+    names = ", ".join(files)
     for line, conversation in enumerate(conversations):
         turns += [(line, n) for n, message in enumerate(conversation["messages"]) if message["role"] == "assistant"]
         unread.update(name for name, value in conversation["variables"].items() if value and name not in template.names)

@@ -18,7 +18,7 @@ from diffusion_t5x.data import text_files
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.code.execution import Limits, Tests
 from diffusion_t5x.evaluation.code.pass_at_k import passed_tests
-from diffusion_t5x.tasks import readers
+from diffusion_t5x.tasks import readers, registration
 
 logger = logging.getLogger(__name__)
 
@@ -146,10 +146,10 @@ def _humaneval_tests(row: Mapping[str, Any]) -> str:
     return json.dumps({"asserts": [test], "entry_points": [name]})
 
 
-def _read(path: str, fields: Mapping[str, type]) -> dict[Any, dict[str, Any]]:
+def _read(path: str, fields: Mapping[str, type]) -> dict[Any, Mapping[str, Any]]:
     """The problems of a file of JSON lines by their task_id, each with all the fields."""
     records = readers.Jsonl().read(text_files.expand(path))
-    rows: dict[Any, dict[str, Any]] = {}
+    rows: dict[Any, Mapping[str, Any]] = {}
     for number, row in enumerate(records, 1):
         if missing := [name for name in fields if name not in row]:
             raise UserError(f"Problem {number} of {path} has no {missing[0]!r}: is it the right file?")
@@ -163,7 +163,9 @@ def _read(path: str, fields: Mapping[str, type]) -> dict[Any, dict[str, Any]]:
 
 
 def _is_a(value: Any, kind: type) -> bool:
-    return isinstance(value, kind) and (kind is not list or all(isinstance(part, str) for part in value))
+    if kind is list:
+        return isinstance(value, list) and all(isinstance(part, str) for part in value)
+    return isinstance(value, kind)
 
 
 def _register(
@@ -189,10 +191,8 @@ def _register(
         programs = [program(text, example["inputs_pretokenized"]) for text in texts]
         return programs[0] if isinstance(text, str) else programs
 
-    if name in seqio.TaskRegistry.names():
-        seqio.TaskRegistry.remove(name)
     feature = seqio.Feature(vocabulary, add_eos=True)
-    seqio.TaskRegistry.add(
+    return registration.add(
         name,
         source=seqio.FunctionDataSource(dataset, tuple(examples)),
         preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
@@ -201,4 +201,3 @@ def _register(
         metric_fns=[functools.partial(passed_tests, limits=limits, allow_unsafe=allow_unsafe)],
         shuffle_buffer_size=512,
     )
-    return name

@@ -12,6 +12,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import seqio
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 # A conversion or format behind a field's name, as in "{price:.2f}".
 _FORMATTED = re.compile(r"(?s)(.*?)(?:!([rsa]))?(?::(.*))?")
-_CONVERSIONS = {"r": repr, "s": str, "a": ascii, None: lambda value: value}
+_CONVERSIONS: dict[str | None, Callable[[Any], Any]] = {"r": repr, "s": str, "a": ascii, None: lambda value: value}
 
 
 class _Template:
@@ -60,7 +61,9 @@ class _Template:
     def _value(name: str, record: Fields) -> str:
         conversion = form = None
         if name not in record:
-            short, conversion, form = _FORMATTED.fullmatch(name).groups()
+            parts = _FORMATTED.fullmatch(name)
+            assert parts is not None, "each part may be missing"
+            short, conversion, form = parts.groups()
             if short not in record:
                 hint = did_you_mean(short, record) or f" There are {', '.join(map(repr, record))}."
                 raise ValueError(f"no field {short!r}.{hint}")
@@ -174,7 +177,7 @@ def task(
         is wrong with a file.
     """
     has_inputs = inputs is not None and objective is None
-    templates = ({"inputs": inputs} if has_inputs else {}) | {"targets": targets}
+    templates = {"targets": targets} if inputs is None or not has_inputs else {"inputs": inputs, "targets": targets}
     if not _Template(targets).fields:
         raise UserError(f"TARGETS = {targets!r} names no field, so all targets would be the same. Write {{a_field}}.")
     found = source(files, reader, templates, held_out)

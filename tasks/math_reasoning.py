@@ -23,7 +23,7 @@ def gsm8k(
     first "####", else the last number or formula in it.
 
     Args:
-      vocabulary_file: see `registration.vocabulary`.
+      vocabulary_file: see `vocabulary_files.vocabulary`.
       files: JSON lines with `question` and `answer` for each split; None reads TFDS, splits "train" and "test".
       num_shots: see `registration.task`.
 
@@ -44,7 +44,7 @@ def math500(vocabulary_file: str | None, files: Mapping[str, local_files.Pattern
     Targets are the solutions, in LaTeX, with the answer in a \\boxed; so are predictions expected.
 
     Args:
-      vocabulary_file: see `registration.vocabulary`.
+      vocabulary_file: see `vocabulary_files.vocabulary`.
       files: JSON lines with `problem` and `solution` for each split, as MATH's and MATH500's.
       num_shots: see `registration.task`; needs MATH's own training problems as split "train".
 

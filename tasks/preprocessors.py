@@ -219,7 +219,7 @@ def _longest_chunk(denoiser: Denoiser, room: tuple[int, int, int]) -> int:
             return length, length, 0
         # As t5 computes them, in float32. Behind the last hidden span the targets have one more sentinel.
         hidden = int(np.clip(np.round(np.float32(length) * np.float32(denoiser.noise_density)), 1, length - 1))
-        spans = int(max(np.round(np.float32(hidden) / np.float32(denoiser.mean_span_length)), 1))
+        spans = max(int(np.round(np.float32(hidden) / np.float32(denoiser.mean_span_length))), 1)
         return length - hidden + spans, hidden + spans + 1, spans + 1
 
     def fits(length: int) -> bool:

@@ -18,7 +18,7 @@ def c4(
     """Registers C4, or any TFDS data set of documents `text` with splits "train" and "validation"; returns the name.
 
     Args:
-      vocabulary_file: see `registration.vocabulary`.
+      vocabulary_file: see `vocabulary_files.vocabulary`.
       objective: one of `tasks.preprocessors`.
       tfds_name: of the data set.
       name: of the task.
@@ -40,7 +40,7 @@ def mc4(
     """Registers a task `mc4_<language>` for each language and their mixture `mc4`, and returns the mixture's name.
 
     Args:
-      vocabulary_file: see `registration.vocabulary`.
+      vocabulary_file: see `vocabulary_files.vocabulary`.
       objective: one of `tasks.preprocessors`.
       languages: mC4's codes, such as "en".
       temperature: a language's rate is its number of documents to the power of one over this (mT5, arXiv 2010.11934).

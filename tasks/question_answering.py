@@ -26,7 +26,7 @@ def squad(
     the metric takes the best of all. A context that does not fit is cut at its end.
 
     Args:
-      vocabulary_file: see `registration.vocabulary`.
+      vocabulary_file: see `vocabulary_files.vocabulary`.
       files: paths or glob patterns for each split, of JSON (also .gz) in SQuAD's format; None reads TFDS, splits
         "train" and "validation".
       name: of the task.

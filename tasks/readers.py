@@ -13,7 +13,7 @@ from typing import Any
 
 from diffusion_t5x import json_lines
 from diffusion_t5x.data import text_files
-from diffusion_t5x.data.text_files import Pieces
+from diffusion_t5x.data.text_files import Indexed, Pieces, T
 from diffusion_t5x.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -31,17 +31,17 @@ class Reader(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class Records(Sequence[Fields]):
+class Records(Indexed[T]):
     """`parse` of each index below `size`; a mistake in it is told with `where` it is."""
 
     size: int
-    parse: Callable[[int], Fields]
+    parse: Callable[[int], T]
     where: Callable[[int], str]
 
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> Fields:
+    def item(self, index: int) -> T:
         try:
             return self.parse(index)
         except ValueError as error:
@@ -105,7 +105,7 @@ class Tsv(Reader):
         pieces = Pieces(file)
         first = int(self.columns is None)
         if not len(pieces):
-            return Records(0, {}.__getitem__, pieces.where)
+            return Records(0, dict[int, Fields]().__getitem__, pieces.where)
         columns = pieces[0].split("\t") if self.columns is None else self.columns
         if twice := [name for number, name in enumerate(columns) if name in columns[:number]]:
             place = f"{pieces.where(0)}: the header" if self.columns is None else "Tsv.columns"

@@ -1,59 +1,19 @@
 """What gin files register tasks and mixtures with: each function registers in place of an earlier one of that name."""
 
 import functools
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import seqio
 import tensorflow as tf
-from google.protobuf.message import DecodeError
 
-from diffusion_t5x.data.vocabularies import SENTINELS, sentinels
+from diffusion_t5x.data.vocabulary_files import vocabulary
 from diffusion_t5x.errors import UserError, did_you_mean
 from diffusion_t5x.tasks import preprocessors as pretraining
 
 MetricFn = Callable[[Sequence[Any], Sequence[str]], Mapping[str, float]]
 Preprocessor = Callable[..., tf.data.Dataset]
-
-
-def vocabulary(file: str | None, extra_ids: int = SENTINELS) -> seqio.Vocabulary:
-    """A vocabulary by its file.
-
-    Args:
-      file: a Hugging Face tokenizer (.json), llama2.c's (.bin), or a SentencePiece model, which gets sentinels behind
-        its own pieces unless it ends in sentinels, as mT5's does, and the tokens that files beside it add; None takes
-        bytes.
-      extra_ids: how many sentinels.
-
-    Raises:
-      UserError: there is no such file, or it is none of these.
-    """
-    if file is None:
-        return seqio.ByteVocabulary(extra_ids=extra_ids)
-    path = os.path.expanduser(file)
-    if not os.path.isfile(path):
-        raise UserError(
-            f"There is no vocabulary file {file}: name a tokenizer's .json or .bin, a SentencePiece model, or None, "
-            "with --gin.VOCABULARY_FILE=FILE."
-        )
-    if path.endswith(".json"):
-        from diffusion_t5x.data.huggingface_vocabulary import HuggingFaceVocabulary
-
-        return HuggingFaceVocabulary(path)
-    if path.endswith(".bin"):
-        from diffusion_t5x.data.llama2c_vocabulary import Llama2cVocabulary
-
-        return Llama2cVocabulary(path)
-    own = seqio.SentencePieceVocabulary(path)
-    try:
-        has_sentinels = len(sentinels(own)) > 0
-    except (DecodeError, RuntimeError) as error:
-        raise UserError(f"{file} is no SentencePiece model.") from error
-    from diffusion_t5x.data.sentencepiece_vocabulary import with_added_tokens
-
-    return with_added_tokens(own, extra_ids=0 if has_sentinels else extra_ids)
 
 
 def task(

@@ -1,6 +1,5 @@
 """Prompts and texts for a model imported from llama2.c, whose tokenizer and whose texts are files of yours."""
 
-import dataclasses
 import logging
 import re
 
@@ -11,7 +10,7 @@ from diffusion_t5x.data import text_files
 from diffusion_t5x.data.llama2c_vocabulary import Llama2cVocabulary
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import metrics
-from diffusion_t5x.tasks import readers
+from diffusion_t5x.tasks import readers, registration
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +60,7 @@ def continuations(
     """
     vocabulary = Llama2cVocabulary(tokenizer_file)
     lines = readers.Jsonl().read(text_files.expand(samples_file))
-    predictions = dataclasses.replace(lines, parse=lambda i: _prediction(lines.parse(i)))
+    predictions = readers.Records(lines.size, lambda i: _prediction(lines.parse(i)), lines.where)
     texts = [tokens for tokens in map(vocabulary.encode, predictions) if len(tokens) > prompt_tokens]
     if short := len(predictions) - len(texts):
         logger.info("%s: %d of %d texts are too short, left out", samples_file, short, len(predictions))
@@ -95,13 +94,10 @@ def _prediction(record: readers.Fields) -> str:
 
 def _register(name, examples, splits, tokenizer_file, preprocessors, **fields):
     feature = seqio.Feature(Llama2cVocabulary(tokenizer_file), add_eos=False)
-    if name in seqio.TaskRegistry.names():
-        seqio.TaskRegistry.remove(name)
-    seqio.TaskRegistry.add(
+    return registration.add(
         name,
         source=seqio.FunctionDataSource(examples, splits),
         preprocessors=preprocessors,
         output_features={"inputs": feature, "targets": feature},
         **fields,
     )
-    return name

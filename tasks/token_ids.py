@@ -8,7 +8,7 @@ import seqio
 import tensorflow as tf
 
 from diffusion_t5x.data import text_files
-from diffusion_t5x.tasks import readers
+from diffusion_t5x.tasks import readers, registration
 
 TASK = "token_ids"
 FEATURES = ("inputs", "targets")
@@ -54,15 +54,12 @@ def register(train_file: str, validation_file: str, vocab_size: int, eos_id: int
         return tf.data.Dataset.from_tensor_slices(read(split))  # no generator: its position could not be saved
 
     feature = seqio.Feature(TokenIdVocabulary(vocab_size, eos_id, pad_id), add_eos=False)
-    if TASK in seqio.TaskRegistry.names():
-        seqio.TaskRegistry.remove(TASK)
-    seqio.TaskRegistry.add(
+    return registration.add(
         TASK,
         source=seqio.FunctionDataSource(examples, tuple(files)),
         preprocessors=[],
         output_features=dict.fromkeys(FEATURES, feature),
     )
-    return TASK
 
 
 def _ragged(rows: list[list[int]]) -> tf.RaggedTensor:

@@ -22,7 +22,7 @@ def wmt14(
     "validation" (newstest2013) and "test" (newstest2014). BLEU is sacrebleu's.
 
     Args:
-      vocabulary_file: see `registration.vocabulary`.
+      vocabulary_file: see `vocabulary_files.vocabulary`.
       source_language, target_language: codes of the TFDS data set's two languages.
       tfds_name: of any TFDS data set of translations with these splits.
       num_shots: see `registration.task`.

@@ -19,6 +19,7 @@ from diffusion_t5x.chat.conversation import one_line
 from diffusion_t5x.chat.prompts import Prompts
 from diffusion_t5x.command_line import config
 from diffusion_t5x.convert import convert
+from diffusion_t5x.data import vocabulary_files
 from diffusion_t5x.data.vocabularies import to_text, token_ids
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.errors import UserError
@@ -31,8 +32,6 @@ from diffusion_t5x.training.agreement import Agreement
 
 seqio = pytest.importorskip("seqio")
 from untrained import LENGTHS, RUN, SIZE, give_record, save_old, untrained  # noqa: E402
-
-from diffusion_t5x.tasks import registration  # noqa: E402
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "generate.md"
 PROMPTS = ["one", "", "été"]
@@ -113,7 +112,7 @@ def test_a_moved_folder_and_a_lost_tokenizer(stories, test_data, tmp_path, ask, 
 def test_an_imported_encoder_decoder_reads_eos_behind_its_prompt(form, tmp_path, ask):
     specials = {"eos_token": "<|end|>", "pad_token": "<|pad|>"}
     tokenizer = open_models.save_tokenizer(tmp_path, open_models.byte_level(), **specials)
-    vocabulary = registration.vocabulary(tokenizer)
+    vocabulary = vocabulary_files.vocabulary(tokenizer)
     model = ModelConfig(**SIZE, architecture="encoder_decoder", tie_embeddings=False)
     definition = ModelDefinition(model, token_ids(vocabulary))
     params = tiny.random_params(definition)

@@ -15,6 +15,7 @@ import tiny
 
 from diffusion_t5x import lm_eval
 from diffusion_t5x.convert import convert
+from diffusion_t5x.data import vocabulary_files
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.errors import UserError
@@ -26,7 +27,6 @@ from diffusion_t5x.reporting.report import write_report
 
 pytest.importorskip("seqio")
 
-from diffusion_t5x.tasks import registration
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "lm_eval.md"
 CHOICES = [("Once upon", [" a time", " one", " the small model"], 0), ("It learned", [" to write", " é, ☃"], 1)]
@@ -103,7 +103,7 @@ def test_the_pages_command_gives_our_own_numbers(folder, offline, tmp_path, caps
     flags = flags_of(folder, EVAL_OUTPUT_DIR=tmp_path / "out")
     flags = [flag + ",my_texts" if flag.startswith("--tasks") else flag for flag in flags]
     lm_eval.main(flags)
-    vocabulary = registration.vocabulary(str(folder / "qwen3" / "tokenizer.json"))
+    vocabulary = vocabulary_files.vocabulary(str(folder / "qwen3" / "tokenizer.json"))
     gin = (folder / "qwen3" / "model.gin").read_text()
     fields = dict(re.findall(r"^  (\w+) = (.+)$", gin, re.MULTILINE))
     config = ModelConfig(**{name: eval(value) for name, value in fields.items()}, scan_unroll=1)

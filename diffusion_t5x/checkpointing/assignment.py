@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.errors import UserError, did_you_mean
+from diffusion_t5x.partitioning import leaf_name
 
 # (regular expression of targets, template of the source or None); see `assign`.
 Rule = tuple[str, str | None]
@@ -23,7 +24,7 @@ _KINDS = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
 def named_leaves(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by name, in the tree's order."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return {leaf_name(path): leaf for path, leaf in leaves}
 
 
 def assign(targets: Mapping[str, Any], sources: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, str | None]:

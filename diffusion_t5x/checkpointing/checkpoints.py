@@ -15,9 +15,8 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,12 +25,10 @@ from etils import epath
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
-from diffusion_t5x.checkpointing import manifest, merging, stored, streaming
-from diffusion_t5x.checkpointing.assignment import Rule, assign, named_leaves
+from diffusion_t5x.checkpointing import manifest, stored, streaming
+from diffusion_t5x.checkpointing.assignment import named_leaves
 from diffusion_t5x.checkpointing.record import Record
 from diffusion_t5x.errors import UserError
-
-Tree = TypeVar("Tree")
 
 
 class Checkpoints:
@@ -308,126 +305,3 @@ def find_checkpoints(path: str) -> list[epath.Path]:
 def read_metadata(path: AnyCheckpoint) -> dict[str, Any]:
     """The metadata of a checkpoint."""
     return open_checkpoint(path).metadata
-
-
-def restore(path: AnyCheckpoint, abstract_state: Tree) -> tuple[Tree, dict[str, np.ndarray], dict[str, Any]]:
-    """All that `Checkpoints.save` wrote, to go on from it: state, data state and metadata.
-
-    Args:
-      path: a user's path, or an open checkpoint.
-      abstract_state: tree of `jax.ShapeDtypeStruct` whose shardings say where each array goes, on the mesh that it was
-        saved from or another. A leaf without sharding comes back as a numpy array.
-
-    Raises:
-      UserError: no such checkpoint, or it does not fit the state.
-    """
-    checkpoint = open_checkpoint(path)
-    checkpoint.verify()
-    data_state = stored.read_tree(checkpoint.path, "data") if (checkpoint.path / "data").exists() else {}
-    return _restore(checkpoint.path, abstract_state, reader=stored), data_state, checkpoint.metadata
-
-
-def restore_initial(
-    path: AnyCheckpoint,
-    abstract_state: Tree,
-    rules: Sequence[Rule] = (),
-    init: Callable[[], Tree] | None = None,
-) -> Tree:
-    """A state from a checkpoint by assignment rules, in T5X's manner (see `assignment.assign`).
-
-    As in all that reads a checkpoint but `restore`, factors of a LoRA run are merged (see `merging`).
-
-    Args:
-      path: a user's path, or an open checkpoint.
-      abstract_state: tree of `jax.ShapeDtypeStruct` with shardings.
-      rules: `(target regex, source template or None)`, in order. For a fresh optimizer: `("opt_state/.*", None)`.
-      init: makes the fresh state, traceable by `jax.jit`; needed where a rule leaves something fresh. Only what
-        stays fresh is computed.
-
-    Raises:
-      UserError: no checkpoint, an unused rule, or what does not fit.
-    """
-    checkpoint = open_checkpoint(path)
-    checkpoint.verify("state")
-    return _restore(checkpoint.path, abstract_state, rules, init)
-
-
-def restore_params(
-    path: AnyCheckpoint, abstract_params: Tree, rules: Sequence[Rule] = (), use_ema: bool = False
-) -> Tree:
-    """Only the parameters of a checkpoint, without the optimizer's state.
-
-    Args:
-      path: a user's path, or an open checkpoint.
-      abstract_params: tree of `jax.ShapeDtypeStruct` with shardings.
-      rules: assignment rules; names begin with `params/`.
-      use_ema: take the moving average of the parameters where the checkpoint has it and no rule says otherwise.
-
-    Raises:
-      UserError: no checkpoint, an unused rule, or what does not fit.
-    """
-    checkpoint = open_checkpoint(path)
-    checkpoint.verify("state")
-    if use_ema and any(name.startswith("ema/") for name in merging.leaves(checkpoint.path)):
-        rules = [*rules, (r"params/(.*)", r"ema/\1")]
-    return _restore(checkpoint.path, {"params": abstract_params}, rules)["params"]
-
-
-def open_params(
-    path: AnyCheckpoint, use_ema: bool = True
-) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
-    """The parameters of a checkpoint, to be read one by one.
-
-    Args:
-      path: a user's path, or an open checkpoint.
-      use_ema: take their moving average where the checkpoint has it.
-
-    Returns:
-      Their shapes by name, and what reads one of them.
-
-    Raises:
-      UserError: no checkpoint, or a broken one.
-    """
-    opened = open_checkpoint(path)
-    opened.verify("state")
-    checkpoint = opened.path
-    leaves = merging.leaves(checkpoint)
-    part = "ema/" if use_ema and any(name.startswith("ema/") for name in leaves) else "params/"
-    shapes = {name.removeprefix(part): tuple(leaf.shape) for name, leaf in leaves.items() if name.startswith(part)}
-
-    def read(name: str) -> np.ndarray:
-        target = {name: jax.ShapeDtypeStruct(shapes[name], np.float32)}
-        return merging.read_arrays(checkpoint, target, {name: part + name})[name]
-
-    return shapes, read
-
-
-def _restore(
-    checkpoint: epath.Path,
-    abstract_state: Tree,
-    rules: Sequence[Rule] = (),
-    init: Callable[[], Tree] | None = None,
-    reader: ModuleType = merging,
-) -> Tree:
-    targets, sources = named_leaves(abstract_state), reader.leaves(checkpoint)
-    try:
-        assignment = assign(targets, sources, rules)
-    except UserError as error:
-        raise UserError(f"{checkpoint}: {error}") from error
-    leaves = _initialise({t: targets[t] for t, source in assignment.items() if source is None}, init)
-    leaves |= reader.read_arrays(checkpoint, targets, {t: s for t, s in assignment.items() if s is not None})
-    return jax.tree.unflatten(jax.tree.structure(abstract_state), [leaves[name] for name in targets])
-
-
-def _initialise(abstract: dict[str, Any], init: Callable[[], Any] | None) -> dict[str, jax.Array]:
-    if not abstract:
-        return {}
-    if init is None:
-        names = ", ".join(abstract)
-        raise UserError(f"No assignment rule may leave parameters fresh here, but these would be: {names}.")
-
-    def fresh():
-        leaves = named_leaves(init())
-        return {name: leaves[name] for name in abstract}
-
-    return jax.jit(fresh, out_shardings={name: leaf.sharding for name, leaf in abstract.items()})()

@@ -128,7 +128,8 @@ def difference(first: str, second: str) -> Difference:
     kinds = [arrays(folder) for folder in folders]
     found = [_array_difference(name, folders, kinds) for name in sorted(kinds[0] | kinds[1])]
     metadata = [stored.read_metadata(folder) for folder in folders]
-    configs = [values.pop("config", "").splitlines() for values in metadata]
+    before, after = (values.pop("config", "").splitlines() for values in metadata)
+    names = map(str, folders)
     return Difference(
         arrays=[array for array in found if array],
         num_equal=found.count(None),
@@ -137,7 +138,7 @@ def difference(first: str, second: str) -> Difference:
             for name in sorted(metadata[0] | metadata[1])
             if metadata[0].get(name) != metadata[1].get(name)
         },
-        config=list(difflib.unified_diff(*configs, *map(str, folders), n=0, lineterm="")),
+        config=list(difflib.unified_diff(before, after, next(names), next(names), n=0, lineterm="")),
     )
 
 

@@ -8,7 +8,7 @@ import ast
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
@@ -181,7 +181,7 @@ class _Gin:
         return cls(**values)
 
 
-def _is_reference(value: Any) -> bool:
+def _is_reference(value: Any) -> TypeGuard[dict[str, Any]]:
     return isinstance(value, dict) and "@" in value
 
 

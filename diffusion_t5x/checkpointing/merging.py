@@ -50,7 +50,8 @@ def _merged(checkpoint: epath.Path, target: Any, shapes: dict[str, tuple[int, ..
         for (name, shape), sharding in zip(shapes.items(), (cut, whole, whole), strict=True)
     }
     arrays = stored.read_arrays(checkpoint, wanted, {name: name for name in wanted})
-    low_rank = LowRank(*(arrays[name] for name in wanted), scale=scale)
+    base, down, up = (arrays[name] for name in wanted)
+    low_rank = LowRank(base, down, up, scale=scale)
     merged = jax.jit(lambda x: x.merged().astype(target.dtype), out_shardings=cut)(low_rank)
     return np.asarray(merged) if cut is None else merged
 
@@ -64,6 +65,7 @@ def _parts(names: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     if not matrices:
         return {name: (name,) for name in names}
     in_a_matrix = {f"{matrix}/{part}" for matrix in matrices for part in _FACTORS}
+    found: dict[str, tuple[str, ...]]
     found = {name: (name,) for name in names if name not in in_a_matrix and not name.startswith("ema/")}
     found |= {matrix: tuple(f"{matrix}/{part}" for part in _FACTORS) for matrix in matrices}
     if any(name.startswith("ema/") for name in names):

@@ -41,7 +41,7 @@ def find_all(folder: epath.Path) -> list[Any]:
 
 def commit_class(directory: epath.Path) -> type:
     """How Orbax commits a checkpoint in this folder, with a manifest written just before."""
-    base = ocp.path.atomicity_defaults.get_default_temporary_path_class(directory)
+    base: Any = ocp.path.atomicity_defaults.get_default_temporary_path_class(directory)
 
     class WithManifest(base):
         async def finalize(self) -> None:
@@ -183,7 +183,7 @@ def read_tree(checkpoint: epath.Path, item: str) -> dict[str, np.ndarray]:
 
 def read_arrays(checkpoint: epath.Path, targets: Mapping[str, Any], sources: dict[str, str]) -> dict[str, Any]:
     """Reads `targets` from `sources`, straight into their shardings and dtypes."""
-    read = {}
+    read: dict[str, Any] = {}
     while sources:
         # Two targets of one source (parameters and their moving average) need two buffers: one is read later.
         now = {source: target for target, source in reversed(sources.items())}

@@ -236,7 +236,7 @@ def _run(
 ) -> None:
     takes = inspect.signature(main).parameters
     takes_dry_run, takes_mesh = "dry_run" in takes, "mesh" in takes
-    flags = parse_flags(main.__module__, argv, takes_dry_run, takes_mesh, _examples(main.__module__), subcommand)
+    flags = parse_flags(main.__module__, argv, takes_dry_run, takes_mesh, subcommand)
     if takes_mesh:
         processes.join(flags)  # before a gin file imports what may look for devices
     if flags.tfds_data_dir:
@@ -257,16 +257,6 @@ def _run(
     gin_guard.check_buckets(gin_checks.reached(main))
     if not flags.print_config:
         gin.get_configurable(main)(**({"dry_run": dry_run or flags.dry_run} if takes_dry_run else {}))
-
-
-def _examples(module: str) -> list[str]:
-    """A command for each shipped run of the verb, with the macros that must be set."""
-    runs = [file for file in shipped("runs") if module.rpartition(".")[2] in file]
-    required = [re.findall(r"^(\w+) = %gin.REQUIRED", shipped_text(file), re.MULTILINE) for file in runs]
-    return [
-        " ".join([f"--gin_file={file}", *(f"--gin.{name}=..." for name in names)])
-        for file, names in zip(runs, required, strict=True)
-    ]
 
 
 def _files_of(model: Mapping[str, Any]) -> str:
@@ -327,7 +317,7 @@ def _importable(main: Callable[..., Any]) -> Callable[..., Any]:
     script = sys.modules["__main__"]
     if script.__spec__:
         name = script.__spec__.name
-    elif pathlib.Path(script.__file__).resolve().parent == PACKAGE.resolve():
+    elif script.__file__ and pathlib.Path(script.__file__).resolve().parent == PACKAGE.resolve():
         name = f"{PACKAGE.name}.{pathlib.Path(script.__file__).stem}"
     else:
         return main

@@ -20,7 +20,6 @@ def parse_flags(
     argv: Sequence[str],
     takes_dry_run: bool,
     takes_mesh: bool,
-    examples: Sequence[str],
     subcommand: str = "",
 ) -> argparse.Namespace:
     """Reads the flags `argv` of the verb in `module`.
@@ -30,7 +29,6 @@ def parse_flags(
       argv: the command line without the program's name.
       takes_dry_run: whether there is a flag `--dry_run`.
       takes_mesh: whether several processes can do it together, see `processes`.
-      examples: arguments of commands that the help shows.
       subcommand: the word before the flags, where the module has several verbs.
 
     Returns:
@@ -54,7 +52,7 @@ def parse_flags(
         prog=program,
         usage="%(prog)s --gin_file=FILE [--gin.NAME=VALUE ...] [flags]",
         description=sys.modules[module].__doc__,
-        epilog="\n".join([ABOUT_OVERRIDES, *(f"example: {program} {example}" for example in examples)]),
+        epilog=ABOUT_OVERRIDES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -179,8 +179,8 @@ def macros() -> Mapping[str, Macro]:
             found.setdefault(macro, Macro(macro)).values[name] = value
         for macro, selector, parameter in file.uses:
             found.setdefault(macro, Macro(macro)).uses.append(_use(name, selector, parameter))
-    for macro in found.values():
-        macro.uses.sort(key=lambda use: not use.meaning)
+    for one in found.values():
+        one.uses.sort(key=lambda use: not use.meaning)
     return dict(sorted(found.items()))
 
 
@@ -212,8 +212,9 @@ class _Reader(config_parser.ParserDelegate):
 def read(name: str) -> File:
     """The statements of a shipped file."""
     text = (PACKAGE / "gin" / name).read_text(encoding="utf-8")
-    comment = re.match(r"(#.*\n)*", text)[0]
-    file = File(re.sub(r"^# ?", "", comment, flags=re.MULTILINE).strip(), {}, [], {}, [])
+    comment = re.match(r"(#.*\n)*", text)
+    assert comment is not None, "no lines match, too"
+    file = File(re.sub(r"^# ?", "", comment[0], flags=re.MULTILINE).strip(), {}, [], {}, [])
     for statement in config_parser.ConfigParser(text, _Reader()):
         if isinstance(statement, config_parser.ImportStatement):
             file.imports[statement.bound_name()] = statement.module

@@ -56,8 +56,8 @@ def _explanation(message: str, file: str) -> str:
     if match := re.match(r"No configurable matching (?:reference )?'@?([\w./]+)", message):
         name = match[1].rpartition("/")[2]
         length = name.count(".") + 1
-        names = {".".join(selector.split(".")[-length:]) for selector, _ in gin_config._REGISTRY.items()}
-        return f"no gin file that was read mentions {name!r}.{did_you_mean(name, names)}"
+        mentioned = {".".join(selector.split(".")[-length:]) for selector, _ in gin_config._REGISTRY.items()}
+        return f"no gin file that was read mentions {name!r}.{did_you_mean(name, mentioned)}"
     if match := re.match(r"'(.+)' was not provided by an import statement", message):
         text = pathlib.Path(file).read_text(encoding="utf-8") if file else ""
         imports = re.findall(r"^(?:from .+ )?import (?:.+ as )?(\w+)", text, re.MULTILINE)

@@ -68,6 +68,9 @@ class _Reading:
     """What is being read, and where all values were set that have been read."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
         self.places: dict[Key, Place] = {}
         self.replaced: dict[Key, Any] = {}
         self.now = Place("text", "gin")
@@ -80,7 +83,7 @@ _reading = _Reading()
 
 def start() -> None:
     """Forgets all that was read. From now on gin reads as this module says."""
-    _reading.__init__()
+    _reading.forget()
     config_parser.ConfigParser = _Parser
     gin_config.bind_parameter = _bind
     gin_config._FILE_READERS[:] = [(_opened, os.path.isfile)]

@@ -75,6 +75,7 @@ def _plain_parser(name: str) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    assert verb.add_arguments is not None, "a verb without gin has arguments of its own"
     verb.add_arguments(made)
     return made
 
@@ -118,8 +119,11 @@ def _macro_line(name: str, default: str, meaning: str) -> str:
 
 def _description(module: str) -> str:
     """A module's docstring, without importing the module."""
-    text = pathlib.Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
-    return re.match(r'r?"""(.*?)"""', text, re.DOTALL)[1].strip()
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    docstring = re.match(r'r?"""(.*?)"""', pathlib.Path(spec.origin).read_text(encoding="utf-8"), re.DOTALL)
+    assert docstring is not None
+    return docstring[1].strip()
 
 
 def answer(program: Sequence[str]) -> str | None:

@@ -16,7 +16,7 @@ _VARIABLES = {
 logger = logging.getLogger(__name__)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: argparse._ActionsContainer) -> None:
     """Adds `--distributed` and what goes with it."""
     add = parser.add_argument
     add(

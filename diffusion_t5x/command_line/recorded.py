@@ -21,7 +21,7 @@ _SCOPED_NAME = re.compile(rf"(?:[A-Za-z_]\w*/)*{_NAME.pattern}")
 _RUN_FILE = re.compile(r"--gin_file=(?:.*/)?runs/[^/]+\.gin")
 _HEADER = "from __gin__ import dynamic_registration"
 _TASK = "MIXTURE_OR_TASK_NAME"
-_VOCABULARY = "diffusion_t5x.tasks.registration.vocabulary"
+_VOCABULARY = "diffusion_t5x.data.vocabulary_files.vocabulary"
 
 
 def checkpoint_texts(
@@ -52,7 +52,7 @@ def checkpoint_texts(
         argv[place : place + 2] = [f"--gin_file={argv[place + 1]}"]
     given = [flag for flag in argv if _RUN_FILE.fullmatch(flag)]
     files = [flag.removeprefix("--gin_file=") for flag in given] or runs
-    macros = {"CHECKPOINT_PATH": checkpoint.named} | macros
+    macros = {"CHECKPOINT_PATH": checkpoint.named, **macros}
     texts = {
         "the run": "\n".join([_HEADER, *(f"include {file!r}" for file in files)]),
         f"the record of {checkpoint}": gin_text(checkpoint),

@@ -44,7 +44,7 @@ class WholeNumber(float):
 def hints(function_or_class: Callable[..., Any]) -> dict[str, Any]:
     """The annotations of the parameters of a function, or of a class's `__init__`, those that can be evaluated."""
     function = inspect.unwrap(function_or_class.__init__ if inspect.isclass(function_or_class) else function_or_class)
-    found = {}
+    found: dict[str, Any] = {}
     for name, annotation in getattr(function, "__annotations__", {}).items():
         holder = types.SimpleNamespace(__annotations__={name: annotation})
         try:

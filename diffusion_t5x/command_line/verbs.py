@@ -3,13 +3,15 @@
 The modules of the verbs read their own flags with the parsers made here, so that help shows the same ones.
 """
 
+import argparse
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from diffusion_t5x.command_line import parsers
 from diffusion_t5x.command_line.flags import Parser
 
+Container = TypeVar("Container", bound=argparse._ActionsContainer)
 Flags = Mapping[str, Mapping[str, Any]]
 """Arguments of `ArgumentParser.add_argument`, by the flag's name."""
 
@@ -57,8 +59,15 @@ _QUICKSTART_TASK = (
 
 
 def _without_gin(summary: str, example: str, module: str, add_arguments: Callable[[Parser], None]) -> Verb:
-    takes = {"takes_gin": False, "takes_dry_run": False, "takes_mesh": False}
-    return Verb(summary, example, module, add_arguments=add_arguments, **takes)
+    return Verb(
+        summary,
+        example,
+        module,
+        takes_gin=False,
+        takes_dry_run=False,
+        takes_mesh=False,
+        add_arguments=add_arguments,
+    )
 
 
 VERBS: Mapping[str, Verb] = {
@@ -198,8 +207,8 @@ def own_flags(name: str) -> Parser:
     return with_flags(Parser(add_help=False, allow_abbrev=False), VERBS[name].flags)
 
 
-def with_flags(parser: Parser, flags: Flags) -> Parser:
-    """The parser with these flags added."""
+def with_flags(parser: Container, flags: Flags) -> Container:
+    """The parser, or a group of it, with these flags added."""
     for flag, options in flags.items():
         parser.add_argument(flag, **options)
     return parser

@@ -139,9 +139,9 @@ def is_done(where: pathlib.Path, info: Info) -> bool:
     Raises:
       UserError: it holds something else.
     """
-    if not (where / "info.json").exists():
+    if not (where / "info.json").exists() or (found := read_info(where)) is None:
         return False
-    wanted, there = _settings(info), _settings(read_info(where))
+    wanted, there = _settings(info), _settings(found)
     if differences := [f"{key} {there.get(key)}, not {wanted[key]}" for key in wanted if there.get(key) != wanted[key]]:
         raise UserError(
             f"{where} holds a cache that was made otherwise: {'; '.join(differences)}. Nothing is overwritten: give "

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.batch import Array, Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 
 
-def after_end(tokens: jax.Array, batch: Batch, vocabulary: TokenIds) -> jax.Array:
+def after_end(tokens: Array, batch: Batch, vocabulary: TokenIds) -> jax.Array:
     """bool `[B, L]`: behind the first EOS or pad among the targets of its segment.
 
     The one place where the length of an output is decided: decoders drop what stands there.
@@ -23,6 +23,6 @@ def after_end(tokens: jax.Array, batch: Batch, vocabulary: TokenIds) -> jax.Arra
     return ends_before > jnp.take_along_axis(ends_before, segment_start, axis=-1)
 
 
-def text_of(batch: Batch, vocabulary: TokenIds) -> jax.Array:
+def text_of(batch: Batch, vocabulary: TokenIds) -> Array:
     """bool `[B, L]`: the targets of the text, the one that ends it too."""
     return batch.target_mask & ~after_end(batch.tokens, batch, vocabulary)

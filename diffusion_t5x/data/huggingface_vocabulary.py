@@ -1,12 +1,11 @@
 """Hugging Face's tokenizers (a `tokenizer.json`) as a vocabulary. Imports SeqIO: import it inside functions."""
 
 import functools
-import itertools
 import json
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import tokenizers
@@ -53,13 +52,14 @@ class HuggingFaceVocabulary(PythonVocabulary):
         tokenizer_files.check_room(ids, files, file)
         self._size = 1 + max(ids)
         self._ids = _special_ids(file.parent, self._tokenizer)
-        if self._ids["eos"] is None:
+        eos_id, pad_id = self._ids["eos"], self._ids["pad"]
+        if eos_id is None:
             raise UserError(
                 f"Nothing beside {path} says which token ends a text: add a tokenizer_config.json with an eos_token "
                 "that the tokenizer has."
             )
-        if self._ids["pad"] is None:
-            self._ids["pad"] = self._ids["eos"]
+        self._eos_id, self._pad_id = eos_id, eos_id if pad_id is None else pad_id
+        self._ids["pad"] = self._pad_id
         self.contents = f"{json.dumps(self._ids)} {self._text}".encode()
 
     @property
@@ -68,11 +68,11 @@ class HuggingFaceVocabulary(PythonVocabulary):
 
     @property
     def eos_id(self) -> int:
-        return self._ids["eos"]
+        return self._eos_id
 
     @property
     def pad_id(self) -> int:
-        return self._ids["pad"]
+        return self._pad_id
 
     @property
     def unk_id(self) -> int | None:
@@ -90,7 +90,8 @@ class HuggingFaceVocabulary(PythonVocabulary):
         """What the library makes a special token wherever it stands in a text, and what begins, ends and pads one."""
         special = {token for token, added in self._added.items() if added.special}
         roles = {token for token in self._ids.values() if token is not None}
-        return [self._tokenizer.id_to_token(token) for token in sorted(special | roles)]
+        names = map(self._tokenizer.id_to_token, sorted(special | roles))
+        return [name for name in names if name is not None]
 
     def is_text(self) -> np.ndarray:
         text = np.zeros(self._size, bool)
@@ -100,8 +101,10 @@ class HuggingFaceVocabulary(PythonVocabulary):
         return text
 
     def sentinel_ids(self) -> list[int]:
-        ids = (self._tokenizer.token_to_id(f"<extra_id_{number}>") for number in itertools.count())
-        return list(itertools.takewhile(lambda token: token is not None, ids))
+        ids: list[int] = []
+        while (token := self._tokenizer.token_to_id(f"<extra_id_{len(ids)}>")) is not None:
+            ids.append(token)
+        return ids
 
     def piece(self, token: int) -> bytes:
         name = self._tokenizer.id_to_token(token) or ""
@@ -183,7 +186,7 @@ def _special_ids(folder: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> dict[
     return ids
 
 
-def _is_id(token: Any) -> bool:
+def _is_id(token: Any) -> TypeGuard[int]:
     return isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 1 << 32
 
 

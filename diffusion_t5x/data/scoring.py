@@ -25,7 +25,7 @@ def score(task: "seqio.Task", records: Sequence[Mapping[str, Any]]) -> dict[str,
         ]
         for record in records
     ]
-    scores = {}
+    scores: dict[str, float] = {}
     for metric in task.predict_metric_fns:
         scores |= metric(targets, samples if takes_samples(metric) else [first for first, *_ in samples])
     return scores

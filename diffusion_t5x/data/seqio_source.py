@@ -360,7 +360,7 @@ class SeqioDataset:
         )
 
     def _describe(self, example_id: int, example: dict[str, Any]) -> dict[str, Any]:
-        described = {"example_id": example_id}
+        described: dict[str, Any] = {"example_id": example_id}
         for name in FEATURES:
             described[f"{name}_pretokenized"] = self.to_text(example[name].tolist() if name in example else [])
         for name, value in example.items():

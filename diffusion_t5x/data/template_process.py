@@ -77,15 +77,17 @@ class TemplateProcess:
         )
 
     def _exchange(self, request: str) -> dict[str, Any]:
+        process = self._process
+        assert process and process.stdin and process.stdout
         try:
-            self._process.stdin.write(request + "\n")
-            self._process.stdin.flush()
+            process.stdin.write(request + "\n")
+            process.stdin.flush()
         except BrokenPipeError:
             pass  # it has ended, and says no more
-        line = self._process.stdout.readline()
+        line = process.stdout.readline()
         if line.endswith("\n"):
             return json.loads(line)
-        process, self._process = self._process, None
+        self._process = None
         code = _wait(process)
         if code == -signal.SIGPROF:
             return {"error": f"it runs for more than {SECONDS:g} seconds"}

@@ -29,7 +29,7 @@ _LONGEST_ERROR = 300
 class _Generation(jinja2.ext.Extension):
     """{% generation %}, with which some templates mark what the assistant says."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012  (as Jinja has it)
 
     def parse(self, parser: Any) -> Any:
         next(parser.stream)

@@ -4,6 +4,7 @@ A file is plain or gzip; its text is UTF-8, with or without a byte order mark; i
 are read in place, with an index of 16 bytes a piece in memory. The text of gzip files is held in memory.
 """
 
+import abc
 import collections
 import glob
 import gzip
@@ -15,7 +16,7 @@ import re
 import stat
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from diffusion_t5x.errors import UserError
 logger = logging.getLogger(__name__)
 Path = str | os.PathLike[str]
 Patterns = str | Sequence[str]
+T = TypeVar("T")
 
 # Each pattern consumes what it has looked at, blank lines too: the time is linear in the file. Group 1 is a piece.
 _BLANK_LINES = rb"(?:[^\S\n]*+\n)*+"
@@ -150,7 +152,24 @@ def json_value(path: Path) -> Any:
         raise UserError(f"{os.fspath(path)}{line}: {error}.") from error
 
 
-class Pieces(Sequence[str]):
+class Indexed(Sequence[T]):
+    """A sequence that makes each item when it is asked for."""
+
+    @abc.abstractmethod
+    def item(self, index: int) -> T:
+        """The item of one index, from 0 on."""
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if isinstance(index, slice):
+            return [self.item(number) for number in range(*index.indices(len(self)))]
+        return self.item(index)
+
+
+class Pieces(Indexed[str]):
     """The pieces of a text file that a pattern finds, without the line ends around them.
 
     Raises:
@@ -168,7 +187,7 @@ class Pieces(Sequence[str]):
     def __len__(self) -> int:
         return len(self._spans)
 
-    def __getitem__(self, index: int) -> str:
+    def item(self, index: int) -> str:
         start, end = self._spans[index]
         try:
             return self._content[start:end].decode("utf-8").strip("\r\n").removeprefix("\ufeff")

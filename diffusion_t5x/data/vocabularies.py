@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_t5x import terminal
+from diffusion_t5x.data.batch import Array
 from diffusion_t5x.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class TokenIds:
             self, pad_id=self.mask_id, eos_id=self.mask_id, noise_ranges=_ranges(in_holes), noise_only=True
         )
 
-    def is_end(self, tokens: jax.Array) -> jax.Array:
+    def is_end(self, tokens: Array) -> jax.Array:
         """Whether tokens are EOS or pad, either of which ends a text."""
         return (tokens == self.eos_id) | (tokens == self.pad_id)
 
@@ -144,7 +145,7 @@ def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
         model, ids = vocabulary.tokenizer, list(range(size))
         special = np.array([model.IsControl(ids), model.IsUnknown(ids), model.IsUnused(ids)]).any(0)
         # T5's sentinels are added behind the pieces by SeqIO; later vocabularies have them in the model itself.
-        sentinel = [re.fullmatch("▁?<extra_id_[0-9]+>", piece) is not None for piece in model.IdToPiece(ids)]
+        sentinel = np.array([bool(re.fullmatch("▁?<extra_id_[0-9]+>", piece)) for piece in model.IdToPiece(ids)])
         text = ~(special | sentinel)
         if isinstance(vocabulary, AddedTokensVocabulary):
             text[[number for number, token in vocabulary.added if token.is_special]] = False
@@ -181,7 +182,7 @@ def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
 
 
 def source_of(vocabulary: "seqio.Vocabulary") -> dict[str, str | int | None] | None:
-    """The arguments by which `tasks.registration.vocabulary` makes this vocabulary again; None where it cannot."""
+    """The arguments by which `vocabulary_files.vocabulary` makes this vocabulary again; None where it cannot."""
     import seqio
 
     from diffusion_t5x.data.python_vocabulary import PythonVocabulary

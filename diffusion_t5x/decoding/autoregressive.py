@@ -129,5 +129,5 @@ class AutoregressiveDecoder(Decoder):
             steps=steps,
             row_steps=written,
             written_at=jnp.where(is_written, step_of_slot, -1),
-            trace=history and history.end(steps),
+            trace=None if history is None else history.end(steps),
         )

@@ -17,8 +17,7 @@ from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.transformer import Transformer
 
 
-@flax.struct.dataclass
-class Beams:
+class Beams(flax.struct.PyTreeNode):
     """`K` texts for each example, the best first.
 
     Attributes:
@@ -38,10 +37,10 @@ class Beams:
     def write(self, slot: jax.Array, token: jax.Array, log_probability: jax.Array, score: jax.Array) -> Self:
         """With one token more, in each example's slot `[B]`; the rest is `[B, K]`."""
         here = jnp.arange(self.tokens.shape[-1]) == slot[:, None, None]
-        put = lambda old, new: None if old is None else jnp.where(here, new[..., None], old)  # noqa: E731
-        return Beams(
-            tokens=put(self.tokens, token),
-            log_probability=put(self.log_probability, log_probability),
+        all_before = self.log_probability
+        return self.replace(
+            tokens=jnp.where(here, token[..., None], self.tokens),
+            log_probability=None if all_before is None else jnp.where(here, log_probability[..., None], all_before),
             score=score,
         )
 

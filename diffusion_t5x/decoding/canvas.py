@@ -21,8 +21,7 @@ from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import Transformer
 
 
-@flax.struct.dataclass
-class Written:
+class Written(flax.struct.PyTreeNode):
     """What one step wrote.
 
     Attributes:
@@ -40,8 +39,7 @@ class Written:
     finished: jax.Array | None = None
 
 
-@flax.struct.dataclass
-class Canvas:
+class Canvas(flax.struct.PyTreeNode):
     """Rows, or a block of each, between two steps.
 
     Attributes:
@@ -78,7 +76,7 @@ class Canvas:
 
     def after(self, written: Written, takes_part: jax.Array) -> Self:
         """After one more step, in which these rows, bool `[B]`, took part."""
-        return Canvas(
+        return self.replace(
             step=self.step + 1,
             tokens=written.tokens,
             log_probability=jnp.where(written.mask, written.log_probability, self.log_probability),

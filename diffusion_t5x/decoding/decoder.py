@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.batch import Array, Batch
 from diffusion_t5x.data.ends import after_end
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.models.modes import Mode
@@ -19,8 +19,7 @@ Watch = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 has of it, tokens and confidence `[B, L]`. Calls may overtake one another; an exception ends the decoding."""
 
 
-@flax.struct.dataclass
-class Trace:
+class Trace(flax.struct.PyTreeNode):
     """The rows before the first step and after each one; steps after a decoder's last one show the end.
 
     Attributes:
@@ -41,7 +40,7 @@ class Trace:
     def record(self, step: jax.Array, tokens: jax.Array, mask: jax.Array, log_probability: jax.Array) -> Self:
         """With one more step, counted from 0; the arguments are what `canvas.Written` holds."""
         confidence = jnp.where(mask, jnp.exp(log_probability), self.confidence[step])
-        return Trace(
+        return self.replace(
             tokens=self.tokens.at[step + 1].set(tokens), confidence=self.confidence.at[step + 1].set(confidence)
         )
 
@@ -51,8 +50,7 @@ class Trace:
         return jax.tree.map(lambda x: x[shown], self)
 
 
-@flax.struct.dataclass
-class Watched:
+class Watched(flax.struct.PyTreeNode):
     """In place of a `Trace`: shows the steps to a `Watch` as they are taken, and keeps none of them.
 
     Attributes:
@@ -97,8 +95,7 @@ def start_trace(
     return watched
 
 
-@flax.struct.dataclass
-class Decoded:
+class Decoded(flax.struct.PyTreeNode):
     """What a decoder wrote.
 
     Attributes:
@@ -128,14 +125,33 @@ class Decoded:
     num_accepted: jax.Array | None = None
 
     @classmethod
-    def of(cls, canvas: jax.Array, batch: Batch, vocabulary: TokenIds, **fields: jax.Array | None) -> Self:
+    def of(
+        cls,
+        canvas: jax.Array,
+        batch: Batch,
+        vocabulary: TokenIds,
+        *,
+        scores: jax.Array,
+        steps: jax.Array,
+        row_steps: jax.Array,
+        written_at: jax.Array,
+        trace: Trace | None,
+        num_drafted: jax.Array | None = None,
+        num_accepted: jax.Array | None = None,
+    ) -> Self:
         """What was written into a batch's targets, ended where it ends."""
         text = batch.target_mask & ~after_end(canvas, batch, vocabulary)
         return cls(
             tokens=end_at_eos(canvas, batch, vocabulary),
             num_tokens=jnp.sum(text, axis=-1, dtype=jnp.int32),
             canvas=canvas,
-            **fields,
+            scores=scores,
+            steps=steps,
+            row_steps=row_steps,
+            written_at=written_at,
+            trace=trace,
+            num_drafted=num_drafted,
+            num_accepted=num_accepted,
         )
 
 
@@ -170,7 +186,7 @@ class Decoder(Protocol):
         """
 
 
-def target_range(target_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+def target_range(target_mask: Array) -> tuple[jax.Array, jax.Array]:
     """Of masks bool `[B, L]`, the index of each row's first target and the number of its targets, int32 `[B]`."""
     return jnp.argmax(target_mask, axis=-1).astype(jnp.int32), jnp.sum(target_mask, axis=-1, dtype=jnp.int32)
 

@@ -13,6 +13,7 @@ from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.inference import Example, make_decode_step, predict
 from diffusion_t5x.evaluation.likelihood import likelihoods, make_likelihood_step, summarize
+from diffusion_t5x.evaluation.loading import Dataset
 from diffusion_t5x.evaluation.losses import evaluate_loss
 from diffusion_t5x.evaluation.teacher import make_judge
 from diffusion_t5x.models.transformer import ModelDefinition, Params
@@ -24,12 +25,8 @@ from diffusion_t5x.training.step import make_loss_step
 logger = logging.getLogger(__name__)
 
 
-class LossDataset(Protocol):
+class LossDataset(Dataset, Protocol):
     """What a loss needs of a data set; `data.cached_source.CachedDataset` is one."""
-
-    @property
-    def name(self) -> str:
-        """Of the task or mixture."""
 
     def eval_batches(self, num_examples: int | None = None) -> Iterator[tuple[Batch, Sequence[Example]]]:
         """The evaluation set in order, with the examples' texts."""
@@ -113,7 +110,7 @@ class LikelihoodEval:
         check_num_draws(self.num_draws)
 
 
-AnyEval = TypeVar("AnyEval", LossEval, DecodeEval, LikelihoodEval)
+AnyEval = TypeVar("AnyEval", bound=LossEval | DecodeEval | LikelihoodEval)
 
 
 def prepared(evals: Sequence[AnyEval]) -> list[AnyEval]:
@@ -161,7 +158,7 @@ class Evaluator:
     Args:
       mesh: to spread the rows over.
       definition: the model.
-      objective: of the losses and likelihoods.
+      objective: of the losses and likelihoods; None where there are none of them.
       loss_evals, decode_evals: what to run.
       teacher: of the objective; judges what is decoded, too.
       likelihood_evals: what to run, too.
@@ -174,7 +171,7 @@ class Evaluator:
         self,
         mesh: Mesh,
         definition: ModelDefinition,
-        objective: Objective,
+        objective: Objective | None,
         loss_evals: Sequence[LossEval],
         decode_evals: Sequence[DecodeEval],
         teacher: Teacher | None = None,
@@ -185,22 +182,25 @@ class Evaluator:
             if twice := {name for name in names if names.count(name) > 1}:
                 raise UserError(f"Two evaluations of one kind on {twice.pop()!r}: run them apart.")
         self._mesh = mesh
-        self._loss_evals = loss_evals
-        self._loss_step = make_loss_step(mesh, definition, objective, seed=0, teacher=teacher)
         self._judge = teacher and make_judge(mesh, teacher)
         self._decode_evals = [(ev, make_decode_step(mesh, definition, ev.decoder, seed=ev.seed)) for ev in decode_evals]
-        self._likelihood_evals = [
-            (ev, make_likelihood_step(mesh, definition, objective, num_draws=ev.num_draws, seed=ev.seed))
-            for ev in likelihood_evals
-        ]
+        self._loss_evals, self._likelihood_evals = [], []
+        if loss_evals or likelihood_evals:
+            assert objective is not None
+            loss_step = make_loss_step(mesh, definition, objective, seed=0, teacher=teacher)
+            self._loss_evals = [(ev, loss_step) for ev in loss_evals]
+            self._likelihood_evals = [
+                (ev, make_likelihood_step(mesh, definition, objective, num_draws=ev.num_draws, seed=ev.seed))
+                for ev in likelihood_evals
+            ]
 
     def losses(self, params: Params) -> dict[str, dict[str, float]]:
         """The loss and its metrics, by data set."""
         return {
             ev.dataset.name: evaluate_loss(
-                self._loss_step, params, (batch for batch, _ in ev.dataset.eval_batches()), self._mesh, ev.num_batches
+                step, params, (batch for batch, _ in ev.dataset.eval_batches()), self._mesh, ev.num_batches
             )
-            for ev in self._loss_evals
+            for ev, step in self._loss_evals
         }
 
     def likelihoods(self, params: Params) -> Iterator[tuple[str, dict[str, float], list[dict[str, Any]]]]:

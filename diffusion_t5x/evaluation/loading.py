@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning
-from diffusion_t5x.checkpointing import checkpoints
+from diffusion_t5x.checkpointing import restoring
 from diffusion_t5x.checkpointing.assignment import Rule
 from diffusion_t5x.checkpointing.checkpoints import AnyCheckpoint, open_checkpoint
 from diffusion_t5x.checkpointing.start import check_start
@@ -24,12 +24,21 @@ from diffusion_t5x.training.agreement import Agreement
 class Dataset(Protocol):
     """What a data set says of itself before it is read."""
 
-    name: str
-    row_length: int
-    batch_size: int
-    architecture: Architecture
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def row_length(self) -> int: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def architecture(self) -> Architecture: ...
 
     def check(self) -> None: ...
+
+    def token_ids(self) -> TokenIds: ...
 
 
 def check_datasets(datasets: Iterable[Dataset], model: ModelConfig, mesh: Mesh) -> None:
@@ -84,7 +93,7 @@ def load_model(
     definition = ModelDefinition(config, vocabulary)
     check_start(path, vocabulary, {"params": definition.abstract()}, restore_rules)
     abstract = abstract_params(mesh, definition)
-    return definition, checkpoints.restore_params(path, abstract, restore_rules, use_ema)
+    return definition, restoring.restore_params(path, abstract, restore_rules, use_ema)
 
 
 def abstract_params(mesh: Mesh, definition: ModelDefinition) -> Params:

@@ -142,7 +142,7 @@ def _math_verify() -> tuple[Callable[..., Any], Callable[..., bool]]:
     return parse, verify
 
 
-math_accuracy.check_here = _math_verify  # see data.scoring
+vars(math_accuracy)["check_here"] = _math_verify  # see data.scoring
 
 
 def warn_of_small_difference(first: float, second: float, num_examples: int) -> str | None:
@@ -193,7 +193,7 @@ def _bleu_of_counts(counts: np.ndarray) -> float:
     return sacrebleu.BLEU.compute_bleu(correct, total, sys_len, ref_len, smooth_method="exp").score
 
 
-def _check(targets: Sequence[str], predictions: Sequence[str]) -> None:
+def _check(targets: Sequence[object], predictions: Sequence[object]) -> None:
     if not targets:
         raise UserError("There are no examples to score: the split is empty, or everything was filtered out.")
     if len(targets) != len(predictions):

@@ -6,7 +6,7 @@ import json
 import logging
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TextIO
+from typing import IO, Any, NoReturn
 
 import jax
 
@@ -76,7 +76,7 @@ class RecordFile:
             if _said(record) != _said(example):
                 self._refuse(f"was begun with other data: example {number} has changed")
 
-    def _refuse(self, reason: str) -> None:
+    def _refuse(self, reason: str) -> NoReturn:
         raise UserError(f"{self.path} {reason}. Remove that file, or choose another INFER_OUTPUT_DIR.")
 
     def write(self, records: Iterable[Mapping[str, Any]], total: int, title: str) -> None:
@@ -129,7 +129,7 @@ def _said(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _lock(file: TextIO, path: pathlib.Path) -> Iterator[None]:
+def _lock(file: IO[Any], path: pathlib.Path) -> Iterator[None]:
     """Holds a lock of an open file; the kernel gives it back when the process ends."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from diffusion_t5x.data.seqio_source import libraries
 from diffusion_t5x.data.vocabularies import token_ids
+from diffusion_t5x.data.vocabulary_files import vocabulary
 from diffusion_t5x.importing import families, importing, output
 from diffusion_t5x.importing.huggingface import CARRIED, Folder
 
@@ -29,9 +30,7 @@ def from_hf(path: str, output_folder: str, ignore_keys: Sequence[str] = ()) -> N
     described = families.describe(folder)
     tokenizer = folder.tokenizer()
     libraries()
-    from diffusion_t5x.tasks import registration
-
-    ids = token_ids(registration.vocabulary(str(tokenizer)))
+    ids = token_ids(vocabulary(str(tokenizer)))
     definition = importing.definition_of(folder, described, ids, tokenizer)
 
     if described.passed_over:

@@ -8,12 +8,13 @@ import shutil
 from diffusion_t5x.data import tokenizer_files
 from diffusion_t5x.data.seqio_source import libraries
 from diffusion_t5x.data.vocabularies import TokenIds, token_ids
+from diffusion_t5x.data.vocabulary_files import vocabulary
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.importing import importing, output
 from diffusion_t5x.importing.families import Described, check_names
 from diffusion_t5x.importing.t5x_checkpoint import T5XCheckpoint
 from diffusion_t5x.importing.weights import Weight, table, under, vector
-from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.config import Activation, ModelConfig
 
 _KIND = "T5 1.1"
 _EMBEDDING = "token_embedder/embedding"
@@ -21,7 +22,7 @@ _LAYER = re.compile(r"(?<=/layers_)\d+")
 _HEAD = "decoder/logits_dense/kernel"
 
 
-def from_t5x(path: str, tokenizer_file: str, output_folder: str, activation: str, max_distance: int) -> None:
+def from_t5x(path: str, tokenizer_file: str, output_folder: str, activation: Activation, max_distance: int) -> None:
     """Imports an encoder-decoder that T5X has trained, from a checkpoint as it wrote them before it had Orbax.
 
     `output_folder` gets checkpoints/checkpoint_0 (step and parameters), a copy of the tokenizer and model.gin. The
@@ -29,7 +30,7 @@ def from_t5x(path: str, tokenizer_file: str, output_folder: str, activation: str
 
     Args:
       path: a folder with a file `checkpoint`.
-      tokenizer_file: its SentencePiece model. See `tasks.registration.vocabulary`.
+      tokenizer_file: its SentencePiece model. See `data.vocabulary_files.vocabulary`.
       output_folder: a folder that is empty or not there.
       activation: the gate of the feed-forward layers; no array tells it.
       max_distance: of the relative position bias; no array tells it.
@@ -57,12 +58,10 @@ def _ids(tokenizer: pathlib.Path) -> TokenIds:
     if tokenizer.suffix in (".json", ".bin"):
         raise UserError(f"{tokenizer} is no SentencePiece model, which the tokenizers of T5X's models are.")
     libraries()
-    from diffusion_t5x.tasks import registration
-
-    return token_ids(registration.vocabulary(str(tokenizer)))
+    return token_ids(vocabulary(str(tokenizer)))
 
 
-def _describe(source: T5XCheckpoint, activation: str, max_distance: int) -> Described:
+def _describe(source: T5XCheckpoint, activation: Activation, max_distance: int) -> Described:
     """The model by the shapes of its arrays."""
     rows, embed = _matrix(source, _EMBEDDING)
     heads, buckets = _matrix(source, "decoder/relpos_bias/rel_embedding")

@@ -109,10 +109,10 @@ def _table(source: Source, weight: Weight, shape: tuple[int, ...]) -> Streamed:
         block = source.read(weight.theirs, start, min(stop, known), their_axis)
         return block.T if weight.transposed else block
 
-    mean = 0.0
+    mean = np.zeros((1, 1))
     if rows > known:
         for start in range(0, known, step):
-            mean += known_rows(start, start + step).sum(axis=axis, keepdims=True, dtype=np.float64) / known
+            mean = mean + known_rows(start, start + step).sum(axis=axis, keepdims=True, dtype=np.float64) / known
 
     def read(start: int, stop: int) -> np.ndarray:
         parts = [known_rows(start, stop)] if start < known else []

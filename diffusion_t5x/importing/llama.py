@@ -100,7 +100,7 @@ def read_rotary(said: Keys, base: float, keys: Keys, length: int | None = None) 
     """
     said.require("partial_rotary_factor", 1.0)
     kind = said.require("rope_type", "default", "linear", "llama3", default=said.get("type", "default"))
-    fields = {"rotary_base": float(said.get("rope_theta", base))}
+    fields: dict[str, Any] = {"rotary_base": float(said.get("rope_theta", base))}
     if kind != "default":
         fields["rotary_factor"] = float(said.get("factor"))
     if kind == "llama3":

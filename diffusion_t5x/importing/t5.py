@@ -2,7 +2,7 @@
 
 from diffusion_t5x.importing.keys import Keys
 from diffusion_t5x.importing.weights import Weight, table, under, vector
-from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.config import Activation, ModelConfig
 
 EMBEDDING = "shared.weight"
 HEAD = "lm_head.weight"
@@ -15,7 +15,7 @@ ALIASES = {
     "num_hidden_layers": "num_layers",
     "head_dim": "d_kv",
 }
-_ACTIVATIONS = {"gated-gelu": "gelu", "gated-silu": "silu"}
+_ACTIVATIONS: dict[str, Activation] = {"gated-gelu": "gelu", "gated-silu": "silu"}
 _NAMES = {"gelu": ("gelu_new", "gelu_pytorch_tanh"), "silu": ("silu", "swish")}  # of the same functions
 
 

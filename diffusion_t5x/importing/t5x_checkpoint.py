@@ -8,7 +8,7 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import tensorstore
@@ -102,9 +102,10 @@ def _shape(leaf: Any) -> tuple[int, ...]:
 
 
 def _open(folder: pathlib.Path, name: str, leaf: Any) -> np.ndarray | tensorstore.TensorStore:
+    array: np.ndarray | tensorstore.TensorStore
     if _is_zarr(leaf):
-        array = _open_zarr(folder, name, leaf)
-        dtype = array.dtype.name
+        array = opened = _open_zarr(folder, name, leaf)
+        dtype = opened.dtype.name
     elif isinstance(leaf, np.ndarray):
         array, dtype = leaf, leaf.dtype.name
     else:
@@ -140,7 +141,7 @@ def _open_zarr(folder: pathlib.Path, name: str, spec: dict[str, Any]) -> tensors
 def _check_room(folder: pathlib.Path, name: str, array: tensorstore.TensorStore, path: pathlib.Path, said: str) -> None:
     """Raises a UserError where an array is larger than its files can hold, before anything goes through its chunks."""
     sizes = [file.stat().st_size for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
-    chunk = array.chunk_layout.read_chunk.shape
+    chunk = cast("tuple[int, ...]", array.chunk_layout.read_chunk.shape)  # Zarr always says it
     chunks = math.prod(-(-size // max(1, part)) for size, part in zip(array.shape, chunk, strict=True))
     if chunks > len(sizes):
         raise UserError(f"{folder}: files of the array {name} are missing in {said!r}.")

@@ -10,7 +10,7 @@ import numpy as np
 import safetensors.numpy
 
 from diffusion_t5x import records
-from diffusion_t5x.checkpointing import checkpoints
+from diffusion_t5x.checkpointing import checkpoints, restoring
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.importing import families, output
 from diffusion_t5x.importing.huggingface import CARRIED, DTYPES, INDEX, SINGLE, TENSORS, Folder
@@ -38,7 +38,7 @@ def to_hf(checkpoint: str, output_folder: str, like: str | None = None) -> None:
     final = output.empty_folder(output_folder)
     path = pathlib.Path(checkpoints.find_checkpoint(checkpoint))
     source = Folder.noted(_origin(path, like))
-    shapes, read = checkpoints.open_params(str(path))
+    shapes, read = restoring.open_params(str(path))
     described = families.describe(source, tied="head" not in shapes)
     layers = described.config.num_layers
     for weight in described.weights:
@@ -131,7 +131,7 @@ class _Files:
         if len(self.written) == 1:
             (self._folder / "1.safetensors").rename(self._folder / SINGLE)
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self.written, 1):
             file = f"model-{number:05}-of-{len(self.written):05}.safetensors"
             (self._folder / f"{number}.safetensors").rename(self._folder / file)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diffusion_t5x.data.batch import Array
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.dot_product import KEYS, QUERIES, attend
 from diffusion_t5x.models.layers import RMSNorm, add_bias, dense, normal, param
@@ -15,8 +16,7 @@ from diffusion_t5x.models.positions import rotate
 from diffusion_t5x.partitioning import constrain
 
 
-@flax.struct.dataclass
-class KVCache:
+class KVCache(flax.struct.PyTreeNode):
     """Keys and values of the slots seen so far, every layer's stacked, and what all slots of the rows are.
 
     A slot's keys stand at the slot's own index, so the mask between any queries and the cache follows from `slots`:
@@ -40,7 +40,7 @@ class KVCache:
     def take(self, rows: jax.Array) -> Self:
         """The cache of these rows, int32 `[B']`; a row may come more than once."""
         slots = jax.tree.map(lambda field: field[rows], self.slots)
-        return KVCache(keys=self.keys[:, rows], values=self.values[:, rows], slots=slots)
+        return self.replace(keys=self.keys[:, rows], values=self.values[:, rows], slots=slots)
 
 
 def write_rows(buffer_BxL: jax.Array, values_BxQ: jax.Array, start_B: jax.Array) -> jax.Array:
@@ -75,10 +75,10 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        positions: jax.Array,
+        positions: Array,
         sight: Sight,
         bias: jax.Array | None,
-        frequencies: jax.Array | None = None,
+        frequencies: Array | None = None,
         cached: tuple[jax.Array, jax.Array] | None = None,
         write_at: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
@@ -102,6 +102,7 @@ class Attention(nnx.Module):
         if frequencies is not None:
             query, key = (rotate(y, positions, frequencies) for y in (query, key))
         if cached is not None:
+            assert write_at is not None
             key, value = (write_rows(old, new, write_at) for old, new in zip(cached, (key, value), strict=True))
             cached = (key, value)
         return self._attend(query, key, value, bias, sight), cached

@@ -7,6 +7,7 @@ see nothing means nothing.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,7 @@ def splash(
     else:
         seen = pallas_splash.CausalMask(shape) if sight.order == "before" else pallas_splash.FullMask(shape)
         kernel = make(pallas_splash.MultiHeadMask([seen] * query.shape[1]))
-        segments = pallas_splash.SegmentIds(sight.query_segments, sight.key_segments)
+        segments = pallas_splash.SegmentIds(jnp.asarray(sight.query_segments), jnp.asarray(sight.key_segments))
         attended = jax.vmap(kernel)(query, key, value, segments)
     return jnp.swapaxes(attended, 1, 2)
 
@@ -119,7 +120,7 @@ def flash(
 
     def some_rows(bias, rows):
         def one(sight, *row):
-            row = [x[None] for x in row]
+            row = tuple(x[None] for x in row)
             if sight.order is None:
                 return kernel(*row, jnp.where(sight.mask, bias, _HIDDEN)[None])[0]
             segments = pallas_flash.SegmentIds(sight.query_segments[None], sight.key_segments[None])
@@ -132,7 +133,7 @@ def flash(
     return jnp.swapaxes(attended.reshape(query.shape), 1, 2)
 
 
-KERNELS = {"cudnn": cudnn, "splash": splash, "flash": flash}
+KERNELS: dict[str, Callable[..., jax.Array]] = {"cudnn": cudnn, "splash": splash, "flash": flash}
 
 
 def _block(length: int) -> int:

@@ -6,6 +6,9 @@ from typing import Literal
 from diffusion_t5x.data.batch import Architecture
 from diffusion_t5x.errors import UserError, check_choices
 
+Activation = Literal["gelu", "silu"]
+Remat = Literal["none", "dots", "full"]
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -69,7 +72,7 @@ class ModelConfig:
     num_kv_heads: int | None = None
     position: Literal["relative", "rotary", "learned"] = "relative"
     norm: Literal["rms", "layer"] = "rms"
-    activation: Literal["gelu", "silu"] = "gelu"
+    activation: Activation = "gelu"
     gated: bool = True
     tie_embeddings: bool = True
     query_key_norm: bool = False
@@ -97,7 +100,7 @@ class ModelConfig:
     dropout_rate: float = 0.0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     scan_unroll: int | bool = 1
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Remat = "none"
 
     def __post_init__(self) -> None:
         for name in ("embed_dim", "num_layers", "num_heads", "head_dim", "mlp_dim"):
@@ -143,6 +146,12 @@ class ModelConfig:
         if self.logits_scale is not None:
             return self.logits_scale
         return self.embed_dim**-0.5 if self.tie_embeddings else 1.0
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the embedding; known once the config is one `with_vocabulary`."""
+        assert self.vocab_size is not None
+        return self.vocab_size
 
     def with_vocabulary(self, size: int) -> "ModelConfig":
         """The same model with an embedding row for each of `size` ids.

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,10 @@ def softcap(x: jax.Array, cap: float | None) -> jax.Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
+@overload
+def fold_in(keys: jax.Array, number: jax.Array | int) -> jax.Array: ...
+@overload
+def fold_in(keys: None, number: jax.Array | int) -> None: ...
 def fold_in(keys: jax.Array | None, number: jax.Array | int) -> jax.Array | None:
     """Each row's key `[B]` for one of several uses; None stays None."""
     return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)

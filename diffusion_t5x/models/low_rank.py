@@ -5,8 +5,7 @@ import jax
 import jax.numpy as jnp
 
 
-@flax.struct.dataclass
-class LowRank:
+class LowRank(flax.struct.PyTreeNode):
     """Stands where a parameter stands, and means `base + scale * down up`; layers multiply by the three one by one.
 
     Leading axes, such as that of stacked layers, are the same in all three.

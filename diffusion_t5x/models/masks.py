@@ -7,14 +7,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.batch import Array, Batch
 from diffusion_t5x.errors import UserError, check_choices
 
-Order = Literal["before", "all"]  # of its segment, a query sees the slots up to its own, or all
+Reach = Literal["before", "all"]  # of its segment, a query sees the slots up to its own, or all
 
 
-@flax.struct.dataclass
-class Slots:
+class Slots(flax.struct.PyTreeNode):
     """What the mask room knows of every token slot; each field is `[B, L]`.
 
     Attributes:
@@ -26,9 +25,9 @@ class Slots:
         Slots of one segment are as far apart as their indices.
     """
 
-    segment_ids: jax.Array
-    positions: jax.Array
-    is_input: jax.Array
+    segment_ids: Array
+    positions: Array
+    is_input: Array
     is_noisy: jax.Array | None = None
     index: jax.Array | None = None
 
@@ -47,7 +46,7 @@ class Slots:
         return jnp.abs(self.positions[:, :, None] - keys.positions[:, None, :]) < window
 
 
-def same_segment(queries: jax.Array, keys: jax.Array) -> jax.Array:
+def same_segment(queries: Array, keys: Array) -> jax.Array:
     """bool `[B, Lq, Lk]` of segment ids `[B, Lq]` and `[B, Lk]`: of one segment, and there at all."""
     return (queries[:, :, None] == keys[:, None, :]) & (keys[:, None, :] > 0)
 
@@ -87,18 +86,21 @@ class AttentionKind:
             return together & ((key_position <= query_position) | keys.is_input[:, None, :])
         # Inputs come first in a segment, so their number is the position of its first target.
         first_target = jnp.sum(together & keys.is_input[:, None, :], axis=-1, keepdims=True)
+        assert self.block_size is not None
         query_block = (query_position - first_target) // self.block_size
         key_block = (key_position - first_target) // self.block_size
         if self.name == "block_causal":
             return together & (key_block <= query_block)
+        assert queries.is_noisy is not None and keys.is_noisy is not None
         query_noisy, key_noisy = queries.is_noisy[:, :, None], keys.is_noisy[:, None, :]
         clean = ~key_noisy & (key_block <= query_block) & ~(query_noisy & (key_block == query_block))
         return together & (clean | (query_noisy & key_noisy & (key_block == query_block)))
 
     @property
-    def order(self) -> Order | None:
+    def order(self) -> Reach | None:
         """What is seen of a segment whose slots stand one behind the other; None where more than that tells."""
-        return {"causal": "before", "bidirectional": "all"}.get(self.name)
+        orders: dict[str, Reach] = {"causal": "before", "bidirectional": "all"}
+        return orders.get(self.name)
 
 
 CAUSAL = AttentionKind("causal")
@@ -128,8 +130,7 @@ class Annealed:
         return self.kind.mask(queries, keys) & (CAUSAL.mask(queries, keys) | is_open)
 
 
-@flax.struct.dataclass
-class Sight:
+class Sight(flax.struct.PyTreeNode):
     """What queries see of keys, said in the two ways that attention may be computed by.
 
     Attributes:
@@ -142,9 +143,9 @@ class Sight:
 
     mask: jax.Array
     sees: jax.Array
-    query_segments: jax.Array
-    key_segments: jax.Array
-    order: Order | None = flax.struct.field(pytree_node=False, default=None)
+    query_segments: Array
+    key_segments: Array
+    order: Reach | None = flax.struct.field(pytree_node=False, default=None)
     whole: bool = flax.struct.field(pytree_node=False, default=True)
 
     @classmethod
@@ -155,7 +156,7 @@ class Sight:
         return cls(mask, jnp.any(mask, axis=-1), queries.segment_ids, keys.segment_ids, order, whole)
 
     @classmethod
-    def across(cls, queries: jax.Array, keys: jax.Array, whole: bool) -> Self:
+    def across(cls, queries: Array, keys: Array, whole: bool) -> Self:
         """Of segments `[B, Lq]` to the same segments of other rows, `[B, Lk]`."""
         mask = same_segment(queries, keys)
         return cls(mask, jnp.any(mask, axis=-1), queries, keys, "all", whole)

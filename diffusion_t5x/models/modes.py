@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal, Self
 
+import jax
+
 from diffusion_t5x.models.masks import AttentionKind
 
 Noise = Literal["mask", "uniform"]
@@ -25,7 +27,9 @@ class Mode:
     @classmethod
     def of(cls, kind: AttentionKind, noise: Noise | None = None) -> Self:
         """The mode with this attention and noise."""
-        return cls(kind.name, kind.block_size, noise)
+        size = kind.block_size
+        assert not isinstance(size, jax.Array), "traced only inside a loss"
+        return cls(kind.name, size, noise)
 
     def __str__(self) -> str:
         blocks = f" in blocks of {self.block_size}" if self.block_size else ""

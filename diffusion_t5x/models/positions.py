@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from diffusion_t5x.data.batch import Array
 from diffusion_t5x.models.layers import normal, param
 from diffusion_t5x.partitioning import constrain, platform
 
@@ -84,7 +85,7 @@ def rotary_frequencies(
     return frequencies * kept + frequencies / np.float32(factor) * (1 - kept)
 
 
-def rotate(x_BxLxHxD: jax.Array, positions_BxL: jax.Array, frequency: np.ndarray) -> jax.Array:
+def rotate(x_BxLxHxD: jax.Array, positions_BxL: Array, frequency: Array) -> jax.Array:
     """Rotary positions (arXiv 2104.09864): turns the pair (i, i + D/2) of every head by position * frequency[i]."""
     angle = positions_BxL[:, :, None, None].astype(jnp.float32) * frequency
     sin, cos = jnp.sin(angle), jnp.cos(angle)

@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.batch import Array, Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.models.masks import Annealed, AttentionKind, Slots
 from diffusion_t5x.models.stack import Encoded
@@ -21,7 +21,7 @@ from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 TOKENS_PER_SEGMENT = 16
 
 
-def start_first(tokens: jax.Array, positions: jax.Array, vocabulary: TokenIds) -> jax.Array:
+def start_first(tokens: Array, positions: Array, vocabulary: TokenIds) -> jax.Array:
     """What the model reads of masked tokens `[B, L]`: where a segment's very first one is masked, the start token.
 
     That happens where no input comes before: in an encoder-decoder's decoder above all. Relative and rotary positions
@@ -31,7 +31,7 @@ def start_first(tokens: jax.Array, positions: jax.Array, vocabulary: TokenIds) -
     return jnp.where((tokens == vocabulary.mask_id) & (positions == 0), vocabulary.start_id, tokens)
 
 
-def shift_right(tokens: jax.Array, positions: jax.Array, start_id: int) -> jax.Array:
+def shift_right(tokens: Array, positions: Array, start_id: int) -> jax.Array:
     """What an autoregressive model reads, `[B, L]`: the token before, and the start token first in each segment."""
     before = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)))
     return jnp.where(positions == 0, start_id, before)
@@ -45,8 +45,7 @@ def shifted_slots(batch: Batch) -> Slots:
     )
 
 
-@flax.struct.dataclass
-class Reading:
+class Reading(flax.struct.PyTreeNode):
     """The rows as the model reads them.
 
     Same-position: slot i holds token i, and its hidden state predicts it. Shifted: in each segment the start token
@@ -106,7 +105,7 @@ class Reading:
         """What the model reads, int32 `[B, L']`, of noisy tokens `[B, L]`."""
         if self.slot is None:
             return start_first(noisy, self.batch.positions, vocabulary)
-        return _put(self.batch.tokens, self.slot, noisy)
+        return _put(jnp.asarray(self.batch.tokens), self.slot, noisy)
 
     def states(self, hidden: jax.Array, offset: jax.Array | int = 0) -> jax.Array:
         """Of hidden states `[B, L', D]`, or of more, those `[B, L, D]` that predict the tokens.

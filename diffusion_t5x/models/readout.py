@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from diffusion_t5x.data.batch import Array
 from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.transformer import Transformer
 
@@ -33,7 +34,7 @@ def cross_entropy(
     return loss, nll
 
 
-def score(model: Transformer, hidden: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+def score(model: Transformer, hidden: jax.Array, labels: Array) -> tuple[jax.Array, jax.Array]:
     """Of labels `[B, L]` given hidden `[B, L, D]`: the cross-entropy, MASK left out, and whether they are likeliest."""
 
     def read_out(logits, labels):

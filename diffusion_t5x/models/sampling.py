@@ -40,7 +40,8 @@ def forbid(logits: jax.Array, vocabulary: TokenIds) -> jax.Array:
     ids = jnp.arange(logits.shape[-1])
     allowed = (ids != vocabulary.mask_id) & (ids < vocabulary.size)
     if vocabulary.noise_only:
-        allowed = sum((ids >= first) & (ids < end) for first, end in vocabulary.noise_ranges) > 0
+        ranges = [(ids >= first) & (ids < end) for first, end in vocabulary.noise_ranges]
+        allowed = functools.reduce(jnp.logical_or, ranges)
     return jnp.where(allowed, logits, -jnp.inf)
 
 

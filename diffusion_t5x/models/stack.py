@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diffusion_t5x.data.batch import Array
 from diffusion_t5x.models.attention import Attention
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.layers import MLP, LayerNorm, RMSNorm, dropout, fold_in
@@ -17,8 +18,7 @@ from diffusion_t5x.partitioning import constrain, copies
 ACTIVATIONS = ("batch", "length", "embed")
 
 
-@flax.struct.dataclass
-class Encoded:
+class Encoded(flax.struct.PyTreeNode):
     """What a decoder sees of the inputs: keys and values for the cross-attention of every layer, computed once.
 
     Attributes:
@@ -28,19 +28,18 @@ class Encoded:
 
     keys: jax.Array
     values: jax.Array
-    segment_ids: jax.Array
+    segment_ids: Array
 
     def repeat(self, times: int) -> Self:
         """Every row `times` times, one after another."""
-        return Encoded(
+        return self.replace(
             keys=jnp.repeat(self.keys, times, axis=1),
             values=jnp.repeat(self.values, times, axis=1),
             segment_ids=jnp.repeat(self.segment_ids, times, axis=0),
         )
 
 
-@flax.struct.dataclass
-class View:
+class View(flax.struct.PyTreeNode):
     """What the queries of a layer see, and from where.
 
     Attributes:
@@ -52,10 +51,10 @@ class View:
       inputs_sight: what the queries see of an encoder's inputs; None without an encoder.
     """
 
-    positions: jax.Array
+    positions: Array
     sight: Sight
     bias: jax.Array | None
-    frequencies: jax.Array | None
+    frequencies: Array | None
     write_at: jax.Array | None
     inputs_sight: Sight | None
 
@@ -67,7 +66,7 @@ def norm(config: ModelConfig) -> RMSNorm | LayerNorm:
     return RMSNorm(config.embed_dim, config.norm_epsilon, offset=config.norm_offset)
 
 
-class Block(nnx.Module):
+class Layer(nnx.Module):
     """Self-attention, in a decoder over an encoder cross-attention, and a feed-forward layer.
 
     Each is normed before, with `post_norms` after as well, and added to the residual stream.
@@ -124,6 +123,7 @@ class Block(nnx.Module):
             attended = self.attention_post_norm(attended)
         x = add(x, attended, 0)
         if inputs is not None:
+            assert view.inputs_sight is not None
             x = add(x, self.cross_attention.cross(self.cross_attention_norm(x), *inputs, view.inputs_sight), 3)
         branch = self.mlp(self.mlp_norm(x), keys[1])
         if self.config.post_norms:
@@ -137,7 +137,7 @@ class Stack(nnx.Module):
     def __init__(self, key: jax.Array, config: ModelConfig, cross_attention: bool = False):
         block_key, position_key = jax.random.split(key)
         keys = jax.random.split(block_key, config.num_layers)
-        self.blocks = jax.vmap(lambda k: Block(k, config, cross_attention))(keys)
+        self.blocks = jax.vmap(lambda k: Layer(k, config, cross_attention))(keys)
         self.final_norm = norm(config)
         if config.position == "relative":
             self.relative_bias = RelativePositionBias(
@@ -148,6 +148,7 @@ class Stack(nnx.Module):
                 config.causal_buckets,
             )
         elif config.position == "learned":
+            assert config.max_length is not None
             self.positions = LearnedPositions(position_key, config.max_length, config.embed_dim)
         self.config = config
 
@@ -204,8 +205,9 @@ class Stack(nnx.Module):
         """Every layer's keys and values `[layers, B, S, kv_heads, head_dim]` of an encoder's hidden states."""
         return jax.vmap(lambda block: block.cross_attention.keys_values(hidden))(self.blocks)
 
-    def _bias(self, query_positions, key_positions, rows):
+    def _bias(self, positions, rows):
         """`[n, heads, Lq, Lk]`, one for each nth of the rows."""
+        query_positions, key_positions = positions
         axes = ("heads", "length", "keys")
         if len(query_positions) > 1:
             return constrain(self.relative_bias(query_positions, key_positions), ("batch", *axes))
@@ -221,7 +223,7 @@ class Stack(nnx.Module):
         if config.position == "learned":
             x = self.positions(x, slots.positions)
         x = constrain(dropout(x, config.dropout_rate, keys[0]), ACTIVATIONS)
-        bias = self._bias(*bias_positions, len(x)) if config.position == "relative" else None
+        bias = self._bias(bias_positions, len(x)) if config.position == "relative" else None
         inputs = inputs_sight = None
         if encoded is not None:
             inputs = (encoded.keys, encoded.values)
@@ -237,6 +239,7 @@ class Stack(nnx.Module):
 
             def of_layer(is_local):
                 mask = jnp.where(is_local, near, sight.mask)
+                assert frequencies is not None and local_frequencies is not None
                 turns = jnp.where(is_local, local_frequencies, frequencies)
                 return view.replace(sight=sight.replace(mask=mask, order=None), frequencies=turns)
 

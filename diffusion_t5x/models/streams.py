@@ -1,10 +1,17 @@
 """Named random streams: what draws for different purposes from one key draws independent numbers."""
 
 import zlib
+from typing import overload
 
 import jax
 
+from diffusion_t5x.data.batch import Array
 
+
+@overload
+def stream(keys: jax.Array, name: str) -> jax.Array: ...
+@overload
+def stream(keys: None, name: str) -> None: ...
 def stream(keys: jax.Array | None, name: str) -> jax.Array | None:
     """The key, or a key for each row `[B]`, of one purpose; None stays None.
 
@@ -17,6 +24,6 @@ def stream(keys: jax.Array | None, name: str) -> jax.Array | None:
     return jax.random.fold_in(keys, number) if keys.ndim == 0 else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
-def row_keys(key: jax.Array, example_ids: jax.Array) -> jax.Array:
+def row_keys(key: jax.Array, example_ids: Array) -> jax.Array:
     """A key `[B]` for each row, the same whichever batch, microbatch or device the row is in."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, example_ids)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.batch import Array, Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.models.attention import KVCache
 from diffusion_t5x.models.config import ModelConfig
@@ -31,12 +31,14 @@ class Transformer(nnx.Module):
     def __init__(self, key: jax.Array, config: ModelConfig, vocabulary: TokenIds):
         embed_key, decoder_key, encoder_key, head_key = jax.random.split(key, 4)
         has_encoder = config.architecture == "encoder_decoder"
-        self.embedding = param(embed_key, normal(1.0), vocab=config.vocab_size, embed=config.embed_dim)
+        self.embedding = param(embed_key, normal(1.0), vocab=config.num_embeddings, embed=config.embed_dim)
         if has_encoder:
             self.encoder = Stack(encoder_key, dataclasses.replace(config, causal_buckets=False))
         self.decoder = Stack(decoder_key, config, cross_attention=has_encoder)
         if not config.tie_embeddings:
-            self.head = param(head_key, normal(1 / config.embed_dim), embed=config.embed_dim, vocab=config.vocab_size)
+            self.head = param(
+                head_key, normal(1 / config.embed_dim), embed=config.embed_dim, vocab=config.num_embeddings
+            )
         self.config = config
         self.vocabulary = vocabulary
 
@@ -49,9 +51,10 @@ class Transformer(nnx.Module):
         """
         if self.config.architecture == "decoder_only":
             return None
-        segment_ids = batch.encoder_segment_ids
-        slots = Slots(segment_ids=segment_ids, positions=batch.encoder_positions, is_input=segment_ids > 0)
-        x = self._embed(batch.encoder_tokens)
+        tokens, segment_ids, positions = batch.encoder_tokens, batch.encoder_segment_ids, batch.encoder_positions
+        assert tokens is not None and segment_ids is not None and positions is not None
+        slots = Slots(segment_ids=segment_ids, positions=positions, is_input=segment_ids > 0)
+        x = self._embed(tokens)
         hidden = self.encoder(x, slots, BIDIRECTIONAL, dropout_keys=fold_in(dropout_keys, 0))
         keys, values = self.decoder.cross_keys_values(hidden)
         return Encoded(keys=keys, values=values, segment_ids=segment_ids)
@@ -99,7 +102,7 @@ class Transformer(nnx.Module):
         )
         return hidden, cache.replace(keys=keys, values=values)
 
-    def _embed(self, tokens: jax.Array) -> jax.Array:
+    def _embed(self, tokens: Array) -> jax.Array:
         # Gathered whole: else rows are looked up in pieces of `embed`, and activations change places.
         embedded = constrain(self.embedding.get_value().astype(self.config.dtype), ("vocab", "embed"))[tokens]
         return embedded * jnp.asarray(self.config.embedding_scale, embedded.dtype)
@@ -135,7 +138,7 @@ class Transformer(nnx.Module):
         """
         length, devices = hidden.shape[1], pieces_of("length")
         rows = max(1, hidden.shape[0] // pieces_of("batch"))
-        piece = devices * max(1, MAX_LOGITS * pieces_of("vocab") // (rows * self.config.vocab_size))
+        piece = devices * max(1, MAX_LOGITS * pieces_of("vocab") // (rows * self.config.num_embeddings))
         if piece >= length:
             return fn(self.logits(hidden), *per_position)
         padding = -length % piece

@@ -78,8 +78,11 @@ class Autoregressive(Objective):
         step: jax.Array | None = None,
         teacher: Transformer | None = None,
     ) -> LossSums:
-        """The key serves dropout alone; the objective itself draws nothing."""
-        hidden = self.hidden(model, batch, row_keys(stream(key, "dropout"), batch.example_ids) if train else None)
+        """The key serves dropout alone, and None switches it off; the objective itself draws nothing."""
+        dropout_keys = None
+        if train and key is not None:
+            dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids)
+        hidden = self.hidden(model, batch, dropout_keys)
 
         def read_out(logits, labels):
             loss, nll = cross_entropy(logits, labels, label_smoothing=self.label_smoothing, z_loss=self.z_loss)

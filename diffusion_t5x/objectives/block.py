@@ -131,15 +131,15 @@ class Block(Objective):
         if self.noise == "uniform" and self.weighting != "uniform":
             raise UserError('Block.weighting must be "uniform" with uniform noise: no bound is known here for it.')
         if self.stages is not None:
-            self._check_stages()
+            self._check_stages(self.stages)
 
-    def _check_stages(self) -> None:
-        pairs = all(isinstance(stage, tuple | list) and len(stage) == 2 for stage in self.stages)
-        steps, sizes = zip(*self.stages, strict=True) if self.stages and pairs else ((), ())
+    def _check_stages(self, stages: Sequence[Sequence[int]]) -> None:
+        pairs = all(isinstance(stage, tuple | list) and len(stage) == 2 for stage in stages)
+        steps, sizes = zip(*stages, strict=True) if stages and pairs else ((), ())
         if not sizes or list(steps) != sorted({0, *steps}) or min(sizes) < 1 or sizes[-1] != self.block_size:
             raise UserError(
                 "Block.stages must be pairs (step, block size) whose steps begin with 0 and grow, the last size being "
-                f"block_size = {self.block_size}; got {self.stages}."
+                f"block_size = {self.block_size}; got {stages}."
             )
 
     @property

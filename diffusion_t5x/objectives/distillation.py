@@ -97,6 +97,7 @@ def visited_states(batch: Batch, vocabulary: TokenIds, block_size: int, key: jax
     in_block = starts[:, :, None] + jnp.arange(block_size)
     length = batch.tokens.shape[1]
     rows = jnp.arange(len(batch.tokens))[:, None, None]
+    assert batch.written_at is not None
     at = jnp.where(batch.target_mask, batch.written_at, -1)
     last = jnp.max(at.at[rows, in_block].get(mode="fill", fill_value=-1), axis=-1)
     draws = jax.vmap(lambda k: jax.random.uniform(k, (length,), jnp.float32))(row_keys(key, batch.example_ids))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.batch import Array, Batch
 from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
@@ -63,8 +63,8 @@ def masked_bound(
     nll: Callable[[jax.Array], jax.Array],
     vocabulary: TokenIds,
     batch: Batch,
-    starts: jax.Array,
-    counted: jax.Array,
+    starts: Array,
+    counted: Array,
     key: jax.Array,
     num_draws: int,
 ) -> Likelihood:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.batch import Array, Batch
 from diffusion_t5x.models.masks import AttentionKind
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
@@ -20,8 +20,7 @@ Normalize = Literal["target_tokens", "all_tokens", "sequences"]
 GOLDEN_RATIO, SQUARE_ROOT_OF_TWO = np.uint32(0x9E3779B9), np.uint32(0x6A09E667)
 
 
-@flax.struct.dataclass
-class Ratio:
+class Ratio(flax.struct.PyTreeNode):
     """A mean whose numerator and denominator are kept apart, so that it adds up over microbatches and hosts."""
 
     numerator: jax.Array
@@ -35,8 +34,7 @@ class Ratio:
         return self.numerator / jnp.where(self.denominator == 0, 1, self.denominator)
 
 
-@flax.struct.dataclass
-class LossSums:
+class LossSums(flax.struct.PyTreeNode):
     """What an objective says of a batch.
 
     Attributes:
@@ -48,7 +46,7 @@ class LossSums:
     metrics: dict[str, Ratio]
 
     def __add__(self, other: Self) -> Self:
-        return LossSums(self.loss + other.loss, {k: v + other.metrics[k] for k, v in self.metrics.items()})
+        return type(self)(self.loss + other.loss, {k: v + other.metrics[k] for k, v in self.metrics.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +64,7 @@ class Pass:
     by_teacher: bool = False
 
 
-@flax.struct.dataclass
-class Likelihood:
+class Likelihood(flax.struct.PyTreeNode):
     """How likely a model finds each row's targets, given its inputs.
 
     Attributes:
@@ -99,8 +96,14 @@ class Objective(Protocol):
     autoregressive: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False
     takes_rollouts: ClassVar[bool] = False
-    needs_rollouts: bool = False
-    normalize: Normalize = "target_tokens"
+
+    @property
+    def needs_rollouts(self) -> bool:
+        return False
+
+    @property
+    def normalize(self) -> Normalize:
+        return "target_tokens"
 
     @property
     def attention(self) -> AttentionKind:
@@ -125,7 +128,7 @@ class Objective(Protocol):
         self,
         model: Transformer,
         batch: Batch,
-        key: jax.Array | None,
+        key: jax.Array,
         train: bool = True,
         step: jax.Array | None = None,
         teacher: Transformer | None = None,
@@ -154,7 +157,7 @@ class Objective(Protocol):
         """
 
 
-def stratified(key: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+def stratified(key: jax.Array, rows: Array, columns: Array) -> jax.Array:
     """Numbers float32 `[B, L]`, each uniform in [0, 1), all together more even than independent ones.
 
     A number is `frac(u + row * golden ratio + column * sqrt(2))` with one uniform u: an additive recurrence, whose
@@ -172,7 +175,7 @@ def stratified(key: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array
     return (bits >> 8).astype(jnp.float32) * 2.0**-24
 
 
-def normalized(batch: Batch, loss: jax.Array, normalize: Normalize) -> Ratio:
+def normalized(batch: Batch, loss: Array, normalize: Normalize) -> Ratio:
     """The sum of a loss `[B, L]` over target positions, and what to divide it by.
 
     Args:

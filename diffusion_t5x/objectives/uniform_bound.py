@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.batch import Array, Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.streams import stream
@@ -80,8 +80,8 @@ def uniform_bound(
     model: Transformer,
     hidden: Callable[[jax.Array], jax.Array],
     batch: Batch,
-    starts: jax.Array,
-    counted: jax.Array,
+    starts: Array,
+    counted: Array,
     key: jax.Array,
     num_draws: int,
     num_steps: int = NUM_STEPS,

@@ -165,7 +165,8 @@ def crossings(a: Mapping[float, float], b: Mapping[float, float]) -> Iterator[tu
             yield x, a[x]
         elif n + 1 < len(shared) and gap * apart[n + 1] < 0:
             share = gap / (gap - apart[n + 1])
-            yield tuple(line(x) * (line(shared[n + 1]) / line(x)) ** share for line in (float, a.get))
+            behind = shared[n + 1]
+            yield x * (behind / x) ** share, a[x] * (a[behind] / a[x]) ** share
 
 
 def compare(times: Sequence[DecodeTime]) -> Iterator[tuple[str, list[tuple[float, float]]]]:

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -12,15 +12,13 @@ import optax
 from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning, records
-from diffusion_t5x.command_line.flags import Parser
-from diffusion_t5x.command_line.verbs import SLICE_FLAGS, with_flags
 from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.inference import make_decode_step
 from diffusion_t5x.evaluation.loading import abstract_params
-from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.config import ModelConfig, Remat
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.distillation import Teacher
 from diffusion_t5x.objectives.objective import Objective
@@ -32,18 +30,27 @@ from diffusion_t5x.training.rollout import Rollout
 from diffusion_t5x.training.state import abstract_state
 from diffusion_t5x.training.step import make_train_step
 
-_REMAT = ("none", "dots", "full")  # the least computed again first
+_REMAT: tuple[Remat, ...] = ("none", "dots", "full")  # the least computed again first
 _MOST_ROWS = 64  # a device, that `fit` tries
 
 
 class Rows(Protocol):
     """What a data set says of its rows before it is read."""
 
-    name: str
-    task_feature_lengths: Mapping[str, int]
-    architecture: Architecture
-    batch_size: int
-    row_length: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def task_feature_lengths(self) -> Mapping[str, int]: ...
+
+    @property
+    def architecture(self) -> Architecture: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def row_length(self) -> int: ...
 
     def token_ids(self) -> TokenIds: ...
 
@@ -128,7 +135,7 @@ class SliceDryRun:
         devices_mesh = mesh.make(devices)
         tried: list[Report] = []
 
-        def try_out(rows: int, remat: str) -> Report:
+        def try_out(rows: int, remat: Remat) -> Report:
             partitioning.check_batch(devices_mesh, rows // microbatches, dataset.row_length)
             settings = {
                 "what": what,
@@ -155,11 +162,14 @@ class SliceDryRun:
             said |= {"tried": [report.as_json() for report in tried]} if self.fit else {}
             records.write_json(self.output, said, indent=1)
 
-    def _fit(self, try_out: Callable[[int, str], Report], pieces: int) -> Report | None:
-        best, rows = None, 1
+    def _fit(self, try_out: Callable[[int, Remat], Report], pieces: int) -> Report | None:
+        best: Report | None = None
+        rows = 1
         while rows <= _MOST_ROWS and (report := try_out(rows * pieces, "full")).fits:
             best, rows = report, 2 * rows
-        for remat in _REMAT[:-1] if best else ():
+        if best is None:
+            return None
+        for remat in _REMAT[:-1]:
             if (report := try_out(best.settings["batch_size"], remat)).fits:
                 return report
         return best
@@ -193,7 +203,7 @@ def abstract_batch(mesh: Mesh, dataset: Rows, batch_size: int, rollout: Rollout 
     if rollout is not None:
         lengths["targets"] = rollout.max_length
 
-    def rows(dtype: type, *shape: int) -> jax.ShapeDtypeStruct:
+    def rows(dtype: type, *shape: int) -> Any:  # it stands where an array will
         return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding)
 
     apart = dataset.architecture == "encoder_decoder"
@@ -208,19 +218,3 @@ def abstract_batch(mesh: Mesh, dataset: Rows, batch_size: int, rollout: Rollout 
         written_at=rows(np.int32, length) if rollout is not None else None,
         **{name: rows(np.int32, lengths["inputs"]) for name in encoder},
     )
-
-
-def from_flags(argv: Sequence[str]) -> tuple[SliceDryRun | None, list[str]]:
-    """The dry run that `--dry_run --topology=...` asks for, or None, and the other flags.
-
-    Raises:
-      UserError: a flag that belongs to `--topology` without it, or that without `--dry_run`.
-    """
-    flags, rest = with_flags(Parser(add_help=False, allow_abbrev=False), SLICE_FLAGS).parse_known_args(argv)
-    if flags.topology is None:
-        if flags.fit or flags.dry_run_output:
-            raise UserError("--fit and --dry_run_output belong to --dry_run --topology=CHIP:SHAPE.")
-        return None, rest
-    if "--dry_run" not in rest:
-        raise UserError("--topology is for a dry run: add --dry_run.")
-    return SliceDryRun(flags.topology, flags.dry_run_output, flags.fit), rest

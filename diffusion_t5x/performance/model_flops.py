@@ -33,7 +33,7 @@ def forward_flops(
         if encodes:
             encode = _projections(config) + _attention(config, encoder_length) + _feed_forward(config)
             layer += encoder_length * (encode + _cross_keys_values(config))
-    logits = 2 * config.embed_dim * config.vocab_size * (length if predicted is None else predicted)
+    logits = 2 * config.embed_dim * config.num_embeddings * (length if predicted is None else predicted)
     return config.num_layers * layer + logits
 
 

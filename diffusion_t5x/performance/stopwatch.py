@@ -21,6 +21,7 @@ from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.inference import make_decode_step
 from diffusion_t5x.models.transformer import ModelDefinition, Params
+from diffusion_t5x.performance.roofline import Memory
 
 _LEAST_GAIN = 1.1
 
@@ -111,11 +112,9 @@ class Stopwatch:
 
 def _check_memory(program: jax.stages.Compiled) -> None:
     """Raises `OutOfMemory` where a program on the CPU needs more than there is: the system would end the process."""
-    needed = program.memory_analysis()
-    if jax.default_backend() == "cpu" and needed is not None:
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if needed.argument_size_in_bytes + needed.output_size_in_bytes + needed.temp_size_in_bytes > there:
-            raise OutOfMemory
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if jax.default_backend() == "cpu" and Memory.of(program).peak > there:
+        raise OutOfMemory
 
 
 def saturating_batch(seconds_of: Callable[[int], float | None], start: int, most: int) -> int:

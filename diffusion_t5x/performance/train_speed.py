@@ -21,6 +21,7 @@ from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.performance import stopwatch
+from diffusion_t5x.performance.roofline import Memory
 from diffusion_t5x.performance.step_flops import step_flops
 from diffusion_t5x.performance.topology import CHIPS
 from diffusion_t5x.training.state import abstract_state, init_state
@@ -116,10 +117,7 @@ class StepWatch:
             self._step = step.lower(abstract, self._batch).compile()
             self.compile_seconds = time.monotonic() - start
             self._state = init_state(abstract, definition, optimizer, seed)
-        plan = self._step.memory_analysis()
-        self.peak_bytes = (
-            plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes - plan.alias_size_in_bytes
-        )
+        self.peak_bytes = Memory.of(self._step).peak
         is_encoder_decoder = case.model.architecture == "encoder_decoder"
         self.tokens = case.batch_size * (input_length + length)
         self.flops = step_flops(

@@ -53,7 +53,9 @@ def animate(record: Mapping[str, Any]) -> str:
     canvas = canvas[: last + 1]
     cells = _layout([max(rich.cells.cell_len(frame[place][0]) for frame in canvas) for place in range(len(canvas[0]))])
     seconds = last * _SECONDS_PER_STEP + _SECONDS_AT_END
-    top, intervals, body = 40, set(), []
+    top = 40
+    intervals: set[tuple[int, int]] = set()
+    body: list[str] = []
     prompt = sign(str(record.get("template") or record.get("inputs_pretokenized") or ""))
     if prompt:
         for line in _wrap(prompt):
@@ -76,9 +78,9 @@ def animate(record: Mapping[str, Any]) -> str:
                 body.append(f'<text x="{cell.x:g}" y="{y}" {visible}>{escape(text)}</text>')
     height = top + cells[-1].line * _LINE + 50
     for step in range(last + 1):
-        place = f'x="{_MARGIN}" y="{height - 16}"'
-        body.append(f"<text {place} {_shown(step, step + 1, last, intervals, 'note')}>step {step} of {last}</text>")
-    keyframes = "\n".join(_keyframes(*interval, last, seconds) for interval in sorted(intervals))
+        at = f'x="{_MARGIN}" y="{height - 16}"'
+        body.append(f"<text {at} {_shown(step, step + 1, last, intervals, 'note')}>step {step} of {last}</text>")
+    keyframes = "\n".join(_keyframes(first, end, last, seconds) for first, end in sorted(intervals))
     title = escape(f"A denoising canvas: {record['prediction']!r} in {last} steps")
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}" '

@@ -10,12 +10,16 @@ import math
 import re
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
 
 NUM_COLOURS = 7
 # The variables, for light ground and for dark.
@@ -37,7 +41,7 @@ _LONGEST_LABEL = 24
 _TEXT, _GRID = "#010000", "#020000"  # stand for the page's colours until the SVG is written
 _SERIES = [f"#03000{n}" for n in range(NUM_COLOURS)]
 _CSS = {_TEXT: "currentColor", _GRID: "var(--grid)"} | {c: f"var(--series-{n})" for n, c in enumerate(_SERIES)}
-_STYLE = {
+_STYLE: "dict[RcKeyType, Any]" = {
     "svg.fonttype": "none",
     "svg.hashsalt": "diffusion_t5x",
     "text.parse_math": False,  # names are shown as they are
@@ -121,13 +125,14 @@ def line_chart(
             colour = _SERIES[line.series % NUM_COLOURS]
             style = "-" if line.series < NUM_COLOURS else "--"
             # Not clipped: a marker on the edge of a bounded axis is drawn whole.
-            marker = {"marker": line.marker, "markersize": 4.5, "clip_on": False}
+            marker: dict[str, Any] = {"marker": line.marker, "markersize": 4.5, "clip_on": False}
             axes.plot(x, y, color=colour, linestyle=style, linewidth=1.5, **marker)
             if line.band:
-                axes.fill_between(x, *zip(*line.band, strict=True), color=colour, alpha=0.2, linewidth=0)
-        for x, y in marks:
-            axes.plot([x], [y], color=_TEXT, marker="o", markersize=9, markerfacecolor="none", zorder=3)
-        _set_ticks(axes, log_x and sorted({x for line in lines for x, _ in line.points}))
+                low, high = zip(*line.band, strict=True)
+                axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+        for at_x, at_y in marks:
+            axes.plot([at_x], [at_y], color=_TEXT, marker="o", markersize=9, markerfacecolor="none", zorder=3)
+        _set_ticks(axes, sorted({x for line in lines for x, _ in line.points}) if log_x else None)
         axes.autoscale_view()  # the labels' heights depend on it
         if y_bounds:
             axes.set_ylim(*y_bounds)
@@ -231,11 +236,11 @@ def _label_ends(axes: Axes, lines: Sequence[Line], labels: Sequence[str]) -> Non
         heights[place] = min(heights[place], ceiling - gap * (len(heights) - 1 - place))
     for (_, line, label), height in zip(ends, heights, strict=True):
         colour = _SERIES[line.series % NUM_COLOURS]
-        end = axes.transAxes.inverted().transform((axes.bbox.x1 + 10, height))
+        end_x, end_y = axes.transAxes.inverted().transform((axes.bbox.x1 + 10, height))
         axes.annotate(
             label,
             xy=line.points[-1],
-            xytext=end,
+            xytext=(end_x, end_y),
             textcoords="axes fraction",
             color=colour,
             va="center",

@@ -48,7 +48,9 @@ def matching(task: str, num_examples: int | None, report: Mapping[str, Any]) -> 
         for evaluation in settings.get("evaluations", ())
         if "decoder" in evaluation and evaluation["dataset"].get("mixture_or_task_name") == task
     ]
-    metric, size_of_task = _METRICS.get(task, (None, None))
+    if task not in _METRICS:
+        return []
+    metric, size_of_task = _METRICS[task]
     if num_examples is None or num_examples != size_of_task:
         return []
     ours = (

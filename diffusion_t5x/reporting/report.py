@@ -60,7 +60,7 @@ def write_report(folders: Iterable[str | pathlib.Path], output: str | pathlib.Pa
     output = pathlib.Path(output)
     kind = output.suffix[1:] if output.suffix[1:] in _FIRST_LINES else "html"
     runs = read_runs(folders)
-    page = _picture(runs, example) if kind == "svg" else render(runs, kind)
+    page = _picture(runs, example) if kind == "svg" else render(runs, "md" if kind == "md" else "html")
     try:
         if output.exists() and not output.read_bytes().startswith(_FIRST_LINES[kind].encode()):
             raise UserError(f"{output} exists and is not a report: choose another --output.")
@@ -82,7 +82,7 @@ def render(runs: Sequence[Run], kind: Literal["html", "md"] = "html") -> str:
     environment.filters |= {"number": shown.number, "decoder": shown.decoder, "markdown": markdown}
     scores = _rows([(run.name, found) for run in runs for found in run.scores])
     data_sets = list(dict.fromkeys(found.data_set for _, found in scores))
-    page = {
+    page: dict[str, Any] = {
         "first_line": markupsafe.Markup(_FIRST_LINES[kind]),
         "title": runs[0].name if len(runs) == 1 else f"Report on {len(runs)} runs",
         "tables": [
@@ -187,7 +187,8 @@ def examples_table(runs: Sequence[Run], data_set: str) -> Mapping[str, Any]:
     rows: dict[tuple[Any, str, str], dict[int, str]] = {}
     for column, (_, found) in enumerate(columns):
         for record in found.records:
-            key = (record.get("example_id"), *(_text(record, f"{side}_pretokenized") for side in ("inputs", "targets")))
+            inputs, targets = (_text(record, f"{side}_pretokenized") for side in ("inputs", "targets"))
+            key = (record.get("example_id"), inputs, targets)
             rows.setdefault(key, {})[column] = _text(record, "prediction")
 
     def table(keys):
@@ -237,18 +238,18 @@ def _learning(runs: Sequence[Run]) -> Iterator[Chart]:
     """Curves of training with the losses on held-out data, then the scores of decoding, a chart for each data set."""
     runs = [run for run in runs if run.curves]
     metrics = sorted({name for run in runs for curve in run.curves for name in curve.points})
+    kinds = "train", "training_eval"
     for pattern, unit in _SHOWN.items():
         for metric in metrics:
             if re.fullmatch(pattern, metric):
-                kinds = "train", "training_eval"
-                yield _learning_chart(runs, metric, metric, unit, lambda curve, kinds=kinds: curve.kind in kinds)
+                yield _learning_chart(runs, metric, metric, unit, lambda curve: curve.kind in kinds)
     decoded = [curve for run in runs for curve in run.curves if curve.kind == "inference_eval"]
     for data_set in dict.fromkeys(curve.data_set for curve in decoded):
         own = [curve for curve in decoded if curve.data_set == data_set]
         for metric in metrics:
             if not re.search("_(low|high|seconds)$", metric) and any(metric in curve.points for curve in own):
                 title = f"{metric}, {data_set}"
-                yield _learning_chart(runs, metric, title, shown.unit(metric), lambda curve, own=own: curve in own)
+                yield _learning_chart(runs, metric, title, shown.unit(metric), own.__contains__)
 
 
 def _learning_chart(
@@ -273,8 +274,8 @@ def _learning_chart(
 
 
 def _interval(metrics: Mapping[str, float], name: str) -> tuple[float, float, float] | None:
-    ends = (metrics.get(name), metrics.get(f"{name}_low"), metrics.get(f"{name}_high"))
-    return None if None in ends else ends
+    value, low, high = (metrics.get(key) for key in (name, f"{name}_low", f"{name}_high"))
+    return None if value is None or low is None or high is None else (value, low, high)
 
 
 def _cell(metrics: Mapping[str, float], name: str) -> str | None:

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import datetime
 import json
-import numbers
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -205,7 +204,7 @@ def _read_curve(path: pathlib.Path, config: pathlib.Path) -> Curve:
     points: dict[str, list[tuple[int, float]]] = {}
     for line in _read_jsonl(path):
         for name, value in line.items():
-            if name != "step" and isinstance(value, numbers.Real):
+            if name != "step" and isinstance(value, int | float):
                 points.setdefault(name, []).append((line["step"], value))
     kind, task = ("train", "") if path.parent.name == "train" else (path.parent.parent.name, path.parent.name)
     scopes = {"training_eval": "loss_eval", "inference_eval": "decode_eval"}
@@ -217,7 +216,7 @@ def _curves_of_scores(scores: Sequence[Scores]) -> Iterator[Curve]:
     for task, split in dict.fromkeys((found.task, found.split) for found in scores):
         points: dict[str, list[tuple[int, float]]] = {}
         for found in scores:
-            if (found.task, found.split) == (task, split):
+            if (found.task, found.split) == (task, split) and found.step is not None:
                 for name, value in found.metrics.items():
                     points.setdefault(name, []).append((found.step, value))
         if any(len(series) > 1 for series in points.values()):

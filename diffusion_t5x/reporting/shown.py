@@ -56,7 +56,7 @@ def decoder(text: str) -> str:
         return text
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and all(field.arg for field in node.keywords):
-            node.keywords.sort(key=lambda field: field.arg)
+            node.keywords.sort(key=lambda field: field.arg or "")
     return ast.unparse(tree) if isinstance(tree.body, ast.Call) else text
 
 

@@ -3,6 +3,7 @@
 import io
 import logging
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -60,7 +61,7 @@ class HostBatches:
             for name, x in shard.state_dict().items()
         }
         gathered = _of_all_processes(positions)
-        return {"num_shards": np.int32(self._num_shards), **gathered} if gathered else {}
+        return {"num_shards": np.int32(self._num_shards)} | gathered if gathered else {}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """Goes to the position that `state_dict` gave, to whatever share; without one, stays at the beginning.
@@ -82,7 +83,7 @@ class HostBatches:
             )
 
 
-def _of_all_processes(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _of_all_processes(arrays: dict[str, Any]) -> dict[str, Any]:
     """The arrays of every process together; what has the same name is the same."""
     if jax.process_count() == 1:
         return arrays
@@ -91,7 +92,7 @@ def _of_all_processes(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     own = np.frombuffer(file.getvalue(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(len(own)))
     files = multihost_utils.process_allgather(np.pad(own, (0, sizes.max() - len(own))))
-    gathered = {}
+    gathered: dict[str, Any] = {}
     for size, padded in zip(sizes, files, strict=True):
         with np.load(io.BytesIO(padded[:size].tobytes()), allow_pickle=False) as found:
             gathered |= dict(found)

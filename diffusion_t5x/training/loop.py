@@ -81,7 +81,8 @@ class _Log:
     @property
     def is_running(self) -> bool:
         """Whether the step taken in last still keeps the devices busy."""
-        return self._pending is not None and not self._pending[1]["loss"].is_ready()
+        # JAX's arrays have it, though their type does not say so.
+        return self._pending is not None and not self._pending[1]["loss"].is_ready()  # type: ignore[attr-defined]
 
     def flush(self) -> None:
         """Waits for the metrics taken in last."""
@@ -133,7 +134,7 @@ class _Log:
 def _watched(seconds: float | None) -> Iterator[None]:
     """Ends the process if this context takes longer; None lets it take as long as it likes."""
     if seconds is not None:
-        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
     try:
         yield
     finally:  # an exception leaves no clock behind that would end the process later

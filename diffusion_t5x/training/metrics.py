@@ -13,7 +13,7 @@ import os
 import pathlib
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TextIO
 
 import jax
@@ -134,6 +134,8 @@ class WandbWriter:
     def close(self) -> None:
         error = sys.exc_info()[1]  # closed on the way out of an exception
         code = error.code if isinstance(error, SystemExit) else int(error is not None)
+        if isinstance(code, str):  # a message, which Python ends with 1 after
+            code = 1
         if code == RUN_AGAIN:  # "preempted", not "failed"
             self._run.mark_preempting()
         self._run.finish(exit_code=code)
@@ -183,7 +185,7 @@ def make_writer(
       last_step: that the run goes on from.
       config: nested names and values, for writers that show them.
     """
-    makers = {
+    makers: dict[str, Callable[[], Writer]] = {
         "jsonl": lambda: JsonlWriter(model_dir, last_step),
         "tensorboard": lambda: TensorBoardWriter(model_dir, last_step),
         "wandb": lambda: WandbWriter(model_dir, config or {}),

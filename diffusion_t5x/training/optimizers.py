@@ -9,6 +9,7 @@ import re
 import jax
 import optax
 
+from diffusion_t5x.partitioning import leaf_name
 from diffusion_t5x.training import schedules
 
 _STACKED = "blocks"  # parameters below this name carry a leading `layers` axis
@@ -102,11 +103,7 @@ def _clipping(max_norm: float | None, *rest: optax.GradientTransformation) -> op
 
 
 def _decay_mask(params: optax.Params) -> optax.Params:
-    return jax.tree_util.tree_map_with_path(lambda path, _: not _NO_DECAY.search(_name(path)), params)
-
-
-def _name(path: jax.tree_util.KeyPath) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return jax.tree_util.tree_map_with_path(lambda path, _: not _NO_DECAY.search(leaf_name(path)), params)
 
 
 def _per_matrix(transform: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -120,7 +117,7 @@ def _per_matrix(transform: optax.GradientTransformation) -> optax.GradientTransf
         return new_update.reshape(update.shape), new_state
 
     def over_layers(path, function):
-        return jax.vmap(function) if _STACKED in _name(path).split("/") else function
+        return jax.vmap(function) if _STACKED in leaf_name(path).split("/") else function
 
     def init(params):
         return jax.tree_util.tree_map_with_path(lambda path, param: over_layers(path, init_one)(param), params)

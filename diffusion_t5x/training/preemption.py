@@ -8,7 +8,7 @@ import stat
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import jax
 from jax.experimental import multihost_utils
@@ -41,7 +41,7 @@ class StopSignals:
 
     def __init__(self):
         self._number: int | None = None
-        self._before: dict[int, signal.Handlers] = {}
+        self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
         self._may_break_off = False
         self._joined = jax.distributed.is_initialized()
 

@@ -87,7 +87,7 @@ def prompts(batch: Batch, num_inputs: int, length: int, bucket: int) -> Batch:
 
 def make_rollout_step(
     mesh: Mesh, definition: ModelDefinition, decoder: BlockDecoder, *, seed: int
-) -> Callable[[Params, Batch, jax.Array], Batch]:
+) -> Callable[[Params, Batch, int | jax.Array], Batch]:
     """The jitted `(params, prompts, step) -> texts`: the prompts with what the model wrote, and when it wrote it.
 
     A text goes as far as its decoder did: to the end of the block in which it has ended. What stands behind its end
@@ -96,7 +96,7 @@ def make_rollout_step(
 
     base = stream(jax.random.key(seed), "rollouts")
 
-    def write(params: Params, batch: Batch, step: jax.Array) -> Batch:
+    def write(params: Params, batch: Batch, step: int | jax.Array) -> Batch:
         key = jax.random.fold_in(base, step)
         decoded = decoder.decode(definition.bind(params), batch, key)
         there = batch.input_mask | (decoded.written_at >= 0)
@@ -114,9 +114,14 @@ def make_rollout_step(
 class PromptSource(Protocol):
     """What a data set of prompts says of itself before it is read."""
 
-    name: str
-    pack: bool
-    task_feature_lengths: Mapping[str, int]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def pack(self) -> bool: ...
+
+    @property
+    def task_feature_lengths(self) -> Mapping[str, int]: ...
 
 
 class OnPolicyBatches:

@@ -29,11 +29,11 @@ def write_config(file: str, text: str, step: int) -> None:
 
 def changed_lines(before: str, after: str) -> list[str]:
     """Lines that only one of two gin texts has, with "-" or "+" in front; comments, imports and order do not matter."""
-    statements = [
+    statements_before, statements_after = (
         [line for line in text.splitlines() if line.strip() and not line.startswith(("#", "from ", "import "))]
         for text in (before, after)
-    ]
-    return [line for line in difflib.ndiff(*statements) if line[0] in "+-"]
+    )
+    return [line for line in difflib.ndiff(statements_before, statements_after) if line[0] in "+-"]
 
 
 def _free(path: pathlib.Path) -> pathlib.Path:

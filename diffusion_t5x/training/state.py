@@ -12,8 +12,7 @@ from diffusion_t5x import partitioning
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """All that a step reads and writes.
 
     Attributes:

@@ -27,6 +27,7 @@ def loss_of(objective: Objective, teacher: Teacher | None, teacher_params: Param
     """The objective's loss; that of an objective which needs a teacher is told of it."""
     if teacher is None or not objective.needs_teacher:
         return objective.loss
+    assert teacher_params is not None
     return functools.partial(objective.loss, teacher=teacher.definition.bind(teacher_params))
 
 

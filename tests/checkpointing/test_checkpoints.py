@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from diffusion_t5x.checkpointing import checkpoints, stored
+from diffusion_t5x.checkpointing import checkpoints, restoring, stored
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.training import optimizers
 
@@ -88,7 +88,7 @@ def test_restores_the_same_bits_onto_another_mesh(tmp_path):
     store.save(5, sharded, data_state, metadata)
     store.close()
 
-    restored, restored_data, restored_metadata = checkpoints.restore(tmp_path, abstract(state, on(restore_mesh)))
+    restored, restored_data, restored_metadata = restoring.restore(tmp_path, abstract(state, on(restore_mesh)))
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     assert bits(restored) == bits(state)
     for x in jax.tree.leaves(restored):
@@ -116,7 +116,7 @@ def test_saved_state_may_be_donated_and_data_state_changed_at_once(tmp_path):
         jax.block_until_ready(state)
     for step in range(3):
         store.wait()
-        restored, data_state, _ = checkpoints.restore(tmp_path / f"checkpoint_{step}", abstract(state))
+        restored, data_state, _ = restoring.restore(tmp_path / f"checkpoint_{step}", abstract(state))
         np.testing.assert_array_equal(restored["a"], values + step)
         np.testing.assert_array_equal(restored["b"], values[0] + step)
         assert data_state["position"].tolist() == [step]
@@ -139,7 +139,7 @@ def test_saving_a_step_again_changes_nothing(tmp_path):
     assert checkpoints.latest(tmp_path) is None
     store.save(1, {"x": jnp.zeros(2)}, {}, {"first": True})
     store.save(1, {"x": jnp.ones(2)}, {}, {"first": False})
-    restored, _, metadata = checkpoints.restore(tmp_path, abstract({"x": jnp.zeros(2)}))
+    restored, _, metadata = restoring.restore(tmp_path, abstract({"x": jnp.zeros(2)}))
     assert metadata == {"first": True} and restored["x"].tolist() == [0, 0]
 
 
@@ -221,7 +221,7 @@ def test_killed_at_any_moment_there_is_a_whole_checkpoint_and_it_is_the_newest(t
         assert step > last and stored.is_whole(checkpoints.find_checkpoint(str(tmp_path)))
         last = step
         like = {str(i): jax.ShapeDtypeStruct((1 << 18,), jnp.int32) for i in range(8)}
-        state, data, metadata = checkpoints.restore(str(tmp_path), like)
+        state, data, metadata = restoring.restore(str(tmp_path), like)
         assert all((state[name] == step + int(name)).all() for name in like)
         assert data["n"] == metadata["step"] == step
 
@@ -245,15 +245,15 @@ def test_find_checkpoint_says_what_is_there_instead(saved, tmp_path):
 def test_restore_params_reads_parameters_or_their_average(saved):
     state = init_state(7, ema=True)
     params = abstract(state["params"])
-    assert bits(checkpoints.restore_params(str(saved), params)) == bits(state["params"])
-    assert bits(checkpoints.restore_params(str(saved), params, use_ema=True)) == bits(state["ema"])
+    assert bits(restoring.restore_params(str(saved), params)) == bits(state["params"])
+    assert bits(restoring.restore_params(str(saved), params, use_ema=True)) == bits(state["ema"])
     without = str(saved / "checkpoints" / "checkpoint_3")
-    assert bits(checkpoints.restore_params(without, params, use_ema=True)) == bits(init_state(3)["params"])
+    assert bits(restoring.restore_params(without, params, use_ema=True)) == bits(init_state(3)["params"])
 
 
 def test_widths_of_floating_point_convert(saved):
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), init_state()["params"])
-    restored = checkpoints.restore_params(str(saved), params)
+    restored = restoring.restore_params(str(saved), params)
     expected = init_state(7)["params"]["embedding"].astype(jnp.bfloat16)
     assert bits(restored["embedding"]) == bits(expected)
 
@@ -280,7 +280,7 @@ def test_assignment_rules_rename_keep_fresh_and_fill_two_targets(saved):
         (r"ema/.*", None),  # drops the averages that the checkpoint has
         (r"step|opt_state/.*|params/head", None),
     ]
-    state = checkpoints.restore_initial(str(saved), abstract_state, rules, init)
+    state = restoring.restore_initial(str(saved), abstract_state, rules, init)
     assert bits(state["params"]["embed"]) == bits(old["embedding"])
     assert bits(state["params"]["blocks"]["mlp"]["wi"]) == bits(old["blocks"]["mlp"]["wi"]) == bits(state["ema"]["wi"])
     assert bits(state["params"]["head"]) == bits(init()["params"]["head"])
@@ -299,7 +299,7 @@ def test_what_does_not_fit_is_one_table(saved):
     state["step"] = jax.ShapeDtypeStruct((), jnp.float32)
     del state["params"]["embedding"]
     with pytest.raises(UserError) as error:
-        checkpoints.restore(saved, state)
+        restoring.restore(saved, state)
     lines = [" ".join(line.split()) for line in str(error.value).splitlines()]
     assert "parameter in the model in the checkpoint" in lines
     assert "params/blocks/mlp/wi float32[2, 8, 32] float32[2, 8, 24]" in lines
@@ -310,7 +310,7 @@ def test_what_does_not_fit_is_one_table(saved):
 
 
 def test_a_part_that_the_state_lacks_is_not_missed(saved):
-    state, _, _ = checkpoints.restore(saved, abstract(init_state(7)))  # the checkpoint has an average, the state none
+    state, _, _ = restoring.restore(saved, abstract(init_state(7)))  # the checkpoint has an average, the state none
     assert bits(state) == bits(init_state(7))
 
 
@@ -325,7 +325,7 @@ def test_a_part_that_the_state_lacks_is_not_missed(saved):
 )
 def test_wrong_rules(saved, rules, message):
     with pytest.raises(UserError, match=message):
-        checkpoints.restore_params(str(saved), abstract(init_state()["params"]), rules)
+        restoring.restore_params(str(saved), abstract(init_state()["params"]), rules)
 
 
 @pytest.mark.parametrize("directory", ["/dev/null/model", "/proc/model"])
@@ -387,7 +387,7 @@ def test_killed_while_metrics_are_added_a_checkpoint_is_whole_evaluated_or_due(t
             process.kill()
             process.communicate()
         assert stored.faults(checkpoints.find_checkpoint(tmp_path)) == []
-        state, _, metadata = checkpoints.restore(tmp_path, {"x": jax.ShapeDtypeStruct((4,), jnp.int32)})
+        state, _, metadata = restoring.restore(tmp_path, {"x": jax.ShapeDtypeStruct((4,), jnp.int32)})
         assert state["x"].tolist() == [0, 1, 2, 3]
         assert metadata == due or (metadata.keys() == {"step", "metrics"} and metadata["metrics"]["score"] >= 1)
 
@@ -407,6 +407,6 @@ def test_a_step_is_saved_where_something_else_has_its_name(tmp_path, what, caplo
     store.save(10, {"x": jnp.full(2, 10)}, {}, {"step": 10})
     store.close()
     assert "checkpoint_10 is broken: set aside as broken_checkpoint_10" in caplog.text
-    restored, _, metadata = checkpoints.restore(there, abstract({"x": jnp.zeros(2, int)}))
+    restored, _, metadata = restoring.restore(there, abstract({"x": jnp.zeros(2, int)}))
     assert metadata == {"step": 10} and restored["x"].tolist() == [10, 10]
     assert checkpoints.steps(tmp_path) == [5, 10]

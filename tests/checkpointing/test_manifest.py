@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from diffusion_t5x.checkpointing import checkpoints, manifest, stored
+from diffusion_t5x.checkpointing import checkpoints, manifest, restoring, stored
 from diffusion_t5x.errors import UserError
 
 STATE = {"step": np.int32(0), "params": {"x": np.arange(6, dtype=np.float32), "y": np.ones((2, 3), np.float32)}}
@@ -100,27 +100,27 @@ def test_restoring_a_broken_checkpoint_names_the_file_and_the_newest_whole_one(r
     named = (
         r"checkpoint_7 is broken: .*state/manifest.ocdbt has \d+ bytes, not \d+.*whole one beside it is .*checkpoint_3:"
     )
-    for restore in (checkpoints.restore, checkpoints.restore_initial):
+    for restore in (restoring.restore, restoring.restore_initial):
         with pytest.raises(stored.BrokenCheckpoint, match=named):
             restore(run, ABSTRACT)
     with pytest.raises(stored.BrokenCheckpoint, match=named):
-        checkpoints.restore_params(run, ABSTRACT["params"])
+        restoring.restore_params(run, ABSTRACT["params"])
     with pytest.raises(stored.BrokenCheckpoint, match=r"checkpoint_7 is broken: metadata/metadata has \d+ bytes"):
         checkpoints.read_metadata(run)
     for step in (3, 5):  # what is asked for by its path is judged by itself
         broken = step == 5
         if broken:
             with pytest.raises(stored.BrokenCheckpoint, match="SHA-256 differs"):
-                checkpoints.restore(run / f"checkpoint_{step}", ABSTRACT)
+                restoring.restore(run / f"checkpoint_{step}", ABSTRACT)
         else:
-            assert int(checkpoints.restore(run / f"checkpoint_{step}", ABSTRACT)[0]["step"]) == step
+            assert int(restoring.restore(run / f"checkpoint_{step}", ABSTRACT)[0]["step"]) == step
 
 
 def test_without_a_whole_one_nothing_is_promised(run):
     for step in (3, 5, 7):
         lose(run / f"checkpoint_{step}" / "state" / "_METADATA")
     with pytest.raises(UserError, match=r"_METADATA is missing or cannot be read. No whole one is beside it"):
-        checkpoints.restore(run, ABSTRACT)
+        restoring.restore(run, ABSTRACT)
     with pytest.raises(UserError, match=r"Every checkpoint in .* is broken: checkpoint_3, checkpoint_5, checkpoint_7"):
         stored.latest_whole(run)
 
@@ -152,7 +152,7 @@ def test_checkpoints_of_before_there_were_manifests_load_and_the_log_says_so_onc
     make_old(run / "checkpoint_7")
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert int(checkpoints.restore(run, ABSTRACT)[0]["step"]) == 7
+            assert int(restoring.restore(run, ABSTRACT)[0]["step"]) == 7
     assert [record.message.count("before there were checksums") for record in caplog.records] == [1]
     assert stored.latest_whole(run) == str(run / "checkpoint_7")
     cut(run / "checkpoint_7" / "state" / "_METADATA")  # as much as can be known of it
@@ -201,7 +201,7 @@ def test_synchronous_saves_have_a_manifest_too(tmp_path):
 def test_a_renamed_checkpoint_is_noticed_wherever_it_is_read(run):
     (run / "checkpoint_5").rename(run / "checkpoint_10")
     named = "checkpoint_10 is broken: it is of step 5 and was renamed: call it checkpoint_5 again"
-    for read in (checkpoints.read_metadata, lambda path: checkpoints.restore(path, ABSTRACT)):
+    for read in (checkpoints.read_metadata, lambda path: restoring.restore(path, ABSTRACT)):
         with pytest.raises(stored.BrokenCheckpoint, match=named):
             read(run)
     assert stored.latest_whole(run) == str(run / "checkpoint_7")
@@ -217,7 +217,7 @@ def test_a_part_of_a_checkpoint_is_none_that_is_older_than_manifests(run, lost):
     path.parent.mkdir(exist_ok=True)
     (run / "checkpoint_7").mkdir(exist_ok=True)
     with pytest.raises(stored.BrokenCheckpoint, match=r"checkpoint_7 is broken: it has no (state|metadata)/"):
-        checkpoints.restore(run, ABSTRACT)
+        restoring.restore(run, ABSTRACT)
     assert stored.latest_whole(run) == str(run / "checkpoint_5")
 
 

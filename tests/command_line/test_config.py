@@ -282,9 +282,6 @@ def test_shipped_files_are_suggested(tmp_path, monkeypatch):
     monkeypatch.setattr(gin_reading, "SHIPPED", tmp_path / "gin")
     assert gin_messages._shipped_values("MODEL") == "; MODEL is set in models/small.gin"
     assert gin_messages._shipped_values("MODEL_DIR") == ""
-    assert config._examples("diffusion_t5x.train") == [
-        "--gin_file=runs/pretrain.gin --gin.MODEL_DIR=... --gin.MODEL=..."
-    ]
 
 
 def test_functions_as_values_get_their_bindings(toy):
@@ -411,3 +408,19 @@ def test_a_required_macro_may_be_set_late(toy):
     assert (
         verb(toy, "--gin_file=base.gin", "--gin.MODEL_DIR=/tmp/m", "--gin.train.train.objective=None").returncode == 0
     )
+
+
+VOCABULARY = "diffusion_t5x.data.vocabulary_files.vocabulary"
+
+
+def test_the_former_name_of_a_vocabulary_by_its_file_is_the_same_setting():
+    former = (
+        "from __gin__ import dynamic_registration\nfrom diffusion_t5x.tasks import registration\n"
+        "VOCABULARY = @registration.vocabulary()\nregistration.vocabulary.file = 'former.model'\n"
+    )
+    config.load(["runs/lm_eval.gin"], ["VOCABULARY_FILE = None"], texts={"the record of DIR": former})
+    assert config.operative_text().count("vocabulary.file = ") == 1
+    assert config.registration("VOCABULARY")["bindings"]["VOCABULARY"]["@"] == VOCABULARY
+    config.load([], [], texts={"the record of DIR": former})
+    bound = config.registration("VOCABULARY")["bindings"]
+    assert bound == {"VOCABULARY": {"@": VOCABULARY, "call": True}, f"{VOCABULARY}.file": "former.model"}

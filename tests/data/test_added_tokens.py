@@ -8,7 +8,7 @@ import open_models
 import pytest
 import tokenizers
 
-from diffusion_t5x.data import vocabularies
+from diffusion_t5x.data import vocabularies, vocabulary_files
 from diffusion_t5x.data.vocabularies import cells, encode_part, piece, token_ids
 from diffusion_t5x.errors import UserError
 
@@ -16,7 +16,7 @@ seqio = pytest.importorskip("seqio")
 
 import tensorflow as tf  # noqa: E402
 
-from diffusion_t5x.tasks import preprocessors, registration  # noqa: E402
+from diffusion_t5x.tasks import preprocessors  # noqa: E402
 
 PIECES = 330  # of the SentencePiece model, behind which stand 100 sentinels
 
@@ -57,7 +57,7 @@ TOKENS = {"\n": 430, "{": 431, "<sep>": 432}
 )
 def test_tokens_behind_a_sentencepiece_models_sentinels(files, spiece):
     write(spiece, **files)
-    vocabulary = registration.vocabulary(str(spiece / "spiece.model"))
+    vocabulary = vocabulary_files.vocabulary(str(spiece / "spiece.model"))
     ids = token_ids(vocabulary)
     assert (vocabulary.vocab_size, ids.mask_id, ids.size) == (433, 433, 434)
     text = "the\nfox {"
@@ -76,7 +76,7 @@ def test_tokens_behind_a_sentencepiece_models_sentinels(files, spiece):
 
 def test_span_corruption_takes_the_sentinels_before_added_tokens(spiece):
     write(spiece, added_tokens=TOKENS)
-    vocabulary = registration.vocabulary(str(spiece / "spiece.model"))
+    vocabulary = vocabulary_files.vocabulary(str(spiece / "spiece.model"))
     features = {name: seqio.Feature(vocabulary, add_eos=True) for name in ("inputs", "targets")}
     ids = np.arange(3, 40, dtype=np.int32)
     dataset = tf.data.Dataset.from_tensors({"targets": ids})
@@ -89,28 +89,28 @@ def test_span_corruption_takes_the_sentinels_before_added_tokens(spiece):
 
 
 def test_without_added_tokens_nothing_is_different(spiece):
-    plain = registration.vocabulary(str(spiece / "spiece.model"))
+    plain = vocabulary_files.vocabulary(str(spiece / "spiece.model"))
     model = plain.tokenizer
     with_space = next(i for i in range(300, PIECES) if model.IdToPiece(i).startswith("▁"))
     write(spiece, tokenizer={"added_tokens": [token(model.IdToPiece(with_space)) | {"id": with_space}]})
     write(spiece, tokenizer_config=in_decoder({"<pad>": 0, "<extra_id_0>": 429}), added_tokens={"<extra_id_99>": 330})
-    vocabulary = registration.vocabulary(str(spiece / "spiece.model"))
+    vocabulary = vocabulary_files.vocabulary(str(spiece / "spiece.model"))
     assert type(vocabulary) is seqio.SentencePieceVocabulary and vocabulary == plain
     assert token_ids(vocabulary) == token_ids(plain)
 
 
 def test_tokens_where_sentinels_would_be_say_that_there_are_none(spiece):
     write(spiece, added_tokens={"<padding>": PIECES, "far": PIECES + 3})
-    vocabulary = registration.vocabulary(str(spiece / "spiece.model"))
+    vocabulary = vocabulary_files.vocabulary(str(spiece / "spiece.model"))
     assert vocabulary.vocab_size == PIECES + 4 and not vocabularies.sentinels(vocabulary)
     assert piece(vocabulary, PIECES) == b"<padding>" and PIECES + 1 not in token_ids(vocabulary).noise_ids()
 
 
 def test_an_added_token_comes_before_a_piece_of_its_text(spiece):
-    model = registration.vocabulary(str(spiece / "spiece.model")).tokenizer
+    model = vocabulary_files.vocabulary(str(spiece / "spiece.model")).tokenizer
     text = next(model.IdToPiece(i) for i in range(300, PIECES) if "▁" not in model.IdToPiece(i))
     write(spiece, added_tokens={text: 430})
-    vocabulary = registration.vocabulary(str(spiece / "spiece.model"))
+    vocabulary = vocabulary_files.vocabulary(str(spiece / "spiece.model"))
     tokens = vocabulary.encode(f"x{text}")
     assert tokens[-1] == 430 and vocabulary.decode(tokens) == f"x{text}"
     assert model.PieceToId(text) not in token_ids(vocabulary).noise_ids()
@@ -136,14 +136,14 @@ def test_an_added_token_comes_before_a_piece_of_its_text(spiece):
 def test_files_that_are_refused(files, message, spiece):
     write(spiece, **files)
     with pytest.raises(UserError, match=message):
-        registration.vocabulary(str(spiece / "spiece.model"))
+        vocabulary_files.vocabulary(str(spiece / "spiece.model"))
 
 
 def test_tokens_beside_a_tokenizer_json(tmp_path):
     path = open_models.save_tokenizer(tmp_path, open_models.byte_level(), eos_token="<|end|>")
-    plain = registration.vocabulary(path)
+    plain = vocabulary_files.vocabulary(path)
     write(tmp_path, added_tokens={"<sep>": 300, "ab ab": 301}, special_tokens_map={"sep_token": "<sep>"})
-    vocabulary = registration.vocabulary(path)
+    vocabulary = vocabulary_files.vocabulary(path)
     ids = token_ids(vocabulary)
     assert ids.mask_id == 302 and vocabulary.encode("a<sep>ab ab")[1:] == [300, 301]
     assert 301 in ids.noise_ids() and 300 not in ids.noise_ids()
@@ -154,21 +154,21 @@ def test_tokens_beside_a_tokenizer_json(tmp_path):
         "added_tokens_decoder": {"300": token("<sep>")},
     }  # counts before added_tokens.json
     write(tmp_path, tokenizer_config=config)
-    assert token_ids(registration.vocabulary(path)).mask_id == 301
+    assert token_ids(vocabulary_files.vocabulary(path)).mask_id == 301
     write(tmp_path, tokenizer_config={"eos_token": "<|end|>", "added_tokens_decoder": {"305": token("<sep>")}})
     with pytest.raises(UserError, match="'<sep>' is said to have the id 305, and has 300"):
-        registration.vocabulary(path)
+        vocabulary_files.vocabulary(path)
     write(tmp_path, tokenizer_config={"eos_token": "<|end|>", "added_tokens_decoder": {"5": token("<|pad|>")}})
     with pytest.raises(UserError, match=r"'<\|pad\|>' is said to have the id 5, and has 1"):
-        registration.vocabulary(path)
+        vocabulary_files.vocabulary(path)
 
 
 def test_the_file_that_names_special_tokens_is_the_one_of_transformers(tmp_path):
     path = open_models.save_tokenizer(tmp_path, open_models.byte_level(), eos_token="<|end|>")
     write(tmp_path, special_tokens_map={"eos_token": "<|pad|>"})
-    assert registration.vocabulary(path).eos_id == 1
+    assert vocabulary_files.vocabulary(path).eos_id == 1
     write(tmp_path, tokenizer_config={"eos_token": "<|end|>", "added_tokens_decoder": {}})
-    assert registration.vocabulary(path).eos_id == 0
+    assert vocabulary_files.vocabulary(path).eos_id == 0
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_files_of_another_form_beside_a_tokenizer_json(files, message, tmp_path)
     path = open_models.save_tokenizer(tmp_path, open_models.byte_level(), eos_token="<|end|>")
     write(tmp_path, **files)
     with pytest.raises(UserError, match=message):
-        registration.vocabulary(path)
+        vocabulary_files.vocabulary(path)
 
 
 def test_ids_beyond_what_a_tokenizer_json_can_hold(tmp_path):
@@ -197,7 +197,7 @@ def test_ids_beyond_what_a_tokenizer_json_can_hold(tmp_path):
     path = pathlib.Path(open_models.save_tokenizer(tmp_path, open_models.byte_level(), eos_token="<|end|>"))
     path.write_text(json.dumps(spec))
     with pytest.raises(UserError, match=r"tokenizer\.json has the id 2147483647, which is more than"):
-        registration.vocabulary(str(path))
+        vocabulary_files.vocabulary(str(path))
 
 
 def with_sentinels(folder, names):
@@ -208,12 +208,12 @@ def with_sentinels(folder, names):
 
 def test_sentinels_of_a_tokenizer_json(tmp_path):
     names = [f"<extra_id_{number}>" for number in range(100)]
-    vocabulary = registration.vocabulary(with_sentinels(tmp_path / "t5", names[::-1]))
+    vocabulary = vocabulary_files.vocabulary(with_sentinels(tmp_path / "t5", names[::-1]))
     assert list(vocabularies.sentinels(vocabulary)) == list(range(399, 299, -1))
     ids = token_ids(vocabulary)
     assert not {300, 399, 400} & set(ids.noise_ids().tolist()) and ids.mask_id == 401
-    assert not vocabularies.sentinels(registration.vocabulary(with_sentinels(tmp_path / "none", [])))
-    ascending = registration.vocabulary(with_sentinels(tmp_path / "ascending", names))
+    assert not vocabularies.sentinels(vocabulary_files.vocabulary(with_sentinels(tmp_path / "none", [])))
+    ascending = vocabulary_files.vocabulary(with_sentinels(tmp_path / "ascending", names))
     assert not {300, 399} & set(token_ids(ascending).noise_ids().tolist())
     with pytest.raises(UserError, match=r"<extra_id_0> to <extra_id_99> with the ids 300, 301, 302, \.\.\.: T5's"):
         vocabularies.sentinels(ascending)
@@ -221,7 +221,7 @@ def test_sentinels_of_a_tokenizer_json(tmp_path):
 
 def test_sentinels_are_those_behind_the_sentencepiece_model(tmp_path, spiece):
     """Of a T5 that transformers saves as tokenizer.json alone, span corruption is the same, id for id."""
-    behind = registration.vocabulary(str(spiece / "spiece.model"))
+    behind = vocabulary_files.vocabulary(str(spiece / "spiece.model"))
     model = behind.tokenizer
     pieces = [(model.IdToPiece(number).removeprefix("▁"), 0.0) for number in range(PIECES, PIECES + 100)]
     pieces = [(model.IdToPiece(number), model.GetScore(number)) for number in range(PIECES)] + pieces
@@ -229,7 +229,7 @@ def test_sentinels_are_those_behind_the_sentencepiece_model(tmp_path, spiece):
     tokenizer.add_special_tokens([name for name, _ in pieces[PIECES:]])
     path = open_models.save_tokenizer(tmp_path / "json", tokenizer, eos_token="</s>", pad_token="<pad>")
     made = []
-    for vocabulary in (behind, registration.vocabulary(path)):
+    for vocabulary in (behind, vocabulary_files.vocabulary(path)):
         features = {name: seqio.Feature(vocabulary, add_eos=True) for name in ("inputs", "targets")}
         dataset = tf.data.Dataset.from_tensors({"targets": np.arange(3, 60, dtype=np.int32)})
         for objective in (preprocessors.span_corruption, preprocessors.ul2):

@@ -10,6 +10,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffusion_t5x.data import vocabulary_files
 from diffusion_t5x.data.vocabularies import cells, encode_part, piece, token_ids
 from diffusion_t5x.errors import UserError
 
@@ -17,7 +18,6 @@ pytest.importorskip("seqio")
 import tensorflow as tf
 
 from diffusion_t5x.data.huggingface_vocabulary import HuggingFaceVocabulary
-from diffusion_t5x.tasks import registration
 
 NUM_RANDOM = 10_000
 
@@ -52,7 +52,7 @@ def vocabularies(tmp_path_factory):
         "sentencepiece": open_models.save_tokenizer(folder / "s", open_models.sentencepiece_like(), **ends),
         "metaspace": open_models.save_tokenizer(folder / "m", open_models.metaspace(), **ends),
     }
-    return {name: registration.vocabulary(path) for name, path in paths.items()}
+    return {name: vocabulary_files.vocabulary(path) for name, path in paths.items()}
 
 
 def random_texts(number):
@@ -140,7 +140,7 @@ def test_fingerprints_and_equality(tmp_path):
 
 def test_files_that_are_no_tokenizer(tmp_path):
     with pytest.raises(UserError, match=r"There is no vocabulary file .*nowhere\.json"):
-        registration.vocabulary(str(tmp_path / "nowhere.json"))
+        vocabulary_files.vocabulary(str(tmp_path / "nowhere.json"))
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(UserError, match=r"bad\.json is no tokenizer\.json"):
         HuggingFaceVocabulary(str(tmp_path / "bad.json"))

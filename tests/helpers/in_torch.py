@@ -11,6 +11,7 @@ import theirs
 
 from diffusion_t5x import partitioning
 from diffusion_t5x.command_line import config
+from diffusion_t5x.data import vocabulary_files
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.evaluation.loading import load_model
@@ -28,11 +29,9 @@ def run_theirs(*arguments):
 
 def load_ours(folder, tokenizer="tokenizer.json", **changes):
     """As eval and infer load it."""
-    from diffusion_t5x.tasks import registration
-
     config.load([str(folder / "model.gin")])
     model = ModelConfig(**gin.get_bindings(ModelConfig) | changes)
-    ids = token_ids(registration.vocabulary(str(folder / tokenizer)))
+    ids = token_ids(vocabulary_files.vocabulary(str(folder / tokenizer)))
     return load_model(str(folder), model, ids, partitioning.MeshConfig().make())
 
 

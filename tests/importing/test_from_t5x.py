@@ -20,7 +20,7 @@ import tensorstore
 from flax import serialization, traverse_util
 from in_torch import as_batch, load_ours, run_theirs
 
-from diffusion_t5x.checkpointing import checkpoints
+from diffusion_t5x.checkpointing import restoring
 from diffusion_t5x.convert import convert
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import CAUSAL, Slots
@@ -36,7 +36,7 @@ def import_model(folder, tokenizer, output, *flags):
 
 
 def params_of(folder):
-    shapes, read = checkpoints.open_params(str(folder / "checkpoints" / "checkpoint_0"))
+    shapes, read = restoring.open_params(str(folder / "checkpoints" / "checkpoint_0"))
     return {name: read(name) for name in shapes}
 
 

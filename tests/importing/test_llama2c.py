@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from diffusion_t5x import infer, partitioning
-from diffusion_t5x.checkpointing import checkpoints
+from diffusion_t5x.checkpointing import checkpoints, restoring
 from diffusion_t5x.command_line import config
 from diffusion_t5x.convert import convert, from_llama2c
 from diffusion_t5x.data.vocabularies import token_ids
@@ -189,7 +189,7 @@ def test_a_run_starts_from_it_with_a_fresh_optimizer(stories):
     state = {"step": jnp.int32(5), "params": jax.tree.map(jnp.zeros_like, params), "opt_state": [jnp.ones(3)]}
     sharding = partitioning.replicated(MESH)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
-    restored = checkpoints.restore_initial(str(stories), abstract, [("step|opt_state/.*", None)], lambda: state)
+    restored = restoring.restore_initial(str(stories), abstract, [("step|opt_state/.*", None)], lambda: state)
     assert restored["step"] == 5
     jax.tree.map(np.testing.assert_array_equal, restored["params"], params)
 

@@ -13,6 +13,7 @@ import pytest
 import tiny
 
 from diffusion_t5x import partitioning
+from diffusion_t5x.command_line.slice_flags import slice_dry_run
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.transformer import ModelDefinition
@@ -45,13 +46,13 @@ def test_the_compiler_is_asked_for(monkeypatch):
 
 
 def test_flags():
-    found, rest = dry_run.from_flags(["--dry_run", "--topology=v5e:4x4", "--fit", "--gin_file=x.gin"])
+    found, rest = slice_dry_run(["--dry_run", "--topology=v5e:4x4", "--fit", "--gin_file=x.gin"])
     assert found == SliceDryRun("v5e:4x4", None, True) and rest == ["--dry_run", "--gin_file=x.gin"]
-    assert dry_run.from_flags(["--dry_run"]) == (None, ["--dry_run"])
+    assert slice_dry_run(["--dry_run"]) == (None, ["--dry_run"])
     with pytest.raises(UserError, match="add --dry_run"):
-        dry_run.from_flags(["--topology=v5e:4x4"])
+        slice_dry_run(["--topology=v5e:4x4"])
     with pytest.raises(UserError, match="belong to --dry_run --topology"):
-        dry_run.from_flags(["--dry_run", "--fit"])
+        slice_dry_run(["--dry_run", "--fit"])
 
 
 @pytest.mark.parametrize("architecture", ["decoder_only", "encoder_decoder"])

@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from diffusion_t5x import train
 from diffusion_t5x.command_line import config
 from diffusion_t5x.convert import convert
+from diffusion_t5x.data import vocabulary_files
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 
 pytest.importorskip("seqio")
 transformers = pytest.importorskip("transformers")
 
-from diffusion_t5x.tasks import chat, registration  # noqa: E402
+from diffusion_t5x.tasks import chat  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[2]
 LENGTHS = {"inputs": 512, "targets": 64}
@@ -123,7 +124,7 @@ def test_of_long_inputs_the_end_is_kept(tmp_path, caplog):
     lengths = {"inputs": len(whole) - 3, "targets": 3}
     with caplog.at_level("WARNING", logger="diffusion_t5x"):
         inputs, targets, _ = turns(dataset_of(tokenizer, file, lengths=lengths))[1]
-    assert inputs == whole[3:] and len(targets) == 3 and targets[-1] == registration.vocabulary(tokenizer).eos_id
+    assert inputs == whole[3:] and len(targets) == 3 and targets[-1] == vocabulary_files.vocabulary(tokenizer).eos_id
     assert any(f"inputs of 1 of 2 examples are longer than {len(whole) - 3}" in text for text in caplog.messages)
 
 

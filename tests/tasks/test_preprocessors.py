@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion_t5x.data import vocabularies
+from diffusion_t5x.data import vocabularies, vocabulary_files
 from diffusion_t5x.errors import UserError
 
 seqio = pytest.importorskip("seqio")
@@ -16,7 +16,7 @@ tf = pytest.importorskip("tensorflow")
 
 from t5.data import preprocessors as t5_preprocessors  # noqa: E402
 
-from diffusion_t5x.tasks import preprocessors, registration  # noqa: E402
+from diffusion_t5x.tasks import preprocessors  # noqa: E402
 
 VOCABULARY = seqio.PassThroughVocabulary(1000, eos_id=1)
 SENTINELS = seqio.ByteVocabulary(extra_ids=100)  # ids 259 to 358
@@ -38,12 +38,12 @@ def run(preprocessor, documents, lengths, vocabulary=SENTINELS, seed=0):
 def test_t5s_example_comes_out_token_for_token(sentinels, test_data, tmp_path, monkeypatch):
     """arXiv 1910.10683, figure 2. mT5's model has its sentinels in itself."""
     file = test_data / "t5_sentencepiece" / "t5_vocab.model"
-    vocabulary = registration.vocabulary(str(file))
+    vocabulary = vocabulary_files.vocabulary(str(file))
     assert vocabulary.extra_ids == 100
     if sentinels == "in the model":
         file = tmp_path / "as_mt5.model"
         file.write_bytes(vocabulary.sp_model)
-        vocabulary = registration.vocabulary(str(file))
+        vocabulary = vocabulary_files.vocabulary(str(file))
         assert vocabulary.extra_ids == 0
     assert len(vocabularies.sentinels(vocabulary)) == 100
     text = "Thank you for inviting me to your party last week."
@@ -69,7 +69,7 @@ def test_t5s_example_comes_out_token_for_token(sentinels, test_data, tmp_path, m
 def test_what_is_no_sentencepiece_model_is_said(contents, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(contents)
     with pytest.raises(UserError, match="is no SentencePiece model"):
-        registration.vocabulary(str(tmp_path / "tokenizer.model"))
+        vocabulary_files.vocabulary(str(tmp_path / "tokenizer.model"))
 
 
 @pytest.mark.parametrize("mean_span,expected", [(2, (70, 22)), (1, (63, 27))])

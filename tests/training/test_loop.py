@@ -13,7 +13,7 @@ import optax
 import pytest
 import tiny
 
-from diffusion_t5x.checkpointing import checkpoints
+from diffusion_t5x.checkpointing import checkpoints, restoring
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.objectives.sundae import Sundae
 from diffusion_t5x.partitioning import MeshConfig
@@ -130,7 +130,7 @@ def test_a_checkpoint_holds_the_step_the_data_position_and_the_evaluation(tmp_pa
         step=jax.ShapeDtypeStruct((), jnp.int32), params={"sum": jax.ShapeDtypeStruct((), jnp.int32)}, opt_state=()
     )
     for step, metrics in ((2, {}), (4, {"score": 4.0})):
-        state, data, metadata = checkpoints.restore(tmp_path / f"checkpoint_{step}", abstract)
+        state, data, metadata = restoring.restore(tmp_path / f"checkpoint_{step}", abstract)
         assert int(state.step) == step and int(data["next"]) == step
         assert metadata == {"config": "text", "step": step, "metrics": metrics}
 
@@ -158,7 +158,7 @@ def test_a_resumed_run_is_the_undisturbed_run_bit_for_bit(tmp_path):
 
     whole, recorder = train(tmp_path / "whole", 10)
     train(tmp_path / "parts", 5)
-    state, data, _ = checkpoints.restore(tmp_path / "parts", abstract)
+    state, data, _ = restoring.restore(tmp_path / "parts", abstract)
     batches = Batches()
     batches.load_state_dict(data)
     resumed, resumed_recorder = train(tmp_path / "parts", 10, state, batches)
@@ -166,7 +166,7 @@ def test_a_resumed_run_is_the_undisturbed_run_bit_for_bit(tmp_path):
     assert resumed_recorder.written[8]["loss"] == recorder.written[8]["loss"]
     # Not for want of anything to differ in: the examples and the noise of other steps give other parameters.
     elsewhere, _ = train(
-        tmp_path / "elsewhere", 10, state=checkpoints.restore(tmp_path / "parts/checkpoint_5", abstract)[0]
+        tmp_path / "elsewhere", 10, state=restoring.restore(tmp_path / "parts/checkpoint_5", abstract)[0]
     )
     assert any(
         (x != y).any() for x, y in zip(jax.tree.leaves(elsewhere.params), jax.tree.leaves(whole.params), strict=True)
@@ -259,14 +259,14 @@ def test_an_evaluation_that_fails_leaves_the_steps_and_is_made_up_for(tmp_path, 
     abstract = TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32), params={"sum": jax.ShapeDtypeStruct((), jnp.int32)}, opt_state=()
     )
-    state, data, metadata = checkpoints.restore(tmp_path, abstract)
+    state, data, metadata = restoring.restore(tmp_path, abstract)
     assert int(state.params["sum"]) == step * (step + 1) // 2 and int(data["next"]) == step
     assert metadata == {"config": "text", "step": step, "metrics": {}, "evaluation_due": True}
 
     def go_on():
         batches = Batches()
         batches.load_state_dict(data)
-        state, _, _ = checkpoints.restore(tmp_path / f"checkpoint_{step}", abstract)
+        state, _, _ = restoring.restore(tmp_path / f"checkpoint_{step}", abstract)
         more = {"recorder": recorder, "batches": batches, "state": state, "evaluation_due": True}
         return run(tmp_path, total_steps=8, periods=periods, start=step, **more)
 

@@ -15,7 +15,7 @@ import pytest
 import tiny
 
 from diffusion_t5x import partitioning
-from diffusion_t5x.checkpointing import checkpoints
+from diffusion_t5x.checkpointing import checkpoints, restoring
 from diffusion_t5x.checkpointing.assignment import named_leaves
 from diffusion_t5x.checkpointing.record import Record
 from diffusion_t5x.checkpointing.start import check_start
@@ -235,7 +235,7 @@ def test_a_restored_run_goes_on_bit_for_bit(run, tmp_path):
     path = save(tmp_path, run)
     told = check_start(path, tiny.VOCABULARY, run["abstract"], resumes=True)
     assert "as in the checkpoint" in told and "unread" not in told
-    state, _, metadata = checkpoints.restore(path, run["abstract"])
+    state, _, metadata = restoring.restore(path, run["abstract"])
     assert_same(state, run["states"][2])
     with jax.set_mesh(run["mesh"]):
         state, _ = run["step"](state, partitioning.put_batch(run["mesh"], BATCH))
@@ -254,10 +254,10 @@ def test_every_other_reader_gets_the_merged_model(run, tmp_path):
     base, state = definition_of(tiny.LLAMA), run["states"][2]
     check_start(path, tiny.VOCABULARY, {"params": base.abstract()})
     raw, average = merged(state.params), merged(state.eval_params)
-    assert_close(checkpoints.restore_params(path, base.abstract()), raw)
-    assert_close(checkpoints.restore_params(path, base.abstract(), use_ema=True), average)
+    assert_close(restoring.restore_params(path, base.abstract()), raw)
+    assert_close(restoring.restore_params(path, base.abstract(), use_ema=True), average)
     for use_ema, expected in ((True, average), (False, raw)):
-        shapes, read = checkpoints.open_params(path, use_ema)
+        shapes, read = restoring.open_params(path, use_ema)
         assert shapes == {name: leaf.shape for name, leaf in named_leaves(base.abstract()).items()}
         assert_close({name: read(name) for name in shapes}, named_leaves(expected))
     difference = raw["decoder"]["blocks"]["mlp"]["wo"] - state.params["decoder"]["blocks"]["mlp"]["wo"].base
@@ -275,7 +275,7 @@ def test_another_run_starts_from_the_merged_model(run, tmp_path):
             definition.restore_rules([(pattern, "ema/x")])
     assert "come from params/" in check_start(path, tiny.VOCABULARY, abstract, rules)
     init = functools.partial(fresh_state, definition, optimizer, True, jax.random.key(0))
-    state = checkpoints.restore_initial(path, abstract, rules, init)
+    state = restoring.restore_initial(path, abstract, rules, init)
     expected = merged(run["states"][2].params)["decoder"]["blocks"]
     found = state.params["decoder"]["blocks"]
     assert_close(found["mlp"]["wo"].base, expected["mlp"]["wo"])

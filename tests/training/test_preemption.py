@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 
-from diffusion_t5x.checkpointing import checkpoints, manifest
+from diffusion_t5x.checkpointing import checkpoints, manifest, restoring
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training.bad_numbers import BadNumbers, Judge
 from diffusion_t5x.training.goodput import Goodput
@@ -69,7 +69,7 @@ class Run:
     def __call__(self):
         state, due = TrainState(step=jnp.int32(0), params={"sum": jnp.int32(0)}, opt_state=()), False
         if checkpoints.latest(self.folder):
-            state, data, metadata = checkpoints.restore(self.folder, ABSTRACT)
+            state, data, metadata = restoring.restore(self.folder, ABSTRACT)
             self.position, due = int(data["position"]), metadata.get("evaluation_due", False)
         store = checkpoints.Checkpoints(self.folder)
         try:

@@ -90,7 +90,7 @@ def passed_tests(
         allow_unsafe=allow_unsafe,
     )
     passed = [sum(verdict.passed for verdict in verdicts[i : i + n]) for i in range(0, size * n, n)]
-    scores = {}
+    scores: dict[str, float] = {}
     for k in sorted({k for k in _KS if k <= n} | {n}):
         share, low, high = pass_at_k_with_interval(n, passed, k)
         scores |= {f"pass@{k}": 100 * share, f"pass@{k}_low": 100 * low, f"pass@{k}_high": 100 * high}
@@ -102,5 +102,4 @@ def _check_sandbox(allow_unsafe: bool = False, **_: object) -> None:
     code_execution.check_isolation(allow_unsafe)
 
 
-passed_tests.takes_samples = True  # see data.scoring
-passed_tests.check_here = _check_sandbox
+vars(passed_tests).update(takes_samples=True, check_here=_check_sandbox)  # see data.scoring

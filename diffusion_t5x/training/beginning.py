@@ -1,0 +1,120 @@
+"""Where a training starts: from its own latest checkpoint, from another run's, or from scratch."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import jax
+import numpy as np
+import optax
+
+from diffusion_t5x.checkpointing import checkpoints, restoring, stored
+from diffusion_t5x.checkpointing.assignment import Rule
+from diffusion_t5x.checkpointing.checkpoints import OpenCheckpoint
+from diffusion_t5x.checkpointing.start import check_start
+from diffusion_t5x.models.transformer import ModelDefinition
+from diffusion_t5x.objectives.objective import Objective
+from diffusion_t5x.training.agreement import Agreement
+from diffusion_t5x.training.lora import Lora, LoraDefinition
+from diffusion_t5x.training.state import TrainState, fresh_state, init_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """What a training goes on from.
+
+    Attributes:
+      state: before its first step.
+      data_state: where the data stand; None at their beginning.
+      evaluation_due: an earlier run did not finish the evaluation of this state.
+      losses: what the judge of bad steps remembers.
+    """
+
+    state: TrainState
+    data_state: Mapping[str, np.ndarray] | None = None
+    evaluation_due: bool = False
+    losses: Sequence[Any] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a training starts.
+
+    Attributes:
+      checkpoint: what it goes on or starts from; None starts from scratch.
+      resumes: the checkpoint is the run's own.
+      rules: for the arrays of another run's checkpoint.
+    """
+
+    checkpoint: OpenCheckpoint | None = None
+    resumes: bool = False
+    rules: Sequence[Rule] = ()
+
+    @classmethod
+    def find(cls, folder: str, initial_path: str | None, rules: Sequence[Rule], allow_older: bool) -> Self:
+        """The latest checkpoint in the run's folder; without one the initial one; without that none.
+
+        Args:
+          folder: of the run's checkpoints.
+          initial_path: a user's path, or None.
+          rules: for the initial one.
+          allow_older: where the latest is broken, take the newest whole one.
+
+        Raises:
+          UserError: no checkpoint is at the initial path.
+        """
+        if own := (stored.latest_whole if allow_older else checkpoints.latest)(folder):
+            return cls(checkpoints.open_checkpoint(own), resumes=True)
+        if initial_path:
+            return cls(OpenCheckpoint(checkpoints.find_checkpoint(initial_path)), rules=rules)
+        return cls()
+
+    def __str__(self) -> str:
+        if self.checkpoint is None:
+            return "from scratch"
+        return f"{'resuming' if self.resumes else 'initialised'} from {self.checkpoint.named}"
+
+    def check(
+        self,
+        definition: ModelDefinition,
+        abstract: TrainState,
+        objective: Objective,
+        lora: Lora | None,
+        setting: str,
+        allow_mismatch: bool,
+    ) -> str:
+        """What becomes of each array, in words; "" from scratch. Reads names and shapes only.
+
+        Raises:
+          UserError: the checkpoint is of another model or another training, see `Agreement`; or its arrays do not fit.
+        """
+        if self.checkpoint is None:
+            return ""
+        agreement = Agreement.of(self.checkpoint, setting, allow_mismatch)
+        if self.resumes:
+            agreement.check_resumed(definition.config, objective, lora)
+        else:
+            agreement.check_initial(definition.config, objective)
+        return check_start(
+            self.checkpoint, definition.vocabulary, abstract, self._rules(definition), resumes=self.resumes
+        )
+
+    def begin(
+        self, definition: ModelDefinition, optimizer: optax.GradientTransformation, abstract: TrainState, seed: int
+    ) -> Begun:
+        """Reads the state, or makes it; each array where it belongs on the mesh."""
+        if self.checkpoint is None:
+            return Begun(init_state(abstract, definition, optimizer, seed))
+        if self.resumes:
+            state, data_state, metadata = restoring.restore(self.checkpoint, abstract)
+            return Begun(state, data_state, metadata.get("evaluation_due", False), metadata.get("losses", ()))
+
+        def fresh() -> TrainState:
+            return fresh_state(definition, optimizer, abstract.ema is not None, jax.random.key(seed))
+
+        return Begun(restoring.restore_initial(self.checkpoint, abstract, self._rules(definition), init=fresh))
+
+    def _rules(self, definition: ModelDefinition) -> Sequence[Rule]:
+        if isinstance(definition, LoraDefinition) and not self.resumes:
+            return definition.restore_rules(self.rules)
+        return self.rules

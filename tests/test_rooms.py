@@ -1,0 +1,104 @@
+"""The rooms of the package stand on floors: a module imports from its own room and from floors below, never upwards."""
+
+import ast
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+
+import pytest
+
+import diffusion_t5x
+
+PACKAGE = pathlib.Path(diffusion_t5x.__file__).parent
+VERBS = "train eval infer generate lm_eval cache_tasks inspect_data benchmark report checkpoints convert __main__"
+# Lowest first. Rooms on one floor do not import each other, but for the single files of the lowest.
+FLOORS = [
+    ("errors", "records", "json_lines", "terminal", "console", "progress", "task_modules", "moved"),
+    ("partitioning", "data"),
+    ("models",),
+    ("objectives", "decoding"),
+    ("checkpointing",),
+    ("training",),
+    ("evaluation", "importing"),
+    ("tasks",),
+    ("performance", "chat"),
+    ("reporting",),
+    ("command_line",),
+    tuple(VERBS.split()),
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def modules() -> Iterator[tuple[str, pathlib.Path]]:
+    """Room and path of each module, also of those behind the link `tasks`."""
+    for folder, _, names in os.walk(PACKAGE, followlinks=True):
+        for name in sorted(names):
+            path = pathlib.Path(folder, name)
+            room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+            if path.suffix == ".py" and room != "__init__":
+                yield room, path
+
+
+def imports(source: str) -> Iterator[tuple[int, str]]:
+    """Line and room of each import from the package, also inside functions. Its own names, such as the version, have no
+    room."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            package, *rest = name.split(".")
+            if package == "diffusion_t5x" and rest and rest[0] in FLOOR:
+                yield node.lineno, rest[0]
+
+
+def misplaced(room: str, source: str) -> list[tuple[int, str]]:
+    """Lines and rooms of the imports that go upwards or to a room beside this one."""
+    lowest = FLOORS[0]
+    return [
+        (line, other)
+        for line, other in imports(source)
+        if other != room and FLOOR[other] >= FLOOR[room] and not {room, other} <= set(lowest)
+    ]
+
+
+def test_every_module_has_a_floor():
+    assert {room for room, _ in modules()} == FLOOR.keys()
+
+
+@pytest.mark.parametrize("room", FLOOR)
+def test_no_import_goes_upwards_or_aside(room):
+    found = {
+        str(path.relative_to(PACKAGE)): misplaced(room, path.read_text(encoding="utf-8"))
+        for its_room, path in modules()
+        if its_room == room
+    }
+    assert found and {name: lines for name, lines in found.items() if lines} == {}
+
+
+@pytest.mark.parametrize(
+    ("room", "source", "expected"),
+    [
+        ("models", "def f():\n    from diffusion_t5x.training import step", [(2, "training")]),
+        ("importing", "from diffusion_t5x.tasks import chat", [(1, "tasks")]),
+        ("importing", "from diffusion_t5x import tasks, errors", [(1, "tasks")]),
+        ("decoding", "import diffusion_t5x.objectives.block as block", [(1, "objectives")]),
+        ("reporting", "from diffusion_t5x import __version__\nfrom diffusion_t5x.reporting import runs", []),
+        ("progress", "from diffusion_t5x import terminal", []),
+    ],
+)
+def test_imports_are_found_in_every_form(room, source, expected):
+    assert misplaced(room, source) == expected
+
+
+def test_the_readme_draws_the_same_floors():
+    section = (PACKAGE.parent / "README.md").read_text(encoding="utf-8").partition("## Architecture")[2]
+    drawn = [re.findall(r"\w+(?=/)", line.partition("  ")[0]) for line in section.split("```")[1].splitlines()]
+    assert [tuple(rooms) for rooms in drawn if rooms] == [
+        rooms for floor in FLOORS[::-1] if (rooms := tuple(room for room in floor if (PACKAGE / room).is_dir()))
+    ]
