@@ -79,10 +79,12 @@ def _answer_help() -> None:
 
     Python sets `sys.argv[0]` to "-m" while it looks for the module to run, which imports this package first.
     """
+    from diffusion_t5x import terminal
     from diffusion_t5x.command_line import help_pages
 
     if (page := help_pages.answer(sys.orig_argv)) is not None:
-        print(page)
+        with terminal.standard_streams():
+            print(page)
         sys.exit()
 
 

@@ -112,11 +112,11 @@ def decode(
         "mesh": mesh,
     }
     kept = Measurements(benchmark_output_dir, describe(settings), machine)
+    checkpoints.ensure_writable(benchmark_output_dir, dry_run)
     if dry_run:
         print(f"Would time {', '.join(decoders)} ({definition.num_params():,} parameters) for {kept.path}.")
         print(f"Lengths {list(lengths)} on {stopwatch.device_name(machine)}.")
         return
-    checkpoints.ensure_writable(benchmark_output_dir)
     shardings = partitioning.param_shardings(device_mesh, definition.abstract(), definition.axes())
 
     @functools.cache
@@ -189,10 +189,10 @@ def train(
         case.check(label, device_mesh, input_length, target_length)
     machine = stopwatch.describe_machine()
     device = stopwatch.device_name(machine)
+    checkpoints.ensure_writable(benchmark_output_dir, dry_run)
     if dry_run:
         print(f"Would time training steps of {', '.join(cases)} for {benchmark_output_dir} on {device}.")
         return
-    checkpoints.ensure_writable(benchmark_output_dir)
     watches = {
         label: StepWatch(device_mesh, case, optimizer, vocabulary_size, input_length, target_length, random_seed)
         for label, case in cases.items()

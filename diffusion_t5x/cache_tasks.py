@@ -71,10 +71,10 @@ def cache_tasks(
     unlisted = [x for x in mixtures if not cache.is_done(cache.folder(cache_dir, x.name, x.split), x)]
     for job in jobs:
         logger.info("%s %s", job.folder, "is to be written" if job in missing else "is there already")
+    checkpoints.ensure_writable(cache_dir, dry_run)
     if dry_run:
         print(f"Would write {len(missing)} of {len(jobs)} splits of tasks. Nothing was written.")
         return
-    checkpoints.ensure_writable(cache_dir)
     if beam_options is None:
         write(missing)
     else:

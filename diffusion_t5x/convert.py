@@ -32,11 +32,11 @@ def from_llama2c(model_file: str, tokenizer_file: str, output_folder: str) -> No
       UserError: invalid files, files that do not belong together, or an output that is not empty;
         before anything is written.
     """
+    folder = empty_folder(output_folder)
+    source = llama2c.read(model_file)
     libraries()
     from diffusion_t5x.data.llama2c_vocabulary import Llama2cVocabulary
 
-    folder = empty_folder(output_folder)
-    source = llama2c.read(model_file)
     vocabulary = Llama2cVocabulary(tokenizer_file)
     if vocabulary.vocab_size != source.vocab_size:
         raise UserError(

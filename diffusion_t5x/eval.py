@@ -90,8 +90,7 @@ def evaluate(
     found = [checkpoints.OpenCheckpoint(path) for path in checkpoints.find_checkpoints(checkpoint_path)]
     kind = "eval" if decode_evals else "likelihood" if likelihood_evals else "loss"
     output = pathlib.Path(eval_output_dir or found[-1].model_dir / kind)
-    if not dry_run:
-        checkpoints.ensure_writable(str(output))
+    checkpoints.ensure_writable(str(output), dry_run)
     loss_evals, likelihood_evals, decode_evals = (
         prepared(loss_evals),
         prepared(likelihood_evals),

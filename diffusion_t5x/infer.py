@@ -110,8 +110,7 @@ def infer(
     checkpoint = checkpoints.open_checkpoint(checkpoint_path)
     path = str(checkpoint)
     infer_output_dir = infer_output_dir or str(checkpoint.model_dir / "infer" / checkpoint.path.name)
-    if not dry_run:
-        checkpoints.ensure_writable(infer_output_dir)
+    checkpoints.ensure_writable(infer_output_dir, bool(dry_run))
     data = dataset if templates is None else Templates.read(templates, dataset)
     how = _how(mode, decoder, objective, num_draws, data, trace)
     check_datasets([data], model, device_mesh)

@@ -105,8 +105,7 @@ def evaluate(
         raise UserError(f"Rows.architecture is {rows.architecture}, but ModelConfig.architecture {model.architecture}.")
     model.check_length(rows.row_length)
     partitioning.check_batch(device_mesh, rows.batch_size, rows.row_length)
-    if not dry_run:
-        checkpoints.ensure_writable(eval_output_dir)
+    checkpoints.ensure_writable(eval_output_dir, dry_run)
     settings = results.describe(
         {
             "tasks": tasks,

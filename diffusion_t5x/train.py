@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from diffusion_t5x import partitioning, records, terminal
 from diffusion_t5x.checkpointing import stored
 from diffusion_t5x.checkpointing.assignment import Rule, named_leaves
-from diffusion_t5x.checkpointing.checkpoints import Checkpoints, find_checkpoint
+from diffusion_t5x.checkpointing.checkpoints import Checkpoints, ensure_writable, find_checkpoint
 from diffusion_t5x.checkpointing.record import Record, describe
 from diffusion_t5x.command_line import config
 from diffusion_t5x.command_line.slice_flags import slice_dry_run
@@ -159,8 +159,9 @@ def train(
             **step,
         )
         return
-    if train_steps < 1:
-        raise UserError(f"TRAIN_STEPS must be at least 1, not {train_steps}.")
+    _check_settings(model_dir, train_steps, loss_normalizing_factor, ema_decay, hang_timeout)
+    if dry_run:
+        ensure_writable(model_dir, dry_run=True)
     goodput = Goodput()
     device_mesh = mesh.make()
     check_writers(metric_writers)
@@ -229,6 +230,27 @@ def train(
             )
         scored = isinstance(train_dataset, SeqioDataset) and train_dataset.has_metrics
         logger.info("%s", next_commands(model_dir, writes=record.decoder is not None, scored=scored))
+
+
+def _check_settings(
+    model_dir: str,
+    train_steps: int,
+    loss_normalizing_factor: float | None,
+    ema_decay: float | None,
+    hang_timeout: float | None,
+) -> None:
+    def above_0(value: float | None) -> bool:
+        return value is None or value > 0
+
+    for name, value, is_right, wanted in (
+        ("MODEL_DIR", model_dir, model_dir != "", "the path of a folder"),
+        ("TRAIN_STEPS", train_steps, train_steps >= 1, "at least 1"),
+        ("LOSS_NORMALIZING_FACTOR", loss_normalizing_factor, above_0(loss_normalizing_factor), "above 0, or None"),
+        ("train.train.ema_decay", ema_decay, ema_decay is None or 0 <= ema_decay < 1, "in [0, 1), or None"),
+        ("train.train.hang_timeout", hang_timeout, above_0(hang_timeout), "above 0, or None"),
+    ):
+        if not is_right:
+            raise UserError(f"{name} must be {wanted}, not {value!r}.")
 
 
 def _check_data(

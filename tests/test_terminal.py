@@ -260,3 +260,20 @@ def test_an_answer_is_whole_where_it_is_no_terminal(capsys):
     answers = types.SimpleNamespace(write=lambda batch, sample: types.SimpleNamespace(tokens=[], figures=lambda: ""))
     Plain(prompts, answers, 1).run("x")
     assert capsys.readouterr().out == "\x1b[2J\n\x9b\n"
+
+
+@pytest.mark.parametrize("words", ["", "--version", "train --help", "completion bash", "env"])
+def test_pages_and_lists_on_a_full_disk_are_one_line(words):
+    with open(FULL, "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "diffusion_t5x", *words.split()], stdout=full, stderr=subprocess.PIPE, timeout=300
+        )
+    assert done.returncode == 1
+    assert done.stderr == b"error: standard output cannot be written: No space left on device.\n"
+
+
+def test_help_goes_through_any_encoding():
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    words = [sys.executable, "-m", "diffusion_t5x.train", "--help"]
+    done = subprocess.run(words, capture_output=True, env=environment, timeout=300, check=True)
+    assert "\u2026" in done.stdout.decode("utf-8")

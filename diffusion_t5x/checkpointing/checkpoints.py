@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -170,12 +171,20 @@ class _Kept:
         return -math.inf if math.isnan(value) else self._sign * value
 
 
-def ensure_writable(directory: str) -> None:
+def ensure_writable(directory: str, dry_run: bool = False) -> None:
     """Makes the folder if it is not there, and a file in it.
+
+    Args:
+      directory: local or remote.
+      dry_run: make nothing: look whether the folder, or the nearest one above it that is there, may be written to. What
+        is remote is not looked at.
 
     Raises:
       UserError: it cannot be made or written to.
     """
+    if dry_run:
+        _check_permission(directory)
+        return
     probe = epath.Path(directory) / f".writable-{jax.process_index()}"
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
@@ -186,6 +195,14 @@ def ensure_writable(directory: str) -> None:
         raise UserError(
             f"Cannot write to {directory}: {said}. Choose another folder (MODEL_DIR), or make this one writable."
         ) from error
+
+
+def _check_permission(directory: str) -> None:
+    path = pathlib.Path(directory).absolute()
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if "://" not in directory and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        state = "cannot be written to" if there.is_dir() else "is a file"
+        raise UserError(f"Cannot write to {directory}: {there} {state}. Choose another folder.")
 
 
 def steps(directory: str) -> list[int]:

@@ -9,6 +9,9 @@ from diffusion_t5x.checkpointing.checkpoints import AnyCheckpoint, open_checkpoi
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import OtherModel, UserError
 
+# What says which arrays there are, beside the model, in the parts of a state.
+_SAVED_WITH = {"ema": "a moving average (train.train.ema_decay)", "opt_state": "an optimizer (train.train.optimizer)"}
+
 
 def check_start(
     path: AnyCheckpoint, vocabulary: TokenIds, abstract_state: Any, rules: Sequence[Rule] = (), resumes: bool = False
@@ -39,13 +42,26 @@ def check_start(
     except UserError as error:
         here, settings = (model_settings(merging.plain(leaves)) for leaves in (targets, sources))
         advice = _advice(here, settings)
+        others = {name.partition("/")[0] for name in _differing(targets, sources)} & {"ema", "opt_state"}
         if advice and resumes:  # no rule could help, and most arrays differ: what to set says it in one line
             wrong.append(f"{checkpoint} is of another model. {advice} Or choose another MODEL_DIR.")
+        elif others and resumes:
+            what = " and ".join(_SAVED_WITH[part] for part in sorted(others))
+            wrong.append(
+                f"{checkpoint} was saved with other settings of {what}. Set the same, or start another run from it: "
+                f"another MODEL_DIR and --gin.INITIAL_CHECKPOINT_PATH={checkpoint}."
+            )
         else:
             wrong += filter(None, [f"{checkpoint}: {error}", advice])
     if wrong:
         raise OtherModel("\n".join(wrong), settings)
     return description
+
+
+def _differing(targets: Mapping[str, Any], sources: Mapping[str, Any]) -> set[str]:
+    """The arrays that only one of the two has, or that have other shapes."""
+    alone = targets.keys() ^ sources.keys()
+    return alone | {name for name in targets.keys() - alone if tuple(targets[name].shape) != tuple(sources[name].shape)}
 
 
 def model_settings(leaves: Mapping[str, Any]) -> dict[str, int | bool | str]:

@@ -1,6 +1,7 @@
 """Checks a configuration that has been read, before anything is built: types, cycles, unused bindings."""
 
 import inspect
+import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
@@ -21,6 +22,8 @@ from diffusion_t5x.command_line.setting_types import (
     words,
 )
 from diffusion_t5x.errors import UserError, did_you_mean
+
+logger = logging.getLogger(__name__)
 
 _MACRO = "gin.macro"
 _TASK_MODULE = "MIXTURE_OR_TASK_MODULE"  # of T5X
@@ -152,10 +155,12 @@ def check_macros_used() -> None:
         if selector == _MACRO and scope not in used:
             with_it = [
                 file
-                for file in gin_reading.shipped()
+                for file in [*gin_reading.shipped("runs"), *gin_reading.shipped()]
                 if re.search(rf"^{re.escape(scope)} = ", gin_reading.shipped_text(file), re.MULTILINE)
             ]
-            hint = did_you_mean(scope, used) or (f" It goes with {', '.join(with_it[:3])}." if with_it else "")
+            hint = did_you_mean(scope, used) or (
+                f" It goes with {', '.join(list(dict.fromkeys(with_it))[:3])}." if with_it else ""
+            )
             raise UserError(f"{flag}: nothing in this configuration uses a macro {scope!r}.{hint}")
 
 
@@ -173,12 +178,33 @@ def reached(verb: Callable[..., Any]) -> set[tuple[str, str]]:
     return found
 
 
+def _replaced(in_use: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Selectors and scopes of what would be evaluated, too, if no flag had replaced what files set."""
+    seen: set[tuple[Any, ...]] = set()
+    for (scope, selector, name), value in gin_reading.replaced_by_flags().items():
+        called_in = [found for other, found in in_use if other == selector and _applies(scope, found)]
+        for reference in gin_config.iterate_references({name: value}) if called_in else ():
+            scopes = reference.scopes or list(filter(None, called_in[0].split("/")))
+            list(unset(reference.configurable.selector, scopes, set(), reference.evaluate, seen))
+    return {(visited, "/".join(scope)) for visited, _, *scope in seen}
+
+
 def check_flags_used(verb: Callable[..., Any]) -> None:
-    """Raises a UserError if a flag sets a macro, or a parameter, that a run of the verb does not use."""
+    """Raises a UserError if a flag sets a macro, or a parameter, that a run of the verb does not use.
+
+    What another flag took out of use, as `--gin.train.train.decode_evals=[]` does a decoder, is only logged: a command
+    line with the settings of a run may switch a part of it off.
+    """
     in_use = reached(verb)
-    for (scope, selector, _), flag in gin_reading.set_by_flags().items():
+    switched_off = _replaced(in_use)
+    for (scope, selector, parameter), flag in gin_reading.set_by_flags().items():
         scopes = [found for other, found in in_use if other == selector]
         if any(_applies(scope, found) for found in scopes):
+            continue
+        if any(other == selector and _applies(scope, found) for other, found in switched_off):
+            logger.info(
+                "%s changes nothing: another flag replaces what uses %s", flag, name_of(scope, selector, parameter)
+            )
             continue
         if selector == _MACRO:
             users = sorted({name_of(*key) for key in _users(scope)})

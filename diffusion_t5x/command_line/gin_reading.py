@@ -72,6 +72,7 @@ class _Reading:
 
     def forget(self) -> None:
         self.places: dict[Key, Place] = {}
+        self.replaced: dict[Key, Any] = {}
         self.now = Place("text", "gin")
         self.open_files: list[str] = []
         self.vouched: dict[pathlib.Path, bool] = {}
@@ -110,6 +111,11 @@ def set_by_flags() -> dict[Key, Place]:
         for (scope, selector, name), found in _reading.places.items()
         if found.kind == "flag" and name in gin_config._CONFIG.get((scope, selector), {})
     }
+
+
+def replaced_by_flags() -> dict[Key, Any]:
+    """What files set and the command line replaced."""
+    return dict(_reading.replaced)
 
 
 def is_vouched(file: str) -> bool:
@@ -175,6 +181,8 @@ def _bind(binding_key: Any, value: Any) -> None:
         return
     if now.kind == "flag":
         _replace_in_scopes(key, now)
+        if before and before.kind != "flag" and parsed.arg_name in bound:
+            _reading.replaced[key] = bound[parsed.arg_name]
     bound[parsed.arg_name] = value
     _reading.places[key] = now
 

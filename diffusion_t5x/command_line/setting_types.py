@@ -6,6 +6,7 @@ yet. An annotation that says nothing about either, such as a type variable, take
 
 import collections.abc
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -198,7 +199,11 @@ def _fit_tuple(value: Any, args: Sequence[Any], refer: Callable[[Any, Any], Any]
 
 def _fit_class(value: Any, wanted: type) -> Any:
     if wanted is int and isinstance(value, WholeNumber):
-        return int(value)
+        value = int(value)
+    if wanted is int and type(value) is int and not -(2**63) <= value < 2**63:
+        raise Misfit("It does not fit into 64 bits.")
+    if wanted is float and isinstance(value, float) and not math.isfinite(value):
+        raise Misfit("It is too large.")
     if wanted is float and isinstance(value, WholeNumber):
         return float(value)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):

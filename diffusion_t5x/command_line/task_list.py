@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator
 
 from diffusion_t5x.command_line import config, gin_macros, help_pages
+from diffusion_t5x.data.seqio_source import libraries
 from diffusion_t5x.errors import UserError
 
 _TASKS = "diffusion_t5x.tasks."
@@ -46,8 +47,8 @@ def _family(file: str) -> str:
 
 def _registered(file: str) -> list[str]:
     """The tasks and mixtures of a file's family that are there once SeqIO has what the file imports."""
-    with config.program():  # before TensorFlow is imported, so that it keeps quiet
-        import seqio
+    with config.program():
+        seqio, _ = libraries()
 
         config.load([file])
     names = [name for registry in (seqio.TaskRegistry, seqio.MixtureRegistry) for name in registry.names()]

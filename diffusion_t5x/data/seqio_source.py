@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import functools
 import os
+import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from diffusion_t5x.data.train_iterator import TrainIterator
 
 FEATURES = ("inputs", "targets")
+# TensorFlow imports Keras, which nothing here uses, and Keras these where they are there: a third of the time.
+_OF_KERAS = ("matplotlib", "pandas", "sklearn")
 
 
 def _without_autotuning() -> "tf.data.Options":
@@ -42,13 +45,25 @@ def libraries() -> tuple[types.ModuleType, types.ModuleType]:
     """SeqIO and TensorFlow, silenced and kept off the accelerators, which belong to JAX."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    with silent_stderr():
+    with silent_stderr(), _without(*_OF_KERAS):
         import seqio
         import tensorflow as tf
 
         with contextlib.suppress(RuntimeError):  # the caller has set TensorFlow up already
             tf.config.set_visible_devices([], "GPU")
     return seqio, tf
+
+
+@contextlib.contextmanager
+def _without(*modules: str) -> Iterator[None]:
+    """Lets imports go on as if these modules, where nothing has imported them yet, were not installed."""
+    hidden = [name for name in modules if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 def _plain(value: Any) -> Any:
@@ -128,7 +143,13 @@ class SeqioDataset:
                 f"{difference(vocabularies[0], vocabularies[-1])}. Give both features the same."
             )
         if self.use_cached:
-            for task in libraries()[0].get_subtasks(provider):
+            tasks = libraries()[0].get_subtasks(provider)
+            if not any(task.supports_caching for task in tasks):
+                raise UserError(
+                    f"SeqIO does not cache {where}, so USE_CACHED_TASKS = True would change nothing. Tokenize it once "
+                    "with the verb cache_tasks and read that (data/cached.gin), or set USE_CACHED_TASKS = False."
+                )
+            for task in tasks:
                 if task.supports_caching and not task.cache_dir:
                     raise UserError(
                         f"{task.name!r} is not cached: run seqio_cache_tasks and add its folder with "

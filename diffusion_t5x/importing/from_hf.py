@@ -64,9 +64,9 @@ def in_memory(path: str) -> tuple[Record, ModelDefinition, dict[str, Streamed]]:
 
 def _opened(path: str, ignore_keys: Sequence[str] = ()) -> tuple[Folder, Described, ModelDefinition, pathlib.Path]:
     """The folder, what it describes, the model here, and the tokenizer's file; all checked, no weights kept."""
-    libraries()
     folder = Folder.open(hub.local_folder(path)).without_keys(ignore_keys)
     described = families.describe(folder)
     tokenizer = folder.tokenizer()
+    libraries()  # seconds, which a folder that is refused need not cost
     ids = token_ids(vocabulary(str(tokenizer)))
     return folder, described, importing.definition_of(folder, described, ids, tokenizer), tokenizer

@@ -13,6 +13,7 @@ from diffusion_t5x.errors import UserError
 
 def constant(value: float, warmup_steps: int = 0) -> optax.Schedule:
     """`value` for ever, after the warm-up."""
+    _check(value, warmup_steps)
     return _warmed_up(optax.constant_schedule(value), value, warmup_steps)
 
 
@@ -20,6 +21,7 @@ def linear(
     peak_value: float, total_steps: int, warmup_steps: int | float = 0, end_value: float = 0.0
 ) -> optax.Schedule:
     """A straight line from `peak_value` after the warm-up to `end_value` at `total_steps`, and flat from there on."""
+    _check(peak_value, warmup_steps)
     warmup_steps = _warmup(total_steps, warmup_steps)
     decay = optax.linear_schedule(peak_value, end_value, total_steps - warmup_steps)
     return _warmed_up(decay, peak_value, warmup_steps)
@@ -36,6 +38,7 @@ def cosine(
       warmup_steps: steps over which the rate rises from 0 to its peak; a float below 1 is a share of `total_steps`.
       end_value: the rate from `total_steps` on.
     """
+    _check(peak_value, warmup_steps)
     warmup_steps = _warmup(total_steps, warmup_steps)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup_steps else peak_value,
@@ -55,6 +58,7 @@ def rsqrt(
     the defaults), not a ramp. `linear_warmup` multiplies a ramp into it (T5X's factor of that name), which Adam needs.
     `peak_value` is the rate at the end of the warm-up, in place of `value`.
     """
+    _check(value if peak_value is None else peak_value, warmup_steps)
     if peak_value is not None:
         value = peak_value * max(warmup_steps, 1) ** 0.5
 
@@ -63,6 +67,13 @@ def rsqrt(
         return decay * jnp.minimum(1.0, step / max(warmup_steps, 1)) if linear_warmup else decay
 
     return schedule
+
+
+def _check(rate: float, warmup_steps: int | float) -> None:
+    if rate < 0:
+        raise UserError(f"A learning rate cannot be below 0: {rate}. Set LEARNING_RATE.")
+    if warmup_steps < 0:
+        raise UserError(f"A warm-up cannot take {warmup_steps} steps. Set WARMUP_STEPS to 0 or more.")
 
 
 def _warmup(total_steps: int, warmup_steps: int | float) -> int:

@@ -59,6 +59,20 @@ MISTAKES = [
     ("cache_tasks", f"{CACHE} --gin.MIXTURE_OR_TASK_NAME=quickstart_pairs --gin.TASK_FEATURE_LENGTHS=24", ["a dict"]),
     ("benchmark", f"{BENCHMARK} --gin.LENGTHS=24", ["LENGTHS=24", "a list of a whole number"]),
     ("inspect_data", f"{INSPECT} --gin.NUM_ROWS=few", ["NUM_ROWS=few", "a whole number"]),
+    # Numbers that cannot be.
+    ("train", f"{FINETUNE} --gin.RANDOM_SEED=9223372036854775808", ["RANDOM_SEED", "64 bits"]),
+    ("train", f"{FINETUNE} --gin.TRAIN_STEPS=1e30", ["TRAIN_STEPS=1e30", "64 bits"]),
+    ("train", f"{FINETUNE} --gin.LEARNING_RATE=1e999", ["LEARNING_RATE", "too large"]),
+    ("train", f"{FINETUNE} --gin.LEARNING_RATE=-1", ["LEARNING_RATE", "below 0"]),
+    ("train", f"{FINETUNE} --gin.WARMUP_STEPS=-1", ["WARMUP_STEPS"]),
+    ("train", f"{FINETUNE} --gin.LOSS_NORMALIZING_FACTOR=0", ["LOSS_NORMALIZING_FACTOR must be above 0"]),
+    ("train", f"{FINETUNE} --gin.train.train.ema_decay=1.0", ["ema_decay must be in [0, 1)"]),
+    ("train", f"{FINETUNE} --gin.train.train.hang_timeout=0", ["hang_timeout must be above 0"]),
+    # Places that cannot be, settings that say nothing.
+    ("train", f"{FINETUNE} --gin.MODEL_DIR=''", ["MODEL_DIR must be the path of a folder"]),
+    ("train", f"{FINETUNE} --gin.MODEL_DIR=pairs.jsonl/run --dry_run", ["pairs.jsonl is a file", "MODEL_DIR"]),
+    ("train", f"{FINETUNE} --gin.USE_CACHED_TASKS=True", ["USE_CACHED_TASKS", "cache_tasks"]),
+    ("train", f"{FINETUNE} --gin.TARGETS='x'", ["TARGETS = 'x' names no field"]),
     # Flags that change nothing.
     ("train", f"{FINETUNE} --gin.TRIAN_STEPS=5", ["--gin.TRIAN_STEPS=5", "Did you mean 'TRAIN_STEPS'?"]),
     ("train", f"{FINETUNE} --gin.NUM_STEPS=5", ["--gin.NUM_STEPS=5", "nothing in this configuration uses"]),

@@ -306,3 +306,9 @@ def test_more_shards_than_examples_are_one_message():
         next(three.train_iterator(4, shard))
     with pytest.raises(UserError, match=r"nothing to train on.*shard 3 of 4 has no examples.*more processes"):
         next(three.train_iterator(4, 3))
+
+
+def test_reading_imports_none_of_what_keras_would_like():
+    program = "from diffusion_t5x.data.seqio_source import libraries; libraries(); import sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True)
+    assert not {"matplotlib", "pandas", "sklearn"} & set(done.stdout.split())
