@@ -58,7 +58,7 @@ def libraries() -> tuple[types.ModuleType, types.ModuleType]:
 def _without(*modules: str) -> Iterator[None]:
     """Lets imports go on as if these modules, where nothing has imported them yet, were not installed."""
     hidden = [name for name in modules if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None is how Python marks them
     try:
         yield
     finally:
