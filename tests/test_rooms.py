@@ -26,6 +26,7 @@ FLOORS = [
     ("reporting",),
     ("command_line",),
     tuple(VERBS.split()),
+    ("api",),
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
