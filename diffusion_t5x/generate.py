@@ -20,7 +20,7 @@ import jax
 from diffusion_t5x.chat.answers import Answers
 from diffusion_t5x.chat.conversation import Plain, Terminal, ended_by_signals, say
 from diffusion_t5x.chat.live_canvas import LiveCanvas
-from diffusion_t5x.chat.prompts import Prompts
+from diffusion_t5x.chat.prompts import Prompts, prompt_lengths
 from diffusion_t5x.checkpointing import checkpoints
 from diffusion_t5x.command_line import config
 from diffusion_t5x.command_line.recorded import gin_text
@@ -39,7 +39,6 @@ from diffusion_t5x.training.agreement import Agreement
 if TYPE_CHECKING:
     import seqio
 
-_LENGTH = 256  # of what an imported model writes
 # Read before what the checkpoint says, which sets the macros.
 _GIN = """\
 from __gin__ import dynamic_registration
@@ -108,7 +107,7 @@ def generate(
     for name, value in (("length", length), ("samples", samples)):
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, not {value}.")
-    max_inputs, length = _lengths(task_feature_lengths, length, model)
+    max_inputs, length = prompt_lengths(task_feature_lengths, length, model)
     dataset = None if task is None else SeqioDataset(task, task_feature_lengths or {})
     vocabulary = vocabulary or _vocabulary(vocabulary_file, dataset)
     if context_eos is None and dataset:
@@ -138,24 +137,6 @@ def generate(
         Terminal(prompts, answers, samples, canvas).run(prompt)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _lengths(features: Mapping[str, int] | None, length: int | None, model: ModelConfig) -> tuple[int | None, int]:
-    """The most tokens of a prompt (None: any number), and those of an answer."""
-    is_one_row = model.architecture == "decoder_only"
-    if features is not None and not {"targets"} <= features.keys() <= {"inputs", "targets"}:
-        raise UserError(f"TASK_FEATURE_LENGTHS must have targets, and may have inputs: {dict(features)}.")
-    if features and "inputs" in features:
-        inputs, targets = features["inputs"], length or features["targets"]
-        model.check_length(inputs + targets if is_one_row else max(inputs, targets), "TASK_FEATURE_LENGTHS or --length")
-        return inputs, targets
-    most = features["targets"] if features else model.max_length
-    if most is None:
-        return None, length or _LENGTH
-    length = length or min(_LENGTH, most // 2)
-    if is_one_row and length >= most:
-        raise UserError(f"--length {length} leaves no room for a prompt: the model has {most} tokens for both.")
-    return most - length if is_one_row else most, length
 
 
 def _vocabulary(file: str | None, dataset: SeqioDataset | None) -> "seqio.Vocabulary":

@@ -112,7 +112,7 @@ def infer(
     infer_output_dir = infer_output_dir or str(checkpoint.model_dir / "infer" / checkpoint.path.name)
     if not dry_run:
         checkpoints.ensure_writable(infer_output_dir)
-    data = dataset if templates is None else Templates(templates, dataset)
+    data = dataset if templates is None else Templates.read(templates, dataset)
     how = _how(mode, decoder, objective, num_draws, data, trace)
     check_datasets([data], model, device_mesh)
     agreement = Agreement.of(checkpoint, "infer.infer.allow_mismatch", allow_mismatch)

@@ -17,7 +17,7 @@ from pages import by_module
 
 from diffusion_t5x import generate, infer, train
 from diffusion_t5x.chat.conversation import one_line
-from diffusion_t5x.chat.prompts import Prompts
+from diffusion_t5x.chat.prompts import Prompts, prompt_lengths
 from diffusion_t5x.command_line import config
 from diffusion_t5x.convert import convert
 from diffusion_t5x.data import vocabulary_files
@@ -175,7 +175,7 @@ def test_an_older_checkpoint_s_objective_says_whether_the_model_is_shifted(shift
     folder = untrained(tmp_path, "objectives/masked.gin", "decoding/masked.gin", edit=as_it_was)
     seen = []
     monkeypatch.setattr(Agreement, "check", lambda agreement, model, users: seen.extend([agreement.record, model]))
-    monkeypatch.setattr(generate, "_lengths", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(generate, "prompt_lengths", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         generate.main(["--checkpoint", str(folder), "--prompt", "a"])
     assert seen[0].shifted is shifted and seen[1].shifted is shifted
@@ -197,10 +197,10 @@ def test_an_older_checkpoint_s_objective_says_whether_the_model_is_shifted(shift
 )
 def test_lengths(features, length, architecture, max_length, expected):
     model = ModelConfig(**SIZE, architecture=architecture, max_length=max_length)
-    assert generate._lengths(features, length, model) == expected
+    assert prompt_lengths(features, length, model) == expected
     if max_length == 512 and architecture == "decoder_only":
         with pytest.raises(UserError, match="--length 512 leaves no room for a prompt: the model has 512 tokens"):
-            generate._lengths(features, 512, model)
+            prompt_lengths(features, 512, model)
 
 
 def test_rows_have_room_for_prompts_of_many_lengths():

@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.metadata
+import os
+import pathlib
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
@@ -46,6 +48,15 @@ def in_words(described: Any) -> str:
         fields = (f"{key}={in_words(value)}" for key, value in described.items() if key != CLASS)
         return f"{class_name(described)}({', '.join(fields)})"
     return f"[{', '.join(map(in_words, described))}]" if isinstance(described, list) else repr(described)
+
+
+def is_plain(described: Any) -> bool:
+    """Whether `describe` could say all of an object; of what it does not know it has the repr, "<function ...>"."""
+    if isinstance(described, Mapping):
+        return all(map(is_plain, described.values()))
+    if isinstance(described, list | tuple):
+        return all(map(is_plain, described))
+    return not (isinstance(described, str) and described.startswith("<"))
 
 
 def class_name(described: Mapping[str, Any]) -> str:
@@ -174,6 +185,20 @@ class Record:
         vocabulary, lora = fields.pop("vocabulary"), fields.pop("lora")
         fields["modes"] = [dataclasses.asdict(mode) for mode in self.modes]
         return {"vocabulary": dict(vocabulary), **({"lora": dict(lora)} if lora else {}), "record": fields}
+
+    def vocabulary_arguments(self, model_dir: str | os.PathLike) -> dict[str, Any] | None:
+        """The arguments of `data.vocabulary_files.vocabulary` that make the vocabulary; None where they are not known.
+
+        Args:
+          model_dir: the model's folder. A file that is gone from its place is taken from there: a folder may be moved.
+        """
+        if not self.vocabulary_source:
+            return None
+        file = self.vocabulary_source.get("file")
+        if file is not None and "://" not in file and not pathlib.Path(file).expanduser().exists():
+            beside = pathlib.Path(model_dir) / pathlib.PurePath(file).name
+            file = str(beside) if beside.exists() else file
+        return {"file": file, "extra_ids": self.vocabulary_source["extra_ids"]}
 
     @property
     def shifted(self) -> bool | None:

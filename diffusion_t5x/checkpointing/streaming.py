@@ -32,6 +32,12 @@ class Streamed:
     def size(self) -> int:
         return int(np.prod(self.shape))
 
+    def whole(self) -> np.ndarray:
+        """The array itself."""
+        length = self.shape[self.axis]
+        pieces = [self.read(start, min(start + self.step, length)) for start in range(0, length, self.step)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=self.axis)
+
 
 class _Handler(ocp.type_handlers.NumpyHandler):
     """Saves as a numpy array is saved, in chunks that are the pieces."""

@@ -29,8 +29,9 @@ def add_checkpoints(parser: Parser) -> None:
 def add_convert(parser: Parser) -> None:
     """Adds the subcommands: `source` is "from_hf", "to_hf", "from_t5x" or "from_llama2c"."""
     sources = parser.add_subparsers(required=True, dest="source", metavar="{from_hf,to_hf,from_t5x,from_llama2c}")
-    from_hf = sources.add_parser("from_hf", help="a local folder in Hugging Face's format")
-    from_hf.add_argument("path", metavar="FOLDER")
+    from_hf = sources.add_parser("from_hf", help="a model in Hugging Face's format")
+    where = "a local folder; or ORG/NAME[@REVISION], a model of the hub, which is downloaded once"
+    from_hf.add_argument("path", metavar="MODEL", help=where)
     from_hf.add_argument(
         "--ignore_keys",
         default=(),

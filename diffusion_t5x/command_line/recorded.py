@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from diffusion_t5x.checkpointing.checkpoints import OpenCheckpoint
-from diffusion_t5x.checkpointing.record import CLASS, Record
+from diffusion_t5x.checkpointing.record import CLASS, Record, is_plain
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
@@ -86,7 +86,7 @@ def gin_text(checkpoint: OpenCheckpoint, with_task: bool = True) -> str:
     if block := next((mode.block_size for mode in record.modes if mode.block_size), None):
         text.bind("BLOCK_SIZE", block)
     for macro, described in {"OBJECTIVE": record.objective, "DECODER": record.decoder}.items():
-        if described and _is_plain(described):
+        if described and is_plain(described):
             text.bind(macro, _with_macro(described, "block_size", block, "BLOCK_SIZE"))
     _bind_data(text, record.dataset or {}, (record.task or {}) if with_task else {})
     if record.imported:
@@ -135,29 +135,15 @@ def _bind_data(text: "_Text", dataset: Mapping[str, Any], task: Mapping[str, Any
 
 
 def _bind_vocabulary(text: "_Text", record: Record, folder: pathlib.Path) -> None:
-    """The vocabulary; its file may have been moved together with the model's folder."""
+    """The vocabulary, and how many ids it has."""
     if size := record.vocabulary.get("size"):
         text.bind("VOCABULARY_SIZE", size)
-    source = record.vocabulary_source or {}
-    file = source.get("file")
-    if file is not None and "://" not in file and not pathlib.Path(file).expanduser().exists():
-        beside = folder / pathlib.PurePath(file).name
-        file = str(beside) if beside.exists() else file
-    if source:
-        text.bind("VOCABULARY_FILE", file)
+    if arguments := record.vocabulary_arguments(folder):
+        text.bind("VOCABULARY_FILE", arguments["file"])
         text.import_all([_VOCABULARY.rpartition(".")[0]])
         text.bind(f"{_VOCABULARY}.file", {"%": "VOCABULARY_FILE"})
-        text.bind(f"{_VOCABULARY}.extra_ids", source["extra_ids"])
+        text.bind(f"{_VOCABULARY}.extra_ids", arguments["extra_ids"])
         text.bind("VOCABULARY", {"@": _VOCABULARY, "call": True})
-
-
-def _is_plain(described: Any) -> bool:
-    """True if gin can express it; `record.describe` stores unknown objects as their repr."""
-    if isinstance(described, Mapping):
-        return all(map(_is_plain, described.values()))
-    if isinstance(described, list | tuple):
-        return all(map(_is_plain, described))
-    return not (isinstance(described, str) and described.startswith("<"))
 
 
 def _with_macro(described: Any, field: str, value: Any, macro: str) -> Any:

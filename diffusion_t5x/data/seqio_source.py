@@ -147,6 +147,10 @@ class SeqioDataset:
                         "seqio.add_global_cache_dirs, or set USE_CACHED_TASKS = False."
                     )
 
+    def check_task(self) -> None:
+        """As `check`, but the task may lack the split."""
+        dataclasses.replace(self, split=self.splits()[0]).check()
+
     def splits(self) -> list[str]:
         """The splits of the task or mixture."""
         return sorted(self._provider().splits)

@@ -1,7 +1,7 @@
 """Beam search of an autoregressive model, as in T5X."""
 
 import dataclasses
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import flax.struct
 import jax
@@ -12,6 +12,7 @@ from diffusion_t5x.data.ends import after_end
 from diffusion_t5x.decoding.autoregressive import read_next, read_prompt
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace, target_range
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.attention import KVCache
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.transformer import Transformer
@@ -96,13 +97,10 @@ class BeamSearchDecoder(Decoder):
         cache = cache.take(jnp.repeat(jnp.arange(rows), beams))
         encoded = encoded and encoded.repeat(beams)
 
-        def penalty(num_tokens):
-            return ((5 + num_tokens) / 6) ** self.length_penalty
-
         def output(carry):
             """The best text of each example, `[B, ...]`."""
             finished, live = (jax.tree.map(lambda x: x[:, 0], carry[name]) for name in ("finished", "live"))
-            live = live.replace(score=live.score / penalty(carry["row_steps"]))
+            live = live.replace(score=live.score / self._penalty(carry["row_steps"]))
             return select(finished.score > -jnp.inf, finished, live)
 
         def unfinished(carry):
@@ -128,7 +126,7 @@ class BeamSearchDecoder(Decoder):
             candidates = live.take(beam).write(slot, token, of_token, score)
 
             ends = vocabulary.is_end(token)
-            ended = candidates.replace(score=jnp.where(ends, score / penalty(step + 1), -jnp.inf))
+            ended = candidates.replace(score=jnp.where(ends, score / self._penalty(step + 1), -jnp.inf))
             finished = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), carry["finished"], ended)
             finished = finished.take(jax.lax.top_k(finished.score, beams)[1])
             candidates = candidates.replace(score=jnp.where(ends, -jnp.inf, score))
@@ -136,7 +134,7 @@ class BeamSearchDecoder(Decoder):
             parent = jnp.arange(rows)[:, None] * beams + jnp.take_along_axis(beam, goes_on, axis=-1)
 
             # A live beam's log-probability only falls, and counts for most at the greatest length.
-            best_possible = jnp.max(candidates.score, axis=-1) / penalty(num_targets)
+            best_possible = jnp.max(candidates.score, axis=-1) / self._penalty(num_targets)
             carry |= {
                 "step": step + 1,
                 "cache": cache.take(parent.reshape(-1)),
@@ -151,21 +149,7 @@ class BeamSearchDecoder(Decoder):
                 carry["trace"] = carry["trace"].record(step, shown.tokens, batch.target_mask, shown.log_probability)
             return carry
 
-        copies = jnp.repeat(canvas[:, None], beams, axis=1)
-        nothing = Beams(
-            tokens=copies,
-            log_probability=jnp.full(copies.shape, -jnp.inf, jnp.float32) if trace else None,
-            score=jnp.full((rows, beams), -jnp.inf, jnp.float32),
-        )
-        carry = {
-            "step": jnp.int32(0),
-            "cache": cache,
-            "live": nothing.replace(score=nothing.score.at[:, 0].set(0)),  # else all would be the same
-            "finished": nothing,
-            "row_steps": jnp.zeros_like(num_targets),
-            "done": num_targets == 0,
-            "trace": start_trace(trace, canvas, length),
-        }
+        carry = self._start(canvas, cache, num_targets, trace)
         carry = jax.lax.while_loop(unfinished, write_next, carry)
         best = output(carry)
         written = batch.target_mask & ~after_end(best.tokens, batch, vocabulary)
@@ -179,6 +163,27 @@ class BeamSearchDecoder(Decoder):
             written_at=jnp.where(written, jnp.arange(length, dtype=jnp.int32) - first_target[:, None], -1),
             trace=carry["trace"] and carry["trace"].end(carry["step"]),
         )
+
+    def _start(self, canvas: jax.Array, cache: KVCache, num_targets: jax.Array, trace: bool | Watch) -> dict[str, Any]:
+        """What the loop carries before its first step."""
+        copies = jnp.repeat(canvas[:, None], self.num_beams, axis=1)
+        nothing = Beams(
+            tokens=copies,
+            log_probability=jnp.full(copies.shape, -jnp.inf, jnp.float32) if trace else None,
+            score=jnp.full(copies.shape[:2], -jnp.inf, jnp.float32),
+        )
+        return {
+            "step": jnp.int32(0),
+            "cache": cache,
+            "live": nothing.replace(score=nothing.score.at[:, 0].set(0)),  # else all would be the same
+            "finished": nothing,
+            "row_steps": jnp.zeros_like(num_targets),
+            "done": num_targets == 0,
+            "trace": start_trace(trace, canvas, canvas.shape[1]),
+        }
+
+    def _penalty(self, num_tokens: jax.Array) -> jax.Array:
+        return ((5 + num_tokens) / 6) ** self.length_penalty
 
 
 def select(condition: jax.Array, first: Beams, second: Beams) -> Beams:

@@ -135,7 +135,7 @@ class Decoded(flax.struct.PyTreeNode):
         steps: jax.Array,
         row_steps: jax.Array,
         written_at: jax.Array,
-        trace: Trace | None,
+        trace: Trace | None = None,
         num_drafted: jax.Array | None = None,
         num_accepted: jax.Array | None = None,
     ) -> Self:

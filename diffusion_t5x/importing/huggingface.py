@@ -74,8 +74,8 @@ class Folder:
         for name in (*CARRIED, SINGLE, INDEX):
             _check_link(folder / name)
         config = read_json(folder / CONFIG)
-        # As in `transformers`, an index counts if there is no single file.
-        names = [SINGLE] if (folder / SINGLE).exists() or not (folder / INDEX).exists() else _shards(folder / INDEX)
+        # As in `transformers`, an index counts where there is no single file.
+        names = [SINGLE] if (folder / SINGLE).exists() or not (folder / INDEX).exists() else shards(folder / INDEX)
         tensors: dict[str, Tensor] = {}
         for name in names:
             found = _read_header(folder / name)
@@ -181,7 +181,7 @@ def _check_link(file: pathlib.Path) -> None:
         raise UserError(f"{file} is not a regular file.")
 
 
-def _shards(index: pathlib.Path) -> list[str]:
+def shards(index: pathlib.Path) -> list[str]:
     """The files that an index names, which lie beside it."""
     where = read_json(index).get("weight_map")
     names = where.values() if isinstance(where, dict) else [None]

@@ -34,8 +34,12 @@ def write_trace_page(
       title: what was decoded.
       decoder: who wrote.
     """
-    shown = [_example(record) for record in itertools.islice(records, MOST_EXAMPLES)]
-    write_text(path, render(shown, total, title, decoder), errors="replace")
+    write_text(path, trace_page(records, total, title, decoder), errors="replace")
+
+
+def trace_page(records: Iterable[Mapping[str, Any]], total: int, title: str, decoder: str) -> str:
+    """The page, as HTML; the arguments are those of `write_trace_page`."""
+    return render([_example(record) for record in itertools.islice(records, MOST_EXAMPLES)], total, title, decoder)
 
 
 def render(examples: list[dict[str, Any]], total: int, title: str, decoder: str) -> str:

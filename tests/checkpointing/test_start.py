@@ -88,4 +88,4 @@ def test_a_model_dir_of_another_size_is_one_line(tmp_path):
         check_start(path, tiny.VOCABULARY, abstract(tiny.RELATIVE), resumes=True)
     (line,) = str(error.value).splitlines()
     assert "is of another model. The checkpoint's model has ModelConfig.embed_dim = 96 (here 16)" in line
-    assert line.endswith("Include sizes/tiny.gin. Or choose another MODEL_DIR.")
+    assert line.endswith("(here 32). Or choose another MODEL_DIR.")
