@@ -176,7 +176,7 @@ def test_other_mistakes(write, tmp_path, caplog):
     with pytest.raises(UserError, match=r"Cannot read .*broken\.gz"):
         (tmp_path / "broken.gz").write_bytes(b"no gzip")
         read({"train": str(tmp_path / "broken.gz")}, readers.Jsonl())
-    with pytest.raises(UserError, match="is no template"):
+    with pytest.raises(UserError, match="is not a template"):
         local_files.task("mine", {"train": "x"}, readers.Jsonl(), None, inputs="{inputs")
     with pytest.raises(UserError, match="There is no vocabulary file nowhere"):
         local_files.task("mine", {"train": "x"}, readers.Jsonl(), "nowhere.model")
