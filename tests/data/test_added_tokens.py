@@ -95,7 +95,7 @@ def test_without_added_tokens_nothing_is_different(spiece):
     write(spiece, tokenizer={"added_tokens": [token(model.IdToPiece(with_space)) | {"id": with_space}]})
     write(spiece, tokenizer_config=in_decoder({"<pad>": 0, "<extra_id_0>": 429}), added_tokens={"<extra_id_99>": 330})
     vocabulary = vocabulary_files.vocabulary(str(spiece / "spiece.model"))
-    assert type(vocabulary) is seqio.SentencePieceVocabulary and vocabulary == plain
+    assert type(vocabulary) is type(plain) and vocabulary == plain
     assert token_ids(vocabulary) == token_ids(plain)
 
 

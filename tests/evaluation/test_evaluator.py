@@ -139,6 +139,7 @@ class Dice:
             steps=jnp.int32(1),
             row_steps=jnp.ones(len(drawn), int),
             written_at=jnp.where(batch.target_mask, 0, -1),
+            trace=None,
         )
 
 
@@ -196,6 +197,7 @@ class Echo:
             steps=jnp.int32(0),
             row_steps=jnp.full(rows, 2),
             written_at=jnp.where(batch.target_mask, 0, -1),
+            trace=None,
         )
 
 
