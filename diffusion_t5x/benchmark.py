@@ -1,8 +1,8 @@
-"""Measure how long decoders take for texts of different lengths (`decode`), and training steps (`train`).
+"""Time decoders over text lengths (`decode`), or training steps (`train`).
 
-Neither task nor checkpoint nor TensorFlow is needed.
+No task, no checkpoint and no TensorFlow is needed.
 
-What is measured is the first word: python -m diffusion_t5x.benchmark decode --gin_file=FILE ...
+The first argument says what to measure: diffusion-t5x benchmark decode --gin_file=FILE ...
 `decode --checkpoint DIR` takes model, decoder, lengths and the vocabulary's size from a checkpoint, and writes to
 benchmark/ in its MODEL_DIR.
 """
@@ -59,32 +59,32 @@ def decode(
 ) -> None:
     """Times decoders side by side: a table, `decode_time.json`, `.html` and `.svg` in `benchmark_output_dir`.
 
-    The model has fresh random parameters and reads random inputs. Nothing can end a text, so every target position is
-    written: the time is that of the whole length. Compilation is not in it. At each length the decoders take turns, so
-    that a machine that slows down does so for all. Each time is kept as soon as it is taken; the same command goes on
-    from there.
+    The model has fresh random parameters and reads random inputs. No token ends a text, so every target position is
+    written: the time is that of the whole length, without compilation. At each length the decoders take turns, so
+    that a machine that slows down affects all of them. Each time is saved as soon as it is measured; the same command
+    continues from there.
 
     Args:
       model: dimensions.
-      decoders: what writes, by a name of yours.
+      decoders: the decoders to time, by a name of your choice.
       benchmark_output_dir: made if it is not there.
       vocabulary_size: number of ids, MASK included.
       lengths: target tokens.
       input_length: tokens of the input.
       batch_size: texts that are written at once.
       repeats: runs of each decoder at each length.
-      max_batch_size: if given, all is measured once more with each decoder's own saturating batch: `batch_size` is
+      max_batch_size: if given, everything is measured again with each decoder's own saturating batch: `batch_size` is
         doubled until that raises the tokens per second by less than a tenth, or exceeds this, or memory runs out.
       random_seed: of parameters, inputs and decoders.
       mesh: how the devices are arranged.
       dry_run: check everything, print what would be measured, and measure nothing.
 
     Raises:
-      UserError: anything that does not fit, or measurements of something else in `benchmark_output_dir`, before
+      UserError: anything that does not fit, or measurements with other settings in `benchmark_output_dir`, before
         anything is compiled; or `batch_size` texts do not fit into memory.
     """
     if jax.process_count() > 1:
-        raise UserError("benchmark.decode measures one host: start it on one.")
+        raise UserError("benchmark.decode measures a single host: start it on one host.")
     device_mesh = mesh.make()
     numbers = {"input_length": [input_length], "batch_size": [batch_size], "repeats": [repeats], "lengths": lengths}
     for name, values in numbers.items():
@@ -159,10 +159,10 @@ def train(
     """Times training steps side by side: a table, and `train_speed.json` in `benchmark_output_dir`.
 
     Models have fresh random parameters and learn random tokens. The cases take turns, so that a machine that slows
-    down does so for all; the state of each stays on the devices, so all must fit together.
+    down affects all of them; the state of each stays on the devices, so all must fit together.
 
     Args:
-      cases: what is trained, by a name of yours.
+      cases: what to train, by a name of your choice.
       optimizer: of all of them.
       benchmark_output_dir: made if it is not there.
       vocabulary_size: number of ids, MASK included.
@@ -177,7 +177,7 @@ def train(
       UserError: anything that does not fit, before anything is compiled.
     """
     if jax.process_count() > 1:
-        raise UserError("benchmark.train measures one host: start it on one.")
+        raise UserError("benchmark.train measures a single host: start it on one host.")
     device_mesh = mesh.make()
     numbers = {"input_length": input_length, "target_length": target_length, "num_steps": num_steps, "repeats": repeats}
     for name, value in numbers.items():
@@ -293,12 +293,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = words[0] if words else ""
     with config.program():
         if name in ("-h", "--help"):
-            print(f"{__doc__}\nTo be measured: {', '.join(SUBCOMMANDS)}; each has a --help of its own.")
+            print(f"{__doc__}\nTo be measured: {', '.join(SUBCOMMANDS)}; each has its own --help.")
             return
         if name not in SUBCOMMANDS:
             given = f"not {name!r}" if words else "but there is none"
             raise UserError(
-                f"The first word says what is measured: {' or '.join(SUBCOMMANDS)}, {given}."
+                f"The first argument says what is measured: {' or '.join(SUBCOMMANDS)}, {given}."
                 f"{did_you_mean(name, SUBCOMMANDS)} Write python -m diffusion_t5x.benchmark {next(iter(SUBCOMMANDS))} "
                 "--gin_file=..."
             )

@@ -1,7 +1,7 @@
 """Tokenize a SeqIO task or mixture once, into files that training reads without TensorFlow.
 
-Each task's split becomes a folder of ArrayRecord files. Preprocessors run once, so their random choices stay as they
-fall; a mixture is cached task by task, together with its rates.
+Each task's split becomes a folder of ArrayRecord files. Preprocessors run once, so their random choices are fixed. A
+mixture is cached task by task, together with its rates.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ def cache_tasks(
     task_modules: Sequence[str] = (),
     dry_run: bool = False,
 ) -> None:
-    """Caches what is not cached yet.
+    """Caches the splits that are not cached yet.
 
     Args:
       mixture_or_task_name: as registered with SeqIO.
@@ -40,15 +40,15 @@ def cache_tasks(
       cache_dir: gets a folder for each task and each split of it.
       splits: which; None takes all.
       num_epochs: passes over the data, each with new random choices of the preprocessors (span corruption's spans).
-      num_shards: files of each split. Each is made from its own part of the data, as one of so many hosts reads it.
+      num_shards: files of each split. Each is made from its own part of the data, as if one of as many hosts read it.
       seed: of the preprocessors' random choices.
       beam_options: runs as an Apache Beam pipeline with these options, as on Beam's command line. None needs no Beam.
       task_modules: for Beam's workers: the modules that register the tasks.
       dry_run: check everything, print what would be written, and write nothing.
 
     Raises:
-      UserError: an unknown task, split or feature, a bad number, or a cache that was made otherwise in the place of
-        one that is asked for; before anything is written.
+      UserError: an unknown task, split or feature, a bad number, or a cache made with other settings in the
+        same place; before anything is written.
     """
     for name, number in {"num_epochs": num_epochs, "num_shards": num_shards}.items():
         if not isinstance(number, int) or number < 1:

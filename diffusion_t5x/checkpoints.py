@@ -1,7 +1,7 @@
 """List, show, verify and compare checkpoints.
 
-A CHECKPOINT is a folder checkpoint_<step>, or a folder of them or a MODEL_DIR, which means the newest there; a RUN is a
-MODEL_DIR or a folder of checkpoints. Exit status: 0 all is well, 1 something is broken or differs, 2 a wrong command.
+CHECKPOINT is a folder checkpoint_<step>; a folder of them or a MODEL_DIR means its newest one. RUN is a MODEL_DIR or a
+folder of checkpoints. Exit status: 0 success, 1 something is broken or differs, 2 a wrong command.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from diffusion_t5x.console import Console
 
 
 def list_run(run: str) -> bool:
-    """Prints a table of the checkpoints of a run; whether all their files are there in their sizes."""
+    """Prints a table of a run's checkpoints; True if all their files exist with the right sizes."""
     found = inspection.listing(run)
     metrics = sorted({name for listed in found for name in listed.metrics})
     table = _table("step", "size", "written", "files", "", *metrics)
@@ -41,7 +41,7 @@ def list_run(run: str) -> bool:
 
 
 def show(checkpoint: str) -> bool:
-    """Prints what a checkpoint holds."""
+    """Prints the contents of a checkpoint."""
     path = find_checkpoint(checkpoint)
     metadata = read_metadata(str(path))
     config = metadata.pop("config", "")
@@ -58,7 +58,7 @@ def show(checkpoint: str) -> bool:
 
 
 def verify(path: str) -> bool:
-    """Reads every file of the checkpoints at a path and compares checksums; whether none is broken."""
+    """Reads every file of the checkpoints at a path and compares checksums; True if none is broken."""
     table = _table("checkpoint", "files")
     fine = True
     for checkpoint in find_checkpoints(path):
@@ -73,7 +73,7 @@ def verify(path: str) -> bool:
 
 
 def diff(first: str, second: str) -> bool:
-    """Prints how two checkpoints differ; whether they do not."""
+    """Prints the differences between two checkpoints; True if there are none."""
     found = inspection.difference(first, second)
     if found.arrays:
         table = _table("array", "first", "second", "largest difference", "relative norm")

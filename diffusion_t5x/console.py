@@ -1,4 +1,4 @@
-"""rich's console, for tables and styled text that hold what others wrote."""
+"""rich's console, for tables and styled text with untrusted content."""
 
 from typing import Any
 
@@ -13,3 +13,10 @@ class Console(rich.console.Console):
 
     def render_str(self, text: str, **options: Any) -> rich.text.Text:
         return super().render_str(terminal.safe(text), **options)
+
+
+def one_line(text: str, width: int) -> str:
+    """The text as `terminal.safe` text on one line, cut to `width` cells; line breaks and tabs are shown as signs."""
+    line = rich.text.Text(terminal.safe(text).replace("\n", "␊").replace("\t", "␉"))
+    line.truncate(width, overflow="ellipsis")
+    return line.plain

@@ -1,4 +1,4 @@
-"""Import a model of another framework, with its tokenizer and a gin file that names both; and the way back."""
+"""Import a model from another framework, with its tokenizer and a gin file that names both, and export it again."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ def from_llama2c(model_file: str, tokenizer_file: str, output_folder: str) -> No
       output_folder: a folder that is empty or not there.
 
     Raises:
-      UserError: files that are not what they should be or do not belong together, or an output that is not empty;
+      UserError: invalid files, files that do not belong together, or an output that is not empty;
         before anything is written.
     """
     folder = empty_folder(output_folder)

@@ -1,4 +1,4 @@
-"""The one kind of error that is the user's to mend."""
+"""Errors that the user can fix."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 class UserError(Exception):
     """Bad input: a name, a path, a shape, a checkpoint or data that does not fit.
 
-    The message says what is wrong, where, and how to mend it. The verbs print it without a traceback and exit with
+    The message says what is wrong, where, and how to fix it. The verbs print it without a traceback and exit with
     status 2, so it is raised before the long work starts.
     """
 

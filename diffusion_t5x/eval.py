@@ -1,4 +1,4 @@
-"""Evaluate checkpoints: decode tasks' examples and score them, measure losses and likelihoods; and write down how.
+"""Evaluate checkpoints: decode tasks' examples and score them, measure losses and likelihoods.
 
 With --checkpoint DIR (a MODEL_DIR, a checkpoint or what convert wrote) model, vocabulary, decoder, objective, task and
 lengths come from the checkpoint; gin files and --gin.NAME=VALUE change them. Results go to eval/ in the MODEL_DIR.
@@ -58,26 +58,26 @@ def evaluate(
 ) -> None:
     """Scores one checkpoint, or all of a run.
 
-    `eval_output_dir` gets results.json (metrics, and all it takes to repeat them) and, for each decoded task,
+    `eval_output_dir` gets results.json (metrics, and everything needed to repeat them) and, for each decoded task,
     `<task>_predictions.jsonl`; with `all_checkpoints` a folder `checkpoint_<step>` for each, with the same in it.
-    results.json is written last. Started again with the same settings, only checkpoints without one are evaluated.
+    results.json is written last. A repeated call with the same settings evaluates only checkpoints without one.
 
     Args:
       model: dimensions of the checkpoint's model.
       checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
       eval_output_dir: made if it is not there; None is eval/ in the checkpoint's MODEL_DIR (likelihood/ or loss/ where
         nothing is decoded), with a folder for each checkpoint.
-      all_checkpoints: evaluate all that are at the path; else the latest.
+      all_checkpoints: evaluate all checkpoints at the path; otherwise the newest.
       decode_evals: what to decode and score.
-      objective: whose loss `loss_evals` measure, and whose likelihood `likelihood_evals` do.
+      objective: computes losses and likelihoods.
       loss_evals: losses to measure.
-      likelihood_evals: likelihoods to measure; their metrics stand beside those of what is decoded.
+      likelihood_evals: likelihoods to measure; their metrics are listed beside those of decoding.
       restore_rules: assignment rules, as in training.
       use_ema: take the parameters' moving average where the checkpoint has one.
-      teacher_checkpoint_path: of an autoregressive model that judges what is decoded ("teacher_nll",
+      teacher_checkpoint_path: of an autoregressive model that scores decoded texts ("teacher_nll",
         "teacher_agreement"), and that a distillation's loss needs.
       teacher_model: its dimensions; None takes the model's.
-      allow_mismatch: use the model otherwise than it was trained, where the checkpoint's record says how: with another
+      allow_mismatch: use the model other than as trained, according to the checkpoint's record: with another
         function, decoder or objective.
       mesh: how the devices are arranged.
       dry_run: check everything, print what would be done, and evaluate nothing.
@@ -100,7 +100,9 @@ def evaluate(
     if not evals:
         raise UserError("Nothing to evaluate: set evaluate.decode_evals, loss_evals or likelihood_evals.")
     if (loss_evals or likelihood_evals) and objective is None:
-        raise UserError("evaluate.loss_evals and likelihood_evals need evaluate.objective: whose loss or likelihood?")
+        raise UserError(
+            "evaluate.loss_evals and likelihood_evals need evaluate.objective. Include a file of objectives/."
+        )
     check_datasets([ev.dataset for ev in evals], model, device_mesh)
     settings = results.describe(
         {
@@ -170,7 +172,7 @@ def evaluate(
 def _evaluate(
     evaluator: Evaluator, params: Params, folder: pathlib.Path
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Scores and data fingerprints by task; what was decoded is in `folder`."""
+    """Scores and data fingerprints by task; decoded texts are written to `folder`."""
     scores = {name: dict(metrics) for name, metrics in evaluator.losses(params).items()}
     fingerprints = {}
     for task, metrics, records in evaluator.likelihoods(params):
@@ -197,14 +199,14 @@ def score(
     num_examples: int | None = None,
     eval_output_dir: str | None = None,
 ) -> None:
-    """Scores predictions that were made elsewhere, prints the metrics and, if asked to, writes what `evaluate` does.
+    """Scores predictions made elsewhere, prints the metrics and optionally writes the same files as `evaluate`.
 
     Args:
       predictions: a file of JSON lines, see `evaluation.predictions`.
       dataset: makes the data set of a `mixture_or_task_name`.
       task: its name.
       mixture_or_task_name: the name as gin files set it, where `task` is None.
-      num_examples: the file has only the first so many; None takes all.
+      num_examples: number of examples in the file, from the start of the split; None: all.
       eval_output_dir: made if it is not there; None writes nothing.
 
     Raises:
@@ -212,7 +214,7 @@ def score(
     """
     name = task or mixture_or_task_name
     if not name:
-        raise UserError("Predictions for which task? Give --task NAME, and the --gin_file that registers it.")
+        raise UserError("No task for the predictions. Give --task NAME, and the --gin_file that registers it.")
     lines = read_predictions(predictions)
     data = dataset(mixture_or_task_name=name)
     data.check_scoring()

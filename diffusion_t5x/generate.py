@@ -1,14 +1,14 @@
-r"""Write answers to prompts: python -m diffusion_t5x.generate --checkpoint DIR [--prompt TEXT]
+r"""Write answers to prompts: diffusion-t5x generate --checkpoint DIR [--prompt TEXT]
 
-DIR is a MODEL_DIR, a checkpoint or what `convert` wrote. Model, vocabulary, lengths and the decoder come from what the
-checkpoint says of itself; gin files and --gin.NAME=VALUE change them.
+DIR is a MODEL_DIR, a checkpoint or what `convert` wrote. Model, vocabulary, lengths and decoder come from the
+checkpoint; gin files and --gin.NAME=VALUE change them.
 
   --prompt TEXT   write one answer and stop. Without it, a terminal asks for one prompt after another (an empty line or
-                  Ctrl-D ends, Ctrl-C stops an answer), and a pipe gives a prompt a line and gets an answer a line, in
-                  which \n is a line break and \\ a backslash
-  --length N      tokens to write at most; for diffusion, the canvas
+                  Ctrl-D ends, Ctrl-C stops an answer), and a pipe gives one prompt per line and gets one answer per
+                  line, in which \n is a line break and \\ a backslash
+  --length N      maximum number of tokens to write; for diffusion, the canvas
   --samples N     answers to each prompt
-  --seed N        of what is drawn
+  --seed N        random seed
 """
 
 import sys
@@ -20,7 +20,7 @@ import jax
 from diffusion_t5x.chat.answers import Answers
 from diffusion_t5x.chat.conversation import Plain, Terminal, ended_by_signals, say
 from diffusion_t5x.chat.live_canvas import LiveCanvas
-from diffusion_t5x.chat.prompts import Prompts
+from diffusion_t5x.chat.prompts import Prompts, prompt_lengths
 from diffusion_t5x.checkpointing import checkpoints
 from diffusion_t5x.command_line import config
 from diffusion_t5x.command_line.recorded import gin_text
@@ -39,7 +39,6 @@ from diffusion_t5x.training.agreement import Agreement
 if TYPE_CHECKING:
     import seqio
 
-_LENGTH = 256  # of what an imported model writes
 # Read before what the checkpoint says, which sets the macros.
 _GIN = """\
 from __gin__ import dynamic_registration
@@ -79,14 +78,14 @@ def generate(
     random_seed: int = 0,
     allow_mismatch: bool = False,
 ) -> None:
-    """Answers prompts on one device, one row at a time: what the decoder writes to them as `inputs`.
+    """Answers prompts, the decoder's `inputs`, on one device, one row at a time.
 
     The n-th prompt draws what the n-th example of a task does in `infer`, with the same seed.
 
     Args:
       checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
       model: dimensions of the checkpoint's model.
-      decoder: what writes.
+      decoder: writes the texts.
       vocabulary: of the model.
       vocabulary_file: in its place, see `data.vocabulary_files.vocabulary`.
       context_eos: whether EOS stands behind a prompt.
@@ -98,7 +97,7 @@ def generate(
       length: tokens to write, in place of the targets' length.
       samples: answers to each prompt.
       random_seed: of the decoder.
-      allow_mismatch: use the model otherwise than it was trained, where the checkpoint's record says how.
+      allow_mismatch: use the model other than as trained, according to the checkpoint's record.
 
     Raises:
       UserError: anything that does not fit; a prompt that is too long.
@@ -108,7 +107,7 @@ def generate(
     for name, value in (("length", length), ("samples", samples)):
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, not {value}.")
-    max_inputs, length = _lengths(task_feature_lengths, length, model)
+    max_inputs, length = prompt_lengths(task_feature_lengths, length, model)
     dataset = None if task is None else SeqioDataset(task, task_feature_lengths or {})
     vocabulary = vocabulary or _vocabulary(vocabulary_file, dataset)
     if context_eos is None and dataset:
@@ -140,24 +139,6 @@ def generate(
         sys.exit(130)
 
 
-def _lengths(features: Mapping[str, int] | None, length: int | None, model: ModelConfig) -> tuple[int | None, int]:
-    """The most tokens of a prompt (None: any number), and those of an answer."""
-    is_one_row = model.architecture == "decoder_only"
-    if features is not None and not {"targets"} <= features.keys() <= {"inputs", "targets"}:
-        raise UserError(f"TASK_FEATURE_LENGTHS must have targets, and may have inputs: {dict(features)}.")
-    if features and "inputs" in features:
-        inputs, targets = features["inputs"], length or features["targets"]
-        model.check_length(inputs + targets if is_one_row else max(inputs, targets), "TASK_FEATURE_LENGTHS or --length")
-        return inputs, targets
-    most = features["targets"] if features else model.max_length
-    if most is None:
-        return None, length or _LENGTH
-    length = length or min(_LENGTH, most // 2)
-    if is_one_row and length >= most:
-        raise UserError(f"--length {length} leaves no room for a prompt: the model has {most} tokens for both.")
-    return most - length if is_one_row else most, length
-
-
 def _vocabulary(file: str | None, dataset: SeqioDataset | None) -> "seqio.Vocabulary":
     if file is None:
         if dataset is not None:
@@ -176,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with config.program():
         flags, rest = own_flags("generate").parse_known_args(argv)
         if flags.checkpoint is None and not {"-h", "--help"} & set(rest):
-            raise UserError("Which model? Give --checkpoint DIR: a MODEL_DIR, a checkpoint or what convert wrote.")
+            raise UserError("No model. Give --checkpoint DIR: a MODEL_DIR, a checkpoint or what convert wrote.")
         texts = {"the settings of generate": _GIN}
         if flags.checkpoint:
             checkpoint = checkpoints.open_checkpoint(flags.checkpoint)

@@ -1,9 +1,9 @@
-"""Write predictions for a task's examples, or scores of them, as JSON lines, going on where an earlier run stopped.
+"""Write predictions for a task's examples, or scores of them, as JSON lines; a repeated run continues.
 
 With --checkpoint DIR (a MODEL_DIR, a checkpoint or what convert wrote) model, vocabulary, decoder, objective, task and
 lengths come from the checkpoint; gin files and --gin.NAME=VALUE change them. The lines go to infer/ in the MODEL_DIR.
 With --templates FILE.jsonl the model fills the holes of texts: lines such as {"template": "x =<hole:4> + 1"}, with
-"inputs" for a task that has some. With --trace a page beside the predictions shows how they came to be, step by step.
+"inputs" for a task that has some. With --trace a page beside the predictions shows every step.
 """
 
 import itertools
@@ -64,38 +64,39 @@ def infer(
     mesh: MeshConfig = MeshConfig(),  # noqa: B008  (frozen)
     dry_run: bool | SliceDryRun = False,
 ) -> None:
-    """Decodes or scores a task and writes `<task>-<split>.jsonl`, an example a line, in the task's order.
+    """Decodes or scores a task and writes `<task>-<split>.jsonl`, one line per example, in the task's order.
 
-    A line has "example_id", "inputs_pretokenized", "targets_pretokenized" and what `evaluation.inference.predict` says
-    of what was written. With templates the file is `infill-<file>.jsonl`, whose lines have "template" and "holes" (the
-    texts written) in place of the targets; "prediction" is the whole text. A line of scores has "log_likelihood" (of
-    the targets, in nats), "standard_error", "num_tokens" and "num_bytes" in place of what was decoded; the file is
-    `<task>-<split>-score.jsonl`. Started again with the same settings, it does only what is missing.
+    A line has "example_id", "inputs_pretokenized", "targets_pretokenized" and the fields of
+    `evaluation.inference.predict`. With templates the file is `infill-<file>.jsonl`; its lines have "template" and
+    "holes" (the texts written) instead of the targets, and "prediction" is the whole text. With `mode` "score" the file
+    is `<task>-<split>-score.jsonl`; its lines have "log_likelihood" (of the targets, in nats), "standard_error",
+    "num_tokens" and "num_bytes" instead of decoded text. A repeated call with the same settings does only what is
+    missing.
 
     Args:
       model: dimensions of the checkpoint's model.
       checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR; None for a TPU slice, which needs none.
       dataset: task, split, lengths and batch size.
       infer_output_dir: made if it is not there; None is infer/checkpoint_<step>/ in the checkpoint's MODEL_DIR.
-      mode: "predict" decodes, "score" says how likely the targets are that the task has.
-      decoder: what writes.
+      mode: "predict" decodes, "score" computes log-likelihoods of the task's targets.
+      decoder: writes the texts.
       objective: whose likelihood is scored.
       num_draws: for scores that are estimates; an even number.
       templates: a file of texts with holes to fill, in place of the task's examples (see `data.templates`).
       num_examples: only the first so many; None takes all.
-      trace: keep how the texts came to be, step by step: in the lines, in a page beside them
+      trace: keep every decoding step: in the lines, in a page beside them
         (`<task>-<split>.trace.html`), and the first ones in the terminal.
       random_seed: of the decoder or the draws.
       restore_rules: assignment rules, as in training.
       use_ema: take the parameters' moving average where the checkpoint has one.
-      allow_mismatch: use the model otherwise than it was trained, where the checkpoint's record says how: with another
+      allow_mismatch: use the model other than as trained, according to the checkpoint's record: with another
         function, decoder or objective.
       mesh: how the devices are arranged.
       dry_run: check everything, print what would be done, and do nothing. For a TPU slice: compile the decoding of a
         batch for it and print what it would take.
 
     Raises:
-      UserError: anything that does not fit, or the output was begun with other settings or other data; nothing is
+      UserError: anything that does not fit, or the output was started with other settings or other data; nothing is
         overwritten.
     """
     if isinstance(dry_run, SliceDryRun):
@@ -110,7 +111,7 @@ def infer(
     path = str(checkpoint)
     infer_output_dir = infer_output_dir or str(checkpoint.model_dir / "infer" / checkpoint.path.name)
     checkpoints.ensure_writable(infer_output_dir, bool(dry_run))
-    data = dataset if templates is None else Templates(templates, dataset)
+    data = dataset if templates is None else Templates.read(templates, dataset)
     how = _how(mode, decoder, objective, num_draws, data, trace)
     check_datasets([data], model, device_mesh)
     agreement = Agreement.of(checkpoint, "infer.infer.allow_mismatch", allow_mismatch)
@@ -137,7 +138,7 @@ def infer(
         checkpoint, model, data.token_ids(), device_mesh, restore_rules=restore_rules, use_ema=use_ema
     )
     total = data.num_eval_examples(num_examples)
-    logger.info("%s: %d of %d examples are there", output.path, output.done, total)
+    logger.info("%s: %d of %d examples are done", output.path, output.done, total)
     batches = (
         (batch, examples)
         for batch, examples in data.eval_batches(num_examples)

@@ -1,6 +1,6 @@
-"""Show what a training run reads: rows of its first batch as text, and what the objective makes of them.
+"""Show what a training run reads: rows of its first batch as text, and the objective's noise on them.
 
-Takes the gin files and flags of the run, and runs/inspect_data.gin after them. With --checkpoint DIR it takes task,
+Give the gin files and flags of the run, and runs/inspect_data.gin after them. With --checkpoint DIR it takes task,
 lengths, layout, objective and seed from a checkpoint of the run, and no gin file is needed.
 """
 
@@ -88,7 +88,7 @@ def inspect_data(
     """Prints the first batch of a run that starts at step 0 on one host, and what the model reads of it in that step.
 
     Each row is shown as text, run by run of inputs and targets, then position by position. Control characters of the
-    data are shown as signs and never printed.
+    data are shown as symbols and never printed.
 
     Args:
       dataset: what the run trains on.
@@ -128,7 +128,7 @@ def inspect_data(
 
 
 def _clean_reads(batch: Batch, reads: np.ndarray, vocabulary: TokenIds) -> tuple[Array, bool]:
-    """What the model would read without noise, `[B, L]`: the tokens in their places, or one later. And if one later."""
+    """Tokens `[B, L]` that the model would read without noise, in place or shifted right; and true if shifted."""
     later = np.asarray(shift_right(batch.tokens, batch.positions, vocabulary.start_id))
     there = batch.segment_ids > 0
     shifted = bool(np.sum((reads == later)[there]) > np.sum((reads == batch.tokens)[there]))

@@ -1,4 +1,4 @@
-"""JSON that people and other programs write."""
+"""Parses JSON from users and other programs."""
 
 import json
 from collections.abc import Sequence
@@ -8,14 +8,14 @@ _HARMLESS_DEPTH = 200
 
 
 def parse(text: str | bytes, distinct: bool = False) -> Any:
-    """What a text of JSON says.
+    """Parses a JSON text.
 
     Args:
       text: in UTF-8.
       distinct: refuse objects with two fields of one name, of which the last one counts otherwise.
 
     Raises:
-      ValueError: it is no JSON; or no program could go on with it: nested without end, or text that is no Unicode.
+      ValueError: it is not JSON, is nested too deeply, or has text that is not Unicode.
     """
     try:
         text = text if isinstance(text, str) else text.decode("utf-8-sig")
@@ -37,7 +37,7 @@ def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in fields if names.count(name) > 1)
-        raise ValueError(f"the field {twice!r} stands twice in one object")
+        raise ValueError(f"the field {twice!r} occurs twice in one object")
     return fields
 
 
@@ -49,5 +49,5 @@ def parse_object(line: str) -> dict[str, Any]:
     """
     value = parse(line, distinct=True)
     if not isinstance(value, dict):
-        raise ValueError('not a JSON object: {"field": "text", ...} is wanted.')
+        raise ValueError('not a JSON object: {"field": "text", ...} is expected.')
     return value

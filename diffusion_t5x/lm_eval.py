@@ -1,9 +1,9 @@
-"""Evaluate a checkpoint by EleutherAI's lm-evaluation-harness, with its tasks or with ones of yours.
+"""Evaluate a checkpoint with EleutherAI's lm-evaluation-harness, on its tasks or your own.
 
 With --checkpoint DIR (a MODEL_DIR, a checkpoint or what convert wrote) model, vocabulary, objective, decoder and
 lengths come from the checkpoint; gin files and --gin.NAME=VALUE change them. Results go to lm_eval/ in the MODEL_DIR.
---tasks=NAME,NAME ...; --include_path=DIR has task files of yours; --limit=N takes the first N examples of each task;
---num_fewshot=N puts so many examples before each.
+--tasks=NAME,NAME ...; --include_path=DIR adds your own task files; --limit=N takes the first N examples of each task;
+--num_fewshot=N puts N examples before each.
 """
 
 import hashlib
@@ -67,25 +67,25 @@ def evaluate(
     """Runs tasks of lm-evaluation-harness on a checkpoint.
 
     `eval_output_dir` gets results.json, as `eval` writes it, and for each task `<task>_samples.jsonl`, the harness's
-    own records of what was asked and answered. Started again with the same settings, it does nothing.
+    own records of requests and responses. A repeated call with the same settings does nothing.
 
     Args:
       model: dimensions of the checkpoint's model.
       checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
       vocabulary: of the model.
-      rows: how requests lie in rows.
-      objective: whose likelihood is told.
-      decoder: what writes.
+      rows: layout of requests in rows.
+      objective: computes likelihoods.
+      decoder: writes the texts.
       eval_output_dir: made if it is not there; None is lm_eval/checkpoint_<step>/ in the checkpoint's MODEL_DIR.
       tasks: names that the harness knows: tasks, groups, tags.
-      include_path: a folder with task files of yours.
+      include_path: a folder with your own task files.
       num_fewshot: examples before each, but where a task says 0; None leaves it to the task.
-      limit: only the first so many examples of each task.
+      limit: number of examples of each task, from the start.
       num_draws: for likelihoods that are estimates; an even number.
       random_seed: of draws and decoder.
       restore_rules: assignment rules, as in training.
       use_ema: take the parameters' moving average where the checkpoint has one.
-      allow_mismatch: use the model otherwise than it was trained, where the checkpoint's record says how: with another
+      allow_mismatch: use the model other than as trained, according to the checkpoint's record: with another
         function, decoder or objective.
       mesh: how the devices are arranged.
       dry_run: check everything, print what would be done, and evaluate nothing.
@@ -182,9 +182,9 @@ def _library() -> types.ModuleType:
 def _task_manager(
     lm_eval: types.ModuleType, tasks: Sequence[str], include_path: str | None
 ) -> "lm_eval.tasks.TaskManager":
-    """What knows the tasks; raises a UserError where it does not."""
+    """The harness's task manager; raises a UserError if it does not know a task."""
     if isinstance(tasks, str) or not tasks:
-        raise UserError("Which tasks? Give --tasks=NAME,NAME.")
+        raise UserError("No tasks. Give --tasks=NAME,NAME.")
     if include_path and not pathlib.Path(include_path).expanduser().is_dir():
         raise UserError(f"There is no folder {include_path}, which --include_path names.")
     manager = lm_eval.tasks.TaskManager(include_path=include_path and str(pathlib.Path(include_path).expanduser()))
@@ -192,7 +192,7 @@ def _task_manager(
         if task not in manager.all_tasks:
             raise UserError(
                 f"lm-evaluation-harness knows no task {task!r}.{did_you_mean(task, manager.all_tasks)} "
-                "--include_path=DIR has task files of yours."
+                "--include_path=DIR adds your own task files."
             )
     return manager
 

@@ -1,4 +1,4 @@
-"""The mesh, and which of its axes each logical axis is cut along."""
+"""The mesh, and the mesh axes that each logical axis is sharded over."""
 
 import dataclasses
 import math
@@ -35,7 +35,7 @@ def leaf_name(path: jax.tree_util.KeyPath) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices each mesh axis has.
+    """Number of devices of each mesh axis.
 
     Attributes:
       replica: slices that a data-centre network joins; each holds all parameters, and only gradients go between them.
@@ -58,12 +58,12 @@ class MeshConfig:
         """The mesh over all devices.
 
         Raises:
-          UserError: an axis is no number of devices, they do not multiply to the number of devices, the devices are
+          UserError: an axis is not a number of devices, their product is not the number of devices, the devices are
             several slices and `replica` is not their number, or JAX computes in 64 bits.
         """
         if jax.config.jax_enable_x64:  # type: ignore[attr-defined]  # JAX declares its settings as it runs
             raise UserError(
-                "JAX computes in 64 bits (JAX_ENABLE_X64), which no model is made for. Unset the variable, or call "
+                "JAX computes in 64 bits (JAX_ENABLE_X64), which models do not support. Unset the variable, or call "
                 'jax.config.update("jax_enable_x64", False) first.'
             )
         sizes = {name: getattr(self, name) for name in MESH_AXES}
@@ -104,7 +104,7 @@ def _use_rules(overrides: Mapping[str, Sequence[str]]) -> None:
 
 
 def platform() -> str:
-    """Of the devices that will run what is traced: "cpu", "gpu", "tpu".
+    """Platform of the devices that will run the traced program: "cpu", "gpu", "tpu".
 
     Those of the mesh in use, which may be a slice that programs are compiled for on a machine without one.
     """
@@ -113,7 +113,7 @@ def platform() -> str:
 
 
 def cut_on(mesh: AbstractMesh, axes: Sequence[str], shape: Sequence[int]) -> PartitionSpec:
-    """How a mesh cuts an activation with these logical axes.
+    """Sharding of an activation with these logical axes.
 
     Its `embed` axis stays whole: the batch axis already uses the mesh axes that cut a parameter's. So does an axis that
     does not divide, such as the one token of a decoding step.
@@ -128,13 +128,13 @@ def cut_on(mesh: AbstractMesh, axes: Sequence[str], shape: Sequence[int]) -> Par
 
 
 def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """Holds an activation with these logical axes to its place on the mesh in use; nothing where none is."""
+    """Constrains the sharding of an activation with these logical axes on the current mesh, if there is one."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, cut_on(mesh, axes, x.shape))
 
 
 def pieces_of(axis: str, mesh: Mesh | AbstractMesh | None = None) -> int:
-    """Into how many pieces a mesh cuts a logical axis; by default the mesh in use, and 1 where none is."""
+    """Number of shards of a logical axis; by default on the current mesh, and 1 without one."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     return 1 if mesh.empty else math.prod(mesh.shape[name] for name in _rules.get(axis, ()))
 
@@ -188,7 +188,7 @@ def like_params(mesh: Mesh, tree: Any, params: Any, shardings: Any) -> Any:
     """Shardings of a tree that holds arrays shaped like parameters under the parameters' paths.
 
     Optimizer states are such trees: a leaf whose path ends in a parameter's path and that has its shape is cut as
-    the parameter is; anything else (counts, factored moments) stands whole on every device.
+    the parameter is; anything else (counts, factored moments) is replicated.
     """
     by_path = {
         tuple(map(str, path)): (leaf.shape, sharding)
@@ -228,7 +228,7 @@ def check_batch(mesh: Mesh, batch_size: int, length: int) -> None:
 
 
 def share_of_rows(mesh: Mesh) -> tuple[int, int]:
-    """Which share of a batch's rows this process puts on its devices, and how many shares there are.
+    """Index of this process's share of a batch's rows, and the number of shares.
 
     Processes that hold the same rows, as where `tensor` cuts across them, have the same share.
 
@@ -272,7 +272,7 @@ def put_rows(mesh: Mesh, batch: Any) -> Any:
 
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:
-    """A batch that every process has whole, as global arrays on the mesh."""
+    """A batch that every process has in full, as global arrays on the mesh."""
     sharding = batch_sharding(mesh)
 
     def put(x):
@@ -283,5 +283,5 @@ def put_batch(mesh: Mesh, batch: Any) -> Any:
 
 
 def whole(tree: Any) -> Any:
-    """Arrays that are cut over devices as numpy, whole on every process; all must ask at the same time."""
+    """Gathers sharded arrays as numpy on every process; all processes must call it at the same time."""
     return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree)

@@ -1,24 +1,26 @@
-"""How far a long loop is: a bar on a terminal, a plain line now and then in a log."""
+"""Progress of a long loop: a bar on a terminal, an occasional plain line in a log."""
 
 import contextlib
 import datetime
 import sys
 import time
-from types import TracebackType
+import types
+from collections.abc import Iterator, Mapping
 
 import rich.markup
 import rich.progress
+import rich.table
 
 from diffusion_t5x import terminal
 from diffusion_t5x.console import Console
 
 
 class Progress:
-    """Shows step, loss, tokens a second and the time that is left, on the standard error.
+    """Shows the step, its metrics, tokens per second and the time left, on standard error.
 
     What cannot be shown, on a terminal that has closed or a pipe that nobody reads, is not an error.
 
-    Rates count from the first update on: what comes before it is compilation.
+    Rates count from the first update on: what comes before it is compilation. Tokens per second leave pauses out.
 
     Args:
       total: the last step.
@@ -44,43 +46,70 @@ class Progress:
         self._interval = interval
         self._shown = shown
         self._step = start
-        self._loss: float | None = None
+        self._metrics: Mapping[str, float] = {}
         self._tokens = 0
+        self._paused = 0.0  # seconds since the first update
+        self._activity = ""  # what is going on in a pause
         self._first: tuple[float, int] | None = None  # time and step of the first update
         self._printed = (-float("inf"), start)  # time and step of the last line
         self._bar: rich.progress.Progress | None = None
         if shown and sys.stderr.isatty():
-            columns = ("{task.description}", rich.progress.BarColumn(bar_width=None), "{task.fields[status]}")
+            # Where the terminal is too narrow, the description is cut short.
+            title = rich.progress.TextColumn(
+                "{task.description}", table_column=rich.table.Column(ratio=1, no_wrap=True, overflow="ellipsis")
+            )
+            status = rich.progress.TextColumn(
+                "{task.fields[status]}", markup=False, table_column=rich.table.Column(no_wrap=True)
+            )
+            columns = (title, rich.progress.BarColumn(bar_width=10), status)
             self._bar = rich.progress.Progress(*columns, console=Console(stderr=True), expand=True)
             description = rich.markup.escape(self._description)
             self._task = self._bar.add_task(description, total=total, completed=start, status=self._status())
 
-    def update(self, step: int, loss: float | None = None, tokens: int = 0) -> None:
-        """Says that `step` is done.
+    def update(self, step: int, metrics: Mapping[str, float] = types.MappingProxyType({}), tokens: int = 0) -> None:
+        """Shows that `step` is done.
 
         Args:
           step: steps done since the very beginning.
-          loss: its loss.
-          tokens: how many tokens went through since the update before.
+          metrics: of the step, by name.
+          tokens: processed since the previous update.
         """
         now = time.monotonic()
-        self._step, self._loss = step, loss
+        self._step, self._metrics = step, metrics
         if self._first is None:
             self._first = (now, step)
         else:
             self._tokens += tokens
         if self._bar:
-            with contextlib.suppress(OSError):
-                self._bar.update(self._task, completed=step, status=self._status())
+            self._redraw()
         elif now - self._printed[0] >= self._interval:
             self._print(now)
+
+    @contextlib.contextmanager
+    def paused(self, activity: str) -> Iterator[None]:
+        """For work between two steps: the bar names the activity, and tokens per second leave its time out."""
+        start = time.monotonic()
+        self._activity = activity
+        self._redraw()
+        try:
+            yield
+        finally:
+            self._activity = ""
+            if self._first is not None:
+                self._paused += time.monotonic() - start
+            self._redraw()
+
+    def _redraw(self) -> None:
+        if self._bar:
+            with contextlib.suppress(OSError):
+                self._bar.update(self._task, completed=self._step, status=self._status())
 
     def __enter__(self) -> "Progress":
         if self._bar:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: types.TracebackType | None) -> None:
         if self._bar:
             with contextlib.suppress(OSError):
                 self._bar.stop()
@@ -96,13 +125,14 @@ class Progress:
 
     def _status(self) -> str:
         parts = [f"{self._unit} {self._step:,}/{self._total:,}"]
-        if self._loss is not None:
-            parts.append(f"loss {self._loss:.4f}")
+        parts += [f"{name} {value:.4f}" for name, value in self._metrics.items()]
         first_time, first_step = self._first or (0.0, self._step)
         if self._step > first_step:
             seconds = max(time.monotonic() - first_time, 1e-9)
             if self._tokens:
-                parts.append(f"{self._tokens / seconds:,.0f} tokens/s")
+                parts.append(f"{self._tokens / max(seconds - self._paused, 1e-9):,.0f} tokens/s")
             left = round(seconds / (self._step - first_step) * (self._total - self._step))
-            parts.append(f"ETA {datetime.timedelta(seconds=left)}")
+            parts.append(self._activity or f"ETA {datetime.timedelta(seconds=left)}")
+        elif self._activity:
+            parts.append(self._activity)
         return "  ".join(parts)

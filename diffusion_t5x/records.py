@@ -1,4 +1,4 @@
-"""Files that are written as a whole: a reader finds the old content or the new one, whatever kills the writer."""
+"""Atomic writes: a reader finds the old content or the new one, whatever kills the writer."""
 
 import contextlib
 import errno
@@ -17,7 +17,7 @@ _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, mode: str = "w", errors: str = "strict") -> Iterator[IO[Any]]:
-    """A file to write to, which becomes `path` at the end of the context; after an exception `path` stays as it was.
+    """A file that becomes `path` at the end of the context; after an exception `path` is unchanged.
 
     It lies beside `path`, whose folder is made if needed, is flushed to disk and then renamed; its permissions are
     those of any new file (umask). A symbolic link stays one. A device or pipe, such as /dev/stdout, is written to
@@ -62,24 +62,24 @@ def replacing(path: str | os.PathLike, mode: str = "w", errors: str = "strict") 
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
-    """Writes `content` to `path`, all or nothing (see `replacing`)."""
+    """Writes `content` to `path`, atomically (see `replacing`)."""
     with replacing(path, "wb") as file:
         file.write(content)
 
 
 def write_text(path: str | os.PathLike, text: str, errors: str = "strict") -> None:
-    """Writes `text` to `path` as UTF-8, all or nothing (see `replacing`)."""
+    """Writes `text` to `path` as UTF-8, atomically (see `replacing`)."""
     with replacing(path, errors=errors) as file:
         file.write(text)
 
 
 def write_json(path: str | os.PathLike, value: Any, indent: int | None = 2) -> None:
-    """Writes `value` to `path` as JSON that ends in a newline, all or nothing (see `replacing`)."""
+    """Writes `value` to `path` as JSON that ends in a newline, atomically (see `replacing`)."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
 def write_json_lines(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
-    """Writes one JSON object a line to `path`, all or nothing (see `replacing`)."""
+    """Writes one JSON object per line to `path`, atomically (see `replacing`)."""
     with replacing(path) as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 

@@ -21,9 +21,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if flags.checkpoint:
         flags.runs.append(str(open_checkpoint(flags.checkpoint).model_dir))
     if not flags.runs:
-        raise UserError(
-            "Which runs? Name folders that train, eval, infer or benchmark wrote, or give --checkpoint DIR."
-        )
+        raise UserError("No runs. Name folders that train, eval, infer or benchmark wrote, or give --checkpoint DIR.")
     return flags
 
 

@@ -4,5 +4,5 @@ _PACKAGES = ("diffusion_t5x", "__gin__", "gin", "optax", "seqio", "t5")
 
 
 def registers_tasks(module: str) -> bool:
-    """Whether the import of a module may register tasks: this project's task modules, and modules of users."""
+    """True if importing a module may register tasks: this project's task modules, and modules of users."""
     return module.startswith("diffusion_t5x.tasks.") or module.partition(".")[0] not in _PACKAGES

@@ -9,6 +9,7 @@ import functools
 import logging
 import os
 import sys
+import types
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from typing import Any
@@ -28,9 +29,10 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.cached_source import CachedDataset
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval, prepared
+from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval, check_decoders, prepared
 from diffusion_t5x.evaluation.inference import write_jsonl
 from diffusion_t5x.evaluation.loading import Dataset, check_datasets, load_teacher
+from diffusion_t5x.evaluation.screen import evaluation_block, next_commands
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.objective import Objective
@@ -144,13 +146,8 @@ def train(
       UserError: anything that does not fit, before training data are read and before anything is compiled.
       SystemExit: told to stop, it has saved; see `training.preemption` for the exit codes.
     """
-    step: dict[str, Any] = {
-        "objective": objective,
-        "optimizer": optimizer,
-        "microbatches": num_microbatches,
-        "normalizing_factor": loss_normalizing_factor,
-        "ema_decay": ema_decay,
-    }
+    step: dict[str, Any] = {"objective": objective, "optimizer": optimizer, "microbatches": num_microbatches}
+    step |= {"normalizing_factor": loss_normalizing_factor, "ema_decay": ema_decay}
     if isinstance(dry_run, SliceDryRun):
         dry_run.train(
             mesh=mesh,
@@ -172,13 +169,7 @@ def train(
     with nullcontext(lambda: None) if dry_run else locked(model_dir) as check_folder:
         folder = os.path.join(model_dir, "checkpoints")
         start = Start.find(folder, initial_checkpoint_path, restore_rules, allow_older_checkpoint)
-        datasets: list[Dataset] = [
-            train_dataset,
-            *(ev.dataset for ev in loss_evals),
-            *(ev.dataset for ev in decode_evals),
-        ]
-        check_datasets(datasets, model, device_mesh)
-        _check_microbatches(device_mesh, train_dataset, num_microbatches)
+        _check_data(device_mesh, model, train_dataset, loss_evals, decode_evals, num_microbatches)
         check_rollout(objective, model, rollout, train_dataset)
         teacher_path = _find_teacher(objective, teacher_checkpoint_path, bool(dry_run))
         definition = lora_training.define(model, train_dataset.token_ids(), lora)
@@ -186,6 +177,7 @@ def train(
         record = _record(definition, objective, train_dataset, decode_evals, lora)
         decoders = [*(ev.decoder for ev in decode_evals), *([rollout.decoder] if rollout else [])]
         Agreement("train.objective", record, _ALLOW_MISMATCH, allow_mismatch).check(model, decoders)
+        check_decoders(device_mesh, definition, decode_evals, abstract.eval_params)
         assignment = start.check(definition, abstract, objective, lora, _ALLOW_MISMATCH, allow_mismatch)
         info = _describe(definition, abstract)
         if dry_run:
@@ -198,9 +190,7 @@ def train(
             teacher = load_teacher(teacher_path, teacher_model or model, *judged)
         begun = start.begin(definition, optimizer, abstract, random_seed)
         first_step = int(begun.state.step)
-        logger.info("%s at step %d of %d", start, first_step, train_steps)
-        if assignment:
-            logger.info("it starts with:\n%s", assignment)
+        _log_start(start, first_step, train_steps, assignment)
         if first_step >= train_steps and not begun.evaluation_due:
             logger.info("%s: all %d steps are taken already, nothing to do", model_dir, train_steps)
             return
@@ -238,6 +228,8 @@ def train(
                 check_folder=check_folder,
                 description=f"{type(objective).__name__} on {train_dataset.name}",
             )
+        scored = isinstance(train_dataset, SeqioDataset) and train_dataset.has_metrics
+        logger.info("%s", next_commands(model_dir, writes=record.decoder is not None, scored=scored))
 
 
 def _check_settings(
@@ -261,7 +253,17 @@ def _check_settings(
             raise UserError(f"{name} must be {wanted}, not {value!r}.")
 
 
-def _check_microbatches(mesh: Mesh, dataset: SeqioDataset | CachedDataset, num_microbatches: int) -> None:
+def _check_data(
+    mesh: Mesh,
+    model: ModelConfig,
+    dataset: SeqioDataset | CachedDataset,
+    loss_evals: Sequence[LossEval],
+    decode_evals: Sequence[DecodeEval],
+    num_microbatches: int,
+) -> None:
+    """Raises a UserError where a data set does not fit the model or the mesh, or batches do not divide."""
+    datasets: list[Dataset] = [dataset, *(ev.dataset for ev in loss_evals), *(ev.dataset for ev in decode_evals)]
+    check_datasets(datasets, model, mesh)
     rows = dataset.batch_size
     if num_microbatches < 1 or rows % num_microbatches:
         raise UserError(f"A batch of {rows} rows cannot be cut into num_microbatches = {num_microbatches}.")
@@ -313,6 +315,12 @@ def _show_plan(
         print(terminal.safe(f"It starts with:\n{assignment}"))
 
 
+def _log_start(start: Start, step: int, train_steps: int, assignment: str) -> None:
+    logger.info("%s at step %d of %d", start, step, train_steps)
+    if assignment:
+        logger.info("it starts with:\n%s", assignment)
+
+
 def _batches(
     mesh: Mesh,
     definition: ModelDefinition,
@@ -338,13 +346,16 @@ def _evaluate(evaluator: Evaluator, writer: Writer, model_dir: str, state: Train
     def keep(task: str, predictions: list[dict[str, Any]]) -> None:
         write_jsonl(os.path.join(model_dir, "inference_eval", task, f"predictions_{step}.jsonl"), predictions)
 
-    for task, metrics, _ in evaluator.decode(state.eval_params, keep):
+    samples = {}
+    for task, metrics, predictions in evaluator.decode(state.eval_params, keep):
         results.append(("inference_eval", task, metrics))
+        samples[task] = predictions[:2]
     for kind, task, metrics in results:
         writer.write(step, f"{kind}/{task}", metrics)
     found = {f"{task}/{name}": value for _, task, metrics in results for name, value in metrics.items()}
     if found:
-        logger.info("step %d: %s", step, "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        scores = [(task, metrics) for _, task, metrics in results]
+        logger.info("%s", evaluation_block(f"evaluation at step {step:,} [95 % interval]", scores, samples))
     return found
 
 
@@ -359,6 +370,15 @@ def _describe(definition: ModelDefinition, state: TrainState) -> str:
     size = sum(leaf.size for leaf in jax.tree.leaves(trained))
     of_which = "" if size == definition.num_params() else f", {size:,} of them trained"
     return "\n".join([f"model: {definition.num_params():,} parameters{of_which}", *rows])
+
+
+class _CallableModule(types.ModuleType):
+    """This module is the attribute `train` of its package, and so it can be called: `diffusion_t5x.train(...)`."""
+
+    __call__ = staticmethod(train)
+
+
+sys.modules[__name__].__class__ = _CallableModule
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -108,7 +108,7 @@ def settings(**values: object) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Ground:
-    """What is to be learned, and by what it is judged.
+    """The task to learn, and how it is scored.
 
     Attributes:
       recipe, eval_recipe: gin files of a student's training and of its evaluation; more flags may come with each.
@@ -227,7 +227,7 @@ def train_route(
 
 
 def stage_flops(ground: Ground, stage: Stage, step: int) -> float:
-    """Of one step, the writing of what it learns from included."""
+    """FLOPs of one step, including the decoding of the texts it learns from."""
     if stage.adapt_steps:
         return step_flops(ground.model, stage.objective, ADAPT_BATCH_SIZE, ADAPT_LENGTH)
     if not stage.writes:

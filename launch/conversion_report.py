@@ -1,4 +1,4 @@
-"""What the routes of launch/conversion.py came to: tables in Markdown, charts as SVG, intervals over seeds."""
+"""Report on the routes of launch/conversion.py: tables in Markdown, charts as SVG, intervals over seeds."""
 
 import dataclasses
 import json
@@ -128,7 +128,7 @@ def drawn(metric: str, scores: Sequence[Score], points: Sequence[Point]) -> dict
 
 
 def _label(score: Score) -> str:
-    """Of a student that decodes in two modes, both have a line."""
+    """Label of a score; a student that decodes in two modes has a line for each."""
     return f"{score.route}, AR" if score.decoder in AUTOREGRESSIVE else score.route
 
 

@@ -1,4 +1,4 @@
-"""SeqIO tasks and mixtures, one module a family."""
+"""SeqIO tasks and mixtures, one module per family."""
 
 from diffusion_t5x.data.seqio_source import libraries
 

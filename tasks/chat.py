@@ -1,4 +1,4 @@
-"""Conversations of yours as a task, by the chat template of a model's tokenizer: a turn of the assistant an example.
+"""Conversations as a task, by the chat template of a model's tokenizer: one example per assistant turn.
 
 Its inputs are all that the template writes up to the turn, its targets the turn with the token that ends it. So every
 turn of a conversation is learned, each once, from what the model reads when it answers, and nothing else is: that holds
@@ -48,7 +48,7 @@ def task(
       files: paths or glob patterns for each split, of JSON lines `{"messages": [{"role": ..., "content": ...}, ...]}`,
         maybe with "tools", "documents" or "chat_template_kwargs" beside, for the template.
       vocabulary_file: a tokenizer.json, with its chat template beside it.
-      template_variables: what the template may ask for besides, such as {"enable_thinking": False}.
+      template_variables: other variables of the template, such as {"enable_thinking": False}.
       held_out: as `local_files.task`; the messages before the first answer decide, so a conversation stays together.
       metric_fns: for instance `(@metrics.bleu, @metrics.exact_match)`.
 
@@ -86,7 +86,9 @@ def _turns(files: Sequence[str], template: ChatTemplate) -> Records:
         turns += [(line, n) for n, message in enumerate(conversation["messages"]) if message["role"] == "assistant"]
         unread.update(name for name, value in conversation["variables"].items() if value and name not in template.names)
     if silent := len(conversations) - len({line for line, _ in turns}):
-        logger.warning("%s: %d of %d conversations have no assistant, left out", names, silent, len(conversations))
+        logger.warning(
+            "%s: %d of %d conversations have no assistant turn and are left out", names, silent, len(conversations)
+        )
     for name, count in unread.items():
         logger.warning(
             "%s: %d of %d conversations have %s, which the chat template does not read",
@@ -110,7 +112,7 @@ def _turns(files: Sequence[str], template: ChatTemplate) -> Records:
 
 
 def _conversation(record: Fields) -> Fields:
-    """The messages of a line, and what it has for the template besides; raises a ValueError where they are none."""
+    """The messages of a line, and its other template variables; raises a ValueError if they are invalid."""
     variables = {}
     for name in _LISTS:
         value = record.get(name)
@@ -130,7 +132,7 @@ def _conversation(record: Fields) -> Fields:
 
 
 def _messages(record: Fields) -> list[Message]:
-    """The messages of a line, without fields that are null; raises a ValueError where they are none."""
+    """The messages of a line, without null fields; raises a ValueError if they are invalid."""
     messages = record.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ValueError(f'no "messages", a list of {{"role": …, "content": …}}.{did_you_mean("messages", record)}')
@@ -147,7 +149,7 @@ def _messages(record: Fields) -> list[Message]:
 
 
 def _encode(turn: Fields, vocabulary: HuggingFaceVocabulary) -> Record:
-    """The ids of a turn. BOS in front and EOS behind are left out: the start token and the task put them there."""
+    """The ids of a turn. Without BOS in front and EOS at the end, which the start token and the task add."""
     prompt, answer = (chat_template.parts(turn[name]) for name in ("prompt", "answer"))
 
     def ids(parts: Sequence[str], begins: bool) -> list[int]:
@@ -169,7 +171,7 @@ def _encode(turn: Fields, vocabulary: HuggingFaceVocabulary) -> Record:
 
 
 def _keep_newest(dataset: tf.data.Dataset, sequence_length: Mapping[str, int] | None) -> tf.data.Dataset:
-    """Of inputs that are too long the end, which asks for the answer; SeqIO would keep the beginning."""
+    """Keeps the end of inputs that are too long, which asks for the answer; SeqIO would keep the beginning."""
     if sequence_length is None or "inputs" not in sequence_length:
         return dataset
     return dataset.map(lambda x: x | {"inputs": x["inputs"][-sequence_length["inputs"] :]})

@@ -1,4 +1,4 @@
-"""English to French dates, times, numbers, currencies, units and names, as CLDR (through Babel) writes them.
+"""English to French dates, times, numbers, currencies, units and names, as in CLDR (through Babel).
 
 The pairs are drawn once with a fixed seed. An English string that two draws would render in two ways is left out, so
 French is a function of English. The split goes by a stable hash of the English string: what the test asks for was

@@ -1,4 +1,4 @@
-"""Programs from descriptions, scored by running them: MBPP and HumanEval, from their authors' JSONL files.
+"""Code synthesis, scored by running the programs: MBPP and HumanEval, from their authors' JSONL files.
 
 A gin file calls `mbpp` or `humaneval`, which register a SeqIO task (see gin/tasks/mbpp.gin). An example's "tests" hold
 what its program has to do; the metric runs it (`evaluation.code_execution`) and gives pass@k.
@@ -52,16 +52,16 @@ def mbpp(
       path: mbpp.jsonl of google-research/mbpp, maybe with .gz.
       num_shots: solved problems before each prompt, of the paper's three (tasks 2, 3, 4).
       limits: of a program that is scored.
-      allow_unsafe: score without isolation where there is none (see `code_execution.check`).
+      allow_unsafe: score without isolation if there is none (see `code_execution.check`).
 
     Raises:
-      UserError: a file that cannot be read or is none of MBPP's; shots that there are not.
+      UserError: a file that cannot be read or is not MBPP's; shots that do not exist.
     """
     if not 0 <= num_shots <= len(SHOTS):
         raise UserError(f"MBPP's prompt has 0 to {len(SHOTS)} solved problems, not {num_shots}.")
     rows = _read(path, _MBPP_FIELDS)
     if surplus := len(rows.keys() - {task_id for ids in MBPP_SPLITS.values() for task_id in ids}):
-        logger.warning("%s: %d problems are of no split of MBPP, left out", path, surplus)
+        logger.warning("%s: %d problems belong to no split of MBPP and are left out", path, surplus)
     if missing := [task_id for ids in MBPP_SPLITS.values() for task_id in ids if task_id not in rows]:
         raise UserError(f"{path} lacks MBPP's task {missing[0]}, and {len(missing) - 1} others.")
     shots = "".join(_mbpp_prompt(rows[i]) + f"{_source(rows[i]['code'])}\n[DONE]\n\n" for i in SHOTS[:num_shots])
@@ -97,7 +97,7 @@ def humaneval(
       limits, allow_unsafe: as in `mbpp`.
 
     Raises:
-      UserError: a file that cannot be read or is none of HumanEval's.
+      UserError: a file that cannot be read or is not HumanEval's.
     """
     examples = [
         {
@@ -118,7 +118,7 @@ def mbpp_program(text: str, prompt: str) -> str:
 
 
 def humaneval_program(text: str, prompt: str) -> str:
-    """The program that the prompt begins and a model went on with."""
+    """The prompt's beginning of a program with the model's continuation."""
     return prompt + _HUMANEVAL_END.split(text, maxsplit=1)[0]
 
 
@@ -157,7 +157,7 @@ def _read(path: str, fields: Mapping[str, type]) -> dict[Any, Mapping[str, Any]]
             place, value = records.where(number - 1), json.dumps(row[odd[0]])
             raise UserError(f"{place}: {odd[0]!r} is {value[:40]}: is it the right file?")
         if row["task_id"] in rows:
-            raise UserError(f"{records.where(number - 1)}: the task_id {row['task_id']!r} stands twice in {path}.")
+            raise UserError(f"{records.where(number - 1)}: the task_id {row['task_id']!r} occurs twice in {path}.")
         rows[row["task_id"]] = row
     return rows
 

@@ -1,7 +1,7 @@
-"""Tasks over files of yours, named in gin: no Python is needed.
+"""Tasks over user files named in gin: no Python is needed.
 
-Every record is looked at before the first batch, so that a broken line is told at once; then each epoch comes in an
-order of its own, over all files, and the position in it is exact.
+Every record is checked before the first batch, so that a broken line is reported at once. Each epoch is shuffled anew
+over all files, with an exact position.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class _Template:
             elif len(match[0]) == 2:
                 self._literals[-1] += match[0][0]
             else:
-                raise UserError(f"{text!r} is no template: a single {match[0]!r}. Write {{{{ and }}}} for braces.")
+                raise UserError(f"{text!r} is not a template: a single {match[0]!r}. Write {{{{ and }}}} for braces.")
         self._literals[-1] += text[end:]
 
     def fill(self, record: Fields) -> str:
@@ -99,7 +99,7 @@ def source_of(
     held_out: Mapping[str, float] | None = None,
     finish: Callable[[Fields], sources.Record] = dict,
 ) -> seqio.DataSource:
-    """A SeqIO source of records, of which each is looked at before the first is given.
+    """A SeqIO source of records, all of which are checked before the first is returned.
 
     Args:
       files, held_out: see `task`. A hash of a record's first field, a text, decides.
@@ -136,7 +136,7 @@ def source_of(
 
 
 def _share_of(text: str, percentages: Sequence[float]) -> int:
-    """Where a stable hash puts the text: 1 for the first percentage, 2 for the second ..., 0 for the rest."""
+    """The share that a text's stable hash assigns it to: 1 for the first percentage, 2 for the second ..., else 0."""
     bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64 * 100
     for share, percent in enumerate(percentages, 1):
         if bucket < percent:
@@ -166,15 +166,15 @@ def task(
       vocabulary_file: a SentencePiece model; None for bytes.
       inputs, targets: templates, such as "translate English to French: {english}". Without inputs every token is a
         target.
-      objective: of pretraining (`@preprocessors.prefix_lm` ...): what it asks of the targets, inputs set aside.
+      objective: of pretraining (`@preprocessors.prefix_lm` ...): applied to the targets; inputs are ignored.
       held_out: percentages of the records of "train" that make splits without files, such as {"validation": 1.0}. A
         hash of the inputs (without inputs, of the targets) decides, so equal inputs stay together.
       num_shots: examples of "train" before each input.
       metric_fns: for instance `(@metrics.bleu, @metrics.exact_match)`.
 
     Raises:
-      UserError: a template that is none, no vocabulary file, or shots or shares that cannot be; on first reading what
-        is wrong with a file.
+      UserError: an invalid template, no vocabulary file, or invalid shots or shares; on first reading, errors in a
+        file.
     """
     has_inputs = inputs is not None and objective is None
     templates = {"targets": targets} if inputs is None or not has_inputs else {"inputs": inputs, "targets": targets}

@@ -41,7 +41,7 @@ def gsm8k(
 def math500(vocabulary_file: str | None, files: Mapping[str, local_files.Patterns], num_shots: int = 0) -> str:
     """Registers `math500` (arXiv 2305.20050: 500 of the problems of MATH) and returns its name.
 
-    Targets are the solutions, in LaTeX, with the answer in a \\boxed; so are predictions expected.
+    Targets are the solutions, in LaTeX, with the answer in a \\boxed; predictions are expected in the same form.
 
     Args:
       vocabulary_file: see `vocabulary_files.vocabulary`.

@@ -1,10 +1,10 @@
 """Eight sentences to overfit: the first thing to try with a new objective, model or decoder.
 
-overfit_prefix_lm        the beginning of each sentence given, the rest asked
-overfit_span_corruption  some spans of each sentence hidden, and asked
+overfit_prefix_lm        the beginning of each sentence is given, the rest is predicted
+overfit_span_corruption  some spans of each sentence are hidden and predicted
 
-Training and validation hold the same eight examples, cut in the same way every time (28 tokens a feature are enough). A
-model that cannot reproduce them to the last token has a bug.
+Training and validation hold the same eight examples, cut in the same way every time (28 tokens per feature are enough).
+A model that cannot reproduce them to the last token has a bug.
 """
 
 import functools

@@ -22,7 +22,7 @@ SHUFFLE_BUFFER = 2_048  # chunks: some hundred documents' worth
 def tokenize(
     dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature], copy_pretokenized: bool = True
 ) -> tf.data.Dataset:
-    """SeqIO's `tokenize`, but that it reads ahead as many examples as there are cores.
+    """SeqIO's `tokenize`, but reading ahead only as many examples as there are cores.
 
     SeqIO's own reads 256 of them ahead, which become part of every saved position: of a long document read again and
     again, too many to get to the first batch.
@@ -36,7 +36,7 @@ def tokenize(
 def full_lm(
     dataset: tf.data.Dataset, sequence_length: Mapping[str, int], output_features: Mapping[str, seqio.Feature]
 ) -> tf.data.Dataset:
-    """Chunks of a document, all of it asked: the inputs are empty, but for the EOS that follows.
+    """Chunks of a document as targets: the inputs are empty except for the EOS that follows.
 
     With `{"inputs": 1, "targets": n}` either architecture reads it; a decoder-only model's row begins with that EOS.
     """
@@ -44,7 +44,7 @@ def full_lm(
 
     del output_features
     if sequence_length["targets"] < 2:
-        raise UserError(f"Full LM needs at least 2 tokens of targets, not {sequence_length['targets']}.")
+        raise UserError(f"Full LM needs at least 2 target tokens, not {sequence_length['targets']}.")
     chunks = preprocessors.split_tokens(dataset, max_tokens_per_segment=sequence_length["targets"] - 1)
     return chunks.map(lambda x: {"inputs": x["targets"][:0], "targets": x["targets"]})
 
@@ -52,7 +52,7 @@ def full_lm(
 def prefix_lm(
     dataset: tf.data.Dataset, sequence_length: Mapping[str, int], output_features: Mapping[str, seqio.Feature]
 ) -> tf.data.Dataset:
-    """Chunks of a document, the first part (of random length, at least one token) given, the rest asked.
+    """Chunks of a document, the first part (of random length, at least one token) as inputs, the rest as targets.
 
     As t5's `prefix_lm`, but a chunk leaves room for the EOS after either part: wherever it is cut, both parts fit. With
     equal lengths two chunks fill a packed row to the last position.
@@ -79,7 +79,7 @@ def span_corruption(
     noise_density: float = 0.15,
     mean_noise_span_length: float = 3.0,
 ) -> tf.data.Dataset:
-    """Chunks of a document with spans replaced by sentinels, and these spans behind their sentinels (arXiv 1910.10683).
+    """Chunks of a document with spans replaced by sentinels, and these spans after their sentinels (arXiv 1910.10683).
 
     t5's `span_corruption`, documents not joined: chunks are cut so that their inputs fill the inputs' length.
 
@@ -150,7 +150,7 @@ def ul2(
     output_features: Mapping[str, seqio.Feature],
     denoisers: Sequence[Denoiser] = UL2_DENOISERS,
 ) -> tf.data.Dataset:
-    """UL2's mixture of denoisers: each chunk of a document gets one of them, each as likely as the others.
+    """UL2's mixture of denoisers: each chunk of a document gets one of them, chosen uniformly.
 
     R hides short spans, X long or many ones, both behind sentinels; S hides the end, a share of the chunk that is drawn
     uniformly from zero to twice `noise_density`. Chunks are as long as all denoisers have room and sentinels for.

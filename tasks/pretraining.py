@@ -1,4 +1,4 @@
-"""Documents to pretrain on from TFDS: C4, mC4 and their like. Files of yours: `local_files.task` with an objective.
+"""Pretraining documents from TFDS: C4, mC4 and similar. For user files: `local_files.task` with an objective.
 
 Paper 1 (arXiv 2401.17181) mixes 80 % multilingual web text with 20 % Python code: `gin/tasks/c4_code.gin`.
 """

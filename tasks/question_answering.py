@@ -1,4 +1,4 @@
-"""SQuAD v1.1 as T5 asks for it, "question: ... context: ...", from TFDS or JSON in its official form."""
+"""SQuAD v1.1 in T5's format, "question: ... context: ...", from TFDS or JSON in its official form."""
 
 import json
 from collections.abc import Mapping

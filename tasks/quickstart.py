@@ -1,8 +1,8 @@
 """The SeqIO tasks of the quickstart: nothing to download, a vocabulary that is trained on first use.
 
-quickstart_corpus_prefix_lm          the Python standard library: the first part of a chunk given, the rest asked
-quickstart_corpus_span_corruption    the same: some spans of a chunk hidden, and asked
-quickstart_pairs                     the task to transfer to: English to French dates, numbers, units, names ...
+quickstart_corpus_prefix_lm          the Python standard library: the first part of a chunk is given, the rest predicted
+quickstart_corpus_span_corruption    the same: some spans of a chunk are hidden and predicted
+quickstart_pairs                     the fine-tuning task: English to French dates, numbers, units, names ...
 quickstart_pretrain                  for pretraining: of 10 examples 8 are of the corpus (prefix LM) and 2 are pairs
 quickstart_pretrain_span_corruption  the same with span corruption
 """
@@ -19,6 +19,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
+from diffusion_t5x.data.sentencepiece_vocabulary import SentencePieceVocabulary
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import metrics
 from diffusion_t5x.tasks import cldr_pairs, preprocessors, sources, stdlib_corpus
@@ -89,7 +90,7 @@ def _write_atomically(path: pathlib.Path, content: bytes) -> None:
         raise UserError(f"Cannot write {path} ({error.strerror}): point DIFFUSION_T5X_CACHE elsewhere.") from error
 
 
-class QuickstartVocabulary(seqio.SentencePieceVocabulary):
+class QuickstartVocabulary(SentencePieceVocabulary):
     """The vocabulary at `vocabulary_file()`, looked for (and trained) only when its first text is encoded."""
 
     _sentencepiece_model_file: str

@@ -58,7 +58,7 @@ def _read_each(files: Sequence[str], read: Callable[[str], Records]) -> Records:
     if empty := [file for file, part in zip(files, parts, strict=True) if not len(part)]:
         if len(empty) == len(files):
             raise UserError(f"{', '.join(files)} {'is' if len(files) == 1 else 'are'} empty.")
-        logger.warning("%d of %d files are empty, left out: %s", len(empty), len(files), ", ".join(empty))
+        logger.warning("%d of %d files are empty and left out: %s", len(empty), len(files), ", ".join(empty))
     ends = list(itertools.accumulate(map(len, parts)))
 
     def find(index: int) -> tuple[Records, int]:
@@ -78,7 +78,7 @@ def _read_each(files: Sequence[str], read: Callable[[str], Records]) -> Records:
 
 @dataclasses.dataclass(frozen=True)
 class Jsonl(Reader):
-    """A JSON object a line; its fields are texts or numbers. A field that stands twice is refused."""
+    """One JSON object per line; its fields are texts or numbers. A duplicate field is refused."""
 
     def read(self, files: Sequence[str]) -> Records:
         def records(file: str) -> Records:
@@ -158,12 +158,12 @@ class Parallel(Reader):
             raise UserError(f"Parallel.fields are two different names, not {self.fields!r}.")
         first, second = (Pieces(file, text_files.ANY_LINE) for file in files)
         if len(first) != len(second):
-            raise UserError(f"{files[0]} has {len(first)} lines, {files[1]} has {len(second)}: they must be as many.")
+            raise UserError(f"{files[0]} has {len(first)} lines, {files[1]} has {len(second)}: they must be equal.")
         if not len(first):
             raise UserError(f"{', '.join(files)} are empty.")
         kept = [i for i in range(len(first)) if first[i].strip() and second[i].strip()]
         if blank := len(first) - len(kept):
-            logger.warning("%s, %s: %d of %d pairs have a blank line, left out", *files, blank, len(first))
+            logger.warning("%s, %s: %d of %d pairs have a blank line and are left out", *files, blank, len(first))
         return Records(
             len(kept),
             lambda i: dict(zip(self.fields, (first[kept[i]], second[kept[i]]), strict=True)),

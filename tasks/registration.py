@@ -1,4 +1,4 @@
-"""What gin files register tasks and mixtures with: each function registers in place of an earlier one of that name."""
+"""Functions with which gin files register tasks and mixtures; each replaces an earlier one of that name."""
 
 import functools
 import re

@@ -105,7 +105,7 @@ class PreparedTfds(seqio.TfdsDataSource):
             # Not the loader's own builder, which is kept and would not see what is prepared later.
             builder = tfds.builder(name, data_dir=self.tfds_dataset.data_dir)
         except (tfds.core.DatasetNotFoundError, ValueError) as error:
-            raise UserError(f"TFDS knows no data set {name!r}: {str(error).strip().splitlines()[0]}") from error
+            raise UserError(f"TFDS has no data set {name!r}: {str(error).strip().splitlines()[0]}") from error
         if not builder.is_prepared():
             raise UserError(
                 f"The TFDS data set {name!r} is not in {builder.data_dir}. Prepare it once with `tfds build {name}`, "

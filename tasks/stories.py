@@ -63,7 +63,7 @@ def continuations(
     predictions = readers.Records(lines.size, lambda i: _prediction(lines.parse(i)), lines.where)
     texts = [tokens for tokens in map(vocabulary.encode, predictions) if len(tokens) > prompt_tokens]
     if short := len(predictions) - len(texts):
-        logger.info("%s: %d of %d texts are too short, left out", samples_file, short, len(predictions))
+        logger.info("%s: %d of %d texts are too short and are left out", samples_file, short, len(predictions))
     num_held = num_test + num_validation
     if len(texts) <= num_held:
         raise UserError(

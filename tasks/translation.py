@@ -1,4 +1,4 @@
-"""Translation as T5 asks for it, "translate English to French: ...", from TFDS.
+"""Translation in T5's format, "translate English to French: ...", from TFDS.
 
 Parallel text and TSV files need no module of their own: see `gin/tasks/local_parallel.gin` and `tatoeba_enfr.gin`.
 """

@@ -13,6 +13,7 @@ from diffusion_t5x.command_line import config
 from diffusion_t5x.command_line.verbs import VERBS
 
 pytest.importorskip("seqio")
+from pages import by_module
 from untrained import give_record, untrained
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -28,13 +29,12 @@ def commands() -> list[str]:
     found = set()
     for page in PAGES:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-            block = re.sub(r"^diffusion-t5x ", "python -m diffusion_t5x.", block, flags=re.MULTILINE)
-            found |= set(re.findall(r"python -m diffusion_t5x\.[^\n]+", block.replace("\\\n", " ")))
+            found |= set(re.findall(r"python -m diffusion_t5x\.[^\n]+", by_module(block)))
     for file in sorted((ROOT / "gin").rglob("*.gin")):
         comment = "\n".join(
             line.removeprefix("#").strip() for line in file.read_text(encoding="utf-8").splitlines() if line[:1] == "#"
         )
-        found |= set(re.findall(r"python -m diffusion_t5x\.[^\n]+", comment.replace("\\\n", " ")))
+        found |= set(re.findall(r"python -m diffusion_t5x\.[^\n]+", by_module(comment)))
     found |= {f"python -m diffusion_t5x.{verb.example}" for verb in VERBS.values() if verb.takes_gin}
     return sorted(command for command in found if not NOT_RUN_AS_IT_STANDS.search(command))
 

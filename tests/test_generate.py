@@ -13,10 +13,11 @@ import sys
 import open_models
 import pytest
 import tiny
+from pages import by_module
 
 from diffusion_t5x import generate, infer, train
 from diffusion_t5x.chat.conversation import one_line
-from diffusion_t5x.chat.prompts import Prompts
+from diffusion_t5x.chat.prompts import Prompts, prompt_lengths
 from diffusion_t5x.command_line import config
 from diffusion_t5x.convert import convert
 from diffusion_t5x.data import vocabulary_files
@@ -174,7 +175,7 @@ def test_an_older_checkpoint_s_objective_says_whether_the_model_is_shifted(shift
     folder = untrained(tmp_path, "objectives/masked.gin", "decoding/masked.gin", edit=as_it_was)
     seen = []
     monkeypatch.setattr(Agreement, "check", lambda agreement, model, users: seen.extend([agreement.record, model]))
-    monkeypatch.setattr(generate, "_lengths", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(generate, "prompt_lengths", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         generate.main(["--checkpoint", str(folder), "--prompt", "a"])
     assert seen[0].shifted is shifted and seen[1].shifted is shifted
@@ -196,10 +197,10 @@ def test_an_older_checkpoint_s_objective_says_whether_the_model_is_shifted(shift
 )
 def test_lengths(features, length, architecture, max_length, expected):
     model = ModelConfig(**SIZE, architecture=architecture, max_length=max_length)
-    assert generate._lengths(features, length, model) == expected
+    assert prompt_lengths(features, length, model) == expected
     if max_length == 512 and architecture == "decoder_only":
         with pytest.raises(UserError, match="--length 512 leaves no room for a prompt: the model has 512 tokens"):
-            generate._lengths(features, 512, model)
+            prompt_lengths(features, 512, model)
 
 
 def test_rows_have_room_for_prompts_of_many_lengths():
@@ -281,7 +282,7 @@ def test_mistakes(masked, tmp_path, refused):
     assert "is broken: metadata/metadata" in says(broken, "--prompt", "a")
     for name in ("manifest.json", "_CHECKPOINT_METADATA"):
         (broken / "checkpoints" / "checkpoint_0" / name).unlink()
-    assert "its metadata, which say what model it is, are not there or broken" in says(broken, "--prompt", "a")
+    assert "its metadata, which describe the model, are missing or broken" in says(broken, "--prompt", "a")
 
 
 def test_no_checkpoint_and_help(capsys):
@@ -322,8 +323,8 @@ MIXTURE_OR_TASK_NAME = @results.write_records()
     for objective, said in (
         ({"class": "subprocess.Popen", "args": ["touch", str(victim)]}, "imports subprocess"),
         ({"class": "diffusion_t5x.evaluation.results.write_records", "path": str(victim)}, "which does more than"),
-        ({"class": f"x\ninclude '{victim}'\ny.Z"}, "in place of a name"),
-        ({"class": "optax.sgd", "a = 1\ninclude 'b'\nc": 1}, "in place of a name"),
+        ({"class": f"x\ninclude '{victim}'\ny.Z"}, "instead of a name"),
+        ({"class": "optax.sgd", "a = 1\ninclude 'b'\nc": 1}, "instead of a name"),
     ):
         crafted = shutil.copytree(masked, tmp_path / str(len(str(objective))))
         give_record(crafted, objective=objective)
@@ -356,9 +357,7 @@ def test_what_a_training_leaves_is_enough(tmp_path, ask):
 
 def test_the_commands_of_the_page(stories, ask, monkeypatch):
     """Run with an imported model in place of theirs."""
-    commands = re.findall(
-        r"python -m diffusion_t5x\.generate ([^\n|>]+)", PAGE.read_text(encoding="utf-8").replace("\\\n", " ")
-    )
+    commands = re.findall(r"diffusion_t5x\.generate ([^\n|>]+)", by_module(PAGE.read_text(encoding="utf-8")))
     assert len(commands) >= 3
     for command in commands:
         flags = shlex.split(command)

@@ -12,6 +12,7 @@ import numpy as np
 import open_models
 import pytest
 import tiny
+from pages import by_module
 
 from diffusion_t5x import lm_eval
 from diffusion_t5x.convert import convert
@@ -81,7 +82,7 @@ def folder(tmp_path_factory):
 def flags_of(folder, **settings):
     """The page's command, small."""
     block, *_ = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    command = block.replace("\\\n", " ").replace("/tmp/", f"{folder}/").replace("=my_tasks", f"={folder}/my_tasks")
+    command = by_module(block).replace("/tmp/", f"{folder}/").replace("=my_tasks", f"={folder}/my_tasks")
     settings = {"TASK_FEATURE_LENGTHS": '{"inputs": 48, "targets": 16}', "BATCH_SIZE": 2} | settings
     flags = [*shlex.split(command.splitlines()[1])[3:], "--gin_file=hardware/cpu.gin"]
     return flags + [f"--gin.{name}={value}" for name, value in settings.items()]
@@ -147,7 +148,7 @@ def test_the_pages_command_gives_our_own_numbers(folder, offline, tmp_path, caps
     assert (tmp_path / "out" / "results.json").read_bytes() == before
     with pytest.raises(SystemExit):
         lm_eval.main([*flags, "--limit=1"])
-    assert "has the results of something else (other: limit)" in capsys.readouterr().err
+    assert "has results with other settings ( limit)" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -170,11 +171,11 @@ def test_a_diffusion_model(folder, offline, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tasks="], "Which tasks? Give --tasks=NAME,NAME"),
+        (["--tasks="], "No tasks. Give --tasks=NAME,NAME"),
         (["--limit=two"], "invalid int value: 'two'"),
         (["--tasks=my_choises"], "knows no task 'my_choises'. Did you mean 'my_choices'"),
         (["--include_path=/no/such"], "There is no folder /no/such"),
-        (["--gin.ARCHITECTURE='encoder_decoder'"], "an encoder reads ends in EOS"),
+        (["--gin.ARCHITECTURE='encoder_decoder'"], "An encoder's inputs end in EOS"),
         (['--gin.TASK_FEATURE_LENGTHS={"inputs": 480, "targets": 16}'], "max_length is 256"),
     ],
 )

@@ -26,6 +26,7 @@ FLOORS = [
     ("reporting",),
     ("command_line",),
     tuple(VERBS.split()),
+    ("api",),
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -102,3 +103,15 @@ def test_the_readme_draws_the_same_floors():
     assert [tuple(rooms) for rooms in drawn if rooms] == [
         rooms for floor in FLOORS[::-1] if (rooms := tuple(room for room in floor if (PACKAGE / room).is_dir()))
     ]
+
+
+def test_every_function_fits_a_screen():
+    """80 lines besides signature and docstring."""
+    long = {}
+    for _, path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[ast.get_docstring(node) is not None :]
+                if body and (lines := node.body[-1].end_lineno - body[0].lineno + 1) > 80:
+                    long[f"{path.relative_to(PACKAGE)}:{node.lineno}"] = lines
+    assert long == {}

@@ -17,6 +17,7 @@ from diffusion_t5x import train
 from diffusion_t5x.checkpointing import checkpoints, manifest
 from diffusion_t5x.command_line import config
 from diffusion_t5x.data.seqio_source import SeqioDataset
+from diffusion_t5x.training import beginning
 from diffusion_t5x.training.lock import FILE as LOCK
 from diffusion_t5x.training.lock import locked
 
@@ -122,6 +123,8 @@ def test_adaptation_starts_from_the_parameters_with_a_fresh_optimizer(pretrained
     assert re.search(
         r"^  opt_state/ \(\d+ arrays\), step start anew, by the rule \('step\|opt_state", log, re.MULTILINE
     )
+    assert "compiling the training step …" in log and "evaluation at step 4" in log and "\x1b" not in log
+    assert log.endswith(f"trained: {tmp_path}\nnext:\n  diffusion-t5x generate --checkpoint {tmp_path}\n")  # a mixture
     before, after = arrays(pretrained), arrays(tmp_path)
     for name in before:
         if name.startswith("params/"):  # a learning rate of zero: what was restored is what is saved
@@ -177,7 +180,7 @@ def test_a_checkpoint_that_does_not_fit_is_listed_parameter_by_parameter(
     file.write_text(json.dumps(metadata))
     manifest.write(checkpoints.find_checkpoint(str(given)))
     monkeypatch.setattr(SeqioDataset, "train_iterator", None)
-    monkeypatch.setattr(train, "init_state", None)
+    monkeypatch.setattr(beginning, "init_state", None)
     flags = [*FINETUNE, f"--gin.INITIAL_CHECKPOINT_PATH={given}", f"--gin.MODEL_DIR={tmp_path / 'model'}", *dry_run]
     flags += ["--gin.ModelConfig.mlp_dim=48", "--gin.ModelConfig.tie_embeddings=False"]
     with pytest.raises(SystemExit):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from pages import by_module
 
 ROOT = pathlib.Path(__file__).parent.parent
 FEWER = {"TRAIN_STEPS=400": "TRAIN_STEPS=4 --gin.WARMUP_STEPS=0", "TRAIN_STEPS=100": "TRAIN_STEPS=6"}
@@ -21,7 +22,7 @@ def test_the_whole_way(test_data, tmp_path):
     (tmp_path / "plays.gin").write_text(
         re.search(r"```gin\n(.*?)```", page, re.DOTALL)[1].replace("/tmp/walk", str(tmp_path))
     )
-    commands = "".join(re.findall(r"```bash\n(.*?)```", page, re.DOTALL)).replace("/tmp/walk", str(tmp_path))
+    commands = by_module("".join(re.findall(r"```bash\n(.*?)```", page, re.DOTALL))).replace("/tmp/walk", str(tmp_path))
     getting, commands = commands.split("\n", 1)
     assert "cp tinyshakespeare/input.txt " in getting
     commands = f"zcat {test_data}/tinyshakespeare/input.txt.gz | head -n 2000 > {tmp_path}/plays.txt\n{commands}"

@@ -16,7 +16,7 @@ from diffusion_t5x.models.transformer import ModelDefinition, Params
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What was written.
+    """A decoded answer and its figures.
 
     Attributes:
       tokens: of the canvas, ended where the text ends.
@@ -48,7 +48,7 @@ class Answers:
     Args:
       mesh: of the device.
       definition, params: the model.
-      decoder: what writes.
+      decoder: writes the texts.
       seed: of what is drawn, see `make_decode_step`.
       watch: is shown every step; None decodes with the program that `infer` has.
     """

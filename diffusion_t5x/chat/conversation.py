@@ -1,4 +1,4 @@
-"""Prompts come in and answers go out: as lines of text, or in a terminal that shows how they are written."""
+"""Reads prompts and writes answers: as lines of text, or in a terminal that shows the canvas."""
 
 import concurrent.futures
 import contextlib
@@ -17,7 +17,7 @@ from diffusion_t5x.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Plain:
-    """Answers as plain text on standard output, and nothing else there; signs for what a terminal there would obey.
+    """Writes only answers to standard output, as plain text; on a terminal, symbols replace control characters.
 
     Attributes:
       prompts: makes rows of texts.
@@ -47,7 +47,7 @@ class Plain:
 
 @dataclasses.dataclass(frozen=True)
 class Terminal(Plain):
-    """Answers in a terminal, where the canvas is seen while it is written.
+    """Answers in a terminal that shows the canvas while it is written.
 
     Attributes:
       canvas: draws it.
@@ -117,7 +117,7 @@ def _typed() -> Iterator[str]:
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Ctrl-C, and a reader that goes away, end the process at once, as they do other programs in a pipe."""
+    """Context in which Ctrl-C or a closed pipe ends the process at once, as for other programs in a pipe."""
     before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGPIPE)}
     try:
         yield

@@ -18,13 +18,13 @@ _FRAMES_PER_SECOND = 20
 
 
 class Stopped(Exception):
-    """The user wants no more of an answer."""
+    """The user has stopped an answer."""
 
 
 class LiveCanvas:
-    """A `Watch` that draws the canvas in a terminal, a place that is not written yet as a dim block.
+    """A `Watch` that draws the canvas in a terminal; unwritten positions are dim blocks.
 
-    Of a decoder that denoises several canvases of a text, the first one is seen.
+    If a decoder denoises several canvases of a text, the first one is shown.
 
     Args:
       console: of the terminal.
@@ -42,7 +42,7 @@ class LiveCanvas:
         logging.getLogger("jax._src.debugging").addFilter(_is_no_stop)
 
     def __call__(self, step: np.ndarray, tokens: np.ndarray, confidence: np.ndarray) -> None:
-        """Raises `Stopped` where the answer is not wanted any more, which ends the decoding."""
+        """Raises `Stopped` if the user has stopped the answer, which ends decoding."""
         if self._stopped:
             raise Stopped
         if self._frame is None or step > self._frame[0]:
@@ -55,12 +55,12 @@ class LiveCanvas:
         return self._frame[0] if self._frame else 0
 
     def stop(self) -> None:
-        """The decoding under way ends at its next step."""
+        """Ends the current decoding at its next step."""
         self._stopped = True
 
     @contextlib.contextmanager
     def shown(self, batch: Batch) -> Iterator[None]:
-        """Draws, as long as the context lasts, what is written to a batch; then the terminal is as it was before."""
+        """Context that draws the canvas of a batch; afterwards the terminal is restored."""
         self._targets, self._frame = np.asarray(batch.target_mask[0]), None
         self._stopped, self._drawing = False, True
         live = rich.live.Live(
@@ -78,7 +78,7 @@ class LiveCanvas:
                 self._drawing = False  # it ends with an empty picture
 
     def picture(self) -> rich.text.Text:
-        """The canvas after the last step that was seen; the surer the model of a token, the greener it is."""
+        """The canvas after the last step that was shown; more confident tokens are greener."""
         if self._frame is None:
             return rich.text.Text()
         _, tokens, confidence = self._frame

@@ -1,7 +1,7 @@
-"""Texts to be answered, as rows for a model: without a task, but laid out as the model's own task has its rows."""
+"""Prompts as rows for a model, without a task, in the layout of the model's own task."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,22 +11,24 @@ from diffusion_t5x.data.rows import RowLayout, fill_batches
 from diffusion_t5x.data.seqio_source import libraries
 from diffusion_t5x.data.vocabularies import cells, signs, to_text
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.config import ModelConfig
 
 if TYPE_CHECKING:
     import seqio
 
-# Rows have room for so many tokens of a prompt, then for twice as many, and so on: few programs serve all prompts.
+# Rows have room for this many tokens of a prompt, then for twice as many, and so on: few programs serve all prompts.
 _LEAST_ROOM = 64
+_LENGTH = 256  # of what a model writes whose task is not known
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """How texts become rows, one at a time, and what is written becomes text.
+    """Converts prompts to rows, one at a time, and decoded tokens to text.
 
     Attributes:
       vocabulary: of the model.
       adds_eos: an EOS stands behind a prompt, as behind the inputs of the model's task.
-      max_inputs: a prompt has at most so many tokens, EOS included; None sets no limit.
+      max_inputs: maximum number of tokens of a prompt, including EOS; None sets no limit.
       length: tokens of the canvas.
       architecture: of the model.
     """
@@ -83,3 +85,29 @@ class Prompts:
     def cells(self, tokens: Sequence[int]) -> list[str]:
         """The texts of a canvas's tokens one by one; see `vocabularies.cells`."""
         return cells(self.vocabulary, tokens, signs(self.vocabulary))
+
+
+def prompt_lengths(
+    features: Mapping[str, int] | None, length: int | None, model: ModelConfig
+) -> tuple[int | None, int]:
+    """The most tokens of a prompt (None: any number), and those of an answer.
+
+    Args:
+      features: the lengths of the model's task, if it has any.
+      length: of an answer; None takes the task's, or at most 256.
+      model: has a most of its own.
+    """
+    is_one_row = model.architecture == "decoder_only"
+    if features is not None and not {"targets"} <= features.keys() <= {"inputs", "targets"}:
+        raise UserError(f"TASK_FEATURE_LENGTHS must have targets, and may have inputs: {dict(features)}.")
+    if features and "inputs" in features:
+        inputs, targets = features["inputs"], length or features["targets"]
+        model.check_length(inputs + targets if is_one_row else max(inputs, targets), "TASK_FEATURE_LENGTHS or --length")
+        return inputs, targets
+    most = features["targets"] if features else model.max_length
+    if most is None:
+        return None, length or _LENGTH
+    length = length or min(_LENGTH, most // 2)
+    if is_one_row and length >= most:
+        raise UserError(f"--length {length} leaves no room for a prompt: the model has {most} tokens for both.")
+    return most - length if is_one_row else most, length

@@ -1,4 +1,4 @@
-"""Which array of a checkpoint goes to which array of a state, by name.
+"""Assignment of a checkpoint's arrays to a state's arrays, by name.
 
 Names are "/"-joined paths such as `params/decoder/blocks/attention/query` or `opt_state/1/count`.
 """
@@ -76,7 +76,7 @@ def assign(targets: Mapping[str, Any], sources: Mapping[str, Any], rules: Sequen
 
 
 def describe_assignment(targets: Mapping[str, Any], sources: Mapping[str, Any], rules: Sequence[Rule]) -> str:
-    """What `assign` does, a line for each rule and one for all arrays that no rule matches.
+    """Describes what `assign` does: a line for each rule and one for all arrays that no rule matches.
 
     Raises:
       UserError: see `assign`.

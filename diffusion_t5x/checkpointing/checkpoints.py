@@ -3,7 +3,7 @@
 A checkpoint is a folder `checkpoint_<step>` with three items:
   state: every array of the train state under its "/"-joined name, in plain nested dictionaries. It can be read without
     knowing the optimizer, in parts, by other names and onto another mesh.
-  data: where the data iterator stands.
+  data: the position of the data iterator.
   metadata: JSON, written by the caller: step, tokenizer, operative gin, metrics.
 and a manifest of all its files (see `manifest.py`), by which each item is checked before it is read. The metrics of an
 evaluation that follows the save are added later, in a file of their own.
@@ -37,11 +37,11 @@ class Checkpoints:
     Args:
       directory: folder of the `checkpoint_<step>` folders; made if it is not there. Left-overs of killed saves are
         removed, so a folder has one writer at a time.
-      keep_last: how many of the newest checkpoints stay.
-      keep_best: how many of the best stay as well, by `best_metric`.
+      keep_last: number of newest checkpoints to keep.
+      keep_best: number of best checkpoints to keep as well, by `best_metric`.
       best_metric: key of `metadata["metrics"]`. A checkpoint without it is not among the best.
-      best_mode: "max" where more is better, "min" where less is.
-      asynchronous: write while training goes on; else `save` returns when all is written.
+      best_mode: "max" if higher is better, "min" if lower is better.
+      asynchronous: write while training continues; otherwise `save` returns when everything is written.
       streamed: what is saved holds `Streamed` leaves and numpy arrays.
     """
 
@@ -56,11 +56,13 @@ class Checkpoints:
         streamed: bool = False,
     ):
         if keep_last < 1:
-            raise UserError(f"Checkpoints.keep_last = {keep_last}: at least the newest checkpoint must stay.")
+            raise UserError(
+                f"Checkpoints.keep_last = {keep_last}: it must be at least 1, to keep the newest checkpoint."
+            )
         if keep_best and not best_metric:
-            raise UserError(f"Checkpoints.keep_best = {keep_best} needs Checkpoints.best_metric: best by what?")
+            raise UserError(f"Checkpoints.keep_best = {keep_best} needs Checkpoints.best_metric.")
         if best_mode not in ("max", "min"):
-            raise UserError(f'Checkpoints.best_mode = {best_mode!r}: "max" or "min".')
+            raise UserError(f'Checkpoints.best_mode must be "max" or "min", not {best_mode!r}.')
         ensure_writable(directory)
         self.directory = epath.Path(directory).resolve()
         self._notes = {"manifest": True} | ({"best": [best_metric, best_mode]} if keep_best else {})
@@ -76,16 +78,16 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options, handler_registry=handlers)
 
     def save(self, step: int, state: Any, data_state: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
-        """Starts to write a checkpoint; does nothing where there is a whole one of this step.
+        """Starts writing a checkpoint; does nothing if there is an intact one of this step.
 
-        A broken one, or one of another step under this name, is set aside. The state's buffers may be donated as soon
-        as this returns. Waits for the save before, and raises what went wrong in it.
+        A broken one, or one of another step under this name, is renamed. The state's buffers may be donated as soon
+        as this returns. Waits for the previous save, and raises its error, if any.
 
         Args:
           step: number of finished training steps.
           state: tree of arrays.
-          data_state: where the data iterator stands, the same on every process.
-          metadata: anything that JSON can hold.
+          data_state: the position of the data iterator, the same on every process.
+          metadata: JSON-serialisable.
         """
         self.wait()
         json.dumps(metadata)  # raises here and not in the background
@@ -109,9 +111,9 @@ class Checkpoints:
         )
 
     def add_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds the metrics of an evaluation to the checkpoint of this step, and removes what is not to stay.
+        """Adds the metrics of an evaluation to the checkpoint of this step, and removes checkpoints that are not kept.
 
-        Waits for the save under way. Broken off at any moment, it leaves the checkpoint whole, evaluated or not.
+        Waits for the current save. Broken off at any moment, it leaves the checkpoint whole, evaluated or not.
         """
         self.wait()
         if jax.process_index() == 0:
@@ -124,16 +126,16 @@ class Checkpoints:
             self._manager.delete(other)
 
     def wait(self) -> None:
-        """Returns when the save under way is finished; raises what went wrong in it."""
+        """Returns when the current save is finished; raises its error, if any."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for the save under way and frees the threads."""
+        """Waits for the current save and frees the threads."""
         self._manager.close()
 
 
 class _Kept:
-    """Which checkpoints stay: the newest and the best. Orbax's own policy learns of metrics only as it saves.
+    """Selects the checkpoints to keep: the newest and the best. Orbax's own policy learns of metrics only as it saves.
 
     Attributes:
       metrics: by step, as far as they are known; others are read from the checkpoints.
@@ -145,12 +147,12 @@ class _Kept:
         self.metrics: dict[int, Mapping[str, float]] = {}
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Orbax's question: for each checkpoint, by ascending step, whether it stays."""
+        """Orbax's callback: for each checkpoint, by ascending step, True to keep it."""
         kept = self.of([checkpoint.step for checkpoint in checkpoints])
         return [checkpoint.step in kept for checkpoint in checkpoints]
 
     def of(self, there: Sequence[int]) -> set[int]:
-        """The steps that stay of those that are there."""
+        """The steps to keep among existing ones."""
         there = sorted(there)
         best = sorted((self._quality(step), step) for step in there if self._keep_best and self._is_measured(step))
         return {*there[-self._keep_last :], *(step for _, step in best[-self._keep_best :])}
@@ -191,8 +193,7 @@ def ensure_writable(directory: str, dry_run: bool = False) -> None:
     except Exception as error:  # OSError of a disk; clients of remote stores have kinds of their own
         said = str(getattr(error, "strerror", None) or error).strip().rstrip(".")
         raise UserError(
-            f"Cannot write to {directory}: {said}. Choose another folder (MODEL_DIR), or see to it that this one can "
-            "be reached and written."
+            f"Cannot write to {directory}: {said}. Choose another folder (MODEL_DIR), or make this one writable."
         ) from error
 
 
@@ -210,7 +211,7 @@ def steps(directory: str) -> list[int]:
 
 
 def latest(directory: str) -> str | None:
-    """The newest finished checkpoint in a folder of `checkpoint_<step>` folders; None where there is none."""
+    """The newest finished checkpoint in a folder of `checkpoint_<step>` folders; None if there is none."""
     return next((str(found.path) for found in reversed(stored.find_all(epath.Path(directory)))), None)
 
 
@@ -231,18 +232,18 @@ class OpenCheckpoint:
 
     @functools.cached_property
     def metadata(self) -> dict[str, Any]:
-        """What was given to `Checkpoints.save`."""
+        """The metadata given to `Checkpoints.save`."""
         self.verify("metadata", stored.EVALUATION)
         try:
             return stored.read_metadata(self.path, self._manifest)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{self} cannot be read: its metadata, which say what model it is, are not there or broken ({error})."
+                f"{self} cannot be read: its metadata, which describe the model, are missing or broken ({error})."
             ) from error
 
     @functools.cached_property
     def record(self) -> Record:
-        """What the model was trained as."""
+        """The record of how the model was trained."""
         return Record.read(self.metadata, str(self.path))
 
     @property
@@ -267,7 +268,7 @@ AnyCheckpoint = str | os.PathLike | OpenCheckpoint
 
 
 def open_checkpoint(checkpoint: AnyCheckpoint) -> OpenCheckpoint:
-    """The checkpoint at a user's path; one that is open stays as it is."""
+    """Opens the checkpoint at a user's path; an open checkpoint is returned as it is."""
     if isinstance(checkpoint, OpenCheckpoint):
         return checkpoint
     return OpenCheckpoint(find_checkpoint(os.fspath(checkpoint)), os.fspath(checkpoint))

@@ -1,4 +1,4 @@
-"""What checkpoints hold, and how two of them differ. Arrays are read one at a time."""
+"""Lists the contents of checkpoints and compares two of them. Arrays are read one at a time."""
 
 import dataclasses
 import datetime
@@ -41,7 +41,7 @@ class Listed:
 
 @dataclasses.dataclass(frozen=True)
 class ArrayDifference:
-    """How an array differs between two checkpoints.
+    """Difference of an array between two checkpoints.
 
     Attributes:
       name: of the array.
@@ -59,7 +59,7 @@ class ArrayDifference:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """All that differs between two checkpoints.
+    """The differences between two checkpoints.
 
     Attributes:
       arrays: those that differ.
@@ -93,9 +93,9 @@ def listing(run: str) -> list[Listed]:
 
 
 def faults(checkpoint: epath.Path) -> list[str] | None:
-    """What is wrong with the files of a checkpoint, all of them read.
+    """Problems of a checkpoint's files, all of which are read.
 
-    None: it was written before there were manifests, and all that it holds can be read.
+    None if it was written before manifests and can be read completely.
     """
     found = stored.faults(checkpoint)
     if found is not None:

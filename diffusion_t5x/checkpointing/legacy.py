@@ -36,7 +36,7 @@ _QUOTED_OR_REFERENCE = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|([@%
 
 @dataclasses.dataclass(frozen=True)
 class Said:
-    """What a gin text says of a training; None or empty where it says nothing.
+    """Training settings found in a gin text; None or empty for those that it does not set.
 
     Attributes:
       model, objective: as trained.
@@ -104,7 +104,7 @@ class _Gin:
         return self._made(value, []) if _is_reference(value) else None
 
     def described(self, name: str) -> dict[str, Any] | None:
-        """As `made`, without making it: the class and its fields."""
+        """Class and fields of what `made` would return, without making it."""
         reference = self.found(name)
         if not _is_reference(reference) or (cls := self._class(reference)) is None:
             return None

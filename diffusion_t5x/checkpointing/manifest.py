@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: size and SHA-256 of every file, so that one that was cut, changed or lost is found.
+"""The manifest of a checkpoint: size and SHA-256 of every file, to detect truncated, changed and lost files.
 
 It is written before the checkpoint gets its name, and so a part of what makes one complete. It has a SHA-256 of itself.
 A file that comes later belongs to the checkpoint once the manifest, which is replaced as a whole, names it.
@@ -30,7 +30,7 @@ Entries = dict[str, dict[str, Any]]
 
 
 def write(folder: epath.Path) -> None:
-    """Writes the manifest of all that lies in a folder, when the file system has it on disk."""
+    """Writes the manifest of a folder's files once they are on disk."""
     names = [name for name in files(folder) if name not in (FILE, *_WRITTEN_LATER)]
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         entries = dict(zip(names, pool.map(lambda name: _entry(folder / name), names), strict=True))
@@ -38,7 +38,7 @@ def write(folder: epath.Path) -> None:
 
 
 def add(folder: epath.Path, name: str, content: str) -> None:
-    """Adds a small file to a finished checkpoint, or replaces it: all or nothing, whenever this is broken off.
+    """Adds a small file to a finished checkpoint, or replaces it: atomically, even if interrupted.
 
     Until the new manifest has its name, the file is not a part of the checkpoint.
     """
@@ -50,7 +50,7 @@ def add(folder: epath.Path, name: str, content: str) -> None:
 
 
 def put(path: epath.Path, content: str) -> None:
-    """Writes a small file as a whole; remote stores do that by themselves."""
+    """Writes a small file atomically; remote stores do that by themselves."""
     if "://" in os.fspath(path):
         path.write_text(content)
     else:
@@ -58,7 +58,7 @@ def put(path: epath.Path, content: str) -> None:
 
 
 def holds(folder: epath.Path, name: str, found: tuple[Entries, str] | None = None) -> bool:
-    """Whether a checkpoint's manifest, which may have been `read` before, names a file."""
+    """True if a checkpoint's manifest, which may have been `read` before, names a file."""
     return name in (found or read(folder))[0]
 
 
@@ -71,12 +71,12 @@ def files(folder: epath.Path) -> list[str]:
 
 
 def has_manifest(checkpoint: epath.Path) -> bool:
-    """Whether a checkpoint was written with a manifest, even if that is lost. Older ones were not."""
+    """True if a checkpoint was written with a manifest, even if the manifest is lost. Older ones were not."""
     return (checkpoint / FILE).exists() or "manifest" in notes(checkpoint).get("custom_metadata", {})
 
 
 def notes(checkpoint: epath.Path) -> dict:
-    """What Orbax noted about the commit of a checkpoint; {} where that cannot be read."""
+    """Orbax's notes about the commit of a checkpoint; {} if they cannot be read."""
     try:
         return json.loads((checkpoint / NOTES).read_text())
     except (OSError, ValueError):
@@ -89,7 +89,7 @@ def faults(
     checksums: bool = True,
     found: tuple[Entries, str] | None = None,
 ) -> list[str]:
-    """What is wrong with the files of a checkpoint, one line each; several processes share the reading.
+    """Problems of a checkpoint's files, one line each; several processes share the reading.
 
     Args:
       checkpoint: one that `has_manifest`.
@@ -116,7 +116,7 @@ def faults(
 
 
 def sync(path: epath.Path) -> None:
-    """Returns when a local file, or the names in a local folder, are on disk; does nothing to remote ones."""
+    """Flushes a local file, or the names in a local folder, to disk; does nothing for remote ones."""
     if "://" not in os.fspath(path):
         records.sync(path)
 
@@ -158,7 +158,7 @@ def _digest(entries: Entries) -> str:
 
 
 def _entry(path: epath.Path) -> dict[str, Any]:
-    """Size and checksum of a file, when the file system has it on disk."""
+    """Size and checksum of a file, once it is on disk."""
     sync(path)
     return {"size": path.stat().length, "sha256": _sha256(path)}
 

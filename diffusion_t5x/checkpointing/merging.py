@@ -1,4 +1,4 @@
-"""A checkpoint of a LoRA run, read as the plain model that it stands for: `base + alpha / rank * down up`.
+"""Reads a checkpoint of a LoRA run as the merged model: `base + alpha / rank * down up`.
 
 Every other checkpoint is read as it is.
 """
@@ -23,12 +23,12 @@ def plain(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def leaves(checkpoint: epath.Path) -> dict[str, Any]:
-    """As `stored.leaves`, of the plain model."""
+    """Same as `stored.leaves`, for the plain model."""
     return plain(stored.leaves(checkpoint))
 
 
 def read_arrays(checkpoint: epath.Path, targets: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
-    """As `stored.read_arrays`, of the plain model. Sums are float32 before they become what the target is."""
+    """Same as `stored.read_arrays`, for the plain model. Sums are float32 before they get the target's dtype."""
     found = stored.leaves(checkpoint)
     parts = _parts(found)
     as_they_are = {target: parts[source][0] for target, source in sources.items() if len(parts[source]) == 1}

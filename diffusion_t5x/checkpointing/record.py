@@ -1,7 +1,9 @@
-"""What a checkpoint was trained as: a record in its metadata, from which every reader takes its settings."""
+"""Record of how a checkpoint was trained; it is part of the metadata, and every reader takes its settings from it."""
 
 import dataclasses
 import importlib.metadata
+import os
+import pathlib
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
@@ -21,7 +23,7 @@ CLASS = "class"  # the key of an object's class among its fields
 
 
 def describe(value: Any, name: Callable[[type], str] | None = None) -> Any:
-    """Settings as JSON can hold them: a dataclass becomes its fields and, under "class", its name.
+    """Settings as JSON-serialisable values: a dataclass becomes its fields and, under "class", its name.
 
     Args:
       value: a dataclass, a container of them, or a plain value; anything else becomes its repr.
@@ -39,13 +41,22 @@ def describe(value: Any, name: Callable[[type], str] | None = None) -> Any:
 
 
 def in_words(described: Any) -> str:
-    """What `describe` made of an object, as Python writes it: "Masked(schedule='linear', ...)"."""
+    """The Python repr of an object that `describe` has described: "Masked(schedule='linear', ...)"."""
     if isinstance(described, Mapping):
         if CLASS not in described:
             return "{" + ", ".join(f"{key!r}: {in_words(value)}" for key, value in described.items()) + "}"
         fields = (f"{key}={in_words(value)}" for key, value in described.items() if key != CLASS)
         return f"{class_name(described)}({', '.join(fields)})"
     return f"[{', '.join(map(in_words, described))}]" if isinstance(described, list) else repr(described)
+
+
+def is_plain(described: Any) -> bool:
+    """Whether `describe` could say all of an object; of what it does not know it has the repr, "<function ...>"."""
+    if isinstance(described, Mapping):
+        return all(map(is_plain, described.values()))
+    if isinstance(described, list | tuple):
+        return all(map(is_plain, described))
+    return not (isinstance(described, str) and described.startswith("<"))
 
 
 def class_name(described: Mapping[str, Any]) -> str:
@@ -60,18 +71,18 @@ def modes_of(user: object) -> tuple[Mode, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a model was trained as. Objects are as `describe` gives them.
+    """How a model was trained. Objects are stored as `describe` returns them.
 
     Attributes:
       model: all fields of its `ModelConfig`.
       vocabulary: see `TokenIds.describe`.
-      vocabulary_source: how the vocabulary is made, see `data.vocabularies.source_of`; None where it is not known.
-      objective: what was minimised; None where it is not known.
-      modes: that the model has learned; () where they are not known.
-      decoder: the one that suits the model; None where there is none.
+      vocabulary_source: how the vocabulary is made, see `data.vocabularies.source_of`; None if it is not known.
+      objective: what was minimised; None if it is not known.
+      modes: that the model has learned; () if they are not known.
+      decoder: the one that suits the model; None if there is none.
       dataset: what was read: task, lengths, layout of rows. None for an imported model.
       task: what registers the task, see `config.registration`: modules to import and bindings.
-      inputs_end: whether the inputs end in EOS; None where it is not known.
+      inputs_end: whether the inputs end in EOS; None if it is not known.
       lora: see `Lora.describe`.
       imported: the model comes from another framework.
       versions: of the libraries.
@@ -169,21 +180,35 @@ class Record:
         return dataclasses.replace(cls.of(said.model, objective=objective, decoders=decoders, **more), versions={})
 
     def metadata(self) -> dict[str, Any]:
-        """What a checkpoint's metadata hold of it: "record", "vocabulary" and, where it is one, "lora"."""
+        """The record as part of a checkpoint's metadata: "record", "vocabulary" and, for a LoRA run, "lora"."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         vocabulary, lora = fields.pop("vocabulary"), fields.pop("lora")
         fields["modes"] = [dataclasses.asdict(mode) for mode in self.modes]
         return {"vocabulary": dict(vocabulary), **({"lora": dict(lora)} if lora else {}), "record": fields}
 
+    def vocabulary_arguments(self, model_dir: str | os.PathLike) -> dict[str, Any] | None:
+        """The arguments of `data.vocabulary_files.vocabulary` that make the vocabulary; None where they are not known.
+
+        Args:
+          model_dir: the model's folder. A file that is gone from its place is taken from there: a folder may be moved.
+        """
+        if not self.vocabulary_source:
+            return None
+        file = self.vocabulary_source.get("file")
+        if file is not None and "://" not in file and not pathlib.Path(file).expanduser().exists():
+            beside = pathlib.Path(model_dir) / pathlib.PurePath(file).name
+            file = str(beside) if beside.exists() else file
+        return {"file": file, "extra_ids": self.vocabulary_source["extra_ids"]}
+
     @property
     def shifted(self) -> bool | None:
-        """`ModelConfig.shifted` of a diffusion model; None where it is not known or does not matter."""
+        """`ModelConfig.shifted` of a diffusion model; None if it is not known or does not matter."""
         left_to_right = self.modes and not any(mode.noise for mode in self.modes)
         return None if left_to_right or self.objective is None else self.model.get("shifted")
 
     @property
     def trained_by(self) -> str | None:
-        """The objective's class without its module; None for an imported model or where it is not known."""
+        """The objective's class without its module; None for an imported model or if it is not known."""
         return class_name(self.objective) if self.objective and not self.imported else None
 
 

@@ -17,7 +17,7 @@ Tree = TypeVar("Tree")
 
 
 def restore(path: AnyCheckpoint, abstract_state: Tree) -> tuple[Tree, dict[str, np.ndarray], dict[str, Any]]:
-    """All that `Checkpoints.save` wrote, to go on from it: state, data state and metadata.
+    """Restores everything that `Checkpoints.save` wrote: state, data state and metadata.
 
     Args:
       path: a user's path, or an open checkpoint.
@@ -39,7 +39,7 @@ def restore_initial(
     rules: Sequence[Rule] = (),
     init: Callable[[], Tree] | None = None,
 ) -> Tree:
-    """A state from a checkpoint by assignment rules, in T5X's manner (see `assignment.assign`).
+    """A state from a checkpoint by assignment rules, as in T5X (see `assignment.assign`).
 
     As in all that reads a checkpoint but `restore`, factors of a LoRA run are merged (see `merging`).
 

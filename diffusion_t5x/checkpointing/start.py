@@ -16,7 +16,7 @@ _SAVED_WITH = {"ema": "a moving average (train.train.ema_decay)", "opt_state": "
 def check_start(
     path: AnyCheckpoint, vocabulary: TokenIds, abstract_state: Any, rules: Sequence[Rule] = (), resumes: bool = False
 ) -> str:
-    """What becomes of each array of a state that starts from a checkpoint, in words; reads names and shapes only.
+    """Describes what happens to each array of a state that starts from a checkpoint; reads only names and shapes.
 
     Args:
       path: a user's path, or an open checkpoint.
@@ -65,7 +65,7 @@ def _differing(targets: Mapping[str, Any], sources: Mapping[str, Any]) -> set[st
 
 
 def model_settings(leaves: Mapping[str, Any]) -> dict[str, int | bool | str]:
-    """What the parameters of a model, by names such as `params/embedding`, say of its `ModelConfig`.
+    """Fields of `ModelConfig` that follow from a model's parameters, by names such as `params/embedding`.
 
     Nothing where they are no model's of this framework.
     """
@@ -99,7 +99,7 @@ def model_settings(leaves: Mapping[str, Any]) -> dict[str, int | bool | str]:
 
 
 def _advice(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
-    """What to set in order to have the checkpoint's model."""
+    """The settings that make the model match the checkpoint, as text."""
     differing = {name: value for name, value in there.items() if value != here.get(name)}
     if not here or not differing:
         return ""

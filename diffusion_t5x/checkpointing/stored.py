@@ -1,4 +1,4 @@
-"""A checkpoint as it lies on disk: its name, how it is committed, and reading it only if it is whole."""
+"""Checkpoints on disk: name, commit, and reading only after verification."""
 
 import asyncio
 import contextlib
@@ -29,7 +29,7 @@ _MAX_FAULTS = 5
 
 
 class BrokenCheckpoint(UserError):
-    """A file of a checkpoint is not what was written."""
+    """A file of a checkpoint differs from what was written."""
 
 
 def find_all(folder: epath.Path) -> list[Any]:
@@ -40,7 +40,7 @@ def find_all(folder: epath.Path) -> list[Any]:
 
 
 def commit_class(directory: epath.Path) -> type:
-    """How Orbax commits a checkpoint in this folder, with a manifest written just before."""
+    """Orbax's commit class for this folder, which writes a manifest just before the commit."""
     base: Any = ocp.path.atomicity_defaults.get_default_temporary_path_class(directory)
 
     class WithManifest(base):
@@ -58,8 +58,8 @@ def commit_class(directory: epath.Path) -> type:
 def check(checkpoint: epath.Path, *items: str, found: tuple[manifest.Entries, str] | None = None) -> None:
     """Raises a BrokenCheckpoint if a file of these items (by default: any file) is not what was written.
 
-    It names the file and the newest whole checkpoint beside it. A checkpoint of before there were manifests passes if
-    it has the files that each one has.
+    It names the file and the newest whole checkpoint beside it. A checkpoint from before manifests passes if
+    it has the files that every checkpoint has.
     `found` is what `manifest.read` returns, if that was called before.
     """
     wrong = faults(checkpoint, items, found=found)
@@ -85,9 +85,9 @@ def faults(
     checksums: bool = True,
     found: tuple[manifest.Entries, str] | None = None,
 ) -> list[str] | None:
-    """What is wrong with a checkpoint, one line each (see `manifest.faults`).
+    """Problems of a checkpoint, one line each (see `manifest.faults`).
 
-    None: nothing that can be known, as it was written before there were manifests.
+    None if that cannot be known, because it was written before manifests.
     """
     has_manifest = manifest.has_manifest(checkpoint)
     if has_manifest:
@@ -101,7 +101,7 @@ def faults(
 
 
 def is_whole(checkpoint: epath.Path) -> bool:
-    """Whether every file is what was written; of a checkpoint without manifest, whether it can be opened."""
+    """True if every file is as it was written; for a checkpoint without a manifest, true if it can be opened."""
     found = faults(checkpoint)
     if found is not None:
         return not found
@@ -112,7 +112,7 @@ def is_whole(checkpoint: epath.Path) -> bool:
 
 
 def latest_whole(directory: str) -> str | None:
-    """The newest whole checkpoint in a folder of `checkpoint_<step>` folders; None where there is none at all.
+    """The newest whole checkpoint in a folder of `checkpoint_<step>` folders; None if there is none at all.
 
     Raises:
       UserError: there are checkpoints, and all are broken.
@@ -127,7 +127,7 @@ def latest_whole(directory: str) -> str | None:
 def set_aside_after(path: str) -> None:
     """Renames all checkpoints that are newer than this one to `broken_checkpoint_<step>`.
 
-    A run that goes on from an older one writes their steps again, and must not take them for its newest.
+    A run that continues from an older one writes their steps again, and must not take them for its newest.
     """
     checkpoint = epath.Path(path)
     found = find_all(checkpoint.parent)
@@ -142,7 +142,7 @@ def set_aside(checkpoints: Sequence[epath.Path]) -> None:
             names = [f"broken_{path.name}", *(f"broken_{path.name}_{i}" for i in range(2, 1000))]
             aside = next(name for name in names if not (path.parent / name).exists())
             path.rename(path.parent / aside)
-            logger.warning("%s is broken: set aside as %s", path, aside)
+            logger.warning("%s is broken: renamed to %s", path, aside)
     if checkpoints and jax.process_count() > 1:
         multihost_utils.sync_global_devices("set_aside")
 
@@ -164,7 +164,7 @@ def leaves(checkpoint: epath.Path) -> dict[str, Any]:
 
 
 def read_metadata(checkpoint: epath.Path, found: tuple[manifest.Entries, str] | None = None) -> dict[str, Any]:
-    """What the caller of `Checkpoints.save` gave, with the metrics of an evaluation that was finished later."""
+    """The metadata given to `Checkpoints.save`, with the metrics of an evaluation that was finished later."""
     metadata = _read(checkpoint / "metadata", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
     if not manifest.holds(checkpoint, EVALUATION, found):
         return metadata
@@ -211,4 +211,4 @@ def _read(path: epath.Path, handler: Any, args: Any) -> Any:
 
 @functools.cache
 def _say_unchecked(checkpoint: epath.Path) -> None:
-    logger.warning("%s was written before there were checksums: whether it is whole is not known", checkpoint)
+    logger.warning("%s was written without checksums, so it cannot be verified", checkpoint)

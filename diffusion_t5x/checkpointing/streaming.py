@@ -1,4 +1,4 @@
-"""Arrays that are saved piece by piece and never stand whole. Imports Orbax, as `checkpoints.py` and `stored.py` do."""
+"""Arrays that are saved piece by piece, never whole in memory. Imports Orbax (so do `checkpoints.py`, `stored.py`)."""
 
 import asyncio
 import dataclasses
@@ -13,7 +13,7 @@ import tensorstore
 
 @dataclasses.dataclass(frozen=True)
 class Streamed:
-    """A leaf for `Checkpoints.save` in place of an array.
+    """A leaf for `Checkpoints.save` instead of an array.
 
     Attributes:
       shape, dtype: of the array.
@@ -31,6 +31,12 @@ class Streamed:
     @property
     def size(self) -> int:
         return int(np.prod(self.shape))
+
+    def whole(self) -> np.ndarray:
+        """The array itself."""
+        length = self.shape[self.axis]
+        pieces = [self.read(start, min(start + self.step, length)) for start in range(0, length, self.step)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=self.axis)
 
 
 class _Handler(ocp.type_handlers.NumpyHandler):
@@ -56,7 +62,7 @@ class _Handler(ocp.type_handlers.NumpyHandler):
 
 
 def handlers() -> ocp.handlers.CheckpointHandlerRegistry:
-    """What a checkpoint manager needs to save `Streamed` leaves in its item "state"."""
+    """Handlers with which a checkpoint manager saves `Streamed` leaves in its item "state"."""
     kinds = (
         (jax.Array, ocp.type_handlers.ArrayHandler()),
         (np.ndarray, ocp.type_handlers.NumpyHandler()),

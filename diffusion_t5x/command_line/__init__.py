@@ -1,1 +1,1 @@
-"""The command `diffusion-t5x`: its verbs, their flags and help, without importing what does the work."""
+"""The command `diffusion-t5x`: verbs, flags and help, without importing the modules that do the work."""

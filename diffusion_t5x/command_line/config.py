@@ -1,4 +1,4 @@
-"""gin at the edge: flags, search paths, overrides, and every gin mistake as one clear message.
+"""The interface to gin: flags, search paths, overrides, and a clear message for every gin mistake.
 
 Only the modules beside it, `gin_*`, import gin, too. A verb is a plain function whose arguments gin fills in:
 
@@ -68,7 +68,7 @@ def run(
 
 @contextlib.contextmanager
 def program() -> Iterator[None]:
-    """What every verb runs in: quiet libraries, its own progress on stderr.
+    """Context in which every verb runs: quiet libraries, progress on stderr.
 
     A `UserError` ends the process with `error: ...` on stderr and status 2; any other exception keeps its traceback.
     Of several processes that work as one, none waits for others when it fails.
@@ -178,7 +178,7 @@ def operative_text() -> str:
 
 
 def operative_values() -> dict[str, Any]:
-    """What `operative_text` binds, nested by the dots of its names; references are text, such as "%MODEL"."""
+    """The bindings of `operative_text`, nested by the dots of their names; references are text, such as "%MODEL"."""
     values: dict[str, Any] = {}
     for statement in config_parser.ConfigParser(operative_text(), _AsText()):
         if isinstance(statement, config_parser.BindingStatement):
@@ -188,7 +188,7 @@ def operative_values() -> dict[str, Any]:
 
 
 def registration(macro: str) -> dict[str, Any]:
-    """What the value of a macro needs, as JSON can hold it, so that another program can bind it to the same.
+    """What another program needs to bind a macro to the same value, as a JSON-serialisable dict.
 
     Returns:
       "imports": the modules it refers to, and those whose import may register tasks. "bindings": by full name
@@ -260,7 +260,7 @@ def _run(
 
 
 def _files_of(model: Mapping[str, Any]) -> str:
-    """Which shipped size a model has, by fields of its ModelConfig."""
+    """The shipped size file that matches the fields of a ModelConfig."""
     for file in shipped("sizes"):
         parsed = config_parser.ConfigParser(shipped_text(file), _AsText())
         bound = {x.arg_name: x.value for x in parsed if isinstance(x, config_parser.BindingStatement)}
@@ -325,14 +325,14 @@ def _importable(main: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _SafeFormatter(logging.Formatter):
-    """Whose lines a terminal obeys nothing of."""
+    """Log formatter that escapes control characters, so that a log line cannot control the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         return terminal.safe(super().format(record))
 
 
 class _Stderr(logging.StreamHandler):
-    """Writes to what `sys.stderr` is at the time."""
+    """Writes to the current `sys.stderr`."""
 
     def __init__(self):
         logging.Handler.__init__(self)
@@ -344,7 +344,7 @@ class _Stderr(logging.StreamHandler):
 
 
 def _print_exception(kind: type[BaseException], error: BaseException, frames: types.TracebackType | None) -> None:
-    """A traceback that quotes what others wrote."""
+    """Prints a traceback with control characters escaped."""
     if sys.stderr:
         print(terminal.safe("".join(traceback.format_exception(kind, error, frames))), end="", file=sys.stderr)
 

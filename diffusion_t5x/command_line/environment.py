@@ -1,4 +1,4 @@
-"""Print the versions of what is installed, the machine and its devices: what a bug report needs."""
+"""Print versions, machine and devices for a bug report."""
 
 import importlib.metadata
 import os
@@ -18,7 +18,7 @@ _VARIABLES = ("JAX_PLATFORMS", "XLA_FLAGS", "CUDA_VISIBLE_DEVICES", "TFDS_DATA_D
 
 
 def describe() -> Iterator[tuple[str, str]]:
-    """Names and what is to be said of each; the devices last, since looking for them can take long or fail."""
+    """Names and values; devices come last, because finding them can take long or fail."""
     import diffusion_t5x
 
     yield "diffusion_t5x", diffusion_t5x.__version__

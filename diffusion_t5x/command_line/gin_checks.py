@@ -1,4 +1,4 @@
-"""What is checked of a configuration that has been read, before anything is built: types, cycles, what is used."""
+"""Checks a configuration that has been read, before anything is built: types, cycles, unused bindings."""
 
 import inspect
 import logging
@@ -47,14 +47,14 @@ def name_of(scope: str, selector: str, parameter: str) -> str:
 
 
 def check_cycles() -> None:
-    """Raises a UserError where macros stand for each other in a circle."""
+    """Raises a UserError for circular macros."""
     values = {scope: bound for (scope, selector), bound in gin_config._CONFIG.items() if selector == _MACRO}
 
     def visit(name: str, path: list[str]) -> None:
         if name in path:
             circle = [*path[path.index(name) :], name]
             place = gin_reading.place((path[-1], _MACRO, "value"))
-            raise UserError(f"{place}: {' = %'.join(circle)} never comes to a value. Set one of them.")
+            raise UserError(f"{place}: {' = %'.join(circle)} is circular. Set one of them to a value.")
         if name not in done:
             for reference in gin_config.iterate_references(values.get(name, {})):
                 if reference.configurable.wrapped is gin_config.macro:
@@ -67,9 +67,9 @@ def check_cycles() -> None:
 
 
 def check_types(verb: Callable[..., Any]) -> None:
-    """Checks what a run of the verb comes to against the annotations of the parameters that it is bound to.
+    """Checks all values that a run of the verb uses against the type annotations of their parameters.
 
-    Whole numbers written as 1e6 become such where one is wanted.
+    Whole numbers written as 1e6 become such where one is expected.
 
     Raises:
       UserError: a value that does not fit, with its place, what would fit and what the value is.
@@ -90,7 +90,7 @@ def check_types(verb: Callable[..., Any]) -> None:
 
 
 def _applies(scope: str, called_in: str) -> bool:
-    """Whether what is bound in a scope counts for a call in another one."""
+    """True if a binding in one scope applies to a call in another scope."""
     return not scope or f"{called_in}/".startswith(f"{scope}/")
 
 
@@ -126,7 +126,7 @@ def _fitted(key: gin_reading.Key, value: Any, hint: Any, default: Any) -> Any:
 
 
 def _fit_macro(name: str, hint: Any, refer: Callable[[Any, Any], Any]) -> None:
-    """Fits the value of a macro, and leaves it converted; one that has none is told elsewhere."""
+    """Checks and converts the value of a macro; a macro without a value is reported elsewhere."""
     bound = gin_config._CONFIG.get((name, _MACRO), {})
     if "value" not in bound:
         return
@@ -138,7 +138,7 @@ def _fit_macro(name: str, hint: Any, refer: Callable[[Any, Any], Any]) -> None:
 
 
 def check_macros_used() -> None:
-    """Raises a UserError where a flag sets a macro that nothing refers to, or anything one that T5X alone has."""
+    """Raises a UserError if a flag sets a macro that nothing uses, or if anything sets a macro that only T5X has."""
     used = set()
     for reference in gin_config.iterate_references(gin_config._CONFIG):
         if reference.configurable.wrapped is gin_config.macro:
@@ -190,7 +190,7 @@ def _replaced(in_use: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
 
 
 def check_flags_used(verb: Callable[..., Any]) -> None:
-    """Raises a UserError where a flag sets a macro, or a parameter, that a run of the verb does not come to.
+    """Raises a UserError if a flag sets a macro, or a parameter, that a run of the verb does not use.
 
     What another flag took out of use, as `--gin.train.train.decode_evals=[]` does a decoder, is only logged: a command
     line with the settings of a run may switch a part of it off.
@@ -217,7 +217,7 @@ def check_flags_used(verb: Callable[..., Any]) -> None:
             raise UserError(f"{flag}: it would change nothing: this configuration uses {known}, not {scope}/{name}.")
         raise UserError(
             f"{flag}: it would change nothing: this configuration does not use {name}. Include the gin file that does, "
-            "or see with --print_config what is used."
+            "or see --print_config for what is used."
         )
 
 
@@ -233,7 +233,7 @@ def _users(macro: str) -> Iterator[gin_reading.Key]:
 def unset(
     selector: str, scope: Sequence[str], given: Collection[str], called: bool = True, seen: set[Any] | None = None
 ) -> Iterator[str]:
-    """What has no value among all that a call of `selector` in `scope` with the `given` arguments would evaluate.
+    """Names without a value that a call of `selector` in `scope` with the `given` arguments would evaluate.
 
     To `seen` it adds what it visits: selector, whether it is called, and its scopes.
     """

@@ -1,4 +1,4 @@
-"""What gin files may import, name and read: one that came with somebody else's checkpoint must not run anything."""
+"""Limits what gin files may import, name and read: a file from somebody else's checkpoint must not run code."""
 
 import dataclasses
 import types
@@ -34,7 +34,7 @@ _MACROS = "gin.config"  # where they are: what gin writes imports it
 
 
 def allow(packages: Sequence[str]) -> None:
-    """From now on gin files may use these packages or modules, and `PACKAGES`; else gin raises a PermissionError."""
+    """Lets gin files use these packages or modules, and `PACKAGES`; for others, gin raises a PermissionError."""
     _GuardedContext.allowed = (*PACKAGES, _MACROS, *packages)
     gin_config.ParseContext = _GuardedContext
 

@@ -1,4 +1,4 @@
-"""What macros the shipped gin files have: their values, what they are bound to, and what that means by its docstring.
+"""Macros of the shipped gin files: their values, the parameters they are bound to, and these parameters' docstrings.
 
 Files are read, not run: no module that they import is imported.
 """
@@ -18,9 +18,12 @@ PACKAGE = pathlib.Path(__file__).parents[1]
 REQUIRED = "%gin.REQUIRED"
 # Where a docstring's words about a parameter need the rest of the docstring, or where a macro sets several parameters.
 _MEANINGS = {
+    "ALL_CHECKPOINTS": "evaluates all checkpoints at the path instead of the newest.",
+    "ANNEAL_STEPS": "training steps over which causal attention becomes bidirectional; None: no annealing.",
     "ARCHITECTURE": '"decoder_only" or "encoder_decoder".',
     "AR_WEIGHT": "weight of the autoregressive loss beside the diffusion loss.",
     "BATCH_SIZE": "examples per step, over all devices.",
+    "BEAM_OPTIONS": "options of an Apache Beam pipeline, as on Beam's command line; None writes without Beam.",
     "BENCHMARK_OUTPUT_DIR": "folder that gets the measured times; created if missing.",
     "BEST_METRIC": 'metric by which the best checkpoints are kept, such as "my_task/exact_match".',
     "BLOCK_SIZE": "target tokens per block; decode with the size that the model was trained with.",
@@ -31,22 +34,27 @@ _MEANINGS = {
     "COLUMNS": "names of the TSV file's columns; None takes them from the first line.",
     "DECODER": "how text is decoded; a file of `decoding/` sets it.",
     "DECODERS": "decoders to time, each with a name of your choice.",
+    "DROPOUT_RATE": "dropout probability: embedding, residual branches, feed-forward layers, last norm.",
     "EOS_ID": "token id that ends a text.",
     "EVAL_OUTPUT_DIR": "folder that gets scores and predictions; created if missing.",
     "EVAL_PERIOD": "steps between evaluations, each with a checkpoint; None never evaluates.",
     "EVAL_STEPS": "batches of held-out data per evaluation of the loss; None takes all.",
+    "EVAL_TASKS": "tasks or mixtures to evaluate, instead of MIXTURE_OR_TASK_NAME.",
     "FILES": "your data: paths or glob patterns by split.",
     "HELD_OUT": 'percentage of "train" that becomes another split, such as `{"validation": 1.0}`.',
     "INFER_OUTPUT_DIR": "folder that gets the predictions; created if missing.",
     "INITIAL_CHECKPOINT_PATH": "the model to start from: a checkpoint, a folder of them or a MODEL_DIR; None: scratch.",
     "INPUTS": "template of the inputs, with field names in braces; None makes every token a target.",
     "INPUT_LENGTH": "input tokens per text.",
+    "LANGUAGES": 'mC4 languages, as codes such as "en".',
     "LENGTHS": "target lengths to time, in tokens.",
     "LORA": "LoRA settings; None trains the whole model.",
     "LORA_BASE_DTYPE": "dtype of the frozen matrices.",
     "LORA_RANK": "rank of the low-rank updates.",
     "LORA_TARGETS": "matrices that get a low-rank update.",
     "LORA_WHOLE": "parameters that are trained in full.",
+    "LOSS_NORMALIZING_FACTOR": "divides the summed loss, instead of the objective's own denominator.",
+    "MAX_BATCH_SIZE": "largest batch size in the search for one that saturates the device; None skips it.",
     "MAX_ROLLOUT_LENGTH": "longest text that an on-policy step decodes, in tokens.",
     "METRICS": "metrics of decoded text, such as `(@metrics.bleu, @metrics.exact_match)`.",
     "MIN_ROLLOUT_LENGTH": "length of on-policy texts at the first step, in tokens; it grows to MAX_ROLLOUT_LENGTH.",
@@ -56,6 +64,8 @@ _MEANINGS = {
     "NTREX_FILES": "NTREX files, as paths or glob patterns by split.",
     "NUM_DECODED_EXAMPLES": "examples to decode, from the start of the split; None takes all.",
     "NUM_DRAWS": "noise draws per example for the likelihood bound; an even number.",
+    "NUM_MICROBATCHES": "pieces into which a step splits its batch, to save memory.",
+    "NUM_ROWS": "rows of the batch to show.",
     "NUM_SAMPLES": "canvases decoded per example; the best by model score is kept.",
     "NUM_SCORED_EXAMPLES": "examples to score, from the start of the split; None takes all.",
     "NUM_SHARDS": "files per split.",
@@ -64,7 +74,8 @@ _MEANINGS = {
     "OBJECTIVE": "what training minimises; a file of `objectives/` sets it.",
     "PAD_ID": "token id of padding.",
     "PEAK_LEARNING_RATE": "highest learning rate, at the end of the warm-up.",
-    "PRETRAINING": "what pretraining asks of a document: a function of `tasks.preprocessors`.",
+    "POSITIONS": "shows a table of single positions, too.",
+    "PRETRAINING": "pretraining task on documents: a function of `tasks.preprocessors`.",
     "PROMPTS_FILE": "JSON lines of token ids to train on.",
     "RANDOM_SEED": "seed of initialisation, data order, noise and decoding.",
     "READER": "how files are read: `readers.Jsonl`, `Tsv`, `Text` or `Parallel`.",
@@ -73,6 +84,7 @@ _MEANINGS = {
     "SOURCE_LANGUAGE": "language code of the inputs.",
     "SPLIT": "split to read.",
     "SPLITS": "splits to cache; None caches all.",
+    "STATES": 'noisy states that a distillation learns from: "visited" by the student as it wrote, or "random" masks.',
     "TARGETS": "template of the targets, with field names in braces.",
     "TARGET_LANGUAGE": "language code of the targets.",
     "TARGET_LENGTH": "target tokens per row.",
@@ -87,6 +99,7 @@ _MEANINGS = {
     "TEXT_FILE": "UTF-8 text, one prompt per line.",
     "THRESHOLD": "probability above which a step writes a token at once; None writes a fixed number per step.",
     "TOKENIZER_FILE": "tokenizer of a model imported from llama2.c.",
+    "TOP_K": "restricts the divergence to the teacher's k most likely tokens; None takes all.",
     "TRAIN_STEPS": "step to train up to, counting those before a resume and those of the initial checkpoint.",
     "USE_CACHED_TASKS": "read what `seqio_cache_tasks` wrote.",
     "VALIDATION_FILE": "JSON lines of token ids to evaluate on.",
@@ -140,7 +153,7 @@ class Macro:
 
 @dataclasses.dataclass
 class File:
-    """What one gin file states.
+    """Contents of one gin file.
 
     Attributes:
       comment: the lines at its top.
@@ -269,7 +282,7 @@ def _docstring(module: str, name: str) -> str:
 
 
 def _entry(docstring: str, parameter: str) -> str:
-    """What a docstring says of a parameter under "Args:" or "Attributes:", as one line."""
+    """A parameter's entry under "Args:" or "Attributes:" of a docstring, as one line."""
     for section in re.findall(r"^(?:Args|Attributes):\n((?:  .*\n?|\n)+)", docstring, re.MULTILINE):
         for names, text in re.findall(r"^(\w[\w, ]*): (.+(?:\n  .+)*)", textwrap.dedent(section), re.MULTILINE):
             if parameter in names.split(", "):

@@ -1,4 +1,4 @@
-"""gin's own mistakes in words, as one message with its place, and what the shipped gin files offer."""
+"""Explains gin's errors in one message with their place, and suggests shipped gin files."""
 
 import ast
 import contextlib
@@ -72,7 +72,7 @@ def _explanation(message: str, file: str) -> str:
 
 
 def not_set(names: Sequence[str]) -> str:
-    """What must be set: how on the command line, and which shipped files do."""
+    """Message that lists unset macros: how to set them on the command line, and which shipped files set them."""
     of_a_size = [name for name in names if ".ModelConfig." in f".{name}"]
     flags = " ".join(f"--gin.{name}=..." for name in names if name not in of_a_size)
     hints = list(dict.fromkeys(filter(None, map(_shipped_values, names))))
@@ -81,7 +81,7 @@ def not_set(names: Sequence[str]) -> str:
 
 
 def _shipped_values(name: str) -> str:
-    """Which shipped gin files set a macro to a model, an objective or the like, or a parameter of the model."""
+    """The shipped gin files that set a macro (a model, an objective, …) or a parameter of the model."""
     if ".ModelConfig." in f".{name}":
         return "; the sizes of models are in --gin_file=sizes/tiny.gin, sizes/base.gin and others"
     if name == "DECODER" and (objective := _objective()):

@@ -45,12 +45,12 @@ class Place:
 
     @property
     def is_vouched(self) -> bool:
-        """Whether somebody who may be trusted wrote it: we, or the user."""
+        """True if the value comes from a trusted source: a shipped file or the user."""
         return self.kind == "flag" or (self.kind == "file" and is_vouched(self.file))
 
     @property
     def is_default(self) -> bool:
-        """Whether it stands in one of the shipped run files, which set defaults."""
+        """True if the value is from one of the shipped run files, which set defaults."""
         return (SHIPPED / "runs").resolve() in pathlib.Path(self.file).resolve().parents
 
 
@@ -65,7 +65,7 @@ def shipped_text(file: str) -> str:
 
 
 class _Reading:
-    """What is being read, and where all values were set that have been read."""
+    """What is being read, and the places where all values so far were set."""
 
     def __init__(self) -> None:
         self.forget()
@@ -82,7 +82,7 @@ _reading = _Reading()
 
 
 def start() -> None:
-    """Forgets all that was read. From now on gin reads as this module says."""
+    """Resets all state, and makes gin read files by this module's rules."""
     _reading.forget()
     config_parser.ConfigParser = _Parser
     gin_config.bind_parameter = _bind
@@ -91,7 +91,7 @@ def start() -> None:
 
 @contextlib.contextmanager
 def reading(kind: Literal["text", "file", "flag"], given: str) -> Iterator[None]:
-    """What is read inside comes from there."""
+    """Context that attributes everything read inside it to this source."""
     before, _reading.now = _reading.now, Place(kind, given)
     try:
         yield
@@ -119,7 +119,7 @@ def replaced_by_flags() -> dict[Key, Any]:
 
 
 def is_vouched(file: str) -> bool:
-    """Whether a gin file does not lie beside a checkpoint, as those of runs and imports do, which may be anyone's."""
+    """True unless a gin file lies beside a checkpoint, as those of runs and imports do; such files are not trusted."""
     path = pathlib.Path(os.path.realpath(file))
     if path not in _reading.vouched:
         _reading.vouched[path] = SHIPPED.resolve() in path.parents or not _lies_beside_checkpoint(path)
@@ -133,7 +133,7 @@ def _lies_beside_checkpoint(path: pathlib.Path) -> bool:
 
 @contextlib.contextmanager
 def _opened(file: str) -> Iterator[Any]:
-    """A gin file, for gin to read. It must not include itself, and what nobody vouches for includes shipped files."""
+    """Opens a gin file. It must not include itself; untrusted files may include only shipped ones."""
     path, outer = os.path.realpath(file), _reading.open_files[-1:]
     if path in _reading.open_files:
         chain = [*_reading.open_files[_reading.open_files.index(path) :], path]
@@ -152,7 +152,7 @@ def _opened(file: str) -> Iterator[Any]:
 
 
 class _Parser(config_parser.ConfigParser):
-    """gin's, which says where it is and keeps apart numbers such as 1e6."""
+    """gin's parser, with the current place, and numbers such as 1e6 kept apart from other floats."""
 
     def parse_statement(self) -> Any:
         statement = super().parse_statement()
@@ -188,7 +188,7 @@ def _bind(binding_key: Any, value: Any) -> None:
 
 
 def _stays(before: Place, value: Any, now: Place, new: Any) -> bool:
-    """Whether a value stays although there is a later one: run files set defaults, whatever the order of the files.
+    """True if a value stays despite a later one: run files set defaults, whatever the order of the files.
 
     What a run file sets gives way to what other files set, and %gin.REQUIRED to any value. But what a file includes
     gives way to the file itself.

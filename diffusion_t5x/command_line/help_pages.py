@@ -1,4 +1,4 @@
-"""What `--help` shows: of the command the verbs, of a verb its flags, an example and its macros."""
+"""The pages of `--help`: the verbs of the command; flags, an example and macros of a verb."""
 
 import argparse
 import importlib.util

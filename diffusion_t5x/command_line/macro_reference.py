@@ -7,6 +7,7 @@ import pathlib
 import textwrap
 from collections.abc import Iterator
 
+from diffusion_t5x import records
 from diffusion_t5x.command_line import gin_macros
 from diffusion_t5x.command_line.gin_macros import REQUIRED, Macro
 
@@ -71,5 +72,5 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    (gin_macros.PACKAGE.parent / PAGE).write_text(render(), encoding="utf-8")
+    records.write_text(gin_macros.PACKAGE.parent / PAGE, render())
     print(f"wrote {PAGE}")

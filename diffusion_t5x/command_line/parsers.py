@@ -15,7 +15,7 @@ def add_report(parser: Parser) -> None:
 def add_checkpoints(parser: Parser) -> None:
     """Adds the subcommands: `command` is "list", "show", "verify" or "diff"."""
     commands = parser.add_subparsers(required=True, dest="command", metavar="{list,show,verify,diff}")
-    add = commands.add_parser("list", help="steps, sizes, dates; which are whole, newest, best")
+    add = commands.add_parser("list", help="steps, sizes, dates; which are intact, newest, best")
     add.add_argument("path", metavar="RUN")
     add = commands.add_parser("show", help="arrays, vocabulary, metadata and config")
     add.add_argument("path", metavar="CHECKPOINT")
@@ -29,8 +29,9 @@ def add_checkpoints(parser: Parser) -> None:
 def add_convert(parser: Parser) -> None:
     """Adds the subcommands: `source` is "from_hf", "to_hf", "from_t5x" or "from_llama2c"."""
     sources = parser.add_subparsers(required=True, dest="source", metavar="{from_hf,to_hf,from_t5x,from_llama2c}")
-    from_hf = sources.add_parser("from_hf", help="a local folder in Hugging Face's format")
-    from_hf.add_argument("path", metavar="FOLDER")
+    from_hf = sources.add_parser("from_hf", help="a model in Hugging Face's format")
+    where = "a local folder; or ORG/NAME[@REVISION], a model of the hub, which is downloaded once"
+    from_hf.add_argument("path", metavar="MODEL", help=where)
     from_hf.add_argument(
         "--ignore_keys",
         default=(),
@@ -38,7 +39,7 @@ def add_convert(parser: Parser) -> None:
         metavar="KEY,KEY",
         help="keys of config.json to read as if they were absent",
     )
-    to_hf = sources.add_parser("to_hf", help="back to that format, a model that was imported from it")
+    to_hf = sources.add_parser("to_hf", help="export a model to the format it was imported from")
     to_hf.add_argument("checkpoint", metavar="CHECKPOINT")
     to_hf.add_argument("--like", metavar="DIR", help="what from_hf wrote, if CHECKPOINT is not in it")
     from_t5x = sources.add_parser("from_t5x", help="a T5 1.1 checkpoint of T5X in its own format (before Orbax)")

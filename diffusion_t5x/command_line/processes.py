@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def add_flags(parser: argparse._ActionsContainer) -> None:
-    """Adds `--distributed` and what goes with it."""
+    """Adds `--distributed` and related flags."""
     add = parser.add_argument
     add(
         "--distributed",
@@ -34,7 +34,7 @@ def join(flags: argparse.Namespace) -> None:
     """Joins this process with the others that `--distributed` means; without that flag, does nothing.
 
     Raises:
-      UserError: flags or environment do not say which processes there are, or the others do not come.
+      UserError: flags or environment do not say which processes there are, or the others do not connect.
     """
     given = {name: getattr(flags, name) for name in _VARIABLES}
     if not flags.distributed:
@@ -48,7 +48,7 @@ def join(flags: argparse.Namespace) -> None:
         for name in ("num_processes", "process_id"):
             given[name] = None if given[name] is None else int(given[name])
     except ValueError:
-        raise UserError(f"{_VARIABLES[name]} = {given[name]!r} is no number.") from None
+        raise UserError(f"{_VARIABLES[name]} = {given[name]!r} is not a number.") from None
     known = [value is not None for value in given.values()]
     if any(known) and not all(known):
         missing = [f"--{name} ({_VARIABLES[name]})" for name, value in given.items() if value is None]
@@ -61,31 +61,31 @@ def join(flags: argparse.Namespace) -> None:
         jax.distributed.initialize(**given)
     except (ValueError, RuntimeError) as error:
         if all(known):
-            raise UserError(f"--distributed: the processes did not come together ({error}).") from error
+            raise UserError(f"--distributed: the processes could not connect ({error}).") from error
         raise UserError(
             "--distributed: nothing here says which processes there are (no TPU slice, Slurm, Open MPI or Kubernetes "
             f"is seen: {error}). Give --coordinator_address, --num_processes and --process_id."
         ) from error
-    if jax.process_index():  # what is told once is told by process 0
+    if jax.process_index():  # process 0 logs what is logged once
         logging.getLogger("diffusion_t5x").setLevel(logging.WARNING)
     logger.info("%d processes with %d devices", jax.process_count(), jax.device_count())
 
 
 def in_32_bits() -> None:
-    """Sets JAX_ENABLE_X64 aside, which shells made for numerical programs have: models compute in 32 bits and less."""
+    """Ignores JAX_ENABLE_X64, which some shells set: models compute in 32 bits or less."""
     if os.environ.pop("JAX_ENABLE_X64", "").lower() in ("1", "true", "t", "yes", "y", "on"):
-        logger.info("JAX_ENABLE_X64 is set aside: models compute in 32 bits and less")
+        logger.info("JAX_ENABLE_X64 is ignored: models compute in 32 bits or less")
         if "jax" in sys.modules:
             sys.modules["jax"].config.update("jax_enable_x64", False)
 
 
 def are_joined() -> bool:
-    """Whether this process is one of several."""
+    """True if this process is one of several."""
     return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
 
 
 def leave() -> None:
-    """Waits for the others to come to their end, too; a joined process that does not would never end."""
+    """Waits for the other processes to end; a joined process that does not wait would never end."""
     if are_joined():
         sys.modules["jax"].distributed.shutdown()
 

@@ -1,4 +1,4 @@
-"""What the verbs take from a checkpoint: gin text that is made from the record.
+"""Settings that the verbs take from a checkpoint, as gin text made from its record.
 
 The text is written here, from typed values whose names are checked. Nothing that a checkpoint holds is read as gin.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from diffusion_t5x.checkpointing.checkpoints import OpenCheckpoint
-from diffusion_t5x.checkpointing.record import CLASS, Record
+from diffusion_t5x.checkpointing.record import CLASS, Record, is_plain
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
@@ -30,7 +30,7 @@ def checkpoint_texts(
     runs: Sequence[str],
     macros: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> tuple[list[str], dict[str, str]]:
-    """What a verb reads before gin files (see `config.load`), so that a checkpoint is enough.
+    """The gin text that a verb reads before gin files (see `config.load`), so that a checkpoint suffices.
 
     Args:
       checkpoint: the one that the command line names; None reads nothing.
@@ -86,7 +86,7 @@ def gin_text(checkpoint: OpenCheckpoint, with_task: bool = True) -> str:
     if block := next((mode.block_size for mode in record.modes if mode.block_size), None):
         text.bind("BLOCK_SIZE", block)
     for macro, described in {"OBJECTIVE": record.objective, "DECODER": record.decoder}.items():
-        if described and _is_plain(described):
+        if described and is_plain(described):
             text.bind(macro, _with_macro(described, "block_size", block, "BLOCK_SIZE"))
     _bind_data(text, record.dataset or {}, (record.task or {}) if with_task else {})
     if record.imported:
@@ -98,7 +98,7 @@ def gin_text(checkpoint: OpenCheckpoint, with_task: bool = True) -> str:
 
 
 def dataset_text(checkpoint: OpenCheckpoint, reader: str) -> str:
-    """Gin that gives a function the data set that a training read, in an argument `dataset`, and RANDOM_SEED.
+    """Gin text that binds a run's training data set to a function's argument `dataset`, and RANDOM_SEED.
 
     Args:
       checkpoint: of the training.
@@ -109,7 +109,7 @@ def dataset_text(checkpoint: OpenCheckpoint, reader: str) -> str:
     """
     dataset, text = checkpoint.record.dataset, _Text(str(checkpoint))
     if not dataset:
-        raise UserError(f"{checkpoint} says nothing of the data it was trained on: give the gin files of the run.")
+        raise UserError(f"{checkpoint} does not record the data it was trained on: give the gin files of the run.")
     known = {field.name for field in dataclasses.fields(SeqioDataset)} & dataset.keys()
     macros = {"mixture_or_task_name": _TASK, "task_feature_lengths": "TASK_FEATURE_LENGTHS"}
     macros |= {"architecture": "ARCHITECTURE", "batch_size": "BATCH_SIZE", "seed": "RANDOM_SEED", "canvas": "CANVAS"}
@@ -135,29 +135,15 @@ def _bind_data(text: "_Text", dataset: Mapping[str, Any], task: Mapping[str, Any
 
 
 def _bind_vocabulary(text: "_Text", record: Record, folder: pathlib.Path) -> None:
-    """The vocabulary; its file may have been moved together with the model's folder."""
+    """The vocabulary, and how many ids it has."""
     if size := record.vocabulary.get("size"):
         text.bind("VOCABULARY_SIZE", size)
-    source = record.vocabulary_source or {}
-    file = source.get("file")
-    if file is not None and "://" not in file and not pathlib.Path(file).expanduser().exists():
-        beside = folder / pathlib.PurePath(file).name
-        file = str(beside) if beside.exists() else file
-    if source:
-        text.bind("VOCABULARY_FILE", file)
+    if arguments := record.vocabulary_arguments(folder):
+        text.bind("VOCABULARY_FILE", arguments["file"])
         text.import_all([_VOCABULARY.rpartition(".")[0]])
         text.bind(f"{_VOCABULARY}.file", {"%": "VOCABULARY_FILE"})
-        text.bind(f"{_VOCABULARY}.extra_ids", source["extra_ids"])
+        text.bind(f"{_VOCABULARY}.extra_ids", arguments["extra_ids"])
         text.bind("VOCABULARY", {"@": _VOCABULARY, "call": True})
-
-
-def _is_plain(described: Any) -> bool:
-    """Whether gin can say it; `record.describe` has the repr of what it does not know."""
-    if isinstance(described, Mapping):
-        return all(map(_is_plain, described.values()))
-    if isinstance(described, list | tuple):
-        return all(map(_is_plain, described))
-    return not (isinstance(described, str) and described.startswith("<"))
 
 
 def _with_macro(described: Any, field: str, value: Any, macro: str) -> Any:
@@ -171,7 +157,7 @@ def _with_macro(described: Any, field: str, value: Any, macro: str) -> Any:
 
 
 class _Text:
-    """A gin text that is being written.
+    """A gin text under construction.
 
     A checkpoint may be a stranger's: what should be a name and is none raises a UserError.
 
@@ -231,7 +217,7 @@ class _Text:
         if isinstance(value, list | tuple):
             return f"({''.join(f'{self._value(item)}, ' for item in value)})"
         if not isinstance(value, bool | int | float | str | None):
-            raise UserError(f"The record of {self._where} holds {value!r}, which is no setting.")
+            raise UserError(f"The record of {self._where} holds {value!r}, which is not a setting.")
         return repr(value)
 
     def _spelled(self, name: str) -> str:
@@ -244,5 +230,5 @@ class _Text:
 
     def _checked(self, name: Any, pattern: re.Pattern = _NAME) -> str:
         if not isinstance(name, str) or not pattern.fullmatch(name):
-            raise UserError(f"The record of {self._where} holds {name!r} in place of a name.")
+            raise UserError(f"The record of {self._where} holds {name!r} instead of a name.")
         return name

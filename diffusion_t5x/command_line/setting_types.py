@@ -1,4 +1,4 @@
-"""Whether a value fits the annotation of the parameter that it is bound to, and in words what would.
+"""Checks that a value fits the type annotation of its parameter, and describes in words what would fit.
 
 What gin binds are literals (numbers, text, lists, dicts) and references, which stand for objects that are not built
 yet. An annotation that says nothing about either, such as a type variable, takes anything.
@@ -55,13 +55,13 @@ def hints(function_or_class: Callable[..., Any]) -> dict[str, Any]:
 
 
 def returned(function_or_class: Callable[..., Any]) -> Any:
-    """What a call returns, as far as annotations say: a class for itself."""
+    """The return type of a call according to annotations; a class returns itself."""
     return function_or_class if inspect.isclass(function_or_class) else hints(function_or_class).get("return", Any)
 
 
 def fit(value: Any, hint: Any, refer: Callable[[Any, Any], Any]) -> Any:
     """`value` as a parameter annotated with `hint` takes it: itself, but for whole numbers written as 1e6 and lists
-    where a tuple is wanted.
+    where a tuple is expected.
 
     Args:
       value: a literal, maybe with references in it.
@@ -112,7 +112,7 @@ def plain_numbers(value: Any) -> Any:
 
 
 def fits_call(returns: Any, hint: Any) -> bool:
-    """Whether what a function is said to return, or a class, may fit: nothing speaks against it."""
+    """True unless a function's return type, or a class, contradicts the annotation."""
     hint, returns = _plain(hint), _plain(returns)
     origin, args = typing.get_origin(hint) or hint, typing.get_args(hint)
     if hint is Any or returns is Any:
@@ -130,12 +130,12 @@ def fits_call(returns: Any, hint: Any) -> bool:
         return all(hasattr(returns, name) for name in _methods(origin))
     if origin is float and returns is int:
         return True
-    # What is annotated as a base class may be the one that is wanted.
+    # What is annotated as a base class may be the one that is expected.
     return issubclass(returns, origin) or (issubclass(origin, returns) and returns is not object)
 
 
 def takes_functions(hint: Any) -> bool:
-    """Whether a function or a class itself may fit, not what a call of it returns."""
+    """True if the annotation accepts a function or a class itself, not only the result of calling it."""
     hint = _plain(hint)
     origin = typing.get_origin(hint) or hint
     if origin in (typing.Union, types.UnionType):
@@ -146,7 +146,7 @@ def takes_functions(hint: Any) -> bool:
 
 
 def words(hint: Any) -> str:
-    """What fits, in words."""
+    """The accepted values, in words."""
     hint = _plain(hint)
     origin, args = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):

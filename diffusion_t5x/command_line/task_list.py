@@ -1,4 +1,4 @@
-"""List the tasks and mixtures that come along, by family, with the gin file that registers each."""
+"""List the shipped tasks and mixtures by family, with the gin file that registers each."""
 
 import re
 import sys
@@ -22,7 +22,7 @@ def families() -> dict[str, list[str]]:
 
 
 def describe(file: str) -> Iterator[str]:
-    """What a gin file registers, and what it has to be given, in lines."""
+    """The tasks that a gin file registers and the macros it needs, as lines of text."""
     macros: dict[str, str] = {}
     for inner in gin_macros.with_includes(file):
         macros |= gin_macros.read(inner).values

@@ -1,4 +1,4 @@
-"""The verbs: what each is for, its flags, an example, and the gin files that it runs with.
+"""The verbs: purpose, flags, an example, and the gin files they run with.
 
 The modules of the verbs read their own flags with the parsers made here, so that help shows the same ones.
 """
@@ -87,7 +87,7 @@ VERBS: Mapping[str, Verb] = {
         {
             **CHECKPOINT,
             "--predictions": {"metavar": "FILE", "help": "score these predictions, made elsewhere; no model is needed"},
-            "--task": {"metavar": "NAME", "help": "with --predictions: what they answer"},
+            "--task": {"metavar": "NAME", "help": "with --predictions: the task that they answer"},
         },
     ),
     "lm_eval": Verb(
@@ -126,10 +126,13 @@ VERBS: Mapping[str, Verb] = {
         "diffusion_t5x.generate",
         flags={
             **CHECKPOINT,
-            "--prompt": {"metavar": "TEXT", "help": "answer this and stop; without it, prompts are read"},
-            "--length": {"type": int, "metavar": "TOKENS", "help": "of the answer"},
+            "--prompt": {
+                "metavar": "TEXT",
+                "help": "answer this prompt and stop; without it, read prompts from standard input",
+            },
+            "--length": {"type": int, "metavar": "TOKENS", "help": "maximum length of the answer"},
             "--samples": {"type": int, "metavar": "N", "help": "answers to each prompt"},
-            "--seed": {"type": int, "metavar": "N", "help": "of the randomness"},
+            "--seed": {"type": int, "metavar": "N", "help": "random seed"},
         },
     ),
     "cache_tasks": Verb(
@@ -182,7 +185,7 @@ VERBS: Mapping[str, Verb] = {
         parsers.add_convert,
     ),
     "tasks": _without_gin(
-        "list the tasks that come along, with the gin file that registers each",
+        "list the shipped tasks, with the gin file that registers each",
         "tasks wmt",
         "diffusion_t5x.command_line.task_list",
         parsers.add_tasks,

@@ -1,4 +1,4 @@
-"""The one batch that every objective and every decoder reads."""
+"""The batch that all objectives and decoders read."""
 
 from typing import Literal
 
@@ -11,7 +11,7 @@ Architecture = Literal["decoder_only", "encoder_decoder"]
 
 
 class Batch(flax.struct.PyTreeNode):
-    """Clean, unshifted tokens and what they are; every corruption, shift and mask is made on device from these.
+    """Clean, unshifted tokens and their roles; all corruption, shifting and masking happens on device.
 
     A padding position is known by `segment_ids == 0`, never by its token: pad tokens inside a target canvas are data.
 
@@ -39,5 +39,5 @@ class Batch(flax.struct.PyTreeNode):
 
     @property
     def input_mask(self) -> Array:
-        """bool `[B, L]`: positions that are there and are given, not produced."""
+        """bool `[B, L]`: positions that exist and are given, not produced."""
         return (self.segment_ids > 0) & ~self.target_mask

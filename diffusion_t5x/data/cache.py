@@ -26,7 +26,7 @@ FORMAT = 1
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """What one file holds.
+    """Contents of one file of the cache.
 
     Attributes:
       num_examples: how many records.
@@ -47,7 +47,7 @@ class CachedTask:
       task_feature_lengths: what the features were cut to, and what the preprocessors made them for.
       vocabulary: what the tokens are ids of.
       seed: of the preprocessors' random choices.
-      num_epochs: how often the data were gone through.
+      num_epochs: number of passes over the data.
       num_shards: parts that they were read in, a file for each.
       shards: the files, in order.
       versions: of the libraries that made them.
@@ -83,7 +83,7 @@ Info = CachedTask | CachedMixture
 
 
 def folder(cache_dir: str, name: str, split: str) -> pathlib.Path:
-    """Of a task's or mixture's split."""
+    """The folder of a split of a task or mixture."""
     return pathlib.Path(cache_dir).expanduser() / name / split
 
 
@@ -104,12 +104,12 @@ def from_record(record: bytes) -> dict[str, np.ndarray]:
 
 
 def write_info(where: pathlib.Path, info: Info) -> None:
-    """Finishes the split in the folder `where`."""
+    """Writes info.json in the folder `where`, which finishes the split."""
     records.write_json(where / "info.json", {"format": FORMAT} | dataclasses.asdict(info))
 
 
 def read_info(where: pathlib.Path) -> Info | None:
-    """What the folder `where` says that it holds; None where there is no cache, not even an unfinished one.
+    """The contents of the cache in folder `where`; None if there is no cache, not even an unfinished one.
 
     Raises:
       UserError: the cache was not finished, is of another format, or its info.json is damaged.
@@ -134,7 +134,7 @@ def read_info(where: pathlib.Path) -> Info | None:
 
 
 def is_done(where: pathlib.Path, info: Info) -> bool:
-    """Whether the folder `where` holds what `info` (without shards) asks for.
+    """True if the folder `where` holds what `info` (without shards) asks for.
 
     Raises:
       UserError: it holds something else.
@@ -144,14 +144,14 @@ def is_done(where: pathlib.Path, info: Info) -> bool:
     wanted, there = _settings(info), _settings(found)
     if differences := [f"{key} {there.get(key)}, not {wanted[key]}" for key in wanted if there.get(key) != wanted[key]]:
         raise UserError(
-            f"{where} holds a cache that was made otherwise: {'; '.join(differences)}. Nothing is overwritten: give "
+            f"{where} holds a cache made with other settings: {'; '.join(differences)}. Nothing is overwritten: give "
             "another CACHE_DIR, or delete that folder."
         )
     return True
 
 
 def _settings(info: Info) -> dict[str, Any]:
-    """What the making of a cache starts from."""
+    """The settings from which a cache is made."""
     values = dataclasses.asdict(info)
     return {name: value for name, value in values.items() if name not in ("shards", "versions")}
 

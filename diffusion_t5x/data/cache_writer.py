@@ -23,7 +23,7 @@ _PACKAGES = ("diffusion_t5x", "seqio", "t5", "tensorflow")
 
 @dataclasses.dataclass(frozen=True)
 class CacheJob:
-    """What is to be written. Shards can be written in any order, anywhere that sees the folder, and more than once.
+    """A cache to write. Shards can be written in any order, anywhere that sees the folder, and more than once.
 
     Attributes:
       dataset: the task; its `split`, `seed` and `task_feature_lengths` count.
@@ -71,7 +71,7 @@ class CacheJob:
 
 
 def write(jobs: Sequence[CacheJob]) -> None:
-    """Writes all, one shard after another."""
+    """Writes all shards, one after another."""
     for job in jobs:
         job.begin()
         job.finish(map(job.write_shard, range(job.info.num_shards)))

@@ -39,7 +39,7 @@ class CachedDataset:
       shuffle: train in shuffled order, a new one each epoch. Evaluation never shuffles.
       seed: of the shuffling. Preprocessors have made their choices already.
       pack: several examples to a training row, kept apart by `segment_ids`. Excludes `canvas`.
-      canvas: every target is followed by pad tokens up to the targets' length, and these are to be produced too.
+      canvas: every target is followed by pad tokens up to the targets' length, and the model learns to write these too.
       architecture: of the model that the rows are for.
     """
 
@@ -56,7 +56,7 @@ class CachedDataset:
 
     @property
     def name(self) -> str:
-        """Of the task or mixture."""
+        """Name of the task or mixture."""
         return self.mixture_or_task_name
 
     @property
@@ -65,7 +65,7 @@ class CachedDataset:
         return max(self._layout(pad_id=0).lengths.values())
 
     def check(self) -> None:
-        """Looks at everything that can be wrong without reading data.
+        """Checks everything that can be checked without reading data.
 
         Raises:
           UserError: no cache, an unfinished or damaged one, or one for other lengths; tasks with different
@@ -88,14 +88,14 @@ class CachedDataset:
                 )
             self._open(task)
         if self.architecture == "encoder_decoder" and "inputs" not in self.task_feature_lengths:
-            raise UserError(f"{self.name!r} has no inputs for the encoder: take a decoder-only model, or another task.")
+            raise UserError(f"{self.name!r} has no inputs for the encoder: use a decoder-only model or another task.")
 
     def token_ids(self) -> TokenIds:
-        """What models, objectives and decoders know of the vocabulary."""
+        """The vocabulary's special ids and size, for models, objectives and decoders."""
         return self._tasks()[0][0].vocabulary
 
     def texts(self) -> dict[str, Any]:
-        """As of a `SeqioDataset`: a cache holds tokens and knows no texts."""
+        """Same as `SeqioDataset.texts`, but empty: a cache holds only tokens."""
         return {}
 
     def train_iterator(self, num_shards: int = 1, shard_index: int = 0) -> "CachedIterator":
@@ -128,7 +128,7 @@ class CachedDataset:
         return CachedIterator(batches, example_ids, source, self.fingerprint())
 
     def fingerprint(self) -> Fingerprint:
-        """Of the files that are read."""
+        """Fingerprint of the files that are read."""
         shards = (self._shard_files(task) for task, _ in self._tasks())
         return fingerprints.of_files([str(file) for files in shards for file in files])
 
@@ -142,7 +142,7 @@ class CachedDataset:
         A mixture takes turns at its rates until the first of its tasks ends.
 
         Args:
-          num_examples: only the first so many; None for all.
+          num_examples: only the first `num_examples`; None for all.
 
         Yields:
           Batches as those of `SeqioDataset.eval_batches`; and for each example its `example_id`.
@@ -170,7 +170,7 @@ class CachedDataset:
         """The records of a task.
 
         Raises:
-          UserError: a file is missing, or holds other than it should; or there are no examples at all.
+          UserError: a file is missing, or has unexpected contents; or there are no examples at all.
         """
         where = cache.folder(self.cache_dir, task.name, task.split)
         files = self._shard_files(task)
@@ -204,7 +204,7 @@ class CachedDataset:
 
 
 class CachedIterator:
-    """Batches without end, and the exact position among them.
+    """Endless batches, and the exact position among them.
 
     Args:
       dataset: gives dictionaries of the arrays of a `Batch`, example_ids excepted.
@@ -235,7 +235,7 @@ class CachedIterator:
         return Batch(**arrays, example_ids=self._example_ids)
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """The position as uint8 arrays: what `load_state_dict` needs to go on with the very next batch."""
+        """The position as uint8 arrays: what `load_state_dict` needs to continue with the next batch."""
         position = json.dumps(self._iterator.get_state()).encode()
         return {
             "source": self._source,
@@ -244,7 +244,7 @@ class CachedIterator:
         }
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """Goes to the position that `state_dict` gave, without reading what lies before it.
+        """Restores the position that `state_dict` returned, without reading what lies before it.
 
         Raises:
           UserError: the position was taken in other data (task, contents, lengths, batch size, seed, shards ...).

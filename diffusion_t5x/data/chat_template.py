@@ -56,7 +56,7 @@ class ChatTemplate:
         except TypeError as error:
             raise UserError(f"TEMPLATE_VARIABLES are plain values, not {variables!r}.") from error
         except ValueError as error:
-            raise UserError(f"The chat template is no Jinja that is known here: {error}.") from error
+            raise UserError(f"The chat template is not valid Jinja: {error}.") from error
         self._known = {"tools": None, "documents": None, **tokens, **(variables or {})}
         longest_first = "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)"
         self._special = re.compile(longest_first)
@@ -137,7 +137,7 @@ class ChatTemplate:
         return prompt, answer[: ends[-1]] if ends else answer
 
     def _behind_thought(self, written: str, message: Message, tag: str) -> str:
-        """What is written of an answer behind the tag that opens a thought."""
+        """The part of an answer after the tag that opens a thought."""
         begins, ends = f"<{tag}>", f"</{tag}>"
         if written.lstrip().startswith(begins):  # with other spaces than the prompt has
             return written.lstrip().removeprefix(begins).lstrip("\n")
@@ -162,19 +162,19 @@ class ChatTemplate:
             text = self._text if (variables or {}).get("tools") is None else self._tool_use
             texts = template_process.shared().render(text, renders)
         except ValueError as error:
-            raise ValueError(f"the chat template does not take it: {error}") from error
+            raise ValueError(f"the chat template refuses it: {error}") from error
         for number, plain in zip(cut, texts[len(asked) :], strict=True):
             if texts[number].replace(_MARK, "") != plain:
-                raise ValueError("it has the text of a special token, which the chat template does not leave as it is.")
+                raise ValueError("it contains a special token's text, which the chat template changes.")
         return texts[: len(asked)]
 
     def _mark(self, value: Any) -> Any:
         """The same with a mark inside each special token's text, which so is not one any more."""
         if isinstance(value, str):
             if _MARK in value:
-                raise ValueError("it has the character U+10FFFF, which is no text.")
+                raise ValueError("it has the character U+10FFFF, which is not text.")
             if found := [token for token in self._uncuttable if token in value]:
-                raise ValueError(f"it has the special token {found[0]!r}, which cannot be told from text.")
+                raise ValueError(f"it has the special token {found[0]!r}, which cannot be distinguished from text.")
             edges = [0, *(match.start() + 1 for match in self._starts.finditer(value)), len(value)]
             return _MARK.join(value[start:end] for start, end in itertools.pairwise(edges))
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Where a text ends among its targets."""
+"""The end of a text among its targets."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from diffusion_t5x.data.vocabularies import TokenIds
 
 
 def after_end(tokens: Array, batch: Batch, vocabulary: TokenIds) -> jax.Array:
-    """bool `[B, L]`: behind the first EOS or pad among the targets of its segment.
+    """bool `[B, L]`: True after the first EOS or pad among the targets of its segment.
 
     The one place where the length of an output is decided: decoders drop what stands there.
 
@@ -24,5 +24,5 @@ def after_end(tokens: Array, batch: Batch, vocabulary: TokenIds) -> jax.Array:
 
 
 def text_of(batch: Batch, vocabulary: TokenIds) -> Array:
-    """bool `[B, L]`: the targets of the text, the one that ends it too."""
+    """bool `[B, L]`: True for the targets of the text, including the one that ends it."""
     return batch.target_mask & ~after_end(batch.tokens, batch, vocabulary)

@@ -1,4 +1,4 @@
-"""What training data files look like, cheaply: whether they are the same when a run goes on."""
+"""Cheap fingerprints of training data files, to detect changes when a run resumes."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 Fingerprint = Mapping[str, tuple[int, str]]  # by name: bytes, and a hash of the file's two ends
 
 _END = 1 << 12  # bytes of a file that are read at its beginning and at its end
-_MOST_NAMES = 1_000  # so many files are kept one by one, more of them as one
+_MOST_NAMES = 1_000  # up to this many files are kept one by one, more of them as one
 _SHOWN = 5
 
 
@@ -40,7 +40,7 @@ def _of_file(path: str) -> tuple[int, str]:
 
 
 def changes(before: Fingerprint, now: Fingerprint) -> list[str]:
-    """What has changed, a phrase for each file."""
+    """The changes between two fingerprints, a phrase for each file."""
     found = []
     for name in sorted(before.keys() | now.keys()):
         if name not in now:

@@ -18,7 +18,7 @@ _ROLES = ("bos", "eos", "pad", "unk")
 
 
 class HuggingFaceVocabulary(PythonVocabulary):
-    """Encodes and decodes as the library `tokenizers` does, without the special tokens that it would put around a text.
+    """Encodes and decodes with the `tokenizers` library, without the special tokens that it adds around a text.
 
     What ends a text, begins one and pads is named by the files beside the tokenizer, with the precedence that they have
     in `transformers`: tokenizer_config.json where it has `added_tokens_decoder`, else special_tokens_map.json before
@@ -43,7 +43,7 @@ class HuggingFaceVocabulary(PythonVocabulary):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises no class of its own
-            raise UserError(f"{path} is no tokenizer.json that the library tokenizers reads: {error}.") from error
+            raise UserError(f"{path} is not a tokenizer.json that the tokenizers library can read: {error}.") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._text = self._tokenizer.to_str() if _add_tokens(self._tokenizer, file) else text
@@ -55,7 +55,7 @@ class HuggingFaceVocabulary(PythonVocabulary):
         eos_id, pad_id = self._ids["eos"], self._ids["pad"]
         if eos_id is None:
             raise UserError(
-                f"Nothing beside {path} says which token ends a text: add a tokenizer_config.json with an eos_token "
+                f"No file beside {path} says which token ends a text: add a tokenizer_config.json with an eos_token "
                 "that the tokenizer has."
             )
         self._eos_id, self._pad_id = eos_id, eos_id if pad_id is None else pad_id
@@ -87,7 +87,7 @@ class HuggingFaceVocabulary(PythonVocabulary):
         return self._encode("a") != self.encode_part("a", begins=False)
 
     def special_tokens(self) -> list[str]:
-        """What the library makes a special token wherever it stands in a text, and what begins, ends and pads one."""
+        """Tokens that the library treats as special anywhere in a text, and those that begin, end and pad a text."""
         special = {token for token, added in self._added.items() if added.special}
         roles = {token for token in self._ids.values() if token is not None}
         names = map(self._tokenizer.id_to_token, sorted(special | roles))
@@ -163,7 +163,7 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, file: pathlib.Path) -> bool:
     for number, token in found:
         if (id_here := tokenizer.token_to_id(token.content)) != number:
             raise UserError(
-                f"{token.file}: {token.content!r} is said to have the id {number}, and has {id_here} in {file}: take "
+                f"{token.file}: {token.content!r} should have the id {number}, but has {id_here} in {file}: take "
                 "out the file that is wrong."
             )
     return bool(lacking)

@@ -53,7 +53,7 @@ class Llama2cVocabulary(PythonVocabulary):
         # Backwards: of equal pieces the first one counts. What looks like a special id or a byte is text to be encoded.
         self._ids = {self._pieces[i]: i for i in range(len(self._pieces) - 1, _FIRST_PIECE - 1, -1)}
         if b" " not in self._ids:
-            raise UserError(f"{path} is no tokenizer that llama2.c could use: it has no piece for a space.")
+            raise UserError(f"{path} is not a tokenizer that llama2.c could use: it has no piece for a space.")
 
     @property
     def bos_id(self) -> int:
@@ -88,7 +88,7 @@ class Llama2cVocabulary(PythonVocabulary):
     def _to_ids(self, text: bytes, begins: bool = True) -> list[int]:
         """Characters or bytes first; then, again and again, the pair whose joined piece has the best score is joined.
 
-        Of equal scores the leftmost pair wins. A heap of pairs finds it; a pair that has changed since is passed over.
+        Of equal scores the leftmost pair wins. A heap of pairs finds it; a pair that has changed since is ignored.
         """
         if not text:
             return []
@@ -139,7 +139,7 @@ def _parse(contents: bytes, path: str) -> tuple[list[bytes], list[float]]:
         pieces.append(contents[at + 8 : at + 8 + length])
         at += 8 + length
     if pieces[_FIRST_BYTE:_FIRST_PIECE] != [f"<0x{byte:02X}>".encode() for byte in range(256)]:
-        raise UserError(f"{path} is no tokenizer file of llama2.c: ids 3 to 258 are not the bytes <0x00> to <0xFF>.")
+        raise UserError(f"{path} is not a llama2.c tokenizer file: ids 3 to 258 are not the bytes <0x00> to <0xFF>.")
     if at != len(contents):
         raise UserError(f"{path} is cut short, or not a tokenizer file: piece {len(pieces)} does not end in it.")
     return pieces, scores

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 
 class PythonVocabulary(seqio.Vocabulary):
-    """What else the framework wants to know of a vocabulary, for those that are its own.
+    """Base class of the project's own vocabularies, with the methods that the framework needs beside SeqIO's.
 
     Attributes:
       contents: bytes that tell it from others.
@@ -22,7 +22,7 @@ class PythonVocabulary(seqio.Vocabulary):
     @property
     @abc.abstractmethod
     def puts_space(self) -> bool:
-        """Whether a text's first piece has a space in front that is not the text's."""
+        """True if a text's first piece has a space in front that is not the text's."""
 
     @abc.abstractmethod
     def is_text(self) -> np.ndarray:
@@ -34,7 +34,7 @@ class PythonVocabulary(seqio.Vocabulary):
 
     @abc.abstractmethod
     def piece(self, token: int) -> bytes:
-        """What one id stands for; a byte may be only a part of a character. Special ids have their names: "<s>"."""
+        """The bytes of one id; a byte may be only part of a character. Special ids return their names: "<s>"."""
 
     @abc.abstractmethod
     def encode_part(self, text: str, begins: bool) -> list[int]:

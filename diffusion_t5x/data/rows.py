@@ -43,23 +43,23 @@ def check_source(state: Mapping[str, np.ndarray], source: np.ndarray) -> None:
     """
     if bytes(state["source"]) != bytes(source):
         raise UserError(
-            f"The checkpoint's position in the data is one in {bytes(state['source']).decode()}, but the run reads "
+            f"The checkpoint's position in the data belongs to {bytes(state['source']).decode()}, but the run reads "
             f"{bytes(source).decode()}: resume with the same data settings, or start in a new MODEL_DIR."
         )
 
 
 def unreadable(reason: str) -> UserError:
-    """For training data that were there when the run began."""
+    """The error for training data that disappeared or broke during a run."""
     return UserError(
-        f"The training data cannot be read any more: {reason}. Finished checkpoints are as they were: bring the file "
-        "back, and the same command goes on from the newest of them."
+        f"The training data can no longer be read: {reason}. Finished checkpoints are not affected: restore the file, "
+        "and the same command continues from the newest of them."
     )
 
 
 def fill_batches(
     examples: Iterable[tuple[Row, Any]], batch_size: int, pad_id: int
 ) -> Iterator[tuple[Batch, list[Any]]]:
-    """Groups rows to batches whose `example_ids` count on; empty rows (`segment_ids` 0) fill up the last one.
+    """Groups rows into batches with consecutive `example_ids`; empty rows (`segment_ids` 0) fill the last one.
 
     Args:
       examples: rows, each with anything that goes with it.
@@ -101,7 +101,7 @@ class RowLayout:
 
     @property
     def lengths(self) -> dict[str, int]:
-        """Of a row's sequences."""
+        """Lengths of a row's sequences, in tokens."""
         if self.architecture == "decoder_only":
             return dict.fromkeys(("tokens", "target_mask"), sum(self.task_feature_lengths.values()))
         targets = self.task_feature_lengths["targets"]
@@ -109,7 +109,7 @@ class RowLayout:
 
     @property
     def fillers(self) -> dict[str, int | bool]:
-        """What stands in a row's sequences where nothing is."""
+        """Fill values of the empty positions in a row's sequences."""
         return {name: False if name == "target_mask" else self.pad_id for name in self.lengths}
 
     def sequences(self, example: Mapping[str, np.ndarray]) -> Row:

@@ -1,4 +1,4 @@
-"""A task's metrics of what was written for its examples."""
+"""A task's metrics of predictions."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ def score(task: "seqio.Task", records: Sequence[Mapping[str, Any]]) -> dict[str,
 
 
 def check_metrics(metrics: Iterable[Callable[..., Mapping[str, float]]]) -> None:
-    """Asks metric functions whether they can run here, before the long work begins.
+    """Checks that metric functions can run on this machine, before the long work begins.
 
     One that cannot run everywhere has an attribute `check_here`: a function that raises a UserError where it cannot. It
     gets the keywords of a `functools.partial`.
@@ -44,5 +44,5 @@ def check_metrics(metrics: Iterable[Callable[..., Mapping[str, float]]]) -> None
 
 
 def takes_samples(metric: Callable[..., Mapping[str, float]]) -> bool:
-    """Whether a metric function, or the one of a `functools.partial`, has the attribute `takes_samples = True`."""
+    """True if a metric function, or that of a `functools.partial`, has the attribute `takes_samples = True`."""
     return getattr(getattr(metric, "func", metric), "takes_samples", False)

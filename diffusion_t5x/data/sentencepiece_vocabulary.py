@@ -1,16 +1,34 @@
-"""SentencePiece models with tokens that were added behind their pieces. Imports SeqIO: import it inside functions."""
+"""SentencePiece models, also with tokens added after their pieces. Imports SeqIO: import it inside functions."""
 
 import functools
 import pathlib
 
 import seqio
+import tensorflow as tf
+import tensorflow_text
 
 from diffusion_t5x.data import tokenizer_files
+from diffusion_t5x.data.silence import silent_stderr
 from diffusion_t5x.data.tokenizer_files import AddedToken
 from diffusion_t5x.errors import UserError
 
 
-class AddedTokensVocabulary(seqio.SentencePieceVocabulary):
+class SentencePieceVocabulary(seqio.SentencePieceVocabulary):
+    """SeqIO's, with one TensorFlow tokenizer for all graphs. SeqIO's loads the model, and logs, for each iterator."""
+
+    @property
+    def tf_tokenizer(self):
+        return _tf_tokenizer(self.sp_model)
+
+
+@functools.cache
+def _tf_tokenizer(model: bytes):
+    # TensorFlow Text logs from a copy of SentencePiece whose level cannot be set.
+    with tf.init_scope(), silent_stderr(b" LOG(INFO) "):
+        return tensorflow_text.SentencepieceTokenizer(model=model)
+
+
+class AddedTokensVocabulary(SentencePieceVocabulary):
     """A SentencePiece model, SeqIO's sentinels behind it, and behind these the tokens that files beside it add.
 
     Args:
@@ -98,5 +116,5 @@ def with_added_tokens(own: seqio.SentencePieceVocabulary, extra_ids: int) -> seq
         sentinels = {}
     added = tuple((number, token) for number, token in behind.items() if number not in sentinels)
     if not added:
-        return seqio.SentencePieceVocabulary(str(path), extra_ids=extra_ids) if extra_ids else own
+        return SentencePieceVocabulary(str(path), extra_ids=extra_ids) if extra_ids else own
     return AddedTokensVocabulary(str(path), len(sentinels), added)

@@ -1,4 +1,4 @@
-"""The edge to SeqIO: tasks and mixtures by name as batches of numpy arrays. TensorFlow is imported on first use."""
+"""Interface to SeqIO: tasks and mixtures by name, as batches of numpy arrays. TensorFlow is imported on first use."""
 
 import contextlib
 import dataclasses
@@ -16,6 +16,7 @@ from diffusion_t5x.data import fingerprints, scoring
 from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.fingerprints import Fingerprint
 from diffusion_t5x.data.rows import check_rows, fill_batches, rows_of_shard
+from diffusion_t5x.data.silence import silent_stderr
 from diffusion_t5x.data.truncation import CutCounter
 from diffusion_t5x.data.vocabularies import TokenIds, cells, difference, piece, signs, source_of, to_text, token_ids
 from diffusion_t5x.errors import UserError
@@ -33,7 +34,7 @@ _OF_KERAS = ("matplotlib", "pandas", "sklearn")
 
 
 def _without_autotuning() -> "tf.data.Options":
-    """Freeing an iterator that TensorFlow tunes waits for the tuning thread: up to a minute of doing nothing."""
+    """Options without autotuning: freeing an autotuned iterator waits for the tuning thread, up to a minute."""
     options = libraries()[1].data.Options()
     options.autotune.enabled = False
     return options
@@ -41,10 +42,10 @@ def _without_autotuning() -> "tf.data.Options":
 
 @functools.cache
 def libraries() -> tuple[types.ModuleType, types.ModuleType]:
-    """SeqIO and TensorFlow, quiet and away from the accelerators, which are JAX's."""
+    """SeqIO and TensorFlow, silenced and kept off the accelerators, which belong to JAX."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    with _silent_stderr(), _without(*_OF_KERAS):
+    with silent_stderr(), _without(*_OF_KERAS):
         import seqio
         import tensorflow as tf
 
@@ -57,7 +58,7 @@ def libraries() -> tuple[types.ModuleType, types.ModuleType]:
 def _without(*modules: str) -> Iterator[None]:
     """Lets imports go on as if these modules, where nothing has imported them yet, were not installed."""
     hidden = [name for name in modules if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None is how Python marks them
     try:
         yield
     finally:
@@ -65,21 +66,8 @@ def _without(*modules: str) -> Iterator[None]:
             del sys.modules[name]
 
 
-@contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Drops what C++ code writes; TensorFlow reports missing accelerators at import, whatever its log level."""
-    kept = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
 def _plain(value: Any) -> Any:
-    """Numbers and texts of numpy as Python's own."""
+    """Converts numpy numbers and texts to Python's."""
     value = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
     if isinstance(value, list):
         return [_plain(item) for item in value]
@@ -100,8 +88,8 @@ class SeqioDataset:
       shuffle: train in shuffled order, a new one each epoch. Evaluation never shuffles.
       seed: of the shuffling and of the random choices of preprocessors.
       pack: several examples to a training row, kept apart by `segment_ids`. Excludes `canvas`.
-      canvas: every target is followed by pad tokens up to the targets' length, and these are to be produced too. This
-        is how diffusion learns where to stop; without it targets end at their last token (EOS).
+      canvas: every target is followed by pad tokens up to the targets' length, and the model learns to write these
+        too. This is how diffusion learns where to stop; without it targets end at their last token (EOS).
       use_cached: read what `seqio_cache_tasks` wrote.
       architecture: of the model that the rows are for.
     """
@@ -119,7 +107,7 @@ class SeqioDataset:
 
     @property
     def name(self) -> str:
-        """Of the task or mixture."""
+        """Name of the task or mixture."""
         return self.mixture_or_task_name
 
     @property
@@ -129,7 +117,7 @@ class SeqioDataset:
         return sum(lengths) if self.architecture == "decoder_only" else max(lengths)
 
     def check(self) -> None:
-        """Looks at everything that can be wrong without reading data.
+        """Checks everything that can be checked without reading data.
 
         Raises:
           UserError: unknown task, split or feature; lengths or batch size that are missing or not positive; packing
@@ -146,7 +134,7 @@ class SeqioDataset:
                 f"{' and '.join(self.task_feature_lengths) or 'none'}."
             )
         if self.architecture == "encoder_decoder" and "inputs" not in wanted:
-            raise UserError(f"{where} has no inputs for the encoder: take a decoder-only model, or another task.")
+            raise UserError(f"{where} has no inputs for the encoder: use a decoder-only model or another task.")
         check_rows(self.task_feature_lengths, self.batch_size, self.pack, self.canvas)
         vocabularies = [provider.output_features[name].vocabulary for name in wanted]
         if vocabularies[0] != vocabularies[-1]:
@@ -168,8 +156,12 @@ class SeqioDataset:
                         "seqio.add_global_cache_dirs, or set USE_CACHED_TASKS = False."
                     )
 
+    def check_task(self) -> None:
+        """As `check`, but the task may lack the split."""
+        dataclasses.replace(self, split=self.splits()[0]).check()
+
     def splits(self) -> list[str]:
-        """All that the task or mixture has."""
+        """The splits of the task or mixture."""
         return sorted(self._provider().splits)
 
     def rates(self) -> dict[str, float]:
@@ -184,11 +176,11 @@ class SeqioDataset:
         return self._provider().output_features["targets"].vocabulary
 
     def token_ids(self) -> TokenIds:
-        """What models, objectives and decoders know of the vocabulary."""
+        """The vocabulary's special ids and size, for models, objectives and decoders."""
         return token_ids(self.vocabulary())
 
     def adds_eos(self, feature: str) -> bool:
-        """Whether the texts of a feature end in EOS."""
+        """True if the texts of a feature end in EOS."""
         return self._provider().output_features[feature].add_eos
 
     def texts(self) -> dict[str, Any]:
@@ -208,6 +200,12 @@ class SeqioDataset:
         """One token by itself in UTF-8, of which it may be only a part; with the signs of `cells`."""
         sign = signs(self.vocabulary()).get(token)
         return sign.encode() if sign else piece(self.vocabulary(), token)
+
+    @property
+    def has_metrics(self) -> bool:
+        """Whether it is a task that scores decoded text; mixtures do not."""
+        provider = self._provider()
+        return isinstance(provider, libraries()[0].Task) and bool(provider.predict_metric_fns)
 
     def check_scoring(self) -> None:
         """Raises a UserError where `score` would: this is a mixture, or a metric cannot run on this machine."""
@@ -262,7 +260,7 @@ class SeqioDataset:
         return TrainIterator(ds, example_ids, source, self.fingerprint())
 
     def fingerprint(self) -> Fingerprint:
-        """Of the files that the split is read from, as far as the sources name them."""
+        """Fingerprint of the files that the split is read from, as far as the sources name them."""
         seqio, files = libraries()[0], []
         for task in seqio.get_subtasks(self._provider_with_split()):
             source = getattr(task.source, "_original_source", task.source)  # what shots are taken from
@@ -278,7 +276,7 @@ class SeqioDataset:
         A mixture is mixed at its rates until the first of its tasks ends.
 
         Args:
-          num_examples: only the first so many; None for all.
+          num_examples: only the first `num_examples`; None for all.
 
         Yields:
           Batches whose `example_ids` are the examples' indices in the evaluation set, the last one filled up with
@@ -312,17 +310,17 @@ class SeqioDataset:
         return (self._describe(number, example) for number, example in enumerate(examples))
 
     def num_eval_examples(self, num_examples: int | None = None) -> int:
-        """How many examples `eval_batches` gives, by reading them."""
+        """Number of examples of `eval_batches`, by reading them."""
         self.check()
         return int(self._eval_dataset(num_examples).reduce(0, lambda count, _: count + 1))
 
     def tokenized_examples(
         self, num_epochs: int = 1, num_shards: int = 1, shard_index: int = 0
     ) -> Iterator[dict[str, np.ndarray]]:
-        """What a shard's unshuffled training reads before it is made to rows: `inputs` and `targets`, int32, cut.
+        """A shard's unshuffled training examples before they are laid out in rows: `inputs` and `targets`, int32, cut.
 
         Args:
-          num_epochs: how often the data are gone through, each time with new random choices of the preprocessors.
+          num_epochs: number of passes over the data, each time with new random choices of the preprocessors.
           num_shards: parts that the data are read in.
           shard_index: which of them.
         """
@@ -331,7 +329,7 @@ class SeqioDataset:
         return ds.with_options(_without_autotuning()).as_numpy_iterator()
 
     def count_cut(self, num_examples: int) -> CutCounter:
-        """Counts longer features among the first so many examples, in shuffled order if `shuffle`."""
+        """Counts too long features among the first `num_examples` examples, in shuffled order if `shuffle`."""
         self.check()
         counter = self._cut_counter()
         for example in self._eval_dataset(num_examples, self.shuffle).as_numpy_iterator():

@@ -1,4 +1,4 @@
-"""Runs chat templates in a process of their own, which ends where one takes too much time or memory."""
+"""Runs chat templates in a separate process, which ends if one takes too much time or memory."""
 
 import atexit
 import contextlib

@@ -1,4 +1,4 @@
-r"""Texts with holes, read from JSON lines, as rows of which a model writes the holes and nothing else.
+r"""Texts with holes, read from JSON lines, as rows in which a model writes only the holes.
 
 A line is {"template": "def f(x):<hole:16> return y"}, with "inputs" beside it for a task that has some. `<hole:N>` is a
 hole of N tokens. With a backslash before it, `\<hole:16>`, it is plain text; two stand for a backslash before a hole.
@@ -10,7 +10,7 @@ import hashlib
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from diffusion_t5x.data import text_files
 from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.rows import Row, RowLayout, fill_batches
 from diffusion_t5x.data.seqio_source import SeqioDataset
+from diffusion_t5x.data.text_rows import TextRows
 from diffusion_t5x.data.vocabularies import TokenIds, encode_part
 from diffusion_t5x.errors import UserError, did_you_mean
 
@@ -44,30 +45,41 @@ class Template:
     holes: Sequence[int]
     place: str
 
+    @classmethod
+    def of(cls, text: str, inputs: str | None, place: str) -> Self:
+        """The template in a text. Raises a UserError where it has no hole."""
+        return cls(text, inputs, *_split(text, place), place)
+
 
 class Templates:
-    """Templates in place of a task's examples. The task has the vocabulary, the lengths and the layout of the rows.
+    """Templates instead of a task's examples. The task has the vocabulary, the lengths and the layout of the rows.
 
     Args:
-      path: a file of JSON lines.
-      dataset: the task.
-
-    Attributes:
-      name: of the file.
-      fingerprint: hash of the file.
-
-    Raises:
-      UserError: no such file, or a line that is no template.
+      templates: at least one.
+      dataset: the task, or what lays out rows as it does.
+      name: of them all.
+      fingerprint: hash of the file that they come from.
     """
 
-    def __init__(self, path: str, dataset: SeqioDataset):
+    def __init__(
+        self, templates: Sequence[Template], dataset: SeqioDataset | TextRows, name: str = "", fingerprint: str = ""
+    ):
+        self.name, self.fingerprint = name, fingerprint
+        self._templates, self._dataset = templates, dataset
+
+    @classmethod
+    def read(cls, path: str, dataset: SeqioDataset) -> Self:
+        """The templates of a file of JSON lines.
+
+        Raises:
+          UserError: no such file, or a line that is no template.
+        """
         lines = text_files.Pieces(path, text_files.ANY_LINE)
-        self.name = pathlib.Path(path).stem
-        self.fingerprint = hashlib.sha256(text_files.contents(path)).hexdigest()[:16]
-        self._dataset = dataset
-        self._templates = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-        if not self._templates:
+        templates = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+        if not templates:
             raise UserError(f"{path} is empty: {_WHAT_A_LINE_HAS}.")
+        fingerprint = hashlib.sha256(text_files.contents(path)).hexdigest()[:16]
+        return cls(templates, dataset, pathlib.Path(path).stem, fingerprint)
 
     @property
     def row_length(self) -> int:
@@ -87,15 +99,15 @@ class Templates:
         Raises:
           UserError: as `SeqioDataset.check`, but that the task may lack the split; or a template that does not fit.
         """
-        dataclasses.replace(self._dataset, split=self._dataset.splits()[0]).check()
+        self._dataset.check_task()
         self._rows  # noqa: B018
 
     def token_ids(self) -> TokenIds:
-        """Of the task's vocabulary, as they are in holes."""
+        """The task's special ids, as they apply in holes."""
         return self._dataset.token_ids().for_infilling()
 
     def num_eval_examples(self, num_examples: int | None = None) -> int:
-        """How many templates there are, of the first so many."""
+        """Number of templates, at most `num_examples`."""
         return len(self._templates[:num_examples])
 
     def eval_batches(self, num_examples: int | None = None) -> Iterator[tuple[Batch, list[dict[str, Any]]]]:
@@ -182,8 +194,7 @@ def _parse(line: str, place: str) -> Template:
         raise UserError(f"{place}: {what} {_WHAT_A_LINE_HAS.capitalize()}.")
     if not all(isinstance(text, str) for text in parsed.values()):
         raise UserError(f"{place}: template and inputs are text; {_WHAT_A_LINE_HAS}.")
-    parts, holes = _split(parsed["template"], place)
-    return Template(parsed["template"], parsed.get("inputs"), parts, holes, place)
+    return Template.of(parsed["template"], parsed.get("inputs"), place)
 
 
 def _split(text: str, place: str) -> tuple[list[str], list[int]]:
@@ -199,7 +210,7 @@ def _split(text: str, place: str) -> tuple[list[str], list[int]]:
             continue
         if not re.fullmatch("0*[1-9][0-9]{0,8}", size or "", re.ASCII):
             raise UserError(
-                f"{place}: {match[0][len(backslashes) :]} is no hole: <hole:N> has N tokens, at least one. As plain "
+                f"{place}: {match[0][len(backslashes) :]} is not a hole: <hole:N> has N tokens, at least one. As plain "
                 "text it has a backslash before it (in JSON two)."
             )
         if holes and not parts[-1]:

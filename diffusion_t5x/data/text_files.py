@@ -1,4 +1,4 @@
-"""Text files that users name: the one place that finds, opens, unpacks and splits them.
+"""User text files: finds, opens, unpacks and splits them, for all readers.
 
 A file is plain or gzip; its text is UTF-8, with or without a byte order mark; its lines end in LF or CR LF. Plain files
 are read in place, with an index of 16 bytes a piece in memory. The text of gzip files is held in memory.
@@ -38,7 +38,7 @@ WHOLE = re.compile(rb"(?s)(?=\s*+\S)(.++)|\s++")
 _BOM = b"\xef\xbb\xbf"
 _GZIP = b"\x1f\x8b"
 _BLOCK = 1 << 20
-# A gzip file may hold so many times its size, or at least so many bytes: text rarely shrinks to less than a tenth.
+# A gzip file may unpack to this multiple of its size, or to this many bytes: text rarely shrinks below a tenth.
 _MOST_TIMES, _ALWAYS_FINE = 50, 1 << 28
 
 
@@ -81,7 +81,7 @@ def expand(patterns: Patterns) -> list[str]:
             logger.warning("%s: %d folders are left out", pattern, len(matches) - len(found))
         files += found
     if twice := [file for file, count in collections.Counter(files).items() if count > 1]:
-        logger.warning("%s is named more than once, and read as often", ", ".join(twice))
+        logger.warning("%s is named more than once, and is read each time", ", ".join(twice))
     return files
 
 
@@ -104,7 +104,7 @@ def contents(path: Path) -> bytes | bytearray | mmap.mmap:
                     return _read_at_most(unpacked, max(_ALWAYS_FINE, _MOST_TIMES * size), path)
             return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"Cannot read {os.fspath(path)}: it is no gzip file, or a damaged one ({error}).") from error
+        raise UserError(f"Cannot read {os.fspath(path)}: it is not a gzip file, or it is damaged ({error}).") from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"Cannot read {os.fspath(path)}: {reason}.") from error
@@ -117,7 +117,7 @@ def _read_at_most(file: Any, limit: int, path: Path) -> bytearray:
         if len(found) > limit:
             raise UserError(
                 f"{os.fspath(path)} holds more than {limit >> 20} MiB when it is read to its end, too much to keep in "
-                "memory: is it the right file? If so, unpack it to a plain file, which is read in place."
+                "memory: is it the right file? If so, unpack it: plain files are not kept in memory."
             )
     return found
 
@@ -137,7 +137,7 @@ def text(path: Path) -> str:
 
 
 def json_value(path: Path) -> Any:
-    """What a file of JSON says; None where it is empty.
+    """The contents of a JSON file; None if it is empty.
 
     Raises:
       UserError: as `text`, or it is no JSON.

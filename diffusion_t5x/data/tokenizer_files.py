@@ -33,7 +33,7 @@ class AddedToken:
 
 
 def read(file: pathlib.Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is no file.
+    """The JSON object in a file; empty if there is no file.
 
     Raises:
       UserError: it cannot be read, or is something else.
@@ -50,7 +50,7 @@ def read(file: pathlib.Path) -> dict[str, Any]:
 
 
 def token_text(said: dict[str, Any], name: str, file: pathlib.Path) -> str | None:
-    """The text of the token that a file names: itself, or in an object's `content`. None where there is none.
+    """The text of the token that a file names: itself, or in an object's `content`. None if there is none.
 
     Raises:
       UserError: it is neither.
@@ -120,7 +120,7 @@ def _special_texts(folder: pathlib.Path, config: dict[str, Any]) -> set[str]:
 
 def _id(number: Any, file: pathlib.Path) -> int:
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-        raise UserError(f"{file}: {str(number)[:40]!r} is no id of a token.")
+        raise UserError(f"{file}: {str(number)[:40]!r} is not a token id.")
     return number
 
 

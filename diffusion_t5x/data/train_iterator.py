@@ -22,7 +22,7 @@ _FILES = {"index": "position.index", "data": "position.data-00000-of-00001"}  # 
 
 
 class TrainIterator:
-    """Batches without end, and the exact position among them.
+    """Endless batches, and the exact position among them.
 
     Where the data go through Python code (`tf.py_function`, `tf.numpy_function`, `from_generator`) or through random
     numbers without a seed, TensorFlow cannot save a position. The log says so once, with the first batch as a rule.
@@ -65,7 +65,7 @@ class TrainIterator:
         return Batch(**arrays, example_ids=self._example_ids)
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """The position as uint8 arrays: what `load_state_dict` needs to go on with the very next batch.
+        """The position as uint8 arrays: what `load_state_dict` needs to continue with the next batch.
 
         {} where it cannot be saved.
         """
@@ -80,7 +80,7 @@ class TrainIterator:
         return {"source": self._source, "files": fingerprints.to_array(self._files), **position}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """Goes to the position that `state_dict` gave.
+        """Restores the position that `state_dict` returned.
 
         Raises:
           UserError: the position was taken in other data (task, lengths, batch size, seed, shards ...).

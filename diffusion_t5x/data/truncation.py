@@ -1,4 +1,4 @@
-"""Counts the examples that are longer than the model's features: SeqIO cuts them without a word."""
+"""Counts the examples that are longer than the model's features, which SeqIO cuts silently."""
 
 import functools
 import logging
@@ -41,7 +41,7 @@ class CutCounter:
                 self.cut[name] += len(feature.vocabulary.encode(text.decode())) + feature.add_eos > length
 
     def watch(self, examples: Iterable[tuple[Any, Mapping[str, Any]]], name: str) -> Iterator[tuple[Any, Any]]:
-        """Passes (row, example) pairs on, and behind the last one logs what was cut of the data set `name`."""
+        """Passes (row, example) pairs on; after the last one, logs how much was cut from the data set `name`."""
         for row, example in examples:
             self.add(example)
             yield row, example

@@ -1,4 +1,4 @@
-"""What the models, objectives and decoders know of a vocabulary: its size and the ids that mean something."""
+"""The size and special ids of a vocabulary, for models, objectives and decoders."""
 
 import codecs
 import dataclasses
@@ -21,7 +21,7 @@ from diffusion_t5x.errors import UserError
 if TYPE_CHECKING:
     import seqio
 
-SENTINELS = 100  # that vocabularies get behind their own ids, as T5's have
+SENTINELS = 100  # that vocabularies get after their own ids, as T5's have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TokenIds:
       start_id: what an autoregressive model reads before the first token (pad in T5 vocabularies).
       noise_ranges: half-open, disjoint, ascending id ranges `((first, last + 1), ...)` of the noise vocabulary: all
         that a target may hold (real pieces, pad, EOS) and nothing else (no sentinel, MASK, BOS, unknown, unused id).
-      name: which vocabulary this is, for people.
+      name: name of the vocabulary, for messages.
       fingerprint: hash of its contents; a checkpoint trained with another one is refused.
       noise_only: a model may write what is in the noise vocabulary, and nothing else.
     """
@@ -64,7 +64,7 @@ class TokenIds:
         )
 
     def is_end(self, tokens: Array) -> jax.Array:
-        """Whether tokens are EOS or pad, either of which ends a text."""
+        """True for tokens that are EOS or pad, either of which ends a text."""
         return (tokens == self.eos_id) | (tokens == self.pad_id)
 
     def noise_ids(self) -> np.ndarray:
@@ -77,16 +77,20 @@ class TokenIds:
         return jnp.asarray(ids, jnp.int32)[jax.random.randint(key, shape, 0, len(ids), jnp.int32)]
 
     def describe(self) -> dict[str, str | int]:
-        """What a checkpoint keeps of the vocabulary it was trained with."""
+        """The vocabulary's entry in a checkpoint's metadata."""
         return {"name": self.name, "size": self.size, "mask_id": self.mask_id, "fingerprint": self.fingerprint}
 
     def check_same(self, described: Mapping[str, str | int], path: str) -> None:
         """Checks that the checkpoint at `path`, whose metadata hold `described`, was trained with this vocabulary.
 
+        The name is that of a class: the same contents under another class are the same vocabulary.
+
         Raises:
           UserError: another vocabulary.
         """
-        if dict(described) != self.describe():
+        here = self.describe()
+        # The name is for people: a class of its own that reads the same file is the same vocabulary.
+        if any(described.get(field) != value for field, value in here.items() if field != "name"):
             more = self.size - int(described.get("size", self.size))
             hint = ""
             if more and described.get("name") == self.name:
@@ -110,7 +114,7 @@ def _sentence(described: Mapping[str, str | int]) -> str:
 
 
 def difference(one: "seqio.Vocabulary", other: "seqio.Vocabulary") -> str:
-    """How two vocabularies differ, in words."""
+    """The difference between two vocabularies, in words."""
     kinds = [type(vocabulary).__name__ for vocabulary in (one, other)]
     if kinds[0] != kinds[1]:
         return f"one is a {kinds[0]}, the other a {kinds[1]}"
@@ -123,7 +127,7 @@ def difference(one: "seqio.Vocabulary", other: "seqio.Vocabulary") -> str:
 
 
 def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
-    """What diffusion has to know of a SeqIO vocabulary. MASK gets the first id behind the vocabulary's own.
+    """The special ids of a SeqIO vocabulary, for diffusion. MASK gets the first id after the vocabulary's own.
 
     The noise vocabulary is what a target may hold: pieces (byte-fallback pieces too), pad and EOS. Sentinels, unknown,
     control and unused ids are not in it. Autoregression starts from BOS where the vocabulary has one, else from pad, as
@@ -182,7 +186,7 @@ def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
 
 
 def source_of(vocabulary: "seqio.Vocabulary") -> dict[str, str | int | None] | None:
-    """The arguments by which `vocabulary_files.vocabulary` makes this vocabulary again; None where it cannot."""
+    """The arguments by which `tasks.registration.vocabulary` makes this vocabulary again; None if it cannot."""
     import seqio
 
     from diffusion_t5x.data.python_vocabulary import PythonVocabulary
@@ -235,7 +239,7 @@ def _descending(ids: Sequence[int]) -> tuple[int, int, int]:
 
 
 def piece(vocabulary: "seqio.Vocabulary", token: int) -> bytes:
-    """What one token of a SeqIO vocabulary stands for, in UTF-8; a byte may be only a part of a character.
+    """The UTF-8 bytes of one token of a SeqIO vocabulary; a byte may be only part of a character.
 
     Ids that stand for no text have their SentencePiece names: "<unk>", "<extra_id_0>".
     """
@@ -272,7 +276,7 @@ def encode_part(vocabulary: "seqio.Vocabulary", text: str, begins: bool) -> list
     if isinstance(vocabulary, PythonVocabulary):
         return vocabulary.encode_part(text, begins)
     if isinstance(vocabulary, seqio.PassThroughVocabulary):
-        raise UserError(f"{type(vocabulary).__name__} has ids and no texts: nothing can be encoded with it.")
+        raise UserError(f"{type(vocabulary).__name__} has only ids: texts cannot be encoded with it.")
     if not isinstance(vocabulary, seqio.SentencePieceVocabulary):
         return list(vocabulary.encode(text))
     model, drops_spaces = _part_model(vocabulary.sp_model, begins)
@@ -342,7 +346,7 @@ def cells(vocabulary: "seqio.Vocabulary", tokens: Sequence[int], signs: Mapping[
 
 
 def signs(vocabulary: "seqio.Vocabulary") -> dict[int, str]:
-    """What is shown of tokens that are no text: EOS as ¶, pad as ·, MASK as ▢."""
+    """Symbols for tokens that are not text: EOS as ¶, pad as ·, MASK as ▢."""
     return {vocabulary.eos_id: "¶", vocabulary.pad_id: "·", vocabulary.vocab_size: "▢"}
 
 
@@ -354,5 +358,5 @@ def to_text(vocabulary: "seqio.Vocabulary", tokens: Iterable[int]) -> str:
 
 
 def visible(text: bytes) -> str:
-    """UTF-8 with everything that cannot be printed as a sign or in angle brackets: a terminal obeys none of it."""
+    """UTF-8 text with symbols or angle brackets in place of control characters, so that a terminal is safe."""
     return terminal.signs(text.decode("utf-8", "surrogateescape"))

@@ -41,11 +41,11 @@ def vocabulary(file: str | None, extra_ids: int = SENTINELS) -> "seqio.Vocabular
         from diffusion_t5x.data.llama2c_vocabulary import Llama2cVocabulary
 
         return Llama2cVocabulary(path)
-    own = seqio.SentencePieceVocabulary(path)
+    from diffusion_t5x.data.sentencepiece_vocabulary import SentencePieceVocabulary, with_added_tokens
+
+    own = SentencePieceVocabulary(path)
     try:
         has_sentinels = len(sentinels(own)) > 0
     except (DecodeError, RuntimeError) as error:
-        raise UserError(f"{file} is no SentencePiece model.") from error
-    from diffusion_t5x.data.sentencepiece_vocabulary import with_added_tokens
-
+        raise UserError(f"{file} is not a SentencePiece model.") from error
     return with_added_tokens(own, extra_ids=0 if has_sentinels else extra_ids)

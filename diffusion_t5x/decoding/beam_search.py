@@ -1,7 +1,7 @@
-"""Beam search of an autoregressive model, as T5X has it."""
+"""Beam search of an autoregressive model, as in T5X."""
 
 import dataclasses
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import flax.struct
 import jax
@@ -12,6 +12,7 @@ from diffusion_t5x.data.ends import after_end
 from diffusion_t5x.decoding.autoregressive import read_next, read_prompt
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace, target_range
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.attention import KVCache
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.transformer import Transformer
@@ -23,7 +24,7 @@ class Beams(flax.struct.PyTreeNode):
     Attributes:
       tokens: int32 `[B, K, L]`, rows like the batch's.
       log_probability: float32 `[B, K, L]`, of every token that was written, -inf elsewhere; None where nobody asks.
-      score: float32 `[B, K]`, -inf where there is no text.
+      score: float32 `[B, K]`, -inf if there is no text.
     """
 
     tokens: jax.Array
@@ -52,10 +53,10 @@ class BeamSearchDecoder(Decoder):
     A text's score is its log-probability, up to and including the EOS or pad that ends it, over
     `((5 + length) / 6) ** length_penalty` (arXiv 1609.08144; length in tokens, the ending one too): higher is better.
 
-    As in T5X, each step extends the live beams by one token; of the `2 * num_beams` likeliest of all extensions those
-    that end a text compete for the `num_beams` finished texts, and the likeliest others live on. An example is done
+    As in T5X, each step extends the live beams by one token; of the `2 * num_beams` most likely of all extensions those
+    that end a text compete for the `num_beams` finished texts, and the most likely others live on. An example is done
     when no live beam can come to beat the worst of its finished texts, at the latest where its canvas ends. If it has
-    finished none by then, the likeliest live beam is its output.
+    finished none by then, the most likely live beam is its output.
 
     Attributes:
       num_beams: beams of each example; one is greedy, but for texts that it could have ended earlier.
@@ -85,7 +86,7 @@ class BeamSearchDecoder(Decoder):
         return (Mode.of(self.attention),)
 
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
-        """Nothing is drawn. The trace shows the likeliest live beam, and where an example is done its output."""
+        """Nothing is drawn. The trace shows the most likely live beam, and where an example is done its output."""
         vocabulary, beams = model.vocabulary, self.num_beams
         rows, length = batch.tokens.shape
         first_target, num_targets = target_range(batch.target_mask)
@@ -96,13 +97,10 @@ class BeamSearchDecoder(Decoder):
         cache = cache.take(jnp.repeat(jnp.arange(rows), beams))
         encoded = encoded and encoded.repeat(beams)
 
-        def penalty(num_tokens):
-            return ((5 + num_tokens) / 6) ** self.length_penalty
-
         def output(carry):
-            """Of each example, one text `[B, ...]`."""
+            """The best text of each example, `[B, ...]`."""
             finished, live = (jax.tree.map(lambda x: x[:, 0], carry[name]) for name in ("finished", "live"))
-            live = live.replace(score=live.score / penalty(carry["row_steps"]))
+            live = live.replace(score=live.score / self._penalty(carry["row_steps"]))
             return select(finished.score > -jnp.inf, finished, live)
 
         def unfinished(carry):
@@ -128,7 +126,7 @@ class BeamSearchDecoder(Decoder):
             candidates = live.take(beam).write(slot, token, of_token, score)
 
             ends = vocabulary.is_end(token)
-            ended = candidates.replace(score=jnp.where(ends, score / penalty(step + 1), -jnp.inf))
+            ended = candidates.replace(score=jnp.where(ends, score / self._penalty(step + 1), -jnp.inf))
             finished = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), carry["finished"], ended)
             finished = finished.take(jax.lax.top_k(finished.score, beams)[1])
             candidates = candidates.replace(score=jnp.where(ends, -jnp.inf, score))
@@ -136,7 +134,7 @@ class BeamSearchDecoder(Decoder):
             parent = jnp.arange(rows)[:, None] * beams + jnp.take_along_axis(beam, goes_on, axis=-1)
 
             # A live beam's log-probability only falls, and counts for most at the greatest length.
-            best_possible = jnp.max(candidates.score, axis=-1) / penalty(num_targets)
+            best_possible = jnp.max(candidates.score, axis=-1) / self._penalty(num_targets)
             carry |= {
                 "step": step + 1,
                 "cache": cache.take(parent.reshape(-1)),
@@ -151,21 +149,7 @@ class BeamSearchDecoder(Decoder):
                 carry["trace"] = carry["trace"].record(step, shown.tokens, batch.target_mask, shown.log_probability)
             return carry
 
-        copies = jnp.repeat(canvas[:, None], beams, axis=1)
-        nothing = Beams(
-            tokens=copies,
-            log_probability=jnp.full(copies.shape, -jnp.inf, jnp.float32) if trace else None,
-            score=jnp.full((rows, beams), -jnp.inf, jnp.float32),
-        )
-        carry = {
-            "step": jnp.int32(0),
-            "cache": cache,
-            "live": nothing.replace(score=nothing.score.at[:, 0].set(0)),  # else all would be the same
-            "finished": nothing,
-            "row_steps": jnp.zeros_like(num_targets),
-            "done": num_targets == 0,
-            "trace": start_trace(trace, canvas, length),
-        }
+        carry = self._start(canvas, cache, num_targets, trace)
         carry = jax.lax.while_loop(unfinished, write_next, carry)
         best = output(carry)
         written = batch.target_mask & ~after_end(best.tokens, batch, vocabulary)
@@ -179,6 +163,27 @@ class BeamSearchDecoder(Decoder):
             written_at=jnp.where(written, jnp.arange(length, dtype=jnp.int32) - first_target[:, None], -1),
             trace=carry["trace"] and carry["trace"].end(carry["step"]),
         )
+
+    def _start(self, canvas: jax.Array, cache: KVCache, num_targets: jax.Array, trace: bool | Watch) -> dict[str, Any]:
+        """What the loop carries before its first step."""
+        copies = jnp.repeat(canvas[:, None], self.num_beams, axis=1)
+        nothing = Beams(
+            tokens=copies,
+            log_probability=jnp.full(copies.shape, -jnp.inf, jnp.float32) if trace else None,
+            score=jnp.full(copies.shape[:2], -jnp.inf, jnp.float32),
+        )
+        return {
+            "step": jnp.int32(0),
+            "cache": cache,
+            "live": nothing.replace(score=nothing.score.at[:, 0].set(0)),  # else all would be the same
+            "finished": nothing,
+            "row_steps": jnp.zeros_like(num_targets),
+            "done": num_targets == 0,
+            "trace": start_trace(trace, canvas, canvas.shape[1]),
+        }
+
+    def _penalty(self, num_tokens: jax.Array) -> jax.Array:
+        return ((5 + num_tokens) / 6) ** self.length_penalty
 
 
 def select(condition: jax.Array, first: Beams, second: Beams) -> Beams:

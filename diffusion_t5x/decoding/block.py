@@ -1,13 +1,14 @@
-"""Block decoding: diffusion inside a block, over an exact cache of the blocks before (arXiv 2503.09573)."""
+"""Block decoding: diffusion inside a block, over an exact cache of earlier blocks (arXiv 2503.09573)."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.decoding.canvas import Canvas, StepRule, Written, denoise
-from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace, target_range
+from diffusion_t5x.decoding.decoder import Decoded, Decoder, Trace, Watch, Watched, start_trace, target_range
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.attention import KVCache, write_rows
@@ -17,20 +18,22 @@ from diffusion_t5x.models.reading import Reading, start_first
 from diffusion_t5x.models.streams import row_keys
 from diffusion_t5x.models.transformer import Transformer
 
+Carry = dict[str, Any]
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockDecoder(Decoder):
     """Writes block after block of targets. Earlier blocks and the inputs never change, and are computed once.
 
-    A row stops after the block in which it has written EOS or pad; what stands behind that is dropped. The score is
-    the mean over the written targets of what the inner decoder says of them. Every block costs one pass more than it
+    A row stops after the block in which it has written EOS or pad; everything after that is dropped. The score is
+    the mean over the written targets of what the inner decoder says of them. Every block costs one more pass than it
     has steps: that of its finished tokens, for the cache.
 
     A shifted model (`ModelConfig.shifted`) predicts the first token of a block in the slot of the finished token before
     the block: see `objectives.block.Block`.
 
     Attributes:
-      block_size: targets a block, as in training.
+      block_size: targets per block, as in training.
       inner: how a block is written; its `num_steps` are those of a block. Masked for models of masked blocks, SUNDAE's
         with one sample for those of uniform noise.
     """
@@ -74,22 +77,13 @@ class BlockDecoder(Decoder):
         ahead = 1 if shifted else 0
         before = jnp.take_along_axis(hidden, first_target[:, None, None], axis=1) if shifted else None
 
-        def unfinished(carry):
-            return ~jnp.all(carry["finished"])
-
         def write_block(carry):
             start = jnp.minimum(first_target + carry["block"] * size, length)
             is_target = cut(target_mask, start) & ~carry["finished"][:, None]
             positions = cut(row_positions, start)
 
             def show(carry, written):
-                steps = carry["steps"]
-                if trace:
-                    canvas = write_rows(carry["canvas"], written.tokens, start)
-                    mask = write_rows(jnp.zeros(canvas.shape, bool), written.mask, start)
-                    log_probability = write_rows(jnp.zeros(canvas.shape, jnp.float32), written.log_probability, start)
-                    carry["trace"] = carry["trace"].record(steps, canvas, mask, log_probability)
-                return carry | {"steps": steps + 1}
+                return show_rows(carry, start, written.tokens, written.mask, written.log_probability)
 
             def extend(tokens, carry):
                 hidden, cache = model.extend(tokens, self.attention, carry["cache"], start + ahead, encoded)
@@ -118,20 +112,14 @@ class BlockDecoder(Decoder):
                 "row_steps": carry["row_steps"] + block.row_steps + ~carry["finished"],
             }
 
-        rows = len(canvas)
+        num_steps = -(-length // size) * (inner.most_steps(size) + 1)
         carry = {
+            **start_row(canvas, num_targets == 0, start_trace(trace, canvas, num_steps, length=length)),
             "block": jnp.int32(0),
-            "canvas": canvas,
-            "written_at": jnp.full_like(canvas, -1),
             "cache": cache,
             "before": before,
-            "finished": num_targets == 0,
-            "score": jnp.zeros(rows, jnp.float32),
-            "steps": jnp.int32(0),
-            "row_steps": jnp.zeros(rows, jnp.int32),
-            "trace": start_trace(trace, canvas, -(-length // size) * (inner.most_steps(size) + 1), length=length),
         }
-        carry = jax.lax.while_loop(unfinished, write_block, carry)
+        carry = jax.lax.while_loop(lambda carry: ~jnp.all(carry["finished"]), write_block, carry)
         canvas, written_at, history = (
             jax.tree.map(lambda x: x[..., :length], carry[name]) for name in ("canvas", "written_at", "trace")
         )
@@ -145,3 +133,28 @@ class BlockDecoder(Decoder):
             written_at=written_at,
             trace=history and history.end(carry["steps"]),
         )
+
+
+def show_rows(carry: Carry, start: jax.Array, tokens: jax.Array, mask: jax.Array, log_probability: jax.Array) -> Carry:
+    """One step more; the trace gets the canvas with these values `[B, l]` from each row's start on."""
+    if carry["trace"] is not None:
+        canvas = carry["canvas"]
+        mask, log_probability = (
+            write_rows(jnp.zeros(canvas.shape, x.dtype), x, start) for x in (mask, log_probability)
+        )
+        shown = write_rows(canvas, tokens, start)
+        carry = carry | {"trace": carry["trace"].record(carry["steps"], shown, mask, log_probability)}
+    return carry | {"steps": carry["steps"] + 1}
+
+
+def start_row(canvas: jax.Array, finished: jax.Array, history: Trace | Watched | None) -> Carry:
+    """What a loop over a row's blocks carries of its texts before it writes any."""
+    return {
+        "canvas": canvas,
+        "written_at": jnp.full_like(canvas, -1),
+        "finished": finished,
+        "score": jnp.zeros(len(canvas), jnp.float32),
+        "steps": jnp.int32(0),
+        "row_steps": jnp.zeros(len(canvas), jnp.int32),
+        "trace": history,
+    }

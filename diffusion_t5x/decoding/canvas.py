@@ -22,7 +22,7 @@ from diffusion_t5x.models.transformer import Transformer
 
 
 class Written(flax.struct.PyTreeNode):
-    """What one step wrote.
+    """The output of one step.
 
     Attributes:
       tokens: int32 `[B, L]`, the rows after it.
@@ -109,7 +109,7 @@ class StepRule(Decoder, Protocol):
         """bool `[B, L]`: targets that a step may write. A row with none is done."""
 
     def most_steps(self, num_targets: int) -> int:
-        """The most steps that so many targets can take."""
+        """The maximum number of steps for `num_targets` targets."""
 
     def write(
         self,

@@ -15,7 +15,7 @@ Order = Literal["confidence", "entropy", "margin", "random"]
 def propose(
     logits: jax.Array, keys: jax.Array, positions: jax.Array, vocabulary: TokenIds, sampling: Sampling, order: Order
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A token for every position, its log-probability, and how sure of the position the model is, all `[B, L]`.
+    """A token for every position, its log-probability, and the certainty of the position, all `[B, L]`.
 
     Log-probability and certainty are of the model at temperature 1 over what may be written (not MASK), however the
     token is drawn.
@@ -27,7 +27,7 @@ def propose(
       vocabulary: says what may be written.
       sampling: how to draw.
       order: what certainty is. "confidence": the probability of the proposed token. "entropy": minus the entropy, in
-        nats. "margin": the likeliest token's probability minus the next one's. "random": a number drawn from [0, 1).
+        nats. "margin": the most likely token's probability minus the next one's. "random": a number drawn from [0, 1).
     """
     logits = forbid(logits, vocabulary)
     tokens = sample(logits, stream(keys, "tokens"), positions, sampling)
@@ -46,7 +46,7 @@ def propose(
 
 
 def choose(certainty: jax.Array, eligible: jax.Array, count: jax.Array, threshold: float | None = None) -> jax.Array:
-    """The surest `count` eligible positions of each row, bool `[B, L]`; the earlier of equals first.
+    """The `count` most certain eligible positions of each row, bool `[B, L]`; of equal ones, the earlier first.
 
     Args:
       certainty: `[B, L]`.

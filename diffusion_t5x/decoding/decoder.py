@@ -1,4 +1,4 @@
-"""What every decoder is."""
+"""The protocol of decoders."""
 
 from collections.abc import Callable
 from typing import ClassVar, Protocol, Self
@@ -33,19 +33,19 @@ class Trace(flax.struct.PyTreeNode):
 
     @classmethod
     def start(cls, tokens: jax.Array, most_steps: int) -> Self:
-        """Of rows `[B, L]` before the first step, with room for so many steps."""
+        """Empty trace of rows `[B, L]` before the first step, with room for `most_steps` steps."""
         tokens = jnp.broadcast_to(tokens, (most_steps + 1, *tokens.shape))
         return cls(tokens=tokens, confidence=jnp.zeros(tokens.shape, jnp.float32))
 
     def record(self, step: jax.Array, tokens: jax.Array, mask: jax.Array, log_probability: jax.Array) -> Self:
-        """With one more step, counted from 0; the arguments are what `canvas.Written` holds."""
+        """The trace with one more step, counted from 0; arguments as in `canvas.Written`."""
         confidence = jnp.where(mask, jnp.exp(log_probability), self.confidence[step])
         return self.replace(
             tokens=self.tokens.at[step + 1].set(tokens), confidence=self.confidence.at[step + 1].set(confidence)
         )
 
     def end(self, steps: jax.Array) -> Self:
-        """Where only so many steps were taken, the ones after show the end."""
+        """Fills the steps after the last one taken with the final state."""
         shown = jnp.minimum(jnp.arange(len(self.tokens)), steps)
         return jax.tree.map(lambda x: x[shown], self)
 
@@ -80,7 +80,7 @@ class Watched(flax.struct.PyTreeNode):
 def start_trace(
     trace: bool | Watch, tokens: jax.Array, most_steps: int, first: int = 0, length: int | None = None
 ) -> Trace | Watched | None:
-    """What a decoder records its steps with, if anything.
+    """Starts recording a decoder's steps; None if they are neither kept nor shown.
 
     Args:
       trace: keep them, show them, or neither.
@@ -96,7 +96,7 @@ def start_trace(
 
 
 class Decoded(flax.struct.PyTreeNode):
-    """What a decoder wrote.
+    """The output of a decoder.
 
     Attributes:
       tokens: int32 `[B, L]`, rows like the batch's with what was written at the target positions; what follows an
@@ -135,11 +135,11 @@ class Decoded(flax.struct.PyTreeNode):
         steps: jax.Array,
         row_steps: jax.Array,
         written_at: jax.Array,
-        trace: Trace | None,
+        trace: Trace | None = None,
         num_drafted: jax.Array | None = None,
         num_accepted: jax.Array | None = None,
     ) -> Self:
-        """What was written into a batch's targets, ended where it ends."""
+        """The text written into a batch's targets, up to its end."""
         text = batch.target_mask & ~after_end(canvas, batch, vocabulary)
         return cls(
             tokens=end_at_eos(canvas, batch, vocabulary),
@@ -187,7 +187,7 @@ class Decoder(Protocol):
 
 
 def target_range(target_mask: Array) -> tuple[jax.Array, jax.Array]:
-    """Of masks bool `[B, L]`, the index of each row's first target and the number of its targets, int32 `[B]`."""
+    """Index of each row's first target and its number of targets, int32 `[B]`, from masks bool `[B, L]`."""
     return jnp.argmax(target_mask, axis=-1).astype(jnp.int32), jnp.sum(target_mask, axis=-1, dtype=jnp.int32)
 
 

@@ -1,4 +1,4 @@
-"""Masked decoding: from a canvas of MASK, keep the surest tokens of each step until none is masked."""
+"""Masked decoding: from a canvas of MASK, keep the most confident tokens of each step until none is masked."""
 
 import dataclasses
 from typing import ClassVar
@@ -19,18 +19,18 @@ from diffusion_t5x.models.transformer import Transformer
 
 @dataclasses.dataclass(frozen=True)
 class MaskedDecoder(StepRule):
-    """Unmasks in `num_steps` steps (LLaDA, arXiv 2502.09992), or whatever is sure enough (Fast-dLLM, 2505.22618).
+    """Unmasks in `num_steps` steps (LLaDA, arXiv 2502.09992), or above a confidence (Fast-dLLM, 2505.22618).
 
-    A token that is written stays. The score is the mean over targets of the log-probability that a token had when it
+    A written token stays. The score is the mean over targets of the log-probability that a token had when it
     was written: a sum of conditionals from different steps, not a likelihood. Higher is better.
 
     Attributes:
-      num_steps: a row's targets are shared out over so many steps as equally as can be, more in the first ones; rows
-        with fewer targets take one a step. None: one a step.
-      threshold: a step moreover writes every token whose probability exceeds it, and the rest is shared out over the
-        steps that are left; decoding stops when all rows are done. Fast-dLLM's is 0.9, with num_steps None.
+      num_steps: a row's targets are divided over this many steps as evenly as possible, more in the first ones; rows
+        with fewer targets write one per step. None: one per step.
+      threshold: a step also writes every token whose probability exceeds it, and the rest is divided over the
+        remaining steps; decoding stops when all rows are done. Fast-dLLM's is 0.9, with num_steps None.
       order: which positions come first: see `commit.propose`. A threshold is one of confidence.
-      temperature: at which tokens are sampled; 0 takes the likeliest.
+      temperature: of sampling; 0 takes the most likely token.
       top_k, top_p: see `Sampling`.
     """
 
@@ -66,7 +66,7 @@ class MaskedDecoder(StepRule):
         return jnp.where(batch.target_mask, vocabulary.mask_id, batch.tokens)
 
     def eligible(self, tokens: jax.Array, target_mask: jax.Array, vocabulary: TokenIds, step: jax.Array) -> jax.Array:
-        """Whatever is masked still."""
+        """The targets that are still masked."""
         return target_mask & (tokens == vocabulary.mask_id)
 
     def most_steps(self, num_targets: int) -> int:
@@ -81,7 +81,7 @@ class MaskedDecoder(StepRule):
         positions: jax.Array,
         keys: jax.Array,
     ) -> Written:
-        """One step: some of the eligible positions are written, for good."""
+        """One step: writes some of the eligible positions, permanently."""
 
         def read_out(logits, positions):
             return propose(logits, keys, positions, model.vocabulary, self.sampling, self.order)

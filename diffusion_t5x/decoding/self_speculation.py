@@ -4,14 +4,16 @@ Speculative decoding (arXiv 2211.17192), greedy, with the model as its own draft
 """
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.batch import Array, Batch
+from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.autoregressive import read_prompt
-from diffusion_t5x.decoding.block import BlockDecoder
+from diffusion_t5x.decoding.block import BlockDecoder, Carry, show_rows, start_row
 from diffusion_t5x.decoding.canvas import Canvas, denoise
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace, target_range
 from diffusion_t5x.decoding.masked import MaskedDecoder
@@ -21,6 +23,7 @@ from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.reading import Reading, start_first
 from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.sampling import forbid
+from diffusion_t5x.models.stack import Encoded
 from diffusion_t5x.models.streams import row_keys
 from diffusion_t5x.models.transformer import Transformer
 
@@ -61,11 +64,10 @@ class SelfSpeculationDecoder(Decoder):
 
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
         """`written_at` counts a row's own steps; the trace shows drafts, and that what was not accepted is gone."""
-        vocabulary, shifted = model.vocabulary, model.config.shifted
-        size, inner = self.draft.block_size, self.draft.inner
+        vocabulary, size, inner = model.vocabulary, self.draft.block_size, self.draft.inner
         keys = row_keys(key, batch.example_ids)
         encoded = model.encode(batch)
-        # Room for a block before the row and for a pass behind it: slots that are not there, and that nothing sees.
+        # Room for a block before the row and for a pass after it: slots that do not exist, and that nothing sees.
         names = ("tokens", "target_mask", "segment_ids", "positions")
         room = batch.replace(**{name: jnp.pad(getattr(batch, name), ((0, 0), (size, size + 1))) for name in names})
         length, row_numbers = batch.tokens.shape[1], jnp.arange(len(batch.tokens))
@@ -73,83 +75,31 @@ class SelfSpeculationDecoder(Decoder):
         first_target += size
         end = first_target + num_targets
 
-        def cut(x, start, size):
-            return jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, size))(x, start)
-
         # Each mode reads the inputs in one pass. No slot of the targets is seen before it is written anew.
         canvas = inner.blank(room, vocabulary, keys)
         _, cache = read_prompt(model, room, self.attention, encoded)
-        # Drafts of a shifted model read the start token first, and each token is predicted in the slot before its own.
-        reading, ahead = Reading.of(room, vocabulary, shifted), 1 if shifted else 0
-        draft_cache = KVCache.empty(model.config, Slots.of(reading.batch))
-        start = jnp.zeros_like(first_target)
-        read = reading.tokens(canvas, vocabulary) if shifted else canvas
-        canvas = canvas.at[:, size - 1].set(vocabulary.start_id) if shifted else canvas  # where drafts read it
-        _, draft_cache = model.extend(read, self.draft.attention, draft_cache, start, encoded)
-
-        def show(carry, canvas, tokens, start, mask, log_probability):
-            """The canvas with these tokens `[B, l]` from each row's start on, after one step more."""
-            if trace:
-                mask, log_probability = (
-                    write_rows(jnp.zeros(canvas.shape, x.dtype), x, start) for x in (mask, log_probability)
-                )
-                tokens = write_rows(canvas, tokens, start)
-                carry["trace"] = carry["trace"].record(carry["steps"], tokens, mask, log_probability)
-            return carry | {"steps": carry["steps"] + 1}
-
-        def write_draft(carry, block):
-            """What is left of each row's block, which starts at `block`: its tokens `[B, size]`, and what is new."""
-            unfinished = ~carry["finished"][:, None]
-            new = cut(room.target_mask, block, size) & (block[:, None] + jnp.arange(size) >= carry["start"][:, None])
-            new &= unfinished
-            before, positions = cut(carry["canvas"], block - size, size), cut(room.positions, block - size, 2 * size)
-
-            def read(tokens, carry):
-                tokens = jnp.concatenate([before, tokens], axis=1)
-                if not shifted:
-                    tokens = start_first(tokens, positions, vocabulary)
-                hidden, draft_cache = model.extend(
-                    tokens, self.draft.attention, carry["draft_cache"], block - size + ahead, encoded
-                )
-                return hidden[:, size - ahead : 2 * size - ahead], carry | {"draft_cache": draft_cache}
-
-            def show_draft(carry, written):
-                return show(carry, carry["canvas"], written.tokens, block, written.mask, written.log_probability)
-
-            draft = Canvas.start(cut(carry["canvas"], block, size))
-            draft, carry = denoise(inner, model, draft, new, positions[:, size:], keys, read, show_draft, carry)
-            carry |= {"row_steps": carry["row_steps"] + draft.row_steps}
-            return carry, draft.tokens, jnp.sum(new, axis=-1, dtype=jnp.int32)
-
-        def read_out(logits):
-            logits = forbid(logits, vocabulary)
-            tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-            return tokens, -cross_entropy(logits, tokens)[1]
+        canvas, draft_cache = self._read_for_drafts(model, room, canvas, encoded)
 
         def write_some(carry):
             start = carry["start"]
             block = start - (start - first_target) % size
-            carry, tokens, num_drafted = write_draft(carry, block)
-            draft = cut(write_rows(carry["canvas"], tokens, block), start, size)
+            carry, tokens, num_drafted = self._write_draft(model, room, encoded, keys, carry, block)
+            draft = _cut(write_rows(carry["canvas"], tokens, block), start, size)
 
             # One autoregressive pass: slot by slot the token before it, and what is to be written there.
             before = carry["canvas"][row_numbers, start - 1]
             before = jnp.where(room.positions[row_numbers, start] == 0, vocabulary.start_id, before)
             read = jnp.concatenate([before[:, None], draft], axis=1)
             hidden, cache = model.extend(read, self.attention, carry["cache"], start, encoded)
-            tokens, log_probability = model.map_logits(read_out, hidden)
+            tokens, log_probability = model.map_logits(functools.partial(_most_likely, vocabulary), hidden)
 
-            place = jnp.arange(size + 1)
-            is_drafted = place < num_drafted[:, None]
-            agrees = is_drafted[:, :size] & (draft == tokens[:, :size])
-            num_agreed = jnp.sum(jnp.cumprod(agrees, axis=-1), axis=-1, dtype=jnp.int32)
-            ends = vocabulary.is_end(tokens)
-            ends |= start[:, None] + place == end[:, None] - 1
-            new = (place <= num_agreed[:, None]) & (jnp.cumsum(ends, axis=-1) - ends == 0) & ~carry["finished"][:, None]
+            ends = vocabulary.is_end(tokens) | (start[:, None] + jnp.arange(size + 1) == end[:, None] - 1)
+            is_drafted, num_agreed, new = _accepted(draft, tokens, num_drafted, ends)
+            new &= ~carry["finished"][:, None]
             num_new = jnp.sum(new, axis=-1, dtype=jnp.int32)
 
             def put(name, values):
-                return write_rows(carry[name], jnp.where(new, values, cut(carry[name], start, size + 1)), start)
+                return write_rows(carry[name], jnp.where(new, values, _cut(carry[name], start, size + 1)), start)
 
             carry |= {
                 "start": start + num_new,
@@ -162,25 +112,18 @@ class SelfSpeculationDecoder(Decoder):
                 "num_drafted": carry["num_drafted"] + num_drafted,
                 "num_accepted": carry["num_accepted"] + jnp.minimum(num_agreed, num_new),
             }
-            shown = cut(carry["canvas"], start, size + 1)
-            return show(
-                carry, carry["canvas"], shown, start, new | is_drafted, jnp.where(new, log_probability, -jnp.inf)
-            )
+            shown = _cut(carry["canvas"], start, size + 1)
+            return show_rows(carry, start, shown, new | is_drafted, jnp.where(new, log_probability, -jnp.inf))
 
         nothing = jnp.zeros_like(first_target)
+        history = start_trace(trace, canvas, length * (inner.most_steps(size) + 1), size, length)
         carry = {
+            **start_row(canvas, num_targets == 0, history),
             "start": first_target,
-            "canvas": canvas,
             "cache": cache,
             "draft_cache": draft_cache,
-            "finished": num_targets == 0,
-            "score": jnp.zeros(len(canvas), jnp.float32),
-            "steps": jnp.int32(0),
-            "row_steps": nothing,
-            "written_at": jnp.full_like(canvas, -1),
             "num_drafted": nothing,
             "num_accepted": nothing,
-            "trace": start_trace(trace, canvas, length * (inner.most_steps(size) + 1), size, length),
         }
         carry = jax.lax.while_loop(lambda carry: ~jnp.all(carry["finished"]), write_some, carry)
         canvas, written_at, history = (
@@ -199,3 +142,85 @@ class SelfSpeculationDecoder(Decoder):
             num_drafted=carry["num_drafted"],
             num_accepted=carry["num_accepted"],
         )
+
+    def _read_for_drafts(
+        self, model: Transformer, room: Batch, canvas: jax.Array, encoded: Encoded | None
+    ) -> tuple[jax.Array, KVCache]:
+        """The cache of the drafts after a pass over the inputs, and the canvas as they read it."""
+        vocabulary, shifted = model.vocabulary, model.config.shifted
+        reading = Reading.of(room, vocabulary, shifted)
+        cache = KVCache.empty(model.config, Slots.of(reading.batch))
+        read = reading.tokens(canvas, vocabulary) if shifted else canvas
+        if shifted:  # drafts read the start token first
+            canvas = canvas.at[:, self.draft.block_size - 1].set(vocabulary.start_id)
+        start = jnp.zeros(len(canvas), jnp.int32)
+        return canvas, model.extend(read, self.draft.attention, cache, start, encoded)[1]
+
+    def _write_draft(
+        self,
+        model: Transformer,
+        room: Batch,
+        encoded: Encoded | None,
+        keys: jax.Array,
+        carry: Carry,
+        block: jax.Array,
+    ) -> tuple[Carry, jax.Array, jax.Array]:
+        """What is left of each row's block, which starts at `block`: its tokens `[B, size]`, and how many are new."""
+        vocabulary, shifted = model.vocabulary, model.config.shifted
+        # A shifted model predicts each token in the slot before its own.
+        size, ahead = self.draft.block_size, 1 if shifted else 0
+        unfinished = ~carry["finished"][:, None]
+        new = _cut(room.target_mask, block, size) & (block[:, None] + jnp.arange(size) >= carry["start"][:, None])
+        new &= unfinished
+        before, positions = _cut(carry["canvas"], block - size, size), _cut(room.positions, block - size, 2 * size)
+
+        def read(tokens, carry):
+            tokens = jnp.concatenate([before, tokens], axis=1)
+            if not shifted:
+                tokens = start_first(tokens, positions, vocabulary)
+            hidden, draft_cache = model.extend(
+                tokens, self.draft.attention, carry["draft_cache"], block - size + ahead, encoded
+            )
+            return hidden[:, size - ahead : 2 * size - ahead], carry | {"draft_cache": draft_cache}
+
+        def show_draft(carry, written):
+            return show_rows(carry, block, written.tokens, written.mask, written.log_probability)
+
+        draft = Canvas.start(_cut(carry["canvas"], block, size))
+        draft, carry = denoise(self.draft.inner, model, draft, new, positions[:, size:], keys, read, show_draft, carry)
+        carry |= {"row_steps": carry["row_steps"] + draft.row_steps}
+        return carry, draft.tokens, jnp.sum(new, axis=-1, dtype=jnp.int32)
+
+
+def _cut(x: Array, start: jax.Array, size: int) -> jax.Array:
+    """Of each row `size` slots from its start on."""
+    return jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, size))(x, start)
+
+
+def _accepted(
+    draft: jax.Array, tokens: jax.Array, num_drafted: jax.Array, ends: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What stays of a draft, and one token more, up to the first that ends the row.
+
+    Args:
+      draft: `[B, size]`.
+      tokens: what the model writes there, `[B, size + 1]`.
+      num_drafted: so many of the draft were drafted now, `[B]`.
+      ends: which of the tokens end the row.
+
+    Returns:
+      Which places were drafted, how many drafted tokens agree, and which tokens are new.
+    """
+    size = draft.shape[1]
+    place = jnp.arange(size + 1)
+    is_drafted = place < num_drafted[:, None]
+    agrees = is_drafted[:, :size] & (draft == tokens[:, :size])
+    num_agreed = jnp.sum(jnp.cumprod(agrees, axis=-1), axis=-1, dtype=jnp.int32)
+    return is_drafted, num_agreed, (place <= num_agreed[:, None]) & (jnp.cumsum(ends, axis=-1) - ends == 0)
+
+
+def _most_likely(vocabulary: TokenIds, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The most likely token of each slot, and its log-probability."""
+    logits = forbid(logits, vocabulary)
+    tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return tokens, -cross_entropy(logits, tokens)[1]

@@ -24,20 +24,20 @@ from diffusion_t5x.models.transformer import Transformer
 class SundaeDecoder(StepRule):
     """Denoises `num_samples` canvases of uniform noise for `num_steps` steps and keeps each example's best.
 
-    The score is the cross-entropy, in nats a target position, between the canvas that the last step reads and the
-    logits that it gives: how little the model still wants to change ("model score", arXiv 2401.17181 section 3).
-    Lower is better; it is no log-probability.
+    The score is the cross-entropy, in nats per target position, between the canvas that the last step reads and the
+    logits that it gives: how little the model would still change ("model score", arXiv 2401.17181 section 3).
+    Lower is better; it is not a log-probability.
 
     The defaults are paper 1's. The rest is SUNDAE's own (arXiv 2112.06749, its section on sampling).
 
     Attributes:
-      num_steps: at most so many steps. A step is one pass of the model, an unroll too.
+      num_steps: maximum number of steps. A step is one forward pass, including unrolls.
       num_samples: canvases for each example.
-      temperature: at which every step samples what it writes; 0 takes the likeliest.
+      temperature: at which every step samples what it writes; 0 takes the most likely.
       method: "sample": every step writes `update_share` of the targets, chosen at random. "argmax_unrolled": steps take
-        turns. One writes the likeliest token at all targets; the next, the unroll, reads that and writes anew, with
-        its own likeliest tokens, only the `update_share` of them that the one before was least sure of. Nothing is
-        drawn, so the temperature must be 0.
+        turns. One writes the most likely token at all targets; the next, the unroll, reads that and writes anew, with
+        its own most likely tokens, only the `update_share` of them that the one before was least sure of. Nothing is
+        sampled, so the temperature must be 0.
       update_share: in (0, 1], of each row's targets; rounded, at least one. A target that no step chose stays noise.
       stop_when_unchanged: a canvas is finished after a step that would have changed nothing had it written all targets,
         and its score is of that step; decoding stops when all are. At temperature 0 the result is the same, in less
@@ -62,7 +62,7 @@ class SundaeDecoder(StepRule):
         check_choices(self)
         if self.method == "argmax_unrolled" and self.temperature:
             raise UserError(
-                f"SundaeDecoder.method 'argmax_unrolled' takes the likeliest tokens: it needs temperature = 0, not "
+                f"SundaeDecoder.method 'argmax_unrolled' takes the most likely tokens: it needs temperature = 0, not "
                 f"{self.temperature}."
             )
 

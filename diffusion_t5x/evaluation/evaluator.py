@@ -1,4 +1,4 @@
-"""Every evaluation that a run asks for: losses, likelihoods, and decoding with scores."""
+"""Evaluations of a run: losses, likelihoods, and decoding with scores."""
 
 import dataclasses
 import logging
@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
+import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_t5x.data.batch import Batch
@@ -13,7 +15,7 @@ from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.inference import Example, make_decode_step, predict
 from diffusion_t5x.evaluation.likelihood import likelihoods, make_likelihood_step, summarize
-from diffusion_t5x.evaluation.loading import Dataset
+from diffusion_t5x.evaluation.loading import Dataset, Rows, abstract_batch
 from diffusion_t5x.evaluation.losses import evaluate_loss
 from diffusion_t5x.evaluation.teacher import make_judge
 from diffusion_t5x.models.transformer import ModelDefinition, Params
@@ -26,14 +28,14 @@ logger = logging.getLogger(__name__)
 
 
 class LossDataset(Dataset, Protocol):
-    """What a loss needs of a data set; `data.cached_source.CachedDataset` is one."""
+    """The data-set interface that losses need; `data.cached_source.CachedDataset` implements it."""
 
     def eval_batches(self, num_examples: int | None = None) -> Iterator[tuple[Batch, Sequence[Example]]]:
         """The evaluation set in order, with the examples' texts."""
 
 
-class EvalDataset(LossDataset, Protocol):
-    """What evaluation needs of a data set; `data.seqio_source.SeqioDataset` is one."""
+class EvalDataset(LossDataset, Rows, Protocol):
+    """The data-set interface that evaluation needs; `data.seqio_source.SeqioDataset` implements it."""
 
     def to_text(self, tokens: Sequence[int]) -> str:
         """The text of target tokens, up to EOS."""
@@ -54,7 +56,7 @@ class LossEval:
 
     Attributes:
       dataset: what to evaluate on.
-      num_batches: at most so many batches; None takes all, 0 skips this evaluation.
+      num_batches: maximum number of batches; None takes all, 0 skips this evaluation.
     """
 
     dataset: LossDataset
@@ -66,14 +68,14 @@ class LossEval:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeEval:
-    """A data set's metrics of what a decoder writes.
+    """Metrics of a decoder's output on a data set.
 
     Attributes:
       dataset: what to evaluate on.
-      decoder: what writes.
-      num_examples: only the first so many; None takes all, 0 skips this evaluation.
+      decoder: writes the texts.
+      num_examples: number of examples, from the start; None takes all, 0 skips this evaluation.
       seed: of the decoder's randomness.
-      samples_per_example: how many texts each example gets, for metrics such as pass@k; the others take the first.
+      samples_per_example: number of samples per example, for metrics such as pass@k; other metrics take the first.
         (A decoder may have samples of its own, of which it keeps the best.)
     """
 
@@ -91,11 +93,11 @@ class DecodeEval:
 
 @dataclasses.dataclass(frozen=True)
 class LikelihoodEval:
-    """How likely the objective's model finds the targets of a data set: see `evaluation.likelihood.summarize`.
+    """Likelihood of the targets of a data set under the objective: see `evaluation.likelihood.summarize`.
 
     Attributes:
       dataset: what to evaluate on.
-      num_examples: only the first so many; None takes all, 0 skips this evaluation.
+      num_examples: number of examples, from the start; None takes all, 0 skips this evaluation.
       num_draws: of each example, an even number; exact objectives need none.
       seed: of the draws.
     """
@@ -114,7 +116,7 @@ AnyEval = TypeVar("AnyEval", bound=LossEval | DecodeEval | LikelihoodEval)
 
 
 def prepared(evals: Sequence[AnyEval]) -> list[AnyEval]:
-    """The evaluations without those of 0 examples or batches, which the log names.
+    """The evaluations without those of 0 examples or batches, which are logged.
 
     Raises:
       UserError: a metric of one that decodes cannot run here.
@@ -128,6 +130,23 @@ def prepared(evals: Sequence[AnyEval]) -> list[AnyEval]:
             ev.dataset.check_scoring()
         found.append(ev)
     return found
+
+
+def check_decoders(mesh: Mesh, definition: ModelDefinition, evals: Sequence[DecodeEval], params: Params) -> None:
+    """Traces what each evaluation decodes, of the shapes of its batches alone. Nothing is compiled or run.
+
+    A decoder that does not go with the model or the lengths raises here what it would raise in the first evaluation.
+
+    Args:
+      mesh: to spread the rows over.
+      definition: the model.
+      evals: that decode.
+      params: shapes and dtypes of the parameters.
+    """
+    for ev in evals:
+        step = make_decode_step(mesh, definition, ev.decoder, seed=ev.seed)
+        with jax.set_mesh(mesh):
+            jax.eval_shape(step, params, abstract_batch(mesh, ev.dataset, ev.dataset.batch_size), np.int32(0))
 
 
 def _check_number(name: str, value: int | None) -> None:
@@ -158,7 +177,7 @@ class Evaluator:
     Args:
       mesh: to spread the rows over.
       definition: the model.
-      objective: of the losses and likelihoods; None where there are none of them.
+      objective: of the losses and likelihoods; None if there are none of them.
       loss_evals, decode_evals: what to run.
       teacher: of the objective; judges what is decoded, too.
       likelihood_evals: what to run, too.
@@ -180,7 +199,7 @@ class Evaluator:
         for evals in (loss_evals, decode_evals, likelihood_evals):
             names = [ev.dataset.name for ev in evals]
             if twice := {name for name in names if names.count(name) > 1}:
-                raise UserError(f"Two evaluations of one kind on {twice.pop()!r}: run them apart.")
+                raise UserError(f"Two evaluations of the same kind on {twice.pop()!r}: run them separately.")
         self._mesh = mesh
         self._judge = teacher and make_judge(mesh, teacher)
         self._decode_evals = [(ev, make_decode_step(mesh, definition, ev.decoder, seed=ev.seed)) for ev in decode_evals]
@@ -215,11 +234,11 @@ class Evaluator:
     ) -> Iterator[tuple[str, dict[str, float], list[dict[str, Any]]]]:
         """For each data set its name, metrics and predictions.
 
-        Before they are scored, `keep` gets name and predictions: what was decoded outlives a metric that fails.
+        Before scoring, `keep` gets name and predictions, so that decoded texts survive a failing metric.
 
         To the task's own metrics come "tokens_per_step", over all texts, of a decoder that speculates "acceptance" (the
         share of the drafted tokens that stayed), "decode_seconds", compilation and reading counted too, and with a
-        teacher "teacher_nll" (nats a token) and "teacher_agreement" (a share of the tokens).
+        teacher "teacher_nll" (nats per token) and "teacher_agreement" (a share of the tokens).
         """
         for ev, step in self._decode_evals:
             start = time.monotonic()
@@ -233,7 +252,7 @@ class Evaluator:
 
 
 def _totals(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What the records' numbers come to over all texts."""
+    """Totals of the records' figures over all texts."""
     sums = {
         name: sum(record[name] for record in records)
         for name in ("num_tokens", "num_steps", "teacher_nll", "teacher_agreement", "num_drafted", "num_accepted")

@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness asks a model, in token ids: how likely is a continuation, and what follows a context?
+"""Answers lm-evaluation-harness's requests in token ids: the likelihood of a continuation, and a generated one.
 
 Requests are sorted into rows of few lengths, so that little is compiled. What a request draws depends on its own tokens
 and on how often it was asked before: neither neighbours nor padding change its numbers.
@@ -41,13 +41,14 @@ _SHORTEST = 32
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """How requests lie in rows, which should be as the model's training had its examples.
+    """Layout of requests in rows, which should match the layout of the model's training examples.
 
     Attributes:
       task_feature_lengths: tokens of `inputs` (contexts) and `targets` (continuations, and what is written). Longer
         contexts lose their beginning. Without a canvas, a decoder-only model's are of any length that together fit.
-      context_eos: contexts end in EOS, as the inputs of most tasks do, and not those of imported models.
-      canvas: a continuation is followed by EOS and padding up to the targets' length, and these are to be produced too.
+      context_eos: contexts end in EOS, like the inputs of most tasks; False for imported models.
+      canvas: a continuation is followed by EOS and padding up to the targets' length, and the model learns to write
+        these too.
       architecture: of the model.
       batch_size: rows of a batch.
     """
@@ -65,11 +66,11 @@ class Rows:
             )
         check_rows(self.task_feature_lengths, self.batch_size, pack=False, canvas=self.canvas)
         if self.architecture == "encoder_decoder" and not self.context_eos:
-            raise UserError("What an encoder reads ends in EOS: set CONTEXT_EOS = True.")
+            raise UserError("An encoder's inputs end in EOS: set CONTEXT_EOS = True.")
 
     @property
     def are_free(self) -> bool:
-        """Whether inputs and targets may be of any lengths that together fit."""
+        """True if inputs and targets may have any lengths that fit together."""
         return self.architecture == "decoder_only" and not self.canvas
 
     @property
@@ -80,15 +81,15 @@ class Rows:
 
 
 class Harness:
-    """A model that answers requests.
+    """Answers requests with a model.
 
     Args:
       mesh: to spread the rows over.
       definition: the model.
       params: its parameters.
-      objective: whose likelihood is told.
-      decoder: what writes.
-      rows: how requests lie in rows.
+      objective: computes likelihoods.
+      decoder: writes the texts.
+      rows: layout of requests in rows.
       num_draws: of a likelihood that is estimated.
       seed: of draws and decoder.
     """
@@ -111,7 +112,7 @@ class Harness:
         self._greedy = _make_greedy_step(mesh, definition, objective) if objective.autoregressive else None
 
     def log_likelihoods(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[float]:
-        """Of continuations after contexts, in nats.
+        """Log-likelihoods of continuations given their contexts, in nats.
 
         Raises:
           UserError: a continuation that is longer than the targets.
@@ -120,9 +121,9 @@ class Harness:
         return [float(likelihood.log_likelihood) for likelihood, _ in found]
 
     def are_greedy(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[bool]:
-        """Whether each continuation is what the model would write.
+        """True for each continuation that equals what the model would write.
 
-        An autoregressive model writes the likeliest token each time. Any other writes what its decoder does: onto a
+        An autoregressive model writes the most likely token each time. Any other writes what its decoder does: onto a
         canvas if it has one, else as many tokens as the continuation has.
         """
         if self._greedy is not None:
@@ -134,13 +135,15 @@ class Harness:
         return [written[key] == continuation for key, (_, continuation) in zip(asked, pairs, strict=True)]
 
     def write(self, requests: Sequence[tuple[Tokens, int]]) -> list[Tokens]:
-        """What the decoder writes after each context up to the end of the text, at most so many tokens.
+        """The decoder's output after each context, up to the end of the text, within the requested length.
 
         A canvas is written as a whole, and then cut.
         """
         limit = self._rows.task_feature_lengths["targets"]
         if longer := sum(size > limit for _, size in requests):
-            logger.warning("%d of %d texts may be longer than %d tokens, and end there", longer, len(requests), limit)
+            logger.warning(
+                "%d of %d texts may be longer than %d tokens; they are cut there", longer, len(requests), limit
+            )
         return self._write([(context, min(size, limit)) for context, size in requests])
 
     def _write(self, requests: Sequence[tuple[Tokens, int]]) -> list[Tokens]:
@@ -184,7 +187,7 @@ class Harness:
         return found
 
     def _fitted(self, examples: Sequence[tuple[Tokens, Tokens]]) -> Iterator[tuple[Tokens, Tokens]]:
-        """The examples as they fit in rows."""
+        """The examples cut to the row lengths."""
         rows, lengths, cut = self._rows, self._rows.task_feature_lengths, 0
         end = [self._ids.eos_id] if rows.context_eos else []
         for context, targets in examples:
@@ -197,7 +200,7 @@ class Harness:
             cut += len(context) > room
             yield context[max(0, len(context) - room) :] + end, targets
         if cut:
-            logger.warning("%d of %d contexts are too long, and lose their beginning", cut, len(examples))
+            logger.warning("%d of %d contexts are too long; their beginnings are cut off", cut, len(examples))
 
     def _shape(self, sequences: Row) -> tuple[tuple[str, int], ...]:
         """The lengths of the shortest row that the sequences fit in, of those that are compiled for."""
@@ -228,7 +231,7 @@ def _example_ids(examples: Sequence[tuple[Tokens, Tokens]]) -> np.ndarray:
 def _make_greedy_step(
     mesh: Mesh, definition: ModelDefinition, objective: Objective
 ) -> Callable[[Params, Batch], jax.Array]:
-    """The jitted `(params, batch) -> bool [B]`: whether each token of the text is the likeliest one."""
+    """The jitted `(params, batch) -> bool [B]`: whether each token of the text is the most likely one."""
 
     reader = Autoregressive(prefix=objective.attention == PREFIX)
 

@@ -1,4 +1,4 @@
-"""What a model writes for the examples of a data set."""
+"""Decodes the examples of a data set with a model."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -50,7 +50,7 @@ def predict(
     samples_per_example: int = 1,
     text_mask: Callable[[Batch], np.ndarray] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """One record for each example, in order.
+    """Yields one record for each example, in order.
 
     Args:
       decode_step: see `make_decode_step`.
@@ -114,6 +114,6 @@ def _holes(cells: Sequence[str], written: np.ndarray) -> list[str]:
 
 
 def write_jsonl(path: str, records: Iterable[Mapping[str, Any]]) -> None:
-    """Writes records as JSON lines, all or nothing; only the first process of a run writes."""
+    """Writes records as JSON lines, atomically; only the first process of a run writes."""
     if jax.process_index() == 0:
         write_records(path, records)

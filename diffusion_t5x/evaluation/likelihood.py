@@ -1,4 +1,4 @@
-"""How likely a model finds the targets of a data set: of each example, and in bits a token and a byte."""
+"""Likelihood of the targets of a data set: of each example, and in bits per token and per byte."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ def likelihoods(
     mesh: Mesh,
     to_text: Callable[[Sequence[int]], str],
 ) -> Iterator[dict[str, Any]]:
-    """One record for each example, in order.
+    """Yields one record for each example, in order.
 
     Args:
       step: see `make_likelihood_step`.
@@ -54,7 +54,7 @@ def likelihoods(
     """
     for batch, examples in batches:
         if np.max(batch.segment_ids) > 1:
-            raise UserError("Likelihoods are of rows of one example each: these are packed.")
+            raise UserError("Likelihoods need rows of one example each, but these are packed.")
         with jax.set_mesh(mesh):
             found = jax.device_get(step(params, partitioning.put_batch(mesh, batch)))
         for row, example in enumerate(examples):
@@ -69,7 +69,7 @@ def likelihoods(
 
 
 def summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What records of `likelihoods` come to.
+    """Aggregates records of `likelihoods` into metrics.
 
     Of "bits_per_token" and "bits_per_byte" (summed bits over summed tokens and bytes), and of "log_likelihood" (nats,
     the mean over examples): with "_se" the standard error of the estimate, from the objective's draws alone, which more

@@ -1,4 +1,4 @@
-"""A `Harness` as lm-evaluation-harness wants a model: texts in, texts and numbers out."""
+"""A `Harness` with the interface that lm-evaluation-harness expects: texts in, texts and numbers out."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -73,7 +73,7 @@ _NOTHING = -1  # in place of the token that the harness puts before a document: 
 def _encode_pair(
     vocabulary: "seqio.Vocabulary", context: str, continuation: str, *, apart: bool
 ) -> tuple[Tokens, Tokens]:
-    """Context and continuation, spaces between them in the continuation, as the harness's own models have it.
+    """Tokens of context and continuation; spaces between them belong to the continuation, as in the harness's models.
 
     Args:
       vocabulary: encodes.
@@ -108,4 +108,4 @@ def _warn_of_sampling(settings: Sequence[Mapping[str, Any]]) -> None:
         if name not in ("until", *_LIMITS) and value
     }
     if ignored:
-        logger.warning("generation_kwargs leave the decoder as it is: %s", ", ".join(sorted(ignored)))
+        logger.warning("generation_kwargs that the decoder ignores: %s", ", ".join(sorted(ignored)))

@@ -1,9 +1,10 @@
-"""What the verbs do before the work starts: check that data and model fit, and load a model's parameters."""
+"""Prepares a verb's work: checks that data and model fit, and loads a model's parameters."""
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning
@@ -11,7 +12,7 @@ from diffusion_t5x.checkpointing import restoring
 from diffusion_t5x.checkpointing.assignment import Rule
 from diffusion_t5x.checkpointing.checkpoints import AnyCheckpoint, open_checkpoint
 from diffusion_t5x.checkpointing.start import check_start
-from diffusion_t5x.data.batch import Architecture
+from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
@@ -19,10 +20,11 @@ from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.distillation import Teacher
 from diffusion_t5x.training.agreement import Agreement
+from diffusion_t5x.training.rollout import Rollout
 
 
 class Dataset(Protocol):
-    """What a data set says of itself before it is read."""
+    """The data-set interface that is available before reading."""
 
     @property
     def name(self) -> str: ...
@@ -41,8 +43,15 @@ class Dataset(Protocol):
     def token_ids(self) -> TokenIds: ...
 
 
+class Rows(Dataset, Protocol):
+    """What a data set says of its rows before it is read."""
+
+    @property
+    def task_feature_lengths(self) -> Mapping[str, int]: ...
+
+
 def check_datasets(datasets: Iterable[Dataset], model: ModelConfig, mesh: Mesh) -> None:
-    """Raises a UserError where a data set is amiss, or its rows or batches do not fit the model or the mesh."""
+    """Raises a UserError if a data set is invalid, or its rows or batches do not fit the model or the mesh."""
     for dataset in datasets:
         dataset.check()
         if dataset.architecture != model.architecture:
@@ -57,7 +66,7 @@ def check_datasets(datasets: Iterable[Dataset], model: ModelConfig, mesh: Mesh) 
 def load_teacher(
     path: AnyCheckpoint, config: ModelConfig, vocabulary: TokenIds, mesh: Mesh, setting: str, allow_mismatch: bool
 ) -> Teacher:
-    """As `load_model`, of an autoregressive model, with a message that says whose checkpoint is amiss."""
+    """Same as `load_model`, for the autoregressive teacher; error messages name the teacher's checkpoint."""
     try:
         checkpoint = open_checkpoint(path)
         Agreement.of(checkpoint, setting, allow_mismatch).check(config, [Autoregressive()])
@@ -75,7 +84,7 @@ def load_model(
     restore_rules: Sequence[Rule] = (),
     use_ema: bool = True,
 ) -> tuple[ModelDefinition, Params]:
-    """The model of a checkpoint, to be read and not trained.
+    """Loads a checkpoint's model for inference.
 
     Args:
       path: a checkpoint folder, a folder of them or a MODEL_DIR; or an open checkpoint.
@@ -97,7 +106,31 @@ def load_model(
 
 
 def abstract_params(mesh: Mesh, definition: ModelDefinition) -> Params:
-    """Shapes, dtypes and shardings of parameters that are read and not trained, see `ModelDefinition.as_read`."""
+    """Shapes, dtypes and shardings of parameters for inference, see `ModelDefinition.as_read`."""
     shapes = jax.eval_shape(definition.as_read, definition.abstract())
     shardings = partitioning.param_shardings(mesh, shapes, definition.axes())
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def abstract_batch(mesh: Mesh, dataset: Rows, batch_size: int, rollout: Rollout | None = None) -> Batch:
+    """Shapes, dtypes and shardings of a training batch, by the lengths alone; with a rollout, of its longest texts."""
+    sharding = partitioning.batch_sharding(mesh)
+    lengths = dict(dataset.task_feature_lengths)
+    if rollout is not None:
+        lengths["targets"] = rollout.max_length
+
+    def rows(dtype: type, *shape: int) -> Any:  # it stands where an array will
+        return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding)
+
+    apart = dataset.architecture == "encoder_decoder"
+    length = lengths["targets"] if apart else sum(lengths.values())
+    encoder = ("encoder_tokens", "encoder_segment_ids", "encoder_positions") if apart else ()
+    return Batch(
+        tokens=rows(np.int32, length),
+        target_mask=rows(np.bool_, length),
+        segment_ids=rows(np.int32, length),
+        positions=rows(np.int32, length),
+        example_ids=rows(np.int32),
+        written_at=rows(np.int32, length) if rollout is not None else None,
+        **{name: rows(np.int32, lengths["inputs"]) for name in encoder},
+    )

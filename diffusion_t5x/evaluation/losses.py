@@ -29,7 +29,7 @@ def evaluate_loss(
       params: the model's.
       batches: of the evaluation set.
       mesh: to spread the rows over.
-      num_batches: at most so many; None takes all.
+      num_batches: maximum number; None takes all.
     """
     total = None
     for batch in itertools.islice(batches, num_batches):

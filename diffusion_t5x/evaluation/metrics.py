@@ -53,12 +53,12 @@ def bleu(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]
 
 
 def bleu_signature() -> str:
-    """sacrebleu's signature: what the score is to be compared with."""
+    """sacrebleu's signature; only scores with the same one are comparable."""
     return str(sacrebleu.BLEU(references=[[""]]).get_signature())
 
 
 def distinct_n(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """The share of different ones among all n-grams of words of all predictions, n = 1, 2, 3 (arXiv 1510.03055).
+    """Share of distinct n-grams of words among those of all predictions, n = 1, 2, 3 (arXiv 1510.03055).
 
     It depends on how much text there is: compare texts of equal numbers and lengths.
     """

@@ -1,4 +1,4 @@
-"""Predictions that were made elsewhere, put beside the examples that they belong to."""
+"""Reads predictions made elsewhere and assigns them to examples."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Records as JSON lines, written one by one and gone on with where an earlier run stopped."""
+"""Records as JSON lines, written one by one; a repeated run continues where the last one stopped."""
 
 import contextlib
 import fcntl
@@ -25,14 +25,14 @@ class RecordFile:
 
     Args:
       path: the file, which need not be there.
-      settings: what has to be the same for an earlier run to be gone on with.
+      settings: settings that must be the same to continue an earlier run.
 
     Attributes:
       path: the file.
       done: how many records an earlier run has written.
 
     Raises:
-      UserError: the file was begun with other settings, or nothing says with which.
+      UserError: the file was started with other settings, or nothing says with which.
     """
 
     def __init__(self, path: pathlib.Path, settings: Mapping[str, Any]):
@@ -43,7 +43,7 @@ class RecordFile:
             before = self._read_note()
             if changed := [name for name in settings if before.get(name) != settings[name]]:
                 raise UserError(
-                    f"{path} was begun with other settings ({', '.join(changed)}; see {self._note}). "
+                    f"{path} was started with other settings ({', '.join(changed)}; see {self._note}). "
                     "Choose another INFER_OUTPUT_DIR, or remove that file."
                 )
             self.done = done
@@ -108,7 +108,7 @@ class RecordFile:
                         bar.update(record["example_id"] + 1)
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """The records that are there, whole lines only.
+        """The existing records; only complete lines.
 
         Raises:
           UserError: a line is no record.
@@ -138,5 +138,5 @@ def _lock(file: IO[Any], path: pathlib.Path) -> Iterator[None]:
             f"{path} is being written by another process: wait for it, or choose another INFER_OUTPUT_DIR."
         ) from None
     except OSError as error:
-        logger.warning("%s cannot be locked (%s): see to it that no other run writes there", path, error)
+        logger.warning("%s cannot be locked (%s): make sure that no other run writes there", path, error)
     yield

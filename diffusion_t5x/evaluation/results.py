@@ -1,4 +1,4 @@
-"""results.json: scores, and all it takes to repeat them."""
+"""results.json: scores, and everything needed to repeat them."""
 
 import hashlib
 import importlib.metadata
@@ -19,12 +19,12 @@ _NO_MATTER = ("batch_size", "scan_unroll")  # settings that results do not depen
 
 
 def describe(settings: Any) -> Any:
-    """Settings as JSON can hold them, see `record.describe`; classes without their modules."""
+    """Settings as a JSON-serialisable dict, see `record.describe`; classes without their modules."""
     return describe_in_full(settings, lambda cls: cls.__name__)
 
 
 def fingerprint(records: Iterable[Mapping[str, Any]]) -> str:
-    """A hash of the records' inputs and targets, in order: two evaluations with the same one asked the same."""
+    """A hash of the records' inputs and targets, in order: evaluations with equal hashes are on the same examples."""
     digest = hashlib.sha256()
     for record in records:
         texts = [record.get(f"{side}_pretokenized") for side in ("inputs", "targets")]
@@ -33,14 +33,14 @@ def fingerprint(records: Iterable[Mapping[str, Any]]) -> str:
 
 
 def provenance(scores: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """What the scores were computed with: versions, and sacrebleu's signature where there is a BLEU."""
+    """Versions of the packages that computed the scores, and sacrebleu's signature if there is a BLEU."""
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
     has_bleu = any("bleu" in metrics for metrics in scores.values())
     return {"versions": versions} | ({"bleu_signature": bleu_signature()} if has_bleu else {})
 
 
 def is_done(folder: pathlib.Path, checkpoint: str | None, settings: Mapping[str, Any]) -> bool:
-    """Whether the folder has the results of this checkpoint with these settings (as `describe` gives them).
+    """True if the folder has the results of this checkpoint with these settings (as `describe` returns them).
 
     Raises:
       UserError: it has those of others.
@@ -57,7 +57,7 @@ def is_done(folder: pathlib.Path, checkpoint: str | None, settings: Mapping[str,
     now = json.loads(json.dumps({"checkpoint": checkpoint, **settings}))
     if changed := list(differences(before, now, _NO_MATTER)):
         raise UserError(
-            f"{path} has the results of something else (other: {', '.join(changed[:5])}). Choose another "
+            f"{path} has results with other settings ({', '.join(changed[:5])}). Choose another "
             "EVAL_OUTPUT_DIR, or remove that file."
         )
     return True
@@ -77,12 +77,12 @@ def differences(before: Any, now: Any, no_matter: Collection[str] = (), name: st
 
 
 def write_results(folder: str | os.PathLike, report: Mapping[str, Any]) -> None:
-    """Writes `report` to results.json in `folder`, all or nothing."""
+    """Writes `report` to results.json in `folder`, atomically."""
     write_json(os.path.join(folder, "results.json"), report)
 
 
 def write_records(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
-    """Writes records as JSON lines, all or nothing."""
+    """Writes records as JSON lines, atomically."""
     write_json_lines(path, records)
 
 

@@ -1,4 +1,4 @@
-"""What another model, an autoregressive teacher, says of texts."""
+"""Scores texts with another model, an autoregressive teacher."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ def make_judge(mesh: Mesh, teacher: Teacher) -> Judge:
     """The function `batch -> sums`, jitted, over each row's targets up to the token that ends them, `[B]` each.
 
     "teacher_nll": the negative log-likelihood in nats under the teacher, each token given those before it.
-    "teacher_agreement": how many of the tokens are the teacher's likeliest.
+    "teacher_agreement": how many of the tokens are the teacher's most likely.
     """
     definition = teacher.definition
 

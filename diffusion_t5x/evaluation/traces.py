@@ -1,4 +1,4 @@
-"""How a text came to be: what stood in it at each step, as records keep it, and as it looks in a terminal."""
+"""Traces of decoding: the canvas at each step, in records and in a terminal."""
 
 import itertools
 import unicodedata
@@ -60,7 +60,7 @@ def frames(trace: Mapping[str, Any]) -> Iterator[Frame]:
 
 
 def texts(trace: Mapping[str, Any]) -> list[str]:
-    """As `frames`, without the confidences."""
+    """Same as `frames`, without the confidences."""
     return ["".join(text for text, _ in frame) for frame in frames(trace)]
 
 
@@ -100,6 +100,6 @@ def colour(confidence: float) -> str:
 
 
 def sign(text: str) -> str:
-    """What a terminal shows of a text: spaces of any kind as such, signs for all else that it might obey."""
+    """A text as a terminal may show it: all kinds of spaces as they are, symbols in place of control characters."""
     plain = "".join(" " if unicodedata.category(character) == "Zs" else character for character in text)
     return terminal.signs(plain)

@@ -31,14 +31,14 @@ _COMPARED = 1 << 24  # numbers at a time
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """What a source says of its model, checked.
+    """A source's description of its model, checked.
 
     Attributes:
       config: the model here; the embedding's rows are not set.
       vocab_size: rows of the embedding there.
       weights: how each is called and lies.
       copies: names of tensors that hold what another does.
-      passed_over: a line on keys of its config.json that change nothing; empty where there are none.
+      passed_over: a line on keys of its config.json that change nothing; empty if there are none.
       sizes_from: where the model's sizes were read, for messages.
     """
 
@@ -51,7 +51,7 @@ class Described:
 
 
 def describe(folder: Folder, tied: bool | None = None) -> Described:
-    """What is in a folder.
+    """Contents of a model folder.
 
     Args:
       folder: with its headers.
@@ -92,7 +92,7 @@ def check_names(source: Source, described: Described, kind: str) -> None:
 
 
 def _same(folder: Folder, copy: str, name: str) -> bool:
-    """Whether a tensor holds what another does, or is not there."""
+    """True if a tensor is missing or has the same values as another one."""
     if copy not in folder.tensors or name not in folder.tensors:
         return True
     rows, columns = folder.tensors[name].shape

@@ -1,4 +1,4 @@
-"""From T5X: a T5 1.1 in one of its checkpoint folders as a checkpoint of this framework."""
+"""Imports a T5 1.1 from one of T5X's checkpoint folders."""
 
 import collections
 import pathlib
@@ -32,8 +32,8 @@ def from_t5x(path: str, tokenizer_file: str, output_folder: str, activation: Act
       path: a folder with a file `checkpoint`.
       tokenizer_file: its SentencePiece model. See `data.vocabulary_files.vocabulary`.
       output_folder: a folder that is empty or not there.
-      activation: the gate of the feed-forward layers; no array tells it.
-      max_distance: of the relative position bias; no array tells it.
+      activation: the gate of the feed-forward layers, which the arrays do not show.
+      max_distance: of the relative position bias, which the arrays do not show.
 
     Raises:
       UserError: what the folder holds is not supported, broken or does not fit together, or the output is not empty;
@@ -56,7 +56,7 @@ def from_t5x(path: str, tokenizer_file: str, output_folder: str, activation: Act
 
 def _ids(tokenizer: pathlib.Path) -> TokenIds:
     if tokenizer.suffix in (".json", ".bin"):
-        raise UserError(f"{tokenizer} is no SentencePiece model, which the tokenizers of T5X's models are.")
+        raise UserError(f"{tokenizer} is not a SentencePiece model, which the tokenizers of T5X's models are.")
     libraries()
     return token_ids(vocabulary(str(tokenizer)))
 
@@ -71,7 +71,7 @@ def _describe(source: T5XCheckpoint, activation: Activation, max_distance: int) 
     if layers["encoder"] != layers["decoder"]:
         raise UserError(
             f"{source.path}: an encoder of {layers['encoder']} layers and a decoder of {layers['decoder']}; "
-            "they must be as many here."
+            "they must be equal."
         )
     if joined % heads:
         raise UserError(
@@ -109,7 +109,7 @@ def _num_layers(source: T5XCheckpoint, stack: str) -> int:
 
 
 def _weights(config: ModelConfig) -> tuple[Weight, ...]:
-    """All weights; an output matrix of its own only where the embedding is not tied."""
+    """All weights; an output matrix only if the embedding is not tied."""
     head = () if config.tie_embeddings else (table(_HEAD, "head"),)
     encoder = _sublayer("pre_attention_layer_norm", "attention", "attention")
     decoder = (

@@ -25,7 +25,7 @@ def config(keys: Keys, tied: bool) -> ModelConfig:
 
 
 def shared(keys: Keys, every: int) -> dict[str, Any]:
-    """What Gemma 2 and 3 have in common, rotary positions apart.
+    """The settings that Gemma 2 and 3 share, without rotary positions.
 
     Args:
       keys: of the config.json.
@@ -51,7 +51,7 @@ def shared(keys: Keys, every: int) -> dict[str, Any]:
 
 
 def weights(config: ModelConfig) -> tuple[Weight, ...]:
-    """As `llama.weights`."""
+    """Maps parameters to tensors; same rules as `llama.weights`."""
     kept = (w for w in llama.weights(config) if not w.ours.endswith("mlp_norm/scale"))
     norms = under({"model.layers.{}.": "decoder/blocks/"}, *(vector(there, here) for here, there in _NORMS.items()))
     return (*kept, *norms)

@@ -1,4 +1,4 @@
-"""Gemma 3's text models (arXiv 2503.19786): Gemma 2 with normed queries and keys, and two kinds of rotary positions."""
+"""Gemma 3's text models (arXiv 2503.19786): Gemma 2 with query and key norms, and two kinds of rotary positions."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def config(keys: Keys, tied: bool) -> ModelConfig:
 
 
 def _rotary(keys: Keys) -> dict[str, Any]:
-    """Of layers that see everything, and the base of those that see a window; only the former may be scaled.
+    """Rotary settings of global layers, and the base of local ones; only global layers may be scaled.
 
     As in `transformers`, `rope_scaling` comes on top of `rope_parameters`, and older keys fill in for bases.
     """
@@ -34,5 +34,5 @@ def _rotary(keys: Keys) -> dict[str, Any]:
 
 
 def weights(config: ModelConfig) -> tuple[Weight, ...]:
-    """As `llama.weights`."""
+    """Maps parameters to tensors; same rules as `llama.weights`."""
     return (*gemma2.weights(config), *qwen3.query_key_norms())

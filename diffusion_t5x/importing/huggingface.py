@@ -34,7 +34,7 @@ CARRIED = (
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """What a file's header says of a tensor.
+    """A tensor's entry in a file's header.
 
     Attributes:
       file: the path.
@@ -75,7 +75,7 @@ class Folder:
             _check_link(folder / name)
         config = read_json(folder / CONFIG)
         # As in `transformers`, an index counts where there is no single file.
-        names = [SINGLE] if (folder / SINGLE).exists() or not (folder / INDEX).exists() else _shards(folder / INDEX)
+        names = [SINGLE] if (folder / SINGLE).exists() or not (folder / INDEX).exists() else shards(folder / INDEX)
         tensors: dict[str, Tensor] = {}
         for name in names:
             found = _read_header(folder / name)
@@ -85,7 +85,7 @@ class Folder:
         return cls(folder, config, tensors)
 
     def without_keys(self, names: Sequence[str]) -> Self:
-        """The same with keys of config.json taken out. Raises a UserError where one is not there."""
+        """The same without these keys of config.json. Raises a UserError if one does not exist."""
         for name in names:
             if name not in self.config:
                 hint = did_you_mean(name, self.config)
@@ -117,14 +117,14 @@ class Folder:
         return cls(path, read_json(path / CONFIG), tensors).without_keys(ignored)
 
     def tokenizer(self) -> pathlib.Path:
-        """The file of the vocabulary. A spiece.model of other pieces than the tokenizer.json beside it is passed over.
+        """The file of the vocabulary. A spiece.model of other pieces than the tokenizer.json beside it is ignored.
 
         Raises:
           UserError: there is none.
         """
         spiece, tokenizer = self.path / TOKENIZERS[0], self.path / TOKENIZERS[1]
         if spiece.exists() and tokenizer.exists() and not _same_pieces(spiece, tokenizer):
-            print(f"{spiece} is passed over, as by transformers: {tokenizer.name} has other pieces.")
+            print(f"{spiece} is ignored, as in transformers: {tokenizer.name} has other pieces.")
             return tokenizer
         for name in TOKENIZERS:
             if (self.path / name).exists():
@@ -135,7 +135,7 @@ class Folder:
 
 
 def _same_pieces(spiece: pathlib.Path, tokenizer: pathlib.Path) -> bool:
-    """Whether a SentencePiece model's pieces have the same ids in a tokenizer.json."""
+    """True if a SentencePiece model's pieces have the same ids in a tokenizer.json."""
     import sentencepiece
 
     try:
@@ -154,7 +154,7 @@ def _same_pieces(spiece: pathlib.Path, tokenizer: pathlib.Path) -> bool:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A file's JSON object. Raises a UserError where there is none."""
+    """A file's JSON object. Raises a UserError if there is none."""
     try:
         found = json_lines.parse(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -162,7 +162,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: {error}.") from error
     if not isinstance(found, dict):
-        raise UserError(f"{path} is no JSON object.")
+        raise UserError(f"{path} is not a JSON object.")
     return found
 
 
@@ -176,12 +176,12 @@ def _check_link(file: pathlib.Path) -> None:
     in_cache = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
     root, target = folder.parent.parent if in_cache else folder, file.resolve()
     if not target.is_relative_to(root):
-        raise UserError(f"{file} is a link that leads out of {root}: put the file that is meant in its place.")
+        raise UserError(f"{file} is a link that leads out of {root}: replace it with the file itself.")
     if target.exists() and not target.is_file():
-        raise UserError(f"{file} is no regular file.")
+        raise UserError(f"{file} is not a regular file.")
 
 
-def _shards(index: pathlib.Path) -> list[str]:
+def shards(index: pathlib.Path) -> list[str]:
     """The files that an index names, which lie beside it."""
     where = read_json(index).get("weight_map")
     names = where.values() if isinstance(where, dict) else [None]
@@ -206,7 +206,7 @@ def _read_header(file: pathlib.Path) -> dict[str, Tensor]:
                 header = opened.get_slice(name)
                 found[name] = Tensor(str(file), header.get_dtype(), tuple(header.get_shape()))
     except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{file} is broken, or no safetensors file: {error}.") from error
+        raise UserError(f"{file} is broken, or not a safetensors file: {error}.") from error
     for name, tensor in found.items():
         if tensor.dtype not in DTYPES:
             raise UserError(f"{file}: {name} is {tensor.dtype}; only {', '.join(DTYPES)} are supported.")

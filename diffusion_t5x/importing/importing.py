@@ -1,4 +1,4 @@
-"""From a source's tensors to a checkpoint, tensor by tensor."""
+"""Writes a source's tensors to a checkpoint, one by one."""
 
 import dataclasses
 import math
@@ -56,13 +56,18 @@ def write(
     shapes, rows, mask_id = param_shapes(definition), described.vocab_size, definition.vocabulary.mask_id
     config = definition.config
     gin = output.model_gin(f"{source.path.name} ({kind}), imported", config, "VOCABULARY_FILE", final / tokenizer)
-    streams = {weight.ours: _stream(source, weight, shapes[weight.ours]) for weight in described.weights}
-    output.save(to, output.record_of(definition, final / tokenizer), streams, gin)
+    output.save(to, output.record_of(definition, final / tokenizer), params(source, described, definition), gin)
 
     layers = f"0-{config.num_layers - 1}"
     output.print_table([(w.theirs.replace("{}", layers), w.ours, f"{list(shapes[w.ours])}") for w in described.weights])
     new = "" if mask_id < rows else ", a new row"
     print(f"{definition.num_params():,} parameters; {rows} rows, MASK is {mask_id}{new}")
+
+
+def params(source: Source, described: Described, definition: ModelDefinition) -> dict[str, Streamed]:
+    """The parameters by name, float32, each of them read when it is asked for."""
+    shapes = param_shapes(definition)
+    return {weight.ours: _stream(source, weight, shapes[weight.ours]) for weight in described.weights}
 
 
 def _check_numbers(source: Source, described: Described) -> None:

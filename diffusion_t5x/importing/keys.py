@@ -1,4 +1,4 @@
-"""Reading a config.json so that nothing in it goes unnoticed."""
+"""Reads a config.json so that no key goes unnoticed."""
 
 import json
 import math
@@ -54,7 +54,7 @@ class Keys:
         """A key's value, or the default.
 
         Raises:
-          UserError: there is neither, or it is no number where one is wanted.
+          UserError: there is neither, or it is no number where one is expected.
         """
         self.asked.add(name)
         value = self._values.get(name, default)
@@ -114,7 +114,7 @@ class Keys:
         return values
 
     def ignore(self, *names: str) -> None:
-        """These keys mean nothing beside what has been read."""
+        """Ignores these keys, which add nothing to what has been read."""
         self.asked.update(names)
 
     def inside(self, name: str) -> "Keys":
@@ -137,7 +137,7 @@ class Keys:
             )
 
     def judge(self) -> str:
-        """Judges the keys nobody has asked for: returns a line on those passed over, empty where there are none.
+        """Judges the keys nobody has asked for: returns a line on ignored ones, empty if there are none.
 
         Raises:
           UserError: keys that change what the model computes.

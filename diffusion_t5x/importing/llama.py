@@ -1,4 +1,4 @@
-"""Llama 2 and 3, and what the families that descend from it share with it."""
+"""Llama 2 and 3, and what the families derived from them share."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -53,7 +53,7 @@ def dimensions(keys: Keys, kv_heads: int | None = None, head_dim: int | None = N
 
 
 def qwen_windows(keys: Keys, num_layers: int) -> dict[str, Any]:
-    """Which layers of a Qwen2 or Qwen3 see a window only, as fields of ModelConfig."""
+    """The sliding-window layers of a Qwen2 or Qwen3, as fields of ModelConfig."""
     on = keys.get("use_sliding_window", False)
     window, first = keys.nullable("sliding_window", 4096), keys.get("max_window_layers", 28)
     kinds = layer_kinds(keys, num_layers, lambda layer: bool(on and window) and layer >= first)
@@ -61,7 +61,7 @@ def qwen_windows(keys: Keys, num_layers: int) -> dict[str, Any]:
 
 
 def layer_kinds(keys: Keys, num_layers: int, is_local: Callable[[int], bool]) -> list[bool]:
-    """For each layer whether it sees a window only: by `layer_types`, else by its number, from 0 on."""
+    """For each layer, True if it has a sliding window: by `layer_types`, else by its number, from 0 on."""
     kinds = keys.list_of("layer_types", num_layers, "full_attention", "sliding_attention")
     if kinds is None:
         return [is_local(layer) for layer in range(num_layers)]
@@ -69,7 +69,7 @@ def layer_kinds(keys: Keys, num_layers: int, is_local: Callable[[int], bool]) ->
 
 
 def local_layers(keys: Keys, kinds: Sequence[bool], window: int | None) -> dict[str, Any]:
-    """The fields of ModelConfig of layers that see a window only; none where no layer does.
+    """The fields of ModelConfig for sliding-window layers; none if there are no such layers.
 
     Raises:
       UserError: there are such layers and no window.
@@ -112,7 +112,7 @@ def read_rotary(said: Keys, base: float, keys: Keys, length: int | None = None) 
 
 
 def weights(config: ModelConfig) -> tuple[Weight, ...]:
-    """All weights; an output matrix of its own only where the embedding is not tied."""
+    """All weights; an output matrix only if the embedding is not tied."""
     block = under(
         {"model.layers.{}.": "decoder/blocks/"},
         vector("input_layernorm.weight", "attention_norm/scale"),

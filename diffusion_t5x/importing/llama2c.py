@@ -19,7 +19,7 @@ _MAGIC_OF_LATER_VERSIONS = 0x616B3432  # "ak42"
 
 @dataclasses.dataclass(frozen=True)
 class Llama2cModel:
-    """A checkpoint, in llama2.c's own words.
+    """A checkpoint, with llama2.c's names.
 
     Attributes:
       dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len: its header; a negative vocab_size there
@@ -111,7 +111,7 @@ def read(path: str) -> Llama2cModel:
     except OSError as error:
         raise UserError(f"Cannot read the checkpoint {path}: {error.strerror}.") from error
     if len(start) < 4 * len(_HEADER):
-        raise UserError(f"{path} is no checkpoint of llama2.c: {len(start)} bytes are too few for its header.")
+        raise UserError(f"{path} is not a llama2.c checkpoint: {len(start)} bytes are too few for its header.")
     header = dict(zip(_HEADER, np.frombuffer(start, "<i4").tolist(), strict=True))
     if header["dim"] == _MAGIC_OF_LATER_VERSIONS:
         raise UserError(f"{path} is a llama2.c checkpoint of a later version; export it with `--version 0`.")
@@ -145,7 +145,7 @@ def _check_header(header: dict[str, int], path: str) -> None:
         wrong = "dim / n_heads must be even, for rotary positions"
     else:
         return
-    raise UserError(f"{path} is no checkpoint of llama2.c: its header would be {_in_words(header)}, and {wrong}.")
+    raise UserError(f"{path} is not a llama2.c checkpoint: its header would be {_in_words(header)}, and {wrong}.")
 
 
 def _in_words(header: dict[str, int]) -> str:

@@ -9,7 +9,7 @@ weights = llama.weights
 
 
 def config(keys: Keys, tied: bool) -> ModelConfig:
-    """As `llama.config`."""
+    """Builds the ModelConfig; same rules as `llama.config`."""
     fields = llama.shared(keys, kv_heads=8)
     window = keys.nullable("sliding_window", 4096)
     kinds = [window is not None] * fields["num_layers"]

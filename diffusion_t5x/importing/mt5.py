@@ -12,5 +12,5 @@ weights = t5.weights
 
 
 def config(keys: Keys, tied: bool) -> ModelConfig:
-    """As `t5.config`."""
+    """Builds the ModelConfig; same rules as `t5.config`."""
     return dataclasses.replace(t5.config(keys, tied, "gated-gelu"), logits_scale=1.0)

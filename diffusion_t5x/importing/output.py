@@ -1,4 +1,4 @@
-"""What every import writes: checkpoint_0 and a gin file that names the model and its tokenizer."""
+"""Writes an import: checkpoint_0 and a gin file that names the model and its tokenizer."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ _UNFINISHED = ".unfinished"
 _LAST = ("config.json", "model.gin")  # without these, nothing takes a folder for a model
 
 _MODEL_GIN = """\
-# {title}. It stands for a model's and a size's gin file.
+# {title}. Use it in place of a model's and a size's gin file.
 from __gin__ import dynamic_registration
 
 from diffusion_t5x.models import config as model_config
@@ -109,7 +109,7 @@ def save(folder: pathlib.Path, record: Record, params: Mapping[str, np.ndarray |
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Prints columns one below the other."""
+    """Prints a table with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print(terminal.safe("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()))

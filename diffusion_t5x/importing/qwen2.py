@@ -15,7 +15,7 @@ def config(keys: Keys, tied: bool) -> ModelConfig:
 
 
 def weights(config: ModelConfig) -> tuple[Weight, ...]:
-    """As `llama.weights`."""
+    """Maps parameters to tensors; same rules as `llama.weights`."""
     biases = under(
         {"model.layers.{}.self_attn.": "decoder/blocks/attention/"},
         vector("q_proj.bias", "query_bias"),

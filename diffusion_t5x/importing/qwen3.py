@@ -1,4 +1,4 @@
-"""Qwen3 (arXiv 2505.09388): Llama with normed queries and keys."""
+"""Qwen3 (arXiv 2505.09388): Llama with normalised queries and keys."""
 
 from diffusion_t5x.importing import llama
 from diffusion_t5x.importing.keys import Keys
@@ -17,7 +17,7 @@ def config(keys: Keys, tied: bool) -> ModelConfig:
 
 
 def weights(config: ModelConfig) -> tuple[Weight, ...]:
-    """As `llama.weights`."""
+    """Maps parameters to tensors; same rules as `llama.weights`."""
     return (*llama.weights(config), *query_key_norms())
 
 

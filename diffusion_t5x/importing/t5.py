@@ -34,7 +34,7 @@ def config(keys: Keys, tied: bool, feed_forward: str = "relu") -> ModelConfig:
     # These two follow from it, but would overrule it.
     keys.require("is_gated_act", True)
     keys.require("dense_act_fn", *_NAMES[activation])
-    # T5 1.1 is told from T5 by `tie_word_embeddings`, or as newer files have it by what that was once taken to mean.
+    # T5 scales its logits, T5 1.1 does not: newer files say so themselves, older ones by `tie_word_embeddings`.
     scaled = keys.get("scale_decoder_outputs", keys.get("tie_word_embeddings", True))
     return ModelConfig(
         embed_dim=embed,
@@ -54,7 +54,7 @@ def config(keys: Keys, tied: bool, feed_forward: str = "relu") -> ModelConfig:
 
 
 def weights(config: ModelConfig) -> tuple[Weight, ...]:
-    """All weights; an output matrix of its own only where the embedding is not tied."""
+    """All weights; an output matrix only if the embedding is not tied."""
     head = () if config.tie_embeddings else (Weight(HEAD, "head"),)
     encoder = (*_sublayer("0.", "SelfAttention", "attention"), *_feed_forward("1."))
     decoder = (

@@ -20,7 +20,7 @@ _FILE = "checkpoint"
 _TARGET = "optimizer/target/"
 _DTYPES = ("float32", "bfloat16", "float16")
 _DENSEST = 2048  # how many times its size a compressed file may hold; gzip, which T5X has, reaches 1,032
-_ALWAYS = 1 << 24  # so many bytes may be held by any file
+_ALWAYS = 1 << 24  # any file may hold this many bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class T5XCheckpoint:
             else:
                 dropped[name] = _shape(leaf)
         if not tensors:
-            raise UserError(f"{folder / _FILE} is no checkpoint of T5X: it has no {_TARGET}.")
+            raise UserError(f"{folder / _FILE} is not a T5X checkpoint: it has no {_TARGET}.")
         return cls(folder, tensors, dropped)
 
     def read(self, name: str, start: int = 0, stop: int | None = None, axis: int = 0) -> np.ndarray:
@@ -76,7 +76,7 @@ def _read_msgpack(file: pathlib.Path) -> Any:
     try:
         return serialization.msgpack_restore(content)
     except Exception as error:  # of msgpack, numpy or flax, whatever broke
-        raise UserError(f"{file} is broken, or no checkpoint of T5X: {error}.") from error
+        raise UserError(f"{file} is broken, or not a T5X checkpoint: {error}.") from error
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -93,7 +93,7 @@ def _is_zarr(leaf: Any) -> bool:
 
 
 def _shape(leaf: Any) -> tuple[int, ...]:
-    """As the msgpack file says; what is no array has none."""
+    """Shape of an array according to the msgpack file; () for anything else."""
     if _is_zarr(leaf):
         metadata = leaf.get("metadata")
         shape = metadata.get("shape") if isinstance(metadata, dict) else None
@@ -109,7 +109,7 @@ def _open(folder: pathlib.Path, name: str, leaf: Any) -> np.ndarray | tensorstor
     elif isinstance(leaf, np.ndarray):
         array, dtype = leaf, leaf.dtype.name
     else:
-        raise UserError(f"{folder}: {name} is no array, but {str(leaf)[:60]!r}.")
+        raise UserError(f"{folder}: {name} is not an array, but {str(leaf)[:60]!r}.")
     if dtype not in _DTYPES:
         raise UserError(f"{folder}: {name} is {dtype}; only {', '.join(_DTYPES)} are supported.")
     return array
@@ -120,11 +120,11 @@ def _open_zarr(folder: pathlib.Path, name: str, spec: dict[str, Any]) -> tensors
     kvstore = spec.get("kvstore")  # where tensorstore has the path since 0.1.14
     said = (spec | (kvstore if isinstance(kvstore, dict) else {})).get("path")
     if spec["driver"] != "zarr" or not isinstance(said, str):
-        raise UserError(f"{folder}: {name} is no zarr array with a path, but {str(spec)[:60]}.")
+        raise UserError(f"{folder}: {name} is not a zarr array with a path, but {str(spec)[:60]}.")
     try:
         path = (folder / said).resolve()
         if path == folder or not all(file.resolve().is_relative_to(folder) for file in (path, *path.rglob("*"))):
-            raise UserError(f"{folder}: the array {name} lies outside of the checkpoint's folder, in {said!r}.")
+            raise UserError(f"{folder}: the array {name} lies outside the checkpoint's folder, in {said!r}.")
         opened = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(path)}}
         array = tensorstore.open(opened, read=True, open=True).result()
         _check_room(folder, name, array, path, said)

@@ -1,4 +1,4 @@
-"""Back to Hugging Face's format: a checkpoint's parameters as a folder that `transformers` loads."""
+"""Exports a checkpoint's parameters to Hugging Face's format, as a folder that `transformers` loads."""
 
 import itertools
 import operator
@@ -65,8 +65,8 @@ def _origin(checkpoint: pathlib.Path, like: str | None) -> pathlib.Path:
         if (folder / TENSORS).exists():
             return folder
     raise UserError(
-        f"{folders[0]} is no folder that from_hf wrote (it has no {TENSORS}): name the one that the model was imported "
-        "to with --like."
+        f"{folders[0]} is not a folder that from_hf wrote (it has no {TENSORS}): give the folder of the import "
+        "with --like."
     )
 
 

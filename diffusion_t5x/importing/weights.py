@@ -1,4 +1,4 @@
-"""How weights lie there and here, said once for both ways."""
+"""The layouts of weights in the source and here, for both import and export."""
 
 import dataclasses
 import math
@@ -65,7 +65,7 @@ class Weight:
         return [self.theirs.format(i) for i in range(layers)] if self.stacked else [self.theirs]
 
     def their_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Of one layer's tensor, from our shape."""
+        """Shape of one layer's tensor in the source, from our shape."""
         *rest, last = self._matrix(shape)
         return (*rest, last * self.part[1])
 

@@ -88,8 +88,8 @@ class Attention(nnx.Module):
           x: the queries' hidden states.
           positions: int32 `[B, Lq]`, for rotary positions.
           sight: what the queries see of the keys.
-          bias: float32 `[n, heads, Lq, Lk]`, one for each nth of the rows, or None.
-          frequencies: float32 `[head_dim / 2]`, of rotary positions; None where there are none.
+          bias: float32 `[n, heads, Lq, Lk]`, one for each of n equal groups of rows, or None.
+          frequencies: float32 `[head_dim / 2]`, of rotary positions; None if there are none.
           cached: this layer's keys and values `[B, Lk, kv_heads, head_dim]`; the queries' own are written into them
             first. None attends over x itself.
           write_at: int32 `[B]`, the slot of each row's first query; with `cached` only.

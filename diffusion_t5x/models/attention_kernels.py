@@ -1,9 +1,9 @@
-"""Fused attention kernels of JAX behind one signature: no `[heads, Lq, Lk]` of products ever stands in memory.
+"""Fused attention kernels of JAX behind one signature: `[heads, Lq, Lk]` scores are never materialised.
 
 Those for TPUs see a device's own rows and heads. Arguments are query `[B, Lq, heads, D]`, key and value
 `[B, Lk, kv_heads, D]`, bias float32 `[n, heads, Lq, Lk]` or None, what the queries see, with a mask only where no order
-says it, the scale of the products, and their cap or None. Each gives `[B, Lq, heads, D]`, of which that of queries that
-see nothing means nothing.
+says it, the scale of the products, and their cap or None. Each returns `[B, Lq, heads, D]`; values of queries that see
+nothing are undefined.
 """
 
 import functools
@@ -28,7 +28,7 @@ def cudnn(
     scale: float,
     cap: None,
 ) -> jax.Array:
-    """cuDNN's flash attention; it knows no segments, so a mask says them (one for all heads).
+    """cuDNN's flash attention; it has no segments, so they go into a mask (one for all heads).
 
     JAX adds bias and mask to one array, `[B, heads, Lq, Lk]` where there is a bias, else `[B, 1, Lq, Lk]`.
     """
@@ -51,7 +51,7 @@ def splash(
     scale: float,
     cap: float | None,
 ) -> jax.Array:
-    """Splash attention for TPUs: blocks that are hidden by the order, or whole by the mask, are not computed."""
+    """Splash attention for TPUs; it skips blocks that the order or the mask hides completely."""
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query * scale, key, value))
     shape = (query.shape[2], key.shape[2])
     queries, keys = (_block(length) for length in shape)
@@ -93,7 +93,7 @@ def flash(
     scale: float,
     cap: None,
 ) -> jax.Array:
-    """Pallas flash attention for TPUs, row by row, so that a bias stands once for all of them, and its gradient too."""
+    """Pallas flash attention for TPUs, row by row, so that the bias and its gradient exist once for all rows."""
     heads = query.shape[2]
     key, value = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (key, value))
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query * scale, key, value))
@@ -137,7 +137,7 @@ KERNELS: dict[str, Callable[..., jax.Array]] = {"cudnn": cudnn, "splash": splash
 
 
 def _block(length: int) -> int:
-    """Slots a kernel works on at a time: the most of a few that divide the length."""
+    """Slots per kernel block: the largest of a few sizes that divides the length."""
     return next(size for size in (512, 256, 128) if length % size == 0)
 
 

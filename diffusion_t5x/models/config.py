@@ -1,4 +1,4 @@
-"""The dimensions and choices that make a Transformer."""
+"""Dimensions and architecture choices of a Transformer."""
 
 import dataclasses
 from typing import Literal
@@ -18,7 +18,7 @@ class ModelConfig:
       embed_dim, num_layers, num_heads, head_dim, mlp_dim: the size. An encoder has as many layers as its decoder.
       architecture: "decoder_only" reads inputs and targets as one sequence; "encoder_decoder" encodes the inputs, and
         every layer of its decoder attends to them as well.
-      shifted: how a model of diffusion is read. False: the hidden state at a slot predicts the slot's own token. True:
+      shifted: how a diffusion model is read. False: the hidden state at a slot predicts the slot's own token. True:
         it predicts the next one, as an autoregressive model's does (Dream, arXiv 2508.15487; DiffuLLaMA, 2410.17891).
         Autoregressive training and decoding read a model that way in any case.
       vocab_size: rows of the embedding; None takes the vocabulary's size, rounded up to a multiple of 128.
@@ -41,8 +41,8 @@ class ModelConfig:
       embedding_scale: factor on embedded tokens.
       attention_softcap, logits_softcap: x becomes `cap * tanh(x / cap)`, for query-key products and logits.
       attention_backend: what computes attention: "xla" anywhere, "cudnn" on NVIDIA GPUs, on TPUs "splash" (without a
-        relative bias) or "flash" (with one); "auto" takes what suits device and call. Any other choice that cannot be
-        had is an error, but where a decoder reads on over its cache: there "xla" stands in.
+        relative bias) or "flash" (with one); "auto" chooses by device and call. Any other choice that cannot be used
+        is an error, except when decoding over a cache, which then uses "xla".
       local_layers: for each layer whether it sees only what is less than `window` tokens away; None: none does.
       window: of the local layers.
       local_rotary_base: rotary base of the local layers, whose wavelengths then are not stretched; None: local layers
@@ -58,7 +58,7 @@ class ModelConfig:
       dropout_rate: after the embedding, on every residual branch, inside the feed-forward layer, after the last norm.
       dtype: of activations; parameters, softmax, logits and loss are float32.
       scan_unroll: layers unrolled in one iteration of the scan over layers; True unrolls all (fast on CPU).
-      remat: what the backward pass computes again: "none", all but matrix products ("dots"), or everything ("full").
+      remat: what the backward pass recomputes: "none", all but matrix products ("dots"), or everything ("full").
     """
 
     embed_dim: int
@@ -154,7 +154,7 @@ class ModelConfig:
         return self.vocab_size
 
     def with_vocabulary(self, size: int) -> "ModelConfig":
-        """The same model with an embedding row for each of `size` ids.
+        """The same config with an embedding row for each of `size` ids.
 
         Raises:
           UserError: `vocab_size` was set and is too small.

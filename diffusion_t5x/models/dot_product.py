@@ -24,7 +24,7 @@ _told: set[str] = set()  # backends that the log has named
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What the choice of a backend rests on.
+    """The properties of an attention call that decide its backend.
 
     Attributes:
       platform: of the devices that will run it: "cpu", "gpu", "tpu".
@@ -52,7 +52,7 @@ class Call:
 
 
 def choose(asked: str, call: Call) -> tuple[str, str]:
-    """The backend of a call, and why it is no other.
+    """The backend of a call, and the reason for it.
 
     Raises:
       UserError: another than "auto" and "xla" was asked for that cannot run a call over whole rows.
@@ -68,14 +68,14 @@ def choose(asked: str, call: Call) -> tuple[str, str]:
     reason = _refusal(asked, call)
     if reason and call.whole:
         raise UserError(
-            f'ModelConfig.attention_backend = "{asked}" cannot be had: {reason}. Set it to "auto" or "xla", or change '
+            f'ModelConfig.attention_backend = "{asked}" cannot be used: {reason}. Set it to "auto" or "xla", or change '
             "that."
         )
     return ("xla", reason) if reason else (asked, "it was asked for")
 
 
 def _refusal(backend: str, call: Call) -> str | None:
-    """Why a kernel cannot run a call; None where it can."""
+    """The reason why a kernel cannot run a call; None if it can."""
     lengths = f"{call.query_length} queries and {call.key_length} keys"
     if call.platform != ("gpu" if backend == "cudnn" else "tpu"):
         return f"{backend} does not run on a {call.platform}"
@@ -112,7 +112,7 @@ def attend(
       config: says the backend, the scale of the products and their cap.
       query: `[B, Lq, heads, D]`.
       key, value: `[B, Lk, kv_heads, D]`.
-      bias: float32 `[n, heads, Lq, Lk]`, one for each nth of the rows, or None.
+      bias: float32 `[n, heads, Lq, Lk]`, one for each of n equal groups of rows, or None.
       sight: what the queries see of the keys.
 
     Raises:
@@ -216,7 +216,7 @@ def by_kernel(
 
 
 def _padded(query, key, value, bias, sight):
-    """The arguments with lengths for a TPU: what is added belongs to no segment and is seen by none."""
+    """The arguments padded to TPU lengths; the padding is in no segment, so nothing attends to it."""
     queries, keys = ((0, -x.shape[1] % _TPU_LANES) for x in (query, key))
 
     def pad(x, by_axis):

@@ -43,12 +43,12 @@ def dense(x: jax.Array, kernel: jax.Array | LowRank, inputs: int = 1) -> jax.Arr
 
 
 def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
-    """The sum, in x's dtype; x where there is no bias."""
+    """The sum, in x's dtype; x if there is no bias."""
     return x if bias is None else x + bias.get_value().astype(x.dtype)
 
 
 def softcap(x: jax.Array, cap: float | None) -> jax.Array:
-    """`cap * tanh(x / cap)`: x, and never beyond the cap. None caps nothing."""
+    """`cap * tanh(x / cap)`: x, limited to the cap. None: no cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
@@ -62,7 +62,7 @@ def fold_in(keys: jax.Array | None, number: jax.Array | int) -> jax.Array | None
 
 
 def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
-    """Dropout of x `[B, L, ...]` with a key for each row; the mask is shared over the length, as T5 has it."""
+    """Dropout of x `[B, L, ...]` with a key for each row; the mask is shared over the length, as in T5."""
     if keys is None or rate == 0:
         return x
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[2:]))(keys)[:, None]

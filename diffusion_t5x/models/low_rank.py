@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 
 class LowRank(flax.struct.PyTreeNode):
-    """Stands where a parameter stands, and means `base + scale * down up`; layers multiply by the three one by one.
+    """Takes the place of a parameter of value `base + scale * down up`; layers multiply by the three separately.
 
     Leading axes, such as that of stacked layers, are the same in all three.
 

@@ -1,4 +1,4 @@
-"""The mask room: who may see whom."""
+"""Attention masks: which slots may attend to which."""
 
 import dataclasses
 from typing import ClassVar, Literal, Self
@@ -14,7 +14,7 @@ Reach = Literal["before", "all"]  # of its segment, a query sees the slots up to
 
 
 class Slots(flax.struct.PyTreeNode):
-    """What the mask room knows of every token slot; each field is `[B, L]`.
+    """The properties of every token slot that attention masks depend on; each field is `[B, L]`.
 
     Attributes:
       segment_ids: int32, 0 = nothing there. Slots of different segments never see each other.
@@ -53,7 +53,7 @@ def same_segment(queries: Array, keys: Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionKind:
-    """One of the ways in which the tokens of a segment see each other.
+    """An attention pattern between the tokens of a segment.
 
     Attributes:
       name: "causal": itself and what is before. "prefix": moreover, every input. "bidirectional": the whole segment.
@@ -61,7 +61,7 @@ class AttentionKind:
         from the segment's first target, backwards too, so inputs stand in blocks of negative index. "block_diffusion":
         clean slots as in "block_causal"; a noisy one sees the clean slots of earlier blocks and the noisy ones of its
         own, as it will when it is decoded behind a cache (the same paper, section 3.2).
-      block_size: tokens a block, for the last two; traced, where it grows in training.
+      block_size: tokens per block, for the last two; traced, where it grows in training.
     """
 
     name: Literal["causal", "prefix", "bidirectional", "block_causal", "block_diffusion"]
@@ -70,7 +70,7 @@ class AttentionKind:
     def __post_init__(self) -> None:
         check_choices(self)
         if self.name.startswith("block") != (self.block_size is not None):
-            raise UserError(f"block_size belongs to block_causal and block_diffusion attention alone; got {self}.")
+            raise UserError(f"block_size belongs only to block_causal and block_diffusion attention; got {self}.")
         if isinstance(self.block_size, int) and self.block_size < 1:
             raise UserError(f"block_size must be at least 1, not {self.block_size}.")
 
@@ -98,7 +98,7 @@ class AttentionKind:
 
     @property
     def order(self) -> Reach | None:
-        """What is seen of a segment whose slots stand one behind the other; None where more than that tells."""
+        """The order in which a segment's consecutive slots see each other; None if it takes more to say."""
         orders: dict[str, Reach] = {"causal": "before", "bidirectional": "all"}
         return orders.get(self.name)
 
@@ -131,7 +131,7 @@ class Annealed:
 
 
 class Sight(flax.struct.PyTreeNode):
-    """What queries see of keys, said in the two ways that attention may be computed by.
+    """Which keys each query sees, in two forms: for kernels and as a mask.
 
     Attributes:
       mask: bool `[B, Lq, Lk]`, whether a query sees a key.
@@ -150,13 +150,13 @@ class Sight(flax.struct.PyTreeNode):
 
     @classmethod
     def of(cls, kind: AttentionKind | Annealed, queries: Slots, keys: Slots, whole: bool) -> Self:
-        """Of slots to slots of the same rows, or with `whole` to themselves."""
+        """The sight of slots in the same rows, or with `whole` of the slots in themselves."""
         mask = kind.mask(queries, keys)
         order = kind.order if whole and keys.index is None else None
         return cls(mask, jnp.any(mask, axis=-1), queries.segment_ids, keys.segment_ids, order, whole)
 
     @classmethod
     def across(cls, queries: Array, keys: Array, whole: bool) -> Self:
-        """Of segments `[B, Lq]` to the same segments of other rows, `[B, Lk]`."""
+        """The sight of segments `[B, Lq]` in the same segments of other rows, `[B, Lk]`."""
         mask = same_segment(queries, keys)
         return cls(mask, jnp.any(mask, axis=-1), queries, keys, "all", whole)

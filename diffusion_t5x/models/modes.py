@@ -1,4 +1,4 @@
-"""How a model can be used: the modes that an objective teaches and a decoder needs."""
+"""Modes of use: those that an objective trains and those that a decoder needs."""
 
 import dataclasses
 from typing import Literal, Self
@@ -12,12 +12,12 @@ Noise = Literal["mask", "uniform"]
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """One way in which a model predicts tokens.
+    """One way to predict tokens.
 
     Attributes:
       attention: name of an `AttentionKind`.
       block_size: tokens per block, where attention has blocks.
-      noise: what stands where a token is not written yet; None for left to right, where nothing does.
+      noise: the content of unwritten targets; None for left to right, which has none.
     """
 
     attention: str

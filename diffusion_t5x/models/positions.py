@@ -1,4 +1,4 @@
-"""Where a token stands: T5's relative position bias, rotary positions, and learned ones."""
+"""Positions: T5's relative position bias, rotary positions, and learned positions."""
 
 import math
 
@@ -68,7 +68,7 @@ class RelativePositionBias(nnx.Module):
 def rotary_frequencies(
     head_dim: int, base: float, factor: float = 1.0, stretched: tuple[float, float] | None = None
 ) -> np.ndarray:
-    """Radians a token by which rotary positions turn each pair, float32 `[head_dim / 2]`.
+    """Radians per token by which rotary positions turn each pair, float32 `[head_dim / 2]`.
 
     Args:
       head_dim: D.

@@ -17,12 +17,12 @@ from diffusion_t5x.models.masks import Annealed, AttentionKind, Slots
 from diffusion_t5x.models.stack import Encoded
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 
-# A packed row has room for one segment more for so many tokens of its length.
+# A packed row has room for one more segment per this many tokens of its length.
 TOKENS_PER_SEGMENT = 16
 
 
 def start_first(tokens: Array, positions: Array, vocabulary: TokenIds) -> jax.Array:
-    """What the model reads of masked tokens `[B, L]`: where a segment's very first one is masked, the start token.
+    """The model's input for masked tokens `[B, L]`: the start token if a segment's first token is masked.
 
     That happens where no input comes before: in an encoder-decoder's decoder above all. Relative and rotary positions
     are differences between tokens that differ: over nothing but MASK, every position would have the same logits. The
@@ -32,7 +32,7 @@ def start_first(tokens: Array, positions: Array, vocabulary: TokenIds) -> jax.Ar
 
 
 def shift_right(tokens: Array, positions: Array, start_id: int) -> jax.Array:
-    """What an autoregressive model reads, `[B, L]`: the token before, and the start token first in each segment."""
+    """An autoregressive model's input `[B, L]`: the previous token, and the start token first in each segment."""
     before = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)))
     return jnp.where(positions == 0, start_id, before)
 
@@ -102,13 +102,13 @@ class Reading(flax.struct.PyTreeNode):
         )
 
     def tokens(self, noisy: jax.Array, vocabulary: TokenIds) -> jax.Array:
-        """What the model reads, int32 `[B, L']`, of noisy tokens `[B, L]`."""
+        """The model's input, int32 `[B, L']`, for noisy tokens `[B, L]`."""
         if self.slot is None:
             return start_first(noisy, self.batch.positions, vocabulary)
         return _put(jnp.asarray(self.batch.tokens), self.slot, noisy)
 
     def states(self, hidden: jax.Array, offset: jax.Array | int = 0) -> jax.Array:
-        """Of hidden states `[B, L', D]`, or of more, those `[B, L, D]` that predict the tokens.
+        """Selects from hidden states `[B, L', D]`, or more, those `[B, L, D]` that predict the tokens.
 
         Shifted, `offset` is added to their slots.
         """
@@ -136,7 +136,7 @@ def _put(rows: jax.Array, slot: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def model_reads(noisy: jax.Array, batch: Batch, model: ModelDefinition) -> jax.Array:
-    """What stands in the slots that predict the tokens, int32 `[B, L]`: itself noisy, or shifted, what is before it."""
+    """The tokens in the slots that predict, int32 `[B, L]`: the noisy ones, or if shifted, the ones before."""
     if model.config.shifted:
         return shift_right(noisy, batch.positions, model.vocabulary.start_id)
     return start_first(noisy, batch.positions, model.vocabulary)

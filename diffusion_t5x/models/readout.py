@@ -1,4 +1,4 @@
-"""What logits say of given tokens."""
+"""Cross-entropy and accuracy of given tokens, from hidden states."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def cross_entropy(
 
 
 def score(model: Transformer, hidden: jax.Array, labels: Array) -> tuple[jax.Array, jax.Array]:
-    """Of labels `[B, L]` given hidden `[B, L, D]`: the cross-entropy, MASK left out, and whether they are likeliest."""
+    """Cross-entropy in nats (without MASK) and argmax accuracy of labels `[B, L]`, from hidden states `[B, L, D]`."""
 
     def read_out(logits, labels):
         logits = forbid(logits, model.vocabulary)

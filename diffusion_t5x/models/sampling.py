@@ -1,4 +1,4 @@
-"""Tokens out of logits."""
+"""Samples tokens from logits."""
 
 import dataclasses
 import functools
@@ -12,12 +12,12 @@ from diffusion_t5x.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn.
+    """How to sample a token.
 
     Attributes:
-      temperature: logits are divided by it; 0 takes the likeliest token.
-      top_k: only the k likeliest tokens; None allows all.
-      top_p: only the fewest likeliest tokens whose probabilities (at this temperature) sum to at least p.
+      temperature: logits are divided by it; 0 takes the most likely token.
+      top_k: only the k most likely tokens; None allows all.
+      top_p: only the fewest most likely tokens whose probabilities (at this temperature) sum to at least p.
     """
 
     temperature: float = 1.0

@@ -19,7 +19,7 @@ ACTIVATIONS = ("batch", "length", "embed")
 
 
 class Encoded(flax.struct.PyTreeNode):
-    """What a decoder sees of the inputs: keys and values for the cross-attention of every layer, computed once.
+    """The encoded inputs as a decoder sees them: keys and values for every layer's cross-attention, computed once.
 
     Attributes:
       keys, values: `[layers, B, S, kv_heads, head_dim]`.
@@ -40,12 +40,12 @@ class Encoded(flax.struct.PyTreeNode):
 
 
 class View(flax.struct.PyTreeNode):
-    """What the queries of a layer see, and from where.
+    """The keys that a layer's queries see, and the queries' positions.
 
     Attributes:
       positions: int32 `[B, Lq]`, of the queries.
       sight: what they see of the keys.
-      bias: float32 `[n, heads, Lq, Lk]`, one for each nth of the rows; None without relative positions.
+      bias: float32 `[n, heads, Lq, Lk]`, one for each of n equal groups of rows; None without relative positions.
       frequencies: float32 `[head_dim / 2]`; None without rotary positions.
       write_at: int32 `[B]`, the slot of each row's first query in the cache; None without a cache.
       inputs_sight: what the queries see of an encoder's inputs; None without an encoder.
@@ -60,7 +60,7 @@ class View(flax.struct.PyTreeNode):
 
 
 def norm(config: ModelConfig) -> RMSNorm | LayerNorm:
-    """Of hidden states."""
+    """The configured norm of hidden states."""
     if config.norm == "layer":
         return LayerNorm(config.embed_dim, config.norm_epsilon)
     return RMSNorm(config.embed_dim, config.norm_epsilon, offset=config.norm_offset)
@@ -165,7 +165,7 @@ class Stack(nnx.Module):
         Args:
           x: embedded tokens.
           slots: what they are.
-          kind: who sees whom.
+          kind: which slots attend to which.
           encoded: the inputs, for cross-attention.
           dropout_keys: `[B]`, a key for each row; None switches dropout off.
         """
@@ -184,12 +184,12 @@ class Stack(nnx.Module):
         write_at: jax.Array,
         encoded: Encoded | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """As `__call__` for some slots of each row, over the cached keys and values of the others.
+        """Same as `__call__` for some slots of each row, over the cached keys and values of the others.
 
         Args:
           x: embedded tokens `[B, Lq, D]`.
           queries: their slots.
-          kind: who sees whom.
+          kind: which slots attend to which.
           slots: of the whole rows, `[B, L]`.
           cached: keys and values, `[layers, B, L, kv_heads, head_dim]`.
           write_at: int32 `[B]`, the slot of each row's first token.
@@ -206,7 +206,7 @@ class Stack(nnx.Module):
         return jax.vmap(lambda block: block.cross_attention.keys_values(hidden))(self.blocks)
 
     def _bias(self, positions, rows):
-        """`[n, heads, Lq, Lk]`, one for each nth of the rows."""
+        """`[n, heads, Lq, Lk]`, one for each of n equal groups of rows."""
         query_positions, key_positions = positions
         axes = ("heads", "length", "keys")
         if len(query_positions) > 1:

@@ -26,7 +26,7 @@ MAX_LOGITS = 1 << 26
 
 
 class Transformer(nnx.Module):
-    """Tokens in, hidden states out; it knows tokens, attention kinds and its cache, and no noise and no loss."""
+    """Maps tokens to hidden states. It has tokens, attention kinds and a cache, but no noise and no loss."""
 
     def __init__(self, key: jax.Array, config: ModelConfig, vocabulary: TokenIds):
         embed_key, decoder_key, encoder_key, head_key = jax.random.split(key, 4)
@@ -43,7 +43,7 @@ class Transformer(nnx.Module):
         self.vocabulary = vocabulary
 
     def encode(self, batch: Batch, dropout_keys: jax.Array | None = None) -> Encoded | None:
-        """What the decoder sees of a batch's inputs; None for a decoder-only model, which reads them among its tokens.
+        """Encodes a batch's inputs; None for a decoder-only model, which reads them among its tokens.
 
         Args:
           batch: with `encoder_tokens` if the model has an encoder.
@@ -72,7 +72,7 @@ class Transformer(nnx.Module):
         Args:
           tokens: what stands in the slots.
           slots: what the slots are.
-          kind: who sees whom.
+          kind: which slots attend to which.
           encoded: the inputs, from `encode`.
           dropout_keys: `[B]`, a key for each row; None switches dropout off.
         """
@@ -117,7 +117,7 @@ class Transformer(nnx.Module):
         return self._logits(hidden, self._readout()[None])
 
     def _logits(self, hidden, kernels):
-        """With kernels `[n, D, V]`, one for each nth of the rows."""
+        """With kernels `[n, D, V]`, one for each of n equal groups of rows."""
         hidden = hidden * jnp.asarray(self.config.readout_scale, hidden.dtype)
         kernels = kernels.astype(hidden.dtype)
         pieces = hidden.reshape(len(kernels), -1, *hidden.shape[1:])
@@ -125,7 +125,7 @@ class Transformer(nnx.Module):
         return softcap(logits.reshape(*hidden.shape[:-1], -1), self.config.logits_softcap)
 
     def map_logits(self, fn: Callable[..., Any], hidden: jax.Array, *per_position: Any) -> Any:
-        """`fn(logits, *per_position)` over pieces of the length, so that large logits never stand whole in memory.
+        """`fn(logits, *per_position)` over pieces of the length, so that large logits are never in memory as a whole.
 
         Args:
           fn: maps float32 logits `[B, l, V]` and its other arguments, cut to the same l positions, to a pytree of
@@ -162,7 +162,7 @@ class Transformer(nnx.Module):
 
 
 def is_matrix(axes: Sequence[str]) -> bool:
-    """Whether logical axes are those of a matrix or an embedding, not of a norm, a bias or a table of biases."""
+    """True if logical axes belong to a matrix or an embedding, not to a norm, a bias or a table of biases."""
     return "embed" in axes and len(axes) > 1 + ("layers" in axes)
 
 
@@ -188,7 +188,7 @@ class ModelDefinition:
         return Transformer(key, self.config, self.vocabulary)
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh parameters. Jit it with output shardings, and nothing stands whole on one device."""
+        """Fresh parameters. Under jit with output shardings, no array is whole on one device."""
         return nnx.to_pure_dict(nnx.state(self._build(key), nnx.Param))
 
     @functools.cached_property
@@ -218,7 +218,7 @@ class ModelDefinition:
         return jax.tree.map(lambda x, cast: x.astype(self.config.dtype) if cast else x, params, small)
 
     def trained(self) -> Params:
-        """Which parameters training changes: True for each."""
+        """A tree with True for each parameter that training changes."""
         return jax.tree.map(lambda _: True, self.abstract())
 
     def bind(self, params: Params) -> Transformer:

@@ -1,4 +1,4 @@
-"""Attention that opens little by little, from causal to what an objective asks for (DiffuLLaMA, arXiv 2410.17891)."""
+"""Attention annealing, from causal to the objective's attention (DiffuLLaMA, arXiv 2410.17891)."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def annealed(
 
     Args:
       kind: at the end.
-      anneal_steps: how long it takes; None has it open from the first step on.
+      anneal_steps: number of steps; None: all edges are open from the first step.
       step: int32 scalar, steps taken before; None is after the end.
       key: of the step: all rows, layers and heads have the same edges.
     """

@@ -1,4 +1,4 @@
-"""The autoregressive objective: predict each target from what is before it."""
+"""The autoregressive objective: predict each target from the tokens before it."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -78,7 +78,7 @@ class Autoregressive(Objective):
         step: jax.Array | None = None,
         teacher: Transformer | None = None,
     ) -> LossSums:
-        """The key serves dropout alone, and None switches it off; the objective itself draws nothing."""
+        """The key is only for dropout; the objective itself draws nothing."""
         dropout_keys = None
         if train and key is not None:
             dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids)

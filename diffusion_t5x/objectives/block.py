@@ -37,7 +37,7 @@ from diffusion_t5x.objectives.uniform_bound import uniform_bound
 def block_starts(batch: Batch, block_size: int | jax.Array) -> jax.Array:
     """int32 `[B, L]`: the row index of the first slot of the block of targets that a target is in.
 
-    Blocks are counted from each segment's first target. What it says of inputs and padding means nothing.
+    Blocks are counted from each segment's first target. Undefined for inputs and padding.
     """
 
     def first_targets(segment_ids, input_mask):
@@ -100,16 +100,17 @@ class Block(Objective):
     (Fast-dLLM v2, arXiv 2509.26328). At block size 1, with everything masked, its loss is the autoregressive one.
 
     Attributes:
-      block_size: targets a block. 1 is autoregressive (reading MASK where an autoregressive model reads the token
+      block_size: targets per block. 1 is autoregressive (reading MASK where an autoregressive model reads the token
         before); as long as the targets, it is one diffusion over all of them.
-      stages: `((0, size), (step, size), ...)`, the block sizes of training from these steps on, the last of them
+      stages: `((0, size), (step, size), ...)`, the block sizes of training from these steps on, the last one
         `block_size` (LLaDA2.0's warm-up, arXiv 2512.15745); None trains with `block_size` alone.
       noise: "mask" hides tokens, and the loss is that of the hidden ones. "uniform" puts others in their place, and
         the loss is that of all tokens, without weights: no bound (SUNDAE's first term, inside blocks).
       schedule: see `Masked`.
       weighting: of a masked token, see `Masked`; "uniform" noise knows no other than "uniform".
       epsilon: the least time, which bounds the weights.
-      anneal_steps: training steps in which attention inside blocks opens, see `annealed`; None needs none.
+      anneal_steps: training steps over which attention inside blocks becomes bidirectional, see `annealed`; None: no
+        annealing.
       normalize: what the summed loss is divided by.
     """
 
@@ -162,7 +163,7 @@ class Block(Objective):
     def corrupt(
         self, vocabulary: TokenIds, batch: Batch, key: jax.Array, size: int | jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Of every position `[B, L]`: the token or noise, and the bound's weight if it is masked.
+        """For every position `[B, L]`: the token or noise, and the weight in the bound if it is masked.
 
         Blocks are of this size, or of `block_size`.
         """

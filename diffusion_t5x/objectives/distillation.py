@@ -49,7 +49,7 @@ class Teacher(NamedTuple):
 def divergence(
     teacher: jax.Array, student: jax.Array, kind: Divergence = "forward_kl", top_k: int | None = None
 ) -> jax.Array:
-    """How far a student's distribution is from its teacher's, in nats, `[...]`.
+    """Divergence of a student's distribution from its teacher's, in nats, `[...]`.
 
     What the teacher excludes (a logit of -inf) adds exactly nothing to the forward KL, and to the JSD what it does in
     the limit. The reverse KL would be infinite there: it is taken over the teacher's support alone.
@@ -58,7 +58,7 @@ def divergence(
       teacher, student: logits float32 `[..., V]`.
       kind: "forward_kl": KL(teacher || student). "reverse_kl": KL(student || teacher). "jsd": the Jensen-Shannon
         divergence, at most log 2.
-      top_k: only the terms of the teacher's k likeliest tokens, probabilities as they are (not renormalised). The sum
+      top_k: only the terms of the teacher's k most likely tokens, probabilities as they are (not renormalised). The sum
         may exceed the whole one, and may be negative.
     """
     log_p, log_q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
@@ -84,13 +84,13 @@ def divergence(
 def visited_states(batch: Batch, vocabulary: TokenIds, block_size: int, key: jax.Array) -> jax.Array:
     """int32 `[B, L]`: for each block of targets one of the states in which its decoder saw it, the rest as it is.
 
-    A decoder that writes a block in n steps sees n states with something masked; each is as likely as any, and each
+    A decoder that writes a block in n steps sees n states with something masked; each is equally likely, and each
     block has its own draw.
 
     Args:
       batch: a rollout, with `written_at`.
       vocabulary: says which id is MASK.
-      block_size: targets a block, as in decoding.
+      block_size: targets per block, as in decoding.
       key: rows draw from it by their `example_ids`.
     """
     starts = block_starts(batch, block_size)
@@ -113,7 +113,7 @@ class Distillation(Objective):
     Without a rollout stage the text is the data's (off-policy), and with it the student's own.
 
     Attributes:
-      block_size: targets a block.
+      block_size: targets per block.
       divergence: "forward_kl", "reverse_kl" or "jsd", see `divergence`.
       top_k: of the teacher's support, see `divergence`; None takes all of it (the paper names 16).
       states: "visited": what the student saw when it wrote the text; a text that nobody wrote here, such as that of an
@@ -214,5 +214,5 @@ class Distillation(Objective):
         )
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
-        """Of the student, which writes by block diffusion: that of `Block`."""
+        """The student's likelihood, as a block diffusion model: that of `Block`."""
         return Block(self.block_size).log_likelihood(model, batch, key, num_draws)

@@ -83,5 +83,5 @@ class Joint(Objective):
         )
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
-        """As written by diffusion; as written token by token, it is that of `Autoregressive`."""
+        """Likelihood of decoding by diffusion; for decoding token by token, use that of `Autoregressive`."""
         return self.diffusion.log_likelihood(model, batch, key, num_draws)

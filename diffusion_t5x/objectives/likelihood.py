@@ -22,7 +22,7 @@ def check_num_draws(num_draws: int) -> None:
 
 
 def estimate(draw: Draw, vocabulary: TokenIds, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
-    """The mean of a random log-likelihood over draws that share out [0, 1) evenly.
+    """Mean of a random log-likelihood over draws that cover [0, 1) evenly.
 
     [0, 1) is cut into `num_draws / 2` equal parts, and there are two draws in each. The two are independent, so the
     square of their difference says without bias how much draws of that part vary; the standard error follows from
@@ -70,7 +70,7 @@ def masked_bound(
 ) -> Likelihood:
     """The evidence lower bound of masked diffusion, in groups of targets that are masked apart from one another.
 
-    Of a group's n targets l ~ U{1..n}, any as likely as any, are masked, and n/l times their cross-entropies is
+    Of a group's n targets l ~ U{1..n}, each equally likely, are masked, and n/l times their cross-entropies is
     minus an estimate of the bound: that of times t ~ U[0, 1] and weights 1/t with the chance of t's number of masks
     taken out (LLaDA, arXiv 2502.09992, equation 6; the same for any schedule: MDLM, arXiv 2406.07524, section 3.5).
 

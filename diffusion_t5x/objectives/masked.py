@@ -1,4 +1,4 @@
-"""Masked (absorbing) diffusion: predict the targets that are hidden, at every share of hidden ones.
+"""Masked (absorbing) diffusion: predict masked targets, for any share of masked ones.
 
 MDLM (arXiv 2406.07524, section 3) and LLaDA (arXiv 2502.09992, section 2).
 """
@@ -75,7 +75,8 @@ class Masked(Objective):
       schedule: "linear": masked with probability t. "cosine": with probability cos(pi / 2 (1 - t)), so more of it is.
       weighting: of a masked token. "elbo": the evidence bound's. "uniform": 1; with "cosine" this is MaskGIT.
       epsilon: the least time, which bounds the weights.
-      anneal_steps: training steps in which causal attention becomes bidirectional, see `annealed`; None needs none.
+      anneal_steps: training steps over which causal attention becomes bidirectional, see `annealed`; None: no
+        annealing.
       normalize: what the summed loss is divided by.
     """
 
@@ -108,7 +109,7 @@ class Masked(Objective):
         return model_reads(tokens, batch, model)
 
     def _corrupt(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Of every position `[B, L]`: the token or MASK, and the bound's weight if it is masked."""
+        """For every position `[B, L]`: the token or MASK, and the weight in the bound if it is masked."""
         share = stratified(stream(key, "time"), batch.example_ids, batch.segment_ids)
         probability, weights = SCHEDULES[self.schedule](1 - (1 - self.epsilon) * share)
         keys = row_keys(stream(key, "where"), batch.example_ids)

@@ -1,4 +1,4 @@
-"""What every objective is, and the pieces that objectives share."""
+"""The protocol of objectives, and the pieces that objectives share."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -30,12 +30,12 @@ class Ratio(flax.struct.PyTreeNode):
         return jax.tree.map(jnp.add, self, other)
 
     def mean(self) -> jax.Array:
-        """0 where there was nothing to average."""
+        """The mean; 0 if there was nothing to average."""
         return self.numerator / jnp.where(self.denominator == 0, 1, self.denominator)
 
 
 class LossSums(flax.struct.PyTreeNode):
-    """What an objective says of a batch.
+    """An objective's loss and metrics on a batch.
 
     Attributes:
       loss: what is minimised.
@@ -51,7 +51,7 @@ class LossSums(flax.struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """A pass of the decoder over a batch in `Objective.loss`, for counting what a step costs.
+    """A pass of the decoder over a batch in `Objective.loss`, for counting FLOPs.
 
     Attributes:
       slots: that are read for each slot of the batch. The logits of one of them are computed.
@@ -65,7 +65,7 @@ class Pass:
 
 
 class Likelihood(flax.struct.PyTreeNode):
-    """How likely a model finds each row's targets, given its inputs.
+    """Log-likelihood of each row's targets, given its inputs.
 
     Attributes:
       log_likelihood: float32 `[B]` in nats: exact, or an unbiased estimate of a lower bound; the objective says which.
@@ -89,7 +89,7 @@ class Objective(Protocol):
       needs_teacher: the loss needs an autoregressive teacher.
       takes_rollouts: learns from texts that the model wrote itself, in blocks of `attention.block_size`, and may read
         `Batch.written_at`.
-      needs_rollouts: learns from no others.
+      needs_rollouts: learns only from such texts.
       normalize: what the summed loss is divided by, see `normalized`.
     """
 
@@ -107,7 +107,7 @@ class Objective(Protocol):
 
     @property
     def attention(self) -> AttentionKind:
-        """Who sees whom under this objective."""
+        """The attention kind of this objective."""
 
     @property
     def modes(self) -> tuple[Mode, ...]:
@@ -119,7 +119,7 @@ class Objective(Protocol):
         """The passes of one call of `loss`."""
 
     def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array) -> jax.Array:
-        """What the model reads first when `loss` is called with this key, int32 `[B, L]`: shifted, corrupted, or both.
+        """The model's first input when `loss` is called with this key, int32 `[B, L]`: shifted, corrupted, or both.
 
         Of what it reads, that in the slots which predict the tokens.
         """
@@ -145,7 +145,7 @@ class Objective(Protocol):
         """
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
-        """Of rows that hold one example each, as an evaluation's do: packed ones would be taken for one.
+        """Log-likelihoods of rows with one example each, as in evaluation; a packed row would count as one example.
 
         Rows draw from the key by their `example_ids`: a row's numbers are the same alone and in any batch.
 
@@ -176,11 +176,11 @@ def stratified(key: jax.Array, rows: Array, columns: Array) -> jax.Array:
 
 
 def normalized(batch: Batch, loss: Array, normalize: Normalize) -> Ratio:
-    """The sum of a loss `[B, L]` over target positions, and what to divide it by.
+    """The sum of a loss `[B, L]` over target positions, and its denominator.
 
     Args:
       batch: says which positions are targets.
-      loss: of every position; what it says elsewhere is dropped.
+      loss: of every position; other values are ignored.
       normalize: "target_tokens" makes the mean over target positions, "all_tokens" divides by all positions, padding
         too, "sequences" makes the mean over sequences (packed ones counted one by one) of each one's mean (T5X's
         NUM_REAL_TARGET_TOKENS, NUM_TOTAL_TARGET_TOKENS and AVERAGE_PER_SEQUENCE).

@@ -58,14 +58,15 @@ def corrupt(batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Sundae(Objective):
-    """Cross-entropy of the clean targets given noisy ones, then given the model's own repair of them, and so on.
+    """Cross-entropy of the clean targets given noisy ones, then given the model's own output, and so on.
 
     Attributes:
-      num_unrolls: how often the model reads its own output: the loss has `num_unrolls + 1` terms.
+      num_unrolls: number of times the model reads its own output: the loss has `num_unrolls + 1` terms.
       weights: of the terms; None weighs each 1.
-      temperature: at which the model's output is sampled for the next term; 0 takes the likeliest (paper 1), 1 is
+      temperature: at which the model's output is sampled for the next term; 0 takes the most likely (paper 1), 1 is
         SUNDAE's.
-      anneal_steps: training steps in which causal attention becomes bidirectional, see `annealed`; None needs none.
+      anneal_steps: training steps over which causal attention becomes bidirectional, see `annealed`; None: no
+        annealing.
       normalize: what the summed loss is divided by.
     """
 
@@ -148,7 +149,7 @@ class Sundae(Objective):
         return uniform_bound(model, hidden, batch, first_target, batch.target_mask, key, num_draws)
 
     def _read_out(self, model, hidden, batch, keys):
-        """Of every position `[B, L]`: the clean token's cross-entropy, whether it is likeliest, a sampled token."""
+        """For every position `[B, L]`: the clean token's cross-entropy, whether it is the argmax, a sampled token."""
 
         def score(logits, labels, positions):
             loss, _ = cross_entropy(logits, labels)

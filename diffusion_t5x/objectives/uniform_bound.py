@@ -88,7 +88,7 @@ def uniform_bound(
 ) -> Likelihood:
     """The bound's T terms (see `step_divergence`), of which each draw takes one, for every group of targets anew.
 
-    Half of the draws take any step as likely as any, which is how noise is paid for, and half step i in proportion to
+    Half of the draws choose steps uniformly, which is how noise is paid for, and half step i in proportion to
     1 / i, which is how tokens that are clean already are; each term is divided by its chance of being drawn.
 
     Args:

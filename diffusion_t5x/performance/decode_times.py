@@ -1,4 +1,4 @@
-"""decode_time.json: how long decoders take over lengths, kept after each measurement, and where they cross."""
+"""decode_time.json: decode times over lengths, saved after each measurement, and where decoders cross."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ REFERENCE = "AutoregressiveDecoder"
 
 @dataclasses.dataclass(frozen=True)
 class DecodeTime:
-    """How long a decoder takes to write texts of one length.
+    """Decode times of a decoder at one text length.
 
     Attributes:
       label: the decoder's name in its comparison.
@@ -63,16 +63,16 @@ class DecodeTime:
 
     @property
     def tokens_per_forward(self) -> float:
-        """Of each text."""
+        """Tokens of each text per forward pass."""
         return self.length / self.forwards
 
     @property
     def tokens_per_second(self) -> float:
-        """Total decode time of the batch, in seconds."""
+        """Tokens per second of all texts together."""
         return self.batch_size * self.length / self.median
 
     def record(self) -> dict[str, Any]:
-        """What the file holds of it: the fields, and what follows from them."""
+        """The result as it is stored in the file: the fields and the figures derived from them."""
         figures = {
             "seconds_median": self.median,
             "seconds_min": min(self.seconds),
@@ -96,7 +96,7 @@ class Measurements:
 
     Args:
       folder: of the file.
-      settings: of everything that a time depends on, as JSON can hold it.
+      settings: of everything that a time depends on, as a JSON-serialisable dict.
       machine: what the times are taken on; see `stopwatch.describe_machine`.
 
     Raises:
@@ -119,7 +119,7 @@ class Measurements:
             before = {}
         if changed := list(differences(before, self._head)):
             raise UserError(
-                f"{self.path} has measurements of something else (other: {', '.join(changed[:5])}). Choose another "
+                f"{self.path} has measurements with other settings ({', '.join(changed[:5])}). Choose another "
                 "BENCHMARK_OUTPUT_DIR, or remove that file."
             )
 
@@ -133,7 +133,7 @@ class Measurements:
         return sorted(self._times.values(), key=lambda time: (time.saturating, time.length))
 
     def seconds(self, label: str, length: int, saturating: bool) -> tuple[float, ...]:
-        """Of the runs that were timed."""
+        """Seconds of each timed run."""
         time = self._times.get((label, length, saturating))
         return time.seconds if time else ()
 
@@ -157,7 +157,7 @@ class Measurements:
 
 
 def crossings(a: Mapping[float, float], b: Mapping[float, float]) -> Iterator[tuple[float, float]]:
-    """Points `(x, y)` in which two lines meet, each given as y over x, straight between its points in log-log."""
+    """Points `(x, y)` in which two curves y over x cross, interpolated linearly in log-log."""
     shared = sorted(a.keys() & b.keys())
     apart = [math.log(a[x] / b[x]) for x in shared]
     for n, (x, gap) in enumerate(zip(shared, apart, strict=True)):
@@ -170,7 +170,7 @@ def crossings(a: Mapping[float, float], b: Mapping[float, float]) -> Iterator[tu
 
 
 def compare(times: Sequence[DecodeTime]) -> Iterator[tuple[str, list[tuple[float, float]]]]:
-    """Each decoder against the autoregressive ones, by seconds a text: a sentence, and the points in which they cross.
+    """Each decoder against the autoregressive ones, by seconds per text: a sentence, and the crossing points.
 
     Args:
       times: of one machine and one kind of batch.

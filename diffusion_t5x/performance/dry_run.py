@@ -3,8 +3,8 @@
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,12 +12,10 @@ import optax
 from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning, records
-from diffusion_t5x.data.batch import Architecture, Batch
-from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.inference import make_decode_step
-from diffusion_t5x.evaluation.loading import abstract_params
+from diffusion_t5x.evaluation.loading import Rows, abstract_batch, abstract_params
 from diffusion_t5x.models.config import ModelConfig, Remat
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.distillation import Teacher
@@ -32,27 +30,6 @@ from diffusion_t5x.training.step import make_train_step
 
 _REMAT: tuple[Remat, ...] = ("none", "dots", "full")  # the least computed again first
 _MOST_ROWS = 64  # a device, that `fit` tries
-
-
-class Rows(Protocol):
-    """What a data set says of its rows before it is read."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def task_feature_lengths(self) -> Mapping[str, int]: ...
-
-    @property
-    def architecture(self) -> Architecture: ...
-
-    @property
-    def batch_size(self) -> int: ...
-
-    @property
-    def row_length(self) -> int: ...
-
-    def token_ids(self) -> TokenIds: ...
 
 
 # Compiles for a mesh: (mesh, model, batch size) -> what is compiled.
@@ -130,7 +107,7 @@ class SliceDryRun:
     def _run(self, what: str, lower: Lower, mesh: MeshConfig, model: ModelConfig, dataset: Rows, microbatches: int):
         model.check_length(dataset.row_length, f"task_feature_lengths of {dataset.name}")
         if self.output and pathlib.Path(self.output).exists():
-            raise UserError(f"--dry_run_output={self.output}: the file is there already, and nothing is overwritten.")
+            raise UserError(f"--dry_run_output={self.output}: the file exists already, and nothing is overwritten.")
         chip, devices = find_slice(self.topology)
         devices_mesh = mesh.make(devices)
         tried: list[Report] = []
@@ -194,27 +171,3 @@ def _advice(best: Report | None) -> str:
     if best is None:
         return "Nothing fits, one row a device neither: take a larger slice, num_microbatches, or another mesh."
     return f"--fit: BATCH_SIZE = {best.settings['batch_size']}, ModelConfig.remat = {best.settings['remat']!r}"
-
-
-def abstract_batch(mesh: Mesh, dataset: Rows, batch_size: int, rollout: Rollout | None = None) -> Batch:
-    """Shapes, dtypes and shardings of a training batch, by the lengths alone; with a rollout, of its longest texts."""
-    sharding = partitioning.batch_sharding(mesh)
-    lengths = dict(dataset.task_feature_lengths)
-    if rollout is not None:
-        lengths["targets"] = rollout.max_length
-
-    def rows(dtype: type, *shape: int) -> Any:  # it stands where an array will
-        return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding)
-
-    apart = dataset.architecture == "encoder_decoder"
-    length = lengths["targets"] if apart else sum(lengths.values())
-    encoder = ("encoder_tokens", "encoder_segment_ids", "encoder_positions") if apart else ()
-    return Batch(
-        tokens=rows(np.int32, length),
-        target_mask=rows(np.bool_, length),
-        segment_ids=rows(np.int32, length),
-        positions=rows(np.int32, length),
-        example_ids=rows(np.int32),
-        written_at=rows(np.int32, length) if rollout is not None else None,
-        **{name: rows(np.int32, lengths["inputs"]) for name in encoder},
-    )

@@ -1,4 +1,4 @@
-"""What a compiled program does on each device: products, memory traffic, collectives; loops counted at every turn.
+"""Cost of a compiled program on one device: matrix products, memory traffic, collectives; loops count every iteration.
 
 XLA's own `cost_analysis` counts a loop's body once.
 """
@@ -61,7 +61,7 @@ class ProgramCost:
         return self._of(self._program.entry)
 
     def _of(self, name: str) -> Cost:
-        """Of a computation that runs by itself: the entry, a loop's body, a branch."""
+        """Cost of a computation that runs by itself: the entry, a loop's body, a branch."""
         if name not in self._known:
             computation, cost = self._program.computations[name], Cost()
             channels: set[str] = set()
@@ -140,7 +140,7 @@ class ProgramCost:
         )
 
     def _read(self, called: Computation, name: str, whole: int, arrays: tuple[Array, ...]) -> int:
-        """Of a fusion's operand `whole` bytes large: what it reads of it."""
+        """Bytes that a fusion reads of an operand of `whole` bytes."""
         if not whole:
             return 0
         total = 0
@@ -160,7 +160,7 @@ class ProgramCost:
 
 
 def _users(computation: Computation, name: str) -> list[Instruction]:
-    """What uses a result, or a part of it where it is a tuple."""
+    """Instructions that use a result, or a part of it if it is a tuple."""
     found = []
     for user in computation.users(name):
         found += _users(computation, user.name) if user.opcode == "get-tuple-element" else [user]
@@ -173,7 +173,7 @@ def _collective(opcode: str) -> str | None:
 
 
 def _in_place(user: Instruction, name: str) -> bool:
-    """Whether a fusion only hands the operand on, or writes into it."""
+    """True if a fusion only passes the operand on, or writes into it."""
     if user.opcode in ("dynamic-update-slice", "scatter"):
         return user.operands[0] == name
     return user.opcode == "tuple" or bool(_collective(user.opcode)) or "AsyncCollective" in user.attributes

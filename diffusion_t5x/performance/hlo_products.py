@@ -17,7 +17,7 @@ _KERNELS = (
 
 
 def product_flops(computation: Computation, instruction: Instruction) -> float:
-    """Of a matrix product, a convolution or an attention kernel on one device; 0 of anything else."""
+    """FLOPs of a matrix product, a convolution or an attention kernel on one device; 0 for anything else."""
     if instruction.opcode == "dot":
         left = computation.instructions[instruction.operands[0]].arrays[0]
         axes = find(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)[1]
@@ -28,7 +28,7 @@ def product_flops(computation: Computation, instruction: Instruction) -> float:
 
 
 def _kernel_flops(computation: Computation, instruction: Instruction) -> float:
-    """Of all pairs of queries and keys, though a kernel may pass over blocks of them that are hidden."""
+    """FLOPs for all pairs of queries and keys, although a kernel may skip blocks that are masked."""
     products = next((count for name, count in _KERNELS if name.match(instruction.name)), 0)
     if 'custom_call_target="tpu_custom_call"' not in instruction.attributes or not products:
         return 0

@@ -1,4 +1,4 @@
-"""How many floating-point operations a model's matrix products take, by its shapes: two for each multiplication.
+"""FLOPs of a model's matrix products, by its shapes: two per multiplication.
 
 The convention of PaLM's appendix B (arXiv 2204.02311): attention counts every pair of slots, seen or hidden; softmax,
 norms and activations do not count; a backward pass takes twice its forward pass; what is computed again to save memory
@@ -17,7 +17,7 @@ def forward_flops(
     encoder_length: int = 0,
     encodes: bool = True,
 ) -> int:
-    """Of one row in one forward pass.
+    """FLOPs of one row in one forward pass.
 
     Args:
       config: with `vocab_size` set.

@@ -18,7 +18,7 @@ class Memory:
       arguments: what goes in: state and batch, or parameters and batch.
       outputs: what comes out; `aliased` of it takes the arguments' place.
       aliased: see there.
-      temporaries: what stands in between.
+      temporaries: intermediate values.
       peak: of all together.
     """
 
@@ -39,7 +39,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """The least seconds a chip takes for each of three things; all at the same time, the longest is the bottleneck.
+    """Minimum seconds of a chip for compute, memory and interconnect; the longest is the bottleneck.
 
     Attributes:
       compute: matrix products at the bfloat16 peak.
@@ -70,7 +70,7 @@ class Roofline:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a program would do on a slice.
+    """Estimated cost of a program on a slice.
 
     Attributes:
       settings: what was compiled, by name.
@@ -120,7 +120,7 @@ class Report:
         }
 
     def _without_reduce_scatter(self, cost: Cost) -> str | None:
-        """How devices sum what they share where no reduce-scatter is seen; None where one is, or nothing is summed."""
+        """How devices sum gradients if the program has no reduce-scatter; None if it has one, or nothing is summed."""
         kinds = {kind for kind, _ in cost.collectives}
         if "reduce-scatter" in kinds or "all-reduce" not in kinds:
             return None

@@ -1,4 +1,4 @@
-"""What training costs, in floating-point operations of its matrix products (see `models.flops`)."""
+"""FLOPs of training: the matrix products of a step (see `models.flops`)."""
 
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.objectives.objective import Objective
@@ -34,7 +34,7 @@ def step_flops(
 
 
 def rollout_flops(config: ModelConfig, rollout: Rollout, batch_size: int, num_inputs: int, step: int) -> int:
-    """Of writing the texts that a training step learns from, none of which ends early.
+    """FLOPs of decoding the texts that a training step learns from, if none ends early.
 
     Prompts are read once, block after block is written in the decoder's steps, and once more for the cache.
 

@@ -27,11 +27,11 @@ _LEAST_GAIN = 1.1
 
 
 class OutOfMemory(Exception):
-    """So many texts of this length do not fit."""
+    """The batch does not fit into memory."""
 
 
 def endless_vocabulary(size: int) -> TokenIds:
-    """Ids of which none ends a text: end and padding are MASK, which no decoder writes."""
+    """Ids without an end of text: end and padding are MASK, which no decoder writes."""
     if size < 2:
         raise UserError(f"benchmark.decode.vocabulary_size must be at least 2, not {size}: one id is MASK.")
     last = size - 1
@@ -103,7 +103,7 @@ class Stopwatch:
         self.forwards = int(decoded.steps)
 
     def seconds(self) -> float:
-        """Of one more run."""
+        """Seconds of one more run."""
         with jax.set_mesh(self._mesh):
             start = time.perf_counter()
             jax.block_until_ready(self._step(*self._arguments))
@@ -118,7 +118,7 @@ def _check_memory(program: jax.stages.Compiled) -> None:
 
 
 def saturating_batch(seconds_of: Callable[[int], float | None], start: int, most: int) -> int:
-    """The batch size from which on twice as many texts do not raise the texts per second by a tenth.
+    """The batch size beyond which doubling raises the texts per second by less than a tenth.
 
     Args:
       seconds_of: how long a batch of this size takes; None where memory does not hold it.

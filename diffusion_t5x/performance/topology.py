@@ -1,4 +1,4 @@
-"""TPU slices that need not be there: what their chips can do, and their devices as the compiler knows them.
+"""TPU slices without hardware: peak figures of their chips, and their devices for the compiler.
 
 Peaks are those of Google's pages on each chip (docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e; "TPU versions"):
 bfloat16 FLOP/s, size and bandwidth of the memory (HBM), and the bandwidth of all interconnect links of a chip, in one

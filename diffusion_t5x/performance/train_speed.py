@@ -1,4 +1,4 @@
-"""How fast a training step is, on random batches: no task, no checkpoint, no TensorFlow."""
+"""Training speed on random batches: no task, no checkpoint, no TensorFlow."""
 
 import dataclasses
 import pathlib
@@ -45,7 +45,7 @@ PEAK_FLOPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is trained in a measurement.
+    """The training setup that a measurement times.
 
     Attributes:
       model: dimensions.
@@ -60,7 +60,7 @@ class Case:
     num_microbatches: int = 1
 
     def check(self, label: str, mesh: Mesh, input_length: int, length: int) -> None:
-        """Raises a UserError where this cannot be trained so."""
+        """Raises a UserError if the case cannot be trained."""
         if self.objective.needs_teacher:
             name = type(self.objective).__name__
             raise UserError(f"benchmark.train, {label}: {name} needs a teacher. Measure Block in its place.")
@@ -141,7 +141,7 @@ class StepWatch:
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """What was measured of a case.
+    """Measured speed of a case.
 
     Attributes:
       label: its name.
@@ -170,7 +170,7 @@ class Speed:
 
     @property
     def flops_per_second(self) -> float:
-        """Of each device."""
+        """FLOP/s of each device."""
         return self.flops / self.median / self.num_devices
 
     @property
@@ -189,7 +189,7 @@ class Speed:
 
 
 def take_turns(watches: Mapping[str, StepWatch], num_steps: int, repeats: int) -> list[Speed]:
-    """Measures each case `repeats` times, so many steps at a time."""
+    """Measures each case `repeats` times, in turns."""
     seconds: dict[str, list[float]] = {label: [] for label in watches}
     for _ in range(repeats):
         for label, watch in watches.items():

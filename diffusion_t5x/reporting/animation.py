@@ -1,4 +1,4 @@
-"""A trace as an animated SVG: the canvas at each step, over and over, for a page that runs no scripts (a README).
+"""A trace as an animated SVG without scripts, for a README: the canvas at each step, in a loop.
 
 CSS alone moves it. It follows the reader's light or dark mode and stands still, at the last step, for readers who ask
 for less motion.

@@ -1,4 +1,4 @@
-"""Charts as inline SVG: the same bytes for the same data, in the colours of the page that they stand in.
+"""Charts as inline SVG: the same bytes for the same data, in the colours of the surrounding page.
 
 What is drawn takes its colours from CSS variables, so that one chart is readable on light and on dark ground: the text
 and the axes `currentColor`, series n `--series-n`, the grid `--grid`.

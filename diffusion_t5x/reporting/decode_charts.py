@@ -1,4 +1,4 @@
-"""Decode times as charts: a line for each decoder, a ring where one takes as long as an autoregressive one."""
+"""Charts of decode times: a line for each decoder, a ring where one crosses the autoregressive one."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Numbers that papers report, to stand beside scores of the same setting."""
+"""Published results, shown beside scores of the same setting."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""One page about any runs: learning curves, scores, decoded examples, canvases step by step, decode times.
+"""Report about runs: learning curves, scores, decoded examples, canvases step by step, decode times.
 
 As Markdown the scores alone. What models wrote and how things are named is data: jinja2 (in Markdown the filter of that
 name) escapes all of it, matplotlib escapes it in the charts, and the page's policy lets no script run.
@@ -108,7 +108,7 @@ def _picture(runs: Sequence[Run], example: int) -> str:
     """An example's canvas in motion, as SVG."""
     traced = [record for run in runs for found in run.predictions for record in found.records if record.get("trace")]
     if not traced:
-        raise UserError("These runs hold no trace: run infer with --trace, then name its INFER_OUTPUT_DIR.")
+        raise UserError("These runs have no trace: run infer with --trace, then name its INFER_OUTPUT_DIR.")
     if not 0 <= example < len(traced):
         raise UserError(f"--example={example}: there are {len(traced)} traced examples, counted from 0.")
     return f"{_FIRST_LINES['svg']}\n{animate(traced[example])}"
@@ -210,7 +210,7 @@ def _text(record: Record, name: str) -> str:
 
 
 def _contents(run: Run) -> Iterator[str]:
-    """What a run holds, in words."""
+    """The contents of a run, in words."""
     for curve in run.curves:
         if curve.kind == "train" and curve.points:
             yield f"trained to step {max(points[-1][0] for points in curve.points.values()):,}"

@@ -1,4 +1,4 @@
-"""What the verbs left in their folders, read back: curves, scores, predictions, decode times."""
+"""Reads what the verbs wrote: curves, scores, predictions, decode times."""
 
 import contextlib
 import dataclasses
@@ -46,7 +46,7 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Metrics of one task at one step, and how they came about.
+    """Metrics of one task at one step, with their settings.
 
     Attributes:
       task: what was evaluated on.
@@ -76,7 +76,7 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """What was written for a task: records as `evaluation.inference.predict` yields them."""
+    """Predictions for a task: records as `evaluation.inference.predict` yields them."""
 
     task: str
     decoder: str
@@ -130,7 +130,7 @@ def read_runs(folders: Iterable[str | pathlib.Path]) -> list[Run]:
         here = {path.resolve(): files for path, files in [(folder, own), *((p, _files(p)) for p in inner)] if files}
         if not here:
             raise UserError(
-                f"{folder} holds nothing that train, eval, infer or benchmark wrote, and neither do the folders in it."
+                f"{folder} holds no output of train, eval, infer or benchmark, and neither do the folders in it."
             )
         found |= here
     return [_read_run(name, path, found[path]) for name, path in zip(_names(list(found)), found, strict=True)]
@@ -310,7 +310,7 @@ def _whole(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename} is missing: restore it, or leave its run out.") from None
+        raise UserError(f"{error.filename} is missing: restore it, or leave out its run.") from None
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{path} is not as diffusion_t5x wrote it ({type(error).__name__}: {error}): restore it, or leave its run "

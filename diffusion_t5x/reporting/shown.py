@@ -1,4 +1,4 @@
-"""How metrics and decoders are written in tables and charts: bounds, digits, one spelling for equal settings."""
+"""Formats metrics and decoders for tables and charts: bounds, digits, one spelling for equal settings."""
 
 import ast
 import math
@@ -19,7 +19,7 @@ def bounds(metric: str) -> tuple[float, float] | None:
 
 
 def unit(metric: str) -> str:
-    """What stands on the axis of a metric."""
+    """The axis label of a metric."""
     return f"{metric} (%)" if bounds(metric) == (0, 100) else metric
 
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML page that plays how texts came to be, token by token and step by step.
+"""A self-contained HTML page that plays traces, token by token and step by step.
 
 What models wrote is data: it stands in the page as JSON in which nothing can end the element, the script puts it there
 as text alone, and the page's policy lets no other script run.
@@ -34,8 +34,12 @@ def write_trace_page(
       title: what was decoded.
       decoder: who wrote.
     """
-    shown = [_example(record) for record in itertools.islice(records, MOST_EXAMPLES)]
-    write_text(path, render(shown, total, title, decoder), errors="replace")
+    write_text(path, trace_page(records, total, title, decoder), errors="replace")
+
+
+def trace_page(records: Iterable[Mapping[str, Any]], total: int, title: str, decoder: str) -> str:
+    """The page, as HTML; the arguments are those of `write_trace_page`."""
+    return render([_example(record) for record in itertools.islice(records, MOST_EXAMPLES)], total, title, decoder)
 
 
 def render(examples: list[dict[str, Any]], total: int, title: str, decoder: str) -> str:

@@ -39,7 +39,7 @@ class Agreement:
     Attributes:
       path: the checkpoint, for messages.
       record: what it was trained as. What is not known is not compared.
-      setting: the gin setting that allows a mismatch, such as "infer.infer.allow_mismatch".
+      setting: what allows a mismatch: a gin setting such as "infer.infer.allow_mismatch", or an argument in Python.
       allowed: its value: mismatches are logged, and no error.
     """
 
@@ -136,7 +136,8 @@ class Agreement:
             logger.warning("%s", fault)
 
     def _force(self) -> str:
-        return f"(To do it all the same: --gin.{self.setting}=True.)"
+        flag = f"--gin.{self.setting}" if "." in self.setting else self.setting
+        return f"(To do it all the same: {flag}=True.)"
 
 
 def other_settings(trained: Mapping[str, Any], now: ModelConfig) -> dict[str, tuple[Any, Any]]:

@@ -1,7 +1,7 @@
-"""Steps that would ruin a run: a loss or gradient that is not finite, a loss that leaps.
+"""Handling of bad steps: a loss or gradient that is not finite, or a loss spike.
 
 The step itself finds them on the device, and leaves parameters, optimizer and moving average as they were. The host
-learns of it with the other metrics, while the next step runs, so nobody waits.
+learns of it with the other metrics, while the next step runs, so nothing waits.
 """
 
 import collections
@@ -29,11 +29,11 @@ class BadNumbers:
     """Policy for steps with NaN, infinite or spiking loss or gradients. Their updates are never applied.
 
     Attributes:
-      policy: "skip" goes on with the next batch, "halt" stops at the first bad step.
-      max_in_a_row: so many one after the other stop the run all the same.
-      spike_factor: a loss of more than so many times the median of the last `window` good ones is bad, too; None takes
+      policy: "skip" continues with the next batch, "halt" stops at the first bad step.
+      max_in_a_row: number of consecutive bad steps that ends the run in any case.
+      spike_factor: a loss above this multiple of the median of the last `window` good losses is bad, too; None takes
         any finite loss. Some noise is harder than other noise: 3 is a small factor for a diffusion loss.
-      window: how many losses are remembered. They are in the checkpoint.
+      window: number of losses to remember. They are in the checkpoint.
     """
 
     policy: Literal["skip", "halt"] = "skip"
@@ -54,7 +54,7 @@ class Judge:
     """Counts the bad steps of a run, and ends it when there are too many.
 
     Args:
-      rules: what is bad, and how much of it is too much.
+      rules: which steps are bad, and how many end the run.
       folder: gets the batch of the step that ends the run.
       losses: the last good ones, of the run that this one goes on from.
 
@@ -69,7 +69,7 @@ class Judge:
         self._losses = collections.deque(losses, maxlen=rules.window)
 
     def memory(self) -> dict[str, list[float]]:
-        """What the run that goes on from here must know, for a checkpoint's metadata: "losses", the last good ones."""
+        """State for a checkpoint's metadata, to continue from: "losses", the last good ones."""
         return {"losses": list(self._losses)} if self._losses else {}
 
     @property
@@ -80,7 +80,7 @@ class Judge:
         return self._rules.spike_factor * float(np.median(self._losses))
 
     def add(self, step: int, metrics: Mapping[str, float], batch: Batch) -> None:
-        """Takes in what a step gave, by the order of steps.
+        """Adds a step's results, in the order of steps.
 
         Raises:
           UserError: the run must end; its message says what was bad, and where the batch lies.

@@ -21,7 +21,7 @@ from diffusion_t5x.training.state import TrainState, fresh_state, init_state
 
 @dataclasses.dataclass(frozen=True)
 class Begun:
-    """What a training goes on from.
+    """The starting point of a run.
 
     Attributes:
       state: before its first step.
@@ -83,7 +83,7 @@ class Start:
         setting: str,
         allow_mismatch: bool,
     ) -> str:
-        """What becomes of each array, in words; "" from scratch. Reads names and shapes only.
+        """Describes what happens to each array; "" from scratch. Reads names and shapes only.
 
         Raises:
           UserError: the checkpoint is of another model or another training, see `Agreement`; or its arrays do not fit.

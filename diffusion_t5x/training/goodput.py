@@ -1,4 +1,4 @@
-"""Where the time of a run goes: into steps, or into what is not steps."""
+"""Goodput: the share of a run's time spent in steps, and in everything else."""
 
 import contextlib
 import logging
@@ -12,7 +12,7 @@ KINDS = ("start", "compile", "input", "evaluation", "checkpoint")
 
 
 class Goodput:
-    """Counts seconds from when it is made; as a context manager, says at its end where they went.
+    """Counts seconds from its creation; as a context manager, logs their shares at its end.
 
     "start" is all before the first batch is asked for; "compile" the first call of the step; "input" what was spent on
     a batch while no step was running; "evaluation" and "checkpoint" what the loop waited for them. The rest is "steps".
@@ -29,12 +29,12 @@ class Goodput:
         logger.info("%s", self)
 
     def started(self) -> None:
-        """Says that the first batch is asked for now."""
+        """Marks the time of the first batch request."""
         self._spent["start"] = time.monotonic() - self._began
 
     @contextlib.contextmanager
     def spent(self, kind: str) -> Iterator[None]:
-        """Counts the time in this context as that of `kind`."""
+        """Context whose time counts as `kind`."""
         start = time.monotonic()
         try:
             yield
@@ -45,7 +45,7 @@ class Goodput:
         self._spent[kind] = self._spent.get(kind, 0.0) + seconds
 
     def shares(self) -> dict[str, float]:
-        """Of the time so far, by kind; they sum to 1."""
+        """Shares of the time so far, by kind; they sum to 1."""
         total = max(time.monotonic() - self._began, 1e-9)
         shares = {kind: self._spent.get(kind, 0.0) / total for kind in KINDS}
         return shares | {"steps": max(1 - sum(shares.values()), 0.0)}

@@ -1,4 +1,4 @@
-"""What one of several processes reads of the training data, and where all of them stand."""
+"""Training data for one of several processes, and the position of all of them."""
 
 import io
 import logging
@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 
 
 class HostBatches:
-    """A share of the rows of endless batches, and the position of the data as a whole.
+    """One process's rows of endless batches, and the position of the data as a whole.
 
-    Data are read in shards: as many as there were shares when the run began. They stay, so that a run that goes on
+    Data are read in shards: as many as there were shares when the run began. They stay, so that a run that continues
     with other processes takes the same examples at the same steps: a process then reads those that its rows are in.
 
     Args:

@@ -92,7 +92,7 @@ class _Log:
         self._pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._since.append(values)
-        self._progress.update(step, values["loss"], int(values["tokens"]))
+        self._progress.update(step, headline(values), int(values["tokens"]))
         self._judge.add(step, values, batch)
         if step % self._period == 0:
             self._write(step)
@@ -128,6 +128,27 @@ class _Log:
         self._writer.write(step, "train", means)
         self._writer.write(step, "goodput", self._goodput.shares())
         self._since, self._time = [], time.monotonic()
+
+
+def headline(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What progress shows of a step's metrics: the loss, negative log-likelihoods and the first accuracy.
+
+    A likelihood that is the loss itself is left out.
+    """
+    loss = metrics["loss"]
+    names = [name for name in metrics if name.startswith("nll") and metrics[name] != loss]
+    names += [name for name in metrics if name.startswith("accuracy")][:1]
+    return {"loss": loss} | {name: metrics[name] for name in names}
+
+
+@contextlib.contextmanager
+def _compiling(goodput: Goodput) -> Iterator[None]:
+    """For the first call of the training step: says that it compiles, and how long that took."""
+    start = time.monotonic()
+    logger.info("compiling the training step …")
+    with goodput.spent("compile"):
+        yield
+    logger.info("compiled in %.1f s", time.monotonic() - start)
 
 
 @contextlib.contextmanager
@@ -207,7 +228,9 @@ def train_loop(
     shown = jax.process_index() == 0
     with StopSignals() as stop, jax.set_mesh(mesh), Progress(total_steps, start, description, shown=shown) as progress:
         if evaluation_due and periods.eval is not None:
-            if (results := stop.attempt(lambda: evaluate(state, start))) is None:
+            with progress.paused("evaluating …"):
+                results = stop.attempt(lambda: evaluate(state, start))
+            if results is None:
                 sys.exit(stop.exit_code)
             checkpoints.add_evaluation(start, results)
         log = _Log(writer, progress, periods.log, judge, goodput)
@@ -220,7 +243,7 @@ def train_loop(
                 on_devices = partitioning.put_rows(mesh, batch)
                 if not log.is_running:
                     goodput.add("input", time.monotonic() - asked)
-                with goodput.spent("compile") if first else contextlib.nullcontext():
+                with _compiling(goodput) if first else contextlib.nullcontext():
                     state, metrics = train_step(state, on_devices, judge.limit)
                 log.add(step, metrics, batch)
             last = step == total_steps
@@ -239,7 +262,7 @@ def train_loop(
                 results = None
                 if evals:
                     try:
-                        with goodput.spent("evaluation"):
+                        with goodput.spent("evaluation"), progress.paused("evaluating …"):
                             results = stop.attempt(lambda: evaluate(state, step))  # noqa: B023  (called at once)
                     except Exception:
                         logger.warning("the evaluation of step %d failed: the same command begins with it again", step)

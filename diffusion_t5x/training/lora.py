@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685): the model stays as it is, and each chosen matrix gets a trained update of low rank."""
+"""LoRA (arXiv 2106.09685): the model is frozen, and each chosen matrix gets a trained low-rank update."""
 
 import dataclasses
 import functools
@@ -58,12 +58,12 @@ class Lora:
             raise UserError("Lora.targets must name at least one matrix.")
 
     def describe(self) -> dict[str, Any]:
-        """Its fields as JSON gives them back."""
+        """Its fields as JSON-serialisable values."""
         return dataclasses.asdict(self) | {"targets": list(self.targets), "whole": list(self.whole)}
 
 
 def define(config: ModelConfig, vocabulary: TokenIds, lora: Lora | None = None) -> ModelDefinition:
-    """The model to be trained, whole or by LoRA."""
+    """The definition of the model to train, in full or by LoRA."""
     return ModelDefinition(config, vocabulary) if lora is None else LoraDefinition(config, vocabulary, lora)
 
 
@@ -87,13 +87,13 @@ class LoraDefinition(ModelDefinition):
             raise UserError(f"Both Lora.targets and Lora.whole match {', '.join(sorted(both))}.")
 
     def restore_rules(self, others: Sequence[Rule] = ()) -> tuple[Rule, ...]:
-        """For a start from plain parameters: matrices become bases, factors and their average are new.
+        """Restore rules for plain parameters: matrices become bases; factors and their average start fresh.
 
         Args:
           others: rules for what is left.
 
         Raises:
-          UserError: one of them is for a base as well, which it would not get.
+          UserError: one of them matches a base, which LoRA's own rules restore.
         """
         for pattern, _ in others:
             matches = compile_pattern(pattern).fullmatch

@@ -25,17 +25,17 @@ from diffusion_t5x.training.preemption import RUN_AGAIN
 
 
 class Writer(Protocol):
-    """Where the metrics of a run go."""
+    """Destination of a run's metrics."""
 
     def write(self, step: int, folder: str, metrics: Mapping[str, float]) -> None:
         """Writes numbers (anything that `float` takes) by name."""
 
     def close(self) -> None:
-        """Writes out what is still held back."""
+        """Flushes buffered metrics."""
 
 
 class JsonlWriter:
-    """`metrics.jsonl` in each folder: one JSON object a line, `{"step": 10, "loss": 2.5, ...}`, on disk at once.
+    """`metrics.jsonl` in each folder: one JSON object per line, `{"step": 10, "loss": 2.5, ...}`, on disk at once.
 
     Args:
       model_dir: folders in it are made as needed.
@@ -92,7 +92,7 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """One Weights & Biases run for a MODEL_DIR, which a resumed run goes on with; "train/loss" over "step".
+    """One Weights & Biases run for a MODEL_DIR, which a resumed run continues; "train/loss" over "step".
 
     W&B's environment variables hold, such as WANDB_MODE=offline, WANDB_PROJECT ("diffusion_t5x" by default) and
     WANDB_NAME (MODEL_DIR's name by default). Its files, and the id of the run, are in MODEL_DIR/wandb.

@@ -1,4 +1,4 @@
-"""Being told to stop: by a scheduler (SIGTERM, SIGUSR1), a closed terminal (SIGHUP) or a person (SIGINT, Ctrl-C)."""
+"""Stop signals: from a scheduler (SIGTERM, SIGUSR1), a closed terminal (SIGHUP) or a person (SIGINT, Ctrl-C)."""
 
 import contextlib
 import logging
@@ -67,17 +67,17 @@ class StopSignals:
 
     @property
     def exit_code(self) -> int:
-        """For a process that stops because it was told to, and has saved."""
+        """Exit code of a process that was told to stop and has saved."""
         return STOPPED if self._number == signal.SIGINT else RUN_AGAIN
 
     def reached(self, step: int) -> bool:
-        """Whether to stop after this step. Every process must ask at every step."""
+        """True if the run stops after this step. Every process must call it at every step."""
         if self._joined:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._number is not None
 
     def attempt(self, work: Callable[[], Result]) -> Result | None:
-        """Does what may take long and can be done again. A first signal breaks it off: None."""
+        """Runs something long that can be repeated. Returns None if a first signal interrupts it."""
         try:
             try:
                 self._may_break_off = True

@@ -25,11 +25,11 @@ _STORED = "rollout_"  # texts in the data's state
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """How prompts become the student's own texts. The prompts are the inputs of the training data; targets are unused.
+    """Settings for decoding the student's own texts. Prompts are the training data's inputs; its targets are unused.
 
     Attributes:
       decoder: writes the texts; its blocks are the objective's.
-      num_batches: training batches that are written at once, with one state of the parameters.
+      num_batches: number of training batches decoded at once, with the same parameters.
       min_length, max_length: tokens of a text, at most: they grow from the one to the other, in a straight line,
       growth_steps: over so many training steps.
       num_buckets: texts are laid out in rows of `max_length`, half of it, a quarter and so on, so many sizes in all;
@@ -52,12 +52,12 @@ class Rollout:
             raise UserError(f"Rollout.min_length must not exceed max_length; got {self}.")
 
     def length(self, step: int) -> int:
-        """Tokens that a text written at this training step may have."""
+        """Maximum tokens of a text written at this training step."""
         grown = min(1.0, step / self.growth_steps) if self.growth_steps else 1.0
         return round(self.min_length + grown * (self.max_length - self.min_length))
 
     def bucket(self, length: int) -> int:
-        """The room, in tokens, that texts of this length are laid out in."""
+        """Row length, in tokens, for texts of this length."""
         sizes = [-(-self.max_length // 2**i) for i in range(self.num_buckets)]
         return min(size for size in sizes if size >= length)
 
@@ -112,7 +112,7 @@ def make_rollout_step(
 
 
 class PromptSource(Protocol):
-    """What a data set of prompts says of itself before it is read."""
+    """The prompt data-set interface that is available before reading."""
 
     @property
     def name(self) -> str: ...
@@ -125,7 +125,7 @@ class PromptSource(Protocol):
 
 
 class OnPolicyBatches:
-    """Training batches that the student writes, `num_batches` at once; they can say where they stand, as data can.
+    """Training batches that the student writes, `num_batches` at once; they have a position, like other data.
 
     Args:
       mesh: to spread the rows over.
@@ -187,7 +187,7 @@ class OnPolicyBatches:
 
 
 def check_rollout(objective: Objective, model: ModelConfig, rollout: Rollout | None, dataset: PromptSource) -> None:
-    """Raises a UserError where objective, rollout and data do not go together."""
+    """Raises a UserError if objective, rollout and data do not match."""
     name = type(objective).__name__
     if rollout is None:
         if objective.needs_rollouts:

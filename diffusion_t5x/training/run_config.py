@@ -9,13 +9,16 @@ from diffusion_t5x import records
 logger = logging.getLogger(__name__)
 
 _SHOWN = 10
+_NOTHING = "# This run was started from Python, without gin. Its checkpoints' records say what it trains.\n"
 
 
 def write_config(file: str, text: str, step: int) -> None:
     """Writes the configuration of a run that starts or goes on at a step.
 
-    An earlier one that differs is kept as `config_<step>.gin`, and the log says what changed.
+    An earlier one that differs is kept as `config_<step>.gin`, and the log says what changed. Of a run that has none,
+    that was started without gin, it says so.
     """
+    text = text if _statements(text) else _NOTHING
     path = pathlib.Path(file)
     before = path.read_text(encoding="utf-8") if path.exists() else text
     if changes := changed_lines(before, text):
@@ -29,11 +32,11 @@ def write_config(file: str, text: str, step: int) -> None:
 
 def changed_lines(before: str, after: str) -> list[str]:
     """Lines that only one of two gin texts has, with "-" or "+" in front; comments, imports and order do not matter."""
-    statements_before, statements_after = (
-        [line for line in text.splitlines() if line.strip() and not line.startswith(("#", "from ", "import "))]
-        for text in (before, after)
-    )
-    return [line for line in difflib.ndiff(statements_before, statements_after) if line[0] in "+-"]
+    return [line for line in difflib.ndiff(_statements(before), _statements(after)) if line[0] in "+-"]
+
+
+def _statements(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.strip() and not line.startswith(("#", "from ", "import "))]
 
 
 def _free(path: pathlib.Path) -> pathlib.Path:

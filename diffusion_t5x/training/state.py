@@ -1,4 +1,4 @@
-"""What training carries from step to step, and where it lies on the mesh."""
+"""The training state, and its sharding on the mesh."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from diffusion_t5x.models.transformer import ModelDefinition, Params
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """All that a step reads and writes.
+    """The state that a step reads and writes.
 
     Attributes:
       step: int32 scalar, steps taken.
@@ -29,12 +29,12 @@ class TrainState(flax.struct.PyTreeNode):
 
     @property
     def eval_params(self) -> Params:
-        """The parameters to evaluate: the average where one is kept."""
+        """The parameters to evaluate: the moving average, if there is one."""
         return self.params if self.ema is None else join(self.ema, self.params)
 
 
 def split(definition: ModelDefinition, params: Params) -> tuple[Params, Params]:
-    """What is trained of the parameters, and what is frozen: trees with None where the other one has an array."""
+    """Splits parameters into trained and frozen ones: two trees, each with None where the other has an array."""
     trained = definition.trained()
     return (
         jax.tree.map(lambda is_trained, x: x if is_trained else None, trained, params),
@@ -74,7 +74,7 @@ def shardings_of(abstract: Any) -> Any:
 def init_state(
     abstract: TrainState, definition: ModelDefinition, optimizer: optax.GradientTransformation, seed: int
 ) -> TrainState:
-    """A fresh state, made where it belongs: nothing stands whole on one device."""
+    """A fresh state, created with its shardings: nothing is whole on one device."""
     init = jax.jit(
         lambda key: fresh_state(definition, optimizer, abstract.ema is not None, key),
         out_shardings=shardings_of(abstract),

@@ -24,7 +24,7 @@ Loss = Callable[..., LossSums]  # an objective's `loss`
 
 
 def loss_of(objective: Objective, teacher: Teacher | None, teacher_params: Params | None) -> Loss:
-    """The objective's loss; that of an objective which needs a teacher is told of it."""
+    """The objective's loss; that of an objective which needs a teacher gets it as an argument."""
     if teacher is None or not objective.needs_teacher:
         return objective.loss
     assert teacher_params is not None
@@ -100,7 +100,7 @@ class TrainStep:
     teacher_params: Params | None
 
     def __call__(self, state: TrainState, batch: Batch, loss_limit: float = np.inf) -> tuple[TrainState, Metrics]:
-        """The state after a step, and what is to be known of it.
+        """The state after a step, and its metrics.
 
         Where the loss or the gradient's norm is not finite, or the loss is above the limit, the state stays as it was
         but for its `step`, and the metric "bad" is 1. "clipped" is 1 where the optimizer clips the gradient's norm.

@@ -1,4 +1,4 @@
-"""When the machine gives out under a run: memory, or the disk."""
+"""Explains failures of the machine during a run: memory or disk."""
 
 import contextlib
 import errno
@@ -19,7 +19,7 @@ _NO_ROOM_WORDS = re.compile(r"No space left on device|Disk quota exceeded|Read-o
 
 @contextlib.contextmanager
 def explained(state: Any, batch: str, folder: str) -> Iterator[None]:
-    """Within this context, an exception for want of memory or disk becomes a UserError that says what to change.
+    """Within this context, an out-of-memory or disk error becomes a UserError that says what to change.
 
     Args:
       state: tree of `jax.ShapeDtypeStruct` with shardings, which stands on the devices.
@@ -50,7 +50,7 @@ def explained(state: Any, batch: str, folder: str) -> Iterator[None]:
 
 
 def bytes_a_device(state: Any) -> int:
-    """Of a tree of arrays or their shapes, with shardings, what one device holds."""
+    """Bytes per device of a tree of arrays or their shapes, with shardings."""
 
     def size(leaf) -> int:
         shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape

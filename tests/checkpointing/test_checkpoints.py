@@ -406,7 +406,7 @@ def test_a_step_is_saved_where_something_else_has_its_name(tmp_path, what, caplo
         (there / "state" / "_METADATA").unlink()
     store.save(10, {"x": jnp.full(2, 10)}, {}, {"step": 10})
     store.close()
-    assert "checkpoint_10 is broken: set aside as broken_checkpoint_10" in caplog.text
+    assert "checkpoint_10 is broken: renamed to broken_checkpoint_10" in caplog.text
     restored, _, metadata = restoring.restore(there, abstract({"x": jnp.zeros(2, int)}))
     assert metadata == {"step": 10} and restored["x"].tolist() == [10, 10]
     assert checkpoints.steps(tmp_path) == [5, 10]

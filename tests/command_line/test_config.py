@@ -318,7 +318,7 @@ def test_a_shell_with_64_bits_is_set_aside(value, monkeypatch, capsys):
     jax.config.update("jax_enable_x64", True)
     with config.program():
         assert not jax.config.jax_enable_x64 and "JAX_ENABLE_X64" not in os.environ
-    assert capsys.readouterr().err.count("JAX_ENABLE_X64 is set aside") == 1
+    assert capsys.readouterr().err.count("JAX_ENABLE_X64 is ignored") == 1
 
 
 def test_user_errors_and_bugs(toy):

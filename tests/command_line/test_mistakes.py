@@ -124,7 +124,7 @@ MISTAKES = [
     # Gin files.
     ("train", f"--gin_file=circle.gin {QUICKSTART}", ["circle.gin includes itself"]),
     ("train", f"--gin_file=macros.gin {QUICKSTART}", ["macros.gin", "A = %B = %A"]),
-    ("train", f"{QUICKSTART} --gin.TRAIN_STEPS=%EVAL_PERIOD --gin.EVAL_PERIOD=%TRAIN_STEPS", ["comes to a value"]),
+    ("train", f"{QUICKSTART} --gin.TRAIN_STEPS=%EVAL_PERIOD --gin.EVAL_PERIOD=%TRAIN_STEPS", ["is circular"]),
     ("train", f"--gin_file=runs/fintune.gin {SHORT}", ["Did you mean 'runs/finetune.gin'"]),
     ("train", f"{FINETUNE} --gin_files=runs/finetune.gin", ["Did you mean '--gin_file'?"]),
     ("train", f"{FINETUNE} --gin.MODEL_DIR = made", ["equals sign"]),
@@ -160,6 +160,19 @@ def outcome(verb, arguments, capsys):
     except SystemExit as stopped:
         code = stopped.code
     return code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments"),
+    [
+        ("train", "--num_processes=two"),
+        ("convert", "from_t5x x --output=y --max_distance far"),
+        ("report", "x --example a"),
+    ],
+)
+def test_a_flag_that_is_spelled_right_is_not_suggested(verb, arguments, folder, capsys):
+    code, said = outcome(verb, arguments, capsys)
+    assert code == 2 and "invalid int value" in said and "Did you mean" not in said, said
 
 
 @pytest.mark.parametrize(("verb", "arguments", "expected"), MISTAKES, ids=range(len(MISTAKES)))

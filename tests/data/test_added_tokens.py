@@ -122,14 +122,14 @@ def test_an_added_token_comes_before_a_piece_of_its_text(spiece):
         ({"added_tokens": {"<unk>": 430}}, r"added_tokens\.json: '<unk>' is a special piece of .* already"),
         ({"added_tokens": {"new": 7}}, r"added_tokens\.json: 'new' has the id 7, which is .* in .*spiece\.model"),
         ({"added_tokens": {"new": 2**31 - 1}}, "has the id 2147483647, which is more than .* bytes of tokens can hold"),
-        ({"added_tokens": {"new": "430"}}, r"added_tokens\.json: '430' is no id of a token"),
+        ({"added_tokens": {"new": "430"}}, r"added_tokens\.json: '430' is not a token id"),
         ({"added_tokens": ["new"]}, r"added_tokens\.json should be a JSON object"),
         ({"tokenizer_config": {"added_tokens_decoder": [1]}}, "added_tokens_decoder should be an object of objects"),
         (
             {"tokenizer_config": {"added_tokens_decoder": {"430": {}}}},
             r"config\.json has an added token without a text",
         ),
-        ({"tokenizer_config": {"added_tokens_decoder": {"-1": token("a")}}}, "'-1' is no id of a token"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"-1": token("a")}}}, "'-1' is not a token id"),
         ({"tokenizer": {"added_tokens": 5}}, r"tokenizer\.json: added_tokens should be a list of objects"),
     ],
 )
@@ -156,10 +156,10 @@ def test_tokens_beside_a_tokenizer_json(tmp_path):
     write(tmp_path, tokenizer_config=config)
     assert token_ids(vocabulary_files.vocabulary(path)).mask_id == 301
     write(tmp_path, tokenizer_config={"eos_token": "<|end|>", "added_tokens_decoder": {"305": token("<sep>")}})
-    with pytest.raises(UserError, match="'<sep>' is said to have the id 305, and has 300"):
+    with pytest.raises(UserError, match="'<sep>' should have the id 305, but has 300"):
         vocabulary_files.vocabulary(path)
     write(tmp_path, tokenizer_config={"eos_token": "<|end|>", "added_tokens_decoder": {"5": token("<|pad|>")}})
-    with pytest.raises(UserError, match=r"'<\|pad\|>' is said to have the id 5, and has 1"):
+    with pytest.raises(UserError, match=r"'<\|pad\|>' should have the id 5, but has 1"):
         vocabulary_files.vocabulary(path)
 
 

@@ -268,7 +268,7 @@ def test_a_record_that_breaks_later_ends_in_words(copy):
     contents = bytearray(shard.read_bytes())
     contents[200:220] = bytes(255 - byte for byte in contents[200:220])  # in the first record, far from the index
     shard.write_bytes(contents)
-    with pytest.raises(UserError, match=r"cannot be read any more: .*[Cc]orrupted"):
+    with pytest.raises(UserError, match=r"can no longer be read: .*[Cc]orrupted"):
         batches(dataset.train_iterator(), 100)
 
 

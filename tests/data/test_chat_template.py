@@ -85,12 +85,12 @@ def test_special_tokens_in_messages_are_cut():
 @pytest.mark.parametrize(
     ("template", "content", "message_"),
     [
-        ("{{ raise_exception('not so') }}", "a", "does not take it: not so"),
-        ("{{ messages[3].content.strip() }}", "a", "does not take it: list object has no element 3"),
-        ("{{ 1 / 0 }}", "a", "does not take it: division by zero"),
-        ("{{ messages[0].content[:3] }}", "<|im_end|>", "does not leave as it is"),
+        ("{{ raise_exception('not so') }}", "a", "refuses it: not so"),
+        ("{{ messages[3].content.strip() }}", "a", "refuses it: list object has no element 3"),
+        ("{{ 1 / 0 }}", "a", "refuses it: division by zero"),
+        ("{{ messages[0].content[:3] }}", "<|im_end|>", "which the chat template changes"),
         ("{{ messages[0].content }}", "\U0010ffff", "U.10FFFF"),
-        ("{{ messages[0].content }}", "a~", "special token '~', which cannot be told from text"),
+        ("{{ messages[0].content }}", "a~", "special token '~', which cannot be distinguished from text"),
         # The sandbox.
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "a", "unsafe"),
         ("{{ lipsum.__globals__['os'].popen('ls') }}", "a", "unsafe"),
@@ -121,7 +121,7 @@ def test_folders_without_a_template(tmp_path: pathlib.Path):
     with pytest.raises(UserError, match="has no chat template"):
         ChatTemplate.read(tmp_path, [])
     (tmp_path / "chat_template.jinja").write_text("{% if %}")
-    with pytest.raises(UserError, match="no Jinja that is known here"):
+    with pytest.raises(UserError, match="is not valid Jinja"):
         ChatTemplate.read(tmp_path, [])
     for text, message_ in {
         "{": r"tokenizer_config\.json:1: not JSON",

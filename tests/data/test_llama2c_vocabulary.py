@@ -149,11 +149,11 @@ def test_files_that_are_no_tokenizer(tmp_path, test_data):
     write_tokenizer(tmp_path / "no space", PIECES[1:])
     for name, message in {
         "cut": "cut short.*piece 269",
-        "text": "no tokenizer file",
+        "text": "tokenizer file: ids 3 to 258",
         "no space": "no piece for a space",
         "nowhere": "Cannot read the tokenizer file",
     }.items():
         with pytest.raises(UserError, match=message):
             Llama2cVocabulary(str(tmp_path / name))
-    with pytest.raises(UserError, match="no tokenizer file"):
+    with pytest.raises(UserError, match="tokenizer file: ids 3 to 258"):
         Llama2cVocabulary(str(test_data / "stories260k" / "stories260K.bin"))

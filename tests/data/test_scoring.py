@@ -71,6 +71,6 @@ def test_a_metric_whose_package_is_missing_says_how_to_get_it(monkeypatch, found
 def test_programs_that_nothing_holds_in_are_refused_before_there_are_any(monkeypatch):
     unsafe = code_execution.Protections(isolation=False, reason="no namespaces")
     monkeypatch.setattr(code_execution, "protections", lambda: unsafe)
-    with pytest.raises(UserError, match="Programs cannot be shut in here: no namespaces"):
+    with pytest.raises(UserError, match="Programs cannot be isolated here: no namespaces"):
         scoring.check_metrics([functools.partial(passed_tests, limits=code_execution.Limits())])
     scoring.check_metrics([functools.partial(passed_tests, allow_unsafe=True)])

@@ -113,7 +113,7 @@ def test_a_file_that_vanishes_later_ends_in_words(tmp_path):
     reader = SeqioDataset("test_vanishing", {"targets": 10}, batch_size=8).train_iterator()
     next(reader)
     file.unlink()
-    with pytest.raises(UserError, match=f"cannot be read any more: {file}; No such file") as caught:
+    with pytest.raises(UserError, match=f"can no longer be read: {file}; No such file") as caught:
         for _ in range(500):  # it is opened again for a next epoch; some of them may have been read ahead
             next(reader)
     assert "{{" not in str(caught.value) and "[Op" not in str(caught.value)

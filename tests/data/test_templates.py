@@ -33,7 +33,7 @@ TASK = SeqioDataset("templates_of_bytes", {"inputs": 4, "targets": 12}, split="n
 def templates(tmp_path, *lines, dataset=TASK):
     path = tmp_path / "some.jsonl"
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-    return Templates(str(path), dataset)
+    return Templates.read(str(path), dataset)
 
 
 def ids(text):
@@ -121,7 +121,7 @@ def test_a_line_that_does_not_fit_is_named(line, expected, tmp_path):
 
 def test_files_that_are_missing_or_empty(tmp_path):
     with pytest.raises(UserError, match=r"Cannot read .*nowhere.jsonl: No such file"):
-        Templates(str(tmp_path / "nowhere.jsonl"), TASK)
+        Templates.read(str(tmp_path / "nowhere.jsonl"), TASK)
     with pytest.raises(UserError, match="is empty"):
         templates(tmp_path)
 

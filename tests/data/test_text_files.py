@@ -101,6 +101,14 @@ def test_gzip_is_known_by_its_content_too(tmp_path):
     assert list(Pieces(str(tmp_path / "a.txt"))) == ["text"]
 
 
+@pytest.mark.parametrize("part", [slice(1, None), slice(-2, None), slice(None, None, -1), slice(5, 9)])
+def test_a_slice_of_lines_or_records_is_a_list_of_them(part, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 0}\n{"a": 1}\n{"a": 2}\n')
+    for items in (Pieces(str(path)), readers.Jsonl().read([str(path)])):
+        assert items[part] == list(items)[part]
+
+
 @pytest.mark.parametrize("blank", [b" " * 1_000_000, b" \n" * 500_000, b"\t\r\n" * 300_000], ids=["line", "LF", "CRLF"])
 @pytest.mark.parametrize("pattern", ["LINE", "ANY_LINE", "PARAGRAPHS", "WHOLE"])
 @pytest.mark.parametrize("around", [(b"a\n", b"\nb\n"), (b"a\n", b""), (b"", b"")], ids=["between", "end", "alone"])

@@ -67,6 +67,8 @@ def test_fingerprint_tells_vocabularies_apart(tmp_path):
     one.check_same(same.describe(), "somewhere")
     with pytest.raises(UserError, match="checkpoints/7 was trained with another vocabulary"):
         one.check_same(other.describe(), "checkpoints/7")
+    # The class is no part of a vocabulary: the quickstart's is read back from its file as SeqIO's own.
+    one.check_same({**one.describe(), "name": "QuickstartVocabulary"}, "checkpoints/7")
 
 
 def test_t5s_own_vocabulary(test_data):

@@ -431,7 +431,7 @@ def test_no_socket_reaches_the_machine():
 
 def test_without_isolation_it_refuses_unless_told(monkeypatch):
     monkeypatch.setattr(code_execution, "protections", lambda: Protections(False, "because"))
-    with pytest.raises(UserError, match=r"cannot be shut in here: because\..*allow_unsafe"):
+    with pytest.raises(UserError, match=r"cannot be isolated here: because\..*allow_unsafe"):
         check([RIGHT], [TESTS])
 
 

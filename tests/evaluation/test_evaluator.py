@@ -11,7 +11,15 @@ import tiny
 
 from diffusion_t5x.decoding.decoder import Decoded, Trace
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LikelihoodEval, LossEval, for_tasks, prepared
+from diffusion_t5x.evaluation.evaluator import (
+    DecodeEval,
+    Evaluator,
+    LikelihoodEval,
+    LossEval,
+    check_decoders,
+    for_tasks,
+    prepared,
+)
 from diffusion_t5x.evaluation.inference import predict, write_jsonl
 from diffusion_t5x.evaluation.losses import evaluate_loss
 from diffusion_t5x.models.streams import row_keys
@@ -27,6 +35,7 @@ class Dataset:
     """Five examples in batches of two; the last batch is filled up with an empty row."""
 
     name = "five"
+    architecture, batch_size, task_feature_lengths = "decoder_only", 2, {"inputs": 3, "targets": 3}
 
     def eval_batches(self, num_examples=None):
         examples = EXAMPLES[:num_examples]
@@ -246,3 +255,18 @@ def test_what_was_decoded_is_kept_before_it_is_scored():
     with pytest.raises(UserError, match="has no answer"):
         list(evaluator.decode(params, kept.__setitem__))
     assert len(kept["five"]) == 5 and "prediction" in kept["five"][0]
+
+
+class EightTokens(Echo):
+    """A decoder that writes eight tokens, whatever the row's length."""
+
+    def decode(self, model, batch, key, trace=False):
+        return super().decode(model, batch.replace(tokens=batch.tokens[:, :8] + jnp.zeros(8, int)), key, trace)
+
+
+def test_a_decoder_that_cannot_run_is_found_before_anything_is_compiled():
+    definition, params = tiny.make_model()
+    shapes = jax.eval_shape(lambda: params)
+    check_decoders(MESH, definition, [DecodeEval(Dataset(), Echo())], shapes)
+    with pytest.raises(ValueError, match="shapes"):
+        check_decoders(MESH, definition, [DecodeEval(Dataset(), EightTokens())], shapes)

@@ -99,7 +99,7 @@ def test_what_is_too_long(made, caplog):
     context, continuation = tiny.random_examples(1, [(100, 10)])[0]
     with caplog.at_level("WARNING", logger="diffusion_t5x"):
         (found,) = asked.log_likelihoods([(context, continuation)])
-    assert "1 of 1 contexts are too long, and lose their beginning" in caplog.text
+    assert "1 of 1 contexts are too long; their beginnings are cut off" in caplog.text
     assert found == asked.log_likelihoods([(context[-54:], continuation)])[0]
     with caplog.at_level("WARNING", logger="diffusion_t5x"):
         assert len(asked.write([(context, 50)])[0]) <= 24
@@ -110,7 +110,7 @@ def test_what_is_too_long(made, caplog):
         harness(made, Masked(), MaskedDecoder(), CANVAS, num_draws=2).log_likelihoods([([], [3] * 24)])
     with pytest.raises(UserError, match="must name inputs and targets"):
         Rows({"targets": 8}, context_eos=True, canvas=True)
-    with pytest.raises(UserError, match="an encoder reads ends in EOS"):
+    with pytest.raises(UserError, match="An encoder's inputs end in EOS"):
         Rows(LENGTHS, context_eos=False, canvas=False, architecture="encoder_decoder")
 
 

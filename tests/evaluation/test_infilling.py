@@ -60,7 +60,7 @@ def make_filler(definition, params, decoder, dataset, folder, trace=False):
     def fill(lines):
         path = folder / "templates.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        data = Templates(str(path), dataset)
+        data = Templates.read(str(path), dataset)
         assert data.token_ids() == definition.vocabulary
         texts = data.to_text, data.cells
         return list(predict(step, params, data.eval_batches(), MESH, *texts, text_mask=data.text_mask))

@@ -76,5 +76,5 @@ def test_mistakes():
     with pytest.raises(UserError, match="even number"):
         LikelihoodEval(Dataset(), num_draws=3)
     definition, _ = tiny.make_model()
-    with pytest.raises(UserError, match="Two evaluations of one kind"):
+    with pytest.raises(UserError, match="Two evaluations of the same kind"):
         Evaluator(MESH, definition, Autoregressive(), [], [], likelihood_evals=[LikelihoodEval(Dataset())] * 2)

@@ -53,18 +53,18 @@ def test_results_of_other_settings_are_kept(tmp_path):
     )
     other = dataclasses.replace(EVAL, decoder=SundaeDecoder(num_steps=5), seed=3)
     for checkpoint, changed, named in (
-        ("/m/checkpoint_2", settings, r"other: checkpoint\)"),
-        ("/m/checkpoint_1", settings | {"use_ema": False}, r"other: use_ema\)"),
+        ("/m/checkpoint_2", settings, r"settings \(checkpoint\)"),
+        ("/m/checkpoint_1", settings | {"use_ema": False}, r"settings \(use_ema\)"),
         (
             "/m/checkpoint_1",
             settings | {"evaluations": results.describe([other])},
-            r"other: evaluations\[0\].decoder.num_steps, evaluations\[0\].seed\)",
+            r"settings \(evaluations\[0\].decoder.num_steps, evaluations\[0\].seed\)",
         ),
     ):
         with pytest.raises(UserError, match=named):
             results.is_done(tmp_path, checkpoint, changed)
     (tmp_path / "results.json").write_text('{"results": {}}')  # of an earlier version
-    with pytest.raises(UserError, match="has the results of something else"):
+    with pytest.raises(UserError, match="has results with other settings"):
         results.is_done(tmp_path, "/m/checkpoint_1", settings)
 
 

@@ -6,6 +6,7 @@ import shlex
 import sys
 
 import pytest
+from pages import by_module
 from untrained import LENGTHS, SIZE
 
 from diffusion_t5x import eval as evaluation
@@ -14,7 +15,7 @@ from diffusion_t5x.command_line import config
 
 HERE = pathlib.Path(__file__).parent
 PAGE = (HERE.parent.parent / "docs" / "extending.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"python -m (diffusion_t5x\.[^\n]+)", PAGE.replace("\\\n", " "))
+COMMANDS = re.findall(r"python -m (diffusion_t5x\.[^\n]+)", by_module(PAGE))
 
 
 @pytest.mark.parametrize("name", ["my_remasking.py", "my_remasking.gin", "my_objective.py", "my_objective.gin"])

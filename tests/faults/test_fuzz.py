@@ -149,7 +149,7 @@ def test_predictions_made_elsewhere(tmp_path, content):
 @hypothesis.given(lines_with("template", "inputs", "templat"))
 def test_templates_with_holes(tmp_path, content):
     (tmp_path / "x.jsonl").write_bytes(content)
-    found = told(lambda: templates.Templates(str(tmp_path / "x.jsonl"), None))
+    found = told(lambda: templates.Templates.read(str(tmp_path / "x.jsonl"), None))
     if found is not None:
         for template in found._templates:
             assert len(template.parts) == len(template.holes) + 1 and all(size > 0 for size in template.holes)

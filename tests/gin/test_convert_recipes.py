@@ -10,6 +10,7 @@ import gin
 import numpy as np
 import open_models
 import pytest
+from pages import by_module
 
 from diffusion_t5x.command_line import config
 from diffusion_t5x.convert import convert
@@ -138,7 +139,7 @@ def commands(recipe):
     """Of the recipe's comment, without the interpreter and its flags; an OPDLM starts from the import of the other."""
     files = dict.fromkeys((recipe.removesuffix("_opdlm"), recipe))
     lines = [line for file in files for line in (GIN / "recipes" / "convert" / f"{file}.gin").read_text().splitlines()]
-    comment = "\n".join(line.removeprefix("#").strip() for line in lines if line[:1] == "#").replace("\\\n", " ")
+    comment = by_module("\n".join(line.removeprefix("#").strip() for line in lines if line[:1] == "#"))
     found = [shlex.split(command)[3:] for command in re.findall(r"python -m diffusion_t5x\.[^\n]+", comment)]
     return found[0], found[-1]
 

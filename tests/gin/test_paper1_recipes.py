@@ -10,6 +10,7 @@ import shlex
 
 import gin
 import pytest
+from pages import by_module
 
 from diffusion_t5x import benchmark, train
 from diffusion_t5x import eval as evaluation
@@ -26,7 +27,7 @@ RECIPE = "recipes/paper1"
 
 def commands() -> dict[str, list[str]]:
     """The page's commands, verb and flags, by the folder that they write."""
-    text = PAGE.read_text(encoding="utf-8").replace("\\\n", " ")
+    text = by_module(PAGE.read_text(encoding="utf-8"))
     found = [shlex.split(line)[2:] for line in re.findall(r"^python -m .+", text, re.MULTILINE)]
     found = [[module.rpartition(".")[2], *flags] for module, *flags in found]
     by_folder = {settings(command)[OUTPUTS[command[0]]]: command for command in found}

@@ -14,6 +14,7 @@ import pytest
 import sentencepiece
 import tokenizers
 from in_torch import load_ours
+from pages import by_module
 
 from diffusion_t5x.command_line import config
 from diffusion_t5x.convert import convert
@@ -180,7 +181,7 @@ def test_the_way_back_needs_the_model_that_was_imported(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "out" / "checkpoints").rename(tmp_path / "run" / "checkpoints")
     back = ["--output", str(tmp_path / "back")]
-    with pytest.raises(UserError, match=r"no folder that from_hf wrote .* --like"):
+    with pytest.raises(UserError, match=r"not a folder that from_hf wrote .* --like"):
         convert(["to_hf", str(tmp_path / "run"), *back])
     narrow = {name: np.ones(shape, np.float32) for name, shape in shapes(2, head_dim=4).items()}
     import_model(write_source(tmp_path / "narrow", {"head_dim": 4}, narrow), tmp_path / "other")
@@ -205,7 +206,7 @@ def test_the_commands_of_the_page(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     block, *_ = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    commands = block.replace("\\\n", " ").replace("/tmp/", f"{tmp_path}/").splitlines()
+    commands = by_module(block).replace("/tmp/", f"{tmp_path}/").splitlines()
     importing, training, exporting = (shlex.split(command)[3:] for command in commands)
     convert(importing)
     small = ["--gin.TRAIN_STEPS=2", "--gin.BATCH_SIZE=2", '--gin.TASK_FEATURE_LENGTHS={"inputs": 16, "targets": 16}']
@@ -346,7 +347,7 @@ def test_links_that_lead_out_are_refused(name, where, tmp_path):
         shutil.copytree(folder, folder := tmp_path / "plain")
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(secret)
-    with pytest.raises(UserError, match=rf"{re.escape(name)} is a link that leads out of .*: put the file"):
+    with pytest.raises(UserError, match=rf"{re.escape(name)} is a link that leads out of .*: replace it"):
         import_model(folder, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -354,7 +355,7 @@ def test_links_that_lead_out_are_refused(name, where, tmp_path):
 def test_what_is_no_file_is_refused(tmp_path):
     source = write_source(tmp_path / "source")
     (source / "merges.txt").mkdir()
-    with pytest.raises(UserError, match=r"merges\.txt is no regular file"):
+    with pytest.raises(UserError, match=r"merges\.txt is not a regular file"):
         import_model(source, tmp_path / "out")
 
 
@@ -363,7 +364,7 @@ def test_of_two_tokenizers_that_differ_the_one_of_transformers_counts(tmp_path, 
     source = write_source(tmp_path / "source")
     open_models.save_sentencepiece(source / "spiece.model", vocab_size=300, hard_vocab_limit=True)
     import_model(source, tmp_path / "out")
-    assert "spiece.model is passed over, as by transformers: tokenizer.json has other" in capsys.readouterr().out
+    assert "spiece.model is ignored, as in transformers: tokenizer.json has other" in capsys.readouterr().out
     assert "out/tokenizer.json'" in (tmp_path / "out" / "model.gin").read_text()
     model = sentencepiece.SentencePieceProcessor(model_file=str(source / "spiece.model"))
     pieces = [(model.IdToPiece(number), 0.0) for number in range(300)]

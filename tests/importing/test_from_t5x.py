@@ -19,6 +19,7 @@ import pytest
 import tensorstore
 from flax import serialization, traverse_util
 from in_torch import as_batch, load_ours, run_theirs
+from pages import by_module
 
 from diffusion_t5x.checkpointing import restoring
 from diffusion_t5x.convert import convert
@@ -258,7 +259,9 @@ def test_the_command_of_the_page_on_a_model_with_tied_embeddings(tmp_path, token
     write_checkpoint(tmp_path / "checkpoint_1000000", target(head=False))
     shutil.copyfile(tokenizer, tmp_path / "t5_vocab.model")
     monkeypatch.chdir(tmp_path)
-    (command,) = re.findall(r"python -m diffusion_t5x.convert (from_t5x .*)", PAGE.read_text(encoding="utf-8"))
+    (command,) = re.findall(
+        r"python -m diffusion_t5x.convert (from_t5x .*)", by_module(PAGE.read_text(encoding="utf-8"))
+    )
     convert(shlex.split(command.replace("/tmp/", f"{tmp_path}/")))
     definition, params = load_ours(tmp_path / "t5", "t5_vocab.model")
     assert "head" not in params and definition.config.tie_embeddings
@@ -279,9 +282,9 @@ BAD_SHAPE = {"encoder/layers_1/mlp/wo/kernel": np.zeros((MLP, EMBED + 1), np.flo
         ({"decoder/layers_2/a": np.ones(2, np.float32)}, "an encoder of 2 layers and a decoder of 3"),
         ({"decoder/relpos_bias/rel_embedding": np.ones((3, BUCKETS), np.float32)}, "8 columns .* into the 3 heads"),
         ({"decoder/decoder_norm/scale": np.ones(EMBED, np.int32)}, "decoder_norm/scale is int32; only float32"),
-        ({"decoder/decoder_norm/scale": "PLACEHOLDER"}, "decoder_norm/scale is no array, but 'PLACEHOLDER'"),
-        ({"decoder/decoder_norm/scale": {"driver": "n5", "kvstore": {"path": "a"}}}, "is no zarr array with a path"),
-        ({"decoder/decoder_norm/scale": {"driver": "zarr", "kvstore": {}}}, "is no zarr array with a path"),
+        ({"decoder/decoder_norm/scale": "PLACEHOLDER"}, "decoder_norm/scale is not an array, but 'PLACEHOLDER'"),
+        ({"decoder/decoder_norm/scale": {"driver": "n5", "kvstore": {"path": "a"}}}, "is not a zarr array with a path"),
+        ({"decoder/decoder_norm/scale": {"driver": "zarr", "kvstore": {}}}, "is not a zarr array with a path"),
     ],
 )
 def test_checkpoints_that_are_refused(changes, message, tmp_path, tokenizer):
@@ -303,7 +306,7 @@ def test_arrays_beside_that_are_refused(tmp_path, tokenizer):
             import_model(source, tokenizer, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
-    outside = "scale lies outside of the checkpoint's folder"
+    outside = "scale lies outside the checkpoint's folder"
     refuses({}, outside, "../elsewhere/norm")
     refuses({}, outside, str(tmp_path / "elsewhere" / "norm"))
     refuses({}, outside, ".")
@@ -362,12 +365,12 @@ def test_files_that_are_refused(tmp_path, tokenizer):
     refuses("Cannot read .*/checkpoint: No such file.* Name one of .* such as checkpoint_7", tmp_path)
     refuses("There is no vocabulary file", file=tmp_path / "nowhere.model")
     (tmp_path / "other.model").write_text("text")
-    refuses("other.model is no SentencePiece model", file=tmp_path / "other.model")
+    refuses("other.model is not a SentencePiece model", file=tmp_path / "other.model")
     refuses("checkpoint_7 is not empty", output="checkpoint_7")
     smaller = write_checkpoint(tmp_path / "smaller", target(rows=PIECES - 1))
     refuses(r"t5\.model has pieces up to id 329, but .*smaller is a model of 329 ids", smaller)
     whole = (source / "checkpoint").read_bytes()
     (source / "checkpoint").write_bytes(whole[:-100])
-    refuses("checkpoint is broken, or no checkpoint of T5X")
+    refuses("checkpoint is broken, or not a T5X checkpoint")
     (source / "checkpoint").write_bytes(serialization.msgpack_serialize({"params": {"a": np.ones(2)}}))
-    refuses("is no checkpoint of T5X: it has no optimizer/target/")
+    refuses("is not a T5X checkpoint: it has no optimizer/target/")

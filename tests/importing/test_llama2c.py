@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from pages import by_module
 
 from diffusion_t5x import infer, partitioning
 from diffusion_t5x.checkpointing import checkpoints, restoring
@@ -200,7 +201,7 @@ def test_the_commands_of_the_page(data, expected, tmp_path, monkeypatch, capsys)
         (tmp_path / name).symlink_to(data / name)
     monkeypatch.chdir(tmp_path)
     *_, block = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    prompts, converting, inferring = block.replace("\\\n", " ").replace("/tmp/", f"{tmp_path}/").splitlines()
+    prompts, converting, inferring = by_module(block).replace("/tmp/", f"{tmp_path}/").splitlines()
     text, file = re.fullmatch(r"printf '(.+)' > (.+)", prompts).groups()
     pathlib.Path(file).write_text(text.replace("\\n", "\n"))
     convert(shlex.split(converting)[3:])

@@ -65,7 +65,7 @@ def test_what_a_kernel_cannot_do_is_left_to_xla_or_refused(backend, call, change
     found, why = choose("auto", call)
     assert found == "xla" and reason in why
     with pytest.raises(
-        UserError, match=rf'attention_backend = "{backend}" cannot be had: .*{re.escape(reason)}.*"auto"'
+        UserError, match=rf'attention_backend = "{backend}" cannot be used: .*{re.escape(reason)}.*"auto"'
     ):
         choose(backend, call)
     # Over a cache there is no other way, whatever was asked for.

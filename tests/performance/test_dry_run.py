@@ -180,7 +180,7 @@ print(dry_run._compile({"what": "a square"}, chip, lambda: jax.jit(lambda x: x @
 def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "report.json").write_text("mine")
     dataset = SeqioDataset("any", {"targets": 8})
-    with pytest.raises(UserError, match="there already, and nothing is overwritten"):
+    with pytest.raises(UserError, match="exists already, and nothing is overwritten"):
         dry = SliceDryRun("v5e:4x4", str(tmp_path / "report.json"))
         dry._run("a step", None, MeshConfig(), tiny.RELATIVE, dataset, 1)
     assert (tmp_path / "report.json").read_text() == "mine"

@@ -88,5 +88,5 @@ def test_the_report_writes_it(tmp_path):
     with pytest.raises(UserError, match=r"--example=2: there are 2 traced examples"):
         write_report([tmp_path / "run"], output, example=2)
     (tmp_path / "run" / "a-test.jsonl").write_text(json.dumps(traced | {"trace": None}) + "\n")
-    with pytest.raises(UserError, match="hold no trace: run infer with --trace"):
+    with pytest.raises(UserError, match="have no trace: run infer with --trace"):
         write_report([tmp_path / "run"], output)

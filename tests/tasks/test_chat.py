@@ -13,6 +13,7 @@ import pytest
 from chats import message
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from pages import by_module
 
 from diffusion_t5x import train
 from diffusion_t5x.command_line import config
@@ -137,7 +138,7 @@ def test_a_conversation_stays_in_one_split(tmp_path, caplog):
         for split in ("train", "validation"):
             records = [r for *_, r in turns(dataset_of(tokenizer, file, split, held_out={"validation": 30.0}))]
             found[split] = [record["inputs_pretokenized"].split("<")[1] for record in records]
-    assert "1 of 101 conversations have no assistant, left out" in caplog.text
+    assert "1 of 101 conversations have no assistant turn and are left out" in caplog.text
     assert sum(map(len, found.values())) == 200 and not set(found["train"]) & set(found["validation"])
     assert all(names.count(name) == 2 for names in found.values() for name in names) and len(found["validation"]) > 20
 
@@ -227,7 +228,7 @@ def test_other_mistakes(tmp_path):
 def test_the_page_fine_tunes_an_imported_chat_model(tmp_path, monkeypatch):
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     (block,) = (block for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) if "local_chat" in block)
-    commands = block.replace("\\\n", " ").replace("/tmp/", f"{tmp_path}/").splitlines()
+    commands = by_module(block).replace("/tmp/", f"{tmp_path}/").splitlines()
     importing, training = (shlex.split(command)[3:] for command in commands)
     chats.save(tmp_path / importing[1], "chatml", in_file=True)
     open_models.write_qwen2(tmp_path / importing[1])

@@ -167,7 +167,7 @@ def test_other_mistakes(write, tmp_path, caplog):
         read({"train": str(tmp_path / "nowhere-*.jsonl")}, readers.Jsonl())
     with pytest.raises(UserError, match=r"a\.tsv:2: 1 columns, not the 2: inputs, targets"):
         read({"train": write("a.tsv", "a\tb\nc\n")}, readers.Tsv(("inputs", "targets")))
-    with pytest.raises(UserError, match=r"one has 2 lines, .*two has 1: they must be as many"):
+    with pytest.raises(UserError, match=r"one has 2 lines, .*two has 1: they must be equal"):
         read({"train": (write("one", "a\nb\n"), write("two", "a\n"))}, readers.Parallel())
     with pytest.raises(UserError, match="Parallel text is two files, not 1"):
         read({"train": write("one", "a\nb\n")}, readers.Parallel())
@@ -176,7 +176,7 @@ def test_other_mistakes(write, tmp_path, caplog):
     with pytest.raises(UserError, match=r"Cannot read .*broken\.gz"):
         (tmp_path / "broken.gz").write_bytes(b"no gzip")
         read({"train": str(tmp_path / "broken.gz")}, readers.Jsonl())
-    with pytest.raises(UserError, match="is no template"):
+    with pytest.raises(UserError, match="is not a template"):
         local_files.task("mine", {"train": "x"}, readers.Jsonl(), None, inputs="{inputs")
     with pytest.raises(UserError, match="There is no vocabulary file nowhere"):
         local_files.task("mine", {"train": "x"}, readers.Jsonl(), "nowhere.model")
@@ -188,7 +188,7 @@ def test_other_mistakes(write, tmp_path, caplog):
             ("a", "x"),
             ("b", "z"),
         ]
-    assert "1 of 3 pairs have a blank line, left out" in caplog.text
+    assert "1 of 3 pairs have a blank line and are left out" in caplog.text
 
 
 def test_mixtures(write):

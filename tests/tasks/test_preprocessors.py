@@ -68,7 +68,7 @@ def test_t5s_example_comes_out_token_for_token(sentinels, test_data, tmp_path, m
 @pytest.mark.parametrize("contents", [b"", b"some text", b"IQ== 0\nIg== 1\n"], ids=["empty", "text", "tiktoken"])
 def test_what_is_no_sentencepiece_model_is_said(contents, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(contents)
-    with pytest.raises(UserError, match="is no SentencePiece model"):
+    with pytest.raises(UserError, match="is not a SentencePiece model"):
         vocabulary_files.vocabulary(str(tmp_path / "tokenizer.model"))
 
 

@@ -147,5 +147,5 @@ def test_a_data_set_that_is_not_there(tfds_folder):
         UserError, match=r"'squad/v1\.1:3\.0\.0' is not in .* Prepare it once with `tfds build squad/v1"
     ):
         SeqioDataset(question_answering.squad(None), {"inputs": 8, "targets": 8}).train_iterator()
-    with pytest.raises(UserError, match="TFDS knows no data set 'squab"):
+    with pytest.raises(UserError, match="TFDS has no data set 'squab"):
         sources.PreparedTfds("squab:1.0.0", {"train": "train"}).get_dataset("train")

@@ -1,5 +1,6 @@
 """The training loop: what happens at which step, and that a resumed run is the undisturbed run."""
 
+import logging
 import os
 import pathlib
 import subprocess
@@ -17,9 +18,10 @@ from diffusion_t5x.checkpointing import checkpoints, restoring
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.objectives.sundae import Sundae
 from diffusion_t5x.partitioning import MeshConfig
+from diffusion_t5x.training import loop
 from diffusion_t5x.training.bad_numbers import BadNumbers, Judge
 from diffusion_t5x.training.goodput import KINDS, Goodput
-from diffusion_t5x.training.loop import Periods, train_loop
+from diffusion_t5x.training.loop import Periods, headline, train_loop
 from diffusion_t5x.training.state import TrainState
 from diffusion_t5x.training.step import make_train_step
 
@@ -306,3 +308,28 @@ def test_a_folder_that_is_removed_ends_the_run(tmp_path, gone_at):
     with pytest.raises(UserError, match="was removed"):
         run(tmp_path, total_steps=4, periods=Periods(log=2, eval=None, save=9), check_folder=check_folder)
     assert len(asked) == gone_at
+
+
+@pytest.mark.parametrize(
+    ("metrics", "shown"),
+    [
+        ({"loss": 2.0, "nll": 2.0, "accuracy": 0.5, "tokens": 8.0}, {"loss": 2.0, "accuracy": 0.5}),
+        ({"loss": 2.0, "mask_fraction": 0.3, "nll_bound": 3.0}, {"loss": 2.0, "nll_bound": 3.0}),
+        ({"loss": 2.0, "loss_1": 1.0, "accuracy_1": 0.5, "accuracy_2": 0.6}, {"loss": 2.0, "accuracy_1": 0.5}),
+        ({"loss": 2.0, "ar_nll": 1.0}, {"loss": 2.0}),
+    ],
+)
+def test_progress_shows_the_metrics_that_matter(metrics, shown):
+    assert headline(metrics) == shown
+
+
+def test_the_first_step_says_that_it_compiles(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(loop.logger, "propagate", False)
+    loop.logger.addHandler(caplog.handler)
+    caplog.set_level(logging.INFO, loop.logger.name)
+    try:
+        run(tmp_path, total_steps=2, periods=Periods(eval=None))
+    finally:
+        loop.logger.removeHandler(caplog.handler)
+    compiling, compiled = [message for message in caplog.messages if "compil" in message]
+    assert compiling == "compiling the training step …" and compiled.startswith("compiled in ")

@@ -1,4 +1,4 @@
-"""Programs that a model wrote, run on tests: shut in, limited, and judged from outside.
+"""Runs model-written programs on tests: isolated, limited, and judged from outside.
 
     verdicts = check(["def double(x): return 2 * x"], [Tests(("assert double(2) == 4",))])
 
@@ -12,8 +12,8 @@ values that they expect, so nothing that it changes in its own interpreter can m
 over and get back plain data (numbers, text, lists, tuples, sets, dictionaries, ...) and objects of the program's own,
 which equal nothing but themselves; arguments that a program changes in place do not change for the test.
 
-What it does not hold off: a hole in the kernel; a program that wastes time up to its limits on purpose; and whatever
-goes with `allow_unsafe`.
+Not prevented: kernel vulnerabilities; a program that wastes time up to its limits on purpose; and everything that
+`allow_unsafe` permits.
 """
 
 import concurrent.futures
@@ -53,7 +53,7 @@ _ENVIRONMENT = {"HOME": isolation.SCRATCH, "LANG": "C.UTF-8", "PYTHONHASHSEED": 
 
 @dataclasses.dataclass(frozen=True)
 class Tests:
-    """What a program has to do.
+    """Tests of one program.
 
     Attributes:
       asserts: source texts, run one after another in one namespace; each raises AssertionError where it fails. A name
@@ -72,10 +72,10 @@ class Tests:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a program may use.
+    """Resource limits of a program.
 
     Attributes:
-      cpu_seconds: processor time of each of its processes.
+      cpu_seconds: CPU time of each of its processes.
       wall_seconds: time from its start to the last test.
       memory: bytes of address space of each process; shared memory and files in memory that belong to none are
         refused.
@@ -94,7 +94,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """How a program did.
+    """Result of a program's tests.
 
     Attributes:
       status: "pass": every test ran and held. "wrong": a test did not hold. "error": an exception, or the process
@@ -114,7 +114,7 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Protections:
-    """What programs are held off from here.
+    """The isolation that this machine can give to programs.
 
     Attributes:
       isolation: namespaces for users, files, network, processes and IPC. Essential.
@@ -133,13 +133,13 @@ class Protections:
 
 @functools.cache
 def protections() -> Protections:
-    """Tries out, once, what this machine allows.
+    """Tests, once, which isolation this machine allows.
 
     Raises:
       UserError: no Linux.
     """
     if sys.platform != "linux":
-        raise UserError(f"Programs can be run safely on Linux only, and this is {sys.platform}.")
+        raise UserError(f"Programs can be run safely only on Linux, not on {sys.platform}.")
     try:
         with _Worker(Limits(), isolated=True) as trial:
             verdict = trial.judge("def answer(): return 42", Tests(("assert answer() == 42",)))
@@ -149,13 +149,13 @@ def protections() -> Protections:
 
 
 def check_isolation(allow_unsafe: bool = False) -> Protections:
-    """The `protections` of this machine; raises a UserError where there is no isolation and that is not allowed."""
+    """The `protections` of this machine; raises a UserError if there is no isolation and that is not allowed."""
     found = protections()
     if not found.isolation and not allow_unsafe:
         raise UserError(
-            f"Programs cannot be shut in here: {found.reason}. The kernel must allow unprivileged user namespaces "
+            f"Programs cannot be isolated here: {found.reason}. The kernel must allow unprivileged user namespaces "
             "(sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns). Containers forbid them "
-            "by default: score programs on the machine itself or in a virtual one. On a machine that may break, set "
+            "by default: score programs on the host or in a virtual machine. On a dedicated machine, set "
             "allow_unsafe."
         )
     return found
@@ -225,7 +225,7 @@ def check(
 
 
 class _Worker:
-    """A worker process (`sandbox.worker`) and how to speak to it.
+    """A worker process (`sandbox.worker`) and the connection to it.
 
     Raises:
       OSError: it does not start, or it ended.

@@ -1,4 +1,4 @@
-"""pass@k: the chance that at least one of k samples of a program passes its tests, with its 95 % interval."""
+"""pass@k: the probability that at least one of k samples of a program passes its tests, with its 95 % interval."""
 
 import collections
 import logging
@@ -59,7 +59,7 @@ def passed_tests(
     workers: int | None = None,
     allow_unsafe: bool = False,
 ) -> dict[str, float]:
-    """SeqIO's metric function of programs: pass@k in percent for k = 1, 10, 100 and n, as far as there are n samples.
+    """SeqIO metric function for programs: pass@k in percent for k = 1, 10, 100 and n, as far as there are n samples.
 
     Args:
       targets: each problem's tests.
@@ -81,7 +81,7 @@ def passed_tests(
         raise UserError("pass@k needs the same number of samples, at least one, for each problem.")
     size = len(targets)
     if size < FEW_PROBLEMS:
-        logger.warning("%d problems: one more or less is %.1f points: look at the interval.", size, 100 / size)
+        logger.warning("%d problems: one problem is %.1f points. Look at the interval.", size, 100 / size)
     verdicts = code_execution.check(
         [program for some in samples for program in some],
         [tests for tests in targets for _ in range(n)],

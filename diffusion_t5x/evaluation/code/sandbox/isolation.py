@@ -1,8 +1,8 @@
-"""What the Linux kernel offers to shut a process in, by ctypes: namespaces, a root of its own, limits, no privileges.
+"""Isolates a process with the Linux kernel, through ctypes: namespaces, its own root, limits, no privileges.
 
-Three steps, each one narrower than the one before:
+Three steps, each more restrictive than the one before:
 `enter_namespaces` once for a worker, `enter_job` for each program, `confine` in the program's own process. A fourth,
-`system_calls.refuse`, takes system calls from it.
+`system_calls.refuse`, blocks system calls.
 """
 
 import ctypes
@@ -104,7 +104,7 @@ def enter_job(disk: int) -> None:
 
 
 def confine(limits: Mapping[str, int]) -> None:
-    """Limits on this process and those that it starts, none of which can win privileges.
+    """Limits this process and those that it starts; none can gain privileges.
 
     Args:
       limits: `Limits` of the library, by name.
@@ -137,7 +137,7 @@ def adopt_orphans() -> None:
 
 
 def _readable_folders() -> list[str]:
-    """Of the standard library (`sys.path` has no more, see `_START`) and of shared libraries; none within another."""
+    """Folders of the standard library (all of `sys.path`, see `_START`) and shared libraries; none inside another."""
     maps = pathlib.Path("/proc/self/maps").read_text(encoding="utf-8")
     loaded = re.findall(r" (/.*)/[^/]+\.so[.\d]*$", maps, re.MULTILINE)
     links = tuple(f"{path}/" for path in _links())
@@ -150,7 +150,7 @@ def _readable_folders() -> list[str]:
 
 
 def _package_folders(path: str) -> list[str]:
-    """Of installed packages, in a folder of libraries."""
+    """Folders of installed packages inside a folder of libraries."""
     return [name for depth in ("", "python3*/") for name in glob.glob(f"{glob.escape(path)}/{depth}*-packages")]
 
 

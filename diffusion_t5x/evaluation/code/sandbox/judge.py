@@ -1,4 +1,4 @@
-"""Runs tests on a program that lives in another process, and says how it went.
+"""Runs tests on a program in another process and returns the verdict.
 
 Test code and the values it expects never enter the program's process. There, only calls arrive, with their arguments;
 back come values, as plain data. So a program passes by answering right, and in no other way: there is no result of a
@@ -24,7 +24,7 @@ _KILL_GRACE = 5.0  # seconds after the deadline; then the judge itself, busy wit
 
 
 class ProgramError(Exception):
-    """The program raised something that is no built-in exception."""
+    """The program raised an exception that is not built in."""
 
 
 class Remote:
@@ -69,7 +69,7 @@ class Program:
         self.raised: BaseException | None = None  # the last exception that came from there
 
     def ask(self, action: str, *arguments: Any) -> Any:
-        """Has the program's process do something (see `runner`) and returns what comes of it.
+        """Sends a request to the program's process (see `runner`) and returns the result.
 
         Raises:
           TimeoutError: the deadline.

@@ -1,8 +1,8 @@
-"""What the judge and a program tell each other: plain data as JSON, in frames.
+"""Messages between the judge and a program: plain data as JSON, in frames.
 
 JSON, because the judge must be able to read whatever the program sends: nothing in it can run. Numbers, text, None and
 truth values are themselves; everything else is `[kind, content]`. Subclasses become what they are a subclass of, and
-what is no plain data an `["object", number]` that the receiver resolves.
+anything that is not plain data is an `["object", number]` that the receiver resolves.
 """
 
 import builtins
@@ -41,7 +41,7 @@ def frame(message: Any) -> bytes:
 
 
 def read_frame(read: Callable[[int], bytes]) -> Any:
-    """The next message, by `read(size)`, which gives exactly so many bytes.
+    """The next message, by `read(size)`, which returns exactly `size` bytes.
 
     Raises:
       TooLong: more than MAX_FRAME.
@@ -54,7 +54,7 @@ def read_frame(read: Callable[[int], bytes]) -> Any:
 
 
 def read_exactly(fd: int, size: int) -> bytes:
-    """So many bytes of a file descriptor.
+    """Reads exactly `size` bytes from a file descriptor.
 
     Raises:
       EOFError: it ends before.

@@ -1,6 +1,6 @@
-"""A process that gives birth to judges, one for each program, and cleans up after them.
+"""A process that forks judges, one for each program, and cleans up after them.
 
-It never reads a job itself: the judge that it has started waits for one, with the program's process already born. So
+It never reads a job itself: the judge that it has started waits for one, with the program's process already started. So
 no process that runs a program was ever copied from one that knew a test.
 
 Reads frames (`wire`): jobs, from standard input. Writes JSON lines to standard output: one when it is ready, then a

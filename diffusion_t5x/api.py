@@ -1,0 +1,481 @@
+"""A model in Python: `load` opens one, and its methods write, fill holes, score and show every step."""
+
+import dataclasses
+import functools
+import html
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import jax
+import numpy as np
+from flax import traverse_util
+from jax.sharding import Mesh
+
+from diffusion_t5x.chat.prompts import Prompts, prompt_lengths
+from diffusion_t5x.checkpointing import checkpoints
+from diffusion_t5x.checkpointing.rebuilding import rebuild
+from diffusion_t5x.checkpointing.record import Record, is_plain
+from diffusion_t5x.data import vocabulary_files
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.seqio_source import libraries
+from diffusion_t5x.data.templates import Template, Templates
+from diffusion_t5x.data.text_rows import TextRows, room_for
+from diffusion_t5x.data.vocabularies import token_ids
+from diffusion_t5x.decoding.decoder import Decoder
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.evaluation import traces
+from diffusion_t5x.evaluation.inference import make_decode_step, predict
+from diffusion_t5x.evaluation.likelihood import likelihoods, make_likelihood_step
+from diffusion_t5x.evaluation.loading import abstract_params, load_model
+from diffusion_t5x.importing import from_hf, hub
+from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.transformer import ModelDefinition, Params
+from diffusion_t5x.objectives.likelihood import check_num_draws
+from diffusion_t5x.objectives.objective import Objective
+from diffusion_t5x.partitioning import MeshConfig
+from diffusion_t5x.reporting.trace_page import trace_page
+from diffusion_t5x.training.agreement import Agreement
+
+if TYPE_CHECKING:
+    import seqio
+
+_Batches = Iterable[tuple[Batch, list[dict[str, Any]]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LogLikelihood:
+    """How likely a model finds a text, its end included.
+
+    Attributes:
+      nats: log-probability of the text: exact for an autoregressive model, else an estimate of a lower bound.
+      standard_error: of that estimate, in nats; 0 where it is exact.
+      num_tokens: of the text, with the one that ends it.
+    """
+
+    nats: float
+    standard_error: float
+    num_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """How an answer came to be. In a notebook it shows itself as a page that plays the steps.
+
+    Attributes:
+      prompt: what was answered.
+      text: the answer.
+      canvases: the canvas before the first step and after each one: ▢ is MASK, ¶ the end of the text, · padding.
+      record: what `infer --trace` writes of it, see `evaluation.traces.compact`.
+      decoder: what wrote, in words.
+    """
+
+    prompt: str
+    text: str
+    canvases: list[str]
+    record: Mapping[str, Any] = dataclasses.field(repr=False)
+    decoder: str = dataclasses.field(repr=False)
+
+    def __str__(self) -> str:
+        return "\n".join(map(traces.sign, self.canvases))
+
+    def html(self) -> str:
+        """A self-contained HTML page."""
+        return trace_page([self.record], 1, "prompt", self.decoder)
+
+    def _repr_html_(self) -> str:
+        frame = 'sandbox="allow-scripts" style="width: 100%; height: 30em; border: 0"'
+        return f'<iframe srcdoc="{html.escape(self.html())}" {frame}></iframe>'
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Model:
+    """A model to be used and not trained, on one device. `load` makes it.
+
+    Attributes:
+      name: where it came from.
+      record: what it was trained as.
+      params: nested dictionaries of arrays; matrices and embeddings in `config.dtype`.
+      tokenizer: encodes texts to token ids, and decodes them.
+      decoder: what writes where a call names no other; None where the record names none.
+      objective: whose likelihood is measured; None where the record does not say.
+      definition: makes a Flax module of parameters.
+      mesh: of the device.
+      allow_mismatch: see `load`.
+    """
+
+    name: str
+    record: Record
+    params: Params
+    tokenizer: "seqio.Vocabulary"
+    decoder: Decoder | None
+    objective: Objective | None
+    definition: ModelDefinition
+    mesh: Mesh
+    allow_mismatch: bool = False
+
+    def __repr__(self) -> str:
+        trained = self.record.trained_by or ("imported" if self.record.imported else "unknown objective")
+        return f"Model({self.name!r}, {trained}, {self.definition.num_params():,} parameters, {self.decoder})"
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's dimensions."""
+        return self.definition.config
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a str is a sequence of them
+        self,
+        prompts: str,
+        *,
+        decoder: Decoder | None = ...,
+        length: int | None = ...,
+        samples: Literal[1] = ...,
+        seed: int = ...,
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        decoder: Decoder | None = ...,
+        length: int | None = ...,
+        samples: Literal[1] = ...,
+        seed: int = ...,
+    ) -> list[str]: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        decoder: Decoder | None = ...,
+        length: int | None = ...,
+        samples: int,
+        seed: int = ...,
+    ) -> Any: ...
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] = "",
+        *,
+        decoder: Decoder | None = None,
+        length: int | None = None,
+        samples: int = 1,
+        seed: int = 0,
+    ) -> Any:
+        """Answers prompts, one at a time. The texts are those that the verb `generate` writes with the same seed.
+
+        Args:
+          prompts: one, or several.
+          decoder: what writes; None takes the model's own.
+          length: tokens to write at most; for diffusion, the canvas. None takes the length of the training's targets,
+            or at most 256.
+          samples: answers to each prompt.
+          seed: of what is drawn. Another one compiles anew; `samples` does not.
+
+        Returns:
+          One prompt's text, or a list of texts in the order of the prompts. With more than one sample, a list of texts
+          stands where a text would.
+
+        Raises:
+          UserError: a prompt is too long, or the model was not trained for such a decoder.
+        """
+        texts = _texts(prompts)
+        if not isinstance(samples, int) or samples < 1:
+            raise UserError(f"samples must be at least 1, not {samples!r}.")
+        records = self._decode(self._prompts(texts, length), decoder, seed, samples=samples)
+        found = [record["predictions"] if samples > 1 else record["prediction"] for record in records]
+        return found[0] if isinstance(prompts, str) else found
+
+    @overload
+    def fill(self, texts: str, inputs: str = ..., *, decoder: Decoder | None = ..., seed: int = ...) -> str: ...  # type: ignore[overload-overlap]  # a str is a sequence of them
+
+    @overload
+    def fill(
+        self, texts: Sequence[str], inputs: str | Sequence[str] = ..., *, decoder: Decoder | None = ..., seed: int = ...
+    ) -> list[str]: ...
+
+    def fill(
+        self,
+        texts: str | Sequence[str],
+        inputs: str | Sequence[str] = "",
+        *,
+        decoder: Decoder | None = None,
+        seed: int = 0,
+    ) -> str | list[str]:
+        """Fills the holes of texts, such as "x =<hole:4> + 1": `<hole:N>` is a hole of N tokens.
+
+        The texts are those that `infer --templates` writes; see docs/infilling.md.
+
+        Args:
+          texts: one, or several; each has a hole.
+          inputs: what the texts are written for, of a model that was trained with inputs: one for all, or one for each.
+          decoder: what writes; None takes the model's own.
+          seed: of what is drawn.
+
+        Returns:
+          The whole text, its holes filled; or a list of them.
+
+        Raises:
+          UserError: a text without a hole or too long, inputs for a model that has none, or a decoder that cannot fill
+            holes, as autoregressive ones.
+        """
+        pairs = _pairs(texts, inputs)
+        decoder = self._use(decoder, self.decoder, "decoder")
+        if not decoder.fills_holes:
+            raise UserError(
+                f"{type(decoder).__name__} cannot fill holes, whose ends are given. Use a model of masked or SUNDAE "
+                "diffusion with MaskedDecoder or SundaeDecoder."
+            )
+        rows = self._rows(pairs)
+        templates = Templates(
+            [Template.of(text, given or None, f"Text {n}") for n, (text, given) in enumerate(pairs)], rows
+        )
+        templates.check()
+        records = self._decode(templates.eval_batches(), decoder, seed, text_mask=templates.text_mask)
+        found = [record["prediction"] for record in records]
+        return found[0] if isinstance(texts, str) else found
+
+    @overload
+    def log_likelihood(  # type: ignore[overload-overlap]  # a str is a sequence of them
+        self,
+        texts: str,
+        inputs: str = ...,
+        *,
+        objective: Objective | None = ...,
+        num_draws: int = ...,
+        seed: int = ...,
+    ) -> LogLikelihood: ...
+
+    @overload
+    def log_likelihood(
+        self,
+        texts: Sequence[str],
+        inputs: str | Sequence[str] = ...,
+        *,
+        objective: Objective | None = ...,
+        num_draws: int = ...,
+        seed: int = ...,
+    ) -> list[LogLikelihood]: ...
+
+    def log_likelihood(
+        self,
+        texts: str | Sequence[str],
+        inputs: str | Sequence[str] = "",
+        *,
+        objective: Objective | None = None,
+        num_draws: int = 128,
+        seed: int = 0,
+    ) -> LogLikelihood | list[LogLikelihood]:
+        """Measures how likely texts are, as `infer` does in its mode "score" (see docs/likelihood.md).
+
+        Args:
+          texts: one, or several; EOS is put behind each and counted.
+          inputs: what the texts are written for: one for all, or one for each. An imported decoder-only model reads
+            them as the text before.
+          objective: whose likelihood; None takes the one that the model was trained by.
+          num_draws: passes of the model for an estimate; an even number. Exact ones take one.
+          seed: of the draws.
+
+        Returns:
+          One text's likelihood in nats, or a list of them.
+
+        Raises:
+          UserError: a text is too long, inputs for a model that has none, or the model was not trained by such an
+            objective.
+        """
+        pairs = _pairs(texts, inputs)
+        objective = self._use(objective, self.objective, "objective")
+        check_num_draws(num_draws)
+        rows = self._rows(pairs)
+        step = self._likelihood_step(objective, num_draws, seed)
+        batches: _Batches = [(rows.batch(given, text, number), [{}]) for number, (text, given) in enumerate(pairs)]
+        found = [
+            LogLikelihood(record["log_likelihood"], record["standard_error"], record["num_tokens"])
+            for record in likelihoods(step, self.params, batches, self.mesh, rows.to_text)
+        ]
+        return found[0] if isinstance(texts, str) else found
+
+    def trace(
+        self, prompt: str = "", *, decoder: Decoder | None = None, length: int | None = None, seed: int = 0
+    ) -> Steps:
+        """Answers a prompt as `generate` does, and keeps every step.
+
+        Args:
+          prompt: the text to answer.
+          decoder, length, seed: as in `generate`.
+
+        Raises:
+          UserError: as `generate`.
+        """
+        decoder = self._use(decoder, self.decoder, "decoder")
+        (record,) = self._decode(self._prompts(_texts(prompt), length), decoder, seed, trace=True)
+        return Steps(prompt, record["prediction"], traces.texts(record["trace"]), record, repr(decoder))
+
+    def _prompts(self, texts: Sequence[str], length: int | None) -> _Batches:
+        if length is not None and (not isinstance(length, int) or length < 1):
+            raise UserError(f"length must be at least 1, not {length!r}.")
+        most, length = prompt_lengths(self._lengths, length, self.config)
+        prompts = Prompts(self.tokenizer, self._inputs_end, most, length, self.config.architecture)
+        # All at once, so that one that is too long is refused before the first is answered.
+        return [(prompts.batch(text, number), [_example(text)]) for number, text in enumerate(texts)]
+
+    def _decode(
+        self,
+        batches: _Batches,
+        decoder: Decoder | None,
+        seed: int,
+        samples: int = 1,
+        trace: bool = False,
+        text_mask: Callable[[Batch], np.ndarray] | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """One record for each text, as `infer` writes them."""
+        decoder = self._use(decoder, self.decoder, "decoder")
+        step = self._decode_step(decoder, seed, trace, text_mask is not None)
+        rows = self._rows([])
+        yield from predict(
+            step, self.params, batches, self.mesh, rows.to_text, rows.cells, None, samples, text_mask=text_mask
+        )
+
+    @functools.cached_property
+    def _steps(self) -> dict[Any, Any]:
+        """Compiled programs by what they depend on."""
+        return {}
+
+    def _decode_step(self, decoder: Decoder, seed: int, trace: bool, in_holes: bool) -> jax.stages.Wrapped:
+        key = (decoder, seed, trace, in_holes)
+        if key not in self._steps:
+            definition = self.definition
+            if in_holes:
+                definition = ModelDefinition(self.config, token_ids(self.tokenizer).for_infilling())
+            self._steps[key] = make_decode_step(self.mesh, definition, decoder, seed=seed, trace=trace)
+        return self._steps[key]
+
+    def _likelihood_step(self, objective: Objective, num_draws: int, seed: int) -> Any:
+        key = (objective, num_draws, seed)
+        if key not in self._steps:
+            self._steps[key] = make_likelihood_step(
+                self.mesh, self.definition, objective, num_draws=num_draws, seed=seed
+            )
+        return self._steps[key]
+
+    def _use(self, given: Any, own: Any, what: str) -> Any:
+        """The decoder or objective to use, checked against what the model has learned."""
+        used = own if given is None else given
+        if used is None:
+            raise UserError(f"{self.name} does not say which {what} suits it: give {what}=...")
+        if used is not own:
+            Agreement(self.name, self.record, "allow_mismatch", self.allow_mismatch).check(self.config, [used])
+        return used
+
+    @property
+    def _lengths(self) -> Mapping[str, int] | None:
+        return (self.record.dataset or {}).get("task_feature_lengths")
+
+    @property
+    def _inputs_end(self) -> bool:
+        if self.record.inputs_end is None:
+            return self.config.architecture == "encoder_decoder"
+        return self.record.inputs_end
+
+    def _rows(self, pairs: Sequence[tuple[str, str]]) -> TextRows:
+        """How pairs of a text and its inputs become rows: as in training; of an imported model, as long as needed."""
+        lengths = self._lengths
+        has_inputs = any(inputs for _, inputs in pairs)
+        if lengths is not None and has_inputs and "inputs" not in lengths:
+            raise UserError(f"{self.name} was trained without inputs: leave them out.")
+        if lengths is None:
+            size = max((len(self.tokenizer.encode(text)) for pair in pairs for text in pair), default=0)
+            room = room_for(size + 1, self.config.max_length)
+            has_inputs |= self.config.architecture == "encoder_decoder"
+            lengths = dict.fromkeys(["inputs", "targets"] if has_inputs else ["targets"], room)
+        canvas = not self.record.imported and (self.record.dataset or {}).get("canvas", True)
+        return TextRows(self.tokenizer, lengths, self.config.architecture, canvas, self._inputs_end, self.name)
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    vocabulary: "str | seqio.Vocabulary | None" = None,
+    allow: Sequence[str] = (),
+    allow_mismatch: bool = False,
+) -> Model:
+    """Opens a model.
+
+    Model, vocabulary, lengths, decoder and objective come from what the checkpoint says of itself.
+
+    Args:
+      path: a MODEL_DIR of training, a checkpoint of it, what `convert` wrote, a folder in Hugging Face's format, or a
+        model of the hub as "org/name" or "org/name@revision" (downloaded once).
+      vocabulary: its file (a tokenizer.json, a SentencePiece model, llama2.c's .bin) or a SeqIO vocabulary, where the
+        checkpoint does not say how it is made.
+      allow: packages or modules of decoders and objectives that may be imported because the checkpoint names them,
+        besides those of diffusion_t5x.
+      allow_mismatch: let decoders and objectives use the model otherwise than it was trained.
+
+    Raises:
+      UserError: no model is there, it is broken, or it does not say what it is.
+    """
+    name = os.fspath(path)
+    local = hub.local_folder(name)
+    mesh = MeshConfig().make(jax.devices()[:1])
+    if from_hf.is_folder(local):
+        record, definition, streams = from_hf.in_memory(local)
+        tokenizer = _vocabulary(record, local, name, vocabulary)
+        abstract = traverse_util.flatten_dict(abstract_params(mesh, definition), sep="/")
+        params = traverse_util.unflatten_dict(
+            {path: jax.device_put(streams[path].whole().astype(x.dtype), x.sharding) for path, x in abstract.items()},
+            sep="/",
+        )
+    else:
+        checkpoint = checkpoints.open_checkpoint(local)
+        record = checkpoint.record
+        tokenizer = _vocabulary(record, checkpoint.model_dir, name, vocabulary)
+        definition, params = load_model(checkpoint, _config(record, name), token_ids(tokenizer), mesh)
+    decoder, objective = (
+        rebuild(described, name, allow) if described and is_plain(described) else None
+        for described in (record.decoder, record.objective)
+    )
+    return Model(name, record, params, tokenizer, decoder, objective, definition, mesh, allow_mismatch)
+
+
+def _config(record: Record, name: str) -> ModelConfig:
+    # Which kernel computes attention is the machine's affair.
+    known = {field.name for field in dataclasses.fields(ModelConfig)} - {"attention_backend"}
+    if not record.model:
+        raise UserError(f"{name} does not say what model it is: it was written without its settings.")
+    return ModelConfig(**{key: rebuild(value, name) for key, value in record.model.items() if key in known})
+
+
+def _vocabulary(
+    record: Record, folder: str | os.PathLike, name: str, given: "str | seqio.Vocabulary | None"
+) -> "seqio.Vocabulary":
+    libraries()
+    if given is not None:
+        return vocabulary_files.vocabulary(given) if isinstance(given, str) else given
+    arguments = record.vocabulary_arguments(folder)
+    if arguments is None:
+        raise UserError(f"{name} does not say how its vocabulary is made: give vocabulary=FILE or a SeqIO vocabulary.")
+    return vocabulary_files.vocabulary(**arguments)
+
+
+def _example(prompt: str) -> dict[str, Any]:
+    return {"inputs_pretokenized": prompt}
+
+
+def _texts(given: str | Sequence[str]) -> list[str]:
+    texts = [given] if isinstance(given, str) else list(given)
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise UserError(f"Texts are str, or a list of str; got {wrong[0]!r}.")
+    return texts
+
+
+def _pairs(texts: str | Sequence[str], inputs: str | Sequence[str]) -> list[tuple[str, str]]:
+    """Each text with its inputs."""
+    several = _texts(texts)
+    each = [inputs] * len(several) if isinstance(inputs, str) else _texts(inputs)
+    if len(each) != len(several):
+        raise UserError(f"There are {len(several)} texts, but {len(each)} inputs: give one for each, or one for all.")
+    return list(zip(several, each, strict=True))

@@ -1,0 +1,56 @@
+"""Objects from their descriptions in a checkpoint's record: the way back from `record.describe`."""
+
+import dataclasses
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffusion_t5x.checkpointing.record import CLASS
+from diffusion_t5x.errors import UserError
+
+# A checkpoint may be a stranger's: it may name settings of these packages, and nothing else unasked.
+_TRUSTED = ("diffusion_t5x.models", "diffusion_t5x.objectives", "diffusion_t5x.decoding")
+
+
+def rebuild(described: Any, where: str, allow: Sequence[str] = ()) -> Any:
+    """The object that `record.describe` described. Lists become tuples.
+
+    Only dataclasses are made, of modules that are trusted; no other module is imported.
+
+    Args:
+      described: see `record.describe`.
+      where: the checkpoint, for messages.
+      allow: packages or modules that are trusted, too.
+
+    Raises:
+      UserError: a class that is not trusted or not there, or fields that it does not have.
+    """
+    if isinstance(described, list | tuple):
+        return tuple(rebuild(item, where, allow) for item in described)
+    if not isinstance(described, Mapping):
+        return described
+    fields = {name: rebuild(value, where, allow) for name, value in described.items() if name != CLASS}
+    if CLASS not in described:
+        return fields
+    cls = _class(described[CLASS], where, (*_TRUSTED, *allow))
+    try:
+        return cls(**fields)
+    except TypeError as error:
+        raise UserError(
+            f"{where} was written with other settings of {cls.__name__} than this version has: {error}."
+        ) from error
+
+
+def _class(name: Any, where: str, trusted: Sequence[str]) -> type:
+    module, _, attribute = str(name).rpartition(".")
+    if not any(f"{module}.".startswith(f"{package}.") for package in trusted):
+        raise UserError(
+            f"{where} names {name}, which is not a part of diffusion_t5x. If you trust it, give allow=[{module!r}]."
+        )
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{where} names {name}, which is not there: {error}.") from error
+    if not dataclasses.is_dataclass(cls) or not isinstance(cls, type) or cls.__module__ != module:
+        raise UserError(f"{where} names {name}, which is no dataclass of {module}.")
+    return cls

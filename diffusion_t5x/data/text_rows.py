@@ -1,0 +1,105 @@
+"""Texts given in Python, as rows for a model: laid out as its task had them in training, but without the task."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from diffusion_t5x.data.batch import Architecture, Batch
+from diffusion_t5x.data.rows import RowLayout, check_rows, fill_batches
+from diffusion_t5x.data.vocabularies import TokenIds, cells, signs, to_text, token_ids
+from diffusion_t5x.errors import UserError
+
+if TYPE_CHECKING:
+    import seqio
+
+_LEAST_ROOM = 64  # tokens of a row that has no set length; longer texts have twice as much, and so on
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRows:
+    """How texts become rows. Stands for a `SeqioDataset` where the texts are given and no task is read.
+
+    Attributes:
+      tokenizer: the model's vocabulary.
+      task_feature_lengths: tokens of `inputs` and `targets`; a model without inputs has only `targets`.
+      architecture: of the model.
+      canvas: targets are followed by pad up to their length, as in training.
+      inputs_end: inputs end in EOS. Targets always do.
+      name: for messages.
+      batch_size: rows of a batch.
+    """
+
+    tokenizer: "seqio.Vocabulary"
+    task_feature_lengths: Mapping[str, int]
+    architecture: Architecture
+    canvas: bool
+    inputs_end: bool
+    name: str = "the model"
+    batch_size: int = 1
+
+    @property
+    def row_length(self) -> int:
+        """Positions of the longest sequence that the model reads."""
+        lengths = self.task_feature_lengths.values()
+        return sum(lengths) if self.architecture == "decoder_only" else max(lengths)
+
+    def check_task(self) -> None:
+        """Raises a UserError where a length is not positive."""
+        check_rows(self.task_feature_lengths, self.batch_size, False, self.canvas)
+
+    def vocabulary(self) -> "seqio.Vocabulary":
+        """The model's vocabulary."""
+        return self.tokenizer
+
+    def token_ids(self) -> TokenIds:
+        """What models, objectives and decoders know of the vocabulary."""
+        return token_ids(self.tokenizer)
+
+    def adds_eos(self, feature: str) -> bool:
+        """Whether the texts of a feature end in EOS."""
+        return feature == "targets" or self.inputs_end
+
+    def to_text(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, up to EOS or the first pad."""
+        return to_text(self.tokenizer, tokens)
+
+    def cells(self, tokens: Sequence[int]) -> list[str]:
+        """The texts of tokens one by one; see `vocabularies.cells`."""
+        return cells(self.tokenizer, tokens, signs(self.tokenizer))
+
+    def batch(self, inputs: str, text: str, number: int) -> Batch:
+        """A batch of one row: inputs, where the model has any, and a whole text as the target.
+
+        Args:
+          inputs: what the text is written for.
+          text: the target.
+          number: the row's `example_ids`, which what is drawn depends on.
+
+        Raises:
+          UserError: a text is longer than the model's rows.
+        """
+        features = {}
+        for name, most in self.task_feature_lengths.items():
+            eos = [self.tokenizer.eos_id] if self.adds_eos(name) else []
+            tokens = [*self.tokenizer.encode(inputs if name == "inputs" else text), *eos]
+            if len(tokens) > most:
+                counted = ", EOS included" if eos else ""
+                raise UserError(
+                    f"The {name} of text {number} have {len(tokens)} tokens{counted}; {self.name} takes {most}. "
+                    "Nothing is cut: shorten them."
+                )
+            features[name] = np.array(tokens, np.int32)
+        pad_id = self.tokenizer.pad_id
+        layout = RowLayout(self.task_feature_lengths, self.architecture, self.canvas, pad_id)
+        ((batch, _),) = fill_batches([(layout.row(layout.sequences(features)), None)], 1, pad_id)
+        return batch.replace(example_ids=np.array([number], np.int32))
+
+
+def room_for(num_tokens: int, most: int | None = None) -> int:
+    """Length of a row for so many tokens: a power of two, so that few programs serve all texts; `most` is a limit."""
+    room = _LEAST_ROOM
+    while room < num_tokens:
+        room *= 2
+    return room if most is None else min(room, most)

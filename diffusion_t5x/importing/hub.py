@@ -1,0 +1,63 @@
+"""Models on Hugging Face's hub: the files that an import needs, downloaded once into the hub's own cache."""
+
+import glob
+import os
+import pathlib
+import re
+
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.importing.huggingface import CARRIED, INDEX, SINGLE, shards
+
+_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w.-][\w./-]*))?", re.ASCII)
+
+
+def local_folder(name: str | os.PathLike) -> str:
+    """The folder of a model: a local path as it is; "org/name" or "org/name@revision" of the hub, downloaded.
+
+    What is there already is not downloaded again. `HF_HUB_OFFLINE=1` reads the cache alone; `HF_HOME`, `HF_TOKEN` and
+    the other variables of `huggingface_hub` hold.
+
+    Args:
+      name: a path that is there is never looked up in the hub.
+
+    Raises:
+      UserError: the hub has no such model or cannot be reached, or the model is gated.
+    """
+    name = os.fspath(name)
+    parts = _ID.fullmatch(name)
+    if pathlib.Path(name).expanduser().exists() or not parts:
+        return name
+    folder = _download(name, parts["repo"], parts["revision"], [*CARRIED, SINGLE, INDEX])
+    if (folder / INDEX).exists() and not (folder / SINGLE).exists():
+        # Of the same commit, whatever the revision means by now.
+        _download(name, parts["repo"], folder.name, shards(folder / INDEX))
+    return str(folder)
+
+
+def _download(name: str, repo: str, revision: str | None, files: list[str]) -> pathlib.Path:
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    try:
+        patterns = [glob.escape(file) for file in files]
+        return pathlib.Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except errors.GatedRepoError as error:
+        raise UserError(f"{name} is gated: accept its terms on the hub, and set HF_TOKEN.") from error
+    except errors.RevisionNotFoundError as error:
+        raise UserError(f"{repo} has no revision {revision} on Hugging Face's hub.") from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"There is no folder {name}, and Hugging Face's hub has no such model. If it is private, set HF_TOKEN."
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _first_line(error)
+        raise UserError(
+            f"There is no folder {name}, and Hugging Face's hub cannot be reached ({why}). Its cache, "
+            f"{constants.HF_HUB_CACHE}, lacks the model, too: connect, or give a local folder."
+        ) from error
+    except (errors.HFValidationError, errors.HfHubHTTPError, OSError) as error:
+        raise UserError(f"{name} could not be downloaded from Hugging Face's hub: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
