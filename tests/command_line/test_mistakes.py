@@ -70,7 +70,7 @@ MISTAKES = [
     ("train", f"{FINETUNE} --gin.train.train.hang_timeout=0", ["hang_timeout must be above 0"]),
     # Places that cannot be, settings that say nothing.
     ("train", f"{FINETUNE} --gin.MODEL_DIR=''", ["MODEL_DIR must be the path of a folder"]),
-    ("train", f"{FINETUNE} --gin.MODEL_DIR=pairs.jsonl/run --dry_run", ["pairs.jsonl is a file", "MODEL_DIR"]),
+    ("train", f"{FINETUNE} --gin.MODEL_DIR=pairs.jsonl/run --dry_run", ["pairs.jsonl is a file", "another folder"]),
     ("train", f"{FINETUNE} --gin.USE_CACHED_TASKS=True", ["USE_CACHED_TASKS", "cache_tasks"]),
     ("train", f"{FINETUNE} --gin.TARGETS='x'", ["TARGETS = 'x' names no field"]),
     # Flags that change nothing.
