@@ -100,9 +100,7 @@ def evaluate(
     if not evals:
         raise UserError("Nothing to evaluate: set evaluate.decode_evals, loss_evals or likelihood_evals.")
     if (loss_evals or likelihood_evals) and objective is None:
-        raise UserError(
-            "evaluate.loss_evals and likelihood_evals need evaluate.objective. Include a file of objectives/."
-        )
+        raise UserError("evaluate.loss_evals and likelihood_evals need evaluate.objective. Include one of objectives/.")
     check_datasets([ev.dataset for ev in evals], model, device_mesh)
     settings = results.describe(
         {

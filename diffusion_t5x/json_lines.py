@@ -27,7 +27,7 @@ def parse(text: str | bytes, distinct: bool = False) -> Any:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
     except RecursionError:
         raise ValueError("JSON that is nested too deep") from None
-    except UnicodeEncodeError as error:
+    except (UnicodeEncodeError, UnicodeDecodeError) as error:
         raise ValueError(f"text that is not Unicode ({error.reason})") from error
     return value
 

@@ -159,9 +159,7 @@ def train(
             **step,
         )
         return
-    _check_settings(model_dir, train_steps, loss_normalizing_factor, ema_decay, hang_timeout)
-    if dry_run:
-        ensure_writable(model_dir, dry_run=True)
+    _check_settings(model_dir, train_steps, loss_normalizing_factor, ema_decay, hang_timeout, bool(dry_run))
     goodput = Goodput()
     device_mesh = mesh.make()
     check_writers(metric_writers)
@@ -198,9 +196,7 @@ def train(
         if start.checkpoint and start.resumes and allow_older_checkpoint:
             stored.set_aside_after(start.checkpoint.named)
         checkpoints = Checkpoints(folder, **dataclasses.asdict(checkpoint_policy))
-        if jax.process_index() == 0:
-            write_config(os.path.join(model_dir, "config.gin"), config.operative_text(), first_step)
-            records.write_text(os.path.join(model_dir, "model-info.txt"), info + "\n")
+        _write_description(model_dir, info, first_step)
         batches, next_batch = _batches(device_mesh, definition, train_dataset, rollout, random_seed)
         if begun.data_state is not None:
             batches.load_state_dict(begun.data_state)
@@ -228,8 +224,18 @@ def train(
                 check_folder=check_folder,
                 description=f"{type(objective).__name__} on {train_dataset.name}",
             )
-        scored = isinstance(train_dataset, SeqioDataset) and train_dataset.has_metrics
-        logger.info("%s", next_commands(model_dir, writes=record.decoder is not None, scored=scored))
+        _log_next(model_dir, record, train_dataset)
+
+
+def _write_description(model_dir: str, info: str, first_step: int) -> None:
+    if jax.process_index() == 0:
+        write_config(os.path.join(model_dir, "config.gin"), config.operative_text(), first_step)
+        records.write_text(os.path.join(model_dir, "model-info.txt"), info + "\n")
+
+
+def _log_next(model_dir: str, record: Record, dataset: SeqioDataset | CachedDataset) -> None:
+    scored = isinstance(dataset, SeqioDataset) and dataset.has_metrics
+    logger.info("%s", next_commands(model_dir, writes=record.decoder is not None, scored=scored))
 
 
 def _check_settings(
@@ -238,6 +244,7 @@ def _check_settings(
     loss_normalizing_factor: float | None,
     ema_decay: float | None,
     hang_timeout: float | None,
+    dry_run: bool,
 ) -> None:
     def above_0(value: float | None) -> bool:
         return value is None or value > 0
@@ -251,6 +258,8 @@ def _check_settings(
     ):
         if not is_right:
             raise UserError(f"{name} must be {wanted}, not {value!r}.")
+    if dry_run:
+        ensure_writable(model_dir, dry_run=True)
 
 
 def _check_data(

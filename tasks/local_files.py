@@ -178,8 +178,8 @@ def task(
     """
     has_inputs = inputs is not None and objective is None
     templates = {"targets": targets} if inputs is None or not has_inputs else {"inputs": inputs, "targets": targets}
-    if not _Template(targets).fields:
-        raise UserError(f"TARGETS = {targets!r} names no field, so all targets would be the same. Write {{a_field}}.")
+    if not targets:
+        raise UserError("TARGETS is empty. Write a template with a field, such as '{targets}'.")
     found = source(files, reader, templates, held_out)
     return registration.task(
         name, found, [], vocabulary_file, has_inputs=has_inputs, objective=objective, num_shots=num_shots,

@@ -1,6 +1,7 @@
 """What every test runs in: the CPU, no chatter, and real data where the machine has some."""
 
 import importlib.metadata
+import logging
 import os
 import pathlib
 
@@ -68,3 +69,10 @@ def finetuned(pretrained) -> pathlib.Path:
     from quickstart_runs import finetune
 
     return finetune(pretrained)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_logging():
+    """The verbs' logger as a new process has it: no test's records depend on the tests before it."""
+    logger = logging.getLogger("diffusion_t5x")
+    logger.handlers, logger.propagate = [], True

@@ -165,7 +165,7 @@ EIGHT = [
 @pytest.mark.parametrize("mesh,objective", EIGHT)
 def test_losses_and_outputs_are_those_of_one_device(on_meshes, mesh, objective):
     one, eight = (on_meshes[name][objective] for name in ("one", mesh))
-    assert len(one["losses"]) == 4 and one["losses"][-1] < 0.9 * one["losses"][0]
+    assert len(one["losses"]) == 4 and one["losses"][-1] < 0.95 * one["losses"][0]
     np.testing.assert_allclose(eight["losses"], one["losses"], rtol=1e-5)
     assert eight["tokens"] == one["tokens"] and len(np.unique(one["tokens"])) > 5
     np.testing.assert_allclose(eight["scores"], one["scores"], rtol=1e-4)  # after four steps of Adam

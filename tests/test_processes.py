@@ -35,7 +35,7 @@ def flags(*argv):
             {},
             r"needs --coordinator_address .*, --process_id \(JAX_PROCESS_ID\)",
         ),
-        (["--distributed"], {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES = 'two' is no number"),
+        (["--distributed"], {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES = 'two' is not a number"),
         (
             ["--distributed", "--process_id=2"],
             {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2"},

@@ -19,7 +19,7 @@ PACKAGE = pathlib.Path(records.__file__).parent
 # Places that open a file for writing by themselves, and why.
 APPENDING = {"training/metrics.py", "evaluation/record_file.py", "training/lock.py"}
 # /proc, /dev/null, scratch files, the standard streams
-SYSTEM = {"evaluation/code/sandbox/isolation.py", "data/seqio_source.py", "data/train_iterator.py", "terminal.py"}
+SYSTEM = {"evaluation/code/sandbox/isolation.py", "data/train_iterator.py", "terminal.py"}
 REMOTE = {"checkpointing/manifest.py", "checkpointing/checkpoints.py"}  # where a bucket writes whole objects itself
 OF_A_LIBRARY = {"data/cache_writer.py"}  # the library opens the file; it is renamed when it is whole
 

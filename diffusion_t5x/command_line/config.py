@@ -359,5 +359,5 @@ def _quiet_start() -> None:
     logger.propagate = False
     if sys.excepthook is sys.__excepthook__:
         sys.excepthook = _print_exception
-    if not logger.handlers:
+    if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
         logger.addHandler(_Stderr())

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Collection
 from typing import Any
 
-from diffusion_t5x import json_lines
+from diffusion_t5x.data import text_files
 from diffusion_t5x.errors import UserError
 
 CONFIG = "tokenizer_config.json"
@@ -38,12 +38,9 @@ def read(file: pathlib.Path) -> dict[str, Any]:
     Raises:
       UserError: it cannot be read, or is something else.
     """
-    try:
-        said = json_lines.parse(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not file.exists():
         return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"Cannot read {file}: {error}.") from error
+    said = text_files.json_value(file)
     if not isinstance(said, dict):
         raise UserError(f"{file} should be a JSON object, and is {str(said)[:40]!r}.")
     return said

@@ -153,7 +153,7 @@ def test_checkpoints_of_before_there_were_manifests_load_and_the_log_says_so_onc
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert int(restoring.restore(run, ABSTRACT)[0]["step"]) == 7
-    assert [record.message.count("before there were checksums") for record in caplog.records] == [1]
+    assert [record.message.count("without checksums") for record in caplog.records] == [1]
     assert stored.latest_whole(run) == str(run / "checkpoint_7")
     cut(run / "checkpoint_7" / "state" / "_METADATA")  # as much as can be known of it
     assert stored.latest_whole(run) == str(run / "checkpoint_5")

@@ -410,17 +410,23 @@ def test_a_required_macro_may_be_set_late(toy):
     )
 
 
-VOCABULARY = "diffusion_t5x.data.vocabulary_files.vocabulary"
+FORMER_NAME = """
+from diffusion_t5x.command_line import config
+
+former = (
+    "from __gin__ import dynamic_registration\\nfrom diffusion_t5x.tasks import registration\\n"
+    "VOCABULARY = @registration.vocabulary()\\nregistration.vocabulary.file = 'former.model'\\n"
+)
+config.load(["runs/lm_eval.gin"], ["VOCABULARY_FILE = None"], texts={"the record of DIR": former})
+assert config.operative_text().count("vocabulary.file = ") == 1
+name = "diffusion_t5x.data.vocabulary_files.vocabulary"
+assert config.registration("VOCABULARY")["bindings"]["VOCABULARY"]["@"] == name
+config.load([], [], texts={"the record of DIR": former})
+bound = config.registration("VOCABULARY")["bindings"]
+assert bound == {"VOCABULARY": {"@": name, "call": True}, f"{name}.file": "former.model"}
+"""
 
 
 def test_the_former_name_of_a_vocabulary_by_its_file_is_the_same_setting():
-    former = (
-        "from __gin__ import dynamic_registration\nfrom diffusion_t5x.tasks import registration\n"
-        "VOCABULARY = @registration.vocabulary()\nregistration.vocabulary.file = 'former.model'\n"
-    )
-    config.load(["runs/lm_eval.gin"], ["VOCABULARY_FILE = None"], texts={"the record of DIR": former})
-    assert config.operative_text().count("vocabulary.file = ") == 1
-    assert config.registration("VOCABULARY")["bindings"]["VOCABULARY"]["@"] == VOCABULARY
-    config.load([], [], texts={"the record of DIR": former})
-    bound = config.registration("VOCABULARY")["bindings"]
-    assert bound == {"VOCABULARY": {"@": VOCABULARY, "call": True}, f"{VOCABULARY}.file": "former.model"}
+    done = subprocess.run([sys.executable, "-c", FORMER_NAME], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

@@ -72,7 +72,7 @@ MISTAKES = [
     ("train", f"{FINETUNE} --gin.MODEL_DIR=''", ["MODEL_DIR must be the path of a folder"]),
     ("train", f"{FINETUNE} --gin.MODEL_DIR=pairs.jsonl/run --dry_run", ["pairs.jsonl is a file", "another folder"]),
     ("train", f"{FINETUNE} --gin.USE_CACHED_TASKS=True", ["USE_CACHED_TASKS", "cache_tasks"]),
-    ("train", f"{FINETUNE} --gin.TARGETS='x'", ["TARGETS = 'x' names no field"]),
+    ("train", f"{FINETUNE} --gin.TARGETS=''", ["TARGETS is empty"]),
     # Flags that change nothing.
     ("train", f"{FINETUNE} --gin.TRIAN_STEPS=5", ["--gin.TRIAN_STEPS=5", "Did you mean 'TRAIN_STEPS'?"]),
     ("train", f"{FINETUNE} --gin.NUM_STEPS=5", ["--gin.NUM_STEPS=5", "nothing in this configuration uses"]),

@@ -125,9 +125,9 @@ def test_folders_without_a_template(tmp_path: pathlib.Path):
         ChatTemplate.read(tmp_path, [])
     for text, message_ in {
         "{": r"tokenizer_config\.json:1: not JSON",
-        "[1]": "is no tokenizer's configuration",
-        '{"eos_token": 5}': "eos_token is 5, not a token's text",
-        '{"eos_token": {"id": 0}}': "eos_token is .* not a token's text",
+        "[1]": "should be a JSON object",
+        '{"eos_token": 5}': "eos_token = 5 should be a text, or an object",
+        '{"eos_token": {"id": 0}}': "eos_token = .* should be a text, or an object",
         '{"chat_template": [{"template": "x"}]}': 'has a "name" and a "template"',
     }.items():
         (tmp_path / "tokenizer_config.json").write_text(text)

@@ -142,7 +142,7 @@ def test_files_that_are_no_tokenizer(tmp_path):
     with pytest.raises(UserError, match=r"There is no vocabulary file .*nowhere\.json"):
         vocabulary_files.vocabulary(str(tmp_path / "nowhere.json"))
     (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(UserError, match=r"bad\.json is no tokenizer\.json"):
+    with pytest.raises(UserError, match=r"bad\.json is not a tokenizer\.json"):
         HuggingFaceVocabulary(str(tmp_path / "bad.json"))
     path = open_models.save_tokenizer(tmp_path / "t", open_models.byte_level(), eos_token="<|other|>")
     with pytest.raises(UserError, match="which token ends a text"):

@@ -147,7 +147,7 @@ def test_files_are_named_by_split(files):
 def test_json_of_two_fields_of_one_name_is_refused_where_it_is_data():
     assert json_lines.parse('{"a": 1, "a": 2}') == {"a": 2}
     for text in ('{"a": 1, "a": 2}', '[{"b": {"a": 1, "c": 3, "a": 2}}]'):
-        with pytest.raises(ValueError, match="the field 'a' stands twice"):
+        with pytest.raises(ValueError, match="the field 'a' occurs twice"):
             json_lines.parse(text, distinct=True)
 
 

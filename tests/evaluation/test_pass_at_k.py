@@ -69,7 +69,7 @@ def test_the_metric_runs_programs(caplog):
     assert scores == pytest.approx(
         {"pass@1": 25, "pass@1_low": 100 * low, "pass@1_high": 100 * high, "error": 25, "wrong": 50}
     )
-    assert "4 problems: one more or less is 25.0 points" in caplog.text
+    assert "4 problems: one problem is 25.0 points" in caplog.text
 
 
 @pytest.mark.usefixtures("isolation")

@@ -71,7 +71,7 @@ def test_a_note_that_cannot_be_read_is_told(path, note):
 
 def test_other_settings_are_refused_but_not_where_nothing_is_written(path):
     write(path, 1)
-    with pytest.raises(UserError, match=r"begun with other settings \(random_seed"):
+    with pytest.raises(UserError, match=r"started with other settings \(random_seed"):
         RecordFile(path, SETTINGS | {"random_seed": 1})
     path.write_text("")
     assert RecordFile(path, SETTINGS | {"random_seed": 1}).done == 0

@@ -245,7 +245,7 @@ def test_what_would_be_dropped_without_a_word_is_refused_or_said(write, caplog):
         read(
             {"train": (write("a", "b\n"), write("b", "b\n"))}, readers.Parallel(("a", "a")), inputs="{a}", targets="{a}"
         )
-    with pytest.raises(UserError, match=r"a\.jsonl:1: the field 'inputs' stands twice"):
+    with pytest.raises(UserError, match=r"a\.jsonl:1: the field 'inputs' occurs twice"):
         read({"train": write("a.jsonl", '{"inputs": "a", "inputs": "b", "targets": "c"}')}, readers.Jsonl())
     with caplog.at_level("INFO", logger="diffusion_t5x"):
         read({"train": write("a.jsonl", '{"inputs": "a", "targets": "b", "id": 1}')}, readers.Jsonl())
@@ -270,7 +270,7 @@ def test_empty_files_among_others_are_left_out_and_named(write, tmp_path, reader
     name = local_files.task("mine", {"train": str(tmp_path / "?")}, reader, None, **templates)
     with caplog.at_level("WARNING", logger="diffusion_t5x"):
         assert len(list(SeqioDataset(name, {"targets": 8}).eval_examples())) == 1
-    assert "2 of 3 files are empty, left out" in caplog.text
+    assert "2 of 3 files are empty and left out" in caplog.text
     with pytest.raises(UserError, match=r"1, .*3 are empty"):
         name = local_files.task("mine", {"train": str(tmp_path / "[13]")}, reader, None, **templates)
         list(SeqioDataset(name, {"targets": 8}).eval_examples())

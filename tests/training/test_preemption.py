@@ -216,7 +216,7 @@ from diffusion_t5x.progress import Progress
 with StopSignals() as stop, Progress(10**6) as progress:
     open(sys.argv[1], "w").write("running")
     for step in range(1, 10**6):
-        progress.update(step, 1.0)
+        progress.update(step, {"loss": 1.0})
         time.sleep(0.01)
         if stop.reached(step):
             time.sleep(0.5)  # of a checkpoint
