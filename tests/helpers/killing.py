@@ -141,10 +141,10 @@ class Run:
     def _seen(self, printed: int) -> str:
         if not self._is_training(printed):
             return "start or restore"
-        if self._saving():
-            return "save"
         steps = self._steps()
-        return "evaluation" if steps and steps % EVAL == 0 else "step"
+        if steps and steps % EVAL == 0 and not self._evaluated(steps):  # a save goes on in the background
+            return "evaluation"
+        return "save" if self._saving() else "step"
 
     def _wait_to_start(self, process: subprocess.Popen, start: float, printed: int) -> None:
         time.sleep(self.draw.uniform(0, self.seconds_to_restore / 2))
@@ -189,6 +189,10 @@ class Run:
             return json.loads(lines[-1])["step"]
         except (IndexError, ValueError):
             return 0
+
+    def _evaluated(self, step: int) -> bool:
+        written = self.model_dir.glob("*_eval/**/metrics.jsonl")
+        return any(f'"step": {step}, ' in path.read_text() for path in written)
 
     def _saving(self) -> bool:
         folder = self.model_dir / "checkpoints"
