@@ -1,4 +1,4 @@
-"""From Hugging Face's format: a folder's model, or one of the hub, as a checkpoint or in memory."""
+"""From Hugging Face's format or GGUF: a folder's model, a file's, or one of the hub, as a checkpoint or in memory."""
 
 import pathlib
 import shutil
@@ -22,9 +22,10 @@ def from_hf(path: str, output_folder: str, ignore_keys: Sequence[str] = ()) -> N
     are, and model.gin.
 
     Args:
-      path: a folder with config.json, safetensors and a tokenizer; or a model of the hub, see `hub.local_folder`.
+      path: a folder with config.json, safetensors and a tokenizer; a GGUF file; or a model of the hub, see
+        `hub.local_folder`.
       output_folder: a folder that is empty or not there.
-      ignore_keys: keys of config.json that are read as if they were not there.
+      ignore_keys: keys of config.json, or of a GGUF file's metadata, that are read as if they were not there.
 
     Raises:
       UserError: what the folder holds is not supported or does not fit together, or the output is not empty; before
@@ -43,10 +44,14 @@ def from_hf(path: str, output_folder: str, ignore_keys: Sequence[str] = ()) -> N
     print(f"Wrote {final}: checkpoints/checkpoint_0, {tokenizer.name}, model.gin")
 
 
-def is_folder(path: str) -> bool:
-    """Whether a model in Hugging Face's format lies in this folder, and no checkpoint of ours."""
+def is_foreign(path: str) -> bool:
+    """True for a GGUF file, and for a folder with a model in Hugging Face's format and no checkpoint of ours."""
     folder = pathlib.Path(path).expanduser()
-    return (folder / CONFIG).exists() and not (folder / "checkpoints").exists()
+    return _is_gguf(path) or ((folder / CONFIG).exists() and not (folder / "checkpoints").exists())
+
+
+def _is_gguf(path: str) -> bool:
+    return path.lower().endswith(".gguf")
 
 
 def in_memory(path: str) -> tuple[Record, ModelDefinition, dict[str, Streamed]]:
@@ -64,9 +69,17 @@ def in_memory(path: str) -> tuple[Record, ModelDefinition, dict[str, Streamed]]:
 
 def _opened(path: str, ignore_keys: Sequence[str] = ()) -> tuple[Folder, Described, ModelDefinition, pathlib.Path]:
     """The folder, what it describes, the model here, and the tokenizer's file; all checked, no weights kept."""
-    folder = Folder.open(hub.local_folder(path)).without_keys(ignore_keys)
+    folder = _source(path, ignore_keys)
     described = families.describe(folder)
     tokenizer = folder.tokenizer()
     libraries()  # seconds, which a folder that is refused need not cost
     ids = token_ids(vocabulary(str(tokenizer)))
     return folder, described, importing.definition_of(folder, described, ids, tokenizer), tokenizer
+
+
+def _source(path: str, ignore_keys: Sequence[str]) -> Folder:
+    if _is_gguf(path):
+        from diffusion_t5x.importing.gguf_file import GgufFile
+
+        return GgufFile.open_file(path, ignore_keys)
+    return Folder.open(hub.local_folder(path)).without_keys(ignore_keys)
