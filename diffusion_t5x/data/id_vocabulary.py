@@ -38,8 +38,8 @@ class IdVocabulary(PythonVocabulary):
         self._ids["mask"] = self._ids["mask"] if mask_id is None else mask_id
         if not isinstance(self._size, int) or self._ids["eos"] is None:
             raise UserError(
-                f"{path} does not serve as a vocabulary: it needs vocab_size and eos_token_id. Put the model's tokenizer "
-                "beside it."
+                f"{path} does not serve as a vocabulary: it needs vocab_size and eos_token_id. Put the model's "
+                "tokenizer beside it."
             )
         self.contents = f"ids {self._size} {json.dumps(self._ids)}".encode()
 

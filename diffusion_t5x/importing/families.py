@@ -30,7 +30,8 @@ from diffusion_t5x.models.transformer import ModelDefinition
 # A module has `config(keys, tied)`, `weights(config)`, EMBEDDING and HEAD (names), TIED (what `tie_word_embeddings` is
 # where a config.json does not say), SAME (names of copies, and of what); BASE, if files may lack that prefix of their
 # names; ALIASES, if keys of the config.json have other names too; `vocab_size(keys)`, if rows of the embedding are not
-# under that key; TOKENIZERS, if there are other tokenizer files than the usual; and of diffusion models `published(keys)`.
+# under that key; TOKENIZERS, if there are other tokenizer files than the usual; and of diffusion models
+# `published(keys)`.
 FAMILIES: dict[str, Any] = {
     "Dream": dream,
     "a2d-llama": a2d.FROM_LLAMA,
