@@ -76,6 +76,14 @@ class HuggingFaceVocabulary(PythonVocabulary):
     def pad_id(self) -> int:
         return self._pad_id
 
+    @functools.cached_property
+    def adds_bos(self) -> bool:
+        """True if the tokenizer puts BOS before a text: as `add_bos_token` beside it says, else as it does itself."""
+        said = tokenizer_files.read(pathlib.Path(self.file).expanduser().parent / tokenizer_files.CONFIG)
+        if isinstance(adds := said.get("add_bos_token"), bool):
+            return adds and self.bos_id is not None
+        return self._tokenizer.encode("").ids[:1] == [self.bos_id]
+
     @property
     def mask_id(self) -> int | None:
         return self._ids.get("mask")

@@ -150,8 +150,9 @@ class SelfSpeculationDecoder(Decoder):
         vocabulary, shifted = model.vocabulary, model.config.shifted
         reading = Reading.of(room, vocabulary, shifted)
         cache = KVCache.empty(model.config, Slots.of(reading.batch))
-        read = reading.tokens(canvas, vocabulary) if shifted else canvas
-        if shifted:  # drafts read the start token first
+        has_start = shifted and vocabulary.reads_start
+        read = reading.tokens(canvas, vocabulary) if has_start else canvas
+        if has_start:  # drafts read the start token first
             canvas = canvas.at[:, self.draft.block_size - 1].set(vocabulary.start_id)
         start = jnp.zeros(len(canvas), jnp.int32)
         return canvas, model.extend(read, self.draft.attention, cache, start, encoded)[1]
@@ -169,6 +170,7 @@ class SelfSpeculationDecoder(Decoder):
         vocabulary, shifted = model.vocabulary, model.config.shifted
         # A shifted model predicts each token in the slot before its own.
         size, ahead = self.draft.block_size, 1 if shifted else 0
+        offset = ahead if vocabulary.reads_start else 0  # the start token takes a slot
         unfinished = ~carry["finished"][:, None]
         new = _cut(room.target_mask, block, size) & (block[:, None] + jnp.arange(size) >= carry["start"][:, None])
         new &= unfinished
@@ -179,9 +181,12 @@ class SelfSpeculationDecoder(Decoder):
             if not shifted:
                 tokens = start_first(tokens, positions, vocabulary)
             hidden, draft_cache = model.extend(
-                tokens, self.draft.attention, carry["draft_cache"], block - size + ahead, encoded
+                tokens, self.draft.attention, carry["draft_cache"], block - size + offset, encoded
             )
-            return hidden[:, size - ahead : 2 * size - ahead], carry | {"draft_cache": draft_cache}
+            states = hidden[:, size - ahead : 2 * size - ahead]
+            if offset < ahead:  # a row's first token is predicted in its own slot
+                states = jnp.where(positions[:, size:, None] == 0, hidden[:, size:], states)
+            return states, carry | {"draft_cache": draft_cache}
 
         def show_draft(carry, written):
             return show_rows(carry, block, written.tokens, written.mask, written.log_probability)

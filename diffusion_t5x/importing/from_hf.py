@@ -1,5 +1,6 @@
 """From Hugging Face's format or GGUF: a folder's model, a file's, or one of the hub, as a checkpoint or in memory."""
 
+import dataclasses
 import pathlib
 import shutil
 import types
@@ -110,6 +111,9 @@ def _opened(
             f"{folder.path}: neither config.json nor the tokenizer names MASK's id. Give it: "
             "`convert from_hf ... --mask_id=ID`."
         )
+    if objective.autoregressive and described.config.architecture == "decoder_only":
+        config = dataclasses.replace(described.config, reads_start=getattr(read, "adds_bos", True))
+        described = dataclasses.replace(described, config=config)
     ids = token_ids(read)
     return folder, described, importing.definition_of(folder, described, ids, tokenizer), tokenizer
 

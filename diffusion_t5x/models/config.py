@@ -21,9 +21,11 @@ class ModelConfig:
       shifted: how a diffusion model is read. False: the hidden state at a slot predicts the slot's own token. True:
         it predicts the next one, as an autoregressive model's does (Dream, arXiv 2508.15487; DiffuLLaMA, 2410.17891).
         Autoregressive training and decoding read a model that way in any case.
-      reads_start: a diffusion model reads the start token: before the first token of a shifted row, else in place of a
-        first token that is MASK. False reads rows as they are, as published models do (LLaDA, Dream, SDAR): there a
-        shifted row's first token is predicted in its own slot.
+      reads_start: the model reads the start token: an autoregressive model before the first token, a diffusion model
+        before the first token of a shifted row, else in place of a first token that is MASK. False reads rows as they
+        are, as models do whose tokenizer puts no BOS before a text (Qwen, SmolLM2) and published diffusion models
+        (LLaDA, Dream, SDAR): only the first token of a text is predicted from the start token, by diffusion in its own
+        slot.
       vocab_size: rows of the embedding; None takes the vocabulary's size, rounded up to a multiple of 128.
       num_kv_heads: key and value heads, shared by groups of query heads; None means one for each query head.
       position: "relative" is T5's learned bias shared by all layers, "rotary" rotates queries and keys, "learned" adds

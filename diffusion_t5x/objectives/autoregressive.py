@@ -67,7 +67,7 @@ class Autoregressive(Objective):
         """Hidden states `[B, L, D]`, from whose i-th the i-th token is predicted."""
         tokens = shift_right(batch.tokens, batch.positions, model.vocabulary.start_id)
         encoded = model.encode(batch, dropout_keys)
-        return model(tokens, shifted_slots(batch), self.attention, encoded, dropout_keys)
+        return model(tokens, shifted_slots(batch, model.vocabulary), self.attention, encoded, dropout_keys)
 
     def loss(
         self,

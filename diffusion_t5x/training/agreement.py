@@ -103,10 +103,12 @@ class Agreement:
     def check_initial(self, model: ModelConfig, objective: Objective) -> None:
         """Checks a run that starts from another run's checkpoint: an objective of its own may teach the model anew.
 
+        So may another `reads_start`.
+
         Raises:
           UserError: another model, or a diffusion model that would be read in other slots than it was trained.
         """
-        self.check_model(model)
+        self.check_model(dataclasses.replace(model, reads_start=self.record.model.get("reads_start", True)))
         self._judge(list(self._shifts(model, objective)))
 
     def _misuses(self, model: ModelConfig, user: object) -> Iterable[str]:
