@@ -8,6 +8,7 @@ from diffusion_t5x.errors import UserError, check_choices
 
 Activation = Literal["gelu", "silu"]
 Remat = Literal["none", "dots", "full"]
+MOST_UNROLLED = 12  # layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,8 @@ class ModelConfig:
       max_length: longest row that the model is meant for; None sets no limit. So many are the learned positions.
       dropout_rate: after the embedding, on every residual branch, inside the feed-forward layer, after the last norm.
       dtype: of activations; parameters, softmax, logits and loss are float32.
-      scan_unroll: layers unrolled in one iteration of the scan over layers; True unrolls all (fast on CPU).
+      scan_unroll: layers unrolled in one iteration of the scan over layers; True unrolls all, which is fast on CPU, if
+        they are at most MOST_UNROLLED: more would take minutes to compile.
       remat: what the backward pass recomputes: "none", all but matrix products ("dots"), or everything ("full").
     """
 
@@ -146,6 +148,13 @@ class ModelConfig:
     @property
     def kv_heads(self) -> int:
         return self.num_kv_heads or self.num_heads
+
+    @property
+    def layers_unrolled(self) -> int:
+        """Layers unrolled in one iteration of the scan over layers."""
+        if self.scan_unroll is True:
+            return self.num_layers if self.num_layers <= MOST_UNROLLED else 1
+        return self.scan_unroll or 1
 
     @property
     def readout_scale(self) -> float:

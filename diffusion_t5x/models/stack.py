@@ -252,5 +252,5 @@ class Stack(nnx.Module):
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
             layer = jax.checkpoint(layer, policy=policy)
         layers = (self.blocks, cached, inputs, jnp.arange(config.num_layers), is_local)
-        x, cached = jax.lax.scan(layer, x, layers, unroll=config.scan_unroll)
+        x, cached = jax.lax.scan(layer, x, layers, unroll=config.layers_unrolled)
         return dropout(self.final_norm(x), config.dropout_rate, keys[2]), cached
