@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.canvas import Canvas, StepRule, Written, denoise
 from diffusion_t5x.decoding.decoder import (
     Decoded,
@@ -89,9 +90,10 @@ class BlockDecoder(Decoder):
         # The inputs in one pass. It fills the slots of the targets too, but none is seen before it is written anew.
         cache = KVCache.empty(model.config, slots)
         hidden, cache = model.extend(prompt, self.attention, cache, jnp.zeros_like(first_target), encoded)
-        # Shifted, the cache begins with the start token, and the slot before a block predicts its first token.
-        ahead = 1 if shifted else 0
-        before = jnp.take_along_axis(hidden, first_target[:, None, None], axis=1) if shifted else None
+        # Shifted, the slot before a block predicts its first token. The cache may begin with the start token.
+        ahead = 1 if shifted and vocabulary.reads_start else 0
+        last_input = jnp.maximum(first_target + ahead - 1, 0)
+        before = jnp.take_along_axis(hidden, last_input[:, None, None], axis=1) if shifted else None
 
         def write_block(carry):
             start = jnp.minimum(first_target - tail + carry["block"] * size, length)
@@ -109,7 +111,9 @@ class BlockDecoder(Decoder):
                 if not shifted:
                     return extend(start_first(tokens, positions, vocabulary), carry)
                 hidden, carry = extend(tokens, carry)
-                return jnp.concatenate([carry["before"], hidden[:, :-1]], axis=1), carry
+                # What no slot is before is predicted in its own.
+                first = jnp.where((start + ahead == 0)[:, None, None], hidden[:, :1], carry["before"])
+                return jnp.concatenate([first, hidden[:, :-1]], axis=1), carry
 
             block = Canvas.start(cut(carry["canvas"], start), is_target, carry["score"])
             block, carry = denoise(inner, model, block, positions, keys, read, show, carry)
@@ -136,19 +140,25 @@ class BlockDecoder(Decoder):
             "before": before,
         }
         carry = jax.lax.while_loop(lambda carry: ~jnp.all(carry["finished"]), write_block, carry)
-        canvas, written_at, history = (
-            jax.tree.map(lambda x: x[..., :length], carry[name]) for name in ("canvas", "written_at", "trace")
-        )
-        return Decoded.of(
-            canvas,
-            batch,
-            vocabulary,
-            scores=carry["score"] / jnp.maximum(jnp.sum(written_at >= 0, axis=-1), 1),
-            steps=carry["steps"],
-            row_steps=carry["row_steps"],
-            written_at=written_at,
-            trace=history and history.end(carry["steps"]),
-        )
+        return _decoded(carry, batch, vocabulary)
+
+
+def _decoded(carry: Carry, batch: Batch, vocabulary: TokenIds) -> Decoded:
+    """What all blocks wrote, without the room behind the rows."""
+    canvas, written_at, history = (
+        jax.tree.map(lambda x: x[..., : batch.tokens.shape[1]], carry[name])
+        for name in ("canvas", "written_at", "trace")
+    )
+    return Decoded.of(
+        canvas,
+        batch,
+        vocabulary,
+        scores=carry["score"] / jnp.maximum(jnp.sum(written_at >= 0, axis=-1), 1),
+        steps=carry["steps"],
+        row_steps=carry["row_steps"],
+        written_at=written_at,
+        trace=history and history.end(carry["steps"]),
+    )
 
 
 def show_rows(carry: Carry, start: jax.Array, tokens: jax.Array, mask: jax.Array, log_probability: jax.Array) -> Carry:

@@ -17,6 +17,7 @@ from diffusion_t5x.decoding.block import BlockDecoder, Carry, show_rows, start_r
 from diffusion_t5x.decoding.canvas import Canvas, denoise
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, into_block, start_trace, target_range
 from diffusion_t5x.decoding.masked import MaskedDecoder
+from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.attention import KVCache, write_rows
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind, Slots
 from diffusion_t5x.models.modes import Mode
@@ -64,7 +65,7 @@ class SelfSpeculationDecoder(Decoder):
 
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
         """`written_at` counts a row's own steps; the trace shows drafts, and that what was not accepted is gone."""
-        check_blocks(self.draft.attention, model.config.shifted)
+        self._check(model)
         vocabulary, size, inner = model.vocabulary, self.draft.block_size, self.draft.inner
         keys = row_keys(key, batch.example_ids)
         encoded = model.encode(batch)
@@ -144,6 +145,12 @@ class SelfSpeculationDecoder(Decoder):
             num_drafted=carry["num_drafted"],
             num_accepted=carry["num_accepted"],
         )
+
+    def _check(self, model: Transformer) -> None:
+        """Raises a UserError for a model that cannot draft."""
+        check_blocks(self.draft.attention, model.config.shifted)
+        if model.config.shifted and not model.vocabulary.reads_start:
+            raise UserError("Self-speculation with a shifted model needs one with ModelConfig.reads_start = True.")
 
     def _read_for_drafts(
         self, model: Transformer, room: Batch, canvas: jax.Array, encoded: Encoded | None
