@@ -54,6 +54,7 @@ DRAFTS = {
     "one step": BlockDecoder(4, MaskedDecoder(num_steps=1)),
     "sampled": BlockDecoder(5, MaskedDecoder(num_steps=2, temperature=1.0)),
     "sundae": BlockDecoder(2, SundaeDecoder(num_steps=2, num_samples=1)),
+    "row": BlockDecoder(4, MaskedDecoder(num_steps=2), "row"),
 }
 CASES = [
     ("relative", False, "told"),
@@ -62,6 +63,7 @@ CASES = [
     ("encoder_decoder", False, "sundae"),
     ("shifted", False, "sampled"),
     ("no start token", False, "one step"),
+    ("llama", True, "row"),
 ]
 
 
