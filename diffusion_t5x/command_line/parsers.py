@@ -26,6 +26,9 @@ def add_checkpoints(parser: Parser) -> None:
     add.add_argument("second", metavar="B")
 
 
+FORMS = ("auto", "causal", "sdar", "a2d-qwen3", "a2d-qwen2", "a2d-llama", "Dream", "llada")
+
+
 def add_convert(parser: Parser) -> None:
     """Adds the subcommands: `source` is "from_hf", "to_hf", "from_t5x" or "from_llama2c"."""
     sources = parser.add_subparsers(required=True, dest="source", metavar="{from_hf,to_hf,from_t5x,from_llama2c}")
@@ -46,6 +49,11 @@ def add_convert(parser: Parser) -> None:
     to_hf = sources.add_parser("to_hf", help="export a model to the format it was imported from")
     to_hf.add_argument("checkpoint", metavar="CHECKPOINT")
     to_hf.add_argument("--like", metavar="DIR", help="what from_hf wrote, if CHECKPOINT is not in it")
+    forms = "auto: what the model is (default); causal: the autoregressive model; or sdar, a2d-qwen3, a2d-qwen2, "
+    forms += "a2d-llama, Dream, llada"
+    to_hf.add_argument("--as", default="auto", dest="form", choices=FORMS, metavar="FORMAT", help=forms)
+    dtypes = "of all tensors: F32, BF16 or F16 (default: those that they came with)"
+    to_hf.add_argument("--dtype", choices=("F32", "BF16", "F16"), metavar="DTYPE", help=dtypes)
     from_t5x = sources.add_parser("from_t5x", help="a T5 1.1 checkpoint of T5X in its own format (before Orbax)")
     add = from_t5x.add_argument
     add("path", metavar="FOLDER")
