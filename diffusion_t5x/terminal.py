@@ -45,8 +45,8 @@ def _sign(character: str) -> str:
 def standard_streams() -> Iterator[None]:
     """Makes standard streams take any text; terminals keep their encoding, files and pipes are UTF-8 in any locale.
 
-    Characters that an encoding lacks are written as escapes such as `\\xe9`. If the reader of standard output goes away,
-    as `head` does, the process ends quietly; other failures of standard output end it with one line and status 1.
+    Characters that an encoding lacks are written as escapes such as `\\xe9`. If the reader of standard output goes
+    away, as `head` does, the process ends quietly; other failures of standard output end it with one line and status 1.
     Messages that cannot be written are dropped and the run goes on: it outlives its terminal. A closed stream is empty.
     """
     before = sys.stdin, sys.stdout, sys.stderr

@@ -1,6 +1,6 @@
 """The manifest of a checkpoint: size and SHA-256 of every file, to detect truncated, changed and lost files.
 
-It is written before the checkpoint gets its name, so every complete checkpoint has one. It includes a SHA-256 of itself.
+It is written before the checkpoint gets its name, so every complete checkpoint has one. It has a SHA-256 of itself.
 A file that is added later belongs to the checkpoint once the manifest, which is replaced as a whole, names it.
 """
 

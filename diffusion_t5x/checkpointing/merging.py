@@ -18,7 +18,7 @@ _FACTORS = ("base", "down", "up")
 
 
 def plain(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arrays of a checkpoint or a state by the plain model's names; a matrix with factors has its base's."""
+    """Returns a checkpoint's or a state's arrays by the plain model's names; a matrix with factors has its base's."""
     return {name: leaves[parts[0]] for name, parts in _parts(leaves).items()}
 
 

@@ -27,7 +27,7 @@ def describe(value: Any, name: Callable[[type], str] | None = None) -> Any:
 
     Args:
       value: a dataclass, a container of them, or a plain value; anything else becomes its repr.
-      name: returns a class's name; by default its importable name, with the module.
+      name: returns a class's name; by default the one to import it by.
     """
     name = name or (lambda cls: f"{cls.__module__}.{cls.__qualname__}")
     if dataclasses.is_dataclass(value):
@@ -150,7 +150,7 @@ class Record:
 
     @classmethod
     def read(cls, metadata: Mapping[str, Any], path: str) -> Self:
-        """Returns the record in the metadata of the checkpoint at `path`; older checkpoints have it made from their gin text.
+        """Returns the record in the metadata of the checkpoint at `path`; for older ones, made from their gin text.
 
         Raises:
           UserError: the record is damaged.
