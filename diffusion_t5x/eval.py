@@ -65,26 +65,26 @@ def evaluate(
     Args:
       model: dimensions of the checkpoint's model.
       checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
-      eval_output_dir: made if it is not there; None is eval/ in the checkpoint's MODEL_DIR (likelihood/ or loss/ where
-        nothing is decoded), with a folder for each checkpoint.
+      eval_output_dir: made if needed; None is eval/ in the checkpoint's MODEL_DIR (likelihood/ or loss/ if nothing is
+        decoded), with a folder for each checkpoint.
       all_checkpoints: evaluate all checkpoints at the path; otherwise the newest.
       decode_evals: what to decode and score.
       objective: computes losses and likelihoods.
       loss_evals: losses to measure.
       likelihood_evals: likelihoods to measure; their metrics are listed beside those of decoding.
       restore_rules: assignment rules, as in training.
-      use_ema: take the parameters' moving average where the checkpoint has one.
-      teacher_checkpoint_path: of an autoregressive model that scores decoded texts ("teacher_nll",
+      use_ema: use the moving average of the parameters if the checkpoint has one.
+      teacher_checkpoint_path: checkpoint of an autoregressive model that scores decoded texts ("teacher_nll",
         "teacher_agreement"), and that a distillation's loss needs.
-      teacher_model: its dimensions; None takes the model's.
-      allow_mismatch: use the model other than as trained, according to the checkpoint's record: with another
-        function, decoder or objective.
-      mesh: how the devices are arranged.
+      teacher_model: the teacher's dimensions; None takes the model's.
+      allow_mismatch: use the model other than as it was trained, according to the checkpoint's record: as another
+        function, or with another decoder or objective.
+      mesh: the arrangement of devices.
       dry_run: check everything, print what would be done, and evaluate nothing.
 
     Raises:
-      UserError: anything that does not fit, before anything is compiled; or the output has results of other settings:
-        nothing is overwritten.
+      UserError: a mismatch of any kind, before anything is compiled; or the output has results of other settings, which
+        are never overwritten.
     """
     device_mesh = mesh.make()
     found = [checkpoints.OpenCheckpoint(path) for path in checkpoints.find_checkpoints(checkpoint_path)]
@@ -201,14 +201,14 @@ def score(
 
     Args:
       predictions: a file of JSON lines, see `evaluation.predictions`.
-      dataset: makes the data set of a `mixture_or_task_name`.
-      task: its name.
-      mixture_or_task_name: the name as gin files set it, where `task` is None.
+      dataset: makes the data set for a `mixture_or_task_name`.
+      task: the task's name.
+      mixture_or_task_name: the name as gin files set it, used if `task` is None.
       num_examples: number of examples in the file, from the start of the split; None: all.
-      eval_output_dir: made if it is not there; None writes nothing.
+      eval_output_dir: made if needed; None writes nothing.
 
     Raises:
-      UserError: unknown task or split, or predictions that do not fit; the output has results of other settings.
+      UserError: unknown task or split, predictions that do not fit, or an output with results of other settings.
     """
     name = task or mixture_or_task_name
     if not name:

@@ -34,7 +34,7 @@ class PythonVocabulary(seqio.Vocabulary):
 
     @abc.abstractmethod
     def piece(self, token: int) -> bytes:
-        """Returns the bytes of one id; a byte may be only part of a character. Special ids return names such as "<s>"."""
+        """Returns the bytes of one id; a byte may be only part of a character. Special ids have names such as "<s>"."""
 
     @abc.abstractmethod
     def encode_part(self, text: str, begins: bool) -> list[int]:

@@ -293,7 +293,7 @@ def encode_part(vocabulary: "seqio.Vocabulary", text: str, begins: bool) -> list
 
 @functools.lru_cache(maxsize=4)
 def _part_model(contents: bytes, begins: bool):
-    """Returns the SentencePiece model that drops no spaces, and True if the vocabulary itself drops none."""
+    """Returns the SentencePiece model that keeps all spaces, and True if the vocabulary itself drops some."""
     import sentencepiece
 
     proto = _proto(contents)
