@@ -186,7 +186,7 @@ def _is_reference(value: Any) -> TypeGuard[dict[str, Any]]:
 
 
 def _references(value: Any) -> Iterator[str]:
-    """Returns the names of all references and macros in a value."""
+    """Yields the names of all references and macros in a value."""
     if isinstance(value, dict):
         yield from (value[sign] for sign in "@%" if isinstance(value.get(sign), str))
         for item in value.values():
@@ -197,7 +197,7 @@ def _references(value: Any) -> Iterator[str]:
 
 
 def _statements(text: str) -> Iterator[tuple[str, str]]:
-    """Returns the statements as names and the texts of their values."""
+    """Yields the statements as names and the texts of their values."""
     found: dict[str, str] = {}
     block, name = "", ""
     for line in text.splitlines():

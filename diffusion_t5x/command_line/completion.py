@@ -52,7 +52,7 @@ def script(shell: str) -> str:
 
 
 def _words(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """Returns the flags of a parser, with "=" if they take a value, and the words that it can choose from."""
+    """Yields the flags of a parser, with "=" if they take a value, and the words that it can choose from."""
     for action in parser._actions:
         if action.option_strings:
             yield action.option_strings[-1] + ("" if action.nargs == 0 else "=")

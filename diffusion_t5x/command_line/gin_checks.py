@@ -222,7 +222,7 @@ def check_flags_used(verb: Callable[..., Any]) -> None:
 
 
 def _users(macro: str) -> Iterator[gin_reading.Key]:
-    """Returns the bindings that refer to a macro."""
+    """Yields the bindings that refer to a macro."""
     for (scope, selector), bound in gin_config._CONFIG.items():
         for name, value in bound.items():
             for reference in gin_config.iterate_references({name: value}):
@@ -233,7 +233,7 @@ def _users(macro: str) -> Iterator[gin_reading.Key]:
 def unset(
     selector: str, scope: Sequence[str], given: Collection[str], called: bool = True, seen: set[Any] | None = None
 ) -> Iterator[str]:
-    """Returns names without a value that a call of `selector` in `scope` with the `given` arguments would evaluate.
+    """Yields names without a value that a call of `selector` in `scope` with the `given` arguments would evaluate.
 
     Adds to `seen` what it visits: selector, True if it is called, and its scopes.
     """

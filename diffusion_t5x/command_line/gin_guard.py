@@ -98,7 +98,7 @@ def _check_target(target: Any, functions: Sequence[str], place: gin_reading.Plac
 
 
 def _texts(value: Any, through_macros: bool = True) -> Iterator[str]:
-    """Returns all text in a value."""
+    """Yields all text in a value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

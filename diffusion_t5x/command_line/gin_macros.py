@@ -243,7 +243,7 @@ def read(name: str) -> File:
 
 
 def _macros_in(value: Any) -> Iterator[str]:
-    """Returns the names of the macros in a value, at any depth."""
+    """Yields the names of the macros in a value, at any depth."""
     if isinstance(value, _Text):
         if value.startswith("%") and value != REQUIRED:
             yield value[1:]

@@ -22,7 +22,7 @@ def families() -> dict[str, list[str]]:
 
 
 def describe(file: str) -> Iterator[str]:
-    """Returns the tasks that a gin file registers and the macros it needs, as lines of text."""
+    """Yields the tasks that a gin file registers and the macros it needs, as lines of text."""
     macros: dict[str, str] = {}
     for inner in gin_macros.with_includes(file):
         macros |= gin_macros.read(inner).values

@@ -140,7 +140,7 @@ class Templates:
 
     @functools.cached_property
     def _rows(self) -> list[tuple[Row, int]]:
-        """Returns a row for each template, and the position in it where the template begins."""
+        """A row for each template, and the position in it where the template begins."""
         return [self._row(template) for template in self._templates]
 
     def _row(self, template: Template) -> tuple[Row, int]:

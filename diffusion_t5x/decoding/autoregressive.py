@@ -40,7 +40,7 @@ def read_next(
     kind: AttentionKind,
     encoded: Encoded | None,
 ) -> tuple[jax.Array, KVCache]:
-    """Reads each row's `slot`, int32 `[B]`; returns logits float32 `[B, V]` for it, and the cache with one token more."""
+    """Reads each row's `slot`, int32 `[B]`; returns its logits float32 `[B, V]`, and the cache with one token more."""
     before = canvas[jnp.arange(len(canvas)), slot - 1]
     before = jnp.where(slot == 0, model.vocabulary.start_id, before)
     hidden, cache = model.extend(before[:, None], kind, cache, slot, encoded)

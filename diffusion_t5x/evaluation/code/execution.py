@@ -149,7 +149,7 @@ def protections() -> Protections:
 
 
 def check_isolation(allow_unsafe: bool = False) -> Protections:
-    """Returns the `protections` of this machine; raises a UserError if there is no isolation and that is not allowed."""
+    """Returns this machine's `protections`; raises a UserError if it has no isolation and that is not allowed."""
     found = protections()
     if not found.isolation and not allow_unsafe:
         raise UserError(

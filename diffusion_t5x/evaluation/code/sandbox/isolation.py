@@ -137,7 +137,7 @@ def adopt_orphans() -> None:
 
 
 def _readable_folders() -> list[str]:
-    """Returns folders of the standard library (all of `sys.path`, see `_START`) and shared libraries; none inside another."""
+    """Returns folders of the standard library (all of `sys.path`, see `_START`) and shared libraries; none nested."""
     maps = pathlib.Path("/proc/self/maps").read_text(encoding="utf-8")
     loaded = re.findall(r" (/.*)/[^/]+\.so[.\d]*$", maps, re.MULTILINE)
     links = tuple(f"{path}/" for path in _links())

@@ -89,7 +89,7 @@ class Program:
 
     @property
     def printed(self) -> str:
-        """Returns the beginning of its standard output and standard error."""
+        """The beginning of its standard output and standard error."""
         return self._printed.decode("utf-8", "replace")
 
     def drain(self) -> None:
@@ -128,7 +128,7 @@ class Program:
 
 
 def judge(job: Mapping[str, Any], program: Program, seconds: float) -> tuple[str, str]:
-    """Returns the verdict on one program, its status and a short detail; the caller judges a process that hangs up (EOFError).
+    """Returns the verdict on one program: status and short detail. The caller judges programs that hang up (EOFError).
 
     Args:
       job: "source", and "setup", "asserts", "entry_points" as in the library's `Tests`.
