@@ -1,9 +1,9 @@
 """Write predictions for a task's examples, or scores of them, as JSON lines; a repeated run continues.
 
-With --checkpoint DIR (a MODEL_DIR, a checkpoint or what convert wrote) model, vocabulary, decoder, objective, task and
-lengths come from the checkpoint; gin files and --gin.NAME=VALUE change them. The lines go to infer/ in the MODEL_DIR.
-With --templates FILE.jsonl the model fills the holes of texts: lines such as {"template": "x =<hole:4> + 1"}, with
-"inputs" for a task that has some. With --trace a page beside the predictions shows every step.
+With --checkpoint DIR (a MODEL_DIR, a checkpoint or a folder that convert wrote) model, vocabulary, decoder, objective,
+task and lengths come from the checkpoint; gin files and --gin.NAME=VALUE change them. The lines go to infer/ in the
+MODEL_DIR. With --templates FILE.jsonl the model fills the holes of texts: lines such as {"template": "x =<hole:4> +
+1"}, with "inputs" for a task that has some. With --trace a page beside the predictions shows every step.
 """
 
 import itertools
@@ -76,28 +76,27 @@ def infer(
     Args:
       model: dimensions of the checkpoint's model.
       checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR; None for a TPU slice, which needs none.
-      dataset: task, split, lengths and batch size.
-      infer_output_dir: made if it is not there; None is infer/checkpoint_<step>/ in the checkpoint's MODEL_DIR.
+      dataset: the task, with split, lengths and batch size.
+      infer_output_dir: made if needed; None is infer/checkpoint_<step>/ in the checkpoint's MODEL_DIR.
       mode: "predict" decodes, "score" computes log-likelihoods of the task's targets.
       decoder: writes the texts.
-      objective: whose likelihood is scored.
-      num_draws: for scores that are estimates; an even number.
+      objective: computes the log-likelihoods.
+      num_draws: number of draws for estimated scores; an even number.
       templates: a file of texts with holes to fill, in place of the task's examples (see `data.templates`).
-      num_examples: only the first so many; None takes all.
-      trace: keep every decoding step: in the lines, in a page beside them
-        (`<task>-<split>.trace.html`), and the first ones in the terminal.
-      random_seed: of the decoder or the draws.
+      num_examples: number of examples, from the start; None takes all.
+      trace: keep every decoding step: in the lines, on a page beside them (`<task>-<split>.trace.html`) and, for the
+        first examples, in the terminal.
+      random_seed: seed of the decoder or the draws.
       restore_rules: assignment rules, as in training.
-      use_ema: take the parameters' moving average where the checkpoint has one.
-      allow_mismatch: use the model other than as trained, according to the checkpoint's record: with another
-        function, decoder or objective.
-      mesh: how the devices are arranged.
+      use_ema: use the moving average of the parameters if the checkpoint has one.
+      allow_mismatch: use the model other than as it was trained, according to the checkpoint's record: as another
+        function, or with another decoder or objective.
+      mesh: the arrangement of devices.
       dry_run: check everything, print what would be done, and do nothing. For a TPU slice: compile the decoding of a
-        batch for it and print what it would take.
+        batch for it and print its cost.
 
     Raises:
-      UserError: anything that does not fit, or the output was started with other settings or other data; nothing is
-        overwritten.
+      UserError: a mismatch of any kind; or the output was started with other settings or data. Nothing is overwritten.
     """
     if isinstance(dry_run, SliceDryRun):
         if mode != "predict" or templates or decoder is None:
@@ -170,7 +169,7 @@ def _how(
     data: SeqioDataset | Templates,
     trace: bool,
 ) -> dict[str, str | int]:
-    """The settings that belong to the mode; raises a UserError where they do not go together."""
+    """Returns the settings that belong to the mode; raises a UserError if they do not fit together."""
     if mode not in ("predict", "score"):
         raise UserError(f"infer.mode must be predict or score, not {mode!r}.")
     if mode == "score":
