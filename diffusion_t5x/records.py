@@ -85,7 +85,7 @@ def write_json_lines(path: str | os.PathLike, records: Iterable[Mapping[str, Any
 
 
 def sync(path: str | os.PathLike) -> None:
-    """Returns when a file, or the names in a folder, are on disk."""
+    """Waits until a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -82,7 +82,7 @@ def divergence(
 
 
 def visited_states(batch: Batch, vocabulary: TokenIds, block_size: int, key: jax.Array) -> jax.Array:
-    """Returns int32 `[B, L]`: each block of targets in one of the states in which its decoder saw it, the rest unchanged.
+    """Returns int32 `[B, L]`: each block of targets in a state in which its decoder saw it, the rest unchanged.
 
     A decoder that writes a block in n steps sees n states with masks; each is equally likely, and each block has its
     own draw.

@@ -84,5 +84,5 @@ class Joint(Objective):
         )
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
-        """Returns the likelihood of decoding by diffusion; for decoding token by token, use that of `Autoregressive`."""
+        """Returns the likelihood of decoding by diffusion; that of token-by-token decoding is `Autoregressive`'s."""
         return self.diffusion.log_likelihood(model, batch, key, num_draws)

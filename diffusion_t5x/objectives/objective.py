@@ -120,7 +120,7 @@ class Objective(Protocol):
         """The passes of one call of `loss`."""
 
     def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array) -> jax.Array:
-        """Returns the model's first input when `loss` is called with this key, int32 `[B, L]`: shifted, corrupted, or both.
+        """Returns the model's first input in `loss` with this key, int32 `[B, L]`: shifted, corrupted, or both.
 
         Only the slots that predict the tokens.
         """

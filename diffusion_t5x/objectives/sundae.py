@@ -138,7 +138,7 @@ class Sundae(Objective):
         return LossSums(loss=terms[0].replace(numerator=total), metrics=metrics)
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
-        """Returns a lower bound of all targets, by diffusion with uniform noise instead of unrolls: see `uniform_bound`."""
+        """Returns a lower bound of all targets: uniform-noise diffusion without unrolls, see `uniform_bound`."""
         encoded = model.encode(batch)
         reading = Reading.of(batch, model.vocabulary, model.config.shifted)
         first_target = jnp.argmax(batch.target_mask, axis=-1, keepdims=True)
@@ -149,7 +149,7 @@ class Sundae(Objective):
         return uniform_bound(model, hidden, batch, first_target, batch.target_mask, key, num_draws)
 
     def _read_out(self, model, hidden, batch, keys):
-        """Returns for every position `[B, L]` the clean token's cross-entropy, True if it is the argmax, and a sampled token."""
+        """Returns per position `[B, L]` the clean token's cross-entropy, True if it is the argmax, and a sample."""
 
         def score(logits, labels, positions):
             loss, _ = cross_entropy(logits, labels)

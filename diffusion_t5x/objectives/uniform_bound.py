@@ -87,7 +87,7 @@ def uniform_bound(
     num_draws: int,
     num_steps: int = NUM_STEPS,
 ) -> Likelihood:
-    """Returns the bound's T terms (see `step_divergence`); each draw takes a new one for every group of targets.
+    """Estimates the bound from its T terms (see `step_divergence`): each draw takes one per group of targets.
 
     Half of the draws choose steps uniformly, which suits the cost of noisy tokens, and half choose step i in proportion
     to 1 / i, which suits the cost of clean ones; each term is divided by its probability of being drawn.

@@ -1,4 +1,4 @@
-"""The training loop. It needs no TensorFlow: batches come from anything that can say where it stands."""
+"""The training loop. It needs no TensorFlow: batches come from any iterator that has a position."""
 
 import contextlib
 import dataclasses
@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 
 
 class BatchIterator(Protocol):
-    """An endless stream of this process's part of the batches, which can say and take up its position.
+    """An endless stream of this process's part of the batches, which can save and restore its position.
 
-    A `state_dict` of {} says that the position cannot be saved.
+    A `state_dict` of {} means that the position cannot be saved.
     """
 
     def __next__(self) -> Batch: ...
@@ -43,12 +43,12 @@ class BatchIterator(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Periods:
-    """How many steps lie between two events of a kind; each comes at the last step too.
+    """Numbers of steps between events; each event also happens at the last step.
 
     Attributes:
-      log: metrics written, averaged since the last time.
-      eval: evaluation; None never evaluates.
-      save: a checkpoint.
+      log: steps between writing metrics, averaged since the last time.
+      eval: steps between evaluations; None never evaluates.
+      save: steps between checkpoints.
     """
 
     log: int = 10
@@ -63,7 +63,7 @@ class Periods:
 
 
 class _Log:
-    """Reads each step's metrics while the next step runs, and writes their means now and then."""
+    """Reads each step's metrics while the next step runs, and writes their means periodically."""
 
     def __init__(self, writer: Writer, progress: Progress, period: int, judge: Judge, goodput: Goodput):
         self._writer, self._progress, self._period = writer, progress, period
@@ -80,12 +80,12 @@ class _Log:
 
     @property
     def is_running(self) -> bool:
-        """Whether the step taken in last still keeps the devices busy."""
+        """True while the latest step keeps the devices busy."""
         # JAX's arrays have it, though their type does not say so.
         return self._pending is not None and not self._pending[1]["loss"].is_ready()  # type: ignore[attr-defined]
 
     def flush(self) -> None:
-        """Waits for the metrics taken in last."""
+        """Waits for the latest metrics."""
         if self._pending is None:
             return
         step, metrics, batch = self._pending
@@ -98,14 +98,14 @@ class _Log:
             self._write(step)
 
     def finish(self, step: int) -> None:
-        """Writes what is not written yet, when `step` is the run's last."""
+        """Writes all remaining metrics when `step` is the run's last."""
         self.flush()
         if self._since:
             self._write(step)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """For what is done between two steps: waits for the metrics taken in last, and does not count the time."""
+        """Context for work between two steps: waits for the latest metrics, and does not count the time."""
         self.flush()
         start = time.monotonic()
         yield
@@ -131,9 +131,9 @@ class _Log:
 
 
 def headline(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What progress shows of a step's metrics: the loss, negative log-likelihoods and the first accuracy.
+    """Returns the metrics of a step for the progress line: the loss, negative log-likelihoods and the first accuracy.
 
-    A likelihood that is the loss itself is left out.
+    A likelihood that equals the loss is left out.
     """
     loss = metrics["loss"]
     names = [name for name in metrics if name.startswith("nll") and metrics[name] != loss]
@@ -143,7 +143,7 @@ def headline(metrics: Mapping[str, float]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _compiling(goodput: Goodput) -> Iterator[None]:
-    """For the first call of the training step: says that it compiles, and how long that took."""
+    """Context for the first call of the training step: logs that it compiles, and how long that took."""
     start = time.monotonic()
     logger.info("compiling the training step …")
     with goodput.spent("compile"):
@@ -153,7 +153,7 @@ def _compiling(goodput: Goodput) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _watched(seconds: float | None) -> Iterator[None]:
-    """Ends the process if this context takes longer; None lets it take as long as it likes."""
+    """Context that ends the process if it takes longer; None sets no limit."""
     if seconds is not None:
         faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
     try:
@@ -183,33 +183,33 @@ def train_loop(
     hang_timeout: float | None = None,
     check_folder: Callable[[], None] = lambda: None,
 ) -> TrainState:
-    """Trains up to `total_steps`, and saves so that a run killed at any moment goes on from its last checkpoint.
+    """Trains up to `total_steps`, and saves so that a run killed at any moment continues from its last checkpoint.
 
-    At the end of a period it saves first and evaluates then. Until the evaluation is finished, the checkpoint's
-    metadata have "evaluation_due"; its metrics are added afterwards. Where an evaluation fails between two saves, the
-    steps are saved in the same way. Told to stop (see `preemption`), it finishes the step and saves; an evaluation is
-    broken off.
+    At the end of a period it saves first and then evaluates. Until the evaluation is finished, the checkpoint's
+    metadata have "evaluation_due"; its metrics are added afterwards. If an evaluation fails between two saves, the
+    steps are saved in the same way. Told to stop (see `preemption`), it finishes the step and saves; a running
+    evaluation is aborted.
 
     Args:
-      mesh: in use while training.
-      state: to start from; given up.
+      mesh: the mesh of the training.
+      state: the state to start from; donated.
       train_step: see `make_train_step`.
-      next_batch: this process's share of the next batch (see `partitioning.put_rows`), standing where `state` has read
-        to; texts that a model writes itself depend on the state.
-      data_state: where the data stand.
-      total_steps: of the run as a whole, those before a resumption counted.
-      periods: of logging, evaluation and saving.
+      next_batch: returns this process's share of the next batch (see `partitioning.put_rows`), at the position of
+        `state`; texts that a model writes itself depend on the state.
+      data_state: returns the position of the data.
+      total_steps: total number of steps, including those before a resumption.
+      periods: periods of logging, evaluation and saving.
       evaluate: called with the state and its step; its metrics go into the checkpoint, if one is saved at this step.
       checkpoints: where to save.
-      metadata: goes into every checkpoint; "step" and "metrics" are added.
-      writer: gets the training metrics, as folder "train", and where the time went, as "goodput".
-      judge: of bad steps; what it remembers goes into every checkpoint's metadata.
-      goodput: counts on.
-      description: shown by the progress bar.
+      metadata: metadata of every checkpoint; "step" and "metrics" are added.
+      writer: gets the training metrics, in folder "train", and the shares of time, in "goodput".
+      judge: judge of bad steps; its memory goes into every checkpoint's metadata.
+      goodput: counts the time.
+      description: title of the progress bar.
       evaluation_due: begin with the evaluation of `state` that an earlier run did not finish.
-      hang_timeout: seconds; a step after the first that takes longer, its batch included, ends the process: exit code
-        1, and where every thread stands on the standard error.
-      check_folder: raises if what was written has been removed.
+      hang_timeout: seconds; a step after the first that takes longer, including its batch, ends the process with exit
+        code 1 and a stack trace of every thread on standard error.
+      check_folder: raises an error if the run's folder has been removed.
 
     Returns:
       The state after the last step.
