@@ -54,7 +54,7 @@ def decode(
     repeats: int,
     max_batch_size: int | None = None,
     random_seed: int = 0,
-    mesh: MeshConfig = MeshConfig(),  # noqa: B008  (frozen)
+    mesh: MeshConfig = MeshConfig(),
     dry_run: bool = False,
 ) -> None:
     """Times decoders side by side: a table, `decode_time.json`, `.html` and `.svg` in `benchmark_output_dir`.
@@ -153,7 +153,7 @@ def train(
     num_steps: int,
     repeats: int,
     random_seed: int = 0,
-    mesh: MeshConfig = MeshConfig(),  # noqa: B008  (frozen)
+    mesh: MeshConfig = MeshConfig(),
     dry_run: bool = False,
 ) -> None:
     """Times training steps side by side: a table, and `train_speed.json` in `benchmark_output_dir`.

@@ -61,7 +61,7 @@ def evaluate(
     restore_rules: Sequence[Rule] = (),
     use_ema: bool = True,
     allow_mismatch: bool = False,
-    mesh: MeshConfig = MeshConfig(),  # noqa: B008  (frozen)
+    mesh: MeshConfig = MeshConfig(),
     dry_run: bool = False,
 ) -> None:
     """Runs tasks of lm-evaluation-harness on a checkpoint.

@@ -273,14 +273,21 @@ def put_rows(mesh: Mesh, batch: Any) -> Any:
 
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:
-    """Puts a batch that every process has in full on the mesh, as global arrays."""
-    sharding = batch_sharding(mesh)
+    """A batch that every process has in full, as global arrays on the mesh, its rows spread."""
+    return _put(batch, batch_sharding(mesh))
 
+
+def put_whole(mesh: Mesh, values: Any) -> Any:
+    """Values that every process has in full, as global arrays on the mesh, whole on each device."""
+    return _put(values, replicated(mesh))
+
+
+def _put(values: Any, sharding: NamedSharding) -> Any:
     def put(x):
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    return jax.tree.map(put, batch)
+    return jax.tree.map(put, values)
 
 
 def whole(tree: Any) -> Any:

@@ -271,13 +271,15 @@ def _imports(file: str) -> dict[str, str]:
 
 @functools.cache
 def _docstring(module: str, name: str) -> str:
-    """Returns the docstring of a function or class in a module of this package; "" for other packages."""
+    """The docstring of a function or class in a module of this package, or of a verb's settings; "" for others."""
     if not module.startswith(f"{PACKAGE.name}."):
         return ""
     path = PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py")
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
             return ast.get_docstring(node) or ""
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name and isinstance(node.value, ast.Call):
+            return _docstring(module, ast.unparse(node.value.args[-1]))  # train = verb("train", Training)
     return ""
 
 

@@ -189,7 +189,7 @@ def decode_canvas(rule: StepRule, model: Transformer, batch: Batch, key: jax.Arr
     reading = Reading.of(rows, model.vocabulary, model.config.shifted)
 
     def read(tokens, carry):
-        return reading.hidden(model, tokens, BIDIRECTIONAL, encoded), carry
+        return reading.output(model, tokens, BIDIRECTIONAL, encoded).hidden, carry
 
     def show(carry, written):
         step, history = carry

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Array, Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.models.masks import Annealed, AttentionKind, Slots
+from diffusion_t5x.models.output import Output
 from diffusion_t5x.models.stack import Encoded
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 
@@ -117,17 +118,18 @@ class Reading(flax.struct.PyTreeNode):
         slot = jnp.minimum(self.slot - 1 + offset, hidden.shape[1] - 1)
         return jnp.take_along_axis(hidden, slot[..., None], axis=1)
 
-    def hidden(
+    def output(
         self,
         model: Transformer,
         noisy: jax.Array,
         kind: AttentionKind | Annealed,
         encoded: Encoded | None = None,
         dropout_keys: jax.Array | None = None,
-    ) -> jax.Array:
-        """Returns the hidden states `[B, L, D]` that predict the tokens, from a pass over noisy tokens `[B, L]`."""
+    ) -> Output:
+        """A pass over noisy tokens `[B, L]`, of which the hidden states `[B, L, D]` predict the tokens."""
         tokens = self.tokens(noisy, model.vocabulary)
-        return self.states(model(tokens, Slots.of(self.batch), kind, encoded, dropout_keys))
+        output = model(tokens, Slots.of(self.batch), kind, encoded, dropout_keys)
+        return output.replace(hidden=self.states(output.hidden))
 
 
 def _put(rows: jax.Array, slot: jax.Array, values: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.masks import Annealed, AttentionKind, Slots
 from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.output import Output, Ratio
 from diffusion_t5x.models.reading import Reading, model_reads
 from diffusion_t5x.models.readout import score
 from diffusion_t5x.models.stack import Encoded
@@ -27,7 +28,6 @@ from diffusion_t5x.objectives.objective import (
     Normalize,
     Objective,
     Pass,
-    Ratio,
     normalized,
     stratified,
 )
@@ -61,7 +61,7 @@ def clean_and_noisy(batch: Batch, noisy: jax.Array) -> tuple[jax.Array, Slots]:
     return jnp.concatenate([batch.tokens, noisy], axis=1), slots
 
 
-def noisy_hidden(
+def noisy_output(
     model: Transformer,
     reading: Reading,
     starts: jax.Array,
@@ -69,8 +69,8 @@ def noisy_hidden(
     kind: AttentionKind | Annealed,
     encoded: Encoded | None,
     dropout_keys: jax.Array | None = None,
-) -> jax.Array:
-    """Returns the hidden states `[B, L, D]` that predict noisy targets; these see everything before their block clean.
+) -> Output:
+    """A pass whose hidden states `[B, L, D]` predict noisy targets, which see what is before their block clean.
 
     Args:
       model: reads the clean tokens, and the noisy ones in the same pass.
@@ -82,11 +82,11 @@ def noisy_hidden(
       dropout_keys: `[B]`; None switches dropout off.
     """
     tokens, slots = clean_and_noisy(reading.batch, reading.tokens(noisy, model.vocabulary))
-    hidden, width = model(tokens, slots, kind, encoded, dropout_keys), reading.batch.tokens.shape[1]
+    output, width = model(tokens, slots, kind, encoded, dropout_keys), reading.batch.tokens.shape[1]
     if reading.slot is None:
-        return hidden[:, width:]
+        return output.replace(hidden=output.hidden[:, width:])
     is_first = starts == jnp.arange(noisy.shape[1])
-    return reading.states(hidden, jnp.where(is_first, 0, width))
+    return output.replace(hidden=reading.states(output.hidden, jnp.where(is_first, 0, width)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,9 +200,9 @@ class Block(Objective):
         batch = reading.fits(batch)
         kind = annealed(AttentionKind("block_diffusion", size), self.anneal_steps, step, key)
         encoded = model.encode(batch, dropout_keys)
-        hidden = noisy_hidden(model, reading, block_starts(batch, size), noisy, kind, encoded, dropout_keys)
+        output = noisy_output(model, reading, block_starts(batch, size), noisy, kind, encoded, dropout_keys)
 
-        nll, correct = score(model, hidden, batch.tokens)
+        nll, correct = score(model, output.hidden, batch.tokens)
         scored = batch.target_mask
         metrics = {"noise_fraction": normalized(batch, noisy != batch.tokens, "target_tokens")}
         loss = nll
@@ -213,7 +213,7 @@ class Block(Objective):
             loss = nll * weights if self.weighting == "elbo" else nll
         count = jnp.sum(scored, dtype=jnp.float32)
         metrics["accuracy"] = Ratio(jnp.sum(scored & correct, dtype=jnp.float32), count)
-        return LossSums(loss=normalized(batch, loss, self.normalize), metrics=metrics)
+        return LossSums(normalized(batch, loss, self.normalize), metrics, output.auxiliary)
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
         """Sums each block's lower bound given the clean blocks before it, up to the block in which the text ends.
@@ -230,7 +230,7 @@ class Block(Objective):
         kind = AttentionKind("block_diffusion", self.block_size)
 
         def hidden(tokens):
-            return noisy_hidden(model, reading, starts, tokens, kind, encoded)
+            return noisy_output(model, reading, starts, tokens, kind, encoded).hidden
 
         if self.noise == "uniform":
             return uniform_bound(model, hidden, batch, starts, counted, key, num_draws)

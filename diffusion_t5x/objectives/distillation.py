@@ -19,20 +19,20 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.masks import AttentionKind
 from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.output import Ratio
 from diffusion_t5x.models.reading import Reading, model_reads
 from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Params, Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
-from diffusion_t5x.objectives.block import Block, block_starts, noisy_hidden
+from diffusion_t5x.objectives.block import Block, block_starts, noisy_output
 from diffusion_t5x.objectives.objective import (
     Likelihood,
     LossSums,
     Normalize,
     Objective,
     Pass,
-    Ratio,
     normalized,
 )
 
@@ -184,7 +184,7 @@ class Distillation(Objective):
         batch = reading.fits(batch)
         kind = AttentionKind("block_diffusion", self.block_size)
         starts = block_starts(batch, self.block_size)
-        hidden = noisy_hidden(model, reading, starts, noisy, kind, model.encode(batch, dropout_keys), dropout_keys)
+        output = noisy_output(model, reading, starts, noisy, kind, model.encode(batch, dropout_keys), dropout_keys)
 
         def compare(logits, teacher_hidden, labels):
             student = forbid(logits, vocabulary)
@@ -194,7 +194,7 @@ class Distillation(Objective):
             return divergence(target, student, self.divergence, self.top_k), nll, agree
 
         distance, teacher_nll, agree = model.map_logits(
-            compare, hidden, Autoregressive().hidden(teacher, batch), batch.tokens
+            compare, output.hidden, Autoregressive().output(teacher, batch).hidden, batch.tokens
         )
         text = text_of(batch, vocabulary)
         scored = text & (noisy == vocabulary.mask_id)
@@ -212,6 +212,7 @@ class Distillation(Objective):
                     jnp.sum(text, dtype=jnp.float32), jnp.sum(jnp.any(text, axis=-1), dtype=jnp.float32)
                 ),
             },
+            auxiliary=output.auxiliary,
         )
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
