@@ -39,6 +39,10 @@ def add_convert(parser: Parser) -> None:
         metavar="KEY,KEY",
         help="keys of config.json to read as if they were absent",
     )
+    mask = "the id of MASK, of a diffusion model whose files do not name it"
+    from_hf.add_argument("--mask_id", type=int, metavar="ID", help=mask)
+    blocks = "of a model of block diffusion, if config.json does not say it"
+    from_hf.add_argument("--block_size", type=int, metavar="TOKENS", help=blocks)
     to_hf = sources.add_parser("to_hf", help="export a model to the format it was imported from")
     to_hf.add_argument("checkpoint", metavar="CHECKPOINT")
     to_hf.add_argument("--like", metavar="DIR", help="what from_hf wrote, if CHECKPOINT is not in it")

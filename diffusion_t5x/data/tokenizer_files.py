@@ -32,6 +32,14 @@ class AddedToken:
     options: tuple[tuple[str, bool], ...] = ()
 
 
+def read_text(file: pathlib.Path) -> str:
+    """The text of a tokenizer's file. Raises a UserError if it cannot be read."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"Cannot read the tokenizer {file}: {error}.") from error
+
+
 def read(file: pathlib.Path) -> dict[str, Any]:
     """Returns the JSON object in a file; empty if there is no file.
 

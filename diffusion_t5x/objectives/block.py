@@ -83,9 +83,12 @@ def noisy_output(
     """
     tokens, slots = clean_and_noisy(reading.batch, reading.tokens(noisy, model.vocabulary))
     output, width = model(tokens, slots, kind, encoded, dropout_keys), reading.batch.tokens.shape[1]
-    if reading.slot is None:
+    if not reading.shifted:
         return output.replace(hidden=output.hidden[:, width:])
+    # A block's first token is predicted in the clean slot before it, but not in its own.
     is_first = starts == jnp.arange(noisy.shape[1])
+    if not model.vocabulary.reads_start:
+        is_first &= reading.batch.positions > 0
     return output.replace(hidden=reading.states(output.hidden, jnp.where(is_first, 0, width)))
 
 
