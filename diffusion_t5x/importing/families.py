@@ -8,6 +8,7 @@ from diffusion_t5x.errors import UserError, did_you_mean
 from diffusion_t5x.importing import (
     a2d,
     dream,
+    gemma,
     gemma2,
     gemma3_text,
     gpt2,
@@ -37,6 +38,7 @@ FAMILIES: dict[str, Any] = {
     "a2d-llama": a2d.FROM_LLAMA,
     "a2d-qwen2": a2d.FROM_QWEN2,
     "a2d-qwen3": a2d.FROM_QWEN3,
+    "gemma": gemma,
     "gemma2": gemma2,
     "gemma3_text": gemma3_text,
     "gpt2": gpt2,

@@ -1,4 +1,4 @@
-"""Imports models in Hugging Face's format, from a folder or the hub, to a checkpoint or to memory."""
+"""From Hugging Face's format or GGUF: a folder's model, a file's, or one of the hub, as a checkpoint or in memory."""
 
 import pathlib
 import shutil
@@ -33,9 +33,10 @@ def from_hf(
     tokenizer's files, and model.gin.
 
     Args:
-      path: a folder with config.json, safetensors and a tokenizer; or a model of the hub, see `hub.local_folder`.
+      path: a folder with config.json, safetensors and a tokenizer; a GGUF file; or a model of the hub, see
+        `hub.local_folder`.
       output_folder: a folder that is empty or not there.
-      ignore_keys: keys of config.json that are read as if they were not there.
+      ignore_keys: keys of config.json, or of a GGUF file's metadata, that are read as if they were not there.
       mask_id: the id of MASK, of a diffusion model whose files do not name it.
       block_size: of a model of block diffusion, if config.json does not say it or says another one.
 
@@ -60,10 +61,14 @@ def from_hf(
     print(f"Wrote {final}: checkpoints/checkpoint_0, {tokenizer.name}, model.gin")
 
 
-def is_folder(path: str) -> bool:
-    """True if the folder has a model in Hugging Face's format and no checkpoint of ours."""
+def is_foreign(path: str) -> bool:
+    """True for a GGUF file, and for a folder with a model in Hugging Face's format and no checkpoint of ours."""
     folder = pathlib.Path(path).expanduser()
-    return (folder / CONFIG).exists() and not (folder / "checkpoints").exists()
+    return _is_gguf(path) or ((folder / CONFIG).exists() and not (folder / "checkpoints").exists())
+
+
+def _is_gguf(path: str) -> bool:
+    return path.lower().endswith(".gguf")
 
 
 def in_memory(path: str) -> tuple[Record, ModelDefinition, dict[str, Streamed]]:
@@ -92,7 +97,7 @@ def _opened(
       path, ignore_keys: see `from_hf`.
       said: keys that config.json lacks.
     """
-    folder = Folder.open(hub.local_folder(path)).without_keys(ignore_keys).with_keys(said)
+    folder = _source(path, ignore_keys).with_keys(said)
     described = families.describe(folder)
     objective = described.published.objective
     if "block_size" in said and not isinstance(objective, Block):
@@ -107,3 +112,11 @@ def _opened(
         )
     ids = token_ids(read)
     return folder, described, importing.definition_of(folder, described, ids, tokenizer), tokenizer
+
+
+def _source(path: str, ignore_keys: Sequence[str]) -> Folder:
+    if _is_gguf(path):
+        from diffusion_t5x.importing.gguf_file import GgufFile
+
+        return GgufFile.open_file(path, ignore_keys)
+    return Folder.open(hub.local_folder(path)).without_keys(ignore_keys)
