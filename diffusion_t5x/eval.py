@@ -156,19 +156,10 @@ class Evaluation:
             )
             scores, fingerprints = _evaluate(evaluator, params, folder)
             del params  # before the next checkpoint's are there
+            evaluations = [repr(ev) for ev in evals.all]
             report = {
-                "results": scores,
-                "checkpoint": str(checkpoint),
+                **results.report(scores, checkpoint, definition, evaluations, settings, fingerprints),
                 "teacher": self.teacher_checkpoint_path,
-                "step": checkpoint.metadata["step"],
-                "evaluations": [repr(ev) for ev in evals.all],
-                "settings": settings,
-                "data": fingerprints,
-                "training_objective": checkpoint.record.trained_by,
-                "num_parameters": definition.num_params(),
-                "vocabulary": vocabulary.describe(),
-                "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
-                **results.provenance(scores),
                 "config": config.operative_text(),
             }
             if jax.process_index() == 0:

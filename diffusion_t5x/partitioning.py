@@ -25,7 +25,9 @@ LOGICAL_AXIS_RULES: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
 }
-_rules = dict(LOGICAL_AXIS_RULES)  # those in force
+# A mesh says by the name of one more axis, of size 1, which rules are other ones on it: so programs that were traced
+# on meshes of different rules are different to JAX, too.
+_OTHER_RULES = "rules:"
 
 
 def leaf_name(path: jax.tree_util.KeyPath) -> str:
@@ -44,7 +46,7 @@ class MeshConfig:
       sequence: cuts activations along the length; every device gathers the keys and values of whole rows.
       tensor: cuts heads, feed-forward and vocabulary.
       rules: logical axes with mesh axes of their own in place of those in `LOGICAL_AXIS_RULES`, such as
-        `{"embed": ("fsdp", "sequence")}`. Like the devices they are the whole process's, those of the last mesh made.
+        `{"embed": ("fsdp", "sequence")}`.
     """
 
     replica: int = 1
@@ -79,19 +81,21 @@ class MeshConfig:
                 f"{len(devices)} devices. Set the axes of MeshConfig so that their product divides that number; "
                 "data = -1 takes the rest."
             )
-        _use_rules(self.rules)
-        axis_types = (AxisType.Auto,) * len(MESH_AXES)
+        if other_rules := _name(self.rules):
+            sizes[other_rules] = 1
+        axis_types = (AxisType.Auto,) * len(sizes)
         slices = len({getattr(device, "slice_index", 0) for device in devices})
         if slices == 1:
-            return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=axis_types, devices=devices)
+            return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices)
         if self.replica != slices:
             raise UserError(f"The devices are {slices} slices: set MeshConfig.replica = {slices}, not {self.replica}.")
         within = [1, *list(sizes.values())[1:]]
         across = [slices] + [1] * len(within[1:])
-        return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), MESH_AXES, axis_types=axis_types)
+        return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), tuple(sizes), axis_types=axis_types)
 
 
-def _use_rules(overrides: Mapping[str, Sequence[str]]) -> None:
+def _name(overrides: Mapping[str, Sequence[str]]) -> str:
+    """The axis name that tells of these rules, such as "rules:embed=fsdp+sequence;vocab="; "" if there are none."""
     for axis, mesh_axes in overrides.items():
         if axis not in LOGICAL_AXIS_RULES:
             raise UserError(f"MeshConfig.rules: no axis {axis!r} is cut.{did_you_mean(axis, LOGICAL_AXIS_RULES)}")
@@ -99,8 +103,18 @@ def _use_rules(overrides: Mapping[str, Sequence[str]]) -> None:
             raise UserError(
                 f"MeshConfig.rules[{axis!r}] must be a tuple of mesh axes ({', '.join(MESH_AXES)}), not {mesh_axes!r}."
             )
-    _rules.clear()
-    _rules.update(LOGICAL_AXIS_RULES | {axis: tuple(mesh_axes) for axis, mesh_axes in overrides.items()})
+    rules = ";".join(f"{axis}={'+'.join(overrides[axis])}" for axis in sorted(overrides))
+    return rules and _OTHER_RULES + rules
+
+
+def rules_of(mesh: Mesh | AbstractMesh) -> Mapping[str, tuple[str, ...]]:
+    """The mesh axes that each logical axis is cut over on this mesh."""
+    rules = dict(LOGICAL_AXIS_RULES)
+    for name in mesh.axis_names:
+        if name.startswith(_OTHER_RULES):
+            pairs = (rule.split("=") for rule in name.removeprefix(_OTHER_RULES).split(";"))
+            rules |= {axis: tuple(filter(None, mesh_axes.split("+"))) for axis, mesh_axes in pairs}
+    return rules
 
 
 def platform() -> str:
@@ -118,9 +132,9 @@ def cut_on(mesh: AbstractMesh, axes: Sequence[str], shape: Sequence[int]) -> Par
     Its `embed` axis stays whole: the batch axis already uses the mesh axes that cut a parameter's. So does an axis that
     does not divide, such as the one token of a decoding step.
     """
-    free, cuts = set(MESH_AXES), []
+    rules, free, cuts = rules_of(mesh), set(MESH_AXES), []
     for axis, size in zip(axes, shape, strict=True):
-        cut = tuple(name for name in _rules.get(axis, ()) if name in free and axis != "embed")
+        cut = tuple(name for name in rules.get(axis, ()) if name in free and axis != "embed")
         pieces = math.prod(mesh.shape[name] for name in cut)
         cuts.append(() if size % pieces else cut)
         free -= set(cuts[-1])
@@ -136,7 +150,7 @@ def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
 def pieces_of(axis: str, mesh: Mesh | AbstractMesh | None = None) -> int:
     """Number of shards of a logical axis; by default on the current mesh, and 1 without one."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in _rules.get(axis, ()))
+    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in rules_of(mesh).get(axis, ()))
 
 
 def copies(x: jax.Array, axes: Sequence[str], rows: int) -> jax.Array:
@@ -162,11 +176,13 @@ def param_shardings(mesh: Mesh, abstract: Any, axes: Any) -> Any:
       UserError: an axis does not divide by the devices it is cut over, or two axes are cut over the same devices.
     """
 
+    rules = rules_of(mesh)
+
     def sharding(path, leaf, names):
         parameter = leaf_name(path)
-        cuts = [_rules.get(name, ()) for name in names]
+        cuts = [rules.get(name, ()) for name in names]
         for mesh_axis in MESH_AXES:
-            if len(cut := [name for name in names if mesh_axis in _rules.get(name, ())]) > 1:
+            if len(cut := [name for name in names if mesh_axis in rules.get(name, ())]) > 1:
                 raise UserError(
                     f"Parameter {parameter} of shape {leaf.shape}: its axes {' and '.join(map(repr, cut))} cannot both "
                     f"be cut over the mesh axis {mesh_axis}. Change MeshConfig.rules."
@@ -214,7 +230,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of a batch: rows over the data axes, everything else replicated."""
-    return NamedSharding(mesh, PartitionSpec(_rules["batch"]))
+    return NamedSharding(mesh, PartitionSpec(rules_of(mesh)["batch"]))
 
 
 def check_batch(mesh: Mesh, batch_size: int, length: int) -> None:
@@ -223,7 +239,7 @@ def check_batch(mesh: Mesh, batch_size: int, length: int) -> None:
         if size % (pieces := pieces_of(axis, mesh)):
             raise UserError(
                 f"A {whole} of {size} {parts} does not divide over {pieces} devices "
-                f"(mesh axes {' × '.join(_rules[axis])})."
+                f"(mesh axes {' × '.join(rules_of(mesh)[axis])})."
             )
 
 
