@@ -53,21 +53,21 @@ class Evaluation:
     Attributes:
       model: dimensions of the checkpoint's model.
       checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
-      eval_output_dir: made if it is not there; None is eval/ in the checkpoint's MODEL_DIR (likelihood/ or loss/ where
-        nothing is decoded), with a folder for each checkpoint.
+      eval_output_dir: made if needed; None is eval/ in the checkpoint's MODEL_DIR (likelihood/ or loss/ if nothing is
+        decoded), with a folder for each checkpoint.
       all_checkpoints: evaluate all checkpoints at the path; otherwise the newest.
       decode_evals: what to decode and score.
       objective: computes losses and likelihoods.
       loss_evals: losses to measure.
       likelihood_evals: likelihoods to measure; their metrics are listed beside those of decoding.
       restore_rules: assignment rules, as in training.
-      use_ema: take the parameters' moving average where the checkpoint has one.
-      teacher_checkpoint_path: of an autoregressive model that scores decoded texts ("teacher_nll",
+      use_ema: use the moving average of the parameters if the checkpoint has one.
+      teacher_checkpoint_path: checkpoint of an autoregressive model that scores decoded texts ("teacher_nll",
         "teacher_agreement"), and that a distillation's loss needs.
-      teacher_model: its dimensions; None takes the model's.
-      allow_mismatch: use the model other than as trained, according to the checkpoint's record: with another
-        function, decoder or objective.
-      mesh: how the devices are arranged.
+      teacher_model: the teacher's dimensions; None takes the model's.
+      allow_mismatch: use the model other than as it was trained, according to the checkpoint's record: as another
+        function, or with another decoder or objective.
+      mesh: the arrangement of devices.
       dry_run: check everything, print what would be done, and evaluate nothing.
     """
 
@@ -88,11 +88,11 @@ class Evaluation:
     dry_run: bool = False
 
     def run(self) -> None:
-        """Evaluates what has no results yet, or for a dry run says what that is.
+        """Evaluates the checkpoints that have no results yet; a dry run lists them.
 
         Raises:
-          UserError: anything that does not fit, before anything is compiled; or the output has results of other
-            settings: nothing is overwritten.
+          UserError: a mismatch of any kind, before anything is compiled; or the output has results of other settings,
+            which are never overwritten.
         """
         mesh = self.mesh.make()
         found = [OpenCheckpoint(path) for path in checkpoints.find_checkpoints(self.checkpoint_path)]
@@ -114,6 +114,7 @@ class Evaluation:
         self._evaluate(todo, evals, settings, mesh)
 
     def _check(self, evals: "_Evals", mesh: Mesh) -> None:
+        """Raises a UserError if there is nothing to evaluate, or data, objective and mesh do not fit together."""
         if not evals.all:
             raise UserError("Nothing to evaluate: set evaluate.decode_evals, loss_evals or likelihood_evals.")
         if (evals.loss or evals.likelihood) and self.objective is None:
@@ -123,13 +124,13 @@ class Evaluation:
         check_datasets([ev.dataset for ev in evals.all], self.model, mesh)
 
     def _describe(self, evals: "_Evals") -> dict[str, Any]:
-        """The settings that a result depends on."""
+        """Returns the settings that results depend on."""
         names = ("objective", "model", "restore_rules", "use_ema")
         given = {name: getattr(self, name) for name in names}
         return results.describe({"evaluations": evals.all, **given, "teacher": self.teacher_checkpoint_path})
 
     def _folders(self, found: Sequence[OpenCheckpoint], output: pathlib.Path) -> dict[OpenCheckpoint, pathlib.Path]:
-        """Where the results of each checkpoint go."""
+        """Returns the output folder of each chosen checkpoint."""
         has_folder = self.all_checkpoints or self.eval_output_dir is None
         chosen = found if self.all_checkpoints else found[-1:]
         return {checkpoint: output / checkpoint.path.name if has_folder else output for checkpoint in chosen}
@@ -172,7 +173,7 @@ evaluate = verb("evaluate", Evaluation)
 
 @dataclasses.dataclass(frozen=True)
 class _Evals:
-    """What is evaluated, prepared."""
+    """All evaluations of a call, prepared."""
 
     loss: Sequence[LossEval]
     decode: Sequence[DecodeEval]
@@ -217,14 +218,14 @@ def score(
 
     Args:
       predictions: a file of JSON lines, see `evaluation.predictions`.
-      dataset: makes the data set of a `mixture_or_task_name`.
-      task: its name.
-      mixture_or_task_name: the name as gin files set it, where `task` is None.
+      dataset: makes the data set for a `mixture_or_task_name`.
+      task: the task's name.
+      mixture_or_task_name: the name as gin files set it, used if `task` is None.
       num_examples: number of examples in the file, from the start of the split; None: all.
-      eval_output_dir: made if it is not there; None writes nothing.
+      eval_output_dir: made if needed; None writes nothing.
 
     Raises:
-      UserError: unknown task or split, or predictions that do not fit; the output has results of other settings.
+      UserError: unknown task or split, predictions that do not fit, or an output with results of other settings.
     """
     name = task or mixture_or_task_name
     if not name:

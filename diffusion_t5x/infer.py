@@ -1,9 +1,9 @@
 """Write predictions for a task's examples, or scores of them, as JSON lines; a repeated run continues.
 
-With --checkpoint DIR (a MODEL_DIR, a checkpoint or what convert wrote) model, vocabulary, decoder, objective, task and
-lengths come from the checkpoint; gin files and --gin.NAME=VALUE change them. The lines go to infer/ in the MODEL_DIR.
-With --templates FILE.jsonl the model fills the holes of texts: lines such as {"template": "x =<hole:4> + 1"}, with
-"inputs" for a task that has some. With --trace a page beside the predictions shows every step.
+With --checkpoint DIR (a MODEL_DIR, a checkpoint or a folder that convert wrote) model, vocabulary, decoder, objective,
+task and lengths come from the checkpoint; gin files and --gin.NAME=VALUE change them. The lines go to infer/ in the
+MODEL_DIR. With --templates FILE.jsonl the model fills the holes of texts: lines such as {"template": "x =<hole:4> +
+1"}, with "inputs" for a task that has some. With --trace a page beside the predictions shows every step.
 """
 
 import dataclasses
@@ -62,24 +62,24 @@ class Inference:
     Attributes:
       model: dimensions of the checkpoint's model.
       checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR; None for a TPU slice, which needs none.
-      dataset: task, split, lengths and batch size.
-      infer_output_dir: made if it is not there; None is infer/checkpoint_<step>/ in the checkpoint's MODEL_DIR.
+      dataset: the task, with split, lengths and batch size.
+      infer_output_dir: made if needed; None is infer/checkpoint_<step>/ in the checkpoint's MODEL_DIR.
       mode: "predict" decodes, "score" computes log-likelihoods of the task's targets.
       decoder: writes the texts.
-      objective: whose likelihood is scored.
-      num_draws: for scores that are estimates; an even number.
+      objective: computes the log-likelihoods.
+      num_draws: number of draws for estimated scores; an even number.
       templates: a file of texts with holes to fill, in place of the task's examples (see `data.templates`).
-      num_examples: only the first so many; None takes all.
-      trace: keep every decoding step: in the lines, in a page beside them
-        (`<task>-<split>.trace.html`), and the first ones in the terminal.
-      random_seed: of the decoder or the draws.
+      num_examples: number of examples, from the start; None takes all.
+      trace: keep every decoding step: in the lines, on a page beside them (`<task>-<split>.trace.html`) and, for the
+        first examples, in the terminal.
+      random_seed: seed of the decoder or the draws.
       restore_rules: assignment rules, as in training.
-      use_ema: take the parameters' moving average where the checkpoint has one.
-      allow_mismatch: use the model other than as trained, according to the checkpoint's record: with another
-        function, decoder or objective.
-      mesh: how the devices are arranged.
+      use_ema: use the moving average of the parameters if the checkpoint has one.
+      allow_mismatch: use the model other than as it was trained, according to the checkpoint's record: as another
+        function, or with another decoder or objective.
+      mesh: the arrangement of devices.
       dry_run: check everything, print what would be done, and do nothing. For a TPU slice: compile the decoding of a
-        batch for it and print what it would take.
+        batch for it and print its cost.
     """
 
     model: ModelConfig
@@ -101,11 +101,11 @@ class Inference:
     dry_run: bool | SliceDryRun = False
 
     def run(self) -> None:
-        """Writes what is missing, or for a dry run says what that is.
+        """Writes the lines that are missing; a dry run says how many are there.
 
         Raises:
-          UserError: anything that does not fit, or the output was started with other settings or other data; nothing
-            is overwritten.
+          UserError: a mismatch of any kind; or the output was started with other settings or data. Nothing is
+            overwritten.
         """
         if isinstance(self.dry_run, SliceDryRun):
             if self.mode != "predict" or self.templates or self.decoder is None:
@@ -139,7 +139,7 @@ class Inference:
             logger.info("wrote %s", page)
 
     def _describe(self, checkpoint: OpenCheckpoint, how: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings that the lines depend on."""
+        """Returns the settings that the lines depend on."""
         return {
             "checkpoint": str(checkpoint),
             **how,
@@ -178,7 +178,7 @@ class Inference:
         logger.info("wrote %s", output.path)
 
     def _how(self, data: SeqioDataset | Templates) -> dict[str, Any]:
-        """The settings that belong to the mode; raises a UserError where they do not go together."""
+        """Returns the settings of the mode; raises a UserError if they do not go together."""
         if self.mode not in ("predict", "score"):
             raise UserError(f"infer.mode must be predict or score, not {self.mode!r}.")
         if self.mode == "score":

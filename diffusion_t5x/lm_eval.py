@@ -1,9 +1,9 @@
 """Evaluate a checkpoint with EleutherAI's lm-evaluation-harness, on its tasks or your own.
 
-With --checkpoint DIR (a MODEL_DIR, a checkpoint or what convert wrote) model, vocabulary, objective, decoder and
-lengths come from the checkpoint; gin files and --gin.NAME=VALUE change them. Results go to lm_eval/ in the MODEL_DIR.
---tasks=NAME,NAME ...; --include_path=DIR adds your own task files; --limit=N takes the first N examples of each task;
---num_fewshot=N puts N examples before each.
+With --checkpoint DIR (a MODEL_DIR, a checkpoint or a folder that convert wrote) model, vocabulary, objective, decoder
+and lengths come from the checkpoint; gin files and --gin.NAME=VALUE change them. Results go to lm_eval/ in the
+MODEL_DIR. --tasks=NAME,NAME ...; --include_path=DIR adds your own task files; --limit=N takes the first N examples of
+each task; --num_fewshot=N puts N examples before each.
 """
 
 import dataclasses
@@ -58,22 +58,22 @@ class HarnessEvaluation:
     Attributes:
       model: dimensions of the checkpoint's model.
       checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
-      vocabulary: of the model.
+      vocabulary: the model's vocabulary.
       rows: layout of requests in rows.
       objective: computes likelihoods.
       decoder: writes the texts.
-      eval_output_dir: made if it is not there; None is lm_eval/checkpoint_<step>/ in the checkpoint's MODEL_DIR.
-      tasks: names that the harness knows: tasks, groups, tags.
+      eval_output_dir: made if needed; None is lm_eval/checkpoint_<step>/ in the checkpoint's MODEL_DIR.
+      tasks: names of the harness's tasks, groups or tags.
       include_path: a folder with your own task files.
-      num_fewshot: examples before each, but where a task says 0; None leaves it to the task.
+      num_fewshot: number of examples before each, unless a task says 0; None leaves it to the task.
       limit: number of examples of each task, from the start.
-      num_draws: for likelihoods that are estimates; an even number.
-      random_seed: of draws and decoder.
+      num_draws: number of draws for estimated likelihoods; an even number.
+      random_seed: seed of draws and decoder.
       restore_rules: assignment rules, as in training.
-      use_ema: take the parameters' moving average where the checkpoint has one.
-      allow_mismatch: use the model other than as trained, according to the checkpoint's record: with another
-        function, decoder or objective.
-      mesh: how the devices are arranged.
+      use_ema: use the moving average of the parameters if the checkpoint has one.
+      allow_mismatch: use the model other than as it was trained, according to the checkpoint's record: as another
+        function, or with another decoder or objective.
+      mesh: the arrangement of devices.
       dry_run: check everything, print what would be done, and evaluate nothing.
     """
 
@@ -97,11 +97,11 @@ class HarnessEvaluation:
     dry_run: bool = False
 
     def run(self) -> None:
-        """Evaluates, or for a dry run says what would be evaluated.
+        """Evaluates; a dry run says what it would evaluate.
 
         Raises:
-          UserError: anything that does not fit, before anything is compiled; or the output has results of other
-            settings: nothing is overwritten.
+          UserError: a mismatch of any kind, before anything is compiled; or the output has results of other settings,
+            which are never overwritten.
         """
         lm_eval = _library()
         manager = _task_manager(lm_eval, self.tasks, self.include_path)
@@ -137,7 +137,7 @@ class HarnessEvaluation:
         self._write(folder, checkpoint, definition, settings, json.loads(json.dumps(found, default=str)))
 
     def _check(self, mesh: Mesh) -> None:
-        """Raises a UserError where rows, model, mesh and draws do not fit together."""
+        """Raises a UserError if rows, model, mesh and draws do not fit together."""
         check_num_draws(self.num_draws)
         rows, architecture = self.rows, self.model.architecture
         if rows.architecture != architecture:
@@ -146,7 +146,7 @@ class HarnessEvaluation:
         partitioning.check_batch(mesh, rows.batch_size, rows.row_length)
 
     def _describe(self) -> dict[str, Any]:
-        """The settings that the results depend on."""
+        """Returns the settings that results depend on."""
         task_files = self.include_path and _fingerprint(pathlib.Path(self.include_path).expanduser())
         names = [
             "num_fewshot",
@@ -171,7 +171,7 @@ class HarnessEvaluation:
         settings: Mapping[str, Any],
         found: dict[str, Any],
     ) -> None:
-        """Writes what the harness found: its samples, then results.json."""
+        """Writes the harness's results: its samples, then results.json."""
         samples = found.pop("samples")
         scores = {task: _plain_metrics(metrics) for task, metrics in found["results"].items()}
         data = {task: results.fingerprint(map(_asked, records)) for task, records in samples.items()}
@@ -207,7 +207,7 @@ def _library() -> types.ModuleType:
 def _task_manager(
     lm_eval: types.ModuleType, tasks: Sequence[str], include_path: str | None
 ) -> "lm_eval.tasks.TaskManager":
-    """The harness's task manager; raises a UserError if it does not know a task."""
+    """Returns the harness's task manager; raises a UserError if it does not know a task."""
     if isinstance(tasks, str) or not tasks:
         raise UserError("No tasks. Give --tasks=NAME,NAME.")
     if include_path and not pathlib.Path(include_path).expanduser().is_dir():
@@ -223,14 +223,14 @@ def _task_manager(
 
 
 def _fingerprint(folder: pathlib.Path) -> str:
-    """SHA-256 of the task files in a folder."""
+    """Returns the SHA-256 of the task files in a folder."""
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".yaml", ".yml", ".py"))
     contents = (f"{path.relative_to(folder)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files)
     return hashlib.sha256("\n".join(contents).encode()).hexdigest()
 
 
 def _plain_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers by name: "acc" where the harness says "acc,none", after the filter that the answers went through."""
+    """Returns numbers by name: "acc" for the harness's "acc,none", where "none" is the filter of the answers."""
     return {name.removesuffix(",none"): value for name, value in metrics.items() if isinstance(value, int | float)}
 
 

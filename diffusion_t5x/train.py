@@ -1,7 +1,7 @@
 """Pretrain, adapt or fine-tune: trains a model with an objective on a SeqIO task or mixture.
 
-With --dry_run --topology=v5p:4x4x8 the step is compiled for that TPU slice, which need not be there, and its memory and
-least time are printed; --dry_run_output=FILE writes them as JSON, --fit looks for the largest batch that fits.
+With --dry_run --topology=v5p:4x4x8 it compiles the step for that TPU slice, which you need not have, and prints its
+memory and minimum time; --dry_run_output=FILE writes them as JSON, --fit searches for the largest batch that fits.
 """
 
 import dataclasses
@@ -62,13 +62,13 @@ _ALLOW_MISMATCH = "train.train.allow_mismatch"
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointPolicy:
-    """Which checkpoints stay.
+    """Policy for keeping checkpoints.
 
     Attributes:
-      keep_last: how many of the newest.
-      keep_best: how many of the best by `best_metric`, beside those.
-      best_metric: of the evaluation that goes with a checkpoint, such as "my_task/exact_match" or "my_task/loss".
-      best_mode: "max" where more is better, "min" where less is.
+      keep_last: number of newest checkpoints to keep.
+      keep_best: number of best checkpoints to keep besides, by `best_metric`.
+      best_metric: a metric of the checkpoint's evaluation, such as "my_task/exact_match" or "my_task/loss".
+      best_mode: "max" if higher is better, "min" if lower is better.
     """
 
     keep_last: int = 1
@@ -79,42 +79,44 @@ class CheckpointPolicy:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
-    """Trains up to `train_steps` and leaves everything in `model_dir`.
+    """Trains up to `train_steps` steps and leaves everything in `model_dir`.
 
-    It goes on from the latest checkpoint in `model_dir`; where there is none, it starts from
-    `initial_checkpoint_path` by the assignment rules; without that, from scratch. The log says which.
+    It continues from the latest checkpoint in `model_dir`; if there is none, it starts from `initial_checkpoint_path`
+    by the assignment rules; without that, from scratch. The log says which.
 
     Attributes:
       model_dir: gets config.gin, model-info.txt, checkpoints/, train/, training_eval/ and inference_eval/.
-      model: dimensions; the vocabulary's size comes from the task.
-      objective: what is minimised.
-      train_dataset: what is read.
-      optimizer: see `training.optimizers`.
-      train_steps: steps in all, those before a resumption (or in the initial checkpoint) counted.
-      lora: what is trained in place of the whole model, which stays as it is; None trains all of it.
-      random_seed: of initialisation, noise and dropout. The data have a seed of their own.
+      model: the model's dimensions; the vocabulary's size comes from the task.
+      objective: the loss to minimise.
+      train_dataset: the training data.
+      optimizer: the optimizer, see `training.optimizers`.
+      train_steps: total number of steps, including those before a resumption (or in the initial checkpoint).
+      lora: train low-rank updates, with the model frozen; None trains the whole model.
+      random_seed: seed of initialisation, noise and dropout. The data have a seed of their own.
       initial_checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
       restore_rules: `(target regex, source template or None)`, as in T5X; only for `initial_checkpoint_path`.
-      teacher_checkpoint_path: of the autoregressive model that a distillation learns from; it also judges what is
-        decoded ("teacher_nll", "teacher_agreement").
-      teacher_model: its dimensions; None takes the student's.
-      rollout: trains on what the model itself writes to the inputs of `train_dataset`; None on the data's targets.
-      mesh: how the devices are arranged.
-      num_microbatches: pieces in which a step goes through its batch.
-      loss_normalizing_factor: divides the summed loss in place of the objective's own denominator.
-      ema_decay: keeps a moving average of the parameters that evaluation uses; None keeps none.
-      periods: of logging, evaluation and saving.
+      teacher_checkpoint_path: checkpoint of the autoregressive model that a distillation learns from; it also judges
+        decoded texts ("teacher_nll", "teacher_agreement").
+      teacher_model: the teacher's dimensions; None takes the student's.
+      rollout: train on texts that the model itself writes to the inputs of `train_dataset`; None trains on the data's
+        targets.
+      mesh: the arrangement of devices.
+      num_microbatches: number of pieces in which a step processes its batch.
+      loss_normalizing_factor: denominator of the summed loss, instead of the objective's own.
+      ema_decay: decay of a moving average of the parameters, which evaluation uses; None keeps none.
+      periods: periods of logging, evaluation and saving.
       loss_evals: losses measured at each evaluation.
       decode_evals: decoding and scoring at each evaluation.
-      checkpoint_policy: which checkpoints stay.
-      allow_older_checkpoint: where the latest checkpoint in `model_dir` is broken, go on from the newest whole one.
-      allow_mismatch: go on, or start, from a checkpoint whose record says that it is of another model or was trained
-        otherwise; decode by decoders that do not suit the objective.
-      bad_numbers: which steps are not applied, and how many of them end the run.
-      hang_timeout: seconds; a step that takes longer ends the run, with where every thread stands; None waits for ever.
-      metric_writers: "jsonl", "tensorboard", "wandb" (Weights & Biases, an extra).
-      dry_run: build model, data and shapes, check the checkpoint, print what it would start with, and train nothing.
-        For a TPU slice: compile the step for it and print what it would take.
+      checkpoint_policy: the checkpoints to keep.
+      allow_older_checkpoint: if the latest checkpoint in `model_dir` is broken, continue from the newest whole one.
+      allow_mismatch: continue or start from a checkpoint whose record names another model or training; decode with
+        decoders that do not suit the objective.
+      bad_numbers: which steps are skipped as bad, and how many of them end the run.
+      hang_timeout: seconds; a step that takes longer ends the run with a stack trace of every thread; None waits for
+        ever.
+      metric_writers: any of "jsonl", "tensorboard", "wandb" (Weights & Biases, an extra).
+      dry_run: build model, data and shapes, check the checkpoint, print the plan, and train nothing. For a TPU slice:
+        compile the step for it and print its cost.
     """
 
     model_dir: str
@@ -146,11 +148,11 @@ class Training:
     dry_run: bool | SliceDryRun = False
 
     def run(self) -> None:
-        """Trains, or for a dry run says what it would do.
+        """Trains; a dry run prints the plan.
 
         Raises:
-          UserError: anything that does not fit, before training data are read and before anything is compiled.
-          SystemExit: told to stop, it has saved; see `training.preemption` for the exit codes.
+          UserError: a mismatch of any kind, before training data are read and before anything is compiled.
+          SystemExit: it was told to stop, and has saved; see `training.preemption` for the exit codes.
         """
         if isinstance(self.dry_run, SliceDryRun):
             given = {name: getattr(self, name) for name in ("mesh", "model", "lora", "teacher_model", "rollout")}
@@ -180,7 +182,7 @@ class Training:
             logger.info("%s", next_commands(self.model_dir, writes=plan.record.decoder is not None, scored=scored))
 
     def _plan(self, mesh: Mesh, loss_evals: Sequence[LossEval], decode_evals: Sequence[DecodeEval]) -> "_Plan":
-        """Checks that all fits together, before data and parameters are read."""
+        """Checks that all settings fit together, before data and parameters are read."""
         folder = os.path.join(self.model_dir, "checkpoints")
         start = Start.find(folder, self.initial_checkpoint_path, self.restore_rules, self.allow_older_checkpoint)
         self._check_data(mesh, [*(ev.dataset for ev in loss_evals), *(ev.dataset for ev in decode_evals)])
@@ -214,7 +216,7 @@ class Training:
             ensure_writable(self.model_dir, dry_run=True)
 
     def _check_data(self, mesh: Mesh, evaluated: Sequence[Dataset]) -> None:
-        """Raises a UserError where a data set does not fit the model or the mesh, or batches do not divide."""
+        """Raises a UserError if a data set does not fit the model or the mesh, or batches do not divide."""
         data, pieces = self.train_dataset, self.num_microbatches
         check_datasets([data, *evaluated], self.model, mesh)
         if pieces < 1 or data.batch_size % pieces:
@@ -222,7 +224,7 @@ class Training:
         partitioning.check_batch(mesh, data.batch_size // pieces, data.row_length)
 
     def _record(self, definition: ModelDefinition, decode_evals: Sequence[DecodeEval]) -> Record:
-        """What the checkpoints will say of this training."""
+        """Returns the record of this training for its checkpoints."""
         return Record.of(
             definition.config,
             definition.vocabulary.describe(),
@@ -235,7 +237,7 @@ class Training:
         )
 
     def _show(self, plan: "_Plan") -> None:
-        """Prints what a run would do, for a dry run."""
+        """Prints the plan of a run, for a dry run."""
         batch = next(self.train_dataset.train_iterator())
         shapes = (f"  {name} {x.dtype}{list(x.shape)}" for name, x in vars(batch).items() if x is not None)
         print(plan.describe(), "batch:", *shapes, sep="\n")
@@ -252,14 +254,14 @@ class Training:
         return load_teacher(plan.teacher_path, self.teacher_model or self.model, *judged)
 
     def _of_step(self) -> dict[str, Any]:
-        """The settings of a training step, on these devices or on a slice."""
+        """Returns the settings of a training step, on these devices or on a slice."""
         settings = {"objective": self.objective, "optimizer": self.optimizer, "microbatches": self.num_microbatches}
         return settings | {"normalizing_factor": self.loss_normalizing_factor, "ema_decay": self.ema_decay}
 
     def _train(
         self, plan: "_Plan", begun: Begun, teacher: Teacher | None, goodput: Goodput, check_folder: Callable[[], None]
     ) -> None:
-        """Trains from where it begins, writing to `model_dir`."""
+        """Runs the training loop and writes to `model_dir`."""
         if plan.start.checkpoint and plan.start.resumes and self.allow_older_checkpoint:
             stored.set_aside_after(plan.start.checkpoint.named)
         folder = os.path.join(self.model_dir, "checkpoints")
@@ -293,7 +295,7 @@ class Training:
             loop.run(begun.state, begun.evaluation_due)
 
     def _batches(self, plan: "_Plan") -> HostBatches | OnPolicyBatches:
-        """This process's share of the batches, of the data or of what the model writes to them."""
+        """Returns this process's batches, from the data or written by the model."""
         data = self.train_dataset
         batches = HostBatches(data.train_iterator, data.batch_size, partitioning.share_of_rows(plan.mesh))
         if self.rollout is None:
@@ -308,17 +310,17 @@ train = verb("train", Training)
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """A training whose settings have been found to fit together.
+    """A training whose settings fit together.
 
     Attributes:
       mesh: the devices.
       definition: the model.
-      abstract: shapes and shardings of its state.
+      abstract: shapes and shardings of the state.
       loss_evals, decode_evals: evaluations, prepared.
-      record: what its checkpoints will say of it.
-      start: where it starts.
-      assignment: what happens to each array of the checkpoint there; "" from scratch.
-      teacher_path: a checkpoint folder, or None.
+      record: the record of this training for its checkpoints.
+      start: the starting point.
+      assignment: text that says how each array of the starting checkpoint is used; "" from scratch.
+      teacher_path: the teacher's checkpoint folder, or None.
     """
 
     mesh: Mesh
@@ -332,7 +334,7 @@ class _Plan:
     teacher_path: str | None
 
     def describe(self) -> str:
-        """Size and parameters of the model, one line each with shape, logical axes and partition."""
+        """Describes the model: its size, and each parameter on a line with shape, logical axes and partition."""
         names = jax.tree.leaves(self.definition.axes(), is_leaf=lambda x: isinstance(x, tuple))
         rows = [
             f"  {name} {list(leaf.shape)} ({', '.join(axes)}) {leaf.sharding.spec}"
@@ -345,8 +347,9 @@ class _Plan:
 
 
 def _evaluate(evaluator: Evaluator, writer: Writer, model_dir: str, state: TrainState, step: int) -> dict[str, float]:
-    """Metrics of a state by "<task>/<name>". They are written when all are known: an evaluation that is broken off is
-    done again."""
+    """Returns metrics of a state by "<task>/<name>".
+
+    They are written when all are known: an interrupted evaluation is repeated."""
     losses = evaluator.losses(state.eval_params)
     results = [("training_eval", task, metrics) for task, metrics in losses.items()]
 
@@ -367,7 +370,7 @@ def _evaluate(evaluator: Evaluator, writer: Writer, model_dir: str, state: Train
 
 
 class _CallableModule(types.ModuleType):
-    """This module is the attribute `train` of its package, and so it can be called: `diffusion_t5x.train(...)`."""
+    """Makes the module callable, since it is the attribute `train` of its package: `diffusion_t5x.train(...)`."""
 
     __call__ = staticmethod(train)
 

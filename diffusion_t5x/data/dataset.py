@@ -1,4 +1,4 @@
-"""What training, evaluation and dry runs ask of a data set, wherever its rows come from."""
+"""The interface of data sets for training, evaluation and dry runs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -11,11 +11,11 @@ class Dataset(Protocol):
     """A data set: `seqio_source.SeqioDataset`, `cached_source.CachedDataset`, `templates.Templates`.
 
     Attributes:
-      name: in messages.
-      architecture: of the models that its rows are laid out for.
-      task_feature_lengths: tokens, by feature.
-      row_length: tokens of a row of the model's decoder.
-      batch_size: rows.
+      name: name in messages.
+      architecture: the architecture that its rows are laid out for.
+      task_feature_lengths: maximum number of tokens, by feature.
+      row_length: number of tokens in a row of the model's decoder.
+      batch_size: number of rows.
       pack: rows may hold several examples.
     """
 
@@ -38,9 +38,9 @@ class Dataset(Protocol):
     def pack(self) -> bool: ...
 
     def check(self) -> None:
-        """Raises a UserError where settings do not fit the data; reads no examples."""
+        """Raises a UserError if settings do not fit the data; reads no examples."""
 
     def token_ids(self) -> TokenIds: ...
 
     def eval_batches(self, num_examples: int | None = None) -> Iterator[tuple[Batch, Sequence[Mapping[str, Any]]]]:
-        """The evaluation set in order, with the examples' texts."""
+        """Yields the evaluation set in order, with the examples' texts."""

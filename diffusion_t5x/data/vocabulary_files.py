@@ -1,4 +1,4 @@
-"""Vocabularies by their files."""
+"""Reads vocabularies from their files."""
 
 import os
 from typing import TYPE_CHECKING
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
 
 
 def vocabulary(file: str | None, extra_ids: int = SENTINELS) -> "seqio.Vocabulary":
-    """A vocabulary by its file.
+    """Returns the vocabulary in a file.
 
     Args:
-      file: a Hugging Face tokenizer (.json), llama2.c's (.bin), or a SentencePiece model, which gets sentinels behind
-        its own pieces unless it ends in sentinels, as mT5's does, and the tokens that files beside it add; None takes
+      file: a Hugging Face tokenizer (.json), llama2.c's (.bin), or a SentencePiece model, which gets sentinels after
+        its own pieces (unless it ends in sentinels, as mT5's does) and the tokens that files beside it add; None takes
         bytes.
-      extra_ids: how many sentinels.
+      extra_ids: number of sentinels.
 
     Raises:
-      UserError: there is no such file, or it is none of these.
+      UserError: there is no such file, or it has none of these formats.
     """
     import seqio
     from google.protobuf.message import DecodeError

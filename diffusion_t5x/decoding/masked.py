@@ -1,4 +1,4 @@
-"""Masked decoding: from a canvas of MASK, keep the most confident tokens of each step until none is masked."""
+"""Masked decoding: from a canvas of MASK, keeps the most confident tokens of each step until none is masked."""
 
 import dataclasses
 from typing import ClassVar
@@ -21,16 +21,16 @@ from diffusion_t5x.models.transformer import Transformer
 class MaskedDecoder(StepRule):
     """Unmasks in `num_steps` steps (LLaDA, arXiv 2502.09992), or above a confidence (Fast-dLLM, 2505.22618).
 
-    A written token stays. The score is the mean over targets of the log-probability that a token had when it
-    was written: a sum of conditionals from different steps, not a likelihood. Higher is better.
+    A written token stays. The score is the log-probability that each token had when it was written, averaged over
+    targets: conditionals from different steps, not a likelihood. Higher is better.
 
     Attributes:
-      num_steps: a row's targets are divided over this many steps as evenly as possible, more in the first ones; rows
-        with fewer targets write one per step. None: one per step.
-      threshold: a step also writes every token whose probability exceeds it, and the rest is divided over the
-        remaining steps; decoding stops when all rows are done. Fast-dLLM's is 0.9, with num_steps None.
-      order: which positions come first: see `commit.propose`. A threshold is one of confidence.
-      temperature: of sampling; 0 takes the most likely token.
+      num_steps: a row's targets are divided over this many steps as evenly as possible, with more in the first ones;
+        rows with fewer targets write one per step. None: one per step.
+      threshold: a step also writes every token whose probability exceeds it, and the rest is divided over the remaining
+        steps; decoding stops when all rows are done. Fast-dLLM uses 0.9, with num_steps None.
+      order: the order of positions, see `commit.propose`. A threshold needs "confidence".
+      temperature: sampling temperature; 0 takes the most likely token.
       top_k, top_p: see `Sampling`.
     """
 
@@ -62,11 +62,11 @@ class MaskedDecoder(StepRule):
         return (Mode.of(BIDIRECTIONAL, "mask"),)
 
     def blank(self, batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
-        """The rows with MASK for targets."""
+        """Returns the rows with MASK for targets."""
         return jnp.where(batch.target_mask, vocabulary.mask_id, batch.tokens)
 
     def eligible(self, tokens: jax.Array, target_mask: jax.Array, vocabulary: TokenIds, step: jax.Array) -> jax.Array:
-        """The targets that are still masked."""
+        """Returns the targets that are still masked."""
         return target_mask & (tokens == vocabulary.mask_id)
 
     def most_steps(self, num_targets: int) -> int:
@@ -81,7 +81,7 @@ class MaskedDecoder(StepRule):
         positions: jax.Array,
         keys: jax.Array,
     ) -> Written:
-        """One step: writes some of the eligible positions, permanently."""
+        """Takes one step: writes some of the eligible positions, permanently."""
 
         def read_out(logits, positions):
             return propose(logits, keys, positions, model.vocabulary, self.sampling, self.order)

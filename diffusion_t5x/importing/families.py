@@ -1,4 +1,4 @@
-"""The families of models that can be imported, by the `model_type` of their config.json."""
+"""The model families that can be imported, by the `model_type` of their config.json."""
 
 import dataclasses
 from types import ModuleType
@@ -34,12 +34,12 @@ class Described:
     """A source's description of its model, checked.
 
     Attributes:
-      config: the model here; the embedding's rows are not set.
-      vocab_size: rows of the embedding there.
-      weights: how each is called and lies.
-      copies: names of tensors that hold what another does.
-      passed_over: a line on keys of its config.json that change nothing; empty if there are none.
-      sizes_from: where the model's sizes were read, for messages.
+      config: our ModelConfig, without the embedding's number of rows.
+      vocab_size: number of rows in the source's embedding.
+      weights: name and layout of each weight.
+      copies: names of tensors that duplicate others.
+      passed_over: a line about keys of config.json that change nothing; empty if there are none.
+      sizes_from: the source of the model's sizes, for messages.
     """
 
     config: ModelConfig
@@ -51,14 +51,14 @@ class Described:
 
 
 def describe(folder: Folder, tied: bool | None = None) -> Described:
-    """Contents of a model folder.
+    """Returns the checked description of a model folder.
 
     Args:
-      folder: with its headers.
-      tied: whether the embedding reads the logits out; None looks into the weights.
+      folder: the folder, with its headers read.
+      tied: True if the embedding also computes the logits; None finds out from the weights.
 
     Raises:
-      UserError: a family, a key, a value or a tensor that is not known here, or tensors that are missing.
+      UserError: an unknown family, key, value or tensor, or missing tensors.
     """
     where = str(folder.path / CONFIG)
     kind = folder.config.get("model_type", "")
@@ -84,7 +84,7 @@ def describe(folder: Folder, tied: bool | None = None) -> Described:
 
 
 def check_names(source: Source, described: Described, kind: str) -> None:
-    """Raises a UserError that names tensors which a model of this kind has and the source lacks, or the other way."""
+    """Raises a UserError that names the tensors that the source lacks, and those that the model does not have."""
     names = {name for weight in described.weights for name in weight.names(described.config.num_layers)}
     _refuse(f"{source.path} lacks tensors that {kind} has", names - source.tensors.keys())
     unknown = source.tensors.keys() - names - described.copies.keys()
@@ -104,7 +104,7 @@ def _same(folder: Folder, copy: str, name: str) -> bool:
 
 
 def check_shapes(source: Source, described: Described, definition: ModelDefinition) -> None:
-    """Raises a UserError that names a tensor of another shape than the model's sizes make it."""
+    """Raises a UserError that names a tensor whose shape does not follow from the model's sizes."""
     shapes = param_shapes(definition)
     for weight in described.weights:
         shape = list(shapes[weight.ours][1:] if weight.stacked else shapes[weight.ours])
@@ -119,7 +119,7 @@ def check_shapes(source: Source, described: Described, definition: ModelDefiniti
 
 
 def param_shapes(definition: ModelDefinition) -> dict[str, tuple[int, ...]]:
-    """The shapes of a model's parameters by name."""
+    """Returns the shapes of a model's parameters by name."""
     return {name: leaf.shape for name, leaf in named_leaves(definition.abstract()).items()}
 
 

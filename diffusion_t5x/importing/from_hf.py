@@ -1,4 +1,4 @@
-"""From Hugging Face's format: a folder's model, or one of the hub, as a checkpoint or in memory."""
+"""Imports models in Hugging Face's format, from a folder or the hub, to a checkpoint or to memory."""
 
 import pathlib
 import shutil
@@ -18,17 +18,17 @@ from diffusion_t5x.models.transformer import ModelDefinition
 def from_hf(path: str, output_folder: str, ignore_keys: Sequence[str] = ()) -> None:
     """Imports a model in Hugging Face's format.
 
-    `output_folder` gets checkpoints/checkpoint_0 (step and parameters), config.json and the tokenizer's files as they
-    are, and model.gin.
+    `output_folder` gets checkpoints/checkpoint_0 (step and parameters), unchanged copies of config.json and the
+    tokenizer's files, and model.gin.
 
     Args:
-      path: a folder with config.json, safetensors and a tokenizer; or a model of the hub, see `hub.local_folder`.
-      output_folder: a folder that is empty or not there.
-      ignore_keys: keys of config.json that are read as if they were not there.
+      path: a folder with config.json, safetensors and a tokenizer; or a hub model, see `hub.local_folder`.
+      output_folder: a folder that is empty or does not exist.
+      ignore_keys: keys of config.json to ignore.
 
     Raises:
-      UserError: what the folder holds is not supported or does not fit together, or the output is not empty; before
-        anything is written.
+      UserError: before anything is written: the folder's content is not supported or does not fit together, or the
+        output folder is not empty.
     """
     final = output.empty_folder(output_folder)
     folder, described, definition, tokenizer = _opened(path, ignore_keys)
@@ -44,13 +44,13 @@ def from_hf(path: str, output_folder: str, ignore_keys: Sequence[str] = ()) -> N
 
 
 def is_folder(path: str) -> bool:
-    """Whether a model in Hugging Face's format lies in this folder, and no checkpoint of ours."""
+    """True if the folder has a model in Hugging Face's format and no checkpoint of ours."""
     folder = pathlib.Path(path).expanduser()
     return (folder / CONFIG).exists() and not (folder / "checkpoints").exists()
 
 
 def in_memory(path: str) -> tuple[Record, ModelDefinition, dict[str, Streamed]]:
-    """A model that is not written anywhere: its record, its definition, and what reads its parameters, by name.
+    """Imports a model to memory: returns its record, its definition, and a reader for each parameter by name.
 
     Args:
       path: see `from_hf`.
@@ -63,7 +63,7 @@ def in_memory(path: str) -> tuple[Record, ModelDefinition, dict[str, Streamed]]:
 
 
 def _opened(path: str, ignore_keys: Sequence[str] = ()) -> tuple[Folder, Described, ModelDefinition, pathlib.Path]:
-    """The folder, what it describes, the model here, and the tokenizer's file; all checked, no weights kept."""
+    """Returns the folder, its description, our definition and the tokenizer's file; all checked, no weights kept."""
     folder = Folder.open(hub.local_folder(path)).without_keys(ignore_keys)
     described = families.describe(folder)
     tokenizer = folder.tokenizer()

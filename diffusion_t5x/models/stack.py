@@ -1,4 +1,4 @@
-"""The stack of layers that encoders and decoders are made of, in the manner of T5 1.1."""
+"""The stack of layers in encoders and decoders, in the style of T5 1.1."""
 
 from typing import Self
 
@@ -34,7 +34,7 @@ class Encoded(flax.struct.PyTreeNode):
     auxiliary: Auxiliaries = flax.struct.field(default_factory=dict)
 
     def repeat(self, times: int) -> Self:
-        """Every row `times` times, one after another."""
+        """Repeats every row `times` times, one after another."""
         return self.replace(
             keys=jnp.repeat(self.keys, times, axis=1),
             values=jnp.repeat(self.values, times, axis=1),
@@ -46,12 +46,12 @@ class View(flax.struct.PyTreeNode):
     """The keys that a layer's queries see, and the queries' positions.
 
     Attributes:
-      positions: int32 `[B, Lq]`, of the queries.
-      sight: what they see of the keys.
+      positions: int32 `[B, Lq]`, positions of the queries.
+      sight: the keys that the queries see.
       bias: float32 `[n, heads, Lq, Lk]`, one for each of n equal groups of rows; None without relative positions.
       frequencies: float32 `[head_dim / 2]`; None without rotary positions.
       write_at: int32 `[B]`, the slot of each row's first query in the cache; None without a cache.
-      inputs_sight: what the queries see of an encoder's inputs; None without an encoder.
+      inputs_sight: the encoder's inputs that the queries see; None without an encoder.
     """
 
     positions: Array
@@ -63,16 +63,16 @@ class View(flax.struct.PyTreeNode):
 
 
 def norm(config: ModelConfig) -> RMSNorm | LayerNorm:
-    """The configured norm of hidden states."""
+    """Returns the configured norm of hidden states."""
     if config.norm == "layer":
         return LayerNorm(config.embed_dim, config.norm_epsilon)
     return RMSNorm(config.embed_dim, config.norm_epsilon, offset=config.norm_offset)
 
 
 class Layer(nnx.Module):
-    """Self-attention, in a decoder over an encoder cross-attention, and a feed-forward layer.
+    """Self-attention, in a decoder over an encoder also cross-attention, and a feed-forward layer.
 
-    Each is normed before, with `post_norms` after as well, and added to the residual stream.
+    Each has a norm before it, with `post_norms` also one after it, and is added to the residual stream.
     """
 
     def __init__(self, key: jax.Array, config: ModelConfig, cross_attention: bool):
@@ -105,11 +105,12 @@ class Layer(nnx.Module):
         inputs: tuple[jax.Array, jax.Array] | None,
         dropout_keys: jax.Array | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None, Auxiliaries]:
-        """Hidden states `[B, Lq, D]` after this layer, its cache with the queries' keys and values, and its own losses.
+        """Returns hidden states `[B, Lq, D]` after this layer, its cache with the queries' keys and values written, and
+        its own losses.
 
         Args:
           x: hidden states `[B, Lq, D]`.
-          view: what the queries see.
+          view: the keys that the queries see.
           cached: this layer's keys and values `[B, Lk, kv_heads, head_dim]`; None without a cache.
           inputs: this layer's keys and values `[B, S, kv_heads, head_dim]` of the inputs; None without an encoder.
           dropout_keys: `[B]`; None switches dropout off.
@@ -135,7 +136,7 @@ class Layer(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """Layers, scanned over their stacked parameters, and the norm behind them."""
+    """Layers, scanned over their stacked parameters, and the final norm."""
 
     def __init__(self, key: jax.Array, config: ModelConfig, cross_attention: bool = False):
         block_key, position_key = jax.random.split(key)
@@ -163,11 +164,11 @@ class Stack(nnx.Module):
         encoded: Encoded | None = None,
         dropout_keys: jax.Array | None = None,
     ) -> Output:
-        """Hidden states `[B, L, D]` and auxiliary losses of whole rows of embedded tokens `[B, L, D]`.
+        """Returns hidden states `[B, L, D]` and auxiliary losses of whole rows of embedded tokens `[B, L, D]`.
 
         Args:
           x: embedded tokens.
-          slots: what they are.
+          slots: their properties.
           kind: which slots attend to which.
           encoded: the inputs, for cross-attention.
           dropout_keys: `[B]`, a key for each row; None switches dropout off.
@@ -193,7 +194,7 @@ class Stack(nnx.Module):
           x: embedded tokens `[B, Lq, D]`.
           queries: their slots.
           kind: which slots attend to which.
-          slots: of the whole rows, `[B, L]`.
+          slots: slots of the whole rows, `[B, L]`.
           cached: keys and values, `[layers, B, L, kv_heads, head_dim]`.
           write_at: int32 `[B]`, the slot of each row's first token.
           encoded: the inputs, for cross-attention.
@@ -206,11 +207,11 @@ class Stack(nnx.Module):
         return output.hidden, cached
 
     def cross_keys_values(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Every layer's keys and values `[layers, B, S, kv_heads, head_dim]` of an encoder's hidden states."""
+        """Returns every layer's keys and values `[layers, B, S, kv_heads, head_dim]` of an encoder's hidden states."""
         return jax.vmap(lambda block: block.cross_attention.keys_values(hidden))(self.blocks)
 
     def _bias(self, positions, rows):
-        """`[n, heads, Lq, Lk]`, one for each of n equal groups of rows."""
+        """Returns the bias `[n, heads, Lq, Lk]`, one for each of n equal groups of rows."""
         query_positions, key_positions = positions
         axes = ("heads", "length", "keys")
         if len(query_positions) > 1:

@@ -1,4 +1,4 @@
-"""The autoregressive objective: predict each target from the tokens before it."""
+"""The autoregressive objective: predicts each target from the tokens before it."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -32,9 +32,9 @@ class Autoregressive(Objective):
     """Teacher forcing: cross-entropy of `tokens[i]` given the start token and `tokens[:i]`.
 
     Attributes:
-      prefix: inputs see each other both ways; by default attention is causal everywhere.
+      prefix: bidirectional attention over inputs; by default attention is causal everywhere.
       label_smoothing, z_loss: as in T5X.
-      normalize: what the summed loss is divided by.
+      normalize: denominator of the summed loss.
     """
 
     autoregressive: ClassVar[bool] = True
@@ -65,7 +65,7 @@ class Autoregressive(Objective):
         return shift_right(batch.tokens, batch.positions, model.vocabulary.start_id)
 
     def output(self, model: Transformer, batch: Batch, dropout_keys: jax.Array | None = None) -> Output:
-        """A pass whose i-th hidden state predicts the i-th token."""
+        """Runs a pass; the i-th of its hidden states `[B, L, D]` predicts the i-th token."""
         tokens = shift_right(batch.tokens, batch.positions, model.vocabulary.start_id)
         encoded = model.encode(batch, dropout_keys)
         return model(tokens, shifted_slots(batch), self.attention, encoded, dropout_keys)
@@ -102,8 +102,8 @@ class Autoregressive(Objective):
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array | None, num_draws: int) -> Likelihood:
         """Exact, by the chain rule: the text's tokens up to the one that ends it, which is all that a decoder writes.
 
-        As for a decoder, what no model may write (MASK, rows that stand for no id) has no probability; the loss leaves
-        it some. An imported model, which never learned that, has a slightly lower `nll`.
+        As in decoding, ids that no model may write (MASK, rows without an id) have no probability; the loss gives them
+        some. So an imported model, which never learned to avoid them, has a slightly lower `nll` here.
         """
         nll, _ = score(model, self.output(model, batch).hidden, batch.tokens)
         text = text_of(batch, model.vocabulary)

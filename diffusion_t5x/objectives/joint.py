@@ -1,6 +1,6 @@
-"""A diffusion loss and the autoregressive one of the same parameters, so that one checkpoint decodes either way.
+"""A diffusion loss plus an autoregressive loss on the same parameters, so that one checkpoint decodes either way.
 
-As in TiDAR (arXiv 2511.08923), but in two passes: the diffusion objective's own, and a causal one.
+Like TiDAR (arXiv 2511.08923), but in two passes: the diffusion objective's own, and a causal one.
 """
 
 import dataclasses
@@ -24,12 +24,13 @@ from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, 
 class Joint(Objective):
     """`diffusion` + `ar_weight` * autoregressive: one loss, two passes over the same batch.
 
-    The autoregressive loss is that of the text alone, up to the token that ends it, and is divided by what the
-    diffusion loss is divided by: a token counts `ar_weight` times as much in it. Its metrics begin with "ar_".
+    The autoregressive loss covers the text alone, up to the token that ends it, and has the diffusion loss's
+    denominator: a token counts `ar_weight` times as much in it. Its metrics begin with "ar_".
 
     Attributes:
-      diffusion: gives its attention and its likelihood, too; those of the other pass are `Autoregressive`'s.
-      ar_weight: of the autoregressive loss.
+      diffusion: the diffusion objective, which also defines attention and likelihood; the other pass is
+        `Autoregressive`'s.
+      ar_weight: weight of the autoregressive loss.
     """
 
     diffusion: Objective
@@ -85,5 +86,5 @@ class Joint(Objective):
         )
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
-        """Likelihood of decoding by diffusion; for decoding token by token, use that of `Autoregressive`."""
+        """Returns the likelihood of decoding by diffusion; that of token-by-token decoding is `Autoregressive`'s."""
         return self.diffusion.log_likelihood(model, batch, key, num_draws)

@@ -34,14 +34,14 @@ from diffusion_t5x.objectives.uniform_bound import uniform_bound
 
 
 def corrupt(batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
-    """Uniform noise at a level of each example's own.
+    """Replaces targets with uniform noise; each example has its own noise level.
 
-    Each example, packed ones too, draws α ~ U[0, 1]; each of its targets is, with probability α, replaced by a token
-    drawn uniformly from the noise vocabulary, which may be the same one. Inputs and padding stay.
+    Each example, also each packed one, draws α ~ U[0, 1]; each of its targets is replaced with probability α by a token
+    drawn uniformly from the noise vocabulary, which may be the same token. Inputs and padding stay.
 
     Args:
       batch: clean tokens.
-      vocabulary: says what noise is drawn from.
+      vocabulary: defines the noise vocabulary.
       keys: `[B]`, a key for each row.
 
     Returns:
@@ -63,12 +63,12 @@ class Sundae(Objective):
 
     Attributes:
       num_unrolls: number of times the model reads its own output: the loss has `num_unrolls + 1` terms.
-      weights: of the terms; None weighs each 1.
-      temperature: at which the model's output is sampled for the next term; 0 takes the most likely (paper 1), 1 is
-        SUNDAE's.
+      weights: weights of the terms; None is 1 for each.
+      temperature: sampling temperature of the model's output for the next term; 0 takes the most likely token (paper
+        1), 1 is SUNDAE's.
       anneal_steps: training steps over which causal attention becomes bidirectional, see `annealed`; None: no
         annealing.
-      normalize: what the summed loss is divided by.
+      normalize: denominator of the summed loss.
     """
 
     num_unrolls: int = 1
@@ -141,7 +141,7 @@ class Sundae(Objective):
         return LossSums(terms[0].replace(numerator=total), metrics, auxiliary)
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
-        """A lower bound, of all targets, by diffusion with uniform noise in place of unrolls: see `uniform_bound`."""
+        """Returns a lower bound of all targets: uniform-noise diffusion without unrolls, see `uniform_bound`."""
         encoded = model.encode(batch)
         reading = Reading.of(batch, model.vocabulary, model.config.shifted)
         first_target = jnp.argmax(batch.target_mask, axis=-1, keepdims=True)
@@ -152,7 +152,7 @@ class Sundae(Objective):
         return uniform_bound(model, hidden, batch, first_target, batch.target_mask, key, num_draws)
 
     def _read_out(self, model, hidden, batch, keys):
-        """For every position `[B, L]`: the clean token's cross-entropy, whether it is the argmax, a sampled token."""
+        """Returns per position `[B, L]` the clean token's cross-entropy, True if it is the argmax, and a sample."""
 
         def score(logits, labels, positions):
             loss, _ = cross_entropy(logits, labels)

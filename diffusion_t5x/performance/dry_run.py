@@ -42,9 +42,9 @@ class SliceDryRun:
     """A dry run for a slice.
 
     Attributes:
-      topology: as "v5p:4x4x8".
-      output: a file that gets the report as JSON; None writes none.
-      fit: look for the largest batch that fits, and what need not be computed again then.
+      topology: the slice, such as "v5p:4x4x8".
+      output: a file for the report as JSON; None writes none.
+      fit: search for the largest batch that fits, and for the least recomputation with it.
     """
 
     topology: str
@@ -66,7 +66,7 @@ class SliceDryRun:
         teacher_model: ModelConfig | None,
         rollout: Rollout | None,
     ) -> None:
-        """Prints what a training step would take; arguments as for `train.train`."""
+        """Prints the cost of a training step; arguments as for `train.train`."""
         vocabulary = dataset.token_ids()
 
         def lower(mesh: Mesh, model: ModelConfig, batch_size: int) -> jax.stages.Lowered:
@@ -93,7 +93,7 @@ class SliceDryRun:
         self._run(f"a step of {type(objective).__name__}", lower, mesh, model, dataset, microbatches)
 
     def infer(self, *, mesh: MeshConfig, model: ModelConfig, decoder: Decoder, dataset: Dataset) -> None:
-        """Prints what decoding a batch would take; arguments as for `infer.infer`."""
+        """Prints the cost of decoding a batch; arguments as for `infer.infer`."""
         vocabulary = dataset.token_ids()
 
         def lower(mesh: Mesh, model: ModelConfig, batch_size: int) -> jax.stages.Lowered:

@@ -1,4 +1,4 @@
-"""The training loop. It needs no TensorFlow: batches come from anything that can say where it stands."""
+"""The training loop. It needs no TensorFlow: batches come from any iterator that has a position."""
 
 import contextlib
 import dataclasses
@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 
 
 class BatchIterator(Protocol):
-    """An endless stream of this process's part of the batches, which can say and take up its position.
+    """An endless stream of this process's part of the batches, which can save and restore its position.
 
-    A `state_dict` of {} says that the position cannot be saved.
+    A `state_dict` of {} means that the position cannot be saved.
     """
 
     def __next__(self) -> Batch: ...
@@ -42,22 +42,22 @@ class BatchIterator(Protocol):
 
 
 class Batches(Protocol):
-    """This process's share of each batch of a training, and the position of all of them."""
+    """This process's share of each training batch, with a position in the data."""
 
     def next_batch(self, state: TrainState) -> Batch:
-        """The next batch, numpy (see `partitioning.put_rows`); texts that a model writes depend on its state."""
+        """Returns the next batch, numpy (see `partitioning.put_rows`); on-policy texts depend on the state."""
 
     def state_dict(self) -> Mapping[str, np.ndarray]: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Periods:
-    """How many steps lie between two events of a kind; each comes at the last step too.
+    """Numbers of steps between events; each event also happens at the last step.
 
     Attributes:
-      log: metrics written, averaged since the last time.
-      eval: evaluation; None never evaluates.
-      save: a checkpoint.
+      log: steps between writing metrics, averaged since the last time.
+      eval: steps between evaluations; None never evaluates.
+      save: steps between checkpoints.
     """
 
     log: int = 10
@@ -72,7 +72,7 @@ class Periods:
 
 
 class _Log:
-    """Reads each step's metrics while the next step runs, and writes their means now and then."""
+    """Reads each step's metrics while the next step runs, and writes their means periodically."""
 
     def __init__(self, writer: Writer, progress: Progress, period: int, judge: Judge, goodput: Goodput):
         self._writer, self._progress, self._period = writer, progress, period
@@ -89,12 +89,12 @@ class _Log:
 
     @property
     def is_running(self) -> bool:
-        """Whether the step taken in last still keeps the devices busy."""
+        """True while the latest step keeps the devices busy."""
         # JAX's arrays have it, though their type does not say so.
         return self._pending is not None and not self._pending[1]["loss"].is_ready()  # type: ignore[attr-defined]
 
     def flush(self) -> None:
-        """Waits for the metrics taken in last."""
+        """Waits for the latest metrics."""
         if self._pending is None:
             return
         step, metrics, batch = self._pending
@@ -107,14 +107,14 @@ class _Log:
             self._write(step)
 
     def finish(self, step: int) -> None:
-        """Writes what is not written yet, when `step` is the run's last."""
+        """Writes all remaining metrics when `step` is the run's last."""
         self.flush()
         if self._since:
             self._write(step)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """For what is done between two steps: waits for the metrics taken in last, and does not count the time."""
+        """Context for work between two steps: waits for the latest metrics, and does not count the time."""
         self.flush()
         start = time.monotonic()
         yield
@@ -140,9 +140,9 @@ class _Log:
 
 
 def headline(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What progress shows of a step's metrics: the loss, negative log-likelihoods and the first accuracy.
+    """Returns the metrics of a step for the progress line: the loss, negative log-likelihoods and the first accuracy.
 
-    A likelihood that is the loss itself is left out.
+    A likelihood that equals the loss is left out.
     """
     loss = metrics["loss"]
     names = [name for name in metrics if name.startswith("nll") and metrics[name] != loss]
@@ -152,7 +152,7 @@ def headline(metrics: Mapping[str, float]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _compiling(goodput: Goodput) -> Iterator[None]:
-    """For the first call of the training step: says that it compiles, and how long that took."""
+    """Context for the first call of the training step: logs that it compiles, and how long that took."""
     start = time.monotonic()
     logger.info("compiling the training step …")
     with goodput.spent("compile"):
@@ -162,7 +162,7 @@ def _compiling(goodput: Goodput) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _watched(seconds: float | None) -> Iterator[None]:
-    """Ends the process if this context takes longer; None lets it take as long as it likes."""
+    """Context that ends the process if it takes longer; None sets no limit."""
     if seconds is not None:
         faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
     try:
@@ -173,7 +173,7 @@ def _watched(seconds: float | None) -> Iterator[None]:
 
 
 class _Due(NamedTuple):
-    """What comes after a step."""
+    """The events after a step."""
 
     stops: bool
     evaluates: bool
@@ -182,12 +182,12 @@ class _Due(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Saving:
-    """Where a run keeps its checkpoints, and what goes into each beside the state and the position of the data.
+    """The checkpoints of a run, and what they hold besides the state and the position of the data.
 
     Attributes:
       checkpoints: where to save.
-      metadata: goes into every checkpoint; "step", "metrics" and what the judge remembers are added.
-      check_folder: raises if what was written has been removed.
+      metadata: metadata of every checkpoint; "step", "metrics" and the judge's memory are added.
+      check_folder: raises an error if the run's folder has been removed.
     """
 
     checkpoints: Checkpoints
@@ -197,15 +197,15 @@ class Saving:
 
 @dataclasses.dataclass(frozen=True)
 class Reporting:
-    """What watches a run.
+    """The observers of a run.
 
     Attributes:
-      writer: gets the training metrics, as folder "train", and where the time went, as "goodput".
-      judge: of bad steps; what it remembers goes into every checkpoint's metadata.
-      goodput: counts on.
-      description: shown by the progress bar.
-      hang_timeout: seconds; a step after the first that takes longer, its batch included, ends the process: exit code
-        1, and where every thread stands on the standard error. None waits for ever.
+      writer: gets the training metrics, in folder "train", and the shares of time, in "goodput".
+      judge: judge of bad steps; its memory goes into every checkpoint's metadata.
+      goodput: counts the time.
+      description: title of the progress bar.
+      hang_timeout: seconds; a step after the first that takes longer, including its batch, ends the process with exit
+        code 1 and a stack trace of every thread on standard error. None waits for ever.
     """
 
     writer: Writer
@@ -217,22 +217,22 @@ class Reporting:
 
 @dataclasses.dataclass(frozen=True)
 class TrainLoop:
-    """Trains up to `total_steps`, and saves so that a run killed at any moment goes on from its last checkpoint.
+    """Trains up to `total_steps`, and saves so that a run killed at any moment continues from its last checkpoint.
 
-    At the end of a period it saves first and evaluates then. Until the evaluation is finished, the checkpoint's
-    metadata have "evaluation_due"; its metrics are added afterwards. Where an evaluation fails between two saves, the
-    steps are saved in the same way. Told to stop (see `preemption`), it finishes the step and saves; an evaluation is
-    broken off.
+    At the end of a period it saves first and then evaluates. Until the evaluation is finished, the checkpoint's
+    metadata have "evaluation_due"; its metrics are added afterwards. If an evaluation fails between two saves, the
+    steps are saved in the same way. Told to stop (see `preemption`), it finishes the step and saves; a running
+    evaluation is aborted.
 
     Attributes:
-      mesh: in use while training.
-      train_step: see `make_train_step`. It must not move anything between host and devices by itself.
-      batches: where batches come from, standing where the state has read to.
+      mesh: the mesh of the training.
+      train_step: see `make_train_step`. It must not move data between host and devices implicitly.
+      batches: the batches, at the position of the state.
       evaluate: called with the state and its step; its metrics go into the checkpoint, if one is saved at this step.
-      total_steps: of the run as a whole, those before a resumption counted.
-      periods: of logging, evaluation and saving.
-      saving: where to save.
-      reporting: what watches the run.
+      total_steps: total number of steps, including those before a resumption.
+      periods: periods of logging, evaluation and saving.
+      saving: the checkpoints.
+      reporting: the observers.
     """
 
     mesh: Mesh
@@ -245,10 +245,10 @@ class TrainLoop:
     reporting: Reporting
 
     def run(self, state: TrainState, evaluation_due: bool = False) -> TrainState:
-        """The state after the last step.
+        """Returns the state after the last step.
 
         Args:
-          state: to start from; given up.
+          state: the state to start from; donated.
           evaluation_due: begin with the evaluation of `state` that an earlier run did not finish.
 
         Raises:
@@ -294,7 +294,7 @@ class TrainLoop:
         return _Due(stops, evaluates, saves=stops or step % self.periods.save == 0)
 
     def _step(self, step: int, state: TrainState, log: _Log, first: bool) -> TrainState:
-        """The state after one step, which may still be running."""
+        """Returns the state after one step, which may still be running."""
         judge, goodput = self.reporting.judge, self.reporting.goodput
         with _watched(None if first else self.reporting.hang_timeout):
             asked = time.monotonic()
@@ -303,7 +303,7 @@ class TrainLoop:
             limit = partitioning.put_whole(self.mesh, np.float32(judge.limit))
             if not log.is_running:
                 goodput.add("input", time.monotonic() - asked)
-            # What a step moves between host and devices unasked makes every step wait.
+            # An implicit transfer would make every step wait for it.
             with _compiling(goodput) if first else contextlib.nullcontext(), jax.transfer_guard("disallow"):
                 state, metrics = self.train_step(state, on_devices, limit)
             log.add(step, metrics, batch)
@@ -316,7 +316,7 @@ class TrainLoop:
         due: _Due,
         evaluated: Callable[[TrainState, int], Mapping[str, float] | None],
     ) -> bool:
-        """Does what is due after a step. False if the evaluation was broken off: its checkpoint says that it is due."""
+        """Saves and evaluates as due. Returns False if the evaluation was aborted; the checkpoint notes that."""
         if due.saves:
             self._save(step, state, due.evaluates)
         if not due.evaluates:
