@@ -271,7 +271,7 @@ def _imports(file: str) -> dict[str, str]:
 
 @functools.cache
 def _docstring(module: str, name: str) -> str:
-    """The docstring of a function or class in a module of this package, or of a verb's settings; "" for others."""
+    """Returns the docstring of a function, a class or a verb's settings in this package; "" for other packages."""
     if not module.startswith(f"{PACKAGE.name}."):
         return ""
     path = PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py")

@@ -137,7 +137,7 @@ class Reading(flax.struct.PyTreeNode):
         encoded: Encoded | None = None,
         dropout_keys: jax.Array | None = None,
     ) -> Output:
-        """A pass over noisy tokens `[B, L]`, of which the hidden states `[B, L, D]` predict the tokens."""
+        """Runs a pass over noisy tokens `[B, L]`; its hidden states `[B, L, D]` predict the tokens."""
         tokens = self.tokens(noisy, model.vocabulary)
         output = model(tokens, Slots.of(self.batch), kind, encoded, dropout_keys)
         return output.replace(hidden=self.states(output.hidden))

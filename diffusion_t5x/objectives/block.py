@@ -70,7 +70,7 @@ def noisy_output(
     encoded: Encoded | None,
     dropout_keys: jax.Array | None = None,
 ) -> Output:
-    """A pass whose hidden states `[B, L, D]` predict noisy targets, which see what is before their block clean.
+    """Runs a pass whose hidden states `[B, L, D]` predict noisy targets; these see all before their block clean.
 
     Args:
       model: reads the clean tokens, and the noisy ones in the same pass.
