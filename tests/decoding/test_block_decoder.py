@@ -65,7 +65,7 @@ def uncached(name, decoder, batch=BATCH):
             start_first(canvas, batch.positions, definition.vocabulary), Slots.of(batch), decoder.attention
         ).hidden
         step_keys = fold_in(stream(keys, "steps"), step)
-        before = Canvas.start(jnp.asarray(canvas)).replace(step=step)
+        before = Canvas.start(jnp.asarray(canvas), batch.target_mask).replace(step=step)
         return decoder.inner.write(model, hidden, before, eligible, jnp.asarray(batch.positions), step_keys)
 
     canvas = np.where(batch.target_mask, MASK, batch.tokens)
