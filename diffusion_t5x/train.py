@@ -37,7 +37,7 @@ from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.performance.dry_run import SliceDryRun
+from diffusion_t5x.performance.training_run import StepReader, TrainingRun
 from diffusion_t5x.training import lora as lora_training
 from diffusion_t5x.training.agreement import Agreement
 from diffusion_t5x.training.bad_numbers import BadNumbers, Judge
@@ -103,7 +103,7 @@ def train(
     bad_numbers: BadNumbers = BadNumbers(),  # noqa: B008  (frozen)
     hang_timeout: float | None = 1800.0,
     metric_writers: Sequence[str] = ("jsonl", "tensorboard"),
-    dry_run: bool | SliceDryRun = False,
+    dry_run: bool | StepReader = False,
 ) -> None:
     """Trains up to `train_steps` and leaves everything in `model_dir`.
 
@@ -140,7 +140,7 @@ def train(
       hang_timeout: seconds; a step that takes longer ends the run, with where every thread stands; None waits for ever.
       metric_writers: "jsonl", "tensorboard", "wandb" (Weights & Biases, an extra).
       dry_run: build model, data and shapes, check the checkpoint, print what it would start with, and train nothing.
-        For a TPU slice: compile the step for it and print what it would take.
+        A reader of the step, such as `SliceDryRun`, receives the settings instead.
 
     Raises:
       UserError: anything that does not fit, before training data are read and before anything is compiled.
@@ -148,15 +148,17 @@ def train(
     """
     step: dict[str, Any] = {"objective": objective, "optimizer": optimizer, "microbatches": num_microbatches}
     step |= {"normalizing_factor": loss_normalizing_factor, "ema_decay": ema_decay}
-    if isinstance(dry_run, SliceDryRun):
+    if not isinstance(dry_run, bool):
         dry_run.train(
-            mesh=mesh,
-            model=model,
-            dataset=train_dataset,
-            lora=lora,
-            teacher_model=teacher_model,
-            rollout=rollout,
-            **step,
+            TrainingRun(
+                mesh=mesh,
+                model=model,
+                dataset=train_dataset,
+                lora=lora,
+                teacher_model=teacher_model,
+                rollout=rollout,
+                **step,
+            )
         )
         return
     _check_settings(model_dir, train_steps, loss_normalizing_factor, ema_decay, hang_timeout, bool(dry_run))
