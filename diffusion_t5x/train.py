@@ -149,17 +149,8 @@ def train(
     step: dict[str, Any] = {"objective": objective, "optimizer": optimizer, "microbatches": num_microbatches}
     step |= {"normalizing_factor": loss_normalizing_factor, "ema_decay": ema_decay}
     if not isinstance(dry_run, bool):
-        dry_run.train(
-            TrainingRun(
-                mesh=mesh,
-                model=model,
-                dataset=train_dataset,
-                lora=lora,
-                teacher_model=teacher_model,
-                rollout=rollout,
-                **step,
-            )
-        )
+        more: dict[str, Any] = {"lora": lora, "teacher_model": teacher_model, "rollout": rollout, **step}
+        dry_run.train(TrainingRun(mesh, model, dataset=train_dataset, **more))
         return
     _check_settings(model_dir, train_steps, loss_normalizing_factor, ema_decay, hang_timeout, bool(dry_run))
     goodput = Goodput()
