@@ -42,18 +42,26 @@ def add_checkpoints(parser: Parser) -> None:
 
 
 def add_convert(parser: Parser) -> None:
-    """Adds the subcommands: `source` is "from_hf", "to_hf", "from_t5x" or "from_llama2c"."""
-    sources = parser.add_subparsers(required=True, dest="source", metavar="{from_hf,to_hf,from_t5x,from_llama2c}")
+    """Adds the subcommands: `source` is "from_hf", "from_gguf", "to_hf", "from_t5x" or "from_llama2c"."""
+    names = "{from_hf,from_gguf,to_hf,from_t5x,from_llama2c}"
+    sources = parser.add_subparsers(required=True, dest="source", metavar=names)
     from_hf = sources.add_parser("from_hf", help="a model in Hugging Face's format")
     where = "a local folder; or ORG/NAME[@REVISION], a model of the hub, which is downloaded once"
     from_hf.add_argument("path", metavar="MODEL", help=where)
-    from_hf.add_argument(
-        "--ignore_keys",
-        default=(),
-        type=lambda text: text.split(","),
-        metavar="KEY,KEY",
-        help="keys of config.json to read as if they were absent",
-    )
+    from_gguf = sources.add_parser("from_gguf", help="a GGUF file of llama.cpp, quantized or not")
+    from_gguf.add_argument("path", metavar="FILE.gguf")
+    for source, keys in ((from_hf, "keys of config.json"), (from_gguf, "metadata keys")):
+        source.add_argument(
+            "--ignore_keys",
+            default=(),
+            type=lambda text: text.split(","),
+            metavar="KEY,KEY",
+            help=f"{keys} to read as if they were absent",
+        )
+    mask = "the id of MASK, of a diffusion model whose files do not name it"
+    from_hf.add_argument("--mask_id", type=int, metavar="ID", help=mask)
+    blocks = "of a model of block diffusion, if config.json does not say it"
+    from_hf.add_argument("--block_size", type=int, metavar="TOKENS", help=blocks)
     to_hf = sources.add_parser("to_hf", help="export a model to the format it was imported from")
     to_hf.add_argument("checkpoint", metavar="CHECKPOINT")
     to_hf.add_argument("--like", metavar="DIR", help="what from_hf wrote, if CHECKPOINT is not in it")
@@ -67,7 +75,7 @@ def add_convert(parser: Parser) -> None:
     from_llama2c = sources.add_parser("from_llama2c", help="a checkpoint of llama2.c (export version 0)")
     from_llama2c.add_argument("model_file", metavar="MODEL.bin")
     from_llama2c.add_argument("--tokenizer", required=True, dest="tokenizer_file", metavar="TOKENIZER.bin")
-    for source in (from_hf, to_hf, from_t5x, from_llama2c):
+    for source in (from_hf, from_gguf, to_hf, from_t5x, from_llama2c):
         output = "a folder that is empty or does not exist yet"
         source.add_argument("--output", required=True, dest="output_folder", metavar="DIR", help=output)
 

@@ -39,6 +39,7 @@ class TokenIds:
       name: name of the vocabulary, for messages.
       fingerprint: hash of its contents; a checkpoint trained with another one is refused.
       noise_only: a model may write what is in the noise vocabulary, and nothing else.
+      reads_start: see `ModelConfig.reads_start`, which `ModelDefinition` copies here.
     """
 
     size: int
@@ -50,6 +51,7 @@ class TokenIds:
     name: str = ""
     fingerprint: str = ""
     noise_only: bool = False
+    reads_start: bool = True
 
     def for_infilling(self) -> Self:
         """The same ids as they are in the holes of a text: pieces of text may be written, and nothing ends it.
@@ -127,7 +129,7 @@ def difference(one: "seqio.Vocabulary", other: "seqio.Vocabulary") -> str:
 
 
 def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
-    """The special ids of a SeqIO vocabulary, for diffusion. MASK gets the first id after the vocabulary's own.
+    """The special ids of a SeqIO vocabulary, for diffusion; see `mask_id_of` for MASK.
 
     The noise vocabulary is what a target may hold: pieces (byte-fallback pieces too), pad and EOS. Sentinels, unknown,
     control and unused ids are not in it. Autoregression starts from BOS where the vocabulary has one, else from pad, as
@@ -173,16 +175,24 @@ def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
             "HuggingFaceVocabulary or Llama2cVocabulary."
         )
     text[[vocabulary.pad_id, vocabulary.eos_id]] = True
+    mask_id = mask_id_of(vocabulary)
+    text[mask_id : mask_id + 1] = False
     return TokenIds(
-        size=size + 1,
+        size=max(size, mask_id + 1),
         pad_id=vocabulary.pad_id,
         eos_id=vocabulary.eos_id,
-        mask_id=size,
+        mask_id=mask_id,
         start_id=start_id,
         noise_ranges=_ranges(text),
         name=type(vocabulary).__name__,
         fingerprint=hashlib.sha256(contents).hexdigest()[:16],
     )
+
+
+def mask_id_of(vocabulary: "seqio.Vocabulary") -> int:
+    """The id of MASK: the one that the vocabulary names, or else the first after its own."""
+    named = getattr(vocabulary, "mask_id", None)
+    return vocabulary.vocab_size if named is None else named
 
 
 def source_of(vocabulary: "seqio.Vocabulary") -> dict[str, str | int | None] | None:
@@ -347,7 +357,7 @@ def cells(vocabulary: "seqio.Vocabulary", tokens: Sequence[int], signs: Mapping[
 
 def signs(vocabulary: "seqio.Vocabulary") -> dict[int, str]:
     """Symbols for tokens that are not text: EOS as ¶, pad as ·, MASK as ▢."""
-    return {vocabulary.eos_id: "¶", vocabulary.pad_id: "·", vocabulary.vocab_size: "▢"}
+    return {vocabulary.eos_id: "¶", vocabulary.pad_id: "·", mask_id_of(vocabulary): "▢"}
 
 
 def to_text(vocabulary: "seqio.Vocabulary", tokens: Iterable[int]) -> str:

@@ -45,6 +45,8 @@ class BlockDecoder(Decoder):
         self.attention  # noqa: B018  (raises on a bad block size)
         if self.inner.num_samples != 1:
             raise UserError(f"BlockDecoder.inner must have num_samples = 1: a block is written once; got {self.inner}.")
+        if self.inner.guidance:
+            raise UserError(f"BlockDecoder.inner must have guidance = 0: its inputs are read once; got {self.inner}.")
 
     @property
     def attention(self) -> AttentionKind:
@@ -95,8 +97,8 @@ class BlockDecoder(Decoder):
                 hidden, carry = extend(tokens, carry)
                 return jnp.concatenate([carry["before"], hidden[:, :-1]], axis=1), carry
 
-            block = Canvas.start(cut(carry["canvas"], start), carry["score"])
-            block, carry = denoise(inner, model, block, is_target, positions, keys, read, show, carry)
+            block = Canvas.start(cut(carry["canvas"], start), is_target, carry["score"])
+            block, carry = denoise(inner, model, block, positions, keys, read, show, carry)
             tokens = block.tokens
             hidden, carry = extend(tokens, carry)
             carry = show(carry, Written(tokens, jnp.zeros(tokens.shape, bool), block.log_probability, block.score))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace
+from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.masks import BIDIRECTIONAL
 from diffusion_t5x.models.reading import Reading
@@ -45,6 +46,7 @@ class Canvas(flax.struct.PyTreeNode):
     Attributes:
       step: int32 scalar, steps taken.
       tokens: int32 `[B, L]`.
+      target_mask: bool `[B, L]`, what is to be written.
       log_probability: float32 `[B, L]`, of each token in the step that wrote it; 0 where none has.
       written_at: int32 `[B, L]`, that step, counted from 0; -1 where none has.
       score: float32 `[B]`, of the row so far.
@@ -54,6 +56,7 @@ class Canvas(flax.struct.PyTreeNode):
 
     step: jax.Array
     tokens: jax.Array
+    target_mask: jax.Array
     log_probability: jax.Array
     written_at: jax.Array
     score: jax.Array
@@ -61,12 +64,13 @@ class Canvas(flax.struct.PyTreeNode):
     finished: jax.Array
 
     @classmethod
-    def start(cls, tokens: jax.Array, score: jax.Array | None = None) -> Self:
+    def start(cls, tokens: jax.Array, target_mask: jax.Array, score: jax.Array | None = None) -> Self:
         """Before the first step, with a score that steps add to; None is 0."""
         rows = len(tokens)
         return cls(
             step=jnp.int32(0),
             tokens=tokens,
+            target_mask=target_mask,
             log_probability=jnp.zeros(tokens.shape, jnp.float32),
             written_at=jnp.full(tokens.shape, -1, jnp.int32),
             score=jnp.zeros(rows, jnp.float32) if score is None else score,
@@ -96,11 +100,14 @@ class StepRule(Decoder, Protocol):
     Attributes:
       keeps_written: a target is MASK until a step writes it, and keeps what that step wrote.
       num_samples: canvases for each example, of which the one of best score is kept.
+      guidance: g of classifier-free guidance (arXiv 2207.12598): each step reads the canvas once more with all inputs
+        masked, and its logits are `u + (1 + g) (c - u)` of those without inputs, u, and with them, c. 0 reads once.
     """
 
     fills_holes: ClassVar[bool] = True
     keeps_written: ClassVar[bool] = False
     num_samples: int = 1
+    guidance: float = 0.0
 
     def blank(self, batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
         """The rows int32 `[B, L]` with what stands at the targets before the first step; keys `[B]`."""
@@ -139,7 +146,6 @@ def denoise(
     rule: StepRule,
     model: Transformer,
     canvas: Canvas,
-    target_mask: jax.Array,
     positions: jax.Array,
     keys: jax.Array,
     read: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
@@ -152,7 +158,7 @@ def denoise(
       rule: what a step does.
       model: for the rule.
       canvas: before the first step.
-      target_mask, positions: `[B, L]`.
+      positions: int32 `[B, L]`.
       keys: `[B]`, a key for each row.
       read: the hidden states `[B, L, D]` that predict tokens `[B, L]`; takes the carry (a cache, say), and returns it.
       show: returns the carry after a step that wrote this.
@@ -160,7 +166,7 @@ def denoise(
     """
 
     def eligible(canvas):
-        may_write = rule.eligible(canvas.tokens, target_mask, model.vocabulary, canvas.step)
+        may_write = rule.eligible(canvas.tokens, canvas.target_mask, model.vocabulary, canvas.step)
         return may_write & ~canvas.finished[:, None]
 
     def take_step(state):
@@ -178,16 +184,14 @@ def decode_canvas(rule: StepRule, model: Transformer, batch: Batch, key: jax.Arr
     """Writes all targets at once, each seeing all others. The score is the mean of the rule's over the targets."""
     samples, keys = rule.num_samples, row_keys(key, batch.example_ids)
     rows = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), batch)  # each example's samples together
-    encoded = model.encode(batch)
-    encoded = encoded and encoded.repeat(samples)
     if samples > 1:
         numbers = jnp.tile(jnp.arange(samples), len(batch.tokens))
         others = jax.vmap(jax.random.fold_in)(jnp.repeat(stream(keys, "samples"), samples), numbers)
         keys = jnp.where(numbers == 0, jnp.repeat(keys, samples), others)  # the first is the one of a single canvas
-    reading = Reading.of(rows, model.vocabulary, model.config.shifted)
+    reader = _reader(rule, model, batch, rows)
 
     def read(tokens, carry):
-        return reading.hidden(model, tokens, BIDIRECTIONAL, encoded), carry
+        return reader(tokens), carry
 
     def show(carry, written):
         step, history = carry
@@ -197,7 +201,7 @@ def decode_canvas(rule: StepRule, model: Transformer, batch: Batch, key: jax.Arr
     blank = rule.blank(rows, model.vocabulary, keys)
     carry = jnp.int32(0), start_trace(trace, blank, rule.most_steps(blank.shape[1]))
     canvas, (steps, history) = denoise(
-        rule, model, Canvas.start(blank), rows.target_mask, rows.positions, keys, read, show, carry
+        rule, model, Canvas.start(blank, rows.target_mask), rows.positions, keys, read, show, carry
     )
     num_targets = jnp.sum(rows.target_mask, axis=-1)
     scores = (canvas.score / jnp.maximum(num_targets, 1)).reshape(-1, samples)
@@ -217,3 +221,37 @@ def decode_canvas(rule: StepRule, model: Transformer, batch: Batch, key: jax.Arr
         written_at=keep(canvas.written_at),
         trace=jax.tree.map(keep, history and history.end(steps)),
     )
+
+
+def _reader(rule: StepRule, model: Transformer, batch: Batch, rows: Batch) -> Callable[[jax.Array], jax.Array]:
+    """A function from tokens `[B * samples, L]` to the hidden states that predict them, with the rule's guidance.
+
+    Args:
+      rule, model: as in `denoise`.
+      batch: `[B, L]`.
+      rows: each row of the batch `num_samples` times.
+    """
+    reading = Reading.of(rows, model.vocabulary, model.config.shifted)
+
+    def encode(batch):
+        encoded = model.encode(batch)
+        return encoded and encoded.repeat(rule.num_samples)
+
+    encoded = encode(batch)
+    if not rule.guidance:
+        return lambda tokens: reading.hidden(model, tokens, BIDIRECTIONAL, encoded)
+    if model.config.logits_softcap is not None:
+        raise UserError(f"{type(rule).__name__}.guidance must be 0 for a model with ModelConfig.logits_softcap.")
+    blind = batch
+    if batch.encoder_tokens is not None:
+        blind = batch.replace(encoder_tokens=jnp.full_like(batch.encoder_tokens, model.vocabulary.mask_id))
+    without = encode(blind)
+
+    def guided(tokens):
+        # Logits are linear in these hidden states, so theirs may be put together in place of the logits.
+        seen = reading.hidden(model, tokens, BIDIRECTIONAL, encoded)
+        masked = jnp.where(rows.input_mask, model.vocabulary.mask_id, tokens)
+        unseen = reading.hidden(model, masked, BIDIRECTIONAL, without)
+        return unseen + (1 + rule.guidance) * (seen - unseen)
+
+    return guided

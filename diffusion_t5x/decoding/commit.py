@@ -6,19 +6,26 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.models.sampling import Sampling, forbid, sample, uniform
+from diffusion_t5x.models.sampling import Sampling, filter_logits, forbid, sample, uniform
 from diffusion_t5x.models.streams import stream
 
 Order = Literal["confidence", "entropy", "margin", "random"]
+Softmax = Literal["allowed", "all", "filtered"]
 
 
 def propose(
-    logits: jax.Array, keys: jax.Array, positions: jax.Array, vocabulary: TokenIds, sampling: Sampling, order: Order
+    logits: jax.Array,
+    keys: jax.Array,
+    positions: jax.Array,
+    vocabulary: TokenIds,
+    sampling: Sampling,
+    order: Order,
+    softmax: Softmax = "allowed",
+    last: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """A token for every position, its log-probability, and the certainty of the position, all `[B, L]`.
 
-    Log-probability and certainty are of the model at temperature 1 over what may be written (not MASK), however the
-    token is drawn.
+    The log-probability is the model's at temperature 1 over what may be written (not MASK), however the token is drawn.
 
     Args:
       logits: float32 `[B, L, V]`.
@@ -28,13 +35,21 @@ def propose(
       sampling: how to draw.
       order: what certainty is. "confidence": the probability of the proposed token. "entropy": minus the entropy, in
         nats. "margin": the most likely token's probability minus the next one's. "random": a number drawn from [0, 1).
+      softmax: whose probabilities certainty is of. "allowed": those of the log-probability. "all": of all rows of the
+        embedding, MASK too, as in published code. "filtered": of all rows, as they are drawn from: at the temperature,
+        within top-k and top-p.
+      last: bool `[V]`, tokens whose positions are the least certain; the certainty of others is without them.
     """
-    logits = forbid(logits, vocabulary)
-    tokens = sample(logits, stream(keys, "tokens"), positions, sampling)
-    log_probabilities = jax.nn.log_softmax(logits)
+    allowed = forbid(logits, vocabulary)
+    tokens = sample(allowed, stream(keys, "tokens"), positions, sampling)
+    log_probabilities = jax.nn.log_softmax(allowed)
     log_probability = jnp.take_along_axis(log_probabilities, tokens[..., None], axis=-1)[..., 0]
+    if softmax != "allowed" or last is not None:
+        judged = {"allowed": allowed, "all": logits, "filtered": filter_logits(logits, sampling)}[softmax]
+        judged = judged if last is None else jnp.where(last, -jnp.inf, judged)
+        log_probabilities = jax.nn.log_softmax(judged)
     if order == "confidence":
-        certainty = jnp.exp(log_probability)
+        certainty = jnp.exp(jnp.take_along_axis(log_probabilities, tokens[..., None], axis=-1)[..., 0])
     elif order == "entropy":
         certainty = -jax.scipy.special.entr(jnp.exp(log_probabilities)).sum(axis=-1)
     elif order == "margin":
@@ -42,6 +57,8 @@ def propose(
         certainty = first - second
     else:
         certainty = uniform(stream(keys, "order"), positions)
+    if last is not None:
+        certainty = jnp.where(last[tokens], -jnp.inf, certainty)
     return tokens, log_probability, certainty
 
 

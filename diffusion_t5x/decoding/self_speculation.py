@@ -186,8 +186,8 @@ class SelfSpeculationDecoder(Decoder):
         def show_draft(carry, written):
             return show_rows(carry, block, written.tokens, written.mask, written.log_probability)
 
-        draft = Canvas.start(_cut(carry["canvas"], block, size))
-        draft, carry = denoise(self.draft.inner, model, draft, new, positions[:, size:], keys, read, show_draft, carry)
+        draft = Canvas.start(_cut(carry["canvas"], block, size), new)
+        draft, carry = denoise(self.draft.inner, model, draft, positions[:, size:], keys, read, show_draft, carry)
         carry |= {"row_steps": carry["row_steps"] + draft.row_steps}
         return carry, draft.tokens, jnp.sum(new, axis=-1, dtype=jnp.int32)
 

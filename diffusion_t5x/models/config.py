@@ -21,6 +21,9 @@ class ModelConfig:
       shifted: how a diffusion model is read. False: the hidden state at a slot predicts the slot's own token. True:
         it predicts the next one, as an autoregressive model's does (Dream, arXiv 2508.15487; DiffuLLaMA, 2410.17891).
         Autoregressive training and decoding read a model that way in any case.
+      reads_start: a diffusion model reads the start token: before the first token of a shifted row, else in place of a
+        first token that is MASK. False reads rows as they are, as published models do (LLaDA, Dream, SDAR): there a
+        shifted row's first token is predicted in its own slot.
       vocab_size: rows of the embedding; None takes the vocabulary's size, rounded up to a multiple of 128.
       num_kv_heads: key and value heads, shared by groups of query heads; None means one for each query head.
       position: "relative" is T5's learned bias shared by all layers, "rotary" rotates queries and keys, "learned" adds
@@ -68,6 +71,7 @@ class ModelConfig:
     mlp_dim: int
     architecture: Architecture = "decoder_only"
     shifted: bool = False
+    reads_start: bool = True
     vocab_size: int | None = None
     num_kv_heads: int | None = None
     position: Literal["relative", "rotary", "learned"] = "relative"

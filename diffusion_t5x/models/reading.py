@@ -24,10 +24,14 @@ TOKENS_PER_SEGMENT = 16
 def start_first(tokens: Array, positions: Array, vocabulary: TokenIds) -> jax.Array:
     """The model's input for masked tokens `[B, L]`: the start token if a segment's first token is masked.
 
+    A model that reads no start token (`ModelConfig.reads_start`) gets the tokens as they are.
+
     That happens where no input comes before: in an encoder-decoder's decoder above all. Relative and rotary positions
     are differences between tokens that differ: over nothing but MASK, every position would have the same logits. The
     start token says where the row begins, and an autoregressive model's first slot reads it too.
     """
+    if not vocabulary.reads_start:
+        return jnp.asarray(tokens)
     return jnp.where((tokens == vocabulary.mask_id) & (positions == 0), vocabulary.start_id, tokens)
 
 
@@ -50,15 +54,18 @@ class Reading(flax.struct.PyTreeNode):
 
     Same-position: slot i holds token i, and its hidden state predicts it. Shifted: in each segment the start token
     comes first, as one more input, and all tokens after it, so that the slot before a token's own predicts it. A
-    segment has a slot more than it has tokens; the last slot predicts nothing, but what it holds is seen.
+    segment has a slot more than it has tokens; the last slot predicts nothing, but what it holds is seen. Shifted
+    without a start token, tokens stay in their places, and a segment's first one is predicted in its own slot (Dream).
 
     Attributes:
       batch: the clean tokens so laid out, `[B, L']`.
       slot: int32 `[B, L]`, where each token stands in it; L' for what has no place. None: in its own place.
+      shifted: hidden states predict the next slot's token.
     """
 
     batch: Batch
     slot: jax.Array | None
+    shifted: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
     def of(cls, batch: Batch, vocabulary: TokenIds, shifted: bool, packed: bool = False) -> Self:
@@ -71,8 +78,8 @@ class Reading(flax.struct.PyTreeNode):
           packed: rows may hold more than one segment. Shifted, there is room for `1 + L / 16`, and for as many more as
             there is padding; the last tokens of a row with more than that are cut off, see `fits`.
         """
-        if not shifted:
-            return cls(batch, None)
+        if not (shifted and vocabulary.reads_start):
+            return cls(batch, None, shifted)
         length = batch.tokens.shape[1]
         width = length + 1 + (length // TOKENS_PER_SEGMENT if packed else 0)
         there = batch.segment_ids > 0
@@ -90,7 +97,7 @@ class Reading(flax.struct.PyTreeNode):
             segment_ids=place(batch.segment_ids, batch.segment_ids),
             positions=place(batch.positions + 1, 0),
         )
-        return cls(read, slot)
+        return cls(read, slot, shifted)
 
     def fits(self, batch: Batch) -> Batch:
         """The batch that this reading is of, without the tokens that were cut off."""
@@ -112,9 +119,13 @@ class Reading(flax.struct.PyTreeNode):
 
         Shifted, `offset` is added to their slots.
         """
-        if self.slot is None:
+        if not self.shifted:
             return hidden
-        slot = jnp.minimum(self.slot - 1 + offset, hidden.shape[1] - 1)
+        if self.slot is None:
+            before = jnp.arange(self.batch.tokens.shape[1]) - (self.batch.positions > 0)
+        else:
+            before = self.slot - 1
+        slot = jnp.minimum(before + offset, hidden.shape[1] - 1)
         return jnp.take_along_axis(hidden, slot[..., None], axis=1)
 
     def hidden(
@@ -138,5 +149,6 @@ def _put(rows: jax.Array, slot: jax.Array, values: jax.Array) -> jax.Array:
 def model_reads(noisy: jax.Array, batch: Batch, model: ModelDefinition) -> jax.Array:
     """The tokens in the slots that predict, int32 `[B, L]`: the noisy ones, or if shifted, the ones before."""
     if model.config.shifted:
-        return shift_right(noisy, batch.positions, model.vocabulary.start_id)
+        before = shift_right(noisy, batch.positions, model.vocabulary.start_id)
+        return before if model.vocabulary.reads_start else jnp.where(batch.positions == 0, noisy, before)
     return start_first(noisy, batch.positions, model.vocabulary)

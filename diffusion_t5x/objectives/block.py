@@ -83,9 +83,12 @@ def noisy_hidden(
     """
     tokens, slots = clean_and_noisy(reading.batch, reading.tokens(noisy, model.vocabulary))
     hidden, width = model(tokens, slots, kind, encoded, dropout_keys), reading.batch.tokens.shape[1]
-    if reading.slot is None:
+    if not reading.shifted:
         return hidden[:, width:]
+    # A block's first token is predicted in the clean slot before it, but not in its own.
     is_first = starts == jnp.arange(noisy.shape[1])
+    if not model.vocabulary.reads_start:
+        is_first &= reading.batch.positions > 0
     return reading.states(hidden, jnp.where(is_first, 0, width))
 
 
