@@ -44,7 +44,7 @@ def _import(model: str, tokenizer: str | None, folder: pathlib.Path) -> str:
             raise UserError(f"{model} is a T5X checkpoint, which comes without a tokenizer: give --tokenizer FILE.")
         from_t5x(local, tokenizer, imported, activation="gelu", max_distance=128)
         return imported
-    if from_hf.is_folder(local) or local.endswith(".gguf"):
+    if from_hf.is_foreign(local):
         from_hf.from_hf(local, imported)
         return imported
     try:
