@@ -101,6 +101,7 @@ class Plan:
         epochs = self.tokens / max(1, data.num_tokens * (1 - data.held_out / 100))
         again = f"read {epochs:.1f} times" if epochs > 1 else f"of which {epochs:.0%} is read"
         rows, length = run.dataset.batch_size, run.dataset.row_length
+        pieces = f", in {self.microbatches} microbatches" if self.microbatches > 1 else ""
         minutes = self.steps * self.seconds_per_step / 60
         device = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
         told = {
@@ -109,9 +110,7 @@ class Plan:
             "trained": how + trained,
             "data": f"{data.num_records:,} {data.unit}, about {data.num_tokens:,} tokens, {again}; "
             f"{data.held_out:g} % held out",
-            "batch": f"{rows} rows of {length} tokens, {self.microbatches} at a time in turn"
-            if self.microbatches > 1
-            else f"{rows} rows of {length} tokens",
+            "batch": f"{rows} rows of {length} tokens{pieces}",
             "steps": f"{self.steps:,}: {self.tokens:,} tokens; a checkpoint every {self.eval_period:,} steps",
             "memory": f"{_size(self.memory)} of {_size(self.free_memory)} per device",
             "disk": f"about {_size(self.disk)} of {_size(self.free_disk)}",
