@@ -54,7 +54,7 @@ def decode(
     repeats: int,
     max_batch_size: int | None = None,
     random_seed: int = 0,
-    mesh: MeshConfig = MeshConfig(),  # noqa: B008  (frozen)
+    mesh: MeshConfig = MeshConfig(),
     dry_run: bool = False,
 ) -> None:
     """Times decoders side by side: a table, `decode_time.json`, `.html` and `.svg` in `benchmark_output_dir`.
@@ -65,17 +65,17 @@ def decode(
     continues from there.
 
     Args:
-      model: dimensions.
-      decoders: the decoders to time, by a name of your choice.
+      model: the model's dimensions.
+      decoders: the decoders to time, by names of your choice.
       benchmark_output_dir: made if it is not there.
       vocabulary_size: number of ids, MASK included.
-      lengths: target tokens.
-      input_length: tokens of the input.
-      batch_size: texts that are written at once.
-      repeats: runs of each decoder at each length.
+      lengths: numbers of target tokens.
+      input_length: number of input tokens.
+      batch_size: number of texts written at once.
+      repeats: number of runs of each decoder at each length.
       max_batch_size: if given, everything is measured again with each decoder's own saturating batch: `batch_size` is
         doubled until that raises the tokens per second by less than a tenth, or exceeds this, or memory runs out.
-      random_seed: of parameters, inputs and decoders.
+      random_seed: seed of parameters, inputs and decoders.
       mesh: how the devices are arranged.
       dry_run: check everything, print what would be measured, and measure nothing.
 
@@ -153,7 +153,7 @@ def train(
     num_steps: int,
     repeats: int,
     random_seed: int = 0,
-    mesh: MeshConfig = MeshConfig(),  # noqa: B008  (frozen)
+    mesh: MeshConfig = MeshConfig(),
     dry_run: bool = False,
 ) -> None:
     """Times training steps side by side: a table, and `train_speed.json` in `benchmark_output_dir`.
@@ -162,14 +162,14 @@ def train(
     down affects all of them; the state of each stays on the devices, so all must fit together.
 
     Args:
-      cases: what to train, by a name of your choice.
-      optimizer: of all of them.
+      cases: the cases to train, by names of your choice.
+      optimizer: the optimizer of every case.
       benchmark_output_dir: made if it is not there.
       vocabulary_size: number of ids, MASK included.
       input_length, target_length: tokens of a row.
-      num_steps: steps of a turn, one after the other.
-      repeats: turns of each.
-      random_seed: of parameters, tokens and noise.
+      num_steps: number of consecutive steps in a turn.
+      repeats: number of turns of each case.
+      random_seed: seed of parameters, tokens and noise.
       mesh: how the devices are arranged.
       dry_run: check everything, print what would be measured, and measure nothing.
 
@@ -208,14 +208,14 @@ SUBCOMMANDS: dict[str, Callable[..., Any]] = {"decode": decode, "train": train}
 
 @dataclasses.dataclass(frozen=True)
 class _Comparison:
-    """Measures what is not measured yet.
+    """Runs the measurements that are still missing.
 
     Attributes:
       decoders: by label.
-      kept: what is measured.
-      watch: makes the stopwatch of a decoder (label), length and batch size.
-      repeats: runs of each.
-      device: in words.
+      kept: the measurements so far.
+      watch: makes the stopwatch for a decoder (label), length and batch size.
+      repeats: number of runs of each.
+      device: the device, as text.
     """
 
     decoders: Mapping[str, Decoder]
@@ -225,11 +225,11 @@ class _Comparison:
     device: str
 
     def measure(self, length: int, sizes: Mapping[str, int]) -> None:
-        """All decoders at this length and these batch sizes."""
+        """Times all decoders at this length, each with its batch size."""
         self._take_turns(length, sizes, False, functools.cache(self.watch))
 
     def saturate(self, length: int, sizes: Mapping[str, int], most: int) -> dict[str, int]:
-        """All decoders at this length with their saturating batches, looked for from `sizes` on; returns those."""
+        """Times all decoders at this length with saturating batches, searched from `sizes` up; returns those sizes."""
         watch = functools.cache(self.watch)  # for this length: a program takes memory
 
         def seconds_of(label: str, size: int) -> float | None:
@@ -288,7 +288,7 @@ class _Comparison:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs what the first word of the command line names."""
+    """Runs `decode` or `train`, whichever the command line names first."""
     words = list(sys.argv[1:] if argv is None else argv)
     name = words[0] if words else ""
     with config.program():
@@ -311,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _of_checkpoint(checkpoint: OpenCheckpoint | None) -> dict[str, Any]:
-    """Macros of runs/benchmark_decode.gin that follow from a checkpoint."""
+    """Returns the macros of runs/benchmark_decode.gin that follow from a checkpoint."""
     if checkpoint is None:
         return {}
     macros: dict[str, Any] = {"BENCHMARK_OUTPUT_DIR": str(checkpoint.model_dir / "benchmark")}

@@ -1,9 +1,9 @@
 """Evaluate a checkpoint with EleutherAI's lm-evaluation-harness, on its tasks or your own.
 
-With --checkpoint DIR (a MODEL_DIR, a checkpoint or what convert wrote) model, vocabulary, objective, decoder and
-lengths come from the checkpoint; gin files and --gin.NAME=VALUE change them. Results go to lm_eval/ in the MODEL_DIR.
---tasks=NAME,NAME ...; --include_path=DIR adds your own task files; --limit=N takes the first N examples of each task;
---num_fewshot=N puts N examples before each.
+With --checkpoint DIR (a MODEL_DIR, a checkpoint or a folder that convert wrote) model, vocabulary, objective, decoder
+and lengths come from the checkpoint; gin files and --gin.NAME=VALUE change them. Results go to lm_eval/ in the
+MODEL_DIR. --tasks=NAME,NAME ...; --include_path=DIR adds your own task files; --limit=N takes the first N examples of
+each task; --num_fewshot=N puts N examples before each.
 """
 
 import hashlib
@@ -61,7 +61,7 @@ def evaluate(
     restore_rules: Sequence[Rule] = (),
     use_ema: bool = True,
     allow_mismatch: bool = False,
-    mesh: MeshConfig = MeshConfig(),  # noqa: B008  (frozen)
+    mesh: MeshConfig = MeshConfig(),
     dry_run: bool = False,
 ) -> None:
     """Runs tasks of lm-evaluation-harness on a checkpoint.
@@ -72,27 +72,27 @@ def evaluate(
     Args:
       model: dimensions of the checkpoint's model.
       checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
-      vocabulary: of the model.
+      vocabulary: the model's vocabulary.
       rows: layout of requests in rows.
       objective: computes likelihoods.
       decoder: writes the texts.
-      eval_output_dir: made if it is not there; None is lm_eval/checkpoint_<step>/ in the checkpoint's MODEL_DIR.
-      tasks: names that the harness knows: tasks, groups, tags.
+      eval_output_dir: made if needed; None is lm_eval/checkpoint_<step>/ in the checkpoint's MODEL_DIR.
+      tasks: names of the harness's tasks, groups or tags.
       include_path: a folder with your own task files.
-      num_fewshot: examples before each, but where a task says 0; None leaves it to the task.
+      num_fewshot: number of examples before each, unless a task says 0; None leaves it to the task.
       limit: number of examples of each task, from the start.
-      num_draws: for likelihoods that are estimates; an even number.
-      random_seed: of draws and decoder.
+      num_draws: number of draws for estimated likelihoods; an even number.
+      random_seed: seed of draws and decoder.
       restore_rules: assignment rules, as in training.
-      use_ema: take the parameters' moving average where the checkpoint has one.
-      allow_mismatch: use the model other than as trained, according to the checkpoint's record: with another
-        function, decoder or objective.
-      mesh: how the devices are arranged.
+      use_ema: use the moving average of the parameters if the checkpoint has one.
+      allow_mismatch: use the model other than as it was trained, according to the checkpoint's record: as another
+        function, or with another decoder or objective.
+      mesh: the arrangement of devices.
       dry_run: check everything, print what would be done, and evaluate nothing.
 
     Raises:
-      UserError: anything that does not fit, before anything is compiled; or the output has results of other settings:
-        nothing is overwritten.
+      UserError: a mismatch of any kind, before anything is compiled; or the output has results of other settings, which
+        are never overwritten.
     """
     lm_eval = _library()
     manager = _task_manager(lm_eval, tasks, include_path)
@@ -182,7 +182,7 @@ def _library() -> types.ModuleType:
 def _task_manager(
     lm_eval: types.ModuleType, tasks: Sequence[str], include_path: str | None
 ) -> "lm_eval.tasks.TaskManager":
-    """The harness's task manager; raises a UserError if it does not know a task."""
+    """Returns the harness's task manager; raises a UserError if it does not know a task."""
     if isinstance(tasks, str) or not tasks:
         raise UserError("No tasks. Give --tasks=NAME,NAME.")
     if include_path and not pathlib.Path(include_path).expanduser().is_dir():
@@ -198,14 +198,14 @@ def _task_manager(
 
 
 def _fingerprint(folder: pathlib.Path) -> str:
-    """SHA-256 of the task files in a folder."""
+    """Returns the SHA-256 of the task files in a folder."""
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".yaml", ".yml", ".py"))
     contents = (f"{path.relative_to(folder)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files)
     return hashlib.sha256("\n".join(contents).encode()).hexdigest()
 
 
 def _plain_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers by name: "acc" where the harness says "acc,none", after the filter that the answers went through."""
+    """Returns numbers by name: "acc" for the harness's "acc,none", where "none" is the filter of the answers."""
     return {name.removesuffix(",none"): value for name, value in metrics.items() if isinstance(value, int | float)}
 
 

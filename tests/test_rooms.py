@@ -116,3 +116,17 @@ def test_every_function_fits_a_screen():
                 if body and (lines := node.body[-1].end_lineno - body[0].lineno + 1) > 80:
                     long[f"{path.relative_to(PACKAGE)}:{node.lineno}"] = lines
     assert long == {}
+
+
+def test_docstrings_say_what_a_thing_is_or_does():
+    """A noun or a verb comes first, never a clause such as "Whether it fits" or "Of all texts"."""
+    clause = re.compile(r"(What|Of|Whose|Whether|How|For|Where|Which|Who|When|As|That|From|With|Without)\b")
+    shipped = [path for _, path in modules()] + sorted((PACKAGE.parent / "launch").glob("*.py"))
+    clauses = {}
+    for path in shipped:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                docstring = ast.get_docstring(node) or ""
+                if clause.match(docstring):
+                    clauses[f"{path.name}:{node.body[0].lineno}"] = docstring.splitlines()[0]
+    assert clauses == {}

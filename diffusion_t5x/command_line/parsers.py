@@ -1,4 +1,4 @@
-"""The arguments of the verbs that read no gin files."""
+"""The arguments of verbs that read no gin files."""
 
 from diffusion_t5x.command_line.flags import Parser
 

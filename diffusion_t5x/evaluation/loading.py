@@ -44,7 +44,7 @@ class Dataset(Protocol):
 
 
 class Rows(Dataset, Protocol):
-    """What a data set says of its rows before it is read."""
+    """The part of a data set's interface that describes its rows before reading."""
 
     @property
     def task_feature_lengths(self) -> Mapping[str, int]: ...
@@ -66,7 +66,7 @@ def check_datasets(datasets: Iterable[Dataset], model: ModelConfig, mesh: Mesh) 
 def load_teacher(
     path: AnyCheckpoint, config: ModelConfig, vocabulary: TokenIds, mesh: Mesh, setting: str, allow_mismatch: bool
 ) -> Teacher:
-    """Same as `load_model`, for the autoregressive teacher; error messages name the teacher's checkpoint."""
+    """Loads the autoregressive teacher like `load_model`; error messages name the teacher's checkpoint."""
     try:
         checkpoint = open_checkpoint(path)
         Agreement.of(checkpoint, setting, allow_mismatch).check(config, [Autoregressive()])
@@ -89,10 +89,10 @@ def load_model(
     Args:
       path: a checkpoint folder, a folder of them or a MODEL_DIR; or an open checkpoint.
       config: the model's dimensions.
-      vocabulary: of the task; must be the one the model was trained with.
-      mesh: where the parameters go.
+      vocabulary: the task's vocabulary; must be the one that the model was trained with.
+      mesh: the mesh for the parameters.
       restore_rules: as in training; names begin with `params/`.
-      use_ema: take the parameters' moving average where the checkpoint has one.
+      use_ema: take the moving average of the parameters if the checkpoint has one.
 
     Raises:
       UserError: no checkpoint, another vocabulary, or parameters that do not fit.
@@ -106,14 +106,14 @@ def load_model(
 
 
 def abstract_params(mesh: Mesh, definition: ModelDefinition) -> Params:
-    """Shapes, dtypes and shardings of parameters for inference, see `ModelDefinition.as_read`."""
+    """Returns shapes, dtypes and shardings of parameters for inference, see `ModelDefinition.as_read`."""
     shapes = jax.eval_shape(definition.as_read, definition.abstract())
     shardings = partitioning.param_shardings(mesh, shapes, definition.axes())
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def abstract_batch(mesh: Mesh, dataset: Rows, batch_size: int, rollout: Rollout | None = None) -> Batch:
-    """Shapes, dtypes and shardings of a training batch, by the lengths alone; with a rollout, of its longest texts."""
+    """Returns shapes, dtypes and shardings of a training batch, from lengths alone; with a rollout, of the longest."""
     sharding = partitioning.batch_sharding(mesh)
     lengths = dict(dataset.task_feature_lengths)
     if rollout is not None:

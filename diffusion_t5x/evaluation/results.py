@@ -19,12 +19,12 @@ _NO_MATTER = ("batch_size", "scan_unroll")  # settings that results do not depen
 
 
 def describe(settings: Any) -> Any:
-    """Settings as a JSON-serialisable dict, see `record.describe`; classes without their modules."""
+    """Returns settings as a JSON-serialisable dict, see `record.describe`; classes without their modules."""
     return describe_in_full(settings, lambda cls: cls.__name__)
 
 
 def fingerprint(records: Iterable[Mapping[str, Any]]) -> str:
-    """A hash of the records' inputs and targets, in order: evaluations with equal hashes are on the same examples."""
+    """Returns a hash of the records' inputs and targets, in order: equal hashes mean the same examples."""
     digest = hashlib.sha256()
     for record in records:
         texts = [record.get(f"{side}_pretokenized") for side in ("inputs", "targets")]
@@ -33,7 +33,7 @@ def fingerprint(records: Iterable[Mapping[str, Any]]) -> str:
 
 
 def provenance(scores: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Versions of the packages that computed the scores, and sacrebleu's signature if there is a BLEU."""
+    """Returns versions of the packages that computed the scores, and sacrebleu's signature if there is a BLEU score."""
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
     has_bleu = any("bleu" in metrics for metrics in scores.values())
     return {"versions": versions} | ({"bleu_signature": bleu_signature()} if has_bleu else {})
@@ -43,7 +43,7 @@ def is_done(folder: pathlib.Path, checkpoint: str | None, settings: Mapping[str,
     """True if the folder has the results of this checkpoint with these settings (as `describe` returns them).
 
     Raises:
-      UserError: it has those of others.
+      UserError: it has other results.
     """
     path = folder / "results.json"
     if not path.exists():
@@ -64,7 +64,7 @@ def is_done(folder: pathlib.Path, checkpoint: str | None, settings: Mapping[str,
 
 
 def differences(before: Any, now: Any, no_matter: Collection[str] = (), name: str = "") -> Iterator[str]:
-    """The names, joined by dots, of what is not the same in two values as JSON has them; `no_matter` are left out."""
+    """Yields dotted names of the differences between two JSON values, except for `no_matter`."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in dict.fromkeys([*before, *now]):
             if key not in no_matter:
@@ -87,5 +87,5 @@ def write_records(path: str | os.PathLike, records: Iterable[Mapping[str, Any]])
 
 
 def summary(metrics: Mapping[str, float]) -> str:
-    """The metrics on one line."""
+    """Returns the metrics on one line."""
     return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())

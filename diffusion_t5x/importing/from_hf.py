@@ -29,8 +29,8 @@ def from_hf(
 ) -> None:
     """Imports a model in Hugging Face's format.
 
-    `output_folder` gets checkpoints/checkpoint_0 (step and parameters), config.json and the tokenizer's files as they
-    are, and model.gin.
+    `output_folder` gets checkpoints/checkpoint_0 (step and parameters), unchanged copies of config.json and the
+    tokenizer's files, and model.gin.
 
     Args:
       path: a folder with config.json, safetensors and a tokenizer; a GGUF file; or a model of the hub, see
@@ -41,8 +41,8 @@ def from_hf(
       block_size: of a model of block diffusion, if config.json does not say it or says another one.
 
     Raises:
-      UserError: what the folder holds is not supported or does not fit together, or the output is not empty; before
-        anything is written.
+      UserError: before anything is written: the folder's content is not supported or does not fit together, or the
+        output folder is not empty.
     """
     final = output.empty_folder(output_folder)
     said = {"mask_token_id": mask_id, "block_size": block_size}
@@ -72,7 +72,7 @@ def _is_gguf(path: str) -> bool:
 
 
 def in_memory(path: str) -> tuple[Record, ModelDefinition, dict[str, Streamed]]:
-    """A model that is not written anywhere: its record, its definition, and what reads its parameters, by name.
+    """Imports a model to memory: returns its record, its definition, and a reader for each parameter by name.
 
     Args:
       path: see `from_hf`.

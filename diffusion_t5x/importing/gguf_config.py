@@ -52,6 +52,10 @@ _GEMMA_KEYS = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
+_GEMMA3_KEYS = _GEMMA_KEYS | {
+    "attention.sliding_window_pattern": "sliding_window_pattern",
+    "rope.freq_base_swa": "rope_local_base_freq",
+}
 _SCALING = ("rope.scaling.type", "rope.scaling.factor")
 # How Llama 3.1 and later stretch rotary wavelengths, but for the factor.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -87,10 +91,10 @@ ARCHITECTURES = {
     "llama": Architecture("llama", permuted=True),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
-    "gemma": Architecture("gemma", norm_offset=True, settings=_GELU),
+    "gemma": Architecture("gemma", norm_offset=True, settings={"hidden_act": "gelu_pytorch_tanh"}),
     "gemma2": Architecture("gemma2", _FOUR_NORMS, _GEMMA_KEYS, norm_offset=True, settings=_GELU, largest=46),
     "gemma3": Architecture(
-        "gemma3_text", _FOUR_NORMS, _GEMMA_KEYS, norm_offset=True, settings=_GELU | _LOCAL, largest=62
+        "gemma3_text", _FOUR_NORMS, _GEMMA3_KEYS, norm_offset=True, settings=_GELU | _LOCAL, largest=62
     ),
 }  # fmt: skip
 

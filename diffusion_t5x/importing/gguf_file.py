@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import gguf
@@ -28,8 +28,8 @@ class GgufFile(Folder):
       layout: says how their numbers are laid out.
     """
 
-    stored: dict[str, gguf.ReaderTensor] = dataclasses.field(default_factory=dict)
-    layout: gguf_config.Layout = gguf_config.Layout("")
+    stored: Mapping[str, gguf.ReaderTensor] = dataclasses.field(kw_only=True)
+    layout: gguf_config.Layout = dataclasses.field(kw_only=True)
 
     @classmethod
     def open_file(cls, path: str, ignore_keys: Sequence[str] = ()) -> Self:
@@ -89,7 +89,7 @@ def _read(file: pathlib.Path) -> tuple[dict[str, Any], list[gguf.ReaderTensor]]:
     return values, reader.tensors
 
 
-def _shape(stored: dict[str, gguf.ReaderTensor], name: str, file: pathlib.Path) -> tuple[int, ...]:
+def _shape(stored: Mapping[str, gguf.ReaderTensor], name: str, file: pathlib.Path) -> tuple[int, ...]:
     """A tensor's shape; GGUF counts the axes from the last one."""
     if name not in stored:
         raise UserError(f"{file} lacks the tensor {name}.")
@@ -107,8 +107,8 @@ def _check_type(tensor: gguf.ReaderTensor, file: pathlib.Path) -> None:
         _numbers(tensor.data[:1], tensor)
     except (NotImplementedError, ValueError) as error:
         raise UserError(
-            f"{file}: {tensor.name} is stored as {tensor.tensor_type.name}, which the package gguf "
-            f"{gguf.__version__} cannot dequantize ({error})."
+            f"{file}: {tensor.name} is stored as {tensor.tensor_type.name}, which the package gguf cannot dequantize: "
+            "convert the file to another type with llama-quantize."
         ) from error
 
 

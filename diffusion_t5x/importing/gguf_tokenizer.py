@@ -122,7 +122,8 @@ def _byte_level(values: Mapping[str, Any], tokens: Sequence[str], kinds: Sequenc
     pre, merges = values.get("tokenizer.ggml.pre"), values.get("tokenizer.ggml.merges")
     if pre not in _PRE or not merges:
         raise UserError(
-            f"{where}: tokenizer.ggml.pre = {pre!r} is not supported, only {', '.join(_PRE)}, with tokenizer.ggml.merges."
+            f"{where}: tokenizer.ggml.pre = {pre!r} is not supported, only {', '.join(_PRE)}, each with "
+            "tokenizer.ggml.merges."
         )
     pairs = [tuple(merge.split(" ")) for merge in merges]
     vocabulary = {token: number for number, token in enumerate(tokens)}

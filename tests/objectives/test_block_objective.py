@@ -54,11 +54,11 @@ def test_noisy_logits_are_those_of_a_pass_for_each_block(size, config):
     @jax.jit
     def together():
         tokens, slots = clean_and_noisy(PACKED, noisy)
-        return model.logits(model(tokens, slots, AttentionKind("block_diffusion", size)))[:, noisy.shape[1] :]
+        return model.logits(model(tokens, slots, AttentionKind("block_diffusion", size)).hidden)[:, noisy.shape[1] :]
 
     @jax.jit
     def alone(tokens):
-        return model.logits(model(tokens, Slots.of(PACKED), kind))
+        return model.logits(model(tokens, Slots.of(PACKED), kind).hidden)
 
     found, starts = np.asarray(together()), np.asarray(block_starts(PACKED, size))
     slots = np.arange(noisy.shape[1])
@@ -77,8 +77,8 @@ def test_one_block_without_inputs_is_bidirectional():
     model = definition.bind(params)
     noisy = Block(6).model_inputs(DEFINITION, batch, jax.random.key(1))
     tokens, slots = clean_and_noisy(batch, noisy)
-    found = model(tokens, slots, AttentionKind("block_diffusion", 6))[:, 6:]
-    np.testing.assert_allclose(found, model(noisy, Slots.of(batch), BIDIRECTIONAL), rtol=1e-4, atol=1e-5)
+    found = model(tokens, slots, AttentionKind("block_diffusion", 6)).hidden[:, 6:]
+    np.testing.assert_allclose(found, model(noisy, Slots.of(batch), BIDIRECTIONAL).hidden, rtol=1e-4, atol=1e-5)
 
 
 def test_at_size_1_with_all_masked_the_loss_is_the_likelihood_by_the_models_own_conditionals():
@@ -94,7 +94,7 @@ def test_at_size_1_with_all_masked_the_loss_is_the_likelihood_by_the_models_own_
     def log_probabilities(position):
         """Of each text's token there, given those before it; MASK stands in its place."""
         tokens = jnp.asarray(batch.tokens).at[:, 1 + position].set(3)
-        logits = forbid(model.logits(model(tokens, Slots.of(batch), kind)), vocabulary)[:, 1 + position]
+        logits = forbid(model.logits(model(tokens, Slots.of(batch), kind).hidden), vocabulary)[:, 1 + position]
         return jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(texts)[:, position, None], axis=-1)[:, 0]
 
     likelihood = sum(np.asarray(log_probabilities(position)) for position in range(4))
