@@ -27,7 +27,7 @@ _ITS_OWN = {
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What to do.
+    """A conversion, as the command line asks for it.
 
     Attributes:
       model: as it was named.

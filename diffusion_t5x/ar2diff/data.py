@@ -19,7 +19,7 @@ _SAMPLE = 1000  # records that are tokenized to estimate all
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """What the files hold.
+    """Size and kind of the data.
 
     Attributes:
       files: as they were named.

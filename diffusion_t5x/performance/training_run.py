@@ -90,7 +90,7 @@ class TrainingRun:
 
 
 class StepReader(Protocol):
-    """What `train.train` can hand the settings of its step to in place of training, as its `dry_run`."""
+    """Reader of the settings of a step; `train.train` takes one as its `dry_run` and trains nothing."""
 
     def train(self, run: TrainingRun) -> None: ...
 
