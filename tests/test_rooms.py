@@ -27,6 +27,7 @@ FLOORS = [
     ("command_line",),
     tuple(VERBS.split()),
     ("api",),
+    ("ar2diff",),
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

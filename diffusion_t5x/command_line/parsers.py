@@ -12,6 +12,21 @@ def add_report(parser: Parser) -> None:
     add("--example", type=int, default=0, metavar="N", help="which traced example an .svg shows, from 0 on")
 
 
+def add_ar2diff(parser: Parser) -> None:
+    """Adds the model, the data, and what is made of them."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="of the hub, a folder, a GGUF file, a T5X checkpoint or one of ours")
+    add("--data", nargs="+", metavar="FILE", help="text: .txt, .md or .jsonl, also as .gz; or a pattern")
+    add("--prompts", nargs="+", metavar="FILE", help='in its place: JSON lines {"inputs": ..., "targets": ...}')
+    add("--chat", nargs="+", metavar="FILE", help='in its place: JSON lines {"messages": [...]}')
+    add("--output", required=True, metavar="DIR", help="folder that gets everything")
+    add("--tokens", type=int, metavar="N", help="tokens to train on")
+    add("--minutes", type=float, metavar="N", help="in their place: minutes of training (default: 60)")
+    add("--route", metavar="NAME", help="see docs/ar2diff.md (default: shifted; sundae for encoder-decoders)")
+    add("--tokenizer", metavar="FILE", help="SentencePiece model of a T5X checkpoint")
+    add("--plan", action="store_true", help="import the model, print the plan and stop")
+
+
 def add_checkpoints(parser: Parser) -> None:
     """Adds the subcommands: `command` is "list", "show", "verify" or "diff"."""
     commands = parser.add_subparsers(required=True, dest="command", metavar="{list,show,verify,diff}")
