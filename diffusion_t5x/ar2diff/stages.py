@@ -55,7 +55,7 @@ def convert(command: Command, only_plan: bool) -> None:
         print(terminal.safe(f"\n{recipe.path.read_text(encoding='utf-8')}"), flush=True)
 
         def stage(name: str, work: Callable[[], Any]) -> Any:
-            """What a stage finds, now or in an earlier process."""
+            """Returns the result of a stage, from this process or an earlier one."""
             if (known := journal.done(name)) is not None:
                 return known
             logger.info("ar2diff: %s", name)

@@ -144,7 +144,7 @@ class BlockDecoder(Decoder):
 
 
 def _decoded(carry: Carry, batch: Batch, vocabulary: TokenIds) -> Decoded:
-    """What all blocks wrote, without the room behind the rows."""
+    """Returns the output of all blocks, without the room behind the rows."""
     canvas, written_at, history = (
         jax.tree.map(lambda x: x[..., : batch.tokens.shape[1]], carry[name])
         for name in ("canvas", "written_at", "trace")

@@ -195,7 +195,7 @@ def target_range(target_mask: Array) -> tuple[jax.Array, jax.Array]:
 
 
 def into_block(kind: AttentionKind, positions: Array, first_target: jax.Array) -> jax.Array | int:
-    """How many inputs share a block with the first target, int32 `[B]`.
+    """Returns the number of inputs in the block of the first target, int32 `[B]`.
 
     Args:
       kind: attention in blocks.

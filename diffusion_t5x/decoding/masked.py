@@ -135,7 +135,7 @@ class MaskedDecoder(StepRule):
         )
 
     def _count(self, canvas: Canvas, eligible: jax.Array) -> jax.Array:
-        """How many of the eligible positions this step writes, int32 `[B]`, at least."""
+        """Returns the minimum number of eligible positions that this step writes, int32 `[B]`."""
         in_window, taken = self._in_window(eligible, canvas.target_mask), canvas.step
         if self.window is not None:
             first = jnp.where(in_window & (canvas.written_at >= 0), canvas.written_at, canvas.step)

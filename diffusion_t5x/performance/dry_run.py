@@ -54,7 +54,7 @@ class SliceDryRun:
         what = f"a step of {type(run.objective).__name__}"
         self._run(what, lower, run.mesh, run.model, run.dataset, run.microbatches)
 
-    def infer(self, *, mesh: MeshConfig, model: ModelConfig, decoder: Decoder, dataset: Rows) -> None:
+    def infer(self, *, mesh: MeshConfig, model: ModelConfig, decoder: Decoder, dataset: Dataset) -> None:
         """Prints what decoding a batch would take; arguments as for `infer.infer`."""
         vocabulary = dataset.token_ids()
 
