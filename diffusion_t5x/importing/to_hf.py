@@ -30,9 +30,9 @@ def to_hf(
     model also gets its settings for generation, MASK in the tokenizer, and a model card.
 
     Args:
-      checkpoint: a checkpoint, a folder of them or a MODEL_DIR. Where it has a moving average of the parameters, that
-        is taken.
-      output_folder: a folder that is empty or not there.
+      checkpoint: a checkpoint, a folder of them or a MODEL_DIR. If it has a moving average of the parameters, that is
+        exported.
+      output_folder: a folder that is empty or does not exist.
       like: the folder that `from_hf` wrote; not needed for its own checkpoint.
       form: "auto", "causal" (the autoregressive model, whatever was trained), or one of `formats.FORMATS`.
       dtype: of all tensors, a key of `huggingface.DTYPES`; None keeps that which each came with.
@@ -47,8 +47,8 @@ def to_hf(
     origin = Folder.noted(_origin(path, like))
     shapes, read = restoring.open_params(opened)
     tied = "head" not in shapes
-    name = formats.chosen(form, opened.record, origin.config["model_type"], str(path))
-    source = formats.target(name, origin, opened.record, tied, dtype)
+    kind = formats.chosen(form, opened.record, origin.config["model_type"], str(path))
+    source = formats.target(kind, origin, opened.record, tied, dtype)
     described = families.describe(source, tied)
     layers = described.config.num_layers
     for weight in described.weights:
@@ -60,8 +60,8 @@ def to_hf(
                 shutil.copyfile(source.path / file, to / file)
         if source.config != origin.config:
             records.write_json(to / CONFIG, source.config)
-        if name in formats.FORMATS:
-            model_card.write(to, name, opened, source.config)
+        if kind in formats.FORMATS:
+            model_card.write(to, kind, opened, source.config)
         files = _Files(to, source)
         for theirs, parts in itertools.groupby(described.weights, operator.attrgetter("theirs")):
             copies = [copy for copy, name in described.copies.items() if name == theirs and copy in source.tensors]
@@ -69,12 +69,12 @@ def to_hf(
                 for each in (name, *copies):
                     files.add(each, tensor)
         files.close()
-    as_what = f" as {name}" if name in formats.FORMATS else ""
+    as_what = f" as {kind}" if kind in formats.FORMATS else ""
     print(f"Wrote {final}{as_what}: {sum(map(len, files.written))} tensors in files: {len(files.written)}")
 
 
 def _origin(checkpoint: pathlib.Path, like: str | None) -> pathlib.Path:
-    """The folder that `from_hf` wrote: the one named, or one that the checkpoint lies in."""
+    """Returns the folder that `from_hf` wrote: the one named, or the one that contains the checkpoint."""
     folders = [pathlib.Path(like).expanduser().resolve()] if like else [checkpoint.parent.parent, checkpoint.parent]
     for folder in folders:
         if (folder / TENSORS).exists():
@@ -86,7 +86,7 @@ def _origin(checkpoint: pathlib.Path, like: str | None) -> pathlib.Path:
 
 
 def _check(weight: Weight, shape: tuple[int, ...] | None, source: Folder, layers: int, where: str) -> None:
-    """Raises a UserError where a parameter is not there, or is not that of the model that was imported."""
+    """Raises a UserError if a parameter is missing or has another shape than the imported model's."""
     if shape is not None:
         one = list(shape[1:] if weight.stacked else shape)
         expected = source.tensors[weight.names(layers)[0]].shape
@@ -104,7 +104,7 @@ def _check(weight: Weight, shape: tuple[int, ...] | None, source: Folder, layers
 def _theirs(
     parts: Sequence[Weight], read: Callable[[str], np.ndarray], rows: int, layers: int
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors, one or of every layer, that these weights are the parts of."""
+    """Yields the source's tensors, one or one per layer, of which these weights are the parts."""
     arrays = [read(weight.ours) for weight in parts]
     if parts[0].ours in VOCABULARY_AXIS:
         arrays = [np.take(array, np.arange(rows), axis=VOCABULARY_AXIS[parts[0].ours]) for array in arrays]
@@ -117,7 +117,7 @@ def _theirs(
 
 
 class _Files:
-    """Safetensors files of at most MAX_FILE_BYTES each, with an index where there are several."""
+    """Safetensors files of at most MAX_FILE_BYTES each, with an index if there are several."""
 
     def __init__(self, folder: pathlib.Path, source: Folder):
         self._folder, self._source = folder, source
