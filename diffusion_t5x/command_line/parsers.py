@@ -1,4 +1,4 @@
-"""The arguments of the verbs that read no gin files."""
+"""The arguments of verbs that read no gin files."""
 
 from diffusion_t5x.command_line.flags import Parser
 
@@ -10,6 +10,21 @@ def add_report(parser: Parser) -> None:
     add("--checkpoint", metavar="DIR", help="a MODEL_DIR or a checkpoint: the run it belongs to")
     add("--output", default="report.html", metavar="FILE", help=".html, .md or .svg (default: %(default)s)")
     add("--example", type=int, default=0, metavar="N", help="which traced example an .svg shows, from 0 on")
+
+
+def add_ar2diff(parser: Parser) -> None:
+    """Adds the model, the data, and what is made of them."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="of the hub, a folder, a GGUF file, a T5X checkpoint or one of ours")
+    add("--data", nargs="+", metavar="FILE", help="text: .txt, .md or .jsonl, also as .gz; or a pattern")
+    add("--prompts", nargs="+", metavar="FILE", help='in its place: JSON lines {"inputs": ..., "targets": ...}')
+    add("--chat", nargs="+", metavar="FILE", help='in its place: JSON lines {"messages": [...]}')
+    add("--output", required=True, metavar="DIR", help="folder that gets everything")
+    add("--tokens", type=int, metavar="N", help="tokens to train on")
+    add("--minutes", type=float, metavar="N", help="in their place: minutes of training (default: 60)")
+    add("--route", metavar="NAME", help="see docs/ar2diff.md (default: shifted; sundae for encoder-decoders)")
+    add("--tokenizer", metavar="FILE", help="SentencePiece model of a T5X checkpoint")
+    add("--plan", action="store_true", help="import the model, print the plan and stop")
 
 
 def add_checkpoints(parser: Parser) -> None:
@@ -24,6 +39,9 @@ def add_checkpoints(parser: Parser) -> None:
     add = commands.add_parser("diff", help="arrays, metadata and config that differ")
     add.add_argument("first", metavar="A")
     add.add_argument("second", metavar="B")
+
+
+FORMS = ("auto", "causal", "diffusion", "sdar", "a2d-qwen3", "a2d-qwen2", "a2d-llama", "Dream", "llada")
 
 
 def add_convert(parser: Parser) -> None:
@@ -50,6 +68,11 @@ def add_convert(parser: Parser) -> None:
     to_hf = sources.add_parser("to_hf", help="export a model to the format it was imported from")
     to_hf.add_argument("checkpoint", metavar="CHECKPOINT")
     to_hf.add_argument("--like", metavar="DIR", help="what from_hf wrote, if CHECKPOINT is not in it")
+    forms = "auto: what the model is (default); causal: the autoregressive model; or sdar, a2d-qwen3, a2d-qwen2, "
+    forms += "a2d-llama, Dream, llada; diffusion: the autoregressive layout with MASK and the settings of diffusion"
+    to_hf.add_argument("--as", default="auto", dest="form", choices=FORMS, metavar="FORMAT", help=forms)
+    dtypes = "of all tensors: F32, BF16 or F16 (default: those that they came with)"
+    to_hf.add_argument("--dtype", choices=("F32", "BF16", "F16"), metavar="DTYPE", help=dtypes)
     from_t5x = sources.add_parser("from_t5x", help="a T5 1.1 checkpoint of T5X in its own format (before Orbax)")
     add = from_t5x.add_argument
     add("path", metavar="FOLDER")

@@ -1,4 +1,4 @@
-"""The families of models that can be imported, by the `model_type` of their config.json."""
+"""The model families that can be imported, by the `model_type` of their config.json."""
 
 import dataclasses
 from typing import Any
@@ -23,7 +23,7 @@ from diffusion_t5x.importing import (
 )  # fmt: skip
 from diffusion_t5x.importing.huggingface import CONFIG, Folder
 from diffusion_t5x.importing.keys import Keys
-from diffusion_t5x.importing.published import Published
+from diffusion_t5x.importing.published import SETTINGS, Published, recorded
 from diffusion_t5x.importing.weights import VOCABULARY_AXIS, Source, Weight
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
@@ -84,14 +84,14 @@ class Described:
 
 
 def describe(folder: Folder, tied: bool | None = None) -> Described:
-    """Contents of a model folder.
+    """Returns the checked description of a model folder.
 
     Args:
-      folder: with its headers.
-      tied: whether the embedding reads the logits out; None looks into the weights.
+      folder: the folder, with its headers read.
+      tied: True if the embedding also computes the logits; None finds out from the weights.
 
     Raises:
-      UserError: a family, a key, a value or a tensor that is not known here, or tensors that are missing.
+      UserError: an unknown family, key, value or tensor, or missing tensors.
     """
     where = str(folder.path / CONFIG)
     kind = _kind(folder, where)
@@ -106,6 +106,10 @@ def describe(folder: Folder, tied: bool | None = None) -> Described:
     vocab_size = family.vocab_size(keys) if hasattr(family, "vocab_size") else keys.get("vocab_size")
     config = family.config(keys, tied)
     published = family.published(keys) if hasattr(family, "published") else Published()
+    if settings := keys.mapping(SETTINGS):
+        published = recorded(settings, f"{where}, {SETTINGS}")
+        read = {name: bool(settings.get(name)) for name in ("shifted", "reads_start")}
+        config = dataclasses.replace(config, **read)
     passed_over = keys.judge()
     copies = family.SAME | ({family.HEAD: embedding} if tied else {})
     weights = (dataclasses.replace(w, theirs=w.theirs.removeprefix(cut)) for w in family.weights(config))
@@ -132,7 +136,7 @@ def _tokenizers(family: Any) -> tuple[str, ...]:
 
 
 def check_names(source: Source, described: Described, kind: str) -> None:
-    """Raises a UserError that names tensors which a model of this kind has and the source lacks, or the other way."""
+    """Raises a UserError that names the tensors that the source lacks, and those that the model does not have."""
     names = {name for weight in described.weights for name in weight.names(described.config.num_layers)}
     _refuse(f"{source.path} lacks tensors that {kind} has", names - source.tensors.keys())
     unknown = source.tensors.keys() - names - described.copies.keys()
@@ -152,7 +156,7 @@ def _same(folder: Folder, copy: str, name: str) -> bool:
 
 
 def check_shapes(source: Source, described: Described, definition: ModelDefinition) -> None:
-    """Raises a UserError that names a tensor of another shape than the model's sizes make it."""
+    """Raises a UserError that names a tensor whose shape does not follow from the model's sizes."""
     shapes = param_shapes(definition)
     for weight in described.weights:
         shape = list(shapes[weight.ours][1:] if weight.stacked else shapes[weight.ours])
@@ -167,7 +171,7 @@ def check_shapes(source: Source, described: Described, definition: ModelDefiniti
 
 
 def param_shapes(definition: ModelDefinition) -> dict[str, tuple[int, ...]]:
-    """The shapes of a model's parameters by name."""
+    """Returns the shapes of a model's parameters by name."""
     return {name: leaf.shape for name, leaf in named_leaves(definition.abstract()).items()}
 
 

@@ -1,4 +1,4 @@
-"""From Hugging Face's format or GGUF: a folder's model, a file's, or one of the hub, as a checkpoint or in memory."""
+"""Imports a folder in Hugging Face's format, a GGUF file or a model of the hub, as a checkpoint or in memory."""
 
 import dataclasses
 import pathlib
@@ -30,8 +30,8 @@ def from_hf(
 ) -> None:
     """Imports a model in Hugging Face's format.
 
-    `output_folder` gets checkpoints/checkpoint_0 (step and parameters), config.json and the tokenizer's files as they
-    are, and model.gin.
+    `output_folder` gets checkpoints/checkpoint_0 (step and parameters), unchanged copies of config.json and the
+    tokenizer's files, and model.gin.
 
     Args:
       path: a folder with config.json, safetensors and a tokenizer; a GGUF file; or a model of the hub, see
@@ -42,8 +42,8 @@ def from_hf(
       block_size: of a model of block diffusion, if config.json does not say it or says another one.
 
     Raises:
-      UserError: what the folder holds is not supported or does not fit together, or the output is not empty; before
-        anything is written.
+      UserError: before anything is written: the folder's content is not supported or does not fit together, or the
+        output folder is not empty.
     """
     final = output.empty_folder(output_folder)
     said = {"mask_token_id": mask_id, "block_size": block_size}
@@ -73,7 +73,7 @@ def _is_gguf(path: str) -> bool:
 
 
 def in_memory(path: str) -> tuple[Record, ModelDefinition, dict[str, Streamed]]:
-    """A model that is not written anywhere: its record, its definition, and what reads its parameters, by name.
+    """Imports a model to memory: returns its record, its definition, and a reader for each parameter by name.
 
     Args:
       path: see `from_hf`.
@@ -106,16 +106,25 @@ def _opened(
     tokenizer = folder.tokenizer(described.tokenizers)
     libraries()  # seconds, which a folder that is refused need not cost
     read = vocabulary(str(tokenizer), mask_id=said.get("mask_token_id"))
-    if not objective.autoregressive and getattr(read, "mask_id", None) is None:
+    ids = token_ids(read)
+    if objective.autoregressive and described.config.architecture == "decoder_only":
+        config = dataclasses.replace(described.config, reads_start=getattr(read, "adds_bos", True))
+        described = dataclasses.replace(described, config=config)
+    if not objective.autoregressive:
+        named = folder.config.get("mask_token_id") == ids.mask_id  # by a tokenizer's first free id, too
+        _check_mask(folder, ids.mask_id if named else getattr(read, "mask_id", None), described.vocab_size)
+    return folder, described, importing.definition_of(folder, described, ids, tokenizer), tokenizer
+
+
+def _check_mask(folder: Folder, mask_id: int | None, rows: int) -> None:
+    """Raises a UserError if MASK of a diffusion model is not known, or is none of its embedding's rows."""
+    if mask_id is None:
         raise UserError(
             f"{folder.path}: neither config.json nor the tokenizer names MASK's id. Give it: "
             "`convert from_hf ... --mask_id=ID`."
         )
-    if objective.autoregressive and described.config.architecture == "decoder_only":
-        config = dataclasses.replace(described.config, reads_start=getattr(read, "adds_bos", True))
-        described = dataclasses.replace(described, config=config)
-    ids = token_ids(read)
-    return folder, described, importing.definition_of(folder, described, ids, tokenizer), tokenizer
+    if not 0 <= mask_id < rows:
+        raise UserError(f"{folder.path}: MASK = {mask_id}, but the model has the ids 0 to {rows - 1}. Set --mask_id.")
 
 
 def _source(path: str, ignore_keys: Sequence[str]) -> Folder:

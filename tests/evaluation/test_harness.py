@@ -66,7 +66,7 @@ def test_an_empty_context_is_the_start_token_of_a_model_that_reads_none():
     text = [5, 7, 5, 9]
     tokens, places = np.array([[21, *text]], np.int32), np.arange(5, dtype=np.int32)[None]
     model = definition.bind(params)
-    logits = model.logits(model(tokens, Slots(np.ones_like(places), places, places >= 0), CAUSAL, None))
+    logits = model.logits(model(tokens, Slots(np.ones_like(places), places, places >= 0), CAUSAL, None).hidden)
     expected = jax.nn.log_softmax(logits[0, :-1].at[:, 23:].set(-np.inf))[np.arange(4), text].sum()
     found = asked.log_likelihoods([([], text), ([21], text)])
     np.testing.assert_allclose(found, [expected] * 2, rtol=1e-5)

@@ -36,7 +36,7 @@ def negative_log_likelihoods(name):
         model = definition.bind(params)
         here = np.ones(tokens.shape, np.int32)
         slots = Slots(here, np.arange(tokens.shape[1])[None], here == 0)
-        return jax.nn.log_softmax(model.logits(model(tokens, slots, CAUSAL)))[0, -1]
+        return jax.nn.log_softmax(model.logits(model(tokens, slots, CAUSAL).hidden))[0, -1]
 
     def of(inputs, targets):
         row = np.array([[21, *inputs, *targets]])
@@ -103,7 +103,7 @@ def test_without_a_start_token_a_text_is_read_from_its_first_token(config):
     def alone(tokens):
         places = np.arange(len(tokens), dtype=np.int32)[None]
         slots = Slots(np.ones_like(places), places, np.ones(places.shape, bool))
-        return model(np.array([tokens], np.int32), slots, CAUSAL)[0]
+        return model(np.array([tokens], np.int32), slots, CAUSAL).hidden[0]
 
     for row, segment in {(0, 1), (0, 2)}:
         here = PACKED.segment_ids[row] == segment
@@ -133,7 +133,9 @@ def influence(prefix):
     def logits():
         model = definition.bind(params)
         tokens = shift_right(batch.tokens, batch.positions, 21)
-        return model.logits(model(tokens, shifted_slots(batch, VOCABULARY), Autoregressive(prefix=prefix).attention))
+        return model.logits(
+            model(tokens, shifted_slots(batch, VOCABULARY), Autoregressive(prefix=prefix).attention).hidden
+        )
 
     found = np.asarray(logits())
     return np.abs(found[:-1] - found[-1]).max(-1).T > 1e-6
@@ -157,7 +159,7 @@ def test_accuracy_counts_the_likeliest_tokens():
     definition, params = make_model("relative")
     model = definition.bind(params)
     tokens = shift_right(PADDED.tokens, PADDED.positions, 21)
-    best = np.argmax(model.logits(model(tokens, shifted_slots(PADDED, VOCABULARY), CAUSAL)), axis=-1)
+    best = np.argmax(model.logits(model(tokens, shifted_slots(PADDED, VOCABULARY), CAUSAL).hidden), axis=-1)
     half_right = np.where(np.arange(11) % 2 == 0, best, PADDED.tokens)
     # Only the labels change: the model goes on reading what it read.
     batch = PADDED.replace(tokens=np.where(PADDED.target_mask, half_right, PADDED.tokens))
