@@ -98,7 +98,7 @@ def test_without_a_start_token_a_text_is_read_from_its_first_token(config):
     definition, params = tiny.make_model(dataclasses.replace(config, reads_start=False))
     definition = dataclasses.replace(definition, vocabulary=VOCABULARY)
     model = definition.bind(params)
-    found = Autoregressive().hidden(model, PACKED)
+    found = Autoregressive().output(model, PACKED).hidden
 
     def alone(tokens):
         places = np.arange(len(tokens), dtype=np.int32)[None]
@@ -116,7 +116,7 @@ def test_a_start_token_that_the_inputs_hold_is_not_read_twice():
     definition, params = tiny.make_model(tiny.GPT2)
     model = dataclasses.replace(definition, vocabulary=VOCABULARY).bind(params)
     held, plain = ([21, 5, 6], [7, 8]), ([5, 6], [7, 8])
-    found, expected = (Autoregressive().hidden(model, tiny.one_a_row([example], 6)) for example in (held, plain))
+    found, expected = (Autoregressive().output(model, tiny.one_a_row([example], 6)).hidden for example in (held, plain))
     np.testing.assert_allclose(found[0, 1:5], expected[0, :4], rtol=0, atol=2e-5)
 
 
