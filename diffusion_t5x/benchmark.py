@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import optax
 
-from diffusion_t5x import partitioning, records
+from diffusion_t5x import partitioning, records, terminal
 from diffusion_t5x.checkpointing import checkpoints
 from diffusion_t5x.checkpointing.checkpoints import OpenCheckpoint
 from diffusion_t5x.command_line import config
@@ -114,7 +114,8 @@ def decode(
     kept = Measurements(benchmark_output_dir, describe(settings), machine)
     checkpoints.ensure_writable(benchmark_output_dir, dry_run)
     if dry_run:
-        print(f"Would time {', '.join(decoders)} ({definition.num_params():,} parameters) for {kept.path}.")
+        names = ", ".join(decoders)
+        print(terminal.safe(f"Would time {names} ({definition.num_params():,} parameters) for {kept.path}."))
         print(f"Lengths {list(lengths)} on {stopwatch.device_name(machine)}.")
         return
     shardings = partitioning.param_shardings(device_mesh, definition.abstract(), definition.axes())
@@ -191,7 +192,8 @@ def train(
     device = stopwatch.device_name(machine)
     checkpoints.ensure_writable(benchmark_output_dir, dry_run)
     if dry_run:
-        print(f"Would time training steps of {', '.join(cases)} for {benchmark_output_dir} on {device}.")
+        names = ", ".join(cases)
+        print(terminal.safe(f"Would time training steps of {names} for {benchmark_output_dir} on {device}."))
         return
     watches = {
         label: StepWatch(device_mesh, case, optimizer, vocabulary_size, input_length, target_length, random_seed)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from diffusion_t5x import partitioning
+from diffusion_t5x import partitioning, terminal
 from diffusion_t5x.checkpointing import checkpoints
 from diffusion_t5x.checkpointing.assignment import Rule
 from diffusion_t5x.command_line import config
@@ -130,7 +130,8 @@ def evaluate(
     ids = token_ids(vocabulary)
     definition, params = load_model(checkpoint, model, ids, device_mesh, restore_rules=restore_rules, use_ema=use_ema)
     if dry_run:
-        print(f"Would evaluate {path} ({definition.num_params():,} parameters) on {', '.join(tasks)}.")
+        names = ", ".join(tasks)
+        print(terminal.safe(f"Would evaluate {path} ({definition.num_params():,} parameters) on {names}."))
         return
     harness = Harness(device_mesh, definition, params, objective, decoder, rows, num_draws, random_seed)
     found = lm_eval.simple_evaluate(
