@@ -17,7 +17,7 @@ Record = Mapping[str, str | Sequence[str] | np.ndarray]
 
 
 def index_blocks(size: int, shuffle: bool, seed: int | None) -> tf.data.Dataset:
-    """The numbers below `size` in blocks of at most 64, in order or in a pseudorandom order, a new one each epoch.
+    """Returns the numbers below `size` in blocks of at most 64, in order or in a pseudorandom order, new each epoch.
 
     It needs no buffer of examples, which would make checkpoints large.
     """
@@ -34,7 +34,7 @@ class _Records(seqio.FunctionDataSource):
     """A source that knows its files.
 
     Attributes:
-      list_files: the files of a split.
+      list_files: returns the files of a split.
     """
 
     list_files: Callable[[str], Sequence[str]]
@@ -43,13 +43,13 @@ class _Records(seqio.FunctionDataSource):
 def records(
     load: Callable[[str], Sequence[Record]], splits: Sequence[str], list_files: Callable[[str], Sequence[str]]
 ) -> seqio.DataSource:
-    """A source of records that Python holds or finds in its files: `load(split)` is called once, when first read.
+    """Returns a source of records from Python: `load(split)` is called once, when first read.
 
     Args:
-      load: gives a sequence of at least one record; the first one tells the fields. Texts become strings `[]`, lists of
-        texts strings `[n]`, arrays of ids int32 `[n]`.
-      splits: what `load` knows.
-      list_files: the files of a split.
+      load: returns a sequence of at least one record; the first one defines the fields. Texts become strings `[]`,
+        lists of texts strings `[n]`, arrays of ids int32 `[n]`.
+      splits: the splits that `load` knows.
+      list_files: returns the files of a split.
     """
     load = functools.cache(load)
 
@@ -79,7 +79,7 @@ class PreparedTfds(seqio.TfdsDataSource):
     """A TFDS data set that has been downloaded and prepared before: a run never starts a download of its own.
 
     Args:
-      tfds_name: such as "squad/v1.1:3.0.0".
+      tfds_name: name and version, such as "squad/v1.1:3.0.0".
       splits: SeqIO's names of the splits, and TFDS' names or slices for them.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Limits what gin files may import, name and read: a file from somebody else's checkpoint must not run code."""
+"""Limits what gin files may import, name and read: a file from a stranger's checkpoint must not run code."""
 
 import dataclasses
 import types
@@ -42,13 +42,13 @@ def allow(packages: Sequence[str]) -> None:
 
 
 def check_references(allowed: Sequence[str]) -> None:
-    """Raises a PermissionError where what gin has read from files refers to more than makes settings.
+    """Raises a PermissionError if gin files refer to anything but settings.
 
-    Whatever files refer to may be called, with arguments of theirs: so nothing that reads, writes, imports or runs what
-    its arguments say. What comes with a checkpoint, which may be anyone's, may refer to less than what a user wrote.
+    Anything that files refer to may be called with their arguments, so it must not read, write, import or run what its
+    arguments say. Gin from a checkpoint, which may be a stranger's, may refer to less than gin that the user wrote.
 
     Args:
-      allowed: packages or modules that are trusted, besides `PACKAGES`, which are not here.
+      allowed: trusted packages or modules, besides `PACKAGES`.
     """
     trusted = [name for name in allowed if name not in PACKAGES]
     for (scope, selector), bound in gin_config._CONFIG.items():
@@ -70,10 +70,10 @@ def check_references(allowed: Sequence[str]) -> None:
 
 
 def check_buckets(reached: Collection[tuple[str, str]]) -> None:
-    """Raises a UserError where what comes with a checkpoint names a bucket or another address that would be read.
+    """Raises a UserError if gin from a checkpoint names a bucket or another remote address that would be read.
 
     Args:
-      reached: selectors and scopes of what a verb evaluates.
+      reached: selectors and scopes that a verb evaluates.
     """
     for selector, scope in reached:
         parts = scope.split("/") if scope else []
@@ -105,7 +105,7 @@ def _check_target(target: Any, functions: Sequence[str], place: gin_reading.Plac
 
 
 def _texts(value: Any, through_macros: bool = True) -> Iterator[str]:
-    """All text in a value."""
+    """Yields all text in a value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -121,7 +121,7 @@ def _is_in(module: str, packages: Sequence[str]) -> bool:
 
 
 class _GuardedContext(gin_config.ParseContext):
-    """Reads a gin file's imports, and what it names in them."""
+    """Checks a gin file's imports, and the names that it uses from them."""
 
     allowed: tuple[str, ...] = ()
 

@@ -1,8 +1,8 @@
-"""A seccomp filter: the system calls that no process of a program may make.
+"""A seccomp filter for the system calls that a program's processes must not make.
 
-It closes what namespaces and limits leave open: the user's keyrings, kernel interfaces known for their holes, and
-memory that counts for no process. A refused call fails with an error number, as it does for a user without privileges,
-so Python raises OSError and the program goes on.
+It closes the gaps of namespaces and limits: the user's keyrings, kernel interfaces known for their holes, and memory
+that counts for no process. A refused call fails with an error number, as for a user without privileges, so Python
+raises OSError and the program goes on.
 """
 
 import ctypes
@@ -67,19 +67,19 @@ class _Program(ctypes.Structure):
 
 
 def check() -> None:
-    """Raises OSError where a filter cannot be made: another machine, or a kernel without seccomp."""
+    """Raises OSError if a filter cannot be made: another architecture, or a kernel without seccomp."""
     _filter()
     _prctl(_PR_GET_SECCOMP, 0, None)
 
 
 def refuse() -> None:
-    """Filters the system calls of this process and of those that it starts, which have no new privileges already."""
+    """Filters the system calls of this process and its children, which must already have given up new privileges."""
     instructions = _filter()
     _prctl(_PR_SET_SECCOMP, _MODE_FILTER, ctypes.byref(_Program(len(instructions) // 8, instructions)))
 
 
 def _filter() -> bytes:
-    """The instructions, 8 bytes each."""
+    """Returns the instructions, 8 bytes each."""
     machine = platform.machine()
     if machine not in _ARCHITECTURES:
         raise OSError(errno.ENOSYS, f"no list of system calls for {machine}, only for {' and '.join(_ARCHITECTURES)}")

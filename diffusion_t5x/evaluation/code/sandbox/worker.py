@@ -1,7 +1,7 @@
 """A process that forks judges, one for each program, and cleans up after them.
 
-It never reads a job itself: the judge that it has started waits for one, with the program's process already started. So
-no process that runs a program was ever copied from one that knew a test.
+It never reads a job itself: each judge starts the program's process first and waits for a job then. So no process that
+runs a program was ever forked from one that knew a test.
 
 Reads frames (`wire`): jobs, from standard input. Writes JSON lines to standard output: one when it is ready, then a
 verdict for each job. Ends with its input.
@@ -31,7 +31,7 @@ def main(isolated: bool, limits: Mapping[str, Any]) -> None:
     """Serves until the end of its input.
 
     Args:
-      isolated: in namespaces of its own. Without, programs see the machine's files, network and processes.
+      isolated: run in namespaces of its own. Without them, programs see the machine's files, network and processes.
       limits: `Limits` of the library, by name.
     """
     sys.set_int_max_str_digits(0)  # long numbers are plain data
@@ -124,7 +124,7 @@ def _leave_standard_streams() -> tuple[int, TextIO]:
 
 
 def _end_of(pid: int, cpu_seconds: int) -> tuple[str, str]:
-    """The verdict on a process that has hung up."""
+    """Returns the verdict on a process that has hung up."""
     exited = select.select([os.pidfd_open(pid)], [], [], 0.5)[0]
     if not exited:
         os.kill(pid, signal.SIGKILL)
@@ -138,7 +138,7 @@ def _end_of(pid: int, cpu_seconds: int) -> tuple[str, str]:
 
 
 def _kill_all(children: int) -> None:
-    """Kills every descendant: whose parent has ended becomes a child of this process, until there is none."""
+    """Kills every descendant; orphans become children of this process, until there is none."""
     while True:
         for pid in os.pread(children, 1 << 16, 0).split():
             with contextlib.suppress(ProcessLookupError):
