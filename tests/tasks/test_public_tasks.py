@@ -157,6 +157,8 @@ def test_a_data_set_s_name_leads_nowhere_else(name):
         sources.PreparedTfds(name, {"train": "train"})
 
 
-@pytest.mark.parametrize("name", ["squad", "c4/en:3.1.0", "wmt14_translate/de-en:1.*.*", "wikipedia/20220620.en"])
+@pytest.mark.parametrize(
+    "name", ["gsm8k:1.0.0", "c4/en:3.1.0", "wmt14_translate/de-en:1.*.*", "wikipedia/20220620.en:1.0.0"]
+)
 def test_names_of_data_sets(name):
     sources.PreparedTfds(name, {"train": "train"})
