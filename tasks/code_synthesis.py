@@ -38,7 +38,7 @@ def mbpp(
     vocabulary: seqio.Vocabulary,
     path: str,
     num_shots: int = 0,
-    limits: Limits = Limits(),  # noqa: B008  (frozen)
+    limits: Limits = Limits(),
     allow_unsafe: bool = False,
 ) -> str:
     """Registers the SeqIO task `mbpp`, replacing any earlier one, and returns its name.
@@ -83,7 +83,7 @@ def mbpp(
 def humaneval(
     vocabulary: seqio.Vocabulary,
     path: str,
-    limits: Limits = Limits(),  # noqa: B008  (frozen)
+    limits: Limits = Limits(),
     allow_unsafe: bool = False,
 ) -> str:
     """Registers the SeqIO task `humaneval`, replacing any earlier one, and returns its name.

@@ -238,7 +238,7 @@ def _make_greedy_step(
 
     def step(params: Params, batch: Batch) -> jax.Array:
         model = definition.bind(params)
-        _, is_likeliest = score(model, reader.hidden(model, batch), batch.tokens)
+        _, is_likeliest = score(model, reader.output(model, batch).hidden, batch.tokens)
         return jnp.all(is_likeliest | ~text_of(batch, model.vocabulary), axis=-1)
 
     return jax.jit(step, out_shardings=partitioning.replicated(mesh))

@@ -27,7 +27,7 @@ def make_judge(mesh: Mesh, teacher: Teacher) -> Judge:
 
     def judge(params: Params, batch: Batch) -> dict[str, jax.Array]:
         model = definition.bind(params)
-        nll, agree = score(model, Autoregressive().hidden(model, batch), batch.tokens)
+        nll, agree = score(model, Autoregressive().output(model, batch).hidden, batch.tokens)
         text = text_of(batch, definition.vocabulary)
         return {
             "teacher_nll": jnp.sum(jnp.where(text, nll, 0), axis=-1),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion_t5x.models.low_rank import LowRank
+from diffusion_t5x.models.output import Auxiliaries
 from diffusion_t5x.partitioning import pieces_of
 
 Initializer = Callable[..., jax.Array]
@@ -145,9 +146,11 @@ class MLP(nnx.Module):
         self.gated = gated
         self.dropout_rate = dropout_rate
 
-    def __call__(self, x: jax.Array, dropout_keys: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, dropout_keys: jax.Array | None) -> tuple[jax.Array, Auxiliaries]:
+        """Returns the update of the residual stream, and losses of the layer's own, as a mixture of experts has."""
         activation = {"gelu": jax.nn.gelu, "silu": jax.nn.silu}[self.activation]
         hidden = activation(add_bias(dense(x, self.wi_0.get_value()), self.wi_0_bias))
         if self.gated:
             hidden = hidden * add_bias(dense(x, self.wi_1.get_value()), self.wi_1_bias)
-        return add_bias(dense(dropout(hidden, self.dropout_rate, dropout_keys), self.wo.get_value()), self.wo_bias)
+        hidden = dropout(hidden, self.dropout_rate, dropout_keys)
+        return add_bias(dense(hidden, self.wo.get_value()), self.wo_bias), {}

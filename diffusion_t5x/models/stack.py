@@ -12,6 +12,7 @@ from diffusion_t5x.models.attention import Attention
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.layers import MLP, LayerNorm, RMSNorm, dropout, fold_in
 from diffusion_t5x.models.masks import Annealed, AttentionKind, Sight, Slots
+from diffusion_t5x.models.output import Auxiliaries, Output
 from diffusion_t5x.models.positions import LearnedPositions, RelativePositionBias, rotary_frequencies
 from diffusion_t5x.partitioning import constrain, copies
 
@@ -24,11 +25,13 @@ class Encoded(flax.struct.PyTreeNode):
     Attributes:
       keys, values: `[layers, B, S, kv_heads, head_dim]`.
       segment_ids: int32 `[B, S]`; a target sees the inputs of its own segment.
+      auxiliary: the encoder's own losses.
     """
 
     keys: jax.Array
     values: jax.Array
     segment_ids: Array
+    auxiliary: Auxiliaries = flax.struct.field(default_factory=dict)
 
     def repeat(self, times: int) -> Self:
         """Repeats every row `times` times, one after another."""
@@ -101,8 +104,9 @@ class Layer(nnx.Module):
         cached: tuple[jax.Array, jax.Array] | None,
         inputs: tuple[jax.Array, jax.Array] | None,
         dropout_keys: jax.Array | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """Returns hidden states `[B, Lq, D]` after this layer, and its cache with the queries' keys and values written.
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None, Auxiliaries]:
+        """Returns hidden states `[B, Lq, D]` after this layer, its cache with the queries' keys and values written, and
+        its own losses.
 
         Args:
           x: hidden states `[B, Lq, D]`.
@@ -125,10 +129,10 @@ class Layer(nnx.Module):
         if inputs is not None:
             assert view.inputs_sight is not None
             x = add(x, self.cross_attention.cross(self.cross_attention_norm(x), *inputs, view.inputs_sight), 3)
-        branch = self.mlp(self.mlp_norm(x), keys[1])
+        branch, auxiliary = self.mlp(self.mlp_norm(x), keys[1])
         if self.config.post_norms:
             branch = self.mlp_post_norm(branch)
-        return add(x, branch, 2), cached
+        return add(x, branch, 2), cached, auxiliary
 
 
 class Stack(nnx.Module):
@@ -159,8 +163,8 @@ class Stack(nnx.Module):
         kind: AttentionKind | Annealed,
         encoded: Encoded | None = None,
         dropout_keys: jax.Array | None = None,
-    ) -> jax.Array:
-        """Returns hidden states `[B, L, D]` of whole rows of embedded tokens `[B, L, D]`.
+    ) -> Output:
+        """Returns hidden states `[B, L, D]` and auxiliary losses of whole rows of embedded tokens `[B, L, D]`.
 
         Args:
           x: embedded tokens.
@@ -171,8 +175,8 @@ class Stack(nnx.Module):
         """
         # Slots of one segment are as far apart as their indices, so one bias serves all rows, packed ones too.
         index = jnp.arange(x.shape[1])[None] if slots.index is None else slots.index
-        hidden, _ = self._run(x, kind, slots, slots, (index, index), None, None, encoded, dropout_keys)
-        return hidden
+        output, _ = self._run(x, kind, slots, slots, (index, index), None, None, encoded, dropout_keys)
+        return output
 
     def extend(
         self,
@@ -199,7 +203,8 @@ class Stack(nnx.Module):
           Hidden states `[B, Lq, D]`, and keys and values with those of x written.
         """
         positions = (queries.positions, slots.positions)
-        return self._run(x, kind, queries, slots, positions, cached, write_at, encoded, None)
+        output, cached = self._run(x, kind, queries, slots, positions, cached, write_at, encoded, None)
+        return output.hidden, cached
 
     def cross_keys_values(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns every layer's keys and values `[layers, B, S, kv_heads, head_dim]` of an encoder's hidden states."""
@@ -246,11 +251,13 @@ class Stack(nnx.Module):
         def layer(x, scanned):
             block, cached, inputs, number, is_local = scanned
             layer_keys = fold_in(keys[1], number)
-            return block(x, of_layer(is_local), cached, inputs, layer_keys)
+            x, cached, auxiliary = block(x, of_layer(is_local), cached, inputs, layer_keys)
+            return x, (cached, auxiliary)
 
         if config.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
             layer = jax.checkpoint(layer, policy=policy)
         layers = (self.blocks, cached, inputs, jnp.arange(config.num_layers), is_local)
-        x, cached = jax.lax.scan(layer, x, layers, unroll=config.scan_unroll)
-        return dropout(self.final_norm(x), config.dropout_rate, keys[2]), cached
+        x, (cached, auxiliary) = jax.lax.scan(layer, x, layers, unroll=config.scan_unroll)
+        hidden = dropout(self.final_norm(x), config.dropout_rate, keys[2])
+        return Output(hidden, jax.tree.map(lambda of_layers: of_layers.sum(axis=0), auxiliary)), cached

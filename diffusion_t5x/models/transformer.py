@@ -15,6 +15,7 @@ from diffusion_t5x.models.attention import KVCache
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.layers import fold_in, normal, param, softcap
 from diffusion_t5x.models.masks import BIDIRECTIONAL, Annealed, AttentionKind, Slots
+from diffusion_t5x.models.output import Output, merged
 from diffusion_t5x.models.stack import Encoded, Stack
 from diffusion_t5x.partitioning import constrain, copies, pieces_of
 
@@ -55,9 +56,9 @@ class Transformer(nnx.Module):
         assert tokens is not None and segment_ids is not None and positions is not None
         slots = Slots(segment_ids=segment_ids, positions=positions, is_input=segment_ids > 0)
         x = self._embed(tokens)
-        hidden = self.encoder(x, slots, BIDIRECTIONAL, dropout_keys=fold_in(dropout_keys, 0))
-        keys, values = self.decoder.cross_keys_values(hidden)
-        return Encoded(keys=keys, values=values, segment_ids=segment_ids)
+        output = self.encoder(x, slots, BIDIRECTIONAL, dropout_keys=fold_in(dropout_keys, 0))
+        keys, values = self.decoder.cross_keys_values(output.hidden)
+        return Encoded(keys=keys, values=values, segment_ids=segment_ids, auxiliary=output.auxiliary)
 
     def __call__(
         self,
@@ -66,8 +67,8 @@ class Transformer(nnx.Module):
         kind: AttentionKind | Annealed,
         encoded: Encoded | None = None,
         dropout_keys: jax.Array | None = None,
-    ) -> jax.Array:
-        """Returns hidden states `[B, L, D]` of whole rows of tokens, int32 `[B, L]`.
+    ) -> Output:
+        """Returns hidden states `[B, L, D]` of whole rows of tokens, int32 `[B, L]`, and all auxiliary losses.
 
         Args:
           tokens: the tokens in the slots.
@@ -76,7 +77,8 @@ class Transformer(nnx.Module):
           encoded: the inputs, from `encode`.
           dropout_keys: `[B]`, a key for each row; None switches dropout off.
         """
-        return self.decoder(self._embed(tokens), slots, kind, encoded, fold_in(dropout_keys, 1))
+        output = self.decoder(self._embed(tokens), slots, kind, encoded, fold_in(dropout_keys, 1))
+        return output if encoded is None else output.replace(auxiliary=merged(output.auxiliary, encoded.auxiliary))
 
     def extend(
         self,
@@ -182,7 +184,9 @@ class ModelDefinition:
     vocabulary: TokenIds
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "config", self.config.with_vocabulary(self.vocabulary.size))
+        vocabulary = dataclasses.replace(self.vocabulary, reads_start=self.config.reads_start)
+        object.__setattr__(self, "vocabulary", vocabulary)
+        object.__setattr__(self, "config", self.config.with_vocabulary(vocabulary.size))
 
     def _build(self, key: jax.Array) -> Transformer:
         return Transformer(key, self.config, self.vocabulary)

@@ -13,10 +13,11 @@ from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import AttentionKind
 from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.output import Ratio, merged
 from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
-from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass, Ratio
+from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Joint(Objective):
                 "diffusion_loss": diffusion.loss,
                 **{f"ar_{name}": ratio for name, ratio in causal.metrics.items()},
             },
+            auxiliary=merged(diffusion.auxiliary, causal.auxiliary),
         )
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:

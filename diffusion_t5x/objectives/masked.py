@@ -15,6 +15,7 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind
 from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.output import Ratio
 from diffusion_t5x.models.reading import Reading, model_reads
 from diffusion_t5x.models.readout import score
 from diffusion_t5x.models.streams import row_keys, stream
@@ -27,7 +28,6 @@ from diffusion_t5x.objectives.objective import (
     Normalize,
     Objective,
     Pass,
-    Ratio,
     normalized,
     stratified,
 )
@@ -131,9 +131,9 @@ class Masked(Objective):
         batch = reading.fits(batch)
         encoded = model.encode(batch, dropout_keys)
         kind = annealed(self.attention, self.anneal_steps, step, key)
-        hidden = reading.hidden(model, tokens, kind, encoded, dropout_keys)
+        output = reading.output(model, tokens, kind, encoded, dropout_keys)
 
-        nll, correct = score(model, hidden, batch.tokens)
+        nll, correct = score(model, output.hidden, batch.tokens)
         masked = batch.target_mask & (tokens == model.vocabulary.mask_id)
         nll = jnp.where(masked, nll, 0)
         loss = nll * weights if self.weighting == "elbo" else nll
@@ -144,6 +144,7 @@ class Masked(Objective):
                 "accuracy": Ratio(jnp.sum(masked & correct, dtype=jnp.float32), jnp.sum(masked, dtype=jnp.float32)),
                 "mask_fraction": normalized(batch, masked, "target_tokens"),
             },
+            auxiliary=output.auxiliary,
         )
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
@@ -155,7 +156,7 @@ class Masked(Objective):
         reading = Reading.of(batch, model.vocabulary, model.config.shifted)
 
         def nll(tokens):
-            return score(model, reading.hidden(model, tokens, self.attention, encoded), batch.tokens)[0]
+            return score(model, reading.output(model, tokens, self.attention, encoded).hidden, batch.tokens)[0]
 
         first_target = jnp.argmax(batch.target_mask, axis=-1, keepdims=True)
         return masked_bound(nll, model.vocabulary, batch, first_target, batch.target_mask, key, num_draws)

@@ -1,7 +1,7 @@
 """The protocol of objectives, and the code that they share."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, Protocol, Self
 
 import flax.struct
@@ -12,6 +12,7 @@ import numpy as np
 from diffusion_t5x.data.batch import Array, Batch
 from diffusion_t5x.models.masks import AttentionKind
 from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.output import Auxiliaries, Ratio, merged
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 
 Normalize = Literal["target_tokens", "all_tokens", "sequences"]
@@ -20,33 +21,42 @@ Normalize = Literal["target_tokens", "all_tokens", "sequences"]
 GOLDEN_RATIO, SQUARE_ROOT_OF_TWO = np.uint32(0x9E3779B9), np.uint32(0x6A09E667)
 
 
-class Ratio(flax.struct.PyTreeNode):
-    """A mean with separate numerator and denominator, so that it adds up over microbatches and hosts."""
-
-    numerator: jax.Array
-    denominator: jax.Array
-
-    def __add__(self, other: Self) -> Self:
-        return jax.tree.map(jnp.add, self, other)
-
-    def mean(self) -> jax.Array:
-        """The mean; 0 if there is nothing to average."""
-        return self.numerator / jnp.where(self.denominator == 0, 1, self.denominator)
-
-
 class LossSums(flax.struct.PyTreeNode):
     """An objective's loss and metrics on a batch.
 
     Attributes:
-      loss: the minimised loss.
+      loss: the objective's own loss.
       metrics: logged metrics, by name.
+      auxiliary: the model's own losses, see `Output.auxiliary`; they are added to the objective's loss, and logged.
     """
 
     loss: Ratio
     metrics: dict[str, Ratio]
+    auxiliary: Auxiliaries = flax.struct.field(default_factory=dict)
 
     def __add__(self, other: Self) -> Self:
-        return type(self)(self.loss + other.loss, {k: v + other.metrics[k] for k, v in self.metrics.items()})
+        metrics = {name: ratio + other.metrics[name] for name, ratio in self.metrics.items()}
+        return type(self)(self.loss + other.loss, metrics, merged(self.auxiliary, other.auxiliary))
+
+    def total(self) -> jax.Array:
+        """Returns the minimised loss: the objective's mean plus the weighted means of the auxiliary losses."""
+        return sum((aux.weight * aux.ratio.mean() for aux in self.auxiliary.values()), start=self.loss.mean())
+
+    def denominators(self) -> dict[str, jax.Array]:
+        """Returns the denominators of the terms of `total`: "loss" for the objective, then the auxiliary losses."""
+        return {"loss": self.loss.denominator, **{name: aux.ratio.denominator for name, aux in self.auxiliary.items()}}
+
+    def total_numerator(self, denominators: Mapping[str, jax.Array]) -> jax.Array:
+        """Returns a microbatch's share of the batch's `total`, times the batch's denominator of the objective's loss.
+
+        Args:
+          denominators: those of the whole batch.
+        """
+        over = {name: jax.lax.stop_gradient(jnp.where(x == 0, 1, x)) for name, x in denominators.items()}
+        shares = (
+            aux.weight * aux.ratio.numerator * (over["loss"] / over[name]) for name, aux in self.auxiliary.items()
+        )
+        return sum(shares, start=self.loss.numerator)
 
 
 @dataclasses.dataclass(frozen=True)

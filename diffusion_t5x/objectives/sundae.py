@@ -15,6 +15,7 @@ from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind
 from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.output import Auxiliaries, Ratio, merged
 from diffusion_t5x.models.reading import Reading, model_reads
 from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.sampling import Sampling, forbid, sample
@@ -122,12 +123,14 @@ class Sundae(Objective):
         kind = annealed(self.attention, self.anneal_steps, step, key)
         changed = normalized(batch, tokens != batch.tokens, "target_tokens")
         metrics = {"noise_fraction": changed}
-        terms = []
+        terms: list[Ratio] = []
+        auxiliary: Auxiliaries = {}
         encoded = model.encode(batch, encoder_keys if train else None)
         for unroll in range(self.num_unrolls + 1):
             term_keys = fold_in(dropout_keys, unroll) if train else None
-            hidden = reading.hidden(model, tokens, kind, encoded, term_keys)
-            loss, predicted, repaired = self._read_out(model, hidden, batch, fold_in(sample_keys, unroll))
+            output = reading.output(model, tokens, kind, encoded, term_keys)
+            auxiliary = merged(auxiliary, output.auxiliary)
+            loss, predicted, repaired = self._read_out(model, output.hidden, batch, fold_in(sample_keys, unroll))
             terms.append(normalized(batch, loss, self.normalize))
             metrics[f"loss_{unroll + 1}"] = normalized(batch, loss, "target_tokens")
             metrics[f"accuracy_{unroll + 1}"] = normalized(batch, predicted, "target_tokens")
@@ -135,7 +138,7 @@ class Sundae(Objective):
             tokens = jnp.where(batch.target_mask, repaired, batch.tokens)
         weights = self.weights or (1.0,) * len(terms)
         total = sum(weight * term.numerator for weight, term in zip(weights, terms, strict=True))
-        return LossSums(loss=terms[0].replace(numerator=total), metrics=metrics)
+        return LossSums(terms[0].replace(numerator=total), metrics, auxiliary)
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
         """Returns a lower bound of all targets: uniform-noise diffusion without unrolls, see `uniform_bound`."""
@@ -144,7 +147,7 @@ class Sundae(Objective):
         first_target = jnp.argmax(batch.target_mask, axis=-1, keepdims=True)
 
         def hidden(tokens):
-            return reading.hidden(model, tokens, self.attention, encoded)
+            return reading.output(model, tokens, self.attention, encoded).hidden
 
         return uniform_bound(model, hidden, batch, first_target, batch.target_mask, key, num_draws)
 

@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.training.loop import BatchIterator
+from diffusion_t5x.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,10 @@ class HostBatches:
     def __next__(self) -> Batch:
         parts = [next(shard) for shard in self._shards.values()]
         return jax.tree.map(lambda *x: np.concatenate(x)[self._rows], *parts)
+
+    def next_batch(self, state: TrainState) -> Batch:
+        """Returns the next batch, whatever the state."""
+        return next(self)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Returns the positions of all shards, also those of other processes: all must call it at the same time.

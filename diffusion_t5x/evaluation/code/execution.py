@@ -165,7 +165,7 @@ def check(
     programs: Sequence[str],
     tests: Sequence[Tests],
     *,
-    limits: Limits = Limits(),  # noqa: B008  (frozen)
+    limits: Limits = Limits(),
     workers: int | None = None,
     allow_unsafe: bool = False,
 ) -> list[Verdict]:

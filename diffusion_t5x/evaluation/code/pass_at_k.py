@@ -55,7 +55,7 @@ def pass_at_k_with_interval(n: int, passed: Sequence[int], k: int) -> tuple[floa
 def passed_tests(
     targets: Sequence[Tests],
     predictions: Sequence[str | Sequence[str]],
-    limits: Limits = Limits(),  # noqa: B008  (frozen)
+    limits: Limits = Limits(),
     workers: int | None = None,
     allow_unsafe: bool = False,
 ) -> dict[str, float]:
