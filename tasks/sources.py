@@ -1,113 +1,71 @@
-"""SeqIO sources: records that Python reads, shuffled as a whole, and data sets that TFDS has prepared."""
+"""Where tasks get their records: what Python reads, shuffled as a whole, and data sets that TFDS has prepared.
 
-import functools
+These say what there is; `in_seqio` makes SeqIO's source of it, which imports SeqIO.
+"""
+
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import seqio
-import tensorflow as tf
-import tensorflow_datasets as tfds
 
-from diffusion_t5x.errors import UserError
+if TYPE_CHECKING:
+    import seqio
 
 Record = Mapping[str, str | Sequence[str] | np.ndarray]
 
 
-def index_blocks(size: int, shuffle: bool, seed: int | None) -> tf.data.Dataset:
-    """The numbers below `size` in blocks of at most 64, in order or in a pseudorandom order, a new one each epoch.
-
-    It needs no buffer of examples, which would make checkpoints large.
-    """
-    blocks = tf.data.Dataset.range(size).batch(64)  # TensorFlow's cost is by the call
-    if not shuffle:
-        return blocks
-    shuffled = functools.partial(tf.random.experimental.index_shuffle, max_index=size - 1)
-    # Two numbers that differ from epoch to epoch.
-    epoch = tf.data.Dataset.range(256).shuffle(256, seed=seed).batch(2, drop_remainder=True).take(1)
-    return epoch.flat_map(lambda key: blocks.map(lambda indices: shuffled(indices, key)))
-
-
-class _Records(seqio.FunctionDataSource):
-    """A source that knows its files.
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """Records that Python holds or finds in its files: `load(split)` is called once, when first read.
 
     Attributes:
-      list_files: the files of a split.
-    """
-
-    list_files: Callable[[str], Sequence[str]]
-
-
-def records(
-    load: Callable[[str], Sequence[Record]], splits: Sequence[str], list_files: Callable[[str], Sequence[str]]
-) -> seqio.DataSource:
-    """A source of records that Python holds or finds in its files: `load(split)` is called once, when first read.
-
-    Args:
-      load: gives a sequence of at least one record; the first one tells the fields. Texts become strings `[]`, lists of
-        texts strings `[n]`, arrays of ids int32 `[n]`.
+      load: gives a sequence of at least one record; the first one tells the fields: texts, lists of texts or int32 ids.
       splits: what `load` knows.
       list_files: the files of a split.
     """
-    load = functools.cache(load)
 
-    def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-        found = load(split)
-        shapes = {name: [] if isinstance(value, str) else [None] for name, value in found[0].items()}
-        dtypes = [tf.int32 if isinstance(value, np.ndarray) else tf.string for value in found[0].values()]
+    load: Callable[[str], Sequence[Record]]
+    splits: Sequence[str]
+    list_files: Callable[[str], Sequence[str]]
 
-        def read(index: np.ndarray) -> list[np.ndarray]:
-            record = found[int(index)]
-            return [np.array(record[name], dtype.as_numpy_dtype) for name, dtype in zip(shapes, dtypes, strict=True)]
+    def in_seqio(self) -> "seqio.DataSource":
+        from diffusion_t5x.tasks import seqio_sources
 
-        def look_up(index: tf.Tensor) -> dict[str, tf.Tensor]:
-            # Stateless: else no position in the data could be saved.
-            values = tf.numpy_function(read, [index], dtypes, stateful=False)
-            return {name: tf.ensure_shape(x, shapes[name]) for name, x in zip(shapes, values, strict=True)}
-
-        indices = index_blocks(len(found), shuffle_files, seed).unbatch()
-        return indices.map(look_up).apply(tf.data.experimental.assert_cardinality(len(found)))
-
-    source = _Records(dataset, splits=splits)
-    source.list_files = list_files
-    return source
+        return seqio_sources.records(self.load, self.splits, self.list_files)
 
 
-class PreparedTfds(seqio.TfdsDataSource):
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Texts held in memory: `load(split)` gives equally long lists by field, and is called when they are first read."""
+
+    load: Callable[[str], Mapping[str, Sequence[str]]]
+    splits: Sequence[str]
+
+    def in_seqio(self) -> "seqio.DataSource":
+        from diffusion_t5x.tasks import seqio_sources
+
+        return seqio_sources.columns(self.load, self.splits)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedTfds:
     """A TFDS data set that has been downloaded and prepared before: a run never starts a download of its own.
 
-    Args:
+    Attributes:
       tfds_name: such as "squad/v1.1:3.0.0".
-      splits: SeqIO's names of the splits, and TFDS' names or slices for them.
-
-    Raises:
-      UserError: on first reading, if it is not there.
+      tfds_splits: SeqIO's names of the splits, and TFDS' names or slices for them.
     """
 
-    def __init__(self, tfds_name: str, splits: Mapping[str, str]):
-        super().__init__(tfds_name=tfds_name, splits=dict(splits), read_only=True)
+    tfds_name: str
+    tfds_splits: Mapping[str, str]
 
-    def get_dataset(self, *args: Any, **kwargs: Any) -> tf.data.Dataset:
-        self._check()
-        return super().get_dataset(*args, **kwargs)
+    @property
+    def splits(self) -> Sequence[str]:
+        return list(self.tfds_splits)
 
-    def list_shards(self, split: str) -> Sequence[str]:
-        self._check()
-        return super().list_shards(split)
+    def in_seqio(self) -> "seqio.DataSource":
+        """SeqIO's source, which raises a UserError on first reading if the data set is not there."""
+        from diffusion_t5x.tasks import seqio_sources
 
-    def num_input_examples(self, split: str) -> int | None:
-        self._check()
-        return super().num_input_examples(split)
-
-    def _check(self) -> None:
-        name = self.tfds_dataset.name
-        try:
-            # Not the loader's own builder, which is kept and would not see what is prepared later.
-            builder = tfds.builder(name, data_dir=self.tfds_dataset.data_dir)
-        except (tfds.core.DatasetNotFoundError, ValueError) as error:
-            raise UserError(f"TFDS has no data set {name!r}: {str(error).strip().splitlines()[0]}") from error
-        if not builder.is_prepared():
-            raise UserError(
-                f"The TFDS data set {name!r} is not in {builder.data_dir}. Prepare it once with `tfds build {name}`, "
-                "or name the folder that has it with --tfds_data_dir."
-            )
+        return seqio_sources.TfdsSource(self.tfds_name, self.tfds_splits)

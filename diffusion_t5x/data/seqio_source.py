@@ -1,12 +1,8 @@
 """Interface to SeqIO: tasks and mixtures by name, as batches of numpy arrays. TensorFlow is imported on first use."""
 
-import contextlib
 import dataclasses
 import difflib
-import functools
 import os
-import sys
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +11,11 @@ import numpy as np
 from diffusion_t5x.data import fingerprints, scoring
 from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.fingerprints import Fingerprint
+from diffusion_t5x.data.libraries import libraries
 from diffusion_t5x.data.rows import check_rows, fill_batches, rows_of_shard
-from diffusion_t5x.data.silence import silent_stderr
 from diffusion_t5x.data.truncation import CutCounter
 from diffusion_t5x.data.vocabularies import TokenIds, cells, difference, piece, signs, source_of, to_text, token_ids
+from diffusion_t5x.data.vocabulary import own
 from diffusion_t5x.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,8 +26,6 @@ if TYPE_CHECKING:
     from diffusion_t5x.data.train_iterator import TrainIterator
 
 FEATURES = ("inputs", "targets")
-# TensorFlow imports Keras, which nothing here uses, and Keras these where they are there: a third of the time.
-_OF_KERAS = ("matplotlib", "pandas", "sklearn")
 
 
 def _without_autotuning() -> "tf.data.Options":
@@ -38,32 +33,6 @@ def _without_autotuning() -> "tf.data.Options":
     options = libraries()[1].data.Options()
     options.autotune.enabled = False
     return options
-
-
-@functools.cache
-def libraries() -> tuple[types.ModuleType, types.ModuleType]:
-    """SeqIO and TensorFlow, silenced and kept off the accelerators, which belong to JAX."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    with silent_stderr(), _without(*_OF_KERAS):
-        import seqio
-        import tensorflow as tf
-
-        with contextlib.suppress(RuntimeError):  # the caller has set TensorFlow up already
-            tf.config.set_visible_devices([], "GPU")
-    return seqio, tf
-
-
-@contextlib.contextmanager
-def _without(*modules: str) -> Iterator[None]:
-    """Lets imports go on as if these modules, where nothing has imported them yet, were not installed."""
-    hidden = [name for name in modules if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None is how Python marks them
-    try:
-        yield
-    finally:
-        for name in hidden:
-            del sys.modules[name]
 
 
 def _plain(value: Any) -> Any:
@@ -137,7 +106,7 @@ class SeqioDataset:
             raise UserError(f"{where} has no inputs for the encoder: use a decoder-only model or another task.")
         check_rows(self.task_feature_lengths, self.batch_size, self.pack, self.canvas)
         vocabularies = [provider.output_features[name].vocabulary for name in wanted]
-        if vocabularies[0] != vocabularies[-1]:
+        if own(vocabularies[0]) != own(vocabularies[-1]):
             raise UserError(
                 f"inputs and targets of {where} must share one vocabulary, as they share an embedding: "
                 f"{difference(vocabularies[0], vocabularies[-1])}. Give both features the same."

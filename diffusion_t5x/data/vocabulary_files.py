@@ -1,16 +1,14 @@
 """Vocabularies by their files."""
 
 import os
-from typing import TYPE_CHECKING
 
+from diffusion_t5x.data.plain_vocabularies import ByteVocabulary
 from diffusion_t5x.data.vocabularies import SENTINELS, sentinels
+from diffusion_t5x.data.vocabulary import Vocabulary
 from diffusion_t5x.errors import UserError
 
-if TYPE_CHECKING:
-    import seqio
 
-
-def vocabulary(file: str | None, extra_ids: int = SENTINELS) -> "seqio.Vocabulary":
+def vocabulary(file: str | None, extra_ids: int = SENTINELS) -> Vocabulary:
     """A vocabulary by its file.
 
     Args:
@@ -22,11 +20,8 @@ def vocabulary(file: str | None, extra_ids: int = SENTINELS) -> "seqio.Vocabular
     Raises:
       UserError: there is no such file, or it is none of these.
     """
-    import seqio
-    from google.protobuf.message import DecodeError
-
     if file is None:
-        return seqio.ByteVocabulary(extra_ids=extra_ids)
+        return ByteVocabulary(extra_ids=extra_ids)
     path = os.path.expanduser(file)
     if not os.path.isfile(path):
         raise UserError(
@@ -41,6 +36,8 @@ def vocabulary(file: str | None, extra_ids: int = SENTINELS) -> "seqio.Vocabular
         from diffusion_t5x.data.llama2c_vocabulary import Llama2cVocabulary
 
         return Llama2cVocabulary(path)
+    from google.protobuf.message import DecodeError
+
     from diffusion_t5x.data.sentencepiece_vocabulary import SentencePieceVocabulary, with_added_tokens
 
     own = SentencePieceVocabulary(path)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from diffusion_t5x.checkpointing.record import Record
 from diffusion_t5x.checkpointing.streaming import Streamed
-from diffusion_t5x.data.seqio_source import libraries
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.data.vocabulary_files import vocabulary
 from diffusion_t5x.importing import families, hub, importing, output
@@ -67,6 +66,5 @@ def _opened(path: str, ignore_keys: Sequence[str] = ()) -> tuple[Folder, Describ
     folder = Folder.open(hub.local_folder(path)).without_keys(ignore_keys)
     described = families.describe(folder)
     tokenizer = folder.tokenizer()
-    libraries()  # seconds, which a folder that is refused need not cost
     ids = token_ids(vocabulary(str(tokenizer)))
     return folder, described, importing.definition_of(folder, described, ids, tokenizer), tokenizer
