@@ -5,9 +5,12 @@ import functools
 import os
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from diffusion_t5x.data.silence import silent_stderr
+
+# TensorFlow imports Keras, which nothing here uses, and Keras these where they are there: a third of the time.
+_OF_KERAS = ("matplotlib", "pandas", "sklearn")
 
 _waiting: list[Callable[[types.ModuleType], object]] = []
 
@@ -31,10 +34,22 @@ def when_needed(register: Callable[[types.ModuleType], object]) -> None:
 def _imported() -> tuple[types.ModuleType, types.ModuleType]:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    with silent_stderr():
+    with silent_stderr(), _without(*_OF_KERAS):
         import seqio
         import tensorflow as tf
 
         with contextlib.suppress(RuntimeError):  # the caller has set TensorFlow up already
             tf.config.set_visible_devices([], "GPU")
     return seqio, tf
+
+
+@contextlib.contextmanager
+def _without(*modules: str) -> Iterator[None]:
+    """Lets imports go on as if these modules, where nothing has imported them yet, were not installed."""
+    hidden = [name for name in modules if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None is how Python marks them
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]

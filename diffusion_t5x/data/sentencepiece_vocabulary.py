@@ -146,7 +146,9 @@ def _load(contents: bytes, extra_ids: int, added: tuple[tuple[int, AddedToken], 
         # Matched in a text as it stands, as the sentinels are.
         model.pieces.add(piece=token.content, score=0.0, type=kinds.USER_DEFINED)
     contents = model.SerializeToString()
-    return contents, sentencepiece.SentencePieceProcessor(model_proto=contents), num_before
+    processor = sentencepiece.SentencePieceProcessor()
+    processor.LoadFromSerializedProto(contents)
+    return contents, processor, num_before
 
 
 @functools.lru_cache(maxsize=4)
