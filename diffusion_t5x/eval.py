@@ -102,6 +102,8 @@ def evaluate(
     if (loss_evals or likelihood_evals) and objective is None:
         raise UserError("evaluate.loss_evals and likelihood_evals need evaluate.objective. Include one of objectives/.")
     check_datasets([ev.dataset for ev in evals], model, device_mesh)
+    for ev in decode_evals:
+        ev.dataset.check_scoring()
     settings = results.describe(
         {
             "evaluations": evals,

@@ -167,9 +167,9 @@ def train(
     with nullcontext(lambda: None) if dry_run else locked(model_dir) as check_folder:
         folder = os.path.join(model_dir, "checkpoints")
         start = Start.find(folder, initial_checkpoint_path, restore_rules, allow_older_checkpoint)
+        teacher_path = _find_teacher(objective, teacher_checkpoint_path, bool(dry_run))
         _check_data(device_mesh, model, train_dataset, loss_evals, decode_evals, num_microbatches)
         check_rollout(objective, model, rollout, train_dataset)
-        teacher_path = _find_teacher(objective, teacher_checkpoint_path, bool(dry_run))
         definition = lora_training.define(model, train_dataset.token_ids(), lora)
         abstract = abstract_state(device_mesh, definition, optimizer, ema_decay is not None)
         record = _record(definition, objective, train_dataset, decode_evals, lora)
@@ -273,6 +273,8 @@ def _check_data(
     """Raises a UserError where a data set does not fit the model or the mesh, or batches do not divide."""
     datasets: list[Dataset] = [dataset, *(ev.dataset for ev in loss_evals), *(ev.dataset for ev in decode_evals)]
     check_datasets(datasets, model, mesh)
+    for ev in decode_evals:
+        ev.dataset.check_scoring()
     rows = dataset.batch_size
     if num_microbatches < 1 or rows % num_microbatches:
         raise UserError(f"A batch of {rows} rows cannot be cut into num_microbatches = {num_microbatches}.")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffusion_t5x import json_lines
-from diffusion_t5x.data import chat_template, vocabulary_files
+from diffusion_t5x.data import chat_template, libraries, vocabulary_files
 from diffusion_t5x.data.chat_template import ChatTemplate, Message
 from diffusion_t5x.data.huggingface_vocabulary import HuggingFaceVocabulary
 from diffusion_t5x.errors import UserError, did_you_mean
@@ -77,7 +77,9 @@ def task(
             "shuffle_buffer_size": 1,
         }
 
-    return registration.add(name, make)
+    registration.add(name, make)
+    libraries.sources[name] = source
+    return name
 
 
 def _turns(files: Sequence[str], template: ChatTemplate) -> Records:

@@ -6,7 +6,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from diffusion_t5x.data.libraries import when_needed
+from diffusion_t5x.data import libraries
 from diffusion_t5x.data.vocabulary_files import vocabulary
 from diffusion_t5x.errors import UserError, did_you_mean
 from diffusion_t5x.tasks import preprocessors as pretraining
@@ -18,11 +18,8 @@ MetricFn = Callable[[Sequence[Any], Sequence[str]], Mapping[str, float]]
 Preprocessor = Callable[..., Any]  # the last returns a tf.data.Dataset
 
 
-class Source(Protocol):
-    """Where a task's records come from, as far as it can be said without SeqIO."""
-
-    @property
-    def splits(self) -> Sequence[str]: ...
+class Source(libraries.Source, Protocol):
+    """Where a task's records come from."""
 
     def in_seqio(self) -> "seqio.DataSource":
         """SeqIO's source."""
@@ -94,7 +91,9 @@ def task(
             "shuffle_buffer_size": buffer,
         }
 
-    return add(name, make)
+    add(name, make)
+    libraries.sources[name] = source
+    return name
 
 
 def add(name: str, make: Callable[[], Mapping[str, Any]]) -> str:
@@ -108,13 +107,14 @@ def add(name: str, make: Callable[[], Mapping[str, Any]]) -> str:
       UserError: a name that SeqIO does not take.
     """
     _check_name(name)
+    libraries.sources.pop(name, None)
 
     def register(seqio: types.ModuleType) -> None:
         arguments = make()
         _remove(seqio, name)
         seqio.TaskRegistry.add(name, **arguments)
 
-    when_needed(register)
+    libraries.when_needed(register)
     return name
 
 
@@ -131,6 +131,7 @@ def mixture(name: str, tasks: Sequence[tuple[str, float | Callable[..., float]]]
         a task that is not registered.
     """
     _check_name(name)
+    libraries.sources.pop(name, None)
     for part, rate in tasks:
         if not callable(rate) and rate <= 0:
             raise UserError(f"The rate of {part!r} in the mixture {name!r} must be positive, not {rate}.")
@@ -146,7 +147,7 @@ def mixture(name: str, tasks: Sequence[tuple[str, float | Callable[..., float]]]
         _remove(seqio, name)
         seqio.MixtureRegistry.add(name, list(tasks))
 
-    when_needed(register)
+    libraries.when_needed(register)
     return name
 
 

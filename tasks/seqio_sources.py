@@ -41,7 +41,6 @@ def records(
     load: Callable[[str], Sequence[Record]], splits: Sequence[str], list_files: Callable[[str], Sequence[str]]
 ) -> RecordSource:
     """The source of `sources.Records`. Texts become strings `[]`, lists of texts strings `[n]`, ids int32 `[n]`."""
-    load = functools.cache(load)
 
     def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         found = load(split)

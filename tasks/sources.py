@@ -4,6 +4,7 @@ These say what there is; `in_seqio` makes SeqIO's source of it, which imports Se
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,19 +16,23 @@ if TYPE_CHECKING:
 Record = Mapping[str, str | Sequence[str] | np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True)
 class Records:
-    """Records that Python holds or finds in its files: `load(split)` is called once, when first read.
+    """Records that Python holds or finds in its files.
 
-    Attributes:
+    Args:
       load: gives a sequence of at least one record; the first one tells the fields: texts, lists of texts or int32 ids.
+        It is called once for a split.
       splits: what `load` knows.
       list_files: the files of a split.
     """
 
-    load: Callable[[str], Sequence[Record]]
-    splits: Sequence[str]
-    list_files: Callable[[str], Sequence[str]]
+    def __init__(
+        self, load: Callable[[str], Sequence[Record]], splits: Sequence[str], list_files: Callable[[str], Sequence[str]]
+    ):
+        self.load, self.splits, self.list_files = functools.cache(load), splits, list_files
+
+    def check(self, split: str) -> None:
+        self.load(split)
 
     def in_seqio(self) -> "seqio.DataSource":
         from diffusion_t5x.tasks import seqio_sources
@@ -41,6 +46,9 @@ class Columns:
 
     load: Callable[[str], Mapping[str, Sequence[str]]]
     splits: Sequence[str]
+
+    def check(self, split: str) -> None:
+        pass  # they are no files
 
     def in_seqio(self) -> "seqio.DataSource":
         from diffusion_t5x.tasks import seqio_sources
@@ -63,6 +71,9 @@ class PreparedTfds:
     @property
     def splits(self) -> Sequence[str]:
         return list(self.tfds_splits)
+
+    def check(self, split: str) -> None:
+        pass  # TFDS imports TensorFlow
 
     def in_seqio(self) -> "seqio.DataSource":
         """SeqIO's source, which raises a UserError on first reading if the data set is not there."""

@@ -5,7 +5,8 @@ import functools
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 from diffusion_t5x.data.silence import silent_stderr
 
@@ -13,6 +14,20 @@ from diffusion_t5x.data.silence import silent_stderr
 _OF_KERAS = ("matplotlib", "pandas", "sklearn")
 
 _waiting: list[Callable[[types.ModuleType], object]] = []
+
+
+class Source(Protocol):
+    """Where a task's records come from, as far as it can be said without SeqIO."""
+
+    @property
+    def splits(self) -> Sequence[str]: ...
+
+    def check(self, split: str) -> None:
+        """Raises a UserError for what is wrong with the records of a split, if they can be read without SeqIO."""
+
+
+# Of the tasks that were declared here, by name.
+sources: dict[str, Source] = {}
 
 
 def libraries() -> tuple[types.ModuleType, types.ModuleType]:
