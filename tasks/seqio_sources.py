@@ -14,7 +14,7 @@ from diffusion_t5x.tasks.sources import Record
 
 
 def index_blocks(size: int, shuffle: bool, seed: int | None) -> tf.data.Dataset:
-    """The numbers below `size` in blocks of at most 64, in order or in a pseudorandom order, a new one each epoch.
+    """Returns the numbers below `size` in blocks of at most 64, in order or in a pseudorandom order, new each epoch.
 
     It needs no buffer of examples, which would make checkpoints large.
     """
@@ -40,7 +40,7 @@ class RecordSource(seqio.FunctionDataSource):
 def records(
     load: Callable[[str], Sequence[Record]], splits: Sequence[str], list_files: Callable[[str], Sequence[str]]
 ) -> RecordSource:
-    """The source of `sources.Records`. Texts become strings `[]`, lists of texts strings `[n]`, ids int32 `[n]`."""
+    """Returns the source of `sources.Records`. Texts become strings `[]`, lists of texts strings `[n]`, ids int32 `[n]`."""
 
     def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         found = load(split)
@@ -97,7 +97,7 @@ class TfdsSource(seqio.TfdsDataSource):
 
 
 def columns(load: Callable[[str], Mapping[str, Sequence[str]]], splits: Sequence[str]) -> seqio.DataSource:
-    """The source of `sources.Columns`."""
+    """Returns the source of `sources.Columns`."""
 
     def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         table = {name: tf.constant(texts) for name, texts in load(split).items()}

@@ -5,14 +5,18 @@ These say what there is; `in_seqio` makes SeqIO's source of it, which imports Se
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from diffusion_t5x.errors import UserError
+
 if TYPE_CHECKING:
     import seqio
 
+_TFDS_NAME = re.compile(r"\w+(/[\w.+-]+)?(:[\d.*]+)?")
 Record = Mapping[str, str | Sequence[str] | np.ndarray]
 
 
@@ -61,12 +65,20 @@ class PreparedTfds:
     """A TFDS data set that has been downloaded and prepared before: a run never starts a download of its own.
 
     Attributes:
-      tfds_name: such as "squad/v1.1:3.0.0".
+      tfds_name: name and version, such as "squad/v1.1:3.0.0".
       tfds_splits: SeqIO's names of the splits, and TFDS' names or slices for them.
+
+    Raises:
+      UserError: a name with more than a data set, its config and version.
     """
 
     tfds_name: str
     tfds_splits: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        if not _TFDS_NAME.fullmatch(self.tfds_name):
+            # A namespace, as in "huggingface:x", would be looked up in the net; arguments could name another folder.
+            raise UserError(f"{self.tfds_name!r} is no data set of TFDS: write its name as in 'squad/v1.1:3.0.0'.")
 
     @property
     def splits(self) -> Sequence[str]:

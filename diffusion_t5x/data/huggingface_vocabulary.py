@@ -10,37 +10,36 @@ from typing import Any, TypeGuard
 import numpy as np
 import tokenizers
 
-from diffusion_t5x.data import tokenizer_files
+from diffusion_t5x.data import qwen2_tokenizer, tokenizer_files
 from diffusion_t5x.data.vocabulary import Vocabulary
 from diffusion_t5x.errors import UserError
 
-_ROLES = ("bos", "eos", "pad", "unk")
+_ROLES = ("bos", "eos", "pad", "unk", "mask")
 
 
 class HuggingFaceVocabulary(Vocabulary):
-    """Encodes and decodes with the `tokenizers` library, without the special tokens that it adds around a text.
+    """Encodes and decodes with the `tokenizers` library, without the special tokens it adds around a text.
 
     What ends a text, begins one and pads is named by the files beside the tokenizer, with the precedence that they have
     in `transformers`: tokenizer_config.json where it has `added_tokens_decoder`, else special_tokens_map.json before
     it; config.json comes last. Where none names a pad token, EOS pads. Tokens that these files add are added.
-    `contents` are the tokenizer's file and these ids.
+    MASK is config.json's `mask_token_id`, which may lie behind the tokenizer's ids, or else the mask token that the
+    other files name. `contents` are the tokenizer's file and these ids.
 
     Args:
-      path: a tokenizer.json.
+      path: a tokenizer.json; or merges.txt, with a vocab.json beside it, which are read as Qwen2's.
+      mask_id: of MASK; None takes the one that the files name.
 
     Raises:
-      UserError: it cannot be read, is no such file, or nothing beside it names a token that ends a text.
+      UserError: it cannot be read or has another format, or nothing beside it names a token that ends a text.
     """
 
     contents = b""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, mask_id: int | None = None):
         self.file = path
         file = pathlib.Path(path).expanduser()
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"Cannot read the tokenizer {path}: {error}.") from error
+        text = qwen2_tokenizer.text(file) if file.name == qwen2_tokenizer.MERGES else tokenizer_files.read_text(file)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises no class of its own
@@ -53,6 +52,7 @@ class HuggingFaceVocabulary(Vocabulary):
         tokenizer_files.check_room(ids, files, file)
         self._size = 1 + max(ids)
         self._ids = _special_ids(file.parent, self._tokenizer)
+        self._ids["mask"] = self._ids["mask"] if mask_id is None else mask_id
         eos_id, pad_id = self._ids["eos"], self._ids["pad"]
         if eos_id is None:
             raise UserError(
@@ -61,6 +61,8 @@ class HuggingFaceVocabulary(Vocabulary):
             )
         self._eos_id, self._pad_id = eos_id, eos_id if pad_id is None else pad_id
         self._ids["pad"] = self._pad_id
+        if self._ids["mask"] is None:
+            del self._ids["mask"]  # so that `contents` stay those of vocabularies from before there were masks
         self.contents = f"{json.dumps(self._ids)} {self._text}".encode()
 
     @property
@@ -74,6 +76,10 @@ class HuggingFaceVocabulary(Vocabulary):
     @property
     def pad_id(self) -> int:
         return self._pad_id
+
+    @property
+    def mask_id(self) -> int | None:
+        return self._ids.get("mask")
 
     @property
     def unk_id(self) -> int | None:
@@ -137,7 +143,7 @@ class HuggingFaceVocabulary(Vocabulary):
 
     @functools.cached_property
     def _part_tokenizer(self) -> tokenizers.Tokenizer:
-        """The same without a space in front."""
+        """The tokenizer without the space that it adds in front of a text."""
         spec = json.loads(self._text)
         for part in _parts(spec["normalizer"]):
             if part["type"] == "Prepend":
@@ -151,10 +157,10 @@ class HuggingFaceVocabulary(Vocabulary):
 
 
 def _add_tokens(tokenizer: tokenizers.Tokenizer, file: pathlib.Path) -> bool:
-    """Adds the tokens that the files beside a tokenizer.json name and it lacks, as `transformers` does.
+    """Adds the tokens that the files beside a tokenizer.json name and it lacks, like `transformers`.
 
     Raises:
-      UserError: one has another id in the tokenizer than it is said to have.
+      UserError: a token has another id in the tokenizer than the files say.
     """
     found = sorted(tokenizer_files.added_tokens(file.parent).items())
     lacking = [token for _, token in found if tokenizer.token_to_id(token.content) is None]
@@ -171,12 +177,14 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, file: pathlib.Path) -> bool:
 
 
 def _special_ids(folder: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> dict[str, int | None]:
-    """The id of each role, from the first file that names it."""
+    """The id of each role, from the first file that names it; but MASK's from config.json first."""
     names = [tokenizer_files.CONFIG, tokenizer_files.SPECIAL, "config.json"]
     files = {folder / name: tokenizer_files.read(folder / name) for name in names}
     if "added_tokens_decoder" not in files[folder / names[0]]:
         names[:2] = names[1::-1]
     ids: dict[str, int | None] = dict.fromkeys(_ROLES)
+    said = files[folder / "config.json"].get("mask_token_id")
+    ids["mask"] = said if _is_id(said) else None
     for file in (folder / name for name in names):
         for role in _ROLES:
             text = tokenizer_files.token_text(files[file], f"{role}_token", file)
@@ -192,7 +200,7 @@ def _is_id(token: Any) -> TypeGuard[int]:
 
 
 def _parts(component: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The parts of a normalizer, pre-tokenizer or decoder, sequences unfolded."""
+    """Returns the parts of a normalizer, pre-tokenizer or decoder, with sequences flattened."""
     if component is None:
         return []
     inner = next((component[key] for key in ("normalizers", "pretokenizers", "decoders") if key in component), None)
@@ -200,7 +208,7 @@ def _parts(component: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _byte_characters() -> dict[str, int]:
-    """The printable character that stands for each byte in byte-level vocabularies (GPT-2's `encoder.py`)."""
+    """Returns the printable character for each byte in byte-level vocabularies (GPT-2's `encoder.py`)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -1,4 +1,4 @@
-"""SentencePiece models, also with sentinels and other tokens added after their pieces."""
+"""SentencePiece models, optionally with sentinels and other tokens added after their pieces."""
 
 import functools
 import itertools
@@ -19,14 +19,14 @@ _SENTINEL = re.compile("▁?<extra_id_[0-9]+>")
 
 
 class SentencePieceVocabulary(Vocabulary):
-    """A SentencePiece model, sentinels behind it (numbered downwards, as T5's), and then the tokens that files add.
+    """A SentencePiece model followed by sentinels (numbered downwards, as T5's) and by the tokens that files add.
 
     The model is read on first use.
 
     Args:
-      path: the model.
-      extra_ids: how many sentinels.
-      added: contents of the tokens, and whether each is special, by id. Ids between them stand for nothing.
+      path: the model's file.
+      extra_ids: number of sentinels.
+      added: by id, the added tokens' contents, and True for special ones. Ids between them stand for nothing.
     """
 
     def __init__(self, path: str, extra_ids: int = 0, added: tuple[tuple[int, AddedToken], ...] = ()):
@@ -79,7 +79,7 @@ class SentencePieceVocabulary(Vocabulary):
         return text
 
     def sentinel_ids(self) -> Sequence[int]:
-        """The last ids before the added tokens, as far as they are sentinels."""
+        """Returns the last ids before the added tokens, as far as they are sentinels."""
         end = self._model[2]
         names = ((number, self.tokenizer.IdToPiece(end - 1 - number)) for number in range(end))
         found = itertools.takewhile(lambda x: x[1].removeprefix("▁") == f"<extra_id_{x[0]}>", names)
@@ -128,7 +128,7 @@ def tf_tokenizer(model: bytes) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _load(contents: bytes, extra_ids: int, added: tuple[tuple[int, AddedToken], ...]) -> tuple[bytes, Any, int]:
-    """The model's contents with sentinels and the added tokens as pieces, its processor, and the first added id."""
+    """Returns the model's contents with sentinels and the added tokens as pieces, its processor, the first added id."""
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
 
@@ -153,7 +153,7 @@ def _load(contents: bytes, extra_ids: int, added: tuple[tuple[int, AddedToken], 
 
 @functools.lru_cache(maxsize=4)
 def _part_model(contents: bytes, begins: bool) -> tuple[Any, bool]:
-    """The SentencePiece model that drops no spaces, and whether the vocabulary itself does."""
+    """Returns the SentencePiece model that keeps all spaces, and True if the vocabulary itself drops some."""
     import sentencepiece
 
     proto = _proto(contents)
@@ -175,16 +175,16 @@ def _proto(contents: bytes) -> Any:
 
 
 def with_added_tokens(own: SentencePieceVocabulary, extra_ids: int) -> SentencePieceVocabulary:
-    """A SentencePiece model's vocabulary with sentinels and the tokens that files beside it add.
+    """Returns a SentencePiece model's vocabulary with sentinels and the tokens that files beside it add.
 
-    An added token where a sentinel would be says that there are none.
+    An added token in place of a sentinel means that there are no sentinels.
 
     Args:
       own: the model alone.
-      extra_ids: how many sentinels would stand behind its pieces.
+      extra_ids: number of sentinels after its pieces, if any.
 
     Raises:
-      UserError: an added token has an id of another piece, or one beyond what the files can hold.
+      UserError: an added token has the id of another piece, or one beyond the maximum for the files.
     """
     assert own.file is not None
     path = pathlib.Path(own.file)

@@ -39,6 +39,11 @@ class Vocabulary(abc.ABC):
     def eos_id(self) -> int: ...
 
     @property
+    def mask_id(self) -> int | None:
+        """The id of MASK, if the vocabulary names one; it may lie behind all others."""
+        return None
+
+    @property
     def pad_id(self) -> int:
         return 0
 
@@ -57,30 +62,30 @@ class Vocabulary(abc.ABC):
 
     @abc.abstractmethod
     def is_text(self) -> np.ndarray:
-        """bool `[vocab_size]`: whether an id is a piece of text."""
+        """bool `[vocab_size]`: True for ids that are pieces of text."""
 
     def sentinel_ids(self) -> Sequence[int]:
-        """The ids of `<extra_id_0>`, `<extra_id_1>` ..., as far as there are such tokens."""
+        """The ids of `<extra_id_0>`, `<extra_id_1>` ..., as far as they exist."""
         return []
 
     @abc.abstractmethod
     def piece(self, token: int) -> bytes:
-        """The bytes of one id; a byte may be only part of a character. Special ids return their names: "<s>"."""
+        """Returns the bytes of one id; a byte may be only part of a character. Special ids have names such as "<s>"."""
 
     @abc.abstractmethod
     def encode_part(self, text: str, begins: bool) -> list[int]:
-        """The tokens of a part of a text, with a space in front only where it `begins` the text."""
+        """Encodes a part of a text, with a space in front only if it `begins` the text."""
 
     def source(self) -> dict[str, Any] | None:
-        """The arguments by which `vocabulary_files.vocabulary` makes it again; None if it cannot."""
+        """Returns the arguments of `vocabulary_files.vocabulary` that make this vocabulary; None if there are none."""
         return {"file": self.file, "extra_ids": self.extra_ids} if self.file else None
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text, without EOS."""
+        """Returns the tokens of a text, without EOS."""
         return self._to_ids(text.encode())
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, up to the first EOS."""
+        """Returns the text of ids, up to the first EOS."""
         return self._to_bytes(self._up_to_end(ids)).decode(errors="replace")
 
     # Stateless: else no position in data that are tokenised on the way could be saved.
@@ -106,14 +111,14 @@ class Vocabulary(abc.ABC):
 
     @abc.abstractmethod
     def _to_ids(self, text: bytes) -> list[int]:
-        """The tokens of a text in UTF-8."""
+        """Returns the tokens of a UTF-8 text."""
 
     @abc.abstractmethod
     def _to_bytes(self, ids: Sequence[int]) -> bytes:
-        """The text of ids in UTF-8, if they are one."""
+        """Returns the text of ids as UTF-8, if it is valid."""
 
     def _up_to_end(self, ids: Iterable[int]) -> list[int]:
-        """The ids up to the first EOS, those that the vocabulary does not have as unknown ones."""
+        """Returns the ids up to the first EOS, those that the vocabulary does not have as unknown ones."""
         known = [token if token < self.vocab_size or self.unk_id is None else self.unk_id for token in map(int, ids)]
         return known[: known.index(self.eos_id) + 1] if self.eos_id in known else known
 
@@ -126,7 +131,7 @@ if TYPE_CHECKING:
 
 
 def own(vocabulary: "AnyVocabulary") -> Vocabulary:
-    """The vocabulary itself, or this project's view of one of SeqIO's.
+    """Returns the vocabulary itself, or this project's view of one of SeqIO's.
 
     Raises:
       UserError: it has no EOS, or is of a kind whose ids nothing is known of.

@@ -1,7 +1,7 @@
-"""The loop of all decoders that denoise.
+"""The loop of all denoising decoders.
 
-A `StepRule` says what one step may write, and writes it. `decode_canvas` runs a rule over whole rows; `BlockDecoder`
-and `SelfSpeculationDecoder` run it over blocks, which they read in another way.
+A `StepRule` defines what one step may write, and writes it. `decode_canvas` runs a rule over whole rows; `BlockDecoder`
+and `SelfSpeculationDecoder` run it over blocks, which they read through a cache.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace
+from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.masks import BIDIRECTIONAL
 from diffusion_t5x.models.reading import Reading
@@ -25,11 +26,12 @@ class Written(flax.struct.PyTreeNode):
     """The output of one step.
 
     Attributes:
-      tokens: int32 `[B, L]`, the rows after it.
-      mask: bool `[B, L]`, where it wrote, the same token anew or another.
-      log_probability: float32 `[B, L]`, of what it wrote there, at temperature 1 over what may be written.
-      score: float32 `[B]`, what it adds to the row's score, a sum over targets: higher is better.
-      finished: bool `[B]`, rows that need no more steps, whatever is eligible; None: no row.
+      tokens: int32 `[B, L]`, the rows after the step.
+      mask: bool `[B, L]`, the positions that it wrote, even if the token is the same.
+      log_probability: float32 `[B, L]`, log-probability of the written tokens, at temperature 1 over all ids that may
+        be written.
+      score: float32 `[B]`, added to the row's score, a sum over targets: higher is better.
+      finished: bool `[B]`, rows that need no more steps even if positions are eligible; None: no row.
     """
 
     tokens: jax.Array
@@ -43,8 +45,9 @@ class Canvas(flax.struct.PyTreeNode):
     """Rows, or a block of each, between two steps.
 
     Attributes:
-      step: int32 scalar, steps taken.
+      step: int32 scalar, number of steps taken.
       tokens: int32 `[B, L]`.
+      target_mask: bool `[B, L]`, what is to be written.
       log_probability: float32 `[B, L]`, of each token in the step that wrote it; 0 where none has.
       written_at: int32 `[B, L]`, that step, counted from 0; -1 where none has.
       score: float32 `[B]`, of the row so far.
@@ -54,6 +57,7 @@ class Canvas(flax.struct.PyTreeNode):
 
     step: jax.Array
     tokens: jax.Array
+    target_mask: jax.Array
     log_probability: jax.Array
     written_at: jax.Array
     score: jax.Array
@@ -61,12 +65,13 @@ class Canvas(flax.struct.PyTreeNode):
     finished: jax.Array
 
     @classmethod
-    def start(cls, tokens: jax.Array, score: jax.Array | None = None) -> Self:
+    def start(cls, tokens: jax.Array, target_mask: jax.Array, score: jax.Array | None = None) -> Self:
         """Before the first step, with a score that steps add to; None is 0."""
         rows = len(tokens)
         return cls(
             step=jnp.int32(0),
             tokens=tokens,
+            target_mask=target_mask,
             log_probability=jnp.zeros(tokens.shape, jnp.float32),
             written_at=jnp.full(tokens.shape, -1, jnp.int32),
             score=jnp.zeros(rows, jnp.float32) if score is None else score,
@@ -75,7 +80,7 @@ class Canvas(flax.struct.PyTreeNode):
         )
 
     def after(self, written: Written, takes_part: jax.Array) -> Self:
-        """After one more step, in which these rows, bool `[B]`, took part."""
+        """Returns the state after one more step, in which these rows, bool `[B]`, took part."""
         return self.replace(
             step=self.step + 1,
             tokens=written.tokens,
@@ -88,28 +93,31 @@ class Canvas(flax.struct.PyTreeNode):
 
 
 class StepRule(Decoder, Protocol):
-    """A frozen dataclass that says what one denoising step may write, and writes it.
+    """A frozen dataclass that defines what one denoising step may write, and writes it.
 
-    By itself it is a decoder of whole canvases, see `decode_canvas`; `BlockDecoder` writes blocks by it. What it draws
-    at a position depends on the row's key, the step and the position's number alone.
+    On its own it decodes whole canvases, see `decode_canvas`; `BlockDecoder` writes blocks with it. Random draws at a
+    position depend only on the row's key, the step and the position's number.
 
     Attributes:
       keeps_written: a target is MASK until a step writes it, and keeps what that step wrote.
       num_samples: canvases for each example, of which the one of best score is kept.
+      guidance: g of classifier-free guidance (arXiv 2207.12598): each step reads the canvas once more with all inputs
+        masked, and its logits are `u + (1 + g) (c - u)` of those without inputs, u, and with them, c. 0 reads once.
     """
 
     fills_holes: ClassVar[bool] = True
     keeps_written: ClassVar[bool] = False
     num_samples: int = 1
+    guidance: float = 0.0
 
     def blank(self, batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
-        """The rows int32 `[B, L]` with what stands at the targets before the first step; keys `[B]`."""
+        """Returns the rows int32 `[B, L]` with the targets as they are before the first step; keys `[B]`."""
 
     def eligible(self, tokens: jax.Array, target_mask: jax.Array, vocabulary: TokenIds, step: jax.Array) -> jax.Array:
-        """bool `[B, L]`: targets that a step may write. A row with none is done."""
+        """Returns bool `[B, L]`: the targets that a step may write. A row without any is done."""
 
     def most_steps(self, num_targets: int) -> int:
-        """The maximum number of steps for `num_targets` targets."""
+        """Returns the maximum number of steps for `num_targets` targets."""
 
     def write(
         self,
@@ -120,13 +128,13 @@ class StepRule(Decoder, Protocol):
         positions: jax.Array,
         keys: jax.Array,
     ) -> Written:
-        """One step.
+        """Takes one step.
 
         Args:
-          model: reads the logits out.
-          hidden: `[B, L, D]`, of the canvas.
-          canvas: before this step.
-          eligible: bool `[B, L]`, where it may write.
+          model: computes the logits.
+          hidden: `[B, L, D]`, hidden states of the canvas.
+          canvas: the canvas before this step.
+          eligible: bool `[B, L]`, the positions that may be written.
           positions: int32 `[B, L]`.
           keys: `[B]`, a key for each row and step, a source of named streams (see `models.streams`).
         """
@@ -139,7 +147,6 @@ def denoise(
     rule: StepRule,
     model: Transformer,
     canvas: Canvas,
-    target_mask: jax.Array,
     positions: jax.Array,
     keys: jax.Array,
     read: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
@@ -152,15 +159,16 @@ def denoise(
       rule: what a step does.
       model: for the rule.
       canvas: before the first step.
-      target_mask, positions: `[B, L]`.
+      positions: int32 `[B, L]`.
       keys: `[B]`, a key for each row.
-      read: the hidden states `[B, L, D]` that predict tokens `[B, L]`; takes the carry (a cache, say), and returns it.
+      read: maps tokens `[B, L]` to the hidden states `[B, L, D]` that predict them; takes and returns the carry (such
+        as a cache).
       show: returns the carry after a step that wrote this.
       carry: any tree of arrays, the caller's own.
     """
 
     def eligible(canvas):
-        may_write = rule.eligible(canvas.tokens, target_mask, model.vocabulary, canvas.step)
+        may_write = rule.eligible(canvas.tokens, canvas.target_mask, model.vocabulary, canvas.step)
         return may_write & ~canvas.finished[:, None]
 
     def take_step(state):
@@ -175,19 +183,17 @@ def denoise(
 
 
 def decode_canvas(rule: StepRule, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch) -> Decoded:
-    """Writes all targets at once, each seeing all others. The score is the mean of the rule's over the targets."""
+    """Writes all targets at once, each seeing all others. The score is the rule's, averaged over the targets."""
     samples, keys = rule.num_samples, row_keys(key, batch.example_ids)
     rows = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), batch)  # each example's samples together
-    encoded = model.encode(batch)
-    encoded = encoded and encoded.repeat(samples)
     if samples > 1:
         numbers = jnp.tile(jnp.arange(samples), len(batch.tokens))
         others = jax.vmap(jax.random.fold_in)(jnp.repeat(stream(keys, "samples"), samples), numbers)
         keys = jnp.where(numbers == 0, jnp.repeat(keys, samples), others)  # the first is the one of a single canvas
-    reading = Reading.of(rows, model.vocabulary, model.config.shifted)
+    reader = _reader(rule, model, batch, rows)
 
     def read(tokens, carry):
-        return reading.hidden(model, tokens, BIDIRECTIONAL, encoded), carry
+        return reader(tokens), carry
 
     def show(carry, written):
         step, history = carry
@@ -197,7 +203,7 @@ def decode_canvas(rule: StepRule, model: Transformer, batch: Batch, key: jax.Arr
     blank = rule.blank(rows, model.vocabulary, keys)
     carry = jnp.int32(0), start_trace(trace, blank, rule.most_steps(blank.shape[1]))
     canvas, (steps, history) = denoise(
-        rule, model, Canvas.start(blank), rows.target_mask, rows.positions, keys, read, show, carry
+        rule, model, Canvas.start(blank, rows.target_mask), rows.positions, keys, read, show, carry
     )
     num_targets = jnp.sum(rows.target_mask, axis=-1)
     scores = (canvas.score / jnp.maximum(num_targets, 1)).reshape(-1, samples)
@@ -217,3 +223,37 @@ def decode_canvas(rule: StepRule, model: Transformer, batch: Batch, key: jax.Arr
         written_at=keep(canvas.written_at),
         trace=jax.tree.map(keep, history and history.end(steps)),
     )
+
+
+def _reader(rule: StepRule, model: Transformer, batch: Batch, rows: Batch) -> Callable[[jax.Array], jax.Array]:
+    """A function from tokens `[B * samples, L]` to the hidden states that predict them, with the rule's guidance.
+
+    Args:
+      rule, model: as in `denoise`.
+      batch: `[B, L]`.
+      rows: each row of the batch `num_samples` times.
+    """
+    reading = Reading.of(rows, model.vocabulary, model.config.shifted)
+
+    def encode(batch):
+        encoded = model.encode(batch)
+        return encoded and encoded.repeat(rule.num_samples)
+
+    encoded = encode(batch)
+    if not rule.guidance:
+        return lambda tokens: reading.output(model, tokens, BIDIRECTIONAL, encoded).hidden
+    if model.config.logits_softcap is not None:
+        raise UserError(f"{type(rule).__name__}.guidance must be 0 for a model with ModelConfig.logits_softcap.")
+    blind = batch
+    if batch.encoder_tokens is not None:
+        blind = batch.replace(encoder_tokens=jnp.full_like(batch.encoder_tokens, model.vocabulary.mask_id))
+    without = encode(blind)
+
+    def guided(tokens):
+        # Logits are linear in these hidden states, so theirs may be put together in place of the logits.
+        seen = reading.output(model, tokens, BIDIRECTIONAL, encoded).hidden
+        masked = jnp.where(rows.input_mask, model.vocabulary.mask_id, tokens)
+        unseen = reading.output(model, masked, BIDIRECTIONAL, without).hidden
+        return unseen + (1 + rule.guidance) * (seen - unseen)
+
+    return guided

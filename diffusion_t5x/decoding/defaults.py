@@ -1,4 +1,4 @@
-"""The decoder that suits a mode, with the settings of the shipped gin files."""
+"""The default decoder of each mode, with the settings of the shipped gin files."""
 
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding.block import BlockDecoder
@@ -9,7 +9,7 @@ from diffusion_t5x.models.modes import Mode
 
 
 def default_decoder(mode: Mode) -> Decoder | None:
-    """The decoder for a model of this mode; None for a mode that no shipped decoder has."""
+    """Returns the decoder for a model of this mode; None if no shipped decoder suits it."""
     candidates = [
         AutoregressiveDecoder(),
         AutoregressiveDecoder(prefix=True),
@@ -21,5 +21,5 @@ def default_decoder(mode: Mode) -> Decoder | None:
             MaskedDecoder(num_steps=4),
             SundaeDecoder(num_steps=4, num_samples=1, temperature=0.2),
         )
-        candidates += [BlockDecoder(mode.block_size, decoder) for decoder in inner]
+        candidates += [BlockDecoder(mode.block_size, decoder, mode.blocks_from) for decoder in inner]
     return next((decoder for decoder in candidates if decoder.modes == (mode,)), None)

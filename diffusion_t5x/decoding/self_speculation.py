@@ -1,4 +1,4 @@
-"""Self-speculation: one model drafts a block by diffusion, and checks it as an autoregressive model in one pass.
+"""Self-speculation: one model drafts a block by diffusion and checks the draft autoregressively in one pass.
 
 Speculative decoding (arXiv 2211.17192), greedy, with the model as its own draft model.
 """
@@ -15,12 +15,13 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.autoregressive import read_prompt
 from diffusion_t5x.decoding.block import BlockDecoder, Carry, show_rows, start_row
 from diffusion_t5x.decoding.canvas import Canvas, denoise
-from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace, target_range
+from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, into_block, start_trace, target_range
 from diffusion_t5x.decoding.masked import MaskedDecoder
+from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.attention import KVCache, write_rows
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind, Slots
 from diffusion_t5x.models.modes import Mode
-from diffusion_t5x.models.reading import Reading, start_first
+from diffusion_t5x.models.reading import Reading, check_blocks, start_first
 from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.stack import Encoded
@@ -30,23 +31,23 @@ from diffusion_t5x.models.transformer import Transformer
 
 @dataclasses.dataclass(frozen=True)
 class SelfSpeculationDecoder(Decoder):
-    """Greedy autoregressive decoding, several tokens at a time; for a model that was trained for both modes.
+    """Greedy autoregressive decoding, several tokens at a time, for a model that was trained for both modes.
 
-    Each round drafts what is left of a block and reads the draft in one autoregressive pass. The longest beginning of
-    the draft that is what the model would have written token by token stays, and the pass itself says one token more.
-    So the output is that of `AutoregressiveDecoder` at temperature 0, whatever the drafts, but for ties: a pass over
-    several tokens rounds otherwise than one over a single token. The score is that decoder's too, the log-probability
-    of the output up to and including EOS: higher is better.
+    Each round drafts the rest of a block and reads the draft in one autoregressive pass. It accepts the longest prefix
+    of the draft that the model would have written token by token, plus one token that the pass itself predicts. So the
+    output is that of `AutoregressiveDecoder` at temperature 0, whatever the drafts, except for ties: a pass over
+    several tokens rounds differently from a pass over one. The score is that decoder's too, the log-probability of the
+    output up to and including EOS: higher is better.
 
-    A round costs the draft's steps and one pass more, and writes at least one token, at most one more than it drafts.
-    Two caches of keys and values are kept. That of the autoregressive mode, which reads the token before in each slot,
-    is exact for what is accepted. So is that of the drafts, which read each token in its own slot and see blocks both
-    ways: their passes read the block before, finished now, along with their own, and need none of their own for it.
+    A round costs the draft's steps plus one pass, and writes at least one token and at most one more than it drafts.
+    Two caches of keys and values are kept. The autoregressive mode's, in which each slot reads the previous token, is
+    exact for accepted tokens. So is the drafts', in which each slot reads its own token and sees its block both ways: a
+    draft's first pass also reads the previous block, finished by then, which saves a pass.
 
     Attributes:
-      draft: writes the drafts, with the block size that the model was trained with. With one step for a block a round
+      draft: writes the drafts, with the block size that the model was trained with. With one step per block, a round
         takes two passes.
-      prefix: the model was trained with inputs that see each other both ways, in its autoregressive mode.
+      prefix: the model was trained with bidirectional attention over the inputs, in its autoregressive mode.
     """
 
     left_to_right: ClassVar[bool] = True
@@ -64,6 +65,7 @@ class SelfSpeculationDecoder(Decoder):
 
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
         """`written_at` counts a row's own steps; the trace shows drafts, and that what was not accepted is gone."""
+        self._check(model)
         vocabulary, size, inner = model.vocabulary, self.draft.block_size, self.draft.inner
         keys = row_keys(key, batch.example_ids)
         encoded = model.encode(batch)
@@ -72,6 +74,7 @@ class SelfSpeculationDecoder(Decoder):
         room = batch.replace(**{name: jnp.pad(getattr(batch, name), ((0, 0), (size, size + 1))) for name in names})
         length, row_numbers = batch.tokens.shape[1], jnp.arange(len(batch.tokens))
         first_target, num_targets = target_range(batch.target_mask)
+        tail = into_block(self.draft.attention, batch.positions, first_target)
         first_target += size
         end = first_target + num_targets
 
@@ -82,7 +85,7 @@ class SelfSpeculationDecoder(Decoder):
 
         def write_some(carry):
             start = carry["start"]
-            block = start - (start - first_target) % size
+            block = start - (start - first_target + tail) % size
             carry, tokens, num_drafted = self._write_draft(model, room, encoded, keys, carry, block)
             draft = _cut(write_rows(carry["canvas"], tokens, block), start, size)
 
@@ -143,10 +146,16 @@ class SelfSpeculationDecoder(Decoder):
             num_accepted=carry["num_accepted"],
         )
 
+    def _check(self, model: Transformer) -> None:
+        """Raises a UserError for a model that cannot draft."""
+        check_blocks(self.draft.attention, model.config.shifted)
+        if model.config.shifted and not model.vocabulary.reads_start:
+            raise UserError("Self-speculation with a shifted model needs one with ModelConfig.reads_start = True.")
+
     def _read_for_drafts(
         self, model: Transformer, room: Batch, canvas: jax.Array, encoded: Encoded | None
     ) -> tuple[jax.Array, KVCache]:
-        """The cache of the drafts after a pass over the inputs, and the canvas as they read it."""
+        """Returns the drafts' cache after a pass over the inputs, and the canvas as they read it."""
         vocabulary, shifted = model.vocabulary, model.config.shifted
         reading = Reading.of(room, vocabulary, shifted)
         cache = KVCache.empty(model.config, Slots.of(reading.batch))
@@ -165,7 +174,7 @@ class SelfSpeculationDecoder(Decoder):
         carry: Carry,
         block: jax.Array,
     ) -> tuple[Carry, jax.Array, jax.Array]:
-        """What is left of each row's block, which starts at `block`: its tokens `[B, size]`, and how many are new."""
+        """Drafts the rest of each row's block from `block` on: its tokens `[B, size]`, and the number of new ones."""
         vocabulary, shifted = model.vocabulary, model.config.shifted
         # A shifted model predicts each token in the slot before its own.
         size, ahead = self.draft.block_size, 1 if shifted else 0
@@ -186,30 +195,30 @@ class SelfSpeculationDecoder(Decoder):
         def show_draft(carry, written):
             return show_rows(carry, block, written.tokens, written.mask, written.log_probability)
 
-        draft = Canvas.start(_cut(carry["canvas"], block, size))
-        draft, carry = denoise(self.draft.inner, model, draft, new, positions[:, size:], keys, read, show_draft, carry)
+        draft = Canvas.start(_cut(carry["canvas"], block, size), new)
+        draft, carry = denoise(self.draft.inner, model, draft, positions[:, size:], keys, read, show_draft, carry)
         carry |= {"row_steps": carry["row_steps"] + draft.row_steps}
         return carry, draft.tokens, jnp.sum(new, axis=-1, dtype=jnp.int32)
 
 
 def _cut(x: Array, start: jax.Array, size: int) -> jax.Array:
-    """Of each row `size` slots from its start on."""
+    """Returns `size` slots of each row from its start on."""
     return jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, size))(x, start)
 
 
 def _accepted(
     draft: jax.Array, tokens: jax.Array, num_drafted: jax.Array, ends: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What stays of a draft, and one token more, up to the first that ends the row.
+    """Returns the accepted part of a draft and one more token, up to the first that ends the row.
 
     Args:
       draft: `[B, size]`.
-      tokens: what the model writes there, `[B, size + 1]`.
-      num_drafted: so many of the draft were drafted now, `[B]`.
-      ends: which of the tokens end the row.
+      tokens: the model's own tokens there, `[B, size + 1]`.
+      num_drafted: number of tokens that were drafted now, `[B]`.
+      ends: True for tokens that end the row.
 
     Returns:
-      Which places were drafted, how many drafted tokens agree, and which tokens are new.
+      Masks of the drafted places and of the new tokens, and between them the number of drafted tokens that agree.
     """
     size = draft.shape[1]
     place = jnp.arange(size + 1)
@@ -220,7 +229,7 @@ def _accepted(
 
 
 def _most_likely(vocabulary: TokenIds, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The most likely token of each slot, and its log-probability."""
+    """Returns the most likely token of each slot, and its log-probability."""
     logits = forbid(logits, vocabulary)
     tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return tokens, -cross_entropy(logits, tokens)[1]

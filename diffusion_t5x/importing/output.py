@@ -15,6 +15,7 @@ from diffusion_t5x.checkpointing.record import Record
 from diffusion_t5x.checkpointing.streaming import Streamed
 from diffusion_t5x.data.vocabularies import SENTINELS
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.importing.published import Published
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 
@@ -28,7 +29,7 @@ from __gin__ import dynamic_registration
 from diffusion_t5x.models import config as model_config
 
 include "models/{architecture}.gin"
-
+{published}
 {macro} = {tokenizer!r}
 
 model_config.ModelConfig:
@@ -39,10 +40,10 @@ _LEFT_OUT = {"architecture", "dropout_rate", "dtype", "scan_unroll", "remat", "a
 
 
 def empty_folder(path: str) -> pathlib.Path:
-    """The folder of `--output`, which is not made yet.
+    """Checks the folder of `--output`, which is not made yet, and returns it.
 
     Raises:
-      UserError: there is something in it, other than what a killed conversion left.
+      UserError: it has content other than what a killed conversion left.
     """
     folder = pathlib.Path(path).expanduser().resolve()
     if folder.is_dir() and any(entry.name != _UNFINISHED for entry in folder.iterdir()):
@@ -52,10 +53,10 @@ def empty_folder(path: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def building(final: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder to write to, whose content is in `final` at the end of the context; after an exception nothing is.
+    """Context with a folder to write to; its content is in `final` at the end. After an exception nothing is.
 
-    It lies beside `final` and is renamed; or inside, where `final` is there already (it may be a mount, or the current
-    folder), and its entries are renamed. One that a killed process left is removed first.
+    It is beside `final` and is renamed; or, if `final` exists (it may be a mount, or the current folder), inside it,
+    and its entries are renamed. A folder that a killed process left is removed first.
 
     Args:
       final: see `empty_folder`.
@@ -82,25 +83,43 @@ def building(final: pathlib.Path) -> Iterator[pathlib.Path]:
         raise
 
 
-def model_gin(title: str, model: ModelConfig, macro: str, tokenizer: pathlib.Path) -> str:
-    """A gin file that sets MODEL to `model`, and a macro to the tokenizer; dropout and dtype are left to the run."""
+def model_gin(
+    title: str, model: ModelConfig, macro: str, tokenizer: pathlib.Path, published: Sequence[str] = ()
+) -> str:
+    """A gin file that sets MODEL to `model`, and a macro to the tokenizer; dropout and dtype are left to the run.
+
+    Args:
+      title: a line about it.
+      model, macro, tokenizer: see above.
+      published: lines that set objective and decoder, see `Published.gin`.
+    """
     values = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
     title = "".join(character if character.isprintable() else " " for character in title)  # it is a comment, one line
     left_out = _LEFT_OUT if model.vocab_size else {*_LEFT_OUT, "vocab_size"}
     bindings = "\n".join(f"  {name} = {value!r}" for name, value in values.items() if name not in left_out)
     return _MODEL_GIN.format(
-        title=title, architecture=model.architecture, macro=macro, tokenizer=str(tokenizer), bindings=bindings
+        title=title,
+        architecture=model.architecture,
+        macro=macro,
+        tokenizer=str(tokenizer),
+        published="".join(f"{line}\n" for line in published),
+        bindings=bindings,
     )
 
 
-def record_of(definition: ModelDefinition, tokenizer: pathlib.Path) -> Record:
+def record_of(
+    definition: ModelDefinition,
+    tokenizer: pathlib.Path,
+    published: Published = Published(),  # noqa: B008  (frozen)
+) -> Record:
     """The record of an imported model whose tokenizer lies at this path."""
     source = {"file": str(tokenizer), "extra_ids": SENTINELS}
-    return Record.of_import(definition.config, definition.vocabulary.describe(), source)
+    described = definition.vocabulary.describe()
+    return Record.of_import(definition.config, described, source, published.objective, published.decoder)
 
 
 def save(folder: pathlib.Path, record: Record, params: Mapping[str, np.ndarray | Streamed], gin: str) -> None:
-    """Writes checkpoint_0, what a run of no steps would leave, without an optimizer; and model.gin."""
+    """Writes model.gin and checkpoint_0, as a run of no steps would leave it, without an optimizer."""
     state = {"step": np.zeros((), np.int32), "params": traverse_util.unflatten_dict(dict(params), sep="/")}
     store = checkpoints.Checkpoints(str(folder / "checkpoints"), asynchronous=False, streamed=True)
     store.save(0, state, {}, {"step": 0, "metrics": {}, **record.metadata(), "config": gin})

@@ -1,9 +1,9 @@
 """Distillation of an autoregressive teacher into a block-diffusion student (OPDLM, arXiv 2606.06712).
 
-The student reads `[clean text | noisy targets]` in one pass, as in `objectives/block.py`, and the teacher the clean
-text alone, causally. Where a token is hidden from the student, it is drawn to the teacher's distribution of that token
-given those before it. On-policy, the text is the student's own, and the noisy targets are states that it went through
-as it wrote (`training/rollout.py`).
+The student reads `[clean text | noisy targets]` in one pass, as in `objectives/block.py`; the teacher reads the clean
+text alone, causally. For tokens hidden from the student, the loss pulls the student's distribution towards the
+teacher's given the tokens before. On-policy, the text is the student's own, and the noisy targets are states of its
+decoding (`training/rollout.py`).
 """
 
 import dataclasses
@@ -17,22 +17,22 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError, check_choices
-from diffusion_t5x.models.masks import AttentionKind
+from diffusion_t5x.models.masks import AttentionKind, BlocksFrom
 from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.output import Ratio
 from diffusion_t5x.models.reading import Reading, model_reads
 from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Params, Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
-from diffusion_t5x.objectives.block import Block, block_starts, noisy_hidden
+from diffusion_t5x.objectives.block import Block, block_starts, noisy_output
 from diffusion_t5x.objectives.objective import (
     Likelihood,
     LossSums,
     Normalize,
     Objective,
     Pass,
-    Ratio,
     normalized,
 )
 
@@ -49,17 +49,17 @@ class Teacher(NamedTuple):
 def divergence(
     teacher: jax.Array, student: jax.Array, kind: Divergence = "forward_kl", top_k: int | None = None
 ) -> jax.Array:
-    """Divergence of a student's distribution from its teacher's, in nats, `[...]`.
+    """Returns the divergence of a student's distribution from its teacher's, in nats, `[...]`.
 
-    What the teacher excludes (a logit of -inf) adds exactly nothing to the forward KL, and to the JSD what it does in
-    the limit. The reverse KL would be infinite there: it is taken over the teacher's support alone.
+    Ids that the teacher excludes (a logit of -inf) add exactly nothing to the forward KL, and their limit to the JSD.
+    The reverse KL would be infinite there, so it is taken over the teacher's support alone.
 
     Args:
       teacher, student: logits float32 `[..., V]`.
       kind: "forward_kl": KL(teacher || student). "reverse_kl": KL(student || teacher). "jsd": the Jensen-Shannon
         divergence, at most log 2.
-      top_k: only the terms of the teacher's k most likely tokens, probabilities as they are (not renormalised). The sum
-        may exceed the whole one, and may be negative.
+      top_k: only the terms of the teacher's k most likely tokens, with probabilities as they are (not renormalised).
+        The sum may exceed the full one, and may be negative.
     """
     log_p, log_q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
     if top_k is not None and top_k < log_p.shape[-1]:
@@ -81,27 +81,28 @@ def divergence(
     return jnp.sum(terms, axis=-1)
 
 
-def visited_states(batch: Batch, vocabulary: TokenIds, block_size: int, key: jax.Array) -> jax.Array:
+def visited_states(
+    batch: Batch, vocabulary: TokenIds, block_size: int, key: jax.Array, blocks_from: BlocksFrom = "targets"
+) -> jax.Array:
     """int32 `[B, L]`: for each block of targets one of the states in which its decoder saw it, the rest as it is.
 
-    A decoder that writes a block in n steps sees n states with something masked; each is equally likely, and each
-    block has its own draw.
+    A decoder that writes a block in n steps sees n states with masks; each is equally likely, and each block has its
+    own draw.
 
     Args:
       batch: a rollout, with `written_at`.
-      vocabulary: says which id is MASK.
-      block_size: targets per block, as in decoding.
+      vocabulary: defines MASK.
+      block_size: number of targets per block, as in decoding.
       key: rows draw from it by their `example_ids`.
+      blocks_from: see `AttentionKind`.
     """
-    starts = block_starts(batch, block_size)
-    in_block = starts[:, :, None] + jnp.arange(block_size)
+    starts = jnp.maximum(block_starts(batch, block_size, blocks_from), 0)
     length = batch.tokens.shape[1]
-    rows = jnp.arange(len(batch.tokens))[:, None, None]
     assert batch.written_at is not None
     at = jnp.where(batch.target_mask, batch.written_at, -1)
-    last = jnp.max(at.at[rows, in_block].get(mode="fill", fill_value=-1), axis=-1)
+    last = jax.vmap(lambda at, starts: jax.ops.segment_max(at, starts, length)[starts])(at, starts)
     draws = jax.vmap(lambda k: jax.random.uniform(k, (length,), jnp.float32))(row_keys(key, batch.example_ids))
-    draw = jnp.take_along_axis(draws, jnp.maximum(starts, 0), axis=-1)
+    draw = jnp.take_along_axis(draws, starts, axis=-1)
     step = jnp.floor(draw * (last + 1))
     return jnp.where(batch.target_mask & (at >= step), vocabulary.mask_id, batch.tokens)
 
@@ -110,16 +111,17 @@ def visited_states(batch: Batch, vocabulary: TokenIds, block_size: int, key: jax
 class Distillation(Objective):
     """Divergence from the teacher's next-token distribution, at the masked targets up to the end of the text.
 
-    Without a rollout stage the text is the data's (off-policy), and with it the student's own.
+    Without a rollout stage the text comes from the data (off-policy), with it from the student (on-policy).
 
     Attributes:
-      block_size: targets per block.
+      block_size: number of targets per block.
       divergence: "forward_kl", "reverse_kl" or "jsd", see `divergence`.
       top_k: of the teacher's support, see `divergence`; None takes all of it (the paper names 16).
       states: "visited": what the student saw when it wrote the text; a text that nobody wrote here, such as that of an
         evaluation, has random ones. "random": masks drawn as `Block` draws them.
       score_end: the token that ends a text counts too. The paper's code leaves it out.
       normalize: "sequences", as in the paper, averages over each text's masked targets first.
+      blocks_from: where blocks are counted from, see `AttentionKind`.
     """
 
     needs_teacher: ClassVar[bool] = True
@@ -131,6 +133,7 @@ class Distillation(Objective):
     states: Literal["visited", "random"] = "visited"
     score_end: bool = False
     normalize: Normalize = "sequences"
+    blocks_from: BlocksFrom = "targets"
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -144,7 +147,7 @@ class Distillation(Objective):
 
     @property
     def attention(self) -> AttentionKind:
-        return AttentionKind("block_causal", self.block_size)
+        return AttentionKind("block_causal", self.block_size, self.blocks_from)
 
     @property
     def modes(self) -> tuple[Mode, ...]:
@@ -155,14 +158,18 @@ class Distillation(Objective):
         return (Pass(slots=2), Pass(by_teacher=True))
 
     def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array) -> jax.Array:
-        """The noisy targets among their clean inputs; the student reads the clean targets as well."""
+        """Returns the noisy targets among their clean inputs; the student reads the clean targets as well."""
         return model_reads(self._noisy(model.vocabulary, batch, key), batch, model)
+
+    @property
+    def _block(self) -> Block:
+        return Block(self.block_size, blocks_from=self.blocks_from)
 
     def _noisy(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
         noise_key = stream(key, "noise")
         if self.states == "visited" and batch.written_at is not None:
-            return visited_states(batch, vocabulary, self.block_size, noise_key)
-        return Block(self.block_size).corrupt(vocabulary, batch, noise_key)[0]
+            return visited_states(batch, vocabulary, self.block_size, noise_key, self.blocks_from)
+        return self._block.corrupt(vocabulary, batch, noise_key)[0]
 
     def loss(
         self,
@@ -173,7 +180,7 @@ class Distillation(Objective):
         step: jax.Array | None = None,
         teacher: Transformer | None = None,
     ) -> LossSums:
-        """The loss of the student `model`."""
+        """Returns the loss of the student `model`."""
         if teacher is None:
             raise UserError("Distillation needs a teacher. Set TEACHER_CHECKPOINT_PATH.")
         vocabulary = model.vocabulary
@@ -181,9 +188,9 @@ class Distillation(Objective):
         noisy = self._noisy(vocabulary, batch, key)
         reading = Reading.of(batch, vocabulary, model.config.shifted, packed=True)
         batch = reading.fits(batch)
-        kind = AttentionKind("block_diffusion", self.block_size)
-        starts = block_starts(batch, self.block_size)
-        hidden = noisy_hidden(model, reading, starts, noisy, kind, model.encode(batch, dropout_keys), dropout_keys)
+        kind = AttentionKind("block_diffusion", self.block_size, self.blocks_from)
+        starts = block_starts(batch, self.block_size, self.blocks_from)
+        output = noisy_output(model, reading, starts, noisy, kind, model.encode(batch, dropout_keys), dropout_keys)
 
         def compare(logits, teacher_hidden, labels):
             student = forbid(logits, vocabulary)
@@ -193,7 +200,7 @@ class Distillation(Objective):
             return divergence(target, student, self.divergence, self.top_k), nll, agree
 
         distance, teacher_nll, agree = model.map_logits(
-            compare, hidden, Autoregressive().hidden(teacher, batch), batch.tokens
+            compare, output.hidden, Autoregressive().output(teacher, batch).hidden, batch.tokens
         )
         text = text_of(batch, vocabulary)
         scored = text & (noisy == vocabulary.mask_id)
@@ -211,8 +218,9 @@ class Distillation(Objective):
                     jnp.sum(text, dtype=jnp.float32), jnp.sum(jnp.any(text, axis=-1), dtype=jnp.float32)
                 ),
             },
+            auxiliary=output.auxiliary,
         )
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
         """The student's likelihood, as a block diffusion model: that of `Block`."""
-        return Block(self.block_size).log_likelihood(model, batch, key, num_draws)
+        return self._block.log_likelihood(model, batch, key, num_draws)

@@ -53,6 +53,7 @@ DRAFTS = {
     "one step": BlockDecoder(4, MaskedDecoder(num_steps=1)),
     "sampled": BlockDecoder(5, MaskedDecoder(num_steps=2, temperature=1.0)),
     "sundae": BlockDecoder(2, SundaeDecoder(num_steps=2, num_samples=1)),
+    "row": BlockDecoder(4, MaskedDecoder(num_steps=2), "row"),
 }
 CASES = [
     ("relative", False, "told"),
@@ -60,6 +61,7 @@ CASES = [
     ("llama", False, "sampled"),
     ("encoder_decoder", False, "sundae"),
     ("shifted", False, "sampled"),
+    ("llama", True, "row"),
 ]
 
 
@@ -174,7 +176,7 @@ def test_drafts_are_those_of_whole_passes(name):
     @jax.jit
     def whole_pass(tokens):
         model = definition.bind(params)
-        logits = model.logits(reading.hidden(model, tokens, kind))
+        logits = model.logits(reading.output(model, tokens, kind).hidden)
         return jax.nn.softmax(logits.at[..., 23:].set(-np.inf))
 
     tokens, confidence = found.trace.tokens, found.trace.confidence
