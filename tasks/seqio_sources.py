@@ -40,7 +40,7 @@ class RecordSource(seqio.FunctionDataSource):
 def records(
     load: Callable[[str], Sequence[Record]], splits: Sequence[str], list_files: Callable[[str], Sequence[str]]
 ) -> RecordSource:
-    """Returns the source of `sources.Records`. Texts become strings `[]`, lists of texts strings `[n]`, ids int32 `[n]`."""
+    """Returns the source of `sources.Records`: texts are strings `[]`, lists of them `[n]`, ids int32 `[n]`."""
 
     def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         found = load(split)
