@@ -19,7 +19,7 @@ Preprocessor = Callable[..., Any]  # the last returns a tf.data.Dataset
 
 
 class Source(libraries.Source, Protocol):
-    """Where a task's records come from."""
+    """A task's source of records."""
 
     def in_seqio(self) -> "seqio.DataSource":
         """SeqIO's source."""

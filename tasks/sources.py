@@ -1,4 +1,4 @@
-"""Where tasks get their records: what Python reads, shuffled as a whole, and data sets that TFDS has prepared.
+"""Sources of tasks: records that Python reads, shuffled as a whole, and data sets that TFDS has prepared.
 
 These say what there is; `in_seqio` makes SeqIO's source of it, which imports SeqIO.
 """

@@ -34,7 +34,7 @@ class BrokenCheckpoint(UserError):
 
 
 def names() -> Any:
-    """How Orbax names the folders of checkpoints."""
+    """Returns Orbax's naming of the folders of checkpoints."""
     return ocp.path.step.standard_name_format(step_prefix="checkpoint")
 
 

@@ -17,7 +17,7 @@ _waiting: list[Callable[[types.ModuleType], object]] = []
 
 
 class Source(Protocol):
-    """Where a task's records come from, as far as it can be said without SeqIO."""
+    """A task's source of records, as far as it can be known without SeqIO."""
 
     @property
     def splits(self) -> Sequence[str]: ...

@@ -97,14 +97,14 @@ class SeqioDataset:
         self.check_task()
 
     def check_files(self) -> None:
-        """As `check`, as far as SeqIO need not be imported, which takes seconds."""
+        """Checks what `check` does as far as SeqIO need not be imported, which takes seconds."""
         check_rows(self.task_feature_lengths, self.batch_size, self.pack, self.canvas)
         if source := sources.get(self.name):
             self._check_split(source.splits)
             source.check(self.split)
 
     def check_task(self) -> None:
-        """As `check`, but the task may lack the split, and no data are read."""
+        """Checks as `check` does, but the task may lack the split, and no data are read."""
         check_rows(self.task_feature_lengths, self.batch_size, self.pack, self.canvas)
         provider = self._provider()
         where = f"{self.mixture_or_task_name!r}"
