@@ -18,7 +18,6 @@ from diffusion_t5x.checkpointing.rebuilding import rebuild
 from diffusion_t5x.checkpointing.record import Record, is_plain
 from diffusion_t5x.data import vocabulary_files
 from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.data.seqio_source import libraries
 from diffusion_t5x.data.templates import Template, Templates
 from diffusion_t5x.data.text_rows import TextRows, room_for
 from diffusion_t5x.data.vocabularies import token_ids
@@ -38,7 +37,7 @@ from diffusion_t5x.reporting.trace_page import trace_page
 from diffusion_t5x.training.agreement import Agreement
 
 if TYPE_CHECKING:
-    import seqio
+    from diffusion_t5x.data.vocabulary import AnyVocabulary
 
 _Batches = Iterable[tuple[Batch, list[dict[str, Any]]]]
 
@@ -107,7 +106,7 @@ class Model:
     name: str
     record: Record
     params: Params
-    tokenizer: "seqio.Vocabulary"
+    tokenizer: "AnyVocabulary"
     decoder: Decoder | None
     objective: Objective | None
     definition: ModelDefinition
@@ -398,7 +397,7 @@ class Model:
 def load(
     path: str | os.PathLike,
     *,
-    vocabulary: "str | seqio.Vocabulary | None" = None,
+    vocabulary: "str | AnyVocabulary | None" = None,
     allow: Sequence[str] = (),
     allow_mismatch: bool = False,
 ) -> Model:
@@ -450,9 +449,8 @@ def _config(record: Record, name: str) -> ModelConfig:
 
 
 def _vocabulary(
-    record: Record, folder: str | os.PathLike, name: str, given: "str | seqio.Vocabulary | None"
-) -> "seqio.Vocabulary":
-    libraries()
+    record: Record, folder: str | os.PathLike, name: str, given: "str | AnyVocabulary | None"
+) -> "AnyVocabulary":
     if given is not None:
         return vocabulary_files.vocabulary(given) if isinstance(given, str) else given
     arguments = record.vocabulary_arguments(folder)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from diffusion_t5x.command_line import config, help_pages
-from diffusion_t5x.data.seqio_source import libraries
+from diffusion_t5x.data.llama2c_vocabulary import Llama2cVocabulary
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.importing import llama2c
@@ -34,9 +34,6 @@ def from_llama2c(model_file: str, tokenizer_file: str, output_folder: str) -> No
     """
     folder = empty_folder(output_folder)
     source = llama2c.read(model_file)
-    libraries()
-    from diffusion_t5x.data.llama2c_vocabulary import Llama2cVocabulary
-
     vocabulary = Llama2cVocabulary(tokenizer_file)
     if vocabulary.vocab_size != source.vocab_size:
         raise UserError(

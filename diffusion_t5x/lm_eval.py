@@ -43,7 +43,8 @@ from diffusion_t5x.training.agreement import Agreement
 
 if TYPE_CHECKING:
     import lm_eval.tasks
-    import seqio
+
+    from diffusion_t5x.data.vocabulary import AnyVocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class HarnessEvaluation:
 
     model: ModelConfig
     checkpoint_path: str
-    vocabulary: "seqio.Vocabulary"
+    vocabulary: "AnyVocabulary"
     rows: Rows
     objective: Objective
     decoder: Decoder

@@ -15,7 +15,6 @@ from diffusion_t5x.ar2diff.plan import Plan
 from diffusion_t5x.ar2diff.recipe import Recipe
 from diffusion_t5x.ar2diff.scores import Scores
 from diffusion_t5x.data import vocabulary_files
-from diffusion_t5x.data.seqio_source import libraries
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.reporting.report import write_report
 from diffusion_t5x.training.lock import locked
@@ -41,7 +40,6 @@ def convert(command: Command, only_plan: bool) -> None:
         arguments = begin.record.vocabulary_arguments(begin.model_dir)
         if arguments is None:
             raise UserError(f"{begin} does not record its vocabulary, so your text cannot be tokenized.")
-        libraries()
         data = look(command.kind, command.files, vocabulary_files.vocabulary(**arguments))
         recipe = Recipe(command, begin, data)
         found = journal.done("plan")

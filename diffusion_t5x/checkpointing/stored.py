@@ -10,8 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
+from etils import epath, epy
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
@@ -19,9 +18,11 @@ from diffusion_t5x.checkpointing import manifest
 from diffusion_t5x.checkpointing.assignment import named_leaves
 from diffusion_t5x.errors import UserError
 
+with epy.lazy_imports():  # takes a while, and mistakes are answered without it
+    import orbax.checkpoint as ocp
+
 logger = logging.getLogger(__name__)
 
-NAMES = ocp.path.step.standard_name_format(step_prefix="checkpoint")
 EVALUATION = "evaluation.json"  # metrics of an evaluation that was finished after the checkpoint was
 _METADATA = "metadata/metadata"
 _ALWAYS_THERE = ("state/_METADATA", _METADATA)
@@ -32,10 +33,15 @@ class BrokenCheckpoint(UserError):
     """Raised if a file of a checkpoint differs from what was written."""
 
 
+def names() -> Any:
+    """Returns Orbax's naming of the folders of checkpoints."""
+    return ocp.path.step.standard_name_format(step_prefix="checkpoint")
+
+
 def find_all(folder: epath.Path) -> list[Any]:
     """Returns Orbax's `step` and `path` of each finished checkpoint in a folder, by ascending step."""
     with contextlib.suppress(OSError):
-        return sorted(NAMES.find_all(folder), key=lambda found: found.step) if folder.is_dir() else []
+        return sorted(names().find_all(folder), key=lambda found: found.step) if folder.is_dir() else []
     return []
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face's tokenizers (a `tokenizer.json`) as a vocabulary. Imports SeqIO: import it inside functions."""
+"""Hugging Face's tokenizers (a `tokenizer.json`) as a vocabulary."""
 
 import functools
 import json
@@ -11,13 +11,13 @@ import numpy as np
 import tokenizers
 
 from diffusion_t5x.data import qwen2_tokenizer, tokenizer_files
-from diffusion_t5x.data.python_vocabulary import PythonVocabulary
+from diffusion_t5x.data.vocabulary import Vocabulary
 from diffusion_t5x.errors import UserError
 
 _ROLES = ("bos", "eos", "pad", "unk", "mask")
 
 
-class HuggingFaceVocabulary(PythonVocabulary):
+class HuggingFaceVocabulary(Vocabulary):
     """Encodes and decodes with the `tokenizers` library, without the special tokens it adds around a text.
 
     What ends a text, begins one and pads is named by the files beside the tokenizer, with the precedence that they have
@@ -34,8 +34,9 @@ class HuggingFaceVocabulary(PythonVocabulary):
       UserError: it cannot be read or has another format, or nothing beside it names a token that ends a text.
     """
 
+    contents = b""
+
     def __init__(self, path: str, mask_id: int | None = None):
-        super().__init__()
         self.file = path
         file = pathlib.Path(path).expanduser()
         text = qwen2_tokenizer.text(file) if file.name == qwen2_tokenizer.MERGES else tokenizer_files.read_text(file)
@@ -85,12 +86,12 @@ class HuggingFaceVocabulary(PythonVocabulary):
         return self._ids["unk"]
 
     @property
-    def _base_vocab_size(self) -> int:
+    def vocab_size(self) -> int:
         return self._size
 
     @functools.cached_property
     def puts_space(self) -> bool:
-        return self._encode("a") != self.encode_part("a", begins=False)
+        return self.encode("a") != self.encode_part("a", begins=False)
 
     def special_tokens(self) -> list[str]:
         """Tokens that the library treats as special anywhere in a text, and those that begin, end and pad a text."""

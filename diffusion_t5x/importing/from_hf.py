@@ -9,7 +9,6 @@ from typing import Any
 from diffusion_t5x import records
 from diffusion_t5x.checkpointing.record import Record
 from diffusion_t5x.checkpointing.streaming import Streamed
-from diffusion_t5x.data.seqio_source import libraries
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.data.vocabulary_files import vocabulary
 from diffusion_t5x.errors import UserError
@@ -103,11 +102,10 @@ def _opened(
     if "block_size" in said and not isinstance(objective, Block):
         raise UserError(f"--block_size: {folder.path} is not a model of block diffusion.")
     tokenizer = folder.tokenizer(described.tokenizers)
-    libraries()  # seconds, which a folder that is refused need not cost
     read = vocabulary(str(tokenizer), mask_id=said.get("mask_token_id"))
     ids = token_ids(read)
     if not objective.autoregressive:
-        _check_mask(folder, getattr(read, "mask_id", None), described.vocab_size)
+        _check_mask(folder, read.mask_id, described.vocab_size)
     return folder, described, importing.definition_of(folder, described, ids, tokenizer), tokenizer
 
 

@@ -10,6 +10,9 @@ Activation = Literal["gelu", "silu"]
 Remat = Literal["none", "dots", "full"]
 
 
+_MOST = 1_000_000  # layers, heads or width: larger numbers are slips, with which a dry run would not end
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Dimensions of a Transformer. The defaults are T5 1.1's; other choices are those of Llama-style models and GPT-2.
@@ -111,8 +114,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("embed_dim", "num_layers", "num_heads", "head_dim", "mlp_dim"):
-            if getattr(self, name) < 1:
-                raise UserError(f"ModelConfig.{name} must be at least 1, not {getattr(self, name)}.")
+            if not 1 <= getattr(self, name) <= _MOST:
+                raise UserError(f"ModelConfig.{name} must be from 1 to {_MOST:,}, not {getattr(self, name):,}.")
         check_choices(self)
         if self.num_heads % self.kv_heads:
             raise UserError(
@@ -141,6 +144,9 @@ class ModelConfig:
                 "ModelConfig.rotary_factor must be positive, and rotary_stretched None or two ascending positive "
                 f"wavelengths; not {self.rotary_factor} and {self.rotary_stretched}."
             )
+        for name in ("rotary_base", "local_rotary_base"):
+            if (base := getattr(self, name)) is not None and base <= 0:
+                raise UserError(f"ModelConfig.{name} must be above 0, not {base}.")
         if not 0 <= self.dropout_rate < 1:
             raise UserError(f"ModelConfig.dropout_rate must lie in [0, 1), not {self.dropout_rate}.")
 

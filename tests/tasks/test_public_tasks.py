@@ -45,7 +45,7 @@ def test_tatoeba_and_ntrex(test_data, vocabulary):
     tatoeba = local_files.source(
         {"train": str(test_data / "tatoeba_enfr" / "fra.txt.gz")},
         readers.Tsv(("english", "french")), TRANSLATE, {"validation": 1.0},
-    )  # fmt: skip
+    ).in_seqio()  # fmt: skip
     sides = [str(test_data / "ntrex_enfr" / f"newstest2019.{language}.gz") for language in ("en", "fr")]
     sizes = {split: int(tatoeba.get_dataset(split, shuffle=False).cardinality()) for split in tatoeba.splits}
     assert sum(sizes.values()) == 167_130
@@ -148,7 +148,7 @@ def test_a_data_set_that_is_not_there(tfds_folder):
     ):
         SeqioDataset(question_answering.squad(None), {"inputs": 8, "targets": 8}).train_iterator()
     with pytest.raises(UserError, match="TFDS has no data set 'squab"):
-        sources.PreparedTfds("squab:1.0.0", {"train": "train"}).get_dataset("train")
+        sources.PreparedTfds("squab:1.0.0", {"train": "train"}).in_seqio().get_dataset("train")
 
 
 @pytest.mark.parametrize("name", ["huggingface:squad", "kubric:x:1.0.0", "squad/data_dir=here", "/tmp/x", "", "a:b"])
