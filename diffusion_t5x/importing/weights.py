@@ -48,6 +48,7 @@ class Weight:
       inputs: so many first axes of ours are the inputs of a matrix, the others its outputs; 0 is a vector, flat there.
       transposed: the matrix is `[out, in]` there, not `[in, out]`.
       part: of a tensor there whose last axis holds several of ours, one behind the other: which one, of how many.
+      rows: of a tensor there whose first axis holds several of ours: where it begins and ends, and how many all are.
     """
 
     theirs: str
@@ -55,6 +56,7 @@ class Weight:
     inputs: int = 1
     transposed: bool = True
     part: tuple[int, int] = (0, 1)
+    rows: tuple[int, int, int] | None = None
 
     @property
     def stacked(self) -> bool:
@@ -67,7 +69,14 @@ class Weight:
     def their_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of one layer's tensor in the source, from our shape."""
         *rest, last = self._matrix(shape)
+        if self.rows is not None:
+            return (self.rows[2], last)
         return (*rest, last * self.part[1])
+
+    @property
+    def joined_axis(self) -> int:
+        """The axis of a tensor there on which the parts lie."""
+        return -1 if self.rows is None else 0
 
     def _matrix(self, shape: Sequence[int]) -> tuple[int, ...]:
         if not self.inputs:
@@ -78,7 +87,7 @@ class Weight:
     def to_ours(self, array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
         """One layer's array, from its tensor, in the shape it has here."""
         number, parts = self.part
-        array = np.split(array, parts, axis=-1)[number]
+        array = np.split(array, parts, axis=-1)[number] if self.rows is None else array[slice(*self.rows[:2])]
         return (array.T if self.inputs and self.transposed else array).reshape(shape)
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:

@@ -33,6 +33,7 @@ class ModelConfig:
       gated: the activation is the gate of a second product; False has the activation alone.
       tie_embeddings: read the logits out with the embedding; False adds an output matrix of its own.
       query_key_norm: RMS-normalise queries and keys of each head.
+      whole_query_key_norm: RMS-normalise queries, and keys, of all heads as one vector (OLMo 2).
       qkv_bias: add biases to queries, keys and values.
       output_bias: add biases to attention's output and to the feed-forward layer.
       attention_scale: factor on query-key products. 1 with T5's initialiser, which holds the scale itself;
@@ -40,7 +41,9 @@ class ModelConfig:
       logits_scale: factor on the last hidden state; None is T5's `embed_dim ** -0.5` where embeddings are tied.
       norm_epsilon: added to the mean square, or to the variance.
       norm_offset: an RMS norm's parameter is what its scale has beyond 1, as in Gemma.
-      post_norms: attention and the feed-forward layer are normed once more before they are added to the residual.
+      pre_norms: what attention and the feed-forward layer read is normed.
+      post_norms: what they write is normed, before it is added to the residual.
+      residual_scale: factor on what they add to the residual.
       embedding_scale: factor on embedded tokens.
       attention_softcap, logits_softcap: x becomes `cap * tanh(x / cap)`, for query-key products and logits.
       attention_backend: what computes attention: "xla" anywhere, "cudnn" on NVIDIA GPUs, on TPUs "splash" (without a
@@ -57,6 +60,9 @@ class ModelConfig:
       rotary_factor: rotary wavelengths are so many times as long as the base makes them ("linear" scaling).
       rotary_stretched: only wavelengths beyond the second number, in tokens, are, and none below the first; between
         them the frequencies go over from one to the other (Llama 3.1, arXiv 2407.21783). None stretches all.
+      rotary_ramp: pairs of a head up to the first number keep their wavelengths, those from the second on are stretched
+        by `rotary_factor`, and between them the frequencies go over from one to the other (YaRN, arXiv 2309.00071).
+      unrotated_layers: for each layer whether it has no positions (SmolLM3); None: none is so.
       max_length: longest row that the model is meant for; None sets no limit. So many are the learned positions.
       dropout_rate: after the embedding, on every residual branch, inside the feed-forward layer, after the last norm.
       dtype: of activations; parameters, softmax, logits and loss are float32.
@@ -80,13 +86,16 @@ class ModelConfig:
     gated: bool = True
     tie_embeddings: bool = True
     query_key_norm: bool = False
+    whole_query_key_norm: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
     attention_scale: float = 1.0
     logits_scale: float | None = None
     norm_epsilon: float = 1e-6
     norm_offset: bool = False
+    pre_norms: bool = True
     post_norms: bool = False
+    residual_scale: float = 1.0
     embedding_scale: float = 1.0
     attention_softcap: float | None = None
     logits_softcap: float | None = None
@@ -100,6 +109,8 @@ class ModelConfig:
     rotary_base: float = 10_000.0
     rotary_factor: float = 1.0
     rotary_stretched: tuple[float, float] | None = None
+    rotary_ramp: tuple[float, float] | None = None
+    unrotated_layers: tuple[bool, ...] | None = None
     max_length: int | None = None
     dropout_rate: float = 0.0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -132,6 +143,13 @@ class ModelConfig:
                 f"ModelConfig.local_layers must say of each of {self.num_layers} layers if it is local, and not of "
                 f"{len(self.local_layers)}; and local layers need a ModelConfig.window, not {self.window}."
             )
+        if self.unrotated_layers and (len(self.unrotated_layers) != self.num_layers or self.position != "rotary"):
+            raise UserError(
+                f"ModelConfig.unrotated_layers must say of each of {self.num_layers} layers with rotary positions if "
+                f"it has none, and not of {len(self.unrotated_layers)}."
+            )
+        if self.rotary_ramp is not None and self.rotary_stretched is not None:
+            raise UserError("ModelConfig.rotary_ramp and rotary_stretched are two ways to stretch: set one to None.")
         shortest, longest = self.rotary_stretched or (1, 2)
         if self.rotary_factor <= 0 or not 0 < shortest < longest:
             raise UserError(
