@@ -3,16 +3,19 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
 from diffusion_t5x.decoding.ancestral import AncestralDecoder
 from diffusion_t5x.decoding.block import BlockDecoder
+from diffusion_t5x.decoding.commit import propose
 from diffusion_t5x.decoding.counts import unmasked_shares
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import BIDIRECTIONAL, Slots
+from diffusion_t5x.models.sampling import Sampling
 
 CONFIG = dataclasses.replace(tiny.RELATIVE, num_layers=1)
 LENGTHS = (9, 5, 1)
@@ -45,19 +48,24 @@ def test_a_window_as_long_as_the_targets_is_none():
     np.testing.assert_array_equal(one.canvas, other.canvas)
 
 
-def test_ends_are_written_last_or_never():
-    vocabulary = tiny.VOCABULARY
-    ends = [vocabulary.eos_id, vocabulary.pad_id, 7]
+def test_ends_are_never_written():
+    for end in (2, 9):
+        decoded = decode(MaskedDecoder(num_steps=2, ends="never", end_ids=(end,)))
+        ends = [tiny.VOCABULARY.eos_id, tiny.VOCABULARY.pad_id, end]
+        assert not np.isin(decoded.canvas[BATCH.target_mask], ends).any()
 
-    def written(**changes):
-        decoded = decode(MaskedDecoder(num_steps=None, end_ids=(7,), **changes))
-        return decoded.canvas[0][BATCH.target_mask[0]], decoded.written_at[0][BATCH.target_mask[0]]
 
-    # A model that finds ends the most likely almost everywhere.
-    assert not np.isin(written(ends="never")[0], ends).any()
-    tokens, when = written(ends="last")
-    is_end = np.isin(tokens, ends)
-    assert is_end.any() and not is_end.all() and when[~is_end].max() < when[is_end].min()
+def test_the_certainty_of_others_is_without_the_ends():
+    logits = np.full((1, 3, 24), -50.0, np.float32)
+    logits[0, 0, [3, 4]] = 5.0, 2.0  # 3 ends a text
+    logits[0, 1, [3, 4, 5]] = 2.0, 2.5, 1.5
+    logits[0, 2, [4, 5]] = 1.0, 0.0
+    arguments = jnp.asarray(logits), jax.random.split(jax.random.key(0), 1), jnp.arange(3)[None], tiny.VOCABULARY
+    last = jnp.arange(24) == 3
+    tokens, log_probability, certainty = propose(*arguments, Sampling(0.0), "confidence", last=last)
+    assert tokens.tolist() == [[3, 4, 4]]
+    np.testing.assert_allclose(certainty, [[-np.inf, 1 / (1 + np.exp(-1)), 1 / (1 + np.exp(-1))]], rtol=1e-5)
+    np.testing.assert_allclose(log_probability, propose(*arguments, Sampling(0.0), "confidence")[1])
 
 
 def test_guidance_is_that_of_the_logits():
