@@ -1,4 +1,4 @@
-"""diffusion_t5x: language models that write by diffusion, trained and run the T5X way."""
+"""diffusion_t5x: trains and runs diffusion language models, the T5X way."""
 
 import importlib
 import sys
@@ -75,7 +75,7 @@ moved.install()
 
 
 def _answer_help() -> None:
-    """Prints the help that `python -m diffusion_t5x.VERB --help` asks for, before the verb imports what does the work.
+    """Prints the help for `python -m diffusion_t5x.VERB --help`, before the verb imports anything heavy.
 
     Python sets `sys.argv[0]` to "-m" while it looks for the module to run, which imports this package first.
     """

@@ -1,4 +1,4 @@
-"""`python -m diffusion_t5x`: the command `diffusion-t5x`, where it is not installed."""
+"""Runs `python -m diffusion_t5x`: the command `diffusion-t5x` without an installed script."""
 
 from diffusion_t5x.command_line.main import main
 

@@ -1,4 +1,4 @@
-"""A model in Python: `load` opens one, and its methods write, fill holes, score and show every step."""
+"""The Python API: `load` opens a model; its methods write, fill holes, score and show every step."""
 
 import dataclasses
 import functools
@@ -45,12 +45,12 @@ _Batches = Iterable[tuple[Batch, list[dict[str, Any]]]]
 
 @dataclasses.dataclass(frozen=True)
 class LogLikelihood:
-    """How likely a model finds a text, its end included.
+    """Log-likelihood of a text under a model, including the token that ends it.
 
     Attributes:
-      nats: log-probability of the text: exact for an autoregressive model, else an estimate of a lower bound.
-      standard_error: of that estimate, in nats; 0 where it is exact.
-      num_tokens: of the text, with the one that ends it.
+      nats: log-probability of the text; exact for an autoregressive model, otherwise an estimate of a lower bound.
+      standard_error: standard error of that estimate, in nats; 0 if it is exact.
+      num_tokens: number of tokens in the text, including the one that ends it.
     """
 
     nats: float
@@ -60,14 +60,14 @@ class LogLikelihood:
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """How an answer came to be. In a notebook it shows itself as a page that plays the steps.
+    """The steps in which an answer was written. Notebooks display it as a page that plays the steps.
 
     Attributes:
-      prompt: what was answered.
+      prompt: the prompt.
       text: the answer.
       canvases: the canvas before the first step and after each one: ▢ is MASK, ¶ the end of the text, · padding.
-      record: what `infer --trace` writes of it, see `evaluation.traces.compact`.
-      decoder: what wrote, in words.
+      record: the record that `infer --trace` writes, see `evaluation.traces.compact`.
+      decoder: the decoder that wrote the answer, as text.
     """
 
     prompt: str
@@ -80,7 +80,7 @@ class Steps:
         return "\n".join(map(traces.sign, self.canvases))
 
     def html(self) -> str:
-        """A self-contained HTML page."""
+        """Returns a self-contained HTML page that plays the steps."""
         return trace_page([self.record], 1, "prompt", self.decoder)
 
     def _repr_html_(self) -> str:
@@ -90,17 +90,17 @@ class Steps:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Model:
-    """A model to be used and not trained, on one device. `load` makes it.
+    """A model for inference on one device. Made by `load`.
 
     Attributes:
-      name: where it came from.
-      record: what it was trained as.
+      name: the path or hub id that it was loaded from.
+      record: how it was trained.
       params: nested dictionaries of arrays; matrices and embeddings in `config.dtype`.
       tokenizer: encodes texts to token ids, and decodes them.
-      decoder: what writes where a call names no other; None where the record names none.
-      objective: whose likelihood is measured; None where the record does not say.
-      definition: makes a Flax module of parameters.
-      mesh: of the device.
+      decoder: the default decoder; None if the record names none.
+      objective: the default objective for likelihoods; None if the record names none.
+      definition: the model's structure, to which parameters are bound.
+      mesh: a mesh of one device.
       allow_mismatch: see `load`.
     """
 
@@ -165,22 +165,22 @@ class Model:
         samples: int = 1,
         seed: int = 0,
     ) -> Any:
-        """Answers prompts, one at a time. The texts are those that the verb `generate` writes with the same seed.
+        """Answers prompts, one at a time. The same seed gives the same texts as the verb `generate`.
 
         Args:
-          prompts: one, or several.
-          decoder: what writes; None takes the model's own.
-          length: tokens to write at most; for diffusion, the canvas. None takes the length of the training's targets,
-            or at most 256.
-          samples: answers to each prompt.
-          seed: of what is drawn. Another one compiles anew; `samples` does not.
+          prompts: one prompt, or several.
+          decoder: the decoder; None takes the model's own.
+          length: maximum number of tokens to write; for diffusion, the size of the canvas. None takes the length of the
+            training targets, or at most 256.
+          samples: number of answers to each prompt.
+          seed: random seed. A new seed compiles again; more `samples` do not.
 
         Returns:
-          One prompt's text, or a list of texts in the order of the prompts. With more than one sample, a list of texts
-          stands where a text would.
+          The answer to one prompt, or a list of answers in the order of the prompts. With several samples, each answer
+          is a list of texts.
 
         Raises:
-          UserError: a prompt is too long, or the model was not trained for such a decoder.
+          UserError: a prompt is too long, or the model was not trained for this decoder.
         """
         texts = _texts(prompts)
         if not isinstance(samples, int) or samples < 1:
@@ -210,17 +210,17 @@ class Model:
         The texts are those that `infer --templates` writes; see docs/infilling.md.
 
         Args:
-          texts: one, or several; each has a hole.
-          inputs: what the texts are written for, of a model that was trained with inputs: one for all, or one for each.
-          decoder: what writes; None takes the model's own.
-          seed: of what is drawn.
+          texts: one text, or several; each has a hole.
+          inputs: for a model that was trained with inputs: one input for all texts, or one for each.
+          decoder: the decoder; None takes the model's own.
+          seed: random seed.
 
         Returns:
-          The whole text, its holes filled; or a list of them.
+          The whole text with its holes filled, or a list of such texts.
 
         Raises:
-          UserError: a text without a hole or too long, inputs for a model that has none, or a decoder that cannot fill
-            holes, as autoregressive ones.
+          UserError: a text has no hole or is too long, inputs for a model that takes none, or a decoder that cannot
+            fill holes (autoregressive decoders cannot).
         """
         pairs = _pairs(texts, inputs)
         decoder = self._use(decoder, self.decoder, "decoder")
@@ -269,21 +269,21 @@ class Model:
         num_draws: int = 128,
         seed: int = 0,
     ) -> LogLikelihood | list[LogLikelihood]:
-        """Measures how likely texts are, as `infer` does in its mode "score" (see docs/likelihood.md).
+        """Measures log-likelihoods of texts, like `infer` in mode "score" (see docs/likelihood.md).
 
         Args:
-          texts: one, or several; EOS is put behind each and counted.
-          inputs: what the texts are written for: one for all, or one for each. An imported decoder-only model reads
-            them as the text before.
-          objective: whose likelihood; None takes the one that the model was trained by.
-          num_draws: passes of the model for an estimate; an even number. Exact ones take one.
-          seed: of the draws.
+          texts: one text, or several; EOS is appended to each and counted.
+          inputs: one input for all texts, or one for each. An imported decoder-only model reads it as the preceding
+            text.
+          objective: the objective whose likelihood is measured; None takes the training objective.
+          num_draws: number of passes for an estimate; an even number. Exact likelihoods take one pass.
+          seed: random seed of the draws.
 
         Returns:
           One text's likelihood in nats, or a list of them.
 
         Raises:
-          UserError: a text is too long, inputs for a model that has none, or the model was not trained by such an
+          UserError: a text is too long, inputs for a model that takes none, or the model was not trained with this
             objective.
         """
         pairs = _pairs(texts, inputs)
@@ -331,7 +331,7 @@ class Model:
         trace: bool = False,
         text_mask: Callable[[Batch], np.ndarray] | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """One record for each text, as `infer` writes them."""
+        """Decodes batches; returns one record per text, like `infer`."""
         decoder = self._use(decoder, self.decoder, "decoder")
         step = self._decode_step(decoder, seed, trace, text_mask is not None)
         rows = self._rows([])
@@ -341,7 +341,7 @@ class Model:
 
     @functools.cached_property
     def _steps(self) -> dict[Any, Any]:
-        """Compiled programs by what they depend on."""
+        """The cache of compiled programs, by their settings."""
         return {}
 
     def _decode_step(self, decoder: Decoder, seed: int, trace: bool, in_holes: bool) -> jax.stages.Wrapped:
@@ -362,7 +362,7 @@ class Model:
         return self._steps[key]
 
     def _use(self, given: Any, own: Any, what: str) -> Any:
-        """The decoder or objective to use, checked against what the model has learned."""
+        """Returns the decoder or objective to use, checked against the training record."""
         used = own if given is None else given
         if used is None:
             raise UserError(f"{self.name} does not say which {what} suits it: give {what}=...")
@@ -381,7 +381,7 @@ class Model:
         return self.record.inputs_end
 
     def _rows(self, pairs: Sequence[tuple[str, str]]) -> TextRows:
-        """How pairs of a text and its inputs become rows: as in training; of an imported model, as long as needed."""
+        """Returns the row layout for (text, inputs) pairs: as in training, or as long as needed for imported models."""
         lengths = self._lengths
         has_inputs = any(inputs for _, inputs in pairs)
         if lengths is not None and has_inputs and "inputs" not in lengths:
@@ -404,24 +404,24 @@ def load(
 ) -> Model:
     """Opens a model.
 
-    Model, vocabulary, lengths, decoder and objective come from what the checkpoint says of itself.
+    Model, vocabulary, lengths, decoder and objective come from the checkpoint's record.
 
     Args:
-      path: a MODEL_DIR of training, a checkpoint of it, what `convert` wrote, a folder in Hugging Face's format, or a
-        model of the hub as "org/name" or "org/name@revision" (downloaded once).
-      vocabulary: its file (a tokenizer.json, a SentencePiece model, llama2.c's .bin) or a SeqIO vocabulary, where the
-        checkpoint does not say how it is made.
-      allow: packages or modules of decoders and objectives that may be imported because the checkpoint names them,
-        besides those of diffusion_t5x.
-      allow_mismatch: let decoders and objectives use the model otherwise than it was trained.
+      path: a training run's MODEL_DIR, one of its checkpoints, a folder that `convert` wrote, a folder in Hugging
+        Face's format, or a hub model as "org/name" or "org/name@revision" (downloaded once).
+      vocabulary: a file (tokenizer.json, SentencePiece model, llama2.c's .bin) or a SeqIO vocabulary, for a checkpoint
+        that does not record its own.
+      allow: trusted packages or modules, besides diffusion_t5x, from which decoders and objectives that the checkpoint
+        names may be imported.
+      allow_mismatch: let decoders and objectives use the model in ways that it was not trained for.
 
     Raises:
-      UserError: no model is there, it is broken, or it does not say what it is.
+      UserError: there is no model at `path`, it is broken, or its record is missing.
     """
     name = os.fspath(path)
     local = hub.local_folder(name)
     mesh = MeshConfig().make(jax.devices()[:1])
-    if from_hf.is_folder(local):
+    if from_hf.is_foreign(local):
         record, definition, streams = from_hf.in_memory(local)
         tokenizer = _vocabulary(record, local, name, vocabulary)
         abstract = traverse_util.flatten_dict(abstract_params(mesh, definition), sep="/")
@@ -473,7 +473,7 @@ def _texts(given: str | Sequence[str]) -> list[str]:
 
 
 def _pairs(texts: str | Sequence[str], inputs: str | Sequence[str]) -> list[tuple[str, str]]:
-    """Each text with its inputs."""
+    """Pairs each text with its inputs."""
     several = _texts(texts)
     each = [inputs] * len(several) if isinstance(inputs, str) else _texts(inputs)
     if len(each) != len(several):

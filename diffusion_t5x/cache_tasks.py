@@ -36,19 +36,21 @@ def cache_tasks(
 
     Args:
       mixture_or_task_name: as registered with SeqIO.
-      task_feature_lengths: tokens of `inputs` and `targets`; a run that reads the cache must have the same.
+      task_feature_lengths: numbers of tokens in `inputs` and `targets`; a run that reads the cache must use the same.
       cache_dir: gets a folder for each task and each split of it.
-      splits: which; None takes all.
+      splits: the splits to cache; None takes all.
       num_epochs: passes over the data, each with new random choices of the preprocessors (span corruption's spans).
-      num_shards: files of each split. Each is made from its own part of the data, as if one of as many hosts read it.
-      seed: of the preprocessors' random choices.
-      beam_options: runs as an Apache Beam pipeline with these options, as on Beam's command line. None needs no Beam.
-      task_modules: for Beam's workers: the modules that register the tasks.
+      num_shards: number of files per split. Each is made from its own part of the data, as if one of this many hosts
+        read it.
+      seed: seed of the preprocessors' random choices.
+      beam_options: run as an Apache Beam pipeline with these options, as on Beam's command line. None does not use
+        Beam.
+      task_modules: modules that register the tasks, for Beam's workers.
       dry_run: check everything, print what would be written, and write nothing.
 
     Raises:
-      UserError: an unknown task, split or feature, a bad number, or a cache made with other settings in the
-        same place; before anything is written.
+      UserError: before anything is written: an unknown task, split or feature, a bad number, or a cache made with other
+        settings in the same place.
     """
     for name, number in {"num_epochs": num_epochs, "num_shards": num_shards}.items():
         if not isinstance(number, int) or number < 1:

@@ -22,7 +22,7 @@ from diffusion_t5x.console import Console
 
 
 def list_run(run: str) -> bool:
-    """Prints a table of a run's checkpoints; True if all their files exist with the right sizes."""
+    """Prints a table of a run's checkpoints; returns True if all their files exist with the right sizes."""
     found = inspection.listing(run)
     metrics = sorted({name for listed in found for name in listed.metrics})
     table = _table("step", "size", "written", "files", "", *metrics)
@@ -58,7 +58,7 @@ def show(checkpoint: str) -> bool:
 
 
 def verify(path: str) -> bool:
-    """Reads every file of the checkpoints at a path and compares checksums; True if none is broken."""
+    """Reads every file of the checkpoints at a path and compares checksums; returns True if none is broken."""
     table = _table("checkpoint", "files")
     fine = True
     for checkpoint in find_checkpoints(path):
@@ -73,7 +73,7 @@ def verify(path: str) -> bool:
 
 
 def diff(first: str, second: str) -> bool:
-    """Prints the differences between two checkpoints; True if there are none."""
+    """Prints the differences between two checkpoints; returns True if there are none."""
     found = inspection.difference(first, second)
     if found.arrays:
         table = _table("array", "first", "second", "largest difference", "relative norm")
@@ -92,7 +92,7 @@ def diff(first: str, second: str) -> bool:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags of this verb: `command`, the name of a function of this module's, and its arguments."""
+    """Parses this verb's flags: `command`, the name of a function in this module, and its arguments."""
     return help_pages.parser("checkpoints").parse_args(argv)
 
 

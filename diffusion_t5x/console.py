@@ -1,4 +1,4 @@
-"""rich's console, for tables and styled text with untrusted content."""
+"""A rich console for tables and styled text with untrusted content."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ class Console(rich.console.Console):
 
 
 def one_line(text: str, width: int) -> str:
-    """The text as `terminal.safe` text on one line, cut to `width` cells; line breaks and tabs are shown as signs."""
+    """Returns safe text (see `terminal.safe`) on one line, cut to `width` cells; line breaks and tabs become signs."""
     line = rich.text.Text(terminal.safe(text).replace("\n", "␊").replace("\t", "␉"))
     line.truncate(width, overflow="ellipsis")
     return line.plain

@@ -1,4 +1,4 @@
-"""Import a model from another framework, with its tokenizer and a gin file that names both, and export it again."""
+"""Import a model from another framework, with its tokenizer and a gin file for both, and export it again."""
 
 import os
 import shutil
@@ -29,8 +29,8 @@ def from_llama2c(model_file: str, tokenizer_file: str, output_folder: str) -> No
       output_folder: a folder that is empty or not there.
 
     Raises:
-      UserError: invalid files, files that do not belong together, or an output that is not empty;
-        before anything is written.
+      UserError: before anything is written: invalid files, files that do not belong together, or an output folder that
+        is not empty.
     """
     folder = empty_folder(output_folder)
     source = llama2c.read(model_file)
@@ -66,10 +66,11 @@ def from_llama2c(model_file: str, tokenizer_file: str, output_folder: str) -> No
 
 
 def convert(argv: Sequence[str]) -> None:
-    """Runs the conversion that the command line `argv` (without the program's name) asks for."""
+    """Runs the conversion that the command line `argv` (without the program's name) names."""
     arguments = vars(help_pages.parser("convert").parse_args(argv))
     sources: dict[str, Callable[..., None]] = {
         "from_hf": from_hf,
+        "from_gguf": from_hf,
         "to_hf": to_hf,
         "from_t5x": from_t5x,
         "from_llama2c": from_llama2c,

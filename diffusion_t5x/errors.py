@@ -14,10 +14,10 @@ class UserError(Exception):
 
 
 class OtherModel(UserError):
-    """A model that is not the one of a checkpoint.
+    """Raised for a model that differs from a checkpoint's.
 
     Attributes:
-      settings: fields of the checkpoint's `ModelConfig`, by name.
+      settings: the fields of the checkpoint's `ModelConfig`, by name.
     """
 
     def __init__(self, message: str, settings: Mapping[str, Any]):
@@ -26,7 +26,7 @@ class OtherModel(UserError):
 
 
 def check_choices(settings: object) -> None:
-    """Raises a UserError where a field of a dataclass has none of the values that its `Literal` type lists."""
+    """Raises a UserError if a dataclass field has a value that its `Literal` type does not list."""
     name = type(settings).__name__
     for field, kind in get_type_hints(type(settings)).items():
         choices = get_args(kind) if get_origin(kind) is Literal else ()
@@ -35,7 +35,7 @@ def check_choices(settings: object) -> None:
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """` Did you mean 'x' or 'y'?` with the candidates most like `name`, for the end of a message; "" where none is."""
+    """Returns ` Did you mean 'x' or 'y'?` with the candidates closest to `name`; "" if none is close."""
     by_lower_case = {candidate.lower(): candidate for candidate in candidates}
     close = [by_lower_case[match] for match in difflib.get_close_matches(name.lower(), by_lower_case, n=2, cutoff=0.75)]
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""

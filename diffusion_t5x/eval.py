@@ -6,19 +6,23 @@ With --predictions FILE.jsonl --task NAME it scores predictions made elsewhere, 
 the task. A line is {"prediction": TEXT} or {"predictions": [TEXT, ...]}, in the split's order or with an "example_id".
 """
 
+import dataclasses
 import json
 import logging
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from diffusion_t5x import terminal
 from diffusion_t5x.checkpointing import checkpoints
 from diffusion_t5x.checkpointing.assignment import Rule
+from diffusion_t5x.checkpointing.checkpoints import OpenCheckpoint
 from diffusion_t5x.command_line import config
 from diffusion_t5x.command_line.recorded import checkpoint_texts
+from diffusion_t5x.command_line.runnable import verb
 from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
@@ -38,133 +42,146 @@ logger = logging.getLogger(__name__)
 _ALLOW_MISMATCH = "eval.evaluate.allow_mismatch"
 
 
-def evaluate(
-    *,
-    model: ModelConfig,
-    checkpoint_path: str,
-    eval_output_dir: str | None = None,
-    all_checkpoints: bool = False,
-    decode_evals: Sequence[DecodeEval] = (),
-    objective: Objective | None = None,
-    loss_evals: Sequence[LossEval] = (),
-    likelihood_evals: Sequence[LikelihoodEval] = (),
-    restore_rules: Sequence[Rule] = (),
-    use_ema: bool = True,
-    teacher_checkpoint_path: str | None = None,
-    teacher_model: ModelConfig | None = None,
-    allow_mismatch: bool = False,
-    mesh: MeshConfig = MeshConfig(),  # noqa: B008  (frozen)
-    dry_run: bool = False,
-) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
     """Scores one checkpoint, or all of a run.
 
     `eval_output_dir` gets results.json (metrics, and everything needed to repeat them) and, for each decoded task,
     `<task>_predictions.jsonl`; with `all_checkpoints` a folder `checkpoint_<step>` for each, with the same in it.
     results.json is written last. A repeated call with the same settings evaluates only checkpoints without one.
 
-    Args:
+    Attributes:
       model: dimensions of the checkpoint's model.
       checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
-      eval_output_dir: made if it is not there; None is eval/ in the checkpoint's MODEL_DIR (likelihood/ or loss/ where
-        nothing is decoded), with a folder for each checkpoint.
+      eval_output_dir: made if needed; None is eval/ in the checkpoint's MODEL_DIR (likelihood/ or loss/ if nothing is
+        decoded), with a folder for each checkpoint.
       all_checkpoints: evaluate all checkpoints at the path; otherwise the newest.
       decode_evals: what to decode and score.
       objective: computes losses and likelihoods.
       loss_evals: losses to measure.
       likelihood_evals: likelihoods to measure; their metrics are listed beside those of decoding.
       restore_rules: assignment rules, as in training.
-      use_ema: take the parameters' moving average where the checkpoint has one.
-      teacher_checkpoint_path: of an autoregressive model that scores decoded texts ("teacher_nll",
+      use_ema: use the moving average of the parameters if the checkpoint has one.
+      teacher_checkpoint_path: checkpoint of an autoregressive model that scores decoded texts ("teacher_nll",
         "teacher_agreement"), and that a distillation's loss needs.
-      teacher_model: its dimensions; None takes the model's.
-      allow_mismatch: use the model other than as trained, according to the checkpoint's record: with another
-        function, decoder or objective.
-      mesh: how the devices are arranged.
+      teacher_model: the teacher's dimensions; None takes the model's.
+      allow_mismatch: use the model other than as it was trained, according to the checkpoint's record: as another
+        function, or with another decoder or objective.
+      mesh: the arrangement of devices.
       dry_run: check everything, print what would be done, and evaluate nothing.
-
-    Raises:
-      UserError: anything that does not fit, before anything is compiled; or the output has results of other settings:
-        nothing is overwritten.
     """
-    device_mesh = mesh.make()
-    found = [checkpoints.OpenCheckpoint(path) for path in checkpoints.find_checkpoints(checkpoint_path)]
-    kind = "eval" if decode_evals else "likelihood" if likelihood_evals else "loss"
-    output = pathlib.Path(eval_output_dir or found[-1].model_dir / kind)
-    checkpoints.ensure_writable(str(output), dry_run)
-    loss_evals, likelihood_evals, decode_evals = (
-        prepared(loss_evals),
-        prepared(likelihood_evals),
-        prepared(decode_evals),
-    )
-    evals: list[LossEval | LikelihoodEval | DecodeEval] = [*loss_evals, *likelihood_evals, *decode_evals]
-    if not evals:
-        raise UserError("Nothing to evaluate: set evaluate.decode_evals, loss_evals or likelihood_evals.")
-    if (loss_evals or likelihood_evals) and objective is None:
-        raise UserError("evaluate.loss_evals and likelihood_evals need evaluate.objective. Include one of objectives/.")
-    check_datasets([ev.dataset for ev in evals], model, device_mesh)
-    settings = results.describe(
-        {
-            "evaluations": evals,
-            "objective": objective,
-            "model": model,
-            "restore_rules": restore_rules,
-            "use_ema": use_ema,
-            "teacher": teacher_checkpoint_path,
-        }
-    )
-    has_folder = all_checkpoints or eval_output_dir is None
-    chosen = found if all_checkpoints else found[-1:]
-    folders = {checkpoint: output / checkpoint.path.name if has_folder else output for checkpoint in chosen}
-    for checkpoint in chosen:
-        agreement = Agreement.of(checkpoint, _ALLOW_MISMATCH, allow_mismatch)
-        agreement.check(model, [objective, *(ev.decoder for ev in decode_evals)])
-    todo = {at: folder for at, folder in folders.items() if not results.is_done(folder, str(at), settings)}
-    logger.info("%s: %d of %d checkpoints are evaluated", output, len(folders) - len(todo), len(folders))
-    if dry_run and not todo:
-        print(f"Would evaluate nothing: all results are in {output}.")
-        return
 
-    vocabulary = evals[0].dataset.token_ids()
-    teacher = None
-    if teacher_checkpoint_path and todo:
-        teacher = load_teacher(
-            teacher_checkpoint_path, teacher_model or model, vocabulary, device_mesh, _ALLOW_MISMATCH, allow_mismatch
-        )
-    evaluator = None
-    for checkpoint, folder in todo.items():
-        definition, params = load_model(
-            checkpoint, model, vocabulary, device_mesh, restore_rules=restore_rules, use_ema=use_ema
-        )
-        if dry_run:
-            print(
-                f"Would evaluate {' '.join(map(str, todo))} ({definition.num_params():,} parameters):",
-                *evals,
-                sep="\n  ",
-            )
+    model: ModelConfig
+    checkpoint_path: str
+    eval_output_dir: str | None = None
+    all_checkpoints: bool = False
+    decode_evals: Sequence[DecodeEval] = ()
+    objective: Objective | None = None
+    loss_evals: Sequence[LossEval] = ()
+    likelihood_evals: Sequence[LikelihoodEval] = ()
+    restore_rules: Sequence[Rule] = ()
+    use_ema: bool = True
+    teacher_checkpoint_path: str | None = None
+    teacher_model: ModelConfig | None = None
+    allow_mismatch: bool = False
+    mesh: MeshConfig = MeshConfig()
+    dry_run: bool = False
+
+    def run(self) -> None:
+        """Evaluates the checkpoints that have no results yet; a dry run lists them.
+
+        Raises:
+          UserError: a mismatch of any kind, before anything is compiled; or the output has results of other settings,
+            which are never overwritten.
+        """
+        mesh = self.mesh.make()
+        found = [OpenCheckpoint(path) for path in checkpoints.find_checkpoints(self.checkpoint_path)]
+        kind = "eval" if self.decode_evals else "likelihood" if self.likelihood_evals else "loss"
+        output = pathlib.Path(self.eval_output_dir or found[-1].model_dir / kind)
+        checkpoints.ensure_writable(str(output), self.dry_run)
+        evals = _Evals(prepared(self.loss_evals), prepared(self.decode_evals), prepared(self.likelihood_evals))
+        self._check(evals, mesh)
+        settings = self._describe(evals)
+        folders = self._folders(found, output)
+        for checkpoint in folders:
+            agreement = Agreement.of(checkpoint, _ALLOW_MISMATCH, self.allow_mismatch)
+            agreement.check(self.model, [self.objective, *(ev.decoder for ev in evals.decode)])
+        todo = {at: folder for at, folder in folders.items() if not results.is_done(folder, str(at), settings)}
+        logger.info("%s: %d of %d checkpoints are evaluated", output, len(folders) - len(todo), len(folders))
+        if self.dry_run and not todo:
+            print(f"Would evaluate nothing: all results are in {output}.")
             return
-        evaluator = evaluator or Evaluator(
-            device_mesh, definition, objective, loss_evals, decode_evals, teacher, likelihood_evals
-        )
-        scores, fingerprints = _evaluate(evaluator, params, folder)
-        del params  # before the next checkpoint's are there
-        report = {
-            "results": scores,
-            "checkpoint": str(checkpoint),
-            "teacher": teacher_checkpoint_path,
-            "step": checkpoint.metadata["step"],
-            "evaluations": [repr(ev) for ev in evals],
-            "settings": settings,
-            "data": fingerprints,
-            "training_objective": checkpoint.record.trained_by,
-            "num_parameters": definition.num_params(),
-            "vocabulary": vocabulary.describe(),
-            "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
-            **results.provenance(scores),
-            "config": config.operative_text(),
-        }
-        if jax.process_index() == 0:
-            results.write_results(folder, report)
-            logger.info("wrote %s", folder / "results.json")
+        self._evaluate(todo, evals, settings, mesh)
+
+    def _check(self, evals: "_Evals", mesh: Mesh) -> None:
+        """Raises a UserError if there is nothing to evaluate, or data, objective and mesh do not fit together."""
+        if not evals.all:
+            raise UserError("Nothing to evaluate: set evaluate.decode_evals, loss_evals or likelihood_evals.")
+        if (evals.loss or evals.likelihood) and self.objective is None:
+            raise UserError(
+                "evaluate.loss_evals and likelihood_evals need evaluate.objective. Include one of objectives/."
+            )
+        check_datasets([ev.dataset for ev in evals.all], self.model, mesh)
+
+    def _describe(self, evals: "_Evals") -> dict[str, Any]:
+        """Returns the settings that results depend on."""
+        names = ("objective", "model", "restore_rules", "use_ema")
+        given = {name: getattr(self, name) for name in names}
+        return results.describe({"evaluations": evals.all, **given, "teacher": self.teacher_checkpoint_path})
+
+    def _folders(self, found: Sequence[OpenCheckpoint], output: pathlib.Path) -> dict[OpenCheckpoint, pathlib.Path]:
+        """Returns the output folder of each chosen checkpoint."""
+        has_folder = self.all_checkpoints or self.eval_output_dir is None
+        chosen = found if self.all_checkpoints else found[-1:]
+        return {checkpoint: output / checkpoint.path.name if has_folder else output for checkpoint in chosen}
+
+    def _evaluate(
+        self, todo: Mapping[OpenCheckpoint, pathlib.Path], evals: "_Evals", settings: Mapping[str, Any], mesh: Mesh
+    ) -> None:
+        vocabulary = evals.all[0].dataset.token_ids()
+        teacher = None
+        if self.teacher_checkpoint_path and todo:
+            judged = (vocabulary, mesh, _ALLOW_MISMATCH, self.allow_mismatch)
+            teacher = load_teacher(self.teacher_checkpoint_path, self.teacher_model or self.model, *judged)
+        evaluator = None
+        for checkpoint, folder in todo.items():
+            definition, params = load_model(
+                checkpoint, self.model, vocabulary, mesh, restore_rules=self.restore_rules, use_ema=self.use_ema
+            )
+            if self.dry_run:
+                size = f"{definition.num_params():,} parameters"
+                print(f"Would evaluate {' '.join(map(str, todo))} ({size}):", *evals.all, sep="\n  ")
+                return
+            evaluator = evaluator or Evaluator(
+                mesh, definition, self.objective, evals.loss, evals.decode, teacher, evals.likelihood
+            )
+            scores, fingerprints = _evaluate(evaluator, params, folder)
+            del params  # before the next checkpoint's are there
+            evaluations = [repr(ev) for ev in evals.all]
+            report = {
+                **results.report(scores, checkpoint, definition, evaluations, settings, fingerprints),
+                "teacher": self.teacher_checkpoint_path,
+                "config": config.operative_text(),
+            }
+            if jax.process_index() == 0:
+                results.write_results(folder, report)
+                logger.info("wrote %s", folder / "results.json")
+
+
+evaluate = verb("evaluate", Evaluation)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Evals:
+    """All evaluations of a call, prepared."""
+
+    loss: Sequence[LossEval]
+    decode: Sequence[DecodeEval]
+    likelihood: Sequence[LikelihoodEval]
+
+    @property
+    def all(self) -> list[LossEval | LikelihoodEval | DecodeEval]:
+        return [*self.loss, *self.likelihood, *self.decode]
 
 
 def _evaluate(
@@ -201,14 +218,14 @@ def score(
 
     Args:
       predictions: a file of JSON lines, see `evaluation.predictions`.
-      dataset: makes the data set of a `mixture_or_task_name`.
-      task: its name.
-      mixture_or_task_name: the name as gin files set it, where `task` is None.
+      dataset: makes the data set for a `mixture_or_task_name`.
+      task: the task's name.
+      mixture_or_task_name: the name as gin files set it, used if `task` is None.
       num_examples: number of examples in the file, from the start of the split; None: all.
-      eval_output_dir: made if it is not there; None writes nothing.
+      eval_output_dir: made if needed; None writes nothing.
 
     Raises:
-      UserError: unknown task or split, or predictions that do not fit; the output has results of other settings.
+      UserError: unknown task or split, predictions that do not fit, or an output with results of other settings.
     """
     name = task or mixture_or_task_name
     if not name:

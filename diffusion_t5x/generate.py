@@ -1,6 +1,6 @@
 r"""Write answers to prompts: diffusion-t5x generate --checkpoint DIR [--prompt TEXT]
 
-DIR is a MODEL_DIR, a checkpoint or what `convert` wrote. Model, vocabulary, lengths and decoder come from the
+DIR is a MODEL_DIR, a checkpoint or a folder that `convert` wrote. Model, vocabulary, lengths and decoder come from the
 checkpoint; gin files and --gin.NAME=VALUE change them.
 
   --prompt TEXT   write one answer and stop. Without it, a terminal asks for one prompt after another (an empty line or
@@ -86,21 +86,21 @@ def generate(
       checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
       model: dimensions of the checkpoint's model.
       decoder: writes the texts.
-      vocabulary: of the model.
-      vocabulary_file: in its place, see `data.vocabulary_files.vocabulary`.
-      context_eos: whether EOS stands behind a prompt.
-      task: says what the three before leave open. Its preprocessors are not applied. Without it, EOS stands behind the
-        prompts of encoder-decoders alone.
-      task_feature_lengths: `inputs`, the most tokens of a prompt, and `targets`, of an answer. Without `inputs` both
-        share the targets' tokens; None: all that the model's `max_length` allows.
-      prompt: the only one; None reads standard input.
-      length: tokens to write, in place of the targets' length.
-      samples: answers to each prompt.
-      random_seed: of the decoder.
-      allow_mismatch: use the model other than as trained, according to the checkpoint's record.
+      vocabulary: the model's vocabulary.
+      vocabulary_file: its file, instead of `vocabulary`, see `data.vocabulary_files.vocabulary`.
+      context_eos: True to append EOS to a prompt.
+      task: the task that supplies what the three settings above leave open. Its preprocessors are not applied. Without
+        it, only encoder-decoders get EOS after the prompt.
+      task_feature_lengths: maximum numbers of tokens: `inputs` for a prompt, `targets` for an answer. Without `inputs`
+        both share the targets' tokens; None: all that the model's `max_length` allows.
+      prompt: the only prompt; None reads standard input.
+      length: number of tokens to write, instead of the targets' length.
+      samples: number of answers to each prompt.
+      random_seed: seed of the decoder.
+      allow_mismatch: use the model other than as it was trained, according to the checkpoint's record.
 
     Raises:
-      UserError: anything that does not fit; a prompt that is too long.
+      UserError: settings that do not fit, or a prompt that is too long.
     """
     checkpoint = checkpoints.open_checkpoint(checkpoint_path)
     Agreement.of(checkpoint, "generate.generate.allow_mismatch", allow_mismatch).check(model, [decoder])

@@ -1,24 +1,28 @@
 """Write predictions for a task's examples, or scores of them, as JSON lines; a repeated run continues.
 
-With --checkpoint DIR (a MODEL_DIR, a checkpoint or what convert wrote) model, vocabulary, decoder, objective, task and
-lengths come from the checkpoint; gin files and --gin.NAME=VALUE change them. The lines go to infer/ in the MODEL_DIR.
-With --templates FILE.jsonl the model fills the holes of texts: lines such as {"template": "x =<hole:4> + 1"}, with
-"inputs" for a task that has some. With --trace a page beside the predictions shows every step.
+With --checkpoint DIR (a MODEL_DIR, a checkpoint or a folder that convert wrote) model, vocabulary, decoder, objective,
+task and lengths come from the checkpoint; gin files and --gin.NAME=VALUE change them. The lines go to infer/ in the
+MODEL_DIR. With --templates FILE.jsonl the model fills the holes of texts: lines such as {"template": "x =<hole:4> +
+1"}, with "inputs" for a task that has some. With --trace a page beside the predictions shows every step.
 """
 
+import dataclasses
 import itertools
 import logging
 import pathlib
 import sys
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import jax
+from jax.sharding import Mesh
 
 from diffusion_t5x.checkpointing import checkpoints
 from diffusion_t5x.checkpointing.assignment import Rule
+from diffusion_t5x.checkpointing.checkpoints import OpenCheckpoint
 from diffusion_t5x.command_line import config
 from diffusion_t5x.command_line.recorded import checkpoint_texts
+from diffusion_t5x.command_line.runnable import verb
 from diffusion_t5x.command_line.slice_flags import slice_dry_run
 from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.console import Console
@@ -44,26 +48,8 @@ logger = logging.getLogger(__name__)
 _SHOWN_TRACES = 3
 
 
-def infer(
-    *,
-    model: ModelConfig,
-    checkpoint_path: str | None,
-    dataset: SeqioDataset,
-    infer_output_dir: str | None = None,
-    mode: Literal["predict", "score"] = "predict",
-    decoder: Decoder | None = None,
-    objective: Objective | None = None,
-    num_draws: int = 128,
-    templates: str | None = None,
-    num_examples: int | None = None,
-    trace: bool = False,
-    random_seed: int = 0,
-    restore_rules: Sequence[Rule] = (),
-    use_ema: bool = True,
-    allow_mismatch: bool = False,
-    mesh: MeshConfig = MeshConfig(),  # noqa: B008  (frozen)
-    dry_run: bool | SliceDryRun = False,
-) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inference:
     """Decodes or scores a task and writes `<task>-<split>.jsonl`, one line per example, in the task's order.
 
     A line has "example_id", "inputs_pretokenized", "targets_pretokenized" and the fields of
@@ -73,125 +59,151 @@ def infer(
     "num_tokens" and "num_bytes" instead of decoded text. A repeated call with the same settings does only what is
     missing.
 
-    Args:
+    Attributes:
       model: dimensions of the checkpoint's model.
       checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR; None for a TPU slice, which needs none.
-      dataset: task, split, lengths and batch size.
-      infer_output_dir: made if it is not there; None is infer/checkpoint_<step>/ in the checkpoint's MODEL_DIR.
+      dataset: the task, with split, lengths and batch size.
+      infer_output_dir: made if needed; None is infer/checkpoint_<step>/ in the checkpoint's MODEL_DIR.
       mode: "predict" decodes, "score" computes log-likelihoods of the task's targets.
       decoder: writes the texts.
-      objective: whose likelihood is scored.
-      num_draws: for scores that are estimates; an even number.
+      objective: computes the log-likelihoods.
+      num_draws: number of draws for estimated scores; an even number.
       templates: a file of texts with holes to fill, in place of the task's examples (see `data.templates`).
-      num_examples: only the first so many; None takes all.
-      trace: keep every decoding step: in the lines, in a page beside them
-        (`<task>-<split>.trace.html`), and the first ones in the terminal.
-      random_seed: of the decoder or the draws.
+      num_examples: number of examples, from the start; None takes all.
+      trace: keep every decoding step: in the lines, on a page beside them (`<task>-<split>.trace.html`) and, for the
+        first examples, in the terminal.
+      random_seed: seed of the decoder or the draws.
       restore_rules: assignment rules, as in training.
-      use_ema: take the parameters' moving average where the checkpoint has one.
-      allow_mismatch: use the model other than as trained, according to the checkpoint's record: with another
-        function, decoder or objective.
-      mesh: how the devices are arranged.
+      use_ema: use the moving average of the parameters if the checkpoint has one.
+      allow_mismatch: use the model other than as it was trained, according to the checkpoint's record: as another
+        function, or with another decoder or objective.
+      mesh: the arrangement of devices.
       dry_run: check everything, print what would be done, and do nothing. For a TPU slice: compile the decoding of a
-        batch for it and print what it would take.
-
-    Raises:
-      UserError: anything that does not fit, or the output was started with other settings or other data; nothing is
-        overwritten.
+        batch for it and print its cost.
     """
-    if isinstance(dry_run, SliceDryRun):
-        if mode != "predict" or templates or decoder is None:
-            raise UserError("--topology is for decoding a task: set infer.decoder; leave out mode and templates.")
-        dry_run.infer(mesh=mesh, model=model, decoder=decoder, dataset=dataset)
-        return
-    if checkpoint_path is None:
-        raise UserError("No checkpoint: set CHECKPOINT_PATH. None is for a dry run on a --topology.")
-    device_mesh = mesh.make()
-    checkpoint = checkpoints.open_checkpoint(checkpoint_path)
-    path = str(checkpoint)
-    infer_output_dir = infer_output_dir or str(checkpoint.model_dir / "infer" / checkpoint.path.name)
-    checkpoints.ensure_writable(infer_output_dir, bool(dry_run))
-    data = dataset if templates is None else Templates.read(templates, dataset)
-    how = _how(mode, decoder, objective, num_draws, data, trace)
-    check_datasets([data], model, device_mesh)
-    agreement = Agreement.of(checkpoint, "infer.infer.allow_mismatch", allow_mismatch)
-    agreement.check(model, [objective if mode == "score" else decoder])
-    name = f"{dataset.name}-{dataset.split}" if templates is None else f"infill-{data.name}"
-    name += "-score" if mode == "score" else ""
-    settings = {
-        "checkpoint": path,
-        **how,
-        "random_seed": random_seed,
-        "use_ema": use_ema,
-        "task": dataset.name,
-        "split": dataset.split,
-        "task_feature_lengths": dict(dataset.task_feature_lengths),
-    }
-    output = RecordFile(pathlib.Path(infer_output_dir, f"{name}.jsonl"), settings)
-    if templates is None and output.done:  # templates have a fingerprint among the settings
-        output.check_examples(dataset.eval_examples(output.done))
-    if dry_run:
-        print(f"Would {mode} {name} with {how} from {path} to {output.path}; {output.done} done.")
-        return
 
-    definition, params = load_model(
-        checkpoint, model, data.token_ids(), device_mesh, restore_rules=restore_rules, use_ema=use_ema
-    )
-    total = data.num_eval_examples(num_examples)
-    logger.info("%s: %d of %d examples are done", output.path, output.done, total)
-    batches = (
-        (batch, examples)
-        for batch, examples in data.eval_batches(num_examples)
-        if examples[-1]["example_id"] >= output.done
-    )
-    if mode == "score":
-        assert objective is not None  # see `_how`
-        step = make_likelihood_step(device_mesh, definition, objective, num_draws=num_draws, seed=random_seed)
-        records = likelihoods(step, params, batches, device_mesh, data.to_text)
-    else:
-        assert decoder is not None  # see `_how`
-        step = make_decode_step(device_mesh, definition, decoder, seed=random_seed, trace=trace)
-        text_mask = data.text_mask if isinstance(data, Templates) else None
-        records = predict(step, params, batches, device_mesh, data.to_text, data.cells, text_mask=text_mask)
-    output.write(records, total, f"infer {dataset.name}")
-    logger.info("wrote %s", output.path)
-    if trace and jax.process_index() == 0:
-        page = output.path.with_suffix(".trace.html")
-        write_trace_page(page, output.read(), total, name, repr(decoder))
-        traces.show(itertools.islice(output.read(), _SHOWN_TRACES), Console())
-        logger.info("wrote %s", page)
+    model: ModelConfig
+    checkpoint_path: str | None
+    dataset: SeqioDataset
+    infer_output_dir: str | None = None
+    mode: Literal["predict", "score"] = "predict"
+    decoder: Decoder | None = None
+    objective: Objective | None = None
+    num_draws: int = 128
+    templates: str | None = None
+    num_examples: int | None = None
+    trace: bool = False
+    random_seed: int = 0
+    restore_rules: Sequence[Rule] = ()
+    use_ema: bool = True
+    allow_mismatch: bool = False
+    mesh: MeshConfig = MeshConfig()
+    dry_run: bool | SliceDryRun = False
 
+    def run(self) -> None:
+        """Writes the lines that are missing; a dry run says how many are there.
 
-def _how(
-    mode: str,
-    decoder: Decoder | None,
-    objective: Objective | None,
-    num_draws: int,
-    data: SeqioDataset | Templates,
-    trace: bool,
-) -> dict[str, str | int]:
-    """The settings that belong to the mode; raises a UserError where they do not go together."""
-    if mode not in ("predict", "score"):
-        raise UserError(f"infer.mode must be predict or score, not {mode!r}.")
-    if mode == "score":
-        if objective is None:
-            raise UserError(
-                "To score, set infer.objective: include the file of objectives/ that the model was trained by."
-            )
-        if isinstance(data, Templates) or trace:
-            raise UserError("Scores are of whole texts as they are: leave out --templates and --trace.")
-        check_num_draws(num_draws)
-        return {"mode": mode, "objective": repr(objective), "num_draws": num_draws, "canvas": data.canvas}
-    if decoder is None:
-        raise UserError("To predict, set infer.decoder: include a file of decoding/.")
-    if not isinstance(data, Templates):
-        return {"decoder": repr(decoder), "trace": trace}
-    if not decoder.fills_holes:
-        raise UserError(
-            f"{type(decoder).__name__} writes from left to right and cannot fill holes, whose ends are given: take a "
-            "model of masked or SUNDAE diffusion with decoding/masked.gin or decoding/sundae.gin."
+        Raises:
+          UserError: a mismatch of any kind; or the output was started with other settings or data. Nothing is
+            overwritten.
+        """
+        if isinstance(self.dry_run, SliceDryRun):
+            if self.mode != "predict" or self.templates or self.decoder is None:
+                raise UserError("--topology is for decoding a task: set infer.decoder; leave out mode and templates.")
+            self.dry_run.infer(mesh=self.mesh, model=self.model, decoder=self.decoder, dataset=self.dataset)
+            return
+        if self.checkpoint_path is None:
+            raise UserError("No checkpoint: set CHECKPOINT_PATH. None is for a dry run on a --topology.")
+        mesh = self.mesh.make()
+        checkpoint = checkpoints.open_checkpoint(self.checkpoint_path)
+        folder = self.infer_output_dir or str(checkpoint.model_dir / "infer" / checkpoint.path.name)
+        checkpoints.ensure_writable(folder, bool(self.dry_run))
+        data = self.dataset if self.templates is None else Templates.read(self.templates, self.dataset)
+        how = self._how(data)
+        check_datasets([data], self.model, mesh)
+        agreement = Agreement.of(checkpoint, "infer.infer.allow_mismatch", self.allow_mismatch)
+        agreement.check(self.model, [self.objective if self.mode == "score" else self.decoder])
+        name = f"infill-{data.name}" if isinstance(data, Templates) else f"{data.name}-{data.split}"
+        name += "-score" if self.mode == "score" else ""
+        output = RecordFile(pathlib.Path(folder, f"{name}.jsonl"), self._describe(checkpoint, how))
+        if self.templates is None and output.done:  # templates have a fingerprint among the settings
+            output.check_examples(self.dataset.eval_examples(output.done))
+        if self.dry_run:
+            print(f"Would {self.mode} {name} with {how} from {checkpoint} to {output.path}; {output.done} done.")
+            return
+        self._write(checkpoint, mesh, data, output)
+        if self.trace and jax.process_index() == 0:
+            page = output.path.with_suffix(".trace.html")
+            write_trace_page(page, output.read(), data.num_eval_examples(self.num_examples), name, repr(self.decoder))
+            traces.show(itertools.islice(output.read(), _SHOWN_TRACES), Console())
+            logger.info("wrote %s", page)
+
+    def _describe(self, checkpoint: OpenCheckpoint, how: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the settings that the lines depend on."""
+        return {
+            "checkpoint": str(checkpoint),
+            **how,
+            "random_seed": self.random_seed,
+            "use_ema": self.use_ema,
+            "task": self.dataset.name,
+            "split": self.dataset.split,
+            "task_feature_lengths": dict(self.dataset.task_feature_lengths),
+        }
+
+    def _write(
+        self, checkpoint: OpenCheckpoint, mesh: Mesh, data: SeqioDataset | Templates, output: RecordFile
+    ) -> None:
+        """Decodes or scores the examples that are missing."""
+        definition, params = load_model(
+            checkpoint, self.model, data.token_ids(), mesh, restore_rules=self.restore_rules, use_ema=self.use_ema
         )
-    return {"decoder": repr(decoder), "trace": trace, "templates": data.fingerprint}
+        total = data.num_eval_examples(self.num_examples)
+        logger.info("%s: %d of %d examples are done", output.path, output.done, total)
+        batches = (
+            (batch, examples)
+            for batch, examples in data.eval_batches(self.num_examples)
+            if examples[-1]["example_id"] >= output.done
+        )
+        seed = self.random_seed
+        if self.mode == "score":
+            assert self.objective is not None  # see `_how`
+            step = make_likelihood_step(mesh, definition, self.objective, num_draws=self.num_draws, seed=seed)
+            records = likelihoods(step, params, batches, mesh, data.to_text)
+        else:
+            assert self.decoder is not None  # see `_how`
+            decode = make_decode_step(mesh, definition, self.decoder, seed=seed, trace=self.trace)
+            text_mask = data.text_mask if isinstance(data, Templates) else None
+            records = predict(decode, params, batches, mesh, data.to_text, data.cells, text_mask=text_mask)
+        output.write(records, total, f"infer {self.dataset.name}")
+        logger.info("wrote %s", output.path)
+
+    def _how(self, data: SeqioDataset | Templates) -> dict[str, Any]:
+        """Returns the settings of the mode; raises a UserError if they do not go together."""
+        if self.mode not in ("predict", "score"):
+            raise UserError(f"infer.mode must be predict or score, not {self.mode!r}.")
+        if self.mode == "score":
+            if self.objective is None:
+                raise UserError(
+                    "To score, set infer.objective: include the file of objectives/ that the model was trained by."
+                )
+            if isinstance(data, Templates) or self.trace:
+                raise UserError("Scores are of whole texts as they are: leave out --templates and --trace.")
+            check_num_draws(self.num_draws)
+            scored = {"mode": self.mode, "objective": repr(self.objective), "num_draws": self.num_draws}
+            return scored | {"canvas": data.canvas}
+        if self.decoder is None:
+            raise UserError("To predict, set infer.decoder: include a file of decoding/.")
+        if not isinstance(data, Templates):
+            return {"decoder": repr(self.decoder), "trace": self.trace}
+        if not self.decoder.fills_holes:
+            raise UserError(
+                f"{type(self.decoder).__name__} writes from left to right and cannot fill holes, whose ends are given: "
+                "take a model of masked or SUNDAE diffusion with decoding/masked.gin or decoding/sundae.gin."
+            )
+        return {"decoder": repr(self.decoder), "trace": self.trace, "templates": data.fingerprint}
+
+
+infer = verb("infer", Inference)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

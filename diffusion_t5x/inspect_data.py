@@ -1,7 +1,7 @@
-"""Show what a training run reads: rows of its first batch as text, and the objective's noise on them.
+"""Show what a training run reads: the rows of its first batch as text, with the objective's noise.
 
-Give the gin files and flags of the run, and runs/inspect_data.gin after them. With --checkpoint DIR it takes task,
-lengths, layout, objective and seed from a checkpoint of the run, and no gin file is needed.
+Give the run's gin files and flags, followed by runs/inspect_data.gin. With --checkpoint DIR it takes task, lengths,
+layout, objective and seed from a checkpoint of the run, and no gin file is needed.
 """
 
 import dataclasses
@@ -47,13 +47,13 @@ _COUNTED_EXAMPLES = 1_000  # to tell how many are longer than the features
 
 @dataclasses.dataclass(frozen=True)
 class _Sequence:
-    """One sequence that the model reads, all arrays `[L]`: an encoder's, or the one with the targets.
+    """One sequence that the model reads, all arrays `[L]`: the encoder's, or the one with the targets.
 
     Attributes:
-      name: "encoder", "decoder", or "" for the only one.
+      name: "encoder", "decoder", or "" if there is only one.
       tokens, target_mask, segment_ids, positions: as in `Batch`.
-      reads: what the model reads in place of `tokens`.
-      changed: whether that is noise.
+      reads: the tokens that the model reads instead of `tokens`.
+      changed: True for noise.
     """
 
     name: str
@@ -65,7 +65,7 @@ class _Sequence:
     changed: np.ndarray
 
     def runs(self) -> Iterator[tuple[int, str, np.ndarray]]:
-        """Segment, role ("inputs", "targets" or "empty") and indices of positions that stand together."""
+        """Segment, role ("inputs", "targets" or "empty") and indices of contiguous positions."""
 
         def kind(i):
             return int(self.segment_ids[i]), bool(self.target_mask[i])
@@ -85,22 +85,22 @@ def inspect_data(
     random_seed: int = 0,
     dry_run: bool = False,
 ) -> None:
-    """Prints the first batch of a run that starts at step 0 on one host, and what the model reads of it in that step.
+    """Prints the first batch of a run that starts at step 0 on one host, and the model's view of it in that step.
 
-    Each row is shown as text, run by run of inputs and targets, then position by position. Control characters of the
-    data are shown as symbols and never printed.
+    Each row is shown as text, with inputs and targets apart, then position by position. Control characters of the data
+    are shown as symbols and never printed.
 
     Args:
-      dataset: what the run trains on.
-      model: what it trains.
-      objective: what it minimises.
-      num_rows: how many rows of the batch to show.
+      dataset: the training data set.
+      model: the model to train.
+      objective: the training objective.
+      num_rows: number of rows of the batch to show.
       positions: show the table of single positions, too.
-      random_seed: of the run.
-      dry_run: print the summary of the batch alone.
+      random_seed: seed of the run.
+      dry_run: print only the summary of the batch.
 
     Raises:
-      UserError: a data set that cannot be read, or fewer rows than asked for.
+      UserError: the data set cannot be read, or has fewer rows than asked for.
     """
     dataset.check()
     if not 1 <= num_rows <= dataset.batch_size:
@@ -128,7 +128,7 @@ def inspect_data(
 
 
 def _clean_reads(batch: Batch, reads: np.ndarray, vocabulary: TokenIds) -> tuple[Array, bool]:
-    """Tokens `[B, L]` that the model would read without noise, in place or shifted right; and true if shifted."""
+    """Returns the tokens `[B, L]` that the model would read without noise, and True if they are shifted right."""
     later = np.asarray(shift_right(batch.tokens, batch.positions, vocabulary.start_id))
     there = batch.segment_ids > 0
     shifted = bool(np.sum((reads == later)[there]) > np.sum((reads == batch.tokens)[there]))
@@ -136,7 +136,7 @@ def _clean_reads(batch: Batch, reads: np.ndarray, vocabulary: TokenIds) -> tuple
 
 
 def _sequences(batch: Batch, reads: np.ndarray, changed: np.ndarray, row: int) -> list[_Sequence]:
-    """The sequences of a row in the order in which the model reads them."""
+    """Returns the sequences of a row in the order in which the model reads them."""
     arrays = batch.tokens, batch.target_mask, batch.segment_ids, batch.positions, reads, changed
     if batch.encoder_tokens is None:
         return [_Sequence("", *(np.asarray(x[row]) for x in arrays))]
@@ -179,11 +179,11 @@ def _summary(dataset: SeqioDataset, objective: Objective, batch: Batch, changed:
 
 
 class _Writer:
-    """Shows tokens: coloured by what they are, and with signs, so that nothing is lost without colours.
+    """Shows tokens: coloured by kind, and with signs, so that nothing is lost without colours.
 
     Args:
-      vocabulary: says which ids are special.
-      piece: a token in UTF-8.
+      vocabulary: defines the special ids.
+      piece: returns a token as UTF-8.
     """
 
     def __init__(self, vocabulary: TokenIds, piece: Callable[[int], bytes]):
@@ -192,7 +192,7 @@ class _Writer:
         self._content = frozenset(vocabulary.noise_ids().tolist())
 
     def text(self, sequence: _Sequence) -> Table:
-        """The text of each run, and below it what the model reads, where that is something else."""
+        """The text of each run, and below it what the model reads, if that differs."""
         label = Column(min_width=len("segment 1 targets"), no_wrap=True)
         grid = Table.grid("", label, Column(overflow="fold"), padding=(0, 2))
         for segment, role, run in sequence.runs():
@@ -205,7 +205,7 @@ class _Writer:
         return grid
 
     def table(self, sequence: _Sequence) -> Table:
-        """Position by position. What the model reads stands only where it is another token."""
+        """A table of positions. What the model reads is shown only if it is another token."""
         numbers = (Column(name, justify="right", no_wrap=True) for name in ("index", "segment", "position", "id"))
         texts = (Column(name, overflow="fold") for name in ("piece", "role", "model reads"))
         table = Table(*numbers, *texts, box=box.SIMPLE_HEAD, title=sequence.name, title_justify="left")
@@ -229,7 +229,7 @@ class _Writer:
         return Text("\n").join(self._show(tokens, role, changed).split("␊", include_separator=True))
 
     def _show(self, tokens: np.ndarray, role: str, changed: np.ndarray | None = None, space: str = " ") -> Text:
-        """Tokens in a run of this role; ⟦⟧ around those that noise has changed."""
+        """Shows tokens of one role; ⟦⟧ around those that noise has changed."""
 
         def look(token_and_change):
             token, is_changed = token_and_change

@@ -12,7 +12,7 @@ def parse(text: str | bytes, distinct: bool = False) -> Any:
 
     Args:
       text: in UTF-8.
-      distinct: refuse objects with two fields of one name, of which the last one counts otherwise.
+      distinct: refuse objects with duplicate field names; otherwise the last one counts.
 
     Raises:
       ValueError: it is not JSON, is nested too deeply, or has text that is not Unicode.
@@ -42,10 +42,10 @@ def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_object(line: str) -> dict[str, Any]:
-    """The fields of a line that is a JSON object.
+    """Parses a line that must be a JSON object.
 
     Raises:
-      ValueError: as `parse`; it is another value, or an object in it has two fields of one name.
+      ValueError: as `parse`; or it is not an object, or an object in it has duplicate field names.
     """
     value = parse(line, distinct=True)
     if not isinstance(value, dict):

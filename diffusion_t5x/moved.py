@@ -1,4 +1,4 @@
-"""Old names of modules that have moved: code and gin files written for version 0.1 keep working, with a warning."""
+"""Old names of moved modules: code and gin files written for version 0.1 keep working, with a warning."""
 
 import importlib
 import importlib.abc
@@ -32,7 +32,7 @@ _MOVED |= {
 
 
 def new_name(name: str) -> str | None:
-    """The present name of the module that once had this one; None where it has not moved."""
+    """Returns the new name of a moved module; None if the module has not moved."""
     package, _, old = name.partition(".")
     if old in _MOVED:
         return f"{package}.{_MOVED[old]}"
@@ -41,7 +41,7 @@ def new_name(name: str) -> str | None:
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Puts the present module in place of the old one."""
+    """Import hook that resolves old module names to the new modules."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
@@ -61,5 +61,5 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def install() -> None:
-    """From now on the old names can be imported."""
+    """Makes the old names importable."""
     sys.meta_path.insert(0, _Finder())

@@ -1,4 +1,4 @@
-"""The mesh, and the mesh axes that each logical axis is sharded over."""
+"""The mesh, and the mesh axes over which each logical axis is sharded."""
 
 import dataclasses
 import math
@@ -25,11 +25,13 @@ LOGICAL_AXIS_RULES: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
 }
-_rules = dict(LOGICAL_AXIS_RULES)  # those in force
+# A mesh with other rules has one more axis, of size 1, whose name spells them. So the rules travel with the mesh, and
+# JAX tells programs for meshes with different rules apart.
+_OTHER_RULES = "rules:"
 
 
 def leaf_name(path: jax.tree_util.KeyPath) -> str:
-    """The "/"-joined name of a leaf, such as "params/embedding"."""
+    """Returns the "/"-joined name of a leaf, such as "params/embedding"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -38,13 +40,13 @@ class MeshConfig:
     """Number of devices of each mesh axis.
 
     Attributes:
-      replica: slices that a data-centre network joins; each holds all parameters, and only gradients go between them.
-      data: replicas of the parameters in a slice; -1 takes the devices that the other axes leave.
-      fsdp: cuts the batch, and parameters and optimizer state along `embed`.
-      sequence: cuts activations along the length; every device gathers the keys and values of whole rows.
-      tensor: cuts heads, feed-forward and vocabulary.
-      rules: logical axes with mesh axes of their own in place of those in `LOGICAL_AXIS_RULES`, such as
-        `{"embed": ("fsdp", "sequence")}`. Like the devices they are the whole process's, those of the last mesh made.
+      replica: number of slices joined by a data-centre network; each holds all parameters, and only gradients pass
+        between them.
+      data: replicas of the parameters in a slice; -1 takes all devices that the other axes leave.
+      fsdp: shards the batch, and parameters and optimizer state along `embed`.
+      sequence: shards activations along the length; every device gathers the keys and values of whole rows.
+      tensor: shards heads, feed-forward and vocabulary.
+      rules: mesh axes of logical axes that override `LOGICAL_AXIS_RULES`, such as `{"embed": ("fsdp", "sequence")}`.
     """
 
     replica: int = 1
@@ -55,11 +57,11 @@ class MeshConfig:
     rules: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
     def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
-        """The mesh over all devices.
+        """Returns the mesh over all devices.
 
         Raises:
-          UserError: an axis is not a number of devices, their product is not the number of devices, the devices are
-            several slices and `replica` is not their number, or JAX computes in 64 bits.
+          UserError: an axis is not a number of devices, their product is not the number of devices, `replica` is not
+            the number of slices, or JAX computes in 64 bits.
         """
         if jax.config.jax_enable_x64:  # type: ignore[attr-defined]  # JAX declares its settings as it runs
             raise UserError(
@@ -79,19 +81,21 @@ class MeshConfig:
                 f"{len(devices)} devices. Set the axes of MeshConfig so that their product divides that number; "
                 "data = -1 takes the rest."
             )
-        _use_rules(self.rules)
-        axis_types = (AxisType.Auto,) * len(MESH_AXES)
+        if other_rules := _name(self.rules):
+            sizes[other_rules] = 1
+        axis_types = (AxisType.Auto,) * len(sizes)
         slices = len({getattr(device, "slice_index", 0) for device in devices})
         if slices == 1:
-            return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=axis_types, devices=devices)
+            return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices)
         if self.replica != slices:
             raise UserError(f"The devices are {slices} slices: set MeshConfig.replica = {slices}, not {self.replica}.")
         within = [1, *list(sizes.values())[1:]]
         across = [slices] + [1] * len(within[1:])
-        return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), MESH_AXES, axis_types=axis_types)
+        return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), tuple(sizes), axis_types=axis_types)
 
 
-def _use_rules(overrides: Mapping[str, Sequence[str]]) -> None:
+def _name(overrides: Mapping[str, Sequence[str]]) -> str:
+    """Returns the axis name for these rules, such as "rules:embed=fsdp+sequence;vocab="; "" for no rules."""
     for axis, mesh_axes in overrides.items():
         if axis not in LOGICAL_AXIS_RULES:
             raise UserError(f"MeshConfig.rules: no axis {axis!r} is cut.{did_you_mean(axis, LOGICAL_AXIS_RULES)}")
@@ -99,28 +103,38 @@ def _use_rules(overrides: Mapping[str, Sequence[str]]) -> None:
             raise UserError(
                 f"MeshConfig.rules[{axis!r}] must be a tuple of mesh axes ({', '.join(MESH_AXES)}), not {mesh_axes!r}."
             )
-    _rules.clear()
-    _rules.update(LOGICAL_AXIS_RULES | {axis: tuple(mesh_axes) for axis, mesh_axes in overrides.items()})
+    rules = ";".join(f"{axis}={'+'.join(overrides[axis])}" for axis in sorted(overrides))
+    return rules and _OTHER_RULES + rules
+
+
+def rules_of(mesh: Mesh | AbstractMesh) -> Mapping[str, tuple[str, ...]]:
+    """Returns the mesh axes that each logical axis is sharded over on this mesh."""
+    rules = dict(LOGICAL_AXIS_RULES)
+    for name in mesh.axis_names:
+        if name.startswith(_OTHER_RULES):
+            pairs = (rule.split("=") for rule in name.removeprefix(_OTHER_RULES).split(";"))
+            rules |= {axis: tuple(filter(None, mesh_axes.split("+"))) for axis, mesh_axes in pairs}
+    return rules
 
 
 def platform() -> str:
-    """Platform of the devices that will run the traced program: "cpu", "gpu", "tpu".
+    """Returns the platform of the devices that will run the traced program: "cpu", "gpu", "tpu".
 
-    Those of the mesh in use, which may be a slice that programs are compiled for on a machine without one.
+    These are the devices of the current mesh, which may be a slice that this machine only compiles for.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
 
 
 def cut_on(mesh: AbstractMesh, axes: Sequence[str], shape: Sequence[int]) -> PartitionSpec:
-    """Sharding of an activation with these logical axes.
+    """Returns the sharding of an activation with these logical axes.
 
-    Its `embed` axis stays whole: the batch axis already uses the mesh axes that cut a parameter's. So does an axis that
-    does not divide, such as the one token of a decoding step.
+    Its `embed` axis stays whole, because the batch axis already uses the mesh axes that shard a parameter's. So does an
+    axis that does not divide, such as the single token of a decoding step.
     """
-    free, cuts = set(MESH_AXES), []
+    rules, free, cuts = rules_of(mesh), set(MESH_AXES), []
     for axis, size in zip(axes, shape, strict=True):
-        cut = tuple(name for name in _rules.get(axis, ()) if name in free and axis != "embed")
+        cut = tuple(name for name in rules.get(axis, ()) if name in free and axis != "embed")
         pieces = math.prod(mesh.shape[name] for name in cut)
         cuts.append(() if size % pieces else cut)
         free -= set(cuts[-1])
@@ -134,16 +148,16 @@ def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
 
 
 def pieces_of(axis: str, mesh: Mesh | AbstractMesh | None = None) -> int:
-    """Number of shards of a logical axis; by default on the current mesh, and 1 without one."""
+    """Returns the number of shards of a logical axis; by default on the current mesh, and 1 without one."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in _rules.get(axis, ()))
+    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in rules_of(mesh).get(axis, ()))
 
 
 def copies(x: jax.Array, axes: Sequence[str], rows: int) -> jax.Array:
-    """A copy of x for each piece that `rows` are cut into, `[pieces, ...]`; each device holds one, which costs nothing.
+    """Returns a copy of x for each shard of `rows`, `[shards, ...]`; each device holds one copy, which costs nothing.
 
-    For what all rows read inside a loop: gradients add up in each copy and are summed over the devices once, behind the
-    loop. Those of x itself would be summed at every turn.
+    For arrays that all rows read inside a loop: gradients add up in each copy and are summed over the devices once,
+    after the loop. Gradients of x itself would be summed in every iteration.
     """
     pieces = pieces_of("batch")
     pieces = 1 if rows % pieces else pieces
@@ -151,7 +165,7 @@ def copies(x: jax.Array, axes: Sequence[str], rows: int) -> jax.Array:
 
 
 def param_shardings(mesh: Mesh, abstract: Any, axes: Any) -> Any:
-    """Shardings of a tree of parameters.
+    """Returns the shardings of a tree of parameters.
 
     Args:
       mesh: the mesh.
@@ -159,14 +173,16 @@ def param_shardings(mesh: Mesh, abstract: Any, axes: Any) -> Any:
       axes: the same tree with a tuple of logical axis names for each leaf.
 
     Raises:
-      UserError: an axis does not divide by the devices it is cut over, or two axes are cut over the same devices.
+      UserError: an axis does not divide by the number of its devices, or two axes are sharded over the same devices.
     """
+
+    rules = rules_of(mesh)
 
     def sharding(path, leaf, names):
         parameter = leaf_name(path)
-        cuts = [_rules.get(name, ()) for name in names]
+        cuts = [rules.get(name, ()) for name in names]
         for mesh_axis in MESH_AXES:
-            if len(cut := [name for name in names if mesh_axis in _rules.get(name, ())]) > 1:
+            if len(cut := [name for name in names if mesh_axis in rules.get(name, ())]) > 1:
                 raise UserError(
                     f"Parameter {parameter} of shape {leaf.shape}: its axes {' and '.join(map(repr, cut))} cannot both "
                     f"be cut over the mesh axis {mesh_axis}. Change MeshConfig.rules."
@@ -185,10 +201,10 @@ def param_shardings(mesh: Mesh, abstract: Any, axes: Any) -> Any:
 
 
 def like_params(mesh: Mesh, tree: Any, params: Any, shardings: Any) -> Any:
-    """Shardings of a tree that holds arrays shaped like parameters under the parameters' paths.
+    """Returns shardings of a tree that holds arrays shaped like parameters under the parameters' paths.
 
-    Optimizer states are such trees: a leaf whose path ends in a parameter's path and that has its shape is cut as
-    the parameter is; anything else (counts, factored moments) is replicated.
+    Optimizer states are such trees: a leaf whose path ends in a parameter's path and that has its shape is sharded like
+    the parameter; anything else (counts, factored moments) is replicated.
     """
     by_path = {
         tuple(map(str, path)): (leaf.shape, sharding)
@@ -213,27 +229,27 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of a batch: rows over the data axes, everything else replicated."""
-    return NamedSharding(mesh, PartitionSpec(_rules["batch"]))
+    """Returns the sharding of a batch: rows over the data axes, everything else replicated."""
+    return NamedSharding(mesh, PartitionSpec(rules_of(mesh)["batch"]))
 
 
 def check_batch(mesh: Mesh, batch_size: int, length: int) -> None:
-    """Raises a UserError when a batch of `batch_size` rows of `length` positions does not divide over the mesh."""
+    """Raises a UserError if a batch of `batch_size` rows of `length` positions does not divide over the mesh."""
     for whole, size, parts, axis in (("batch", batch_size, "rows", "batch"), ("row", length, "positions", "length")):
         if size % (pieces := pieces_of(axis, mesh)):
             raise UserError(
                 f"A {whole} of {size} {parts} does not divide over {pieces} devices "
-                f"(mesh axes {' × '.join(_rules[axis])})."
+                f"(mesh axes {' × '.join(rules_of(mesh)[axis])})."
             )
 
 
 def share_of_rows(mesh: Mesh) -> tuple[int, int]:
-    """Index of this process's share of a batch's rows, and the number of shares.
+    """Returns the index of this process's share of a batch's rows, and the number of shares.
 
-    Processes that hold the same rows, as where `tensor` cuts across them, have the same share.
+    Processes that hold the same rows, as when `tensor` spans several processes, have the same share.
 
     Raises:
-      UserError: some rows of one process lie in another, others do not.
+      UserError: processes share some rows but not others.
     """
     pieces: dict[int, set[int]] = {}
     for device, piece in _pieces(mesh, mesh.devices.flat).items():
@@ -248,13 +264,13 @@ def share_of_rows(mesh: Mesh) -> tuple[int, int]:
 
 
 def _pieces(mesh: Mesh, devices: Iterable[jax.Device]) -> dict[jax.Device, int]:
-    """Which piece of the rows each of these devices holds."""
+    """Returns the index of each device's shard of the rows."""
     places = batch_sharding(mesh).devices_indices_map((pieces_of("batch", mesh),))
     return {device: places[device][0].start or 0 for device in devices}
 
 
 def put_rows(mesh: Mesh, batch: Any) -> Any:
-    """This process's share of the rows of a batch as global arrays on the mesh."""
+    """Puts this process's share of the rows of a batch on the mesh, as global arrays."""
     sharding = batch_sharding(mesh)
     here = sorted(set(_pieces(mesh, mesh.local_devices).values()))
 
@@ -272,14 +288,21 @@ def put_rows(mesh: Mesh, batch: Any) -> Any:
 
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:
-    """A batch that every process has in full, as global arrays on the mesh."""
-    sharding = batch_sharding(mesh)
+    """Puts a batch that every process has in full on the mesh, as global arrays with their rows spread."""
+    return _put(batch, batch_sharding(mesh))
 
+
+def put_whole(mesh: Mesh, values: Any) -> Any:
+    """Puts values that every process has in full on the mesh, as global arrays, whole on each device."""
+    return _put(values, replicated(mesh))
+
+
+def _put(values: Any, sharding: NamedSharding) -> Any:
     def put(x):
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    return jax.tree.map(put, batch)
+    return jax.tree.map(put, values)
 
 
 def whole(tree: Any) -> Any:

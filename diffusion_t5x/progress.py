@@ -1,4 +1,4 @@
-"""Progress of a long loop: a bar on a terminal, an occasional plain line in a log."""
+"""Progress of a long loop: a bar in a terminal, an occasional plain line in a log."""
 
 import contextlib
 import datetime
@@ -18,17 +18,17 @@ from diffusion_t5x.console import Console
 class Progress:
     """Shows the step, its metrics, tokens per second and the time left, on standard error.
 
-    What cannot be shown, on a terminal that has closed or a pipe that nobody reads, is not an error.
+    A closed terminal or a pipe without a reader is not an error.
 
-    Rates count from the first update on: what comes before it is compilation. Tokens per second leave pauses out.
+    Rates count from the first update on, because compilation comes before it. Tokens per second exclude pauses.
 
     Args:
       total: the last step.
-      start: the step that the loop starts from (the one it was resumed from).
-      description: what is going on.
-      unit: what a step is; "example" in decoding.
-      interval: seconds between two lines where the standard error is no terminal.
-      shown: or nothing is written.
+      start: the step that the loop starts or resumes from.
+      description: name of the activity.
+      unit: name of a step; "example" in decoding.
+      interval: seconds between two lines if standard error is not a terminal.
+      shown: False writes nothing.
     """
 
     def __init__(
@@ -67,12 +67,12 @@ class Progress:
             self._task = self._bar.add_task(description, total=total, completed=start, status=self._status())
 
     def update(self, step: int, metrics: Mapping[str, float] = types.MappingProxyType({}), tokens: int = 0) -> None:
-        """Shows that `step` is done.
+        """Shows that a step is done.
 
         Args:
-          step: steps done since the very beginning.
-          metrics: of the step, by name.
-          tokens: processed since the previous update.
+          step: number of steps done since the run began.
+          metrics: the step's metrics, by name.
+          tokens: number of tokens processed since the previous update.
         """
         now = time.monotonic()
         self._step, self._metrics = step, metrics
@@ -87,7 +87,7 @@ class Progress:
 
     @contextlib.contextmanager
     def paused(self, activity: str) -> Iterator[None]:
-        """For work between two steps: the bar names the activity, and tokens per second leave its time out."""
+        """Context for work between two steps: the bar names the activity, and tokens per second exclude its time."""
         start = time.monotonic()
         self._activity = activity
         self._redraw()
@@ -135,4 +135,4 @@ class Progress:
             parts.append(self._activity or f"ETA {datetime.timedelta(seconds=left)}")
         elif self._activity:
             parts.append(self._activity)
-        return "  ".join(parts)
+        return terminal.safe("  ".join(parts))

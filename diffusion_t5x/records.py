@@ -17,16 +17,16 @@ _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, mode: str = "w", errors: str = "strict") -> Iterator[IO[Any]]:
-    """A file that becomes `path` at the end of the context; after an exception `path` is unchanged.
+    """Context with a file that becomes `path` at the end; after an exception `path` is unchanged.
 
     It lies beside `path`, whose folder is made if needed, is flushed to disk and then renamed; its permissions are
     those of any new file (umask). A symbolic link stays one. A device or pipe, such as /dev/stdout, is written to
     directly.
 
     Args:
-      path: of the finished file.
+      path: path of the finished file.
       mode: "w" for text (UTF-8, "\\n" stays "\\n"), "wb" for bytes.
-      errors: what to do with text that UTF-8 cannot hold.
+      errors: how to treat text that UTF-8 cannot hold, as in `open`.
 
     Raises:
       UserError: the file cannot be written.
@@ -85,7 +85,7 @@ def write_json_lines(path: str | os.PathLike, records: Iterable[Mapping[str, Any
 
 
 def sync(path: str | os.PathLike) -> None:
-    """Returns when a file, or the names in a folder, are on disk."""
+    """Waits until a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

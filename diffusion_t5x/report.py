@@ -1,8 +1,8 @@
-"""Show runs in one page: learning curves, scores, decoded examples, canvases step by step, decode times.
+"""Show runs on one page: learning curves, scores, decoded examples, canvases step by step, decode times.
 
-RUN is a folder that train, eval, infer or benchmark wrote, or a folder that holds such folders; --checkpoint DIR means
-the MODEL_DIR of a checkpoint, and what its readers wrote there. --output FILE.md writes the tables of scores alone, as
-Markdown; --output FILE.svg one traced example, as a moving picture.
+RUN is a folder that train, eval, infer or benchmark wrote, or a folder of such folders; --checkpoint DIR means the
+MODEL_DIR of a checkpoint, with the results in it. --output FILE.md writes only the score tables, as Markdown;
+--output FILE.svg writes one traced example as an animation.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from diffusion_t5x.reporting.report import write_report
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags of this verb: `runs`, `output` and `example`."""
+    """Parses this verb's flags: `runs`, `output` and `example`."""
     flags = help_pages.parser("report").parse_args(argv)
     if flags.checkpoint:
         flags.runs.append(str(open_checkpoint(flags.checkpoint).model_dir))
@@ -26,7 +26,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Reads the flags and writes the page; a `UserError` is one line on stderr and status 2."""
+    """Reads the flags and writes the page; a `UserError` becomes one line on stderr and exit status 2."""
     with config.program():
         flags = parse(argv)
         print(terminal.safe(f"wrote {write_report(flags.runs, flags.output, flags.example)}"))

@@ -1,7 +1,7 @@
-"""Text for a terminal that obeys none of it, and standard streams that take any text.
+"""Makes text safe for a terminal, and standard streams safe for any text.
 
-Answers of a model, metadata, names and contents of files, and messages that quote them may hold control characters: a
-terminal would move its cursor, change its title or write its own answer into the command line.
+Model outputs, metadata, file names and contents, and messages that quote them may hold control characters: a terminal
+would move its cursor, change its title or type into the command line.
 """
 
 import contextlib
@@ -18,15 +18,15 @@ _READER_IS_GONE = 141  # what a shell reports of a process that SIGPIPE ended
 
 
 def signs(text: str) -> str:
-    """The text with a sign, or angle brackets, for each character that cannot be printed as itself."""
+    """Returns the text with a sign, or angle brackets, for each unprintable character."""
     return "".join(map(_sign, text))
 
 
 def safe(text: object) -> str:
-    """The text with `signs` for all that a terminal might obey; lines, tabs and spaces of any kind stay.
+    """Returns the text with `signs` for everything that a terminal might obey; lines, tabs and spaces stay.
 
-    That is: control characters (escapes, C1, carriage returns), those that turn the direction of writing, line and
-    paragraph separators, and bytes that are no text.
+    That is: control characters (escapes, C1, carriage returns), characters that change the writing direction, line and
+    paragraph separators, and bytes that are not text.
     """
     return "".join(x if x in _KEPT or unicodedata.category(x) == "Zs" else _sign(x) for x in str(text))
 
@@ -43,11 +43,11 @@ def _sign(character: str) -> str:
 
 @contextlib.contextmanager
 def standard_streams() -> Iterator[None]:
-    """Standard streams that take any text; a terminal keeps its encoding, files and pipes are UTF-8 in any locale.
+    """Makes standard streams take any text; terminals keep their encoding, files and pipes are UTF-8 in any locale.
 
-    What an encoding lacks is written as an escape such as `\\xe9`. A reader of standard output that goes away, as
-    `head` does, ends the process quietly; any other failure of it with one line and status 1. Messages that cannot be
-    written are lost, and nothing else with them: a run outlives its terminal. A stream that is closed is an empty one.
+    Characters that an encoding lacks are written as escapes such as `\\xe9`. If the reader of standard output goes
+    away, as `head` does, the process ends quietly; other failures of standard output end it with one line and status 1.
+    Messages that cannot be written are dropped and the run goes on: it outlives its terminal. A closed stream is empty.
     """
     before = sys.stdin, sys.stdout, sys.stderr
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -69,7 +69,7 @@ def standard_streams() -> Iterator[None]:
 
 
 class _Stream(io.TextIOWrapper):
-    """A stream in place of another one, with the same file descriptor, whose failures go to `failed`."""
+    """Replaces a stream on the same file descriptor; failures go to `failed`."""
 
     def __init__(self, stream: io.TextIOWrapper):
         stream.flush()
@@ -102,11 +102,11 @@ class _Stream(io.TextIOWrapper):
 
 
 class _Messages(_Stream):
-    """Standard error; nothing fails with it."""
+    """Standard error that ignores failures."""
 
 
 class _Output(_Stream):
-    """Standard output; ends the process where it cannot be written."""
+    """Standard output that ends the process if it cannot be written."""
 
     def failed(self, error: OSError) -> NoReturn:
         super().failed(error)

@@ -1,7 +1,7 @@
 """Pretrain, adapt or fine-tune: trains a model with an objective on a SeqIO task or mixture.
 
-With --dry_run --topology=v5p:4x4x8 the step is compiled for that TPU slice, which need not be there, and its memory and
-least time are printed; --dry_run_output=FILE writes them as JSON, --fit looks for the largest batch that fits.
+With --dry_run --topology=v5p:4x4x8 it compiles the step for that TPU slice, which you need not have, and prints its
+memory and minimum time; --dry_run_output=FILE writes them as JSON, --fit searches for the largest batch that fits.
 """
 
 import dataclasses
@@ -24,28 +24,30 @@ from diffusion_t5x.checkpointing.assignment import Rule, named_leaves
 from diffusion_t5x.checkpointing.checkpoints import Checkpoints, ensure_writable, find_checkpoint
 from diffusion_t5x.checkpointing.record import Record, describe
 from diffusion_t5x.command_line import config
+from diffusion_t5x.command_line.runnable import verb
 from diffusion_t5x.command_line.slice_flags import slice_dry_run
-from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.cached_source import CachedDataset
+from diffusion_t5x.data.dataset import Dataset
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval, check_decoders, prepared
 from diffusion_t5x.evaluation.inference import write_jsonl
-from diffusion_t5x.evaluation.loading import Dataset, check_datasets, load_teacher
+from diffusion_t5x.evaluation.loading import check_datasets, load_teacher
 from diffusion_t5x.evaluation.screen import evaluation_block, next_commands
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
+from diffusion_t5x.objectives.distillation import Teacher
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.performance.dry_run import SliceDryRun
+from diffusion_t5x.performance.training_run import StepReader, TrainingRun
 from diffusion_t5x.training import lora as lora_training
 from diffusion_t5x.training.agreement import Agreement
 from diffusion_t5x.training.bad_numbers import BadNumbers, Judge
-from diffusion_t5x.training.beginning import Start
+from diffusion_t5x.training.beginning import Begun, Start
 from diffusion_t5x.training.goodput import Goodput
 from diffusion_t5x.training.host_batches import HostBatches
 from diffusion_t5x.training.lock import locked
-from diffusion_t5x.training.loop import Periods, train_loop
+from diffusion_t5x.training.loop import Periods, Reporting, Saving, TrainLoop
 from diffusion_t5x.training.metrics import Writer, check_writers, make_writer
 from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout, check_rollout
 from diffusion_t5x.training.run_config import write_config
@@ -60,13 +62,13 @@ _ALLOW_MISMATCH = "train.train.allow_mismatch"
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointPolicy:
-    """Which checkpoints stay.
+    """Policy for keeping checkpoints.
 
     Attributes:
-      keep_last: how many of the newest.
-      keep_best: how many of the best by `best_metric`, beside those.
-      best_metric: of the evaluation that goes with a checkpoint, such as "my_task/exact_match" or "my_task/loss".
-      best_mode: "max" where more is better, "min" where less is.
+      keep_last: number of newest checkpoints to keep.
+      keep_best: number of best checkpoints to keep besides, by `best_metric`.
+      best_metric: a metric of the checkpoint's evaluation, such as "my_task/exact_match" or "my_task/loss".
+      best_mode: "max" if higher is better, "min" if lower is better.
     """
 
     keep_last: int = 1
@@ -75,61 +77,34 @@ class CheckpointPolicy:
     best_mode: str = "max"
 
 
-def train(
-    *,
-    model_dir: str,
-    model: ModelConfig,
-    objective: Objective,
-    train_dataset: SeqioDataset | CachedDataset,
-    optimizer: optax.GradientTransformation,
-    train_steps: int,
-    lora: lora_training.Lora | None = None,
-    random_seed: int = 0,
-    initial_checkpoint_path: str | None = None,
-    restore_rules: Sequence[Rule] = (),
-    teacher_checkpoint_path: str | None = None,
-    teacher_model: ModelConfig | None = None,
-    rollout: Rollout | None = None,
-    mesh: MeshConfig = MeshConfig(),  # noqa: B008  (frozen)
-    num_microbatches: int = 1,
-    loss_normalizing_factor: float | None = None,
-    ema_decay: float | None = None,
-    periods: Periods = Periods(),  # noqa: B008  (frozen)
-    loss_evals: Sequence[LossEval] = (),
-    decode_evals: Sequence[DecodeEval] = (),
-    checkpoint_policy: CheckpointPolicy = CheckpointPolicy(),  # noqa: B008  (frozen)
-    allow_older_checkpoint: bool = False,
-    allow_mismatch: bool = False,
-    bad_numbers: BadNumbers = BadNumbers(),  # noqa: B008  (frozen)
-    hang_timeout: float | None = 1800.0,
-    metric_writers: Sequence[str] = ("jsonl", "tensorboard"),
-    dry_run: bool | SliceDryRun = False,
-) -> None:
-    """Trains up to `train_steps` and leaves everything in `model_dir`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """Trains up to `train_steps` steps and leaves everything in `model_dir`.
 
-    It goes on from the latest checkpoint in `model_dir`; where there is none, it starts from
-    `initial_checkpoint_path` by the assignment rules; without that, from scratch. The log says which.
+    It continues from the latest checkpoint in `model_dir`; if there is none, it starts from `initial_checkpoint_path`
+    by the assignment rules; without that, from scratch. The log says which.
 
-    Args:
+    Attributes:
       model_dir: gets config.gin, model-info.txt, checkpoints/, train/, training_eval/ and inference_eval/.
-      model: dimensions; the vocabulary's size comes from the task.
-      objective: what is minimised.
-      train_dataset: what is read.
-      optimizer: see `training.optimizers`.
-      train_steps: steps in all, those before a resumption (or in the initial checkpoint) counted.
-      lora: what is trained in place of the whole model, which stays as it is; None trains all of it.
-      random_seed: of initialisation, noise and dropout. The data have a seed of their own.
+      model: the model's dimensions; the vocabulary's size comes from the task.
+      objective: the loss to minimise.
+      train_dataset: the training data.
+      optimizer: the optimizer, see `training.optimizers`.
+      train_steps: total number of steps, including those before a resumption (or in the initial checkpoint).
+      lora: train low-rank updates, with the model frozen; None trains the whole model.
+      random_seed: seed of initialisation, noise and dropout. The data have a seed of their own.
       initial_checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
       restore_rules: `(target regex, source template or None)`, as in T5X; only for `initial_checkpoint_path`.
-      teacher_checkpoint_path: of the autoregressive model that a distillation learns from; it also judges what is
-        decoded ("teacher_nll", "teacher_agreement").
-      teacher_model: its dimensions; None takes the student's.
-      rollout: trains on what the model itself writes to the inputs of `train_dataset`; None on the data's targets.
-      mesh: how the devices are arranged.
-      num_microbatches: pieces in which a step goes through its batch.
-      loss_normalizing_factor: divides the summed loss in place of the objective's own denominator.
-      ema_decay: keeps a moving average of the parameters that evaluation uses; None keeps none.
-      periods: of logging, evaluation and saving.
+      teacher_checkpoint_path: checkpoint of the autoregressive model that a distillation learns from; it also judges
+        decoded texts ("teacher_nll", "teacher_agreement").
+      teacher_model: the teacher's dimensions; None takes the student's.
+      rollout: train on texts that the model itself writes to the inputs of `train_dataset`; None trains on the data's
+        targets.
+      mesh: the arrangement of devices.
+      num_microbatches: number of pieces in which a step processes its batch.
+      loss_normalizing_factor: denominator of the summed loss, instead of the objective's own.
+      ema_decay: decay of a moving average of the parameters, which evaluation uses; None keeps none.
+      periods: periods of logging, evaluation and saving.
       loss_evals: losses measured at each evaluation.
       decode_evals: decoding and scoring at each evaluation.
       checkpoint_policy: which checkpoints stay.
@@ -140,215 +115,240 @@ def train(
       hang_timeout: seconds; a step that takes longer ends the run, with where every thread stands; None waits for ever.
       metric_writers: "jsonl", "tensorboard", "wandb" (Weights & Biases, an extra).
       dry_run: build model, data and shapes, check the checkpoint, print what it would start with, and train nothing.
-        For a TPU slice: compile the step for it and print what it would take.
-
-    Raises:
-      UserError: anything that does not fit, before training data are read and before anything is compiled.
-      SystemExit: told to stop, it has saved; see `training.preemption` for the exit codes.
+        A reader of the step, such as `SliceDryRun`, gets the settings of the step instead.
     """
-    step: dict[str, Any] = {"objective": objective, "optimizer": optimizer, "microbatches": num_microbatches}
-    step |= {"normalizing_factor": loss_normalizing_factor, "ema_decay": ema_decay}
-    if isinstance(dry_run, SliceDryRun):
-        dry_run.train(
-            mesh=mesh,
-            model=model,
-            dataset=train_dataset,
-            lora=lora,
-            teacher_model=teacher_model,
-            rollout=rollout,
-            **step,
+
+    model_dir: str
+    model: ModelConfig
+    objective: Objective
+    train_dataset: SeqioDataset | CachedDataset
+    optimizer: optax.GradientTransformation
+    train_steps: int
+    lora: lora_training.Lora | None = None
+    random_seed: int = 0
+    initial_checkpoint_path: str | None = None
+    restore_rules: Sequence[Rule] = ()
+    teacher_checkpoint_path: str | None = None
+    teacher_model: ModelConfig | None = None
+    rollout: Rollout | None = None
+    mesh: MeshConfig = MeshConfig()
+    num_microbatches: int = 1
+    loss_normalizing_factor: float | None = None
+    ema_decay: float | None = None
+    periods: Periods = Periods()
+    loss_evals: Sequence[LossEval] = ()
+    decode_evals: Sequence[DecodeEval] = ()
+    checkpoint_policy: CheckpointPolicy = CheckpointPolicy()
+    allow_older_checkpoint: bool = False
+    allow_mismatch: bool = False
+    bad_numbers: BadNumbers = BadNumbers()
+    hang_timeout: float | None = 1800.0
+    metric_writers: Sequence[str] = ("jsonl", "tensorboard")
+    dry_run: bool | StepReader = False
+
+    def run(self) -> None:
+        """Trains; a dry run prints the plan.
+
+        Raises:
+          UserError: a mismatch of any kind, before training data are read and before anything is compiled.
+          SystemExit: it was told to stop, and has saved; see `training.preemption` for the exit codes.
+        """
+        if not isinstance(self.dry_run, bool):
+            given = {name: getattr(self, name) for name in ("mesh", "model", "lora", "teacher_model", "rollout")}
+            self.dry_run.train(TrainingRun(dataset=self.train_dataset, **given, **self._of_step()))
+            return
+        self._check_settings()
+        goodput = Goodput()
+        mesh = self.mesh.make()
+        check_writers(self.metric_writers)
+        evals = (prepared(self.loss_evals), prepared(self.decode_evals))
+        with nullcontext(lambda: None) if self.dry_run else locked(self.model_dir) as check_folder:
+            plan = self._plan(mesh, *evals)
+            if self.dry_run:
+                self._show(plan)
+                return
+            teacher = self._load_teacher(plan)
+            begun = plan.start.begin(plan.definition, self.optimizer, plan.abstract, self.random_seed)
+            step = int(begun.state.step)
+            logger.info("%s at step %d of %d", plan.start, step, self.train_steps)
+            if plan.assignment:
+                logger.info("it starts with:\n%s", plan.assignment)
+            if step >= self.train_steps and not begun.evaluation_due:
+                logger.info("%s: all %d steps are taken already, nothing to do", self.model_dir, self.train_steps)
+                return
+            self._train(plan, begun, teacher, goodput, check_folder)
+            scored = isinstance(self.train_dataset, SeqioDataset) and self.train_dataset.has_metrics
+            logger.info("%s", next_commands(self.model_dir, writes=plan.record.decoder is not None, scored=scored))
+
+    def _plan(self, mesh: Mesh, loss_evals: Sequence[LossEval], decode_evals: Sequence[DecodeEval]) -> "_Plan":
+        """Checks that all settings fit together, before data and parameters are read."""
+        folder = os.path.join(self.model_dir, "checkpoints")
+        start = Start.find(folder, self.initial_checkpoint_path, self.restore_rules, self.allow_older_checkpoint)
+        self._check_data(mesh, [*(ev.dataset for ev in loss_evals), *(ev.dataset for ev in decode_evals)])
+        check_rollout(self.objective, self.model, self.rollout, self.train_dataset)
+        if self.objective.needs_teacher and not self.teacher_checkpoint_path and not self.dry_run:
+            raise UserError(f"{type(self.objective).__name__} needs a teacher. Set TEACHER_CHECKPOINT_PATH.")
+        teacher_path = str(find_checkpoint(path)) if (path := self.teacher_checkpoint_path) else None
+        definition = lora_training.define(self.model, self.train_dataset.token_ids(), self.lora)
+        abstract = abstract_state(mesh, definition, self.optimizer, self.ema_decay is not None)
+        record = self._record(definition, decode_evals)
+        decoders = [*(ev.decoder for ev in decode_evals), *([self.rollout.decoder] if self.rollout else [])]
+        Agreement("train.objective", record, _ALLOW_MISMATCH, self.allow_mismatch).check(self.model, decoders)
+        check_decoders(mesh, definition, decode_evals, abstract.eval_params)
+        checked = (definition, abstract, self.objective, self.lora, _ALLOW_MISMATCH, self.allow_mismatch)
+        assignment = start.check(*checked)
+        evals = (loss_evals, decode_evals)
+        return _Plan(mesh, definition, abstract, *evals, record, start, assignment, teacher_path)
+
+    def _check_settings(self) -> None:
+        factor, ema, timeout = self.loss_normalizing_factor, self.ema_decay, self.hang_timeout
+        for name, value, is_right, wanted in (
+            ("MODEL_DIR", self.model_dir, self.model_dir != "", "the path of a folder"),
+            ("TRAIN_STEPS", self.train_steps, self.train_steps >= 1, "at least 1"),
+            ("LOSS_NORMALIZING_FACTOR", factor, factor is None or factor > 0, "above 0, or None"),
+            ("train.train.ema_decay", ema, ema is None or 0 <= ema < 1, "in [0, 1), or None"),
+            ("train.train.hang_timeout", timeout, timeout is None or timeout > 0, "above 0, or None"),
+        ):
+            if not is_right:
+                raise UserError(f"{name} must be {wanted}, not {value!r}.")
+        if self.dry_run:
+            ensure_writable(self.model_dir, dry_run=True)
+
+    def _check_data(self, mesh: Mesh, evaluated: Sequence[Dataset]) -> None:
+        """Raises a UserError if a data set does not fit the model or the mesh, or batches do not divide."""
+        data, pieces = self.train_dataset, self.num_microbatches
+        check_datasets([data, *evaluated], self.model, mesh)
+        if pieces < 1 or data.batch_size % pieces:
+            raise UserError(f"A batch of {data.batch_size} rows cannot be cut into num_microbatches = {pieces}.")
+        partitioning.check_batch(mesh, data.batch_size // pieces, data.row_length)
+
+    def _record(self, definition: ModelDefinition, decode_evals: Sequence[DecodeEval]) -> Record:
+        """Returns the record of this training for its checkpoints."""
+        return Record.of(
+            definition.config,
+            definition.vocabulary.describe(),
+            self.objective,
+            [ev.decoder for ev in decode_evals],
+            dataset=describe(self.train_dataset),
+            task=config.registration("MIXTURE_OR_TASK_NAME"),
+            lora=self.lora and self.lora.describe(),
+            **self.train_dataset.texts(),
         )
-        return
-    _check_settings(model_dir, train_steps, loss_normalizing_factor, ema_decay, hang_timeout, bool(dry_run))
-    goodput = Goodput()
-    device_mesh = mesh.make()
-    check_writers(metric_writers)
-    loss_evals, decode_evals = prepared(loss_evals), prepared(decode_evals)
-    with nullcontext(lambda: None) if dry_run else locked(model_dir) as check_folder:
-        folder = os.path.join(model_dir, "checkpoints")
-        start = Start.find(folder, initial_checkpoint_path, restore_rules, allow_older_checkpoint)
-        _check_data(device_mesh, model, train_dataset, loss_evals, decode_evals, num_microbatches)
-        check_rollout(objective, model, rollout, train_dataset)
-        teacher_path = _find_teacher(objective, teacher_checkpoint_path, bool(dry_run))
-        definition = lora_training.define(model, train_dataset.token_ids(), lora)
-        abstract = abstract_state(device_mesh, definition, optimizer, ema_decay is not None)
-        record = _record(definition, objective, train_dataset, decode_evals, lora)
-        decoders = [*(ev.decoder for ev in decode_evals), *([rollout.decoder] if rollout else [])]
-        Agreement("train.objective", record, _ALLOW_MISMATCH, allow_mismatch).check(model, decoders)
-        check_decoders(device_mesh, definition, decode_evals, abstract.eval_params)
-        assignment = start.check(definition, abstract, objective, lora, _ALLOW_MISMATCH, allow_mismatch)
-        info = _describe(definition, abstract)
-        if dry_run:
-            _show_plan(info, train_dataset, train_steps, start, teacher_path, assignment)
-            return
 
-        teacher = None
-        if teacher_path:
-            judged = (definition.vocabulary, device_mesh, _ALLOW_MISMATCH, allow_mismatch)
-            teacher = load_teacher(teacher_path, teacher_model or model, *judged)
-        begun = start.begin(definition, optimizer, abstract, random_seed)
-        first_step = int(begun.state.step)
-        _log_start(start, first_step, train_steps, assignment)
-        if first_step >= train_steps and not begun.evaluation_due:
-            logger.info("%s: all %d steps are taken already, nothing to do", model_dir, train_steps)
-            return
+    def _show(self, plan: "_Plan") -> None:
+        """Prints the plan of a run, for a dry run."""
+        batch = next(self.train_dataset.train_iterator())
+        shapes = (f"  {name} {x.dtype}{list(x.shape)}" for name, x in vars(batch).items() if x is not None)
+        print(plan.describe(), "batch:", *shapes, sep="\n")
+        teacher = f", taught by {plan.teacher_path}" if plan.teacher_path else ""
+        source = plan.start.checkpoint.named if plan.start.checkpoint else "scratch"
+        print(f"Would train to step {self.train_steps} from {source}{teacher}. Nothing was written.")
+        if plan.assignment:
+            print(terminal.safe(f"It starts with:\n{plan.assignment}"))
 
-        if start.checkpoint and start.resumes and allow_older_checkpoint:
-            stored.set_aside_after(start.checkpoint.named)
-        checkpoints = Checkpoints(folder, **dataclasses.asdict(checkpoint_policy))
-        _write_description(model_dir, info, first_step)
-        batches, next_batch = _batches(device_mesh, definition, train_dataset, rollout, random_seed)
+    def _load_teacher(self, plan: "_Plan") -> Teacher | None:
+        if plan.teacher_path is None:
+            return None
+        judged = (plan.definition.vocabulary, plan.mesh, _ALLOW_MISMATCH, self.allow_mismatch)
+        return load_teacher(plan.teacher_path, self.teacher_model or self.model, *judged)
+
+    def _of_step(self) -> dict[str, Any]:
+        """Returns the settings of a training step, on these devices or on a slice."""
+        settings = {"objective": self.objective, "optimizer": self.optimizer, "microbatches": self.num_microbatches}
+        return settings | {"normalizing_factor": self.loss_normalizing_factor, "ema_decay": self.ema_decay}
+
+    def _train(
+        self, plan: "_Plan", begun: Begun, teacher: Teacher | None, goodput: Goodput, check_folder: Callable[[], None]
+    ) -> None:
+        """Runs the training loop and writes to `model_dir`."""
+        if plan.start.checkpoint and plan.start.resumes and self.allow_older_checkpoint:
+            stored.set_aside_after(plan.start.checkpoint.named)
+        folder = os.path.join(self.model_dir, "checkpoints")
+        checkpoints = Checkpoints(folder, **dataclasses.asdict(self.checkpoint_policy))
+        step = int(begun.state.step)
+        if jax.process_index() == 0:
+            write_config(os.path.join(self.model_dir, "config.gin"), config.operative_text(), step)
+            records.write_text(os.path.join(self.model_dir, "model-info.txt"), plan.describe() + "\n")
+        batches = self._batches(plan)
         if begun.data_state is not None:
             batches.load_state_dict(begun.data_state)
-        train_step = make_train_step(device_mesh, abstract, definition, seed=random_seed, teacher=teacher, **step)
-        evaluator = Evaluator(device_mesh, definition, objective, loss_evals, decode_evals, teacher)
-        writer = make_writer(model_dir, metric_writers, first_step, config.operative_values())
-        rows = f"{train_dataset.batch_size} rows of {train_dataset.row_length} tokens"
-        with goodput, explained(abstract, rows, model_dir), closing(writer), closing(checkpoints):
-            train_loop(
-                mesh=device_mesh,
-                state=begun.state,
-                train_step=train_step,
-                next_batch=next_batch,
-                data_state=batches.state_dict,
-                total_steps=train_steps,
-                periods=periods,
-                evaluate=functools.partial(_evaluate, evaluator, writer, model_dir),
-                checkpoints=checkpoints,
-                metadata={**record.metadata(), "config": config.operative_text()},
-                writer=writer,
-                judge=Judge(bad_numbers, model_dir, begun.losses),
-                goodput=goodput,
-                evaluation_due=begun.evaluation_due,
-                hang_timeout=hang_timeout,
-                check_folder=check_folder,
-                description=f"{type(objective).__name__} on {train_dataset.name}",
-            )
-        _log_next(model_dir, record, train_dataset)
+        on_mesh = (plan.mesh, plan.abstract, plan.definition)
+        train_step = make_train_step(*on_mesh, seed=self.random_seed, teacher=teacher, **self._of_step())
+        evals = (plan.loss_evals, plan.decode_evals)
+        evaluator = Evaluator(plan.mesh, plan.definition, self.objective, *evals, teacher)
+        writer = make_writer(self.model_dir, self.metric_writers, step, config.operative_values())
+        judge = Judge(self.bad_numbers, self.model_dir, begun.losses)
+        description = f"{type(self.objective).__name__} on {self.train_dataset.name}"
+        loop = TrainLoop(
+            mesh=plan.mesh,
+            train_step=train_step,
+            batches=batches,
+            evaluate=functools.partial(_evaluate, evaluator, writer, self.model_dir),
+            total_steps=self.train_steps,
+            periods=self.periods,
+            saving=Saving(checkpoints, {**plan.record.metadata(), "config": config.operative_text()}, check_folder),
+            reporting=Reporting(writer, judge, goodput, description, self.hang_timeout),
+        )
+        rows = f"{self.train_dataset.batch_size} rows of {self.train_dataset.row_length} tokens"
+        with goodput, explained(plan.abstract, rows, self.model_dir), closing(writer), closing(checkpoints):
+            loop.run(begun.state, begun.evaluation_due)
+
+    def _batches(self, plan: "_Plan") -> HostBatches | OnPolicyBatches:
+        """Returns this process's batches, from the data or written by the model."""
+        data = self.train_dataset
+        batches = HostBatches(data.train_iterator, data.batch_size, partitioning.share_of_rows(plan.mesh))
+        if self.rollout is None:
+            return batches
+        num_inputs = data.task_feature_lengths["inputs"]
+        prompts = (self.rollout, batches, num_inputs, data.batch_size)
+        return OnPolicyBatches(plan.mesh, plan.definition, *prompts, self.random_seed)
 
 
-def _write_description(model_dir: str, info: str, first_step: int) -> None:
-    if jax.process_index() == 0:
-        write_config(os.path.join(model_dir, "config.gin"), config.operative_text(), first_step)
-        records.write_text(os.path.join(model_dir, "model-info.txt"), info + "\n")
+train = verb("train", Training)
 
 
-def _log_next(model_dir: str, record: Record, dataset: SeqioDataset | CachedDataset) -> None:
-    scored = isinstance(dataset, SeqioDataset) and dataset.has_metrics
-    logger.info("%s", next_commands(model_dir, writes=record.decoder is not None, scored=scored))
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """A training whose settings fit together.
 
+    Attributes:
+      mesh: the devices.
+      definition: the model.
+      abstract: shapes and shardings of the state.
+      loss_evals, decode_evals: evaluations, prepared.
+      record: the record of this training for its checkpoints.
+      start: the starting point.
+      assignment: text that says how each array of the starting checkpoint is used; "" from scratch.
+      teacher_path: the teacher's checkpoint folder, or None.
+    """
 
-def _check_settings(
-    model_dir: str,
-    train_steps: int,
-    loss_normalizing_factor: float | None,
-    ema_decay: float | None,
-    hang_timeout: float | None,
-    dry_run: bool,
-) -> None:
-    def above_0(value: float | None) -> bool:
-        return value is None or value > 0
+    mesh: Mesh
+    definition: ModelDefinition
+    abstract: TrainState
+    loss_evals: Sequence[LossEval]
+    decode_evals: Sequence[DecodeEval]
+    record: Record
+    start: Start
+    assignment: str
+    teacher_path: str | None
 
-    for name, value, is_right, wanted in (
-        ("MODEL_DIR", model_dir, model_dir != "", "the path of a folder"),
-        ("TRAIN_STEPS", train_steps, train_steps >= 1, "at least 1"),
-        ("LOSS_NORMALIZING_FACTOR", loss_normalizing_factor, above_0(loss_normalizing_factor), "above 0, or None"),
-        ("train.train.ema_decay", ema_decay, ema_decay is None or 0 <= ema_decay < 1, "in [0, 1), or None"),
-        ("train.train.hang_timeout", hang_timeout, above_0(hang_timeout), "above 0, or None"),
-    ):
-        if not is_right:
-            raise UserError(f"{name} must be {wanted}, not {value!r}.")
-    if dry_run:
-        ensure_writable(model_dir, dry_run=True)
-
-
-def _check_data(
-    mesh: Mesh,
-    model: ModelConfig,
-    dataset: SeqioDataset | CachedDataset,
-    loss_evals: Sequence[LossEval],
-    decode_evals: Sequence[DecodeEval],
-    num_microbatches: int,
-) -> None:
-    """Raises a UserError where a data set does not fit the model or the mesh, or batches do not divide."""
-    datasets: list[Dataset] = [dataset, *(ev.dataset for ev in loss_evals), *(ev.dataset for ev in decode_evals)]
-    check_datasets(datasets, model, mesh)
-    rows = dataset.batch_size
-    if num_microbatches < 1 or rows % num_microbatches:
-        raise UserError(f"A batch of {rows} rows cannot be cut into num_microbatches = {num_microbatches}.")
-    partitioning.check_batch(mesh, rows // num_microbatches, dataset.row_length)
-
-
-def _find_teacher(objective: Objective, path: str | None, may_be_missing: bool) -> str | None:
-    if objective.needs_teacher and not path and not may_be_missing:
-        raise UserError(f"{type(objective).__name__} needs a teacher. Set TEACHER_CHECKPOINT_PATH.")
-    return str(find_checkpoint(path)) if path else None
-
-
-def _record(
-    definition: ModelDefinition,
-    objective: Objective,
-    dataset: SeqioDataset | CachedDataset,
-    decode_evals: Sequence[DecodeEval],
-    lora: lora_training.Lora | None,
-) -> Record:
-    """What the checkpoints will say of this training."""
-    return Record.of(
-        definition.config,
-        definition.vocabulary.describe(),
-        objective,
-        [ev.decoder for ev in decode_evals],
-        dataset=describe(dataset),
-        task=config.registration("MIXTURE_OR_TASK_NAME"),
-        lora=lora and lora.describe(),
-        **dataset.texts(),
-    )
-
-
-def _show_plan(
-    info: str,
-    dataset: SeqioDataset | CachedDataset,
-    train_steps: int,
-    start: Start,
-    teacher_path: str | None,
-    assignment: str,
-) -> None:
-    """Prints what a run would do, for a dry run."""
-    batch = next(dataset.train_iterator())
-    shapes = (f"  {name} {x.dtype}{list(x.shape)}" for name, x in vars(batch).items() if x is not None)
-    print(info, "batch:", *shapes, sep="\n")
-    teacher = f", taught by {teacher_path}" if teacher_path else ""
-    source = start.checkpoint.named if start.checkpoint else "scratch"
-    print(f"Would train to step {train_steps} from {source}{teacher}. Nothing was written.")
-    if assignment:
-        print(terminal.safe(f"It starts with:\n{assignment}"))
-
-
-def _log_start(start: Start, step: int, train_steps: int, assignment: str) -> None:
-    logger.info("%s at step %d of %d", start, step, train_steps)
-    if assignment:
-        logger.info("it starts with:\n%s", assignment)
-
-
-def _batches(
-    mesh: Mesh,
-    definition: ModelDefinition,
-    dataset: SeqioDataset | CachedDataset,
-    rollout: Rollout | None,
-    seed: int,
-) -> tuple[HostBatches | OnPolicyBatches, Callable[[TrainState], Batch]]:
-    """This process's share of the batches, of the data or of what the model writes to them; and the next."""
-    batches = HostBatches(dataset.train_iterator, dataset.batch_size, partitioning.share_of_rows(mesh))
-    if rollout is None:
-        return batches, lambda _: next(batches)
-    num_inputs = dataset.task_feature_lengths["inputs"]
-    written = OnPolicyBatches(mesh, definition, rollout, batches, num_inputs, dataset.batch_size, seed)
-    return written, written.next_batch
+    def describe(self) -> str:
+        """Describes the model: its size, and each parameter on a line with shape, logical axes and partition."""
+        names = jax.tree.leaves(self.definition.axes(), is_leaf=lambda x: isinstance(x, tuple))
+        rows = [
+            f"  {name} {list(leaf.shape)} ({', '.join(axes)}) {leaf.sharding.spec}"
+            for (name, leaf), axes in zip(named_leaves(self.abstract.params).items(), names, strict=True)
+        ]
+        trained, _ = split(self.definition, self.abstract.params)
+        size, whole = sum(leaf.size for leaf in jax.tree.leaves(trained)), self.definition.num_params()
+        of_which = "" if size == whole else f", {size:,} of them trained"
+        return "\n".join([f"model: {whole:,} parameters{of_which}", *rows])
 
 
 def _evaluate(evaluator: Evaluator, writer: Writer, model_dir: str, state: TrainState, step: int) -> dict[str, float]:
-    """Metrics of a state by "<task>/<name>". They are written when all are known: an evaluation that is broken off is
-    done again."""
+    """Returns metrics of a state by "<task>/<name>".
+
+    They are written when all are known: an interrupted evaluation is repeated."""
     losses = evaluator.losses(state.eval_params)
     results = [("training_eval", task, metrics) for task, metrics in losses.items()]
 
@@ -368,21 +368,8 @@ def _evaluate(evaluator: Evaluator, writer: Writer, model_dir: str, state: Train
     return found
 
 
-def _describe(definition: ModelDefinition, state: TrainState) -> str:
-    """Size and parameters of the model, one line each with shape, logical axes and partition."""
-    names = jax.tree.leaves(definition.axes(), is_leaf=lambda x: isinstance(x, tuple))
-    rows = [
-        f"  {name} {list(leaf.shape)} ({', '.join(axes)}) {leaf.sharding.spec}"
-        for (name, leaf), axes in zip(named_leaves(state.params).items(), names, strict=True)
-    ]
-    trained, _ = split(definition, state.params)
-    size = sum(leaf.size for leaf in jax.tree.leaves(trained))
-    of_which = "" if size == definition.num_params() else f", {size:,} of them trained"
-    return "\n".join([f"model: {definition.num_params():,} parameters{of_which}", *rows])
-
-
 class _CallableModule(types.ModuleType):
-    """This module is the attribute `train` of its package, and so it can be called: `diffusion_t5x.train(...)`."""
+    """Makes the module callable, since it is the attribute `train` of its package: `diffusion_t5x.train(...)`."""
 
     __call__ = staticmethod(train)
 

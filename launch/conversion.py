@@ -1,17 +1,17 @@
-"""Routes from one autoregressive model to block diffusion, on equal terms, on a CPU.
+"""Compares routes from one autoregressive model to block diffusion, on equal terms, on a CPU.
 
-quickstart: a tiny model is pretrained and fine-tuned on the quickstart's data; routes are scored by what they get
-right. stories: a really trained model of 260,000 parameters, stories260K of llama2.c, writes stories, which are the
-data, and judges what the routes write. In both, the model is where all routes start, and the teacher.
+quickstart: a tiny model is pretrained and fine-tuned on the quickstart's data; routes are scored by exact match.
+stories: a published model of 260,000 parameters, stories260K of llama2.c, writes stories, which are the data, and
+judges the stories that the routes write. In both, the model is the start of all routes, and the teacher.
 
     ar2diff_N      the diffusion loss on the data; before it, N steps of it on the pretraining data (quickstart)
     annealed       ar2diff_0, attention opens over the first half of the steps
-    shifted        ar2diff_0, a token is predicted in the slot before its own
-    block_growth   ar2diff_0, blocks of 1, then of 2, then of 4
+    shifted        ar2diff_0, each token is predicted in the slot before its own
+    block_growth   ar2diff_0, blocks of 1, then 2, then 4 tokens
     off_policy     the teacher's distributions on the data, under random masks
-    random_masks   the same on what the student writes itself
-    opdlm          the same in the states that the student went through as it wrote
-    joint          ar2diff_0 and the autoregressive loss: decodes either way, and by self-speculation (quickstart)
+    random_masks   the same on the student's own texts
+    opdlm          the same in the states of the student's own decoding
+    joint          ar2diff_0 plus the autoregressive loss: decodes either way, and by self-speculation (quickstart)
 
 Every route has the same optimizer, steps, batches and seeds. Stages are ordinary runs of the verbs; those that are done
 are not run again. The report is DIR/report.md and the charts beside it.
@@ -59,10 +59,10 @@ class Stage:
     """One training run of a route.
 
     Attributes:
-      flags: after the recipe's; `{share}` stands for that part of its steps.
-      objective: for counting what a step costs.
-      adapt_steps: on the pretraining data, in place of the steps that every route has.
-      writes: learns from texts that the student writes.
+      flags: flags after the recipe's; `{share}` stands for that share of its steps.
+      objective: the objective, for counting the cost of a step.
+      adapt_steps: number of steps on the pretraining data, instead of the steps that every route has.
+      writes: trains on texts that the student writes.
     """
 
     flags: Sequence[str] = ()
@@ -108,16 +108,16 @@ def settings(**values: object) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Ground:
-    """The task to learn, and how it is scored.
+    """The task to learn, and its scoring.
 
     Attributes:
-      recipe, eval_recipe: gin files of a student's training and of its evaluation; more flags may come with each.
-      start: the checkpoint that all routes start from, which is the teacher, too.
+      recipe, eval_recipe: gin files of a student's training and evaluation; routes may add flags to each.
+      start: the checkpoint from which all routes start, which is also the teacher.
       task: its name in the results.
-      metrics: the first one is drawn.
-      routes: that make sense there.
-      batch_size, num_inputs, num_targets: of the recipe, for counting what a step costs.
-      rollout: of the recipe, likewise.
+      metrics: names of metrics; the first one is drawn.
+      routes: routes to train.
+      batch_size, num_inputs, num_targets: settings of the recipe, for counting the cost of a step.
+      rollout: rollout of the recipe, likewise.
     """
 
     recipe: list[str]
@@ -133,7 +133,7 @@ class Ground:
 
     @functools.cached_property
     def model(self) -> ModelConfig:
-        """The shapes of the start."""
+        """The config of the start."""
         return ModelConfig(**model_settings(merging.leaves(find_checkpoint(str(self.start)))))
 
 
@@ -198,7 +198,7 @@ def stories(output: pathlib.Path, args: argparse.Namespace) -> Ground:
 def train_route(
     ground: Ground, route: str, seed: int, folder: pathlib.Path, num_steps: int, overrides: Sequence[str]
 ) -> list[Point]:
-    """Trains a student, stage by stage, and gives its scores on the way with what they cost."""
+    """Trains a student, stage by stage; returns its scores along the way with their cost."""
     start, points, taken, tokens, flops = ground.start, [], 0, 0.0, 0.0
     for number, stage in enumerate(ROUTES[route]):
         model_dir = folder / f"{route}_{seed}" / str(number)
@@ -227,7 +227,7 @@ def train_route(
 
 
 def stage_flops(ground: Ground, stage: Stage, step: int) -> float:
-    """FLOPs of one step, including the decoding of the texts it learns from."""
+    """Returns the FLOPs of one step, including the decoding of the texts it trains on."""
     if stage.adapt_steps:
         return step_flops(ground.model, stage.objective, ADAPT_BATCH_SIZE, ADAPT_LENGTH)
     if not stage.writes:

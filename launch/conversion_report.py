@@ -1,4 +1,4 @@
-"""Report on the routes of launch/conversion.py: tables in Markdown, charts as SVG, intervals over seeds."""
+"""The report on the routes of launch/conversion.py: tables in Markdown, charts as SVG, intervals over seeds."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ AUTOREGRESSIVE = ("one by one", "self-speculation")  # decoders that write what 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """The drawn metric of a student after so many steps, and what it had cost by then: tokens read, operations."""
+    """The drawn metric of a student after some steps, and the cost so far: tokens read, FLOPs."""
 
     route: str
     seed: int
@@ -38,20 +38,20 @@ class Score:
 
 
 def curve(model_dir: pathlib.Path, task: str, metric: str) -> dict[int, float]:
-    """The metric at each evaluation of a training run, by step; empty where it decoded nothing."""
+    """Returns the metric at each evaluation of a training run, by step; empty if nothing was decoded."""
     path = model_dir / "inference_eval" / task / "metrics.jsonl"
     lines = map(json.loads, path.read_text(encoding="utf-8").splitlines()) if path.exists() else ()
     return {line["step"]: line[metric] for line in lines}
 
 
 def tokens_a_step(model_dir: pathlib.Path) -> float:
-    """The mean over a training run, padding left out."""
+    """Returns the mean number of tokens per step over a training run, without padding."""
     lines = map(json.loads, (model_dir / "train" / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return statistics.mean(line["tokens_per_second"] * line["seconds_per_step"] for line in lines)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, and the ends of its 95 % interval by Student's t; both are the mean where there is one value only."""
+    """Returns the mean and the ends of its 95 % interval by Student's t; for a single value, both are the mean."""
     mean = statistics.mean(values)
     if len(values) < 2:
         return mean, mean, mean
@@ -86,9 +86,9 @@ def write(output: pathlib.Path, metrics: Sequence[str], scores: Sequence[Score],
 
 
 def drawn(metric: str, scores: Sequence[Score], points: Sequence[Point]) -> dict[str, str]:
-    """The metric over training tokens, over training operations, and over tokens for each pass in decoding.
+    """Draws the metric over training tokens, over training FLOPs, and over tokens per pass in decoding.
 
-    Where AR2Diff_N was run for several N, over N as well.
+    If AR2Diff_N was run for several N, also over N.
     """
 
     def lines(x: Callable[[Point], float]) -> list[Line]:
@@ -128,7 +128,7 @@ def drawn(metric: str, scores: Sequence[Score], points: Sequence[Point]) -> dict
 
 
 def _label(score: Score) -> str:
-    """Label of a score; a student that decodes in two modes has a line for each."""
+    """Returns the label of a score; a student that decodes in two modes has one for each."""
     return f"{score.route}, AR" if score.decoder in AUTOREGRESSIVE else score.route
 
 

@@ -1,8 +1,8 @@
 """The quickstart: the AR2Diff experiment (arXiv 2401.17181) at small scale, on two CPU cores, without any download.
 
 An autoregressive model is pretrained, then fine-tuned (the baseline); the same pretrained model is adapted to diffusion
-(AR2Diff_N) and fine-tuned with diffusion. Both write 512 held-out strings. Stages are ordinary runs of the verbs; one
-that was interrupted goes on from its last checkpoint when the quickstart is started again.
+(AR2Diff_N) and fine-tuned with diffusion. Both write 512 held-out strings. Stages are ordinary runs of the verbs; an
+interrupted stage continues from its last checkpoint when the quickstart is started again.
 """
 
 import argparse
@@ -35,13 +35,13 @@ console = rich.console.Console()
 
 
 class Quickstart:
-    """Runs stages below one folder and remembers how long each took.
+    """Runs stages below one folder and records their durations.
 
     Args:
-      folder: each stage gets a folder of its own in it.
+      folder: contains a folder for each stage.
       overrides: command line flags added to each stage of a verb.
       model: gin file of the architecture.
-      pretraining: gin file that chooses the pretraining task, if it is not the recipes' own.
+      pretraining: gin file of the pretraining task, if it differs from the recipes' own.
     """
 
     def __init__(self, folder: pathlib.Path, overrides: Mapping[str, list[str]], model: str, pretraining: str | None):
@@ -94,7 +94,7 @@ class Quickstart:
 
 
 def run_experiment(quickstart: Quickstart, full: bool) -> tuple[dict[str, dict[str, float]], list[dict[str, Any]]]:
-    """All stages. Returns each model's scores, and the diffusion model's examples with their canvases."""
+    """Runs all stages. Returns each model's scores, and the diffusion model's examples with their canvases."""
     q = quickstart
     q.pretrain("pretrain_ar", "pretrain_ar")
     q.train("finetune_ar", "finetune_ar", start="pretrain_ar")

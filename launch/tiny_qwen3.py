@@ -2,7 +2,7 @@
 
     python launch/tiny_qwen3.py TEXT_FILE... --output DIR
 
-What docs/walkthrough.md begins with: a model that `transformers` and `diffusion_t5x.convert from_hf` read.
+docs/walkthrough.md starts from it: a model that `transformers` and `diffusion_t5x.convert from_hf` read.
 """
 
 import argparse
@@ -47,11 +47,11 @@ def write(files: list[str], output_folder: str) -> None:
     """Writes config.json, model.safetensors, tokenizer.json and tokenizer_config.json.
 
     Args:
-      files: UTF-8 text, of which the tokenizer is made.
-      output_folder: a folder that is empty or not there.
+      files: UTF-8 texts, from which the tokenizer is made.
+      output_folder: a folder that is empty or does not exist.
 
     Raises:
-      UserError: no such text, or an output that is not empty.
+      UserError: there is no such text, or the output folder is not empty.
     """
     to = output.empty_folder(output_folder)
     for file in files:

@@ -1,4 +1,4 @@
-"""The model of `models/decoder_only.gin`, written by hand in PyTorch: what training speed is compared with.
+"""The model of `models/decoder_only.gin` written by hand in PyTorch, to compare training speed with.
 
 T5 1.1's layers: RMS norms, attention with one table of relative biases for all layers, gated GELU, tied embeddings.
 """
@@ -38,11 +38,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Autoregressive and causal.
+    """The model, autoregressive and causal.
 
     Args:
       config: a decoder-only model with relative positions and tied embeddings.
-      length: of the rows.
+      length: length of the rows.
     """
 
     def __init__(self, config: ModelConfig, length: int):
@@ -63,7 +63,7 @@ class Transformer(nn.Module):
         self.register_buffer("future", torch.ones(length, length, dtype=torch.bool).triu(1))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits `[B, L, V]` of what is read, `[B, L]`."""
+        """Returns logits `[B, L, V]` of inputs `[B, L]`."""
         bias = self.relative_bias(self.buckets).permute(2, 0, 1).masked_fill(self.future, -torch.inf)[None]
         x = self.embedding(tokens)
         for block in self.blocks:
@@ -72,7 +72,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def load(self, params: Mapping) -> None:
-        """Takes over the parameters of our model, a nested dictionary of arrays."""
+        """Loads the parameters of our model, a nested dictionary of arrays."""
         self._copy(self.embedding.weight, params["embedding"])
         decoder = params["decoder"]
         self._copy(self.relative_bias.weight, decoder["relative_bias"]["embedding"])

@@ -1,9 +1,9 @@
-"""Training steps here and in PyTorch, side by side on a CPU: the same model, rows, optimizer and threads, in float32.
+"""Measures training steps here and in PyTorch side by side on a CPU: same model, rows, optimizer and threads, float32.
 
     python launch/torch_speed.py --output /tmp/torch_speed.json
 
-needs PyTorch (`pip install "diffusion_t5x[hf]"`). The model of `torch_model.py` starts from our parameters. That both
-have the same losses in the first steps is checked before anything is timed; then they take turns.
+needs PyTorch (`pip install "diffusion_t5x[hf]"`). The model of `torch_model.py` starts from our parameters. Before
+anything is timed, both must have the same losses in the first steps; then they take turns.
 """
 
 import argparse
@@ -77,7 +77,7 @@ class Ours:
 
 
 class Theirs:
-    """The same in PyTorch."""
+    """The same training step in PyTorch."""
 
     def __init__(self, definition: ModelDefinition, tokens: np.ndarray, params: dict):
         self._model = Transformer(definition.config, tokens.shape[1])
@@ -98,7 +98,7 @@ class Theirs:
 
 
 def start(name: str) -> dict[str, Ours | Theirs]:
-    """Both trainers of a case, checked against each other.
+    """Returns both trainers of a case, checked against each other.
 
     Raises:
       AssertionError: their losses differ.
@@ -113,7 +113,7 @@ def start(name: str) -> dict[str, Ours | Theirs]:
 
 
 def measure(name: str, num_steps: int, repeats: int) -> dict:
-    """Tokens a second of both, taking turns; the medians and what they are of."""
+    """Returns the tokens per second of both, taking turns: medians, with the setting."""
     trainers = start(name)
     tokens = num_steps * CASES[name].rows * CASES[name].length
     rates: dict[str, list[float]] = {label: [] for label in trainers}

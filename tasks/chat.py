@@ -1,8 +1,8 @@
-"""Conversations as a task, by the chat template of a model's tokenizer: one example per assistant turn.
+"""Conversations as a task, with the chat template of a model's tokenizer: one example per assistant turn.
 
-Its inputs are all that the template writes up to the turn, its targets the turn with the token that ends it. So every
-turn of a conversation is learned, each once, from what the model reads when it answers, and nothing else is: that holds
-for any objective and architecture.
+Its inputs are everything that the template writes up to the turn, its targets the turn with the token that ends it. So
+every assistant turn is learned exactly once, from the text that the model reads when it answers, and nothing else is
+learned, with any objective and architecture.
 """
 
 import collections
@@ -44,16 +44,16 @@ def task(
     """Registers a SeqIO task over files of conversations and returns its name. Only the tokenizer's files are read.
 
     Args:
-      name: of the task.
+      name: name of the task.
       files: paths or glob patterns for each split, of JSON lines `{"messages": [{"role": ..., "content": ...}, ...]}`,
-        maybe with "tools", "documents" or "chat_template_kwargs" beside, for the template.
+        optionally with "tools", "documents" or "chat_template_kwargs" for the template.
       vocabulary_file: a tokenizer.json, with its chat template beside it.
       template_variables: other variables of the template, such as {"enable_thinking": False}.
-      held_out: as `local_files.task`; the messages before the first answer decide, so a conversation stays together.
+      held_out: as in `local_files.task`; the messages before the first answer decide, so a conversation stays together.
       metric_fns: for instance `(@metrics.bleu, @metrics.exact_match)`.
 
     Raises:
-      UserError: no tokenizer.json, or no template beside it; on first reading what is wrong with a file.
+      UserError: there is no tokenizer.json, or no template beside it; on first reading, errors in a file.
     """
     vocabulary = vocabulary_files.vocabulary(vocabulary_file)
     if not isinstance(vocabulary, HuggingFaceVocabulary):
@@ -76,7 +76,7 @@ def task(
 
 
 def _turns(files: Sequence[str], template: ChatTemplate) -> Records:
-    """The assistant's turns: "opening" (what is before the first), "prompt" and "answer", rendered."""
+    """Returns the assistant's turns: "opening" (the text before the first), "prompt" and "answer", rendered."""
     lines = readers.Jsonl().read(files)
     conversations = dataclasses.replace(lines, parse=lambda i: _conversation(lines.parse(i)))
     turns: list[tuple[int, int]] = []
@@ -112,7 +112,7 @@ def _turns(files: Sequence[str], template: ChatTemplate) -> Records:
 
 
 def _conversation(record: Fields) -> Fields:
-    """The messages of a line, and its other template variables; raises a ValueError if they are invalid."""
+    """Returns the messages of a line, and its other template variables; raises a ValueError if they are invalid."""
     variables = {}
     for name in _LISTS:
         value = record.get(name)
@@ -132,7 +132,7 @@ def _conversation(record: Fields) -> Fields:
 
 
 def _messages(record: Fields) -> list[Message]:
-    """The messages of a line, without null fields; raises a ValueError if they are invalid."""
+    """Returns the messages of a line, without null fields; raises a ValueError if they are invalid."""
     messages = record.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ValueError(f'no "messages", a list of {{"role": …, "content": …}}.{did_you_mean("messages", record)}')
@@ -149,7 +149,7 @@ def _messages(record: Fields) -> list[Message]:
 
 
 def _encode(turn: Fields, vocabulary: HuggingFaceVocabulary) -> Record:
-    """The ids of a turn. Without BOS in front and EOS at the end, which the start token and the task add."""
+    """Returns the ids of a turn, without BOS and EOS, which the start token and the task add."""
     prompt, answer = (chat_template.parts(turn[name]) for name in ("prompt", "answer"))
 
     def ids(parts: Sequence[str], begins: bool) -> list[int]:

@@ -1,8 +1,8 @@
-"""English to French dates, times, numbers, currencies, units and names, as in CLDR (through Babel).
+"""English to French dates, times, numbers, currencies, units and names, from CLDR (through Babel).
 
-The pairs are drawn once with a fixed seed. An English string that two draws would render in two ways is left out, so
-French is a function of English. The split goes by a stable hash of the English string: what the test asks for was
-never seen in training, though its parts were.
+The pairs are drawn once with a fixed seed. An English string with two different translations is left out, so French is
+a function of English. The split is by a stable hash of the English string: no test string occurs in training, though
+its parts do.
 """
 
 import dataclasses
@@ -53,12 +53,12 @@ class Pair:
 
 @functools.cache
 def pairs(split: str) -> tuple[Pair, ...]:
-    """The pairs of 'train', 'validation' or 'test', ordered by hash, so that any first n are a fair sample."""
+    """Returns the pairs of 'train', 'validation' or 'test', ordered by hash, so that any first n are a fair sample."""
     return _all_pairs()[split]
 
 
 def split_of(english: str) -> str:
-    """The split that an English string belongs to."""
+    """Returns the split of an English string."""
     bucket = int.from_bytes(_digest(english)[:8], "big") % 100
     if bucket < TEST_PERCENT:
         return "test"
@@ -90,12 +90,12 @@ def _all_pairs() -> dict[str, tuple[Pair, ...]]:
 
 
 def _moment(rng: random.Random) -> datetime.datetime:
-    """A minute of the years 1950 to 2049."""
+    """Draws a minute of the years 1950 to 2049."""
     return datetime.datetime(1950, 1, 1) + datetime.timedelta(minutes=rng.randrange(100 * 365 * 24 * 60))
 
 
 def _amount(rng: random.Random, digits: int) -> decimal.Decimal:
-    """A number of 1 to `digits` digits before the point, each length as likely, and 0 to 2 behind it."""
+    """Draws a number of 1 to `digits` digits before the point, each length equally likely, and 0 to 2 after it."""
     places = rng.choice((0, 0, 1, 2))
     return decimal.Decimal(rng.randrange(10 ** (rng.randint(1, digits) + places))).scaleb(-places)
 
@@ -165,7 +165,7 @@ def _unit(rng: random.Random) -> Draw:
 
 @functools.cache
 def _codes(what: str) -> tuple[str, ...]:
-    """The two-letter codes of 'territories' or 'languages' that both locales have names for, sorted."""
+    """Returns the two-letter codes of 'territories' or 'languages' with names in both locales, sorted."""
     english, french = (getattr(Locale(name), what) for name in ("en", "fr"))
     return tuple(sorted(c for c in english if len(c) == 2 and c in french and c not in _NO_TERRITORIES))
 

@@ -1,7 +1,7 @@
 """Code synthesis, scored by running the programs: MBPP and HumanEval, from their authors' JSONL files.
 
-A gin file calls `mbpp` or `humaneval`, which register a SeqIO task (see gin/tasks/mbpp.gin). An example's "tests" hold
-what its program has to do; the metric runs it (`evaluation.code_execution`) and gives pass@k.
+A gin file calls `mbpp` or `humaneval`, which register a SeqIO task (see gin/tasks/mbpp.gin). An example has "tests" for
+its program; the metric runs them (`evaluation.code.execution`) and returns pass@k.
 """
 
 import functools
@@ -38,24 +38,24 @@ def mbpp(
     vocabulary: seqio.Vocabulary,
     path: str,
     num_shots: int = 0,
-    limits: Limits = Limits(),  # noqa: B008  (frozen)
+    limits: Limits = Limits(),
     allow_unsafe: bool = False,
 ) -> str:
-    """Registers the SeqIO task `mbpp`, in place of an earlier one, and returns its name.
+    """Registers the SeqIO task `mbpp`, replacing any earlier one, and returns its name.
 
     Mostly Basic Python Problems (Austin et al. 2021, arXiv 2108.07732), with the paper's prompt: the description and
-    the three tests. The target is the reference program. What a model writes is cut before the first `[DONE]`,
-    `[BEGIN]` or next prompt.
+    the three tests. The target is the reference program. A model's output is cut before the first `[DONE]`, `[BEGIN]`
+    or next prompt.
 
     Args:
-      vocabulary: of inputs and targets.
-      path: mbpp.jsonl of google-research/mbpp, maybe with .gz.
-      num_shots: solved problems before each prompt, of the paper's three (tasks 2, 3, 4).
-      limits: of a program that is scored.
-      allow_unsafe: score without isolation if there is none (see `code_execution.check`).
+      vocabulary: vocabulary of inputs and targets.
+      path: the file mbpp.jsonl of google-research/mbpp, optionally with .gz.
+      num_shots: number of solved problems before each prompt, of the paper's three (tasks 2, 3, 4).
+      limits: limits of a program that is scored.
+      allow_unsafe: score without isolation if there is none (see `evaluation.code.execution.check`).
 
     Raises:
-      UserError: a file that cannot be read or is not MBPP's; shots that do not exist.
+      UserError: the file cannot be read or is not MBPP's, or there are not that many shots.
     """
     if not 0 <= num_shots <= len(SHOTS):
         raise UserError(f"MBPP's prompt has 0 to {len(SHOTS)} solved problems, not {num_shots}.")
@@ -83,21 +83,21 @@ def mbpp(
 def humaneval(
     vocabulary: seqio.Vocabulary,
     path: str,
-    limits: Limits = Limits(),  # noqa: B008  (frozen)
+    limits: Limits = Limits(),
     allow_unsafe: bool = False,
 ) -> str:
-    """Registers the SeqIO task `humaneval`, in place of an earlier one, and returns its name.
+    """Registers the SeqIO task `humaneval`, replacing any earlier one, and returns its name.
 
-    HumanEval (Chen et al. 2021, arXiv 2107.03374): the input is a function's head and docstring, the target its body.
-    What a model writes is cut where the body ends, and run with the input before it. All is for test.
+    HumanEval (Chen et al. 2021, arXiv 2107.03374): the input is a function's head and docstring, the target its body. A
+    model's output is cut where the body ends, and run after the input. The only split is "test".
 
     Args:
-      vocabulary: of inputs and targets.
-      path: HumanEval.jsonl of openai/human-eval, maybe with .gz.
+      vocabulary: vocabulary of inputs and targets.
+      path: the file HumanEval.jsonl of openai/human-eval, optionally with .gz.
       limits, allow_unsafe: as in `mbpp`.
 
     Raises:
-      UserError: a file that cannot be read or is not HumanEval's.
+      UserError: the file cannot be read or is not HumanEval's.
     """
     examples = [
         {
@@ -112,13 +112,13 @@ def humaneval(
 
 
 def mbpp_program(text: str, prompt: str) -> str:
-    """The program in what a model wrote."""
+    """Returns the program in a model's output."""
     del prompt
     return _MBPP_END.split(text, maxsplit=1)[0]
 
 
 def humaneval_program(text: str, prompt: str) -> str:
-    """The prompt's beginning of a program with the model's continuation."""
+    """Returns the prompt's beginning of a program with the model's continuation."""
     return prompt + _HUMANEVAL_END.split(text, maxsplit=1)[0]
 
 
@@ -140,14 +140,14 @@ def _mbpp_tests(row: Mapping[str, Any]) -> str:
 
 
 def _humaneval_tests(row: Mapping[str, Any]) -> str:
-    """The authors' `check` on the model's function, with the helpers that the prompt defines, not the program's."""
+    """Returns the authors' `check` on the model's function, with the prompt's helpers, not the program's."""
     name = row["entry_point"]
     test = f"candidate_ = {name}\n{row['prompt']}\n{name} = candidate_\n{row['test']}\ncheck(candidate_)"
     return json.dumps({"asserts": [test], "entry_points": [name]})
 
 
 def _read(path: str, fields: Mapping[str, type]) -> dict[Any, Mapping[str, Any]]:
-    """The problems of a file of JSON lines by their task_id, each with all the fields."""
+    """Returns the problems in a file of JSON lines by task_id; each must have all the fields."""
     records = readers.Jsonl().read(text_files.expand(path))
     rows: dict[Any, Mapping[str, Any]] = {}
     for number, row in enumerate(records, 1):
@@ -182,7 +182,7 @@ def _register(
         return tf.data.Dataset.from_tensor_slices(columns)
 
     def postprocess(text: str | Sequence[str], example: Mapping[str, Any], is_target: bool) -> Any:
-        """The tests for a target; for a prediction its program, or those of its samples."""
+        """Returns the tests for a target; for a prediction its program, or those of its samples."""
         if is_target:
             fields: dict[str, Any] = json.loads(example["tests"])
             fields |= {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}

@@ -1,7 +1,7 @@
-"""Tasks over user files named in gin: no Python is needed.
+"""Tasks over user files, set up in gin: no Python is needed.
 
-Every record is checked before the first batch, so that a broken line is reported at once. Each epoch is shuffled anew
-over all files, with an exact position.
+Every record is checked before the first batch, so that a broken line is reported at once. Each epoch is shuffled over
+all files, with an exact position.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ _CONVERSIONS: dict[str | None, Callable[[Any], Any]] = {"r": repr, "s": str, "a"
 class _Template:
     """Text with `{field}` in it; `{{` and `}}` are braces.
 
-    All that is between the braces is the field's name if a record has such a field, dots and brackets too. Else it may
-    end in a conversion or a format, as Python's format strings.
+    Everything between the braces is the field's name if a record has such a field, including dots and brackets.
+    Otherwise it may end in a conversion or a format, as in Python's format strings.
     """
 
     def __init__(self, text: str):
@@ -80,7 +80,7 @@ def source(
     templates: Mapping[str, str],
     held_out: Mapping[str, float] | None = None,
 ) -> seqio.DataSource:
-    """A SeqIO source of texts made from the records of files; see `task`."""
+    """Returns a SeqIO source of texts made from the records of files; see `task`."""
     filled = {name: _Template(text) for name, text in templates.items()}
 
     def read(names: Sequence[str]) -> Records:
@@ -99,12 +99,12 @@ def source_of(
     held_out: Mapping[str, float] | None = None,
     finish: Callable[[Fields], sources.Record] = dict,
 ) -> seqio.DataSource:
-    """A SeqIO source of records, all of which are checked before the first is returned.
+    """Returns a SeqIO source of records, all of which are checked before the first is returned.
 
     Args:
       files, held_out: see `task`. A hash of a record's first field, a text, decides.
-      read_files: the records of all files of a split.
-      finish: makes of a record what the source gives.
+      read_files: returns the records of all files of a split.
+      finish: converts a record to the source's example.
     """
     files, held_out = text_files.by_split(files), dict(held_out or {})
     if held_out and ("train" not in files or held_out.keys() & files.keys() or sum(held_out.values()) >= 100):
@@ -112,7 +112,7 @@ def source_of(
 
     @functools.cache
     def read(split: str) -> tuple[Records, np.ndarray]:
-        """The records of a split's files, and for each of them the number of the split it belongs to."""
+        """Returns the records of a split's files, and the index of the split that each belongs to."""
         names = text_files.expand(files[split])
         found = read_files(names)
         splits = [split, *(held_out if split == "train" else {})]
@@ -136,7 +136,7 @@ def source_of(
 
 
 def _share_of(text: str, percentages: Sequence[float]) -> int:
-    """The share that a text's stable hash assigns it to: 1 for the first percentage, 2 for the second ..., else 0."""
+    """Returns the share of a text by its stable hash: 1 for the first percentage, 2 for the second ..., else 0."""
     bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64 * 100
     for share, percent in enumerate(percentages, 1):
         if bucket < percent:
@@ -157,19 +157,19 @@ def task(
     num_shots: int = 0,
     metric_fns: Sequence[registration.MetricFn] = (),
 ) -> str:
-    """Registers a SeqIO task over files and returns its name. Nothing is read until the task is.
+    """Registers a SeqIO task over files and returns its name. Files are read when the task is.
 
     Args:
-      name: of the task.
+      name: name of the task.
       files: paths or glob patterns for each split.
       reader: `readers.Jsonl`, `Tsv`, `Text` or `Parallel`.
       vocabulary_file: a SentencePiece model; None for bytes.
       inputs, targets: templates, such as "translate English to French: {english}". Without inputs every token is a
         target.
-      objective: of pretraining (`@preprocessors.prefix_lm` ...): applied to the targets; inputs are ignored.
-      held_out: percentages of the records of "train" that make splits without files, such as {"validation": 1.0}. A
-        hash of the inputs (without inputs, of the targets) decides, so equal inputs stay together.
-      num_shots: examples of "train" before each input.
+      objective: pretraining objective (`@preprocessors.prefix_lm` ...): applied to the targets; inputs are ignored.
+      held_out: percentages of the records of "train" for splits without files, such as {"validation": 1.0}. A hash of
+        the inputs (without inputs, of the targets) decides, so equal inputs stay together.
+      num_shots: number of examples of "train" before each input.
       metric_fns: for instance `(@metrics.bleu, @metrics.exact_match)`.
 
     Raises:

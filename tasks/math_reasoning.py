@@ -1,6 +1,6 @@
 """GSM8K and MATH500: problems whose solutions end in an answer, which math-verify compares.
 
-From JSON lines as their authors publish them, GSM8K also from TFDS. Needs `pip install diffusion_t5x[math]` to score.
+Read from the authors' JSON lines, GSM8K also from TFDS. Needs `pip install diffusion_t5x[math]` to score.
 """
 
 from collections.abc import Mapping
@@ -19,8 +19,8 @@ def gsm8k(
 ) -> str:
     """Registers `gsm8k` (arXiv 2110.14168) and returns its name.
 
-    Targets are the published solutions, which end in "#### 42"; the answer of a prediction is the number behind its
-    first "####", else the last number or formula in it.
+    Targets are the published solutions, which end in "#### 42"; the answer of a prediction is the number after its
+    first "####", otherwise its last number or formula.
 
     Args:
       vocabulary_file: see `vocabulary_files.vocabulary`.
@@ -28,7 +28,7 @@ def gsm8k(
       num_shots: see `registration.task`.
 
     Raises:
-      UserError: no vocabulary file; on first reading, no such data, or what is wrong with it.
+      UserError: there is no vocabulary file; on first reading, no data or errors in it.
     """
     templates = {"inputs": "{question}", "targets": "{answer}"}
     if files is None:
@@ -45,7 +45,7 @@ def math500(vocabulary_file: str | None, files: Mapping[str, local_files.Pattern
 
     Args:
       vocabulary_file: see `vocabulary_files.vocabulary`.
-      files: JSON lines with `problem` and `solution` for each split, as MATH's and MATH500's.
+      files: JSON lines with `problem` and `solution` for each split, as in MATH and MATH500.
       num_shots: see `registration.task`; needs MATH's own training problems as split "train".
 
     Raises:

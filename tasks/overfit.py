@@ -1,4 +1,4 @@
-"""Eight sentences to overfit: the first thing to try with a new objective, model or decoder.
+"""Eight sentences to overfit: the first test of a new objective, model or decoder.
 
 overfit_prefix_lm        the beginning of each sentence is given, the rest is predicted
 overfit_span_corruption  some spans of each sentence are hidden and predicted
@@ -37,7 +37,7 @@ OBJECTIVES: dict[str, Callable[..., tf.data.Dataset]] = {
 
 
 def _examples(objective: Callable[..., tf.data.Dataset], split: str, shuffle_files: bool, seed: int | None = None):
-    """The sentences, cut. A source, unlike a preprocessor, makes the same random choices in every epoch."""
+    """Returns the sentences, cut. A source, unlike a preprocessor, makes the same random choices in every epoch."""
     del split, shuffle_files, seed
     sentences = tf.data.Dataset.from_tensor_slices({"targets": list(SENTENCES)})
     tokens = seqio.preprocessors.tokenize(sentences, quickstart.FEATURES, copy_pretokenized=False)

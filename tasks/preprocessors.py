@@ -1,7 +1,7 @@
 """Pretraining objectives as SeqIO preprocessors: tokenised documents (feature `targets`) to `inputs` and `targets`.
 
-All leave room for the EOS that `seqio.preprocessors.append_eos` adds to either feature, and lose no token. What they
-hide has nothing to do with a diffusion objective's noise, which is drawn on device.
+All leave room for the EOS that `seqio.preprocessors.append_eos` adds to either feature, and lose no token. The spans
+that they hide are unrelated to a diffusion objective's noise, which is drawn on device.
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ SHUFFLE_BUFFER = 2_048  # chunks: some hundred documents' worth
 def tokenize(
     dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature], copy_pretokenized: bool = True
 ) -> tf.data.Dataset:
-    """SeqIO's `tokenize`, but reading ahead only as many examples as there are cores.
+    """Tokenizes like SeqIO's `tokenize`, but reads ahead only as many examples as there are cores.
 
-    SeqIO's own reads 256 of them ahead, which become part of every saved position: of a long document read again and
-    again, too many to get to the first batch.
+    SeqIO's own reads 256 examples ahead, which become part of every saved position; with long documents that is too
+    many to reach the first batch.
     """
     encode = functools.partial(
         seqio.preprocessors.tokenize_impl, output_features=output_features, copy_pretokenized=copy_pretokenized
@@ -36,7 +36,7 @@ def tokenize(
 def full_lm(
     dataset: tf.data.Dataset, sequence_length: Mapping[str, int], output_features: Mapping[str, seqio.Feature]
 ) -> tf.data.Dataset:
-    """Chunks of a document as targets: the inputs are empty except for the EOS that follows.
+    """Returns chunks of a document as targets; the inputs are empty except for the EOS that follows.
 
     With `{"inputs": 1, "targets": n}` either architecture reads it; a decoder-only model's row begins with that EOS.
     """
@@ -52,10 +52,10 @@ def full_lm(
 def prefix_lm(
     dataset: tf.data.Dataset, sequence_length: Mapping[str, int], output_features: Mapping[str, seqio.Feature]
 ) -> tf.data.Dataset:
-    """Chunks of a document, the first part (of random length, at least one token) as inputs, the rest as targets.
+    """Returns chunks of a document, split at random: the first part (at least a token) as inputs, then targets.
 
-    As t5's `prefix_lm`, but a chunk leaves room for the EOS after either part: wherever it is cut, both parts fit. With
-    equal lengths two chunks fill a packed row to the last position.
+    Like t5's `prefix_lm`, but a chunk leaves room for the EOS after either part: wherever it is cut, both parts fit.
+    With equal lengths, two chunks fill a packed row to the last position.
     """
     from t5.data import preprocessors
 
@@ -79,19 +79,20 @@ def span_corruption(
     noise_density: float = 0.15,
     mean_noise_span_length: float = 3.0,
 ) -> tf.data.Dataset:
-    """Chunks of a document with spans replaced by sentinels, and these spans after their sentinels (arXiv 1910.10683).
+    """Returns chunks with spans replaced by sentinels, and the spans after their sentinels (arXiv 1910.10683).
 
-    t5's `span_corruption`, documents not joined: chunks are cut so that their inputs fill the inputs' length.
+    Like t5's `span_corruption`, but documents are not joined: chunks are cut so that their inputs fill the inputs'
+    length.
 
     Args:
-      dataset: of documents.
-      sequence_length: of both features.
-      output_features: with a vocabulary that has sentinels.
-      noise_density: share of the tokens that is hidden.
-      mean_noise_span_length: in tokens.
+      dataset: the documents.
+      sequence_length: lengths of both features.
+      output_features: features with a vocabulary that has sentinels.
+      noise_density: share of the tokens to hide.
+      mean_noise_span_length: mean length of a hidden span, in tokens.
 
     Raises:
-      UserError: no sentinels, or the targets' length is too short for what the inputs' length asks to hide.
+      UserError: there are no sentinels, or the targets are too short for the tokens to hide in the inputs.
     """
     from t5.data import preprocessors
 
@@ -123,9 +124,9 @@ class Denoiser:
     """One of UL2's denoisers (arXiv 2205.05131).
 
     Attributes:
-      mode: text that stands before the inputs and says which kind of denoiser it is.
-      noise_density: share of the tokens that is hidden.
-      mean_span_length: of the hidden spans, in tokens; None hides the end of the chunk, as prefix LM does.
+      mode: text before the inputs that names the kind of denoiser.
+      noise_density: share of the tokens to hide.
+      mean_span_length: mean length of a hidden span, in tokens; None hides the end of the chunk, as prefix LM does.
     """
 
     mode: str
@@ -150,13 +151,13 @@ def ul2(
     output_features: Mapping[str, seqio.Feature],
     denoisers: Sequence[Denoiser] = UL2_DENOISERS,
 ) -> tf.data.Dataset:
-    """UL2's mixture of denoisers: each chunk of a document gets one of them, chosen uniformly.
+    """Applies UL2's mixture of denoisers: each chunk of a document gets one of them, chosen uniformly.
 
     R hides short spans, X long or many ones, both behind sentinels; S hides the end, a share of the chunk that is drawn
     uniformly from zero to twice `noise_density`. Chunks are as long as all denoisers have room and sentinels for.
 
     Raises:
-      UserError: no sentinels, or lengths that have no room for two tokens.
+      UserError: there are no sentinels, or the lengths have no room for two tokens.
     """
     from t5.data import preprocessors
 
@@ -197,9 +198,10 @@ def ul2(
 
 
 def _spans_mask(length: tf.Tensor, denoiser: Denoiser, seeds: tf.Tensor) -> tf.Tensor:
-    """bool `[length]`: t5's mask of random spans, which ends in one, with some tokens of its beginning put to its end.
+    """Returns bool `[length]`: t5's random-spans mask, which ends in a span, rotated by a random number of tokens.
 
-    A single span may thus lie anywhere, and the first token is never hidden: sentinels come before what they stand for.
+    So a single span may be anywhere, and the first token is never hidden: sentinels come before the spans they stand
+    for.
     """
     from t5.data import preprocessors
 
@@ -212,7 +214,7 @@ def _spans_mask(length: tf.Tensor, denoiser: Denoiser, seeds: tf.Tensor) -> tf.T
 
 
 def _longest_chunk(denoiser: Denoiser, room: tuple[int, int, int]) -> int:
-    """How many tokens a chunk may have, for the room in inputs and targets without EOS, and the number of sentinels."""
+    """Returns the maximum length of a chunk, by the room in inputs and targets without EOS and by the sentinels."""
 
     def needs(length: int) -> tuple[int, int, int]:
         if denoiser.mean_span_length is None:  # either part may be nearly all of the chunk
@@ -229,7 +231,7 @@ def _longest_chunk(denoiser: Denoiser, room: tuple[int, int, int]) -> int:
 
 
 def _ending_in_sentinels(output_features: Mapping[str, seqio.Feature]) -> dict[str, seqio.Feature]:
-    """The features as t5's preprocessors want them: the last id of a vocabulary is its first sentinel."""
+    """Returns the features as t5's preprocessors need them: the last id of a vocabulary is its first sentinel."""
     ending = {}
     for name, feature in output_features.items():
         if not (ids := sentinels(feature.vocabulary)):

@@ -15,16 +15,16 @@ from diffusion_t5x.tasks import registration, sources
 def c4(
     vocabulary_file: str | None, objective: registration.Preprocessor, tfds_name: str = "c4/en:3.1.0", name: str = "c4"
 ) -> str:
-    """Registers C4, or any TFDS data set of documents `text` with splits "train" and "validation"; returns the name.
+    """Registers C4, or any TFDS data set of documents `text` with splits "train" and "validation"; returns its name.
 
     Args:
       vocabulary_file: see `vocabulary_files.vocabulary`.
-      objective: one of `tasks.preprocessors`.
-      tfds_name: of the data set.
-      name: of the task.
+      objective: one of the preprocessors in `tasks.preprocessors`.
+      tfds_name: name of the data set.
+      name: name of the task.
 
     Raises:
-      UserError: no vocabulary file; on first reading, no such data.
+      UserError: there is no vocabulary file; on first reading, no data.
     """
     splits = {"train": "train", "validation": "validation"}
     return _documents(name, tfds_name, splits, vocabulary_file, objective)
@@ -41,13 +41,13 @@ def mc4(
 
     Args:
       vocabulary_file: see `vocabulary_files.vocabulary`.
-      objective: one of `tasks.preprocessors`.
+      objective: one of the preprocessors in `tasks.preprocessors`.
       languages: mC4's codes, such as "en".
-      temperature: a language's rate is its number of documents to the power of one over this (mT5, arXiv 2010.11934).
-      tfds_name: of the data set, whose splits are "en", "en-validation" ...
+      temperature: a language's rate is its number of documents to the power of 1 / temperature (mT5, arXiv 2010.11934).
+      tfds_name: name of the data set, whose splits are "en", "en-validation" ...
 
     Raises:
-      UserError: no vocabulary file; on first reading, no such data.
+      UserError: there is no vocabulary file; on first reading, no data.
     """
     rate = functools.partial(seqio.mixing_rate_num_examples, temperature=temperature)
     tasks = []

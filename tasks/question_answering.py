@@ -22,18 +22,18 @@ def squad(
 ) -> str:
     """Registers SQuAD and returns the task's name.
 
-    The text is t5's: a space on either side of each punctuation mark, in answers too. Targets are the first answer;
+    The text is t5's: a space on either side of each punctuation mark, also in answers. The target is the first answer;
     the metric takes the best of all. A context that does not fit is cut at its end.
 
     Args:
       vocabulary_file: see `vocabulary_files.vocabulary`.
       files: paths or glob patterns for each split, of JSON (also .gz) in SQuAD's format; None reads TFDS, splits
         "train" and "validation".
-      name: of the task.
+      name: name of the task.
       num_shots: see `registration.task`.
 
     Raises:
-      UserError: no vocabulary file; on first reading, no such data, or a file in another format.
+      UserError: there is no vocabulary file; on first reading, no data, or a file in another format.
     """
     from t5.data.postprocessors import qa
 
@@ -61,7 +61,7 @@ def _as_in_tfds(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def _question_and_context(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """t5's preprocessor, without the second copy of the context."""
+    """Applies t5's preprocessor, without its second copy of the context."""
     from t5.data.preprocessors import squad as preprocess
 
     names = ("inputs", "targets", "id", "answers")
@@ -69,10 +69,10 @@ def _question_and_context(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def read(file: str) -> list[dict[str, Any]]:
-    """The questions of a file, each with its `id`, `question`, `context` and `answers` (texts).
+    """Returns the questions in a file, each with its `id`, `question`, `context` and `answers` (texts).
 
     Raises:
-      UserError: no such file, another format, no questions, or one without an answer.
+      UserError: there is no such file, it has another format or no questions, or a question has no answer.
     """
     value = text_files.json_value(file)
     if value is None:

@@ -1,4 +1,4 @@
-"""The SeqIO tasks of the quickstart: nothing to download, a vocabulary that is trained on first use.
+"""The quickstart's SeqIO tasks: nothing to download; the vocabulary is trained on first use.
 
 quickstart_corpus_prefix_lm          the Python standard library: the first part of a chunk is given, the rest predicted
 quickstart_corpus_span_corruption    the same: some spans of a chunk are hidden and predicted
@@ -30,12 +30,12 @@ CORPUS_CHARACTERS = 3_000_000  # of the corpus that the vocabulary is trained on
 
 
 def cache_folder() -> pathlib.Path:
-    """$DIFFUSION_T5X_CACHE, or ~/.cache/diffusion_t5x."""
+    """Returns $DIFFUSION_T5X_CACHE, or ~/.cache/diffusion_t5x."""
     return pathlib.Path(os.environ.get("DIFFUSION_T5X_CACHE") or "~/.cache/diffusion_t5x").expanduser()
 
 
 def _training_text() -> list[str]:
-    """Every n-th document of the corpus, line by line, and the training side of the pairs."""
+    """Returns every n-th document of the corpus, line by line, and the training side of the pairs."""
     documents = stdlib_corpus.documents("train")
     step = max(1, sum(map(len, documents)) // CORPUS_CHARACTERS)
     lines = [line for document in documents[::step] for line in document.splitlines() if line]
@@ -44,7 +44,7 @@ def _training_text() -> list[str]:
 
 @functools.cache
 def vocabulary_file() -> pathlib.Path:
-    """The SentencePiece model, trained now if the cache has none for this very text (about 2 s, same bytes each time).
+    """Returns the SentencePiece model, training it if the cache has none for this exact text (about 2 s, same bytes).
 
     Raises:
       UserError: the cache folder cannot be written.
@@ -80,7 +80,7 @@ def vocabulary_file() -> pathlib.Path:
 
 
 def _write_atomically(path: pathlib.Path, content: bytes) -> None:
-    """Two processes may both write; each reader sees a whole file or none."""
+    """Writes a file so that readers see all of it or none, even if two processes write it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
@@ -91,7 +91,7 @@ def _write_atomically(path: pathlib.Path, content: bytes) -> None:
 
 
 class QuickstartVocabulary(SentencePieceVocabulary):
-    """The vocabulary at `vocabulary_file()`, looked for (and trained) only when its first text is encoded."""
+    """The vocabulary at `vocabulary_file()`, found (or trained) when its first text is encoded."""
 
     _sentencepiece_model_file: str
 
@@ -109,7 +109,7 @@ FEATURES = {name: seqio.Feature(VOCABULARY, add_eos=True) for name in ("inputs",
 
 
 def text_source(columns: Callable[[str], Mapping[str, Sequence[str]]], splits: Sequence[str]) -> seqio.DataSource:
-    """Texts held in memory, as a SeqIO source: `columns(split)` gives equally long lists, called when first read."""
+    """Returns texts in memory as a SeqIO source: `columns(split)` returns equally long lists, when first read."""
 
     def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         table = {name: tf.constant(texts) for name, texts in columns(split).items()}

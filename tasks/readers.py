@@ -1,6 +1,6 @@
-"""Readers of text files: JSON lines, TSV, plain text and parallel text, each also as .gz, as sequences of records.
+"""Readers of text files: JSON lines, TSV, plain text and parallel text, also as .gz, as sequences of records.
 
-How a file is opened, unpacked and split is `data.text_files`'.
+`data.text_files` opens, unpacks and splits files.
 """
 
 import abc
@@ -23,16 +23,16 @@ _DOCUMENTS = {"line": text_files.LINE, "paragraphs": text_files.PARAGRAPHS, "fil
 
 
 class Reader(abc.ABC):
-    """How files are read: as a sequence of records, which are fields by name, and where each one stands."""
+    """Reads files as a sequence of records, which are fields by name, and tells the place of each."""
 
     @abc.abstractmethod
     def read(self, files: Sequence[str]) -> "Records":
-        """The records of all files."""
+        """Returns the records of all files."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Records(Indexed[T]):
-    """`parse` of each index below `size`; a mistake in it is told with `where` it is."""
+    """The results of `parse` for each index below `size`; error messages include the place, `where`."""
 
     size: int
     parse: Callable[[int], T]
@@ -49,7 +49,7 @@ class Records(Indexed[T]):
 
 
 def _read_each(files: Sequence[str], read: Callable[[str], Records]) -> Records:
-    """The records of all files, one file after another. Files without any are named in the log.
+    """Returns the records of all files, one file after another. Files without any are logged.
 
     Raises:
       UserError: no file has a record.
@@ -78,7 +78,7 @@ def _read_each(files: Sequence[str], read: Callable[[str], Records]) -> Records:
 
 @dataclasses.dataclass(frozen=True)
 class Jsonl(Reader):
-    """One JSON object per line; its fields are texts or numbers. A duplicate field is refused."""
+    """One JSON object per line, whose fields are texts or numbers. Duplicate fields are refused."""
 
     def read(self, files: Sequence[str]) -> Records:
         def records(file: str) -> Records:
@@ -90,10 +90,10 @@ class Jsonl(Reader):
 
 @dataclasses.dataclass(frozen=True)
 class Tsv(Reader):
-    """Columns between tabs, without quoting.
+    """Tab-separated columns, without quoting.
 
     Attributes:
-      columns: their names; None takes them from each file's first line.
+      columns: names of the columns; None takes them from each file's first line.
     """
 
     columns: Sequence[str] | None = None
@@ -122,10 +122,10 @@ class Tsv(Reader):
 
 @dataclasses.dataclass(frozen=True)
 class Text(Reader):
-    """Plain text, as field `text`.
+    """Plain text, in field `text`.
 
     Attributes:
-      document: what a record is: "line", "paragraphs" (up to an empty line) or "file".
+      document: the extent of a record: "line", "paragraphs" (up to an empty line) or "file".
     """
 
     document: str = "line"
@@ -143,10 +143,10 @@ class Text(Reader):
 
 @dataclasses.dataclass(frozen=True)
 class Parallel(Reader):
-    """Two files, the lines of which belong together. Where either is blank, both are left out, and counted in the log.
+    """Two files with corresponding lines. If either line is blank, both are left out, and counted in the log.
 
     Attributes:
-      fields: names for a line of the first and of the second file.
+      fields: field names for the lines of the first and the second file.
     """
 
     fields: tuple[str, str] = ("source", "target")

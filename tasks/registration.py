@@ -29,25 +29,25 @@ def task(
     postprocess_fn: Callable[..., Any] | None = None,
     shuffle_buffer: int = 1_000,
 ) -> str:
-    """Registers a task of texts and returns its name. Nothing is read.
+    """Registers a task of texts and returns its name. Nothing is read yet.
 
     Args:
-      name: of the task.
-      source: of the records.
-      preprocessors: from records to texts `inputs` and `targets`, or only `targets`.
+      name: name of the task.
+      source: source of the records.
+      preprocessors: convert records to texts `inputs` and `targets`, or only `targets`.
       vocabulary_file: see `vocabulary`.
-      has_inputs: whether there are `inputs`.
-      objective: of pretraining, from tokens to `inputs` and `targets` (see `tasks.preprocessors`). Without one features
-        longer than the model's lengths are cut: their first tokens are kept, and EOS.
-      num_shots: so many examples of the split "train", the same ones for each example of other splits, stand before the
-        inputs: each one's inputs and targets on a line each, an empty line between examples.
+      has_inputs: True if there are `inputs`.
+      objective: pretraining objective, which converts tokens to `inputs` and `targets` (see `tasks.preprocessors`).
+        Without one, features that are longer than the model's lengths are cut to their first tokens and EOS.
+      num_shots: number of examples of the split "train" before the inputs of every example in other splits, always the
+        same ones: each one's inputs and targets on a line each, with an empty line between examples.
       metric_fns: SeqIO's metrics.
-      postprocess_fn: SeqIO's, for what metrics read.
-      shuffle_buffer: examples to shuffle among; 1 for a source that shuffles by itself.
+      postprocess_fn: SeqIO's, for the metrics.
+      shuffle_buffer: number of examples in the shuffle buffer; 1 for a source that shuffles by itself.
 
     Raises:
-      UserError: no vocabulary file; shots of a task without inputs or training examples; on first reading, more shots
-        than training examples.
+      UserError: there is no vocabulary file; shots of a task without inputs or training examples; on first reading,
+        more shots than training examples.
     """
     if not isinstance(num_shots, int) or num_shots < 0:
         raise UserError(f"NUM_SHOTS is a number of examples, 0 or more, not {num_shots!r}.")
@@ -75,7 +75,7 @@ def task(
 
 
 class _Shots(seqio.experimental.FewshotDataSource):
-    """SeqIO's source of examples with shots, each of them another training example."""
+    """SeqIO's source of examples with shots, each a different training example."""
 
     def get_dataset(self, *args: Any, **kwargs: Any) -> tf.data.Dataset:
         available = self._original_source.get_dataset("train", shuffle=False).cardinality().numpy()
@@ -87,10 +87,10 @@ class _Shots(seqio.experimental.FewshotDataSource):
 
 
 def add(name: str, **task: Any) -> str:
-    """`seqio.TaskRegistry.add`, in place of an earlier task or mixture of that name, which it returns.
+    """Calls `seqio.TaskRegistry.add`, replacing any task or mixture of that name, and returns the name.
 
     Raises:
-      UserError: a name that SeqIO does not take.
+      UserError: SeqIO does not accept the name.
     """
     _check_name(name)
     _remove(name)
@@ -102,12 +102,12 @@ def mixture(name: str, tasks: Sequence[tuple[str, float | Callable[[seqio.Task],
     """Registers a mixture of registered tasks or mixtures and returns its name.
 
     Args:
-      name: of the mixture.
-      tasks: names and rates, or functions of a task that give its rate when it is read. Of n examples a task gives n
-        times its rate over the sum of rates.
+      name: name of the mixture.
+      tasks: names and rates, or functions from a task to its rate, called when the task is read. A task provides a
+        share of its rate over the sum of rates.
 
     Raises:
-      UserError: a name that SeqIO does not take, no tasks, a task that is not registered, or a rate that is not
+      UserError: SeqIO does not accept the name, there are no tasks, a task is not registered, or a rate is not
         positive.
     """
     _check_name(name)

@@ -1,6 +1,7 @@
 """SeqIO sources: records that Python reads, shuffled as a whole, and data sets that TFDS has prepared."""
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,11 +12,12 @@ import tensorflow_datasets as tfds
 
 from diffusion_t5x.errors import UserError
 
+_TFDS_NAME = re.compile(r"\w+(/[\w.+-]+)?(:[\d.*]+)?")
 Record = Mapping[str, str | Sequence[str] | np.ndarray]
 
 
 def index_blocks(size: int, shuffle: bool, seed: int | None) -> tf.data.Dataset:
-    """The numbers below `size` in blocks of at most 64, in order or in a pseudorandom order, a new one each epoch.
+    """Returns the numbers below `size` in blocks of at most 64, in order or in a pseudorandom order, new each epoch.
 
     It needs no buffer of examples, which would make checkpoints large.
     """
@@ -32,7 +34,7 @@ class _Records(seqio.FunctionDataSource):
     """A source that knows its files.
 
     Attributes:
-      list_files: the files of a split.
+      list_files: returns the files of a split.
     """
 
     list_files: Callable[[str], Sequence[str]]
@@ -41,13 +43,13 @@ class _Records(seqio.FunctionDataSource):
 def records(
     load: Callable[[str], Sequence[Record]], splits: Sequence[str], list_files: Callable[[str], Sequence[str]]
 ) -> seqio.DataSource:
-    """A source of records that Python holds or finds in its files: `load(split)` is called once, when first read.
+    """Returns a source of records from Python: `load(split)` is called once, when first read.
 
     Args:
-      load: gives a sequence of at least one record; the first one tells the fields. Texts become strings `[]`, lists of
-        texts strings `[n]`, arrays of ids int32 `[n]`.
-      splits: what `load` knows.
-      list_files: the files of a split.
+      load: returns a sequence of at least one record; the first one defines the fields. Texts become strings `[]`,
+        lists of texts strings `[n]`, arrays of ids int32 `[n]`.
+      splits: the splits that `load` knows.
+      list_files: returns the files of a split.
     """
     load = functools.cache(load)
 
@@ -77,14 +79,17 @@ class PreparedTfds(seqio.TfdsDataSource):
     """A TFDS data set that has been downloaded and prepared before: a run never starts a download of its own.
 
     Args:
-      tfds_name: such as "squad/v1.1:3.0.0".
+      tfds_name: name and version, such as "squad/v1.1:3.0.0".
       splits: SeqIO's names of the splits, and TFDS' names or slices for them.
 
     Raises:
-      UserError: on first reading, if it is not there.
+      UserError: a name with more than a data set, its config and version; on first reading, if it is not there.
     """
 
     def __init__(self, tfds_name: str, splits: Mapping[str, str]):
+        if not _TFDS_NAME.fullmatch(tfds_name):
+            # A namespace, as in "huggingface:x", would be looked up in the net; arguments could name another folder.
+            raise UserError(f"{tfds_name!r} is no data set of TFDS: write its name as in 'squad/v1.1:3.0.0'.")
         super().__init__(tfds_name=tfds_name, splits=dict(splits), read_only=True)
 
     def get_dataset(self, *args: Any, **kwargs: Any) -> tf.data.Dataset:

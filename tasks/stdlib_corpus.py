@@ -18,10 +18,10 @@ _LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_
 
 @functools.cache
 def files() -> tuple[tuple[str, str], ...]:
-    """(name relative to the library's root, text) of every file, ordered by name.
+    """Returns (name relative to the library's root, text) of every file, ordered by name.
 
     Raises:
-      UserError: this Python keeps no sources (an embedded or zipped one).
+      UserError: this Python has no sources (an embedded or zipped one).
     """
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     texts = {}
@@ -36,14 +36,14 @@ def files() -> tuple[tuple[str, str], ...]:
 
 
 def split_of(name: str) -> str:
-    """'train' or 'validation', by a stable hash of the file's name."""
+    """Returns 'train' or 'validation', by a stable hash of the file's name."""
     bucket = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 100
     return "validation" if bucket < VALIDATION_PERCENT else "train"
 
 
 @functools.cache
 def documents(split: str) -> tuple[str, ...]:
-    """The files of a split, cut at line ends into pieces of about `DOCUMENT_CHARACTERS`, in the files' order.
+    """Returns the files of a split, cut at line ends into pieces of about `DOCUMENT_CHARACTERS`, in the files' order.
 
     Short documents keep a shuffled reader from dwelling on one file.
     """

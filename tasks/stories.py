@@ -1,4 +1,4 @@
-"""Prompts and texts for a model imported from llama2.c, whose tokenizer and whose texts are files of yours."""
+"""Prompts and texts for a model imported from llama2.c, with your own tokenizer and text files."""
 
 import logging
 import re
@@ -19,17 +19,17 @@ CONTINUATIONS = "stories_continuations"
 
 
 def prompts(tokenizer_file: str, text_file: str) -> str:
-    """Registers the SeqIO task `stories_prompts`, in place of an earlier one, and returns its name.
+    """Registers the SeqIO task `stories_prompts`, replacing any earlier one, and returns its name.
 
     Its split `test` has an example for each line of the text file: the line is the input, without EOS, so that the
-    model goes on with it; the target is empty. An empty line asks for a text from its beginning.
+    model continues it; the target is empty. An empty line asks for a text from its beginning.
 
     Args:
       tokenizer_file: llama2.c's.
-      text_file: UTF-8, a prompt a line.
+      text_file: UTF-8, one prompt per line.
 
     Raises:
-      UserError: a file that cannot be read.
+      UserError: a file cannot be read.
     """
     lines = re.sub("\r\n?", "\n", text_files.text(text_file)).removesuffix("\n").split("\n")
 
@@ -43,20 +43,20 @@ def prompts(tokenizer_file: str, text_file: str) -> str:
 def continuations(
     tokenizer_file: str, samples_file: str, prompt_tokens: int = 16, num_validation: int = 64, num_test: int = 256
 ) -> str:
-    """Registers the SeqIO task `stories_continuations`, in place of an earlier one, and returns its name.
+    """Registers the SeqIO task `stories_continuations`, replacing any earlier one, and returns its name.
 
-    The texts are predictions that `diffusion_t5x.infer` wrote. Of each text the first tokens are the input, and the
-    rest is the target, without EOS. The first texts are the split `test`, the next `validation`, all others `train`,
-    but for those that begin with a prompt of the former. Its metric is `distinct_n`.
+    The texts are predictions that `diffusion_t5x.infer` wrote. The first tokens of each text are the input, the rest is
+    the target, without EOS. The first texts are the split `test`, the next `validation`, and all others `train`, except
+    those that begin with a prompt of the former. The metric is `distinct_n`.
 
     Args:
       tokenizer_file: llama2.c's.
       samples_file: JSON lines with a field "prediction".
-      prompt_tokens: of a text that are the input.
-      num_validation, num_test: texts in these splits.
+      prompt_tokens: number of tokens of a text that are the input.
+      num_validation, num_test: numbers of texts in these splits.
 
     Raises:
-      UserError: a file that cannot be read, or with too few texts.
+      UserError: a file cannot be read, or has too few texts.
     """
     vocabulary = Llama2cVocabulary(tokenizer_file)
     lines = readers.Jsonl().read(text_files.expand(samples_file))

@@ -1,4 +1,4 @@
-"""Examples that were tokenised elsewhere, as JSON lines of ids: for vocabularies that are not at hand here."""
+"""Examples tokenised elsewhere, as JSON lines of ids, for vocabularies that are not available here."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ FEATURES = ("inputs", "targets")
 
 
 class TokenIdVocabulary(seqio.PassThroughVocabulary):
-    """Ids for their own sake, with a pad id that need not be 0: in many vocabularies 0 is a piece of text."""
+    """Ids without texts, with a pad id that need not be 0: in many vocabularies 0 is a piece of text."""
 
     def __init__(self, size: int, eos_id: int, pad_id: int):
         super().__init__(size, eos_id)
@@ -30,16 +30,16 @@ class TokenIdVocabulary(seqio.PassThroughVocabulary):
 
 
 def register(train_file: str, validation_file: str, vocab_size: int, eos_id: int, pad_id: int) -> str:
-    """Registers the SeqIO task `token_ids`, in place of an earlier one, and returns its name.
+    """Registers the SeqIO task `token_ids`, replacing any earlier one, and returns its name.
 
     Args:
-      train_file, validation_file: JSON lines, maybe with .gz: `{"inputs": [ids], "targets": [ids]}`, targets with their
-        EOS. A line without targets is a prompt.
-      vocab_size: ids of the vocabulary. MASK is the id behind them.
-      eos_id, pad_id: of the vocabulary.
+      train_file, validation_file: JSON lines, optionally with .gz: `{"inputs": [ids], "targets": [ids]}`, with EOS in
+        the targets. A line without targets is a prompt.
+      vocab_size: number of ids in the vocabulary. MASK is the next id.
+      eos_id, pad_id: ids in the vocabulary.
 
     Raises:
-      UserError: a file that is not there; when it is read, a line (by its number) that is no such example.
+      UserError: a file does not exist; on reading, a line (named by its number) is not such an example.
     """
     files = {"train": text_files.expand(train_file), "validation": text_files.expand(validation_file)}
 

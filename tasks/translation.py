@@ -16,7 +16,7 @@ def wmt14(
     tfds_name: str = "wmt14_translate/fr-en:1.0.0",
     num_shots: int = 0,
 ) -> str:
-    """Registers WMT14, `wmt14_enfr` or the way back `wmt14_fren`, and returns the name.
+    """Registers WMT14, `wmt14_enfr` or the reverse `wmt14_fren`, and returns its name.
 
     Its splits are "train" (news commentary, Europarl, Common Crawl, UN and Gigaword; for En-Fr 40.8 million pairs),
     "validation" (newstest2013) and "test" (newstest2014). BLEU is sacrebleu's.
@@ -24,11 +24,11 @@ def wmt14(
     Args:
       vocabulary_file: see `vocabulary_files.vocabulary`.
       source_language, target_language: codes of the TFDS data set's two languages.
-      tfds_name: of any TFDS data set of translations with these splits.
+      tfds_name: name of any TFDS data set of translations with these splits.
       num_shots: see `registration.task`.
 
     Raises:
-      UserError: no vocabulary file; on first reading, no such data.
+      UserError: there is no vocabulary file; on first reading, no data.
     """
     from t5.data.preprocessors import translate
 

@@ -27,6 +27,7 @@ FLOORS = [
     ("command_line",),
     tuple(VERBS.split()),
     ("api",),
+    ("ar2diff",),
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -106,12 +107,29 @@ def test_the_readme_draws_the_same_floors():
 
 
 def test_every_function_fits_a_screen():
-    """80 lines besides signature and docstring."""
+    """80 lines, signature and docstring among them."""
     long = {}
     for _, path in modules():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef):
-                body = node.body[ast.get_docstring(node) is not None :]
-                if body and (lines := node.body[-1].end_lineno - body[0].lineno + 1) > 80:
-                    long[f"{path.relative_to(PACKAGE)}:{node.lineno}"] = lines
+        text = path.read_text(encoding="utf-8")
+        sizes = {
+            node.lineno: node.end_lineno - node.lineno + 1
+            for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        }
+        name = path.relative_to(PACKAGE)
+        long |= {f"{name}:{line}": size for line, size in sizes.items() if size > 80}
     assert long == {}
+
+
+def test_docstrings_say_what_a_thing_is_or_does():
+    """A noun or a verb comes first, never a clause such as "Whether it fits" or "Of all texts"."""
+    clause = re.compile(r"(What|Of|Whose|Whether|How|For|Where|Which|Who|When|As|That|From|With|Without)\b")
+    shipped = [path for _, path in modules()] + sorted((PACKAGE.parent / "launch").glob("*.py"))
+    clauses = {}
+    for path in shipped:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                docstring = ast.get_docstring(node) or ""
+                if clause.match(docstring):
+                    clauses[f"{path.name}:{node.body[0].lineno}"] = docstring.splitlines()[0]
+    assert clauses == {}

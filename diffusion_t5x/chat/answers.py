@@ -19,11 +19,11 @@ class Answer:
     """A decoded answer and its figures.
 
     Attributes:
-      tokens: of the canvas, ended where the text ends.
-      num_tokens: of the text, with the one that ends it.
-      num_steps: passes of the model, one over the prompt alone not counted.
-      seconds: that decoding took.
-      compile_seconds: that compiling its program took before; 0 where an earlier answer had the same.
+      tokens: the canvas, padded after the end of the text.
+      num_tokens: number of tokens in the text, including the one that ends it.
+      num_steps: number of model passes, not counting one over the prompt alone.
+      seconds: decode time.
+      compile_seconds: compile time before it; 0 if an earlier answer used the same program.
     """
 
     tokens: list[int]
@@ -33,7 +33,7 @@ class Answer:
     compile_seconds: float
 
     def figures(self) -> str:
-        """The speed of this answer on one line."""
+        """Tokens, steps and speed of this answer, on one line."""
         text = (
             f"{self.num_tokens} token{'' if self.num_tokens == 1 else 's'} in {self.seconds:.3g} s, "
             f"{self.num_tokens / self.seconds:.0f} tokens/s, "
@@ -46,11 +46,11 @@ class Answers:
     """Decodes batches of one row; rows of the same length share a program.
 
     Args:
-      mesh: of the device.
+      mesh: the device mesh.
       definition, params: the model.
       decoder: writes the texts.
-      seed: of what is drawn, see `make_decode_step`.
-      watch: is shown every step; None decodes with the program that `infer` has.
+      seed: random seed, see `make_decode_step`.
+      watch: shown every step; None decodes with the same program as `infer`.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Answers:
         self._programs: dict[tuple[tuple[int, ...], ...], jax.stages.Compiled] = {}
 
     def write(self, batch: Batch, sample: int = 0) -> Answer:
-        """The answer to a batch's only row; other samples draw other numbers."""
+        """Answers a batch's only row; each `sample` number has random draws of its own."""
         with jax.set_mesh(self._mesh):
             arguments = self._params, partitioning.put_batch(self._mesh, batch), np.int32(sample)
             shapes = tuple(x.shape for x in jax.tree.leaves(batch))

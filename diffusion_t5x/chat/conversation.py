@@ -20,9 +20,9 @@ class Plain:
     """Writes only answers to standard output, as plain text; on a terminal, symbols replace control characters.
 
     Attributes:
-      prompts: makes rows of texts.
-      answers: writes to them.
-      samples: answers to each prompt.
+      prompts: converts texts to rows.
+      answers: answers the rows.
+      samples: number of answers to each prompt.
     """
 
     prompts: Prompts
@@ -30,7 +30,7 @@ class Plain:
     samples: int
 
     def run(self, prompt: str | None) -> None:
-        """The answer to the prompt as it is, or one answer a line."""
+        """Answers the prompt; without one, answers standard input line by line."""
         is_alone = prompt is not None and self.samples == 1
         for number, text in enumerate(_lines() if prompt is None else [prompt]):
             try:
@@ -56,7 +56,7 @@ class Terminal(Plain):
     canvas: LiveCanvas
 
     def run(self, prompt: str | None) -> None:
-        """Answers the prompt, or one after another that the user is asked for."""
+        """Answers the prompt; without one, asks the user for prompts."""
         if prompt is not None:
             self._answer(self.prompts.batch(prompt, 0))
             return
@@ -86,7 +86,7 @@ class Terminal(Plain):
 
 
 def one_line(text: str) -> str:
-    r"""A text without line breaks: `\n` and `\r` in their places, and `\\` for a backslash."""
+    r"""Returns the text on one line: `\n` and `\r` for line breaks, `\\` for a backslash."""
     return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
 
 
@@ -117,7 +117,7 @@ def _typed() -> Iterator[str]:
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Context in which Ctrl-C or a closed pipe ends the process at once, as for other programs in a pipe."""
+    """Context in which Ctrl-C or a closed pipe ends the process at once, like any program in a pipe."""
     before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGPIPE)}
     try:
         yield

@@ -1,4 +1,4 @@
-"""The canvas of a decoder in a terminal, while it is written."""
+"""Shows a decoder's canvas in a terminal while it is written."""
 
 import contextlib
 import logging
@@ -18,18 +18,18 @@ _FRAMES_PER_SECOND = 20
 
 
 class Stopped(Exception):
-    """The user has stopped an answer."""
+    """Raised when the user stops an answer."""
 
 
 class LiveCanvas:
     """A `Watch` that draws the canvas in a terminal; unwritten positions are dim blocks.
 
-    If a decoder denoises several canvases of a text, the first one is shown.
+    If a decoder denoises several canvases per text, the first one is shown.
 
     Args:
-      console: of the terminal.
-      cells: the texts of a canvas's tokens one by one.
-      left_to_right: the decoder writes so, and only what it has written is shown.
+      console: the terminal.
+      cells: maps the tokens of a canvas to their texts, one each.
+      left_to_right: the decoder writes left to right; only what it has written is shown.
     """
 
     def __init__(self, console: rich.console.Console, cells: Callable[[Sequence[int]], list[str]], left_to_right: bool):
@@ -51,16 +51,16 @@ class LiveCanvas:
 
     @property
     def num_steps(self) -> int:
-        """That were seen."""
+        """Number of steps seen so far."""
         return self._frame[0] if self._frame else 0
 
     def stop(self) -> None:
-        """Ends the current decoding at its next step."""
+        """Stops the current answer at its next step."""
         self._stopped = True
 
     @contextlib.contextmanager
     def shown(self, batch: Batch) -> Iterator[None]:
-        """Context that draws the canvas of a batch; afterwards the terminal is restored."""
+        """Context that draws the canvas of a batch and then restores the terminal."""
         self._targets, self._frame = np.asarray(batch.target_mask[0]), None
         self._stopped, self._drawing = False, True
         live = rich.live.Live(
@@ -78,7 +78,7 @@ class LiveCanvas:
                 self._drawing = False  # it ends with an empty picture
 
     def picture(self) -> rich.text.Text:
-        """The canvas after the last step that was shown; more confident tokens are greener."""
+        """The canvas after the last step shown; more confident tokens are greener."""
         if self._frame is None:
             return rich.text.Text()
         _, tokens, confidence = self._frame
@@ -91,7 +91,7 @@ class LiveCanvas:
         return text
 
     def _fitting(self) -> rich.text.Text:
-        """The last lines of the picture, as many as the terminal has."""
+        """The last lines of the picture that fit the terminal."""
         if not self._drawing or self._frame is None:
             return rich.text.Text("…" if self._drawing else "", "dim")
         width, height = self._console.size
@@ -100,5 +100,5 @@ class LiveCanvas:
 
 
 def _is_no_stop(record: logging.LogRecord) -> bool:
-    """JAX logs with its traceback whatever a callback raises."""
+    """Log filter against the traceback that JAX logs for a `Stopped` from a callback."""
     return not (record.exc_info and isinstance(record.exc_info[1], Stopped))

@@ -1,4 +1,4 @@
-"""Prompts as rows for a model, without a task, in the layout of the model's own task."""
+"""Lays out prompts as rows, like the examples of the model's task but without the task."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -26,11 +26,11 @@ class Prompts:
     """Converts prompts to rows, one at a time, and decoded tokens to text.
 
     Attributes:
-      vocabulary: of the model.
-      adds_eos: an EOS stands behind a prompt, as behind the inputs of the model's task.
-      max_inputs: maximum number of tokens of a prompt, including EOS; None sets no limit.
-      length: tokens of the canvas.
-      architecture: of the model.
+      vocabulary: the model's vocabulary.
+      adds_eos: append EOS to prompts, as the model's task does to its inputs.
+      max_inputs: maximum number of tokens in a prompt, including EOS; None sets no limit.
+      length: number of tokens in the canvas.
+      architecture: the model's architecture.
     """
 
     vocabulary: "seqio.Vocabulary"
@@ -47,14 +47,14 @@ class Prompts:
             )
 
     def batch(self, prompt: str, number: int) -> Batch:
-        """A batch of one row: the prompt, and a canvas.
+        """Returns a batch of one row: the prompt and a canvas.
 
         Args:
           prompt: text; it is encoded as it is.
-          number: the row's `example_ids`, which what is drawn depends on.
+          number: the row's example id, which its random draws depend on.
 
         Raises:
-          UserError: the prompt is too long or no text, or an encoder would have nothing to read.
+          UserError: the prompt is too long, is not text, or leaves an encoder nothing to read.
         """
         try:
             prompt.encode()
@@ -79,23 +79,23 @@ class Prompts:
         return batch.replace(example_ids=np.array([number], np.int32))
 
     def to_text(self, tokens: Sequence[int]) -> str:
-        """The text of a canvas, up to EOS or the first pad."""
+        """Returns the text of a canvas, up to EOS or the first pad."""
         return to_text(self.vocabulary, tokens)
 
     def cells(self, tokens: Sequence[int]) -> list[str]:
-        """The texts of a canvas's tokens one by one; see `vocabularies.cells`."""
+        """Returns the texts of a canvas's tokens, one each; see `vocabularies.cells`."""
         return cells(self.vocabulary, tokens, signs(self.vocabulary))
 
 
 def prompt_lengths(
     features: Mapping[str, int] | None, length: int | None, model: ModelConfig
 ) -> tuple[int | None, int]:
-    """The most tokens of a prompt (None: any number), and those of an answer.
+    """Returns the maximum number of tokens in a prompt (None: no limit) and in an answer.
 
     Args:
-      features: the lengths of the model's task, if it has any.
-      length: of an answer; None takes the task's, or at most 256.
-      model: has a most of its own.
+      features: the feature lengths of the model's task, if known.
+      length: length of an answer; None takes the task's, or at most 256.
+      model: the model's dimensions, which may include a maximum length.
     """
     is_one_row = model.architecture == "decoder_only"
     if features is not None and not {"targets"} <= features.keys() <= {"inputs", "targets"}:

@@ -1,4 +1,4 @@
-"""Assignment of a checkpoint's arrays to a state's arrays, by name.
+"""Assigns a checkpoint's arrays to a state's arrays, by name.
 
 Names are "/"-joined paths such as `params/decoder/blocks/attention/query` or `opt_state/1/count`.
 """
@@ -22,13 +22,13 @@ _KINDS = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by name, in the tree's order."""
+    """Returns the leaves of a tree by name, in the tree's order."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {leaf_name(path): leaf for path, leaf in leaves}
 
 
 def assign(targets: Mapping[str, Any], sources: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, str | None]:
-    """For each target the name of its source, or None where it keeps its fresh initial value.
+    """Returns the source of each target by name; None for a target that keeps its fresh initial value.
 
     The first rule whose regular expression matches the whole name of a target decides: its template, in which `\\1`
     stands for the first group, names the source; None keeps the fresh value. Other targets take the source of their
@@ -38,11 +38,11 @@ def assign(targets: Mapping[str, Any], sources: Mapping[str, Any], rules: Sequen
     Args:
       targets: shape and dtype of each array of the state.
       sources: shape and dtype of each array of the checkpoint.
-      rules: what is renamed, kept fresh or dropped.
+      rules: rename, keep fresh, or drop.
 
     Raises:
-      UserError: a rule that matches nothing or is no regular expression; or one table of all that does not fit: no
-        such source, another shape, another kind of dtype (floating point of any width is one kind), left over.
+      UserError: a rule that matches nothing or is not a regular expression; or one table of all mismatches: no such
+        source, another shape, another kind of dtype (all floating-point types are one kind), left over.
     """
     compiled = [(compile_pattern(pattern), source) for pattern, source in rules]
     unused = set(range(len(rules)))
@@ -76,7 +76,7 @@ def assign(targets: Mapping[str, Any], sources: Mapping[str, Any], rules: Sequen
 
 
 def describe_assignment(targets: Mapping[str, Any], sources: Mapping[str, Any], rules: Sequence[Rule]) -> str:
-    """Describes what `assign` does: a line for each rule and one for all arrays that no rule matches.
+    """Returns a description of what `assign` does: a line for each rule, and one for all arrays that no rule matches.
 
     Raises:
       UserError: see `assign`.

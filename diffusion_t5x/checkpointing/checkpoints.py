@@ -1,4 +1,4 @@
-"""Checkpoints. With `stored.py` and `streaming.py`, the only module that imports Orbax.
+"""Checkpoints. Only this module, `stored.py` and `streaming.py` import Orbax.
 
 A checkpoint is a folder `checkpoint_<step>` with three items:
   state: every array of the train state under its "/"-joined name, in plain nested dictionaries. It can be read without
@@ -7,7 +7,7 @@ A checkpoint is a folder `checkpoint_<step>` with three items:
   metadata: JSON, written by the caller: step, tokenizer, operative gin, metrics.
 and a manifest of all its files (see `manifest.py`), by which each item is checked before it is read. The metrics of an
 evaluation that follows the save are added later, in a file of their own.
-Its name is given when all of it is written; what a killed process leaves behind is not a checkpoint.
+It gets its name when all of it is written; what a killed process leaves behind is not a checkpoint.
 """
 
 import functools
@@ -80,7 +80,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, data_state: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
         """Starts writing a checkpoint; does nothing if there is an intact one of this step.
 
-        A broken one, or one of another step under this name, is renamed. The state's buffers may be donated as soon
+        A broken one, or one of another step with this name, is renamed. The state's buffers may be donated as soon
         as this returns. Waits for the previous save, and raises its error, if any.
 
         Args:
@@ -111,9 +111,9 @@ class Checkpoints:
         )
 
     def add_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds the metrics of an evaluation to the checkpoint of this step, and removes checkpoints that are not kept.
+        """Adds the metrics of an evaluation to the checkpoint of this step, then deletes the checkpoints not to keep.
 
-        Waits for the current save. Broken off at any moment, it leaves the checkpoint whole, evaluated or not.
+        Waits for the current save. If it is interrupted, the checkpoint stays whole, with or without the metrics.
         """
         self.wait()
         if jax.process_index() == 0:
@@ -135,10 +135,10 @@ class Checkpoints:
 
 
 class _Kept:
-    """Selects the checkpoints to keep: the newest and the best. Orbax's own policy learns of metrics only as it saves.
+    """Selects the checkpoints to keep: the newest and the best. Orbax's own policy sees metrics only as it saves.
 
     Attributes:
-      metrics: by step, as far as they are known; others are read from the checkpoints.
+      metrics: metrics by step, as far as they are known; others are read from the checkpoints.
     """
 
     def __init__(self, directory: epath.Path, keep_last: int, keep_best: int, best_metric: str, best_mode: str):
@@ -147,12 +147,12 @@ class _Kept:
         self.metrics: dict[int, Mapping[str, float]] = {}
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Orbax's callback: for each checkpoint, by ascending step, True to keep it."""
+        """Orbax's callback: returns for each checkpoint, by ascending step, True to keep it."""
         kept = self.of([checkpoint.step for checkpoint in checkpoints])
         return [checkpoint.step in kept for checkpoint in checkpoints]
 
     def of(self, there: Sequence[int]) -> set[int]:
-        """The steps to keep among existing ones."""
+        """Returns the steps to keep among existing ones."""
         there = sorted(there)
         best = sorted((self._quality(step), step) for step in there if self._keep_best and self._is_measured(step))
         return {*there[-self._keep_last :], *(step for _, step in best[-self._keep_best :])}
@@ -172,15 +172,15 @@ class _Kept:
 
 
 def ensure_writable(directory: str, dry_run: bool = False) -> None:
-    """Makes the folder if it is not there, and a file in it.
+    """Makes the folder if needed, and checks that files can be made in it.
 
     Args:
-      directory: local or remote.
-      dry_run: make nothing: look whether the folder, or the nearest one above it that is there, may be written to. What
-        is remote is not looked at.
+      directory: local or remote folder.
+      dry_run: make nothing: check whether the folder, or the nearest existing one above it, is writable. Remote folders
+        are not checked.
 
     Raises:
-      UserError: it cannot be made or written to.
+      UserError: the folder cannot be made or written to.
     """
     if dry_run:
         _check_permission(directory)
@@ -206,21 +206,21 @@ def _check_permission(directory: str) -> None:
 
 
 def steps(directory: str) -> list[int]:
-    """Steps of the finished checkpoints in a folder of `checkpoint_<step>` folders, ascending."""
+    """Returns the steps of the finished checkpoints in a folder of `checkpoint_<step>` folders, ascending."""
     return [found.step for found in stored.find_all(epath.Path(directory))]
 
 
 def latest(directory: str) -> str | None:
-    """The newest finished checkpoint in a folder of `checkpoint_<step>` folders; None if there is none."""
+    """Returns the newest finished checkpoint in a folder of `checkpoint_<step>` folders; None if there is none."""
     return next((str(found.path) for found in reversed(stored.find_all(epath.Path(directory)))), None)
 
 
 class OpenCheckpoint:
-    """A checkpoint that was found; each part of it is verified and parsed when it is first asked for, and once.
+    """A checkpoint on disk. Each part is verified and parsed once, when it is first needed.
 
     Args:
-      path: its folder.
-      named: the user's path that it was found by, such as a MODEL_DIR.
+      path: the checkpoint's folder.
+      named: the path that the user gave for it, such as a MODEL_DIR.
     """
 
     def __init__(self, path: epath.Path, named: str = ""):
@@ -234,12 +234,7 @@ class OpenCheckpoint:
     def metadata(self) -> dict[str, Any]:
         """The metadata given to `Checkpoints.save`."""
         self.verify("metadata", stored.EVALUATION)
-        try:
-            return stored.read_metadata(self.path, self._manifest)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self} cannot be read: its metadata, which describe the model, are missing or broken ({error})."
-            ) from error
+        return stored.read_metadata(self.path, self._manifest)
 
     @functools.cached_property
     def record(self) -> Record:
@@ -252,7 +247,7 @@ class OpenCheckpoint:
         return self.path.parent.parent if self.path.parent.name == "checkpoints" else self.path.parent
 
     def verify(self, *items: str) -> None:
-        """Compares the files of some items (by default, of all) with the manifest; raises a BrokenCheckpoint."""
+        """Compares the files of some items (by default, all) with the manifest; raises a BrokenCheckpoint."""
         if "" in self._verified or (items and self._verified.issuperset(items)):
             return
         stored.check(self.path, *items, found=self._manifest)
@@ -275,15 +270,15 @@ def open_checkpoint(checkpoint: AnyCheckpoint) -> OpenCheckpoint:
 
 
 def find_checkpoint(path: str) -> epath.Path:
-    """The folder `checkpoint_<step>` that a user's path means: the latest of `find_checkpoints`."""
+    """Returns the folder `checkpoint_<step>` that a user's path means: the latest of `find_checkpoints`."""
     return find_checkpoints(path)[-1]
 
 
 def find_checkpoints(path: str) -> list[epath.Path]:
-    """The folders `checkpoint_<step>` that a user's path means, by ascending step.
+    """Returns the folders `checkpoint_<step>` that a user's path means, by ascending step.
 
     Args:
-      path: such a folder; or a folder of them, or a MODEL_DIR whose `checkpoints` is one.
+      path: a checkpoint folder, a folder of checkpoints, or a MODEL_DIR with a folder `checkpoints`.
 
     Raises:
       UserError: no finished checkpoint is there.
@@ -304,5 +299,5 @@ def find_checkpoints(path: str) -> list[epath.Path]:
 
 
 def read_metadata(path: AnyCheckpoint) -> dict[str, Any]:
-    """The metadata of a checkpoint."""
+    """Returns the metadata of a checkpoint."""
     return open_checkpoint(path).metadata

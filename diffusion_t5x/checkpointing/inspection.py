@@ -20,13 +20,14 @@ class Listed:
     """A checkpoint in a list.
 
     Attributes:
-      path: its folder.
-      step: training steps.
-      size: bytes of all its files.
-      written: when it was complete; None where that is not known.
-      faults: what is wrong with its files, by their sizes alone; None where it has no manifest to tell.
-      metrics: of the evaluation that goes with it.
-      newest, best: whether it is, among those without faults; best by the metric that the run keeps the best by.
+      path: the checkpoint's folder.
+      step: number of training steps.
+      size: size of all its files, in bytes.
+      written: when it was complete; None if unknown.
+      faults: what is wrong with its files, by size alone; None if it has no manifest to compare with.
+      metrics: metrics of the checkpoint's evaluation.
+      newest, best: True if it is the newest or best checkpoint without faults; best by the metric that the run keeps
+        the best by.
     """
 
     path: epath.Path
@@ -44,10 +45,10 @@ class ArrayDifference:
     """Difference of an array between two checkpoints.
 
     Attributes:
-      name: of the array.
-      first, second: dtype and shape in each; None where it is not there.
-      largest: largest absolute difference of two elements; None unless shapes and dtypes are the same.
-      relative: norm of the difference over the norm of the first; None as well.
+      name: name of the array.
+      first, second: dtype and shape in each; None if it is missing.
+      largest: largest absolute difference of two elements; None unless shapes and dtypes are equal.
+      relative: norm of the difference over the norm of the first array; None unless shapes and dtypes are equal.
     """
 
     name: str
@@ -62,10 +63,10 @@ class Difference:
     """The differences between two checkpoints.
 
     Attributes:
-      arrays: those that differ.
-      num_equal: how many are the same, bit for bit.
-      metadata: names of metadata with both values; None where one has no such name.
-      config: a unified diff of the operative gin, by lines.
+      arrays: the arrays that differ.
+      num_equal: number of arrays that are equal, bit for bit.
+      metadata: names of the metadata that differ, with both values; None for a missing one.
+      config: a unified diff of the operative gin.
     """
 
     arrays: list[ArrayDifference]
@@ -78,14 +79,17 @@ class Difference:
 
 
 def listing(run: str) -> list[Listed]:
-    """The checkpoints at a user's path (see `find_checkpoints`), by ascending step."""
+    """Returns the checkpoints at a user's path (see `find_checkpoints`), by ascending step."""
     found = [_listed(path) for path in find_checkpoints(run)]
     whole = [listed for listed in found if not listed.faults]
     newest = whole[-1:]
     best: list[Listed] = []
     for listed in whole:
-        metric, mode = manifest.notes(listed.path).get("custom_metadata", {}).get("best", (None, None))
-        value = listed.metrics.get(metric, np.nan)
+        match manifest.notes(listed.path).get("custom_metadata", {}).get("best"):
+            case [str(metric), mode]:
+                value = listed.metrics.get(metric, np.nan)
+            case _:
+                continue
         if not np.isnan(value):
             better = not best or (value > best[0].metrics[metric] if mode == "max" else value < best[0].metrics[metric])
             best = [listed] if better else best
@@ -93,9 +97,9 @@ def listing(run: str) -> list[Listed]:
 
 
 def faults(checkpoint: epath.Path) -> list[str] | None:
-    """Problems of a checkpoint's files, all of which are read.
+    """Returns the problems of a checkpoint's files; reads all of them.
 
-    None if it was written before manifests and can be read completely.
+    None if it is older than manifests and can be read completely.
     """
     found = stored.faults(checkpoint)
     if found is not None:
@@ -112,12 +116,12 @@ def faults(checkpoint: epath.Path) -> list[str] | None:
 
 
 def arrays(checkpoint: epath.Path) -> dict[str, str]:
-    """Dtype and shape of every array, such as "float32[16, 8]", by name."""
+    """Returns dtype and shape of every array by name, such as "float32[16, 8]"."""
     return {name: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for name, leaf in stored.leaves(checkpoint).items()}
 
 
 def difference(first: str, second: str) -> Difference:
-    """Compares the checkpoints at two users' paths (see `find_checkpoint`), both of which must be whole.
+    """Compares the checkpoints at two users' paths (see `find_checkpoint`), which must both be whole.
 
     Raises:
       UserError: no checkpoint, or a broken one.
@@ -143,17 +147,23 @@ def difference(first: str, second: str) -> Difference:
 
 
 def _listed(path: epath.Path) -> Listed:
-    sizes = manifest.files(path)
-    nanoseconds = manifest.notes(path).get("commit_timestamp_nsecs")
+    names = manifest.files(path)
     problems = stored.faults(path, checksums=False)
     return Listed(
         path=path,
         step=int(path.name.rpartition("_")[2]),
-        size=sum((path / name).stat().length for name in sizes),
-        written=datetime.datetime.fromtimestamp(nanoseconds / 1e9).astimezone() if nanoseconds else None,
+        size=sum((path / name).stat().length for name in names if manifest.is_file(path / name)),
+        written=_written(path),
         faults=problems,
         metrics={} if problems else stored.read_metadata(path).get("metrics", {}),
     )
+
+
+def _written(checkpoint: epath.Path) -> datetime.datetime | None:
+    try:
+        return datetime.datetime.fromtimestamp(manifest.notes(checkpoint)["commit_timestamp_nsecs"] / 1e9).astimezone()
+    except (KeyError, TypeError, ValueError, OverflowError, OSError):
+        return None
 
 
 def _array_difference(name: str, folders: tuple[epath.Path, epath.Path], kinds: list[dict]) -> ArrayDifference | None:

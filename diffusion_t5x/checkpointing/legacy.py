@@ -1,4 +1,4 @@
-"""The record of a checkpoint that was written before there were records, from the gin text in its metadata.
+"""Makes the record of a checkpoint that is older than records, from the gin text in its metadata.
 
 The text is read and never executed. It is what `config.operative_text` or an import wrote: statements `name = value`,
 values continued on indented lines, blocks `selector:` of indented statements, imports and includes.
@@ -36,15 +36,15 @@ _QUOTED_OR_REFERENCE = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|([@%
 
 @dataclasses.dataclass(frozen=True)
 class Said:
-    """Training settings found in a gin text; None or empty for those that it does not set.
+    """Training settings found in a gin text; None or empty if the text does not set them.
 
     Attributes:
-      model, objective: as trained.
-      decoder: the one that its evaluations take.
+      model, objective: the model and objective of the training.
+      decoder: the decoder of its evaluations.
       dataset: fields of the training's `SeqioDataset`.
       task: see `Record.task`.
-      vocabulary_file: of an imported model.
-      imported: the text is an import's.
+      vocabulary_file: the vocabulary file of an imported model.
+      imported: True if an import wrote the text.
     """
 
     model: ModelConfig | None
@@ -80,8 +80,8 @@ class _Gin:
     """The statements of a gin text.
 
     Attributes:
-      values: by name, as spelled, the values. A reference is {"@": name, "call": bool}, a macro {"%": name}.
-      modules: by the name they have in the text, the modules it imports.
+      values: values by name as spelled. A reference is {"@": name, "call": bool}, a macro {"%": name}.
+      modules: the imported modules by their names in the text.
     """
 
     def __init__(self, text: str):
@@ -94,17 +94,17 @@ class _Gin:
             self.values.setdefault("ModelConfig.architecture", included[1])
 
     def found(self, name: str) -> Any:
-        """The value of a macro or parameter, by the end of its name; macros in it are replaced."""
+        """Returns the value of a macro or parameter, by the end of its name, with macros in it replaced."""
         ends = (value for key, value in self.values.items() if f".{key}".endswith(f".{name}") and "/" not in key)
         return self._resolved(next(ends, None))
 
     def made(self, *names: str) -> Any:
-        """The object that the first bound one of these names refers to; None if its class is not known here."""
+        """Returns the object that the first bound one of these names refers to; None if its class is unknown here."""
         value = next((value for value in map(self.found, names) if value is not None), None)
         return self._made(value, []) if _is_reference(value) else None
 
     def described(self, name: str) -> dict[str, Any] | None:
-        """Class and fields of what `made` would return, without making it."""
+        """Returns class and fields of what `made` would return, without making it."""
         reference = self.found(name)
         if not _is_reference(reference) or (cls := self._class(reference)) is None:
             return None
@@ -113,7 +113,7 @@ class _Gin:
         return {"class": f"{cls.__module__}.{cls.__qualname__}"} | values
 
     def fields(self, scopes: Sequence[str], class_name: str) -> dict[str, Any]:
-        """The values that a class's fields have in a scope."""
+        """Returns the values that a class's fields have in a scope."""
         found = {}
         for depth in range(len(scopes) + 1):
             scope = "/".join(scopes[:depth])
@@ -125,7 +125,7 @@ class _Gin:
         return found
 
     def task(self) -> dict[str, Any]:
-        """See `config.registration`: what MIXTURE_OR_TASK_NAME needs."""
+        """Returns what MIXTURE_OR_TASK_NAME needs, see `config.registration`."""
         wanted, found = ["MIXTURE_OR_TASK_NAME"], {}
         while wanted:
             name = wanted.pop()
@@ -145,7 +145,7 @@ class _Gin:
         }
 
     def _full(self, name: str) -> str:
-        """A name with its module's in place of that by which the text imports it."""
+        """Returns a name with the module's full name in place of its alias in the text."""
         scope, slash, selector = name.rpartition("/")
         first, dot, rest = selector.partition(".")
         return f"{scope}{slash}{self.modules.get(first, first)}{dot}{rest}" if dot else name
@@ -186,7 +186,7 @@ def _is_reference(value: Any) -> TypeGuard[dict[str, Any]]:
 
 
 def _references(value: Any) -> Iterator[str]:
-    """The names of all references and macros in a value."""
+    """Yields the names of all references and macros in a value."""
     if isinstance(value, dict):
         yield from (value[sign] for sign in "@%" if isinstance(value.get(sign), str))
         for item in value.values():
@@ -197,7 +197,7 @@ def _references(value: Any) -> Iterator[str]:
 
 
 def _statements(text: str) -> Iterator[tuple[str, str]]:
-    """Names and the texts of their values."""
+    """Yields the statements as names and the texts of their values."""
     found: dict[str, str] = {}
     block, name = "", ""
     for line in text.splitlines():
@@ -216,7 +216,7 @@ def _statements(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _value(text: str) -> Any:
-    """A value; what is none becomes its text."""
+    """Parses a value; anything that is not one stays text."""
 
     def plain(match: re.Match) -> str:
         quoted, sign, name, call = match.groups()

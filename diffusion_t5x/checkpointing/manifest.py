@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: size and SHA-256 of every file, to detect truncated, changed and lost files.
 
-It is written before the checkpoint gets its name, and so a part of what makes one complete. It has a SHA-256 of itself.
-A file that comes later belongs to the checkpoint once the manifest, which is replaced as a whole, names it.
+It is written before the checkpoint gets its name, so every complete checkpoint has one. It has a SHA-256 of itself.
+A file that is added later belongs to the checkpoint once the manifest, which is replaced as a whole, names it.
 """
 
 import concurrent.futures
@@ -38,7 +38,7 @@ def write(folder: epath.Path) -> None:
 
 
 def add(folder: epath.Path, name: str, content: str) -> None:
-    """Adds a small file to a finished checkpoint, or replaces it: atomically, even if interrupted.
+    """Adds a small file to a finished checkpoint, or replaces it, atomically even if interrupted.
 
     Until the new manifest has its name, the file is not a part of the checkpoint.
     """
@@ -58,29 +58,36 @@ def put(path: epath.Path, content: str) -> None:
 
 
 def holds(folder: epath.Path, name: str, found: tuple[Entries, str] | None = None) -> bool:
-    """True if a checkpoint's manifest, which may have been `read` before, names a file."""
+    """Returns True if a checkpoint's manifest names a file; pass the manifest if it has been `read` before."""
     return name in (found or read(folder))[0]
 
 
 def files(folder: epath.Path) -> list[str]:
-    """The names of all files below a folder, relative to it, sorted."""
+    """Returns the names of all files below a folder, relative to it, sorted. A link to a folder counts as a file."""
     found: list[str] = []
     for path in folder.iterdir():
-        found += [f"{path.name}/{name}" for name in files(path)] if path.is_dir() else [path.name]
+        is_folder = path.is_dir() and not os.path.islink(path)
+        found += [f"{path.name}/{name}" for name in files(path)] if is_folder else [path.name]
     return sorted(found)
 
 
+def is_file(path: epath.Path) -> bool:
+    """True for an ordinary file; to read a device or a pipe might not end."""
+    return path.exists() if "://" in os.fspath(path) else os.path.isfile(path)
+
+
 def has_manifest(checkpoint: epath.Path) -> bool:
-    """True if a checkpoint was written with a manifest, even if the manifest is lost. Older ones were not."""
+    """True if a checkpoint was written with a manifest, even if the manifest is lost. Old ones were written without."""
     return (checkpoint / FILE).exists() or "manifest" in notes(checkpoint).get("custom_metadata", {})
 
 
 def notes(checkpoint: epath.Path) -> dict:
-    """Orbax's notes about the commit of a checkpoint; {} if they cannot be read."""
+    """Returns Orbax's notes about the commit of a checkpoint; {} if they cannot be read."""
     try:
-        return json.loads((checkpoint / NOTES).read_text())
-    except (OSError, ValueError):
+        found = json.loads((checkpoint / NOTES).read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
+    return found if isinstance(found, dict) and isinstance(found.get("custom_metadata", {}), dict) else {}
 
 
 def faults(
@@ -89,13 +96,13 @@ def faults(
     checksums: bool = True,
     found: tuple[Entries, str] | None = None,
 ) -> list[str]:
-    """Problems of a checkpoint's files, one line each; several processes share the reading.
+    """Returns the problems of a checkpoint's files, one line each; several processes share the reading.
 
     Args:
       checkpoint: one that `has_manifest`.
-      items: only these files and folders of it; all by default.
-      checksums: read the files; else only their sizes are compared.
-      found: what `read` returns, if that was called before.
+      items: check only these files and folders; all by default.
+      checksums: read the files; otherwise only their sizes are compared.
+      found: the result of `read`, if it was called before.
     """
     entries, fault = found or read(checkpoint)
     if fault:
@@ -122,7 +129,7 @@ def sync(path: epath.Path) -> None:
 
 
 def read(folder: epath.Path) -> tuple[Entries, str]:
-    """The entries by file, and what is wrong with the manifest itself ("" if nothing is)."""
+    """Returns the entries by file, and what is wrong with the manifest itself ("" if nothing is)."""
     try:
         said = json.loads((folder / FILE).read_text())
     except FileNotFoundError:
@@ -158,7 +165,7 @@ def _digest(entries: Entries) -> str:
 
 
 def _entry(path: epath.Path) -> dict[str, Any]:
-    """Size and checksum of a file, once it is on disk."""
+    """Returns size and checksum of a file, once it is on disk."""
     sync(path)
     return {"size": path.stat().length, "sha256": _sha256(path)}
 
@@ -173,6 +180,8 @@ def _sha256(path: epath.Path) -> str:
 
 def _state(path: epath.Path, entry: dict, checksums: bool) -> int:
     try:
+        if not is_file(path):
+            return _MISSING
         if path.stat().length != entry["size"]:
             return _SIZE
         return _CHANGED if checksums and _sha256(path) != entry["sha256"] else _FINE

@@ -1,6 +1,6 @@
-"""Reads a checkpoint of a LoRA run as the merged model: `base + alpha / rank * down up`.
+"""Reads a LoRA run's checkpoint as the merged model: `base + alpha / rank * down up`.
 
-Every other checkpoint is read as it is.
+All other checkpoints are read as they are.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ _FACTORS = ("base", "down", "up")
 
 
 def plain(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays of a checkpoint or a state by the plain model's names; a matrix with factors has its base's."""
+    """Returns a checkpoint's or a state's arrays by the plain model's names; a matrix with factors has its base's."""
     return {name: leaves[parts[0]] for name, parts in _parts(leaves).items()}
 
 
@@ -57,9 +57,9 @@ def _merged(checkpoint: epath.Path, target: Any, shapes: dict[str, tuple[int, ..
 
 
 def _parts(names: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """For each name of the plain model what it is made of: an array of its own, or a base, `down` and `up`.
+    """Returns for each name of the plain model its parts: an array of its own, or a base, `down` and `up`.
 
-    The average of a LoRA run's parameters is that of what is trained; the rest of the plain model's is as it is.
+    A LoRA run averages only the trained parameters; the plain model's average has all others as they are.
     """
     matrices = {name.removesuffix("/base") for name in names if name.endswith("/base")}
     if not matrices:

@@ -1,4 +1,4 @@
-"""Objects from their descriptions in a checkpoint's record: the way back from `record.describe`."""
+"""Makes objects from their descriptions in a checkpoint's record: the inverse of `record.describe`."""
 
 import dataclasses
 import importlib
@@ -13,17 +13,17 @@ _TRUSTED = ("diffusion_t5x.models", "diffusion_t5x.objectives", "diffusion_t5x.d
 
 
 def rebuild(described: Any, where: str, allow: Sequence[str] = ()) -> Any:
-    """The object that `record.describe` described. Lists become tuples.
+    """Returns the object that `record.describe` described. Lists become tuples.
 
-    Only dataclasses are made, of modules that are trusted; no other module is imported.
+    Only dataclasses of trusted modules are made; no other module is imported.
 
     Args:
       described: see `record.describe`.
-      where: the checkpoint, for messages.
-      allow: packages or modules that are trusted, too.
+      where: the checkpoint's name in messages.
+      allow: more trusted packages or modules.
 
     Raises:
-      UserError: a class that is not trusted or not there, or fields that it does not have.
+      UserError: a class that is not trusted or does not exist, or fields that it does not have.
     """
     if isinstance(described, list | tuple):
         return tuple(rebuild(item, where, allow) for item in described)

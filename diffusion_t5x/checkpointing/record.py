@@ -1,4 +1,4 @@
-"""Record of how a checkpoint was trained; it is part of the metadata, and every reader takes its settings from it."""
+"""Record of how a checkpoint was trained; part of the metadata, and every reader takes its settings from it."""
 
 import dataclasses
 import importlib.metadata
@@ -23,11 +23,11 @@ CLASS = "class"  # the key of an object's class among its fields
 
 
 def describe(value: Any, name: Callable[[type], str] | None = None) -> Any:
-    """Settings as JSON-serialisable values: a dataclass becomes its fields and, under "class", its name.
+    """Returns settings as JSON-serialisable values: a dataclass becomes its fields and, under "class", its name.
 
     Args:
       value: a dataclass, a container of them, or a plain value; anything else becomes its repr.
-      name: of a class; by default, with its module, as it can be imported.
+      name: returns a class's name; by default the one to import it by.
     """
     name = name or (lambda cls: f"{cls.__module__}.{cls.__qualname__}")
     if dataclasses.is_dataclass(value):
@@ -41,7 +41,7 @@ def describe(value: Any, name: Callable[[type], str] | None = None) -> Any:
 
 
 def in_words(described: Any) -> str:
-    """The Python repr of an object that `describe` has described: "Masked(schedule='linear', ...)"."""
+    """Returns the Python repr of an object that `describe` has described: "Masked(schedule='linear', ...)"."""
     if isinstance(described, Mapping):
         if CLASS not in described:
             return "{" + ", ".join(f"{key!r}: {in_words(value)}" for key, value in described.items()) + "}"
@@ -51,7 +51,7 @@ def in_words(described: Any) -> str:
 
 
 def is_plain(described: Any) -> bool:
-    """Whether `describe` could say all of an object; of what it does not know it has the repr, "<function ...>"."""
+    """True if `describe` could describe all of an object. What it cannot describe is a repr, "<function ...>"."""
     if isinstance(described, Mapping):
         return all(map(is_plain, described.values()))
     if isinstance(described, list | tuple):
@@ -60,32 +60,32 @@ def is_plain(described: Any) -> bool:
 
 
 def class_name(described: Mapping[str, Any]) -> str:
-    """The class of a described object, without its module."""
+    """Returns the class of a described object, without its module."""
     return str(described[CLASS]).rpartition(".")[2]
 
 
 def modes_of(user: object) -> tuple[Mode, ...]:
-    """The modes that an objective or decoder declares; () where it declares none."""
+    """Returns the modes that an objective or decoder declares; () if it declares none."""
     return tuple(getattr(user, "modes", None) or ())
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """How a model was trained. Objects are stored as `describe` returns them.
+    """Record of how a model was trained. Objects are stored as `describe` returns them.
 
     Attributes:
       model: all fields of its `ModelConfig`.
       vocabulary: see `TokenIds.describe`.
-      vocabulary_source: how the vocabulary is made, see `data.vocabularies.source_of`; None if it is not known.
-      objective: what was minimised; None if it is not known.
-      modes: that the model has learned; () if they are not known.
-      decoder: the one that suits the model; None if there is none.
-      dataset: what was read: task, lengths, layout of rows. None for an imported model.
-      task: what registers the task, see `config.registration`: modules to import and bindings.
-      inputs_end: whether the inputs end in EOS; None if it is not known.
+      vocabulary_source: how the vocabulary is made, see `data.vocabularies.source_of`; None if unknown.
+      objective: the training objective; None if unknown.
+      modes: the modes that the model has learned; () if unknown.
+      decoder: the default decoder of the model; None if there is none.
+      dataset: the training data: task, lengths, layout of rows. None for an imported model.
+      task: modules to import and bindings that register the task, see `config.registration`.
+      inputs_end: True if the inputs end in EOS; None if unknown.
       lora: see `Lora.describe`.
-      imported: the model comes from another framework.
-      versions: of the libraries.
+      imported: True if the model comes from another framework.
+      versions: versions of the libraries.
     """
 
     model: Mapping[str, Any]
@@ -110,14 +110,14 @@ class Record:
         decoders: Sequence[Decoder] = (),
         **more: Any,
     ) -> Self:
-        """The record of a training with this objective.
+        """Returns the record of a training with this objective.
 
         Args:
           model: its `vocab_size` is set.
           vocabulary: as in the record.
-          objective: what is minimised.
-          decoders: of its evaluations; the first that suits the model becomes its decoder. Without one, the default
-            one of its first mode does.
+          objective: the training objective.
+          decoders: the decoders of the evaluations; the first that suits the model becomes its default. If none does,
+            the default decoder of the model's first mode is taken.
           **more: other fields of the record.
         """
         modes = modes_of(objective)
@@ -156,10 +156,10 @@ class Record:
 
     @classmethod
     def read(cls, metadata: Mapping[str, Any], path: str) -> Self:
-        """The record in the metadata of the checkpoint at `path`; of older ones, what their gin text says.
+        """Returns the record in the metadata of the checkpoint at `path`; for older ones, made from their gin text.
 
         Raises:
-          UserError: it is damaged.
+          UserError: the record is damaged.
         """
         apart = {"vocabulary": metadata.get("vocabulary", {}), "lora": metadata.get("lora")}
         if (written := metadata.get("record")) is None:
@@ -186,17 +186,18 @@ class Record:
         return dataclasses.replace(cls.of(said.model, objective=objective, decoders=decoders, **more), versions={})
 
     def metadata(self) -> dict[str, Any]:
-        """The record as part of a checkpoint's metadata: "record", "vocabulary" and, for a LoRA run, "lora"."""
+        """Returns the record as metadata of a checkpoint: "record", "vocabulary" and, for a LoRA run, "lora"."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         vocabulary, lora = fields.pop("vocabulary"), fields.pop("lora")
         fields["modes"] = [dataclasses.asdict(mode) for mode in self.modes]
         return {"vocabulary": dict(vocabulary), **({"lora": dict(lora)} if lora else {}), "record": fields}
 
     def vocabulary_arguments(self, model_dir: str | os.PathLike) -> dict[str, Any] | None:
-        """The arguments of `data.vocabulary_files.vocabulary` that make the vocabulary; None where they are not known.
+        """Returns the arguments of `data.vocabulary_files.vocabulary` that make the vocabulary; None if unknown.
 
         Args:
-          model_dir: the model's folder. A file that is gone from its place is taken from there: a folder may be moved.
+          model_dir: the model's folder. A vocabulary file that is missing at its recorded path is looked for here,
+            because folders may be moved.
         """
         if not self.vocabulary_source:
             return None
@@ -208,13 +209,13 @@ class Record:
 
     @property
     def shifted(self) -> bool | None:
-        """`ModelConfig.shifted` of a diffusion model; None if it is not known or does not matter."""
+        """`ModelConfig.shifted` of a diffusion model; None if unknown or irrelevant."""
         left_to_right = self.modes and not any(mode.noise for mode in self.modes)
         return None if left_to_right or self.objective is None else self.model.get("shifted")
 
     @property
     def trained_by(self) -> str | None:
-        """The objective's class without its module; None for an imported model or if it is not known."""
+        """The objective's class without its module; None for an imported model or if unknown."""
         return class_name(self.objective) if self.objective and not self.imported else None
 
 

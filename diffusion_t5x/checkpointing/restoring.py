@@ -1,4 +1,4 @@
-"""Reading a checkpoint's arrays: all of a state, a state that starts from another run's, or parameters alone."""
+"""Reads a checkpoint's arrays: a whole state, a state that starts from another run's, or parameters alone."""
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -21,11 +21,11 @@ def restore(path: AnyCheckpoint, abstract_state: Tree) -> tuple[Tree, dict[str, 
 
     Args:
       path: a user's path, or an open checkpoint.
-      abstract_state: tree of `jax.ShapeDtypeStruct` whose shardings say where each array goes, on the mesh that it was
-        saved from or another. A leaf without sharding comes back as a numpy array.
+      abstract_state: tree of `jax.ShapeDtypeStruct` whose shardings say where each array goes; the mesh may differ from
+        the one it was saved from. A leaf without sharding is returned as a numpy array.
 
     Raises:
-      UserError: no such checkpoint, or it does not fit the state.
+      UserError: there is no such checkpoint, or it does not fit the state.
     """
     checkpoint = open_checkpoint(path)
     checkpoint.verify()
@@ -39,19 +39,19 @@ def restore_initial(
     rules: Sequence[Rule] = (),
     init: Callable[[], Tree] | None = None,
 ) -> Tree:
-    """A state from a checkpoint by assignment rules, as in T5X (see `assignment.assign`).
+    """Makes a state from a checkpoint by assignment rules, as in T5X (see `assignment.assign`).
 
-    As in all that reads a checkpoint but `restore`, factors of a LoRA run are merged (see `merging`).
+    The factors of a LoRA run are merged (see `merging`), as in every reader of checkpoints except `restore`.
 
     Args:
       path: a user's path, or an open checkpoint.
       abstract_state: tree of `jax.ShapeDtypeStruct` with shardings.
       rules: `(target regex, source template or None)`, in order. For a fresh optimizer: `("opt_state/.*", None)`.
-      init: makes the fresh state, traceable by `jax.jit`; needed where a rule leaves something fresh. Only what
-        stays fresh is computed.
+      init: makes the fresh state, traceable by `jax.jit`; needed if a rule keeps an array fresh. Only fresh arrays are
+        computed.
 
     Raises:
-      UserError: no checkpoint, an unused rule, or what does not fit.
+      UserError: no checkpoint, an unused rule, or arrays that do not fit.
     """
     checkpoint = open_checkpoint(path)
     checkpoint.verify("state")
@@ -61,16 +61,16 @@ def restore_initial(
 def restore_params(
     path: AnyCheckpoint, abstract_params: Tree, rules: Sequence[Rule] = (), use_ema: bool = False
 ) -> Tree:
-    """Only the parameters of a checkpoint, without the optimizer's state.
+    """Reads only the parameters of a checkpoint, without the optimizer's state.
 
     Args:
       path: a user's path, or an open checkpoint.
       abstract_params: tree of `jax.ShapeDtypeStruct` with shardings.
       rules: assignment rules; names begin with `params/`.
-      use_ema: take the moving average of the parameters where the checkpoint has it and no rule says otherwise.
+      use_ema: take the moving average of the parameters if the checkpoint has one and no rule says otherwise.
 
     Raises:
-      UserError: no checkpoint, an unused rule, or what does not fit.
+      UserError: no checkpoint, an unused rule, or arrays that do not fit.
     """
     checkpoint = open_checkpoint(path)
     checkpoint.verify("state")
@@ -82,14 +82,14 @@ def restore_params(
 def open_params(
     path: AnyCheckpoint, use_ema: bool = True
 ) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
-    """The parameters of a checkpoint, to be read one by one.
+    """Opens the parameters of a checkpoint, to read them one by one.
 
     Args:
       path: a user's path, or an open checkpoint.
-      use_ema: take their moving average where the checkpoint has it.
+      use_ema: take the parameters' moving average if the checkpoint has one.
 
     Returns:
-      Their shapes by name, and what reads one of them.
+      The shapes by name, and a function that reads one parameter.
 
     Raises:
       UserError: no checkpoint, or a broken one.

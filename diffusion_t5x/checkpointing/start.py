@@ -20,13 +20,13 @@ def check_start(
 
     Args:
       path: a user's path, or an open checkpoint.
-      vocabulary: of the task.
+      vocabulary: the task's vocabulary.
       abstract_state: tree of shapes and dtypes, with the model's parameters as `params`.
       rules: assignment rules.
-      resumes: arrays come back as they are; else factors of a LoRA run are merged.
+      resumes: arrays are restored as they are; otherwise the factors of a LoRA run are merged.
 
     Raises:
-      UserError: no checkpoint, or one message of all that does not fit, the vocabulary and parameter by parameter.
+      UserError: no checkpoint, or one message with every mismatch, of the vocabulary and of each parameter.
     """
     checkpoint = open_checkpoint(path)
     checkpoint.verify("state/_METADATA")
@@ -59,15 +59,15 @@ def check_start(
 
 
 def _differing(targets: Mapping[str, Any], sources: Mapping[str, Any]) -> set[str]:
-    """The arrays that only one of the two has, or that have other shapes."""
+    """Returns the arrays that only one of the two has, or whose shapes differ."""
     alone = targets.keys() ^ sources.keys()
     return alone | {name for name in targets.keys() - alone if tuple(targets[name].shape) != tuple(sources[name].shape)}
 
 
 def model_settings(leaves: Mapping[str, Any]) -> dict[str, int | bool | str]:
-    """Fields of `ModelConfig` that follow from a model's parameters, by names such as `params/embedding`.
+    """Returns the fields of `ModelConfig` that follow from a model's parameters, by names such as `params/embedding`.
 
-    Nothing where they are no model's of this framework.
+    Empty if they are not from a model of this framework.
     """
     shapes = {name.removeprefix("params/"): leaf.shape for name, leaf in leaves.items() if name.startswith("params/")}
     stack = "decoder/blocks"
@@ -99,7 +99,7 @@ def model_settings(leaves: Mapping[str, Any]) -> dict[str, int | bool | str]:
 
 
 def _advice(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
-    """The settings that make the model match the checkpoint, as text."""
+    """Returns the settings that make the model match the checkpoint, as text."""
     differing = {name: value for name, value in there.items() if value != here.get(name)}
     if not here or not differing:
         return ""

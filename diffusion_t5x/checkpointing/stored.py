@@ -1,4 +1,4 @@
-"""Checkpoints on disk: name, commit, and reading only after verification."""
+"""Checkpoints on disk: name, commit, and reading after verification."""
 
 import asyncio
 import contextlib
@@ -29,18 +29,18 @@ _MAX_FAULTS = 5
 
 
 class BrokenCheckpoint(UserError):
-    """A file of a checkpoint differs from what was written."""
+    """Raised if a file of a checkpoint differs from what was written."""
 
 
 def find_all(folder: epath.Path) -> list[Any]:
-    """Orbax's `step` and `path` of each finished checkpoint in a folder, by ascending step."""
+    """Returns Orbax's `step` and `path` of each finished checkpoint in a folder, by ascending step."""
     with contextlib.suppress(OSError):
         return sorted(NAMES.find_all(folder), key=lambda found: found.step) if folder.is_dir() else []
     return []
 
 
 def commit_class(directory: epath.Path) -> type:
-    """Orbax's commit class for this folder, which writes a manifest just before the commit."""
+    """Returns Orbax's commit class for this folder, which writes a manifest just before the commit."""
     base: Any = ocp.path.atomicity_defaults.get_default_temporary_path_class(directory)
 
     class WithManifest(base):
@@ -56,11 +56,10 @@ def commit_class(directory: epath.Path) -> type:
 
 
 def check(checkpoint: epath.Path, *items: str, found: tuple[manifest.Entries, str] | None = None) -> None:
-    """Raises a BrokenCheckpoint if a file of these items (by default: any file) is not what was written.
+    """Raises a BrokenCheckpoint if a file of these items (by default, any file) is not what was written.
 
-    It names the file and the newest whole checkpoint beside it. A checkpoint from before manifests passes if
-    it has the files that every checkpoint has.
-    `found` is what `manifest.read` returns, if that was called before.
+    The error names the file and the newest whole checkpoint beside it. A checkpoint that is older than manifests passes
+    if it has the files that every checkpoint has. `found` is the result of `manifest.read`, if it was called before.
     """
     wrong = faults(checkpoint, items, found=found)
     if wrong is None:
@@ -85,15 +84,13 @@ def faults(
     checksums: bool = True,
     found: tuple[manifest.Entries, str] | None = None,
 ) -> list[str] | None:
-    """Problems of a checkpoint, one line each (see `manifest.faults`).
+    """Returns the problems of a checkpoint, one line each (see `manifest.faults`).
 
-    None if that cannot be known, because it was written before manifests.
+    None if they cannot be known, because the checkpoint is older than manifests.
     """
     has_manifest = manifest.has_manifest(checkpoint)
-    if has_manifest:
-        wrong = manifest.faults(checkpoint, items, checksums, found)
-    else:
-        wrong = [f"it has no {name}" for name in _ALWAYS_THERE if not (checkpoint / name).exists()]
+    wrong = manifest.faults(checkpoint, items, checksums, found) if has_manifest else []
+    wrong = wrong or [f"it has no {name}" for name in _ALWAYS_THERE if not manifest.is_file(checkpoint / name)]
     step = None if wrong else _raw_metadata(checkpoint).get("step")
     if step is not None and step != int(checkpoint.name.rpartition("_")[2]):
         wrong = [f"it is of step {step} and was renamed: call it checkpoint_{step} again"]
@@ -101,7 +98,7 @@ def faults(
 
 
 def is_whole(checkpoint: epath.Path) -> bool:
-    """True if every file is as it was written; for a checkpoint without a manifest, true if it can be opened."""
+    """True if every file is as it was written or, for a checkpoint without a manifest, if it can be opened."""
     found = faults(checkpoint)
     if found is not None:
         return not found
@@ -112,7 +109,7 @@ def is_whole(checkpoint: epath.Path) -> bool:
 
 
 def latest_whole(directory: str) -> str | None:
-    """The newest whole checkpoint in a folder of `checkpoint_<step>` folders; None if there is none at all.
+    """Returns the newest whole checkpoint in a folder of `checkpoint_<step>` folders; None if there are no checkpoints.
 
     Raises:
       UserError: there are checkpoints, and all are broken.
@@ -127,7 +124,7 @@ def latest_whole(directory: str) -> str | None:
 def set_aside_after(path: str) -> None:
     """Renames all checkpoints that are newer than this one to `broken_checkpoint_<step>`.
 
-    A run that continues from an older one writes their steps again, and must not take them for its newest.
+    A run that continues from an older one writes those steps again and must not take these for its newest.
     """
     checkpoint = epath.Path(path)
     found = find_all(checkpoint.parent)
@@ -148,10 +145,10 @@ def set_aside(checkpoints: Sequence[epath.Path]) -> None:
 
 
 def leaves(checkpoint: epath.Path) -> dict[str, Any]:
-    """Shape and dtype of every array of a checkpoint, by name.
+    """Returns shape and dtype of every array of a checkpoint, by name.
 
     Raises:
-      UserError: it is broken, or another program's.
+      UserError: it is broken, or another program wrote it.
     """
     try:
         tree = ocp.PyTreeCheckpointHandler().metadata(checkpoint / "state").tree
@@ -164,16 +161,37 @@ def leaves(checkpoint: epath.Path) -> dict[str, Any]:
 
 
 def read_metadata(checkpoint: epath.Path, found: tuple[manifest.Entries, str] | None = None) -> dict[str, Any]:
-    """The metadata given to `Checkpoints.save`, with the metrics of an evaluation that was finished later."""
-    metadata = _read(checkpoint / "metadata", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
-    if not manifest.holds(checkpoint, EVALUATION, found):
-        return metadata
-    evaluation = json.loads((checkpoint / EVALUATION).read_text())
-    return {name: value for name, value in metadata.items() if name != "evaluation_due"} | evaluation
+    """Returns the metadata given to `Checkpoints.save`, with the metrics of an evaluation that finished later.
+
+    Raises:
+      UserError: they are broken.
+    """
+    try:
+        metadata = _read(checkpoint / "metadata", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
+        if manifest.holds(checkpoint, EVALUATION, found):
+            evaluation = json.loads((checkpoint / EVALUATION).read_text())
+            metadata = {name: value for name, value in metadata.items() if name != "evaluation_due"} | evaluation
+        _check_metadata(metadata)
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(
+            f"{checkpoint} cannot be read: its metadata, which describe the model, are missing or broken ({error})."
+        ) from error
+    return metadata
+
+
+def _check_metadata(metadata: Mapping[str, Any]) -> None:
+    """Raises a ValueError for metadata of another form: the checkpoint may be anyone's."""
+    metrics = metadata.get("metrics", {})
+    if not isinstance(metadata.get("config", ""), str):
+        raise ValueError("`config` is no text")
+    if not isinstance(metrics, dict) or not all(isinstance(value, float | int) for value in metrics.values()):
+        raise ValueError("`metrics` are no numbers")
+    for value in metrics.values():
+        float(value)  # OverflowError: an integer that is too large
 
 
 def write_evaluation(checkpoint: epath.Path, metrics: Mapping[str, float]) -> None:
-    """Adds the metrics of an evaluation to a finished checkpoint, whose evaluation is then no longer due."""
+    """Adds the metrics of an evaluation to a finished checkpoint, whose evaluation is no longer due then."""
     manifest.add(checkpoint, EVALUATION, json.dumps({"metrics": dict(metrics)}))
 
 
@@ -199,7 +217,7 @@ def read_arrays(checkpoint: epath.Path, targets: Mapping[str, Any], sources: dic
 def _raw_metadata(checkpoint: epath.Path) -> dict[str, Any]:
     try:
         metadata = json.loads((checkpoint / _METADATA).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return metadata if isinstance(metadata, dict) else {}
 

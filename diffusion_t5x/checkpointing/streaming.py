@@ -1,4 +1,4 @@
-"""Arrays that are saved piece by piece, never whole in memory. Imports Orbax (so do `checkpoints.py`, `stored.py`)."""
+"""Saves arrays piece by piece, never whole in memory. Imports Orbax, as do `checkpoints.py` and `stored.py`."""
 
 import asyncio
 import dataclasses
@@ -16,10 +16,10 @@ class Streamed:
     """A leaf for `Checkpoints.save` instead of an array.
 
     Attributes:
-      shape, dtype: of the array.
-      axis: it is cut along.
-      step: size of a piece along this axis; the last one may be smaller.
-      read: the piece from one index of the axis to another; called once for each piece, one at a time.
+      shape, dtype: shape and dtype of the array.
+      axis: the axis that it is cut along.
+      step: size of a piece along this axis; the last piece may be smaller.
+      read: returns the piece between two indices of the axis; called once for each piece, one at a time.
     """
 
     shape: tuple[int, ...]
@@ -33,14 +33,14 @@ class Streamed:
         return int(np.prod(self.shape))
 
     def whole(self) -> np.ndarray:
-        """The array itself."""
+        """Returns the whole array."""
         length = self.shape[self.axis]
         pieces = [self.read(start, min(start + self.step, length)) for start in range(0, length, self.step)]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=self.axis)
 
 
 class _Handler(ocp.type_handlers.NumpyHandler):
-    """Saves as a numpy array is saved, in chunks that are the pieces."""
+    """Saves like a numpy array, with the pieces as chunks."""
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
@@ -62,7 +62,7 @@ class _Handler(ocp.type_handlers.NumpyHandler):
 
 
 def handlers() -> ocp.handlers.CheckpointHandlerRegistry:
-    """Handlers with which a checkpoint manager saves `Streamed` leaves in its item "state"."""
+    """Returns the handlers with which a checkpoint manager saves `Streamed` leaves in its item "state"."""
     kinds = (
         (jax.Array, ocp.type_handlers.ArrayHandler()),
         (np.ndarray, ocp.type_handlers.NumpyHandler()),

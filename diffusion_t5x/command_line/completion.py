@@ -38,7 +38,7 @@ complete -F _diffusion_t5x diffusion-t5x
 
 
 def script(shell: str) -> str:
-    """The completion script for "bash" or "zsh"."""
+    """Returns the completion script for "bash" or "zsh"."""
     flags: dict[str, list[str]] = {}
     for name in VERBS:
         first, _, second = name.partition(" ")
@@ -52,7 +52,7 @@ def script(shell: str) -> str:
 
 
 def _words(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """The flags of a parser, with "=" if they take a value, and the words that it has to choose from."""
+    """Yields the flags of a parser, with "=" if they take a value, and the words that it can choose from."""
     for action in parser._actions:
         if action.option_strings:
             yield action.option_strings[-1] + ("" if action.nargs == 0 else "=")
@@ -61,7 +61,7 @@ def _words(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def main() -> None:
-    """Prints the script for the shell that the command line names."""
+    """Prints the script for the given shell."""
     try:
         print(script(help_pages.parser("completion").parse_args().shell), end="")
     except UserError as error:

@@ -1,6 +1,6 @@
 """The interface to gin: flags, search paths, overrides, and a clear message for every gin mistake.
 
-Only the modules beside it, `gin_*`, import gin, too. A verb is a plain function whose arguments gin fills in:
+Besides this module, only its neighbours `gin_*` import gin. A verb is a plain function whose arguments gin fills in:
 
     def train(*, model: Transformer, train_steps: int, dry_run: bool = False): ...
 
@@ -56,10 +56,10 @@ def run(
     """Runs a verb as a `program`: reads the flags, resolves gin and calls `main` with the arguments that gin binds.
 
     Args:
-      main: the verb. If it takes `dry_run`, it receives the flag of that name.
-      argv: the command line without the program's name and the subcommand; by default this process's.
-      subcommand: the word before the flags, in a module that has several verbs.
-      dry_run: what `main` receives as `dry_run` in place of the flag; None hands on the flag.
+      main: the verb's function. If it takes `dry_run`, it receives the flag of that name.
+      argv: the command line without the program's name and the subcommand; by default that of this process.
+      subcommand: the word before the flags, in a module with several verbs.
+      dry_run: passed to `main` in place of the flag; None passes the flag.
       texts: gin to read before the files, see `load`.
     """
     with program():
@@ -71,7 +71,7 @@ def program() -> Iterator[None]:
     """Context in which every verb runs: quiet libraries, progress on stderr.
 
     A `UserError` ends the process with `error: ...` on stderr and status 2; any other exception keeps its traceback.
-    Of several processes that work as one, none waits for others when it fails.
+    If several processes work as one, a process that fails does not wait for the others.
     """
     with terminal.standard_streams(), _ended_by_errors():
         yield
@@ -110,20 +110,19 @@ def load(
 ) -> None:
     """Replaces gin's configuration by that of `gin_files`, then `bindings` (`"NAME = VALUE"`); later ones win.
 
-    Before them come `texts`, gin that nobody named on the command line, such as a checkpoint's: it may refer to less
-    (see `gin_guard`). Their keys say in messages what they are.
+    `texts` come first: gin that nobody named on the command line, such as a checkpoint's, which may refer to less (see
+    `gin_guard`). Their keys name them in messages.
 
-    Run files, those in `gin/runs`, set defaults: what any other file sets wins, before or after them. `%gin.REQUIRED`
-    does not unset what an earlier one of `gin_files` set. A binding without scope replaces those that files have for
-    the same parameter in scopes.
+    Run files, those in `gin/runs`, set defaults: any other file wins, before or after them. `%gin.REQUIRED` does not
+    unset what an earlier one of `gin_files` set. A binding without scope replaces the bindings that files have for the
+    same parameter in scopes.
 
     Files and their includes are looked up as given, in `search_paths`, beside the files of `gin_files`, then among the
     shipped ones: `runs/x.gin`, `gin/runs/x.gin` and `diffusion_t5x/gin/runs/x.gin` are the same file. They may import
-    and name what is in `gin_guard.PACKAGES` and in the packages or modules that are `allowed`.
+    and name anything in `gin_guard.PACKAGES` and in the `allowed` packages or modules.
 
     Raises:
-      UserError: a missing file, a name that does not exist or is not allowed, or a syntax error, with the place of the
-        mistake.
+      UserError: a missing file, a name that does not exist or is not allowed, or a syntax error, with its place.
     """
     gin_guard.allow(allowed)
     gin_files = [os.path.expanduser(file) for file in gin_files]
@@ -144,7 +143,7 @@ def load(
         name, equals, value = (part.strip() for part in binding.partition("="))
         flag = f"--gin.{name}={value}" if equals else f"--gin_bindings={binding!r}"
         with explained_errors(flag), gin_reading.reading("flag", flag):
-            gin.parse_config(f"{name} = {_gin_value(name, value)}" if equals else binding)
+            gin.parse_config(f"{name} = {gin_value(name, value)}" if equals else binding)
     with explained_errors():
         gin_guard.check_references(allowed)
     gin_checks.check_macros_used()
@@ -152,10 +151,10 @@ def load(
 
 
 def operative_text() -> str:
-    """The resolved configuration as gin text that can be loaded again: all bindings, and defaults where none is bound.
+    """Returns the resolved configuration as gin text that can be loaded again: all bindings and all defaults.
 
-    A default is written without scope, so it takes effect exactly where the code's own default would have. Settings
-    objects as defaults, such as `mesh = MeshConfig()`, have no words in gin: they follow as comments.
+    A default is written without scope, so it takes effect exactly where the code's own default would have. Defaults
+    that are objects, such as `mesh = MeshConfig()`, cannot be written in gin and follow as comments.
     """
     bound = {key: dict(parameters) for key, parameters in gin_config._CONFIG.items()}
     mentioned = {selector: gin_config._REGISTRY[selector] for _, selector in bound}
@@ -178,7 +177,7 @@ def operative_text() -> str:
 
 
 def operative_values() -> dict[str, Any]:
-    """The bindings of `operative_text`, nested by the dots of their names; references are text, such as "%MODEL"."""
+    """Returns the bindings of `operative_text`, nested by the dots of their names; references are text ("%MODEL")."""
     values: dict[str, Any] = {}
     for statement in config_parser.ConfigParser(operative_text(), _AsText()):
         if isinstance(statement, config_parser.BindingStatement):
@@ -188,7 +187,7 @@ def operative_values() -> dict[str, Any]:
 
 
 def registration(macro: str) -> dict[str, Any]:
-    """What another program needs to bind a macro to the same value, as a JSON-serialisable dict.
+    """Returns everything another program needs to bind a macro to the same value, as a JSON-serialisable dict.
 
     Returns:
       "imports": the modules it refers to, and those whose import may register tasks. "bindings": by full name
@@ -260,7 +259,7 @@ def _run(
 
 
 def _files_of(model: Mapping[str, Any]) -> str:
-    """The shipped size file that matches the fields of a ModelConfig."""
+    """Returns the shipped size file that matches the fields of a ModelConfig."""
     for file in shipped("sizes"):
         parsed = config_parser.ConfigParser(shipped_text(file), _AsText())
         bound = {x.arg_name: x.value for x in parsed if isinstance(x, config_parser.BindingStatement)}
@@ -270,7 +269,7 @@ def _files_of(model: Mapping[str, Any]) -> str:
 
 
 class _AsText(config_parser.ParserDelegate):
-    """Leaves references as they are spelled, and collects what they refer to, without scopes."""
+    """Keeps references as they are spelled, and collects what they refer to, without scopes."""
 
     def __init__(self) -> None:
         self.mentioned: list[str] = []
@@ -284,7 +283,7 @@ class _AsText(config_parser.ParserDelegate):
 
 
 def _register(name: str) -> None:
-    """Lets the command line name what the files could: anything in the modules that they import."""
+    """Lets the command line name anything in the modules that gin files import, as the files could."""
     imports = {x.format() for x in gin_config._IMPORTS if x.bound_name() == name.partition(".")[0]}
     if "." in name and len(imports) == 1 and not gin_config._REGISTRY.matching_selectors(name):
         mentions = f"{_MENTIONED} = @{name}"
@@ -292,8 +291,8 @@ def _register(name: str) -> None:
         del gin_config._CONFIG[_MENTIONED, "gin.macro"]
 
 
-def _gin_value(name: str, value: str) -> str:
-    """`value` if it is gin syntax, with what it refers to registered; a bare name or path with quotes around it."""
+def gin_value(name: str, value: str) -> str:
+    """Returns `value` if it is gin syntax, with what it refers to registered; quotes a bare name or path."""
     reader, is_value = _AsText(), False
     with contextlib.suppress(SyntaxError, tokenize.TokenError):
         parser = config_parser.ConfigParser(value, reader)
@@ -311,7 +310,7 @@ def _gin_value(name: str, value: str) -> str:
 
 
 def _importable(main: Callable[..., Any]) -> Callable[..., Any]:
-    """`main` as gin files import it: the one that `python -m` keeps in `__main__` is another function to gin."""
+    """Returns `main` as gin files import it: `python -m` keeps another copy of it in `__main__`."""
     if main.__module__ != "__main__":
         return main
     script = sys.modules["__main__"]
@@ -350,7 +349,7 @@ def _print_exception(kind: type[BaseException], error: BaseException, frames: ty
 
 
 def _quiet_start() -> None:
-    """Our progress on stderr, one short line each, without the chatter of other libraries."""
+    """Sets up logging: our progress on stderr, one short line each, without the chatter of other libraries."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     absl.logging.set_verbosity(absl.logging.ERROR)

@@ -18,7 +18,7 @@ _VARIABLES = ("JAX_PLATFORMS", "XLA_FLAGS", "CUDA_VISIBLE_DEVICES", "TFDS_DATA_D
 
 
 def describe() -> Iterator[tuple[str, str]]:
-    """Names and values; devices come last, because finding them can take long or fail."""
+    """Yields names and values; devices come last, because finding them can take long or fail."""
     import diffusion_t5x
 
     yield "diffusion_t5x", diffusion_t5x.__version__

@@ -1,4 +1,4 @@
-"""The command line of the verbs: T5X's flags."""
+"""Parses the verbs' command lines: T5X's flags."""
 
 import argparse
 import re
@@ -22,19 +22,18 @@ def parse_flags(
     takes_mesh: bool,
     subcommand: str = "",
 ) -> argparse.Namespace:
-    """Reads the flags `argv` of the verb in `module`.
+    """Parses the flags `argv` of the verb in `module`.
 
     Args:
       module: name of the verb's module; its docstring heads the help.
       argv: the command line without the program's name.
-      takes_dry_run: whether there is a flag `--dry_run`.
-      takes_mesh: whether several processes can do it together, see `processes`.
-      subcommand: the word before the flags, where the module has several verbs.
+      takes_dry_run: add a flag `--dry_run`.
+      takes_mesh: add the flags for several processes, see `processes`.
+      subcommand: the word before the flags, in a module with several verbs.
 
     Returns:
-      gin_file, gin_bindings (`--gin.NAME=VALUE` among them, as `NAME=VALUE`), gin_search_paths, gin_allow,
-      print_config, dry_run (if the verb takes it), tfds_data_dir, and what `processes.join` reads (if the verb takes a
-      mesh).
+      gin_file, gin_bindings (including `--gin.NAME=VALUE`, as `NAME=VALUE`), gin_search_paths, gin_allow, print_config,
+      dry_run (if the verb takes it), tfds_data_dir, and the flags of `processes.join` (if the verb takes a mesh).
 
     Raises:
       UserError: an unknown or malformed flag.
@@ -88,7 +87,7 @@ def add_gin_flags(parser: argparse._ActionsContainer, takes_dry_run: bool) -> No
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises a `UserError` for a wrong flag, with the flags that may have been meant."""
+    """A parser that raises a `UserError` for a wrong flag and suggests similar ones."""
 
     def error(self, message: str) -> NoReturn:
         suggestions = [
@@ -101,7 +100,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _with_binding(argument: str) -> str:
-    """`--gin.NAME=VALUE` as `--gin_bindings=NAME=VALUE`; other arguments as they are."""
+    """Returns `--gin.NAME=VALUE` as `--gin_bindings=NAME=VALUE`; other arguments unchanged."""
     if not argument.startswith("--gin."):
         return argument
     if "=" not in argument:

@@ -1,4 +1,4 @@
-"""Checks a configuration that has been read, before anything is built: types, cycles, unused bindings."""
+"""Checks a configuration after it is read and before anything is built: types, cycles, unused bindings."""
 
 import inspect
 import logging
@@ -30,7 +30,7 @@ _TASK_MODULE = "MIXTURE_OR_TASK_MODULE"  # of T5X
 
 
 def parameters(function_or_class: Callable[..., Any]) -> list[inspect.Parameter]:
-    """The parameters that gin can bind by name."""
+    """Returns the parameters that gin can bind by name."""
     is_class = inspect.isclass(function_or_class)
     found = inspect.signature(function_or_class.__init__ if is_class else function_or_class).parameters.values()
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -38,7 +38,7 @@ def parameters(function_or_class: Callable[..., Any]) -> list[inspect.Parameter]
 
 
 def name_of(scope: str, selector: str, parameter: str) -> str:
-    """A binding as gin files and flags spell it."""
+    """Returns a binding's name as gin files and flags spell it."""
     if selector == _MACRO:
         return scope
     if (scope, _MACRO) in gin_config._CONFIG:
@@ -69,10 +69,10 @@ def check_cycles() -> None:
 def check_types(verb: Callable[..., Any]) -> None:
     """Checks all values that a run of the verb uses against the type annotations of their parameters.
 
-    Whole numbers written as 1e6 become such where one is expected.
+    A float such as 1e6 becomes an int where one is expected.
 
     Raises:
-      UserError: a value that does not fit, with its place, what would fit and what the value is.
+      UserError: a value that does not fit, with its place and what would fit.
     """
     in_use = reached(verb)
     for (scope, selector), bound in list(gin_config._CONFIG.items()):
@@ -95,7 +95,7 @@ def _applies(scope: str, called_in: str) -> bool:
 
 
 def _fitted(key: gin_reading.Key, value: Any, hint: Any, default: Any) -> Any:
-    """The value of a binding, converted to what its annotation says."""
+    """Returns the value of a binding, converted to what its annotation says."""
 
     def refer(value: Any, hint: Any) -> Any:
         if not isinstance(value, gin_config.ConfigurableReference):
@@ -165,7 +165,7 @@ def check_macros_used() -> None:
 
 
 def reached(verb: Callable[..., Any]) -> set[tuple[str, str]]:
-    """Selectors and scopes of all that a call of a verb, or of another one that is configured, would evaluate."""
+    """Returns selectors and scopes that a call of a verb, or of another configured one, would evaluate."""
     found = set()
     folder = verb.__module__.rpartition(".")[0]
     for _, selector in list(gin_config._CONFIG):
@@ -179,7 +179,7 @@ def reached(verb: Callable[..., Any]) -> set[tuple[str, str]]:
 
 
 def _replaced(in_use: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
-    """Selectors and scopes of what would be evaluated, too, if no flag had replaced what files set."""
+    """Returns selectors and scopes that would also be evaluated if no flag had replaced what files set."""
     seen: set[tuple[Any, ...]] = set()
     for (scope, selector, name), value in gin_reading.replaced_by_flags().items():
         called_in = [found for other, found in in_use if other == selector and _applies(scope, found)]
@@ -190,10 +190,10 @@ def _replaced(in_use: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
 
 
 def check_flags_used(verb: Callable[..., Any]) -> None:
-    """Raises a UserError if a flag sets a macro, or a parameter, that a run of the verb does not use.
+    """Raises a UserError if a flag sets a macro or parameter that a run of the verb does not use.
 
-    What another flag took out of use, as `--gin.train.train.decode_evals=[]` does a decoder, is only logged: a command
-    line with the settings of a run may switch a part of it off.
+    Settings that another flag took out of use, as `--gin.train.train.decode_evals=[]` does with a decoder's, are only
+    logged: a command line with all settings of a run may switch a part of it off.
     """
     in_use = reached(verb)
     switched_off = _replaced(in_use)
@@ -222,7 +222,7 @@ def check_flags_used(verb: Callable[..., Any]) -> None:
 
 
 def _users(macro: str) -> Iterator[gin_reading.Key]:
-    """The bindings that refer to a macro."""
+    """Yields the bindings that refer to a macro."""
     for (scope, selector), bound in gin_config._CONFIG.items():
         for name, value in bound.items():
             for reference in gin_config.iterate_references({name: value}):
@@ -233,9 +233,9 @@ def _users(macro: str) -> Iterator[gin_reading.Key]:
 def unset(
     selector: str, scope: Sequence[str], given: Collection[str], called: bool = True, seen: set[Any] | None = None
 ) -> Iterator[str]:
-    """Names without a value that a call of `selector` in `scope` with the `given` arguments would evaluate.
+    """Yields names without a value that a call of `selector` in `scope` with the `given` arguments would evaluate.
 
-    To `seen` it adds what it visits: selector, whether it is called, and its scopes.
+    Adds to `seen` what it visits: selector, True if it is called, and its scopes.
     """
     seen = set() if seen is None else seen
     if (visit := (selector, called, *scope)) in seen:

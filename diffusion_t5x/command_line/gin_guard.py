@@ -1,4 +1,4 @@
-"""Limits what gin files may import, name and read: a file from somebody else's checkpoint must not run code."""
+"""Limits what gin files may import, name and read: a file from a stranger's checkpoint must not run code."""
 
 import dataclasses
 import types
@@ -30,6 +30,8 @@ _OF_OTHERS: tuple[str, ...] = (
 _OF_OTHERS += ("t5.data.utils", "t5.evaluation.metrics")
 # Parameters that name modules, which are then imported.
 _IMPORTING = (("diffusion_t5x.cache_tasks.cache_tasks", "task_modules"),)
+# Parameters that let something dangerous happen.
+_DANGEROUS = ("allow_unsafe",)
 _MACROS = "gin.config"  # where they are: what gin writes imports it
 
 
@@ -40,13 +42,13 @@ def allow(packages: Sequence[str]) -> None:
 
 
 def check_references(allowed: Sequence[str]) -> None:
-    """Raises a PermissionError where what gin has read from files refers to more than makes settings.
+    """Raises a PermissionError if gin files refer to anything but settings.
 
-    Whatever files refer to may be called, with arguments of theirs: so nothing that reads, writes, imports or runs what
-    its arguments say. What comes with a checkpoint, which may be anyone's, may refer to less than what a user wrote.
+    Anything that files refer to may be called with their arguments, so it must not read, write, import or run what its
+    arguments say. Gin from a checkpoint, which may be a stranger's, may refer to less than gin that the user wrote.
 
     Args:
-      allowed: packages or modules that are trusted, besides `PACKAGES`, which are not here.
+      allowed: trusted packages or modules, besides `PACKAGES`.
     """
     trusted = [name for name in allowed if name not in PACKAGES]
     for (scope, selector), bound in gin_config._CONFIG.items():
@@ -54,6 +56,10 @@ def check_references(allowed: Sequence[str]) -> None:
             place = gin_reading.place((scope, selector, name))
             if place.kind == "flag":
                 continue
+            if name in _DANGEROUS and value is not False and not place.is_vouched:
+                raise PermissionError(
+                    f"{place}: it sets {name}, which only you may. If you trust it, add --gin.{selector}.{name}=..."
+                )
             functions = (*_SETTINGS, *trusted, *(_OF_OTHERS if place.is_vouched else ()))
             for reference in gin_config.iterate_references({name: value}):
                 _check_target(reference.configurable.wrapped, functions, place)
@@ -64,10 +70,10 @@ def check_references(allowed: Sequence[str]) -> None:
 
 
 def check_buckets(reached: Collection[tuple[str, str]]) -> None:
-    """Raises a UserError where what comes with a checkpoint names a bucket or another address that would be read.
+    """Raises a UserError if gin from a checkpoint names a bucket or another remote address that would be read.
 
     Args:
-      reached: selectors and scopes of what a verb evaluates.
+      reached: selectors and scopes that a verb evaluates.
     """
     for selector, scope in reached:
         parts = scope.split("/") if scope else []
@@ -90,7 +96,8 @@ def _check_target(target: Any, functions: Sequence[str], place: gin_reading.Plac
     stands_for_itself = isinstance(target, type) and (
         dataclasses.is_dataclass(target) or "seqio.vocabularies.Vocabulary" in bases
     )
-    if not stands_for_itself and not _is_in(target.__module__, functions):
+    is_private = any(part.startswith("_") for part in target.__qualname__.split("."))
+    if not stands_for_itself and (is_private or not _is_in(target.__module__, functions)):
         raise PermissionError(
             f"{place}: it refers to {target.__module__}.{target.__qualname__}, which does more than make settings. If "
             f"you trust it, add --gin_allow={target.__module__}."
@@ -98,7 +105,7 @@ def _check_target(target: Any, functions: Sequence[str], place: gin_reading.Plac
 
 
 def _texts(value: Any, through_macros: bool = True) -> Iterator[str]:
-    """All text in a value."""
+    """Yields all text in a value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -114,7 +121,7 @@ def _is_in(module: str, packages: Sequence[str]) -> bool:
 
 
 class _GuardedContext(gin_config.ParseContext):
-    """Reads a gin file's imports, and what it names in them."""
+    """Checks a gin file's imports, and the names that it uses from them."""
 
     allowed: tuple[str, ...] = ()
 

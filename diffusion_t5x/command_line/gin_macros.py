@@ -1,6 +1,6 @@
-"""Macros of the shipped gin files: their values, the parameters they are bound to, and these parameters' docstrings.
+"""Macros of the shipped gin files: values, the parameters they are bound to, and the docstrings of these.
 
-Files are read, not run: no module that they import is imported.
+Files are parsed, not run: the modules that they name are not imported.
 """
 
 import ast
@@ -116,8 +116,8 @@ class Use:
 
     Attributes:
       file: the gin file.
-      parameter: its full name, without that of this package.
-      meaning: the words of its docstring; "" if there are none.
+      parameter: its full name, without this package's.
+      meaning: its entry in the docstring; "" if there is none.
     """
 
     file: str
@@ -131,8 +131,8 @@ class Macro:
 
     Attributes:
       name: in capitals.
-      values: what each file sets it to, as gin text; `REQUIRED` where the user has to.
-      uses: the parameters that it is bound to, the documented ones first.
+      values: its value in each file, as gin text; `REQUIRED` if the user has to set it.
+      uses: the parameters that it is bound to, documented ones first.
     """
 
     name: str
@@ -140,7 +140,7 @@ class Macro:
     uses: list[Use] = dataclasses.field(default_factory=list)
 
     def meaning(self, files: Sequence[str] = ()) -> str:
-        """The docstring's words about the parameter that these files, or else most files, bind it to."""
+        """Returns the docstring entry of the parameter to which these files, or else most files, bind it."""
         if self.name in _MEANINGS:
             return _MEANINGS[self.name]
         own = [use.meaning for use in self.uses if use.meaning and use.file in files]
@@ -148,7 +148,7 @@ class Macro:
         return max(meanings, key=meanings.count, default="")
 
     def default(self, files: list[str]) -> str:
-        """The value that the last of these files to set it gives; "" if none of them does."""
+        """Returns the value that the last of these files to set it gives; "" if none does."""
         return next((self.values[file] for file in reversed(files) if file in self.values), "")
 
 
@@ -157,10 +157,10 @@ class File:
     """Contents of one gin file.
 
     Attributes:
-      comment: the lines at its top.
-      imports: modules, by the name that the file has for each.
+      comment: the comment at its top.
+      imports: imported modules, by their names in the file.
       includes: the files it includes.
-      values: of macros, as gin text.
+      values: values of macros, as gin text.
       uses: `(macro, selector, parameter)` for each parameter that a macro is bound to.
     """
 
@@ -172,20 +172,20 @@ class File:
 
 
 def files() -> list[str]:
-    """The shipped gin files, relative to the gin folder."""
+    """Returns the shipped gin files, relative to the gin folder."""
     root = PACKAGE / "gin"
     return sorted(str(path.relative_to(root)) for path in root.rglob("*.gin"))
 
 
 def with_includes(file: str) -> list[str]:
-    """A shipped file and all that it includes, in the order in which gin reads them."""
+    """Returns a shipped file and all files that it includes, in the order in which gin reads them."""
     found = [inner for included in read(file).includes for inner in with_includes(included)]
     return list(dict.fromkeys([*found, file]))
 
 
 @functools.cache
 def macros() -> Mapping[str, Macro]:
-    """All macros of the shipped files, by name."""
+    """Returns all macros of the shipped files, by name."""
     found: dict[str, Macro] = {}
     for name in files():
         file = read(name)
@@ -199,7 +199,7 @@ def macros() -> Mapping[str, Macro]:
 
 
 def of_runs(run_files: list[str]) -> list[Macro]:
-    """The macros that these run files set, those that must be given first."""
+    """Returns the macros that these run files set, required ones first."""
     named = list(
         dict.fromkeys(name for file in run_files for inner in with_includes(file) for name in read(inner).values)
     )
@@ -207,13 +207,13 @@ def of_runs(run_files: list[str]) -> list[Macro]:
 
 
 class _Text(str):
-    """Gin text that stands without quotes in a value."""
+    """Gin text that appears in a value without quotes."""
 
     __repr__ = str.__str__
 
 
 class _Reader(config_parser.ParserDelegate):
-    """Leaves references and macros as they are spelled."""
+    """Keeps references and macros as they are spelled."""
 
     def configurable_reference(self, scoped_selector: str, evaluate: bool) -> _Text:
         return _Text(f"@{scoped_selector}{'()' if evaluate else ''}")
@@ -224,7 +224,7 @@ class _Reader(config_parser.ParserDelegate):
 
 @functools.cache
 def read(name: str) -> File:
-    """The statements of a shipped file."""
+    """Parses a shipped file."""
     text = (PACKAGE / "gin" / name).read_text(encoding="utf-8")
     comment = re.match(r"(#.*\n)*", text)
     assert comment is not None, "no lines match, too"
@@ -244,7 +244,7 @@ def read(name: str) -> File:
 
 
 def _macros_in(value: Any) -> Iterator[str]:
-    """The names of the macros in a value, at any depth."""
+    """Yields the names of the macros in a value, at any depth."""
     if isinstance(value, _Text):
         if value.startswith("%") and value != REQUIRED:
             yield value[1:]
@@ -257,7 +257,7 @@ def _macros_in(value: Any) -> Iterator[str]:
 
 
 def _use(file: str, selector: str, parameter: str) -> Use:
-    """A parameter by its full name, with its words in the docstring of what it belongs to."""
+    """Returns a parameter by its full name, with its docstring entry."""
     first, _, rest = selector.partition(".")
     module = _imports(file).get(first, first)
     name = f"{module}.{rest}".removeprefix(f"{PACKAGE.name}.")
@@ -266,24 +266,26 @@ def _use(file: str, selector: str, parameter: str) -> Use:
 
 
 def _imports(file: str) -> dict[str, str]:
-    """The modules that a file names: its own imports and those of the files that it includes."""
+    """Returns the modules that a file can name: its own imports and those of its includes."""
     return {name: module for inner in with_includes(file) for name, module in read(inner).imports.items()}
 
 
 @functools.cache
 def _docstring(module: str, name: str) -> str:
-    """The docstring of a function or class in a module of this package; "" for those of others."""
+    """Returns the docstring of a function, a class or a verb's settings in this package; "" for other packages."""
     if not module.startswith(f"{PACKAGE.name}."):
         return ""
     path = PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py")
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
             return ast.get_docstring(node) or ""
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name and isinstance(node.value, ast.Call):
+            return _docstring(module, ast.unparse(node.value.args[-1]))  # train = verb("train", Training)
     return ""
 
 
 def _entry(docstring: str, parameter: str) -> str:
-    """A parameter's entry under "Args:" or "Attributes:" of a docstring, as one line."""
+    """Returns a parameter's entry under "Args:" or "Attributes:" of a docstring, as one line."""
     for section in re.findall(r"^(?:Args|Attributes):\n((?:  .*\n?|\n)+)", docstring, re.MULTILINE):
         for names, text in re.findall(r"^(\w[\w, ]*): (.+(?:\n  .+)*)", textwrap.dedent(section), re.MULTILINE):
             if parameter in names.split(", "):

@@ -19,7 +19,7 @@ from diffusion_t5x.errors import UserError, did_you_mean
 
 @contextlib.contextmanager
 def explained_errors(flag: str = "") -> Iterator[None]:
-    """Turns what gin raises while it reads a file, a text or the command line's `flag`, into a `UserError`."""
+    """Context that turns gin's errors in a file, a text or the command line's `flag` into a `UserError`."""
     try:
         yield
     except UserError:
@@ -43,7 +43,7 @@ def explained_errors(flag: str = "") -> Iterator[None]:
 
 
 def _explanation(message: str, file: str) -> str:
-    """gin's message in words for whoever wrote the file or the flag, with the names that may have been meant."""
+    """Rewords gin's message for the author of the file or flag, with suggestions for misspelled names."""
     if match := re.match(r"Unable to open file: (.+)\. Searched config paths", message):
         name = match[1]
         return f"there is no gin file {name!r}.{did_you_mean(name, shipped())}"
@@ -72,7 +72,7 @@ def _explanation(message: str, file: str) -> str:
 
 
 def not_set(names: Sequence[str]) -> str:
-    """Message that lists unset macros: how to set them on the command line, and which shipped files set them."""
+    """Returns a message that lists unset macros: how to set them by flag, and which shipped files set them."""
     of_a_size = [name for name in names if ".ModelConfig." in f".{name}"]
     flags = " ".join(f"--gin.{name}=..." for name in names if name not in of_a_size)
     hints = list(dict.fromkeys(filter(None, map(_shipped_values, names))))
@@ -81,7 +81,7 @@ def not_set(names: Sequence[str]) -> str:
 
 
 def _shipped_values(name: str) -> str:
-    """The shipped gin files that set a macro (a model, an objective, …) or a parameter of the model."""
+    """Returns the shipped gin files that set a macro (a model, an objective, …) or a parameter of the model."""
     if ".ModelConfig." in f".{name}":
         return "; the sizes of models are in --gin_file=sizes/tiny.gin, sizes/base.gin and others"
     if name == "DECODER" and (objective := _objective()):
@@ -93,6 +93,6 @@ def _shipped_values(name: str) -> str:
 
 
 def _objective() -> str:
-    """The shipped objective's file that OBJECTIVE comes from, where a decoder's has the same name."""
+    """Returns the shipped file that set OBJECTIVE, if a decoder's file has the same name."""
     set_in = pathlib.Path(gin_reading.place(("OBJECTIVE", "gin.macro", "value")).file)
     return set_in.stem if f"decoding/{set_in.name}" in shipped("decoding") else ""

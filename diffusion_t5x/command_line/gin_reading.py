@@ -1,4 +1,4 @@
-"""How gin files are read: where each value was set, which of two values stays, and which files may be included."""
+"""Reads gin files: records where each value was set, which of two values stays, and which files may be included."""
 
 import contextlib
 import dataclasses
@@ -25,13 +25,13 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a value was set.
+    """The place where a value was set.
 
     Attributes:
-      kind: "text" is gin that nobody named, such as a checkpoint's; "flag" is the command line.
-      given: the file as the command line names it, the flag, or what the text is.
-      file, line: of the statement, in a file.
-      open_files: real paths of that file and of those that include it, outermost first.
+      kind: "text" is gin that nobody named, such as a checkpoint's; "file" is a gin file; "flag" is the command line.
+      given: the file as the command line names it, the flag, or a description of the text.
+      file, line: the statement's file and line, if it is in a file.
+      open_files: real paths of that file and of the files that include it, outermost first.
     """
 
     kind: Literal["text", "file", "flag"]
@@ -55,7 +55,7 @@ class Place:
 
 
 def shipped(folder: str = "") -> list[str]:
-    """The gin files that come with the package, relative to its gin folder."""
+    """Returns the gin files that come with the package, relative to its gin folder."""
     root = SHIPPED
     return sorted(str(path.relative_to(root)) for path in (root / folder).rglob("*.gin"))
 
@@ -65,7 +65,7 @@ def shipped_text(file: str) -> str:
 
 
 class _Reading:
-    """What is being read, and the places where all values so far were set."""
+    """The source being read, and the places where all values so far were set."""
 
     def __init__(self) -> None:
         self.forget()
@@ -100,12 +100,12 @@ def reading(kind: Literal["text", "file", "flag"], given: str) -> Iterator[None]
 
 
 def place(key: Key) -> Place:
-    """Where a value that is bound was set."""
+    """Returns the place where a bound value was set."""
     return _reading.places.get(key, Place("text", "gin"))
 
 
 def set_by_flags() -> dict[Key, Place]:
-    """The values that were set on the command line."""
+    """Returns the values that were set on the command line."""
     return {
         (scope, selector, name): found
         for (scope, selector, name), found in _reading.places.items()
@@ -114,16 +114,19 @@ def set_by_flags() -> dict[Key, Place]:
 
 
 def replaced_by_flags() -> dict[Key, Any]:
-    """What files set and the command line replaced."""
+    """Returns the values that files set and the command line replaced."""
     return dict(_reading.replaced)
 
 
 def is_vouched(file: str) -> bool:
     """True unless a gin file lies beside a checkpoint, as those of runs and imports do; such files are not trusted."""
-    path = pathlib.Path(os.path.realpath(file))
-    if path not in _reading.vouched:
-        _reading.vouched[path] = SHIPPED.resolve() in path.parents or not _lies_beside_checkpoint(path)
-    return _reading.vouched[path]
+    named, real = pathlib.Path(os.path.abspath(file)), pathlib.Path(os.path.realpath(file))
+    if SHIPPED.resolve() in real.parents:
+        return True
+    if named not in _reading.vouched:  # a link beside a checkpoint may lead to a folder without one
+        _reading.vouched[named] = not _lies_beside_checkpoint(named) and not _lies_beside_checkpoint(real)
+        _reading.vouched[real] = _reading.vouched[named] and _reading.vouched.get(real, True)
+    return _reading.vouched[named] and _reading.vouched[real]
 
 
 def _lies_beside_checkpoint(path: pathlib.Path) -> bool:
@@ -133,7 +136,7 @@ def _lies_beside_checkpoint(path: pathlib.Path) -> bool:
 
 @contextlib.contextmanager
 def _opened(file: str) -> Iterator[Any]:
-    """Opens a gin file. It must not include itself; untrusted files may include only shipped ones."""
+    """Opens a gin file. A file must not include itself; untrusted files may include only shipped ones."""
     path, outer = os.path.realpath(file), _reading.open_files[-1:]
     if path in _reading.open_files:
         chain = [*_reading.open_files[_reading.open_files.index(path) :], path]
@@ -143,6 +146,7 @@ def _opened(file: str) -> Iterator[Any]:
         raise PermissionError(
             f"it includes {file}, but what comes with a checkpoint may include shipped gin files only."
         )
+    is_vouched(file)  # remembers a link that is not for the file that it leads to
     _reading.open_files.append(path)
     try:
         with open(file, encoding="utf-8") as text:
@@ -152,7 +156,7 @@ def _opened(file: str) -> Iterator[Any]:
 
 
 class _Parser(config_parser.ConfigParser):
-    """gin's parser, with the current place, and numbers such as 1e6 kept apart from other floats."""
+    """gin's parser, with the current place; keeps numbers such as 1e6 apart from other floats."""
 
     def parse_statement(self) -> Any:
         statement = super().parse_statement()
@@ -172,7 +176,7 @@ class _Parser(config_parser.ConfigParser):
 
 
 def _bind(binding_key: Any, value: Any) -> None:
-    """gin's `bind_parameter`, but defaults leave alone what other files set, and flags win in every scope."""
+    """Replaces gin's `bind_parameter`: defaults do not override other files, and flags win in every scope."""
     parsed = gin_config.ParsedBindingKey.parse(binding_key)
     key = (parsed.scope, parsed.complete_selector, parsed.arg_name)
     bound = gin_config._CONFIG.setdefault(parsed.config_key, {})
@@ -190,8 +194,8 @@ def _bind(binding_key: Any, value: Any) -> None:
 def _stays(before: Place, value: Any, now: Place, new: Any) -> bool:
     """True if a value stays despite a later one: run files set defaults, whatever the order of the files.
 
-    What a run file sets gives way to what other files set, and %gin.REQUIRED to any value. But what a file includes
-    gives way to the file itself.
+    A run file's value gives way to those of other files, and %gin.REQUIRED to any value. But an included file's value
+    gives way to that of the file that includes it.
     """
     if before.kind != "file" or now.kind != "file" or now.open_files[-1] in before.open_files:
         return False
@@ -201,7 +205,7 @@ def _stays(before: Place, value: Any, now: Place, new: Any) -> bool:
 
 
 def _replace_in_scopes(key: Key, flag: Place) -> None:
-    """Removes values that files bind in narrower scopes: there they would win over the flag."""
+    """Removes values that files bind in narrower scopes, where they would win over the flag."""
     scope, selector, parameter = key
     for (other, same), bound in gin_config._CONFIG.items():
         narrower = other != scope and (not scope or other.startswith(f"{scope}/"))
@@ -216,6 +220,6 @@ def _replace_in_scopes(key: Key, flag: Place) -> None:
 
 
 def _readable(file: str) -> str:
-    """A shipped file by its name in the gin folder, another one as it is."""
+    """Returns a shipped file by its name in the gin folder, other files unchanged."""
     path = pathlib.Path(os.path.realpath(file))
     return path.relative_to(SHIPPED.resolve()).as_posix() if SHIPPED.resolve() in path.parents else file

@@ -1,4 +1,4 @@
-"""The pages of `--help`: the verbs of the command; flags, an example and macros of a verb."""
+"""The pages of `--help`: the list of verbs, and flags, an example and macros of each verb."""
 
 import argparse
 import importlib.util
@@ -18,7 +18,7 @@ _HELP = {"-h", "--help"}
 
 
 def asked(argv: Sequence[str]) -> str | None:
-    """The page that a command line such as `train --help` asks for; None if it asks for none."""
+    """Returns the page that a command line such as `train --help` asks for; None if it asks for none."""
     if not _HELP & set(argv):
         return None
     words = [word for word in argv[:2] if not word.startswith("-")]
@@ -33,7 +33,7 @@ def asked(argv: Sequence[str]) -> str | None:
 
 
 def overview() -> str:
-    """All verbs with a line each."""
+    """Returns the list of all verbs, one line each."""
     return (
         f"usage: {COMMAND} VERB [flags]\n\n"
         f"Diffusion language models in JAX: train, convert, evaluate, generate. Version {diffusion_t5x.__version__}\n\n"
@@ -44,7 +44,7 @@ def overview() -> str:
 
 
 def parser(name: str) -> argparse.ArgumentParser:
-    """The parser of a verb with all that its help shows. That of a verb without gin is the one that reads its flags."""
+    """Returns the parser of a verb with all that its help shows; verbs without gin also read their flags with it."""
     return _gin_parser(name) if VERBS[name].takes_gin else _plain_parser(name)
 
 
@@ -86,7 +86,7 @@ def _list(names: Iterable[str]) -> str:
 
 
 def _example(verb: Verb) -> str:
-    """The example, broken at flags into lines that can be pasted."""
+    """Returns the example, broken at flags into lines that can be pasted."""
     pieces = re.split(r" (?=--)", f"{COMMAND} {verb.example}")
     lines, current = [], pieces[0]
     for piece in pieces[1:]:
@@ -99,7 +99,7 @@ def _example(verb: Verb) -> str:
 
 
 def _macros(verb: Verb) -> str:
-    """The macros of the verb's run files, a line each, under the file that sets them."""
+    """Returns the macros of the verb's run files, one line each, under the file that sets them."""
     sections, seen = [], set()
     for run in verb.runs:
         files = gin_macros.with_includes(run)
@@ -118,7 +118,7 @@ def _macro_line(name: str, default: str, meaning: str) -> str:
 
 
 def _description(module: str) -> str:
-    """A module's docstring, without importing the module."""
+    """Returns a module's docstring without importing the module."""
     spec = importlib.util.find_spec(module)
     assert spec is not None and spec.origin is not None
     docstring = re.match(r'r?"""(.*?)"""', pathlib.Path(spec.origin).read_text(encoding="utf-8"), re.DOTALL)
@@ -127,10 +127,10 @@ def _description(module: str) -> str:
 
 
 def answer(program: Sequence[str]) -> str | None:
-    """The help that a process started as `python -m diffusion_t5x.VERB ... --help` is asked for, or None.
+    """Returns the help for a process started as `python -m diffusion_t5x.VERB ... --help`, or None.
 
     Args:
-      program: how Python was started, `sys.orig_argv`.
+      program: the command line of Python, `sys.orig_argv`.
     """
     if "-m" not in program or not _HELP & set(program):
         return None

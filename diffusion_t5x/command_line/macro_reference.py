@@ -29,7 +29,7 @@ _MOST_FILES = 4
 
 
 def render() -> str:
-    """The page as Markdown."""
+    """Returns the page as Markdown."""
     macros = gin_macros.macros().values()
     rows = "\n".join(
         f"| [{macro.name}](#{macro.name.lower()}) | {_cell(_short(macro.meaning()))} |" for macro in macros
@@ -57,12 +57,12 @@ def _section(macro: Macro) -> Iterator[str]:
 
 
 def _short(meaning: str) -> str:
-    """The first sentence, without its full stop."""
+    """Returns the first sentence, without its full stop."""
     return textwrap.shorten(meaning.split(". ")[0].rstrip("."), 110, placeholder=" …")
 
 
 def _escape(text: str) -> str:
-    """Text in which Markdown sees no HTML; code between backticks stays as it is."""
+    """Escapes HTML for Markdown; code between backticks is unchanged."""
     pieces = text.split("`")
     return "`".join(piece if n % 2 else piece.replace("<", r"\<").replace("*", r"\*") for n, piece in enumerate(pieces))
 

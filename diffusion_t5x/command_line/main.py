@@ -1,4 +1,4 @@
-"""`diffusion-t5x VERB ...` and `python -m diffusion_t5x VERB ...`: find the verb, run its module."""
+"""`diffusion-t5x VERB ...` and `python -m diffusion_t5x VERB ...`: finds the verb and runs its module."""
 
 import runpy
 import sys

@@ -1,4 +1,4 @@
-"""Several processes that train or decode as one: JAX's own runtime, joined before anything has looked for devices."""
+"""Joins several processes that train or decode as one, with JAX's runtime, before JAX looks for devices."""
 
 import argparse
 import logging
@@ -31,10 +31,10 @@ def add_flags(parser: argparse._ActionsContainer) -> None:
 
 
 def join(flags: argparse.Namespace) -> None:
-    """Joins this process with the others that `--distributed` means; without that flag, does nothing.
+    """Joins this process with the others that `--distributed` names; without that flag, does nothing.
 
     Raises:
-      UserError: flags or environment do not say which processes there are, or the others do not connect.
+      UserError: flags or environment do not determine the processes, or the others do not connect.
     """
     given = {name: getattr(flags, name) for name in _VARIABLES}
     if not flags.distributed:
@@ -72,7 +72,7 @@ def join(flags: argparse.Namespace) -> None:
 
 
 def in_32_bits() -> None:
-    """Ignores JAX_ENABLE_X64, which some shells set: models compute in 32 bits or less."""
+    """Switches off JAX_ENABLE_X64, which some shells set: models compute in 32 bits or less."""
     if os.environ.pop("JAX_ENABLE_X64", "").lower() in ("1", "true", "t", "yes", "y", "on"):
         logger.info("JAX_ENABLE_X64 is ignored: models compute in 32 bits or less")
         if "jax" in sys.modules:
@@ -91,7 +91,7 @@ def leave() -> None:
 
 
 def give_up(status: int) -> None:
-    """Ends a joined process at once, and with it the others: they are waiting for what it would have computed."""
+    """Ends a joined process at once, and with it the others, which wait for its results."""
     if are_joined():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -30,16 +30,16 @@ def checkpoint_texts(
     runs: Sequence[str],
     macros: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> tuple[list[str], dict[str, str]]:
-    """The gin text that a verb reads before gin files (see `config.load`), so that a checkpoint suffices.
+    """Returns the gin text that a verb reads before gin files (see `config.load`), so that a checkpoint is enough.
 
     Args:
-      checkpoint: the one that the command line names; None reads nothing.
-      argv: the command line. Its gin files of runs/ are read first: what the checkpoint says wins over them.
-      runs: gin files to read where it has none of runs/.
-      macros: what else to bind.
+      checkpoint: the checkpoint that the command line names; None reads nothing.
+      argv: the command line. Its gin files of runs/ are read first, so the checkpoint's settings win over them.
+      runs: gin files to read if it has none of runs/.
+      macros: more macros to bind.
 
     Returns:
-      The command line without those files, and the texts.
+      The command line without the files of runs/, and the texts.
 
     Raises:
       UserError: the checkpoint's metadata cannot be read.
@@ -62,17 +62,17 @@ def checkpoint_texts(
 
 
 def gin_text(checkpoint: OpenCheckpoint, with_task: bool = True) -> str:
-    """Gin that binds what a checkpoint's record holds to the macros that the files of runs/ use.
+    """Returns gin text that binds a checkpoint's record to the macros that the files of runs/ use.
 
     These are MODEL, ARCHITECTURE, OBJECTIVE, DECODER, BLOCK_SIZE, BLOCKS_FROM, CANVAS, TASK_FEATURE_LENGTHS,
     MIXTURE_OR_TASK_NAME, CONTEXT_EOS, VOCABULARY, VOCABULARY_FILE and VOCABULARY_SIZE. What is not known is not bound.
 
     Args:
-      checkpoint: its metadata are read.
-      with_task: bind the task, too, and import what registers it.
+      checkpoint: its metadata is read.
+      with_task: bind the task, too, and import the modules that register it.
 
     Raises:
-      UserError: the metadata cannot be read, or hold what is no record.
+      UserError: the metadata cannot be read or has no valid record.
     """
     record, text = checkpoint.record, _Text(str(checkpoint))
     if record.model:
@@ -103,14 +103,14 @@ def gin_text(checkpoint: OpenCheckpoint, with_task: bool = True) -> str:
 
 
 def dataset_text(checkpoint: OpenCheckpoint, reader: str) -> str:
-    """Gin text that binds a run's training data set to a function's argument `dataset`, and RANDOM_SEED.
+    """Returns gin text that binds a run's training data set to a function's argument `dataset`, and RANDOM_SEED.
 
     Args:
-      checkpoint: of the training.
+      checkpoint: a checkpoint of the training run.
       reader: full name of the function.
 
     Raises:
-      UserError: the record says nothing of the data.
+      UserError: the record does not describe the data.
     """
     dataset, text = checkpoint.record.dataset, _Text(str(checkpoint))
     if not dataset:
@@ -127,7 +127,7 @@ def dataset_text(checkpoint: OpenCheckpoint, reader: str) -> str:
 
 
 def _bind_data(text: "_Text", dataset: Mapping[str, Any], task: Mapping[str, Any]) -> None:
-    """Task, lengths and layout of rows."""
+    """Binds task, lengths and layout of rows."""
     if lengths := dataset.get("task_feature_lengths"):
         text.bind("TASK_FEATURE_LENGTHS", lengths)
     if "canvas" in dataset:
@@ -140,7 +140,7 @@ def _bind_data(text: "_Text", dataset: Mapping[str, Any], task: Mapping[str, Any
 
 
 def _bind_vocabulary(text: "_Text", record: Record, folder: pathlib.Path) -> None:
-    """The vocabulary, and how many ids it has."""
+    """Binds the vocabulary and its number of ids."""
     if size := record.vocabulary.get("size"):
         text.bind("VOCABULARY_SIZE", size)
     if arguments := record.vocabulary_arguments(folder):
@@ -152,7 +152,7 @@ def _bind_vocabulary(text: "_Text", record: Record, folder: pathlib.Path) -> Non
 
 
 def _with_macro(described: Any, field: str, value: Any, macro: str) -> Any:
-    """A described object with a macro in place of this value of a field, also in the objects that it holds."""
+    """Returns a described object with a macro in place of this value of a field, also in nested objects."""
     if not isinstance(described, Mapping):
         return described
     return {
@@ -164,10 +164,10 @@ def _with_macro(described: Any, field: str, value: Any, macro: str) -> Any:
 class _Text:
     """A gin text under construction.
 
-    A checkpoint may be a stranger's: what should be a name and is none raises a UserError.
+    A checkpoint may be a stranger's: anything that should be a name and is not raises a UserError.
 
     Args:
-      where: the checkpoint, for messages.
+      where: the checkpoint's name in messages.
     """
 
     def __init__(self, where: str):
@@ -196,7 +196,7 @@ class _Text:
         self._bound[self._spelled(name)] = self._value(value)
 
     def _made(self, described: Mapping[str, Any]) -> str:
-        """A reference to a described object, whose fields are bound: in a scope where others of its class are."""
+        """Returns a reference to a described object, whose fields are bound, in a scope if its class has bindings."""
         name = self._checked(described[CLASS])
         self.import_all([name.rpartition(".")[0]])
         values = {
@@ -226,7 +226,7 @@ class _Text:
         return repr(value)
 
     def _spelled(self, name: str) -> str:
-        """A full name by the name that its module is imported as."""
+        """Returns a full name in terms of the name that its module is imported as."""
         scope, slash, selector = self._checked(name, _SCOPED_NAME).rpartition("/")
         if modules := [module for module in self._imports if selector.startswith(f"{module}.")]:
             module = max(modules, key=len)

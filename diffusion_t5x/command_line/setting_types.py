@@ -1,7 +1,7 @@
 """Checks that a value fits the type annotation of its parameter, and describes in words what would fit.
 
-What gin binds are literals (numbers, text, lists, dicts) and references, which stand for objects that are not built
-yet. An annotation that says nothing about either, such as a type variable, takes anything.
+Gin binds literals (numbers, text, lists, dicts) and references, which stand for objects that are not built yet. An
+annotation that says nothing about either, such as a type variable, takes anything.
 """
 
 import collections.abc
@@ -28,10 +28,10 @@ _LISTS = (collections.abc.Sequence, collections.abc.Iterable, collections.abc.Co
 
 
 class Misfit(Exception):
-    """A value that does not fit; the message is advice, or empty.
+    """Raised for a value that does not fit; the message is advice, or empty.
 
     Attributes:
-      binding: the key and the value of the macro that has it; None: what was to be fitted has it itself.
+      binding: key and value of the macro with the misfit; None: the value itself does not fit.
     """
 
     binding: tuple[tuple[str, str, str], Any] | None = None
@@ -42,7 +42,7 @@ class WholeNumber(float):
 
 
 def hints(function_or_class: Callable[..., Any]) -> dict[str, Any]:
-    """The annotations of the parameters of a function, or of a class's `__init__`, those that can be evaluated."""
+    """Returns the annotations of a function's parameters, or those of a class's `__init__`, that can be evaluated."""
     function = inspect.unwrap(function_or_class.__init__ if inspect.isclass(function_or_class) else function_or_class)
     found: dict[str, Any] = {}
     for name, annotation in getattr(function, "__annotations__", {}).items():
@@ -55,13 +55,14 @@ def hints(function_or_class: Callable[..., Any]) -> dict[str, Any]:
 
 
 def returned(function_or_class: Callable[..., Any]) -> Any:
-    """The return type of a call according to annotations; a class returns itself."""
+    """Returns the return type of a function by its annotation; a class returns itself."""
     return function_or_class if inspect.isclass(function_or_class) else hints(function_or_class).get("return", Any)
 
 
 def fit(value: Any, hint: Any, refer: Callable[[Any, Any], Any]) -> Any:
-    """`value` as a parameter annotated with `hint` takes it: itself, but for whole numbers written as 1e6 and lists
-    where a tuple is expected.
+    """Returns the value as a parameter annotated with `hint` takes it.
+
+    1e6 becomes an int, and a list a tuple, where one is expected.
 
     Args:
       value: a literal, maybe with references in it.
@@ -103,7 +104,7 @@ def fit(value: Any, hint: Any, refer: Callable[[Any, Any], Any]) -> Any:
 
 
 def plain_numbers(value: Any) -> Any:
-    """The value with floats for what may be whole numbers, in its lists, tuples and dicts, too."""
+    """Returns the value with floats for possible whole numbers, also inside lists, tuples and dicts."""
     if isinstance(value, WholeNumber):
         return float(value)
     if isinstance(value, dict):
@@ -146,7 +147,7 @@ def takes_functions(hint: Any) -> bool:
 
 
 def words(hint: Any) -> str:
-    """The accepted values, in words."""
+    """Returns the accepted values, in words."""
     hint = _plain(hint)
     origin, args = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -164,7 +165,7 @@ def words(hint: Any) -> str:
 
 
 def _plain(hint: Any) -> Any:
-    """Without Annotated and NewType; None as its type."""
+    """Strips Annotated and NewType; None becomes its type."""
     while typing.get_origin(hint) is typing.Annotated or hasattr(hint, "__supertype__"):
         hint = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint.__supertype__
     return _NONE if hint is None else hint
@@ -228,7 +229,7 @@ def _advice(value: Any, wanted: type) -> str:
 
 
 def _methods(protocol: type) -> set[str]:
-    """The methods that a protocol asks for."""
+    """Returns the methods that a protocol requires."""
     bases = [base for base in protocol.__mro__ if getattr(base, "_is_protocol", False)]
     return {
         name
@@ -239,6 +240,6 @@ def _methods(protocol: type) -> set[str]:
 
 
 def shortened(value: Any) -> str:
-    """A value as a message shows it."""
+    """Returns a value as a message shows it."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."

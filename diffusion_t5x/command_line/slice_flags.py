@@ -9,10 +9,10 @@ from diffusion_t5x.performance.dry_run import SliceDryRun
 
 
 def slice_dry_run(argv: Sequence[str]) -> tuple[SliceDryRun | None, list[str]]:
-    """The dry run that `--dry_run --topology=...` asks for, or None, and the other flags.
+    """Returns the dry run that `--dry_run --topology=...` asks for, or None, and the other flags.
 
     Raises:
-      UserError: a flag that belongs to `--topology` without it, or that without `--dry_run`.
+      UserError: a flag of `--topology` is given without it, or `--topology` without `--dry_run`.
     """
     flags, rest = with_flags(Parser(add_help=False, allow_abbrev=False), SLICE_FLAGS).parse_known_args(argv)
     if flags.topology is None:

@@ -13,7 +13,7 @@ _TASKS = "diffusion_t5x.tasks."
 
 
 def families() -> dict[str, list[str]]:
-    """The shipped gin files that register tasks, by the module of `tasks/` that makes them."""
+    """Returns the shipped gin files that register tasks, by the module of `tasks/` that makes them."""
     found: dict[str, list[str]] = {}
     for file in gin_macros.files():
         if file.startswith("tasks/"):
@@ -22,7 +22,7 @@ def families() -> dict[str, list[str]]:
 
 
 def describe(file: str) -> Iterator[str]:
-    """The tasks that a gin file registers and the macros it needs, as lines of text."""
+    """Yields the tasks that a gin file registers and the macros it needs, as lines of text."""
     macros: dict[str, str] = {}
     for inner in gin_macros.with_includes(file):
         macros |= gin_macros.read(inner).values
@@ -36,7 +36,7 @@ def describe(file: str) -> Iterator[str]:
 
 
 def _family(file: str) -> str:
-    """The module of `tasks/` that makes what a file registers."""
+    """Returns the module of `tasks/` that makes a file's tasks."""
     imports: dict[str, str] = {}
     for inner in gin_macros.with_includes(file):
         imports |= gin_macros.read(inner).imports
@@ -46,7 +46,7 @@ def _family(file: str) -> str:
 
 
 def _registered(file: str) -> list[str]:
-    """The tasks and mixtures of a file's family that are there once SeqIO has what the file imports."""
+    """Returns the tasks and mixtures that SeqIO has after a file's imports."""
     with config.program():
         seqio, _ = libraries()
 
@@ -56,7 +56,7 @@ def _registered(file: str) -> list[str]:
 
 
 def main() -> None:
-    """Prints the list, or what of it contains a word."""
+    """Prints the list, or the entries that contain a given word."""
     try:
         word = help_pages.parser("tasks").parse_args().word
     except UserError as error:

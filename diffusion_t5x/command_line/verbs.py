@@ -30,11 +30,11 @@ class Verb:
     Attributes:
       summary: one line for the list of verbs.
       example: a command that works as it stands, or with the folders that earlier examples wrote.
-      module: what runs it.
-      runs: gin files that say what it does; their macros are its settings.
-      flags: its own flags, beside those of gin.
-      takes_gin: whether it reads gin files.
-      takes_dry_run, takes_mesh: whether it has `--dry_run`, and whether several processes can do it together.
+      module: the module that runs it.
+      runs: its gin run files; their macros are its settings.
+      flags: its own flags, besides gin's.
+      takes_gin: True if it reads gin files.
+      takes_dry_run, takes_mesh: True if it has `--dry_run`, and if several processes can run it together.
       add_arguments: adds the arguments of a verb without gin to a parser.
     """
 
@@ -184,6 +184,12 @@ VERBS: Mapping[str, Verb] = {
         "diffusion_t5x.convert",
         parsers.add_convert,
     ),
+    "ar2diff": _without_gin(
+        "turn an autoregressive model into a diffusion model: import, train, score, export",
+        "ar2diff MODEL --data README.md --output /tmp/converted",
+        "diffusion_t5x.ar2diff",
+        parsers.add_ar2diff,
+    ),
     "tasks": _without_gin(
         "list the shipped tasks, with the gin file that registers each",
         "tasks wmt",
@@ -206,12 +212,12 @@ VERBS: Mapping[str, Verb] = {
 
 
 def own_flags(name: str) -> Parser:
-    """A parser of a verb's own flags, which leaves those of gin to `config.run`."""
+    """Returns a parser of a verb's own flags, which leaves gin's flags to `config.run`."""
     return with_flags(Parser(add_help=False, allow_abbrev=False), VERBS[name].flags)
 
 
 def with_flags(parser: Container, flags: Flags) -> Container:
-    """The parser, or a group of it, with these flags added."""
+    """Adds flags to the parser, or a group of it, and returns it."""
     for flag, options in flags.items():
         parser.add_argument(flag, **options)
     return parser

@@ -13,18 +13,19 @@ Architecture = Literal["decoder_only", "encoder_decoder"]
 class Batch(flax.struct.PyTreeNode):
     """Clean, unshifted tokens and their roles; all corruption, shifting and masking happens on device.
 
-    A padding position is known by `segment_ids == 0`, never by its token: pad tokens inside a target canvas are data.
+    Padding is recognised by `segment_ids == 0`, never by its token: pad tokens inside a target canvas are data.
 
     Attributes:
       tokens: int32 `[B, L]`. Decoder-only: inputs, then targets, then padding. Encoder-decoder: targets only.
-      target_mask: bool `[B, L]`, the positions that the model must produce. Loss lives here and nowhere else.
-      segment_ids: int32 `[B, L]`, 0 = not there at all, 1..n = the packed example that a position belongs to.
+      target_mask: bool `[B, L]`, the positions that the model must produce. The loss is computed there and nowhere
+        else.
+      segment_ids: int32 `[B, L]`, 0 = empty, 1..n = the packed example that a position belongs to.
       positions: int32 `[B, L]`, restarting at 0 with each segment.
       example_ids: int32 `[B]`. Training: the row's index in the global batch. Evaluation: the example's index in the
-        evaluation set. The randomness of a row is keyed by it.
+        evaluation set. A row's randomness is keyed by it.
       encoder_tokens, encoder_segment_ids, encoder_positions: int32 `[B, S]`, the inputs, for an encoder-decoder. Inputs
         and targets of one example have the same segment id. None for a decoder-only model.
-      written_at: int32 `[B, L]`, of a text that a decoder wrote: see `decoding.decoder.Decoded`. None for data.
+      written_at: int32 `[B, L]`, for a text that a decoder wrote: see `decoding.decoder.Decoded`. None for data.
     """
 
     tokens: Array

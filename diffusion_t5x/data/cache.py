@@ -1,11 +1,11 @@
-"""The folders of tokenized examples that `cache_tasks` writes, and what they say of themselves. Free of TensorFlow.
+"""The folders of tokenized examples that `cache_tasks` writes, and their descriptions. Free of TensorFlow.
 
     CACHE_DIR/<task>/<split>/examples.array_record-00000-of-00004 ...
     CACHE_DIR/<task>/<split>/info.json
     CACHE_DIR/<mixture>/<split>/info.json
 
 A record is one example: msgpack of its features, arrays of unsigned integers. info.json is written last, so a split
-without it was not finished. A mixture's has only the rates of its tasks, which lie beside it.
+without it was not finished. A mixture's info.json has only the rates of its tasks, which are cached beside it.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ class Shard:
     """Contents of one file of the cache.
 
     Attributes:
-      num_examples: how many records.
-      sha256: of the records, one after another.
+      num_examples: number of records.
+      sha256: SHA-256 of the concatenated records.
     """
 
     num_examples: int
@@ -42,15 +42,15 @@ class CachedTask:
     """A split of a task in a cache: info.json.
 
     Attributes:
-      name: of the task.
-      split: which split of it.
-      task_feature_lengths: what the features were cut to, and what the preprocessors made them for.
-      vocabulary: what the tokens are ids of.
-      seed: of the preprocessors' random choices.
+      name: name of the task.
+      split: the split of the task.
+      task_feature_lengths: the lengths that features were cut to and that preprocessors worked for.
+      vocabulary: the vocabulary of the token ids.
+      seed: seed of the preprocessors' random choices.
       num_epochs: number of passes over the data.
-      num_shards: parts that they were read in, a file for each.
+      num_shards: number of parts in which the data were read, one file each.
       shards: the files, in order.
-      versions: of the libraries that made them.
+      versions: versions of the libraries that wrote it.
     """
 
     name: str
@@ -69,9 +69,9 @@ class CachedMixture:
     """A split of a mixture in a cache: info.json.
 
     Attributes:
-      name: of the mixture.
-      split: which split of it.
-      rates: of the tasks, by name.
+      name: name of the mixture.
+      split: the split of the mixture.
+      rates: rates of the tasks, by name.
     """
 
     name: str
@@ -83,36 +83,36 @@ Info = CachedTask | CachedMixture
 
 
 def folder(cache_dir: str, name: str, split: str) -> pathlib.Path:
-    """The folder of a split of a task or mixture."""
+    """Returns the folder of a split of a task or mixture."""
     return pathlib.Path(cache_dir).expanduser() / name / split
 
 
 def shard_file(where: pathlib.Path, index: int, num_shards: int) -> pathlib.Path:
-    """The file of a shard in the folder `where`."""
+    """Returns the file of a shard in the folder `where`."""
     return where / f"examples.array_record-{index:05d}-of-{num_shards:05d}"
 
 
 def to_record(example: Mapping[str, np.ndarray], vocabulary_size: int) -> bytes:
-    """An example's record: its features in the smallest unsigned integers that hold the vocabulary."""
+    """Returns an example's record: its features in the smallest unsigned integers that hold the vocabulary."""
     dtype = np.min_scalar_type(vocabulary_size - 1)
     return serialization.msgpack_serialize({name: tokens.astype(dtype) for name, tokens in example.items()})
 
 
 def from_record(record: bytes) -> dict[str, np.ndarray]:
-    """The features in a record."""
+    """Returns the features in a record."""
     return serialization.msgpack_restore(record)
 
 
 def write_info(where: pathlib.Path, info: Info) -> None:
-    """Writes info.json in the folder `where`, which finishes the split."""
+    """Writes info.json to the folder `where`, which finishes the split."""
     records.write_json(where / "info.json", {"format": FORMAT} | dataclasses.asdict(info))
 
 
 def read_info(where: pathlib.Path) -> Info | None:
-    """The contents of the cache in folder `where`; None if there is no cache, not even an unfinished one.
+    """Returns the info.json of the cache in folder `where`; None if there is no cache, not even an unfinished one.
 
     Raises:
-      UserError: the cache was not finished, is of another format, or its info.json is damaged.
+      UserError: the cache was not finished or has another format, or its info.json is damaged.
     """
     path = where / "info.json"
     if not path.is_file():
@@ -134,10 +134,10 @@ def read_info(where: pathlib.Path) -> Info | None:
 
 
 def is_done(where: pathlib.Path, info: Info) -> bool:
-    """True if the folder `where` holds what `info` (without shards) asks for.
+    """True if the folder `where` has what `info` (without shards) asks for.
 
     Raises:
-      UserError: it holds something else.
+      UserError: it has something else.
     """
     if not (where / "info.json").exists() or (found := read_info(where)) is None:
         return False
@@ -151,16 +151,16 @@ def is_done(where: pathlib.Path, info: Info) -> bool:
 
 
 def _settings(info: Info) -> dict[str, Any]:
-    """The settings from which a cache is made."""
+    """Returns the settings from which a cache is made."""
     values = dataclasses.asdict(info)
     return {name: value for name, value in values.items() if name not in ("shards", "versions")}
 
 
 def find(cache_dir: str, name: str, split: str) -> list[tuple[CachedTask, float]]:
-    """The cached tasks of a task (itself) or mixture, each with its rate.
+    """Returns the cached tasks of a mixture, or of a task (itself), each with its rate.
 
     Raises:
-      UserError: there is no such cache, or as `read_info`.
+      UserError: there is no such cache; or as `read_info`.
     """
     info = read_info(folder(cache_dir, name, split))
     if info is None:

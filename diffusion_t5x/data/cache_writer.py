@@ -23,12 +23,12 @@ _PACKAGES = ("diffusion_t5x", "seqio", "t5", "tensorflow")
 
 @dataclasses.dataclass(frozen=True)
 class CacheJob:
-    """A cache to write. Shards can be written in any order, anywhere that sees the folder, and more than once.
+    """A cache to write. Shards can be written in any order, repeatedly, and on any machine that sees the folder.
 
     Attributes:
-      dataset: the task; its `split`, `seed` and `task_feature_lengths` count.
-      folder: where to.
-      info: what it will be, without its shards.
+      dataset: the task; only its `split`, `seed` and `task_feature_lengths` are used.
+      folder: the folder to write to.
+      info: the finished info.json, without its shards.
       task_modules: modules that register the task, for workers.
     """
 
@@ -38,13 +38,13 @@ class CacheJob:
     task_modules: tuple[str, ...] = ()
 
     def begin(self) -> None:
-        """Makes the folder, or empties it of what an unfinished run has left."""
+        """Makes the folder, or removes what an unfinished run left in it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob("examples.array_record-*"):
             leftover.unlink()
 
     def write_shard(self, index: int) -> tuple[int, Shard]:
-        """Writes a shard's file; returns its index and what it holds."""
+        """Writes a shard's file; returns its index and its contents."""
         for module in self.task_modules:
             importlib.import_module(module)
         path = cache.shard_file(self.folder, index, self.info.num_shards)
@@ -81,8 +81,8 @@ def write_with_beam(jobs: Sequence[CacheJob], options: Sequence[str]) -> None:
     """Writes all in one Apache Beam pipeline, each shard by a worker.
 
     Args:
-      jobs: whose folders all workers see.
-      options: the pipeline's, as on Beam's command line: ["--runner=DirectRunner", ...].
+      jobs: the caches to write; all workers must see their folders.
+      options: the pipeline's options, as on Beam's command line: ["--runner=DirectRunner", ...].
 
     Raises:
       UserError: Beam is not installed.

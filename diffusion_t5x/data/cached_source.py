@@ -1,4 +1,4 @@
-"""Training from what `cache_tasks` wrote, read by Grain: global shuffle, exact positions, no TensorFlow."""
+"""Trains from the output of `cache_tasks`, read by Grain: global shuffle, exact positions, no TensorFlow."""
 
 import dataclasses
 import itertools
@@ -24,23 +24,23 @@ _READ_OPTIONS = grain.ReadOptions(num_threads=8, prefetch_buffer_size=16)  # Gra
 
 @dataclasses.dataclass(frozen=True)
 class CachedDataset:
-    """A cached SeqIO task or mixture, read for a model. Tokens and rows are those of `seqio_source.SeqioDataset`.
+    """A cached SeqIO task or mixture. Tokens and rows are those of `seqio_source.SeqioDataset`.
 
-    What differs: an epoch is shuffled as a whole and not in a buffer; all hosts together read an epoch before the next
+    Differences: an epoch is shuffled as a whole and not in a buffer; all hosts together read an epoch before the next
     one begins; a mixture takes turns at its rates, without randomness; packing fills several rows at the same time, so
-    fewer positions stay empty. It serves training and losses; decoding and scoring read the task itself.
+    fewer positions stay empty. For training and losses only; decoding and scoring read the task itself.
 
     Attributes:
       mixture_or_task_name: as given to `cache_tasks`.
-      task_feature_lengths: tokens of `inputs` and `targets`; those that the cache was made for.
+      task_feature_lengths: numbers of tokens in `inputs` and `targets`; must match the cache's.
       cache_dir: as given to `cache_tasks`.
       split: the split to read.
-      batch_size: rows of the global batch, over all shards.
-      shuffle: train in shuffled order, a new one each epoch. Evaluation never shuffles.
-      seed: of the shuffling. Preprocessors have made their choices already.
-      pack: several examples to a training row, kept apart by `segment_ids`. Excludes `canvas`.
-      canvas: every target is followed by pad tokens up to the targets' length, and the model learns to write these too.
-      architecture: of the model that the rows are for.
+      batch_size: number of rows in the global batch, over all shards.
+      shuffle: shuffle training data anew each epoch. Evaluation never shuffles.
+      seed: seed of the shuffling. Preprocessors have made their random choices already.
+      pack: pack several examples into a training row, kept apart by `segment_ids`. Excludes `canvas`.
+      canvas: pad every target to the targets' length with pad tokens that the model learns to write, too.
+      architecture: the architecture of the model that reads the rows.
     """
 
     mixture_or_task_name: str
@@ -61,16 +61,16 @@ class CachedDataset:
 
     @property
     def row_length(self) -> int:
-        """Positions of the longest sequence that the model reads."""
+        """Number of positions in the longest sequence that the model reads."""
         return max(self._layout(pad_id=0).lengths.values())
 
     def check(self) -> None:
         """Checks everything that can be checked without reading data.
 
         Raises:
-          UserError: no cache, an unfinished or damaged one, or one for other lengths; tasks with different
-            vocabularies; an empty one; lengths or batch size that are not positive; packing together with a canvas; an
-            encoder without inputs.
+          UserError: the cache is missing, unfinished, damaged, empty or made for other lengths; tasks with different
+            vocabularies; lengths or batch size that are not positive; packing together with a canvas; an encoder
+            without inputs.
         """
         check_rows(self.task_feature_lengths, self.batch_size, self.pack, self.canvas)
         tasks = [task for task, _ in self._tasks()]
@@ -95,11 +95,11 @@ class CachedDataset:
         return self._tasks()[0][0].vocabulary
 
     def texts(self) -> dict[str, Any]:
-        """Same as `SeqioDataset.texts`, but empty: a cache holds only tokens."""
+        """The same as `SeqioDataset.texts`, but empty: a cache has only tokens."""
         return {}
 
     def train_iterator(self, num_shards: int = 1, shard_index: int = 0) -> "CachedIterator":
-        """Endless batches of `batch_size / num_shards` rows, made of every `num_shards`-th example of the global order.
+        """Returns endless batches of `batch_size / num_shards` rows: every `num_shards`-th example of the global order.
 
         `example_ids` are the rows' indices in the global batch, in which the shards' rows follow one another.
 
@@ -128,7 +128,7 @@ class CachedDataset:
         return CachedIterator(batches, example_ids, source, self.fingerprint())
 
     def fingerprint(self) -> Fingerprint:
-        """Fingerprint of the files that are read."""
+        """Returns a fingerprint of the files that are read."""
         shards = (self._shard_files(task) for task, _ in self._tasks())
         return fingerprints.of_files([str(file) for files in shards for file in files])
 
@@ -137,15 +137,15 @@ class CachedDataset:
         return [cache.shard_file(where, i, task.num_shards) for i in range(task.num_shards)]
 
     def eval_batches(self, num_examples: int | None = None) -> Iterator[tuple[Batch, list[dict[str, int]]]]:
-        """One pass in the cache's order, one example per row, whatever `shuffle` and `pack` say.
+        """Yields one pass in the cache's order, one example per row, whatever `shuffle` and `pack` say.
 
         A mixture takes turns at its rates until the first of its tasks ends.
 
         Args:
-          num_examples: only the first `num_examples`; None for all.
+          num_examples: take only the first `num_examples`; None takes all.
 
         Yields:
-          Batches as those of `SeqioDataset.eval_batches`; and for each example its `example_id`.
+          Batches like those of `SeqioDataset.eval_batches`, and the `example_id` of each example.
 
         Raises:
           UserError: as `check`.
@@ -167,10 +167,10 @@ class CachedDataset:
         return RowLayout(self.task_feature_lengths, self.architecture, self.canvas, pad_id)
 
     def _open(self, task: CachedTask) -> grain.sources.ArrayRecordDataSource:
-        """The records of a task.
+        """Returns the records of a task.
 
         Raises:
-          UserError: a file is missing, or has unexpected contents; or there are no examples at all.
+          UserError: a file is missing or has unexpected contents; or there are no examples.
         """
         where = cache.folder(self.cache_dir, task.name, task.split)
         files = self._shard_files(task)
@@ -191,7 +191,7 @@ class CachedDataset:
         return source
 
     def _mix(self, endless: bool) -> grain.MapDataset:
-        """The records in their global order; `endless` are those of training."""
+        """Returns the records in their global order; `endless` for training."""
         parts, rates = [], []
         for number, (task, rate) in enumerate(self._tasks()):
             part = grain.MapDataset.source(self._open(task))
@@ -207,10 +207,10 @@ class CachedIterator:
     """Endless batches, and the exact position among them.
 
     Args:
-      dataset: gives dictionaries of the arrays of a `Batch`, example_ids excepted.
+      dataset: yields dictionaries of the arrays of a `Batch`, except example_ids.
       example_ids: int32 `[rows]`, the same for each batch.
-      source: says which data these are. A position is only good for the data it was taken in.
-      files: the fingerprint of the files that are read.
+      source: identifies the data. A position is valid only for the data that it was taken in.
+      files: fingerprint of the files that are read.
     """
 
     def __init__(self, dataset: grain.IterDataset, example_ids: np.ndarray, source: str, files: Fingerprint):
@@ -223,10 +223,10 @@ class CachedIterator:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch.
+        """Returns the next batch.
 
         Raises:
-          UserError: a file has gone or is broken.
+          UserError: a file disappeared or is broken.
         """
         try:
             arrays = next(self._iterator)
@@ -235,7 +235,7 @@ class CachedIterator:
         return Batch(**arrays, example_ids=self._example_ids)
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """The position as uint8 arrays: what `load_state_dict` needs to continue with the next batch."""
+        """Returns the position as uint8 arrays, from which `load_state_dict` continues with the next batch."""
         position = json.dumps(self._iterator.get_state()).encode()
         return {
             "source": self._source,
@@ -244,7 +244,7 @@ class CachedIterator:
         }
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """Restores the position that `state_dict` returned, without reading what lies before it.
+        """Restores a position that `state_dict` returned, without reading the data before it.
 
         Raises:
           UserError: the position was taken in other data (task, contents, lengths, batch size, seed, shards ...).

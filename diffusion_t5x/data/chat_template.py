@@ -1,6 +1,6 @@
-"""A model's chat template, the Jinja that comes with its tokenizer: conversations as texts, turn by turn.
+"""A model's chat template, the Jinja file that comes with its tokenizer: renders conversations turn by turn.
 
-Whoever made a model wrote its template, so it runs in Jinja's sandbox, in a process of its own with limits of time and
+A template is somebody else's program, so it runs in Jinja's sandbox, in a process of its own with limits on time and
 memory, and sees plain JSON.
 """
 
@@ -24,20 +24,20 @@ _TOKENS = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", 
 
 
 class ChatTemplate:
-    """Renders conversations as `transformers` does, but that nothing in a message becomes a special token.
+    """Renders conversations like `transformers`, except that nothing in a message becomes a special token.
 
     Args:
       text: the template.
-      tokens: what it may name: "bos_token", "eos_token" ...
-      special: texts that a tokenizer makes special tokens, wherever they stand.
-      variables: what else it may name, such as {"enable_thinking": False}.
-      tool_use: a template for conversations that have tools; None takes `text` for them, too.
+      tokens: the special tokens that it may name: "bos_token", "eos_token" ...
+      special: texts that the tokenizer turns into special tokens wherever they appear.
+      variables: more variables that it may name, such as {"enable_thinking": False}.
+      tool_use: a template for conversations with tools; None uses `text` for them, too.
 
     Attributes:
       names: the variables that the templates read.
 
     Raises:
-      UserError: it is no Jinja.
+      UserError: it is not valid Jinja.
     """
 
     def __init__(
@@ -65,9 +65,9 @@ class ChatTemplate:
 
     @classmethod
     def read(cls, folder: pathlib.Path, special: Collection[str], variables: Mapping[str, Any] | None = None) -> Self:
-        """The template of a tokenizer's folder: chat_template.jinja, else "chat_template" in tokenizer_config.json.
+        """Reads the template in a tokenizer's folder: chat_template.jinja, or "chat_template" in tokenizer_config.json.
 
-        Of several by name it is "default", and "tool_use" for conversations with tools, as in `transformers`.
+        Of several named templates it takes "default", and "tool_use" for conversations with tools, like `transformers`.
 
         Raises:
           UserError: there is none, or it cannot be read.
@@ -97,14 +97,14 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The text of a conversation, at whose end the assistant's turn may begin.
+        """Returns the text of a conversation; at its end the assistant's turn may begin.
 
-        Where a message has the text of a special token, `parts` finds a cut.
+        Inside a message, the text of a special token is marked as a cut, which `parts` finds.
 
         Args:
-          messages: of the conversation.
+          messages: the messages of the conversation.
           add_generation_prompt: ask for an answer.
-          variables: what else belongs to the conversation, such as "tools".
+          variables: more variables of the conversation, such as "tools".
 
         Raises:
           ValueError: the template refuses the conversation, fails, or takes too much time or memory.
@@ -114,11 +114,11 @@ class ChatTemplate:
     def turn(
         self, messages: Sequence[Message], number: int, variables: Mapping[str, Any] | None = None
     ) -> tuple[str, str]:
-        """What the model reads before it writes `messages[number]`, and what it then writes.
+        """Returns what the model reads before it writes `messages[number]`, and what it then writes.
 
-        That ends with the last special token behind the message; what a template puts after it, such as a line end,
-        begins what is read next. Where the template asks for an answer with an open thought, which it leaves out of
-        what was answered, the thought is the message's (empty if it has none), and closed before the answer.
+        The latter ends with the last special token after the message; anything that a template puts after it, such as a
+        line end, begins the next prompt. If the template prompts with an open thought, which it leaves out of past
+        answers, the thought is the message's (empty if it has none), and is closed before the answer.
 
         Raises:
           ValueError: as `render`, or the template begins a turn otherwise than it asks for one.
@@ -137,7 +137,7 @@ class ChatTemplate:
         return prompt, answer[: ends[-1]] if ends else answer
 
     def _behind_thought(self, written: str, message: Message, tag: str) -> str:
-        """The part of an answer after the tag that opens a thought."""
+        """Returns the part of an answer after the tag that opens a thought."""
         begins, ends = f"<{tag}>", f"</{tag}>"
         if written.lstrip().startswith(begins):  # with other spaces than the prompt has
             return written.lstrip().removeprefix(begins).lstrip("\n")
@@ -152,7 +152,7 @@ class ChatTemplate:
     def _render(
         self, asked: Sequence[tuple[Sequence[Message], bool]], variables: Mapping[str, Any] | None
     ) -> list[str]:
-        """The marked texts of conversations, each with whether it asks for an answer."""
+        """Renders conversations as marked texts; each comes with True if it asks for an answer."""
         said = [{**(variables or {}), "messages": list(messages)} for messages, _ in asked]
         marked = [self._mark(each) for each in said]
         cut = [number for number, each in enumerate(said) if each != marked[number]]
@@ -169,7 +169,7 @@ class ChatTemplate:
         return texts[: len(asked)]
 
     def _mark(self, value: Any) -> Any:
-        """The same with a mark inside each special token's text, which so is not one any more."""
+        """Returns the value with a mark inside each special token's text, so that it is not special any more."""
         if isinstance(value, str):
             if _MARK in value:
                 raise ValueError("it has the character U+10FFFF, which is not text.")
@@ -183,5 +183,5 @@ class ChatTemplate:
 
 
 def parts(text: str) -> list[str]:
-    """The parts of a rendered text: encoded one by one, no special token comes from a message."""
+    """Splits a rendered text into parts: if they are encoded one by one, no special token comes from a message."""
     return text.split(_MARK)

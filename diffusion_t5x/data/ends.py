@@ -1,4 +1,4 @@
-"""The end of a text among its targets."""
+"""Finds the end of a text among its targets."""
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +8,14 @@ from diffusion_t5x.data.vocabularies import TokenIds
 
 
 def after_end(tokens: Array, batch: Batch, vocabulary: TokenIds) -> jax.Array:
-    """bool `[B, L]`: True after the first EOS or pad among the targets of its segment.
+    """Returns bool `[B, L]`: True after the first EOS or pad among the targets of its segment.
 
-    The one place where the length of an output is decided: decoders drop what stands there.
+    The length of an output is decided only here: decoders drop everything after the end.
 
     Args:
       tokens: int32 `[B, L]`, in place of the batch's own.
-      batch: says what the slots are.
-      vocabulary: says what EOS and pad are.
+      batch: layout of the slots.
+      vocabulary: its EOS and pad ids.
     """
     ends = batch.target_mask & vocabulary.is_end(tokens)
     ends_before = jnp.cumsum(ends, axis=-1) - ends
@@ -24,5 +24,5 @@ def after_end(tokens: Array, batch: Batch, vocabulary: TokenIds) -> jax.Array:
 
 
 def text_of(batch: Batch, vocabulary: TokenIds) -> Array:
-    """bool `[B, L]`: True for the targets of the text, including the one that ends it."""
+    """Returns bool `[B, L]`: True for the targets of the text, including the one that ends it."""
     return batch.target_mask & ~after_end(batch.tokens, batch, vocabulary)

@@ -1,4 +1,4 @@
-"""From SeqIO's `inputs` and `targets` to the rows of a `Batch`. Imports TensorFlow: import it inside functions."""
+"""Converts SeqIO's `inputs` and `targets` to the rows of a `Batch`. Imports TensorFlow: import it inside functions."""
 
 import abc
 from collections.abc import Mapping
@@ -12,18 +12,17 @@ Spec = seqio.FeatureConverter.FeatureSpec
 
 
 class RowConverter(seqio.FeatureConverter, abc.ABC):
-    """Rows of clean, unshifted tokens, as in `data.batch.Batch`. Three layouts of the targets (METHODS: target canvas):
+    """Rows of clean, unshifted tokens, as in `data.batch.Batch`; three layouts of targets (METHODS: target canvas):
 
       plain    targets, padding
-      canvas   a canvas as long as the targets' length, which holds the targets and, behind them, pad tokens which are
-               targets as well
+      canvas   a canvas of the targets' length: the targets, and after them pad tokens, which are targets as well
       pack     plain examples one after another, as many as fit, each a segment of its own
 
     Args:
-      has_inputs: whether the task has a feature `inputs`.
+      has_inputs: True if the task has a feature `inputs`.
       pack: several examples per row.
-      canvas: fill the targets up to their length. Excludes `pack`.
-      pad_id: the token that fills up.
+      canvas: pad the targets to their length. Excludes `pack`.
+      pad_id: the pad token.
     """
 
     PACKING_FEATURE_DTYPES: ClassVar[dict[str, Any]] = {}
@@ -41,7 +40,7 @@ class RowConverter(seqio.FeatureConverter, abc.ABC):
 
     @abc.abstractmethod
     def _pack_rows(self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]) -> tf.data.Dataset:
-        """Plain examples packed to rows."""
+        """Packs plain examples into rows."""
 
     def _convert_features(self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]) -> tf.data.Dataset:
         if self.pack:
@@ -49,13 +48,13 @@ class RowConverter(seqio.FeatureConverter, abc.ABC):
         return ds.map(lambda x: self.convert_example(x, task_feature_lengths), num_parallel_calls=tf.data.AUTOTUNE)
 
     def _targets(self, features: Features, task_feature_lengths: Mapping[str, int]) -> tf.Tensor:
-        """The targets, in the layout "canvas" with the pad tokens behind them."""
+        """Returns the targets, in the layout "canvas" with pad tokens after them."""
         targets = features["targets"]
         blank = task_feature_lengths["targets"] - tf.size(targets) if self._canvas else 0
         return tf.pad(targets, [[0, blank]], constant_values=self._pad_id)
 
     def _fill_up(self, values: tf.Tensor, length: int, filler: int | None = None) -> tf.Tensor:
-        """`[length]`: values, then the filler (by default pad tokens)."""
+        """Returns `[length]`: the values, then the filler (by default pad tokens)."""
         filler = self._pad_id if filler is None else filler
         return tf.ensure_shape(tf.pad(values, [[0, length - tf.size(values)]], constant_values=filler), [length])
 
@@ -88,7 +87,7 @@ class DecoderOnlyConverter(RowConverter):
         }
 
     def _join(self, features: Features, task_feature_lengths: Mapping[str, int]) -> tuple[tf.Tensor, tf.Tensor]:
-        """The tokens of an example and whether each of them is a target."""
+        """Returns the tokens of an example, and True for each that is a target."""
         targets = self._targets(features, task_feature_lengths)
         inputs = features["inputs"] if "inputs" in self.TASK_FEATURES else targets[:0]
         return tf.concat([inputs, targets], 0), tf.concat([tf.zeros_like(inputs), tf.ones_like(targets)], 0) > 0
@@ -115,7 +114,7 @@ class DecoderOnlyConverter(RowConverter):
 
 
 class EncoderDecoderConverter(RowConverter):
-    """Rows for an encoder-decoder: `inputs` for the encoder, `targets` for the decoder, each as long as its feature."""
+    """Rows for an encoder-decoder: `inputs` for the encoder, `targets` for the decoder, each of its own length."""
 
     MODEL_FEATURES: ClassVar = DecoderOnlyConverter.MODEL_FEATURES | {
         "encoder_tokens": Spec(dtype=tf.int32),

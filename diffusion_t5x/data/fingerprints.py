@@ -17,7 +17,7 @@ _SHOWN = 5
 
 
 def of_files(files: Sequence[str]) -> Fingerprint:
-    """The fingerprint of local files; their folder may be moved. Files that are not there have none."""
+    """Returns the fingerprint of local files; their folder may be moved. Missing files have none."""
     paths = [os.path.abspath(os.path.expanduser(file)) for file in files]
     paths = sorted({path for path in paths if os.path.isfile(path)})
     if not paths:
@@ -40,7 +40,7 @@ def _of_file(path: str) -> tuple[int, str]:
 
 
 def changes(before: Fingerprint, now: Fingerprint) -> list[str]:
-    """The changes between two fingerprints, a phrase for each file."""
+    """Returns the changes between two fingerprints, a phrase for each file."""
     found = []
     for name in sorted(before.keys() | now.keys()):
         if name not in now:
@@ -55,12 +55,12 @@ def changes(before: Fingerprint, now: Fingerprint) -> list[str]:
 
 
 def to_array(fingerprint: Fingerprint) -> np.ndarray:
-    """uint8: as a checkpoint keeps it."""
+    """Returns a fingerprint as uint8, for a checkpoint."""
     return np.frombuffer(json.dumps(fingerprint).encode(), np.uint8)
 
 
 def warn_of_changes(kept: np.ndarray | None, now: Fingerprint) -> None:
-    """Says in the log what has changed since a checkpoint, if it kept a fingerprint (see `to_array`)."""
+    """Logs what has changed since a checkpoint, if it kept a fingerprint (see `to_array`)."""
     before = {} if kept is None else {name: tuple(value) for name, value in json.loads(bytes(kept)).items()}
     found = changes(before, now) if before else []
     if found:

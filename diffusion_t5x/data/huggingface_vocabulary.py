@@ -18,7 +18,7 @@ _ROLES = ("bos", "eos", "pad", "unk", "mask")
 
 
 class HuggingFaceVocabulary(PythonVocabulary):
-    """Encodes and decodes with the `tokenizers` library, without the special tokens that it adds around a text.
+    """Encodes and decodes with the `tokenizers` library, without the special tokens it adds around a text.
 
     What ends a text, begins one and pads is named by the files beside the tokenizer, with the precedence that they have
     in `transformers`: tokenizer_config.json where it has `added_tokens_decoder`, else special_tokens_map.json before
@@ -31,7 +31,7 @@ class HuggingFaceVocabulary(PythonVocabulary):
       mask_id: of MASK; None takes the one that the files name.
 
     Raises:
-      UserError: it cannot be read, is no such file, or nothing beside it names a token that ends a text.
+      UserError: it cannot be read or has another format, or nothing beside it names a token that ends a text.
     """
 
     def __init__(self, path: str, mask_id: int | None = None):
@@ -142,7 +142,7 @@ class HuggingFaceVocabulary(PythonVocabulary):
 
     @functools.cached_property
     def _part_tokenizer(self) -> tokenizers.Tokenizer:
-        """The same without a space in front."""
+        """The tokenizer without the space that it adds in front of a text."""
         spec = json.loads(self._text)
         for part in _parts(spec["normalizer"]):
             if part["type"] == "Prepend":
@@ -156,10 +156,10 @@ class HuggingFaceVocabulary(PythonVocabulary):
 
 
 def _add_tokens(tokenizer: tokenizers.Tokenizer, file: pathlib.Path) -> bool:
-    """Adds the tokens that the files beside a tokenizer.json name and it lacks, as `transformers` does.
+    """Adds the tokens that the files beside a tokenizer.json name and it lacks, like `transformers`.
 
     Raises:
-      UserError: one has another id in the tokenizer than it is said to have.
+      UserError: a token has another id in the tokenizer than the files say.
     """
     found = sorted(tokenizer_files.added_tokens(file.parent).items())
     lacking = [token for _, token in found if tokenizer.token_to_id(token.content) is None]
@@ -199,7 +199,7 @@ def _is_id(token: Any) -> TypeGuard[int]:
 
 
 def _parts(component: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The parts of a normalizer, pre-tokenizer or decoder, sequences unfolded."""
+    """Returns the parts of a normalizer, pre-tokenizer or decoder, with sequences flattened."""
     if component is None:
         return []
     inner = next((component[key] for key in ("normalizers", "pretokenizers", "decoders") if key in component), None)
@@ -207,7 +207,7 @@ def _parts(component: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _byte_characters() -> dict[str, int]:
-    """The printable character that stands for each byte in byte-level vocabularies (GPT-2's `encoder.py`)."""
+    """Returns the printable character for each byte in byte-level vocabularies (GPT-2's `encoder.py`)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -1,6 +1,6 @@
-"""The vocabulary of llama2.c's models, as its tokenizer files hold it. Imports SeqIO: import it inside functions.
+"""The vocabulary in llama2.c's tokenizer files. Imports SeqIO: import it inside functions.
 
-A file holds an int32 (the longest piece's bytes), then for each id a float32 score, an int32 length and the piece; all
+A file has an int32 (the longest piece's bytes), then for each id a float32 score, an int32 length and the piece; all
 little endian. Ids 0, 1 and 2 are unknown, BOS and EOS, 3 to 258 the bytes `<0x00>` to `<0xFF>`, the others pieces of
 text (github.com/karpathy/llama2.c, tokenizer.py).
 """
@@ -23,10 +23,10 @@ _CHARACTER = re.compile(rb".[\x80-\xbf]{0,3}", re.DOTALL)
 
 
 class Llama2cVocabulary(PythonVocabulary):
-    """Encodes and decodes as llama2.c's run.c does, without BOS: an autoregressive model reads that as its start token.
+    """Encodes and decodes like llama2.c's run.c, without BOS: autoregressive models read BOS as their start token.
 
-    Unknown is never written, as all text falls back to bytes; its id 0 is pad here. llama2.c's models end a text with
-    the BOS of the next one: decoding stops there.
+    The unknown token is never written, because all text falls back to bytes; its id 0 is pad here. llama2.c's models
+    end a text with the BOS of the next one, and decoding stops there.
 
     Args:
       path: the tokenizer file.
@@ -34,7 +34,7 @@ class Llama2cVocabulary(PythonVocabulary):
     `contents` are the file's bytes.
 
     Raises:
-      UserError: it cannot be read, or is not such a file.
+      UserError: it cannot be read or has another format.
     """
 
     puts_space = True
@@ -86,9 +86,9 @@ class Llama2cVocabulary(PythonVocabulary):
         return self._to_ids(text.encode(), begins)
 
     def _to_ids(self, text: bytes, begins: bool = True) -> list[int]:
-        """Characters or bytes first; then, again and again, the pair whose joined piece has the best score is joined.
+        """Encodes a text: starts from characters or bytes, then repeatedly joins the pair whose piece scores best.
 
-        Of equal scores the leftmost pair wins. A heap of pairs finds it; a pair that has changed since is ignored.
+        The leftmost of equally good pairs wins. A heap finds it; outdated pairs in the heap are ignored.
         """
         if not text:
             return []
@@ -129,7 +129,7 @@ class Llama2cVocabulary(PythonVocabulary):
 
 
 def _parse(contents: bytes, path: str) -> tuple[list[bytes], list[float]]:
-    """Pieces and scores by id."""
+    """Returns pieces and scores by id."""
     pieces, scores, at = [], [], 4
     while at + 8 <= len(contents):
         score, length = struct.unpack_from("<fi", contents, at)

@@ -1,4 +1,4 @@
-"""Vocabularies whose tokenizers are not TensorFlow's: it calls them back. Imports SeqIO: import it inside functions."""
+"""Base of vocabularies whose tokenizers TensorFlow calls back. Imports SeqIO: import it inside functions."""
 
 import abc
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ import tensorflow as tf
 
 
 class PythonVocabulary(seqio.Vocabulary):
-    """Base class of the project's own vocabularies, with the methods that the framework needs beside SeqIO's.
+    """Base class of the project's own vocabularies; adds the methods that the framework needs to SeqIO's.
 
     Attributes:
-      contents: bytes that tell it from others.
-      file: the path that it was made from.
+      contents: bytes that identify the vocabulary.
+      file: the path that it was read from.
     """
 
     contents: bytes
@@ -22,11 +22,11 @@ class PythonVocabulary(seqio.Vocabulary):
     @property
     @abc.abstractmethod
     def puts_space(self) -> bool:
-        """True if a text's first piece has a space in front that is not the text's."""
+        """True if the tokenizer puts a space in front of a text."""
 
     @abc.abstractmethod
     def is_text(self) -> np.ndarray:
-        """bool `[vocab_size]`: whether an id is a piece of text."""
+        """bool `[vocab_size]`: True for ids that are pieces of text."""
 
     @property
     def mask_id(self) -> int | None:
@@ -34,24 +34,24 @@ class PythonVocabulary(seqio.Vocabulary):
         return None
 
     def sentinel_ids(self) -> list[int]:
-        """The ids of `<extra_id_0>`, `<extra_id_1>` ..., as far as there are such tokens."""
+        """The ids of `<extra_id_0>`, `<extra_id_1>` ..., as far as they exist."""
         return []
 
     @abc.abstractmethod
     def piece(self, token: int) -> bytes:
-        """The bytes of one id; a byte may be only part of a character. Special ids return their names: "<s>"."""
+        """Returns the bytes of one id; a byte may be only part of a character. Special ids have names such as "<s>"."""
 
     @abc.abstractmethod
     def encode_part(self, text: str, begins: bool) -> list[int]:
-        """The tokens of a part of a text, with a space in front only where it `begins` the text."""
+        """Encodes a part of a text, with a space in front only if it `begins` the text."""
 
     @abc.abstractmethod
     def _to_ids(self, text: bytes) -> list[int]:
-        """The tokens of a text in UTF-8."""
+        """Returns the tokens of a UTF-8 text."""
 
     @abc.abstractmethod
     def _to_bytes(self, ids: Sequence[int]) -> bytes:
-        """The text of ids in UTF-8, if they are one."""
+        """Returns the text of ids as UTF-8, if it is valid."""
 
     def _encode(self, s: str) -> list[int]:
         return self._to_ids(s.encode())

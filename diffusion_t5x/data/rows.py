@@ -1,4 +1,4 @@
-"""Rows of a `Batch` in numpy: what the sources share, and the row layouts for those that need no TensorFlow."""
+"""Rows of a `Batch` in numpy: code that all sources share, and the row layouts for sources without TensorFlow."""
 
 import dataclasses
 import itertools
@@ -14,7 +14,7 @@ Row = dict[str, np.ndarray]
 
 
 def check_rows(task_feature_lengths: Mapping[str, int], batch_size: int, pack: bool, canvas: bool) -> None:
-    """Raises a UserError where lengths or batch size are not positive, or packing and canvas are asked for together."""
+    """Raises a UserError if lengths or batch size are not positive, or packing and canvas are combined."""
     lengths = {f"{name} length": length for name, length in task_feature_lengths.items()}
     for name, number in {**lengths, "batch size": batch_size}.items():
         if not isinstance(number, int) or number < 1:
@@ -24,7 +24,7 @@ def check_rows(task_feature_lengths: Mapping[str, int], batch_size: int, pack: b
 
 
 def rows_of_shard(batch_size: int, num_shards: int, shard_index: int) -> np.ndarray:
-    """int32 `[batch_size / num_shards]`: a shard's rows in the global batch, in which the shards follow one another.
+    """Returns int32 `[batch_size / num_shards]`: a shard's rows in the global batch. Shards follow one another.
 
     Raises:
       UserError: the shards do not divide the batch.
@@ -36,7 +36,7 @@ def rows_of_shard(batch_size: int, num_shards: int, shard_index: int) -> np.ndar
 
 
 def check_source(state: Mapping[str, np.ndarray], source: np.ndarray) -> None:
-    """Checks that the position `state` was taken in the data that `source` (uint8, the "source" of a state) describes.
+    """Raises a UserError if the position `state` was not taken in the data `source` (uint8, the "source" of a state).
 
     Raises:
       UserError: it was taken in other data (task, lengths, batch size, seed, shards ...).
@@ -49,7 +49,7 @@ def check_source(state: Mapping[str, np.ndarray], source: np.ndarray) -> None:
 
 
 def unreadable(reason: str) -> UserError:
-    """The error for training data that disappeared or broke during a run."""
+    """Returns the error for training data that disappeared or broke during a run."""
     return UserError(
         f"The training data can no longer be read: {reason}. Finished checkpoints are not affected: restore the file, "
         "and the same command continues from the newest of them."
@@ -62,12 +62,12 @@ def fill_batches(
     """Groups rows into batches with consecutive `example_ids`; empty rows (`segment_ids` 0) fill the last one.
 
     Args:
-      examples: rows, each with anything that goes with it.
-      batch_size: rows of a batch.
+      examples: rows, each with any companion object.
+      batch_size: number of rows in a batch.
       pad_id: token of the empty rows.
 
     Yields:
-      A batch, and what goes with its rows that are there.
+      A batch, and the companions of its rows that are not empty.
     """
     examples = iter(examples)
     for first in itertools.count(step=batch_size):
@@ -84,14 +84,14 @@ def fill_batches(
 class RowLayout:
     """The layouts of `feature_converters.RowConverter`, token for token.
 
-    An example is first made to `sequences`: what lies one behind the other where examples are packed. Keys: "tokens"
-    and "target_mask", and for an encoder-decoder "encoder_tokens".
+    An example first becomes `sequences`, which packing concatenates. Keys: "tokens" and "target_mask", and for an
+    encoder-decoder "encoder_tokens".
 
     Attributes:
-      task_feature_lengths: tokens of `inputs` (if there are any) and `targets`.
-      architecture: of the model.
-      canvas: fill the targets up to their length.
-      pad_id: the token that fills up.
+      task_feature_lengths: numbers of tokens in `inputs` (if there are any) and `targets`.
+      architecture: the model's architecture.
+      canvas: pad the targets to their length.
+      pad_id: the pad token.
     """
 
     task_feature_lengths: Mapping[str, int]
@@ -113,7 +113,7 @@ class RowLayout:
         return {name: False if name == "target_mask" else self.pad_id for name in self.lengths}
 
     def sequences(self, example: Mapping[str, np.ndarray]) -> Row:
-        """The sequences of one example, each as long as it is."""
+        """Returns the sequences of one example at their natural lengths."""
         targets = example["targets"].astype(np.int32)
         if self.canvas:
             blank = self.task_feature_lengths["targets"] - len(targets)
@@ -125,7 +125,7 @@ class RowLayout:
         return {"tokens": tokens, "target_mask": np.arange(len(tokens)) >= len(inputs)}
 
     def row(self, sequences: Row) -> Row:
-        """A row of one example."""
+        """Returns a row of one example."""
         packed: dict[str, np.ndarray] = {}
         for name, length in self.lengths.items():
             size = len(sequences[name])
@@ -137,7 +137,7 @@ class RowLayout:
         return self.packed_row(packed)
 
     def packed_row(self, packed: Mapping[str, np.ndarray]) -> Row:
-        """A row from its sequences with their `_segment_ids` and `_positions`, as Grain packs them."""
+        """Returns a row from sequences that Grain has packed, with their `_segment_ids` and `_positions`."""
         row = {"target_mask": packed["target_mask"]}
         for prefix in ("", "encoder_") if self.architecture == "encoder_decoder" else ("",):
             row[f"{prefix}tokens"] = packed[f"{prefix}tokens"]

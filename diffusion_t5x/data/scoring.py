@@ -1,4 +1,4 @@
-"""A task's metrics of predictions."""
+"""Scores predictions with a task's metrics."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,14 +8,13 @@ if TYPE_CHECKING:
 
 
 def score(task: "seqio.Task", records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """All metrics of the task.
+    """Returns all metrics of the task by name.
 
-    A metric function sees one postprocessed prediction for each example; if it says so (see `takes_samples`), a list of
-    them.
+    A metric function gets one postprocessed prediction per example, or a list of samples if it `takes_samples`.
 
     Args:
-      task: its postprocessor and metric functions are used.
-      records: for each example what the task says of it, "prediction" (text) and, with several samples, "predictions".
+      task: the task, with its postprocessor and metric functions.
+      records: per example, its fields, "prediction" (text) and, with several samples, "predictions".
     """
     targets = [task.postprocess_fn(r["targets_pretokenized"], example=r, is_target=True) for r in records]
     samples = [
@@ -34,8 +33,8 @@ def score(task: "seqio.Task", records: Sequence[Mapping[str, Any]]) -> dict[str,
 def check_metrics(metrics: Iterable[Callable[..., Mapping[str, float]]]) -> None:
     """Checks that metric functions can run on this machine, before the long work begins.
 
-    One that cannot run everywhere has an attribute `check_here`: a function that raises a UserError where it cannot. It
-    gets the keywords of a `functools.partial`.
+    A metric that cannot run everywhere has an attribute `check_here`: a function that raises a UserError if it cannot
+    run here. It gets the keywords of a `functools.partial`.
     """
     for metric in metrics:
         check = getattr(getattr(metric, "func", metric), "check_here", None)

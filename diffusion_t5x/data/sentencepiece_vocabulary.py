@@ -1,4 +1,4 @@
-"""SentencePiece models, also with tokens added after their pieces. Imports SeqIO: import it inside functions."""
+"""SentencePiece models, optionally with tokens added after their pieces. Imports SeqIO: import it inside functions."""
 
 import functools
 import pathlib
@@ -14,7 +14,7 @@ from diffusion_t5x.errors import UserError
 
 
 class SentencePieceVocabulary(seqio.SentencePieceVocabulary):
-    """SeqIO's, with one TensorFlow tokenizer for all graphs. SeqIO's loads the model, and logs, for each iterator."""
+    """SeqIO's vocabulary with one TensorFlow tokenizer for all graphs; SeqIO loads the model again per iterator."""
 
     @property
     def tf_tokenizer(self):
@@ -29,12 +29,12 @@ def _tf_tokenizer(model: bytes):
 
 
 class AddedTokensVocabulary(SentencePieceVocabulary):
-    """A SentencePiece model, SeqIO's sentinels behind it, and behind these the tokens that files beside it add.
+    """A SentencePiece model followed by SeqIO's sentinels and by the tokens that files beside the model add.
 
     Args:
-      path: the model.
-      extra_ids: how many sentinels.
-      added: contents of the tokens, and whether each is special, by id. Ids between them stand for nothing.
+      path: the model's file.
+      extra_ids: number of sentinels.
+      added: by id, the added tokens' contents, and True for special ones. Ids between them stand for nothing.
     """
 
     def __init__(self, path: str, extra_ids: int, added: tuple[tuple[int, AddedToken], ...]):
@@ -47,7 +47,7 @@ class AddedTokensVocabulary(SentencePieceVocabulary):
 
     @property
     def num_before(self) -> int:
-        """How many ids stand before the added tokens: the model's own and the sentinels."""
+        """Number of ids before the added tokens: the model's own and the sentinels."""
         return super().tokenizer.GetPieceSize()
 
     @property
@@ -65,7 +65,7 @@ class AddedTokensVocabulary(SentencePieceVocabulary):
 
 @functools.lru_cache(maxsize=4)
 def _with_added(contents: bytes, added: tuple[tuple[int, AddedToken], ...]):
-    """The model's contents with the added tokens as pieces, and its processor."""
+    """Returns the model's contents with the added tokens as pieces, and its processor."""
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
 
@@ -84,16 +84,16 @@ def _with_added(contents: bytes, added: tuple[tuple[int, AddedToken], ...]):
 
 
 def with_added_tokens(own: seqio.SentencePieceVocabulary, extra_ids: int) -> seqio.SentencePieceVocabulary:
-    """A SentencePiece model's vocabulary with sentinels and the tokens that files beside it add.
+    """Returns a SentencePiece model's vocabulary with sentinels and the tokens that files beside it add.
 
-    Without such tokens it is SeqIO's own. An added token where a sentinel would be says that there are none.
+    Without added tokens it is SeqIO's own. An added token in place of a sentinel means that there are no sentinels.
 
     Args:
       own: the model alone.
-      extra_ids: how many sentinels would stand behind its pieces.
+      extra_ids: number of sentinels after its pieces, if any.
 
     Raises:
-      UserError: an added token has an id of another piece, or one beyond what the files can hold.
+      UserError: an added token has the id of another piece, or one beyond the maximum for the files.
     """
     path = pathlib.Path(own.sentencepiece_model_file)
     size, model = own.vocab_size, own.tokenizer

@@ -34,7 +34,7 @@ _OF_KERAS = ("matplotlib", "pandas", "sklearn")
 
 
 def _without_autotuning() -> "tf.data.Options":
-    """Options without autotuning: freeing an autotuned iterator waits for the tuning thread, up to a minute."""
+    """Returns options without autotuning: freeing an autotuned iterator waits up to a minute for the tuning thread."""
     options = libraries()[1].data.Options()
     options.autotune.enabled = False
     return options
@@ -42,7 +42,7 @@ def _without_autotuning() -> "tf.data.Options":
 
 @functools.cache
 def libraries() -> tuple[types.ModuleType, types.ModuleType]:
-    """SeqIO and TensorFlow, silenced and kept off the accelerators, which belong to JAX."""
+    """Returns SeqIO and TensorFlow, silenced and kept off the accelerators, which belong to JAX."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     with silent_stderr(), _without(*_OF_KERAS):
@@ -56,7 +56,7 @@ def libraries() -> tuple[types.ModuleType, types.ModuleType]:
 
 @contextlib.contextmanager
 def _without(*modules: str) -> Iterator[None]:
-    """Lets imports go on as if these modules, where nothing has imported them yet, were not installed."""
+    """Context in which imports behave as if these modules, unless already imported, were not installed."""
     hidden = [name for name in modules if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None is how Python marks them
     try:
@@ -76,22 +76,22 @@ def _plain(value: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class SeqioDataset:
-    """A SeqIO task or mixture, read for a model. Construction is free; methods import SeqIO.
+    """A SeqIO task or mixture, read for a model. Construction does no work; methods import SeqIO.
 
     Attributes:
-      mixture_or_task_name: as registered with SeqIO; the module that registers it must have been imported.
-      task_feature_lengths: tokens of `inputs` and `targets`; a task without inputs has only `targets`. SeqIO cuts
-        longer features to their first tokens and EOS; `eval_batches` counts them in the log, `count_cut` in any split.
-        A decoder-only model's rows are as long as both together.
+      mixture_or_task_name: the name registered with SeqIO; the module that registers it must have been imported.
+      task_feature_lengths: numbers of tokens in `inputs` and `targets`; a task without inputs has only `targets`. SeqIO
+        cuts longer features to their first tokens and EOS; `eval_batches` logs how many, and `count_cut` counts them in
+        any split. A decoder-only model's rows have the length of both together.
       split: the split to read.
-      batch_size: rows of the global batch, over all shards.
-      shuffle: train in shuffled order, a new one each epoch. Evaluation never shuffles.
-      seed: of the shuffling and of the random choices of preprocessors.
-      pack: several examples to a training row, kept apart by `segment_ids`. Excludes `canvas`.
-      canvas: every target is followed by pad tokens up to the targets' length, and the model learns to write these
-        too. This is how diffusion learns where to stop; without it targets end at their last token (EOS).
-      use_cached: read what `seqio_cache_tasks` wrote.
-      architecture: of the model that the rows are for.
+      batch_size: number of rows in the global batch, over all shards.
+      shuffle: shuffle training data anew each epoch. Evaluation never shuffles.
+      seed: seed of the shuffling and of the preprocessors' random choices.
+      pack: pack several examples into a training row, kept apart by `segment_ids`. Excludes `canvas`.
+      canvas: pad every target to the targets' length with pad tokens that the model learns to write, too. This is how
+        diffusion learns where to stop; without it targets end at their last token (EOS).
+      use_cached: read the output of `seqio_cache_tasks`.
+      architecture: the architecture of the model that reads the rows.
     """
 
     mixture_or_task_name: str
@@ -112,7 +112,7 @@ class SeqioDataset:
 
     @property
     def row_length(self) -> int:
-        """Positions of the longest sequence that the model reads."""
+        """Number of positions in the longest sequence that the model reads."""
         lengths = self.task_feature_lengths.values()
         return sum(lengths) if self.architecture == "decoder_only" else max(lengths)
 
@@ -121,7 +121,7 @@ class SeqioDataset:
 
         Raises:
           UserError: unknown task, split or feature; lengths or batch size that are missing or not positive; packing
-            together with a canvas; inputs and targets of different vocabularies; a cache that is not there.
+            together with a canvas; inputs and targets with different vocabularies; a missing cache.
         """
         provider = self._provider_with_split()
         where = f"{self.mixture_or_task_name!r}"
@@ -157,7 +157,7 @@ class SeqioDataset:
                     )
 
     def check_task(self) -> None:
-        """As `check`, but the task may lack the split."""
+        """Checks as `check` does, but the task may lack the split."""
         dataclasses.replace(self, split=self.splits()[0]).check()
 
     def splits(self) -> list[str]:
@@ -165,7 +165,7 @@ class SeqioDataset:
         return sorted(self._provider().splits)
 
     def rates(self) -> dict[str, float]:
-        """The tasks of a mixture that have the split, and their rates; of a task itself."""
+        """The tasks of a mixture that have the split, with their rates; a task has only itself."""
         provider = self._provider()
         if isinstance(provider, libraries()[0].Task):
             return {self.name: 1.0}
@@ -184,38 +184,38 @@ class SeqioDataset:
         return self._provider().output_features[feature].add_eos
 
     def texts(self) -> dict[str, Any]:
-        """How texts become tokens, for a checkpoint's record: "vocabulary_source", and whether "inputs_end" in EOS."""
+        """The tokenization of texts, for a checkpoint's record: "vocabulary_source", "inputs_end" (True: in EOS)."""
         inputs_end = "inputs" in self.task_feature_lengths and self.adds_eos("inputs")
         return {"vocabulary_source": source_of(self.vocabulary()), "inputs_end": inputs_end}
 
     def to_text(self, tokens: Sequence[int]) -> str:
-        """The text of target tokens, up to EOS or the first pad."""
+        """Returns the text of target tokens, up to EOS or the first pad."""
         return to_text(self.vocabulary(), tokens)
 
     def cells(self, tokens: Sequence[int]) -> list[str]:
-        """The texts of all target tokens one by one, which joined are the text: EOS as ¶, pad as ·, MASK as ▢."""
+        """Returns the texts of all target tokens, one each; joined they are the text: EOS as ¶, pad as ·, MASK as ▢."""
         return cells(self.vocabulary(), tokens, signs(self.vocabulary()))
 
     def piece(self, token: int) -> bytes:
-        """One token by itself in UTF-8, of which it may be only a part; with the signs of `cells`."""
+        """Returns one token as UTF-8 bytes, which may be only part of a character; signs as in `cells`."""
         sign = signs(self.vocabulary()).get(token)
         return sign.encode() if sign else piece(self.vocabulary(), token)
 
     @property
     def has_metrics(self) -> bool:
-        """Whether it is a task that scores decoded text; mixtures do not."""
+        """True for a task that scores decoded text; mixtures do not."""
         provider = self._provider()
         return isinstance(provider, libraries()[0].Task) and bool(provider.predict_metric_fns)
 
     def check_scoring(self) -> None:
-        """Raises a UserError where `score` would: this is a mixture, or a metric cannot run on this machine."""
+        """Raises a UserError if `score` would: this is a mixture, or a metric cannot run on this machine."""
         scoring.check_metrics(self._task().predict_metric_fns)
 
     def score(self, records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """The task's metrics of predictions.
+        """Returns the task's metrics of predictions.
 
         Args:
-          records: the dictionaries of `eval_batches`, each with a "prediction" (text) and, where there are several
+          records: the dictionaries of `eval_batches`, each with a "prediction" (text) and, if there are several
             samples, "predictions" (see `scoring.score`).
 
         Raises:
@@ -224,7 +224,7 @@ class SeqioDataset:
         return scoring.score(self._task(), records)
 
     def train_iterator(self, num_shards: int = 1, shard_index: int = 0) -> "TrainIterator":
-        """Endless batches of `batch_size / num_shards` rows, examples of this shard only.
+        """Returns endless batches of `batch_size / num_shards` rows with examples of this shard only.
 
         `example_ids` are the rows' indices in the global batch, in which the shards' rows follow one another.
 
@@ -260,7 +260,7 @@ class SeqioDataset:
         return TrainIterator(ds, example_ids, source, self.fingerprint())
 
     def fingerprint(self) -> Fingerprint:
-        """Fingerprint of the files that the split is read from, as far as the sources name them."""
+        """Returns a fingerprint of the files that the split is read from, as far as the sources name them."""
         seqio, files = libraries()[0], []
         for task in seqio.get_subtasks(self._provider_with_split()):
             source = getattr(task.source, "_original_source", task.source)  # what shots are taken from
@@ -271,18 +271,18 @@ class SeqioDataset:
         return fingerprints.of_files(files)
 
     def eval_batches(self, num_examples: int | None = None) -> Iterator[tuple[Batch, list[dict[str, Any]]]]:
-        """One pass in the data's own order, one example per row, whatever `shuffle` and `pack` say.
+        """Yields one pass in the data's own order, one example per row, whatever `shuffle` and `pack` say.
 
         A mixture is mixed at its rates until the first of its tasks ends.
 
         Args:
-          num_examples: only the first `num_examples`; None for all.
+          num_examples: take only the first `num_examples`; None takes all.
 
         Yields:
           Batches whose `example_ids` are the examples' indices in the evaluation set, the last one filled up with
           empty rows (`segment_ids` 0) whose ids go on; and for each example, in the rows' order, a dictionary:
-          `example_id`, `inputs_pretokenized`, `targets_pretokenized` (text; decoded from the tokens where the task
-          keeps none) and all that the task carries beside its tokens.
+          `example_id`, `inputs_pretokenized`, `targets_pretokenized` (text; decoded from the tokens if the task
+          keeps none) and all other fields of the task's examples.
 
         Raises:
           UserError: as `check`.
@@ -304,32 +304,32 @@ class SeqioDataset:
         )
 
     def eval_examples(self, num_examples: int | None = None) -> Iterator[dict[str, Any]]:
-        """The dictionaries of `eval_batches` without rows for a model; features without a length are not cut."""
+        """Yields the dictionaries of `eval_batches` without rows for a model; features without a length are not cut."""
         self._provider_with_split()
         examples = self._eval_dataset(num_examples).with_options(_without_autotuning()).as_numpy_iterator()
         return (self._describe(number, example) for number, example in enumerate(examples))
 
     def num_eval_examples(self, num_examples: int | None = None) -> int:
-        """Number of examples of `eval_batches`, by reading them."""
+        """Returns the number of examples of `eval_batches`, by reading them."""
         self.check()
         return int(self._eval_dataset(num_examples).reduce(0, lambda count, _: count + 1))
 
     def tokenized_examples(
         self, num_epochs: int = 1, num_shards: int = 1, shard_index: int = 0
     ) -> Iterator[dict[str, np.ndarray]]:
-        """A shard's unshuffled training examples before they are laid out in rows: `inputs` and `targets`, int32, cut.
+        """Yields a shard's training examples unshuffled and before row layout: `inputs` and `targets`, int32, cut.
 
         Args:
-          num_epochs: number of passes over the data, each time with new random choices of the preprocessors.
-          num_shards: parts that the data are read in.
-          shard_index: which of them.
+          num_epochs: number of passes over the data, each with new random choices of the preprocessors.
+          num_shards: number of parts in which the data are read.
+          shard_index: index of the part.
         """
         names = list(self.task_feature_lengths)
         ds = self._read_through(num_epochs, num_shards, shard_index).map(lambda x: {name: x[name] for name in names})
         return ds.with_options(_without_autotuning()).as_numpy_iterator()
 
     def count_cut(self, num_examples: int) -> CutCounter:
-        """Counts too long features among the first `num_examples` examples, in shuffled order if `shuffle`."""
+        """Counts features that are too long among the first `num_examples` examples, in shuffled order if `shuffle`."""
         self.check()
         counter = self._cut_counter()
         for example in self._eval_dataset(num_examples, self.shuffle).as_numpy_iterator():

@@ -1,4 +1,4 @@
-"""Quiet for short calls into native libraries that log to standard error and have no switch for it."""
+"""Silences short calls into native libraries that log to standard error and cannot be configured."""
 
 import contextlib
 import os
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def silent_stderr(noise: bytes = b"") -> Iterator[None]:
-    """Drops lines with `noise` in them, by default all, that are written to standard error meanwhile.
+    """Context that drops lines containing `noise` (by default all lines) from standard error.
 
-    For calls whose failures are exceptions. Other lines are written at the end.
+    For calls that report failures as exceptions. Other lines are written at the end.
     """
     kept = os.dup(2)
     with tempfile.TemporaryFile() as written:

@@ -18,7 +18,7 @@ _WORKER = "import sys; sys.path[:] = sys.argv[1:]; from diffusion_t5x.data impor
 
 
 class TemplateProcess:
-    """The process, which is started when it is first asked and again where it ended. Threads take turns."""
+    """The process. It starts when first needed, and again after it ended. Threads take turns."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -26,18 +26,18 @@ class TemplateProcess:
         self._owner = 0  # a process made by fork must not share the pipes
 
     def names(self, template: str) -> list[str]:
-        """The variables that a template reads.
+        """Returns the variables that a template reads.
 
         Raises:
-          ValueError: it is no Jinja, or takes too much already when it is compiled.
+          ValueError: it is not valid Jinja, or compiling it takes too much time or memory.
         """
         return self._ask(template, [])["names"]
 
     def render(self, template: str, renders: Sequence[Mapping[str, Any]]) -> list[str]:
-        """The texts of a template, one for each mapping of its variables.
+        """Renders a template once for each mapping of its variables.
 
         Raises:
-          ValueError: the template fails, or takes too much.
+          ValueError: the template fails, or takes too much time or memory.
         """
         texts = self._ask(template, renders)["texts"]
         if errors := [text["error"] for text in texts if "error" in text]:
@@ -95,7 +95,7 @@ class TemplateProcess:
 
 
 def _wait(process: subprocess.Popen[str]) -> int:
-    """The code that a process has ended with; closes its pipes."""
+    """Returns the exit code of a process and closes its pipes."""
     with contextlib.suppress(BrokenPipeError), process:
         pass
     return process.wait()
@@ -103,7 +103,7 @@ def _wait(process: subprocess.Popen[str]) -> int:
 
 @functools.cache
 def shared() -> TemplateProcess:
-    """The process that all templates share."""
+    """Returns the process that all templates share."""
     process = TemplateProcess()
     atexit.register(process.close)
     return process

@@ -1,10 +1,11 @@
-"""The process that runs chat templates, with limits of time and memory. Free of JAX and TensorFlow.
+"""The process that runs chat templates, with limits on time and memory. Free of JAX and TensorFlow.
 
-A template is a program of whoever made the model: Jinja's sandbox keeps it from the machine, but neither from looping
-nor from growing. So it runs in a process of its own, which the kernel ends when it takes too much.
+A template is somebody else's program. Jinja's sandbox keeps it from the machine, but not from looping or growing. So it
+runs in a process of its own, which the kernel ends when it takes too much time or memory.
 
-A request is a line of JSON, `{"template": text, "renders": [variables, ...]}`. The reply is another one: `{"names": the
-variables that the template reads, "texts": [{"text": ...} or {"error": ...}, ...]}`, or `{"error": ...}` for all of it.
+A request is a line of JSON, `{"template": text, "renders": [variables, ...]}`. So is the reply: `{"names": the
+variables that the template reads, "texts": [{"text": ...} or {"error": ...}, ...]}`, or `{"error": ...}` for the whole
+request.
 """
 
 import datetime
@@ -27,7 +28,7 @@ _LONGEST_ERROR = 300
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %}, with which some templates mark what the assistant says."""
+    """{% generation %}, with which some templates mark the assistant's words."""
 
     tags = {"generation"}  # noqa: RUF012  (as Jinja has it)
 
@@ -38,7 +39,7 @@ class _Generation(jinja2.ext.Extension):
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    """Jinja as `transformers` sets it up."""
+    """Returns Jinja's environment, set up like `transformers`."""
 
     def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
@@ -57,7 +58,7 @@ def _environment() -> jinja2.Environment:
 
 @functools.lru_cache(maxsize=16)
 def _compile(text: str) -> tuple[jinja2.Template, list[str]]:
-    """A template, and the variables that it reads."""
+    """Returns a compiled template, and the variables that it reads."""
     environment = _environment()
     names = jinja2.meta.find_undeclared_variables(environment.parse(text))
     return environment.from_string(text), sorted(names)
@@ -81,7 +82,7 @@ def _say(error: Exception) -> str:
 
 
 def answer(template: str, renders: list[dict[str, Any]]) -> dict[str, Any]:
-    """The reply to a request."""
+    """Returns the reply to a request."""
     try:
         compiled, names = _compile(template)
     except Exception as error:  # Jinja evaluates constants when it compiles

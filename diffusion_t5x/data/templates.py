@@ -1,7 +1,7 @@
 r"""Texts with holes, read from JSON lines, as rows in which a model writes only the holes.
 
-A line is {"template": "def f(x):<hole:16> return y"}, with "inputs" beside it for a task that has some. `<hole:N>` is a
-hole of N tokens. With a backslash before it, `\<hole:16>`, it is plain text; two stand for a backslash before a hole.
+A line is {"template": "def f(x):<hole:16> return y"}, with "inputs" if the task has inputs. `<hole:N>` is a hole of N
+tokens. After a backslash, `\<hole:16>`, it is plain text; two backslashes stand for one before a hole.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import functools
 import hashlib
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -32,10 +32,10 @@ class Template:
     """A text with holes.
 
     Attributes:
-      text: as it stands in the file.
-      inputs: what the text is written for; None for nothing.
-      parts: the texts before, between and behind the holes: one more than there are holes.
-      holes: how many tokens each hole has. Neighbours without text between them are one hole.
+      text: the text as it stands in the file.
+      inputs: the inputs that the text is written for; None for none.
+      parts: the texts before, between and after the holes: one more than there are holes.
+      holes: number of tokens in each hole. Adjacent holes are one hole.
       place: file and line, for messages.
     """
 
@@ -47,19 +47,21 @@ class Template:
 
     @classmethod
     def of(cls, text: str, inputs: str | None, place: str) -> Self:
-        """The template in a text. Raises a UserError where it has no hole."""
+        """Parses a text with holes. Raises a UserError if it has no hole."""
         return cls(text, inputs, *_split(text, place), place)
 
 
 class Templates:
-    """Templates instead of a task's examples. The task has the vocabulary, the lengths and the layout of the rows.
+    """Templates in place of a task's examples. The task has the vocabulary, the lengths and the layout of the rows.
 
     Args:
       templates: at least one.
-      dataset: the task, or what lays out rows as it does.
-      name: of them all.
-      fingerprint: hash of the file that they come from.
+      dataset: the task, or an object that lays out rows like it.
+      name: name of the set of templates.
+      fingerprint: hash of their file.
     """
+
+    pack = False
 
     def __init__(
         self, templates: Sequence[Template], dataset: SeqioDataset | TextRows, name: str = "", fingerprint: str = ""
@@ -69,10 +71,10 @@ class Templates:
 
     @classmethod
     def read(cls, path: str, dataset: SeqioDataset) -> Self:
-        """The templates of a file of JSON lines.
+        """Reads the templates in a file of JSON lines.
 
         Raises:
-          UserError: no such file, or a line that is no template.
+          UserError: there is no such file, or a line is not a template.
         """
         lines = text_files.Pieces(path, text_files.ANY_LINE)
         templates = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
@@ -80,6 +82,10 @@ class Templates:
             raise UserError(f"{path} is empty: {_WHAT_A_LINE_HAS}.")
         fingerprint = hashlib.sha256(text_files.contents(path)).hexdigest()[:16]
         return cls(templates, dataset, pathlib.Path(path).stem, fingerprint)
+
+    @property
+    def task_feature_lengths(self) -> Mapping[str, int]:
+        return self._dataset.task_feature_lengths
 
     @property
     def row_length(self) -> int:
@@ -97,7 +103,7 @@ class Templates:
         """Encodes all templates.
 
         Raises:
-          UserError: as `SeqioDataset.check`, but that the task may lack the split; or a template that does not fit.
+          UserError: as `SeqioDataset.check`, except that the task may lack the split; or a template does not fit.
         """
         self._dataset.check_task()
         self._rows  # noqa: B018
@@ -107,14 +113,14 @@ class Templates:
         return self._dataset.token_ids().for_infilling()
 
     def num_eval_examples(self, num_examples: int | None = None) -> int:
-        """Number of templates, at most `num_examples`."""
+        """Returns the number of templates, at most `num_examples`."""
         return len(self._templates[:num_examples])
 
     def eval_batches(self, num_examples: int | None = None) -> Iterator[tuple[Batch, list[dict[str, Any]]]]:
-        """Batches and what their rows are, as `SeqioDataset.eval_batches`.
+        """Yields batches and their rows' fields, like `SeqioDataset.eval_batches`.
 
-        Where a row of the task has its targets, it has the template: tokens, holes, and EOS and pad as the task has
-        them. Only the holes are in `target_mask`.
+        The template is in the place of the targets: tokens, holes, and EOS and pad as in the task. Only the holes are
+        in `target_mask`.
         """
         rows = [(row, template) for (row, _), template in zip(self._rows, self._templates, strict=True)][:num_examples]
         for batch, group in fill_batches(rows, self.batch_size, self._dataset.vocabulary().pad_id):
@@ -125,22 +131,22 @@ class Templates:
             yield batch, list(described)
 
     def text_mask(self, batch: Batch) -> np.ndarray:
-        """bool `[B, L]`: where a batch of `eval_batches` has the templates and what follows them."""
+        """Returns bool `[B, L]`: True for the templates in a batch of `eval_batches`, and for what follows them."""
         starts = np.array([start for _, start in self._rows])
         starts = starts[np.minimum(batch.example_ids, len(starts) - 1)]  # rows that fill up a batch have other ids
         return np.asarray(batch.segment_ids > 0) & (np.arange(batch.tokens.shape[1]) >= starts[:, None])
 
     def to_text(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, up to EOS or the first pad."""
+        """Returns the text of tokens, up to EOS or the first pad."""
         return self._dataset.to_text(tokens)
 
     def cells(self, tokens: Sequence[int]) -> list[str]:
-        """The texts of tokens one by one."""
+        """Returns the texts of tokens, one each."""
         return self._dataset.cells(tokens)
 
     @functools.cached_property
     def _rows(self) -> list[tuple[Row, int]]:
-        """For each template its row and the place in it where the template begins."""
+        """A row for each template, and the position in it where the template begins."""
         return [self._row(template) for template in self._templates]
 
     def _row(self, template: Template) -> tuple[Row, int]:
@@ -198,7 +204,7 @@ def _parse(line: str, place: str) -> Template:
 
 
 def _split(text: str, place: str) -> tuple[list[str], list[int]]:
-    """The texts around the holes, and the holes' sizes."""
+    """Returns the texts around the holes, and the holes' sizes."""
     parts, end = [""], 0
     holes: list[int] = []
     for match in _HOLE.finditer(text):

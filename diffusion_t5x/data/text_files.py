@@ -43,7 +43,7 @@ _MOST_TIMES, _ALWAYS_FINE = 50, 1 << 28
 
 
 def by_split(files: Any, name: str = "FILES") -> Mapping[str, Patterns]:
-    """`files`, if it names files for each split.
+    """Returns `files` if it names files for each split.
 
     Raises:
       UserError: it does not.
@@ -58,12 +58,12 @@ def by_split(files: Any, name: str = "FILES") -> Mapping[str, Patterns]:
 
 
 def expand(patterns: Patterns) -> list[str]:
-    """The files of paths and glob patterns (`**` for folders of any depth), those of a pattern sorted.
+    """Returns the files of paths and glob patterns (`**` for folders of any depth); those of a pattern sorted.
 
     A path that exists is taken as it is, whatever characters it has.
 
     Raises:
-      UserError: a path or pattern that names no file, or a folder.
+      UserError: a path or pattern names no file, or a folder.
     """
     files: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
@@ -86,10 +86,10 @@ def expand(patterns: Patterns) -> list[str]:
 
 
 def contents(path: Path) -> bytes | bytearray | mmap.mmap:
-    """The bytes of a file, of a gzip file those that it holds.
+    """Returns the bytes of a file; a gzip file is unpacked.
 
     Raises:
-      UserError: there is no such file, it cannot be read, or it is a damaged gzip file or holds too much.
+      UserError: the file does not exist or cannot be read, or it is a gzip file that is damaged or too large.
     """
     file = os.path.expanduser(path)
     try:
@@ -123,7 +123,7 @@ def _read_at_most(file: Any, limit: int, path: Path) -> bytearray:
 
 
 def text(path: Path) -> str:
-    """All the text of a file, without a byte order mark.
+    """Returns the text of a file, without a byte order mark.
 
     Raises:
       UserError: as `contents`, or it is not UTF-8.
@@ -137,10 +137,10 @@ def text(path: Path) -> str:
 
 
 def json_value(path: Path) -> Any:
-    """The contents of a JSON file; None if it is empty.
+    """Returns the contents of a JSON file; None if it is empty.
 
     Raises:
-      UserError: as `text`, or it is no JSON.
+      UserError: as `text`, or it is not JSON.
     """
     found = text(path)
     if not found.strip():
@@ -153,11 +153,11 @@ def json_value(path: Path) -> Any:
 
 
 class Indexed(Sequence[T]):
-    """A sequence that makes each item when it is asked for."""
+    """A sequence that makes each item on access."""
 
     @abc.abstractmethod
     def item(self, index: int) -> T:
-        """The item of one index, from 0 on."""
+        """Returns the item at an index, from 0 on."""
 
     @overload
     def __getitem__(self, index: int) -> T: ...
@@ -170,7 +170,7 @@ class Indexed(Sequence[T]):
 
 
 class Pieces(Indexed[str]):
-    """The pieces of a text file that a pattern finds, without the line ends around them.
+    """The pieces of a text file that match a pattern, without the line ends around them.
 
     Raises:
       UserError: as `contents`; on access, text that is not UTF-8.
@@ -195,7 +195,7 @@ class Pieces(Indexed[str]):
             raise UserError(f"{self.where(index)}: not UTF-8 ({error.reason}).") from error
 
     def where(self, index: int) -> str:
-        """`file:line` of a piece."""
+        """Returns `file:line` of a piece."""
         start = int(self._spans[index][0])
         blocks = (self._content[i : min(i + _BLOCK, start)] for i in range(0, start, _BLOCK))
         line = 1 + sum(block.count(b"\n") for block in blocks)

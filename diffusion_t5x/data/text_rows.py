@@ -1,4 +1,4 @@
-"""Texts given in Python, as rows for a model: laid out as its task had them in training, but without the task."""
+"""Lays out texts given in Python as rows for a model, like those of its task in training."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -19,16 +19,16 @@ _LEAST_ROOM = 64  # tokens of a row that has no set length; longer texts have tw
 
 @dataclasses.dataclass(frozen=True)
 class TextRows:
-    """How texts become rows. Stands for a `SeqioDataset` where the texts are given and no task is read.
+    """The layout of texts as rows. Replaces a `SeqioDataset` if texts are given and no task is read.
 
     Attributes:
       tokenizer: the model's vocabulary.
-      task_feature_lengths: tokens of `inputs` and `targets`; a model without inputs has only `targets`.
-      architecture: of the model.
-      canvas: targets are followed by pad up to their length, as in training.
+      task_feature_lengths: numbers of tokens in `inputs` and `targets`; a model without inputs has only `targets`.
+      architecture: the model's architecture.
+      canvas: pad targets to their length, as in training.
       inputs_end: inputs end in EOS. Targets always do.
-      name: for messages.
-      batch_size: rows of a batch.
+      name: name in messages.
+      batch_size: number of rows in a batch.
     """
 
     tokenizer: "seqio.Vocabulary"
@@ -41,12 +41,12 @@ class TextRows:
 
     @property
     def row_length(self) -> int:
-        """Positions of the longest sequence that the model reads."""
+        """Number of positions in the longest sequence that the model reads."""
         lengths = self.task_feature_lengths.values()
         return sum(lengths) if self.architecture == "decoder_only" else max(lengths)
 
     def check_task(self) -> None:
-        """Raises a UserError where a length is not positive."""
+        """Raises a UserError if a length is not positive."""
         check_rows(self.task_feature_lengths, self.batch_size, False, self.canvas)
 
     def vocabulary(self) -> "seqio.Vocabulary":
@@ -54,28 +54,28 @@ class TextRows:
         return self.tokenizer
 
     def token_ids(self) -> TokenIds:
-        """What models, objectives and decoders know of the vocabulary."""
+        """The vocabulary's special ids and size, for models, objectives and decoders."""
         return token_ids(self.tokenizer)
 
     def adds_eos(self, feature: str) -> bool:
-        """Whether the texts of a feature end in EOS."""
+        """True if the texts of a feature end in EOS."""
         return feature == "targets" or self.inputs_end
 
     def to_text(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, up to EOS or the first pad."""
+        """Returns the text of tokens, up to EOS or the first pad."""
         return to_text(self.tokenizer, tokens)
 
     def cells(self, tokens: Sequence[int]) -> list[str]:
-        """The texts of tokens one by one; see `vocabularies.cells`."""
+        """Returns the texts of tokens, one each; see `vocabularies.cells`."""
         return cells(self.tokenizer, tokens, signs(self.tokenizer))
 
     def batch(self, inputs: str, text: str, number: int) -> Batch:
-        """A batch of one row: inputs, where the model has any, and a whole text as the target.
+        """Returns a batch of one row: the inputs, if the model takes any, and a whole text as the target.
 
         Args:
-          inputs: what the text is written for.
+          inputs: the inputs that the text is written for.
           text: the target.
-          number: the row's `example_ids`, which what is drawn depends on.
+          number: the row's example id, which its random draws depend on.
 
         Raises:
           UserError: a text is longer than the model's rows.
@@ -98,7 +98,7 @@ class TextRows:
 
 
 def room_for(num_tokens: int, most: int | None = None) -> int:
-    """Length of a row for so many tokens: a power of two, so that few programs serve all texts; `most` is a limit."""
+    """Returns the row length for a number of tokens: a power of two, at most `most`, so that few programs compile."""
     room = _LEAST_ROOM
     while room < num_tokens:
         room *= 2

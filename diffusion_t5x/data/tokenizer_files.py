@@ -1,4 +1,4 @@
-"""The files beside a tokenizer in Hugging Face's format: what they say of special and added tokens."""
+"""Reads special and added tokens from the files beside a tokenizer in Hugging Face's format."""
 
 import dataclasses
 import pathlib
@@ -21,9 +21,9 @@ class AddedToken:
 
     Attributes:
       content: its text.
-      is_special: it stands for no text.
-      file: where it is said.
-      options: those of the library `tokenizers`, such as ("lstrip", True).
+      is_special: it does not stand for text.
+      file: the file that defines it.
+      options: options of the library `tokenizers`, such as ("lstrip", True).
     """
 
     content: str
@@ -41,10 +41,10 @@ def read_text(file: pathlib.Path) -> str:
 
 
 def read(file: pathlib.Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if there is no file.
+    """Returns the JSON object in a file; empty if there is no file.
 
     Raises:
-      UserError: it cannot be read, or is something else.
+      UserError: it cannot be read, or is not a JSON object.
     """
     if not file.exists():
         return {}
@@ -55,7 +55,7 @@ def read(file: pathlib.Path) -> dict[str, Any]:
 
 
 def token_text(said: dict[str, Any], name: str, file: pathlib.Path) -> str | None:
-    """The text of the token that a file names: itself, or in an object's `content`. None if there is none.
+    """Returns the text of the token that a file names, directly or in an object's `content`. None if there is none.
 
     Raises:
       UserError: it is neither.
@@ -68,13 +68,13 @@ def token_text(said: dict[str, Any], name: str, file: pathlib.Path) -> str | Non
 
 
 def added_tokens(folder: pathlib.Path) -> dict[int, AddedToken]:
-    """The added tokens of a tokenizer by id, from the files beside it.
+    """Returns the added tokens of a tokenizer by id, from the files beside it.
 
-    As in `transformers`, `added_tokens_decoder` in tokenizer_config.json counts, and added_tokens.json where there is
-    none. Those that a tokenizer.json holds itself are not among them.
+    As in `transformers`, they are in `added_tokens_decoder` of tokenizer_config.json or, if it has none, in
+    added_tokens.json. Tokens that tokenizer.json itself adds are not included.
 
     Raises:
-      UserError: files of another form.
+      UserError: a file has another format.
     """
     config = read(folder / CONFIG)
     if (decoder := config.get("added_tokens_decoder")) is None:
@@ -91,12 +91,12 @@ def added_tokens(folder: pathlib.Path) -> dict[int, AddedToken]:
 
 
 def beside(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The files that say which tokens are added to a SentencePiece model in a folder."""
+    """Returns the files that say which tokens are added to a SentencePiece model in a folder."""
     return [file for name in (TOKENIZER, CONFIG, SPECIAL, ADDED) if (file := folder / name).exists()]
 
 
 def in_tokenizer(file: pathlib.Path) -> dict[int, AddedToken]:
-    """The added tokens that a tokenizer.json holds, by id."""
+    """Returns the added tokens in a tokenizer.json, by id."""
     tokens = read(file).get("added_tokens") or []
     if not isinstance(tokens, list) or not all(isinstance(token, dict) for token in tokens):
         raise UserError(f"{file}: added_tokens should be a list of objects.")
@@ -104,7 +104,7 @@ def in_tokenizer(file: pathlib.Path) -> dict[int, AddedToken]:
 
 
 def check_room(ids: Collection[int], files: list[pathlib.Path], what: pathlib.Path) -> None:
-    """Raises a UserError where the highest id is beyond what the files can hold: each of their ids takes a byte."""
+    """Raises a UserError if the highest id is too large for the files' sizes: each id takes at least a byte."""
     room = sum(file.stat().st_size for file in files if file.exists())
     if ids and (last := max(ids)) >= room:
         raise UserError(f"{what} has the id {last}, which is more than {room:,} bytes of tokens can hold.")
@@ -113,7 +113,8 @@ def check_room(ids: Collection[int], files: list[pathlib.Path], what: pathlib.Pa
 def _special_texts(folder: pathlib.Path, config: dict[str, Any]) -> set[str]:
     texts: set[str] = set()
     for file, said in ((folder / CONFIG, config), (folder / SPECIAL, read(folder / SPECIAL))):
-        texts.update(text for name in said if name.endswith("_token") and (text := token_text(said, name, file)))
+        names = [name for name in said if name.endswith("_token") and not name.startswith("add_")]  # (add_bos_token)
+        texts.update(text for name in names if (text := token_text(said, name, file)))
         for name in ("additional_special_tokens", "extra_special_tokens"):
             tokens = said.get(name) or []
             tokens = {str(number): token for number, token in enumerate(tokens)} if isinstance(tokens, list) else tokens

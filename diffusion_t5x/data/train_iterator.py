@@ -24,14 +24,14 @@ _FILES = {"index": "position.index", "data": "position.data-00000-of-00001"}  # 
 class TrainIterator:
     """Endless batches, and the exact position among them.
 
-    Where the data go through Python code (`tf.py_function`, `tf.numpy_function`, `from_generator`) or through random
-    numbers without a seed, TensorFlow cannot save a position. The log says so once, with the first batch as a rule.
+    If the data pass through Python code (`tf.py_function`, `tf.numpy_function`, `from_generator`) or depend on random
+    numbers without a seed, TensorFlow cannot save a position. The log says so once, usually at the first batch.
 
     Args:
-      dataset: gives dictionaries of the arrays of a `Batch`, example_ids excepted.
+      dataset: yields dictionaries of the arrays of a `Batch`, except example_ids.
       example_ids: int32 `[rows]`, the same for each batch.
-      source: says which data these are. A position is only good for the data it was taken in.
-      files: the fingerprint of the files that are read.
+      source: identifies the data. A position is valid only for the data that it was taken in.
+      files: fingerprint of the files that are read.
     """
 
     def __init__(self, dataset: tf.data.Dataset, example_ids: np.ndarray, source: str, files: Fingerprint):
@@ -45,10 +45,10 @@ class TrainIterator:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch.
+        """Returns the next batch.
 
         Raises:
-          UserError: a file has gone or is broken, or there are no examples.
+          UserError: a file disappeared or is broken, or there are no examples.
         """
         try:
             arrays = {name: array.numpy() for name, array in next(self._iterator).items()}
@@ -65,9 +65,9 @@ class TrainIterator:
         return Batch(**arrays, example_ids=self._example_ids)
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """The position as uint8 arrays: what `load_state_dict` needs to continue with the next batch.
+        """Returns the position as uint8 arrays, from which `load_state_dict` continues with the next batch.
 
-        {} where it cannot be saved.
+        {} if it cannot be saved.
         """
         try:
             with tempfile.TemporaryDirectory() as folder:
@@ -80,7 +80,7 @@ class TrainIterator:
         return {"source": self._source, "files": fingerprints.to_array(self._files), **position}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """Restores the position that `state_dict` returned.
+        """Restores a position that `state_dict` returned.
 
         Raises:
           UserError: the position was taken in other data (task, lengths, batch size, seed, shards ...).
@@ -102,5 +102,5 @@ def _say_unsaved(reason: str) -> None:
 
 
 def _plain(error: tf.errors.OpError) -> str:
-    """TensorFlow's message without its internal names."""
+    """Returns TensorFlow's message without its internal names."""
     return re.sub(r"\{\{.*?\}\} | \[Op:.*", "", error.message).strip().rstrip(".")

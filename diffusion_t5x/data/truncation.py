@@ -1,4 +1,4 @@
-"""Counts the examples that are longer than the model's features, which SeqIO cuts silently."""
+"""Counts examples that are longer than the model's features, which SeqIO cuts silently."""
 
 import functools
 import logging
@@ -12,17 +12,17 @@ logger = logging.getLogger(__name__)
 
 
 class CutCounter:
-    """Counts, among the examples it sees, features that hold only the first tokens of their text (and EOS).
+    """Counts, in the examples it sees, the features that were cut to their first tokens (and EOS).
 
-    Features without a text beside them, such as chunks of documents, are whole.
+    Features without a pretokenized text, such as chunks of documents, count as whole.
 
     Args:
-      lengths: tokens of each feature, EOS included.
-      features: SeqIO's, by name.
+      lengths: number of tokens of each feature, EOS included.
+      features: SeqIO's features, by name.
 
     Attributes:
-      examples: how many were seen.
-      cut: how many of them were cut, by feature.
+      examples: number of examples seen.
+      cut: number of cut examples, by feature.
     """
 
     def __init__(self, lengths: Mapping[str, int], features: Mapping[str, "seqio.Feature"]):
@@ -32,7 +32,7 @@ class CutCounter:
         self.cut = dict.fromkeys(lengths, 0)
 
     def add(self, example: Mapping[str, Any]) -> None:
-        """Looks at one example as SeqIO gives it, in numpy."""
+        """Adds one example as SeqIO yields it, in numpy."""
         self.examples += 1
         for name, length in self._lengths.items():
             text = example.get(f"{name}_pretokenized")
@@ -41,7 +41,7 @@ class CutCounter:
                 self.cut[name] += len(feature.vocabulary.encode(text.decode())) + feature.add_eos > length
 
     def watch(self, examples: Iterable[tuple[Any, Mapping[str, Any]]], name: str) -> Iterator[tuple[Any, Any]]:
-        """Passes (row, example) pairs on; after the last one, logs how much was cut from the data set `name`."""
+        """Yields (row, example) pairs unchanged; after the last one, logs how much was cut from the data set `name`."""
         for row, example in examples:
             self.add(example)
             yield row, example

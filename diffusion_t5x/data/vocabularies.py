@@ -1,4 +1,4 @@
-"""The size and special ids of a vocabulary, for models, objectives and decoders."""
+"""Size and special ids of a vocabulary, for models, objectives and decoders."""
 
 import codecs
 import dataclasses
@@ -29,13 +29,14 @@ class TokenIds:
     """The special ids of a vocabulary and the range that uniform noise is drawn from. Hashable, free of TensorFlow.
 
     Attributes:
-      size: number of ids, MASK included. The embedding has at least so many rows.
+      size: number of ids, including MASK. The embedding has at least this many rows.
       pad_id: padding; inside a target canvas it is a token like any other.
       eos_id: end of sequence.
       mask_id: the absorbing token of masked diffusion: an id of its own that no text encodes to.
-      start_id: what an autoregressive model reads before the first token (pad in T5 vocabularies).
-      noise_ranges: half-open, disjoint, ascending id ranges `((first, last + 1), ...)` of the noise vocabulary: all
-        that a target may hold (real pieces, pad, EOS) and nothing else (no sentinel, MASK, BOS, unknown, unused id).
+      start_id: the id that an autoregressive model reads before the first token (pad in T5 vocabularies).
+      noise_ranges: half-open, disjoint, ascending id ranges `((first, last + 1), ...)` of the noise vocabulary:
+        everything that a target may hold (real pieces, pad, EOS) and nothing else (no sentinel, MASK, BOS, unknown,
+        unused id).
       name: name of the vocabulary, for messages.
       fingerprint: hash of its contents; a checkpoint trained with another one is refused.
       noise_only: a model may write what is in the noise vocabulary, and nothing else.
@@ -54,9 +55,9 @@ class TokenIds:
     reads_start: bool = True
 
     def for_infilling(self) -> Self:
-        """The same ids as they are in the holes of a text: pieces of text may be written, and nothing ends it.
+        """Returns the ids as they apply in the holes of a text: a hole takes pieces of text, and nothing ends it.
 
-        End and padding are MASK, which no decoder writes; the EOS and the pad behind the text are given.
+        EOS and pad are MASK, which no decoder writes; the EOS and the pad after the text are given.
         """
         in_holes = np.zeros(self.size, bool)
         in_holes[self.noise_ids()] = True
@@ -66,26 +67,26 @@ class TokenIds:
         )
 
     def is_end(self, tokens: Array) -> jax.Array:
-        """True for tokens that are EOS or pad, either of which ends a text."""
+        """Returns True for tokens that are EOS or pad, either of which ends a text."""
         return (tokens == self.eos_id) | (tokens == self.pad_id)
 
     def noise_ids(self) -> np.ndarray:
-        """int32 `[number of noise ids]`: the noise vocabulary in ascending order."""
+        """Returns int32 `[number of noise ids]`: the noise vocabulary in ascending order."""
         return np.concatenate([np.arange(first, end, dtype=np.int32) for first, end in self.noise_ranges])
 
     def sample_noise(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """Ids drawn uniformly from the noise vocabulary, int32 `[*shape]`."""
+        """Draws ids uniformly from the noise vocabulary, int32 `[*shape]`."""
         ids = self.noise_ids()
         return jnp.asarray(ids, jnp.int32)[jax.random.randint(key, shape, 0, len(ids), jnp.int32)]
 
     def describe(self) -> dict[str, str | int]:
-        """The vocabulary's entry in a checkpoint's metadata."""
+        """Returns the vocabulary's entry in a checkpoint's metadata."""
         return {"name": self.name, "size": self.size, "mask_id": self.mask_id, "fingerprint": self.fingerprint}
 
     def check_same(self, described: Mapping[str, str | int], path: str) -> None:
-        """Checks that the checkpoint at `path`, whose metadata hold `described`, was trained with this vocabulary.
+        """Checks that the checkpoint at `path`, with `described` in its metadata, was trained with this vocabulary.
 
-        The name is that of a class: the same contents under another class are the same vocabulary.
+        The name is a class's: the same contents under another class are the same vocabulary.
 
         Raises:
           UserError: another vocabulary.
@@ -106,7 +107,7 @@ class TokenIds:
 
 
 def _ranges(chosen: np.ndarray) -> tuple[tuple[int, int], ...]:
-    """The half-open ranges of the ids that are chosen, bool `[size]`."""
+    """Returns the half-open ranges of chosen ids, bool `[size]`."""
     edges = np.flatnonzero(np.diff(np.pad(chosen.astype(np.int8), 1))).tolist()
     return tuple(zip(edges[::2], edges[1::2], strict=True))
 
@@ -116,7 +117,7 @@ def _sentence(described: Mapping[str, str | int]) -> str:
 
 
 def difference(one: "seqio.Vocabulary", other: "seqio.Vocabulary") -> str:
-    """The difference between two vocabularies, in words."""
+    """Describes the difference between two vocabularies."""
     kinds = [type(vocabulary).__name__ for vocabulary in (one, other)]
     if kinds[0] != kinds[1]:
         return f"one is a {kinds[0]}, the other a {kinds[1]}"
@@ -131,12 +132,12 @@ def difference(one: "seqio.Vocabulary", other: "seqio.Vocabulary") -> str:
 def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
     """The special ids of a SeqIO vocabulary, for diffusion; see `mask_id_of` for MASK.
 
-    The noise vocabulary is what a target may hold: pieces (byte-fallback pieces too), pad and EOS. Sentinels, unknown,
-    control and unused ids are not in it. Autoregression starts from BOS where the vocabulary has one, else from pad, as
-    T5 does.
+    The noise vocabulary is everything that a target may hold: pieces (byte-fallback pieces too), pad and EOS.
+    Sentinels, unknown, control and unused ids are not in it. Autoregressive models start from BOS if the vocabulary has
+    one, otherwise from pad, as T5 does.
 
     Raises:
-      UserError: the vocabulary has no EOS, or is of a kind whose ids nothing is known of.
+      UserError: the vocabulary has no EOS, or its kind is unknown.
     """
     import seqio
 
@@ -196,7 +197,7 @@ def mask_id_of(vocabulary: "seqio.Vocabulary") -> int:
 
 
 def source_of(vocabulary: "seqio.Vocabulary") -> dict[str, str | int | None] | None:
-    """The arguments by which `tasks.registration.vocabulary` makes this vocabulary again; None if it cannot."""
+    """Returns the arguments of `tasks.registration.vocabulary` that make this vocabulary; None if there are none."""
     import seqio
 
     from diffusion_t5x.data.python_vocabulary import PythonVocabulary
@@ -214,9 +215,9 @@ def source_of(vocabulary: "seqio.Vocabulary") -> dict[str, str | int | None] | N
 
 
 def sentinels(vocabulary: "seqio.Vocabulary") -> range:
-    """The ids of T5's sentinels `<extra_id_0>`, `<extra_id_1>` ..., each one below the other; empty where it has none.
+    """Returns the ids of T5's sentinels `<extra_id_0>`, `<extra_id_1>` ..., descending; empty if there are none.
 
-    They are SeqIO's or the model's own: a SentencePiece model's last pieces, and those of a tokenizer.json by name.
+    They are SeqIO's or the model's own: the last pieces of a SentencePiece model, or by name in a tokenizer.json.
 
     Raises:
       UserError: a tokenizer.json has sentinels whose ids do not descend.
@@ -244,12 +245,12 @@ def sentinels(vocabulary: "seqio.Vocabulary") -> range:
 
 
 def _descending(ids: Sequence[int]) -> tuple[int, int, int]:
-    """A range's arguments: as many numbers as there are ids, from the first one down."""
+    """Returns a range's arguments: as many ids as are given, from the first one down."""
     return (ids[0], ids[0] - len(ids), -1) if ids else (0, 0, -1)
 
 
 def piece(vocabulary: "seqio.Vocabulary", token: int) -> bytes:
-    """The UTF-8 bytes of one token of a SeqIO vocabulary; a byte may be only part of a character.
+    """Returns the UTF-8 bytes of one token of a SeqIO vocabulary; a byte may be only part of a character.
 
     Ids that stand for no text have their SentencePiece names: "<unk>", "<extra_id_0>".
     """
@@ -271,13 +272,13 @@ def piece(vocabulary: "seqio.Vocabulary", token: int) -> bytes:
 
 
 def encode_part(vocabulary: "seqio.Vocabulary", text: str, begins: bool) -> list[int]:
-    """The tokens of a part of a text, whose other parts are encoded by themselves: together they read as the text.
+    """Encodes a part of a text; the tokens of all parts together read as the text.
 
-    A whole text that begins without a space gets one from SentencePiece, and loses spaces at its ends. A part gets the
-    space only where it `begins` the text, and keeps its own.
+    SentencePiece puts a space before a whole text that has none, and drops spaces at its ends. A part gets a space only
+    if it `begins` the text, and keeps its own.
 
     Raises:
-      UserError: a vocabulary without texts, or that has no piece for a character.
+      UserError: the vocabulary has no texts, or no piece for a character.
     """
     import seqio
 
@@ -302,7 +303,7 @@ def encode_part(vocabulary: "seqio.Vocabulary", text: str, begins: bool) -> list
 
 @functools.lru_cache(maxsize=4)
 def _part_model(contents: bytes, begins: bool):
-    """The SentencePiece model that drops no spaces, and whether the vocabulary itself does."""
+    """Returns the SentencePiece model that keeps all spaces, and True if the vocabulary itself drops some."""
     import sentencepiece
 
     proto = _proto(contents)
@@ -324,14 +325,14 @@ def _puts_space(contents: bytes) -> bool:
 
 
 def cells(vocabulary: "seqio.Vocabulary", tokens: Sequence[int], signs: Mapping[int, str]) -> list[str]:
-    """The texts of a text's tokens one by one; joined they are the text.
+    """Returns the texts of a text's tokens, one each; joined they are the text.
 
-    A character of several tokens (bytes) stands at the last of them; what is no UTF-8 is "�".
+    A character of several tokens (bytes) is at the last of them; invalid UTF-8 is "�".
 
     Args:
-      vocabulary: what they are tokens of.
-      tokens: from the beginning of a text.
-      signs: what to show in place of some tokens.
+      vocabulary: the vocabulary of the tokens.
+      tokens: the tokens, from the beginning of a text.
+      signs: texts to show for some tokens.
     """
     import seqio
 
@@ -361,12 +362,12 @@ def signs(vocabulary: "seqio.Vocabulary") -> dict[int, str]:
 
 
 def to_text(vocabulary: "seqio.Vocabulary", tokens: Iterable[int]) -> str:
-    """The text of target tokens, up to EOS or the first pad."""
+    """Returns the text of target tokens, up to EOS or the first pad."""
     ends = (vocabulary.eos_id, vocabulary.pad_id)
     text = vocabulary.decode(list(itertools.takewhile(lambda token: token not in ends, tokens)))
     return text if isinstance(text, str) else " ".join(map(str, text))  # a PassThroughVocabulary has no texts
 
 
 def visible(text: bytes) -> str:
-    """UTF-8 text with symbols or angle brackets in place of control characters, so that a terminal is safe."""
+    """Returns UTF-8 text with symbols or angle brackets for control characters, so that it is safe in a terminal."""
     return terminal.signs(text.decode("utf-8", "surrogateescape"))

@@ -1,4 +1,4 @@
-"""Vocabularies by their files."""
+"""Reads vocabularies from their files."""
 
 import os
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ def vocabulary(file: str | None, extra_ids: int = SENTINELS, mask_id: int | None
       mask_id: of MASK, in a vocabulary of Hugging Face's kind; None takes the one that its files name.
 
     Raises:
-      UserError: there is no such file, or it is none of these.
+      UserError: there is no such file, or it has none of these formats.
     """
     import seqio
     from google.protobuf.message import DecodeError

@@ -1,4 +1,4 @@
-"""Autoregressive decoding, token by token over a cache of keys and values."""
+"""Autoregressive decoding, token by token, over a cache of keys and values."""
 
 import dataclasses
 from typing import ClassVar
@@ -21,9 +21,9 @@ from diffusion_t5x.models.transformer import Transformer
 def read_prompt(
     model: Transformer, batch: Batch, kind: AttentionKind, encoded: Encoded | None
 ) -> tuple[jax.Array, KVCache]:
-    """The rows int32 `[B, L]` with pad for targets, and a cache with their inputs, read in one pass.
+    """Returns the rows int32 `[B, L]` with pad for targets, and a cache with their inputs, read in one pass.
 
-    The pass fills the slots of the targets too, but no query sees them before they are written anew.
+    The pass fills the slots of the targets too, but no query sees those before they are written again.
     """
     canvas = jnp.where(batch.target_mask, model.vocabulary.pad_id, batch.tokens)
     prompt = shift_right(canvas, batch.positions, model.vocabulary.start_id)
@@ -40,7 +40,7 @@ def read_next(
     kind: AttentionKind,
     encoded: Encoded | None,
 ) -> tuple[jax.Array, KVCache]:
-    """Logits float32 `[B, V]` of what may be written in each row's slot, int32 `[B]`; the cache has one token more."""
+    """Reads each row's `slot`, int32 `[B]`; returns its logits float32 `[B, V]`, and the cache with one token more."""
     before = canvas[jnp.arange(len(canvas)), slot - 1]
     before = jnp.where(slot == 0, model.vocabulary.start_id, before)
     hidden, cache = model.extend(before[:, None], kind, cache, slot, encoded)
@@ -57,7 +57,7 @@ class AutoregressiveDecoder(Decoder):
     Attributes:
       temperature: 0 is greedy.
       top_k, top_p: see `Sampling`.
-      prefix: the model was trained with inputs that see each other both ways.
+      prefix: the model was trained with bidirectional attention over the inputs.
     """
 
     autoregressive: ClassVar[bool] = True

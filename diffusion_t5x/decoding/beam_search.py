@@ -19,11 +19,11 @@ from diffusion_t5x.models.transformer import Transformer
 
 
 class Beams(flax.struct.PyTreeNode):
-    """`K` texts for each example, the best first.
+    """`K` texts per example, best first.
 
     Attributes:
       tokens: int32 `[B, K, L]`, rows like the batch's.
-      log_probability: float32 `[B, K, L]`, of every token that was written, -inf elsewhere; None where nobody asks.
+      log_probability: float32 `[B, K, L]`, of every token that was written, -inf elsewhere; None if not traced.
       score: float32 `[B, K]`, -inf if there is no text.
     """
 
@@ -32,11 +32,11 @@ class Beams(flax.struct.PyTreeNode):
     score: jax.Array
 
     def take(self, index: jax.Array) -> Self:
-        """The texts of these numbers, int32 `[B, k]`."""
+        """Selects texts by index, int32 `[B, k]`."""
         return jax.tree.map(lambda x: jnp.take_along_axis(x, index if x.ndim == 2 else index[..., None], axis=1), self)
 
     def write(self, slot: jax.Array, token: jax.Array, log_probability: jax.Array, score: jax.Array) -> Self:
-        """With one token more, in each example's slot `[B]`; the rest is `[B, K]`."""
+        """Returns the beams with one more token in each example's slot `[B]`; other arguments are `[B, K]`."""
         here = jnp.arange(self.tokens.shape[-1]) == slot[:, None, None]
         all_before = self.log_probability
         return self.replace(
@@ -48,20 +48,21 @@ class Beams(flax.struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class BeamSearchDecoder(Decoder):
-    """The text of greatest score among those that `num_beams` beams find.
+    """Beam search: writes the text of greatest score among those that `num_beams` beams find.
 
-    A text's score is its log-probability, up to and including the EOS or pad that ends it, over
-    `((5 + length) / 6) ** length_penalty` (arXiv 1609.08144; length in tokens, the ending one too): higher is better.
+    A text's score is its log-probability, up to and including the EOS or pad that ends it, divided by
+    `((5 + length) / 6) ** length_penalty` (arXiv 1609.08144; length in tokens, with the ending one). Higher is better.
 
-    As in T5X, each step extends the live beams by one token; of the `2 * num_beams` most likely of all extensions those
-    that end a text compete for the `num_beams` finished texts, and the most likely others live on. An example is done
-    when no live beam can come to beat the worst of its finished texts, at the latest where its canvas ends. If it has
-    finished none by then, the most likely live beam is its output.
+    As in T5X, each step extends the live beams by one token. Of the `2 * num_beams` most likely extensions, those that
+    end a text compete for the `num_beams` finished texts, and the most likely others live on. An example is done when
+    no live beam can still beat the worst of its finished texts, or when its canvas ends. If it has finished none by
+    then, its output is the most likely live beam.
 
     Attributes:
-      num_beams: beams of each example; one is greedy, but for texts that it could have ended earlier.
-      length_penalty: 0 is none; greater ones favour longer texts.
-      prefix: the model was trained with inputs that see each other both ways.
+      num_beams: number of beams per example; one beam is greedy, except that it prefers a text that ends earlier if
+        that scores higher.
+      length_penalty: 0 is none; greater values favour longer texts.
+      prefix: the model was trained with bidirectional attention over the inputs.
     """
 
     autoregressive: ClassVar[bool] = True
@@ -86,7 +87,7 @@ class BeamSearchDecoder(Decoder):
         return (Mode.of(self.attention),)
 
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
-        """Nothing is drawn. The trace shows the most likely live beam, and where an example is done its output."""
+        """Nothing is drawn. The trace shows the most likely live beam and, once an example is done, its output."""
         vocabulary, beams = model.vocabulary, self.num_beams
         rows, length = batch.tokens.shape
         first_target, num_targets = target_range(batch.target_mask)
@@ -98,7 +99,7 @@ class BeamSearchDecoder(Decoder):
         encoded = encoded and encoded.repeat(beams)
 
         def output(carry):
-            """The best text of each example, `[B, ...]`."""
+            """Returns the best text of each example, `[B, ...]`."""
             finished, live = (jax.tree.map(lambda x: x[:, 0], carry[name]) for name in ("finished", "live"))
             live = live.replace(score=live.score / self._penalty(carry["row_steps"]))
             return select(finished.score > -jnp.inf, finished, live)
@@ -165,7 +166,7 @@ class BeamSearchDecoder(Decoder):
         )
 
     def _start(self, canvas: jax.Array, cache: KVCache, num_targets: jax.Array, trace: bool | Watch) -> dict[str, Any]:
-        """What the loop carries before its first step."""
+        """Returns the loop's state before its first step."""
         copies = jnp.repeat(canvas[:, None], self.num_beams, axis=1)
         nothing = Beams(
             tokens=copies,
@@ -187,5 +188,5 @@ class BeamSearchDecoder(Decoder):
 
 
 def select(condition: jax.Array, first: Beams, second: Beams) -> Beams:
-    """The first texts of the examples for which the condition, bool `[B]`, holds, and the second ones of the others."""
+    """Selects, per example, the first texts if the condition, bool `[B]`, holds, otherwise the second ones."""
     return jax.tree.map(lambda x, y: jnp.where(condition.reshape(-1, *[1] * (x.ndim - 1)), x, y), first, second)

@@ -33,11 +33,11 @@ Carry = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class BlockDecoder(Decoder):
-    """Writes block after block of targets. Earlier blocks and the inputs never change, and are computed once.
+    """Writes targets block by block. Earlier blocks and the inputs never change and are computed once.
 
-    A row stops after the block in which it has written EOS or pad; everything after that is dropped. The score is
-    the mean over the written targets of what the inner decoder says of them. Every block costs one more pass than it
-    has steps: that of its finished tokens, for the cache.
+    A row stops after the block in which it has written EOS or pad; everything after that is dropped. The score is the
+    inner decoder's score, averaged over the written targets. Every block costs one pass more than it has steps: the
+    pass over its finished tokens, for the cache.
 
     A shifted model (`ModelConfig.shifted`) predicts the first token of a block in the slot of the finished token before
     the block: see `objectives.block.Block`.
@@ -144,7 +144,7 @@ class BlockDecoder(Decoder):
 
 
 def _decoded(carry: Carry, batch: Batch, vocabulary: TokenIds) -> Decoded:
-    """What all blocks wrote, without the room behind the rows."""
+    """Returns the output of all blocks, without the room behind the rows."""
     canvas, written_at, history = (
         jax.tree.map(lambda x: x[..., : batch.tokens.shape[1]], carry[name])
         for name in ("canvas", "written_at", "trace")
@@ -162,7 +162,7 @@ def _decoded(carry: Carry, batch: Batch, vocabulary: TokenIds) -> Decoded:
 
 
 def show_rows(carry: Carry, start: jax.Array, tokens: jax.Array, mask: jax.Array, log_probability: jax.Array) -> Carry:
-    """One step more; the trace gets the canvas with these values `[B, l]` from each row's start on."""
+    """Records one more step; the canvas gets these values `[B, l]` from each row's start on."""
     if carry["trace"] is not None:
         canvas = carry["canvas"]
         mask, log_probability = (
@@ -174,7 +174,7 @@ def show_rows(carry: Carry, start: jax.Array, tokens: jax.Array, mask: jax.Array
 
 
 def start_row(canvas: jax.Array, finished: jax.Array, history: Trace | Watched | None) -> Carry:
-    """What a loop over a row's blocks carries of its texts before it writes any."""
+    """Returns the text part of the state of a loop over a row's blocks, before it writes any."""
     return {
         "canvas": canvas,
         "written_at": jnp.full_like(canvas, -1),

@@ -1,7 +1,7 @@
-"""The loop of all decoders that denoise.
+"""The loop of all denoising decoders.
 
-A `StepRule` says what one step may write, and writes it. `decode_canvas` runs a rule over whole rows; `BlockDecoder`
-and `SelfSpeculationDecoder` run it over blocks, which they read in another way.
+A `StepRule` defines what one step may write, and writes it. `decode_canvas` runs a rule over whole rows; `BlockDecoder`
+and `SelfSpeculationDecoder` run it over blocks, which they read through a cache.
 """
 
 from collections.abc import Callable
@@ -26,11 +26,12 @@ class Written(flax.struct.PyTreeNode):
     """The output of one step.
 
     Attributes:
-      tokens: int32 `[B, L]`, the rows after it.
-      mask: bool `[B, L]`, where it wrote, the same token anew or another.
-      log_probability: float32 `[B, L]`, of what it wrote there, at temperature 1 over what may be written.
-      score: float32 `[B]`, what it adds to the row's score, a sum over targets: higher is better.
-      finished: bool `[B]`, rows that need no more steps, whatever is eligible; None: no row.
+      tokens: int32 `[B, L]`, the rows after the step.
+      mask: bool `[B, L]`, the positions that it wrote, even if the token is the same.
+      log_probability: float32 `[B, L]`, log-probability of the written tokens, at temperature 1 over all ids that may
+        be written.
+      score: float32 `[B]`, added to the row's score, a sum over targets: higher is better.
+      finished: bool `[B]`, rows that need no more steps even if positions are eligible; None: no row.
     """
 
     tokens: jax.Array
@@ -44,7 +45,7 @@ class Canvas(flax.struct.PyTreeNode):
     """Rows, or a block of each, between two steps.
 
     Attributes:
-      step: int32 scalar, steps taken.
+      step: int32 scalar, number of steps taken.
       tokens: int32 `[B, L]`.
       target_mask: bool `[B, L]`, what is to be written.
       log_probability: float32 `[B, L]`, of each token in the step that wrote it; 0 where none has.
@@ -79,7 +80,7 @@ class Canvas(flax.struct.PyTreeNode):
         )
 
     def after(self, written: Written, takes_part: jax.Array) -> Self:
-        """After one more step, in which these rows, bool `[B]`, took part."""
+        """Returns the state after one more step, in which these rows, bool `[B]`, took part."""
         return self.replace(
             step=self.step + 1,
             tokens=written.tokens,
@@ -92,10 +93,10 @@ class Canvas(flax.struct.PyTreeNode):
 
 
 class StepRule(Decoder, Protocol):
-    """A frozen dataclass that says what one denoising step may write, and writes it.
+    """A frozen dataclass that defines what one denoising step may write, and writes it.
 
-    By itself it is a decoder of whole canvases, see `decode_canvas`; `BlockDecoder` writes blocks by it. What it draws
-    at a position depends on the row's key, the step and the position's number alone.
+    On its own it decodes whole canvases, see `decode_canvas`; `BlockDecoder` writes blocks with it. Random draws at a
+    position depend only on the row's key, the step and the position's number.
 
     Attributes:
       keeps_written: a target is MASK until a step writes it, and keeps what that step wrote.
@@ -110,13 +111,13 @@ class StepRule(Decoder, Protocol):
     guidance: float = 0.0
 
     def blank(self, batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
-        """The rows int32 `[B, L]` with what stands at the targets before the first step; keys `[B]`."""
+        """Returns the rows int32 `[B, L]` with the targets as they are before the first step; keys `[B]`."""
 
     def eligible(self, tokens: jax.Array, target_mask: jax.Array, vocabulary: TokenIds, step: jax.Array) -> jax.Array:
-        """bool `[B, L]`: targets that a step may write. A row with none is done."""
+        """Returns bool `[B, L]`: the targets that a step may write. A row without any is done."""
 
     def most_steps(self, num_targets: int) -> int:
-        """The maximum number of steps for `num_targets` targets."""
+        """Returns the maximum number of steps for `num_targets` targets."""
 
     def write(
         self,
@@ -127,13 +128,13 @@ class StepRule(Decoder, Protocol):
         positions: jax.Array,
         keys: jax.Array,
     ) -> Written:
-        """One step.
+        """Takes one step.
 
         Args:
-          model: reads the logits out.
-          hidden: `[B, L, D]`, of the canvas.
-          canvas: before this step.
-          eligible: bool `[B, L]`, where it may write.
+          model: computes the logits.
+          hidden: `[B, L, D]`, hidden states of the canvas.
+          canvas: the canvas before this step.
+          eligible: bool `[B, L]`, the positions that may be written.
           positions: int32 `[B, L]`.
           keys: `[B]`, a key for each row and step, a source of named streams (see `models.streams`).
         """
@@ -160,7 +161,8 @@ def denoise(
       canvas: before the first step.
       positions: int32 `[B, L]`.
       keys: `[B]`, a key for each row.
-      read: the hidden states `[B, L, D]` that predict tokens `[B, L]`; takes the carry (a cache, say), and returns it.
+      read: maps tokens `[B, L]` to the hidden states `[B, L, D]` that predict them; takes and returns the carry (such
+        as a cache).
       show: returns the carry after a step that wrote this.
       carry: any tree of arrays, the caller's own.
     """
@@ -181,7 +183,7 @@ def denoise(
 
 
 def decode_canvas(rule: StepRule, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch) -> Decoded:
-    """Writes all targets at once, each seeing all others. The score is the mean of the rule's over the targets."""
+    """Writes all targets at once, each seeing all others. The score is the rule's, averaged over the targets."""
     samples, keys = rule.num_samples, row_keys(key, batch.example_ids)
     rows = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), batch)  # each example's samples together
     if samples > 1:
@@ -239,7 +241,7 @@ def _reader(rule: StepRule, model: Transformer, batch: Batch, rows: Batch) -> Ca
 
     encoded = encode(batch)
     if not rule.guidance:
-        return lambda tokens: reading.hidden(model, tokens, BIDIRECTIONAL, encoded)
+        return lambda tokens: reading.output(model, tokens, BIDIRECTIONAL, encoded).hidden
     if model.config.logits_softcap is not None:
         raise UserError(f"{type(rule).__name__}.guidance must be 0 for a model with ModelConfig.logits_softcap.")
     blind = batch
@@ -249,9 +251,9 @@ def _reader(rule: StepRule, model: Transformer, batch: Batch, rows: Batch) -> Ca
 
     def guided(tokens):
         # Logits are linear in these hidden states, so theirs may be put together in place of the logits.
-        seen = reading.hidden(model, tokens, BIDIRECTIONAL, encoded)
+        seen = reading.output(model, tokens, BIDIRECTIONAL, encoded).hidden
         masked = jnp.where(rows.input_mask, model.vocabulary.mask_id, tokens)
-        unseen = reading.hidden(model, masked, BIDIRECTIONAL, without)
+        unseen = reading.output(model, masked, BIDIRECTIONAL, without).hidden
         return unseen + (1 + rule.guidance) * (seen - unseen)
 
     return guided

@@ -1,4 +1,4 @@
-"""One step of masked decoding: propose a token at every position, then choose the positions that keep theirs."""
+"""One step of masked decoding: proposes a token at every position, then chooses the positions that keep theirs."""
 
 from typing import Literal
 
@@ -23,15 +23,15 @@ def propose(
     softmax: Softmax = "allowed",
     last: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A token for every position, its log-probability, and the certainty of the position, all `[B, L]`.
+    """Returns a token for every position, its log-probability, and the position's certainty, all `[B, L]`.
 
     The log-probability is the model's at temperature 1 over what may be written (not MASK), however the token is drawn.
 
     Args:
       logits: float32 `[B, L, V]`.
       keys: `[B]`, a key for each row and step.
-      positions: int32 `[B, L]`, what is drawn at a position depends on its number alone.
-      vocabulary: says what may be written.
+      positions: int32 `[B, L]`; a draw at a position depends only on its number.
+      vocabulary: defines the ids that may be written.
       sampling: how to draw.
       order: what certainty is. "confidence": the probability of the proposed token. "entropy": minus the entropy, in
         nats. "margin": the most likely token's probability minus the next one's. "random": a number drawn from [0, 1).
@@ -76,7 +76,7 @@ def choose(
 
     Args:
       certainty: `[B, L]`.
-      eligible: bool `[B, L]`; if a row has no more than `count`, all are chosen.
+      eligible: bool `[B, L]`; if a row has at most `count`, all are chosen.
       count: int32 `[B]`.
       threshold: eligible positions of a greater certainty are chosen as well, however many.
       threshold_included: those of just this certainty, too.

@@ -1,4 +1,4 @@
-"""How many tokens each step of masked decoding writes."""
+"""The number of tokens that each step of masked decoding writes."""
 
 from typing import Literal
 
@@ -56,7 +56,7 @@ def _linear_shares(num_steps: int) -> np.ndarray:
 def step_count(
     kind: Counts, num_steps: int | None, most: int, total: jax.Array, left: jax.Array, taken: jax.Array
 ) -> jax.Array:
-    """How many tokens of each row the next step writes, int32 `[B]`.
+    """Returns the number of tokens that the next step writes in each row, int32 `[B]`.
 
     Args:
       kind: "even": the share of this step, rounded up, of what is left for all, so that shares differ by one at most.

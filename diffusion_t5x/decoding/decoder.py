@@ -21,12 +21,13 @@ has of it, tokens and confidence `[B, L]`. Calls may overtake one another; an ex
 
 
 class Trace(flax.struct.PyTreeNode):
-    """The rows before the first step and after each one; steps after a decoder's last one show the end.
+    """The rows before the first step and after each one; steps after a decoder's last one repeat the end.
 
     Attributes:
       tokens: int32 `[steps + 1, B, L]`.
-      confidence: float32 `[steps + 1, B, L]`, the probability, at temperature 1 over what may be written, that the
-        model gave to a token in the step that (last) wrote it; 0 where none has yet, and at what is no target.
+      confidence: float32 `[steps + 1, B, L]`, the probability that the model gave to a token in the step that (last)
+        wrote it, at temperature 1 over all ids that may be written; 0 if unwritten, and at positions that are not
+        targets.
     """
 
     tokens: jax.Array
@@ -34,12 +35,12 @@ class Trace(flax.struct.PyTreeNode):
 
     @classmethod
     def start(cls, tokens: jax.Array, most_steps: int) -> Self:
-        """Empty trace of rows `[B, L]` before the first step, with room for `most_steps` steps."""
+        """Returns an empty trace of rows `[B, L]` before the first step, with room for `most_steps` steps."""
         tokens = jnp.broadcast_to(tokens, (most_steps + 1, *tokens.shape))
         return cls(tokens=tokens, confidence=jnp.zeros(tokens.shape, jnp.float32))
 
     def record(self, step: jax.Array, tokens: jax.Array, mask: jax.Array, log_probability: jax.Array) -> Self:
-        """The trace with one more step, counted from 0; arguments as in `canvas.Written`."""
+        """Returns the trace with one more step, counted from 0; arguments as in `canvas.Written`."""
         confidence = jnp.where(mask, jnp.exp(log_probability), self.confidence[step])
         return self.replace(
             tokens=self.tokens.at[step + 1].set(tokens), confidence=self.confidence.at[step + 1].set(confidence)
@@ -52,12 +53,12 @@ class Trace(flax.struct.PyTreeNode):
 
 
 class Watched(flax.struct.PyTreeNode):
-    """In place of a `Trace`: shows the steps to a `Watch` as they are taken, and keeps none of them.
+    """Replaces a `Trace`: shows each step to a `Watch` when it is taken, and keeps none.
 
     Attributes:
       confidence: float32 `[B, L]`, after the last step; see `Trace`.
-      watch: is shown them.
-      first, length: of a decoder's own rows, the part that is the batch's.
+      watch: called with each step.
+      first, length: the part of the decoder's rows that is the batch's.
     """
 
     confidence: jax.Array
@@ -75,19 +76,19 @@ class Watched(flax.struct.PyTreeNode):
         jax.debug.callback(self.watch, number, *shown)
 
     def end(self, steps: jax.Array) -> None:
-        """Nothing is left of it."""
+        """Returns None: nothing is kept."""
 
 
 def start_trace(
     trace: bool | Watch, tokens: jax.Array, most_steps: int, first: int = 0, length: int | None = None
 ) -> Trace | Watched | None:
-    """Starts recording a decoder's steps; None if they are neither kept nor shown.
+    """Starts recording a decoder's steps; returns None if they are neither kept nor shown.
 
     Args:
       trace: keep them, show them, or neither.
       tokens: rows `[B, L']` before the first step.
-      most_steps: room for so many.
-      first, length: of these rows, the part that is the batch's; by default, all.
+      most_steps: maximum number of steps.
+      first, length: the part of these rows that is the batch's; by default, all.
     """
     if not callable(trace):
         return Trace.start(tokens, most_steps) if trace else None
@@ -100,18 +101,19 @@ class Decoded(flax.struct.PyTreeNode):
     """The output of a decoder.
 
     Attributes:
-      tokens: int32 `[B, L]`, rows like the batch's with what was written at the target positions; what follows an
-        end of sequence there is padding.
-      scores: float32 `[B]`, the decoder's own measure of its output; its docstring says which, and which end is good.
-      steps: int32 scalar, model steps taken (the prompt's not counted).
-      row_steps: int32 `[B]`, those that a row took part in: as many as it would take alone.
-      num_tokens: int32 `[B]`, the tokens of the output, with the one that ends it.
-      canvas: int32 `[B, L]`, the tokens with all that was written behind an end as well.
-      written_at: int32 `[B, L]`, the step in which a target got the token that it kept: counted from 0, in a decoder of
-        blocks anew in each block; -1 where nothing was written.
+      tokens: int32 `[B, L]`, the batch's rows with the written tokens at the target positions; targets after the end of
+        a text are padding.
+      scores: float32 `[B]`, the decoder's own measure of its output; its docstring defines it and says if higher or
+        lower is better.
+      steps: int32 scalar, number of model steps taken (not counting the prompt's).
+      row_steps: int32 `[B]`, number of steps that a row took part in: as many as it would take alone.
+      num_tokens: int32 `[B]`, number of tokens in the output, including the one that ends it.
+      canvas: int32 `[B, L]`, the tokens including everything written after an end.
+      written_at: int32 `[B, L]`, the step in which a target got its final token, counted from 0, in a block decoder
+        from 0 in each block; -1 if nothing was written.
       trace: the rows before the first step and after each one; None unless asked for.
-      num_drafted, num_accepted: int32 `[B]`, of a decoder that speculates: the tokens that were drafted, and those of
-        them that stayed; else None.
+      num_drafted, num_accepted: int32 `[B]`, numbers of tokens that a speculating decoder drafted and accepted;
+        otherwise None.
     """
 
     tokens: jax.Array
@@ -140,7 +142,7 @@ class Decoded(flax.struct.PyTreeNode):
         num_drafted: jax.Array | None = None,
         num_accepted: jax.Array | None = None,
     ) -> Self:
-        """The text written into a batch's targets, up to its end."""
+        """Returns the text written into a batch's targets, up to its end."""
         text = batch.target_mask & ~after_end(canvas, batch, vocabulary)
         return cls(
             tokens=end_at_eos(canvas, batch, vocabulary),
@@ -162,9 +164,9 @@ class Decoder(Protocol):
     Decoders derive from this class and declare what differs from its defaults.
 
     Attributes:
-      autoregressive: reads the model as an autoregressive one, whatever `ModelConfig.shifted` says.
-      left_to_right: writes the targets in order, and pad stands where it has not written yet.
-      fills_holes: targets may have inputs behind them, and may stand apart.
+      autoregressive: uses the model as an autoregressive one, whatever `ModelConfig.shifted` says.
+      left_to_right: writes the targets in order; unwritten targets are pad.
+      fills_holes: targets may be followed by inputs, and need not be contiguous.
     """
 
     autoregressive: ClassVar[bool] = False
@@ -173,27 +175,27 @@ class Decoder(Protocol):
 
     @property
     def modes(self) -> tuple[Mode, ...]:
-        """The modes in which it uses a model, all of which the model must have learned; () where it does not say."""
+        """The modes in which it uses a model; the model must have learned all. () if it does not declare them."""
         return ()
 
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
-        """Rows draw from the key by their `example_ids`, so they do not depend on their neighbours.
+        """Writes the batch's targets. Rows draw from the key by `example_ids`, so neighbours do not matter.
 
         Args:
           model: reads and predicts.
-          batch: whose targets are to be written.
-          key: of all that is drawn.
-          trace: keep every step, or show it to a `Watch` while decoding goes on.
+          batch: its targets are written.
+          key: random key for all draws.
+          trace: keep every step, or show it to a `Watch` during decoding.
         """
 
 
 def target_range(target_mask: Array) -> tuple[jax.Array, jax.Array]:
-    """Index of each row's first target and its number of targets, int32 `[B]`, from masks bool `[B, L]`."""
+    """Returns the index of each row's first target and its number of targets, int32 `[B]`, from masks bool `[B, L]`."""
     return jnp.argmax(target_mask, axis=-1).astype(jnp.int32), jnp.sum(target_mask, axis=-1, dtype=jnp.int32)
 
 
 def into_block(kind: AttentionKind, positions: Array, first_target: jax.Array) -> jax.Array | int:
-    """How many inputs share a block with the first target, int32 `[B]`.
+    """Returns the number of inputs in the block of the first target, int32 `[B]`.
 
     Args:
       kind: attention in blocks.
@@ -207,8 +209,8 @@ def into_block(kind: AttentionKind, positions: Array, first_target: jax.Array) -
 
 
 def end_at_eos(tokens: jax.Array, batch: Batch, vocabulary: TokenIds) -> jax.Array:
-    """Rows `[B, L]` whose targets end at the first EOS or pad: the EOS stays, and all targets after are padding.
+    """Returns rows `[B, L]` whose targets end at the first EOS or pad: EOS stays, and all targets after it are padding.
 
-    Without EOS and pad the whole canvas is the output; with EOS or pad first it is empty.
+    Without EOS and pad, the whole canvas is the output; if EOS or pad comes first, the output is empty.
     """
     return jnp.where(batch.target_mask & after_end(tokens, batch, vocabulary), vocabulary.pad_id, tokens)

@@ -1,4 +1,4 @@
-"""The decoder that suits a mode, with the settings of the shipped gin files."""
+"""The default decoder of each mode, with the settings of the shipped gin files."""
 
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding.block import BlockDecoder
@@ -9,7 +9,7 @@ from diffusion_t5x.models.modes import Mode
 
 
 def default_decoder(mode: Mode) -> Decoder | None:
-    """The decoder for a model of this mode; None for a mode that no shipped decoder has."""
+    """Returns the decoder for a model of this mode; None if no shipped decoder suits it."""
     candidates = [
         AutoregressiveDecoder(),
         AutoregressiveDecoder(prefix=True),

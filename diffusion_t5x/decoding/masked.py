@@ -1,4 +1,4 @@
-"""Masked decoding: from a canvas of MASK, keep the most confident tokens of each step until none is masked."""
+"""Masked decoding: from a canvas of MASK, keeps the most confident tokens of each step until none is masked."""
 
 import dataclasses
 from typing import ClassVar, Literal
@@ -22,8 +22,8 @@ from diffusion_t5x.models.transformer import Transformer
 class MaskedDecoder(StepRule):
     """Unmasks in `num_steps` steps (LLaDA, arXiv 2502.09992), or above a confidence (Fast-dLLM, 2505.22618).
 
-    A written token stays. The score is the mean over targets of the log-probability that a token had when it
-    was written: a sum of conditionals from different steps, not a likelihood. Higher is better.
+    A written token stays. The score is the log-probability that each token had when it was written, averaged over
+    targets: conditionals from different steps, not a likelihood. Higher is better.
 
     Attributes:
       num_steps: a row's targets, or with `window` those of each window, are divided over this many steps; rows with
@@ -86,7 +86,7 @@ class MaskedDecoder(StepRule):
         return (Mode.of(BIDIRECTIONAL, "mask"),)
 
     def blank(self, batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
-        """The rows with MASK for targets."""
+        """Returns the rows with MASK for targets."""
         return jnp.where(batch.target_mask, vocabulary.mask_id, batch.tokens)
 
     def eligible(self, tokens: jax.Array, target_mask: jax.Array, vocabulary: TokenIds, step: jax.Array) -> jax.Array:
@@ -115,7 +115,7 @@ class MaskedDecoder(StepRule):
         positions: jax.Array,
         keys: jax.Array,
     ) -> Written:
-        """One step: writes some of the eligible positions, permanently."""
+        """Takes one step: writes some of the eligible positions, permanently."""
 
         ids = jnp.arange(model.config.num_embeddings)
         is_end = model.vocabulary.is_end(ids) | jnp.isin(ids, jnp.asarray(self.end_ids, jnp.int32))
@@ -135,7 +135,7 @@ class MaskedDecoder(StepRule):
         )
 
     def _count(self, canvas: Canvas, eligible: jax.Array) -> jax.Array:
-        """How many of the eligible positions this step writes, int32 `[B]`, at least."""
+        """Returns the minimum number of eligible positions that this step writes, int32 `[B]`."""
         in_window, taken = self._in_window(eligible, canvas.target_mask), canvas.step
         if self.window is not None:
             first = jnp.where(in_window & (canvas.written_at >= 0), canvas.written_at, canvas.step)

@@ -1,4 +1,4 @@
-"""Self-speculation: one model drafts a block by diffusion, and checks it as an autoregressive model in one pass.
+"""Self-speculation: one model drafts a block by diffusion and checks the draft autoregressively in one pass.
 
 Speculative decoding (arXiv 2211.17192), greedy, with the model as its own draft model.
 """
@@ -31,23 +31,23 @@ from diffusion_t5x.models.transformer import Transformer
 
 @dataclasses.dataclass(frozen=True)
 class SelfSpeculationDecoder(Decoder):
-    """Greedy autoregressive decoding, several tokens at a time; for a model that was trained for both modes.
+    """Greedy autoregressive decoding, several tokens at a time, for a model that was trained for both modes.
 
-    Each round drafts what is left of a block and reads the draft in one autoregressive pass. The longest beginning of
-    the draft that is what the model would have written token by token stays, and the pass itself says one token more.
-    So the output is that of `AutoregressiveDecoder` at temperature 0, whatever the drafts, but for ties: a pass over
-    several tokens rounds otherwise than one over a single token. The score is that decoder's too, the log-probability
-    of the output up to and including EOS: higher is better.
+    Each round drafts the rest of a block and reads the draft in one autoregressive pass. It accepts the longest prefix
+    of the draft that the model would have written token by token, plus one token that the pass itself predicts. So the
+    output is that of `AutoregressiveDecoder` at temperature 0, whatever the drafts, except for ties: a pass over
+    several tokens rounds differently from a pass over one. The score is that decoder's too, the log-probability of the
+    output up to and including EOS: higher is better.
 
-    A round costs the draft's steps and one pass more, and writes at least one token, at most one more than it drafts.
-    Two caches of keys and values are kept. That of the autoregressive mode, which reads the token before in each slot,
-    is exact for what is accepted. So is that of the drafts, which read each token in its own slot and see blocks both
-    ways: their passes read the block before, finished now, along with their own, and need none of their own for it.
+    A round costs the draft's steps plus one pass, and writes at least one token and at most one more than it drafts.
+    Two caches of keys and values are kept. The autoregressive mode's, in which each slot reads the previous token, is
+    exact for accepted tokens. So is the drafts', in which each slot reads its own token and sees its block both ways: a
+    draft's first pass also reads the previous block, finished by then, which saves a pass.
 
     Attributes:
-      draft: writes the drafts, with the block size that the model was trained with. With one step for a block a round
+      draft: writes the drafts, with the block size that the model was trained with. With one step per block, a round
         takes two passes.
-      prefix: the model was trained with inputs that see each other both ways, in its autoregressive mode.
+      prefix: the model was trained with bidirectional attention over the inputs, in its autoregressive mode.
     """
 
     left_to_right: ClassVar[bool] = True
@@ -155,7 +155,7 @@ class SelfSpeculationDecoder(Decoder):
     def _read_for_drafts(
         self, model: Transformer, room: Batch, canvas: jax.Array, encoded: Encoded | None
     ) -> tuple[jax.Array, KVCache]:
-        """The cache of the drafts after a pass over the inputs, and the canvas as they read it."""
+        """Returns the drafts' cache after a pass over the inputs, and the canvas as they read it."""
         vocabulary, shifted = model.vocabulary, model.config.shifted
         reading = Reading.of(room, vocabulary, shifted)
         cache = KVCache.empty(model.config, Slots.of(reading.batch))
@@ -174,7 +174,7 @@ class SelfSpeculationDecoder(Decoder):
         carry: Carry,
         block: jax.Array,
     ) -> tuple[Carry, jax.Array, jax.Array]:
-        """What is left of each row's block, which starts at `block`: its tokens `[B, size]`, and how many are new."""
+        """Drafts the rest of each row's block from `block` on: its tokens `[B, size]`, and the number of new ones."""
         vocabulary, shifted = model.vocabulary, model.config.shifted
         # A shifted model predicts each token in the slot before its own.
         size, ahead = self.draft.block_size, 1 if shifted else 0
@@ -202,23 +202,23 @@ class SelfSpeculationDecoder(Decoder):
 
 
 def _cut(x: Array, start: jax.Array, size: int) -> jax.Array:
-    """Of each row `size` slots from its start on."""
+    """Returns `size` slots of each row from its start on."""
     return jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, size))(x, start)
 
 
 def _accepted(
     draft: jax.Array, tokens: jax.Array, num_drafted: jax.Array, ends: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What stays of a draft, and one token more, up to the first that ends the row.
+    """Returns the accepted part of a draft and one more token, up to the first that ends the row.
 
     Args:
       draft: `[B, size]`.
-      tokens: what the model writes there, `[B, size + 1]`.
-      num_drafted: so many of the draft were drafted now, `[B]`.
-      ends: which of the tokens end the row.
+      tokens: the model's own tokens there, `[B, size + 1]`.
+      num_drafted: number of tokens that were drafted now, `[B]`.
+      ends: True for tokens that end the row.
 
     Returns:
-      Which places were drafted, how many drafted tokens agree, and which tokens are new.
+      Masks of the drafted places and of the new tokens, and between them the number of drafted tokens that agree.
     """
     size = draft.shape[1]
     place = jnp.arange(size + 1)
@@ -229,7 +229,7 @@ def _accepted(
 
 
 def _most_likely(vocabulary: TokenIds, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The most likely token of each slot, and its log-probability."""
+    """Returns the most likely token of each slot, and its log-probability."""
     logits = forbid(logits, vocabulary)
     tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return tokens, -cross_entropy(logits, tokens)[1]

@@ -24,21 +24,22 @@ from diffusion_t5x.models.transformer import Transformer
 class SundaeDecoder(StepRule):
     """Denoises `num_samples` canvases of uniform noise for `num_steps` steps and keeps each example's best.
 
-    The score is the cross-entropy, in nats per target position, between the canvas that the last step reads and the
-    logits that it gives: how little the model would still change ("model score", arXiv 2401.17181 section 3).
-    Lower is better; it is not a log-probability.
+    The score is the cross-entropy, in nats per target, between the canvas that the last step reads and its logits: how
+    much the model would still change ("model score", arXiv 2401.17181 section 3). Lower is better; it is not a
+    log-probability.
 
     The defaults are paper 1's. The rest is SUNDAE's own (arXiv 2112.06749, its section on sampling).
 
     Attributes:
-      num_steps: maximum number of steps. A step is one forward pass, including unrolls.
-      num_samples: canvases for each example.
-      temperature: at which every step samples what it writes; 0 takes the most likely.
+      num_steps: maximum number of steps. A step is one forward pass; unrolls count as steps.
+      num_samples: number of canvases per example.
+      temperature: sampling temperature of every step; 0 takes the most likely token.
       method: "sample": every step writes `update_share` of the targets, chosen at random. "argmax_unrolled": steps take
         turns. One writes the most likely token at all targets; the next, the unroll, reads that and writes anew, with
         its own most likely tokens, only the `update_share` of them that the one before was least sure of. Nothing is
         sampled, so the temperature must be 0.
-      update_share: in (0, 1], of each row's targets; rounded, at least one. A target that no step chose stays noise.
+      update_share: in (0, 1], share of each row's targets that a step writes; rounded, at least one. A target that no
+        step chose stays noise.
       stop_when_unchanged: a canvas is finished after a step that would have changed nothing had it written all targets,
         and its score is of that step; decoding stops when all are. At temperature 0 the result is the same, in less
         steps.
@@ -71,7 +72,7 @@ class SundaeDecoder(StepRule):
         return (Mode.of(BIDIRECTIONAL, "uniform"),)
 
     def blank(self, batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
-        """The rows with noise for targets."""
+        """Returns the rows with noise for targets."""
         noise = jax.vmap(vocabulary.sample_noise, (0, None))(stream(keys, "blank"), batch.tokens.shape[1:])
         return jnp.where(batch.target_mask, noise, batch.tokens)
 
@@ -90,7 +91,7 @@ class SundaeDecoder(StepRule):
         positions: jax.Array,
         keys: jax.Array,
     ) -> Written:
-        """One step. The score is minus the cross-entropy of the tokens that a row's last step reads, and 0 before."""
+        """Takes one step. The score is minus the cross-entropy of what a row's last step reads, and 0 before."""
 
         def read_out(logits, tokens, positions):
             logits = forbid(logits, model.vocabulary)
@@ -112,7 +113,7 @@ class SundaeDecoder(StepRule):
         )
 
     def _choose(self, canvas: Canvas, eligible: jax.Array, positions: jax.Array, keys: jax.Array) -> jax.Array:
-        """bool `[B, L]`: where this step writes."""
+        """Returns bool `[B, L]`: the positions that this step writes."""
         if self.update_share == 1:
             return eligible
         count = jnp.maximum(jnp.round(self.update_share * jnp.sum(eligible, axis=-1)), 1)

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.dataset import Dataset
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.inference import Example, make_decode_step, predict
 from diffusion_t5x.evaluation.likelihood import likelihoods, make_likelihood_step, summarize
-from diffusion_t5x.evaluation.loading import Dataset, Rows, abstract_batch
+from diffusion_t5x.evaluation.loading import abstract_batch
 from diffusion_t5x.evaluation.losses import evaluate_loss
 from diffusion_t5x.evaluation.teacher import make_judge
 from diffusion_t5x.models.transformer import ModelDefinition, Params
@@ -27,27 +27,20 @@ from diffusion_t5x.training.step import make_loss_step
 logger = logging.getLogger(__name__)
 
 
-class LossDataset(Dataset, Protocol):
-    """The data-set interface that losses need; `data.cached_source.CachedDataset` implements it."""
-
-    def eval_batches(self, num_examples: int | None = None) -> Iterator[tuple[Batch, Sequence[Example]]]:
-        """The evaluation set in order, with the examples' texts."""
-
-
-class EvalDataset(LossDataset, Rows, Protocol):
+class EvalDataset(Dataset, Protocol):
     """The data-set interface that evaluation needs; `data.seqio_source.SeqioDataset` implements it."""
 
     def to_text(self, tokens: Sequence[int]) -> str:
-        """The text of target tokens, up to EOS."""
+        """Returns the text of target tokens, up to EOS."""
 
     def cells(self, tokens: Sequence[int]) -> list[str]:
-        """The texts of target tokens one by one, EOS, padding and all."""
+        """Returns the texts of target tokens, one each, including EOS and padding."""
 
     def check_scoring(self) -> None:
-        """Raises a UserError where `score` cannot run here."""
+        """Raises a UserError if `score` cannot run here."""
 
     def score(self, records: Sequence[Example]) -> Mapping[str, float]:
-        """The task's metrics of predictions (see `inference.predict`)."""
+        """Returns the task's metrics of predictions (see `inference.predict`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +48,11 @@ class LossEval:
     """The objective's loss on a data set.
 
     Attributes:
-      dataset: what to evaluate on.
+      dataset: the data set to evaluate on.
       num_batches: maximum number of batches; None takes all, 0 skips this evaluation.
     """
 
-    dataset: LossDataset
+    dataset: Dataset
     num_batches: int | None = None
 
     def __post_init__(self) -> None:
@@ -71,12 +64,12 @@ class DecodeEval:
     """Metrics of a decoder's output on a data set.
 
     Attributes:
-      dataset: what to evaluate on.
+      dataset: the data set to evaluate on.
       decoder: writes the texts.
       num_examples: number of examples, from the start; None takes all, 0 skips this evaluation.
-      seed: of the decoder's randomness.
-      samples_per_example: number of samples per example, for metrics such as pass@k; other metrics take the first.
-        (A decoder may have samples of its own, of which it keeps the best.)
+      seed: seed of the decoder's randomness.
+      samples_per_example: number of samples per example, for metrics such as pass@k; other metrics use the first. (A
+        decoder may have samples of its own, of which it keeps the best.)
     """
 
     dataset: EvalDataset
@@ -93,13 +86,13 @@ class DecodeEval:
 
 @dataclasses.dataclass(frozen=True)
 class LikelihoodEval:
-    """Likelihood of the targets of a data set under the objective: see `evaluation.likelihood.summarize`.
+    """Likelihood of a data set's targets under the objective: see `evaluation.likelihood.summarize`.
 
     Attributes:
-      dataset: what to evaluate on.
+      dataset: the data set to evaluate on.
       num_examples: number of examples, from the start; None takes all, 0 skips this evaluation.
-      num_draws: of each example, an even number; exact objectives need none.
-      seed: of the draws.
+      num_draws: number of draws per example, an even number; exact objectives need none.
+      seed: seed of the draws.
     """
 
     dataset: EvalDataset
@@ -116,10 +109,10 @@ AnyEval = TypeVar("AnyEval", bound=LossEval | DecodeEval | LikelihoodEval)
 
 
 def prepared(evals: Sequence[AnyEval]) -> list[AnyEval]:
-    """The evaluations without those of 0 examples or batches, which are logged.
+    """Returns the evaluations without those of 0 examples or batches, which are logged.
 
     Raises:
-      UserError: a metric of one that decodes cannot run here.
+      UserError: a decoding evaluation has a metric that cannot run here.
     """
     found = []
     for ev in evals:
@@ -133,14 +126,14 @@ def prepared(evals: Sequence[AnyEval]) -> list[AnyEval]:
 
 
 def check_decoders(mesh: Mesh, definition: ModelDefinition, evals: Sequence[DecodeEval], params: Params) -> None:
-    """Traces what each evaluation decodes, of the shapes of its batches alone. Nothing is compiled or run.
+    """Traces the decoding of each evaluation with the shapes of its batches alone. Nothing is compiled or run.
 
-    A decoder that does not go with the model or the lengths raises here what it would raise in the first evaluation.
+    A decoder that does not fit the model or the lengths raises here what it would raise in the first evaluation.
 
     Args:
-      mesh: to spread the rows over.
+      mesh: the mesh for the rows.
       definition: the model.
-      evals: that decode.
+      evals: decoding evaluations.
       params: shapes and dtypes of the parameters.
     """
     for ev in evals:
@@ -159,12 +152,12 @@ def for_tasks(
     dataset: Callable[..., EvalDataset],
     decode_eval: Callable[..., DecodeEval | LikelihoodEval],
 ) -> list[DecodeEval | LikelihoodEval]:
-    """One evaluation for each task: `decode_eval(dataset=dataset(mixture_or_task_name=task))`.
+    """Returns one evaluation per task: `decode_eval(dataset=dataset(mixture_or_task_name=task))`.
 
     Args:
       tasks: names of tasks or mixtures.
-      dataset: makes the data set of a `mixture_or_task_name`.
-      decode_eval: makes the evaluation on a `dataset`.
+      dataset: makes the data set for a `mixture_or_task_name`.
+      decode_eval: makes the evaluation for a `dataset`.
     """
     if isinstance(tasks, str) or not tasks:
         raise UserError(f'EVAL_TASKS is a list of tasks\' names, such as ["my_task"], not {tasks!r}.')
@@ -172,18 +165,18 @@ def for_tasks(
 
 
 class Evaluator:
-    """Runs evaluations on parameters, compiled once each.
+    """Runs evaluations on parameters; each program is compiled once.
 
     Args:
-      mesh: to spread the rows over.
+      mesh: the mesh for the rows.
       definition: the model.
-      objective: of the losses and likelihoods; None if there are none of them.
-      loss_evals, decode_evals: what to run.
-      teacher: of the objective; judges what is decoded, too.
-      likelihood_evals: what to run, too.
+      objective: the objective of losses and likelihoods; None if there are none.
+      loss_evals, decode_evals: the evaluations to run.
+      teacher: the objective's teacher; also judges decoded texts.
+      likelihood_evals: likelihood evaluations to run.
 
     Raises:
-      UserError: two evaluations of a kind on one data set, whose results could not be told apart.
+      UserError: two evaluations of one kind on one data set, whose results could not be told apart.
     """
 
     def __init__(
@@ -214,7 +207,7 @@ class Evaluator:
             ]
 
     def losses(self, params: Params) -> dict[str, dict[str, float]]:
-        """The loss and its metrics, by data set."""
+        """Returns the loss and its metrics, by data set."""
         return {
             ev.dataset.name: evaluate_loss(
                 step, params, (batch for batch, _ in ev.dataset.eval_batches()), self._mesh, ev.num_batches
@@ -223,7 +216,7 @@ class Evaluator:
         }
 
     def likelihoods(self, params: Params) -> Iterator[tuple[str, dict[str, float], list[dict[str, Any]]]]:
-        """For each data set its name, summary and records (see `evaluation.likelihood`)."""
+        """Yields name, summary and records for each data set (see `evaluation.likelihood`)."""
         for ev, step in self._likelihood_evals:
             batches = ev.dataset.eval_batches(ev.num_examples)
             records = list(likelihoods(step, params, batches, self._mesh, ev.dataset.to_text))
@@ -232,13 +225,13 @@ class Evaluator:
     def decode(
         self, params: Params, keep: Callable[[str, list[dict[str, Any]]], None] = lambda name, records: None
     ) -> Iterator[tuple[str, dict[str, float], list[dict[str, Any]]]]:
-        """For each data set its name, metrics and predictions.
+        """Yields name, metrics and predictions for each data set.
 
-        Before scoring, `keep` gets name and predictions, so that decoded texts survive a failing metric.
+        `keep` gets name and predictions before scoring, so that decoded texts survive a failing metric.
 
-        To the task's own metrics come "tokens_per_step", over all texts, of a decoder that speculates "acceptance" (the
-        share of the drafted tokens that stayed), "decode_seconds", compilation and reading counted too, and with a
-        teacher "teacher_nll" (nats per token) and "teacher_agreement" (a share of the tokens).
+        Besides the task's own metrics there are "tokens_per_step" over all texts, "acceptance" of a decoder that
+        speculates (the share of drafted tokens that it accepted), "decode_seconds" including compilation and reading,
+        and with a teacher "teacher_nll" (nats per token) and "teacher_agreement" (share of tokens).
         """
         for ev, step in self._decode_evals:
             start = time.monotonic()
@@ -252,7 +245,7 @@ class Evaluator:
 
 
 def _totals(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Totals of the records' figures over all texts."""
+    """Sums the records' figures over all texts."""
     sums = {
         name: sum(record[name] for record in records)
         for name in ("num_tokens", "num_steps", "teacher_nll", "teacher_agreement", "num_drafted", "num_accepted")

@@ -1,7 +1,7 @@
-"""Answers lm-evaluation-harness's requests in token ids: the likelihood of a continuation, and a generated one.
+"""Answers lm-evaluation-harness's requests in token ids: the likelihood of a continuation, or a generated one.
 
-Requests are sorted into rows of few lengths, so that little is compiled. What a request draws depends on its own tokens
-and on how often it was asked before: neither neighbours nor padding change its numbers.
+Requests are sorted into rows of few lengths, so that few programs compile. A request's random draws depend on its own
+tokens and on how often it was asked before: neither neighbours nor padding change its numbers.
 """
 
 import collections
@@ -44,13 +44,14 @@ class Rows:
     """Layout of requests in rows, which should match the layout of the model's training examples.
 
     Attributes:
-      task_feature_lengths: tokens of `inputs` (contexts) and `targets` (continuations, and what is written). Longer
-        contexts lose their beginning. Without a canvas, a decoder-only model's are of any length that together fit.
+      task_feature_lengths: numbers of tokens in `inputs` (contexts) and `targets` (continuations and generated texts).
+        Longer contexts lose their beginning. Without a canvas, a decoder-only model takes inputs and targets of any
+        lengths that fit together.
       context_eos: contexts end in EOS, like the inputs of most tasks; False for imported models.
-      canvas: a continuation is followed by EOS and padding up to the targets' length, and the model learns to write
-        these too.
-      architecture: of the model.
-      batch_size: rows of a batch.
+      canvas: a continuation is followed by EOS and padding up to the targets' length, which the model has learned to
+        write.
+      architecture: the model's architecture.
+      batch_size: number of rows in a batch.
     """
 
     task_feature_lengths: Mapping[str, int]
@@ -75,7 +76,7 @@ class Rows:
 
     @property
     def row_length(self) -> int:
-        """Positions of the longest sequence that the model reads."""
+        """Number of positions in the longest sequence that the model reads."""
         lengths = self.task_feature_lengths.values()
         return sum(lengths) if self.architecture == "decoder_only" else max(lengths)
 
@@ -84,14 +85,14 @@ class Harness:
     """Answers requests with a model.
 
     Args:
-      mesh: to spread the rows over.
+      mesh: the mesh for the rows.
       definition: the model.
       params: its parameters.
       objective: computes likelihoods.
       decoder: writes the texts.
       rows: layout of requests in rows.
-      num_draws: of a likelihood that is estimated.
-      seed: of draws and decoder.
+      num_draws: number of draws for likelihoods that are estimated.
+      seed: seed of draws and decoder.
     """
 
     def __init__(
@@ -112,19 +113,19 @@ class Harness:
         self._greedy = _make_greedy_step(mesh, definition, objective) if objective.autoregressive else None
 
     def log_likelihoods(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[float]:
-        """Log-likelihoods of continuations given their contexts, in nats.
+        """Returns log-likelihoods of continuations given their contexts, in nats.
 
         Raises:
-          UserError: a continuation that is longer than the targets.
+          UserError: a continuation is longer than the targets.
         """
         found = self._run("log-likelihoods", self._likelihood, self._scored(pairs))
         return [float(likelihood.log_likelihood) for likelihood, _ in found]
 
     def are_greedy(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[bool]:
-        """True for each continuation that equals what the model would write.
+        """Returns True for each continuation that equals what the model would write.
 
-        An autoregressive model writes the most likely token each time. Any other writes what its decoder does: onto a
-        canvas if it has one, else as many tokens as the continuation has.
+        An autoregressive model writes the most likely token each time. Any other model writes with its decoder: a
+        canvas if it has one, otherwise as many tokens as the continuation has.
         """
         if self._greedy is not None:
             return [bool(found) for found, _ in self._run("greedy texts", self._greedy, self._scored(pairs))]
@@ -135,9 +136,9 @@ class Harness:
         return [written[key] == continuation for key, (_, continuation) in zip(asked, pairs, strict=True)]
 
     def write(self, requests: Sequence[tuple[Tokens, int]]) -> list[Tokens]:
-        """The decoder's output after each context, up to the end of the text, within the requested length.
+        """Returns the decoder's output after each context, up to the end of the text, within the requested length.
 
-        A canvas is written as a whole, and then cut.
+        A canvas is written whole and then cut.
         """
         limit = self._rows.task_feature_lengths["targets"]
         if longer := sum(size > limit for _, size in requests):
@@ -161,7 +162,7 @@ class Harness:
     def _run(
         self, what: str, step: Callable[[Params, Batch], Any], examples: Sequence[tuple[Tokens, Tokens]]
     ) -> list[tuple[Any, np.ndarray]]:
-        """For each example its row of what the step gives, and the row's target mask; `what` is named meanwhile."""
+        """Returns each example's row of the step's output, and its target mask; `what` is for the progress bar."""
         rows = self._rows
         layout = RowLayout(rows.task_feature_lengths, rows.architecture, rows.canvas, self._ids.pad_id)
         sequences = [
@@ -187,7 +188,7 @@ class Harness:
         return found
 
     def _fitted(self, examples: Sequence[tuple[Tokens, Tokens]]) -> Iterator[tuple[Tokens, Tokens]]:
-        """The examples cut to the row lengths."""
+        """Yields the examples cut to the row lengths."""
         rows, lengths, cut = self._rows, self._rows.task_feature_lengths, 0
         end = [self._ids.eos_id] if rows.context_eos else []
         for context, targets in examples:
@@ -203,7 +204,7 @@ class Harness:
             logger.warning("%d of %d contexts are too long; their beginnings are cut off", cut, len(examples))
 
     def _shape(self, sequences: Row) -> tuple[tuple[str, int], ...]:
-        """The lengths of the shortest row that the sequences fit in, of those that are compiled for."""
+        """Returns the lengths of the shortest compiled row that the sequences fit."""
         pieces, lengths = partitioning.pieces_of("length", self._mesh), self._rows.task_feature_lengths
 
         def shortest(longest: int, needed: int) -> int:
@@ -218,7 +219,7 @@ class Harness:
 
 
 def _example_ids(examples: Sequence[tuple[Tokens, Tokens]]) -> np.ndarray:
-    """int32 `[n]`, of an example's own tokens and of how often they came before."""
+    """Returns int32 `[n]`: ids made of an example's own tokens and of how often they came before."""
     seen: collections.Counter[bytes] = collections.Counter()
     found = []
     for example in examples:
@@ -231,13 +232,13 @@ def _example_ids(examples: Sequence[tuple[Tokens, Tokens]]) -> np.ndarray:
 def _make_greedy_step(
     mesh: Mesh, definition: ModelDefinition, objective: Objective
 ) -> Callable[[Params, Batch], jax.Array]:
-    """The jitted `(params, batch) -> bool [B]`: whether each token of the text is the most likely one."""
+    """Returns the jitted `(params, batch) -> bool [B]`: True if each token of the text is the most likely one."""
 
     reader = Autoregressive(prefix=objective.attention == PREFIX)
 
     def step(params: Params, batch: Batch) -> jax.Array:
         model = definition.bind(params)
-        _, is_likeliest = score(model, reader.hidden(model, batch), batch.tokens)
+        _, is_likeliest = score(model, reader.output(model, batch).hidden, batch.tokens)
         return jnp.all(is_likeliest | ~text_of(batch, model.vocabulary), axis=-1)
 
     return jax.jit(step, out_shardings=partitioning.replicated(mesh))

@@ -1,4 +1,4 @@
-"""Decodes the examples of a data set with a model."""
+"""Decodes the examples of a data set."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,10 +24,10 @@ DecodeStep = Callable[[Params, Batch, np.int32], Decoded]
 def make_decode_step(
     mesh: Mesh, definition: ModelDefinition, decoder: Decoder, *, seed: int, trace: bool | Watch = False
 ) -> jax.stages.Wrapped:
-    """The jitted `(params, batch, sample=0) -> Decoded`.
+    """Returns the jitted `(params, batch, sample=0) -> Decoded`.
 
-    Examples draw from `(seed, example_ids)`, and from keys of their own for each sample; the 0th sample is what is
-    written where there is only one. `trace` is as in `Decoder.decode`.
+    Examples draw from `(seed, example_ids)`, and each sample from a key of its own; a single sample is the 0th. `trace`
+    is as in `Decoder.decode`.
     """
 
     def step(params: Params, batch: Batch, sample: jax.Array | int = 0) -> Decoded:
@@ -54,22 +54,22 @@ def predict(
 
     Args:
       decode_step: see `make_decode_step`.
-      params: the model's.
-      batches: batches, and the examples (with their texts) that their first rows stand for.
-      mesh: to spread the rows over.
-      to_text: text of tokens, up to EOS.
-      cells: the texts of tokens one by one, EOS, padding and all.
-      judge: says something more of what was written, a number for each row by name.
-      samples_per_example: how often each example is decoded, with other random numbers.
-      text_mask: says where a batch has its texts, bool `[B, L]`, if a text is more than what is written of it. None:
-        the targets are the text.
+      params: the model's parameters.
+      batches: batches, and the examples (with their texts) in their first rows.
+      mesh: the mesh for the rows.
+      to_text: returns the text of tokens, up to EOS.
+      cells: returns the texts of tokens, one each, including EOS and padding.
+      judge: returns more numbers for each row, by name.
+      samples_per_example: number of times that each example is decoded, each with its own random numbers.
+      text_mask: returns the positions of a batch's texts, bool `[B, L]`, if only parts of them are written. None: the
+        targets are the text.
 
     Yields:
-      The example's own fields with "prediction" (text), "score" (see the decoder), "num_tokens" (that were written, up
-      to the one that ends the text), "num_steps" (of the model, that the row took part in), "num_drafted" and
-      "num_accepted" (tokens, of a decoder that speculates), what the judge says, and, where the step traces, "trace"
-      (see `traces.compact`). With several samples all this is of the first, and "predictions" are the texts of all. Of
-      a text that was written only in part "holes" are these parts.
+      The example's own fields with "prediction" (text), "score" (see the decoder), "num_tokens" (written tokens, up to
+      the one that ends the text), "num_steps" (model steps that the row took part in), "num_drafted" and
+      "num_accepted" (tokens, if the decoder speculates), the judge's numbers and, if the step traces, "trace" (see
+      `traces.compact`). With several samples these describe the first, and "predictions" has the texts of all. If only
+      parts of a text were written, "holes" has these parts.
     """
     for batch, examples in batches:
         with jax.set_mesh(mesh):
@@ -108,7 +108,7 @@ def predict(
 
 
 def _holes(cells: Sequence[str], written: np.ndarray) -> list[str]:
-    """The texts of the parts of a text that were written."""
+    """Returns the texts of the written parts of a text."""
     runs = itertools.groupby(zip(cells, written.tolist(), strict=True), lambda cell: cell[1])
     return ["".join(text for text, _ in run) for is_hole, run in runs if is_hole]
 

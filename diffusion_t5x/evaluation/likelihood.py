@@ -1,4 +1,4 @@
-"""Likelihood of the targets of a data set: of each example, and in bits per token and per byte."""
+"""Likelihood of a data set's targets: per example, and in bits per token and per byte."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ LikelihoodStep = Callable[[Params, Batch], Likelihood]
 def make_likelihood_step(
     mesh: Mesh, definition: ModelDefinition, objective: Objective, *, num_draws: int, seed: int
 ) -> LikelihoodStep:
-    """The jitted `(params, batch) -> Likelihood`; examples draw from `(seed, example_ids)`."""
+    """Returns the jitted `(params, batch) -> Likelihood`; examples draw from `(seed, example_ids)`."""
 
     def step(params: Params, batch: Batch) -> Likelihood:
         return objective.log_likelihood(definition.bind(params), batch, jax.random.key(seed), num_draws)
@@ -40,17 +40,17 @@ def likelihoods(
 
     Args:
       step: see `make_likelihood_step`.
-      params: the model's.
-      batches: batches of one example a row, and the examples (with their texts) that their first rows stand for.
-      mesh: to spread the rows over.
-      to_text: text of target tokens, up to EOS.
+      params: the model's parameters.
+      batches: batches of one example per row, and the examples (with their texts) in their first rows.
+      mesh: the mesh for the rows.
+      to_text: returns the text of target tokens, up to EOS.
 
     Yields:
-      The example's own fields with "log_likelihood" (nats) and its "standard_error", "num_tokens" (of the targets, the
-      one that ends them too) and "num_bytes" (of the text of the targets as far as they were read, in UTF-8).
+      The example's own fields with "log_likelihood" (nats) and its "standard_error", "num_tokens" (in the targets,
+      including the one that ends them) and "num_bytes" (of the targets' text as far as it was read, in UTF-8).
 
     Raises:
-      UserError: packed rows, which have no likelihood of each example.
+      UserError: rows are packed; a packed row has no likelihood per example.
     """
     for batch, examples in batches:
         if np.max(batch.segment_ids) > 1:
@@ -71,10 +71,10 @@ def likelihoods(
 def summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Aggregates records of `likelihoods` into metrics.
 
-    Of "bits_per_token" and "bits_per_byte" (summed bits over summed tokens and bytes), and of "log_likelihood" (nats,
-    the mean over examples): with "_se" the standard error of the estimate, from the objective's draws alone, which more
-    draws make smaller; with "_low" and "_high" the ends of a 95 % interval by a bootstrap over examples, as metrics of
-    decoded texts have it, which holds the chance of the draws and that of the examples. And "num_texts", "num_tokens",
+    The metrics are "bits_per_token" and "bits_per_byte" (summed bits over summed tokens and bytes), and
+    "log_likelihood" (nats, the mean over examples). Each has a standard error "_se", from the objective's draws alone,
+    which more draws make smaller; and a 95 % interval, "_low" to "_high", by a bootstrap over examples as for decoded
+    texts, which covers the randomness of both draws and examples. There are also "num_texts", "num_tokens" and
     "num_bytes".
 
     Raises:

@@ -1,4 +1,4 @@
-"""A `Harness` with the interface that lm-evaluation-harness expects: texts in, texts and numbers out."""
+"""A `Harness` with lm-evaluation-harness's interface: texts in, texts and numbers out."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -19,12 +19,12 @@ _DEFAULT_LIMIT = 256  # the harness's own
 
 
 def adapt(harness: Harness, vocabulary: "seqio.Vocabulary", rows: Rows) -> "lm_eval.api.model.LM":
-    """The model as an object that `lm_eval.simple_evaluate` takes.
+    """Returns the model as an object that `lm_eval.simple_evaluate` takes.
 
     Args:
       harness: answers in token ids.
-      vocabulary: of its model.
-      rows: of the harness.
+      vocabulary: the model's vocabulary.
+      rows: the harness's rows.
     """
     from lm_eval import utils
     from lm_eval.api.model import LM
@@ -73,12 +73,12 @@ _NOTHING = -1  # in place of the token that the harness puts before a document: 
 def _encode_pair(
     vocabulary: "seqio.Vocabulary", context: str, continuation: str, *, apart: bool
 ) -> tuple[Tokens, Tokens]:
-    """Tokens of context and continuation; spaces between them belong to the continuation, as in the harness's models.
+    """Returns the tokens of context and continuation; spaces between them go to the continuation, as in the harness.
 
     Args:
-      vocabulary: encodes.
-      context, continuation: of a request.
-      apart: they are texts by themselves; else the continuation is what the whole text has behind the context.
+      vocabulary: encodes the texts.
+      context, continuation: the request's texts.
+      apart: encode them as separate texts; otherwise the continuation is what the whole text has after the context.
     """
     kept = context.rstrip()
     continuation = context[len(kept) :] + continuation
@@ -93,7 +93,7 @@ def _limit(settings: Mapping[str, Any]) -> int:
 
 
 def _cut(text: str, until: str | Sequence[str]) -> str:
-    """The text up to the first stop string."""
+    """Returns the text up to the first stop string."""
     for stop in [until] if isinstance(until, str) else until:
         if stop:
             text = text.partition(stop)[0]

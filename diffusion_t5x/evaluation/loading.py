@@ -1,7 +1,7 @@
 """Prepares a verb's work: checks that data and model fit, and loads a model's parameters."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +12,8 @@ from diffusion_t5x.checkpointing import restoring
 from diffusion_t5x.checkpointing.assignment import Rule
 from diffusion_t5x.checkpointing.checkpoints import AnyCheckpoint, open_checkpoint
 from diffusion_t5x.checkpointing.start import check_start
-from diffusion_t5x.data.batch import Architecture, Batch
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.dataset import Dataset
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
@@ -21,33 +22,6 @@ from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.distillation import Teacher
 from diffusion_t5x.training.agreement import Agreement
 from diffusion_t5x.training.rollout import Rollout
-
-
-class Dataset(Protocol):
-    """The data-set interface that is available before reading."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def row_length(self) -> int: ...
-
-    @property
-    def batch_size(self) -> int: ...
-
-    @property
-    def architecture(self) -> Architecture: ...
-
-    def check(self) -> None: ...
-
-    def token_ids(self) -> TokenIds: ...
-
-
-class Rows(Dataset, Protocol):
-    """What a data set says of its rows before it is read."""
-
-    @property
-    def task_feature_lengths(self) -> Mapping[str, int]: ...
 
 
 def check_datasets(datasets: Iterable[Dataset], model: ModelConfig, mesh: Mesh) -> None:
@@ -66,7 +40,7 @@ def check_datasets(datasets: Iterable[Dataset], model: ModelConfig, mesh: Mesh) 
 def load_teacher(
     path: AnyCheckpoint, config: ModelConfig, vocabulary: TokenIds, mesh: Mesh, setting: str, allow_mismatch: bool
 ) -> Teacher:
-    """Same as `load_model`, for the autoregressive teacher; error messages name the teacher's checkpoint."""
+    """Loads the autoregressive teacher like `load_model`; error messages name the teacher's checkpoint."""
     try:
         checkpoint = open_checkpoint(path)
         Agreement.of(checkpoint, setting, allow_mismatch).check(config, [Autoregressive()])
@@ -89,10 +63,10 @@ def load_model(
     Args:
       path: a checkpoint folder, a folder of them or a MODEL_DIR; or an open checkpoint.
       config: the model's dimensions.
-      vocabulary: of the task; must be the one the model was trained with.
-      mesh: where the parameters go.
+      vocabulary: the task's vocabulary; must be the one that the model was trained with.
+      mesh: the mesh for the parameters.
       restore_rules: as in training; names begin with `params/`.
-      use_ema: take the parameters' moving average where the checkpoint has one.
+      use_ema: take the moving average of the parameters if the checkpoint has one.
 
     Raises:
       UserError: no checkpoint, another vocabulary, or parameters that do not fit.
@@ -106,14 +80,14 @@ def load_model(
 
 
 def abstract_params(mesh: Mesh, definition: ModelDefinition) -> Params:
-    """Shapes, dtypes and shardings of parameters for inference, see `ModelDefinition.as_read`."""
+    """Returns shapes, dtypes and shardings of parameters for inference, see `ModelDefinition.as_read`."""
     shapes = jax.eval_shape(definition.as_read, definition.abstract())
     shardings = partitioning.param_shardings(mesh, shapes, definition.axes())
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def abstract_batch(mesh: Mesh, dataset: Rows, batch_size: int, rollout: Rollout | None = None) -> Batch:
-    """Shapes, dtypes and shardings of a training batch, by the lengths alone; with a rollout, of its longest texts."""
+def abstract_batch(mesh: Mesh, dataset: Dataset, batch_size: int, rollout: Rollout | None = None) -> Batch:
+    """Returns shapes, dtypes and shardings of a training batch, from lengths alone; with a rollout, of the longest."""
     sharding = partitioning.batch_sharding(mesh)
     lengths = dict(dataset.task_feature_lengths)
     if rollout is not None:

@@ -22,13 +22,13 @@ def evaluate_loss(
     mesh: Mesh,
     num_batches: int | None = None,
 ) -> dict[str, float]:
-    """The loss and metrics of an objective over batches: sums over all of them, divided once.
+    """Returns the loss and metrics of an objective over batches: sums over all of them, divided once.
 
     Args:
       loss_step: see `make_loss_step`.
-      params: the model's.
-      batches: of the evaluation set.
-      mesh: to spread the rows over.
+      params: the model's parameters.
+      batches: the batches of the evaluation set.
+      mesh: the mesh for the rows.
       num_batches: maximum number; None takes all.
     """
     total = None

@@ -1,8 +1,8 @@
 """Metrics of decoded text, each with its 95 % interval.
 
-A metric is SeqIO's metric function: `f(targets, predictions) -> {name: value}` over texts. The interval of a share of
-examples is Wilson's; that of a score that is no mean over examples is a bootstrap over examples. Both say how far the
-result would move with another test set of this size, not with another training seed.
+A metric is a SeqIO metric function: `f(targets, predictions) -> {name: value}` over texts. A share of examples has
+Wilson's interval; a score that is not a mean over examples has a bootstrap over examples. Both show how much the result
+would vary between test sets of this size, not between training seeds.
 """
 
 import math
@@ -21,10 +21,10 @@ _BLEU_ORDER = 4
 
 
 def exact_match(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """The percentage of predictions that equal their target, character by character, with Wilson's interval.
+    """Returns the percentage of predictions that equal their target, character by character, with Wilson's interval.
 
     Raises:
-      UserError: no examples, or not one prediction for each target.
+      UserError: no examples, or a different number of predictions.
     """
     _check(targets, predictions)
     correct = sum(target == prediction for target, prediction in zip(targets, predictions, strict=True))
@@ -37,10 +37,10 @@ def exact_match(targets: Sequence[str], predictions: Sequence[str]) -> dict[str,
 
 
 def bleu(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Corpus BLEU as sacrebleu computes it (see `bleu_signature`), with a bootstrap interval over sentences.
+    """Returns corpus BLEU as sacrebleu computes it (see `bleu_signature`), with a bootstrap interval over sentences.
 
     Raises:
-      UserError: no examples, or not one prediction for each target.
+      UserError: no examples, or a different number of predictions.
     """
     _check(targets, predictions)
     # Corpus BLEU is a function of counts summed over sentences. (`effective_order` changes no count; without it
@@ -53,14 +53,14 @@ def bleu(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]
 
 
 def bleu_signature() -> str:
-    """sacrebleu's signature; only scores with the same one are comparable."""
+    """Returns sacrebleu's signature; only scores with the same signature are comparable."""
     return str(sacrebleu.BLEU(references=[[""]]).get_signature())
 
 
 def distinct_n(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Share of distinct n-grams of words among those of all predictions, n = 1, 2, 3 (arXiv 1510.03055).
+    """Returns the share of distinct n-grams of words in all predictions, n = 1, 2, 3 (arXiv 1510.03055).
 
-    It depends on how much text there is: compare texts of equal numbers and lengths.
+    It depends on the amount of text: compare equal numbers of texts of equal length.
     """
     _check(targets, predictions)
     words = [prediction.split() for prediction in predictions]
@@ -72,14 +72,14 @@ def distinct_n(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, 
 
 
 def squad(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[str, float]:
-    """Exact match and F1 of SQuAD v1.1 in percent, t5's, which is the official script's: texts are normalised.
+    """Returns exact match and F1 of SQuAD v1.1 in percent, by t5's copy of the official script: texts are normalised.
 
     Args:
-      targets: all answers to each question; the best one counts.
+      targets: all answers to each question; the best match counts.
       predictions: one for each question.
 
     Raises:
-      UserError: no examples, or not one prediction for each question.
+      UserError: no examples, or a different number of predictions.
     """
     from t5.evaluation import metrics as t5_metrics
 
@@ -100,14 +100,14 @@ def squad(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[
 
 
 def math_accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """The percentage of solutions with the target's answer, as math-verify compares them, with Wilson's interval.
+    """Returns the percentage of solutions with the target's answer, compared by math-verify, with Wilson's interval.
 
-    The answer of a text is the number right behind a "####", of the first one that has a number, whatever follows it:
-    GSM8K's own rule. Else it is what math-verify finds behind the last "####" or in all of the text: the last \\boxed,
-    formula or number. A text without an answer is wrong.
+    The answer of a text is the number right after the first "####" that has one, whatever follows: GSM8K's own rule.
+    Otherwise it is what math-verify finds after the last "####" or in the whole text: the last \\boxed, formula or
+    number. A text without an answer is wrong.
 
     Raises:
-      UserError: no examples, not one prediction for each target, a target without an answer, or no math-verify.
+      UserError: no examples, a different number of predictions, a target without an answer, or no math-verify.
     """
     parse, verify = _math_verify()
     _check(targets, predictions)
@@ -128,13 +128,13 @@ _GSM8K_ANSWER = re.compile(r"####\s*(-?\$?[0-9.,]*[0-9](?:/[0-9]+)?)")
 
 
 def _answer_of(text: str) -> str:
-    """The part of a solution that has its answer."""
+    """Returns the part of a solution that has its answer."""
     number = _GSM8K_ANSWER.search(text)
     return number[1] if number else text.rpartition("####")[2]
 
 
 def _math_verify() -> tuple[Callable[..., Any], Callable[..., bool]]:
-    """math-verify's `parse` and `verify`."""
+    """Returns math-verify's `parse` and `verify`."""
     try:
         from math_verify import parse, verify
     except ImportError as error:
@@ -146,11 +146,11 @@ vars(math_accuracy)["check_here"] = _math_verify  # see data.scoring
 
 
 def warn_of_small_difference(first: float, second: float, num_examples: int) -> str | None:
-    """A warning where two scores in percent differ, but by less than one example more or less would make.
+    """Returns a warning if two scores in percent differ by less than a single example could change.
 
     Args:
-      first, second: of a metric that is a mean over examples.
-      num_examples: that were scored.
+      first, second: scores of a metric that is a mean over examples.
+      num_examples: number of scored examples.
     """
     worth, difference = 100 / num_examples, abs(first - second)
     if not 0 < difference < worth * (1 - 1e-9):
@@ -159,7 +159,7 @@ def warn_of_small_difference(first: float, second: float, num_examples: int) -> 
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """The 95 % interval of a proportion (Wilson 1927): sound near 0 and 1 and for few trials. Within [0, 1]."""
+    """Returns the 95 % interval of a proportion (Wilson 1927): sound near 0 and 1 and for few trials. Within [0, 1]."""
     z = statistics.NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     share = successes / trials
     centre = share + z * z / (2 * trials)
@@ -171,13 +171,13 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 def bootstrap_interval(
     counts: np.ndarray, score: Callable[[np.ndarray], float], num_resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """The 95 % percentile interval of a score under resampling of the examples.
+    """Returns the 95 % percentile interval of a score under resampling of the examples.
 
     Args:
-      counts: `[examples, k]`, what each example adds to the score's sufficient statistics.
-      score: the score of summed counts `[k]`.
-      num_resamples: how many test sets of the same size are drawn, with replacement.
-      seed: of the draws.
+      counts: `[examples, k]`, each example's part of the score's sufficient statistics.
+      score: computes the score from summed counts `[k]`.
+      num_resamples: number of test sets of the same size to draw, with replacement.
+      seed: seed of the draws.
     """
     rng = np.random.default_rng(seed)
     size = len(counts)

@@ -1,4 +1,4 @@
-"""Reads predictions made elsewhere and assigns them to examples."""
+"""Reads predictions made elsewhere and matches them with examples."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,10 +11,10 @@ _WHAT_A_LINE_HAS = 'a line is {"prediction": TEXT}, or {"predictions": [TEXT, ..
 
 
 def read_predictions(path: str) -> list[dict[str, Any]]:
-    """The lines of a file of JSON lines, each with "prediction" (text) or "predictions" (texts).
+    """Returns the lines of a file of JSON lines, each with "prediction" (text) or "predictions" (texts).
 
     Raises:
-      UserError: no such file, or a line that is none of these.
+      UserError: there is no such file, or a line has neither.
     """
     lines = text_files.Pieces(path, text_files.ANY_LINE)
     return [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
@@ -23,17 +23,17 @@ def read_predictions(path: str) -> list[dict[str, Any]]:
 def add_predictions(
     examples: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]], path: str, where: str
 ) -> list[dict[str, Any]]:
-    """The examples with their "prediction", and "predictions" where there are samples, the first of which it is.
+    """Returns the examples with their "prediction" and, if there are samples, "predictions", the first of which it is.
 
     Args:
-      examples: of a split, in order.
-      lines: those of `path`. With an "example_id", an example's place in the split counted from 0, they may come in
-        any order; without, they are in the split's.
-      path: where the lines are from, for messages.
-      where: what the examples are, for messages.
+      examples: the examples of a split, in order.
+      lines: the lines of `path`. With an "example_id", the example's index in the split from 0 on, they may come in any
+        order; without, they are in the split's order.
+      path: the file, for messages.
+      where: a description of the examples, for messages.
 
     Raises:
-      UserError: there is not one line for each example.
+      UserError: the lines do not match the examples one to one.
     """
     with_id = [number for number, line in enumerate(lines, 1) if "example_id" in line]
     if with_id and len(with_id) < len(lines):

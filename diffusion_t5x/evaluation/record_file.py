@@ -21,18 +21,18 @@ _EXAMPLE = ("inputs_pretokenized", "targets_pretokenized", "template")
 
 
 class RecordFile:
-    """A file of records, with a note of the settings that they were made with beside it.
+    """A file of records, with a note beside it of the settings that made them.
 
     Args:
-      path: the file, which need not be there.
-      settings: settings that must be the same to continue an earlier run.
+      path: the file, which need not exist.
+      settings: settings that must be equal to continue an earlier run.
 
     Attributes:
       path: the file.
-      done: how many records an earlier run has written.
+      done: number of records that an earlier run wrote.
 
     Raises:
-      UserError: the file was started with other settings, or nothing says with which.
+      UserError: the file was started with other settings, or has no note.
     """
 
     def __init__(self, path: pathlib.Path, settings: Mapping[str, Any]):
@@ -60,13 +60,13 @@ class RecordFile:
         return before if isinstance(before, dict) else {}
 
     def check_examples(self, examples: Iterable[Mapping[str, Any]]) -> None:
-        """Compares the records that are there with the examples that they were made for.
+        """Compares the existing records with the examples that they were made from.
 
         Args:
-          examples: those of the data set, in order, from the first on.
+          examples: examples of the data set, in order, from the first on.
 
         Raises:
-          UserError: an example has changed, or there are fewer now: old and new records do not belong together.
+          UserError: an example has changed, or there are fewer now: old and new records would not match.
         """
         found = iter(examples)
         for number, record in enumerate(self.read()):
@@ -80,12 +80,12 @@ class RecordFile:
         raise UserError(f"{self.path} {reason}. Remove that file, or choose another INFER_OUTPUT_DIR.")
 
     def write(self, records: Iterable[Mapping[str, Any]], total: int, title: str) -> None:
-        """Appends records, but for those whose "example_id" says that they are there; the first process alone writes.
+        """Appends records, except those whose "example_id" exists already; only the first process writes.
 
         Args:
           records: in order.
-          total: how many the file will have.
-          title: of the bar that shows how far it is.
+          total: final number of records in the file.
+          title: title of the progress bar.
 
         Raises:
           UserError: another process writes to the file.
@@ -108,10 +108,10 @@ class RecordFile:
                         bar.update(record["example_id"] + 1)
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """The existing records; only complete lines.
+        """Yields the existing records; only complete lines.
 
         Raises:
-          UserError: a line is no record.
+          UserError: a line is not a record.
         """
         if not self.path.exists():
             return
@@ -130,7 +130,7 @@ def _said(record: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _lock(file: IO[Any], path: pathlib.Path) -> Iterator[None]:
-    """Holds a lock of an open file; the kernel gives it back when the process ends."""
+    """Locks an open file; the kernel releases the lock when the process ends."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

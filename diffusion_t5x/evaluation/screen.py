@@ -1,4 +1,4 @@
-"""An evaluation as a person reads it while training runs: scores with their intervals, and two decoded examples."""
+"""Formats an evaluation for the screen during training: scores with intervals, and two decoded examples."""
 
 import shlex
 import sys
@@ -18,13 +18,13 @@ def evaluation_block(
     samples: Mapping[str, Sequence[Mapping[str, Any]]],
     width: int | None = None,
 ) -> str:
-    """The scores of an evaluation, by data set, and the first decoded examples, as indented lines under a title.
+    """Returns the scores of an evaluation by data set, and the first decoded examples, as indented lines with a title.
 
     Args:
       title: the first line.
-      scores: names of data sets and their metrics; a data set may come several times.
+      scores: names of data sets and their metrics; a name may occur several times.
       samples: predictions to show (see `inference.predict`), by data set.
-      width: cells of a line; None is that of the terminal, if standard error is one.
+      width: width of a line in characters; None is the terminal's, if standard error is a terminal.
     """
     width = width or (Console(stderr=True).width if sys.stderr.isatty() else _LOG_WIDTH)
     by_name: dict[str, dict[str, float]] = {}
@@ -40,12 +40,12 @@ def evaluation_block(
 
 
 def next_commands(model_dir: str, writes: bool, scored: bool) -> str:
-    """What to run on a MODEL_DIR whose training is over.
+    """Returns the commands to run on a MODEL_DIR after training.
 
     Args:
-      model_dir: of the run.
-      writes: whether its record has a decoder.
-      scored: whether it was trained on a task with metrics.
+      model_dir: the run's folder.
+      writes: True if its record has a decoder.
+      scored: True if it was trained on a task with metrics.
     """
     verbs = [verb for verb, fits in (("generate", writes), ("eval", writes and scored)) if fits]
     commands = [f"  diffusion-t5x {verb} --checkpoint {shlex.quote(model_dir)}" for verb in verbs]
@@ -53,7 +53,7 @@ def next_commands(model_dir: str, writes: bool, scored: bool) -> str:
 
 
 def with_intervals(metrics: Mapping[str, float]) -> list[str]:
-    """Each metric as text; first those that have a 95 % interval, `NAME_low` to `NAME_high` (see `metrics`)."""
+    """Returns each metric as text; first those with a 95 % interval, `NAME_low` to `NAME_high` (see `metrics`)."""
     bounds = {name: (f"{name}_low", f"{name}_high") for name in metrics}
     bounds = {name: pair for name, pair in bounds.items() if all(bound in metrics for bound in pair)}
     within = {bound for pair in bounds.values() for bound in pair}
@@ -68,7 +68,7 @@ def with_intervals(metrics: Mapping[str, float]) -> list[str]:
 
 
 def _wrapped(items: Sequence[str], width: int) -> list[str]:
-    """The items two spaces apart; a line ends between two of them."""
+    """Returns the items in lines, two spaces apart; a line breaks only between items."""
     joined = "  ".join(item.replace(" ", "\N{NO-BREAK SPACE}") for item in items)
     indent = " " * 4
     lines = textwrap.wrap(joined, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)

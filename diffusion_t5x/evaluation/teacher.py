@@ -1,4 +1,4 @@
-"""Scores texts with another model, an autoregressive teacher."""
+"""Scores texts with an autoregressive teacher model."""
 
 from collections.abc import Callable
 
@@ -18,16 +18,16 @@ Judge = Callable[[Batch], dict[str, jax.Array]]
 
 
 def make_judge(mesh: Mesh, teacher: Teacher) -> Judge:
-    """The function `batch -> sums`, jitted, over each row's targets up to the token that ends them, `[B]` each.
+    """Returns the jitted `batch -> sums` over each row's targets up to the token that ends them, `[B]` each.
 
     "teacher_nll": the negative log-likelihood in nats under the teacher, each token given those before it.
-    "teacher_agreement": how many of the tokens are the teacher's most likely.
+    "teacher_agreement": the number of tokens that are the teacher's most likely ones.
     """
     definition = teacher.definition
 
     def judge(params: Params, batch: Batch) -> dict[str, jax.Array]:
         model = definition.bind(params)
-        nll, agree = score(model, Autoregressive().hidden(model, batch), batch.tokens)
+        nll, agree = score(model, Autoregressive().output(model, batch).hidden, batch.tokens)
         text = text_of(batch, definition.vocabulary)
         return {
             "teacher_nll": jnp.sum(jnp.where(text, nll, 0), axis=-1),

@@ -1,4 +1,4 @@
-"""Traces of decoding: the canvas at each step, in records and in a terminal."""
+"""Traces of decoding: the canvas at each step, for records and for a terminal."""
 
 import itertools
 import unicodedata
@@ -22,17 +22,17 @@ Frame = list[tuple[str, float]]
 def compact(
     trace: Trace, written: np.ndarray, num_steps: int, cells: Callable[[Sequence[int]], list[str]]
 ) -> dict[str, Any]:
-    """One text's steps as a record keeps them, up to its last one.
+    """Returns one text's steps in a record's form, up to its last step.
 
     Args:
-      trace: of the text, `[steps + 1, L]`.
-      written: bool `[L]`, the tokens that a decoder writes; others are given.
-      num_steps: those that the text took part in.
-      cells: the texts of tokens one by one.
+      trace: the text's trace, `[steps + 1, L]`.
+      written: bool `[L]`, True for tokens that the decoder writes; others are given.
+      num_steps: number of steps that the text took part in.
+      cells: returns the texts of tokens, one each.
 
     Returns:
-      "tokens": the texts of all tokens before the first step. "given": the places of those that no step writes.
-      "steps": for each step a list of what it changes, `[place, text, confidence]`, with 3 digits and at least 0.001.
+      "tokens": the texts of all tokens before the first step. "given": the places that no step writes. "steps": for
+      each step a list of its changes, `[place, text, confidence]`; confidence has 3 digits and is at least 0.001.
     """
     exact = np.asarray(trace.confidence, np.float64)
     confidence = np.where(exact > 0, np.maximum(exact.round(3), 0.001), 0).tolist()
@@ -50,7 +50,7 @@ def compact(
 
 
 def frames(trace: Mapping[str, Any]) -> Iterator[Frame]:
-    """The whole text before the first step and after each one, of what `compact` made."""
+    """Yields the whole text before the first step and after each one, from the result of `compact`."""
     frame = [(text, 0.0) for text in trace["tokens"]]
     yield list(frame)
     for changes in trace["steps"]:
@@ -60,15 +60,15 @@ def frames(trace: Mapping[str, Any]) -> Iterator[Frame]:
 
 
 def texts(trace: Mapping[str, Any]) -> list[str]:
-    """Same as `frames`, without the confidences."""
+    """Returns the same as `frames`, without the confidences."""
     return ["".join(text for text, _ in frame) for frame in frames(trace)]
 
 
 def show(records: Iterable[Mapping[str, Any]], console: rich.console.Console) -> None:
-    """Prints how the texts of records came to be, step below step; the surer the model of a token, the greener it is.
+    """Prints the decoding of records, step below step; the more confident a token, the greener it is.
 
-    What is new is underlined, what is given or not written yet is dim. Steps that change no text share a line; of many
-    lines some are shown.
+    New text is underlined; given and unwritten text is dim. Steps that change no text share a line; if there are many
+    lines, only some are shown.
     """
     console.print("0 is before the first step. ¶ is the end of a text, · padding, ▢ MASK.", style="dim")
     for record in records:
@@ -95,11 +95,11 @@ def _lines(trace: Mapping[str, Any]) -> Iterator[rich.text.Text]:
 
 
 def colour(confidence: float) -> str:
-    """From orange (unsure) to green (sure)."""
+    """Returns a colour from orange (unsure) to green (sure)."""
     return _COLOURS[min(int(confidence * len(_COLOURS)), len(_COLOURS) - 1)]
 
 
 def sign(text: str) -> str:
-    """A text as a terminal may show it: all kinds of spaces as they are, symbols in place of control characters."""
+    """Returns a text as a terminal may show it: all kinds of spaces unchanged, symbols for control characters."""
     plain = "".join(" " if unicodedata.category(character) == "Zs" else character for character in text)
     return terminal.signs(plain)

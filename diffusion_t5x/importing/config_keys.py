@@ -1,7 +1,7 @@
 """Table of the config.json keys that a family's own reader does not ask for.
 
-A key in none of these sets is one that `transformers` does not read for the supported families (a test compares them
-with its configuration classes): it cannot change what the model computes, and is ignored with a note.
+`transformers` does not read any other key for the supported families (a test compares these sets with its configuration
+classes): such a key cannot change what the model computes, and is ignored with a note.
 """
 
 from collections.abc import Mapping
@@ -84,12 +84,12 @@ REFUSED: Mapping[str, str] = {
 
 
 def is_known(name: str) -> bool:
-    """True if a key is in the table, false if it is unknown."""
+    """True if a key is in the table."""
     return name in QUIET or name in ONLY or name in REFUSED or any(name in names for names in HARMLESS.values())
 
 
 def refusal(name: str, value: Any) -> str | None:
-    """The reason why a key with this value is refused; None if it is accepted."""
+    """Returns the reason why a key with this value is refused; None if it is accepted."""
     if name in ONLY:
         expected, why = ONLY[name]
         return None if value == expected else why

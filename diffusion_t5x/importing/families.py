@@ -1,4 +1,4 @@
-"""The families of models that can be imported, by the `model_type` of their config.json."""
+"""The model families that can be imported, by the `model_type` of their config.json."""
 
 import dataclasses
 from typing import Any
@@ -8,6 +8,7 @@ from diffusion_t5x.errors import UserError, did_you_mean
 from diffusion_t5x.importing import (  # fmt: skip
     a2d,
     dream,
+    gemma,
     gemma2,
     gemma3_text,
     gpt2,
@@ -41,6 +42,7 @@ FAMILIES: dict[str, Any] = {
     "a2d-llama": a2d.FROM_LLAMA,
     "a2d-qwen2": a2d.FROM_QWEN2,
     "a2d-qwen3": a2d.FROM_QWEN3,
+    "gemma": gemma,
     "gemma2": gemma2,
     "gemma3_text": gemma3_text,
     "gpt2": gpt2,
@@ -90,14 +92,14 @@ class Described:
 
 
 def describe(folder: Folder, tied: bool | None = None) -> Described:
-    """Contents of a model folder.
+    """Returns the checked description of a model folder.
 
     Args:
-      folder: with its headers.
-      tied: whether the embedding reads the logits out; None looks into the weights.
+      folder: the folder, with its headers read.
+      tied: True if the embedding also computes the logits; None finds out from the weights.
 
     Raises:
-      UserError: a family, a key, a value or a tensor that is not known here, or tensors that are missing.
+      UserError: an unknown family, key, value or tensor, or missing tensors.
     """
     where = str(folder.path / CONFIG)
     kind = _kind(folder, where)
@@ -138,7 +140,7 @@ def _tokenizers(family: Any) -> tuple[str, ...]:
 
 
 def check_names(source: Source, described: Described, kind: str) -> None:
-    """Raises a UserError that names tensors which a model of this kind has and the source lacks, or the other way."""
+    """Raises a UserError that names the tensors that the source lacks, and those that the model does not have."""
     names = {name for weight in described.weights for name in weight.names(described.config.num_layers)}
     _refuse(f"{source.path} lacks tensors that {kind} has", names - source.tensors.keys())
     unknown = source.tensors.keys() - names - described.copies.keys()
@@ -158,7 +160,7 @@ def _same(folder: Folder, copy: str, name: str) -> bool:
 
 
 def check_shapes(source: Source, described: Described, definition: ModelDefinition) -> None:
-    """Raises a UserError that names a tensor of another shape than the model's sizes make it."""
+    """Raises a UserError that names a tensor whose shape does not follow from the model's sizes."""
     shapes = param_shapes(definition)
     for weight in described.weights:
         shape = list(shapes[weight.ours][1:] if weight.stacked else shapes[weight.ours])
@@ -173,7 +175,7 @@ def check_shapes(source: Source, described: Described, definition: ModelDefiniti
 
 
 def param_shapes(definition: ModelDefinition) -> dict[str, tuple[int, ...]]:
-    """The shapes of a model's parameters by name."""
+    """Returns the shapes of a model's parameters by name."""
     return {name: leaf.shape for name, leaf in named_leaves(definition.abstract()).items()}
 
 

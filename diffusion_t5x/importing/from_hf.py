@@ -1,4 +1,4 @@
-"""From Hugging Face's format: a folder's model, or one of the hub, as a checkpoint or in memory."""
+"""From Hugging Face's format or GGUF: a folder's model, a file's, or one of the hub, as a checkpoint or in memory."""
 
 import pathlib
 import shutil
@@ -29,19 +29,20 @@ def from_hf(
 ) -> None:
     """Imports a model in Hugging Face's format.
 
-    `output_folder` gets checkpoints/checkpoint_0 (step and parameters), config.json and the tokenizer's files as they
-    are, and model.gin.
+    `output_folder` gets checkpoints/checkpoint_0 (step and parameters), unchanged copies of config.json and the
+    tokenizer's files, and model.gin.
 
     Args:
-      path: a folder with config.json, safetensors and a tokenizer; or a model of the hub, see `hub.local_folder`.
+      path: a folder with config.json, safetensors and a tokenizer; a GGUF file; or a model of the hub, see
+        `hub.local_folder`.
       output_folder: a folder that is empty or not there.
-      ignore_keys: keys of config.json that are read as if they were not there.
+      ignore_keys: keys of config.json, or of a GGUF file's metadata, that are read as if they were not there.
       mask_id: the id of MASK, of a diffusion model whose files do not name it.
       block_size: of a model of block diffusion, if config.json does not say it or says another one.
 
     Raises:
-      UserError: what the folder holds is not supported or does not fit together, or the output is not empty; before
-        anything is written.
+      UserError: before anything is written: the folder's content is not supported or does not fit together, or the
+        output folder is not empty.
     """
     final = output.empty_folder(output_folder)
     said = {"mask_token_id": mask_id, "block_size": block_size}
@@ -60,14 +61,18 @@ def from_hf(
     print(f"Wrote {final}: checkpoints/checkpoint_0, {tokenizer.name}, model.gin")
 
 
-def is_folder(path: str) -> bool:
-    """Whether a model in Hugging Face's format lies in this folder, and no checkpoint of ours."""
+def is_foreign(path: str) -> bool:
+    """True for a GGUF file, and for a folder with a model in Hugging Face's format and no checkpoint of ours."""
     folder = pathlib.Path(path).expanduser()
-    return (folder / CONFIG).exists() and not (folder / "checkpoints").exists()
+    return _is_gguf(path) or ((folder / CONFIG).exists() and not (folder / "checkpoints").exists())
+
+
+def _is_gguf(path: str) -> bool:
+    return path.lower().endswith(".gguf")
 
 
 def in_memory(path: str) -> tuple[Record, ModelDefinition, dict[str, Streamed]]:
-    """A model that is not written anywhere: its record, its definition, and what reads its parameters, by name.
+    """Imports a model to memory: returns its record, its definition, and a reader for each parameter by name.
 
     Args:
       path: see `from_hf`.
@@ -92,7 +97,7 @@ def _opened(
       path, ignore_keys: see `from_hf`.
       said: keys that config.json lacks.
     """
-    folder = Folder.open(hub.local_folder(path)).without_keys(ignore_keys).with_keys(said)
+    folder = _source(path, ignore_keys).with_keys(said)
     described = families.describe(folder)
     objective = described.published.objective
     if "block_size" in said and not isinstance(objective, Block):
@@ -115,3 +120,11 @@ def _check_mask(folder: Folder, mask_id: int | None, rows: int) -> None:
         )
     if not 0 <= mask_id < rows:
         raise UserError(f"{folder.path}: MASK = {mask_id}, but the model has the ids 0 to {rows - 1}. Set --mask_id.")
+
+
+def _source(path: str, ignore_keys: Sequence[str]) -> Folder:
+    if _is_gguf(path):
+        from diffusion_t5x.importing.gguf_file import GgufFile
+
+        return GgufFile.open_file(path, ignore_keys)
+    return Folder.open(hub.local_folder(path)).without_keys(ignore_keys)

@@ -23,21 +23,21 @@ _HEAD = "decoder/logits_dense/kernel"
 
 
 def from_t5x(path: str, tokenizer_file: str, output_folder: str, activation: Activation, max_distance: int) -> None:
-    """Imports an encoder-decoder that T5X has trained, from a checkpoint as it wrote them before it had Orbax.
+    """Imports an encoder-decoder that T5X trained, from a checkpoint in T5X's format before Orbax.
 
     `output_folder` gets checkpoints/checkpoint_0 (step and parameters), a copy of the tokenizer and model.gin. The
-    model's sizes are those of the arrays; epsilon, logits' scale and causal buckets are those of T5 1.1.
+    model's sizes follow from the arrays; epsilon, logits' scale and causal buckets are those of T5 1.1.
 
     Args:
       path: a folder with a file `checkpoint`.
       tokenizer_file: its SentencePiece model. See `data.vocabulary_files.vocabulary`.
-      output_folder: a folder that is empty or not there.
+      output_folder: a folder that is empty or does not exist.
       activation: the gate of the feed-forward layers, which the arrays do not show.
-      max_distance: of the relative position bias, which the arrays do not show.
+      max_distance: the maximum distance of the relative position bias, which the arrays do not show.
 
     Raises:
-      UserError: what the folder holds is not supported, broken or does not fit together, or the output is not empty;
-        before anything is written.
+      UserError: before anything is written: the folder's content is not supported, broken or does not fit together, or
+        the output folder is not empty.
     """
     final = output.empty_folder(output_folder)
     tokenizer = pathlib.Path(tokenizer_file).expanduser()
@@ -62,7 +62,7 @@ def _ids(tokenizer: pathlib.Path) -> TokenIds:
 
 
 def _describe(source: T5XCheckpoint, activation: Activation, max_distance: int) -> Described:
-    """The model by the shapes of its arrays."""
+    """Returns the model, by the shapes of its arrays."""
     rows, embed = _matrix(source, _EMBEDDING)
     heads, buckets = _matrix(source, "decoder/relpos_bias/rel_embedding")
     _, joined = _matrix(source, "decoder/layers_0/self_attention/query/kernel")
@@ -96,7 +96,7 @@ def _describe(source: T5XCheckpoint, activation: Activation, max_distance: int) 
 
 
 def _matrix(source: T5XCheckpoint, name: str) -> tuple[int, ...]:
-    """The shape of an array that sizes are read off."""
+    """Returns the shape of an array from which sizes are read."""
     if name not in source.tensors:
         raise UserError(f"{source.path} lacks {name}, which every {_KIND} has.")
     if len(shape := source.tensors[name].shape) != 2 or 0 in shape:
@@ -109,7 +109,7 @@ def _num_layers(source: T5XCheckpoint, stack: str) -> int:
 
 
 def _weights(config: ModelConfig) -> tuple[Weight, ...]:
-    """All weights; an output matrix only if the embedding is not tied."""
+    """Returns all weights; with an output matrix only if the embedding is not tied."""
     head = () if config.tie_embeddings else (table(_HEAD, "head"),)
     encoder = _sublayer("pre_attention_layer_norm", "attention", "attention")
     decoder = (
@@ -139,7 +139,7 @@ def _stack(name: str, attention: tuple[Weight, ...]) -> tuple[Weight, ...]:
 
 
 def _dropped(source: T5XCheckpoint) -> list[tuple[str, str, str]]:
-    """Rows of a table of all that is left behind: same arrays of several layers in one."""
+    """Returns table rows of everything left behind; the same array of several layers is one row."""
     layers = collections.defaultdict(list)
     for name, shape in source.dropped.items():
         number = _LAYER.search(name)

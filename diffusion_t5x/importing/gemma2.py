@@ -1,4 +1,4 @@
-"""Gemma 2 (arXiv 2408.00118): windows in every other layer, capped products and logits, norms behind each branch."""
+"""Gemma 2 (arXiv 2408.00118): windows in every other layer, capped products and logits, norms after each branch."""
 
 from typing import Any
 
@@ -25,11 +25,11 @@ def config(keys: Keys, tied: bool) -> ModelConfig:
 
 
 def shared(keys: Keys, every: int) -> dict[str, Any]:
-    """The settings that Gemma 2 and 3 share, without rotary positions.
+    """Returns the settings that Gemma 2 and 3 share, without rotary positions.
 
     Args:
-      keys: of the config.json.
-      every: one layer in so many sees everything, where the config.json has no `layer_types`.
+      keys: keys of the config.json.
+      every: one layer in this many sees everything, if the config.json has no `layer_types`.
     """
     keys.require("attention_bias", False)
     keys.require("use_bidirectional_attention", False)

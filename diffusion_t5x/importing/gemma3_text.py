@@ -18,9 +18,9 @@ def config(keys: Keys, tied: bool) -> ModelConfig:
 
 
 def _rotary(keys: Keys) -> dict[str, Any]:
-    """Rotary settings of global layers, and the base of local ones; only global layers may be scaled.
+    """Returns rotary settings of global layers, and the base of local ones; only global layers may be scaled.
 
-    As in `transformers`, `rope_scaling` comes on top of `rope_parameters`, and older keys fill in for bases.
+    As in `transformers`, `rope_scaling` overrides `rope_parameters`, and older keys supply missing bases.
     """
     keys.require("partial_rotary_factor", 1.0)
     bases = keys.get("rope_theta", 1_000_000.0), keys.get("rope_local_base_freq", 10_000.0)

@@ -52,7 +52,7 @@ def config(keys: Keys, tied: bool) -> ModelConfig:
 
 
 def weights(config: ModelConfig) -> tuple[Weight, ...]:
-    """Maps parameters to tensors, as `llama.weights`. Matrices are `[in, out]`; query, key and value are one tensor."""
+    """Maps parameters to tensors, like `llama.weights`. Matrices are `[in, out]`; query, key and value are joined."""
     parts = [(name, (number, 3)) for number, name in enumerate(("query", "key", "value"))]
     block = under(
         {"transformer.h.{}.": "decoder/blocks/"},

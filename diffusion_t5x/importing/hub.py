@@ -1,4 +1,4 @@
-"""Models on Hugging Face's hub: the files that an import needs, downloaded once into the hub's own cache."""
+"""Models on Hugging Face's hub: downloads the files that an import needs once, to the hub's own cache."""
 
 import glob
 import os
@@ -12,13 +12,13 @@ _ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w.-][\w./-]*)
 
 
 def local_folder(name: str | os.PathLike) -> str:
-    """The folder of a model: a local path as it is; "org/name" or "org/name@revision" of the hub, downloaded.
+    """Returns a model's folder: a local path unchanged; "org/name" or "org/name@revision" of the hub, downloaded.
 
-    What is there already is not downloaded again. `HF_HUB_OFFLINE=1` reads the cache alone; `HF_HOME`, `HF_TOKEN` and
-    the other variables of `huggingface_hub` hold.
+    Cached files are not downloaded again. `HF_HUB_OFFLINE=1` reads the cache alone; `HF_HOME`, `HF_TOKEN` and the other
+    variables of `huggingface_hub` work as usual.
 
     Args:
-      name: a path that is there is never looked up in the hub.
+      name: a path or a hub name. An existing path is never looked up in the hub.
 
     Raises:
       UserError: the hub has no such model or cannot be reached, or the model is gated.

@@ -1,4 +1,4 @@
-"""A model's folder in Hugging Face's format: its config.json, its safetensors files, its tokenizer."""
+"""A model folder in Hugging Face's format: its config.json, its safetensors files, its tokenizer."""
 
 import dataclasses
 import pathlib
@@ -37,9 +37,9 @@ class Tensor:
     """A tensor's entry in a file's header.
 
     Attributes:
-      file: the path.
+      file: path of the file.
       dtype: a key of DTYPES.
-      shape: of the tensor.
+      shape: shape of the tensor.
     """
 
     file: str
@@ -49,13 +49,13 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """A folder whose headers have been read, and no weights yet.
+    """A model folder whose headers have been read, but no weights.
 
     Attributes:
-      path: the folder.
-      config: the contents of config.json, without keys that are ignored.
-      tensors: by name.
-      ignored: these keys.
+      path: path of the folder.
+      config: the contents of config.json, without ignored keys.
+      tensors: tensors by name.
+      ignored: the ignored keys.
     """
 
     path: pathlib.Path
@@ -68,7 +68,7 @@ class Folder:
         """Reads config.json, the index and the files' headers.
 
         Raises:
-          UserError: a file that is missing, broken or not in this format, or tensors of other dtypes.
+          UserError: a file is missing, broken or not in this format, or a tensor has another dtype.
         """
         folder = pathlib.Path(path).expanduser().resolve()
         for name in (*CARRIED, SINGLE, INDEX):
@@ -85,7 +85,7 @@ class Folder:
         return cls(folder, config, tensors)
 
     def without_keys(self, names: Sequence[str]) -> Self:
-        """The same without these keys of config.json. Raises a UserError if one does not exist."""
+        """Returns the folder without these keys of config.json. Raises a UserError if one does not exist."""
         for name in names:
             if name not in self.config:
                 hint = did_you_mean(name, self.config)
@@ -98,13 +98,13 @@ class Folder:
         return dataclasses.replace(self, config={**self.config, **said})
 
     def read(self, name: str, start: int = 0, stop: int | None = None, axis: int = 0) -> np.ndarray:
-        """See `Source`. The file is opened anew, so that no page of it stays in memory."""
+        """Reads an array, see `Source`. The file is opened again each time, so that no page of it stays in memory."""
         with safetensors.safe_open(self.tensors[name].file, "numpy") as file:
             where = (slice(None),) * axis + (slice(start, stop),)
             return file.get_slice(name)[where].astype(np.float32, copy=False)
 
     def note_tensors(self, to: pathlib.Path) -> None:
-        """Writes what the headers say beside an imported model, so that the way back gives the same files' contents."""
+        """Writes the headers beside an imported model, so that an export gives files with the same contents."""
         noted = {name: [tensor.dtype, tensor.shape] for name, tensor in self.tensors.items()}
         records.write_json(to / TENSORS, noted, indent=0)
         if self.ignored:
@@ -112,7 +112,7 @@ class Folder:
 
     @classmethod
     def noted(cls, path: pathlib.Path) -> Self:
-        """The folder that an imported model was, without its weights, from what lies beside that."""
+        """Returns the folder that an imported model was, without its weights, from the notes beside the model."""
         for name in (*CARRIED, TENSORS, IGNORED):
             _check_link(path / name)
         noted = {name: said for name, said in read_json(path / TENSORS).items() if not name.endswith(_BUFFERS)}
@@ -161,7 +161,7 @@ def _same_pieces(spiece: pathlib.Path, tokenizer: pathlib.Path) -> bool:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A file's JSON object. Raises a UserError if there is none."""
+    """Returns a file's JSON object. Raises a UserError if there is none."""
     try:
         found = json_lines.parse(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -176,8 +176,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 def _check_link(file: pathlib.Path) -> None:
     """Raises a UserError for a link that leads out of the folder.
 
-    In the cache of Hugging Face's hub it may lead to other places of the same model, whose
-    models--NAME/snapshots/REVISION has links to models--NAME/blobs.
+    In the cache of Hugging Face's hub, links from models--NAME/snapshots/REVISION to models--NAME/blobs are allowed.
     """
     folder = file.parent
     in_cache = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
@@ -189,7 +188,7 @@ def _check_link(file: pathlib.Path) -> None:
 
 
 def shards(index: pathlib.Path) -> list[str]:
-    """The files that an index names, which lie beside it."""
+    """Returns the files that an index names, in the index's folder."""
     where = read_json(index).get("weight_map")
     names = where.values() if isinstance(where, dict) else [None]
     for name in names:

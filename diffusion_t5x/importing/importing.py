@@ -19,11 +19,11 @@ _BLOCK = 1 << 24  # numbers of a table that are written at a time
 
 
 def definition_of(source: Source, described: Described, ids: TokenIds, tokenizer: pathlib.Path) -> ModelDefinition:
-    """The model here: MASK is one of the rows that it keeps in reserve, or a new row of the embedding.
+    """Returns our model's definition: MASK is one of the source's reserved rows, or a new row of the embedding.
 
     Raises:
-      UserError: the tokenizer has more ids than the model, or a tensor is of another shape than the model says, cannot
-        be read, or has numbers that are NaN or infinite.
+      UserError: the tokenizer has more ids than the model, or a tensor has an unexpected shape, cannot be read, or has
+        NaN or infinite numbers.
     """
     rows = described.vocab_size
     if (last := ids.noise_ids()[-1]) >= rows:
@@ -47,11 +47,11 @@ def write(
     """Writes checkpoint_0 and model.gin, and prints which tensor became which parameter.
 
     Args:
-      to: the folder; the tokenizer lies in it.
-      final: what the folder will be called.
+      to: the folder to write to, with the tokenizer in it.
+      final: the folder's final name.
       source, described, definition: the model.
-      tokenizer: the name of the tokenizer's file.
-      kind: of the model, in words.
+      tokenizer: name of the tokenizer's file.
+      kind: the kind of model, as text.
     """
     shapes, rows, mask_id = param_shapes(definition), described.vocab_size, definition.vocabulary.mask_id
     config = definition.config
@@ -68,13 +68,13 @@ def write(
 
 
 def params(source: Source, described: Described, definition: ModelDefinition) -> dict[str, Streamed]:
-    """The parameters by name, float32, each of them read when it is asked for."""
+    """Returns the parameters by name, float32; each is read on demand."""
     shapes = param_shapes(definition)
     return {weight.ours: _stream(source, weight, shapes[weight.ours]) for weight in described.weights}
 
 
 def _check_numbers(source: Source, described: Described) -> None:
-    """Reads every array once, in blocks. Raises a UserError that names one with numbers that are none."""
+    """Reads every array once, in blocks. Raises a UserError that names an array with NaN or infinite numbers."""
     layers = described.config.num_layers
     for name in dict.fromkeys(name for weight in described.weights for name in weight.names(layers)):
         rows, *others = source.tensors[name].shape
@@ -84,7 +84,7 @@ def _check_numbers(source: Source, described: Described) -> None:
 
 
 def check_finite(array: np.ndarray, name: str, path: str | pathlib.Path) -> None:
-    """Raises a UserError where an array has NaN or infinite numbers."""
+    """Raises a UserError if an array has NaN or infinite numbers."""
     if bad := array.size - np.count_nonzero(np.isfinite(array)):
         raise UserError(
             f"{path}: {name} has numbers that are NaN or infinite ({bad:,} of {array.size:,} read): its file is "
@@ -93,7 +93,7 @@ def check_finite(array: np.ndarray, name: str, path: str | pathlib.Path) -> None
 
 
 def _stream(source: Source, weight: Weight, shape: tuple[int, ...]) -> Streamed:
-    """A parameter that is read while it is written: layer by layer, rows of ids in blocks."""
+    """Returns a parameter that is read while it is written: layer by layer, rows of ids in blocks."""
     if weight.ours in VOCABULARY_AXIS:
         return _table(source, weight, shape)
     if weight.stacked:
@@ -107,7 +107,7 @@ def _stream(source: Source, weight: Weight, shape: tuple[int, ...]) -> Streamed:
 
 
 def _table(source: Source, weight: Weight, shape: tuple[int, ...]) -> Streamed:
-    """With a row (or column) for each id; those that the model lacks start at the mean of all others."""
+    """Returns a table with a row (or column) for each id; rows that the source lacks start at the mean of its rows."""
     axis = VOCABULARY_AXIS[weight.ours]
     their_axis = 1 - axis if weight.transposed else axis
     rows, known = shape[axis], source.tensors[weight.theirs].shape[their_axis]

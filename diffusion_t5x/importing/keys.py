@@ -17,13 +17,13 @@ _NUMBERS = re.compile(r"(_eps|_epsilon|_theta|_base_freq|factor|softcapping|_sca
 
 
 class Keys:
-    """The keys of a config.json. Those that a family does not ask for are judged by `config_keys`.
+    """The keys of a config.json. Keys that a family does not ask for are judged by `config_keys`.
 
     Args:
-      values: by name. None is as good as absent, but for `nullable`.
-      where: what to call it in messages.
-      aliases: other names of keys, as `transformers` has them.
-      most_layers: how many layers the files can hold.
+      values: values by name. None counts as absent, except for `nullable`.
+      where: name of the config.json in messages.
+      aliases: other names of keys, as in `transformers`.
+      most_layers: maximum number of layers that the files can hold.
 
     Raises:
       UserError: a key and its alias have different values.
@@ -51,10 +51,10 @@ class Keys:
                     )
 
     def get(self, name: str, default: Any = REQUIRED) -> Any:
-        """A key's value, or the default.
+        """Returns a key's value, or the default.
 
         Raises:
-          UserError: there is neither, or it is no number where one is expected.
+          UserError: there is neither, or the value is not a number although one is expected.
         """
         self.asked.add(name)
         value = self._values.get(name, default)
@@ -68,11 +68,11 @@ class Keys:
         return value
 
     def nullable(self, name: str, default: Any) -> Any:
-        """A key's value, None where it is null, or the default where it is absent."""
+        """Returns a key's value; None if it is null, the default if it is absent."""
         return self.get(name, None if name in self._nulls else default)
 
     def layers(self, name: str) -> int:
-        """A number of layers, each of which has tensors of its own in the files.
+        """Returns a number of layers, each of which has tensors of its own in the files.
 
         Raises:
           UserError: more than the files can hold, or as `get`.
@@ -85,10 +85,10 @@ class Keys:
         return count
 
     def require(self, name: str, *supported: Any, default: Any = None) -> Any:
-        """A key's value, or where it is absent the default.
+        """Returns a key's value, or the default if it is absent.
 
         Raises:
-          UserError: it is none of the values supported.
+          UserError: the value is not supported.
         """
         value = self.get(name, supported[0] if default is None else default)
         if value not in supported:
@@ -97,10 +97,10 @@ class Keys:
         return value
 
     def list_of(self, name: str, length: int, *supported: Any) -> list[Any] | None:
-        """A key's list, or None where it is absent.
+        """Returns a key's list; None if it is absent.
 
         Raises:
-          UserError: it is no list of so many of the values supported.
+          UserError: it is not a list of this length with supported values.
         """
         values = self.get(name, None)
         if values is None:
@@ -118,18 +118,18 @@ class Keys:
         self.asked.update(names)
 
     def inside(self, name: str) -> "Keys":
-        """The keys of an object within; none where it is absent."""
+        """Returns the keys of a nested object; no keys if it is absent."""
         values = self.get(name, {})
         if not isinstance(values, dict):
             raise UserError(f"{self.where}: {name} = {_show(values)} should be an object.")
         return Keys(values, f"{self.where}, {name}")
 
     def updated(self, other: "Keys") -> "Keys":
-        """The same with the other's values on top."""
+        """Returns the keys updated with another object's values."""
         return Keys(self._values | other._values, self.where)
 
     def check_all_read(self) -> None:
-        """Raises a UserError that names the keys nobody has asked for, whatever they are."""
+        """Raises a UserError that names all keys that nobody has asked for."""
         if unread := self._unread():
             raise UserError(
                 f"{self.where} has keys that are not known here, and may change what the model computes: "
@@ -137,7 +137,7 @@ class Keys:
             )
 
     def judge(self) -> str:
-        """Judges the keys nobody has asked for: returns a line on ignored ones, empty if there are none.
+        """Judges the keys that nobody has asked for: returns a line about ignored ones, empty if there are none.
 
         Raises:
           UserError: keys that change what the model computes.

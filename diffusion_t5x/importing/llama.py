@@ -1,4 +1,4 @@
-"""Llama 2 and 3, and what the families derived from them share."""
+"""Llama 2 and 3, and the common parts of the families derived from them."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ SAME: dict[str, str] = {}
 
 
 def config(keys: Keys, tied: bool) -> ModelConfig:
-    """The model that a config.json describes; `tied` says whether the embedding reads the logits out."""
+    """Builds the ModelConfig; `tied` is True if the embedding also computes the logits."""
     keys.require("mlp_bias", False)
     keys.require("attention_bias", False)
     fields = shared(keys)
@@ -25,11 +25,11 @@ def config(keys: Keys, tied: bool) -> ModelConfig:
 
 
 def shared(keys: Keys, kv_heads: int | None = None, head_dim: int | None = None) -> dict[str, Any]:
-    """The fields of ModelConfig that Llama's closest relatives have in common, but for `tie_embeddings`.
+    """Returns the ModelConfig fields that Llama's closest relatives share, except `tie_embeddings`.
 
     Args:
-      keys: of the config.json.
-      kv_heads, head_dim: what they are where a config.json does not say; None follows from the other sizes.
+      keys: keys of the config.json.
+      kv_heads, head_dim: defaults for a config.json that does not set them; None derives them from the other sizes.
     """
     fields = dimensions(keys, kv_heads, head_dim)
     fields |= {"activation": keys.require("hidden_act", "silu"), "attention_scale": fields["head_dim"] ** -0.5}
@@ -37,7 +37,7 @@ def shared(keys: Keys, kv_heads: int | None = None, head_dim: int | None = None)
 
 
 def dimensions(keys: Keys, kv_heads: int | None = None, head_dim: int | None = None) -> dict[str, Any]:
-    """Sizes, and what is the same in all descendants; arguments as in `shared`."""
+    """Returns the sizes and the settings that all descendants share; arguments as in `shared`."""
     heads, embed = keys.get("num_attention_heads"), keys.get("hidden_size")
     return {
         "embed_dim": embed,
@@ -54,7 +54,7 @@ def dimensions(keys: Keys, kv_heads: int | None = None, head_dim: int | None = N
 
 
 def qwen_windows(keys: Keys, num_layers: int) -> dict[str, Any]:
-    """The sliding-window layers of a Qwen2 or Qwen3, as fields of ModelConfig."""
+    """Returns the sliding-window layers of a Qwen2 or Qwen3, as fields of ModelConfig."""
     on = keys.get("use_sliding_window", False)
     window, first = keys.nullable("sliding_window", 4096), keys.get("max_window_layers", 28)
     kinds = layer_kinds(keys, num_layers, lambda layer: bool(on and window) and layer >= first)
@@ -62,7 +62,7 @@ def qwen_windows(keys: Keys, num_layers: int) -> dict[str, Any]:
 
 
 def layer_kinds(keys: Keys, num_layers: int, is_local: Callable[[int], bool]) -> list[bool]:
-    """For each layer, True if it has a sliding window: by `layer_types`, else by its number, from 0 on."""
+    """Returns True for each layer with a sliding window: by `layer_types`, otherwise by its number, from 0 on."""
     kinds = keys.list_of("layer_types", num_layers, "full_attention", "sliding_attention")
     if kinds is None:
         return [is_local(layer) for layer in range(num_layers)]
@@ -70,7 +70,7 @@ def layer_kinds(keys: Keys, num_layers: int, is_local: Callable[[int], bool]) ->
 
 
 def local_layers(keys: Keys, kinds: Sequence[bool], window: int | None) -> dict[str, Any]:
-    """The fields of ModelConfig for sliding-window layers; none if there are no such layers.
+    """Returns the ModelConfig fields for sliding-window layers; none if there are no such layers.
 
     Raises:
       UserError: there are such layers and no window.
@@ -83,12 +83,12 @@ def local_layers(keys: Keys, kinds: Sequence[bool], window: int | None) -> dict[
 
 
 def rotary(keys: Keys, base: float = 10_000.0, head_dim: int | None = None) -> dict[str, Any]:
-    """From `rope_scaling`, which older files have beside `rope_theta`, else from `rope_parameters`.
+    """Returns the rotary fields of `rope_scaling` and `rope_theta` (older files) or of `rope_parameters`.
 
     Args:
-      keys: of the config.json.
-      base: where it has none.
-      head_dim: D; None for a model whose query-key products are not scaled by D^-0.5, which YaRN does not fit.
+      keys: keys of the config.json.
+      base: the default if it has none.
+      head_dim: D; None for a model whose query-key products are not scaled by D^-0.5, for which YaRN is refused.
     """
     keys.require("partial_rotary_factor", 1.0)
     old_base, length = keys.get("rope_theta", base), keys.get("original_max_position_embeddings", None)
@@ -99,13 +99,13 @@ def rotary(keys: Keys, base: float = 10_000.0, head_dim: int | None = None) -> d
 def read_rotary(
     said: Keys, base: float, keys: Keys, length: int | None = None, head_dim: int | None = None
 ) -> dict[str, Any]:
-    """The fields of ModelConfig from one object of a config.json.
+    """Returns the rotary fields of ModelConfig from one object of a config.json.
 
     Args:
       said: the object.
-      base: where the object has none.
-      keys: of the config.json.
-      length: of rows before they were made longer, where the config.json says it outside of the object.
+      base: the default if the object has no base.
+      keys: keys of the config.json.
+      length: length of rows before it was extended, if the config.json has it outside of the object.
       head_dim: see `rotary`.
     """
     said.require("partial_rotary_factor", 1.0)
@@ -149,7 +149,7 @@ def _yarn(said: Keys, base: float, factor: float, length: int, head_dim: int) ->
 
 
 def weights(config: ModelConfig) -> tuple[Weight, ...]:
-    """All weights; an output matrix only if the embedding is not tied."""
+    """Returns all weights; with an output matrix only if the embedding is not tied."""
     block = under(
         {"model.layers.{}.": "decoder/blocks/"},
         vector("input_layernorm.weight", "attention_norm/scale"),

@@ -22,9 +22,9 @@ class Llama2cModel:
     """A checkpoint, with llama2.c's names.
 
     Attributes:
-      dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len: its header; a negative vocab_size there
-        means an output matrix of its own, and is positive here.
-      arrays: by name, mapped from the file; with "wcls" if there is an output matrix.
+      dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len: its header; in the file a negative
+        vocab_size means a separate output matrix; it is positive here.
+      arrays: arrays by name, mapped from the file; with "wcls" if there is an output matrix.
     """
 
     dim: int
@@ -41,7 +41,7 @@ class Llama2cModel:
         return self.dim // self.n_heads
 
     def config(self) -> ModelConfig:
-        """The same model here; the embedding gets its rows from the vocabulary."""
+        """Builds our ModelConfig; the embedding gets its rows from the vocabulary."""
         return ModelConfig(
             embed_dim=self.dim,
             num_layers=self.n_layers,
@@ -59,19 +59,20 @@ class Llama2cModel:
         )
 
     def params(self, rows: int) -> dict[str, tuple[str, np.ndarray]]:
-        """The parameters by name, each with the name of the array it comes from.
+        """Returns the parameters by name, each with the name of the array that it comes from.
 
         Args:
-          rows: of the embedding. Those that the checkpoint lacks (MASK, and what fills up) start at its rows' mean.
+          rows: number of rows in the embedding. Rows that the checkpoint lacks (MASK and padding) start at the mean of
+            its rows.
         """
         a, layers = self.arrays, self.n_layers
 
         def heads(matrix: np.ndarray) -> np.ndarray:
-            """`[layers, heads * head_dim, in]` as `[layers, in, heads, head_dim]`."""
+            """Returns `[layers, heads * head_dim, in]` as `[layers, in, heads, head_dim]`."""
             return matrix.reshape(layers, -1, self.head_dim, self.dim).transpose(0, 3, 1, 2)
 
         def rotary_heads(matrix: np.ndarray) -> np.ndarray:
-            """The same, for rotary positions that turn (i, i + head_dim/2) and not (2i, 2i + 1)."""
+            """Returns the same, for rotary positions that rotate (i, i + head_dim/2) and not (2i, 2i + 1)."""
             pairs = matrix.reshape(layers, -1, self.head_dim // 2, 2, self.dim)
             return heads(pairs.swapaxes(2, 3))
 
@@ -99,10 +100,10 @@ class Llama2cModel:
 
 
 def read(path: str) -> Llama2cModel:
-    """The checkpoint in a file.
+    """Reads a checkpoint file.
 
     Raises:
-      UserError: it cannot be read, is no such checkpoint, or is shorter or longer than its header says.
+      UserError: it cannot be read, is not such a checkpoint, or is shorter or longer than its header says.
     """
     file = pathlib.Path(path).expanduser()
     try:
@@ -163,7 +164,7 @@ def _shapes(
     max_seq_len: int,
     has_head: bool,
 ) -> dict[str, tuple[int, ...]]:
-    """The arrays in the file's order."""
+    """Returns the arrays' shapes in the file's order."""
     head_dim = dim // n_heads
     shapes = {
         "token_embedding_table": (vocab_size, dim),

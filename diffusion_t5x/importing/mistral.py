@@ -1,4 +1,4 @@
-"""Mistral 7B (arXiv 2310.06825): Llama whose layers see a window only, until version 0.2."""
+"""Mistral 7B (arXiv 2310.06825): Llama with sliding-window layers, up to version 0.2."""
 
 from diffusion_t5x.importing import llama
 from diffusion_t5x.importing.keys import Keys

@@ -1,4 +1,4 @@
-"""mT5 (arXiv 2010.11934): T5 1.1, whose logits are never scaled, whatever the config.json says of ties."""
+"""mT5 (arXiv 2010.11934): T5 1.1 with unscaled logits, whatever the config.json says about tied embeddings."""
 
 import dataclasses
 

@@ -40,10 +40,10 @@ _LEFT_OUT = {"architecture", "dropout_rate", "dtype", "scan_unroll", "remat", "a
 
 
 def empty_folder(path: str) -> pathlib.Path:
-    """The folder of `--output`, which is not made yet.
+    """Checks the folder of `--output`, which is not made yet, and returns it.
 
     Raises:
-      UserError: there is something in it, other than what a killed conversion left.
+      UserError: it has content other than what a killed conversion left.
     """
     folder = pathlib.Path(path).expanduser().resolve()
     if folder.is_dir() and any(entry.name != _UNFINISHED for entry in folder.iterdir()):
@@ -53,10 +53,10 @@ def empty_folder(path: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def building(final: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder to write to, whose content is in `final` at the end of the context; after an exception nothing is.
+    """Context with a folder to write to; its content is in `final` at the end. After an exception nothing is.
 
-    It lies beside `final` and is renamed; or inside, where `final` is there already (it may be a mount, or the current
-    folder), and its entries are renamed. One that a killed process left is removed first.
+    It is beside `final` and is renamed; or, if `final` exists (it may be a mount, or the current folder), inside it,
+    and its entries are renamed. A folder that a killed process left is removed first.
 
     Args:
       final: see `empty_folder`.
@@ -119,7 +119,7 @@ def record_of(
 
 
 def save(folder: pathlib.Path, record: Record, params: Mapping[str, np.ndarray | Streamed], gin: str) -> None:
-    """Writes checkpoint_0, what a run of no steps would leave, without an optimizer; and model.gin."""
+    """Writes model.gin and checkpoint_0, as a run of no steps would leave it, without an optimizer."""
     state = {"step": np.zeros((), np.int32), "params": traverse_util.unflatten_dict(dict(params), sep="/")}
     store = checkpoints.Checkpoints(str(folder / "checkpoints"), asynchronous=False, streamed=True)
     store.save(0, state, {}, {"step": 0, "metrics": {}, **record.metadata(), "config": gin})

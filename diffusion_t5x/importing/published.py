@@ -1,4 +1,4 @@
-"""How an imported model was trained and is decoded, where its format says so: the published diffusion models."""
+"""The objective and decoder of an imported model whose format names them: the published diffusion models."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""T5 1.1 (arXiv 2002.05202) and FLAN-T5: encoder-decoders. Their decoders have causal buckets."""
+"""T5 1.1 (arXiv 2002.05202) and FLAN-T5: encoder-decoders with causal buckets in the decoder."""
 
 from diffusion_t5x.importing.keys import Keys
 from diffusion_t5x.importing.weights import Weight, table, under, vector
@@ -20,12 +20,12 @@ _NAMES = {"gelu": ("gelu_new", "gelu_pytorch_tanh"), "silu": ("silu", "swish")} 
 
 
 def config(keys: Keys, tied: bool, feed_forward: str = "relu") -> ModelConfig:
-    """The model that a config.json describes.
+    """Builds the ModelConfig.
 
     Args:
-      keys: of the config.json.
-      tied: whether the embedding reads the logits out.
-      feed_forward: the kind of feed-forward layers, where the config.json does not say.
+      keys: keys of the config.json.
+      tied: True if the embedding also computes the logits.
+      feed_forward: the kind of feed-forward layers if the config.json does not say.
     """
     layers, embed = keys.layers("num_layers"), keys.get("d_model")
     keys.require("num_decoder_layers", layers)
@@ -54,7 +54,7 @@ def config(keys: Keys, tied: bool, feed_forward: str = "relu") -> ModelConfig:
 
 
 def weights(config: ModelConfig) -> tuple[Weight, ...]:
-    """All weights; an output matrix only if the embedding is not tied."""
+    """Returns all weights; with an output matrix only if the embedding is not tied."""
     head = () if config.tie_embeddings else (Weight(HEAD, "head"),)
     encoder = (*_sublayer("0.", "SelfAttention", "attention"), *_feed_forward("1."))
     decoder = (

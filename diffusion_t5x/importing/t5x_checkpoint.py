@@ -1,7 +1,7 @@
-"""T5X's own checkpoints, as it wrote them before it had Orbax.
+"""Reads T5X's own checkpoints, in its format before Orbax.
 
-A folder with a msgpack file `checkpoint`: a tree of arrays, each in it or, where it says so, in a zarr array beside it
-(github.com/google-research/t5x, checkpoints.py).
+Such a folder has a msgpack file `checkpoint`: a tree of arrays, some of them in the file and others in zarr arrays
+beside it (github.com/google-research/t5x, checkpoints.py).
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ _ALWAYS = 1 << 24  # any file may hold this many bytes
 
 @dataclasses.dataclass(frozen=True)
 class T5XCheckpoint:
-    """A checkpoint whose parameters have not been read, but for small ones that the msgpack file holds.
+    """A checkpoint whose parameters have not been read, except for small ones inside the msgpack file.
 
     Attributes:
-      path: the folder.
-      tensors: the parameters by "/"-joined name, numpy or tensorstore's.
-      dropped: shapes of all else that the checkpoint holds, such as the optimizer's arrays, by name.
+      path: path of the folder.
+      tensors: parameters by "/"-joined name, as numpy or tensorstore arrays.
+      dropped: shapes of everything else in the checkpoint, such as the optimizer's arrays, by name.
     """
 
     path: pathlib.Path
@@ -42,8 +42,8 @@ class T5XCheckpoint:
         """Reads the msgpack file and the headers of the parameters' zarr arrays.
 
         Raises:
-          UserError: a file that is missing, broken or not in this format, one outside of the folder, or parameters of
-            other dtypes.
+          UserError: a file is missing, broken, outside of the folder or not in this format, or a parameter has another
+            dtype.
         """
         folder = pathlib.Path(path).expanduser().resolve()
         tensors, dropped = {}, {}
@@ -58,7 +58,7 @@ class T5XCheckpoint:
         return cls(folder, tensors, dropped)
 
     def read(self, name: str, start: int = 0, stop: int | None = None, axis: int = 0) -> np.ndarray:
-        """See `weights.Source`. Raises a UserError where a file of the array is broken."""
+        """Reads an array, see `weights.Source`. Raises a UserError if a file of the array is broken."""
         piece = self.tensors[name][(slice(None),) * axis + (slice(start, stop),)]
         try:
             return np.asarray(piece, np.float32)
@@ -80,7 +80,7 @@ def _read_msgpack(file: pathlib.Path) -> Any:
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Everything in nested dicts by "/"-joined name; what describes a zarr array is one."""
+    """Yields the leaves of nested dicts by "/"-joined name; a description of a zarr array is a leaf."""
     if isinstance(tree, dict) and not _is_zarr(tree):
         for name, branch in tree.items():
             yield from _leaves(branch, f"{prefix}/{name}" if prefix else str(name))
@@ -93,7 +93,7 @@ def _is_zarr(leaf: Any) -> bool:
 
 
 def _shape(leaf: Any) -> tuple[int, ...]:
-    """Shape of an array according to the msgpack file; () for anything else."""
+    """Returns the shape of an array according to the msgpack file; () for anything else."""
     if _is_zarr(leaf):
         metadata = leaf.get("metadata")
         shape = metadata.get("shape") if isinstance(metadata, dict) else None
@@ -116,7 +116,7 @@ def _open(folder: pathlib.Path, name: str, leaf: Any) -> np.ndarray | tensorstor
 
 
 def _open_zarr(folder: pathlib.Path, name: str, spec: dict[str, Any]) -> tensorstore.TensorStore:
-    """Only the path is taken from what the checkpoint says, and must stay in the folder."""
+    """Opens a zarr array. Only its path is taken from the checkpoint, and must stay in the folder."""
     kvstore = spec.get("kvstore")  # where tensorstore has the path since 0.1.14
     said = (spec | (kvstore if isinstance(kvstore, dict) else {})).get("path")
     if spec["driver"] != "zarr" or not isinstance(said, str):
@@ -139,7 +139,7 @@ def _open_zarr(folder: pathlib.Path, name: str, spec: dict[str, Any]) -> tensors
 
 
 def _check_room(folder: pathlib.Path, name: str, array: tensorstore.TensorStore, path: pathlib.Path, said: str) -> None:
-    """Raises a UserError where an array is larger than its files can hold, before anything goes through its chunks."""
+    """Raises a UserError if an array is larger than its files can hold, before its chunks are visited."""
     sizes = [file.stat().st_size for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
     chunk = cast("tuple[int, ...]", array.chunk_layout.read_chunk.shape)  # Zarr always says it
     chunks = math.prod(-(-size // max(1, part)) for size, part in zip(array.shape, chunk, strict=True))
@@ -153,5 +153,5 @@ def _check_room(folder: pathlib.Path, name: str, array: tensorstore.TensorStore,
 
 
 def _shortly(error: ValueError) -> str:
-    """Without tensorstore's own settings, which it adds."""
+    """Returns an error's text without the settings that tensorstore adds."""
     return str(error).split(" [")[0]

@@ -20,20 +20,20 @@ MAX_FILE_BYTES = 2 << 30
 
 
 def to_hf(checkpoint: str, output_folder: str, like: str | None = None) -> None:
-    """Writes a model that was once imported from Hugging Face's format, and perhaps trained since, in that format.
+    """Writes a model that was imported from Hugging Face's format, and perhaps trained since, in that format.
 
-    Tensors have the names, shapes and dtypes that they came with; rows of ids that the model came without (MASK, where
-    it was a new row) are left out. What was not trained comes back bit for bit.
+    Tensors keep their original names, shapes and dtypes; rows that the import added (MASK, if it was a new row) are
+    left out. Untrained tensors come back bit for bit.
 
     Args:
-      checkpoint: a checkpoint, a folder of them or a MODEL_DIR. Where it has a moving average of the parameters, that
-        is taken.
-      output_folder: a folder that is empty or not there.
+      checkpoint: a checkpoint, a folder of them or a MODEL_DIR. If it has a moving average of the parameters, that is
+        exported.
+      output_folder: a folder that is empty or does not exist.
       like: the folder that `from_hf` wrote; not needed for its own checkpoint.
 
     Raises:
-      UserError: no checkpoint, no folder that `from_hf` wrote, or they do not belong together; before anything is
-        written.
+      UserError: before anything is written: no checkpoint, no folder that `from_hf` wrote, or they do not belong
+        together.
     """
     final = output.empty_folder(output_folder)
     path = pathlib.Path(checkpoints.find_checkpoint(checkpoint))
@@ -59,7 +59,7 @@ def to_hf(checkpoint: str, output_folder: str, like: str | None = None) -> None:
 
 
 def _origin(checkpoint: pathlib.Path, like: str | None) -> pathlib.Path:
-    """The folder that `from_hf` wrote: the one named, or one that the checkpoint lies in."""
+    """Returns the folder that `from_hf` wrote: the one named, or the one that contains the checkpoint."""
     folders = [pathlib.Path(like).expanduser().resolve()] if like else [checkpoint.parent.parent, checkpoint.parent]
     for folder in folders:
         if (folder / TENSORS).exists():
@@ -71,7 +71,7 @@ def _origin(checkpoint: pathlib.Path, like: str | None) -> pathlib.Path:
 
 
 def _check(weight: Weight, shape: tuple[int, ...] | None, source: Folder, layers: int, where: str) -> None:
-    """Raises a UserError where a parameter is not there, or is not that of the model that was imported."""
+    """Raises a UserError if a parameter is missing or has another shape than the imported model's."""
     if shape is not None:
         one = list(shape[1:] if weight.stacked else shape)
         expected = source.tensors[weight.names(layers)[0]].shape
@@ -89,7 +89,7 @@ def _check(weight: Weight, shape: tuple[int, ...] | None, source: Folder, layers
 def _theirs(
     parts: Sequence[Weight], read: Callable[[str], np.ndarray], rows: int, layers: int
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors, one or of every layer, that these weights are the parts of."""
+    """Yields the source's tensors, one or one per layer, of which these weights are the parts."""
     arrays = [read(weight.ours) for weight in parts]
     if parts[0].ours in VOCABULARY_AXIS:
         arrays = [np.take(array, np.arange(rows), axis=VOCABULARY_AXIS[parts[0].ours]) for array in arrays]
@@ -102,7 +102,7 @@ def _theirs(
 
 
 class _Files:
-    """Safetensors files of at most MAX_FILE_BYTES each, with an index where there are several."""
+    """Safetensors files of at most MAX_FILE_BYTES each, with an index if there are several."""
 
     def __init__(self, folder: pathlib.Path, source: Folder):
         self._folder, self._source = folder, source

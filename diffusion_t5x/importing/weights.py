@@ -1,4 +1,4 @@
-"""The layouts of weights in the source and here, for both import and export."""
+"""The layouts of weights in the source and here, for import and export."""
 
 import dataclasses
 import math
@@ -20,11 +20,11 @@ class Shaped(Protocol):
 
 
 class Source(Protocol):
-    """Where a model's arrays lie: a folder whose headers have been read, and no weights yet.
+    """A source of a model's arrays: a folder whose headers have been read, but no weights.
 
     Attributes:
-      path: the folder.
-      tensors: the arrays by name.
+      path: path of the folder.
+      tensors: arrays by name.
     """
 
     @property
@@ -34,21 +34,22 @@ class Source(Protocol):
     def tensors(self) -> Mapping[str, Shaped]: ...
 
     def read(self, name: str, start: int = 0, stop: int | None = None, axis: int = 0) -> np.ndarray:
-        """An array as float32, or what lies between two indices of an axis."""
+        """Returns an array as float32, or its part between two indices of an axis."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One parameter, or that of every layer.
+    """One parameter, or one per layer.
 
     Attributes:
-      theirs: its name there; `{}` stands for the number of a layer, whose arrays are stacked here.
+      theirs: its name in the source; `{}` stands for the number of a layer, whose arrays are stacked here.
       ours: its "/"-joined name here.
-      inputs: so many first axes of ours are the inputs of a matrix, the others its outputs; 0 is a vector, flat there.
-      transposed: the matrix is `[out, in]` there, not `[in, out]`.
-      part: of a tensor there whose last axis holds several of ours, one behind the other: which one, of how many.
-      rows: of a tensor there whose first axis holds several of ours: where it begins and ends, and how many all are.
+      inputs: number of leading axes of ours that are a matrix's inputs, the others being its outputs; 0 for a vector,
+        which is flat in the source.
+      transposed: the matrix is `[out, in]` in the source, not `[in, out]`.
+      part: for a source tensor whose last axis concatenates several of ours: index and number of parts.
+      rows: for a source tensor whose first axis concatenates several of ours: start and end of this one, and the total.
     """
 
     theirs: str
@@ -63,11 +64,11 @@ class Weight:
         return "{}" in self.theirs
 
     def names(self, layers: int) -> list[str]:
-        """The names there, of one or of every layer."""
+        """Returns the names in the source, one or one per layer."""
         return [self.theirs.format(i) for i in range(layers)] if self.stacked else [self.theirs]
 
     def their_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of one layer's tensor in the source, from our shape."""
+        """Returns the shape of one layer's tensor in the source, from our shape."""
         *rest, last = self._matrix(shape)
         if self.rows is not None:
             return (self.rows[2], last)
@@ -85,13 +86,13 @@ class Weight:
         return matrix[::-1] if self.transposed else matrix
 
     def to_ours(self, array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-        """One layer's array, from its tensor, in the shape it has here."""
+        """Returns one layer's array in our shape, from its tensor."""
         number, parts = self.part
         array = np.split(array, parts, axis=-1)[number] if self.rows is None else array[slice(*self.rows[:2])]
         return (array.T if self.inputs and self.transposed else array).reshape(shape)
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
-        """The way back, to a part of the tensor."""
+        """Returns our array as a part of the source's tensor; the inverse of `to_ours`."""
         shape = self._matrix(array.shape)
         return array.reshape(shape[::-1]).T if self.inputs and self.transposed else array.reshape(shape)
 
@@ -101,11 +102,11 @@ def vector(theirs: str, ours: str) -> Weight:
 
 
 def table(theirs: str, ours: str) -> Weight:
-    """With a row for each id, bucket or position, there and here."""
+    """Returns the weight of a table with a row for each id, bucket or position."""
     return Weight(theirs, ours, transposed=False)
 
 
 def under(prefix: Mapping[str, str], *weights: Weight) -> tuple[Weight, ...]:
-    """The weights with their names below a prefix, there (the key) and here (the value)."""
+    """Returns the weights with prefixes: `prefix` maps their prefix in the source to ours."""
     ((theirs, ours),) = prefix.items()
     return tuple(dataclasses.replace(w, theirs=f"{theirs}{w.theirs}", ours=f"{ours}{w.ours}") for w in weights)

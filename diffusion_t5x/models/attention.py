@@ -1,4 +1,4 @@
-"""Multi-head attention with grouped key/value heads, and the cache of what it has seen."""
+"""Multi-head attention with grouped key/value heads, and its cache."""
 
 from typing import Self
 
@@ -17,14 +17,14 @@ from diffusion_t5x.partitioning import constrain
 
 
 class KVCache(flax.struct.PyTreeNode):
-    """Keys and values of the slots seen so far, every layer's stacked, and what all slots of the rows are.
+    """Keys and values of the slots seen so far, stacked over layers, and the properties of all slots of the rows.
 
-    A slot's keys stand at the slot's own index, so the mask between any queries and the cache follows from `slots`:
-    slots not written yet must not be visible to the queries (attention that looks back only sees to that).
+    A slot's keys are at the slot's own index, so the mask between any queries and the cache follows from `slots`.
+    Queries must not see unwritten slots; attention that only looks back guarantees that.
 
     Attributes:
       keys, values: `[layers, B, L, kv_heads, head_dim]`.
-      slots: of the rows being decoded, each field `[B, L]`.
+      slots: slots of the rows being decoded, each field `[B, L]`.
     """
 
     keys: jax.Array
@@ -38,13 +38,13 @@ class KVCache(flax.struct.PyTreeNode):
         return cls(keys=zeros, values=zeros, slots=slots)
 
     def take(self, rows: jax.Array) -> Self:
-        """The cache of these rows, int32 `[B']`; a row may come more than once."""
+        """Returns the cache of these rows, int32 `[B']`; a row may occur several times."""
         slots = jax.tree.map(lambda field: field[rows], self.slots)
         return self.replace(keys=self.keys[:, rows], values=self.values[:, rows], slots=slots)
 
 
 def write_rows(buffer_BxL: jax.Array, values_BxQ: jax.Array, start_B: jax.Array) -> jax.Array:
-    """The buffer with each row's values written from the row's own start on; trailing axes are carried along."""
+    """Returns the buffer with each row's values written from its own start on; trailing axes are carried along."""
     return jax.vmap(lambda row, new, first: jax.lax.dynamic_update_slice_in_dim(row, new, first, axis=0))(
         buffer_BxL, values_BxQ, start_B
     )
@@ -87,14 +87,14 @@ class Attention(nnx.Module):
         cached: tuple[jax.Array, jax.Array] | None = None,
         write_at: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """Self-attention of x `[B, Lq, D]`.
+        """Returns self-attention of x `[B, Lq, D]`.
 
         Args:
           x: the queries' hidden states.
           positions: int32 `[B, Lq]`, for rotary positions.
-          sight: what the queries see of the keys.
+          sight: the keys that the queries see.
           bias: float32 `[n, heads, Lq, Lk]`, one for each of n equal groups of rows, or None.
-          frequencies: float32 `[head_dim / 2]`, of rotary positions; None if there are none.
+          frequencies: float32 `[head_dim / 2]`, for rotary positions; None if there are none.
           cached: this layer's keys and values `[B, Lk, kv_heads, head_dim]`; the queries' own are written into them
             first. None attends over x itself.
           write_at: int32 `[B]`, the slot of each row's first query; with `cached` only.
@@ -113,17 +113,17 @@ class Attention(nnx.Module):
         return self._attend(query, key, value, bias, sight), cached
 
     def cross(self, x: jax.Array, key: jax.Array, value: jax.Array, sight: Sight) -> jax.Array:
-        """Attention of x `[B, Lq, D]` over what `keys_values` made of other hidden states; it knows no positions.
+        """Returns attention of x `[B, Lq, D]` over the keys and values of other hidden states, without positions.
 
         Args:
           x: the queries' hidden states.
           key, value: `[B, Lk, kv_heads, head_dim]`.
-          sight: what the queries see of the keys.
+          sight: the keys that the queries see.
         """
         return self._attend(self._project_query(x), key, value, None, sight)
 
     def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Keys and values `[B, L, kv_heads, head_dim]` of hidden states `[B, L, D]`, not rotated."""
+        """Returns keys and values `[B, L, kv_heads, head_dim]` of hidden states `[B, L, D]`, not rotated."""
         key = add_bias(dense(x, self.key.get_value()), self.key_bias)
         value = add_bias(dense(x, self.value.get_value()), self.value_bias)
         return self.key_norm(key) if self._norms else key, value

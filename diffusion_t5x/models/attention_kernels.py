@@ -1,9 +1,9 @@
-"""Fused attention kernels of JAX behind one signature: `[heads, Lq, Lk]` scores are never materialised.
+"""JAX's fused attention kernels with one signature: `[heads, Lq, Lk]` scores are never materialised.
 
-Those for TPUs see a device's own rows and heads. Arguments are query `[B, Lq, heads, D]`, key and value
-`[B, Lk, kv_heads, D]`, bias float32 `[n, heads, Lq, Lk]` or None, what the queries see, with a mask only where no order
-says it, the scale of the products, and their cap or None. Each returns `[B, Lq, heads, D]`; values of queries that see
-nothing are undefined.
+TPU kernels get a device's own rows and heads. Arguments are query `[B, Lq, heads, D]`, key and value
+`[B, Lk, kv_heads, D]`, bias float32 `[n, heads, Lq, Lk]` or None, the queries' sight (with a mask only if no order
+expresses it), the scale of the products, and their cap or None. Each returns `[B, Lq, heads, D]`; values of queries
+that see nothing are undefined.
 """
 
 import functools
@@ -28,9 +28,9 @@ def cudnn(
     scale: float,
     cap: None,
 ) -> jax.Array:
-    """cuDNN's flash attention; it has no segments, so they go into a mask (one for all heads).
+    """cuDNN's flash attention; it has no segments, so they become a mask (one for all heads).
 
-    JAX adds bias and mask to one array, `[B, heads, Lq, Lk]` where there is a bias, else `[B, 1, Lq, Lk]`.
+    JAX adds bias and mask into one array, `[B, heads, Lq, Lk]` with a bias, otherwise `[B, 1, Lq, Lk]`.
     """
     mask = sight.mask if sight.order is None else same_segment(sight.query_segments, sight.key_segments)
     if bias is not None:
@@ -137,15 +137,15 @@ KERNELS: dict[str, Callable[..., jax.Array]] = {"cudnn": cudnn, "splash": splash
 
 
 def _block(length: int) -> int:
-    """Slots per kernel block: the largest of a few sizes that divides the length."""
+    """Returns the number of slots per kernel block: the largest of a few sizes that divides the length."""
     return next(size for size in (512, 256, 128) if length % size == 0)
 
 
 def _by_row(function, rows):
-    """A function over the rows of its arguments, one after another.
+    """Applies a function to the rows of its arguments, one after another.
 
-    The backward pass has what the kernel gave, and makes again what a row's mask makes: else that of all rows would
-    stand until then.
+    The kernel's outputs are kept for the backward pass, and each row's mask is recomputed: otherwise the masks of all
+    rows would be kept.
     """
     kept = ("pallas_call", "custom_vjp_call")  # the kernel, and flash attention's around it
     function = jax.checkpoint(function, policy=lambda primitive, *_, **__: primitive.name in kept)

@@ -12,7 +12,7 @@ Remat = Literal["none", "dots", "full"]
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A Transformer. The defaults are T5 1.1's; the other choices are those of Llama-style models and of GPT-2.
+    """Dimensions of a Transformer. The defaults are T5 1.1's; other choices are those of Llama-style models and GPT-2.
 
     Attributes:
       embed_dim, num_layers, num_heads, head_dim, mlp_dim: the size. An encoder has as many layers as its decoder.
@@ -28,46 +28,48 @@ class ModelConfig:
       num_kv_heads: key and value heads, shared by groups of query heads; None means one for each query head.
       position: "relative" is T5's learned bias shared by all layers, "rotary" rotates queries and keys, "learned" adds
         a vector for each of `max_length` positions to the embedded tokens.
-      norm: "rms" scales by the root mean square, "layer" (arXiv 1607.06450) takes the mean off first and adds a bias.
-      activation: of the feed-forward layer.
-      gated: the activation is the gate of a second product; False has the activation alone.
-      tie_embeddings: read the logits out with the embedding; False adds an output matrix of its own.
+      norm: "rms" scales by the root mean square, "layer" (arXiv 1607.06450) subtracts the mean first and adds a bias.
+      activation: activation of the feed-forward layer.
+      gated: the activation gates a second product; False uses the activation alone.
+      tie_embeddings: compute logits with the embedding; False adds an output matrix.
       query_key_norm: RMS-normalise queries and keys of each head.
       whole_query_key_norm: RMS-normalise queries, and keys, of all heads as one vector (OLMo 2).
       qkv_bias: add biases to queries, keys and values.
-      output_bias: add biases to attention's output and to the feed-forward layer.
-      attention_scale: factor on query-key products. 1 with T5's initialiser, which holds the scale itself;
-        `head_dim ** -0.5` in most other models.
-      logits_scale: factor on the last hidden state; None is T5's `embed_dim ** -0.5` where embeddings are tied.
+      output_bias: add biases to the outputs of attention and to the feed-forward layer.
+      attention_scale: factor on query-key products. 1 with T5's initialiser, which includes the scale; `head_dim **
+        -0.5` in most other models.
+      logits_scale: factor on the last hidden state; None is T5's `embed_dim ** -0.5` if embeddings are tied.
       norm_epsilon: added to the mean square, or to the variance.
-      norm_offset: an RMS norm's parameter is what its scale has beyond 1, as in Gemma.
-      pre_norms: what attention and the feed-forward layer read is normed.
-      post_norms: what they write is normed, before it is added to the residual.
-      residual_scale: factor on what they add to the residual.
+      norm_offset: an RMS norm's parameter is its scale minus 1, as in Gemma.
+      pre_norms: normalise the inputs of attention and feed-forward layers.
+      post_norms: normalise the outputs of attention and feed-forward layers before they are added to the residual.
+      residual_scale: factor on these outputs when they are added to the residual.
       embedding_scale: factor on embedded tokens.
       attention_softcap, logits_softcap: x becomes `cap * tanh(x / cap)`, for query-key products and logits.
-      attention_backend: what computes attention: "xla" anywhere, "cudnn" on NVIDIA GPUs, on TPUs "splash" (without a
-        relative bias) or "flash" (with one); "auto" chooses by device and call. Any other choice that cannot be used
-        is an error, except when decoding over a cache, which then uses "xla".
-      local_layers: for each layer whether it sees only what is less than `window` tokens away; None: none does.
-      window: of the local layers.
-      local_rotary_base: rotary base of the local layers, whose wavelengths then are not stretched; None: local layers
-        have the same wavelengths as the others.
-      relative_buckets, relative_max_distance: of the relative position bias.
+      attention_backend: the implementation of attention: "xla" anywhere, "cudnn" on NVIDIA GPUs, on TPUs "splash"
+        (without a relative bias) or "flash" (with one); "auto" chooses by device and call. Any other choice that cannot
+        be used is an error, except when decoding over a cache, which then uses "xla".
+      local_layers: for each layer, True if it sees only tokens less than `window` away; None: no layer.
+      window: window of the local layers, in tokens.
+      local_rotary_base: rotary base of the local layers, whose wavelengths then are not stretched; None: the same
+        wavelengths as in other layers.
+      relative_buckets, relative_max_distance: number of buckets and maximum distance of the relative position bias.
       causal_buckets: a decoder's relative position bias has T5's own one-sided buckets: all of them for the past, and
-        the future counts as distance 0. Ours are two-sided, for what attention sees both ways; an encoder's always are.
-      rotary_base: the wavelength base of rotary positions.
-      rotary_factor: rotary wavelengths are so many times as long as the base makes them ("linear" scaling).
-      rotary_stretched: only wavelengths beyond the second number, in tokens, are, and none below the first; between
-        them the frequencies go over from one to the other (Llama 3.1, arXiv 2407.21783). None stretches all.
-      rotary_ramp: pairs of a head up to the first number keep their wavelengths, those from the second on are stretched
-        by `rotary_factor`, and between them the frequencies go over from one to the other (YaRN, arXiv 2309.00071).
-      unrotated_layers: for each layer whether it has no positions (SmolLM3); None: none is so.
-      max_length: longest row that the model is meant for; None sets no limit. So many are the learned positions.
-      dropout_rate: after the embedding, on every residual branch, inside the feed-forward layer, after the last norm.
-      dtype: of activations; parameters, softmax, logits and loss are float32.
-      scan_unroll: layers unrolled in one iteration of the scan over layers; True unrolls all (fast on CPU).
-      remat: what the backward pass recomputes: "none", all but matrix products ("dots"), or everything ("full").
+        the future counts as distance 0. Ours are two-sided, for bidirectional attention; an encoder's always are.
+      rotary_base: base of the rotary wavelengths.
+      rotary_factor: factor on the rotary wavelengths ("linear" scaling).
+      rotary_stretched: two wavelengths in tokens; the factor applies in full only above the second and not at all below
+        the first, and frequencies are interpolated between them (Llama 3.1, arXiv 2407.21783). None stretches all.
+      rotary_ramp: two indices among a head's pairs; the factor applies in full from the second on and not at all up to
+        the first, and frequencies are interpolated between them (YaRN, arXiv 2309.00071). None: no ramp.
+      unrotated_layers: for each layer, True if it has no rotary positions (SmolLM3); None: no layer.
+      max_length: longest row that the model is meant for, and number of learned positions; None sets no limit.
+      dropout_rate: dropout after the embedding, on every residual branch, inside the feed-forward layer and after the
+        last norm.
+      dtype: dtype of activations; parameters, softmax, logits and loss are float32.
+      scan_unroll: number of layers unrolled in one iteration of the scan over layers; True unrolls all (fast on CPU).
+      remat: what the backward pass recomputes: nothing ("none"), everything but matrix products ("dots"), or everything
+        ("full").
     """
 
     embed_dim: int
@@ -171,12 +173,12 @@ class ModelConfig:
 
     @property
     def num_embeddings(self) -> int:
-        """Rows of the embedding; known once the config is one `with_vocabulary`."""
+        """Number of rows in the embedding; known once the config is one `with_vocabulary`."""
         assert self.vocab_size is not None
         return self.vocab_size
 
     def with_vocabulary(self, size: int) -> "ModelConfig":
-        """The same config with an embedding row for each of `size` ids.
+        """Returns the config with an embedding row for each of `size` ids.
 
         Raises:
           UserError: `vocab_size` was set and is too small.

@@ -1,4 +1,4 @@
-"""Dot-product attention: by a kernel that suits the device and the call, or else by plain XLA."""
+"""Dot-product attention: with a kernel that suits the device and the call, or with plain XLA."""
 
 import dataclasses
 import logging
@@ -27,15 +27,15 @@ class Call:
     """The properties of an attention call that decide its backend.
 
     Attributes:
-      platform: of the devices that will run it: "cpu", "gpu", "tpu".
-      capability: of an NVIDIA GPU, (9, 0) for Hopper; else None.
-      dtype: of queries and keys.
+      platform: platform of the devices: "cpu", "gpu", "tpu".
+      capability: compute capability of an NVIDIA GPU, (9, 0) for Hopper; otherwise None.
+      dtype: dtype of queries and keys.
       head_dim, query_length, key_length: their sizes.
-      has_bias: something is added to the query-key products.
-      has_softcap: they are capped before.
-      whole: the queries are whole rows, and not the next slots over a cache.
-      length_is_cut: the mesh cuts the length.
-      heads_are_cut_alike: query heads and those of keys are cut over the same devices, or neither is.
+      has_bias: a bias is added to the query-key products.
+      has_softcap: the products are capped before that.
+      whole: the queries are whole rows, not the next slots over a cache.
+      length_is_cut: the mesh shards the length.
+      heads_are_cut_alike: query heads and key heads are sharded over the same devices, or not at all.
     """
 
     platform: str
@@ -52,10 +52,10 @@ class Call:
 
 
 def choose(asked: str, call: Call) -> tuple[str, str]:
-    """The backend of a call, and the reason for it.
+    """Returns the backend of a call, and the reason for it.
 
     Raises:
-      UserError: another than "auto" and "xla" was asked for that cannot run a call over whole rows.
+      UserError: a backend other than "auto" and "xla" was asked for and cannot run a call over whole rows.
     """
     if asked == "xla":
         return "xla", "it was asked for"
@@ -75,7 +75,7 @@ def choose(asked: str, call: Call) -> tuple[str, str]:
 
 
 def _refusal(backend: str, call: Call) -> str | None:
-    """The reason why a kernel cannot run a call; None if it can."""
+    """Returns the reason why a kernel cannot run a call; None if it can."""
     lengths = f"{call.query_length} queries and {call.key_length} keys"
     if call.platform != ("gpu" if backend == "cudnn" else "tpu"):
         return f"{backend} does not run on a {call.platform}"
@@ -106,14 +106,14 @@ def _refusal(backend: str, call: Call) -> str | None:
 def attend(
     config: ModelConfig, query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, sight: Sight
 ) -> jax.Array:
-    """Attention `[B, Lq, heads, D]`; a query that sees nothing gets the mean of all values.
+    """Returns attention `[B, Lq, heads, D]`; a query that sees nothing gets the mean of all values.
 
     Args:
-      config: says the backend, the scale of the products and their cap.
+      config: sets the backend, and scale and cap of the products.
       query: `[B, Lq, heads, D]`.
       key, value: `[B, Lk, kv_heads, D]`.
       bias: float32 `[n, heads, Lq, Lk]`, one for each of n equal groups of rows, or None.
-      sight: what the queries see of the keys.
+      sight: the keys that the queries see.
 
     Raises:
       UserError: the config's backend cannot run this.
@@ -166,7 +166,7 @@ def xla(
 
 
 def _capped(query, key, value, bias, mask, scale, cap):
-    """`jax.nn.dot_product_attention` with query-key products capped before the bias is added."""
+    """Computes `jax.nn.dot_product_attention` with query-key products capped before the bias is added."""
     batch, length, heads, head_dim = query.shape
     kv_heads = key.shape[2]
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
@@ -216,7 +216,7 @@ def by_kernel(
 
 
 def _padded(query, key, value, bias, sight):
-    """The arguments padded to TPU lengths; the padding is in no segment, so nothing attends to it."""
+    """Pads the arguments to TPU lengths; the padding is in no segment, so nothing attends to it."""
     queries, keys = ((0, -x.shape[1] % _TPU_LANES) for x in (query, key))
 
     def pad(x, by_axis):

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion_t5x.models.low_rank import LowRank
+from diffusion_t5x.models.output import Auxiliaries
 from diffusion_t5x.partitioning import pieces_of
 
 Initializer = Callable[..., jax.Array]
 
 
 def param(key: jax.Array, init: Initializer, **axes: int) -> nnx.Param:
-    """A float32 parameter whose keywords name its logical axes and give their sizes, in order."""
+    """Declares a float32 parameter; keywords name its logical axes and give their sizes, in order."""
     return nnx.Param(init(key, tuple(axes.values()), jnp.float32), axes=tuple(axes))
 
 
@@ -27,8 +28,8 @@ def normal(variance: float) -> Initializer:
 def dense(x: jax.Array, kernel: jax.Array | LowRank, inputs: int = 1) -> jax.Array:
     """Contracts the last `inputs` axes of x with the first ones of the kernel, in x's dtype.
 
-    The product runs over two plain matrices: XLA's CPU backend is more than twice as fast there, in the backward
-    pass, as over `[B, L, D]`. Where the length is cut over devices, rows and positions cannot become one axis.
+    The product is one of two plain matrices: XLA's CPU backend is more than twice as fast with these in the backward
+    pass as with `[B, L, D]`. If the length is sharded, rows and positions cannot become one axis.
     """
     if isinstance(kernel, LowRank):
         product = dense(x, kernel.base, inputs)
@@ -43,12 +44,12 @@ def dense(x: jax.Array, kernel: jax.Array | LowRank, inputs: int = 1) -> jax.Arr
 
 
 def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
-    """The sum, in x's dtype; x if there is no bias."""
+    """Returns the sum, in x's dtype; x if there is no bias."""
     return x if bias is None else x + bias.get_value().astype(x.dtype)
 
 
 def softcap(x: jax.Array, cap: float | None) -> jax.Array:
-    """`cap * tanh(x / cap)`: x, limited to the cap. None: no cap."""
+    """Returns `cap * tanh(x / cap)`: x limited to the cap. None: no cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
@@ -57,12 +58,12 @@ def fold_in(keys: jax.Array, number: jax.Array | int) -> jax.Array: ...
 @overload
 def fold_in(keys: None, number: jax.Array | int) -> None: ...
 def fold_in(keys: jax.Array | None, number: jax.Array | int) -> jax.Array | None:
-    """Each row's key `[B]` for one of several uses; None stays None."""
+    """Returns each row's key `[B]` for one of several uses; None stays None."""
     return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
 def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
-    """Dropout of x `[B, L, ...]` with a key for each row; the mask is shared over the length, as in T5."""
+    """Applies dropout to x `[B, L, ...]` with a key for each row; the mask is shared over the length, as in T5."""
     if keys is None or rate == 0:
         return x
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[2:]))(keys)[:, None]
@@ -73,9 +74,9 @@ class RMSNorm(nnx.Module):
     """Root-mean-square norm with a learned scale, computed in float32.
 
     Args:
-      size, axis: of the axis that is normed, the last one.
+      size, axis: size and name of the normalised axis, the last one.
       epsilon: added to the mean square.
-      offset: the parameter is what the scale has beyond 1.
+      offset: the parameter is the scale minus 1.
     """
 
     def __init__(self, size: int, epsilon: float, axis: str = "embed", offset: bool = False):
@@ -113,7 +114,7 @@ class LayerNorm(nnx.Module):
     """Layer norm (arXiv 1607.06450) with a learned scale and bias, computed in float32.
 
     Args:
-      size: of the last axis, `embed`, which is normed.
+      size: size of the last axis, `embed`, which is normalised.
       epsilon: added to the variance.
     """
 
@@ -133,12 +134,12 @@ class MLP(nnx.Module):
     """Feed-forward layer: `wo(activation(wi_0 x) * wi_1 x)` (arXiv 2002.05202), or without the gate.
 
     Args:
-      key: of the initial values.
-      embed_dim, mlp_dim: sizes outside and inside.
-      activation: "gelu" (its approximation by tanh) or "silu".
-      gated: False has `wo(activation(wi_0 x))`.
-      bias: each product has a bias added.
-      dropout_rate: on what wo reads.
+      key: key of the initial values.
+      embed_dim, mlp_dim: outer and inner size.
+      activation: "gelu" (the tanh approximation) or "silu".
+      gated: False is `wo(activation(wi_0 x))`.
+      bias: add a bias to each product.
+      dropout_rate: dropout on the input of wo.
     """
 
     def __init__(
@@ -164,9 +165,11 @@ class MLP(nnx.Module):
         self.gated = gated
         self.dropout_rate = dropout_rate
 
-    def __call__(self, x: jax.Array, dropout_keys: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, dropout_keys: jax.Array | None) -> tuple[jax.Array, Auxiliaries]:
+        """Returns the update of the residual stream, and losses of the layer's own, as a mixture of experts has."""
         activation = {"gelu": jax.nn.gelu, "silu": jax.nn.silu}[self.activation]
         hidden = activation(add_bias(dense(x, self.wi_0.get_value()), self.wi_0_bias))
         if self.gated:
             hidden = hidden * add_bias(dense(x, self.wi_1.get_value()), self.wi_1_bias)
-        return add_bias(dense(dropout(hidden, self.dropout_rate, dropout_keys), self.wo.get_value()), self.wo_bias)
+        hidden = dropout(hidden, self.dropout_rate, dropout_keys)
+        return add_bias(dense(hidden, self.wo.get_value()), self.wo_bias), {}

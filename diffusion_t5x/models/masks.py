@@ -15,15 +15,16 @@ BlocksFrom = Literal["targets", "row"]
 
 
 class Slots(flax.struct.PyTreeNode):
-    """The properties of every token slot that attention masks depend on; each field is `[B, L]`.
+    """The properties of token slots that attention masks depend on; each field is `[B, L]`.
 
     Attributes:
-      segment_ids: int32, 0 = nothing there. Slots of different segments never see each other.
+      segment_ids: int32, 0 = empty. Slots of different segments never see each other.
       positions: int32, restarting with each segment.
-      is_input: bool, the slot holds a token that was given.
-      is_noisy: bool, the slot belongs to the second, noisy copy of the targets ("block_diffusion" alone); else None.
-      index: int32 `[1, L]`, where a slot stands in its row if not in its own place, as a second copy does; else None.
-        Slots of one segment are as far apart as their indices.
+      is_input: bool, the slot holds a given token.
+      is_noisy: bool, the slot belongs to the second, noisy copy of the targets ("block_diffusion" only); otherwise
+        None.
+      index: int32 `[1, L]`, a slot's index in its row if it differs from its place, as in a second copy; otherwise
+        None. Slots of one segment are as far apart as their indices.
     """
 
     segment_ids: Array
@@ -34,21 +35,21 @@ class Slots(flax.struct.PyTreeNode):
 
     @classmethod
     def of(cls, batch: Batch) -> Self:
-        """The slots of a batch whose tokens stand where they are (no shift)."""
+        """Returns the slots of a batch whose tokens stand in their own places (no shift)."""
         return cls(segment_ids=batch.segment_ids, positions=batch.positions, is_input=batch.input_mask)
 
     def take(self, start: jax.Array, length: int) -> Self:
-        """Per row b the `length` slots from `start[b]` on: `[B, length]`."""
+        """Returns per row b the `length` slots from `start[b]` on: `[B, length]`."""
         rows = jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, length))
         return jax.tree.map(lambda field: rows(field, start), self)
 
     def within(self, keys: Self, window: int) -> jax.Array:
-        """bool `[B, Lq, Lk]`: whether a key is less than `window` tokens away, before or behind."""
+        """Returns bool `[B, Lq, Lk]`: True if a key is less than `window` tokens away, before or after."""
         return jnp.abs(self.positions[:, :, None] - keys.positions[:, None, :]) < window
 
 
 def same_segment(queries: Array, keys: Array) -> jax.Array:
-    """bool `[B, Lq, Lk]` of segment ids `[B, Lq]` and `[B, Lk]`: of one segment, and there at all."""
+    """Returns bool `[B, Lq, Lk]` for segment ids `[B, Lq]` and `[B, Lk]`: True in the same segment, unless it is 0."""
     return (queries[:, :, None] == keys[:, None, :]) & (keys[:, None, :] > 0)
 
 
@@ -79,7 +80,7 @@ class AttentionKind:
             raise UserError(f"block_size must be at least 1, not {self.block_size}.")
 
     def mask(self, queries: Slots, keys: Slots) -> jax.Array:
-        """bool `[B, Lq, Lk]`: whether a query may see a key. Queries are slots of the same rows as the keys."""
+        """Returns bool `[B, Lq, Lk]`: True if a query may see a key. Queries are slots of the same rows as the keys."""
         together = same_segment(queries.segment_ids, keys.segment_ids)
         query_position, key_position = queries.positions[:, :, None], keys.positions[:, None, :]
         if self.name == "bidirectional":
@@ -104,7 +105,7 @@ class AttentionKind:
 
     @property
     def order(self) -> Reach | None:
-        """The order in which a segment's consecutive slots see each other; None if it takes more to say."""
+        """The order in which a segment's consecutive slots see each other; None if an order does not express it."""
         orders: dict[str, Reach] = {"causal": "before", "bidirectional": "all"}
         return orders.get(self.name)
 
@@ -116,12 +117,12 @@ BIDIRECTIONAL = AttentionKind("bidirectional")
 
 @dataclasses.dataclass(frozen=True)
 class Annealed:
-    """An attention kind on its way from causal attention, for a pass over whole rows (DiffuLLaMA, arXiv 2410.17891).
+    """An attention kind in transition from causal attention, for a pass over whole rows (DiffuLLaMA, arXiv 2410.17891).
 
     Attributes:
-      kind: at the end.
-      share: float32 scalar, the probability that what is behind, where `kind` sees it, is seen.
-      key: of the draw, one for all rows.
+      kind: the attention kind at the end.
+      share: float32 scalar, the probability that a query sees a later key that `kind` allows.
+      key: key of the draw, one for all rows.
     """
 
     kind: AttentionKind
@@ -130,20 +131,20 @@ class Annealed:
     order: ClassVar[None] = None
 
     def mask(self, queries: Slots, keys: Slots) -> jax.Array:
-        """bool `[B, Lq, Lk]`: whether a query may see a key."""
+        """Returns bool `[B, Lq, Lk]`: True if a query may see a key."""
         shape = (1, queries.positions.shape[1], keys.positions.shape[1])
         is_open = jax.random.bernoulli(self.key, self.share, shape)
         return self.kind.mask(queries, keys) & (CAUSAL.mask(queries, keys) | is_open)
 
 
 class Sight(flax.struct.PyTreeNode):
-    """Which keys each query sees, in two forms: for kernels and as a mask.
+    """The keys that each query sees, in two forms: for kernels and as a mask.
 
     Attributes:
-      mask: bool `[B, Lq, Lk]`, whether a query sees a key.
-      sees: bool `[B, Lq]`, whether a query sees anything.
-      query_segments, key_segments: int32 `[B, Lq]` and `[B, Lk]`; 0 = nothing there.
-      order: says with the segments what the mask says; None where they do not.
+      mask: bool `[B, Lq, Lk]`, True if a query sees a key.
+      sees: bool `[B, Lq]`, True if a query sees anything.
+      query_segments, key_segments: int32 `[B, Lq]` and `[B, Lk]`; 0 = empty.
+      order: expresses the mask together with the segments; None if they cannot.
       whole: the queries are whole rows, not the next slots over a cache.
     """
 
@@ -156,13 +157,13 @@ class Sight(flax.struct.PyTreeNode):
 
     @classmethod
     def of(cls, kind: AttentionKind | Annealed, queries: Slots, keys: Slots, whole: bool) -> Self:
-        """The sight of slots in the same rows, or with `whole` of the slots in themselves."""
+        """Returns the sight of slots in the same rows or, with `whole`, of the slots among themselves."""
         mask = kind.mask(queries, keys)
         order = kind.order if whole and keys.index is None else None
         return cls(mask, jnp.any(mask, axis=-1), queries.segment_ids, keys.segment_ids, order, whole)
 
     @classmethod
     def across(cls, queries: Array, keys: Array, whole: bool) -> Self:
-        """The sight of segments `[B, Lq]` in the same segments of other rows, `[B, Lk]`."""
+        """Returns the sight of segments `[B, Lq]` in the same segments of other rows, `[B, Lk]`."""
         mask = same_segment(queries, keys)
         return cls(mask, jnp.any(mask, axis=-1), queries, keys, "all", whole)

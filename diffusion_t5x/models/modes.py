@@ -1,4 +1,4 @@
-"""Modes of use: those that an objective trains and those that a decoder needs."""
+"""Modes of use: modes that an objective trains and that a decoder needs."""
 
 import dataclasses
 from typing import Literal, Self
@@ -16,7 +16,7 @@ class Mode:
 
     Attributes:
       attention: name of an `AttentionKind`.
-      block_size: tokens per block, where attention has blocks.
+      block_size: number of tokens per block, if attention has blocks.
       noise: the content of unwritten targets; None for left to right, which has none.
       blocks_from: where blocks are counted from, see `AttentionKind`.
     """
@@ -28,7 +28,7 @@ class Mode:
 
     @classmethod
     def of(cls, kind: AttentionKind, noise: Noise | None = None) -> Self:
-        """The mode with this attention and noise."""
+        """Returns the mode with this attention and noise."""
         size = kind.block_size
         assert not isinstance(size, jax.Array), "traced only inside a loss"
         return cls(kind.name, size, noise, kind.blocks_from)

@@ -15,10 +15,10 @@ from diffusion_t5x.partitioning import constrain, platform
 def relative_position_bucket(
     relative_position: jax.Array, *, bidirectional: bool, num_buckets: int = 32, max_distance: int = 128
 ) -> jax.Array:
-    """T5's bucket of `key position - query position` (arXiv 1910.10683, section 2.1), of the same shape.
+    """Returns T5's bucket of `key position - query position` (arXiv 1910.10683, section 2.1), of the same shape.
 
-    Half of a direction's buckets are one distance each, the other half grow logarithmically up to `max_distance`.
-    Where attention looks back only, all buckets serve the past and the future falls into bucket 0.
+    Half of a direction's buckets are one distance each, the other half grow logarithmically up to `max_distance`. If
+    attention only looks back, all buckets are for the past and the future is in bucket 0.
     """
     if bidirectional:
         num_buckets //= 2
@@ -36,9 +36,9 @@ def relative_position_bucket(
 class RelativePositionBias(nnx.Module):
     """A learned bias for each bucket and head, shared by all layers.
 
-    The buckets are part of the weights, whatever the attention kind: a model that learned with causal attention must
-    mean the same by them once it is adapted to see both ways. So ours are bidirectional in causal models, too; the
-    decoders of T5 as published have `causal_buckets`.
+    The weights depend on the buckets, not on the attention kind: a model trained with causal attention must mean the
+    same by them after it is adapted to bidirectional attention. So our causal models have bidirectional buckets, too;
+    published T5 decoders have `causal_buckets`.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class RelativePositionBias(nnx.Module):
         self.causal_buckets = causal_buckets
 
     def __call__(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
-        """float32 `[..., heads, Lq, Lk]` from positions `[..., Lq]` and `[..., Lk]`."""
+        """Returns float32 `[..., heads, Lq, Lk]` from positions `[..., Lq]` and `[..., Lk]`."""
         table = self.embedding.get_value()
         buckets = relative_position_bucket(
             key_positions[..., None, :] - query_positions[..., :, None],
@@ -72,7 +72,7 @@ def rotary_frequencies(
     stretched: tuple[float, float] | None = None,
     ramp: tuple[float, float] | None = None,
 ) -> np.ndarray:
-    """Radians per token by which rotary positions turn each pair, float32 `[head_dim / 2]`.
+    """Returns the radians per token by which rotary positions rotate each pair, float32 `[head_dim / 2]`.
 
     Args:
       head_dim: D.
@@ -93,7 +93,7 @@ def rotary_frequencies(
 
 
 def rotate(x_BxLxHxD: jax.Array, positions_BxL: Array, frequency: Array) -> jax.Array:
-    """Rotary positions (arXiv 2104.09864): turns the pair (i, i + D/2) of every head by position * frequency[i]."""
+    """Rotary positions (arXiv 2104.09864): rotates the pair (i, i + D/2) of a head by position * frequency[i]."""
     angle = positions_BxL[:, :, None, None].astype(jnp.float32) * frequency
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     x1, x2 = jnp.split(x_BxLxHxD.astype(jnp.float32), 2, axis=-1)
@@ -104,15 +104,15 @@ def rotate(x_BxLxHxD: jax.Array, positions_BxL: Array, frequency: Array) -> jax.
 class LearnedPositions(nnx.Module):
     """A learned vector for each position, added to embedded tokens (arXiv 1705.03122).
 
-    Beyond the last it is the last's. Only shifted rows that fill the model's length reach there, and by one: the start
-    token takes the first place.
+    Positions after the last use the last vector. Only shifted rows of the model's full length have one such position,
+    because the start token takes the first place.
     """
 
     def __init__(self, key: jax.Array, length: int, embed_dim: int):
         self.embedding = param(key, normal(1.0), positions=length, embed=embed_dim)
 
     def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """The sum `[B, L, D]` of embedded tokens and their positions' vectors; positions are int32 `[B, L]`."""
+        """Returns embedded tokens plus their positions' vectors, `[B, L, D]`; positions are int32 `[B, L]`."""
         # Gathered whole, as tokens are.
         table = constrain(self.embedding.get_value().astype(x.dtype), ("positions", "embed"))
         return x + table.at[positions].get(mode="clip")

@@ -1,8 +1,8 @@
-"""How a diffusion model reads noisy tokens, and which hidden state predicts which token.
+"""The model's reading of noisy tokens: its input, and which hidden state predicts which token.
 
-A model that was pretrained autoregressively predicts a token where it reads the one before it. Diffusion either learns
-that anew ("same-position": a token is predicted where it stands itself) or keeps it ("shifted", see
-`ModelConfig.shifted`), and its attention may open all at once or little by little.
+A model that was pretrained autoregressively predicts a token in the slot of the previous one. Diffusion either relearns
+that ("same-position": a token is predicted in its own slot) or keeps it ("shifted", see `ModelConfig.shifted`); its
+attention may become bidirectional at once or gradually.
 """
 
 from typing import Self
@@ -15,6 +15,7 @@ from diffusion_t5x.data.batch import Array, Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import Annealed, AttentionKind, Slots
+from diffusion_t5x.models.output import Output
 from diffusion_t5x.models.stack import Encoded
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 
@@ -23,7 +24,7 @@ TOKENS_PER_SEGMENT = 16
 
 
 def start_first(tokens: Array, positions: Array, vocabulary: TokenIds) -> jax.Array:
-    """The model's input for masked tokens `[B, L]`: the start token if a segment's first token is masked.
+    """Returns the model's input for masked tokens `[B, L]`: the start token if a segment's first token is masked.
 
     A model that reads no start token (`ModelConfig.reads_start`) gets the tokens as they are.
 
@@ -37,13 +38,13 @@ def start_first(tokens: Array, positions: Array, vocabulary: TokenIds) -> jax.Ar
 
 
 def shift_right(tokens: Array, positions: Array, start_id: int) -> jax.Array:
-    """An autoregressive model's input `[B, L]`: the previous token, and the start token first in each segment."""
+    """Returns an autoregressive model's input `[B, L]`: the previous token, or the start token first in a segment."""
     before = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)))
     return jnp.where(positions == 0, start_id, before)
 
 
 def shifted_slots(batch: Batch) -> Slots:
-    """The slots of shifted tokens: a slot is an input where the token it *holds* is one (the start token is)."""
+    """Returns the slots of shifted tokens: a slot is an input if the token it *holds* is one (the start token is)."""
     holds_input = jnp.pad(batch.input_mask[:, :-1], ((0, 0), (1, 0))) | (batch.positions == 0)
     return Slots(
         segment_ids=batch.segment_ids, positions=batch.positions, is_input=holds_input & (batch.segment_ids > 0)
@@ -61,7 +62,7 @@ def check_blocks(kind: AttentionKind | Annealed, shifted: bool) -> None:
 
 
 class Reading(flax.struct.PyTreeNode):
-    """The rows as the model reads them.
+    """Rows as the model reads them.
 
     Same-position: slot i holds token i, and its hidden state predicts it. Shifted: in each segment the start token
     comes first, as one more input, and all tokens after it, so that the slot before a token's own predicts it. A
@@ -80,14 +81,14 @@ class Reading(flax.struct.PyTreeNode):
 
     @classmethod
     def of(cls, batch: Batch, vocabulary: TokenIds, shifted: bool, packed: bool = False) -> Self:
-        """The reading of rows `[B, L]`.
+        """Returns the reading of rows `[B, L]`.
 
         Args:
           batch: clean tokens.
-          vocabulary: says what the start token is.
+          vocabulary: defines the start token.
           shifted: see `ModelConfig`.
-          packed: rows may hold more than one segment. Shifted, there is room for `1 + L / 16`, and for as many more as
-            there is padding; the last tokens of a row with more than that are cut off, see `fits`.
+          packed: rows may hold several segments. If shifted, there is room for `1 + L / 16` of them, and for one more
+            per padding position; the last tokens of a row with more are cut off, see `fits`.
         """
         if not (shifted and vocabulary.reads_start):
             return cls(batch, None, shifted)
@@ -111,7 +112,7 @@ class Reading(flax.struct.PyTreeNode):
         return cls(read, slot, shifted)
 
     def fits(self, batch: Batch) -> Batch:
-        """The batch that this reading is of, without the tokens that were cut off."""
+        """Returns the batch without the tokens that were cut off."""
         if self.slot is None:
             return batch
         has_place = self.slot < self.batch.tokens.shape[1]
@@ -120,7 +121,7 @@ class Reading(flax.struct.PyTreeNode):
         )
 
     def tokens(self, noisy: jax.Array, vocabulary: TokenIds) -> jax.Array:
-        """The model's input, int32 `[B, L']`, for noisy tokens `[B, L]`."""
+        """Returns the model's input, int32 `[B, L']`, for noisy tokens `[B, L]`."""
         if self.slot is None:
             return start_first(noisy, self.batch.positions, vocabulary)
         return _put(jnp.asarray(self.batch.tokens), self.slot, noisy)
@@ -139,26 +140,27 @@ class Reading(flax.struct.PyTreeNode):
         slot = jnp.minimum(before + offset, hidden.shape[1] - 1)
         return jnp.take_along_axis(hidden, slot[..., None], axis=1)
 
-    def hidden(
+    def output(
         self,
         model: Transformer,
         noisy: jax.Array,
         kind: AttentionKind | Annealed,
         encoded: Encoded | None = None,
         dropout_keys: jax.Array | None = None,
-    ) -> jax.Array:
-        """The hidden states `[B, L, D]` that predict the tokens, of a pass over noisy ones `[B, L]`."""
+    ) -> Output:
+        """Runs a pass over noisy tokens `[B, L]`; its hidden states `[B, L, D]` predict the tokens."""
         tokens = self.tokens(noisy, model.vocabulary)
-        return self.states(model(tokens, Slots.of(self.batch), kind, encoded, dropout_keys))
+        output = model(tokens, Slots.of(self.batch), kind, encoded, dropout_keys)
+        return output.replace(hidden=self.states(output.hidden))
 
 
 def _put(rows: jax.Array, slot: jax.Array, values: jax.Array) -> jax.Array:
-    """Rows `[B, L']` with values `[B, L]` in these slots `[B, L]`; what has a slot beyond the end is dropped."""
+    """Returns rows `[B, L']` with values `[B, L]` in these slots `[B, L]`; values beyond the end are dropped."""
     return rows.at[jnp.arange(len(rows))[:, None], slot].set(values, mode="drop")
 
 
 def model_reads(noisy: jax.Array, batch: Batch, model: ModelDefinition) -> jax.Array:
-    """The tokens in the slots that predict, int32 `[B, L]`: the noisy ones, or if shifted, the ones before."""
+    """Returns the tokens in the predicting slots, int32 `[B, L]`: the noisy ones or, if shifted, the previous ones."""
     if model.config.shifted:
         before = shift_right(noisy, batch.positions, model.vocabulary.start_id)
         return before if model.vocabulary.reads_start else jnp.where(batch.positions == 0, noisy, before)

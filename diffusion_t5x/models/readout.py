@@ -11,11 +11,11 @@ from diffusion_t5x.models.transformer import Transformer
 def cross_entropy(
     logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0, z_loss: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of labels `[...]` under float32 logits `[..., V]`, in nats.
+    """Returns the cross-entropy of labels `[...]` under float32 logits `[..., V]`, in nats.
 
     Label smoothing gives `1 - label_smoothing` to the label and shares the rest among the other ids; the entropy of
-    that target is subtracted, so that 0 stays the least possible. `z_loss * log(Z)^2` draws the normaliser to 1
-    (both as in T5X).
+    that target is subtracted, so that the minimum stays 0. `z_loss * log(Z)^2` pulls the normaliser towards 1 (both as
+    in T5X).
 
     Returns:
       The loss with smoothing and z-loss, and the plain negative log-likelihood, both `[...]`.
@@ -35,7 +35,7 @@ def cross_entropy(
 
 
 def score(model: Transformer, hidden: jax.Array, labels: Array) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy in nats (without MASK) and argmax accuracy of labels `[B, L]`, from hidden states `[B, L, D]`."""
+    """Returns cross-entropy in nats (without MASK) and argmax accuracy of labels `[B, L]`; hidden is `[B, L, D]`."""
 
     def read_out(logits, labels):
         logits = forbid(logits, model.vocabulary)

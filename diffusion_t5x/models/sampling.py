@@ -12,12 +12,12 @@ from diffusion_t5x.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How to sample a token.
+    """Settings for sampling a token.
 
     Attributes:
       temperature: logits are divided by it; 0 takes the most likely token.
       top_k: only the k most likely tokens; None allows all.
-      top_p: only the fewest most likely tokens whose probabilities (at this temperature) sum to at least p.
+      top_p: only the smallest set of most likely tokens whose probabilities (at this temperature) sum to at least p.
     """
 
     temperature: float = 1.0
@@ -34,8 +34,9 @@ class Sampling:
 
 
 def forbid(logits: jax.Array, vocabulary: TokenIds) -> jax.Array:
-    """The logits `[..., V]` with -inf for what no model may write: MASK, rows that stand for no id, and what the
-    vocabulary rules out.
+    """Returns logits `[..., V]` with -inf for all that no model may write.
+
+    These are MASK, rows of the embedding without an id, and ids that the vocabulary rules out.
     """
     ids = jnp.arange(logits.shape[-1])
     allowed = (ids != vocabulary.mask_id) & (ids < vocabulary.size)
@@ -61,7 +62,7 @@ def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def uniform(keys: jax.Array, positions: jax.Array) -> jax.Array:
-    """Numbers float32 `[B, L]` from [0, 1): of the rows' keys `[B]` and the positions' numbers `[B, L]` alone."""
+    """Draws numbers float32 `[B, L]` from [0, 1), which depend only on the rows' keys `[B]` and the positions."""
     draw = functools.partial(jax.random.uniform, dtype=jnp.float32)
     return jax.vmap(jax.vmap(draw))(_position_keys(keys, positions))
 
@@ -71,13 +72,13 @@ def _position_keys(keys: jax.Array, positions: jax.Array) -> jax.Array:
 
 
 def sample(logits: jax.Array, keys: jax.Array, positions: jax.Array, sampling: Sampling) -> jax.Array:
-    """Tokens int32 `[B, L]` drawn from float32 logits `[B, L, V]`.
+    """Samples tokens int32 `[B, L]` from float32 logits `[B, L, V]`.
 
     Args:
       logits: of every position.
       keys: `[B]`, a key for each row.
-      positions: int32 `[B, L]`, folded into the row's key: what is drawn at a position depends on its number alone,
-        not on how long the row is.
+      positions: int32 `[B, L]`, folded into the row's key: a draw depends on the position's number, not on the row's
+        length.
       sampling: how to draw.
     """
     if sampling.temperature == 0:

@@ -1,4 +1,4 @@
-"""The stack of layers that encoders and decoders are made of, in the manner of T5 1.1."""
+"""The stack of layers in encoders and decoders, in the style of T5 1.1."""
 
 from typing import Self
 
@@ -12,6 +12,7 @@ from diffusion_t5x.models.attention import Attention
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.layers import MLP, LayerNorm, RMSNorm, dropout, fold_in
 from diffusion_t5x.models.masks import Annealed, AttentionKind, Sight, Slots
+from diffusion_t5x.models.output import Auxiliaries, Output
 from diffusion_t5x.models.positions import LearnedPositions, RelativePositionBias, rotary_frequencies
 from diffusion_t5x.partitioning import constrain, copies
 
@@ -24,14 +25,16 @@ class Encoded(flax.struct.PyTreeNode):
     Attributes:
       keys, values: `[layers, B, S, kv_heads, head_dim]`.
       segment_ids: int32 `[B, S]`; a target sees the inputs of its own segment.
+      auxiliary: the encoder's own losses.
     """
 
     keys: jax.Array
     values: jax.Array
     segment_ids: Array
+    auxiliary: Auxiliaries = flax.struct.field(default_factory=dict)
 
     def repeat(self, times: int) -> Self:
-        """Every row `times` times, one after another."""
+        """Repeats every row `times` times, one after another."""
         return self.replace(
             keys=jnp.repeat(self.keys, times, axis=1),
             values=jnp.repeat(self.values, times, axis=1),
@@ -43,12 +46,12 @@ class View(flax.struct.PyTreeNode):
     """The keys that a layer's queries see, and the queries' positions.
 
     Attributes:
-      positions: int32 `[B, Lq]`, of the queries.
-      sight: what they see of the keys.
+      positions: int32 `[B, Lq]`, positions of the queries.
+      sight: the keys that the queries see.
       bias: float32 `[n, heads, Lq, Lk]`, one for each of n equal groups of rows; None without relative positions.
       frequencies: float32 `[head_dim / 2]`; None without rotary positions.
       write_at: int32 `[B]`, the slot of each row's first query in the cache; None without a cache.
-      inputs_sight: what the queries see of an encoder's inputs; None without an encoder.
+      inputs_sight: the encoder's inputs that the queries see; None without an encoder.
     """
 
     positions: Array
@@ -60,16 +63,16 @@ class View(flax.struct.PyTreeNode):
 
 
 def norm(config: ModelConfig) -> RMSNorm | LayerNorm:
-    """The configured norm of hidden states."""
+    """Returns the configured norm of hidden states."""
     if config.norm == "layer":
         return LayerNorm(config.embed_dim, config.norm_epsilon)
     return RMSNorm(config.embed_dim, config.norm_epsilon, offset=config.norm_offset)
 
 
 class Layer(nnx.Module):
-    """Self-attention, in a decoder over an encoder cross-attention, and a feed-forward layer.
+    """Self-attention, in a decoder over an encoder also cross-attention, and a feed-forward layer.
 
-    Each is normed before (`pre_norms`), after (`post_norms`) or both, and added to the residual stream.
+    Each has a norm before it (`pre_norms`), after it (`post_norms`) or both, and is added to the residual stream.
     """
 
     def __init__(self, key: jax.Array, config: ModelConfig, cross_attention: bool):
@@ -102,12 +105,13 @@ class Layer(nnx.Module):
         cached: tuple[jax.Array, jax.Array] | None,
         inputs: tuple[jax.Array, jax.Array] | None,
         dropout_keys: jax.Array | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """Hidden states `[B, Lq, D]` after this layer, and its cache with the queries' keys and values written.
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None, Auxiliaries]:
+        """Returns hidden states `[B, Lq, D]` after this layer, its cache with the queries' keys and values written, and
+        its own losses.
 
         Args:
           x: hidden states `[B, Lq, D]`.
-          view: what the queries see.
+          view: the keys that the queries see.
           cached: this layer's keys and values `[B, Lk, kv_heads, head_dim]`; None without a cache.
           inputs: this layer's keys and values `[B, S, kv_heads, head_dim]` of the inputs; None without an encoder.
           dropout_keys: `[B]`; None switches dropout off.
@@ -133,14 +137,14 @@ class Layer(nnx.Module):
         if inputs is not None:
             assert view.inputs_sight is not None
             x = add(x, self.cross_attention.cross(self.cross_attention_norm(x), *inputs, view.inputs_sight), 3)
-        branch = self.mlp(self.mlp_norm(x) if self.config.pre_norms else x, keys[1])
+        branch, auxiliary = self.mlp(self.mlp_norm(x) if self.config.pre_norms else x, keys[1])
         if self.config.post_norms:
             branch = self.mlp_post_norm(branch)
-        return add(x, branch, 2), cached
+        return add(x, branch, 2), cached, auxiliary
 
 
 class Stack(nnx.Module):
-    """Layers, scanned over their stacked parameters, and the norm behind them."""
+    """Layers, scanned over their stacked parameters, and the final norm."""
 
     def __init__(self, key: jax.Array, config: ModelConfig, cross_attention: bool = False):
         block_key, position_key = jax.random.split(key)
@@ -167,20 +171,20 @@ class Stack(nnx.Module):
         kind: AttentionKind | Annealed,
         encoded: Encoded | None = None,
         dropout_keys: jax.Array | None = None,
-    ) -> jax.Array:
-        """Hidden states `[B, L, D]` of whole rows of embedded tokens `[B, L, D]`.
+    ) -> Output:
+        """Returns hidden states `[B, L, D]` and auxiliary losses of whole rows of embedded tokens `[B, L, D]`.
 
         Args:
           x: embedded tokens.
-          slots: what they are.
+          slots: their properties.
           kind: which slots attend to which.
           encoded: the inputs, for cross-attention.
           dropout_keys: `[B]`, a key for each row; None switches dropout off.
         """
         # Slots of one segment are as far apart as their indices, so one bias serves all rows, packed ones too.
         index = jnp.arange(x.shape[1])[None] if slots.index is None else slots.index
-        hidden, _ = self._run(x, kind, slots, slots, (index, index), None, None, encoded, dropout_keys)
-        return hidden
+        output, _ = self._run(x, kind, slots, slots, (index, index), None, None, encoded, dropout_keys)
+        return output
 
     def extend(
         self,
@@ -198,7 +202,7 @@ class Stack(nnx.Module):
           x: embedded tokens `[B, Lq, D]`.
           queries: their slots.
           kind: which slots attend to which.
-          slots: of the whole rows, `[B, L]`.
+          slots: slots of the whole rows, `[B, L]`.
           cached: keys and values, `[layers, B, L, kv_heads, head_dim]`.
           write_at: int32 `[B]`, the slot of each row's first token.
           encoded: the inputs, for cross-attention.
@@ -207,14 +211,15 @@ class Stack(nnx.Module):
           Hidden states `[B, Lq, D]`, and keys and values with those of x written.
         """
         positions = (queries.positions, slots.positions)
-        return self._run(x, kind, queries, slots, positions, cached, write_at, encoded, None)
+        output, cached = self._run(x, kind, queries, slots, positions, cached, write_at, encoded, None)
+        return output.hidden, cached
 
     def cross_keys_values(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Every layer's keys and values `[layers, B, S, kv_heads, head_dim]` of an encoder's hidden states."""
+        """Returns every layer's keys and values `[layers, B, S, kv_heads, head_dim]` of an encoder's hidden states."""
         return jax.vmap(lambda block: block.cross_attention.keys_values(hidden))(self.blocks)
 
     def _bias(self, positions, rows):
-        """`[n, heads, Lq, Lk]`, one for each of n equal groups of rows."""
+        """Returns the bias `[n, heads, Lq, Lk]`, one for each of n equal groups of rows."""
         query_positions, key_positions = positions
         axes = ("heads", "length", "keys")
         if len(query_positions) > 1:
@@ -242,17 +247,19 @@ class Stack(nnx.Module):
         def layer(x, scanned):
             block, cached, inputs, number, kind = scanned
             layer_keys = fold_in(keys[1], number)
-            return block(x, of_layer(kind), cached, inputs, layer_keys)
+            x, cached, auxiliary = block(x, of_layer(kind), cached, inputs, layer_keys)
+            return x, (cached, auxiliary)
 
         if config.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
             layer = jax.checkpoint(layer, policy=policy)
         layers = (self.blocks, cached, inputs, jnp.arange(config.num_layers), kinds)
-        x, cached = jax.lax.scan(layer, x, layers, unroll=config.scan_unroll)
-        return dropout(self.final_norm(x), config.dropout_rate, keys[2]), cached
+        x, (cached, auxiliary) = jax.lax.scan(layer, x, layers, unroll=config.scan_unroll)
+        hidden = dropout(self.final_norm(x), config.dropout_rate, keys[2])
+        return Output(hidden, jax.tree.map(lambda of_layers: of_layers.sum(axis=0), auxiliary)), cached
 
     def _layer_views(self, view, slots, key_slots):
-        """What each layer sees: a function of the layer's kind, and the kinds of all, a pytree for the scan."""
+        """Returns a function from a layer's kind to its view, and the kinds of all layers, a pytree for the scan."""
         config, kinds = self.config, {}
         if config.local_layers:
             kinds["is_local"] = jnp.asarray(config.local_layers)

@@ -1,4 +1,4 @@
-"""Named random streams: what draws for different purposes from one key draws independent numbers."""
+"""Named random streams: draws for different purposes from one key are independent."""
 
 import zlib
 from typing import overload
@@ -13,10 +13,10 @@ def stream(keys: jax.Array, name: str) -> jax.Array: ...
 @overload
 def stream(keys: None, name: str) -> None: ...
 def stream(keys: jax.Array | None, name: str) -> jax.Array | None:
-    """The key, or a key for each row `[B]`, of one purpose; None stays None.
+    """Returns the key, or a key for each row `[B]`, for one purpose; None stays None.
 
-    A key is either the source of named streams or is folded with numbers (steps, ids, positions), never both: so no
-    name has to keep clear of any number.
+    A key is either the source of named streams or is folded with numbers (steps, ids, positions), never both, so names
+    and numbers cannot collide.
     """
     if keys is None:
         return None
@@ -25,5 +25,5 @@ def stream(keys: jax.Array | None, name: str) -> jax.Array | None:
 
 
 def row_keys(key: jax.Array, example_ids: Array) -> jax.Array:
-    """A key `[B]` for each row, the same whichever batch, microbatch or device the row is in."""
+    """Returns a key for each row, `[B]`, that does not depend on batch, microbatch or device."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, example_ids)

@@ -1,4 +1,4 @@
-"""The Transformer, decoder-only or encoder-decoder, in the manner of T5 1.1."""
+"""The Transformer, decoder-only or encoder-decoder, in the style of T5 1.1."""
 
 import dataclasses
 import functools
@@ -15,6 +15,7 @@ from diffusion_t5x.models.attention import KVCache
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.layers import fold_in, normal, param, softcap
 from diffusion_t5x.models.masks import BIDIRECTIONAL, Annealed, AttentionKind, Slots
+from diffusion_t5x.models.output import Output, merged
 from diffusion_t5x.models.stack import Encoded, Stack
 from diffusion_t5x.partitioning import constrain, copies, pieces_of
 
@@ -55,9 +56,9 @@ class Transformer(nnx.Module):
         assert tokens is not None and segment_ids is not None and positions is not None
         slots = Slots(segment_ids=segment_ids, positions=positions, is_input=segment_ids > 0)
         x = self._embed(tokens)
-        hidden = self.encoder(x, slots, BIDIRECTIONAL, dropout_keys=fold_in(dropout_keys, 0))
-        keys, values = self.decoder.cross_keys_values(hidden)
-        return Encoded(keys=keys, values=values, segment_ids=segment_ids)
+        output = self.encoder(x, slots, BIDIRECTIONAL, dropout_keys=fold_in(dropout_keys, 0))
+        keys, values = self.decoder.cross_keys_values(output.hidden)
+        return Encoded(keys=keys, values=values, segment_ids=segment_ids, auxiliary=output.auxiliary)
 
     def __call__(
         self,
@@ -66,17 +67,18 @@ class Transformer(nnx.Module):
         kind: AttentionKind | Annealed,
         encoded: Encoded | None = None,
         dropout_keys: jax.Array | None = None,
-    ) -> jax.Array:
-        """Hidden states `[B, L, D]` of whole rows of tokens, int32 `[B, L]`.
+    ) -> Output:
+        """Returns hidden states `[B, L, D]` of whole rows of tokens, int32 `[B, L]`, and all auxiliary losses.
 
         Args:
-          tokens: what stands in the slots.
-          slots: what the slots are.
+          tokens: the tokens in the slots.
+          slots: properties of the slots.
           kind: which slots attend to which.
           encoded: the inputs, from `encode`.
           dropout_keys: `[B]`, a key for each row; None switches dropout off.
         """
-        return self.decoder(self._embed(tokens), slots, kind, encoded, fold_in(dropout_keys, 1))
+        output = self.decoder(self._embed(tokens), slots, kind, encoded, fold_in(dropout_keys, 1))
+        return output if encoded is None else output.replace(auxiliary=merged(output.auxiliary, encoded.auxiliary))
 
     def extend(
         self,
@@ -86,12 +88,12 @@ class Transformer(nnx.Module):
         write_at: jax.Array,
         encoded: Encoded | None = None,
     ) -> tuple[jax.Array, KVCache]:
-        """Hidden states of the next tokens of each row, and the cache with their keys and values.
+        """Returns hidden states of the next tokens of each row, and the cache with their keys and values.
 
         Args:
           tokens: int32 `[B, Lq]`.
-          kind: the attention kind; what it lets the queries see must have been written, or be among them.
-          cache: of the rows.
+          kind: the attention kind; everything it lets the queries see must have been written, or be among them.
+          cache: cache of the rows.
           write_at: int32 `[B]`, the slot of each row's first token.
           encoded: the inputs, from `encode`.
         """
@@ -108,16 +110,16 @@ class Transformer(nnx.Module):
         return embedded * jnp.asarray(self.config.embedding_scale, embedded.dtype)
 
     def _readout(self) -> jax.Array:
-        """float32 `[D, V]`."""
+        """The output matrix, float32 `[D, V]`."""
         kernel = self.embedding.get_value().T if self.config.tie_embeddings else self.head.get_value()
         return constrain(kernel, ("embed", "vocab"))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """float32 `[..., V]` of hidden states `[..., D]`."""
+        """Returns logits float32 `[..., V]` of hidden states `[..., D]`."""
         return self._logits(hidden, self._readout()[None])
 
     def _logits(self, hidden, kernels):
-        """With kernels `[n, D, V]`, one for each of n equal groups of rows."""
+        """Returns logits with kernels `[n, D, V]`, one for each of n equal groups of rows."""
         hidden = hidden * jnp.asarray(self.config.readout_scale, hidden.dtype)
         kernels = kernels.astype(hidden.dtype)
         pieces = hidden.reshape(len(kernels), -1, *hidden.shape[1:])
@@ -125,7 +127,7 @@ class Transformer(nnx.Module):
         return softcap(logits.reshape(*hidden.shape[:-1], -1), self.config.logits_softcap)
 
     def map_logits(self, fn: Callable[..., Any], hidden: jax.Array, *per_position: Any) -> Any:
-        """`fn(logits, *per_position)` over pieces of the length, so that large logits are never in memory as a whole.
+        """Computes `fn(logits, *per_position)` piece by piece along the length, to keep large logits out of memory.
 
         Args:
           fn: maps float32 logits `[B, l, V]` and its other arguments, cut to the same l positions, to a pytree of
@@ -134,7 +136,7 @@ class Transformer(nnx.Module):
           *per_position: pytrees of arrays `[B, L, ...]`.
 
         Returns:
-          fn's results, put together again: arrays `[B, L, ...]`.
+          The results of fn, concatenated: arrays `[B, L, ...]`.
         """
         length, devices = hidden.shape[1], pieces_of("length")
         rows = max(1, hidden.shape[0] // pieces_of("batch"))
@@ -168,11 +170,11 @@ def is_matrix(axes: Sequence[str]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class ModelDefinition:
-    """A model's structure, apart from its parameters: those are a nested dict of float32 arrays.
+    """A model's structure, apart from its parameters, which are a nested dict of float32 arrays.
 
     Attributes:
       config: dimensions and choices.
-      vocabulary: what the rows of the embedding mean.
+      vocabulary: the meaning of the embedding's rows.
 
     Raises:
       UserError: the config's vocab_size is too small for the vocabulary.
@@ -198,11 +200,11 @@ class ModelDefinition:
         return nnx.split(nnx.eval_shape(lambda: self._build(jax.random.key(0))))
 
     def abstract(self) -> Params:
-        """Shapes and dtypes of the parameters."""
+        """Returns shapes and dtypes of the parameters."""
         return nnx.to_pure_dict(self._split[1])
 
     def axes(self) -> Params:
-        """Logical axis names of the parameters, a tuple for each: what partitioning maps to the mesh."""
+        """Returns the logical axis names of the parameters, a tuple for each, which partitioning maps to the mesh."""
 
         def names(path, variable):
             stacked = ("layers",) if any(getattr(entry, "key", None) == "blocks" for entry in path) else ()
@@ -212,19 +214,19 @@ class ModelDefinition:
         return nnx.to_pure_dict(jax.tree_util.tree_map_with_path(names, self._split[1], is_leaf=is_variable))
 
     def as_read(self, params: Params) -> Params:
-        """The parameters in the dtypes in which a pass reads them: matrices and embeddings in `ModelConfig.dtype`.
+        """Returns the parameters in the dtypes that a pass reads: matrices and embeddings in `ModelConfig.dtype`.
 
-        Passes compute the same; where that is bfloat16 the parameters take half the memory. Training needs them whole.
+        Passes compute the same; in bfloat16 the parameters take half the memory. Training needs them in float32.
         """
         small = jax.tree.map(is_matrix, self.axes(), is_leaf=lambda x: isinstance(x, tuple))
         return jax.tree.map(lambda x, cast: x.astype(self.config.dtype) if cast else x, params, small)
 
     def trained(self) -> Params:
-        """A tree with True for each parameter that training changes."""
+        """Returns a tree with True for each parameter that training changes."""
         return jax.tree.map(lambda _: True, self.abstract())
 
     def bind(self, params: Params) -> Transformer:
-        """The model with these parameters."""
+        """Returns the model with these parameters."""
         graph, abstract = self._split
         state = jax.tree.map(lambda x: x, abstract)
         nnx.replace_by_pure_dict(state, params)

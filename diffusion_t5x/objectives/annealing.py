@@ -16,16 +16,16 @@ def check_anneal_steps(anneal_steps: int | None) -> None:
 def annealed(
     kind: AttentionKind, anneal_steps: int | None, step: jax.Array | None, key: jax.Array
 ) -> AttentionKind | Annealed:
-    """The attention of a training step on the way from causal attention to `kind` (DiffuLLaMA).
+    """Returns the attention of a training step in transition from causal attention to `kind` (DiffuLLaMA).
 
-    An edge of `kind` to what is behind is open with probability `min(1, (step + 1) / anneal_steps)`; those to what is
-    before always are.
+    An edge of `kind` to a later slot is open with probability `min(1, (step + 1) / anneal_steps)`; edges to earlier
+    slots always are.
 
     Args:
-      kind: at the end.
+      kind: the attention at the end.
       anneal_steps: number of steps; None: all edges are open from the first step.
-      step: int32 scalar, steps taken before; None is after the end.
-      key: of the step: all rows, layers and heads have the same edges.
+      step: int32 scalar, steps taken before this one; None is after the end.
+      key: key of the step: all rows, layers and heads have the same edges.
     """
     if anneal_steps is None or step is None:
         return kind

@@ -1,4 +1,4 @@
-"""The autoregressive objective: predict each target from the tokens before it."""
+"""The autoregressive objective: predicts each target from the tokens before it."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind
 from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.output import Output
 from diffusion_t5x.models.reading import shift_right, shifted_slots
 from diffusion_t5x.models.readout import cross_entropy, score
 from diffusion_t5x.models.streams import row_keys, stream
@@ -31,9 +32,9 @@ class Autoregressive(Objective):
     """Teacher forcing: cross-entropy of `tokens[i]` given the start token and `tokens[:i]`.
 
     Attributes:
-      prefix: inputs see each other both ways; by default attention is causal everywhere.
+      prefix: bidirectional attention over inputs; by default attention is causal everywhere.
       label_smoothing, z_loss: as in T5X.
-      normalize: what the summed loss is divided by.
+      normalize: denominator of the summed loss.
     """
 
     autoregressive: ClassVar[bool] = True
@@ -63,8 +64,8 @@ class Autoregressive(Objective):
     def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array | None) -> jax.Array:
         return shift_right(batch.tokens, batch.positions, model.vocabulary.start_id)
 
-    def hidden(self, model: Transformer, batch: Batch, dropout_keys: jax.Array | None = None) -> jax.Array:
-        """Hidden states `[B, L, D]`, from whose i-th the i-th token is predicted."""
+    def output(self, model: Transformer, batch: Batch, dropout_keys: jax.Array | None = None) -> Output:
+        """Runs a pass; the i-th of its hidden states `[B, L, D]` predicts the i-th token."""
         tokens = shift_right(batch.tokens, batch.positions, model.vocabulary.start_id)
         encoded = model.encode(batch, dropout_keys)
         return model(tokens, shifted_slots(batch), self.attention, encoded, dropout_keys)
@@ -82,28 +83,29 @@ class Autoregressive(Objective):
         dropout_keys = None
         if train and key is not None:
             dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids)
-        hidden = self.hidden(model, batch, dropout_keys)
+        output = self.output(model, batch, dropout_keys)
 
         def read_out(logits, labels):
             loss, nll = cross_entropy(logits, labels, label_smoothing=self.label_smoothing, z_loss=self.z_loss)
             return loss, nll, jnp.argmax(logits, axis=-1) == labels
 
-        loss, nll, correct = model.map_logits(read_out, hidden, batch.tokens)
+        loss, nll, correct = model.map_logits(read_out, output.hidden, batch.tokens)
         return LossSums(
             loss=normalized(batch, loss, self.normalize),
             metrics={
                 "nll": normalized(batch, nll, "target_tokens"),
                 "accuracy": normalized(batch, correct, "target_tokens"),
             },
+            auxiliary=output.auxiliary,
         )
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array | None, num_draws: int) -> Likelihood:
         """Exact, by the chain rule: the text's tokens up to the one that ends it, which is all that a decoder writes.
 
-        As for a decoder, what no model may write (MASK, rows that stand for no id) has no probability; the loss leaves
-        it some. An imported model, which never learned that, has a slightly lower `nll`.
+        As in decoding, ids that no model may write (MASK, rows without an id) have no probability; the loss gives them
+        some. So an imported model, which never learned to avoid them, has a slightly lower `nll` here.
         """
-        nll, _ = score(model, self.hidden(model, batch), batch.tokens)
+        nll, _ = score(model, self.output(model, batch).hidden, batch.tokens)
         text = text_of(batch, model.vocabulary)
         return Likelihood(
             log_likelihood=-jnp.sum(jnp.where(text, nll, 0), axis=-1),

@@ -1,4 +1,4 @@
-"""Block diffusion: autoregressive from block to block, diffusion inside a block (BD3-LM, arXiv 2503.09573)."""
+"""Block diffusion: autoregressive over blocks, diffusion inside a block (BD3-LM, arXiv 2503.09573)."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.masks import Annealed, AttentionKind, BlocksFrom, Slots
 from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.output import Output, Ratio
 from diffusion_t5x.models.reading import Reading, check_blocks, model_reads
 from diffusion_t5x.models.readout import score
 from diffusion_t5x.models.stack import Encoded
@@ -27,7 +28,6 @@ from diffusion_t5x.objectives.objective import (
     Normalize,
     Objective,
     Pass,
-    Ratio,
     normalized,
     stratified,
 )
@@ -75,7 +75,7 @@ def clean_and_noisy(batch: Batch, noisy: jax.Array, kind: AttentionKind | Anneal
     return jnp.concatenate([batch.tokens, noisy], axis=1), slots
 
 
-def noisy_hidden(
+def noisy_output(
     model: Transformer,
     reading: Reading,
     starts: jax.Array,
@@ -83,50 +83,50 @@ def noisy_hidden(
     kind: AttentionKind | Annealed,
     encoded: Encoded | None,
     dropout_keys: jax.Array | None = None,
-) -> jax.Array:
-    """The hidden states `[B, L, D]` that predict noisy targets, which see what is before their block clean.
+) -> Output:
+    """Runs a pass whose hidden states `[B, L, D]` predict noisy targets; these see all before their block clean.
 
     Args:
       model: reads the clean tokens, and the noisy ones in the same pass.
-      reading: of the batch.
+      reading: reading of the batch.
       starts: int32 `[B, L]`, see `block_starts`.
       noisy: int32 `[B, L]`.
-      kind: "block_diffusion", or on the way to it.
+      kind: "block_diffusion", or in transition to it.
       encoded: the inputs of an encoder-decoder.
       dropout_keys: `[B]`; None switches dropout off.
     """
     check_blocks(kind, model.config.shifted)
     tokens, slots = clean_and_noisy(reading.batch, reading.tokens(noisy, model.vocabulary), kind)
-    hidden, width = model(tokens, slots, kind, encoded, dropout_keys), reading.batch.tokens.shape[1]
+    output, width = model(tokens, slots, kind, encoded, dropout_keys), reading.batch.tokens.shape[1]
     if not reading.shifted:
-        return hidden[:, width:]
+        return output.replace(hidden=output.hidden[:, width:])
     # A block's first token is predicted in the clean slot before it, but not in its own.
     is_first = starts == jnp.arange(noisy.shape[1])
     if not model.vocabulary.reads_start:
         is_first &= reading.batch.positions > 0
-    return reading.states(hidden, jnp.where(is_first, 0, width))
+    return output.replace(hidden=reading.states(output.hidden, jnp.where(is_first, 0, width)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Block(Objective):
-    """Cross-entropy of the noisy targets of each block given the rest of the block and all that is before, clean.
+    """Cross-entropy of the noisy targets of each block given the rest of the block and everything before it, clean.
 
-    One pass over `[clean tokens | noisy targets]` gives the loss of every block. Each block draws a time of its own,
+    One pass over `[clean tokens | noisy targets]` gives the loss of every block. Each block draws its own time,
     stratified over the batch.
 
     A shifted model (`ModelConfig.shifted`) predicts the first token of a block in the clean slot before the block
     (Fast-dLLM v2, arXiv 2509.26328). At block size 1, with everything masked, its loss is the autoregressive one.
 
     Attributes:
-      block_size: targets per block. 1 is autoregressive (reading MASK where an autoregressive model reads the token
-        before); as long as the targets, it is one diffusion over all of them.
-      stages: `((0, size), (step, size), ...)`, the block sizes of training from these steps on, the last one
-        `block_size` (LLaDA2.0's warm-up, arXiv 2512.15745); None trains with `block_size` alone.
-      noise: "mask" hides tokens, and the loss is that of the hidden ones. "uniform" puts others in their place, and
-        the loss is that of all tokens, without weights: no bound (SUNDAE's first term, inside blocks).
+      block_size: number of targets per block. 1 is autoregressive (but reads MASK where an autoregressive model reads
+        the previous token); a block as long as the targets is one diffusion over all of them.
+      stages: `((0, size), (step, size), ...)`, block sizes from these training steps on; the last is `block_size`
+        (LLaDA2.0's warm-up, arXiv 2512.15745). None trains with `block_size` alone.
+      noise: "mask" hides tokens, and the loss is that of hidden tokens. "uniform" replaces tokens, and the loss is that
+        of all tokens, without weights: not a bound (SUNDAE's first term, inside blocks).
       schedule: see `Masked`.
-      weighting: of a masked token, see `Masked`; "uniform" noise knows no other than "uniform".
-      epsilon: the least time, which bounds the weights.
+      weighting: weighting of a masked token, see `Masked`; noise "uniform" needs "uniform".
+      epsilon: minimum time, which bounds the weights.
       anneal_steps: training steps over which attention inside blocks becomes bidirectional, see `annealed`; None: no
         annealing.
       normalize: what the summed loss is divided by.
@@ -176,16 +176,16 @@ class Block(Objective):
         return (Pass(slots=2),)
 
     def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array) -> jax.Array:
-        """The noisy targets among their clean inputs; the model reads the clean targets as well."""
+        """Returns the noisy targets among their clean inputs; the model reads the clean targets as well."""
         noisy, _ = self.corrupt(model.vocabulary, batch, key)
         return model_reads(noisy, batch, model)
 
     def corrupt(
         self, vocabulary: TokenIds, batch: Batch, key: jax.Array, size: int | jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """For every position `[B, L]`: the token or noise, and the weight in the bound if it is masked.
+        """Returns for every position `[B, L]` the token or noise, and its weight in the bound if it is masked.
 
-        Blocks are of this size, or of `block_size`.
+        Blocks have `size` targets, by default `block_size`.
         """
         starts = block_starts(batch, self.block_size if size is None else size, self.blocks_from)
         share = stratified(stream(key, "time"), batch.example_ids, starts)
@@ -198,7 +198,7 @@ class Block(Objective):
         return noisy, weights
 
     def _size_at(self, step: jax.Array | None) -> int | jax.Array:
-        """The block size of a training step: a traced number, so that all stages are one program."""
+        """Returns the block size of a training step: a traced number, so that all stages are one program."""
         if self.stages is None or step is None:
             return self.block_size
         steps, sizes = (jnp.asarray(numbers) for numbers in zip(*self.stages, strict=True))
@@ -222,9 +222,9 @@ class Block(Objective):
         kind = annealed(block_diffusion, self.anneal_steps, step, key)
         encoded = model.encode(batch, dropout_keys)
         starts = block_starts(batch, size, self.blocks_from)
-        hidden = noisy_hidden(model, reading, starts, noisy, kind, encoded, dropout_keys)
+        output = noisy_output(model, reading, starts, noisy, kind, encoded, dropout_keys)
 
-        nll, correct = score(model, hidden, batch.tokens)
+        nll, correct = score(model, output.hidden, batch.tokens)
         scored = batch.target_mask
         metrics = {"noise_fraction": normalized(batch, noisy != batch.tokens, "target_tokens")}
         loss = nll
@@ -235,13 +235,13 @@ class Block(Objective):
             loss = nll * weights if self.weighting == "elbo" else nll
         count = jnp.sum(scored, dtype=jnp.float32)
         metrics["accuracy"] = Ratio(jnp.sum(scored & correct, dtype=jnp.float32), count)
-        return LossSums(loss=normalized(batch, loss, self.normalize), metrics=metrics)
+        return LossSums(normalized(batch, loss, self.normalize), metrics, output.auxiliary)
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
-        """The sum of each block's lower bound given the clean blocks before, up to the block in which the text ends.
+        """Sums each block's lower bound given the clean blocks before it, up to the block in which the text ends.
 
-        There a decoder stops. What it drops of that last block counts as it stands in the batch, one of the ways to
-        write the text: still a lower bound. Masked blocks of one target have nothing to draw, and are exact.
+        A decoder stops there. The tokens of the last block that it drops count as they are in the batch, which is one
+        of the ways to write the text: still a lower bound. Masked blocks of one target need no draws and are exact.
         """
         encoded = model.encode(batch)
         starts = jnp.clip(block_starts(batch, self.block_size, self.blocks_from), 0)
@@ -252,7 +252,7 @@ class Block(Objective):
         kind = AttentionKind("block_diffusion", self.block_size, self.blocks_from)
 
         def hidden(tokens):
-            return noisy_hidden(model, reading, starts, tokens, kind, encoded)
+            return noisy_output(model, reading, starts, tokens, kind, encoded).hidden
 
         if self.noise == "uniform":
             return uniform_bound(model, hidden, batch, starts, counted, key, num_draws)

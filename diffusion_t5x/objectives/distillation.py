@@ -1,9 +1,9 @@
 """Distillation of an autoregressive teacher into a block-diffusion student (OPDLM, arXiv 2606.06712).
 
-The student reads `[clean text | noisy targets]` in one pass, as in `objectives/block.py`, and the teacher the clean
-text alone, causally. Where a token is hidden from the student, it is drawn to the teacher's distribution of that token
-given those before it. On-policy, the text is the student's own, and the noisy targets are states that it went through
-as it wrote (`training/rollout.py`).
+The student reads `[clean text | noisy targets]` in one pass, as in `objectives/block.py`; the teacher reads the clean
+text alone, causally. For tokens hidden from the student, the loss pulls the student's distribution towards the
+teacher's given the tokens before. On-policy, the text is the student's own, and the noisy targets are states of its
+decoding (`training/rollout.py`).
 """
 
 import dataclasses
@@ -19,20 +19,20 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.masks import AttentionKind, BlocksFrom
 from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.output import Ratio
 from diffusion_t5x.models.reading import Reading, model_reads
 from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Params, Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
-from diffusion_t5x.objectives.block import Block, block_starts, noisy_hidden
+from diffusion_t5x.objectives.block import Block, block_starts, noisy_output
 from diffusion_t5x.objectives.objective import (
     Likelihood,
     LossSums,
     Normalize,
     Objective,
     Pass,
-    Ratio,
     normalized,
 )
 
@@ -49,17 +49,17 @@ class Teacher(NamedTuple):
 def divergence(
     teacher: jax.Array, student: jax.Array, kind: Divergence = "forward_kl", top_k: int | None = None
 ) -> jax.Array:
-    """Divergence of a student's distribution from its teacher's, in nats, `[...]`.
+    """Returns the divergence of a student's distribution from its teacher's, in nats, `[...]`.
 
-    What the teacher excludes (a logit of -inf) adds exactly nothing to the forward KL, and to the JSD what it does in
-    the limit. The reverse KL would be infinite there: it is taken over the teacher's support alone.
+    Ids that the teacher excludes (a logit of -inf) add exactly nothing to the forward KL, and their limit to the JSD.
+    The reverse KL would be infinite there, so it is taken over the teacher's support alone.
 
     Args:
       teacher, student: logits float32 `[..., V]`.
       kind: "forward_kl": KL(teacher || student). "reverse_kl": KL(student || teacher). "jsd": the Jensen-Shannon
         divergence, at most log 2.
-      top_k: only the terms of the teacher's k most likely tokens, probabilities as they are (not renormalised). The sum
-        may exceed the whole one, and may be negative.
+      top_k: only the terms of the teacher's k most likely tokens, with probabilities as they are (not renormalised).
+        The sum may exceed the full one, and may be negative.
     """
     log_p, log_q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
     if top_k is not None and top_k < log_p.shape[-1]:
@@ -86,13 +86,13 @@ def visited_states(
 ) -> jax.Array:
     """int32 `[B, L]`: for each block of targets one of the states in which its decoder saw it, the rest as it is.
 
-    A decoder that writes a block in n steps sees n states with something masked; each is equally likely, and each
-    block has its own draw.
+    A decoder that writes a block in n steps sees n states with masks; each is equally likely, and each block has its
+    own draw.
 
     Args:
       batch: a rollout, with `written_at`.
-      vocabulary: says which id is MASK.
-      block_size: targets per block, as in decoding.
+      vocabulary: defines MASK.
+      block_size: number of targets per block, as in decoding.
       key: rows draw from it by their `example_ids`.
       blocks_from: see `AttentionKind`.
     """
@@ -111,10 +111,10 @@ def visited_states(
 class Distillation(Objective):
     """Divergence from the teacher's next-token distribution, at the masked targets up to the end of the text.
 
-    Without a rollout stage the text is the data's (off-policy), and with it the student's own.
+    Without a rollout stage the text comes from the data (off-policy), with it from the student (on-policy).
 
     Attributes:
-      block_size: targets per block.
+      block_size: number of targets per block.
       divergence: "forward_kl", "reverse_kl" or "jsd", see `divergence`.
       top_k: of the teacher's support, see `divergence`; None takes all of it (the paper names 16).
       states: "visited": what the student saw when it wrote the text; a text that nobody wrote here, such as that of an
@@ -158,7 +158,7 @@ class Distillation(Objective):
         return (Pass(slots=2), Pass(by_teacher=True))
 
     def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array) -> jax.Array:
-        """The noisy targets among their clean inputs; the student reads the clean targets as well."""
+        """Returns the noisy targets among their clean inputs; the student reads the clean targets as well."""
         return model_reads(self._noisy(model.vocabulary, batch, key), batch, model)
 
     @property
@@ -180,7 +180,7 @@ class Distillation(Objective):
         step: jax.Array | None = None,
         teacher: Transformer | None = None,
     ) -> LossSums:
-        """The loss of the student `model`."""
+        """Returns the loss of the student `model`."""
         if teacher is None:
             raise UserError("Distillation needs a teacher. Set TEACHER_CHECKPOINT_PATH.")
         vocabulary = model.vocabulary
@@ -190,7 +190,7 @@ class Distillation(Objective):
         batch = reading.fits(batch)
         kind = AttentionKind("block_diffusion", self.block_size, self.blocks_from)
         starts = block_starts(batch, self.block_size, self.blocks_from)
-        hidden = noisy_hidden(model, reading, starts, noisy, kind, model.encode(batch, dropout_keys), dropout_keys)
+        output = noisy_output(model, reading, starts, noisy, kind, model.encode(batch, dropout_keys), dropout_keys)
 
         def compare(logits, teacher_hidden, labels):
             student = forbid(logits, vocabulary)
@@ -200,7 +200,7 @@ class Distillation(Objective):
             return divergence(target, student, self.divergence, self.top_k), nll, agree
 
         distance, teacher_nll, agree = model.map_logits(
-            compare, hidden, Autoregressive().hidden(teacher, batch), batch.tokens
+            compare, output.hidden, Autoregressive().output(teacher, batch).hidden, batch.tokens
         )
         text = text_of(batch, vocabulary)
         scored = text & (noisy == vocabulary.mask_id)
@@ -218,6 +218,7 @@ class Distillation(Objective):
                     jnp.sum(text, dtype=jnp.float32), jnp.sum(jnp.any(text, axis=-1), dtype=jnp.float32)
                 ),
             },
+            auxiliary=output.auxiliary,
         )
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:

@@ -1,6 +1,6 @@
-"""A diffusion loss and the autoregressive one of the same parameters, so that one checkpoint decodes either way.
+"""A diffusion loss plus an autoregressive loss on the same parameters, so that one checkpoint decodes either way.
 
-As in TiDAR (arXiv 2511.08923), but in two passes: the diffusion objective's own, and a causal one.
+Like TiDAR (arXiv 2511.08923), but in two passes: the diffusion objective's own, and a causal one.
 """
 
 import dataclasses
@@ -13,22 +13,24 @@ from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import AttentionKind
 from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.output import Ratio, merged
 from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
-from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass, Ratio
+from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass
 
 
 @dataclasses.dataclass(frozen=True)
 class Joint(Objective):
     """`diffusion` + `ar_weight` * autoregressive: one loss, two passes over the same batch.
 
-    The autoregressive loss is that of the text alone, up to the token that ends it, and is divided by what the
-    diffusion loss is divided by: a token counts `ar_weight` times as much in it. Its metrics begin with "ar_".
+    The autoregressive loss covers the text alone, up to the token that ends it, and has the diffusion loss's
+    denominator: a token counts `ar_weight` times as much in it. Its metrics begin with "ar_".
 
     Attributes:
-      diffusion: gives its attention and its likelihood, too; those of the other pass are `Autoregressive`'s.
-      ar_weight: of the autoregressive loss.
+      diffusion: the diffusion objective, which also defines attention and likelihood; the other pass is
+        `Autoregressive`'s.
+      ar_weight: weight of the autoregressive loss.
     """
 
     diffusion: Objective
@@ -80,8 +82,9 @@ class Joint(Objective):
                 "diffusion_loss": diffusion.loss,
                 **{f"ar_{name}": ratio for name, ratio in causal.metrics.items()},
             },
+            auxiliary=merged(diffusion.auxiliary, causal.auxiliary),
         )
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
-        """Likelihood of decoding by diffusion; for decoding token by token, use that of `Autoregressive`."""
+        """Returns the likelihood of decoding by diffusion; that of token-by-token decoding is `Autoregressive`'s."""
         return self.diffusion.log_likelihood(model, batch, key, num_draws)

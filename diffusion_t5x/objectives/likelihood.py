@@ -1,4 +1,4 @@
-"""Log-likelihoods by drawing: the estimator that bounds share, and the bound of masked diffusion."""
+"""Log-likelihoods by drawing: an estimator for all bounds, and the bound of masked diffusion."""
 
 from collections.abc import Callable
 
@@ -22,18 +22,18 @@ def check_num_draws(num_draws: int) -> None:
 
 
 def estimate(draw: Draw, vocabulary: TokenIds, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
-    """Mean of a random log-likelihood over draws that cover [0, 1) evenly.
+    """Returns the mean of a random log-likelihood over draws that cover [0, 1) evenly.
 
-    [0, 1) is cut into `num_draws / 2` equal parts, and there are two draws in each. The two are independent, so the
-    square of their difference says without bias how much draws of that part vary; the standard error follows from
-    these. (The spread of all draws would overstate it: it counts the differences between the parts, which are no
-    chance.) Draws are made one after another, so memory is that of one.
+    [0, 1) is cut into `num_draws / 2` equal parts with two independent draws each. The square of their difference is an
+    unbiased estimate of the variance in that part, and gives the standard error. (The spread of all draws would
+    overstate it: it includes differences between parts, which are not random.) Draws are made one after another, so
+    memory is that of one.
 
     Args:
-      draw: of keys `[B]` and numbers `[B, L]`, independent and uniform in the draw's part of [0, 1), the log-likelihood
-        `[B]`; unbiased where the numbers are uniform in [0, 1).
-      vocabulary: says where texts end.
-      batch: rows of one example each.
+      draw: from keys `[B]` and numbers `[B, L]`, independent and uniform in the draw's part of [0, 1), returns the
+        log-likelihood `[B]`; unbiased if the numbers are uniform in [0, 1).
+      vocabulary: defines where texts end.
+      batch: rows with one example each.
       key: rows draw from it by their `example_ids`.
       num_draws: an even number.
     """
@@ -55,7 +55,7 @@ def estimate(draw: Draw, vocabulary: TokenIds, batch: Batch, key: jax.Array, num
 
 
 def uniform(keys: jax.Array, length: int) -> jax.Array:
-    """Numbers float32 `[B, length]`, uniform in [0, 1), from keys `[B]`; a longer row begins with the same ones."""
+    """Draws numbers float32 `[B, length]`, uniform in [0, 1), from keys `[B]`; longer rows begin with the same ones."""
     return jax.vmap(lambda key: jax.random.uniform(key, (length,), jnp.float32))(keys)
 
 
@@ -68,17 +68,17 @@ def masked_bound(
     key: jax.Array,
     num_draws: int,
 ) -> Likelihood:
-    """The evidence lower bound of masked diffusion, in groups of targets that are masked apart from one another.
+    """Returns the evidence lower bound of masked diffusion, in groups of targets that are masked independently.
 
-    Of a group's n targets l ~ U{1..n}, each equally likely, are masked, and n/l times their cross-entropies is
-    minus an estimate of the bound: that of times t ~ U[0, 1] and weights 1/t with the chance of t's number of masks
-    taken out (LLaDA, arXiv 2502.09992, equation 6; the same for any schedule: MDLM, arXiv 2406.07524, section 3.5).
+    Of a group's n targets, l ~ U{1..n} are masked, each equally likely, and n/l times their summed cross-entropy is
+    minus an estimate of the bound: that of times t ~ U[0, 1] and weights 1/t without the randomness of the number of
+    masks (LLaDA, arXiv 2502.09992, equation 6; the same for any schedule: MDLM, arXiv 2406.07524, section 3.5).
 
     Args:
-      nll: of rows int32 `[B, L]` with masks, the cross-entropy `[B, L]` of the batch's own tokens there.
-      vocabulary: says which id is MASK.
+      nll: from rows int32 `[B, L]` with masks, returns the cross-entropy `[B, L]` of the batch's own tokens.
+      vocabulary: defines MASK.
       batch: clean tokens.
-      starts: int32 `[B, L]`, or `[B, 1]` for a group alone: row index of the first target of each target's group.
+      starts: int32 `[B, L]`, or `[B, 1]` for a single group: row index of the first target of each target's group.
         Groups have no gaps.
       counted: bool `[B, L]`: targets whose bound is summed.
       key, num_draws: see `estimate`.

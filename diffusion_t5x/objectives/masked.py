@@ -1,4 +1,4 @@
-"""Masked (absorbing) diffusion: predict masked targets, for any share of masked ones.
+"""Masked (absorbing) diffusion: predicts masked targets, for any share of masks.
 
 MDLM (arXiv 2406.07524, section 3) and LLaDA (arXiv 2502.09992, section 2).
 """
@@ -15,6 +15,7 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind
 from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.output import Ratio
 from diffusion_t5x.models.reading import Reading, model_reads
 from diffusion_t5x.models.readout import score
 from diffusion_t5x.models.streams import row_keys, stream
@@ -27,7 +28,6 @@ from diffusion_t5x.objectives.objective import (
     Normalize,
     Objective,
     Pass,
-    Ratio,
     normalized,
     stratified,
 )
@@ -37,7 +37,7 @@ Weighting = Literal["elbo", "uniform"]
 
 
 def linear(t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The probability t of being masked at time t, and the bound's weight of a masked token, 1/t."""
+    """The probability t of a mask at time t, and the bound's weight of a masked token, 1/t."""
     return t, 1 / t
 
 
@@ -51,11 +51,11 @@ SCHEDULES = {"linear": linear, "cosine": cosine}
 
 
 def mask_targets(batch: Batch, vocabulary: TokenIds, probability: jax.Array, keys: jax.Array) -> jax.Array:
-    """The clean tokens, int32 `[B, L]`, with each target masked with its own probability; inputs and padding stay.
+    """Masks each target with its own probability; returns int32 `[B, L]`. Inputs and padding stay.
 
     Args:
       batch: clean tokens.
-      vocabulary: says which id is MASK.
+      vocabulary: defines MASK.
       probability: `[B, L]`.
       keys: `[B]`, a key for each row.
     """
@@ -67,17 +67,18 @@ def mask_targets(batch: Batch, vocabulary: TokenIds, probability: jax.Array, key
 class Masked(Objective):
     """Cross-entropy of masked targets given all others.
 
-    Each example, packed ones too, draws a time t in (epsilon, 1], stratified over the batch; each of its targets is
-    masked with a probability that t gives. With the weights of the evidence bound the expected loss, over the number of
-    targets, is an upper bound of the negative log-likelihood of a token; the schedule changes its variance alone.
+    Each example, also each packed one, draws a time t in (epsilon, 1], stratified over the batch; t determines the
+    probability with which each of its targets is masked. With the weights of the evidence bound, the expected loss
+    divided by the number of targets is an upper bound of a token's negative log-likelihood; the schedule only changes
+    its variance.
 
     Attributes:
-      schedule: "linear": masked with probability t. "cosine": with probability cos(pi / 2 (1 - t)), so more of it is.
-      weighting: of a masked token. "elbo": the evidence bound's. "uniform": 1; with "cosine" this is MaskGIT.
-      epsilon: the least time, which bounds the weights.
+      schedule: "linear": masked with probability t. "cosine": with probability cos(pi / 2 (1 - t)), which masks more.
+      weighting: weight of a masked token. "elbo": the evidence bound's. "uniform": 1; with "cosine" this is MaskGIT.
+      epsilon: minimum time, which bounds the weights.
       anneal_steps: training steps over which causal attention becomes bidirectional, see `annealed`; None: no
         annealing.
-      normalize: what the summed loss is divided by.
+      normalize: denominator of the summed loss.
     """
 
     schedule: Schedule = "linear"
@@ -109,7 +110,7 @@ class Masked(Objective):
         return model_reads(tokens, batch, model)
 
     def _corrupt(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """For every position `[B, L]`: the token or MASK, and the weight in the bound if it is masked."""
+        """Returns for every position `[B, L]` the token or MASK, and its weight in the bound if it is masked."""
         share = stratified(stream(key, "time"), batch.example_ids, batch.segment_ids)
         probability, weights = SCHEDULES[self.schedule](1 - (1 - self.epsilon) * share)
         keys = row_keys(stream(key, "where"), batch.example_ids)
@@ -130,9 +131,9 @@ class Masked(Objective):
         batch = reading.fits(batch)
         encoded = model.encode(batch, dropout_keys)
         kind = annealed(self.attention, self.anneal_steps, step, key)
-        hidden = reading.hidden(model, tokens, kind, encoded, dropout_keys)
+        output = reading.output(model, tokens, kind, encoded, dropout_keys)
 
-        nll, correct = score(model, hidden, batch.tokens)
+        nll, correct = score(model, output.hidden, batch.tokens)
         masked = batch.target_mask & (tokens == model.vocabulary.mask_id)
         nll = jnp.where(masked, nll, 0)
         loss = nll * weights if self.weighting == "elbo" else nll
@@ -143,18 +144,19 @@ class Masked(Objective):
                 "accuracy": Ratio(jnp.sum(masked & correct, dtype=jnp.float32), jnp.sum(masked, dtype=jnp.float32)),
                 "mask_fraction": normalized(batch, masked, "target_tokens"),
             },
+            auxiliary=output.auxiliary,
         )
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
-        """The evidence lower bound, of all targets: the canvas behind the end is part of what the model writes.
+        """Returns the evidence lower bound of all targets: the model also writes the canvas after the end of the text.
 
-        It knows neither `schedule` nor `weighting` nor `epsilon`: the bound is the same for all of them.
+        It does not depend on `schedule`, `weighting` or `epsilon`.
         """
         encoded = model.encode(batch)
         reading = Reading.of(batch, model.vocabulary, model.config.shifted)
 
         def nll(tokens):
-            return score(model, reading.hidden(model, tokens, self.attention, encoded), batch.tokens)[0]
+            return score(model, reading.output(model, tokens, self.attention, encoded).hidden, batch.tokens)[0]
 
         first_target = jnp.argmax(batch.target_mask, axis=-1, keepdims=True)
         return masked_bound(nll, model.vocabulary, batch, first_target, batch.target_mask, key, num_draws)

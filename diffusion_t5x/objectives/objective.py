@@ -1,7 +1,7 @@
-"""The protocol of objectives, and the pieces that objectives share."""
+"""The protocol of objectives, and the code that they share."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, Protocol, Self
 
 import flax.struct
@@ -12,6 +12,7 @@ import numpy as np
 from diffusion_t5x.data.batch import Array, Batch
 from diffusion_t5x.models.masks import AttentionKind
 from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.output import Auxiliaries, Ratio, merged
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 
 Normalize = Literal["target_tokens", "all_tokens", "sequences"]
@@ -20,43 +21,52 @@ Normalize = Literal["target_tokens", "all_tokens", "sequences"]
 GOLDEN_RATIO, SQUARE_ROOT_OF_TWO = np.uint32(0x9E3779B9), np.uint32(0x6A09E667)
 
 
-class Ratio(flax.struct.PyTreeNode):
-    """A mean whose numerator and denominator are kept apart, so that it adds up over microbatches and hosts."""
-
-    numerator: jax.Array
-    denominator: jax.Array
-
-    def __add__(self, other: Self) -> Self:
-        return jax.tree.map(jnp.add, self, other)
-
-    def mean(self) -> jax.Array:
-        """The mean; 0 if there was nothing to average."""
-        return self.numerator / jnp.where(self.denominator == 0, 1, self.denominator)
-
-
 class LossSums(flax.struct.PyTreeNode):
     """An objective's loss and metrics on a batch.
 
     Attributes:
-      loss: what is minimised.
-      metrics: what is logged, by name.
+      loss: the objective's own loss.
+      metrics: logged metrics, by name.
+      auxiliary: the model's own losses, see `Output.auxiliary`; they are added to the objective's loss, and logged.
     """
 
     loss: Ratio
     metrics: dict[str, Ratio]
+    auxiliary: Auxiliaries = flax.struct.field(default_factory=dict)
 
     def __add__(self, other: Self) -> Self:
-        return type(self)(self.loss + other.loss, {k: v + other.metrics[k] for k, v in self.metrics.items()})
+        metrics = {name: ratio + other.metrics[name] for name, ratio in self.metrics.items()}
+        return type(self)(self.loss + other.loss, metrics, merged(self.auxiliary, other.auxiliary))
+
+    def total(self) -> jax.Array:
+        """Returns the minimised loss: the objective's mean plus the weighted means of the auxiliary losses."""
+        return sum((aux.weight * aux.ratio.mean() for aux in self.auxiliary.values()), start=self.loss.mean())
+
+    def denominators(self) -> dict[str, jax.Array]:
+        """Returns the denominators of the terms of `total`: "loss" for the objective, then the auxiliary losses."""
+        return {"loss": self.loss.denominator, **{name: aux.ratio.denominator for name, aux in self.auxiliary.items()}}
+
+    def total_numerator(self, denominators: Mapping[str, jax.Array]) -> jax.Array:
+        """Returns a microbatch's share of the batch's `total`, times the batch's denominator of the objective's loss.
+
+        Args:
+          denominators: those of the whole batch.
+        """
+        over = {name: jax.lax.stop_gradient(jnp.where(x == 0, 1, x)) for name, x in denominators.items()}
+        shares = (
+            aux.weight * aux.ratio.numerator * (over["loss"] / over[name]) for name, aux in self.auxiliary.items()
+        )
+        return sum(shares, start=self.loss.numerator)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """A pass of the decoder over a batch in `Objective.loss`, for counting FLOPs.
+    """One decoder pass over a batch in `Objective.loss`, for counting FLOPs.
 
     Attributes:
-      slots: that are read for each slot of the batch. The logits of one of them are computed.
+      slots: number of slots read per slot of the batch. Logits are computed for one of them.
       encodes: an encoder-decoder's inputs pass through the encoder, too.
-      by_teacher: it is the teacher's, who gets no gradient.
+      by_teacher: the pass is the teacher's, without gradients.
     """
 
     slots: int = 1
@@ -69,8 +79,9 @@ class Likelihood(flax.struct.PyTreeNode):
 
     Attributes:
       log_likelihood: float32 `[B]` in nats: exact, or an unbiased estimate of a lower bound; the objective says which.
-      standard_error: float32 `[B]`, of that estimate, by the spread of its own draws; 0 where nothing is drawn.
-      num_tokens: int32 `[B]`, the text's: its targets up to the one that ends it.
+      standard_error: float32 `[B]`, standard error of that estimate, from the spread of its own draws; 0 if nothing is
+        drawn.
+      num_tokens: int32 `[B]`, number of tokens in the text: its targets up to the one that ends it.
     """
 
     log_likelihood: jax.Array
@@ -84,13 +95,13 @@ class Objective(Protocol):
     Objectives derive from this class and declare what differs from its defaults.
 
     Attributes:
-      autoregressive: predicts each token from those before it, by causal or prefix attention, whatever
+      autoregressive: predicts each token from those before it, with causal or prefix attention, whatever
         `ModelConfig.shifted` says.
       needs_teacher: the loss needs an autoregressive teacher.
       takes_rollouts: learns from texts that the model wrote itself, in blocks of `attention.block_size`, and may read
         `Batch.written_at`.
       needs_rollouts: learns only from such texts.
-      normalize: what the summed loss is divided by, see `normalized`.
+      normalize: denominator of the summed loss, see `normalized`.
     """
 
     autoregressive: ClassVar[bool] = False
@@ -111,7 +122,7 @@ class Objective(Protocol):
 
     @property
     def modes(self) -> tuple[Mode, ...]:
-        """The modes that it teaches a model; its likelihood is that of the first one. () where it does not say."""
+        """The modes that it teaches a model; its likelihood is that of the first. () if it does not declare them."""
         return ()
 
     @property
@@ -119,9 +130,9 @@ class Objective(Protocol):
         """The passes of one call of `loss`."""
 
     def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array) -> jax.Array:
-        """The model's first input when `loss` is called with this key, int32 `[B, L]`: shifted, corrupted, or both.
+        """Returns the model's first input in `loss` with this key, int32 `[B, L]`: shifted, corrupted, or both.
 
-        Of what it reads, that in the slots which predict the tokens.
+        Only the slots that predict the tokens.
         """
 
     def loss(
@@ -133,41 +144,42 @@ class Objective(Protocol):
         step: jax.Array | None = None,
         teacher: Transformer | None = None,
     ) -> LossSums:
-        """The loss of a batch.
+        """Returns the loss of a batch.
 
         Args:
-          model: reads what the objective makes of the batch.
+          model: reads the corrupted batch.
           batch: clean tokens.
           key: rows draw from it by their `example_ids`.
           train: switches dropout on.
-          step: int32 scalar, training steps taken before, for what changes on the way; None is after its end.
-          teacher: of objectives that need one; without dropout, and it gets no gradient.
+          step: int32 scalar, training steps taken before, for anything that changes during training; None is after the
+            end.
+          teacher: the teacher of objectives that need one; without dropout or gradients.
         """
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
-        """Log-likelihoods of rows with one example each, as in evaluation; a packed row would count as one example.
+        """Returns log-likelihoods of rows with one example each, as in evaluation; a packed row counts as one example.
 
         Rows draw from the key by their `example_ids`: a row's numbers are the same alone and in any batch.
 
         Args:
           model: without dropout.
           batch: clean tokens.
-          key: of the draws.
-          num_draws: how many there are, an even number; exact objectives take one pass, whatever it says.
+          key: key of the draws.
+          num_draws: number of draws, an even number; exact objectives take one pass, whatever it is.
         """
 
 
 def stratified(key: jax.Array, rows: Array, columns: Array) -> jax.Array:
-    """Numbers float32 `[B, L]`, each uniform in [0, 1), all together more even than independent ones.
+    """Returns numbers float32 `[B, L]`, each uniform in [0, 1), together more evenly spread than independent ones.
 
     A number is `frac(u + row * golden ratio + column * sqrt(2))` with one uniform u: an additive recurrence, whose
-    neighbouring terms fill [0, 1) evenly. It needs no number of rows, so a row of a microbatch or a device has the
-    number that it has in the whole batch. In whole arithmetic, exact for any id.
+    neighbouring terms fill [0, 1) evenly. It does not depend on the number of rows, so a row has the same number in a
+    microbatch, on a device and in the whole batch. Integer arithmetic makes it exact for any id.
 
     Args:
       key: u is drawn from it.
       rows: int32 `[B]`, example ids.
-      columns: int32 `[B, L]`: positions with one number (of a segment, say) share theirs.
+      columns: int32 `[B, L]`: positions with the same value (a segment's, say) share a number.
     """
     u = jax.random.bits(key, dtype=jnp.uint32)
     rows, columns = jnp.asarray(rows, jnp.uint32)[:, None], jnp.asarray(columns, jnp.uint32)
@@ -176,11 +188,11 @@ def stratified(key: jax.Array, rows: Array, columns: Array) -> jax.Array:
 
 
 def normalized(batch: Batch, loss: Array, normalize: Normalize) -> Ratio:
-    """The sum of a loss `[B, L]` over target positions, and its denominator.
+    """Returns the sum of a loss `[B, L]` over target positions, and its denominator.
 
     Args:
-      batch: says which positions are targets.
-      loss: of every position; other values are ignored.
+      batch: defines the target positions.
+      loss: loss of every position; values elsewhere are ignored.
       normalize: "target_tokens" makes the mean over target positions, "all_tokens" divides by all positions, padding
         too, "sequences" makes the mean over sequences (packed ones counted one by one) of each one's mean (T5X's
         NUM_REAL_TARGET_TOKENS, NUM_TOTAL_TARGET_TOKENS and AVERAGE_PER_SEQUENCE).

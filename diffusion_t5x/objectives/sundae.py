@@ -15,6 +15,7 @@ from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind
 from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.output import Auxiliaries, Ratio, merged
 from diffusion_t5x.models.reading import Reading, model_reads
 from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.sampling import Sampling, forbid, sample
@@ -33,14 +34,14 @@ from diffusion_t5x.objectives.uniform_bound import uniform_bound
 
 
 def corrupt(batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
-    """Uniform noise at a level of each example's own.
+    """Replaces targets with uniform noise; each example has its own noise level.
 
-    Each example, packed ones too, draws α ~ U[0, 1]; each of its targets is, with probability α, replaced by a token
-    drawn uniformly from the noise vocabulary, which may be the same one. Inputs and padding stay.
+    Each example, also each packed one, draws α ~ U[0, 1]; each of its targets is replaced with probability α by a token
+    drawn uniformly from the noise vocabulary, which may be the same token. Inputs and padding stay.
 
     Args:
       batch: clean tokens.
-      vocabulary: says what noise is drawn from.
+      vocabulary: defines the noise vocabulary.
       keys: `[B]`, a key for each row.
 
     Returns:
@@ -62,12 +63,12 @@ class Sundae(Objective):
 
     Attributes:
       num_unrolls: number of times the model reads its own output: the loss has `num_unrolls + 1` terms.
-      weights: of the terms; None weighs each 1.
-      temperature: at which the model's output is sampled for the next term; 0 takes the most likely (paper 1), 1 is
-        SUNDAE's.
+      weights: weights of the terms; None is 1 for each.
+      temperature: sampling temperature of the model's output for the next term; 0 takes the most likely token (paper
+        1), 1 is SUNDAE's.
       anneal_steps: training steps over which causal attention becomes bidirectional, see `annealed`; None: no
         annealing.
-      normalize: what the summed loss is divided by.
+      normalize: denominator of the summed loss.
     """
 
     num_unrolls: int = 1
@@ -122,12 +123,14 @@ class Sundae(Objective):
         kind = annealed(self.attention, self.anneal_steps, step, key)
         changed = normalized(batch, tokens != batch.tokens, "target_tokens")
         metrics = {"noise_fraction": changed}
-        terms = []
+        terms: list[Ratio] = []
+        auxiliary: Auxiliaries = {}
         encoded = model.encode(batch, encoder_keys if train else None)
         for unroll in range(self.num_unrolls + 1):
             term_keys = fold_in(dropout_keys, unroll) if train else None
-            hidden = reading.hidden(model, tokens, kind, encoded, term_keys)
-            loss, predicted, repaired = self._read_out(model, hidden, batch, fold_in(sample_keys, unroll))
+            output = reading.output(model, tokens, kind, encoded, term_keys)
+            auxiliary = merged(auxiliary, output.auxiliary)
+            loss, predicted, repaired = self._read_out(model, output.hidden, batch, fold_in(sample_keys, unroll))
             terms.append(normalized(batch, loss, self.normalize))
             metrics[f"loss_{unroll + 1}"] = normalized(batch, loss, "target_tokens")
             metrics[f"accuracy_{unroll + 1}"] = normalized(batch, predicted, "target_tokens")
@@ -135,21 +138,21 @@ class Sundae(Objective):
             tokens = jnp.where(batch.target_mask, repaired, batch.tokens)
         weights = self.weights or (1.0,) * len(terms)
         total = sum(weight * term.numerator for weight, term in zip(weights, terms, strict=True))
-        return LossSums(loss=terms[0].replace(numerator=total), metrics=metrics)
+        return LossSums(terms[0].replace(numerator=total), metrics, auxiliary)
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
-        """A lower bound, of all targets, by diffusion with uniform noise in place of unrolls: see `uniform_bound`."""
+        """Returns a lower bound of all targets: uniform-noise diffusion without unrolls, see `uniform_bound`."""
         encoded = model.encode(batch)
         reading = Reading.of(batch, model.vocabulary, model.config.shifted)
         first_target = jnp.argmax(batch.target_mask, axis=-1, keepdims=True)
 
         def hidden(tokens):
-            return reading.hidden(model, tokens, self.attention, encoded)
+            return reading.output(model, tokens, self.attention, encoded).hidden
 
         return uniform_bound(model, hidden, batch, first_target, batch.target_mask, key, num_draws)
 
     def _read_out(self, model, hidden, batch, keys):
-        """For every position `[B, L]`: the clean token's cross-entropy, whether it is the argmax, a sampled token."""
+        """Returns per position `[B, L]` the clean token's cross-entropy, True if it is the argmax, and a sample."""
 
         def score(logits, labels, positions):
             loss, _ = cross_entropy(logits, labels)

@@ -22,22 +22,23 @@ NUM_STEPS = 1000
 def step_divergence(
     logits: jax.Array, clean: jax.Array, noisy: jax.Array, step: jax.Array, vocabulary: TokenIds, num_steps: int
 ) -> jax.Array:
-    """KL(q(s | z, x) || p(s | z)) of one step back, in nats, `[...]`.
+    """Returns KL(q(s | z, x) || p(s | z)) of one step back, in nats, `[...]`.
 
-    At time t = i / T a token x is, with probability t, one drawn uniformly from the K ids of the noise vocabulary (the
-    linear schedule). The step goes back from z at t = i / T to s at (i - 1) / T by the model's predictions p(x | z):
-    p(s | z) = sum_x q(s | z, x) p(x | z). (Their mean is never put in the place of x: that is another, worse p.)
+    At time t = i / T a token x is replaced, with probability t, by one drawn uniformly from the K ids of the noise
+    vocabulary (the linear schedule). The step goes back from z at t = i / T to s at (i - 1) / T by the model's
+    predictions p(x | z): p(s | z) = sum_x q(s | z, x) p(x | z). (Using their mean in place of x would be another, worse
+    p.)
 
-    With k(s) = p(s | z) / q(s | z, x), the sum of q (k - 1 - log k) over all s is the same divergence, and none of its
-    terms is negative: nothing cancels, however short the steps. q has closed forms for s = z, s = x and all other
-    noise; k is the prediction of s times a number plus a number, the same for all other noise.
+    With k(s) = p(s | z) / q(s | z, x), the sum of q (k - 1 - log k) over all s is the same divergence, and its terms
+    are never negative: nothing cancels, however short the steps. q has closed forms for s = z, s = x and all other
+    noise; k is linear in the prediction of s, with the same coefficients for all other noise.
 
-    Where z is no noise, as a sentinel is none, it is certainly clean: s = z by q and by p.
+    If z is not in the noise vocabulary (a sentinel, say), it is certainly clean: s = z under both q and p.
 
     Args:
-      logits: float32 `[..., V]`: the model's, of x given z.
+      logits: float32 `[..., V]`, the model's logits of x given z.
       clean, noisy, step: int32 `[...]`: x, z and i, in 1..T.
-      vocabulary: says what noise is.
+      vocabulary: defines the noise vocabulary.
       num_steps: T.
     """
     ids = np.arange(logits.shape[-1])
@@ -86,16 +87,17 @@ def uniform_bound(
     num_draws: int,
     num_steps: int = NUM_STEPS,
 ) -> Likelihood:
-    """The bound's T terms (see `step_divergence`), of which each draw takes one, for every group of targets anew.
+    """Estimates the bound from its T terms (see `step_divergence`): each draw takes one per group of targets.
 
-    Half of the draws choose steps uniformly, which is how noise is paid for, and half step i in proportion to
-    1 / i, which is how tokens that are clean already are; each term is divided by its chance of being drawn.
+    Half of the draws choose steps uniformly, which suits the cost of noisy tokens, and half choose step i in proportion
+    to 1 / i, which suits the cost of clean ones; each term is divided by its probability of being drawn.
 
     Args:
-      model: reads the logits out.
-      hidden: of rows int32 `[B, L]` with noise, the hidden states `[B, L, D]` that predict the batch's own tokens.
+      model: computes the logits.
+      hidden: from rows int32 `[B, L]` with noise, returns the hidden states `[B, L, D]` that predict the batch's own
+        tokens.
       batch: clean tokens.
-      starts: int32 `[B, L]`, or `[B, 1]` for a group alone: row index of the first target of each target's group.
+      starts: int32 `[B, L]`, or `[B, 1]` for a single group: row index of the first target of each target's group.
       counted: bool `[B, L]`: targets whose bound is summed.
       key, num_draws: see `estimate`.
       num_steps: T. The bound holds for any.

@@ -29,13 +29,13 @@ class DecodeTime:
     Attributes:
       label: the decoder's name in its comparison.
       decoder: its class.
-      settings: all of it, in words.
-      length: tokens of a text.
-      batch_size: texts that are written at once.
-      saturating: the batch size was searched for: twice as many would hardly raise the tokens per second.
-      forwards: passes of the model; one over the prompt alone is not counted.
-      device: what it ran on, and JAX's version.
-      seconds: of each run.
+      settings: all its settings, as text.
+      length: number of tokens in a text.
+      batch_size: number of texts written at once.
+      saturating: the batch size was searched: doubling it would hardly raise the tokens per second.
+      forwards: number of model passes, not counting one over the prompt alone.
+      device: the device, and JAX's version.
+      seconds: seconds of each run.
     """
 
     label: str
@@ -50,7 +50,7 @@ class DecodeTime:
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """Median time in seconds."""
         return statistics.median(self.seconds)
 
     @property
@@ -63,7 +63,7 @@ class DecodeTime:
 
     @property
     def tokens_per_forward(self) -> float:
-        """Tokens of each text per forward pass."""
+        """Number of tokens per text and forward pass."""
         return self.length / self.forwards
 
     @property
@@ -72,7 +72,7 @@ class DecodeTime:
         return self.batch_size * self.length / self.median
 
     def record(self) -> dict[str, Any]:
-        """The result as it is stored in the file: the fields and the figures derived from them."""
+        """Returns the result as stored in the file: the fields and the figures derived from them."""
         figures = {
             "seconds_median": self.median,
             "seconds_min": min(self.seconds),
@@ -85,22 +85,22 @@ class DecodeTime:
 
 
 def read_times(report: Mapping[str, Any]) -> list[DecodeTime]:
-    """The times of what decode_time.json holds."""
+    """Returns the times in a decode_time.json."""
     names = [field.name for field in dataclasses.fields(DecodeTime)]
     fields = [{name: record[name] for name in names} for record in report["times"]]
     return [DecodeTime(**found | {"seconds": tuple(found["seconds"])}) for found in fields]
 
 
 class Measurements:
-    """decode_time.json: written anew, all or nothing, after each measurement; a later run with it goes on from there.
+    """decode_time.json, rewritten atomically after each measurement; a later run continues from it.
 
     Args:
-      folder: of the file.
-      settings: of everything that a time depends on, as a JSON-serialisable dict.
-      machine: what the times are taken on; see `stopwatch.describe_machine`.
+      folder: folder of the file.
+      settings: everything that a time depends on, as a JSON-serialisable dict.
+      machine: the machine, see `stopwatch.describe_machine`.
 
     Raises:
-      UserError: the file has measurements of other settings or of another machine, or is broken.
+      UserError: the file has measurements with other settings or of another machine, or is broken.
     """
 
     def __init__(self, folder: str, settings: Mapping[str, Any], machine: Mapping[str, Any]):
@@ -129,21 +129,21 @@ class Measurements:
 
     @property
     def times(self) -> list[DecodeTime]:
-        """By batch, fixed or saturating, and length."""
+        """All times, sorted by kind of batch (fixed or saturating) and by length."""
         return sorted(self._times.values(), key=lambda time: (time.saturating, time.length))
 
     def seconds(self, label: str, length: int, saturating: bool) -> tuple[float, ...]:
-        """Seconds of each timed run."""
+        """Returns the seconds of each timed run."""
         time = self._times.get((label, length, saturating))
         return time.seconds if time else ()
 
     def add(self, time: DecodeTime) -> None:
-        """Keeps a time; it takes the place of one with fewer runs."""
+        """Saves a time; it replaces one with fewer runs."""
         self._times[self._place(time)] = time
         self._write()
 
     def searched(self, label: str, length: int) -> dict[int, float | None]:
-        """Seconds by batch size that the search for the saturating one has seen; None where memory ran out."""
+        """Returns seconds by batch size from the search for the saturating one; None where memory ran out."""
         return {size: seconds for (*place, size), seconds in self._search.items() if place == [label, length]}
 
     def add_searched(self, label: str, length: int, size: int, seconds: float | None) -> None:
@@ -157,7 +157,7 @@ class Measurements:
 
 
 def crossings(a: Mapping[float, float], b: Mapping[float, float]) -> Iterator[tuple[float, float]]:
-    """Points `(x, y)` in which two curves y over x cross, interpolated linearly in log-log."""
+    """Yields points `(x, y)` where two curves y over x cross, interpolated linearly in log-log."""
     shared = sorted(a.keys() & b.keys())
     apart = [math.log(a[x] / b[x]) for x in shared]
     for n, (x, gap) in enumerate(zip(shared, apart, strict=True)):
@@ -170,10 +170,10 @@ def crossings(a: Mapping[float, float], b: Mapping[float, float]) -> Iterator[tu
 
 
 def compare(times: Sequence[DecodeTime]) -> Iterator[tuple[str, list[tuple[float, float]]]]:
-    """Each decoder against the autoregressive ones, by seconds per text: a sentence, and the crossing points.
+    """Compares each decoder with the autoregressive ones by seconds per text: a sentence, and the crossing points.
 
     Args:
-      times: of one machine and one kind of batch.
+      times: times of one machine and one kind of batch.
     """
     lines: dict[str, dict[float, float]] = {}
     for time in times:

@@ -8,25 +8,20 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning, records
+from diffusion_t5x.data.dataset import Dataset
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.inference import make_decode_step
-from diffusion_t5x.evaluation.loading import Rows, abstract_batch, abstract_params
+from diffusion_t5x.evaluation.loading import abstract_batch, abstract_params
 from diffusion_t5x.models.config import ModelConfig, Remat
 from diffusion_t5x.models.transformer import ModelDefinition
-from diffusion_t5x.objectives.distillation import Teacher
-from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.performance.roofline import Report
 from diffusion_t5x.performance.topology import Chip, find_slice
-from diffusion_t5x.training.lora import Lora, define
-from diffusion_t5x.training.rollout import Rollout
-from diffusion_t5x.training.state import abstract_state
-from diffusion_t5x.training.step import make_train_step
+from diffusion_t5x.performance.training_run import TrainingRun
 
 _REMAT: tuple[Remat, ...] = ("none", "dots", "full")  # the least computed again first
 _MOST_ROWS = 64  # a device, that `fit` tries
@@ -50,48 +45,16 @@ class SliceDryRun:
     output: str | None = None
     fit: bool = False
 
-    def train(
-        self,
-        *,
-        mesh: MeshConfig,
-        model: ModelConfig,
-        objective: Objective,
-        dataset: Rows,
-        optimizer: optax.GradientTransformation,
-        lora: Lora | None,
-        microbatches: int,
-        normalizing_factor: float | None,
-        ema_decay: float | None,
-        teacher_model: ModelConfig | None,
-        rollout: Rollout | None,
-    ) -> None:
-        """Prints what a training step would take; arguments as for `train.train`."""
-        vocabulary = dataset.token_ids()
+    def train(self, run: TrainingRun) -> None:
+        """Prints what a training step would take."""
 
         def lower(mesh: Mesh, model: ModelConfig, batch_size: int) -> jax.stages.Lowered:
-            definition = define(model, vocabulary, lora)
-            state = abstract_state(mesh, definition, optimizer, ema_decay is not None)
-            teacher = None
-            if objective.needs_teacher:
-                taught_by = ModelDefinition(teacher_model or model, vocabulary)
-                teacher = Teacher(taught_by, abstract_params(mesh, taught_by))
-            step = make_train_step(
-                mesh,
-                state,
-                definition,
-                objective,
-                optimizer,
-                seed=0,
-                microbatches=microbatches,
-                normalizing_factor=normalizing_factor,
-                ema_decay=ema_decay,
-                teacher=teacher,
-            )
-            return step.lower(state, abstract_batch(mesh, dataset, batch_size, rollout))
+            return dataclasses.replace(run, model=model).lower(mesh, batch_size)
 
-        self._run(f"a step of {type(objective).__name__}", lower, mesh, model, dataset, microbatches)
+        what = f"a step of {type(run.objective).__name__}"
+        self._run(what, lower, run.mesh, run.model, run.dataset, run.microbatches)
 
-    def infer(self, *, mesh: MeshConfig, model: ModelConfig, decoder: Decoder, dataset: Rows) -> None:
+    def infer(self, *, mesh: MeshConfig, model: ModelConfig, decoder: Decoder, dataset: Dataset) -> None:
         """Prints what decoding a batch would take; arguments as for `infer.infer`."""
         vocabulary = dataset.token_ids()
 
@@ -104,7 +67,7 @@ class SliceDryRun:
 
         self._run(f"a batch of {type(decoder).__name__}", lower, mesh, model, dataset, 1)
 
-    def _run(self, what: str, lower: Lower, mesh: MeshConfig, model: ModelConfig, dataset: Rows, microbatches: int):
+    def _run(self, what: str, lower: Lower, mesh: MeshConfig, model: ModelConfig, dataset: Dataset, microbatches: int):
         model.check_length(dataset.row_length, f"task_feature_lengths of {dataset.name}")
         if self.output and pathlib.Path(self.output).exists():
             raise UserError(f"--dry_run_output={self.output}: the file exists already, and nothing is overwritten.")

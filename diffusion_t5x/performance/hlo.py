@@ -1,4 +1,4 @@
-"""The text of a compiled program (HLO) as computations of instructions."""
+"""Parses the text of a compiled program (HLO) into computations of instructions."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 
 
 def find(pattern: str | re.Pattern[str], text: str, start: int = 0) -> re.Match[str]:
-    """The first match from `start` on; ValueError where the text of a program has none."""
+    """Returns the first match from `start` on; raises a ValueError if the text of a program has none."""
     found = re.compile(pattern).search(text, start)
     if found is None:
         raise ValueError(f"not the text of a compiled program: no {pattern} in {text[start : start + 200]!r}")
@@ -23,12 +23,12 @@ def find(pattern: str | re.Pattern[str], text: str, start: int = 0) -> re.Match[
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array that an instruction makes.
+    """An array that an instruction produces.
 
     Attributes:
-      dtype: as in HLO, "bf16".
-      shape: on one device.
-      in_hbm: it lies in the device's main memory, and not in one that is nearer (or in the host's).
+      dtype: dtype as in HLO, "bf16".
+      shape: shape on one device.
+      in_hbm: it is in the device's main memory, not in a closer memory (or the host's).
     """
 
     dtype: str
@@ -50,7 +50,7 @@ class Array:
 
     @classmethod
     def all_in(cls, text: str) -> tuple[Self, ...]:
-        """The arrays of a type, tuples taken apart."""
+        """Returns the arrays of a type, with tuples flattened."""
         return tuple(
             cls(
                 dtype=match[1],
@@ -63,13 +63,13 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One instruction.
+    """An instruction.
 
     Attributes:
-      name, opcode: of it.
-      type: of its result, as text.
+      name, opcode: its name and opcode.
+      type: type of its result, as text.
       operands: names of instructions of the same computation; a parameter's number, a constant's value.
-      attributes: all that follows the operands, as text.
+      attributes: everything after the operands, as text.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Instruction:
         return Array.all_in(self.type)
 
     def called(self, attribute: str) -> str:
-        """The computation that an attribute such as "body" names."""
+        """Returns the computation that an attribute such as "body" names."""
         return find(rf"\b(?:{attribute})=%?([\w.\-]+)", self.attributes)[1]
 
 
@@ -107,8 +107,8 @@ class Program:
 
     Attributes:
       computations: by name.
-      entry: the name of the one that runs.
-      devices: how many run it together.
+      entry: name of the computation that runs.
+      devices: number of devices that run it together.
     """
 
     computations: dict[str, Computation]
@@ -117,7 +117,7 @@ class Program:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Reads the text of `compiled.as_text()`."""
+        """Parses the text of `compiled.as_text()`."""
         computations: dict[str, Computation] = {}
         instructions: dict[str, Instruction] = {}
         entry = ""
@@ -146,7 +146,7 @@ def _instruction(name: str, text: str) -> Instruction:
 
 
 def _end(text: str, start: int) -> int:
-    """Behind the parenthesis that closes the one at `start`."""
+    """Returns the index after the parenthesis that closes the one at `start`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, start):
         depth += 1 if match[0] == "(" else -1

@@ -27,12 +27,13 @@ class Cost:
     """Cost of a compiled program on one device: FLOPs, HBM bytes, collective bytes.
 
     Attributes:
-      flops: of matrix products (and convolutions, which the TPU compiler makes of them) and attention kernels.
-      hbm_bytes: that pass between the device's main memory and what computes: operands and results of every fusion.
-      collectives: how often each kind runs, by (kind, devices that take part).
-      sent_bytes: that the device sends for them, by the same: a ring's share, `(n - 1) / n` of the whole array for
+      flops: FLOPs of matrix products (and convolutions, which the TPU compiler makes of them) and attention kernels.
+      hbm_bytes: traffic between the device's main memory and its compute units: operands and results of every fusion.
+      collectives: number of runs by (kind, number of devices that take part).
+      sent_bytes: bytes that the device sends, by the same key: a ring's share, `(n - 1) / n` of the whole array for
         all-gather and reduce-scatter and twice that for all-reduce.
-      unknown_loops: whose turns are not known before the program runs; each is counted as one turn.
+      unknown_loops: loops whose number of iterations is unknown before the program runs; each is counted as one
+        iteration.
     """
 
     flops: float = 0
@@ -61,7 +62,7 @@ class ProgramCost:
         return self._of(self._program.entry)
 
     def _of(self, name: str) -> Cost:
-        """Cost of a computation that runs by itself: the entry, a loop's body, a branch."""
+        """Returns the cost of a computation that runs by itself: the entry, a loop's body, a branch."""
         if name not in self._known:
             computation, cost = self._program.computations[name], Cost()
             channels: set[str] = set()
@@ -99,7 +100,7 @@ class ProgramCost:
             cost.hbm_bytes += _bytes(computation, instruction)
 
     def _inside(self, name: str) -> Iterator[tuple[Instruction, Computation]]:
-        """All instructions of a fusion, and of the fusions in it."""
+        """Yields all instructions of a fusion, and of the fusions in it."""
         computation = self._program.computations[name]
         for instruction in computation.instructions.values():
             if instruction.opcode == "fusion":
@@ -140,7 +141,7 @@ class ProgramCost:
         )
 
     def _read(self, called: Computation, name: str, whole: int, arrays: tuple[Array, ...]) -> int:
-        """Bytes that a fusion reads of an operand of `whole` bytes."""
+        """Returns the bytes that a fusion reads of an operand of `whole` bytes."""
         if not whole:
             return 0
         total = 0
@@ -160,7 +161,7 @@ class ProgramCost:
 
 
 def _users(computation: Computation, name: str) -> list[Instruction]:
-    """Instructions that use a result, or a part of it if it is a tuple."""
+    """Returns the instructions that use a result, or a part of it if it is a tuple."""
     found = []
     for user in computation.users(name):
         found += _users(computation, user.name) if user.opcode == "get-tuple-element" else [user]
@@ -180,7 +181,7 @@ def _in_place(user: Instruction, name: str) -> bool:
 
 
 def _written(called: Computation, result: Instruction) -> float:
-    """Bytes at most that a fusion writes of this result."""
+    """Returns the maximum bytes that a fusion writes of this result."""
     while result.opcode == "bitcast":
         result = called.instructions[result.operands[0]]
     if result.opcode == "dynamic-update-slice":
@@ -190,7 +191,7 @@ def _written(called: Computation, result: Instruction) -> float:
 
 
 def _bytes(computation: Computation, instruction: Instruction) -> int:
-    """HBM traffic of an instruction that stands by itself."""
+    """Returns the HBM traffic of a single instruction, in bytes."""
     opcode = instruction.opcode
     is_copy = opcode in ("copy-done", "slice-done", "dynamic-slice-done")
     if opcode in _FREE or "AsyncCollective" in instruction.attributes:
@@ -211,7 +212,7 @@ def _bytes(computation: Computation, instruction: Instruction) -> int:
 
 
 def group_size(attributes: str, devices: int) -> int:
-    """How many devices one group of a collective has."""
+    """Returns the number of devices in one group of a collective."""
     if "source_target_pairs" in attributes:
         return 2
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):

@@ -1,4 +1,4 @@
-"""Number of iterations of the loops of a compiled program."""
+"""Counts the iterations of the loops of a compiled program."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from diffusion_t5x.performance.hlo import Computation, Instruction, Program, fin
 
 
 def trips(program: Program, computation: Computation, loop: Instruction) -> int | None:
-    """Number of iterations of a loop; None if it depends on the data."""
+    """Returns the number of iterations of a loop; None if it depends on the data."""
     if match := re.search(r'"known_trip_count":(\{[^}]*\})', loop.attributes):
         return int(json.loads(match[1])["n"])
     # A counter that is compared with a constant, begins with one and grows by one, as `lax.scan` makes it.
@@ -29,7 +29,7 @@ def trips(program: Program, computation: Computation, loop: Instruction) -> int 
 
 
 def _origin(computation: Computation, name: str) -> Instruction:
-    """The instruction whose result another one copies."""
+    """Returns the instruction whose result another one copies."""
     instruction = computation.instructions[name]
     while instruction.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
         instruction = computation.instructions[instruction.operands[0]]
@@ -43,7 +43,7 @@ def _constant(computation: Computation, name: str) -> int | None:
 
 
 def _step(body: Computation, name: str, index: int) -> int | None:
-    """What one iteration adds to element `index` of the loop's state."""
+    """Returns the increment of element `index` of the loop's state in one iteration."""
     added = _origin(body, name)
     if added.opcode != "add":
         return None

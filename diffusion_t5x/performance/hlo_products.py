@@ -17,7 +17,7 @@ _KERNELS = (
 
 
 def product_flops(computation: Computation, instruction: Instruction) -> float:
-    """FLOPs of a matrix product, a convolution or an attention kernel on one device; 0 for anything else."""
+    """Returns the FLOPs of a matrix product, a convolution or an attention kernel on one device; otherwise 0."""
     if instruction.opcode == "dot":
         left = computation.instructions[instruction.operands[0]].arrays[0]
         axes = find(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)[1]
@@ -28,7 +28,7 @@ def product_flops(computation: Computation, instruction: Instruction) -> float:
 
 
 def _kernel_flops(computation: Computation, instruction: Instruction) -> float:
-    """FLOPs for all pairs of queries and keys, although a kernel may skip blocks that are masked."""
+    """Returns the FLOPs for all pairs of queries and keys, although a kernel may skip masked blocks."""
     products = next((count for name, count in _KERNELS if name.match(instruction.name)), 0)
     if 'custom_call_target="tpu_custom_call"' not in instruction.attributes or not products:
         return 0
@@ -38,7 +38,7 @@ def _kernel_flops(computation: Computation, instruction: Instruction) -> float:
 
 
 def _convolution_flops(computation: Computation, instruction: Instruction) -> float:
-    """Without the products with padding and with the holes of a dilation, which make batches of matrices."""
+    """Returns the FLOPs, without products with padding or dilation holes, which batched products have."""
     left, right = (computation.instructions[name].arrays[0] for name in instruction.operands)
     labels = find(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     of_left, of_right, of_result = labels[1], labels[2], labels[3]
@@ -70,6 +70,6 @@ def _convolution_flops(computation: Computation, instruction: Instruction) -> fl
 def _valid_pairs(
     size: int, results: int, window: int, stride: int, padding: int, left_dilation: int, right_dilation: int
 ) -> int:
-    """(result, window element) pairs that meet an element of the input."""
+    """Returns the number of (result, window element) pairs that meet an element of the input."""
     at = np.arange(results)[:, None] * stride + np.arange(window)[None] * right_dilation - padding
     return int(np.sum((at >= 0) & (at % left_dilation == 0) & (at // left_dilation < size)))

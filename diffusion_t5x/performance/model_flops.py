@@ -1,7 +1,7 @@
-"""FLOPs of a model's matrix products, by its shapes: two per multiplication.
+"""FLOPs of a model's matrix products, from its shapes: two per multiplication.
 
-The convention of PaLM's appendix B (arXiv 2204.02311): attention counts every pair of slots, seen or hidden; softmax,
-norms and activations do not count; a backward pass takes twice its forward pass; what is computed again to save memory
+The convention is that of PaLM's appendix B (arXiv 2204.02311): attention counts every pair of slots, visible or masked;
+softmax, norms and activations do not count; a backward pass costs twice its forward pass; recomputation to save memory
 does not count.
 """
 
@@ -17,15 +17,15 @@ def forward_flops(
     encoder_length: int = 0,
     encodes: bool = True,
 ) -> int:
-    """FLOPs of one row in one forward pass.
+    """Returns the FLOPs of one row in one forward pass.
 
     Args:
       config: with `vocab_size` set.
-      length: slots that the (decoder's) stack reads.
-      keys: slots that each of them may see; None is `length`. More where a cache holds those before.
-      predicted: slots whose logits are computed; None is all.
-      encoder_length: slots of an encoder-decoder's inputs.
-      encodes: the inputs pass through the encoder, which happens once where the decoder reads several times.
+      length: number of slots that the (decoder's) stack reads.
+      keys: number of slots that each of them may see; None is `length`. More if a cache holds earlier ones.
+      predicted: number of slots whose logits are computed; None is all.
+      encoder_length: number of slots of an encoder-decoder's inputs.
+      encodes: the inputs pass through the encoder, which happens once even if the decoder reads several times.
     """
     layer = length * (_projections(config) + _attention(config, keys or length) + _feed_forward(config))
     if encoder_length:
@@ -38,25 +38,25 @@ def forward_flops(
 
 
 def _projections(config: ModelConfig) -> int:
-    """Queries, keys, values and output of self-attention, for a slot."""
+    """Returns the FLOPs of self-attention's query, key, value and output products, per slot."""
     return 4 * config.embed_dim * config.head_dim * (config.num_heads + config.kv_heads)
 
 
 def _attention(config: ModelConfig, keys: int) -> int:
-    """Scores and weighted sums, for a slot."""
+    """Returns the FLOPs of scores and weighted sums, per slot."""
     return 4 * config.num_heads * config.head_dim * keys
 
 
 def _feed_forward(config: ModelConfig) -> int:
-    """The gate, where there is one, the other half and the way back, for a slot."""
+    """Returns the FLOPs of the feed-forward products, including a gate if there is one, per slot."""
     return (6 if config.gated else 4) * config.embed_dim * config.mlp_dim
 
 
 def _cross_queries(config: ModelConfig) -> int:
-    """Queries and output of the attention to the inputs, for a slot of the decoder."""
+    """Returns the FLOPs of cross-attention's query and output products, per slot of the decoder."""
     return 4 * config.embed_dim * config.head_dim * config.num_heads
 
 
 def _cross_keys_values(config: ModelConfig) -> int:
-    """Keys and values of the attention to the inputs, for a slot of the encoder."""
+    """Returns the FLOPs of cross-attention's key and value products, per slot of the encoder."""
     return 4 * config.embed_dim * config.head_dim * config.kv_heads

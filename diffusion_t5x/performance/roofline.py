@@ -15,11 +15,11 @@ class Memory:
     """Bytes of one device.
 
     Attributes:
-      arguments: what goes in: state and batch, or parameters and batch.
-      outputs: what comes out; `aliased` of it takes the arguments' place.
+      arguments: the inputs: state and batch, or parameters and batch.
+      outputs: the outputs; `aliased` bytes of them reuse the arguments' memory.
       aliased: see there.
       temporaries: intermediate values.
-      peak: of all together.
+      peak: maximum of all together.
     """
 
     arguments: int
@@ -43,8 +43,8 @@ class Roofline:
 
     Attributes:
       compute: matrix products at the bfloat16 peak.
-      hbm: traffic of its memory at full bandwidth.
-      collectives: what it sends at the bandwidth of all its links; a collective over few of them takes longer.
+      hbm: memory traffic at full bandwidth.
+      collectives: sent bytes at the bandwidth of all links; a collective over fewer links takes longer.
     """
 
     compute: float
@@ -73,13 +73,13 @@ class Report:
     """Estimated cost of a program on a slice.
 
     Attributes:
-      settings: what was compiled, by name.
-      chip: of the slice.
-      memory: of a device; None where the compiler refused it for want of memory.
-      refusal: what the compiler said then.
-      cost: of a device.
-      lower_seconds: tracing and lowering.
-      compile_seconds: what the compiler took.
+      settings: the compiled settings, by name.
+      chip: the slice's chip.
+      memory: memory of a device; None if the compiler refused the program for lack of memory.
+      refusal: the compiler's message in that case.
+      cost: cost on a device.
+      lower_seconds: seconds of tracing and lowering.
+      compile_seconds: seconds of compilation.
     """
 
     settings: dict[str, Any]
@@ -120,7 +120,7 @@ class Report:
         }
 
     def _without_reduce_scatter(self, cost: Cost) -> str | None:
-        """How devices sum gradients if the program has no reduce-scatter; None if it has one, or nothing is summed."""
+        """Returns a note on gradient sums if the program has no reduce-scatter; None if it has one or sums nothing."""
         kinds = {kind for kind, _ in cost.collectives}
         if "reduce-scatter" in kinds or "all-reduce" not in kinds:
             return None

@@ -1,4 +1,4 @@
-"""FLOPs of training: the matrix products of a step (see `models.flops`)."""
+"""FLOPs of training: the matrix products of a step (see `performance.model_flops`)."""
 
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.objectives.objective import Objective
@@ -14,15 +14,15 @@ def step_flops(
     encoder_length: int = 0,
     teacher: ModelConfig | None = None,
 ) -> int:
-    """FLOPs of one training step: forward of every pass, plus twice that for the backward pass (the teacher has none).
+    """Returns the FLOPs of one training step: forward passes, plus twice that for backward (the teacher has none).
 
     Args:
-      config: of the model, with `vocab_size` set.
-      objective: says what its passes are.
-      batch_size: rows.
-      length: slots of a row; of an encoder-decoder, of its decoder.
-      encoder_length: slots of an encoder-decoder's inputs.
-      teacher: its dimensions; None takes the model's.
+      config: the model's config, with `vocab_size` set.
+      objective: defines the passes.
+      batch_size: number of rows.
+      length: number of slots in a row; for an encoder-decoder, in the decoder's row.
+      encoder_length: number of slots of an encoder-decoder's inputs.
+      teacher: the teacher's dimensions; None takes the model's.
     """
     total = 0
     for each in objective.passes:
@@ -34,15 +34,15 @@ def step_flops(
 
 
 def rollout_flops(config: ModelConfig, rollout: Rollout, batch_size: int, num_inputs: int, step: int) -> int:
-    """FLOPs of decoding the texts that a training step learns from, if none ends early.
+    """Returns the FLOPs of decoding the texts of one training step, if none ends early.
 
-    Prompts are read once, block after block is written in the decoder's steps, and once more for the cache.
+    Prompts are read once; each block is written in the decoder's steps and read once more for the cache.
 
     Args:
-      config: of the model, with `vocab_size` set.
-      rollout: how texts are written.
-      batch_size: texts.
-      num_inputs: slots of a prompt.
+      config: the model's config, with `vocab_size` set.
+      rollout: settings of the rollout.
+      batch_size: number of texts.
+      num_inputs: number of slots of a prompt.
       step: training steps taken before; texts grow with it.
     """
     length = rollout.length(step)

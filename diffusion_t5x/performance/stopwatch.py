@@ -27,11 +27,11 @@ _LEAST_GAIN = 1.1
 
 
 class OutOfMemory(Exception):
-    """The batch does not fit into memory."""
+    """Raised if the batch does not fit into memory."""
 
 
 def endless_vocabulary(size: int) -> TokenIds:
-    """Ids without an end of text: end and padding are MASK, which no decoder writes."""
+    """Returns ids without an end of text: EOS and pad are MASK, which no decoder writes."""
     if size < 2:
         raise UserError(f"benchmark.decode.vocabulary_size must be at least 2, not {size}: one id is MASK.")
     last = size - 1
@@ -39,7 +39,7 @@ def endless_vocabulary(size: int) -> TokenIds:
 
 
 def random_batch(definition: ModelDefinition, batch_size: int, input_length: int, length: int, seed: int) -> Batch:
-    """Rows of `input_length` random tokens and `length` targets to write, laid out for the model's architecture."""
+    """Returns rows of `input_length` random tokens and `length` targets, laid out for the model's architecture."""
     inputs = np.random.default_rng(seed).integers(
         0, definition.vocabulary.mask_id, (batch_size, input_length), np.int32
     )
@@ -67,19 +67,19 @@ class Stopwatch:
     """A decoder, compiled for one batch and run once.
 
     Args:
-      mesh: of the devices.
+      mesh: mesh of the devices.
       definition: the model, with a vocabulary that ends no text.
       params: its parameters.
-      decoder: what is timed.
+      decoder: the timed decoder.
       batch: on the host.
-      seed: of the decoder.
+      seed: seed of the decoder.
 
     Attributes:
-      forwards: passes of the model that a run takes.
+      forwards: number of model passes in a run.
 
     Raises:
-      OutOfMemory: on the device, or (where that is the CPU) in the machine.
-      RuntimeError: a target was not written, or stands behind an end: the time would be no measure.
+      OutOfMemory: on the device or, if that is the CPU, in the machine.
+      RuntimeError: a target was not written, or comes after an end of text, so the time would be meaningless.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Stopwatch:
         self.forwards = int(decoded.steps)
 
     def seconds(self) -> float:
-        """Seconds of one more run."""
+        """Returns the seconds of one more run."""
         with jax.set_mesh(self._mesh):
             start = time.perf_counter()
             jax.block_until_ready(self._step(*self._arguments))
@@ -111,19 +111,19 @@ class Stopwatch:
 
 
 def _check_memory(program: jax.stages.Compiled) -> None:
-    """Raises `OutOfMemory` where a program on the CPU needs more than there is: the system would end the process."""
+    """Raises `OutOfMemory` if a program on the CPU needs more than there is: the system would kill the process."""
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if jax.default_backend() == "cpu" and Memory.of(program).peak > there:
         raise OutOfMemory
 
 
 def saturating_batch(seconds_of: Callable[[int], float | None], start: int, most: int) -> int:
-    """The batch size beyond which doubling raises the texts per second by less than a tenth.
+    """Returns the batch size beyond which doubling raises the texts per second by less than a tenth.
 
     Args:
-      seconds_of: how long a batch of this size takes; None where memory does not hold it.
-      start: tried first, then doubled; it must fit.
-      most: is not exceeded.
+      seconds_of: returns the time of a batch of this size; None if memory does not hold it.
+      start: first batch size, then doubled; it must fit.
+      most: maximum batch size.
     """
     size, seconds = start, seconds_of(start)
     assert seconds is not None, "the first batch fits"
@@ -136,7 +136,7 @@ def saturating_batch(seconds_of: Callable[[int], float | None], start: int, most
 
 
 def describe_machine() -> dict[str, Any]:
-    """Devices, processor, versions, and the flags that XLA was given."""
+    """Returns devices, processor, versions, and XLA's flags."""
     cpu_info = pathlib.Path("/proc/cpuinfo")
     lines = cpu_info.read_text(encoding="utf-8").splitlines() if cpu_info.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -155,7 +155,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def device_name(machine: Mapping[str, Any]) -> str:
-    """The machine in a few words."""
+    """Returns the machine in a few words."""
     kind = machine["device_kind"]
     name = (
         f"{machine['processor']}, {machine['cores']} cores" if kind == "cpu" else f"{machine['num_devices']} × {kind}"

@@ -1,6 +1,6 @@
 """TPU slices without hardware: peak figures of their chips, and their devices for the compiler.
 
-Peaks are those of Google's pages on each chip (docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e; "TPU versions"):
+Peaks are from Google's pages on each chip (docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e; "TPU versions"):
 bfloat16 FLOP/s, size and bandwidth of the memory (HBM), and the bandwidth of all interconnect links of a chip, in one
 direction. v4 and v5p state the last as 2,400 and 4,800 Gbit/s; v5e and v6e as 400 and 800 GB/s in both directions.
 """
@@ -21,9 +21,9 @@ class Chip:
     """A TPU chip.
 
     Attributes:
-      name: as in "v5p:4x4x8".
+      name: name as in "v5p:4x4x8".
       flops: peak of bfloat16 matrix products, FLOP/s.
-      hbm_bytes: its memory.
+      hbm_bytes: size of its memory, in bytes.
       hbm_bandwidth: bytes/s.
       interconnect_bandwidth: bytes/s that all its links together send to other chips of the slice.
     """
@@ -47,9 +47,9 @@ CHIPS = {
 
 
 def find_slice(name: str) -> tuple[Chip, list[jax.Device]]:
-    """The chip of a slice such as "v5p:4x4x8", and the slice's devices: programs compile for them, none runs there.
+    """Returns the chip of a slice such as "v5p:4x4x8", and devices to compile for; programs cannot run on them.
 
-    JAX keeps to the CPU from then on, so this comes before anything has looked for devices.
+    JAX uses only the CPU afterwards, so call this before anything looks for devices.
 
     Raises:
       UserError: there is no such chip or slice, or the compiler is not installed.

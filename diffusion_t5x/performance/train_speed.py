@@ -45,13 +45,13 @@ PEAK_FLOPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """The training setup that a measurement times.
+    """The training setup to measure.
 
     Attributes:
-      model: dimensions.
-      objective: what is minimised; none that needs a teacher.
-      batch_size: rows of a step, over all devices.
-      num_microbatches: pieces in which a step goes through them.
+      model: the model's dimensions.
+      objective: the training objective; it must not need a teacher.
+      batch_size: number of rows in a step, over all devices.
+      num_microbatches: number of pieces in which a step processes them.
     """
 
     model: ModelConfig
@@ -78,18 +78,18 @@ class StepWatch:
     """A training step, compiled for random rows and run once.
 
     Args:
-      mesh: of the devices.
-      case: what is trained.
-      optimizer: of it.
+      mesh: mesh of the devices.
+      case: the training setup.
+      optimizer: its optimizer.
       vocabulary_size: number of ids, MASK included.
-      input_length, length: tokens of a row.
-      seed: of parameters, rows and noise.
+      input_length, length: numbers of input and target tokens in a row.
+      seed: seed of parameters, rows and noise.
 
     Attributes:
-      compile_seconds: it took to trace and compile.
-      peak_bytes: of each device, as XLA plans it: state, batch and what is held between.
-      tokens: of a step, over all devices.
-      flops: of a step, over all devices; see `training.flops`.
+      compile_seconds: seconds of tracing and compilation.
+      peak_bytes: memory of each device as planned by XLA: state, batch and intermediate values.
+      tokens: number of tokens in a step, over all devices.
+      flops: FLOPs of a step, over all devices; see `performance.step_flops`.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class StepWatch:
         self.seconds(1)
 
     def seconds(self, num_steps: int) -> float:
-        """Seconds per step, averaged over `num_steps` consecutive steps."""
+        """Returns the seconds per step, averaged over `num_steps` consecutive steps."""
         with jax.set_mesh(self._mesh):
             start = time.perf_counter()
             for _ in range(num_steps):
@@ -141,17 +141,17 @@ class StepWatch:
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """Measured speed of a case.
+    """The measured speed of a case.
 
     Attributes:
       label: its name.
-      seconds: of a step, from each turn.
-      tokens: of a step, over all devices; padding there is none.
-      flops: of a step, over all devices, by formula.
-      peak_bytes: of each device, as planned.
-      compile_seconds: it took once.
-      num_devices: that shared the work.
-      peak_flops: of a device, FLOP/s; None is unknown.
+      seconds: seconds per step, of each turn.
+      tokens: number of tokens in a step, over all devices; there is no padding.
+      flops: FLOPs of a step, over all devices, by formula.
+      peak_bytes: memory of each device, as planned.
+      compile_seconds: seconds of compilation.
+      num_devices: number of devices that shared the work.
+      peak_flops: peak of a device, FLOP/s; None if unknown.
     """
 
     label: str
@@ -165,7 +165,7 @@ class Speed:
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """Median seconds per step."""
         return statistics.median(self.seconds)
 
     @property
@@ -175,11 +175,11 @@ class Speed:
 
     @property
     def utilization(self) -> float | None:
-        """The share of a device's peak (MFU); None where that is unknown."""
+        """Share of a device's peak (MFU); None if that is unknown."""
         return self.flops_per_second / self.peak_flops if self.peak_flops else None
 
     def record(self) -> dict[str, Any]:
-        """The record as a JSON-serialisable dict."""
+        """Returns the record as a JSON-serialisable dict."""
         return dataclasses.asdict(self) | {
             "seconds_median": self.median,
             "tokens_per_second_per_device": self.tokens / self.median / self.num_devices,
@@ -210,7 +210,7 @@ def take_turns(watches: Mapping[str, StepWatch], num_steps: int, repeats: int) -
 
 
 def table(speeds: list[Speed], device: str) -> rich.table.Table:
-    """A line for each case."""
+    """Returns a table with a line for each case."""
     found = rich.table.Table(box=rich.box.SIMPLE, title=rich.markup.escape(device))
     found.add_column("case")
     for column in ("ms/step", "tokens/s/device", "TFLOP/step", "TFLOP/s/device", "MFU", "GiB/device", "compile s"):

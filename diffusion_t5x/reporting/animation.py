@@ -1,7 +1,7 @@
-"""A trace as an animated SVG without scripts, for a README: the canvas at each step, in a loop.
+"""Renders a trace as an animated SVG without scripts, for a README: the canvas at each step, in a loop.
 
-CSS alone moves it. It follows the reader's light or dark mode and stands still, at the last step, for readers who ask
-for less motion.
+The animation is CSS. It follows the reader's light or dark mode and stands still, at the last step, for readers who
+prefer reduced motion.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class _Cell:
 
 
 def animate(record: Mapping[str, Any]) -> str:
-    """The SVG of a record of `infer --trace`: its input, its canvas step by step, and the number of the step."""
+    """Returns the SVG of a record of `infer --trace`: its input, its canvas step by step, and the step number."""
     canvas = [[(sign(text), confidence) for text, confidence in frame] for frame in frames(record["trace"])]
     last = max((step for step in range(1, len(canvas)) if canvas[step] != canvas[step - 1]), default=0)
     canvas = canvas[: last + 1]
@@ -91,7 +91,7 @@ def animate(record: Mapping[str, Any]) -> str:
 
 
 def _layout(widths: Sequence[int]) -> list[_Cell]:
-    """Where each token stands, whose texts have at most so many characters; lines break between tokens."""
+    """Returns the place of each token, given its maximum number of characters; lines break between tokens."""
     cells, x, line = [], float(_MARGIN), 0
     for characters in widths:
         width = characters * _CHARACTER + _PAD
@@ -103,14 +103,14 @@ def _layout(widths: Sequence[int]) -> list[_Cell]:
 
 
 def _wrap(text: str) -> Iterator[str]:
-    """The text in lines that fit the picture."""
+    """Wraps the text into lines that fit the picture."""
     longest = int((_WIDTH - 2 * _MARGIN) / _CHARACTER)
     for start in range(0, len(text), longest):
         yield text[start : start + longest]
 
 
 def _runs(values: Sequence[tuple[str, float]]) -> Iterator[tuple[int, int]]:
-    """The steps `[first, end)` over which a place keeps its text."""
+    """Yields the steps `[first, end)` over which a place keeps its text."""
     first = 0
     for step in range(1, len(values) + 1):
         if step == len(values) or values[step][0] != values[first][0]:
@@ -119,7 +119,7 @@ def _runs(values: Sequence[tuple[str, float]]) -> Iterator[tuple[int, int]]:
 
 
 def _shown(first: int, end: int, last: int, intervals: set[tuple[int, int]], kind: str) -> str:
-    """Attributes of what is to be seen at the steps `[first, end)` only."""
+    """Returns the attributes of an element that is visible at the steps `[first, end)` only."""
     if first == 0 and end > last:
         return f'class="{kind}"'
     intervals.add((first, end))

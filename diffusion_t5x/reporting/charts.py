@@ -1,7 +1,7 @@
-"""Charts as inline SVG: the same bytes for the same data, in the colours of the surrounding page.
+"""Charts as inline SVG: equal data give equal bytes; colours come from the surrounding page.
 
-What is drawn takes its colours from CSS variables, so that one chart is readable on light and on dark ground: the text
-and the axes `currentColor`, series n `--series-n`, the grid `--grid`.
+Colours are CSS variables, so that a chart is readable on light and on dark ground: text and axes are `currentColor`,
+series n is `--series-n`, the grid is `--grid`.
 """
 
 import dataclasses
@@ -66,11 +66,11 @@ class Line:
     """One line of a chart.
 
     Attributes:
-      label: stands at the line's end; "" for none.
-      series: number of its colour; from `NUM_COLOURS` on the colours come again, dashed.
-      points: `(x, y)` in the order of x.
-      band: `(low, high)` for each point, or nothing.
-      marker: of the points, such as "o"; "" for a bare line.
+      label: label at the line's end; "" for none.
+      series: number of its colour; from `NUM_COLOURS` on colours repeat, dashed.
+      points: `(x, y)`, by ascending x.
+      band: `(low, high)` for each point; empty for none.
+      marker: marker of the points, such as "o"; "" for a bare line.
     """
 
     label: str
@@ -82,7 +82,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """An SVG and the words below it."""
+    """An SVG and the text below it."""
 
     svg: str
     caption: str = ""
@@ -99,16 +99,16 @@ def line_chart(
     log_y: bool = False,
     y_bounds: tuple[float, float] | None = None,
 ) -> str:
-    """Lines with their labels at their ends, as SVG.
+    """Draws lines with labels at their ends, as SVG.
 
     Args:
-      title, x_label, y_label: with the units of the axes.
-      lines: each with a point at least.
+      title, x_label, y_label: texts, with the units of the axes.
+      lines: lines with at least one point each.
       marks: points `(x, y)` with a ring around them.
-      log_x: logarithmic x axis, with a tick at every x there is.
-      log_y: logarithmic y axis, where the values are positive and span a decade.
-      y_bounds: what y can be at least and at most: where the axis begins and ends. Without it, the axis of values that
-        are never negative does not go below 0.
+      log_x: logarithmic x axis, with a tick at every x in the data.
+      log_y: logarithmic y axis, if the values are positive and span a decade.
+      y_bounds: minimum and maximum possible y, where the axis begins and ends. Without it, the axis of non-negative
+        values does not go below 0.
     """
     with matplotlib.rc_context(_STYLE):
         labels = [shorten(line.label) for line in lines]
@@ -148,12 +148,12 @@ def interval_chart(
     rows: Sequence[tuple[str, float, float, float]],
     bounds: tuple[float, float] | None = None,
 ) -> str:
-    """Values with their intervals, `(label, value, low, high)`, one below the other, as SVG.
+    """Draws values with their intervals, `(label, value, low, high)`, one below the other, as SVG.
 
     Args:
-      title, x_label: of the chart and its axis.
+      title, x_label: texts of the chart and its axis.
       rows: from top to bottom.
-      bounds: the least and greatest possible value, where the axis begins and ends.
+      bounds: minimum and maximum possible value, where the axis begins and ends.
     """
     with matplotlib.rc_context(_STYLE):
         labels = [shorten(row[0]) for row in rows]
@@ -180,13 +180,13 @@ def interval_chart(
 
 
 def standalone(svg: str) -> str:
-    """A chart as a file of its own, with the palette in it."""
+    """Returns a chart as a standalone file, with the palette in it."""
     style = f"<style>\n{PALETTE}\n{_GROUND}\n</style>"
     return '<?xml version="1.0" encoding="utf-8"?>\n' + svg.replace(">", f">{style}", 1)
 
 
 def shorten(label: str) -> str:
-    """The label in one line that fits beside a chart; of a long one both ends."""
+    """Shortens the label to one line that fits beside a chart, keeping both ends."""
     label = " ".join(label.split())
     half = _LONGEST_LABEL // 2
     return label if len(label) <= _LONGEST_LABEL else f"{label[: half - 1]}…{label[-half:]}"
@@ -218,7 +218,7 @@ def _set_ticks(axes: Axes, x_ticks: Sequence[float] | None) -> None:
 
 
 def _label_ends(axes: Axes, lines: Sequence[Line], labels: Sequence[str]) -> None:
-    """Writes each label right of the axes at the height of its line's end, apart from its neighbours."""
+    """Writes each label to the right of the axes at the height of its line's end, without overlaps."""
     to_points = axes.transData.transform
     ends = [
         (to_points(line.points[-1])[1], line, label)

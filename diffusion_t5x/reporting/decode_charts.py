@@ -1,4 +1,4 @@
-"""Charts of decode times: a line for each decoder, a ring where one crosses the autoregressive one."""
+"""Charts of decode times: a line for each decoder, a ring where it crosses the autoregressive one."""
 
 from collections.abc import Sequence
 
@@ -8,15 +8,15 @@ from diffusion_t5x.reporting.charts import Chart, Line
 
 
 def decode_charts(runs: Sequence[tuple[str, Sequence[DecodeTime]]]) -> dict[str, Chart]:
-    """Seconds a text over its length, logarithmic both: a chart of fixed batches and one of saturating ones.
+    """Draws seconds per text over text length, log-log: a chart of fixed batches and one of saturating ones.
 
-    Decoders are compared with those of the same run.
+    Decoders are compared only within a run.
 
     Args:
-      runs: the name of each, and its times; those without any are left out.
+      runs: names and times of the runs; runs without times are left out.
 
     Returns:
-      Charts by file name, without its ending.
+      Charts by file name, without the extension.
     """
     kinds = {"decode_time": ("decode time", False), "decode_time_saturating": ("with saturating batches", True)}
     chosen = {

@@ -17,13 +17,13 @@ _METRICS = {  # what the papers measure on a task, and how many examples it has
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A model of a paper and its scores.
+    """A model in a paper, with its scores.
 
     Attributes:
       source: the paper and its table.
-      method: in the paper's words; what a setting does not say.
-      size, architecture, objective, decoder: the setting; `decoder` has its "class" and the fields that matter.
-      scores: in percent, by task.
+      method: the paper's name for it; covers what a setting does not say.
+      size, architecture, objective, decoder: the setting; `decoder` has its "class" and the relevant fields.
+      scores: scores in percent, by task.
     """
 
     source: str
@@ -36,10 +36,10 @@ class Published:
 
 
 def matching(task: str, num_examples: int | None, report: Mapping[str, Any]) -> list[tuple[Published, str, float]]:
-    """The published models of the setting that a results.json (`report`) says, each with a metric and its value.
+    """Returns the published models with the same setting as a results.json (`report`), each with metric and value.
 
-    The setting is the task with all its examples, size, architecture, objective of the last training, and decoder. How
-    a model was trained before that is not on record, so several may match; their `method` tells them apart.
+    The setting is the task with all its examples, size, architecture, objective of the last training, and decoder.
+    Earlier training is not on record, so several models may match; their `method` tells them apart.
     """
     settings = report.get("settings", {})
     model = settings.get("model", {})
@@ -80,7 +80,7 @@ def _diffusion(
 
 
 def _autoregressive(size: str, wmt14_enfr: float, squad: float, mbpp: float) -> list[Published]:
-    """Greedy, but on MBPP, where programs are drawn at a temperature that the paper does not name."""
+    """A published autoregressive model: greedy, except on MBPP with a temperature that the paper does not name."""
     greedy, drawn = {"class": "AutoregressiveDecoder", "temperature": 0.0}, {"class": "AutoregressiveDecoder"}
     setting = "arXiv 2401.17181, table 2", "AR", size, "decoder_only", "Autoregressive"
     return [

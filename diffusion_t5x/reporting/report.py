@@ -1,7 +1,7 @@
-"""Report about runs: learning curves, scores, decoded examples, canvases step by step, decode times.
+"""The report about runs: learning curves, scores, decoded examples, canvases step by step, decode times.
 
-As Markdown the scores alone. What models wrote and how things are named is data: jinja2 (in Markdown the filter of that
-name) escapes all of it, matplotlib escapes it in the charts, and the page's policy lets no script run.
+The Markdown form has only the scores. Model outputs and names are untrusted: jinja2 escapes them (in Markdown the
+filter `markdown`), matplotlib escapes them in charts, and the page's policy lets no script run.
 """
 
 import difflib
@@ -43,19 +43,19 @@ _SHOWN = {  # metrics of learning, as regular expressions, with what is on the a
 
 
 def write_report(folders: Iterable[str | pathlib.Path], output: str | pathlib.Path, example: int = 0) -> pathlib.Path:
-    """Writes one self-contained HTML file about the runs in `folders`; see `runs.read_runs` for which those are.
+    """Writes one self-contained HTML file about the runs in `folders`; see `runs.read_runs` for how runs are found.
 
-    Sections with nothing to show are left out. The same runs give the same bytes. An `output` that ends in .md gets the
-    tables of scores as Markdown; one that ends in .svg the canvas of one example, in motion.
+    Empty sections are left out. The same runs give the same bytes. If `output` ends in .md, it gets the score tables as
+    Markdown; if it ends in .svg, an animation of one example's canvas.
 
     Args:
-      folders: what to report on.
-      output: the file to write; its ending says what.
-      example: which of the traced examples an .svg shows, counted from 0.
+      folders: folders of runs.
+      output: the file to write; its extension chooses the format.
+      example: index of the traced example that an .svg shows, from 0.
 
     Raises:
-      UserError: a folder or file that is missing or broken, no such traced example, or `output` exists and is no
-        earlier report.
+      UserError: a folder or file is missing or broken, there is no such traced example, or `output` exists and is not
+        an earlier report.
     """
     output = pathlib.Path(output)
     kind = output.suffix[1:] if output.suffix[1:] in _FIRST_LINES else "html"
@@ -71,7 +71,7 @@ def write_report(folders: Iterable[str | pathlib.Path], output: str | pathlib.Pa
 
 
 def render(runs: Sequence[Run], kind: Literal["html", "md"] = "html") -> str:
-    """The page about these runs."""
+    """Returns the page about these runs."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
         autoescape=kind == "html",
@@ -105,7 +105,7 @@ def render(runs: Sequence[Run], kind: Literal["html", "md"] = "html") -> str:
 
 
 def _picture(runs: Sequence[Run], example: int) -> str:
-    """An example's canvas in motion, as SVG."""
+    """Returns an example's canvas as an animated SVG."""
     traced = [record for run in runs for found in run.predictions for record in found.records if record.get("trace")]
     if not traced:
         raise UserError("These runs have no trace: run infer with --trace, then name its INFER_OUTPUT_DIR.")
@@ -115,14 +115,14 @@ def _picture(runs: Sequence[Run], example: int) -> str:
 
 
 def markdown(text: object) -> str:
-    """Text for a cell of a Markdown table, with nothing in it that Markdown or HTML would read as its own."""
+    """Returns text for a cell of a Markdown table, with everything escaped that Markdown or HTML would interpret."""
     return " ".join(re.sub(r"([\\`*_\[\]<>|~&$])", r"\\\1", str(text)).split())
 
 
 def changes(before: str, after: str) -> list[tuple[str, bool]]:
-    """The pieces of `after`, each with whether it is new since `before`.
+    """Returns the pieces of `after`, each with True if it is new since `before`.
 
-    Where the two have less than half in common, as noise and text do, what they share is chance: all is new.
+    If the two have less than half in common, like noise and text, their overlap is chance and everything is new.
     """
     matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
     if matcher.ratio() < 0.5:
@@ -132,7 +132,7 @@ def changes(before: str, after: str) -> list[tuple[str, bool]]:
 
 
 def canvases(trace: Sequence[str]) -> list[tuple[str, list[tuple[str, bool]]]]:
-    """The canvases of a trace with what is new in each; steps that change nothing are drawn together."""
+    """Returns the canvases of a trace with the new text in each; steps that change nothing are merged."""
     rows: list[tuple[int, int, list[tuple[str, bool]]]] = [(0, 0, [(trace[0], False)])]
     for step, (before, after) in enumerate(itertools.pairwise(trace), start=1):
         if before == after and step > 1:
@@ -143,7 +143,7 @@ def canvases(trace: Sequence[str]) -> list[tuple[str, list[tuple[str, bool]]]]:
 
 
 def score_table(data_set: str, rows: Sequence[tuple[str, Scores]]) -> Mapping[str, Any]:
-    """The scores on a data set: columns, rows, and a chart of each metric with intervals if there are two to compare.
+    """Returns columns and rows of the scores on a data set, and a chart of each metric that has several intervals.
 
     The charts show each run's last checkpoint. Rows with published numbers of the same setting come last.
     """
@@ -182,7 +182,7 @@ def score_table(data_set: str, rows: Sequence[tuple[str, Scores]]) -> Mapping[st
 
 
 def examples_table(runs: Sequence[Run], data_set: str) -> Mapping[str, Any]:
-    """Examples of a data set side by side: the first ones, and the first that some run got wrong."""
+    """Returns examples of a data set side by side: the first ones, and the first that some run got wrong."""
     columns = [(run.name, found) for run in runs for found in run.predictions if found.data_set == data_set]
     rows: dict[tuple[Any, str, str], dict[int, str]] = {}
     for column, (_, found) in enumerate(columns):
@@ -210,7 +210,7 @@ def _text(record: Record, name: str) -> str:
 
 
 def _contents(run: Run) -> Iterator[str]:
-    """The contents of a run, in words."""
+    """Describes the contents of a run."""
     for curve in run.curves:
         if curve.kind == "train" and curve.points:
             yield f"trained to step {max(points[-1][0] for points in curve.points.values()):,}"
@@ -235,7 +235,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _learning(runs: Sequence[Run]) -> Iterator[Chart]:
-    """Curves of training with the losses on held-out data, then the scores of decoding, a chart for each data set."""
+    """Yields training curves with the losses on held-out data, then decoding scores, one chart per data set."""
     runs = [run for run in runs if run.curves]
     metrics = sorted({name for run in runs for curve in run.curves for name in curve.points})
     kinds = "train", "training_eval"
@@ -279,7 +279,7 @@ def _interval(metrics: Mapping[str, float], name: str) -> tuple[float, float, fl
 
 
 def _cell(metrics: Mapping[str, float], name: str) -> str | None:
-    """A metric with its interval as text; None if it was not measured."""
+    """Returns a metric with its interval as text; None if it was not measured."""
     if name not in metrics:
         return None
     interval = _interval(metrics, name)
@@ -287,7 +287,7 @@ def _cell(metrics: Mapping[str, float], name: str) -> str | None:
 
 
 def _rows(scores: Sequence[tuple[str, Scores]]) -> list[tuple[str, Scores]]:
-    """Each result once: a checkpoint that a run has evaluated twice with the same settings and scores is one row."""
+    """Returns each result once: equal scores of one run, checkpoint and settings are one row."""
     kept: dict[Any, tuple[str, Scores]] = {}
     for run, found in scores:
         metrics = frozenset((n, v) for n, v in found.metrics.items() if not n.endswith("_seconds"))
@@ -300,7 +300,7 @@ def _predicted(runs: Sequence[Run]) -> list[str]:
 
 
 def _traces(runs: Sequence[Run]) -> Iterator[tuple[str, str, list[tuple[Record, list]]]]:
-    """For each run that kept canvases its name, its decoder, and its first examples."""
+    """Yields name, decoder and first examples of each run that kept canvases."""
     for run in runs:
         for found in run.predictions:
             traced = [record for record in found.records if record.get("trace")][:NUM_TRACES]

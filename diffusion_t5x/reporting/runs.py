@@ -1,4 +1,4 @@
-"""Reads what the verbs wrote: curves, scores, predictions, decode times."""
+"""Reads the verbs' outputs: curves, scores, predictions, decode times."""
 
 import contextlib
 import dataclasses
@@ -28,9 +28,9 @@ class Curve:
 
     Attributes:
       kind: "train", "training_eval" or "inference_eval".
-      task: what was evaluated on; "" for training itself.
-      points: for each metric `(step, value)`, in the order of the steps.
-      split: of the task; "" if it is not on record.
+      task: the evaluated task; "" for training itself.
+      points: `(step, value)` by metric, by ascending step.
+      split: the task's split; "" if it is not on record.
     """
 
     kind: str
@@ -40,7 +40,7 @@ class Curve:
 
     @property
     def data_set(self) -> str:
-        """The name of task and split."""
+        """Name of task and split."""
         return _data_set(self.task, self.split)
 
 
@@ -49,14 +49,14 @@ class Scores:
     """Metrics of one task at one step, with their settings.
 
     Attributes:
-      task: what was evaluated on.
-      model: name of the folder of the model, or of the file of predictions made elsewhere.
-      step: of the checkpoint; None for predictions made elsewhere.
-      decoder: its class and settings; "" for losses, or where they are not on record.
-      num_examples: that were decoded; None for losses.
-      metrics: by name; `x_low` and `x_high` are the ends of the 95 % interval of `x`.
+      task: the evaluated task.
+      model: name of the model's folder, or of the file of predictions made elsewhere.
+      step: the checkpoint's step; None for predictions made elsewhere.
+      decoder: its class and settings; "" for losses, or if they are not on record.
+      num_examples: number of decoded examples; None for losses.
+      metrics: metrics by name; `x_low` and `x_high` are the ends of the 95 % interval of `x`.
       published: models of papers in the same setting, each with a metric and its value (see `published.matching`).
-      split: of the task; "" if it is not on record.
+      split: the task's split; "" if it is not on record.
     """
 
     task: str
@@ -70,7 +70,7 @@ class Scores:
 
     @property
     def data_set(self) -> str:
-        """The name of task and split: what scores must share to be compared."""
+        """Name of task and split, which scores must share to be compared."""
         return _data_set(self.task, self.split)
 
 
@@ -85,7 +85,7 @@ class Predictions:
 
     @property
     def data_set(self) -> str:
-        """The name of task and split."""
+        """Name of task and split."""
         return _data_set(self.task, self.split)
 
 
@@ -94,10 +94,10 @@ class Run:
     """One folder that a verb wrote.
 
     Attributes:
-      name: of the folder, with so many of its parents as set it apart from the other runs.
-      size: the model's size in words; "" if it is not on record.
-      written: when the newest of the files that were read was written (UTC).
-      curves, scores, predictions, decode_times: what it holds of each; most runs hold one kind or two.
+      name: name of the folder, with enough of its parents to distinguish the runs.
+      size: the model's size as text; "" if it is not on record.
+      written: modification time of the newest file that was read (UTC).
+      curves, scores, predictions, decode_times: its contents of each kind; most runs have one or two kinds.
     """
 
     name: str
@@ -110,14 +110,13 @@ class Run:
 
 
 def read_runs(folders: Iterable[str | pathlib.Path]) -> list[Run]:
-    """The runs in these folders, in the order given: each folder itself, if a verb wrote it, then those in it by name.
+    """Reads the runs in these folders, in the given order: each folder itself if it is a run, then those in it by name.
 
-    Numbers in names count as numbers: `run_2` comes before `run_10`.
-
-    A last line that was cut short belongs to a run that is still going, and is left out.
+    Numbers in names are sorted as numbers: `run_2` comes before `run_10`. An incomplete last line belongs to a run that
+    is still going, and is left out.
 
     Raises:
-      UserError: a folder is missing or holds no run, or a file is missing or broken.
+      UserError: a folder is missing or has no run, or a file is missing or broken.
     """
     found: dict[pathlib.Path, list[pathlib.Path]] = {}
     for folder in map(pathlib.Path, folders):
@@ -137,7 +136,7 @@ def read_runs(folders: Iterable[str | pathlib.Path]) -> list[Run]:
 
 
 def _names(paths: Sequence[pathlib.Path]) -> list[str]:
-    """The last parts of the paths, as few as tell all of them apart."""
+    """Returns the last parts of the paths, as few as distinguish them."""
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):
@@ -146,7 +145,7 @@ def _names(paths: Sequence[pathlib.Path]) -> list[str]:
 
 
 def _natural(name: str) -> tuple[list[tuple[str, int]], str]:
-    """A sort key by which numbers in names count as numbers."""
+    """Returns a sort key that treats numbers in names as numbers."""
     return [(text, int(digits or 0)) for text, digits in re.findall(r"([^0-9]*)([0-9]*)", name)], name
 
 
@@ -155,7 +154,7 @@ def _data_set(task: str, split: str) -> str:
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The files that say that a verb wrote this folder, and what."""
+    """Returns the files that show that a verb wrote this folder, and which verb."""
     patterns = (*_CURVES, "decode_time.json", *(at + name for at in ("", "checkpoint_*/") for name in _OUTPUTS))
     files = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
     # The quickstart has a summary of the same name, in a form of its own.
@@ -212,7 +211,7 @@ def _read_curve(path: pathlib.Path, config: pathlib.Path) -> Curve:
 
 
 def _curves_of_scores(scores: Sequence[Scores]) -> Iterator[Curve]:
-    """A curve for each data set that several checkpoints were evaluated on; the scores come by ascending step."""
+    """Yields a curve for each data set that several checkpoints were evaluated on; scores come by ascending step."""
     for task, split in dict.fromkeys((found.task, found.split) for found in scores):
         points: dict[str, list[tuple[int, float]]] = {}
         for found in scores:
@@ -224,7 +223,7 @@ def _curves_of_scores(scores: Sequence[Scores]) -> Iterator[Curve]:
 
 
 def _inference_eval(folder: pathlib.Path, curve: Curve) -> tuple[Scores, Predictions]:
-    """The scores of a training run's last evaluation, and what was written for it."""
+    """Returns scores and predictions of a training run's last evaluation."""
     step = max(step for points in curve.points.values() for step, _ in points)
     metrics = {name: points[-1][1] for name, points in curve.points.items() if points[-1][0] == step}
     records = _read_jsonl(folder / "inference_eval" / curve.task / f"predictions_{step}.jsonl")
@@ -256,14 +255,14 @@ def _read_scores(path: pathlib.Path) -> list[Scores]:
 
 
 def _decoder_of_evaluations(report: Mapping[str, Any], task: str) -> str:
-    """The decoder of a task among the settings that `eval` writes down; "" where they are not there."""
+    """Returns a task's decoder from the settings that `eval` writes; "" if they are missing."""
     evaluations = report.get("settings", {}).get("evaluations", [])
     of_task = (found for found in evaluations if found.get("dataset", {}).get("mixture_or_task_name") == task)
     return next((in_words(found["decoder"]) for found in of_task if found.get("decoder")), "")
 
 
 def _decoder_of_run(folder: pathlib.Path) -> str:
-    """The decoder of a training run, by the record of its newest checkpoint or, where that is gone, config.gin."""
+    """Returns the decoder of a training run, from its newest checkpoint's record or, without it, config.gin."""
     with contextlib.suppress(UserError):
         decoder = open_checkpoint(str(folder)).record.decoder
         return in_words(decoder) if decoder else ""
@@ -274,7 +273,7 @@ def _decoder_of_run(folder: pathlib.Path) -> str:
 
 
 def _split_of_settings(settings: Mapping[str, Any], task: str) -> str:
-    """The splits of a task that an evaluation read, those it decoded first; "" where none is on record."""
+    """Returns the splits of a task that an evaluation read, decoded ones first; "" if none is on record."""
     evaluations = settings.get("evaluations", ())
     evaluations = sorted(evaluations, key=lambda evaluation: "decoder" not in evaluation)
     data_sets = [evaluation.get("dataset", evaluation) for evaluation in evaluations]
@@ -283,7 +282,7 @@ def _split_of_settings(settings: Mapping[str, Any], task: str) -> str:
 
 
 def _split_of_config(path: pathlib.Path, scope: str) -> str:
-    """The split that a training run's evaluations read, by the scope that the shipped gin files give them."""
+    """Returns the split of a training run's evaluations, by the scope that the shipped gin files give them."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     found = re.search(rf"^{scope}/(?:[\w.]+\.)?SeqioDataset\.split = (?:'(.+)'|%(\w+))$", text, re.MULTILINE)
     if found and found[2]:

@@ -14,17 +14,17 @@ _DIGITS = 3
 
 
 def bounds(metric: str) -> tuple[float, float] | None:
-    """The least and greatest value that a metric can have: 0 to 100 for percentages, 0 to 1 for shares."""
+    """Returns the minimum and maximum possible value of a metric: 0 to 100 for percentages, 0 to 1 for shares."""
     return next((ends for pattern, ends in _BOUNDS.items() if re.fullmatch(pattern, metric)), None)
 
 
 def unit(metric: str) -> str:
-    """The axis label of a metric."""
+    """Returns the axis label of a metric."""
     return f"{metric} (%)" if bounds(metric) == (0, 100) else metric
 
 
 def number(value: float) -> str:
-    """The value with three significant digits; whole numbers whole."""
+    """Returns the value with three significant digits; whole numbers without decimals."""
     if isinstance(value, int) or abs(value) >= 1000 or not math.isfinite(value):
         return f"{value:,.0f}"
     if abs(value) < 1e-12:  # what rounding leaves of a zero
@@ -33,7 +33,7 @@ def number(value: float) -> str:
 
 
 def score(metric: str, value: float, interval: tuple[float, float] | None = None) -> str:
-    """The value of a metric and, in brackets, its interval: all with the same decimals, within the metric's bounds."""
+    """Returns a metric's value and its interval in brackets, with equal decimals and within the metric's bounds."""
     ends = bounds(metric)
     if ends is None and interval is None:
         return number(value)
@@ -46,9 +46,9 @@ def score(metric: str, value: float, interval: tuple[float, float] | None = None
 
 
 def decoder(text: str) -> str:
-    """A decoder such as `SundaeDecoder(num_steps=5, num_samples=4)` with its fields by name, at every depth.
+    """Returns a decoder such as `SundaeDecoder(num_steps=5, num_samples=4)` with its fields sorted, at every depth.
 
-    Equal settings have one spelling; text of another form stays as it is.
+    Equal settings get equal text; text of another form is unchanged.
     """
     try:
         tree = ast.parse(text, mode="eval")
@@ -61,7 +61,7 @@ def decoder(text: str) -> str:
 
 
 def _decimals(values: Sequence[float]) -> int:
-    """How many decimals give the largest of these numbers three digits."""
+    """Returns the number of decimals that gives the largest of these numbers three digits."""
     largest = max(values, default=0.0)
     if largest < 1e-12:
         return 1

@@ -1,7 +1,7 @@
 """A self-contained HTML page that plays traces, token by token and step by step.
 
-What models wrote is data: it stands in the page as JSON in which nothing can end the element, the script puts it there
-as text alone, and the page's policy lets no other script run.
+Model outputs are untrusted: they are in the page as JSON that cannot end its element, the script inserts them as text
+only, and the page's policy lets no other script run.
 """
 
 import base64
@@ -25,25 +25,25 @@ _FOLDER = pathlib.Path(__file__).parent
 def write_trace_page(
     path: pathlib.Path, records: Iterable[Mapping[str, Any]], total: int, title: str, decoder: str
 ) -> None:
-    """Writes the page about the first `MOST_EXAMPLES` records, all or nothing; an earlier one is replaced.
+    """Writes the page about the first `MOST_EXAMPLES` records, atomically; an earlier page is replaced.
 
     Args:
-      path: of the page.
-      records: as `infer` writes them, with their "trace".
-      total: how many there are.
-      title: what was decoded.
-      decoder: who wrote.
+      path: path of the page.
+      records: records as `infer` writes them, with their "trace".
+      total: number of records.
+      title: title of the page.
+      decoder: the decoder, as text.
     """
     write_text(path, trace_page(records, total, title, decoder), errors="replace")
 
 
 def trace_page(records: Iterable[Mapping[str, Any]], total: int, title: str, decoder: str) -> str:
-    """The page, as HTML; the arguments are those of `write_trace_page`."""
+    """Returns the page as HTML; the arguments are those of `write_trace_page`."""
     return render([_example(record) for record in itertools.islice(records, MOST_EXAMPLES)], total, title, decoder)
 
 
 def render(examples: list[dict[str, Any]], total: int, title: str, decoder: str) -> str:
-    """The page, of examples as the script wants them: "name", "texts" (each with what it is) and "trace"."""
+    """Returns the page with examples in the script's form: "name", "texts" (each with its role) and "trace"."""
     script = (_FOLDER / "trace_page.js").read_text(encoding="utf-8")
     # Plain ASCII, and no "<": neither the end of the element nor a line end of JavaScript's can be in it.
     data = json.dumps(examples, separators=(",", ":")).replace("<", "\\u003c")

@@ -1,4 +1,4 @@
-"""Whether a model is used as it was trained: the one place where a checkpoint's record is compared with settings."""
+"""Checks that a model is used as it was trained: the only place that compares a checkpoint's record with settings."""
 
 import dataclasses
 import logging
@@ -39,10 +39,11 @@ class Agreement:
     """Compares the record of a checkpoint with the settings of a run.
 
     Attributes:
-      path: the checkpoint, for messages.
-      record: what it was trained as. What is not known is not compared.
-      setting: what allows a mismatch: a gin setting such as "infer.infer.allow_mismatch", or an argument in Python.
-      allowed: its value: mismatches are logged, and no error.
+      path: the checkpoint's path, for messages.
+      record: how it was trained. Unknown values are not compared.
+      setting: the setting that allows a mismatch: a gin setting such as "infer.infer.allow_mismatch", or an argument in
+        Python.
+      allowed: its value: mismatches are logged and not errors.
     """
 
     path: str
@@ -52,24 +53,24 @@ class Agreement:
 
     @classmethod
     def of(cls, checkpoint: OpenCheckpoint, setting: str, allowed: bool) -> Self:
-        """With a checkpoint."""
+        """Returns the agreement with a checkpoint."""
         return cls(str(checkpoint), checkpoint.record, setting, allowed)
 
     def check(self, model: ModelConfig, users: Iterable[object] = ()) -> None:
-        """Checks what reads a checkpoint.
+        """Checks a reader of a checkpoint.
 
         Args:
-          model: how the model is built.
-          users: objectives and decoders that use it; None is skipped.
+          model: the model's config.
+          users: objectives and decoders that use the model; None is skipped.
 
         Raises:
-          UserError: another model, or one that was not trained for such a use.
+          UserError: it is another model, or was not trained for such a use.
         """
         self.check_model(model)
         self._judge([fault for user in users if user is not None for fault in self._misuses(model, user)])
 
     def check_model(self, model: ModelConfig) -> None:
-        """Raises a UserError where the checkpoint's parameters would make another function than the trained one."""
+        """Raises a UserError if the checkpoint's parameters would compute another function than the trained one."""
         if other := other_settings(self.record.model, model):
             message = describe_other(other)
             if not self.allowed:
@@ -78,10 +79,10 @@ class Agreement:
             logger.warning("%s: %s", self.path, message)
 
     def check_resumed(self, model: ModelConfig, objective: Objective, lora: Lora | None) -> None:
-        """Checks a run that goes on from its own checkpoint.
+        """Checks a run that continues from its own checkpoint.
 
         Raises:
-          UserError: it would go on as another model, by another objective or with another LoRA.
+          UserError: it would continue with another model, objective or LoRA.
         """
         self.check_model(model)
         faults = []
@@ -103,10 +104,10 @@ class Agreement:
             )
 
     def check_initial(self, model: ModelConfig, objective: Objective) -> None:
-        """Checks a run that starts from another run's checkpoint: an objective of its own may teach the model anew.
+        """Checks a run that starts from another run's checkpoint; its objective may teach the model new modes.
 
         Raises:
-          UserError: another model, or a diffusion model that would be read in other slots than it was trained.
+          UserError: it is another model, or a diffusion model that would be read in other slots than in training.
         """
         self.check_model(model)
         self._judge(list(self._shifts(model, objective)))
@@ -123,7 +124,7 @@ class Agreement:
         yield from self._shifts(model, user)
 
     def _shifts(self, model: ModelConfig, user: object) -> Iterable[str]:
-        """A fault where a diffusion model would be read in other slots; left to right, every model is read alike."""
+        """Yields a fault if a diffusion model would be read in other slots; autoregressive reading never differs."""
         trained = self.record.shifted
         if trained is not None and trained != model.shifted and not getattr(user, "autoregressive", False):
             yield (
@@ -143,14 +144,14 @@ class Agreement:
 
 
 def other_settings(trained: Mapping[str, Any], now: ModelConfig) -> dict[str, tuple[Any, Any]]:
-    """The fields by which two models compute different functions, or have parameters of other shapes.
+    """Returns the fields in which two models compute different functions or have parameters of different shapes.
 
     Args:
-      trained: fields of a ModelConfig; those that are not there have their defaults, and unknown ones are dropped.
-      now: the other.
+      trained: fields of a ModelConfig; missing ones have their defaults, and unknown ones are ignored.
+      now: the other model.
 
     Returns:
-      By name the trained value and the other one; {} where nothing is known of the trained one.
+      The trained value and the other one, by name; {} if nothing is known about the trained model.
     """
     known = {field.name: trained[field.name] for field in dataclasses.fields(ModelConfig) if field.name in trained}
     try:
@@ -163,13 +164,13 @@ def other_settings(trained: Mapping[str, Any], now: ModelConfig) -> dict[str, tu
 
 
 def describe_other(other: Mapping[str, tuple[Any, Any]]) -> str:
-    """A sentence on what `other_settings` returns."""
+    """Describes the result of `other_settings` in a sentence."""
     values = ", ".join(f"{name} = {trained!r} (here {now!r})" for name, (trained, now) in other.items())
     return f"The checkpoint's model has ModelConfig.{values}."
 
 
 def _function(config: ModelConfig) -> dict[str, Any]:
-    """The fields of a model that decide what it computes, with defaults that depend on others filled in."""
+    """Returns the fields of a model that decide its function, with dependent defaults filled in."""
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
     values |= {"num_kv_heads": config.kv_heads, "logits_scale": config.readout_scale}
     values["local_layers"] = tuple(config.local_layers or ())
@@ -190,7 +191,7 @@ def _in_words(modes: Iterable[Mode]) -> str:
 
 
 def _remedy(user: object, mode: Mode, learned: Mode) -> str:
-    """What to set in order to use a model in the mode that it has learned."""
+    """Returns the settings with which a model is used in a mode that it has learned."""
     name = type(user).__name__
     if mode.noise is None and learned.noise is None:
         return f"Set --gin.{name}.prefix={learned.attention == 'prefix'}."

@@ -1,7 +1,7 @@
 """Handling of bad steps: a loss or gradient that is not finite, or a loss spike.
 
-The step itself finds them on the device, and leaves parameters, optimizer and moving average as they were. The host
-learns of it with the other metrics, while the next step runs, so nothing waits.
+The step detects them on the device and leaves parameters, optimizer and moving average unchanged. The host reads this
+with the other metrics, while the next step runs, so nothing waits.
 """
 
 import collections
@@ -30,10 +30,10 @@ class BadNumbers:
 
     Attributes:
       policy: "skip" continues with the next batch, "halt" stops at the first bad step.
-      max_in_a_row: number of consecutive bad steps that ends the run in any case.
-      spike_factor: a loss above this multiple of the median of the last `window` good losses is bad, too; None takes
-        any finite loss. Some noise is harder than other noise: 3 is a small factor for a diffusion loss.
-      window: number of losses to remember. They are in the checkpoint.
+      max_in_a_row: number of consecutive bad steps that ends the run under either policy.
+      spike_factor: a loss above this multiple of the median of the last `window` good losses is bad, too; None accepts
+        any finite loss. Noise varies in difficulty: 3 is a small factor for a diffusion loss.
+      window: number of losses to remember. They are saved in checkpoints.
     """
 
     policy: Literal["skip", "halt"] = "skip"
@@ -54,12 +54,12 @@ class Judge:
     """Counts the bad steps of a run, and ends it when there are too many.
 
     Args:
-      rules: which steps are bad, and how many end the run.
+      rules: the policy.
       folder: gets the batch of the step that ends the run.
-      losses: the last good ones, of the run that this one goes on from.
+      losses: the last good losses of the run that this one continues.
 
     Attributes:
-      count: bad steps so far.
+      count: number of bad steps so far.
     """
 
     def __init__(self, rules: BadNumbers, folder: str, losses: Iterable[float] = ()):
@@ -69,7 +69,7 @@ class Judge:
         self._losses = collections.deque(losses, maxlen=rules.window)
 
     def memory(self) -> dict[str, list[float]]:
-        """State for a checkpoint's metadata, to continue from: "losses", the last good ones."""
+        """Returns state for a checkpoint's metadata: "losses", the last good ones."""
         return {"losses": list(self._losses)} if self._losses else {}
 
     @property
@@ -83,7 +83,7 @@ class Judge:
         """Adds a step's results, in the order of steps.
 
         Raises:
-          UserError: the run must end; its message says what was bad, and where the batch lies.
+          UserError: the run must end; the message says what was bad, and where the batch is saved.
         """
         if not metrics.get("bad"):
             self._in_a_row = 0

@@ -1,4 +1,4 @@
-"""Where a training starts: from its own latest checkpoint, from another run's, or from scratch."""
+"""Starts a training: from its own latest checkpoint, from another run's, or from scratch."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -24,10 +24,10 @@ class Begun:
     """The starting point of a run.
 
     Attributes:
-      state: before its first step.
-      data_state: where the data stand; None at their beginning.
+      state: the state before the run's first step.
+      data_state: the position of the data; None at their beginning.
       evaluation_due: an earlier run did not finish the evaluation of this state.
-      losses: what the judge of bad steps remembers.
+      losses: the losses that the judge of bad steps remembers.
     """
 
     state: TrainState
@@ -38,12 +38,12 @@ class Begun:
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Where a training starts.
+    """The source of a training's first state.
 
     Attributes:
-      checkpoint: what it goes on or starts from; None starts from scratch.
+      checkpoint: the checkpoint to continue or start from; None starts from scratch.
       resumes: the checkpoint is the run's own.
-      rules: for the arrays of another run's checkpoint.
+      rules: assignment rules for another run's checkpoint.
     """
 
     checkpoint: OpenCheckpoint | None = None
@@ -52,16 +52,16 @@ class Start:
 
     @classmethod
     def find(cls, folder: str, initial_path: str | None, rules: Sequence[Rule], allow_older: bool) -> Self:
-        """The latest checkpoint in the run's folder; without one the initial one; without that none.
+        """Finds the latest checkpoint in the run's folder; if there is none, the initial one, if given.
 
         Args:
-          folder: of the run's checkpoints.
+          folder: folder of the run's checkpoints.
           initial_path: a user's path, or None.
-          rules: for the initial one.
-          allow_older: where the latest is broken, take the newest whole one.
+          rules: assignment rules for the initial checkpoint.
+          allow_older: if the latest is broken, take the newest whole one.
 
         Raises:
-          UserError: no checkpoint is at the initial path.
+          UserError: there is no checkpoint at the initial path.
         """
         if own := (stored.latest_whole if allow_older else checkpoints.latest)(folder):
             return cls(checkpoints.open_checkpoint(own), resumes=True)
@@ -83,10 +83,10 @@ class Start:
         setting: str,
         allow_mismatch: bool,
     ) -> str:
-        """Describes what happens to each array; "" from scratch. Reads names and shapes only.
+        """Describes what happens to each array; "" from scratch. Reads only names and shapes.
 
         Raises:
-          UserError: the checkpoint is of another model or another training, see `Agreement`; or its arrays do not fit.
+          UserError: the checkpoint has another model or training, see `Agreement`; or its arrays do not fit.
         """
         if self.checkpoint is None:
             return ""
@@ -102,7 +102,7 @@ class Start:
     def begin(
         self, definition: ModelDefinition, optimizer: optax.GradientTransformation, abstract: TrainState, seed: int
     ) -> Begun:
-        """Reads the state, or makes it; each array where it belongs on the mesh."""
+        """Reads or makes the state, with each array in its place on the mesh."""
         if self.checkpoint is None:
             return Begun(init_state(abstract, definition, optimizer, seed))
         if self.resumes:

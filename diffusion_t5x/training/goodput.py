@@ -14,8 +14,9 @@ KINDS = ("start", "compile", "input", "evaluation", "checkpoint")
 class Goodput:
     """Counts seconds from its creation; as a context manager, logs their shares at its end.
 
-    "start" is all before the first batch is asked for; "compile" the first call of the step; "input" what was spent on
-    a batch while no step was running; "evaluation" and "checkpoint" what the loop waited for them. The rest is "steps".
+    "start" is everything before the first batch is requested; "compile" the first call of the step; "input" the time
+    spent on a batch while no step was running; "evaluation" and "checkpoint" the time that the loop waited for them.
+    The rest is "steps".
     """
 
     def __init__(self):
@@ -45,7 +46,7 @@ class Goodput:
         self._spent[kind] = self._spent.get(kind, 0.0) + seconds
 
     def shares(self) -> dict[str, float]:
-        """Shares of the time so far, by kind; they sum to 1."""
+        """Returns shares of the time so far, by kind; they sum to 1."""
         total = max(time.monotonic() - self._began, 1e-9)
         shares = {kind: self._spent.get(kind, 0.0) / total for kind in KINDS}
         return shares | {"steps": max(1 - sum(shares.values()), 0.0)}

@@ -1,4 +1,4 @@
-"""Training data for one of several processes, and the position of all of them."""
+"""Training data for one of several processes, with a position for all of them."""
 
 import io
 import logging
@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.training.loop import BatchIterator
+from diffusion_t5x.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -19,13 +20,13 @@ logger = logging.getLogger(__name__)
 class HostBatches:
     """One process's rows of endless batches, and the position of the data as a whole.
 
-    Data are read in shards: as many as there were shares when the run began. They stay, so that a run that continues
-    with other processes takes the same examples at the same steps: a process then reads those that its rows are in.
+    Data are read in shards: as many as there were shares when the run began. Their number stays, so that a run that
+    continues on other processes takes the same examples at the same steps: each process reads the shards of its rows.
 
     Args:
       open_shard: `(num_shards, shard_index) -> BatchIterator`, batches of `batch_size / num_shards` rows.
-      batch_size: rows of the batch that all shares make.
-      share: which share this process has, and how many there are; see `partitioning.share_of_rows`.
+      batch_size: number of rows in the batch of all shards together.
+      share: index of this process's share, and number of shares; see `partitioning.share_of_rows`.
     """
 
     def __init__(
@@ -50,10 +51,14 @@ class HostBatches:
         parts = [next(shard) for shard in self._shards.values()]
         return jax.tree.map(lambda *x: np.concatenate(x)[self._rows], *parts)
 
-    def state_dict(self) -> dict[str, np.ndarray]:
-        """The positions of all shards, those of other processes too: all must ask at the same time.
+    def next_batch(self, state: TrainState) -> Batch:
+        """Returns the next batch, whatever the state."""
+        return next(self)
 
-        {} where the data have no position that can be saved.
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Returns the positions of all shards, also those of other processes: all must call it at the same time.
+
+        {} if the data have no position that can be saved.
         """
         positions = {
             f"shard_{number}_{name}": x
@@ -64,10 +69,10 @@ class HostBatches:
         return {"num_shards": np.int32(self._num_shards)} | gathered if gathered else {}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """Goes to the position that `state_dict` gave, to whatever share; without one, stays at the beginning.
+        """Restores the position that `state_dict` returned, for any share; {} stays at the beginning.
 
         Raises:
-          UserError: it was taken in other data.
+          UserError: the position was taken in other data.
         """
         if not state:
             logger.info("the checkpoint has no position in the training data: they begin anew, so examples may repeat")
@@ -84,7 +89,7 @@ class HostBatches:
 
 
 def _of_all_processes(arrays: dict[str, Any]) -> dict[str, Any]:
-    """The arrays of every process together; what has the same name is the same."""
+    """Merges the arrays of all processes by name; equal names mean equal arrays."""
     if jax.process_count() == 1:
         return arrays
     file = io.BytesIO()

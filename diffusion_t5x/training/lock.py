@@ -1,4 +1,4 @@
-"""One training process at a time in a MODEL_DIR."""
+"""Locks a MODEL_DIR, so that one process trains in it at a time."""
 
 import contextlib
 import datetime
@@ -21,16 +21,16 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def locked(directory: str) -> Iterator[Callable[[], None]]:
-    """Holds the lock of a folder, which is made if it is not there.
+    """Context that holds the lock of a folder, which is made if needed.
 
-    The kernel gives the lock back when the process ends, however it ends; the file stays, and says who had it last.
-    Of a run of several processes the first holds it. Where the file system has no locks, the log says so.
+    The kernel releases the lock when the process ends, however it ends; the file stays and says who had it last. In a
+    run of several processes the first holds it. If the file system has no locks, the log says so.
 
     Yields:
-      What raises a UserError if the folder has been removed or renamed since. It knows nothing of remote ones.
+      A check that raises a UserError if the folder has been removed or renamed since. Remote folders are not checked.
 
     Raises:
-      UserError: another process holds it, or the folder cannot be written to; or it was removed in the meantime.
+      UserError: another process holds it, the folder cannot be written to, or it was removed in the meantime.
     """
     if jax.process_index() != 0:
         yield lambda: None

@@ -1,4 +1,4 @@
-"""The training loop. It needs no TensorFlow: batches come from anything that can say where it stands."""
+"""The training loop. It needs no TensorFlow: batches come from any iterator that has a position."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 
 
 class BatchIterator(Protocol):
-    """An endless stream of this process's part of the batches, which can say and take up its position.
+    """An endless stream of this process's part of the batches, which can save and restore its position.
 
-    A `state_dict` of {} says that the position cannot be saved.
+    A `state_dict` of {} means that the position cannot be saved.
     """
 
     def __next__(self) -> Batch: ...
@@ -41,14 +41,23 @@ class BatchIterator(Protocol):
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None: ...
 
 
+class Batches(Protocol):
+    """This process's share of each training batch, with a position in the data."""
+
+    def next_batch(self, state: TrainState) -> Batch:
+        """Returns the next batch, numpy (see `partitioning.put_rows`); on-policy texts depend on the state."""
+
+    def state_dict(self) -> Mapping[str, np.ndarray]: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Periods:
-    """How many steps lie between two events of a kind; each comes at the last step too.
+    """Numbers of steps between events; each event also happens at the last step.
 
     Attributes:
-      log: metrics written, averaged since the last time.
-      eval: evaluation; None never evaluates.
-      save: a checkpoint.
+      log: steps between writing metrics, averaged since the last time.
+      eval: steps between evaluations; None never evaluates.
+      save: steps between checkpoints.
     """
 
     log: int = 10
@@ -63,7 +72,7 @@ class Periods:
 
 
 class _Log:
-    """Reads each step's metrics while the next step runs, and writes their means now and then."""
+    """Reads each step's metrics while the next step runs, and writes their means periodically."""
 
     def __init__(self, writer: Writer, progress: Progress, period: int, judge: Judge, goodput: Goodput):
         self._writer, self._progress, self._period = writer, progress, period
@@ -80,12 +89,12 @@ class _Log:
 
     @property
     def is_running(self) -> bool:
-        """Whether the step taken in last still keeps the devices busy."""
+        """True while the latest step keeps the devices busy."""
         # JAX's arrays have it, though their type does not say so.
         return self._pending is not None and not self._pending[1]["loss"].is_ready()  # type: ignore[attr-defined]
 
     def flush(self) -> None:
-        """Waits for the metrics taken in last."""
+        """Waits for the latest metrics."""
         if self._pending is None:
             return
         step, metrics, batch = self._pending
@@ -98,14 +107,14 @@ class _Log:
             self._write(step)
 
     def finish(self, step: int) -> None:
-        """Writes what is not written yet, when `step` is the run's last."""
+        """Writes all remaining metrics when `step` is the run's last."""
         self.flush()
         if self._since:
             self._write(step)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """For what is done between two steps: waits for the metrics taken in last, and does not count the time."""
+        """Context for work between two steps: waits for the latest metrics, and does not count the time."""
         self.flush()
         start = time.monotonic()
         yield
@@ -131,9 +140,9 @@ class _Log:
 
 
 def headline(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What progress shows of a step's metrics: the loss, negative log-likelihoods and the first accuracy.
+    """Returns the metrics of a step for the progress line: the loss, negative log-likelihoods and the first accuracy.
 
-    A likelihood that is the loss itself is left out.
+    A likelihood that equals the loss is left out.
     """
     loss = metrics["loss"]
     names = [name for name in metrics if name.startswith("nll") and metrics[name] != loss]
@@ -143,7 +152,7 @@ def headline(metrics: Mapping[str, float]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _compiling(goodput: Goodput) -> Iterator[None]:
-    """For the first call of the training step: says that it compiles, and how long that took."""
+    """Context for the first call of the training step: logs that it compiles, and how long that took."""
     start = time.monotonic()
     logger.info("compiling the training step …")
     with goodput.spent("compile"):
@@ -153,7 +162,7 @@ def _compiling(goodput: Goodput) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _watched(seconds: float | None) -> Iterator[None]:
-    """Ends the process if this context takes longer; None lets it take as long as it likes."""
+    """Context that ends the process if it takes longer; None sets no limit."""
     if seconds is not None:
         faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
     try:
@@ -163,121 +172,176 @@ def _watched(seconds: float | None) -> Iterator[None]:
             faulthandler.cancel_dump_traceback_later()
 
 
-def train_loop(
-    *,
-    mesh: Mesh,
-    state: TrainState,
-    train_step: Callable[[TrainState, Batch, float], tuple[TrainState, Metrics]],
-    next_batch: Callable[[TrainState], Batch],
-    data_state: Callable[[], Mapping[str, np.ndarray]],
-    total_steps: int,
-    periods: Periods,
-    evaluate: Callable[[TrainState, int], Mapping[str, float]],
-    checkpoints: Checkpoints,
-    metadata: Mapping[str, Any],
-    writer: Writer,
-    judge: Judge,
-    goodput: Goodput,
-    description: str = "train",
-    evaluation_due: bool = False,
-    hang_timeout: float | None = None,
-    check_folder: Callable[[], None] = lambda: None,
-) -> TrainState:
-    """Trains up to `total_steps`, and saves so that a run killed at any moment goes on from its last checkpoint.
+class _Due(NamedTuple):
+    """The events after a step."""
 
-    At the end of a period it saves first and evaluates then. Until the evaluation is finished, the checkpoint's
-    metadata have "evaluation_due"; its metrics are added afterwards. Where an evaluation fails between two saves, the
-    steps are saved in the same way. Told to stop (see `preemption`), it finishes the step and saves; an evaluation is
-    broken off.
+    stops: bool
+    evaluates: bool
+    saves: bool
 
-    Args:
-      mesh: in use while training.
-      state: to start from; given up.
-      train_step: see `make_train_step`.
-      next_batch: this process's share of the next batch (see `partitioning.put_rows`), standing where `state` has read
-        to; texts that a model writes itself depend on the state.
-      data_state: where the data stand.
-      total_steps: of the run as a whole, those before a resumption counted.
-      periods: of logging, evaluation and saving.
-      evaluate: called with the state and its step; its metrics go into the checkpoint, if one is saved at this step.
+
+@dataclasses.dataclass(frozen=True)
+class Saving:
+    """The checkpoints of a run, and what they hold besides the state and the position of the data.
+
+    Attributes:
       checkpoints: where to save.
-      metadata: goes into every checkpoint; "step" and "metrics" are added.
-      writer: gets the training metrics, as folder "train", and where the time went, as "goodput".
-      judge: of bad steps; what it remembers goes into every checkpoint's metadata.
-      goodput: counts on.
-      description: shown by the progress bar.
-      evaluation_due: begin with the evaluation of `state` that an earlier run did not finish.
-      hang_timeout: seconds; a step after the first that takes longer, its batch included, ends the process: exit code
-        1, and where every thread stands on the standard error.
-      check_folder: raises if what was written has been removed.
-
-    Returns:
-      The state after the last step.
-
-    Raises:
-      SystemExit: it was told to stop, and has saved.
-      UserError: too many bad steps.
+      metadata: metadata of every checkpoint; "step", "metrics" and the judge's memory are added.
+      check_folder: raises an error if the run's folder has been removed.
     """
 
-    def save(step: int, state: TrainState, due: bool) -> None:
-        noted = {**metadata, "step": step, "metrics": {}, **judge.memory()} | ({"evaluation_due": True} if due else {})
-        with goodput.spent("checkpoint"):
-            checkpoints.save(step, state, data_state(), noted)
+    checkpoints: Checkpoints
+    metadata: Mapping[str, Any]
+    check_folder: Callable[[], None] = lambda: None
 
-    start = int(state.step)
-    shown = jax.process_index() == 0
-    with StopSignals() as stop, jax.set_mesh(mesh), Progress(total_steps, start, description, shown=shown) as progress:
-        if evaluation_due and periods.eval is not None:
-            with progress.paused("evaluating …"):
-                results = stop.attempt(lambda: evaluate(state, start))
-            if results is None:
-                sys.exit(stop.exit_code)
-            checkpoints.add_evaluation(start, results)
-        log = _Log(writer, progress, periods.log, judge, goodput)
-        goodput.started()
-        for step in range(start + 1, total_steps + 1):
-            first = step == start + 1
-            with _watched(None if first else hang_timeout):
-                asked = time.monotonic()
-                batch = next_batch(state)
-                on_devices = partitioning.put_rows(mesh, batch)
-                if not log.is_running:
-                    goodput.add("input", time.monotonic() - asked)
-                with _compiling(goodput) if first else contextlib.nullcontext():
-                    state, metrics = train_step(state, on_devices, judge.limit)
-                log.add(step, metrics, batch)
-            last = step == total_steps
-            stopping = stop.reached(step)
-            evals = periods.eval is not None and (last or step % periods.eval == 0)
-            saves = last or stopping or step % periods.save == 0
-            if step % periods.log == 0 or evals or saves:
-                check_folder()
-            if not (evals or saves):
-                continue
-            if last or stopping:
-                log.finish(step)
-            with log.paused():
-                if saves:
-                    save(step, state, due=evals)
-                results = None
-                if evals:
-                    try:
-                        with goodput.spent("evaluation"), progress.paused("evaluating …"):
-                            results = stop.attempt(lambda: evaluate(state, step))  # noqa: B023  (called at once)
-                    except Exception:
-                        logger.warning("the evaluation of step %d failed: the same command begins with it again", step)
-                        raise
-                    finally:
-                        if results is None and not saves:
-                            save(step, state, due=True)
-                    if results is not None and saves:
-                        with goodput.spent("checkpoint"):
-                            checkpoints.add_evaluation(step, results)
-            if (evals and results is None) or (stopping and not last):
-                with goodput.spent("checkpoint"):
-                    checkpoints.wait()
-                sys.exit(stop.exit_code)
-        with goodput.spent("checkpoint"):
-            checkpoints.wait()
-        check_folder()
-    return state
+
+@dataclasses.dataclass(frozen=True)
+class Reporting:
+    """The observers of a run.
+
+    Attributes:
+      writer: gets the training metrics, in folder "train", and the shares of time, in "goodput".
+      judge: judge of bad steps; its memory goes into every checkpoint's metadata.
+      goodput: counts the time.
+      description: title of the progress bar.
+      hang_timeout: seconds; a step after the first that takes longer, including its batch, ends the process with exit
+        code 1 and a stack trace of every thread on standard error. None waits for ever.
+    """
+
+    writer: Writer
+    judge: Judge
+    goodput: Goodput
+    description: str = "train"
+    hang_timeout: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainLoop:
+    """Trains up to `total_steps`, and saves so that a run killed at any moment continues from its last checkpoint.
+
+    At the end of a period it saves first and then evaluates. Until the evaluation is finished, the checkpoint's
+    metadata have "evaluation_due"; its metrics are added afterwards. If an evaluation fails between two saves, the
+    steps are saved in the same way. Told to stop (see `preemption`), it finishes the step and saves; a running
+    evaluation is aborted.
+
+    Attributes:
+      mesh: the mesh of the training.
+      train_step: see `make_train_step`. It must not move data between host and devices implicitly.
+      batches: the batches, at the position of the state.
+      evaluate: called with the state and its step; its metrics go into the checkpoint, if one is saved at this step.
+      total_steps: total number of steps, including those before a resumption.
+      periods: periods of logging, evaluation and saving.
+      saving: the checkpoints.
+      reporting: the observers.
+    """
+
+    mesh: Mesh
+    train_step: Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
+    batches: Batches
+    evaluate: Callable[[TrainState, int], Mapping[str, float]]
+    total_steps: int
+    periods: Periods
+    saving: Saving
+    reporting: Reporting
+
+    def run(self, state: TrainState, evaluation_due: bool = False) -> TrainState:
+        """Returns the state after the last step.
+
+        Args:
+          state: the state to start from; donated.
+          evaluation_due: begin with the evaluation of `state` that an earlier run did not finish.
+
+        Raises:
+          SystemExit: it was told to stop, and has saved.
+          UserError: too many bad steps.
+        """
+        start, checkpoints, watched = int(state.step), self.saving.checkpoints, self.reporting
+        progress = Progress(self.total_steps, start, watched.description, shown=jax.process_index() == 0)
+        with StopSignals() as stop, jax.set_mesh(self.mesh), progress:
+
+            def evaluated(state: TrainState, step: int) -> Mapping[str, float] | None:
+                with progress.paused("evaluating …"):
+                    return stop.attempt(lambda: self.evaluate(state, step))
+
+            if evaluation_due and self.periods.eval is not None:
+                results = evaluated(state, start)
+                if results is None:
+                    sys.exit(stop.exit_code)
+                checkpoints.add_evaluation(start, results)
+            log = _Log(watched.writer, progress, self.periods.log, watched.judge, watched.goodput)
+            watched.goodput.started()
+            for step in range(start + 1, self.total_steps + 1):
+                state = self._step(step, state, log, first=step == start + 1)
+                due = self._due(step, stop.reached(step))
+                if step % self.periods.log == 0 or due.evaluates or due.saves:
+                    self.saving.check_folder()
+                if not (due.evaluates or due.saves):
+                    continue
+                if due.stops:
+                    log.finish(step)
+                with log.paused():
+                    is_whole = self._save_and_evaluate(step, state, due, evaluated)
+                if not is_whole or (due.stops and step < self.total_steps):
+                    self._wait_for_saves()
+                    sys.exit(stop.exit_code)
+            self._wait_for_saves()
+            self.saving.check_folder()
+        return state
+
+    def _due(self, step: int, told_to_stop: bool) -> _Due:
+        stops, last = told_to_stop or step == self.total_steps, step == self.total_steps
+        evaluates = self.periods.eval is not None and (last or step % self.periods.eval == 0)
+        return _Due(stops, evaluates, saves=stops or step % self.periods.save == 0)
+
+    def _step(self, step: int, state: TrainState, log: _Log, first: bool) -> TrainState:
+        """Returns the state after one step, which may still be running."""
+        judge, goodput = self.reporting.judge, self.reporting.goodput
+        with _watched(None if first else self.reporting.hang_timeout):
+            asked = time.monotonic()
+            batch = self.batches.next_batch(state)
+            on_devices = partitioning.put_rows(self.mesh, batch)
+            limit = partitioning.put_whole(self.mesh, np.float32(judge.limit))
+            if not log.is_running:
+                goodput.add("input", time.monotonic() - asked)
+            # An implicit transfer would make every step wait for it.
+            with _compiling(goodput) if first else contextlib.nullcontext(), jax.transfer_guard("disallow"):
+                state, metrics = self.train_step(state, on_devices, limit)
+            log.add(step, metrics, batch)
+        return state
+
+    def _save_and_evaluate(
+        self,
+        step: int,
+        state: TrainState,
+        due: _Due,
+        evaluated: Callable[[TrainState, int], Mapping[str, float] | None],
+    ) -> bool:
+        """Saves and evaluates as due. Returns False if the evaluation was aborted; the checkpoint notes that."""
+        if due.saves:
+            self._save(step, state, due.evaluates)
+        if not due.evaluates:
+            return True
+        results = None
+        try:
+            with self.reporting.goodput.spent("evaluation"):
+                results = evaluated(state, step)
+        except Exception:
+            logger.warning("the evaluation of step %d failed: the same command begins with it again", step)
+            raise
+        finally:
+            if results is None and not due.saves:
+                self._save(step, state, evaluation_due=True)
+        if results is not None and due.saves:
+            with self.reporting.goodput.spent("checkpoint"):
+                self.saving.checkpoints.add_evaluation(step, results)
+        return results is not None
+
+    def _save(self, step: int, state: TrainState, evaluation_due: bool) -> None:
+        due = {"evaluation_due": True} if evaluation_due else {}
+        noted = {**self.saving.metadata, "step": step, "metrics": {}, **self.reporting.judge.memory(), **due}
+        with self.reporting.goodput.spent("checkpoint"):
+            self.saving.checkpoints.save(step, state, self.batches.state_dict(), noted)
+
+    def _wait_for_saves(self) -> None:
+        with self.reporting.goodput.spent("checkpoint"):
+            self.saving.checkpoints.wait()

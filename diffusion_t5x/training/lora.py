@@ -27,15 +27,15 @@ class Lora:
     """LoRA settings: which matrices get low-rank updates and which parameters are trained in full.
 
     A name in `targets` or `whole` is a regular expression for the end of a parameter's name: "query" means the query
-    matrices of every attention, "decoder/blocks/mlp/wo" those of one stack. Each layer has factors of its own.
+    matrices of every attention, "decoder/blocks/mlp/wo" those of one stack. Each layer has its own factors.
 
     Attributes:
-      rank: of the updates.
+      rank: rank of the updates.
       alpha: updates are multiplied by `alpha / rank`.
-      targets: matrices of the layers that get an update.
-      whole: parameters that are trained themselves, such as "embedding", in which MASK has its row.
-      base_dtype: of frozen matrices and embeddings; norms and biases stay float32. Where `ModelConfig.dtype` is
-        bfloat16, "bfloat16" changes nothing in what a step computes.
+      targets: matrices of the layers that get low-rank updates.
+      whole: parameters that are trained in full, such as "embedding", which contains the row of MASK.
+      base_dtype: dtype of frozen matrices and embeddings; norms and biases stay float32. If `ModelConfig.dtype` is
+        bfloat16, "bfloat16" does not change what a step computes.
     """
 
     rank: int = 16
@@ -58,12 +58,12 @@ class Lora:
             raise UserError("Lora.targets must name at least one matrix.")
 
     def describe(self) -> dict[str, Any]:
-        """Its fields as JSON-serialisable values."""
+        """Returns its fields as JSON-serialisable values."""
         return dataclasses.asdict(self) | {"targets": list(self.targets), "whole": list(self.whole)}
 
 
 def define(config: ModelConfig, vocabulary: TokenIds, lora: Lora | None = None) -> ModelDefinition:
-    """The definition of the model to train, in full or by LoRA."""
+    """Returns the definition of the model to train, in full or with LoRA."""
     return ModelDefinition(config, vocabulary) if lora is None else LoraDefinition(config, vocabulary, lora)
 
 
@@ -72,7 +72,8 @@ class LoraDefinition(ModelDefinition):
     """A model with a `LowRank` in place of each targeted parameter.
 
     Raises:
-      UserError: a name is of no parameter, a target is not a matrix of the layers, or is to be trained whole as well.
+      UserError: a name matches no parameter, or a target is not a matrix of the layers or is also to be trained in
+        full.
     """
 
     lora: Lora
@@ -87,10 +88,10 @@ class LoraDefinition(ModelDefinition):
             raise UserError(f"Both Lora.targets and Lora.whole match {', '.join(sorted(both))}.")
 
     def restore_rules(self, others: Sequence[Rule] = ()) -> tuple[Rule, ...]:
-        """Restore rules for plain parameters: matrices become bases; factors and their average start fresh.
+        """Returns restore rules for plain parameters: matrices become bases; factors and their average start fresh.
 
         Args:
-          others: rules for what is left.
+          others: rules for everything else.
 
         Raises:
           UserError: one of them matches a base, which LoRA's own rules restore.
@@ -107,7 +108,7 @@ class LoraDefinition(ModelDefinition):
         return (r"params/(.*)/base", r"params/\1"), (rf"params/.*/(down|up)|ema/(?!({whole})$).*", None), *others
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh parameters: `down` is normal with a variance of one over its inputs, `up` is zero."""
+        """Returns fresh parameters: `down` is normal with variance 1 / inputs, `up` is zero."""
         base_key, factors_key = jax.random.split(key)
         return self.adapt(super().init(base_key), factors_key)
 
@@ -127,7 +128,7 @@ class LoraDefinition(ModelDefinition):
         )
 
     def adapt(self, params: Params, key: jax.Array) -> Params:
-        """Parameters of the plain model with new factors."""
+        """Returns parameters of the plain model with new factors."""
         rank, dtype = self.lora.rank, self.lora.base_dtype
         numbers = {name: number for number, name in enumerate(sorted(self._targets))}
 
@@ -147,7 +148,7 @@ class LoraDefinition(ModelDefinition):
         return LowRank(base, down, up, self.lora.alpha / self.lora.rank)
 
     def _map(self, on_target: Callable[[str, Any], Any], on_other: Callable[[str, Any], Any], tree: Params) -> Params:
-        """A tree of the plain model's form with each leaf replaced by what a function says of its name and itself."""
+        """Maps a tree of the plain model's form: each leaf becomes the result of a function of its name and value."""
         leaves = traverse_util.flatten_dict(tree, sep="/")
         return traverse_util.unflatten_dict(
             {name: (on_target if name in self._targets else on_other)(name, leaf) for name, leaf in leaves.items()},
@@ -156,7 +157,7 @@ class LoraDefinition(ModelDefinition):
 
     @functools.cached_property
     def _axes(self) -> dict[str, Axes]:
-        """The plain model's, by name."""
+        """The plain model's logical axes, by name."""
         return traverse_util.flatten_dict(super().axes(), sep="/")
 
     @functools.cached_property
@@ -173,7 +174,7 @@ def _is_matrix_of_layers(axes: Axes) -> bool:
 
 
 def _cut(axes: Axes, values: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
-    """Logical axes of a matrix: layers, inputs, outputs; one of the last two is `embed`."""
+    """Splits a matrix's logical axes into layers, inputs and outputs; one of the last two is `embed`."""
     first_output = 2 if axes[1] == "embed" else len(axes) - 1
     return values[:1], values[1:first_output], values[first_output:]
 

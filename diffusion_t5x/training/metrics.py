@@ -1,11 +1,11 @@
 """Metric writers: JSON lines and TensorBoard, neither of which needs TensorFlow, and Weights & Biases.
 
 A writer belongs to a run and writes below its MODEL_DIR. Metrics have a folder, such as "train" or
-"training_eval/my_task"; JSON lines and TensorBoard's events lie there.
+"training_eval/my_task", for JSON lines and TensorBoard's events.
 
-A run that was killed and resumed from step s shows each step once: a writer is made with `last_step=s` and forgets what
-was written for later steps, and for s itself where that is evaluated again. (What W&B was told, it cannot forget: it
-shows those steps twice.)
+A run that was killed and resumed from step s shows each step once: a writer is made with `last_step=s` and removes
+metrics of later steps, and of s itself if that is evaluated again. (W&B cannot remove metrics and shows those steps
+twice.)
 """
 
 import json
@@ -28,7 +28,7 @@ class Writer(Protocol):
     """Destination of a run's metrics."""
 
     def write(self, step: int, folder: str, metrics: Mapping[str, float]) -> None:
-        """Writes numbers (anything that `float` takes) by name."""
+        """Writes numbers (anything that `float` accepts) by name."""
 
     def close(self) -> None:
         """Flushes buffered metrics."""
@@ -39,7 +39,7 @@ class JsonlWriter:
 
     Args:
       model_dir: folders in it are made as needed.
-      last_step: lines of later steps are dropped, and so is a line that was cut short.
+      last_step: lines of later steps are dropped, and so is an incomplete last line.
     """
 
     def __init__(self, model_dir: str, last_step: int = 0):
@@ -92,13 +92,13 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """One Weights & Biases run for a MODEL_DIR, which a resumed run continues; "train/loss" over "step".
+    """One Weights & Biases run per MODEL_DIR, which a resumed run continues; "train/loss" over "step".
 
-    W&B's environment variables hold, such as WANDB_MODE=offline, WANDB_PROJECT ("diffusion_t5x" by default) and
+    W&B's environment variables apply, such as WANDB_MODE=offline, WANDB_PROJECT ("diffusion_t5x" by default) and
     WANDB_NAME (MODEL_DIR's name by default). Its files, and the id of the run, are in MODEL_DIR/wandb.
 
     Args:
-      model_dir: of the run.
+      model_dir: the run's folder.
       config: shown as the W&B run's config.
 
     Raises:
@@ -160,7 +160,7 @@ WRITERS = ("jsonl", "tensorboard", "wandb")
 
 
 def check_writers(names: Sequence[str]) -> None:
-    """Raises a UserError where a name is not one of WRITERS, or its package is not installed."""
+    """Raises a UserError if a name is not one of WRITERS, or its package is not installed."""
     if isinstance(names, str):
         raise UserError(f"metric_writers is a list of names, such as ({names!r},), not {names!r}.")
     for name in names:
@@ -177,12 +177,12 @@ def check_writers(names: Sequence[str]) -> None:
 def make_writer(
     model_dir: str, names: Sequence[str], last_step: int = 0, config: Mapping[str, Any] | None = None
 ) -> MultiWriter:
-    """The writers of these names (see `check_writers`). Only the first process of a run writes.
+    """Returns the writers of these names (see `check_writers`). Only the first process of a run writes.
 
     Args:
-      model_dir: of the run.
-      names: out of WRITERS.
-      last_step: that the run goes on from.
+      model_dir: the run's folder.
+      names: names from WRITERS.
+      last_step: the step that the run continues from.
       config: nested names and values, for writers that show them.
     """
     makers: dict[str, Callable[[], Writer]] = {
@@ -194,7 +194,7 @@ def make_writer(
 
 
 def _step(line: bytes) -> float:
-    """The step of a line; infinite where it was cut short or damaged."""
+    """Returns the step of a line; infinite if it is incomplete or damaged."""
     try:
         return float(json.loads(line)["step"]) if line.endswith(b"\n") else float("inf")
     except (ValueError, KeyError, TypeError):

@@ -1,7 +1,7 @@
 """Optimizers: factories of `optax.GradientTransformation` for nested dictionaries of parameters.
 
-The state keeps its shape when clipping is switched on or off or when another schedule is used, so a run can be resumed
-with either changed. The learning rate of the last update is in the state: `learning_rate(opt_state)`.
+The state keeps its shape when clipping is switched on or off or the schedule changes, so a run can be resumed with
+either changed. The learning rate of the last update is in the state: `learning_rate(opt_state)`.
 """
 
 import re
@@ -26,15 +26,15 @@ def adamw(
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101).
 
-    Weight decay leaves out norms and biases, the relative position bias among them: every parameter with `norm`,
-    `bias` or `scale` in its path. Names decide, since layers are stacked and a vector per layer is a matrix too.
+    Weight decay leaves out norms and biases, including the relative position bias: every parameter with `norm`, `bias`
+    or `scale` in its path. Names decide, because layers are stacked and a vector per layer is a matrix, too.
 
     Args:
       learning_rate: a number, or a schedule.
       b1: decay of the mean of the gradients.
       b2: decay of the mean of their squares.
       eps: added to the root of that mean.
-      weight_decay: share of a parameter that is taken off at a step, times the learning rate.
+      weight_decay: share of a parameter that a step subtracts, times the learning rate.
       max_grad_norm: gradients with a larger global norm are scaled down to it; None does not clip.
     """
     return _clipping(
@@ -59,11 +59,11 @@ def adafactor(
     two largest axes of a stacked parameter, layers and heads included, and clip all layers together.
 
     Args:
-      learning_rate: a number, or a schedule. Relative to the parameter's scale, so much larger than Adam's.
+      learning_rate: a number, or a schedule. It is relative to the parameter's scale, so much larger than Adam's.
       decay_rate: the second moments decay at `1 - step ** -decay_rate`.
       clipping_threshold: largest root mean square of a parameter's update before the learning rate.
       multiply_by_parameter_scale: scale an update by the root mean square of its parameter (at least 1e-3).
-      min_dim_size_to_factor: second moments are factored where rows and columns both number at least so many.
+      min_dim_size_to_factor: second moments are factored if the numbers of rows and columns are both at least this.
       max_grad_norm: gradients with a larger global norm are scaled down to it; None does not clip.
     """
     scale = optax.chain(
@@ -75,7 +75,7 @@ def adafactor(
 
 
 def learning_rate(opt_state: optax.OptState) -> jax.Array:
-    """The learning rate of the last update, a float32 scalar (of the first update, before any)."""
+    """Returns the learning rate of the last update, a float32 scalar (before any update, that of the first)."""
     return optax.tree_utils.tree_get(
         opt_state, "learning_rate", filtering=lambda _, value: isinstance(value, jax.Array)
     )
@@ -87,11 +87,11 @@ def _scale_by_learning_rate(value: optax.ScalarOrSchedule) -> optax.GradientTran
 
 
 class _Clipping(optax.GradientTransformation):
-    """Knows the norm that it clips gradients to, `max_grad_norm`."""
+    """An optimizer that exposes the norm to which it clips gradients, `max_grad_norm`."""
 
 
 def max_grad_norm(optimizer: optax.GradientTransformation) -> float | None:
-    """The global norm that an optimizer of this module clips gradients to; None where it does not."""
+    """Returns the global norm to which an optimizer of this module clips gradients; None if it does not clip."""
     return getattr(optimizer, "max_grad_norm", None)
 
 
@@ -107,7 +107,7 @@ def _decay_mask(params: optax.Params) -> optax.Params:
 
 
 def _per_matrix(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Applies a transformation to each parameter alone and, where layers are stacked, to each layer's matrix alone."""
+    """Applies a transformation to each parameter alone and, if layers are stacked, to each layer's matrix alone."""
 
     def init_one(param):
         return transform.init(_as_matrix(param))
@@ -134,10 +134,10 @@ def _per_matrix(transform: optax.GradientTransformation) -> optax.GradientTransf
 
 
 def _as_matrix(x: jax.Array) -> jax.Array:
-    """Merges axes until two are left, with the fewest rows + columns: `[embed, heads, kv]` -> `[embed, heads * kv]`.
+    """Merges axes until two are left, with minimal rows + columns: `[embed, heads, kv]` -> `[embed, heads * kv]`.
 
-    The parameters of attention are matrices whose rows or columns are written as two axes. The split of the least
-    state is the one between what goes in and what comes out.
+    The parameters of attention are matrices whose rows or columns have two axes. The split with the least state is the
+    one between inputs and outputs.
     """
     if x.ndim <= 2:
         return x

@@ -1,4 +1,4 @@
-"""Stop signals: from a scheduler (SIGTERM, SIGUSR1), a closed terminal (SIGHUP) or a person (SIGINT, Ctrl-C)."""
+"""Handles stop signals from a scheduler (SIGTERM, SIGUSR1), a closed terminal (SIGHUP) or a user (SIGINT, Ctrl-C)."""
 
 import contextlib
 import logging
@@ -28,15 +28,15 @@ logger = logging.getLogger(__name__)
 
 
 class _BrokenOff(BaseException):
-    """Raised by a signal out of what `StopSignals.attempt` does."""
+    """Raised by a signal to interrupt `StopSignals.attempt`."""
 
 
 class StopSignals:
-    """Within this context, the first of SIGNALS is noted; a second SIGTERM or SIGINT ends the process at once.
+    """Context that notes the first of SIGNALS; a second SIGTERM or SIGINT ends the process at once.
 
-    "At once" holds while the main thread computes or compiles, too: a thread sees to it. A SIGHUP that is ignored, as
-    under `nohup`, stays ignored. Where JAX joins several processes, its preemption service has SIGTERM, the others are
-    handed to it, and SIGINT stays as it was: a notice to any process stops all at the same step.
+    "At once" applies even while the main thread computes or compiles: another thread does it. An ignored SIGHUP, as
+    under `nohup`, stays ignored. If JAX joins several processes, its preemption service handles SIGTERM and is passed
+    the other signals, except SIGINT, which is unchanged: a notice to any process stops all at the same step.
     """
 
     def __init__(self):
@@ -67,7 +67,7 @@ class StopSignals:
 
     @property
     def exit_code(self) -> int:
-        """Exit code of a process that was told to stop and has saved."""
+        """The exit code of a process that was told to stop and has saved."""
         return STOPPED if self._number == signal.SIGINT else RUN_AGAIN
 
     def reached(self, step: int) -> bool:
@@ -77,7 +77,7 @@ class StopSignals:
         return self._number is not None
 
     def attempt(self, work: Callable[[], Result]) -> Result | None:
-        """Runs something long that can be repeated. Returns None if a first signal interrupts it."""
+        """Runs long work that can be repeated. Returns None if a first signal interrupts it."""
         try:
             try:
                 self._may_break_off = True
@@ -94,7 +94,7 @@ class StopSignals:
             raise _BrokenOff
 
     def _watch(self, read_end: int) -> None:
-        """Python tells of a signal through the pipe as it comes, and calls `_note` when the main thread is free."""
+        """Acts on signals as they come through the pipe; Python runs `_note` only when the main thread is free."""
         with open(read_end, "rb", buffering=0) as pipe:
             noted = urgent = False
             while number := pipe.read(1):
@@ -116,7 +116,7 @@ def _hand_on(number: int, frame: FrameType | None) -> None:
 
 
 def _leave_terminal() -> None:
-    """Sends what is still printed to a closed terminal to nowhere: writing there would be an error."""
+    """Redirects output for a closed terminal to nowhere: writing there would be an error."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         with contextlib.suppress(OSError):

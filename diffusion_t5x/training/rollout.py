@@ -1,8 +1,7 @@
-"""On-policy batches: the student itself writes the texts that it is trained on (OPDLM, arXiv 2606.06712)."""
+"""Makes on-policy batches: the student itself writes the texts that it is trained on (OPDLM, arXiv 2606.06712)."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.dataset import Dataset
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
@@ -28,12 +28,11 @@ class Rollout:
     """Settings for decoding the student's own texts. Prompts are the training data's inputs; its targets are unused.
 
     Attributes:
-      decoder: writes the texts; its blocks are the objective's.
+      decoder: writes the texts, in the objective's blocks.
       num_batches: number of training batches decoded at once, with the same parameters.
-      min_length, max_length: tokens of a text, at most: they grow from the one to the other, in a straight line,
-      growth_steps: over so many training steps.
-      num_buckets: texts are laid out in rows of `max_length`, half of it, a quarter and so on, so many sizes in all;
-        each is compiled once.
+      min_length, max_length: maximum tokens of a text at the beginning and at the end; the growth is linear.
+      growth_steps: number of training steps over which they grow.
+      num_buckets: number of row lengths: `max_length`, half of it, a quarter and so on; each is compiled once.
     """
 
     decoder: BlockDecoder
@@ -52,24 +51,24 @@ class Rollout:
             raise UserError(f"Rollout.min_length must not exceed max_length; got {self}.")
 
     def length(self, step: int) -> int:
-        """Maximum tokens of a text written at this training step."""
+        """Returns the maximum number of tokens of a text written at this training step."""
         grown = min(1.0, step / self.growth_steps) if self.growth_steps else 1.0
         return round(self.min_length + grown * (self.max_length - self.min_length))
 
     def bucket(self, length: int) -> int:
-        """Row length, in tokens, for texts of this length."""
+        """Returns the row length, in tokens, for texts of this length."""
         sizes = [-(-self.max_length // 2**i) for i in range(self.num_buckets)]
         return min(size for size in sizes if size >= length)
 
 
 def prompts(batch: Batch, num_inputs: int, length: int, bucket: int) -> Batch:
-    """The inputs of a batch, each with `length` empty targets behind it; rows of `num_inputs + bucket` slots.
+    """Returns the inputs of a batch, each followed by `length` empty targets; rows of `num_inputs + bucket` slots.
 
     Args:
-      batch: numpy, one example a row, inputs of at most `num_inputs` tokens.
-      num_inputs: room for the inputs.
-      length: targets.
-      bucket: room for the targets.
+      batch: numpy, one example per row, inputs of at most `num_inputs` tokens.
+      num_inputs: number of slots for the inputs.
+      length: number of targets.
+      bucket: number of slots for the targets.
     """
     slots = np.arange(num_inputs + bucket, dtype=np.int32)
     given = np.sum(batch.input_mask, axis=-1, keepdims=True)
@@ -88,10 +87,10 @@ def prompts(batch: Batch, num_inputs: int, length: int, bucket: int) -> Batch:
 def make_rollout_step(
     mesh: Mesh, definition: ModelDefinition, decoder: BlockDecoder, *, seed: int
 ) -> Callable[[Params, Batch, int | jax.Array], Batch]:
-    """The jitted `(params, prompts, step) -> texts`: the prompts with what the model wrote, and when it wrote it.
+    """Returns the jitted `(params, prompts, step) -> texts`: prompts with written texts, and when each was written.
 
-    A text goes as far as its decoder did: to the end of the block in which it has ended. What stands behind its end
-    there is what the student saw as it wrote the block. Draws are keyed by `(seed, step, example_ids)`.
+    A text extends to the end of the block in which it ended, as its decoder did. The tokens after its end are those
+    that the student saw as it wrote the block. Draws are keyed by `(seed, step, example_ids)`.
     """
 
     base = stream(jax.random.key(seed), "rollouts")
@@ -111,30 +110,17 @@ def make_rollout_step(
     return jax.jit(write, out_shardings=partitioning.batch_sharding(mesh))
 
 
-class PromptSource(Protocol):
-    """The prompt data-set interface that is available before reading."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def pack(self) -> bool: ...
-
-    @property
-    def task_feature_lengths(self) -> Mapping[str, int]: ...
-
-
 class OnPolicyBatches:
     """Training batches that the student writes, `num_batches` at once; they have a position, like other data.
 
     Args:
-      mesh: to spread the rows over.
+      mesh: the mesh for the rows.
       definition: the student.
-      rollout: how texts are written.
-      prompts: this process's share of batches of prompts, one a row.
-      num_inputs: tokens of the longest prompt.
-      batch_size: rows of a training batch over all processes.
-      seed: of the draws.
+      rollout: settings of the rollout.
+      prompts: this process's share of batches of prompts, one per row.
+      num_inputs: number of tokens of the longest prompt.
+      batch_size: number of rows in a training batch over all processes.
+      seed: seed of the draws.
     """
 
     def __init__(
@@ -153,7 +139,7 @@ class OnPolicyBatches:
         self._texts: list[Batch] = []
 
     def next_batch(self, state: TrainState) -> Batch:
-        """The next batch, numpy; written now, with the parameters of this state, where none is left."""
+        """Returns the next batch, numpy; if none is left, writes new ones with the parameters of this state."""
         if not self._texts:
             step = int(state.step)
             length = self._rollout.length(step)
@@ -174,7 +160,7 @@ class OnPolicyBatches:
         return prompts(batch, self._num_inputs, length, self._rollout.bucket(length))
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """The prompts' position, and the texts that are written and not used yet."""
+        """Returns the prompts' position, and the texts that are written and not used yet."""
         texts = jax.tree.map(lambda *x: np.stack(x), *self._texts) if self._texts else None
         stored = {_STORED + name: x for name, x in vars(texts).items() if x is not None} if texts else {}
         return self._prompts.state_dict() | stored
@@ -186,7 +172,7 @@ class OnPolicyBatches:
         self._texts = [Batch(**{name: x[i] for name, x in stored.items()}) for i in range(number)]
 
 
-def check_rollout(objective: Objective, model: ModelConfig, rollout: Rollout | None, dataset: PromptSource) -> None:
+def check_rollout(objective: Objective, model: ModelConfig, rollout: Rollout | None, dataset: Dataset) -> None:
     """Raises a UserError if objective, rollout and data do not match."""
     name = type(objective).__name__
     if rollout is None:

@@ -13,10 +13,10 @@ _NOTHING = "# This run was started from Python, without gin. Its checkpoints' re
 
 
 def write_config(file: str, text: str, step: int) -> None:
-    """Writes the configuration of a run that starts or goes on at a step.
+    """Writes the configuration of a run that starts or continues at a step.
 
-    An earlier one that differs is kept as `config_<step>.gin`, and the log says what changed. Of a run that has none,
-    that was started without gin, it says so.
+    An earlier configuration that differs is kept as `config_<step>.gin`, and the log says what changed. For a run that
+    was started without gin, it says so.
     """
     text = text if _statements(text) else _NOTHING
     path = pathlib.Path(file)
@@ -31,7 +31,7 @@ def write_config(file: str, text: str, step: int) -> None:
 
 
 def changed_lines(before: str, after: str) -> list[str]:
-    """Lines that only one of two gin texts has, with "-" or "+" in front; comments, imports and order do not matter."""
+    """Returns lines that only one of two gin texts has, after "-" or "+"; comments, imports and order do not matter."""
     return [line for line in difflib.ndiff(_statements(before), _statements(after)) if line[0] in "+-"]
 
 

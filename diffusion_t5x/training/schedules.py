@@ -1,8 +1,7 @@
 """Learning-rate schedules: small factories of `optax.Schedule`, functions of the 0-based step.
 
-Every schedule takes `warmup_steps`; those that know how many steps there are take a share of them, too: 0.05 of 1,000
-steps are 50. Except in T5's `rsqrt`, warm-up is a linear ramp that starts at 0 with step 0 and
-reaches the peak at step `warmup_steps`.
+Every schedule takes `warmup_steps`; schedules that know the total number of steps also take a share: 0.05 of 1,000
+steps are 50. Except in T5's `rsqrt`, warm-up is a linear ramp from 0 at step 0 to the peak at step `warmup_steps`.
 """
 
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from diffusion_t5x.errors import UserError
 
 
 def constant(value: float, warmup_steps: int = 0) -> optax.Schedule:
-    """`value` for ever, after the warm-up."""
+    """Returns a schedule that stays at `value` after the warm-up."""
     _check(value, warmup_steps)
     return _warmed_up(optax.constant_schedule(value), value, warmup_steps)
 
@@ -20,7 +19,7 @@ def constant(value: float, warmup_steps: int = 0) -> optax.Schedule:
 def linear(
     peak_value: float, total_steps: int, warmup_steps: int | float = 0, end_value: float = 0.0
 ) -> optax.Schedule:
-    """A straight line from `peak_value` after the warm-up to `end_value` at `total_steps`, and flat from there on."""
+    """Returns a linear schedule from `peak_value` after the warm-up to `end_value` at `total_steps`, then constant."""
     _check(peak_value, warmup_steps)
     warmup_steps = _warmup(total_steps, warmup_steps)
     decay = optax.linear_schedule(peak_value, end_value, total_steps - warmup_steps)
@@ -30,12 +29,13 @@ def linear(
 def cosine(
     peak_value: float, total_steps: int, warmup_steps: int | float = 0, end_value: float = 0.0
 ) -> optax.Schedule:
-    """Half a cosine from `peak_value` after the warm-up to `end_value` at `total_steps`, and flat from there on.
+    """Returns half a cosine from `peak_value` after the warm-up to `end_value` at `total_steps`, then constant.
 
     Args:
       peak_value: the highest learning rate, at the end of the warm-up.
-      total_steps: steps until the rate reaches `end_value`.
-      warmup_steps: steps over which the rate rises from 0 to its peak; a float below 1 is a share of `total_steps`.
+      total_steps: number of steps until the rate reaches `end_value`.
+      warmup_steps: number of steps over which the rate rises from 0 to its peak; a float below 1 is a share of
+        `total_steps`.
       end_value: the rate from `total_steps` on.
     """
     _check(peak_value, warmup_steps)
@@ -52,11 +52,11 @@ def cosine(
 def rsqrt(
     value: float = 1.0, warmup_steps: int = 10_000, linear_warmup: bool = False, peak_value: float | None = None
 ) -> optax.Schedule:
-    """`value / sqrt(max(step, warmup_steps))`: T5's pretraining schedule, made for Adafactor.
+    """Returns `value / sqrt(max(step, warmup_steps))`: T5's pretraining schedule, made for Adafactor.
 
     It is T5X's `factors="constant * rsqrt_decay"`: the warm-up is a plateau, at `value / sqrt(warmup_steps)` (0.01 with
     the defaults), not a ramp. `linear_warmup` multiplies a ramp into it (T5X's factor of that name), which Adam needs.
-    `peak_value` is the rate at the end of the warm-up, in place of `value`.
+    `peak_value` sets the rate at the end of the warm-up instead of `value`.
     """
     _check(value if peak_value is None else peak_value, warmup_steps)
     if peak_value is not None:
@@ -77,7 +77,7 @@ def _check(rate: float, warmup_steps: int | float) -> None:
 
 
 def _warmup(total_steps: int, warmup_steps: int | float) -> int:
-    """The number of warm-up steps, of which a share may be given."""
+    """Returns the number of warm-up steps; a share is converted."""
     steps = round(warmup_steps * total_steps) if 0 < warmup_steps < 1 else warmup_steps
     if steps != int(steps) or not 0 <= steps < max(total_steps, 1):
         raise UserError(

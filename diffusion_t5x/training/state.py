@@ -1,4 +1,4 @@
-"""The training state, and its sharding on the mesh."""
+"""The training state and its sharding on the mesh."""
 
 from typing import Any
 
@@ -13,13 +13,13 @@ from diffusion_t5x.models.transformer import ModelDefinition, Params
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """The state that a step reads and writes.
+    """The state that a training step reads and writes.
 
     Attributes:
-      step: int32 scalar, steps taken.
+      step: int32 scalar, number of steps taken.
       params: the model's parameters.
-      opt_state: the optimizer's state, of what is trained of them.
-      ema: exponential moving average of what is trained of them, or None.
+      opt_state: the optimizer's state of the trained parameters.
+      ema: exponential moving average of the trained parameters, or None.
     """
 
     step: jax.Array
@@ -43,14 +43,14 @@ def split(definition: ModelDefinition, params: Params) -> tuple[Params, Params]:
 
 
 def join(trained: Params, others: Params) -> Params:
-    """All parameters: those of `others` where `trained` has None."""
+    """Joins parameters: those of `others` where `trained` has None."""
     return jax.tree.map(lambda x, other: other if x is None else x, trained, others, is_leaf=lambda x: x is None)
 
 
 def fresh_state(
     definition: ModelDefinition, optimizer: optax.GradientTransformation, keep_ema: bool, key: jax.Array
 ) -> TrainState:
-    """The state before the first step. Run it through `init_state`, which makes it in place on the mesh."""
+    """Returns the state before the first step. Run it through `init_state`, which makes it in place on the mesh."""
     params = definition.init(key)
     trained, _ = split(definition, params)
     ema = jax.tree.map(jnp.copy, trained) if keep_ema else None
@@ -60,7 +60,7 @@ def fresh_state(
 def abstract_state(
     mesh: Mesh, definition: ModelDefinition, optimizer: optax.GradientTransformation, keep_ema: bool
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state: a TrainState of `jax.ShapeDtypeStruct`."""
+    """Returns shapes, dtypes and shardings of the state: a TrainState of `jax.ShapeDtypeStruct`."""
     shapes = jax.eval_shape(lambda key: fresh_state(definition, optimizer, keep_ema, key), jax.random.key(0))
     params = partitioning.param_shardings(mesh, shapes.params, definition.axes())
     shardings = partitioning.like_params(mesh, shapes, shapes.params, params)
@@ -74,7 +74,7 @@ def shardings_of(abstract: Any) -> Any:
 def init_state(
     abstract: TrainState, definition: ModelDefinition, optimizer: optax.GradientTransformation, seed: int
 ) -> TrainState:
-    """A fresh state, created with its shardings: nothing is whole on one device."""
+    """Makes a fresh state with its shardings: no array is whole on one device."""
     init = jax.jit(
         lambda key: fresh_state(definition, optimizer, abstract.ema is not None, key),
         out_shardings=shardings_of(abstract),

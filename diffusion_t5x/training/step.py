@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ Loss = Callable[..., LossSums]  # an objective's `loss`
 
 
 def loss_of(objective: Objective, teacher: Teacher | None, teacher_params: Params | None) -> Loss:
-    """The objective's loss; that of an objective which needs a teacher gets it as an argument."""
+    """Returns the objective's loss; if the objective needs a teacher, the loss takes the teacher's parameters."""
     if teacher is None or not objective.needs_teacher:
         return objective.loss
     assert teacher_params is not None
@@ -41,10 +42,10 @@ def loss_and_gradients(
     microbatches: int = 1,
     normalizing_factor: float | None = None,
 ) -> tuple[LossSums, Params]:
-    """The objective's sums over a batch and the gradients of its loss by what is trained, one microbatch at a time.
+    """Returns an objective's sums over a batch and its loss's gradients by trained parameters, by microbatches.
 
-    The loss is the sum of the microbatches' numerators over the sum of their denominators, which does not depend on
-    how the rows are dealt out; a mean of means would.
+    The loss is the sum of the microbatches' numerators over the sum of their denominators, which does not depend on the
+    assignment of rows to microbatches; a mean of means would. The same holds for each auxiliary loss of the model.
 
     Args:
       definition: the model.
@@ -52,44 +53,56 @@ def loss_and_gradients(
       params: the model's parameters.
       batch: rows divisible by `microbatches`.
       key: rows draw from it by their `example_ids`.
-      microbatches: pieces that the batch is cut into.
-      normalizing_factor: divides the summed loss in place of the objective's own denominator (T5X's
+      microbatches: number of pieces of the batch.
+      normalizing_factor: denominator of the summed loss, instead of the objective's own (T5X's
         LOSS_NORMALIZING_FACTOR).
     """
 
     trained, frozen = split(definition, params)
 
-    def numerator(trained, batch, key):
-        sums = loss(definition.bind(join(trained, frozen)), batch, key)
-        return sums.loss.numerator, sums
+    def sums_of(trained, piece):
+        return loss(definition.bind(join(trained, frozen)), piece, key)
+
+    def numerator(trained, piece, denominators):
+        sums = sums_of(trained, piece)
+        return sums.total_numerator(denominators or whole(sums.denominators())), sums
+
+    def whole(denominators):
+        return denominators if normalizing_factor is None else denominators | {"loss": jnp.float32(normalizing_factor)}
 
     gradients = jax.grad(numerator, has_aux=True)
     if microbatches == 1:
-        grads, sums = gradients(trained, batch, key)
+        grads, sums = gradients(trained, batch, None)
     else:
         # Rows are dealt out in turn, so every microbatch has rows of every device.
         pieces = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
-
-        def accumulate(total, piece):
-            grads, sums = gradients(trained, piece, key)
-            return jax.tree.map(jnp.add, total, (grads, sums)), None
-
-        shapes = jax.eval_shape(gradients, trained, jax.tree.map(lambda x: x[0], pieces), key)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        (grads, sums), _ = jax.lax.scan(accumulate, zeros, pieces)
+        denominators = None
+        if jax.eval_shape(sums_of, trained, jax.tree.map(lambda x: x[0], pieces)).auxiliary:
+            # They need no pass of the model: the compiler drops what is computed here and not read.
+            denominators = whole(_summed(lambda piece: sums_of(trained, piece).denominators(), pieces))
+        grads, sums = _summed(lambda piece: gradients(trained, piece, denominators), pieces)
     if normalizing_factor is not None:
         sums = sums.replace(loss=sums.loss.replace(denominator=jnp.float32(normalizing_factor)))
-    scale = 1 / jnp.where(sums.loss.denominator == 0, 1, sums.loss.denominator)
+    scale = 1 / sums.loss.divisor
     return sums, jax.tree.map(lambda g: g * scale, grads)
 
 
+def _summed(function: Callable[[Any], Any], pieces: Any) -> Any:
+    """Sums a function's results over the leading axis of `pieces`, one at a time."""
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], pieces))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(lambda total, piece: (jax.tree.map(jnp.add, total, function(piece)), None), zeros, pieces)[0]
+
+
 def step_key(seed: int, step: int | jax.Array) -> jax.Array:
-    """The key of the noise and the dropout of the step that a state takes at its `step`, which is 0 at first."""
+    """Returns the key of noise and dropout for a step; the first step is 0."""
     return jax.random.fold_in(stream(jax.random.key(seed), "steps"), step)
 
 
 def means(sums: LossSums) -> Metrics:
-    return {"loss": sums.loss.mean(), **{name: ratio.mean() for name, ratio in sums.metrics.items()}}
+    """Returns the minimised loss, the objective's metrics, and the model's auxiliary losses without their weights."""
+    auxiliary = {name: loss.ratio.mean() for name, loss in sums.auxiliary.items()}
+    return {"loss": sums.total(), **{name: ratio.mean() for name, ratio in sums.metrics.items()}, **auxiliary}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,16 +112,18 @@ class TrainStep:
     jitted: jax.stages.Wrapped
     teacher_params: Params | None
 
-    def __call__(self, state: TrainState, batch: Batch, loss_limit: float = np.inf) -> tuple[TrainState, Metrics]:
-        """The state after a step, and its metrics.
+    def __call__(
+        self, state: TrainState, batch: Batch, loss_limit: jax.Array | float = np.inf
+    ) -> tuple[TrainState, Metrics]:
+        """Returns the state after a step, and its metrics.
 
-        Where the loss or the gradient's norm is not finite, or the loss is above the limit, the state stays as it was
-        but for its `step`, and the metric "bad" is 1. "clipped" is 1 where the optimizer clips the gradient's norm.
+        If the loss or the gradient's norm is not finite, or the loss is above the limit, the state is unchanged except
+        for its `step`, and the metric "bad" is 1. "clipped" is 1 if the optimizer clips the gradient's norm.
         """
-        return self.jitted(self.teacher_params, state, batch, np.float32(loss_limit))
+        return self.jitted(self.teacher_params, state, batch, jnp.asarray(loss_limit, jnp.float32))
 
     def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
-        """To be compiled ahead of time, for shapes with shardings or for arrays."""
+        """Lowers the step for compilation ahead of time, for shapes with shardings or for arrays."""
         limit = jax.ShapeDtypeStruct((), np.float32)
         return self.jitted.lower(self.teacher_params, state, batch, limit)
 
@@ -126,10 +141,10 @@ def make_train_step(
     ema_decay: float | None = None,
     teacher: Teacher | None = None,
 ) -> TrainStep:
-    """The step of a run; the state that goes into it is given up.
+    """Returns the step of a run; its input state is donated.
 
-    Noise and dropout of step s are keyed by `(seed, s, example_ids)`, so a resumed run repeats them. The teacher, for
-    objectives that have one, is read and never given up.
+    Noise and dropout of step s are keyed by `(seed, s, example_ids)`, so a resumed run repeats them. The teacher, if
+    there is one, is never donated.
     """
     max_grad_norm = optimizers.max_grad_norm(optimizer)
 
@@ -151,7 +166,7 @@ def make_train_step(
         ema = state.ema
         if ema_decay is not None:
             ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
-        loss, gradient_norm = sums.loss.mean(), optax.tree.norm(grads)
+        loss, gradient_norm = sums.total(), optax.tree.norm(grads)
         is_good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & (loss <= loss_limit)
         stepped = TrainState(step=state.step, params=params, opt_state=opt_state, ema=ema)
         before = state.replace(params=trained)
@@ -181,7 +196,7 @@ def make_train_step(
 def make_loss_step(
     mesh: Mesh, definition: ModelDefinition, objective: Objective, *, seed: int, teacher: Teacher | None = None
 ) -> Callable[[Params, Batch], LossSums]:
-    """`(params, batch) -> sums` for evaluation, jitted: no dropout, and the same noise at each evaluation."""
+    """Returns the jitted `(params, batch) -> sums` for evaluation: no dropout, the same noise at each evaluation."""
 
     def step(params: Params, batch: Batch, teacher_params: Params | None) -> LossSums:
         loss = loss_of(objective, teacher, teacher_params)

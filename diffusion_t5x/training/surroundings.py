@@ -19,12 +19,12 @@ _NO_ROOM_WORDS = re.compile(r"No space left on device|Disk quota exceeded|Read-o
 
 @contextlib.contextmanager
 def explained(state: Any, batch: str, folder: str) -> Iterator[None]:
-    """Within this context, an out-of-memory or disk error becomes a UserError that says what to change.
+    """Context that turns out-of-memory and disk errors into a UserError that says what to change.
 
     Args:
-      state: tree of `jax.ShapeDtypeStruct` with shardings, which stands on the devices.
-      batch: what a step works on, in words.
-      folder: what is written below.
+      state: tree of `jax.ShapeDtypeStruct` with shardings, which is on the devices.
+      batch: description of a step's work.
+      folder: folder of the run's files.
     """
     try:
         yield
@@ -50,7 +50,7 @@ def explained(state: Any, batch: str, folder: str) -> Iterator[None]:
 
 
 def bytes_a_device(state: Any) -> int:
-    """Bytes per device of a tree of arrays or their shapes, with shardings."""
+    """Returns the bytes per device of a tree of arrays or their shapes, with shardings."""
 
     def size(leaf) -> int:
         shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape

@@ -62,7 +62,7 @@ def lattices(name):
     @jax.jit
     def of(batch):
         model = definition.bind(params)
-        logits = model.logits(objective.hidden(model, batch))
+        logits = model.logits(objective.output(model, batch).hidden)
         return jax.nn.log_softmax(logits.at[..., MASK:].set(-np.inf))
 
     texts = list(itertools.product(PIECES, repeat=4))

@@ -61,7 +61,9 @@ def uncached(name, decoder, batch=BATCH):
 
     @jax.jit
     def write(canvas, eligible, step):
-        hidden = model(start_first(canvas, batch.positions, definition.vocabulary), Slots.of(batch), decoder.attention)
+        hidden = model(
+            start_first(canvas, batch.positions, definition.vocabulary), Slots.of(batch), decoder.attention
+        ).hidden
         step_keys = fold_in(stream(keys, "steps"), step)
         before = Canvas.start(jnp.asarray(canvas), eligible).replace(step=step)
         return decoder.inner.write(model, hidden, before, eligible, jnp.asarray(batch.positions), step_keys)
@@ -125,7 +127,7 @@ def test_confidences_are_the_probabilities_at_temperature_1(inner):
     def probabilities(tokens):
         model = definition.bind(params)
         read = start_first(tokens, jnp.asarray(BATCH.positions), definition.vocabulary)
-        logits = model.logits(model(read, Slots.of(BATCH), decoder.attention))
+        logits = model.logits(model(read, Slots.of(BATCH), decoder.attention).hidden)
         return jax.nn.softmax(logits.at[..., 23:].set(-np.inf))
 
     written_at = np.full(BATCH.tokens.shape, -1)
@@ -211,7 +213,7 @@ def test_a_step_costs_what_its_block_costs_and_a_pass_over_all_ten_times_more():
 
     def uncached(params):
         model = definition.bind(params)
-        hidden = model(batch.tokens, slots, kind)
+        hidden = model(batch.tokens, slots, kind).hidden
         return model.logits(jax.lax.dynamic_slice_in_dim(hidden, 500, size, axis=1))
 
     params = definition.abstract()

@@ -12,6 +12,7 @@ import tiny
 from diffusion_t5x.decoding.commit import choose
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.output import Output
 
 MASK, START = 23, 21  # a start token that is not pad, so that one cannot stand for the other
 VOCABULARY = dataclasses.replace(tiny.VOCABULARY, start_id=START)
@@ -30,7 +31,8 @@ class Neighbours(tiny.TableModel):
 
     def __call__(self, tokens, slots, kind, encoded=None, dropout_keys=None):
         super().__call__(tokens, slots, kind, encoded, dropout_keys)
-        return jnp.asarray(PLACES) + jnp.asarray(BEFORE)[jnp.roll(tokens, 1, -1)] + self.table[jnp.roll(tokens, -1, -1)]
+        before, after = jnp.asarray(BEFORE)[jnp.roll(tokens, 1, -1)], self.table[jnp.roll(tokens, -1, -1)]
+        return Output(jnp.asarray(PLACES) + before + after)
 
 
 @functools.cache

@@ -176,7 +176,7 @@ def test_drafts_are_those_of_whole_passes(name):
     @jax.jit
     def whole_pass(tokens):
         model = definition.bind(params)
-        logits = model.logits(reading.hidden(model, tokens, kind))
+        logits = model.logits(reading.output(model, tokens, kind).hidden)
         return jax.nn.softmax(logits.at[..., 23:].set(-np.inf))
 
     tokens, confidence = found.trace.tokens, found.trace.confidence

@@ -41,7 +41,7 @@ def log_probabilities(name):
     @jax.jit
     def of(params, tokens):
         model = definition.bind(params)
-        logits = model.logits(model(tokens, Slots.of(BATCH), BIDIRECTIONAL))
+        logits = model.logits(model(tokens, Slots.of(BATCH), BIDIRECTIONAL).hidden)
         return jax.nn.log_softmax(logits.at[..., 23:].set(-np.inf))
 
     return lambda tokens: np.asarray(of(params, tokens))

@@ -22,9 +22,10 @@ from diffusion_t5x.evaluation.evaluator import (
 )
 from diffusion_t5x.evaluation.inference import predict, write_jsonl
 from diffusion_t5x.evaluation.losses import evaluate_loss
+from diffusion_t5x.models.output import Ratio
 from diffusion_t5x.models.streams import row_keys
 from diffusion_t5x.objectives.autoregressive import Autoregressive
-from diffusion_t5x.objectives.objective import LossSums, Ratio
+from diffusion_t5x.objectives.objective import LossSums
 from diffusion_t5x.partitioning import MeshConfig
 
 MESH = MeshConfig().make()

@@ -74,12 +74,13 @@ class MaskPredict(Objective):
         reading = Reading.of(batch, model.vocabulary, model.config.shifted, packed=True)
         batch = reading.fits(batch)
         encoded = model.encode(batch, dropout_keys)
-        hidden = reading.hidden(model, tokens, self.attention, encoded, dropout_keys)
-        nll, correct = score(model, hidden, batch.tokens)
+        output = reading.output(model, tokens, self.attention, encoded, dropout_keys)
+        nll, correct = score(model, output.hidden, batch.tokens)
         masked = batch.replace(target_mask=batch.target_mask & (tokens == model.vocabulary.mask_id))
         return LossSums(
             loss=normalized(masked, nll, self.normalize),
             metrics={"accuracy": normalized(masked, correct, "target_tokens")},
+            auxiliary=output.auxiliary,
         )
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
@@ -88,7 +89,7 @@ class MaskPredict(Objective):
         reading = Reading.of(batch, model.vocabulary, model.config.shifted)
 
         def nll(tokens):
-            return score(model, reading.hidden(model, tokens, self.attention, encoded), batch.tokens)[0]
+            return score(model, reading.output(model, tokens, self.attention, encoded).hidden, batch.tokens)[0]
 
         first_target = jnp.argmax(batch.target_mask, axis=-1, keepdims=True)
         return masked_bound(nll, model.vocabulary, batch, first_target, batch.target_mask, key, num_draws)

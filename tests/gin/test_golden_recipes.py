@@ -6,6 +6,7 @@ Rewrite them, and read what changed, with
 """
 
 import difflib
+import inspect
 import pathlib
 import re
 
@@ -74,6 +75,11 @@ RUNS["quickstart/adapt+all_conversions"] = [
     "objectives/block.gin",
     *(f"adaptation/{name}.gin" for name in ("shifted", "annealed", "block_growth", "joint")),
 ]
+AR2DIFF = "recipes/ar2diff"
+RUNS |= {
+    f"ar2diff/shifted+{data}": [f"{AR2DIFF}/shifted.gin", f"{AR2DIFF}/shared/{data}.gin"]
+    for data in ("texts", "jsonl_texts", "prompts", "chat")
+}
 
 
 def resolved(run: str) -> str:
@@ -131,7 +137,9 @@ POLICY = train.CheckpointPolicy(keep_last=7)
 def test_a_changed_default_shows(owner, name, changed, line, monkeypatch):
     run = "quickstart/adapt"
     if owner is train.train:
-        monkeypatch.setitem(owner.__kwdefaults__, name, changed)
+        signature = inspect.signature(owner)
+        parameters = signature.parameters | {name: signature.parameters[name].replace(default=changed)}
+        monkeypatch.setattr(owner, "__signature__", signature.replace(parameters=list(parameters.values())))
     else:
         names = [field for field in owner.__annotations__ if hasattr(ModelConfig, field)]
         defaults = dict(zip(names, owner.__defaults__, strict=True)) | {name: changed}

@@ -40,13 +40,13 @@ def reader(definition, decoder_class, kind):
         model = definition.bind(params)
         if definition.config.shifted and not decoder_class.autoregressive:
             slots, tokens = start_ahead(batch, canvas, definition.vocabulary)
-            return model.logits(model(tokens, slots, kind, model.encode(batch)))[:, :-1]
+            return model.logits(model(tokens, slots, kind, model.encode(batch)).hidden)[:, :-1]
         slots, tokens = Slots.of(batch), canvas
         if decoder_class is AutoregressiveDecoder:
             slots, tokens = shifted_slots(batch), shift_right(canvas, batch.positions, definition.vocabulary.start_id)
         elif decoder_class is not SundaeDecoder:
             tokens = start_first(canvas, batch.positions, definition.vocabulary)
-        return model.logits(model(tokens, slots, kind, model.encode(batch)))
+        return model.logits(model(tokens, slots, kind, model.encode(batch)).hidden)
 
     return read
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.output import Output
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.training.state import TrainState, abstract_state
 
@@ -137,7 +138,7 @@ class TableModel:
     def __call__(self, tokens, slots, kind, encoded=None, dropout_keys=None):
         self.calls.append((tokens, slots, kind, dropout_keys))
         logits = self.table[tokens]
-        return logits if self.added is None else logits + self.added[len(self.calls) - 1]
+        return Output(logits if self.added is None else logits + self.added[len(self.calls) - 1])
 
     def map_logits(self, fn, hidden, *per_position):
         return fn(hidden, *per_position)

@@ -61,7 +61,7 @@ def test_logits_of_whole_rows_and_token_by_token(name, there_and_back):
         """Whole rows; and a prompt in one pass, then token by token over the cache."""
         model = definition.bind(params)
         encoded = model.encode(batch)
-        whole = model(batch.tokens, slots, CAUSAL, encoded)
+        whole = model(batch.tokens, slots, CAUSAL, encoded).hidden
         start = jnp.zeros(len(there), jnp.int32)
         cache = KVCache.empty(definition.config, slots)
         first, cache = model.extend(batch.tokens[:, :prompt], CAUSAL, cache, start, encoded)
@@ -90,7 +90,7 @@ def test_logits_in_bfloat16_stay_close(name, there_and_back):
     @jax.jit
     def logits(params):
         model = definition.bind(params)
-        return model.logits(model(batch.tokens, Slots.of(batch), CAUSAL, model.encode(batch)))
+        return model.logits(model(batch.tokens, Slots.of(batch), CAUSAL, model.encode(batch)).hidden)
 
     expected, there = said["logits"], said["there"]
     error = (np.asarray(logits(params))[..., : expected.shape[-1]] - expected)[there] / expected[there].std()

@@ -86,7 +86,7 @@ def logits(definition, params, tokens):
     positions = jnp.arange(len(tokens))[None]
     slots = Slots(segment_ids=jnp.ones_like(positions), positions=positions, is_input=jnp.zeros_like(positions) > 0)
     model = definition.bind(params)
-    return np.asarray(model.logits(model(jnp.asarray(tokens)[None], slots, CAUSAL))[0])
+    return np.asarray(model.logits(model(jnp.asarray(tokens)[None], slots, CAUSAL).hidden)[0])
 
 
 def load(folder):

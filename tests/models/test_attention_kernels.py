@@ -175,7 +175,7 @@ def test_models_learn_the_same_by_kernels(config, batch, used, monkeypatch):
 
     def loss(params):
         model = definition.bind(params)
-        logits = model.logits(model(batch.tokens, Slots.of(batch), CAUSAL, model.encode(batch)))
+        logits = model.logits(model(batch.tokens, Slots.of(batch), CAUSAL, model.encode(batch)).hidden)
         return jnp.mean(jnp.where(batch.target_mask[..., None], logits, 0) ** 2)
 
     expected = jax.jit(jax.value_and_grad(loss))(params)

@@ -118,7 +118,7 @@ def trace(monkeypatch):
 
 def whole_rows(kind, length=LENGTH):
     batch = tiny.pack_apart([[([3], [4])]] * 4, length, length)
-    return lambda model: model(batch.tokens, Slots.of(batch), kind, model.encode(batch))
+    return lambda model: model(batch.tokens, Slots.of(batch), kind, model.encode(batch)).hidden
 
 
 @pytest.mark.parametrize("kind", [CAUSAL, BIDIRECTIONAL, PREFIX], ids=lambda kind: kind.name)

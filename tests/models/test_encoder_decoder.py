@@ -26,7 +26,7 @@ def logits(config, kind):
     @jax.jit
     def forward(params, batch):
         model = definition.bind(params)
-        return model.logits(model(batch.tokens, Slots.of(batch), kind, model.encode(batch)))
+        return model.logits(model(batch.tokens, Slots.of(batch), kind, model.encode(batch)).hidden)
 
     return forward
 

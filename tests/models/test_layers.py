@@ -44,7 +44,7 @@ def test_gated_mlp(activation, gate):
     mlp = MLP(jax.random.key(0), embed_dim=4, mlp_dim=6, activation=activation, dropout_rate=0.5)
     wi_0, wi_1, wo = (np.asarray(kernel.get_value()) for kernel in (mlp.wi_0, mlp.wi_1, mlp.wo))
     x = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
-    np.testing.assert_allclose(mlp(x, None), (gate(x @ wi_0) * (x @ wi_1)) @ wo, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(mlp(x, None)[0], (gate(x @ wi_0) * (x @ wi_1)) @ wo, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -58,7 +58,7 @@ def test_mlp_with_biases(gated):
     hidden = gelu(x @ weights["wi_0"] + weights["wi_0_bias"])
     if gated:
         hidden = hidden * (x @ np.asarray(mlp.wi_1.get_value()) + np.asarray(mlp.wi_1_bias.get_value()))
-    np.testing.assert_allclose(mlp(x, None), hidden @ weights["wo"] + weights["wo_bias"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(mlp(x, None)[0], hidden @ weights["wo"] + weights["wo_bias"], rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_keeps_the_mean_and_shares_its_mask_over_the_length():

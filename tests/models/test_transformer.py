@@ -30,7 +30,7 @@ def forward(config):
 
     def logits(params, tokens, slots, kind):
         model = definition.bind(params)
-        return model.logits(model(tokens, slots, kind))
+        return model.logits(model(tokens, slots, kind).hidden)
 
     return jax.jit(logits, static_argnums=3)
 
@@ -97,7 +97,7 @@ def loss_and_gradients(config, batch=PACKED):
 
     def loss(params):
         model = definition.bind(params)
-        return jnp.mean(model.logits(model(batch.tokens, Slots.of(batch), CAUSAL)) ** 2)
+        return jnp.mean(model.logits(model(batch.tokens, Slots.of(batch), CAUSAL).hidden) ** 2)
 
     return jax.jit(jax.value_and_grad(loss))(params)
 

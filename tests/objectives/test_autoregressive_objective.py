@@ -36,7 +36,7 @@ def negative_log_likelihoods(name):
         model = definition.bind(params)
         here = np.ones(tokens.shape, np.int32)
         slots = Slots(here, np.arange(tokens.shape[1])[None], here == 0)
-        return jax.nn.log_softmax(model.logits(model(tokens, slots, CAUSAL)))[0, -1]
+        return jax.nn.log_softmax(model.logits(model(tokens, slots, CAUSAL).hidden))[0, -1]
 
     def of(inputs, targets):
         row = np.array([[21, *inputs, *targets]])
@@ -95,7 +95,7 @@ def influence(prefix):
     def logits():
         model = definition.bind(params)
         tokens = shift_right(batch.tokens, batch.positions, 21)
-        return model.logits(model(tokens, shifted_slots(batch), Autoregressive(prefix=prefix).attention))
+        return model.logits(model(tokens, shifted_slots(batch), Autoregressive(prefix=prefix).attention).hidden)
 
     found = np.asarray(logits())
     return np.abs(found[:-1] - found[-1]).max(-1).T > 1e-6
@@ -119,7 +119,7 @@ def test_accuracy_counts_the_likeliest_tokens():
     definition, params = make_model("relative")
     model = definition.bind(params)
     tokens = shift_right(PADDED.tokens, PADDED.positions, 21)
-    best = np.argmax(model.logits(model(tokens, shifted_slots(PADDED), CAUSAL)), axis=-1)
+    best = np.argmax(model.logits(model(tokens, shifted_slots(PADDED), CAUSAL).hidden), axis=-1)
     half_right = np.where(np.arange(11) % 2 == 0, best, PADDED.tokens)
     # Only the labels change: the model goes on reading what it read.
     batch = PADDED.replace(tokens=np.where(PADDED.target_mask, half_right, PADDED.tokens))

@@ -63,7 +63,7 @@ def test_noisy_logits_are_those_of_a_pass_for_each_block(origin, size, config):
 
     @jax.jit
     def alone(tokens):
-        return model.logits(model(tokens, Slots.of(PACKED), kind))
+        return model.logits(model(tokens, Slots.of(PACKED), kind).hidden)
 
     found, starts = np.asarray(together()), np.asarray(block_starts(PACKED, size, origin))
     slots = np.arange(noisy.shape[1])
@@ -100,7 +100,7 @@ def test_at_size_1_with_all_masked_the_loss_is_the_likelihood_by_the_models_own_
     def log_probabilities(position):
         """Of each text's token there, given those before it; MASK stands in its place."""
         tokens = jnp.asarray(batch.tokens).at[:, 1 + position].set(3)
-        logits = forbid(model.logits(model(tokens, Slots.of(batch), kind)), vocabulary)[:, 1 + position]
+        logits = forbid(model.logits(model(tokens, Slots.of(batch), kind).hidden), vocabulary)[:, 1 + position]
         return jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(texts)[:, position, None], axis=-1)[:, 0]
 
     likelihood = sum(np.asarray(log_probabilities(position)) for position in range(4))

@@ -19,7 +19,7 @@ from diffusion_t5x.models.reading import Reading, start_first
 from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import ModelDefinition
-from diffusion_t5x.objectives.block import block_starts, noisy_hidden
+from diffusion_t5x.objectives.block import block_starts, noisy_output
 from diffusion_t5x.objectives.distillation import Distillation, Divergence, divergence, visited_states
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training.rollout import make_rollout_step
@@ -155,7 +155,7 @@ def models(config=tiny.LLAMA):
 def forward(definition, params, tokens, slots, kind):
     """Log-probabilities up to a constant, of a pass over these tokens alone."""
     model = definition.bind(params)
-    return forbid(model.logits(model(tokens, slots, kind)), VOCABULARY)
+    return forbid(model.logits(model(tokens, slots, kind).hidden), VOCABULARY)
 
 
 @functools.cache
@@ -282,8 +282,8 @@ def test_the_training_row_gives_the_logits_that_the_decoder_saw(config, origin, 
     def passes(noisy):
         """Logits of the training row's noisy part, and of a pass over the row without a cache."""
         reading, starts = Reading.of(texts, vocabulary, config.shifted), block_starts(texts, size, origin)
-        hidden = noisy_hidden(model, reading, starts, noisy, AttentionKind("block_diffusion", size, origin), None)
-        return model.logits(hidden), model.logits(reading.hidden(model, noisy, decoder.attention))
+        output = noisy_output(model, reading, starts, noisy, AttentionKind("block_diffusion", size, origin), None)
+        return model.logits(output.hidden), model.logits(reading.output(model, noisy, decoder.attention).hidden)
 
     compared = 0
     for step, canvas, positions, eligible, logits in decoder.inner.notes:

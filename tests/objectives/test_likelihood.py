@@ -13,6 +13,7 @@ import tiny
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.output import Output
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block
 from diffusion_t5x.objectives.distillation import Distillation
@@ -33,7 +34,7 @@ class Table(tiny.TableModel):
     def __call__(self, tokens, slots, kind, encoded=None, dropout_keys=None):
         index = jnp.arange(tokens.shape[1]) if slots.index is None else slots.index[0]
         seen = jnp.where(kind.mask(slots, slots), (tokens[:, None] + 1) * 5 ** jnp.minimum(index, 4), 0)
-        return self.table[jnp.minimum(slots.positions, 4), seen.sum(-1)]
+        return Output(self.table[jnp.minimum(slots.positions, 4), seen.sum(-1)])
 
 
 MODEL = Table(jnp.asarray(TABLE), VOCABULARY)

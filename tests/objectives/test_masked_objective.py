@@ -13,6 +13,7 @@ import tiny
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import BIDIRECTIONAL, Slots
+from diffusion_t5x.models.output import Output
 from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives import masked
@@ -32,7 +33,8 @@ class Neighbours(tiny.TableModel):
 
     def __call__(self, tokens, slots, kind, encoded=None, dropout_keys=None):
         before, after = jnp.roll(tokens, 1, axis=-1), jnp.roll(tokens, -1, axis=-1)
-        return super().__call__(before, slots, kind, encoded, dropout_keys) + 2 * self.table[after]
+        said = super().__call__(before, slots, kind, encoded, dropout_keys).hidden
+        return Output(said + 2 * self.table[after])
 
 
 def expected_losses(monkeypatch, objective, model, batch, nodes):

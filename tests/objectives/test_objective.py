@@ -8,11 +8,12 @@ import pytest
 import tiny
 
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.output import Ratio
 from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.streams import row_keys
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.masked import Masked
-from diffusion_t5x.objectives.objective import LossSums, Ratio, normalized
+from diffusion_t5x.objectives.objective import LossSums, normalized
 from diffusion_t5x.objectives.sundae import Sundae
 
 RNG = np.random.default_rng(0)

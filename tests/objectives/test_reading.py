@@ -15,7 +15,7 @@ from diffusion_t5x.models.reading import Reading
 from diffusion_t5x.models.readout import score
 from diffusion_t5x.objectives.annealing import annealed
 from diffusion_t5x.objectives.autoregressive import Autoregressive
-from diffusion_t5x.objectives.block import Block, block_starts, clean_and_noisy, noisy_hidden
+from diffusion_t5x.objectives.block import Block, block_starts, clean_and_noisy, noisy_output
 from diffusion_t5x.objectives.masked import Masked
 from diffusion_t5x.objectives.sundae import Sundae
 
@@ -83,7 +83,7 @@ def with_start(batch, noisy):
 def logits_of(name, kind):
     """The jitted logits of a batch as it stands."""
     model = make_model(name)
-    return jax.jit(lambda batch: model.logits(model(batch.tokens, Slots.of(batch), kind, model.encode(batch))))
+    return jax.jit(lambda batch: model.logits(model(batch.tokens, Slots.of(batch), kind, model.encode(batch)).hidden))
 
 
 @pytest.mark.parametrize("name", BATCHES)
@@ -92,7 +92,7 @@ def test_shifted_logits_are_those_of_segments_alone_with_the_start_token_ahead(n
     noisy = noisy_tokens(batch)
     assert (noisy == MASK).any() and (noisy[batch.target_mask] != MASK).any()
     reading = Reading.of(batch, VOCABULARY, shifted=True, packed=True)
-    found = jax.jit(lambda: model.logits(reading.hidden(model, noisy, BIDIRECTIONAL, model.encode(batch))))()
+    found = jax.jit(lambda: model.logits(reading.output(model, noisy, BIDIRECTIONAL, model.encode(batch)).hidden))()
     parts, alone = with_start(batch, noisy)
     expected = logits_of(name, BIDIRECTIONAL)(alone)
     for (row, places), logits in zip(parts, expected, strict=True):
@@ -103,8 +103,8 @@ def test_shifted_logits_are_those_of_segments_alone_with_the_start_token_ahead(n
 def test_shifted_and_causal_it_is_the_autoregressive_model(name):
     batch, model = BATCHES[name][1], make_model(name)
     reading = Reading.of(batch, VOCABULARY, shifted=True, packed=True)
-    found = jax.jit(lambda: reading.hidden(model, batch.tokens, CAUSAL, model.encode(batch)))()
-    expected = jax.jit(lambda: Autoregressive().hidden(model, batch))()
+    found = jax.jit(lambda: reading.output(model, batch.tokens, CAUSAL, model.encode(batch)).hidden)()
+    expected = jax.jit(lambda: Autoregressive().output(model, batch).hidden)()
     there = batch.segment_ids > 0
     np.testing.assert_allclose(found[there], expected[there], rtol=1e-4, atol=1e-5)
 
@@ -113,7 +113,7 @@ def test_shifted_and_causal_it_is_the_autoregressive_model(name):
 def test_every_noisy_token_moves_every_prediction_of_its_segment_and_no_other(shifted):
     model = make_model("relative")
     reading = Reading.of(PACKED, VOCABULARY, shifted, packed=True)
-    hidden = jax.jit(lambda tokens: reading.hidden(model, tokens, BIDIRECTIONAL))
+    hidden = jax.jit(lambda tokens: reading.output(model, tokens, BIDIRECTIONAL).hidden)
     before = np.asarray(hidden(PACKED.tokens))
     for row, places in segments(PACKED):
         for place in places:
@@ -169,7 +169,7 @@ def test_shifted_blocks_are_those_of_a_pass_for_each_block(size, name):
     noisy, starts = noisy_tokens(batch), np.asarray(block_starts(batch, size))
     reading = Reading.of(batch, VOCABULARY, shifted=True, packed=True)
     kind = AttentionKind("block_diffusion", size)
-    read = jax.jit(lambda: model.logits(noisy_hidden(model, reading, starts, noisy, kind, model.encode(batch))))
+    read = jax.jit(lambda: model.logits(noisy_output(model, reading, starts, noisy, kind, model.encode(batch)).hidden))
     found = np.asarray(read())
 
     alone = logits_of(name, AttentionKind("block_causal", size))
@@ -189,7 +189,7 @@ def test_shifted_blocks_of_one_token_all_masked_are_the_autoregressive_loss(name
     batch, model = BATCHES[name][1], make_model(name, shifted=True)
     objective = Block(1, epsilon=1 - 2.0**-20)
     found = jax.jit(lambda: objective.loss(model, batch, jax.random.key(0), train=False).loss.mean())()
-    nll = jax.jit(lambda: score(model, Autoregressive().hidden(model, batch), batch.tokens)[0])()
+    nll = jax.jit(lambda: score(model, Autoregressive().output(model, batch).hidden, batch.tokens)[0])()
     assert float(found) == pytest.approx(float(nll[batch.target_mask].mean()), rel=1e-5)
 
 

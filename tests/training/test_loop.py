@@ -21,7 +21,7 @@ from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training import loop
 from diffusion_t5x.training.bad_numbers import BadNumbers, Judge
 from diffusion_t5x.training.goodput import KINDS, Goodput
-from diffusion_t5x.training.loop import Periods, headline, train_loop
+from diffusion_t5x.training.loop import Periods, Reporting, Saving, TrainLoop, headline
 from diffusion_t5x.training.state import TrainState
 from diffusion_t5x.training.step import make_train_step
 
@@ -32,7 +32,7 @@ class Batches:
     def __init__(self):
         self.next = 0
 
-    def __next__(self):
+    def next_batch(self, state):
         self.next += 1
         return tiny.one_a_row(tiny.random_examples(self.next, [(2, 3), (1, 6), (4, 2), (0, 5)]), length=8)
 
@@ -77,24 +77,18 @@ def run(folder, *, total_steps, periods, start=0, train_step=count, state=None, 
     if state is None:
         state = TrainState(step=jnp.int32(start), params={"sum": jnp.int32(0)}, opt_state=())
     try:
-        final = train_loop(
+        judge, goodput = more.get("judge", Judge(BadNumbers(), folder)), more.get("goodput", Goodput())
+        train_loop = TrainLoop(
             mesh=MESH,
-            state=state,
             train_step=train_step,
-            next_batch=lambda _: next(batches),
-            data_state=batches.state_dict,
+            batches=batches,
+            evaluate=recorder.evaluate,
             total_steps=total_steps,
             periods=periods,
-            evaluate=recorder.evaluate,
-            checkpoints=store,
-            metadata={"config": "text"},
-            writer=recorder,
-            judge=more.get("judge", Judge(BadNumbers(), folder)),
-            goodput=more.get("goodput", Goodput()),
-            hang_timeout=more.get("hang_timeout"),
-            evaluation_due=more.get("evaluation_due", False),
-            check_folder=more.get("check_folder", lambda: None),
+            saving=Saving(store, {"config": "text"}, more.get("check_folder", lambda: None)),
+            reporting=Reporting(recorder, judge, goodput, hang_timeout=more.get("hang_timeout")),
         )
+        final = train_loop.run(state, more.get("evaluation_due", False))
     finally:
         store.close()
     assert checkpoints.steps(folder)[-1:] == [total_steps] or start == total_steps  # it is there when the loop returns
@@ -135,6 +129,15 @@ def test_a_checkpoint_holds_the_step_the_data_position_and_the_evaluation(tmp_pa
         state, data, metadata = restoring.restore(tmp_path / f"checkpoint_{step}", abstract)
         assert int(state.step) == step and int(data["next"]) == step
         assert metadata == {"config": "text", "step": step, "metrics": metrics}
+
+
+def test_a_step_that_moves_data_by_itself_raises(tmp_path):
+    def careless(state, batch, loss_limit):
+        return count(state, batch.replace(segment_ids=np.asarray(batch.segment_ids)), loss_limit)
+
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        run(tmp_path, total_steps=2, periods=Periods(log=1, eval=None, save=9), train_step=careless)
+    assert not checkpoints.steps(tmp_path)
 
 
 def test_a_run_goes_on_from_its_step(tmp_path):
@@ -268,7 +271,7 @@ def test_an_evaluation_that_fails_leaves_the_steps_and_is_made_up_for(tmp_path, 
     def go_on():
         batches = Batches()
         batches.load_state_dict(data)
-        state, _, _ = restoring.restore(tmp_path / f"checkpoint_{step}", abstract)
+        state = jax.device_put(restoring.restore(tmp_path / f"checkpoint_{step}", abstract)[0])
         more = {"recorder": recorder, "batches": batches, "state": state, "evaluation_due": True}
         return run(tmp_path, total_steps=8, periods=periods, start=step, **more)
 

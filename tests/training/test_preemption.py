@@ -19,7 +19,7 @@ from diffusion_t5x.checkpointing import checkpoints, manifest, restoring
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training.bad_numbers import BadNumbers, Judge
 from diffusion_t5x.training.goodput import Goodput
-from diffusion_t5x.training.loop import Periods, train_loop
+from diffusion_t5x.training.loop import Periods, Reporting, Saving, TrainLoop
 from diffusion_t5x.training.preemption import RUN_AGAIN, STOPPED, StopSignals
 from diffusion_t5x.training.state import TrainState
 
@@ -55,6 +55,9 @@ class Run:
             os.kill(os.getpid(), number)
         return tiny.one_a_row([([3], [4, 5])], length=4)
 
+    def state_dict(self):
+        return {"position": np.array(self.position)}
+
     def evaluate(self, state, step):
         if number := self.in_evaluation.pop(step, None):
             # From another thread, as from another process: this one is busy for long.
@@ -70,25 +73,21 @@ class Run:
         state, due = TrainState(step=jnp.int32(0), params={"sum": jnp.int32(0)}, opt_state=()), False
         if checkpoints.latest(self.folder):
             state, data, metadata = restoring.restore(self.folder, ABSTRACT)
+            state = jax.device_put(state)
             self.position, due = int(data["position"]), metadata.get("evaluation_due", False)
         store = checkpoints.Checkpoints(self.folder)
         try:
-            return train_loop(
+            train_loop = TrainLoop(
                 mesh=MESH,
-                state=state,
                 train_step=count,
-                next_batch=self.next_batch,
-                data_state=lambda: {"position": np.array(self.position)},
+                batches=self,
+                evaluate=self.evaluate,
                 total_steps=10,
                 periods=self.periods,
-                evaluate=self.evaluate,
-                checkpoints=store,
-                metadata={},
-                writer=self,
-                judge=Judge(BadNumbers(), self.folder),
-                goodput=Goodput(),
-                evaluation_due=due,
+                saving=Saving(store, {}),
+                reporting=Reporting(self, Judge(BadNumbers(), self.folder), Goodput()),
             )
+            return train_loop.run(state, due)
         finally:
             store.close()
 

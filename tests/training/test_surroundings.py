@@ -49,11 +49,12 @@ TRAIN = """
     from diffusion_t5x.checkpointing import checkpoints
     from diffusion_t5x.training.bad_numbers import BadNumbers, Judge
     from diffusion_t5x.training.goodput import Goodput
-    from diffusion_t5x.training.loop import Periods, train_loop
+    from diffusion_t5x.training.loop import Periods, Reporting, Saving, TrainLoop
     from diffusion_t5x.training.metrics import make_writer
     from diffusion_t5x.training.state import TrainState
     from diffusion_t5x.training.surroundings import explained
 
+    @jax.jit
     def count(state, batch, loss_limit):
         step = state.step + 1
         metrics = {"loss": jnp.float32(step), "tokens": jnp.sum(batch.segment_ids > 0)}
@@ -62,22 +63,25 @@ TRAIN = """
     def hang_here():
         time.sleep(600)
 
-    def next_batch(state):
-        if int(state.step) == HANG_AT:
-            hang_here()
-        return tiny.one_a_row([([3], [4, 5])], length=4)
+    class Batches:
+        def next_batch(self, state):
+            if int(state.step) == HANG_AT:
+                hang_here()
+            return tiny.one_a_row([([3], [4, 5])], length=4)
+
+        def state_dict(self):
+            return {"position": np.array(0)}
 
     folder = sys.argv[1]
     noise = np.random.default_rng(0).standard_normal(SIZE).astype(np.float32)
     state = TrainState(step=jnp.int32(0), params={"noise": jnp.asarray(noise)}, opt_state=())
     store, writer = checkpoints.Checkpoints(folder + "/checkpoints"), make_writer(folder, ["jsonl"])
     with explained(state, "1 row of 4 tokens", folder), closing(writer), closing(store):
-        train_loop(
-            mesh=MeshConfig().make(), state=state, train_step=count, next_batch=next_batch,
-            data_state=lambda: {"position": np.array(0)}, total_steps=8,
-            periods=Periods(log=1, eval=None, save=2), evaluate=None, checkpoints=store, metadata={},
-            writer=writer, judge=Judge(BadNumbers(), folder), goodput=Goodput(), hang_timeout=2.0,
-        )
+        TrainLoop(
+            mesh=MeshConfig().make(), train_step=count, batches=Batches(), evaluate=None, total_steps=8,
+            periods=Periods(log=1, eval=None, save=2), saving=Saving(store, {}),
+            reporting=Reporting(writer, Judge(BadNumbers(), folder), Goodput(), hang_timeout=2.0),
+        ).run(state)
 """
 
 
@@ -98,7 +102,7 @@ def test_a_step_that_hangs_ends_the_process_and_says_where_it_stands(tmp_path):
     command = [sys.executable, str(script(tmp_path / "run.py", hang_at=5)), str(tmp_path / "run")]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "Timeout (0:00:02)!" in done.stderr
-    assert "in hang_here" in done.stderr and "in train_loop" in done.stderr
+    assert "in hang_here" in done.stderr and "in _step" in done.stderr
     assert finished(tmp_path / "run")[:1] == ["checkpoint_2"]
 
 

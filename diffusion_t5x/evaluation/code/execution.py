@@ -4,13 +4,13 @@
 
 A program is untrusted text. Each one runs in a process of its own that sees Python's standard library, the shared
 libraries that it needs and an empty folder in memory, and nothing else: no other files, no environment, no network, no
-other processes, no keyrings. When it is over, all that it started is killed and the folder is gone.
+other processes, no keyrings. When it ends, everything it started is killed and the folder is gone.
 
 The tests run in another process, which only asks the program for values (`sandbox.judge`). To pass, a program must give
 right answers to all tests, however it finds them. It sees the arguments of each call, but neither the tests nor the
-values that they expect, so nothing that it changes in its own interpreter can make it pass. The price: a test can hand
-over and get back plain data (numbers, text, lists, tuples, sets, dictionaries, ...) and objects of the program's own,
-which equal nothing but themselves; arguments that a program changes in place do not change for the test.
+values that they expect, so nothing that it changes in its own interpreter can make it pass. The price: tests can pass
+and receive only plain data (numbers, text, lists, tuples, sets, dictionaries, ...) and the program's own objects, which
+equal only themselves; if a program changes an argument in place, the test does not see it.
 
 Not prevented: kernel vulnerabilities; a program that wastes time up to its limits on purpose; and everything that
 `allow_unsafe` permits.
@@ -56,11 +56,11 @@ class Tests:
     """Tests of one program.
 
     Attributes:
-      asserts: source texts, run one after another in one namespace; each raises AssertionError where it fails. A name
-        that they use and do not define is the program's.
+      asserts: source texts, run one after another in one namespace; each raises AssertionError if it fails. A name that
+        they use and do not define is the program's.
       setup: source that runs after the program, in its namespace and process.
-      entry_points: names of the program's that Python has too, as built-in (`sum`) or standard module. All others of
-        these mean Python's own to the tests.
+      entry_points: names defined by the program that Python also has, as a built-in (`sum`) or a standard module. In
+        tests, all other such names mean Python's own.
     """
 
     __test__ = False  # no class of tests for pytest
@@ -75,13 +75,13 @@ class Limits:
     """Resource limits of a program.
 
     Attributes:
-      cpu_seconds: CPU time of each of its processes.
+      cpu_seconds: CPU time of each process.
       wall_seconds: time from its start to the last test.
-      memory: bytes of address space of each process; shared memory and files in memory that belong to none are
+      memory: bytes of address space of each process; shared memory and files in memory, which belong to no process, are
         refused.
-      disk: bytes of its folder, and of a file.
-      processes: and threads, at a time.
-      output: bytes of what it prints that are kept.
+      disk: bytes in its folder, and in a file.
+      processes: number of processes and threads at a time.
+      output: bytes of printed text to keep.
     """
 
     cpu_seconds: int = 10
@@ -99,8 +99,8 @@ class Verdict:
     Attributes:
       status: "pass": every test ran and held. "wrong": a test did not hold. "error": an exception, or the process
         ended. "timeout" and "memory": a limit. "refused": not run at all.
-      detail: which test, and what happened.
-      output: the beginning of what the program printed.
+      detail: the test, and what happened.
+      output: the beginning of the program's output.
     """
 
     status: Status
@@ -114,11 +114,11 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Protections:
-    """The isolation that this machine can give to programs.
+    """The isolation that this machine can give programs.
 
     Attributes:
       isolation: namespaces for users, files, network, processes and IPC. Essential.
-      reason: why there is none.
+      reason: the reason if there is none.
     """
 
     isolation: bool
@@ -133,10 +133,10 @@ class Protections:
 
 @functools.cache
 def protections() -> Protections:
-    """Tests, once, which isolation this machine allows.
+    """Finds out, once, which isolation this machine allows.
 
     Raises:
-      UserError: no Linux.
+      UserError: the machine does not run Linux.
     """
     if sys.platform != "linux":
         raise UserError(f"Programs can be run safely only on Linux, not on {sys.platform}.")
@@ -149,7 +149,7 @@ def protections() -> Protections:
 
 
 def check_isolation(allow_unsafe: bool = False) -> Protections:
-    """The `protections` of this machine; raises a UserError if there is no isolation and that is not allowed."""
+    """Returns this machine's `protections`; raises a UserError if it has no isolation and that is not allowed."""
     found = protections()
     if not found.isolation and not allow_unsafe:
         raise UserError(
@@ -165,7 +165,7 @@ def check(
     programs: Sequence[str],
     tests: Sequence[Tests],
     *,
-    limits: Limits = Limits(),  # noqa: B008  (frozen)
+    limits: Limits = Limits(),
     workers: int | None = None,
     allow_unsafe: bool = False,
 ) -> list[Verdict]:
@@ -173,16 +173,16 @@ def check(
 
     Args:
       programs: source texts.
-      tests: for each program.
-      limits: of each program.
-      workers: programs at a time; one for each processor by default.
-      allow_unsafe: run them also where the machine allows no isolation: they can then read and write what you can.
+      tests: tests for each program.
+      limits: limits of each program.
+      workers: number of programs at a time; one per processor by default.
+      allow_unsafe: run programs even if the machine allows no isolation: they can then read and write whatever you can.
 
     Returns:
       A verdict for each program.
 
     Raises:
-      UserError: not as many tests as programs; no isolation here; no worker starts.
+      UserError: the numbers of tests and programs differ, this machine has no isolation, or no worker starts.
     """
     if len(programs) != len(tests):
         raise UserError(f"There are {len(programs)} programs for {len(tests)} sets of tests.")
@@ -258,7 +258,7 @@ class _Worker:
             raise
 
     def judge(self, source: str, tests: Tests) -> Verdict:
-        """The verdict on one program."""
+        """Returns the verdict on one program."""
         if len(source) > MAX_SOURCE:
             return Verdict("refused", f"{len(source):,} characters are more than {MAX_SOURCE:,}")
         try:

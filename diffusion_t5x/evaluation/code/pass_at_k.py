@@ -18,7 +18,7 @@ _KS = (1, 10, 100)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The unbiased estimate from n samples of which c pass: 1 - C(n - c, k) / C(n, k).
+    """Returns the unbiased estimate from n samples of which c pass: 1 - C(n - c, k) / C(n, k).
 
     Chen et al. 2021 (arXiv 2107.03374), section 2.1.
 
@@ -33,15 +33,15 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def pass_at_k_with_interval(n: int, passed: Sequence[int], k: int) -> tuple[float, float, float]:
-    """The mean of `pass_at_k` over problems and its 95 % interval, all within [0, 1].
+    """Returns the mean of `pass_at_k` over problems and its 95 % interval, all within [0, 1].
 
-    The interval is a bootstrap over problems. Where each problem's estimate is 0 or 1, it is Wilson's: a bootstrap of
-    nothing but zeros would be certain of them.
+    The interval is a bootstrap over problems. If every problem's estimate is 0 or 1, it is Wilson's: a bootstrap of
+    zeros alone would have no width.
 
     Args:
-      n: samples of each problem.
-      passed: for each problem, how many of them pass.
-      k: samples that count.
+      n: number of samples per problem.
+      passed: number of passing samples per problem.
+      k: number of samples in pass@k.
     """
     estimates = np.array([pass_at_k(n, c, k) for c in passed])
     size = len(estimates)
@@ -55,11 +55,11 @@ def pass_at_k_with_interval(n: int, passed: Sequence[int], k: int) -> tuple[floa
 def passed_tests(
     targets: Sequence[Tests],
     predictions: Sequence[str | Sequence[str]],
-    limits: Limits = Limits(),  # noqa: B008  (frozen)
+    limits: Limits = Limits(),
     workers: int | None = None,
     allow_unsafe: bool = False,
 ) -> dict[str, float]:
-    """SeqIO metric function for programs: pass@k in percent for k = 1, 10, 100 and n, as far as there are n samples.
+    """SeqIO metric function for programs: pass@k in percent for k = 1, 10, 100 and n, up to n samples.
 
     Args:
       targets: each problem's tests.
@@ -71,7 +71,7 @@ def passed_tests(
       "error", ...).
 
     Raises:
-      UserError: no problems, not as many samples for each, or no safe way to run them here.
+      UserError: no problems, different numbers of samples per problem, or no safe way to run them here.
     """
     samples = [[prediction] if isinstance(prediction, str) else list(prediction) for prediction in predictions]
     if not targets or len(targets) != len(samples):

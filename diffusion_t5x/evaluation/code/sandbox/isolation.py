@@ -1,6 +1,6 @@
 """Isolates a process with the Linux kernel, through ctypes: namespaces, its own root, limits, no privileges.
 
-Three steps, each more restrictive than the one before:
+There are three steps, each more restrictive than the one before:
 `enter_namespaces` once for a worker, `enter_job` for each program, `confine` in the program's own process. A fourth,
 `system_calls.refuse`, blocks system calls.
 """
@@ -31,10 +31,10 @@ _LINKS = ("/lib", "/lib64")  # to folders of the same name in /usr, on most syst
 
 
 def enter_namespaces(wait_for_id_maps: Callable[[], None]) -> None:
-    """Leaves the machine's users, network, host name and files behind; the process stays able to set up its children.
+    """Leaves the machine's users, network, host name and files; the process can still set up its children.
 
-    What remains of the files, read-only: Python's standard library, the folders of the shared libraries that Python has
-    loaded, and time zones.
+    Files that remain, read-only: Python's standard library, the folders of the shared libraries that Python has loaded,
+    and time zones.
 
     Args:
       wait_for_id_maps: returns when the parent has called `write_id_maps` for this process.
@@ -79,9 +79,9 @@ def enter_namespaces(wait_for_id_maps: Callable[[], None]) -> None:
 
 
 def write_id_maps(pid: int) -> None:
-    """Makes the caller's user the only one that a process in its new user namespace knows, as nobody.
+    """Maps only the caller's user, as nobody, into a process's new user namespace.
 
-    Root's becomes nobody outside too: a process of root's could escape limits and write root's files.
+    Root becomes nobody outside, too: a process of root's could escape limits and write root's files.
     """
     process = pathlib.Path("/proc", str(pid))
     (process / "setgroups").write_text("deny", encoding="ascii")
@@ -90,9 +90,9 @@ def write_id_maps(pid: int) -> None:
 
 
 def enter_job(disk: int) -> None:
-    """An empty folder in memory and, for the processes to come, namespaces of their own; gives up all capabilities.
+    """Enters an empty folder in memory and namespaces for the processes to come; gives up all capabilities.
 
-    The first process that the caller starts is number 1 of its namespace: when it ends, all below it are killed.
+    The caller's first child is number 1 of its namespace: when it ends, all its descendants are killed.
 
     Args:
       disk: bytes that the folder can hold.
@@ -104,7 +104,7 @@ def enter_job(disk: int) -> None:
 
 
 def confine(limits: Mapping[str, int]) -> None:
-    """Limits this process and those that it starts; none can gain privileges.
+    """Limits this process and its children; none can gain privileges.
 
     Args:
       limits: `Limits` of the library, by name.
@@ -119,6 +119,7 @@ def confine(limits: Mapping[str, int]) -> None:
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_MSGQUEUE: 0,
         resource.RLIMIT_MEMLOCK: 0,
+        resource.RLIMIT_SIGPENDING: 64,  # timers, too: the kernel's memory
     }
     for which, value in hard.items():
         ceiling = resource.getrlimit(which)[1]
@@ -137,7 +138,7 @@ def adopt_orphans() -> None:
 
 
 def _readable_folders() -> list[str]:
-    """Folders of the standard library (all of `sys.path`, see `_START`) and shared libraries; none inside another."""
+    """Returns folders of the standard library (all of `sys.path`, see `_START`) and shared libraries; none nested."""
     maps = pathlib.Path("/proc/self/maps").read_text(encoding="utf-8")
     loaded = re.findall(r" (/.*)/[^/]+\.so[.\d]*$", maps, re.MULTILINE)
     links = tuple(f"{path}/" for path in _links())
@@ -150,12 +151,12 @@ def _readable_folders() -> list[str]:
 
 
 def _package_folders(path: str) -> list[str]:
-    """Folders of installed packages inside a folder of libraries."""
+    """Returns folders of installed packages inside a folder of libraries."""
     return [name for depth in ("", "python3*/") for name in glob.glob(f"{glob.escape(path)}/{depth}*-packages")]
 
 
 def _links() -> dict[str, str]:
-    """`/lib` and the like where they are links, and what to."""
+    """Returns `/lib` and the like that are links, and their targets."""
     return {path: os.readlink(path) for path in _LINKS if os.path.islink(path)}
 
 
@@ -168,7 +169,7 @@ def _mount_tmpfs(target: str, options: str) -> None:
 
 
 def _call(name: str, *arguments: int | bytes | ctypes.c_long | None) -> int:
-    """A function of the C library that answers -1 and sets errno where it fails."""
+    """Returns a function of the C library that returns -1 and sets errno if it fails."""
     result = getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments)
     if result == -1:
         number = ctypes.get_errno()

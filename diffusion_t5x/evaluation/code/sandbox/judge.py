@@ -1,8 +1,8 @@
 """Runs tests on a program in another process and returns the verdict.
 
-Test code and the values it expects never enter the program's process. There, only calls arrive, with their arguments;
-back come values, as plain data. So a program passes by answering right, and in no other way: there is no result of a
-test for it to forge, no `assert` to replace, and an object whose `__eq__` always says yes stays on its own side.
+Test code and the values it expects never enter the program's process. It receives only calls with their arguments and
+returns values as plain data. So a program can pass only by answering right: it has no test result to forge and no
+`assert` to replace, and an object whose `__eq__` always says yes stays on its own side.
 """
 
 import ast
@@ -14,7 +14,6 @@ import signal
 import socket
 import sys
 import time
-import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -24,11 +23,11 @@ _KILL_GRACE = 5.0  # seconds after the deadline; then the judge itself, busy wit
 
 
 class ProgramError(Exception):
-    """The program raised an exception that is not built in."""
+    """Raised if the program raised an exception that is not built in."""
 
 
 class Remote:
-    """Something in the program's process: it can be called, iterated, asked for attributes and handed back."""
+    """An object in the program's process: it can be called, iterated, asked for attributes and passed back."""
 
     __slots__ = ("_number", "_program")
 
@@ -55,9 +54,9 @@ class Program:
 
     Args:
       channel: the socket to it.
-      output: file descriptor of the pipe with what it prints.
-      max_output: characters of that to keep.
-      seconds: until it has to be through.
+      output: file descriptor of the pipe with its output.
+      max_output: number of characters of the output to keep.
+      seconds: time limit.
     """
 
     def __init__(self, channel: socket.socket, output: int, max_output: int, seconds: float):
@@ -72,10 +71,10 @@ class Program:
         """Sends a request to the program's process (see `runner`) and returns the result.
 
         Raises:
-          TimeoutError: the deadline.
+          TimeoutError: the deadline has passed.
           EOFError: the process has hung up.
-          TypeError: an argument that cannot be handed over.
-          Exception: what the program raised: built-in exceptions as they are, others as `ProgramError`.
+          TypeError: an argument cannot be passed.
+          Exception: the program's exception: built-in ones unchanged, others as `ProgramError`.
         """
         try:
             self._channel.sendall(wire.frame([action, *(wire.encode(argument, _number) for argument in arguments)]))
@@ -84,16 +83,19 @@ class Program:
         kind, content = wire.read_frame(self._read)
         if kind == "raised":
             self.raised = _exception(*content)
+            if isinstance(self.raised, StopIteration) and action != "next":
+                # In a test such as `all(map(...))` it would end the iteration, and the test would hold.
+                self.raised = RuntimeError("the program raised StopIteration")
             raise self.raised
-        return wire.decode(content, self._resolve)
+        return wire.decode(content, lambda number: Remote(self, number))
 
     @property
     def printed(self) -> str:
-        """The beginning of what it wrote to standard output and standard error."""
+        """The beginning of its standard output and standard error."""
         return self._printed.decode("utf-8", "replace")
 
     def drain(self) -> None:
-        """Reads what has been printed and not yet been read."""
+        """Reads all output that has not been read yet."""
         while select.select([self._output], [], [], 0)[0] and (part := os.read(self._output, 1 << 16)):
             self._keep(part)
 
@@ -121,19 +123,14 @@ class Program:
     def _keep(self, part: bytes) -> None:
         self._printed += part[: self._max_output - len(self._printed)]
 
-    def _resolve(self, kind: str, content: Any) -> Any:
-        if kind == "module" and content in sys.stdlib_module_names:
-            return importlib.import_module(content)  # the real one, not what the program made of it
-        return Remote(self, content)
-
 
 def judge(job: Mapping[str, Any], program: Program, seconds: float) -> tuple[str, str]:
-    """The verdict on one program, but for that of a process that hangs up (EOFError): its status and a short detail.
+    """Returns the verdict on one program: status and short detail. The caller judges programs that hang up (EOFError).
 
     Args:
       job: "source", and "setup", "asserts", "entry_points" as in the library's `Tests`.
       program: its process, which has run nothing yet.
-      seconds: that it has.
+      seconds: its time limit.
     """
     place = ""
     try:
@@ -178,7 +175,8 @@ def _names(tests: Iterable[str]) -> set[str]:
 def _defined(program: Program, names: Iterable[str], entry_points: Iterable[str]) -> dict[str, Any]:
     """Values that the tests read from the program under test.
 
-    Python's own names stay Python's: a program's `set` or `math` could make any comparison hold.
+    Python's own names stay Python's: a program's `set` or `math` could make any comparison hold. The name decides, not
+    what the program has under it: with `pickle` in place of `json`, a test would unpickle what the program wrote.
     """
     found = {}
     for name in names:
@@ -188,9 +186,8 @@ def _defined(program: Program, names: Iterable[str], entry_points: Iterable[str]
             value = program.ask("look up", name)
         except NameError:
             continue
-        if name in sys.stdlib_module_names and name not in entry_points and not isinstance(value, types.ModuleType):
-            continue
-        found[name] = value
+        is_python_s = name in sys.stdlib_module_names and name not in entry_points
+        found[name] = importlib.import_module(name) if is_python_s else value
     return found
 
 

@@ -1,6 +1,6 @@
-"""The program's own process: runs its source and does what the judge asks of it.
+"""The program's own process: runs its source and serves the judge's requests.
 
-Nothing here is trusted once the program's source has run: it may have changed any of it.
+Nothing here is trusted once the program's source has run, which may change any of it.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ def run(channel: int, output: int, folder: str, limits: Mapping[str, int]) -> No
 
     Args:
       channel: file descriptor of the socket to the judge.
-      output: of the pipe that takes standard output and standard error.
-      folder: to work in.
+      output: file descriptor of the pipe for standard output and standard error.
+      folder: working folder.
       limits: see `isolation.confine`.
     """
     isolation.die_with_parent()
@@ -44,11 +44,8 @@ def run(channel: int, output: int, folder: str, limits: Mapping[str, int]) -> No
         objects.append(value)
         return len(objects) - 1
 
-    def resolve(kind: str, content: int) -> Any:
-        return objects[content]
-
     def do(action: str, *arguments: Any) -> Any:
-        return _ACTIONS[action](program, *(wire.decode(argument, resolve) for argument in arguments))
+        return _ACTIONS[action](program, *(wire.decode(argument, objects.__getitem__) for argument in arguments))
 
     try:
         while True:

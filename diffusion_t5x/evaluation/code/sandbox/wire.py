@@ -1,15 +1,14 @@
 """Messages between the judge and a program: plain data as JSON, in frames.
 
-JSON, because the judge must be able to read whatever the program sends: nothing in it can run. Numbers, text, None and
-truth values are themselves; everything else is `[kind, content]`. Subclasses become what they are a subclass of, and
-anything that is not plain data is an `["object", number]` that the receiver resolves.
+JSON, because nothing in it can run: the judge can safely read whatever the program sends. Numbers, text, None and
+Booleans are themselves; everything else is `[kind, content]`. Instances of subclasses become their base class, and
+anything that is not plain data becomes an `["object", number]` that the receiver resolves.
 """
 
 import builtins
 import collections
 import json
 import os
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -25,11 +24,11 @@ _SEQUENCES = {
 
 
 class TooLong(ValueError):
-    """A frame of more than MAX_FRAME bytes."""
+    """Raised for a frame of more than MAX_FRAME bytes."""
 
 
 def frame(message: Any) -> bytes:
-    """The bytes of a message.
+    """Returns the bytes of a message.
 
     Raises:
       TooLong: more than MAX_FRAME.
@@ -41,11 +40,11 @@ def frame(message: Any) -> bytes:
 
 
 def read_frame(read: Callable[[int], bytes]) -> Any:
-    """The next message, by `read(size)`, which returns exactly `size` bytes.
+    """Reads the next message with `read(size)`, which returns exactly `size` bytes.
 
     Raises:
       TooLong: more than MAX_FRAME.
-      ValueError: no JSON.
+      ValueError: it is not JSON.
     """
     size = int.from_bytes(read(_HEADER))
     if size > MAX_FRAME:
@@ -57,7 +56,7 @@ def read_exactly(fd: int, size: int) -> bytes:
     """Reads exactly `size` bytes from a file descriptor.
 
     Raises:
-      EOFError: it ends before.
+      EOFError: it ends before that.
     """
     parts = []
     while size:
@@ -70,7 +69,7 @@ def read_exactly(fd: int, size: int) -> bytes:
 
 
 def encode(value: Any, refer: Callable[[Any], int]) -> Any:
-    """JSON data of a value; `refer` gives the number of an object that is no plain data."""
+    """Returns the JSON data of a value; `refer` returns the number of an object that is not plain data."""
     if value is None or isinstance(value, bool):
         return value
     for plain in (int, float, str):
@@ -87,15 +86,13 @@ def encode(value: Any, refer: Callable[[Any], int]) -> Any:
     for kind, sequence in _SEQUENCES.items():
         if isinstance(value, sequence):
             return [kind, [encode(item, refer) for item in value]]
-    if isinstance(value, types.ModuleType):
-        return ["module", value.__name__]
     if isinstance(value, type) and value.__name__ in vars(builtins) and vars(builtins)[value.__name__] is value:
         return ["type", value.__name__]
     return ["object", refer(value)]
 
 
-def decode(data: Any, resolve: Callable[[str, Any], Any]) -> Any:
-    """The value of `encode`'s data; `resolve(kind, content)` gives objects and modules.
+def decode(data: Any, resolve: Callable[[Any], Any]) -> Any:
+    """The value of `encode`'s data; `resolve` gives the object of a number.
 
     Raises:
       ValueError, TypeError: data that `encode` does not make.
@@ -115,4 +112,4 @@ def decode(data: Any, resolve: Callable[[str, Any], Any]) -> Any:
         return range(*content)
     if kind == "type" and isinstance(vars(builtins).get(content), type):
         return vars(builtins)[content]
-    return resolve(kind, content)
+    return resolve(content)
