@@ -75,7 +75,7 @@ def test_guidance_is_that_of_the_logits():
     guided = decode(MaskedDecoder(num_steps=1, guidance=2.0))
 
     def logits(tokens):
-        return np.asarray(model.logits(model(tokens, Slots.of(BATCH), BIDIRECTIONAL)))
+        return np.asarray(model.logits(model(tokens, Slots.of(BATCH), BIDIRECTIONAL).hidden))
 
     canvas = np.where(BATCH.target_mask, vocabulary.mask_id, BATCH.tokens)
     seen, unseen = logits(canvas), logits(np.where(BATCH.input_mask, vocabulary.mask_id, canvas))
