@@ -48,8 +48,8 @@ class HuggingFaceVocabulary(Vocabulary):
         self._tokenizer.no_padding()
         self._text = self._tokenizer.to_str() if _add_tokens(self._tokenizer, file) else text
         ids = self._tokenizer.get_vocab().values()
-        files = [file, file.parent / tokenizer_files.CONFIG, file.parent / tokenizer_files.ADDED]
-        tokenizer_files.check_room(ids, files, file)
+        beside = (tokenizer_files.CONFIG, tokenizer_files.ADDED, qwen2_tokenizer.VOCAB)
+        tokenizer_files.check_room(ids, [file, *(file.parent / name for name in beside)], file)
         self._size = 1 + max(ids)
         self._ids = _special_ids(file.parent, self._tokenizer)
         self._ids["mask"] = self._ids["mask"] if mask_id is None else mask_id
