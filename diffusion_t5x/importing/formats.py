@@ -9,6 +9,7 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.importing import families
 from diffusion_t5x.importing.huggingface import Folder, Tensor
 from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.masks import BlocksFrom
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.training.agreement import describe_other, other_settings
 
@@ -30,11 +31,12 @@ class Format:
     architecture: str
     code: str
     body: str
-    modes: tuple[tuple[str, str], ...]
+    modes: tuple[tuple[str, BlocksFrom], ...]
     shifted: bool = False
 
 
-_BLOCKS, _WHOLE = ("block_causal", "targets"), ("bidirectional", "targets")
+_BLOCKS: tuple[str, BlocksFrom] = ("block_causal", "targets")
+_WHOLE: tuple[str, BlocksFrom] = ("bidirectional", "targets")
 FORMATS = {
     "sdar": Format("SDARForCausalLM", "sdar.SDAR", "qwen3", (("block_causal", "row"),)),
     "a2d-qwen3": Format("A2DQwen3LMHeadModel", "qwen3.A2DQwen3", "qwen3", (_BLOCKS, _WHOLE)),
@@ -60,6 +62,8 @@ def chosen(asked: str, record: Record, kind: str, where: str) -> str:
     """
     mode = next((mode for mode in record.modes if mode.noise), None)
     if asked == CAUSAL or (asked == AUTO and mode is None):
+        if kind == "llada":
+            raise UserError(f"{where} has llada's names, which no autoregressive format has: --as llada.")
         return CAUSAL
     if asked == AUTO:
         names = sorted(FORMATS, key=lambda name: name != kind)
@@ -77,14 +81,15 @@ def chosen(asked: str, record: Record, kind: str, where: str) -> str:
 def _why_not(name: str, record: Record, mode: Mode | None, kind: str) -> str:
     """Why a format cannot hold a model; empty if it can."""
     form = FORMATS[name]
-    if _body(kind) != form.body:
+    if name != kind and _body(kind) != form.body:
         return f"its layers are {form.body}'s, and this model was imported as {kind}"
     if mode is None:
         return "the model is trained for no diffusion"
     if mode.noise != "mask":
         return "it holds models of masked tokens, and this one is of random tokens"
     if (mode.attention, mode.blocks_from) not in form.modes:
-        holds = " or ".join(str(Mode(*each, "mask", origin)) for *each, origin in _spelled(form, mode))
+        size = {"block_causal": mode.block_size or 4, "bidirectional": None}
+        holds = " or ".join(str(Mode(each, size[each], "mask", origin)) for each, origin in form.modes)
         return f"it holds models of {holds}, and this one is of {mode}"
     if bool(record.shifted) != form.shifted:
         return f"its models are {'' if form.shifted else 'not '}shifted (ModelConfig.shifted = {form.shifted})"
@@ -93,13 +98,9 @@ def _why_not(name: str, record: Record, mode: Mode | None, kind: str) -> str:
     return ""
 
 
-def _spelled(form: Format, mode: Mode) -> list[tuple[str, int | None, str]]:
-    sizes = {"block_causal": mode.block_size or 4, "bidirectional": None}
-    return [(attention, sizes[attention], origin) for attention, origin in form.modes]
-
-
 def _body(kind: str) -> str:
-    return FORMATS[kind].body if kind in FORMATS else kind
+    """The family whose keys and names a folder of this `model_type` has."""
+    return FORMATS[kind].body if kind in FORMATS and kind != "llada" else kind
 
 
 def target(name: str, source: Folder, record: Record, tied: bool, dtype: str | None) -> Folder:
@@ -131,9 +132,11 @@ def target(name: str, source: Folder, record: Record, tied: bool, dtype: str | N
         for there, here in names if config["model_type"] != kind else ():
             tensors[here] = source.tensors[there]
     tensors = tensors or dict(source.tensors)
-    for copy_or_name, tensor in tensors.items():
-        shape = (rows, *tensor.shape[1:]) if tensor.shape[0] == described.vocab_size else tensor.shape
-        tensors[copy_or_name] = Tensor("", dtype or tensor.dtype, shape)
+    family = families.FAMILIES[config["model_type"]]
+    for each, tensor in tensors.items():
+        is_table = each == family.HEAD or family.EMBEDDING.endswith(each)  # which may lack a prefix
+        shape = (rows, *tensor.shape[1:]) if is_table else tensor.shape
+        tensors[each] = Tensor("", dtype or tensor.dtype, shape)
     folder = Folder(source.path, config, tensors)
     _check(folder, name, record, tied)
     return folder
