@@ -14,6 +14,7 @@ from diffusion_t5x.importing.from_hf import from_hf
 from diffusion_t5x.importing.from_t5x import from_t5x
 from diffusion_t5x.importing.importing import check_finite
 from diffusion_t5x.importing.output import building, empty_folder, model_gin, print_table, record_of, save
+from diffusion_t5x.importing.push import push
 from diffusion_t5x.importing.to_hf import to_hf
 from diffusion_t5x.models.transformer import ModelDefinition
 
@@ -69,6 +70,7 @@ def convert(argv: Sequence[str]) -> None:
         "from_hf": from_hf,
         "from_gguf": from_hf,
         "to_hf": to_hf,
+        "push": push,
         "from_t5x": from_t5x,
         "from_llama2c": from_llama2c,
     }
