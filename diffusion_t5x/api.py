@@ -368,7 +368,7 @@ def load(
     name = os.fspath(path)
     local = hub.local_folder(name)
     mesh = MeshConfig().make(jax.devices()[:1])
-    if from_hf.is_folder(local):
+    if from_hf.is_foreign(local):
         record, definition, streams = from_hf.in_memory(local)
         tokenizer = _vocabulary(record, local, name, vocabulary)
         abstract = traverse_util.flatten_dict(abstract_params(mesh, definition), sep="/")

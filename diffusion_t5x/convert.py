@@ -70,6 +70,7 @@ def convert(argv: Sequence[str]) -> None:
     arguments = vars(help_pages.parser("convert").parse_args(argv))
     sources: dict[str, Callable[..., None]] = {
         "from_hf": from_hf,
+        "from_gguf": from_hf,
         "to_hf": to_hf,
         "from_t5x": from_t5x,
         "from_llama2c": from_llama2c,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.sharding import Mesh
 
-from diffusion_t5x import partitioning
+from diffusion_t5x import partitioning, terminal
 from diffusion_t5x.checkpointing import checkpoints
 from diffusion_t5x.checkpointing.assignment import Rule
 from diffusion_t5x.checkpointing.checkpoints import OpenCheckpoint
@@ -122,7 +122,8 @@ class HarnessEvaluation:
         )
         if self.dry_run:
             tasks = ", ".join(self.tasks)
-            print(f"Would evaluate {checkpoint} ({definition.num_params():,} parameters) on {tasks}.")
+            count = f"{definition.num_params():,} parameters"
+            print(terminal.safe(f"Would evaluate {checkpoint} ({count}) on {tasks}."))
             return
         rows, draws = self.rows, self.num_draws
         harness = Harness(mesh, definition, params, self.objective, self.decoder, rows, draws, self.random_seed)

@@ -39,7 +39,7 @@ from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.distillation import Teacher
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.performance.dry_run import SliceDryRun
+from diffusion_t5x.performance.training_run import StepReader, TrainingRun
 from diffusion_t5x.training import lora as lora_training
 from diffusion_t5x.training.agreement import Agreement
 from diffusion_t5x.training.bad_numbers import BadNumbers, Judge
@@ -107,16 +107,15 @@ class Training:
       periods: periods of logging, evaluation and saving.
       loss_evals: losses measured at each evaluation.
       decode_evals: decoding and scoring at each evaluation.
-      checkpoint_policy: the checkpoints to keep.
-      allow_older_checkpoint: if the latest checkpoint in `model_dir` is broken, continue from the newest whole one.
-      allow_mismatch: continue or start from a checkpoint whose record names another model or training; decode with
-        decoders that do not suit the objective.
-      bad_numbers: which steps are skipped as bad, and how many of them end the run.
-      hang_timeout: seconds; a step that takes longer ends the run with a stack trace of every thread; None waits for
-        ever.
-      metric_writers: any of "jsonl", "tensorboard", "wandb" (Weights & Biases, an extra).
-      dry_run: build model, data and shapes, check the checkpoint, print the plan, and train nothing. For a TPU slice:
-        compile the step for it and print its cost.
+      checkpoint_policy: which checkpoints stay.
+      allow_older_checkpoint: where the latest checkpoint in `model_dir` is broken, go on from the newest whole one.
+      allow_mismatch: go on, or start, from a checkpoint whose record says that it is of another model or was trained
+        otherwise; decode by decoders that do not suit the objective.
+      bad_numbers: which steps are not applied, and how many of them end the run.
+      hang_timeout: seconds; a step that takes longer ends the run, with where every thread stands; None waits for ever.
+      metric_writers: "jsonl", "tensorboard", "wandb" (Weights & Biases, an extra).
+      dry_run: build model, data and shapes, check the checkpoint, print what it would start with, and train nothing.
+        A reader of the step, such as `SliceDryRun`, gets the settings of the step instead.
     """
 
     model_dir: str
@@ -145,7 +144,7 @@ class Training:
     bad_numbers: BadNumbers = BadNumbers()
     hang_timeout: float | None = 1800.0
     metric_writers: Sequence[str] = ("jsonl", "tensorboard")
-    dry_run: bool | SliceDryRun = False
+    dry_run: bool | StepReader = False
 
     def run(self) -> None:
         """Trains; a dry run prints the plan.
@@ -154,9 +153,9 @@ class Training:
           UserError: a mismatch of any kind, before training data are read and before anything is compiled.
           SystemExit: it was told to stop, and has saved; see `training.preemption` for the exit codes.
         """
-        if isinstance(self.dry_run, SliceDryRun):
+        if not isinstance(self.dry_run, bool):
             given = {name: getattr(self, name) for name in ("mesh", "model", "lora", "teacher_model", "rollout")}
-            self.dry_run.train(dataset=self.train_dataset, **given, **self._of_step())
+            self.dry_run.train(TrainingRun(dataset=self.train_dataset, **given, **self._of_step()))
             return
         self._check_settings()
         goodput = Goodput()

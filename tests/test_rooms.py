@@ -28,6 +28,7 @@ FLOORS = [
     tuple(VERBS.split()),
     ("api_values",),
     ("api",),
+    ("ar2diff",),
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -234,12 +234,7 @@ class OpenCheckpoint:
     def metadata(self) -> dict[str, Any]:
         """The metadata given to `Checkpoints.save`."""
         self.verify("metadata", stored.EVALUATION)
-        try:
-            return stored.read_metadata(self.path, self._manifest)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self} cannot be read: its metadata, which describe the model, are missing or broken ({error})."
-            ) from error
+        return stored.read_metadata(self.path, self._manifest)
 
     @functools.cached_property
     def record(self) -> Record:

@@ -135,14 +135,20 @@ class Record:
 
     @classmethod
     def of_import(
-        cls, model: ModelConfig, vocabulary: Mapping[str, Any], vocabulary_source: Mapping[str, Any] | None
+        cls,
+        model: ModelConfig,
+        vocabulary: Mapping[str, Any],
+        vocabulary_source: Mapping[str, Any] | None,
+        objective: Objective = Autoregressive(),  # noqa: B008  (frozen)
+        decoder: Decoder | None = None,
     ) -> Self:
-        """Returns the record of an autoregressive model that comes from another framework."""
+        """The record of a model that comes from another framework, where it was trained by `objective`."""
         inputs_end = model.architecture == "encoder_decoder"
         return cls.of(
             model,
             vocabulary,
-            Autoregressive(),
+            objective,
+            [decoder] if decoder else (),
             vocabulary_source=vocabulary_source,
             inputs_end=inputs_end,
             imported=True,

@@ -89,10 +89,8 @@ def faults(
     None if they cannot be known, because the checkpoint is older than manifests.
     """
     has_manifest = manifest.has_manifest(checkpoint)
-    if has_manifest:
-        wrong = manifest.faults(checkpoint, items, checksums, found)
-    else:
-        wrong = [f"it has no {name}" for name in _ALWAYS_THERE if not (checkpoint / name).exists()]
+    wrong = manifest.faults(checkpoint, items, checksums, found) if has_manifest else []
+    wrong = wrong or [f"it has no {name}" for name in _ALWAYS_THERE if not manifest.is_file(checkpoint / name)]
     step = None if wrong else _raw_metadata(checkpoint).get("step")
     if step is not None and step != int(checkpoint.name.rpartition("_")[2]):
         wrong = [f"it is of step {step} and was renamed: call it checkpoint_{step} again"]
@@ -163,12 +161,33 @@ def leaves(checkpoint: epath.Path) -> dict[str, Any]:
 
 
 def read_metadata(checkpoint: epath.Path, found: tuple[manifest.Entries, str] | None = None) -> dict[str, Any]:
-    """Returns the metadata given to `Checkpoints.save`, with the metrics of an evaluation that finished later."""
-    metadata = _read(checkpoint / "metadata", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
-    if not manifest.holds(checkpoint, EVALUATION, found):
-        return metadata
-    evaluation = json.loads((checkpoint / EVALUATION).read_text())
-    return {name: value for name, value in metadata.items() if name != "evaluation_due"} | evaluation
+    """Returns the metadata given to `Checkpoints.save`, with the metrics of an evaluation that finished later.
+
+    Raises:
+      UserError: they are broken.
+    """
+    try:
+        metadata = _read(checkpoint / "metadata", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
+        if manifest.holds(checkpoint, EVALUATION, found):
+            evaluation = json.loads((checkpoint / EVALUATION).read_text())
+            metadata = {name: value for name, value in metadata.items() if name != "evaluation_due"} | evaluation
+        _check_metadata(metadata)
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(
+            f"{checkpoint} cannot be read: its metadata, which describe the model, are missing or broken ({error})."
+        ) from error
+    return metadata
+
+
+def _check_metadata(metadata: Mapping[str, Any]) -> None:
+    """Raises a ValueError for metadata of another form: the checkpoint may be anyone's."""
+    metrics = metadata.get("metrics", {})
+    if not isinstance(metadata.get("config", ""), str):
+        raise ValueError("`config` is no text")
+    if not isinstance(metrics, dict) or not all(isinstance(value, float | int) for value in metrics.values()):
+        raise ValueError("`metrics` are no numbers")
+    for value in metrics.values():
+        float(value)  # OverflowError: an integer that is too large
 
 
 def write_evaluation(checkpoint: epath.Path, metrics: Mapping[str, float]) -> None:
@@ -198,7 +217,7 @@ def read_arrays(checkpoint: epath.Path, targets: Mapping[str, Any], sources: dic
 def _raw_metadata(checkpoint: epath.Path) -> dict[str, Any]:
     try:
         metadata = json.loads((checkpoint / _METADATA).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return metadata if isinstance(metadata, dict) else {}
 

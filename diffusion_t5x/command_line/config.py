@@ -143,7 +143,7 @@ def load(
         name, equals, value = (part.strip() for part in binding.partition("="))
         flag = f"--gin.{name}={value}" if equals else f"--gin_bindings={binding!r}"
         with explained_errors(flag), gin_reading.reading("flag", flag):
-            gin.parse_config(f"{name} = {_gin_value(name, value)}" if equals else binding)
+            gin.parse_config(f"{name} = {gin_value(name, value)}" if equals else binding)
     with explained_errors():
         gin_guard.check_references(allowed)
     gin_checks.check_macros_used()
@@ -291,7 +291,7 @@ def _register(name: str) -> None:
         del gin_config._CONFIG[_MENTIONED, "gin.macro"]
 
 
-def _gin_value(name: str, value: str) -> str:
+def gin_value(name: str, value: str) -> str:
     """Returns `value` if it is gin syntax, with what it refers to registered; quotes a bare name or path."""
     reader, is_value = _AsText(), False
     with contextlib.suppress(SyntaxError, tokenize.TokenError):

@@ -12,6 +12,21 @@ def add_report(parser: Parser) -> None:
     add("--example", type=int, default=0, metavar="N", help="which traced example an .svg shows, from 0 on")
 
 
+def add_ar2diff(parser: Parser) -> None:
+    """Adds the model, the data, and what is made of them."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="of the hub, a folder, a GGUF file, a T5X checkpoint or one of ours")
+    add("--data", nargs="+", metavar="FILE", help="text: .txt, .md or .jsonl, also as .gz; or a pattern")
+    add("--prompts", nargs="+", metavar="FILE", help='in its place: JSON lines {"inputs": ..., "targets": ...}')
+    add("--chat", nargs="+", metavar="FILE", help='in its place: JSON lines {"messages": [...]}')
+    add("--output", required=True, metavar="DIR", help="folder that gets everything")
+    add("--tokens", type=int, metavar="N", help="tokens to train on")
+    add("--minutes", type=float, metavar="N", help="in their place: minutes of training (default: 60)")
+    add("--route", metavar="NAME", help="see docs/ar2diff.md (default: shifted; sundae for encoder-decoders)")
+    add("--tokenizer", metavar="FILE", help="SentencePiece model of a T5X checkpoint")
+    add("--plan", action="store_true", help="import the model, print the plan and stop")
+
+
 def add_checkpoints(parser: Parser) -> None:
     """Adds the subcommands: `command` is "list", "show", "verify" or "diff"."""
     commands = parser.add_subparsers(required=True, dest="command", metavar="{list,show,verify,diff}")
@@ -27,18 +42,26 @@ def add_checkpoints(parser: Parser) -> None:
 
 
 def add_convert(parser: Parser) -> None:
-    """Adds the subcommands: `source` is "from_hf", "to_hf", "from_t5x" or "from_llama2c"."""
-    sources = parser.add_subparsers(required=True, dest="source", metavar="{from_hf,to_hf,from_t5x,from_llama2c}")
+    """Adds the subcommands: `source` is "from_hf", "from_gguf", "to_hf", "from_t5x" or "from_llama2c"."""
+    names = "{from_hf,from_gguf,to_hf,from_t5x,from_llama2c}"
+    sources = parser.add_subparsers(required=True, dest="source", metavar=names)
     from_hf = sources.add_parser("from_hf", help="a model in Hugging Face's format")
     where = "a local folder; or ORG/NAME[@REVISION], a model of the hub, which is downloaded once"
     from_hf.add_argument("path", metavar="MODEL", help=where)
-    from_hf.add_argument(
-        "--ignore_keys",
-        default=(),
-        type=lambda text: text.split(","),
-        metavar="KEY,KEY",
-        help="keys of config.json to read as if they were absent",
-    )
+    from_gguf = sources.add_parser("from_gguf", help="a GGUF file of llama.cpp, quantized or not")
+    from_gguf.add_argument("path", metavar="FILE.gguf")
+    for source, keys in ((from_hf, "keys of config.json"), (from_gguf, "metadata keys")):
+        source.add_argument(
+            "--ignore_keys",
+            default=(),
+            type=lambda text: text.split(","),
+            metavar="KEY,KEY",
+            help=f"{keys} to read as if they were absent",
+        )
+    mask = "the id of MASK, of a diffusion model whose files do not name it"
+    from_hf.add_argument("--mask_id", type=int, metavar="ID", help=mask)
+    blocks = "of a model of block diffusion, if config.json does not say it"
+    from_hf.add_argument("--block_size", type=int, metavar="TOKENS", help=blocks)
     to_hf = sources.add_parser("to_hf", help="export a model to the format it was imported from")
     to_hf.add_argument("checkpoint", metavar="CHECKPOINT")
     to_hf.add_argument("--like", metavar="DIR", help="what from_hf wrote, if CHECKPOINT is not in it")
@@ -52,7 +75,7 @@ def add_convert(parser: Parser) -> None:
     from_llama2c = sources.add_parser("from_llama2c", help="a checkpoint of llama2.c (export version 0)")
     from_llama2c.add_argument("model_file", metavar="MODEL.bin")
     from_llama2c.add_argument("--tokenizer", required=True, dest="tokenizer_file", metavar="TOKENIZER.bin")
-    for source in (from_hf, to_hf, from_t5x, from_llama2c):
+    for source in (from_hf, from_gguf, to_hf, from_t5x, from_llama2c):
         output = "a folder that is empty or does not exist yet"
         source.add_argument("--output", required=True, dest="output_folder", metavar="DIR", help=output)
 

@@ -184,6 +184,12 @@ VERBS: Mapping[str, Verb] = {
         "diffusion_t5x.convert",
         parsers.add_convert,
     ),
+    "ar2diff": _without_gin(
+        "turn an autoregressive model into a diffusion model: import, train, score, export",
+        "ar2diff MODEL --data README.md --output /tmp/converted",
+        "diffusion_t5x.ar2diff",
+        parsers.add_ar2diff,
+    ),
     "tasks": _without_gin(
         "list the shipped tasks, with the gin file that registers each",
         "tasks wmt",

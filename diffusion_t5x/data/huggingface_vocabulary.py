@@ -10,36 +10,35 @@ from typing import Any, TypeGuard
 import numpy as np
 import tokenizers
 
-from diffusion_t5x.data import tokenizer_files
+from diffusion_t5x.data import qwen2_tokenizer, tokenizer_files
 from diffusion_t5x.data.python_vocabulary import PythonVocabulary
 from diffusion_t5x.errors import UserError
 
-_ROLES = ("bos", "eos", "pad", "unk")
+_ROLES = ("bos", "eos", "pad", "unk", "mask")
 
 
 class HuggingFaceVocabulary(PythonVocabulary):
     """Encodes and decodes with the `tokenizers` library, without the special tokens it adds around a text.
 
-    The files beside the tokenizer name the EOS, BOS and pad tokens, with the same precedence as in `transformers`:
-    tokenizer_config.json if it has `added_tokens_decoder`, otherwise special_tokens_map.json before it; config.json
-    comes last. If none names a pad token, EOS pads. Tokens that these files add are added. `contents` are the
-    tokenizer's file and these ids.
+    What ends a text, begins one and pads is named by the files beside the tokenizer, with the precedence that they have
+    in `transformers`: tokenizer_config.json where it has `added_tokens_decoder`, else special_tokens_map.json before
+    it; config.json comes last. Where none names a pad token, EOS pads. Tokens that these files add are added.
+    MASK is config.json's `mask_token_id`, which may lie behind the tokenizer's ids, or else the mask token that the
+    other files name. `contents` are the tokenizer's file and these ids.
 
     Args:
-      path: a tokenizer.json.
+      path: a tokenizer.json; or merges.txt, with a vocab.json beside it, which are read as Qwen2's.
+      mask_id: of MASK; None takes the one that the files name.
 
     Raises:
       UserError: it cannot be read or has another format, or nothing beside it names a token that ends a text.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, mask_id: int | None = None):
         super().__init__()
         self.file = path
         file = pathlib.Path(path).expanduser()
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"Cannot read the tokenizer {path}: {error}.") from error
+        text = qwen2_tokenizer.text(file) if file.name == qwen2_tokenizer.MERGES else tokenizer_files.read_text(file)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises no class of its own
@@ -52,6 +51,7 @@ class HuggingFaceVocabulary(PythonVocabulary):
         tokenizer_files.check_room(ids, files, file)
         self._size = 1 + max(ids)
         self._ids = _special_ids(file.parent, self._tokenizer)
+        self._ids["mask"] = self._ids["mask"] if mask_id is None else mask_id
         eos_id, pad_id = self._ids["eos"], self._ids["pad"]
         if eos_id is None:
             raise UserError(
@@ -60,6 +60,8 @@ class HuggingFaceVocabulary(PythonVocabulary):
             )
         self._eos_id, self._pad_id = eos_id, eos_id if pad_id is None else pad_id
         self._ids["pad"] = self._pad_id
+        if self._ids["mask"] is None:
+            del self._ids["mask"]  # so that `contents` stay those of vocabularies from before there were masks
         self.contents = f"{json.dumps(self._ids)} {self._text}".encode()
 
     @property
@@ -73,6 +75,10 @@ class HuggingFaceVocabulary(PythonVocabulary):
     @property
     def pad_id(self) -> int:
         return self._pad_id
+
+    @property
+    def mask_id(self) -> int | None:
+        return self._ids.get("mask")
 
     @property
     def unk_id(self) -> int | None:
@@ -170,12 +176,14 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, file: pathlib.Path) -> bool:
 
 
 def _special_ids(folder: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> dict[str, int | None]:
-    """Returns the id of each role, from the first file that names it."""
+    """The id of each role, from the first file that names it; but MASK's from config.json first."""
     names = [tokenizer_files.CONFIG, tokenizer_files.SPECIAL, "config.json"]
     files = {folder / name: tokenizer_files.read(folder / name) for name in names}
     if "added_tokens_decoder" not in files[folder / names[0]]:
         names[:2] = names[1::-1]
     ids: dict[str, int | None] = dict.fromkeys(_ROLES)
+    said = files[folder / "config.json"].get("mask_token_id")
+    ids["mask"] = said if _is_id(said) else None
     for file in (folder / name for name in names):
         for role in _ROLES:
             text = tokenizer_files.token_text(files[file], f"{role}_token", file)

@@ -28,6 +28,11 @@ class PythonVocabulary(seqio.Vocabulary):
     def is_text(self) -> np.ndarray:
         """bool `[vocab_size]`: True for ids that are pieces of text."""
 
+    @property
+    def mask_id(self) -> int | None:
+        """The id of MASK, if the vocabulary names one; it may lie behind all others."""
+        return None
+
     def sentinel_ids(self) -> list[int]:
         """The ids of `<extra_id_0>`, `<extra_id_1>` ..., as far as they exist."""
         return []

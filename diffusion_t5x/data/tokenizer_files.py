@@ -32,6 +32,14 @@ class AddedToken:
     options: tuple[tuple[str, bool], ...] = ()
 
 
+def read_text(file: pathlib.Path) -> str:
+    """The text of a tokenizer's file. Raises a UserError if it cannot be read."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"Cannot read the tokenizer {file}: {error}.") from error
+
+
 def read(file: pathlib.Path) -> dict[str, Any]:
     """Returns the JSON object in a file; empty if there is no file.
 
@@ -105,7 +113,8 @@ def check_room(ids: Collection[int], files: list[pathlib.Path], what: pathlib.Pa
 def _special_texts(folder: pathlib.Path, config: dict[str, Any]) -> set[str]:
     texts: set[str] = set()
     for file, said in ((folder / CONFIG, config), (folder / SPECIAL, read(folder / SPECIAL))):
-        texts.update(text for name in said if name.endswith("_token") and (text := token_text(said, name, file)))
+        names = [name for name in said if name.endswith("_token") and not name.startswith("add_")]  # (add_bos_token)
+        texts.update(text for name in names if (text := token_text(said, name, file)))
         for name in ("additional_special_tokens", "extra_special_tokens"):
             tokens = said.get(name) or []
             tokens = {str(number): token for number, token in enumerate(tokens)} if isinstance(tokens, list) else tokens

@@ -38,8 +38,9 @@ class TokenIds:
         everything that a target may hold (real pieces, pad, EOS) and nothing else (no sentinel, MASK, BOS, unknown,
         unused id).
       name: name of the vocabulary, for messages.
-      fingerprint: hash of its contents; a checkpoint trained with another vocabulary is refused.
-      noise_only: a model may write only ids of the noise vocabulary.
+      fingerprint: hash of its contents; a checkpoint trained with another one is refused.
+      noise_only: a model may write what is in the noise vocabulary, and nothing else.
+      reads_start: see `ModelConfig.reads_start`, which `ModelDefinition` copies here.
     """
 
     size: int
@@ -51,6 +52,7 @@ class TokenIds:
     name: str = ""
     fingerprint: str = ""
     noise_only: bool = False
+    reads_start: bool = True
 
     def for_infilling(self) -> Self:
         """Returns the ids as they apply in the holes of a text: a hole takes pieces of text, and nothing ends it.
@@ -128,7 +130,7 @@ def difference(one: "seqio.Vocabulary", other: "seqio.Vocabulary") -> str:
 
 
 def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
-    """Returns the special ids of a SeqIO vocabulary, for diffusion. MASK gets the first id after the vocabulary's own.
+    """The special ids of a SeqIO vocabulary, for diffusion; see `mask_id_of` for MASK.
 
     The noise vocabulary is everything that a target may hold: pieces (byte-fallback pieces too), pad and EOS.
     Sentinels, unknown, control and unused ids are not in it. Autoregressive models start from BOS if the vocabulary has
@@ -174,16 +176,24 @@ def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
             "HuggingFaceVocabulary or Llama2cVocabulary."
         )
     text[[vocabulary.pad_id, vocabulary.eos_id]] = True
+    mask_id = mask_id_of(vocabulary)
+    text[mask_id : mask_id + 1] = False
     return TokenIds(
-        size=size + 1,
+        size=max(size, mask_id + 1),
         pad_id=vocabulary.pad_id,
         eos_id=vocabulary.eos_id,
-        mask_id=size,
+        mask_id=mask_id,
         start_id=start_id,
         noise_ranges=_ranges(text),
         name=type(vocabulary).__name__,
         fingerprint=hashlib.sha256(contents).hexdigest()[:16],
     )
+
+
+def mask_id_of(vocabulary: "seqio.Vocabulary") -> int:
+    """The id of MASK: the one that the vocabulary names, or else the first after its own."""
+    named = getattr(vocabulary, "mask_id", None)
+    return vocabulary.vocab_size if named is None else named
 
 
 def source_of(vocabulary: "seqio.Vocabulary") -> dict[str, str | int | None] | None:
@@ -347,8 +357,8 @@ def cells(vocabulary: "seqio.Vocabulary", tokens: Sequence[int], signs: Mapping[
 
 
 def signs(vocabulary: "seqio.Vocabulary") -> dict[int, str]:
-    """Returns symbols for tokens that are not text: EOS as ¶, pad as ·, MASK as ▢."""
-    return {vocabulary.eos_id: "¶", vocabulary.pad_id: "·", vocabulary.vocab_size: "▢"}
+    """Symbols for tokens that are not text: EOS as ¶, pad as ·, MASK as ▢."""
+    return {vocabulary.eos_id: "¶", vocabulary.pad_id: "·", mask_id_of(vocabulary): "▢"}
 
 
 def to_text(vocabulary: "seqio.Vocabulary", tokens: Iterable[int]) -> str:

@@ -10,14 +10,15 @@ if TYPE_CHECKING:
     import seqio
 
 
-def vocabulary(file: str | None, extra_ids: int = SENTINELS) -> "seqio.Vocabulary":
-    """Returns the vocabulary in a file.
+def vocabulary(file: str | None, extra_ids: int = SENTINELS, mask_id: int | None = None) -> "seqio.Vocabulary":
+    """A vocabulary by its file.
 
     Args:
-      file: a Hugging Face tokenizer (.json), llama2.c's (.bin), or a SentencePiece model, which gets sentinels after
-        its own pieces (unless it ends in sentinels, as mT5's does) and the tokens that files beside it add; None takes
-        bytes.
-      extra_ids: number of sentinels.
+      file: a Hugging Face tokenizer (.json, or merges.txt with vocab.json), llama2.c's (.bin), a SentencePiece model,
+        which gets sentinels behind its own pieces unless it ends in sentinels, as mT5's does, and the tokens that files
+        beside it add, or the config.json of a model without a tokenizer; None takes bytes.
+      extra_ids: how many sentinels.
+      mask_id: of MASK, in a vocabulary of Hugging Face's kind; None takes the one that its files name.
 
     Raises:
       UserError: there is no such file, or it has none of these formats.
@@ -33,10 +34,14 @@ def vocabulary(file: str | None, extra_ids: int = SENTINELS) -> "seqio.Vocabular
             f"There is no vocabulary file {file}: name a tokenizer's .json or .bin, a SentencePiece model, or None, "
             "with --gin.VOCABULARY_FILE=FILE."
         )
-    if path.endswith(".json"):
+    if os.path.basename(path) == "config.json":
+        from diffusion_t5x.data.id_vocabulary import IdVocabulary
+
+        return IdVocabulary(path, mask_id)
+    if path.endswith(".json") or os.path.basename(path) == "merges.txt":
         from diffusion_t5x.data.huggingface_vocabulary import HuggingFaceVocabulary
 
-        return HuggingFaceVocabulary(path)
+        return HuggingFaceVocabulary(path, mask_id)
     if path.endswith(".bin"):
         from diffusion_t5x.data.llama2c_vocabulary import Llama2cVocabulary
 

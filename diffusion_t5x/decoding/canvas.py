@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace
+from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.masks import BIDIRECTIONAL
 from diffusion_t5x.models.reading import Reading
@@ -46,15 +47,17 @@ class Canvas(flax.struct.PyTreeNode):
     Attributes:
       step: int32 scalar, number of steps taken.
       tokens: int32 `[B, L]`.
-      log_probability: float32 `[B, L]`, of each token in the step that wrote it; 0 if unwritten.
-      written_at: int32 `[B, L]`, index of that step; -1 if unwritten.
-      score: float32 `[B]`, the row's score so far.
-      row_steps: int32 `[B]`, number of steps that a row took part in.
+      target_mask: bool `[B, L]`, what is to be written.
+      log_probability: float32 `[B, L]`, of each token in the step that wrote it; 0 where none has.
+      written_at: int32 `[B, L]`, that step, counted from 0; -1 where none has.
+      score: float32 `[B]`, of the row so far.
+      row_steps: int32 `[B]`, steps that a row took part in.
       finished: bool `[B]`, rows that take no more steps.
     """
 
     step: jax.Array
     tokens: jax.Array
+    target_mask: jax.Array
     log_probability: jax.Array
     written_at: jax.Array
     score: jax.Array
@@ -62,12 +65,13 @@ class Canvas(flax.struct.PyTreeNode):
     finished: jax.Array
 
     @classmethod
-    def start(cls, tokens: jax.Array, score: jax.Array | None = None) -> Self:
-        """Returns the state before the first step, with an initial score; None is 0."""
+    def start(cls, tokens: jax.Array, target_mask: jax.Array, score: jax.Array | None = None) -> Self:
+        """Before the first step, with a score that steps add to; None is 0."""
         rows = len(tokens)
         return cls(
             step=jnp.int32(0),
             tokens=tokens,
+            target_mask=target_mask,
             log_probability=jnp.zeros(tokens.shape, jnp.float32),
             written_at=jnp.full(tokens.shape, -1, jnp.int32),
             score=jnp.zeros(rows, jnp.float32) if score is None else score,
@@ -95,13 +99,16 @@ class StepRule(Decoder, Protocol):
     position depend only on the row's key, the step and the position's number.
 
     Attributes:
-      keeps_written: a target is MASK until a step writes it, and then keeps its token.
-      num_samples: number of canvases per example, of which the best is kept.
+      keeps_written: a target is MASK until a step writes it, and keeps what that step wrote.
+      num_samples: canvases for each example, of which the one of best score is kept.
+      guidance: g of classifier-free guidance (arXiv 2207.12598): each step reads the canvas once more with all inputs
+        masked, and its logits are `u + (1 + g) (c - u)` of those without inputs, u, and with them, c. 0 reads once.
     """
 
     fills_holes: ClassVar[bool] = True
     keeps_written: ClassVar[bool] = False
     num_samples: int = 1
+    guidance: float = 0.0
 
     def blank(self, batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
         """Returns the rows int32 `[B, L]` with the targets as they are before the first step; keys `[B]`."""
@@ -140,7 +147,6 @@ def denoise(
     rule: StepRule,
     model: Transformer,
     canvas: Canvas,
-    target_mask: jax.Array,
     positions: jax.Array,
     keys: jax.Array,
     read: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
@@ -150,10 +156,10 @@ def denoise(
     """Takes steps until no row has a target that may be written.
 
     Args:
-      rule: the step rule.
-      model: passed to the rule.
-      canvas: the canvas before the first step.
-      target_mask, positions: `[B, L]`.
+      rule: what a step does.
+      model: for the rule.
+      canvas: before the first step.
+      positions: int32 `[B, L]`.
       keys: `[B]`, a key for each row.
       read: maps tokens `[B, L]` to the hidden states `[B, L, D]` that predict them; takes and returns the carry (such
         as a cache).
@@ -162,7 +168,7 @@ def denoise(
     """
 
     def eligible(canvas):
-        may_write = rule.eligible(canvas.tokens, target_mask, model.vocabulary, canvas.step)
+        may_write = rule.eligible(canvas.tokens, canvas.target_mask, model.vocabulary, canvas.step)
         return may_write & ~canvas.finished[:, None]
 
     def take_step(state):
@@ -180,16 +186,14 @@ def decode_canvas(rule: StepRule, model: Transformer, batch: Batch, key: jax.Arr
     """Writes all targets at once, each seeing all others. The score is the rule's, averaged over the targets."""
     samples, keys = rule.num_samples, row_keys(key, batch.example_ids)
     rows = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), batch)  # each example's samples together
-    encoded = model.encode(batch)
-    encoded = encoded and encoded.repeat(samples)
     if samples > 1:
         numbers = jnp.tile(jnp.arange(samples), len(batch.tokens))
         others = jax.vmap(jax.random.fold_in)(jnp.repeat(stream(keys, "samples"), samples), numbers)
         keys = jnp.where(numbers == 0, jnp.repeat(keys, samples), others)  # the first is the one of a single canvas
-    reading = Reading.of(rows, model.vocabulary, model.config.shifted)
+    reader = _reader(rule, model, batch, rows)
 
     def read(tokens, carry):
-        return reading.output(model, tokens, BIDIRECTIONAL, encoded).hidden, carry
+        return reader(tokens), carry
 
     def show(carry, written):
         step, history = carry
@@ -199,7 +203,7 @@ def decode_canvas(rule: StepRule, model: Transformer, batch: Batch, key: jax.Arr
     blank = rule.blank(rows, model.vocabulary, keys)
     carry = jnp.int32(0), start_trace(trace, blank, rule.most_steps(blank.shape[1]))
     canvas, (steps, history) = denoise(
-        rule, model, Canvas.start(blank), rows.target_mask, rows.positions, keys, read, show, carry
+        rule, model, Canvas.start(blank, rows.target_mask), rows.positions, keys, read, show, carry
     )
     num_targets = jnp.sum(rows.target_mask, axis=-1)
     scores = (canvas.score / jnp.maximum(num_targets, 1)).reshape(-1, samples)
@@ -219,3 +223,37 @@ def decode_canvas(rule: StepRule, model: Transformer, batch: Batch, key: jax.Arr
         written_at=keep(canvas.written_at),
         trace=jax.tree.map(keep, history and history.end(steps)),
     )
+
+
+def _reader(rule: StepRule, model: Transformer, batch: Batch, rows: Batch) -> Callable[[jax.Array], jax.Array]:
+    """A function from tokens `[B * samples, L]` to the hidden states that predict them, with the rule's guidance.
+
+    Args:
+      rule, model: as in `denoise`.
+      batch: `[B, L]`.
+      rows: each row of the batch `num_samples` times.
+    """
+    reading = Reading.of(rows, model.vocabulary, model.config.shifted)
+
+    def encode(batch):
+        encoded = model.encode(batch)
+        return encoded and encoded.repeat(rule.num_samples)
+
+    encoded = encode(batch)
+    if not rule.guidance:
+        return lambda tokens: reading.output(model, tokens, BIDIRECTIONAL, encoded).hidden
+    if model.config.logits_softcap is not None:
+        raise UserError(f"{type(rule).__name__}.guidance must be 0 for a model with ModelConfig.logits_softcap.")
+    blind = batch
+    if batch.encoder_tokens is not None:
+        blind = batch.replace(encoder_tokens=jnp.full_like(batch.encoder_tokens, model.vocabulary.mask_id))
+    without = encode(blind)
+
+    def guided(tokens):
+        # Logits are linear in these hidden states, so theirs may be put together in place of the logits.
+        seen = reading.output(model, tokens, BIDIRECTIONAL, encoded).hidden
+        masked = jnp.where(rows.input_mask, model.vocabulary.mask_id, tokens)
+        unseen = reading.output(model, masked, BIDIRECTIONAL, without).hidden
+        return unseen + (1 + rule.guidance) * (seen - unseen)
+
+    return guided

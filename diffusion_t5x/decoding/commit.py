@@ -6,19 +6,26 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.models.sampling import Sampling, forbid, sample, uniform
+from diffusion_t5x.models.sampling import Sampling, filter_logits, forbid, sample, uniform
 from diffusion_t5x.models.streams import stream
 
-Order = Literal["confidence", "entropy", "margin", "random"]
+Order = Literal["confidence", "entropy", "margin", "random", "sequential"]
+Softmax = Literal["allowed", "all", "filtered"]
 
 
 def propose(
-    logits: jax.Array, keys: jax.Array, positions: jax.Array, vocabulary: TokenIds, sampling: Sampling, order: Order
+    logits: jax.Array,
+    keys: jax.Array,
+    positions: jax.Array,
+    vocabulary: TokenIds,
+    sampling: Sampling,
+    order: Order,
+    softmax: Softmax = "allowed",
+    last: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns a token for every position, its log-probability, and the position's certainty, all `[B, L]`.
 
-    Log-probability and certainty are the model's at temperature 1 over all ids that may be written (not MASK), however
-    the token is drawn.
+    The log-probability is the model's at temperature 1 over what may be written (not MASK), however the token is drawn.
 
     Args:
       logits: float32 `[B, L, V]`.
@@ -26,36 +33,57 @@ def propose(
       positions: int32 `[B, L]`; a draw at a position depends only on its number.
       vocabulary: defines the ids that may be written.
       sampling: how to draw.
-      order: the measure of certainty. "confidence": the probability of the proposed token. "entropy": minus the
-        entropy, in nats. "margin": the most likely token's probability minus the next one's. "random": a number drawn
-        from [0, 1).
+      order: what certainty is. "confidence": the probability of the proposed token. "entropy": minus the entropy, in
+        nats. "margin": the most likely token's probability minus the next one's. "random": a number drawn from [0, 1).
+        "sequential": less and less from the left to the right.
+      softmax: whose probabilities certainty is of. "allowed": those of the log-probability. "all": of all rows of the
+        embedding, MASK too, as in published code. "filtered": of all rows, as they are drawn from: at the temperature,
+        within top-k and top-p.
+      last: bool `[V]`, tokens whose positions are the least certain; the certainty of others is without them.
     """
-    logits = forbid(logits, vocabulary)
-    tokens = sample(logits, stream(keys, "tokens"), positions, sampling)
-    log_probabilities = jax.nn.log_softmax(logits)
+    allowed = forbid(logits, vocabulary)
+    tokens = sample(allowed, stream(keys, "tokens"), positions, sampling)
+    log_probabilities = jax.nn.log_softmax(allowed)
     log_probability = jnp.take_along_axis(log_probabilities, tokens[..., None], axis=-1)[..., 0]
+    if softmax != "allowed" or last is not None:
+        judged = {"allowed": allowed, "all": logits, "filtered": filter_logits(logits, sampling)}[softmax]
+        judged = judged if last is None else jnp.where(last, -jnp.inf, judged)
+        log_probabilities = jax.nn.log_softmax(judged)
     if order == "confidence":
-        certainty = jnp.exp(log_probability)
+        certainty = jnp.exp(jnp.take_along_axis(log_probabilities, tokens[..., None], axis=-1)[..., 0])
     elif order == "entropy":
         certainty = -jax.scipy.special.entr(jnp.exp(log_probabilities)).sum(axis=-1)
     elif order == "margin":
         first, second = jnp.moveaxis(jax.lax.top_k(jnp.exp(log_probabilities), 2)[0], -1, 0)
         certainty = first - second
+    elif order == "sequential":
+        certainty = -positions.astype(jnp.float32)
     else:
         certainty = uniform(stream(keys, "order"), positions)
+    if last is not None:
+        certainty = jnp.where(last[tokens], -jnp.inf, certainty)
     return tokens, log_probability, certainty
 
 
-def choose(certainty: jax.Array, eligible: jax.Array, count: jax.Array, threshold: float | None = None) -> jax.Array:
-    """Returns bool `[B, L]`: the `count` most certain eligible positions of each row; of equal ones, the earlier first.
+def choose(
+    certainty: jax.Array,
+    eligible: jax.Array,
+    count: jax.Array,
+    threshold: float | None = None,
+    threshold_included: bool = False,
+) -> jax.Array:
+    """The `count` most certain eligible positions of each row, bool `[B, L]`; of equal ones, the earlier first.
 
     Args:
       certainty: `[B, L]`.
       eligible: bool `[B, L]`; if a row has at most `count`, all are chosen.
       count: int32 `[B]`.
-      threshold: eligible positions of greater certainty are chosen as well, however many.
+      threshold: eligible positions of a greater certainty are chosen as well, however many.
+      threshold_included: those of just this certainty, too.
     """
     # Eligibility is a key of its own: even if certainty is NaN, as many positions are chosen, and decoding ends.
     order = jnp.lexsort((-certainty, ~eligible), axis=-1)
     chosen = eligible & (jnp.argsort(order, axis=-1) < count[:, None])
-    return chosen if threshold is None else chosen | (eligible & (certainty > threshold))
+    if threshold is None:
+        return chosen
+    return chosen | (eligible & (certainty >= threshold if threshold_included else certainty > threshold))

@@ -1,7 +1,7 @@
 """Masked decoding: from a canvas of MASK, keeps the most confident tokens of each step until none is masked."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.canvas import Canvas, StepRule, Written
-from diffusion_t5x.decoding.commit import Order, choose, propose
+from diffusion_t5x.decoding.commit import Order, Softmax, choose, propose
+from diffusion_t5x.decoding.counts import Counts, step_count
 from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.masks import BIDIRECTIONAL
 from diffusion_t5x.models.modes import Mode
@@ -25,20 +26,39 @@ class MaskedDecoder(StepRule):
     targets: conditionals from different steps, not a likelihood. Higher is better.
 
     Attributes:
-      num_steps: a row's targets are divided over this many steps as evenly as possible, with more in the first ones;
-        rows with fewer targets write one per step. None: one per step.
-      threshold: a step also writes every token whose probability exceeds it, and the rest is divided over the remaining
-        steps; decoding stops when all rows are done. Fast-dLLM uses 0.9, with num_steps None.
-      order: the order of positions, see `commit.propose`. A threshold needs "confidence".
-      temperature: sampling temperature; 0 takes the most likely token.
+      num_steps: a row's targets, or with `window` those of each window, are divided over this many steps; rows with
+        fewer targets write one per step. None: one per step.
+      counts: how they are divided: "even": as evenly as possible, more in the first steps. Others are those of
+        published code, see `counts.counts_table`.
+      threshold: a step also writes every token whose probability exceeds it, and the rest is divided over the
+        remaining steps; decoding stops when all rows are done. Fast-dLLM's is 0.9, with num_steps None.
+      threshold_included: also every token whose probability is just that (Fast-dLLM, LMDeploy; not SDAR, SGLang,
+        JetEngine).
+      window: so many targets are written before the next so many are, counted from the first target, while each sees
+        all others (LLaDA). None: all at once.
+      order: which positions come first: see `commit.propose`. A threshold is one of confidence.
+      softmax: of what certainty is the probability: see `commit.propose`.
+      ends: when EOS, pad and `end_ids` are written. "free": like any token. "last": the most likely token is chosen
+        among all, but the certainty is of the others, and positions where an end is the most likely come last. "never":
+        not at all (LLaDA's `confidence_eos_eot_inf` and `logits_eos_inf`).
+      end_ids: other tokens that end a text, such as the end of a turn.
+      guidance: see `StepRule`.
+      temperature: of sampling; 0 takes the most likely token.
       top_k, top_p: see `Sampling`.
     """
 
     keeps_written: ClassVar[bool] = True
 
     num_steps: int | None = 10
+    counts: Counts = "even"
     threshold: float | None = None
+    threshold_included: bool = False
+    window: int | None = None
     order: Order = "confidence"
+    softmax: Softmax = "allowed"
+    ends: Literal["free", "last", "never"] = "free"
+    end_ids: tuple[int, ...] = ()
+    guidance: float = 0.0
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
@@ -48,6 +68,10 @@ class MaskedDecoder(StepRule):
         check_choices(self)
         if self.num_steps is not None and self.num_steps < 1:
             raise UserError(f"MaskedDecoder.num_steps must be at least 1, or None; got {self.num_steps}.")
+        if self.window is not None and self.window < 1:
+            raise UserError(f"MaskedDecoder.window must be at least 1, or None; got {self.window}.")
+        if self.num_steps is None and self.counts != "even":
+            raise UserError(f"MaskedDecoder.counts = {self.counts!r} needs num_steps; got None.")
         if self.threshold is not None and (not 0 <= self.threshold <= 1 or self.order != "confidence"):
             raise UserError(
                 f"MaskedDecoder.threshold must be a probability and belongs to the order of confidence; got {self}."
@@ -66,11 +90,21 @@ class MaskedDecoder(StepRule):
         return jnp.where(batch.target_mask, vocabulary.mask_id, batch.tokens)
 
     def eligible(self, tokens: jax.Array, target_mask: jax.Array, vocabulary: TokenIds, step: jax.Array) -> jax.Array:
-        """Returns the targets that are still masked."""
-        return target_mask & (tokens == vocabulary.mask_id)
+        """The targets that are still masked; with windows, in the first window that has any."""
+        masked = target_mask & (tokens == vocabulary.mask_id)
+        return masked & self._in_window(masked, target_mask)
+
+    def _in_window(self, masked: jax.Array, target_mask: jax.Array) -> jax.Array:
+        """bool `[B, L]`: targets in each row's first window that has masked ones, bool `[B, L]`."""
+        if self.window is None:
+            return target_mask
+        number = (jnp.cumsum(target_mask, axis=-1) - 1) // self.window
+        first = jnp.min(jnp.where(masked, number, target_mask.shape[1]), axis=-1, keepdims=True)
+        return target_mask & (number == first)
 
     def most_steps(self, num_targets: int) -> int:
-        return min(self.num_steps or num_targets, num_targets)
+        width = min(self.window or num_targets, num_targets)
+        return -(-num_targets // width) * min(self.num_steps or width, width)
 
     def write(
         self,
@@ -83,17 +117,29 @@ class MaskedDecoder(StepRule):
     ) -> Written:
         """Takes one step: writes some of the eligible positions, permanently."""
 
+        ids = jnp.arange(model.config.num_embeddings)
+        is_end = model.vocabulary.is_end(ids) | jnp.isin(ids, jnp.asarray(self.end_ids, jnp.int32))
+
         def read_out(logits, positions):
-            return propose(logits, keys, positions, model.vocabulary, self.sampling, self.order)
+            logits = jnp.where(is_end, -jnp.inf, logits) if self.ends == "never" else logits
+            last = is_end if self.ends == "last" else None
+            return propose(logits, keys, positions, model.vocabulary, self.sampling, self.order, self.softmax, last)
 
         tokens, log_probability, certainty = model.map_logits(read_out, hidden, positions)
-        left = jnp.sum(eligible, axis=-1, dtype=jnp.int32)
-        # The share of this step, rounded up, of what is left for all: shares differ by one at most.
-        count = jnp.ones_like(left) if self.num_steps is None else -(-left // (self.num_steps - canvas.step))
-        chosen = choose(certainty, eligible, count, self.threshold)
+        chosen = choose(certainty, eligible, self._count(canvas, eligible), self.threshold, self.threshold_included)
         return Written(
             tokens=jnp.where(chosen, tokens, canvas.tokens),
             mask=chosen,
             log_probability=log_probability,
             score=jnp.sum(jnp.where(chosen, log_probability, 0), axis=-1),
         )
+
+    def _count(self, canvas: Canvas, eligible: jax.Array) -> jax.Array:
+        """Returns the minimum number of eligible positions that this step writes, int32 `[B]`."""
+        in_window, taken = self._in_window(eligible, canvas.target_mask), canvas.step
+        if self.window is not None:
+            first = jnp.where(in_window & (canvas.written_at >= 0), canvas.written_at, canvas.step)
+            taken -= jnp.min(first, axis=-1)
+        total, left = (jnp.sum(x, axis=-1, dtype=jnp.int32) for x in (in_window, eligible))
+        most = min(self.window or eligible.shape[1], eligible.shape[1])
+        return step_count(self.counts, self.num_steps, most, total, left, taken)

@@ -1,31 +1,60 @@
 """The model families that can be imported, by the `model_type` of their config.json."""
 
 import dataclasses
-from types import ModuleType
+from typing import Any
 
 from diffusion_t5x.checkpointing.assignment import named_leaves
 from diffusion_t5x.errors import UserError, did_you_mean
-from diffusion_t5x.importing import gemma2, gemma3_text, gpt2, llama, mistral, mt5, qwen2, qwen3, t5
+from diffusion_t5x.importing import (
+    a2d,
+    dream,
+    gemma,
+    gemma2,
+    gemma3_text,
+    gpt2,
+    llada,
+    llama,
+    mistral,
+    mt5,
+    qwen2,
+    qwen3,
+    sdar,
+    t5,
+)  # fmt: skip
 from diffusion_t5x.importing.huggingface import CONFIG, Folder
 from diffusion_t5x.importing.keys import Keys
+from diffusion_t5x.importing.published import Published
 from diffusion_t5x.importing.weights import VOCABULARY_AXIS, Source, Weight
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 
 # A module has `config(keys, tied)`, `weights(config)`, EMBEDDING and HEAD (names), TIED (what `tie_word_embeddings` is
 # where a config.json does not say), SAME (names of copies, and of what); BASE, if files may lack that prefix of their
-# names; and ALIASES, if keys of the config.json have other names too.
-FAMILIES: dict[str, ModuleType] = {
+# names; ALIASES, if keys of the config.json have other names too; `vocab_size(keys)`, if rows of the embedding are not
+# under that key; TOKENIZERS, if there are other tokenizer files than the usual; and of diffusion models
+# `published(keys)`.
+FAMILIES: dict[str, Any] = {
+    "Dream": dream,
+    "a2d-llama": a2d.FROM_LLAMA,
+    "a2d-qwen2": a2d.FROM_QWEN2,
+    "a2d-qwen3": a2d.FROM_QWEN3,
+    "gemma": gemma,
     "gemma2": gemma2,
     "gemma3_text": gemma3_text,
     "gpt2": gpt2,
+    "llada": llada,
     "llama": llama,
     "mistral": mistral,
     "mt5": mt5,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "sdar": sdar,
     "t5": t5,
 }
+# Of diffusion models; by `architectures`, for LLaDA-MoE has the model_type of LLaDA.
+_WITH_EXPERTS = {
+    "DiffusionGemmaForBlockDiffusion", "LLaDA2MoeModelLM", "LLaDAMoEModelLM", "SDARMoeForCausalLM",
+}  # fmt: skip
 _COMPARED = 1 << 24  # numbers at a time
 
 
@@ -34,19 +63,23 @@ class Described:
     """A source's description of its model, checked.
 
     Attributes:
-      config: our ModelConfig, without the embedding's number of rows.
-      vocab_size: number of rows in the source's embedding.
-      weights: name and layout of each weight.
-      copies: names of tensors that duplicate others.
-      passed_over: a line about keys of config.json that change nothing; empty if there are none.
-      sizes_from: the source of the model's sizes, for messages.
+      config: the model here; the embedding's rows are not set.
+      vocab_size: rows of the embedding there.
+      weights: how each is called and lies.
+      copies: names of tensors that hold what another does.
+      published: how it was trained and is decoded.
+      passed_over: a line on keys of its config.json that change nothing; empty if there are none.
+      tokenizers: files that may serve as a vocabulary beside the usual ones.
+      sizes_from: where the model's sizes were read, for messages.
     """
 
     config: ModelConfig
     vocab_size: int
     weights: tuple[Weight, ...]
     copies: dict[str, str]
+    published: Published = Published()  # noqa: RUF009  (frozen)
     passed_over: str = ""
+    tokenizers: tuple[str, ...] = ()
     sizes_from: str = CONFIG
 
 
@@ -61,10 +94,7 @@ def describe(folder: Folder, tied: bool | None = None) -> Described:
       UserError: an unknown family, key, value or tensor, or missing tensors.
     """
     where = str(folder.path / CONFIG)
-    kind = folder.config.get("model_type", "")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        only = f"only {', '.join(FAMILIES)}.{did_you_mean(str(kind), FAMILIES)}"
-        raise UserError(f"{where}: model_type = {kind!r} is not supported, {only}")
+    kind = _kind(folder, where)
     family = FAMILIES[kind]
     keys = Keys(folder.config, where, getattr(family, "ALIASES", None), most_layers=len(folder.tensors))
     # As in transformers: said to be tied, and yet different in the files, they are not.
@@ -73,14 +103,32 @@ def describe(folder: Folder, tied: bool | None = None) -> Described:
     cut = base if family.EMBEDDING.removeprefix(base) in folder.tensors else ""
     embedding = family.EMBEDDING.removeprefix(cut)
     tied = said and _same(folder, family.HEAD, embedding) if tied is None else tied
-    vocab_size = keys.get("vocab_size")
+    vocab_size = family.vocab_size(keys) if hasattr(family, "vocab_size") else keys.get("vocab_size")
     config = family.config(keys, tied)
+    published = family.published(keys) if hasattr(family, "published") else Published()
     passed_over = keys.judge()
     copies = family.SAME | ({family.HEAD: embedding} if tied else {})
     weights = (dataclasses.replace(w, theirs=w.theirs.removeprefix(cut)) for w in family.weights(config))
-    described = Described(config, vocab_size, tuple(weights), copies, passed_over)
+    described = Described(config, vocab_size, tuple(weights), copies, published, passed_over, _tokenizers(family))
     check_names(folder, described, kind)
     return described
+
+
+def _kind(folder: Folder, where: str) -> str:
+    """The family's key. Raises a UserError if it is not supported."""
+    kind, architectures = folder.config.get("model_type", ""), folder.config.get("architectures")
+    names = {name for name in architectures if isinstance(name, str)} if isinstance(architectures, list) else set()
+    if experts := names & _WITH_EXPERTS:
+        raise UserError(f"{where}: {min(experts)} is a mixture of experts, which is not supported yet.")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        only = f"only {', '.join(FAMILIES)}.{did_you_mean(str(kind), FAMILIES)}"
+        raise UserError(f"{where}: model_type = {kind!r} is not supported, {only}")
+    return kind
+
+
+def _tokenizers(family: Any) -> tuple[str, ...]:
+    """Files that may serve as a vocabulary: a diffusion model's config.json, in the end."""
+    return (*getattr(family, "TOKENIZERS", ()), *([CONFIG] if hasattr(family, "published") else []))
 
 
 def check_names(source: Source, described: Described, kind: str) -> None:

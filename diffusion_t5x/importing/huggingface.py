@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import ml_dtypes
@@ -93,6 +93,10 @@ class Folder:
         config = {name: value for name, value in self.config.items() if name not in names}
         return dataclasses.replace(self, config=config, ignored=tuple(names))
 
+    def with_keys(self, said: Mapping[str, Any]) -> Self:
+        """The same with these keys in config.json, in place of its own."""
+        return dataclasses.replace(self, config={**self.config, **said})
+
     def read(self, name: str, start: int = 0, stop: int | None = None, axis: int = 0) -> np.ndarray:
         """Reads an array, see `Source`. The file is opened again each time, so that no page of it stays in memory."""
         with safetensors.safe_open(self.tensors[name].file, "numpy") as file:
@@ -116,8 +120,11 @@ class Folder:
         ignored = read_json(path / IGNORED)["ignored"] if (path / IGNORED).exists() else ()
         return cls(path, read_json(path / CONFIG), tensors).without_keys(ignored)
 
-    def tokenizer(self) -> pathlib.Path:
-        """Returns the vocabulary's file. A spiece.model is ignored if its pieces differ from tokenizer.json's.
+    def tokenizer(self, others: Sequence[str] = ()) -> pathlib.Path:
+        """The file of the vocabulary. A spiece.model of other pieces than the tokenizer.json beside it is ignored.
+
+        Args:
+          others: files that serve where there is none of TOKENIZERS.
 
         Raises:
           UserError: there is none.
@@ -126,7 +133,7 @@ class Folder:
         if spiece.exists() and tokenizer.exists() and not _same_pieces(spiece, tokenizer):
             print(f"{spiece} is ignored, as in transformers: {tokenizer.name} has other pieces.")
             return tokenizer
-        for name in TOKENIZERS:
+        for name in (*TOKENIZERS, *others):
             if (self.path / name).exists():
                 return self.path / name
         has_parts = (self.path / "merges.txt").exists()

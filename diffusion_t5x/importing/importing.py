@@ -55,8 +55,11 @@ def write(
     """
     shapes, rows, mask_id = param_shapes(definition), described.vocab_size, definition.vocabulary.mask_id
     config = definition.config
-    gin = output.model_gin(f"{source.path.name} ({kind}), imported", config, "VOCABULARY_FILE", final / tokenizer)
-    output.save(to, output.record_of(definition, final / tokenizer), params(source, described, definition), gin)
+    title, published = f"{source.path.name} ({kind}), imported", described.published
+    gin = output.model_gin(title, config, "VOCABULARY_FILE", final / tokenizer, published.gin)
+    output.save(
+        to, output.record_of(definition, final / tokenizer, published), params(source, described, definition), gin
+    )
 
     layers = f"0-{config.num_layers - 1}"
     output.print_table([(w.theirs.replace("{}", layers), w.ours, f"{list(shapes[w.ours])}") for w in described.weights])

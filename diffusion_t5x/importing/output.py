@@ -15,6 +15,7 @@ from diffusion_t5x.checkpointing.record import Record
 from diffusion_t5x.checkpointing.streaming import Streamed
 from diffusion_t5x.data.vocabularies import SENTINELS
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.importing.published import Published
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 
@@ -28,7 +29,7 @@ from __gin__ import dynamic_registration
 from diffusion_t5x.models import config as model_config
 
 include "models/{architecture}.gin"
-
+{published}
 {macro} = {tokenizer!r}
 
 model_config.ModelConfig:
@@ -82,21 +83,39 @@ def building(final: pathlib.Path) -> Iterator[pathlib.Path]:
         raise
 
 
-def model_gin(title: str, model: ModelConfig, macro: str, tokenizer: pathlib.Path) -> str:
-    """Returns gin text that sets MODEL to `model` and a macro to the tokenizer; dropout and dtype are the run's."""
+def model_gin(
+    title: str, model: ModelConfig, macro: str, tokenizer: pathlib.Path, published: Sequence[str] = ()
+) -> str:
+    """A gin file that sets MODEL to `model`, and a macro to the tokenizer; dropout and dtype are left to the run.
+
+    Args:
+      title: a line about it.
+      model, macro, tokenizer: see above.
+      published: lines that set objective and decoder, see `Published.gin`.
+    """
     values = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
     title = "".join(character if character.isprintable() else " " for character in title)  # it is a comment, one line
     left_out = _LEFT_OUT if model.vocab_size else {*_LEFT_OUT, "vocab_size"}
     bindings = "\n".join(f"  {name} = {value!r}" for name, value in values.items() if name not in left_out)
     return _MODEL_GIN.format(
-        title=title, architecture=model.architecture, macro=macro, tokenizer=str(tokenizer), bindings=bindings
+        title=title,
+        architecture=model.architecture,
+        macro=macro,
+        tokenizer=str(tokenizer),
+        published="".join(f"{line}\n" for line in published),
+        bindings=bindings,
     )
 
 
-def record_of(definition: ModelDefinition, tokenizer: pathlib.Path) -> Record:
-    """Returns the record of an imported model with its tokenizer at this path."""
+def record_of(
+    definition: ModelDefinition,
+    tokenizer: pathlib.Path,
+    published: Published = Published(),  # noqa: B008  (frozen)
+) -> Record:
+    """The record of an imported model whose tokenizer lies at this path."""
     source = {"file": str(tokenizer), "extra_ids": SENTINELS}
-    return Record.of_import(definition.config, definition.vocabulary.describe(), source)
+    described = definition.vocabulary.describe()
+    return Record.of_import(definition.config, described, source, published.objective, published.decoder)
 
 
 def save(folder: pathlib.Path, record: Record, params: Mapping[str, np.ndarray | Streamed], gin: str) -> None:

@@ -21,8 +21,11 @@ class ModelConfig:
       shifted: how a diffusion model is read. False: the hidden state at a slot predicts the slot's own token. True:
         it predicts the next one, as an autoregressive model's does (Dream, arXiv 2508.15487; DiffuLLaMA, 2410.17891).
         Autoregressive training and decoding read a model that way in any case.
-      vocab_size: number of rows in the embedding; None takes the vocabulary's size, rounded up to a multiple of 128.
-      num_kv_heads: number of key and value heads, shared by groups of query heads; None is one per query head.
+      reads_start: a diffusion model reads the start token: before the first token of a shifted row, else in place of a
+        first token that is MASK. False reads rows as they are, as published models do (LLaDA, Dream, SDAR): there a
+        shifted row's first token is predicted in its own slot.
+      vocab_size: rows of the embedding; None takes the vocabulary's size, rounded up to a multiple of 128.
+      num_kv_heads: key and value heads, shared by groups of query heads; None means one for each query head.
       position: "relative" is T5's learned bias shared by all layers, "rotary" rotates queries and keys, "learned" adds
         a vector for each of `max_length` positions to the embedded tokens.
       norm: "rms" scales by the root mean square, "layer" (arXiv 1607.06450) subtracts the mean first and adds a bias.
@@ -71,6 +74,7 @@ class ModelConfig:
     mlp_dim: int
     architecture: Architecture = "decoder_only"
     shifted: bool = False
+    reads_start: bool = True
     vocab_size: int | None = None
     num_kv_heads: int | None = None
     position: Literal["relative", "rotary", "learned"] = "relative"

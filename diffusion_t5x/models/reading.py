@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Array, Batch
 from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import Annealed, AttentionKind, Slots
 from diffusion_t5x.models.output import Output
 from diffusion_t5x.models.stack import Encoded
@@ -25,10 +26,14 @@ TOKENS_PER_SEGMENT = 16
 def start_first(tokens: Array, positions: Array, vocabulary: TokenIds) -> jax.Array:
     """Returns the model's input for masked tokens `[B, L]`: the start token if a segment's first token is masked.
 
-    That happens if no input comes first, mainly in the decoder of an encoder-decoder. Relative and rotary positions
-    only distinguish tokens that differ: in a row of nothing but MASK, every position would have the same logits. The
-    start token marks the row's beginning, and an autoregressive model's first slot reads it, too.
+    A model that reads no start token (`ModelConfig.reads_start`) gets the tokens as they are.
+
+    That happens where no input comes before: in an encoder-decoder's decoder above all. Relative and rotary positions
+    are differences between tokens that differ: over nothing but MASK, every position would have the same logits. The
+    start token says where the row begins, and an autoregressive model's first slot reads it too.
     """
+    if not vocabulary.reads_start:
+        return jnp.asarray(tokens)
     return jnp.where((tokens == vocabulary.mask_id) & (positions == 0), vocabulary.start_id, tokens)
 
 
@@ -46,20 +51,33 @@ def shifted_slots(batch: Batch) -> Slots:
     )
 
 
+def check_blocks(kind: AttentionKind | Annealed, shifted: bool) -> None:
+    """Raises a UserError for a shifted model with blocks from the row's beginning: they have no meaning there."""
+    blocks_from = kind.kind.blocks_from if isinstance(kind, Annealed) else kind.blocks_from
+    if shifted and blocks_from == "row":
+        raise UserError(
+            'blocks_from = "row" is for models that predict a token in its own slot: set ModelConfig.shifted = False, '
+            'or blocks_from = "targets" (--gin.BLOCKS_FROM).'
+        )
+
+
 class Reading(flax.struct.PyTreeNode):
     """Rows as the model reads them.
 
-    Same-position: slot i holds token i, and its hidden state predicts it. Shifted: each segment starts with the start
-    token, as one more input, so that the slot before a token's own predicts it. A segment has one slot more than
-    tokens; the last slot predicts nothing, but others see its token.
+    Same-position: slot i holds token i, and its hidden state predicts it. Shifted: in each segment the start token
+    comes first, as one more input, and all tokens after it, so that the slot before a token's own predicts it. A
+    segment has a slot more than it has tokens; the last slot predicts nothing, but what it holds is seen. Shifted
+    without a start token, tokens stay in their places, and a segment's first one is predicted in its own slot (Dream).
 
     Attributes:
-      batch: the clean tokens in this layout, `[B, L']`.
-      slot: int32 `[B, L]`, the slot of each token; L' for tokens without one. None: its own place.
+      batch: the clean tokens so laid out, `[B, L']`.
+      slot: int32 `[B, L]`, where each token stands in it; L' for what has no place. None: in its own place.
+      shifted: hidden states predict the next slot's token.
     """
 
     batch: Batch
     slot: jax.Array | None
+    shifted: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
     def of(cls, batch: Batch, vocabulary: TokenIds, shifted: bool, packed: bool = False) -> Self:
@@ -72,8 +90,8 @@ class Reading(flax.struct.PyTreeNode):
           packed: rows may hold several segments. If shifted, there is room for `1 + L / 16` of them, and for one more
             per padding position; the last tokens of a row with more are cut off, see `fits`.
         """
-        if not shifted:
-            return cls(batch, None)
+        if not (shifted and vocabulary.reads_start):
+            return cls(batch, None, shifted)
         length = batch.tokens.shape[1]
         width = length + 1 + (length // TOKENS_PER_SEGMENT if packed else 0)
         there = batch.segment_ids > 0
@@ -91,7 +109,7 @@ class Reading(flax.struct.PyTreeNode):
             segment_ids=place(batch.segment_ids, batch.segment_ids),
             positions=place(batch.positions + 1, 0),
         )
-        return cls(read, slot)
+        return cls(read, slot, shifted)
 
     def fits(self, batch: Batch) -> Batch:
         """Returns the batch without the tokens that were cut off."""
@@ -113,9 +131,13 @@ class Reading(flax.struct.PyTreeNode):
 
         Shifted, `offset` is added to their slots.
         """
-        if self.slot is None:
+        if not self.shifted:
             return hidden
-        slot = jnp.minimum(self.slot - 1 + offset, hidden.shape[1] - 1)
+        if self.slot is None:
+            before = jnp.arange(self.batch.tokens.shape[1]) - (self.batch.positions > 0)
+        else:
+            before = self.slot - 1
+        slot = jnp.minimum(before + offset, hidden.shape[1] - 1)
         return jnp.take_along_axis(hidden, slot[..., None], axis=1)
 
     def output(
@@ -140,5 +162,6 @@ def _put(rows: jax.Array, slot: jax.Array, values: jax.Array) -> jax.Array:
 def model_reads(noisy: jax.Array, batch: Batch, model: ModelDefinition) -> jax.Array:
     """Returns the tokens in the predicting slots, int32 `[B, L]`: the noisy ones or, if shifted, the previous ones."""
     if model.config.shifted:
-        return shift_right(noisy, batch.positions, model.vocabulary.start_id)
+        before = shift_right(noisy, batch.positions, model.vocabulary.start_id)
+        return before if model.vocabulary.reads_start else jnp.where(batch.positions == 0, noisy, before)
     return start_first(noisy, batch.positions, model.vocabulary)

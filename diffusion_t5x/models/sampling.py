@@ -47,8 +47,8 @@ def forbid(logits: jax.Array, vocabulary: TokenIds) -> jax.Array:
 
 
 def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Returns logits `[..., V]` over the temperature, -inf outside top-k and top-p; ties at the border all stay."""
-    logits = logits / sampling.temperature
+    """Logits `[..., V]` over the temperature (1 if it is 0), -inf outside top-k and top-p; ties at the border stay."""
+    logits = logits / (sampling.temperature or 1.0)
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         least = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
         logits = jnp.where(logits < least, -jnp.inf, logits)

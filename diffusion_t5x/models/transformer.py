@@ -184,7 +184,9 @@ class ModelDefinition:
     vocabulary: TokenIds
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "config", self.config.with_vocabulary(self.vocabulary.size))
+        vocabulary = dataclasses.replace(self.vocabulary, reads_start=self.config.reads_start)
+        object.__setattr__(self, "vocabulary", vocabulary)
+        object.__setattr__(self, "config", self.config.with_vocabulary(vocabulary.size))
 
     def _build(self, key: jax.Array) -> Transformer:
         return Transformer(key, self.config, self.vocabulary)

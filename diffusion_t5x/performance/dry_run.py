@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning, records
@@ -19,15 +18,10 @@ from diffusion_t5x.evaluation.inference import make_decode_step
 from diffusion_t5x.evaluation.loading import abstract_batch, abstract_params
 from diffusion_t5x.models.config import ModelConfig, Remat
 from diffusion_t5x.models.transformer import ModelDefinition
-from diffusion_t5x.objectives.distillation import Teacher
-from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.performance.roofline import Report
 from diffusion_t5x.performance.topology import Chip, find_slice
-from diffusion_t5x.training.lora import Lora, define
-from diffusion_t5x.training.rollout import Rollout
-from diffusion_t5x.training.state import abstract_state
-from diffusion_t5x.training.step import make_train_step
+from diffusion_t5x.performance.training_run import TrainingRun
 
 _REMAT: tuple[Remat, ...] = ("none", "dots", "full")  # the least computed again first
 _MOST_ROWS = 64  # a device, that `fit` tries
@@ -42,58 +36,26 @@ class SliceDryRun:
     """A dry run for a slice.
 
     Attributes:
-      topology: the slice, such as "v5p:4x4x8".
-      output: a file for the report as JSON; None writes none.
-      fit: search for the largest batch that fits, and for the least recomputation with it.
+      topology: as "v5p:4x4x8".
+      output: a file that gets the report as JSON; None writes none.
+      fit: look for the largest batch that fits, and what need not be computed again then.
     """
 
     topology: str
     output: str | None = None
     fit: bool = False
 
-    def train(
-        self,
-        *,
-        mesh: MeshConfig,
-        model: ModelConfig,
-        objective: Objective,
-        dataset: Dataset,
-        optimizer: optax.GradientTransformation,
-        lora: Lora | None,
-        microbatches: int,
-        normalizing_factor: float | None,
-        ema_decay: float | None,
-        teacher_model: ModelConfig | None,
-        rollout: Rollout | None,
-    ) -> None:
-        """Prints the cost of a training step; arguments as for `train.train`."""
-        vocabulary = dataset.token_ids()
+    def train(self, run: TrainingRun) -> None:
+        """Prints what a training step would take."""
 
         def lower(mesh: Mesh, model: ModelConfig, batch_size: int) -> jax.stages.Lowered:
-            definition = define(model, vocabulary, lora)
-            state = abstract_state(mesh, definition, optimizer, ema_decay is not None)
-            teacher = None
-            if objective.needs_teacher:
-                taught_by = ModelDefinition(teacher_model or model, vocabulary)
-                teacher = Teacher(taught_by, abstract_params(mesh, taught_by))
-            step = make_train_step(
-                mesh,
-                state,
-                definition,
-                objective,
-                optimizer,
-                seed=0,
-                microbatches=microbatches,
-                normalizing_factor=normalizing_factor,
-                ema_decay=ema_decay,
-                teacher=teacher,
-            )
-            return step.lower(state, abstract_batch(mesh, dataset, batch_size, rollout))
+            return dataclasses.replace(run, model=model).lower(mesh, batch_size)
 
-        self._run(f"a step of {type(objective).__name__}", lower, mesh, model, dataset, microbatches)
+        what = f"a step of {type(run.objective).__name__}"
+        self._run(what, lower, run.mesh, run.model, run.dataset, run.microbatches)
 
     def infer(self, *, mesh: MeshConfig, model: ModelConfig, decoder: Decoder, dataset: Dataset) -> None:
-        """Prints the cost of decoding a batch; arguments as for `infer.infer`."""
+        """Prints what decoding a batch would take; arguments as for `infer.infer`."""
         vocabulary = dataset.token_ids()
 
         def lower(mesh: Mesh, model: ModelConfig, batch_size: int) -> jax.stages.Lowered:

@@ -191,6 +191,10 @@ def check_rollout(objective: Objective, model: ModelConfig, rollout: Rollout | N
         raise UserError(
             f"Rollout.decoder writes blocks of {rollout.decoder.block_size}, but {name} has blocks of {size}."
         )
+    if (here := rollout.decoder.blocks_from) != (there := objective.attention.blocks_from):
+        raise UserError(
+            f'Rollout.decoder has blocks_from = "{here}", but {name} has "{there}": set both by --gin.BLOCKS_FROM.'
+        )
     if dataset.pack or "inputs" not in dataset.task_feature_lengths:
         raise UserError(f"A rollout needs prompts, one a row: {dataset.name} with a feature 'inputs' and pack = False.")
     rows = dataset.task_feature_lengths["inputs"] + rollout.max_length

@@ -75,6 +75,11 @@ RUNS["quickstart/adapt+all_conversions"] = [
     "objectives/block.gin",
     *(f"adaptation/{name}.gin" for name in ("shifted", "annealed", "block_growth", "joint")),
 ]
+AR2DIFF = "recipes/ar2diff"
+RUNS |= {
+    f"ar2diff/shifted+{data}": [f"{AR2DIFF}/shifted.gin", f"{AR2DIFF}/shared/{data}.gin"]
+    for data in ("texts", "jsonl_texts", "prompts", "chat")
+}
 
 
 def resolved(run: str) -> str:

@@ -50,6 +50,7 @@ SMALL_GPT2 = {"vocab_size": IDS + 20, "n_embd": 48, "n_inner": 40, "n_layer": 3,
 MODELS = {
     "qwen3": ("Qwen3", SMALL | {"head_dim": 16, "tie_word_embeddings": True}, {}),
     "qwen2": ("Qwen2", SMALL, {}),
+    "gemma": ("Gemma", SMALL | {"head_dim": 16}, {}),
     "gemma2": ("Gemma2", SMALL | GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}, {}),
     "gemma3": ("Gemma3", SMALL | GEMMA | {"layer_types": ["sliding_attention"] * 2 + ["full_attention"]}, {}),
     "gemma3_old": (

@@ -1,0 +1,98 @@
+"""The data of a conversion: how the files are read, how much there is, and what is held out."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from diffusion_t5x.ar2diff.command import DataKind
+from diffusion_t5x.data import text_files
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.tasks import readers
+
+if TYPE_CHECKING:
+    import seqio
+
+_ENDS = {".txt": "texts", ".md": "texts", ".jsonl": "jsonl_texts"}
+_SAMPLE = 1000  # records that are tokenized to estimate all
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """Size and kind of the data.
+
+    Attributes:
+      files: as they were named.
+      gin_file: reads them.
+      unit: what a record is, in the plural.
+      num_records: of all files.
+      num_tokens: of all records, estimated from the first ones.
+      held_out: percentage that is not trained on.
+    """
+
+    files: tuple[str, ...]
+    gin_file: str
+    unit: str
+    num_records: int
+    num_tokens: int
+    held_out: float
+
+
+def look(kind: DataKind, patterns: tuple[str, ...], vocabulary: "seqio.Vocabulary") -> TrainingData:
+    """Reads the first records of the files and counts all.
+
+    Args:
+      kind: the flag that named them.
+      patterns: paths or patterns.
+      vocabulary: counts the tokens.
+
+    Raises:
+      UserError: files of several kinds, or of a kind that is not read; missing fields; too few records.
+    """
+    files = text_files.expand(patterns)
+    form = _form(files) if kind == "data" else ""
+    reader = readers.Text("paragraphs") if form == "texts" else readers.Jsonl()
+    records = reader.read(files)
+    first = list(itertools.islice(records, _SAMPLE))
+    fields = {"data": ["text"], "prompts": ["inputs", "targets"], "chat": ["messages"]}[kind]
+    for name in fields:
+        if name not in first[0]:
+            has = ", ".join(first[0])
+            raise UserError(f"{records.where(0)}: --{kind} needs a field {name!r} in each line; it has {has}.")
+    if len(records) < 8:
+        raise UserError(
+            f"{', '.join(patterns)}: {len(records)} records are too few to hold some out. Give at least 8 paragraphs "
+            "(between empty lines) or lines."
+        )
+    texts = [text for record in first for text in _texts(record[name] for name in fields)]
+    counted = sum(len(vocabulary.encode(text)) + 1 for text in texts)
+    return TrainingData(
+        files=patterns,
+        gin_file=f"recipes/ar2diff/shared/{form if kind == 'data' else kind}.gin",
+        unit="paragraphs" if form == "texts" else "lines",
+        num_records=len(records),
+        num_tokens=round(counted * len(records) / len(first)),
+        held_out=round(max(1.0, min(20.0, 2400 / len(records)), min(50.0, 400 / len(records))), 1),
+    )
+
+
+def _form(files: list[str]) -> str:
+    """The kind of text files, by their names: "texts" or "jsonl_texts"."""
+    found = {}
+    for file in files:
+        ends = [end for end in _ENDS if file.removesuffix(".gz").endswith(end)]
+        if not ends:
+            raise UserError(f"--data={file}: text comes as {', '.join(_ENDS)}, each also as .gz. Rename or convert it.")
+        found[_ENDS[ends[0]]] = file
+    if len(found) > 1:
+        raise UserError(f"--data names files of two kinds, {' and '.join(found.values())}: give one kind.")
+    return next(iter(found))
+
+
+def _texts(values: Iterable[Any]) -> Iterable[str]:
+    """The texts in values of JSON."""
+    for value in values:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, list | dict):
+            yield from _texts(value.values() if isinstance(value, dict) else value)

@@ -1,0 +1,122 @@
+"""Results of a conversion: a checkpoint without the optimizer, a folder in Hugging Face's format, a model card."""
+
+import dataclasses
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from diffusion_t5x import records
+from diffusion_t5x.ar2diff.recipe import Recipe
+from diffusion_t5x.checkpointing import checkpoints, restoring
+from diffusion_t5x.checkpointing.checkpoints import OpenCheckpoint
+from diffusion_t5x.checkpointing.record import Record
+from diffusion_t5x.checkpointing.streaming import Streamed
+from diffusion_t5x.importing.huggingface import CARRIED, TENSORS
+from diffusion_t5x.importing.output import building
+from diffusion_t5x.importing.to_hf import to_hf
+
+_ROWS = (  # of the table, with a metric's name and how it is written
+    ("bits per byte, held-out text", "bits_per_byte", "{:.3f}"),
+    ("tokens per pass", "tokens_per_step", "{:.2f}"),
+    ("agreement with the start's most likely token", "teacher_agreement", "{:.0%}"),
+)
+
+
+def write_checkpoint(trained: str, folder: pathlib.Path) -> None:
+    """Writes the newest checkpoint of a run, LoRA merged and without the optimizer, with its tokenizer beside it.
+
+    Nothing is done where the folder is there: it is moved to its place when it is complete.
+    """
+    if folder.exists():
+        return
+    opened = checkpoints.open_checkpoint(trained)
+    shapes, read = restoring.open_params(opened)
+    step = opened.metadata["step"]
+
+    def stream(name: str, shape: tuple[int, ...]) -> Streamed:
+        return Streamed(shape, np.dtype(np.float32), axis=0, step=shape[0], read=lambda *_: read(name))
+
+    params = {name: stream(name, shape) for name, shape in shapes.items()}
+    with building(folder) as to:
+        record = dataclasses.replace(opened.record, lora=None)
+        record = _with_tokenizer(record, opened, to, folder)
+        store = checkpoints.Checkpoints(str(to / "checkpoints"), asynchronous=False, streamed=True)
+        state = {"step": np.array(step, np.int32), "params": traverse_util.unflatten_dict(params, sep="/")}
+        said = {"step": step, "metrics": {}, **record.metadata(), "config": opened.metadata.get("config", "")}
+        store.save(step, state, {}, said)
+        store.close()
+
+
+def _with_tokenizer(record: Record, opened: OpenCheckpoint, to: pathlib.Path, final: pathlib.Path) -> Record:
+    """The record with a tokenizer in the folder `final`; it is copied to `to`, with the files that belong to it."""
+    file = (record.vocabulary_arguments(opened.model_dir) or {}).get("file")
+    if file is None:
+        return record
+    tokenizer = pathlib.Path(file)
+    for name in {tokenizer.name, *CARRIED}:
+        if (tokenizer.parent / name).exists() and name != "config.json":
+            shutil.copyfile(tokenizer.parent / name, to / name)
+    return dataclasses.replace(
+        record, vocabulary_source={**(record.vocabulary_source or {}), "file": str(final / tokenizer.name)}
+    )
+
+
+def export(checkpoint: pathlib.Path, start: OpenCheckpoint, folder: pathlib.Path) -> bool:
+    """Writes the model in Hugging Face's format, if it was imported from that; returns whether it was."""
+    file = (start.record.vocabulary_arguments(start.model_dir) or {}).get("file")
+    origins = [pathlib.Path(start.model_dir), *([pathlib.Path(file).parent] if file else [])]
+    like = next((origin for origin in origins if (origin / TENSORS).exists()), None)
+    if like and not folder.exists():
+        to_hf(str(checkpoint), str(folder), like=str(like))
+    return like is not None
+
+
+def write_card(
+    folder: pathlib.Path,
+    model: str,
+    recipe: Recipe,
+    tokens: int,
+    scores: Mapping[str, Mapping[str, float]],
+    exported: bool,
+) -> None:
+    """Writes README.md: where the model comes from, its scores before and after, and how it is used."""
+    heads = {"start": "start, autoregressive", "untrained": "start, as diffusion", "trained": "trained"}
+    table = [
+        f"| | {' | '.join(heads.values())} |",
+        "| --- |" + " ---: |" * len(heads),
+        *(
+            f"| {what} | {' | '.join(_cell(scores[name], metric, form) for name in heads)} |"
+            for what, metric, form in _ROWS
+        ),
+    ]
+    export_line = ["", "`export/` holds the weights in Hugging Face's format."] if exported else []
+    text = [
+        f"# {pathlib.PurePath(model).name}, converted to diffusion",
+        "",
+        f"Made from `{model}` by diffusion_t5x: route `{recipe.route}`, {tokens:,} tokens of training.",
+        f"The recipe is `{recipe.path.name}`.",
+        "",
+        *table,
+        "",
+        "Bits of a diffusion model are an upper bound. Brackets: 95 % intervals over the held-out examples. The page "
+        "`report.html` shows learning curves, examples and canvases.",
+        "",
+        "```bash",
+        f"diffusion-t5x generate --checkpoint {folder / 'checkpoint'} --prompt 'Once upon a time'",
+        "```",
+        *export_line,
+        "",
+    ]
+    records.write_text(folder / "README.md", "\n".join(text))
+
+
+def _cell(metrics: Mapping[str, Any], name: str, form: str) -> str:
+    if name not in metrics:
+        return "–"
+    ends = [metrics.get(f"{name}_{end}") for end in ("low", "high")]
+    interval = f" [{', '.join(map(form.format, ends))}]" if None not in ends else ""
+    return form.format(metrics[name]) + interval

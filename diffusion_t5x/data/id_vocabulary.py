@@ -1,0 +1,102 @@
+"""Ids as text, for a model without a tokenizer: a vocabulary that its config.json describes.
+
+Imports SeqIO: import it inside functions.
+"""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from diffusion_t5x.data import tokenizer_files
+from diffusion_t5x.data.python_vocabulary import PythonVocabulary
+from diffusion_t5x.errors import UserError
+
+CONFIG = "config.json"
+
+
+class IdVocabulary(PythonVocabulary):
+    """Texts are ids in decimal, separated by spaces: "17 3 250".
+
+    Args:
+      path: a model's config.json, with `vocab_size`, `eos_token_id` and maybe the ids of pad, BOS and MASK. Where it
+        names no pad token, EOS pads.
+      mask_id: of MASK; None takes the one that the file names.
+
+    Raises:
+      UserError: it cannot be read, or does not name these.
+    """
+
+    def __init__(self, path: str, mask_id: int | None = None):
+        super().__init__()
+        self.file = path
+        said = tokenizer_files.read(pathlib.Path(path).expanduser())
+        size, eos_id = said.get("embedding_size") or said.get("vocab_size"), _first(said.get("eos_token_id"))
+        if not isinstance(size, int) or eos_id is None:
+            raise UserError(
+                f"{path} does not serve as a vocabulary: it needs vocab_size and eos_token_id. Put the model's "
+                "tokenizer beside it."
+            )
+        pad_id = _first(said.get("pad_token_id"))
+        self._size, self._eos_id, self._pad_id = size, eos_id, eos_id if pad_id is None else pad_id
+        self._bos_id = _first(said.get("bos_token_id"))
+        self._mask_id = _first(said.get("mask_token_id")) if mask_id is None else mask_id
+        self.contents = f"ids {size} {eos_id} {self._pad_id} {self._bos_id} {self._mask_id}".encode()
+
+    @property
+    def eos_id(self) -> int:
+        return self._eos_id
+
+    @property
+    def pad_id(self) -> int:
+        return self._pad_id
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._bos_id
+
+    @property
+    def unk_id(self) -> None:
+        return None
+
+    @property
+    def mask_id(self) -> int | None:
+        return self._mask_id
+
+    @property
+    def _base_vocab_size(self) -> int:
+        return self._size
+
+    @property
+    def puts_space(self) -> bool:
+        return True
+
+    def is_text(self) -> np.ndarray:
+        return np.ones(self._size, bool)
+
+    def piece(self, token: int) -> bytes:
+        return f" {token}".encode()
+
+    def encode_part(self, text: str, begins: bool) -> list[int]:
+        del begins
+        words = text.split()
+        for word in words:
+            if not (word.isascii() and word.isdigit() and int(word) < self._size):
+                raise UserError(
+                    f"{self.file} knows only ids from 0 to {self._size - 1}, in decimal and separated by spaces, and "
+                    f"{word[:40]!r} is none: put the model's tokenizer beside it to read other texts."
+                )
+        return [int(word) for word in words]
+
+    def _to_ids(self, text: bytes) -> list[int]:
+        return self.encode_part(text.decode(errors="replace"), begins=True)
+
+    def _to_bytes(self, ids: Sequence[int]) -> bytes:
+        return " ".join(map(str, ids)).encode()
+
+
+def _first(token: Any) -> int | None:
+    """An id; of a list of them, the first."""
+    token = token[0] if isinstance(token, list) and token else token
+    return token if isinstance(token, int) and not isinstance(token, bool) and token >= 0 else None

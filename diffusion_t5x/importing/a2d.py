@@ -1,0 +1,50 @@
+"""dllm's models, OPDLM's students among them (arXiv 2606.06712): a Qwen3, Qwen2 or Llama that learned diffusion.
+
+Their files do not say which: masked diffusion over the whole row (MDLM), or in blocks (BD3LM).
+"""
+
+import dataclasses
+from types import ModuleType
+
+from diffusion_t5x.decoding.block import BlockDecoder
+from diffusion_t5x.decoding.masked import MaskedDecoder
+from diffusion_t5x.importing import llama, qwen2, qwen3
+from diffusion_t5x.importing.keys import Keys
+from diffusion_t5x.importing.published import Published, blocks, masked
+from diffusion_t5x.importing.weights import Weight
+from diffusion_t5x.models.config import ModelConfig
+
+DECODER = MaskedDecoder(num_steps=32, window=32, counts="linear", softmax="all")
+_NOTE = (
+    "config.json does not say how the model was trained: taken for masked diffusion over the whole row (MDLM). For "
+    "one of blocks (BD3LM, OPDLM), give --block_size."
+)
+
+
+class Family:
+    """The members of a family's module (see `families.FAMILIES`), from those of the model it was made from."""
+
+    def __init__(self, base: ModuleType):
+        self.EMBEDDING, self.HEAD, self.TIED, self.SAME = base.EMBEDDING, base.HEAD, base.TIED, base.SAME
+        self.TOKENIZERS = getattr(base, "TOKENIZERS", ())
+        self._base = base
+
+    def config(self, keys: Keys, tied: bool) -> ModelConfig:
+        """Builds the ModelConfig; same rules as `llama.config`."""
+        keys.ignore("auto_map", "mask_token_id")
+        return dataclasses.replace(self._base.config(keys, tied), reads_start=False)
+
+    def weights(self, config: ModelConfig) -> tuple[Weight, ...]:
+        """Maps parameters to tensors; same rules as `llama.weights`."""
+        return self._base.weights(config)
+
+    def published(self, keys: Keys) -> Published:
+        """Decoding as in dllm's chat.py: one token per step, in windows of 32 tokens or in the model's blocks."""
+        size = keys.get("block_size", None)
+        if size is None:
+            return masked(DECODER, "mdlm", _NOTE)
+        inner = MaskedDecoder(num_steps=size, counts="linear", softmax="all")
+        return blocks(BlockDecoder(size, inner), "bd3lm")
+
+
+FROM_QWEN3, FROM_QWEN2, FROM_LLAMA = Family(qwen3), Family(qwen2), Family(llama)

@@ -1,0 +1,147 @@
+"""Published diffusion models: their logits, and what they write by the published decoding, id for id."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from published_diffusion import DATA, FAMILIES, generation, needs_data, reference, settings, to_write
+
+from diffusion_t5x import api
+from diffusion_t5x.convert import convert
+from diffusion_t5x.decoding import commit
+from diffusion_t5x.decoding.ancestral import AncestralDecoder
+from diffusion_t5x.decoding.counts import counts_table
+from diffusion_t5x.decoding.masked import MaskedDecoder
+from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind, Slots
+from diffusion_t5x.models.streams import row_keys, stream
+
+pytest.importorskip("seqio")
+pytestmark = needs_data
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """Imports a family's model once, and opens it."""
+
+    @functools.cache
+    def once(family):
+        mask = ["--mask_id=157"] if family.startswith("a2d") else []
+        folder = tmp_path_factory.mktemp("published") / family
+        convert(["from_hf", str(DATA / family), "--output", str(folder), *mask])
+        return api.load(folder)
+
+    return once
+
+
+def left_padded(rows, lengths):
+    """The rows, each with its tokens at the end."""
+    width = rows.shape[1]
+    source = np.arange(width) - (width - lengths[:, None])
+    return np.where(source >= 0, np.take_along_axis(rows, np.maximum(source, 0), axis=1), 0)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_the_published_ones_whatever_the_padding(family, side, load):
+    opened, (_, arrays) = load(family), reference(family)
+    tokens, there = arrays["input_ids"], arrays["attention_mask"] > 0
+    positions = np.broadcast_to(np.arange(there.shape[1]), there.shape)
+    if side == "left":
+        lengths = there.sum(axis=1)
+        tokens, positions, there = (left_padded(x, lengths) for x in (tokens, positions, there))
+    model = opened.definition.bind(opened.params)
+    slots = Slots(segment_ids=there.astype(np.int32), positions=positions, is_input=np.zeros_like(there, bool))
+    blocks = {name: AttentionKind("block_causal", int(name[-1])) for name in arrays if name.startswith("logits_block")}
+    kinds = blocks or {"logits_bidirectional" if "logits" not in arrays else "logits": BIDIRECTIONAL}
+    for name, kind in kinds.items():
+        found = np.asarray(model.logits(model(jnp.asarray(tokens), slots, kind)))
+        expected = arrays[name][arrays["attention_mask"] > 0]
+        assert expected.std() > 1
+        np.testing.assert_allclose(found[there > 0], expected, rtol=0, atol=2e-4)
+
+
+def decoder_for(family, chosen):
+    """The decoder that these published settings mean."""
+    if family == "llada":
+        windows = chosen["gen_length"] // chosen["block_length"]
+        ends = {(True, False): "never", (False, True): "last"}.get(
+            (chosen.get("logits_eos_inf", False), chosen.get("confidence_eos_eot_inf", False)), "free"
+        )
+        return MaskedDecoder(
+            num_steps=chosen["steps"] // windows,
+            window=chosen["block_length"],
+            softmax="all",
+            ends=ends,
+            end_ids=(chosen["eot_id"],) if ends == "last" else (),
+            guidance=chosen.get("cfg_scale", 0.0),
+        )
+    if family == "dream":
+        order = {"maskgit_plus": "confidence", "entropy": "entropy", "topk_margin": "margin"}[chosen["alg"]]
+        return MaskedDecoder(num_steps=chosen["steps"], counts="times", order=order, softmax="filtered")
+    windows = -(-chosen["max_new_tokens"] // chosen["block_size"])
+    return MaskedDecoder(
+        num_steps=-(-chosen["steps"] // windows), window=chosen["block_size"], counts="linear", softmax="all"
+    )
+
+
+def on_whole_rows(family):
+    """The names of a family's generations that have no blocks, and no uniform numbers of their own."""
+    return [
+        (family, name)
+        for name, chosen in settings(family).items()
+        if chosen.get("sampler") != "BD3LM" and chosen.get("alg") != "origin"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [case for family in FAMILIES if family != "sdar" for case in on_whole_rows(family)]
+)
+def test_texts_are_the_published_ones_id_for_id(family, name, load):
+    opened, chosen = load(family), settings(family)[name]
+    definition = opened.definition
+    if chosen.get("right_shift_logits"):
+        definition = dataclasses.replace(definition, config=dataclasses.replace(definition.config, shifted=True))
+    prompts, outputs = generation(family, name)
+    batch = to_write(prompts, len(outputs[0]) - len(prompts[0]), definition.vocabulary.pad_id)
+    decoder = decoder_for(family, chosen)
+    decoded = jax.jit(lambda params: decoder.decode(definition.bind(params), batch, jax.random.key(0)))(opened.params)
+    for row, output in zip(np.asarray(decoded.canvas), outputs, strict=True):
+        np.testing.assert_array_equal(row[: len(output)], output)
+
+
+def test_dreams_origin_with_the_published_random_numbers(load, monkeypatch):
+    opened, (_, arrays), name = load("dream"), reference("dream"), "origin_g24_s12"
+    chosen = settings("dream")[name]
+    prompts, outputs = generation("dream", name)
+    batch = to_write(prompts, chosen["max_new_tokens"], opened.definition.vocabulary.pad_id)
+    given = np.nan_to_num(arrays[f"gen_{name}_uniforms"], nan=1.0)  # [row, step, new token]
+    key, lengths = jax.random.key(0), jnp.array([len(prompt) for prompt in prompts])
+    steps = stream(row_keys(key, batch.example_ids), "steps")
+    keys_of = [stream(jax.vmap(jax.random.fold_in, (0, None))(steps, n), "order") for n in range(chosen["steps"])]
+    known = jnp.stack([jax.random.key_data(keys) for keys in keys_of], axis=1)  # [row, step, 2]
+
+    def theirs(keys, positions):
+        step = jnp.argmax(jnp.all(jax.random.key_data(keys)[:, None] == known, axis=-1), axis=-1)
+        of_step = jnp.asarray(given)[jnp.arange(len(step)), step]
+        return jnp.take_along_axis(of_step, jnp.clip(positions - lengths[:, None], 0, given.shape[2] - 1), axis=1)
+
+    monkeypatch.setattr(commit, "uniform", theirs)
+    decoder = AncestralDecoder(num_steps=chosen["steps"], temperature=0.0)
+    decoded = decoder.decode(opened.definition.bind(opened.params), batch, key)
+    for row, output in zip(np.asarray(decoded.canvas), outputs, strict=True):
+        np.testing.assert_array_equal(row[: len(output)], output)
+
+
+def test_counts_are_the_published_ones():
+    _, arrays = reference("a2d-qwen3")
+    table = arrays["schedule_table"]  # [masked tokens, steps, step]
+    for steps in range(1, 33):
+        found = counts_table("linear", 32, steps)
+        expected = np.maximum(table[:, steps, : found.shape[1]], 0)
+        np.testing.assert_array_equal(found[1:], expected[1:], err_msg=f"{steps} steps")
+        assert (table[:, steps, found.shape[1] :] <= 0).all()
+    dream = reference("dream")[0]["counts_32_tokens_12_steps"]
+    assert counts_table("times", 32, 12)[32].tolist() == dream
