@@ -156,7 +156,10 @@ def _messages(record: Fields) -> list[Message]:
 
 
 def _encode(turn: Fields, vocabulary: HuggingFaceVocabulary) -> Record:
-    """Returns the ids of a turn, without BOS and EOS, which the start token and the task add."""
+    """Returns the ids of a turn, without the BOS that the tokenizer adds to any text, and without EOS at the end.
+
+    A model reads the start token in place of BOS, and the task adds EOS.
+    """
     prompt, answer = (chat_template.parts(turn[name]) for name in ("prompt", "answer"))
 
     def ids(parts: Sequence[str], begins: bool) -> list[int]:
@@ -165,7 +168,7 @@ def _encode(turn: Fields, vocabulary: HuggingFaceVocabulary) -> Record:
 
     inputs, targets = ids(prompt, begins=True), ids(answer, begins=False)
     text = "".join(prompt)
-    if inputs[:1] == [vocabulary.bos_id]:
+    if vocabulary.adds_bos and inputs[:1] == [vocabulary.bos_id]:
         inputs, text = inputs[1:], text.removeprefix(vocabulary.piece(inputs[0]).decode())
     if targets[-1:] == [vocabulary.eos_id]:
         targets = targets[:-1]

@@ -41,7 +41,7 @@ def add_checkpoints(parser: Parser) -> None:
     add.add_argument("second", metavar="B")
 
 
-FORMS = ("auto", "causal", "sdar", "a2d-qwen3", "a2d-qwen2", "a2d-llama", "Dream", "llada")
+FORMS = ("auto", "causal", "diffusion", "sdar", "a2d-qwen3", "a2d-qwen2", "a2d-llama", "Dream", "llada")
 
 
 def add_convert(parser: Parser) -> None:
@@ -69,7 +69,7 @@ def add_convert(parser: Parser) -> None:
     to_hf.add_argument("checkpoint", metavar="CHECKPOINT")
     to_hf.add_argument("--like", metavar="DIR", help="what from_hf wrote, if CHECKPOINT is not in it")
     forms = "auto: what the model is (default); causal: the autoregressive model; or sdar, a2d-qwen3, a2d-qwen2, "
-    forms += "a2d-llama, Dream, llada"
+    forms += "a2d-llama, Dream, llada; diffusion: the autoregressive layout with MASK and the settings of diffusion"
     to_hf.add_argument("--as", default="auto", dest="form", choices=FORMS, metavar="FORMAT", help=forms)
     dtypes = "of all tensors: F32, BF16 or F16 (default: those that they came with)"
     to_hf.add_argument("--dtype", choices=("F32", "BF16", "F16"), metavar="DTYPE", help=dtypes)

@@ -39,6 +39,7 @@ class HuggingFaceVocabulary(Vocabulary):
     def __init__(self, path: str, mask_id: int | None = None):
         self.file = path
         file = pathlib.Path(path).expanduser()
+        self._folder = file.parent
         text = qwen2_tokenizer.text(file) if file.name == qwen2_tokenizer.MERGES else tokenizer_files.read_text(file)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
@@ -76,6 +77,14 @@ class HuggingFaceVocabulary(Vocabulary):
     @property
     def pad_id(self) -> int:
         return self._pad_id
+
+    @functools.cached_property
+    def adds_bos(self) -> bool:
+        """True if the tokenizer puts BOS before a text: as `add_bos_token` beside it says, else as it does itself."""
+        said = tokenizer_files.read(self._folder / tokenizer_files.CONFIG)
+        if isinstance(adds := said.get("add_bos_token"), bool):
+            return adds and self.bos_id is not None
+        return self._tokenizer.encode("").ids[:1] == [self.bos_id]
 
     @property
     def mask_id(self) -> int | None:

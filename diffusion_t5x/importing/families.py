@@ -27,7 +27,7 @@ from diffusion_t5x.importing import (  # fmt: skip
 )
 from diffusion_t5x.importing.huggingface import CONFIG, Folder
 from diffusion_t5x.importing.keys import Keys
-from diffusion_t5x.importing.published import Published
+from diffusion_t5x.importing.published import SETTINGS, Published, recorded
 from diffusion_t5x.importing.weights import VOCABULARY_AXIS, Source, Weight
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
@@ -114,6 +114,10 @@ def describe(folder: Folder, tied: bool | None = None) -> Described:
     vocab_size = family.vocab_size(keys) if hasattr(family, "vocab_size") else keys.get("vocab_size")
     config = family.config(keys, tied)
     published = family.published(keys) if hasattr(family, "published") else Published()
+    if settings := keys.mapping(SETTINGS):
+        published = recorded(settings, f"{where}, {SETTINGS}")
+        read = {name: bool(settings.get(name)) for name in ("shifted", "reads_start")}
+        config = dataclasses.replace(config, **read)
     passed_over = keys.judge()
     copies = family.SAME | ({family.HEAD: embedding} if tied else {})
     weights = (dataclasses.replace(w, theirs=w.theirs.removeprefix(cut)) for w in family.weights(config))

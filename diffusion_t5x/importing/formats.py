@@ -4,16 +4,17 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from diffusion_t5x.checkpointing.record import Record
+from diffusion_t5x.checkpointing.record import Record, is_plain
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.importing import families
 from diffusion_t5x.importing.huggingface import Folder, Tensor
+from diffusion_t5x.importing.published import SETTINGS
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.masks import BlocksFrom
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.training.agreement import describe_other, other_settings
 
-AUTO, CAUSAL = "auto", "causal"
+AUTO, CAUSAL, DIFFUSION = "auto", "causal", "diffusion"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +70,9 @@ def chosen(asked: str, record: Record, kind: str, where: str) -> str:
         names = sorted(FORMATS, key=lambda name: name != kind)
         if fitting := [name for name in names if not _why_not(name, record, mode, kind)]:
             return fitting[0]
-        raise UserError(
-            f"{where}: no published format holds this model ({mode}, {'' if record.shifted else 'not '}shifted, "
-            f"imported as {kind}). --as causal writes its parameters as those of the autoregressive model."
-        )
+        return DIFFUSION
+    if asked == DIFFUSION and mode:
+        return DIFFUSION
     if why := _why_not(asked, record, mode, kind):
         raise UserError(f"{where} cannot be written as {asked}: {why}. --as auto chooses the format.")
     return asked
@@ -80,6 +80,8 @@ def chosen(asked: str, record: Record, kind: str, where: str) -> str:
 
 def _why_not(name: str, record: Record, mode: Mode | None, kind: str) -> str:
     """Why a format cannot hold a model; empty if it can."""
+    if name == DIFFUSION:
+        return "the model is trained for no diffusion"
     form = FORMATS[name]
     if name != kind and _body(kind) != form.body:
         return f"its layers are {form.body}'s, and this model was imported as {kind}"
@@ -118,13 +120,15 @@ def target(name: str, source: Folder, record: Record, tied: bool, dtype: str | N
     """
     kind, described = source.config["model_type"], families.describe(source, tied)
     rows, layers = described.vocab_size, described.config.num_layers
-    if name in FORMATS and int(record.vocabulary["mask_id"]) >= rows:
+    if name != CAUSAL and int(record.vocabulary["mask_id"]) >= rows:
         rows = int(record.model["vocab_size"])
-    if name == kind or (name == CAUSAL and kind not in FORMATS):
+    if name == kind or (name not in FORMATS and kind not in FORMATS):
         config = source.config | ({"vocab_size": rows} if rows != described.vocab_size else {})
         config |= _blocks(record) if name in FORMATS else {}
     else:
         config = _config(name, source, record, rows)
+    if name == DIFFUSION:
+        config |= {"mask_token_id": int(record.vocabulary["mask_id"]), SETTINGS: _settings(record)}
     theirs = {weight.ours: weight for weight in described.weights}
     tensors = {}
     for weight in families.FAMILIES[config["model_type"]].weights(described.config):
@@ -133,10 +137,10 @@ def target(name: str, source: Folder, record: Record, tied: bool, dtype: str | N
             tensors[here] = source.tensors[there]
     tensors = tensors or dict(source.tensors)
     family = families.FAMILIES[config["model_type"]]
-    for each, tensor in tensors.items():
-        is_table = each == family.HEAD or family.EMBEDDING.endswith(each)  # which may lack a prefix
+    for copy_or_name, tensor in tensors.items():
+        is_table = copy_or_name.removeprefix(getattr(family, "BASE", "")) in _tables(family)
         shape = (rows, *tensor.shape[1:]) if is_table else tensor.shape
-        tensors[each] = Tensor("", dtype or tensor.dtype, shape)
+        tensors[copy_or_name] = Tensor("", dtype or tensor.dtype, shape)
     folder = Folder(source.path, config, tensors)
     _check(folder, name, record, tied)
     return folder
@@ -150,6 +154,19 @@ def _check(folder: Folder, name: str, record: Record, tied: bool) -> None:
     kept = {field: record.model[field] for field in ("reads_start", "max_length") if field in record.model}
     if other := other_settings(record.model, dataclasses.replace(found, **kept)):
         raise UserError(f"{name} cannot hold this model. {describe_other(other)}")
+
+
+def _tables(family: Any) -> set[str]:
+    """Names, without the family's prefix, of the tensors with a row for each id."""
+    names = {family.EMBEDDING, family.HEAD} | {copy for copy, name in family.SAME.items() if name == family.EMBEDDING}
+    return {name.removeprefix(getattr(family, "BASE", "")) for name in names}
+
+
+def _settings(record: Record) -> dict[str, Any]:
+    """The key of config.json for a diffusion model in the layout of the autoregressive one."""
+    described = {"objective": record.objective, "decoder": record.decoder}
+    kept = {name: value for name, value in described.items() if value and is_plain(value)}
+    return {"shifted": bool(record.shifted), "reads_start": record.model.get("reads_start", True), **kept}
 
 
 def _blocks(record: Record) -> dict[str, Any]:
@@ -168,7 +185,7 @@ def _config(name: str, source: Folder, record: Record, rows: int) -> dict[str, A
     said = {"rope_theta": rope.get("rope_theta", model.rotary_base), "rope_scaling": None} | said
     if rope.get("rope_type", "default") != "default":
         said["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-    if name == CAUSAL:
+    if name not in FORMATS:
         body = _body(kind)
         return said | {"model_type": body, "architectures": [_CAUSAL[body]], "vocab_size": rows}
     form = FORMATS[name]

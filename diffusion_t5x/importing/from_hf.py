@@ -1,5 +1,6 @@
 """Imports models in Hugging Face's format or GGUF, from a folder, a file or the hub, to a checkpoint or to memory."""
 
+import dataclasses
 import pathlib
 import shutil
 import types
@@ -104,8 +105,12 @@ def _opened(
     tokenizer = folder.tokenizer(described.tokenizers)
     read = vocabulary(str(tokenizer), mask_id=said.get("mask_token_id"))
     ids = token_ids(read)
+    if objective.autoregressive and described.config.architecture == "decoder_only":
+        config = dataclasses.replace(described.config, reads_start=getattr(read, "adds_bos", True))
+        described = dataclasses.replace(described, config=config)
     if not objective.autoregressive:
-        _check_mask(folder, read.mask_id, described.vocab_size)
+        named = folder.config.get("mask_token_id") == ids.mask_id  # by a tokenizer's first free id, too
+        _check_mask(folder, ids.mask_id if named else read.mask_id, described.vocab_size)
     return folder, described, importing.definition_of(folder, described, ids, tokenizer), tokenizer
 
 

@@ -117,12 +117,16 @@ class Keys:
         """Ignores these keys, which add nothing to what has been read."""
         self.asked.update(names)
 
-    def inside(self, name: str) -> "Keys":
-        """Returns the keys of a nested object; no keys if it is absent."""
+    def mapping(self, name: str) -> dict[str, Any]:
+        """Returns an object; an empty one if it is absent. Raises a UserError if the value is none."""
         values = self.get(name, {})
         if not isinstance(values, dict):
             raise UserError(f"{self.where}: {name} = {_show(values)} should be an object.")
-        return Keys(values, f"{self.where}, {name}")
+        return values
+
+    def inside(self, name: str) -> "Keys":
+        """Returns the keys of a nested object; no keys if it is absent."""
+        return Keys(self.mapping(name), f"{self.where}, {name}")
 
     def updated(self, other: "Keys") -> "Keys":
         """Returns the keys updated with another object's values."""

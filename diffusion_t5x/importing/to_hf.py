@@ -62,6 +62,8 @@ def to_hf(
             records.write_json(to / CONFIG, source.config)
         if kind in formats.FORMATS:
             model_card.write(to, kind, opened, source.config)
+        elif kind == formats.DIFFUSION:
+            model_card.add_mask(to, source.config["mask_token_id"])
         files = _Files(to, source)
         for theirs, parts in itertools.groupby(described.weights, operator.attrgetter("theirs")):
             copies = [copy for copy, name in described.copies.items() if name == theirs and copy in source.tensors]
@@ -69,7 +71,7 @@ def to_hf(
                 for each in (name, *copies):
                     files.add(each, tensor)
         files.close()
-    as_what = f" as {kind}" if kind in formats.FORMATS else ""
+    as_what = f" as {kind}" if kind != formats.CAUSAL else ""
     print(f"Wrote {final}{as_what}: {sum(map(len, files.written))} tensors in files: {len(files.written)}")
 
 

@@ -8,6 +8,7 @@ from diffusion_t5x.errors import UserError, check_choices
 
 Activation = Literal["gelu", "silu"]
 Remat = Literal["none", "dots", "full"]
+MOST_UNROLLED = 12  # layers
 
 
 _MOST = 1_000_000  # layers, heads or width: larger numbers are slips, with which a dry run would not end
@@ -24,9 +25,11 @@ class ModelConfig:
       shifted: how a diffusion model is read. False: the hidden state at a slot predicts the slot's own token. True:
         it predicts the next one, as an autoregressive model's does (Dream, arXiv 2508.15487; DiffuLLaMA, 2410.17891).
         Autoregressive training and decoding read a model that way in any case.
-      reads_start: a diffusion model reads the start token: before the first token of a shifted row, else in place of a
-        first token that is MASK. False reads rows as they are, as published models do (LLaDA, Dream, SDAR): there a
-        shifted row's first token is predicted in its own slot.
+      reads_start: the model reads the start token: an autoregressive model before the first token, a diffusion model
+        before the first token of a shifted row, else in place of a first token that is MASK. False reads rows as they
+        are, as models do whose tokenizer puts no BOS before a text (Qwen, SmolLM2) and published diffusion models
+        (LLaDA, Dream, SDAR): only the first token of a text is predicted from the start token, by diffusion in its own
+        slot.
       vocab_size: rows of the embedding; None takes the vocabulary's size, rounded up to a multiple of 128.
       num_kv_heads: key and value heads, shared by groups of query heads; None means one for each query head.
       position: "relative" is T5's learned bias shared by all layers, "rotary" rotates queries and keys, "learned" adds
@@ -70,7 +73,8 @@ class ModelConfig:
       dropout_rate: dropout after the embedding, on every residual branch, inside the feed-forward layer and after the
         last norm.
       dtype: dtype of activations; parameters, softmax, logits and loss are float32.
-      scan_unroll: number of layers unrolled in one iteration of the scan over layers; True unrolls all (fast on CPU).
+      scan_unroll: number of layers unrolled in one iteration of the scan over layers; True unrolls all (fast on CPU) if
+        there are at most MOST_UNROLLED: more would take minutes to compile.
       remat: what the backward pass recomputes: nothing ("none"), everything but matrix products ("dots"), or everything
         ("full").
     """
@@ -170,6 +174,13 @@ class ModelConfig:
     @property
     def kv_heads(self) -> int:
         return self.num_kv_heads or self.num_heads
+
+    @property
+    def layers_unrolled(self) -> int:
+        """Layers unrolled in one iteration of the scan over layers."""
+        if self.scan_unroll is True:
+            return self.num_layers if self.num_layers <= MOST_UNROLLED else 1
+        return self.scan_unroll or 1
 
     @property
     def readout_scale(self) -> float:

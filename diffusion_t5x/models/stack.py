@@ -254,7 +254,7 @@ class Stack(nnx.Module):
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
             layer = jax.checkpoint(layer, policy=policy)
         layers = (self.blocks, cached, inputs, jnp.arange(config.num_layers), kinds)
-        x, (cached, auxiliary) = jax.lax.scan(layer, x, layers, unroll=config.scan_unroll)
+        x, (cached, auxiliary) = jax.lax.scan(layer, x, layers, unroll=config.layers_unrolled)
         hidden = dropout(self.final_norm(x), config.dropout_rate, keys[2])
         return Output(hidden, jax.tree.map(lambda of_layers: of_layers.sum(axis=0), auxiliary)), cached
 

@@ -106,10 +106,12 @@ class Agreement:
     def check_initial(self, model: ModelConfig, objective: Objective) -> None:
         """Checks a run that starts from another run's checkpoint; its objective may teach the model new modes.
 
+        So may another `reads_start`.
+
         Raises:
           UserError: it is another model, or a diffusion model that would be read in other slots than in training.
         """
-        self.check_model(model)
+        self.check_model(dataclasses.replace(model, reads_start=self.record.model.get("reads_start", True)))
         self._judge(list(self._shifts(model, objective)))
 
     def _misuses(self, model: ModelConfig, user: object) -> Iterable[str]:

@@ -43,6 +43,14 @@ SMOLLM2_135M = {
     "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.40.1", "use_cache": True,
     "vocab_size": 49152,
 }  # fmt: skip
+GEMMA_2B = {
+    "architectures": ["GemmaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 2,
+    "eos_token_id": 1, "head_dim": 256, "hidden_act": "gelu", "hidden_activation": None, "hidden_size": 2048,
+    "initializer_range": 0.02, "intermediate_size": 16384, "max_position_embeddings": 8192, "model_type": "gemma",
+    "num_attention_heads": 8, "num_hidden_layers": 18, "num_key_value_heads": 1, "pad_token_id": 0,
+    "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 10000.0, "torch_dtype": "bfloat16",
+    "transformers_version": "4.38.0.dev0", "use_cache": True, "vocab_size": 256000,
+}  # fmt: skip
 GEMMA2_2B = {
     "architectures": ["Gemma2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
     "attn_logit_softcapping": 50.0, "bos_token_id": 2, "cache_implementation": "hybrid", "eos_token_id": 1,
@@ -190,6 +198,7 @@ PUBLISHED = {
     "OLMo-2-1124-7B": (OLMO2_7B, ()),
     "Phi-3-mini-4k-instruct": (PHI3_MINI_4K, ("attention_bias",)),
     "granite-3.0-2b-instruct": (GRANITE_2B, ()),
+    "gemma-2b": (GEMMA_2B, ()),
     "gemma-2-2b": (GEMMA2_2B, ("cache_implementation", "hidden_act")),
     "gemma-3-1b-it": (GEMMA3_1B, ("cache_implementation",)),
     "gemma-3-270m": (

@@ -17,9 +17,9 @@ from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.importing import output
+from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block
 from diffusion_t5x.objectives.masked import Masked
-from diffusion_t5x.objectives.sundae import Sundae
 
 pytest.importorskip("seqio")
 IDS, ROWS = 300, 320
@@ -187,10 +187,9 @@ def test_the_autoregressive_twin(imported, tmp_path):
             "cannot be written as sdar: it holds models of masked tokens in blocks",
         ),
         ("qwen3", Block(4), {"shifted": True}, "sdar", "it holds models of masked tokens in blocks"),
-        ("qwen3", Block(4), {"shifted": True}, "auto", "no published format holds this model .*, shifted, imported as"),
         ("qwen3", Masked(), {}, "Dream", "its layers are qwen2's, and this model was imported as qwen3"),
-        ("qwen2", Masked(), {"shifted": True}, "Dream", "read no start token before a row"),
-        ("qwen3", Sundae(), {}, "auto", "no published format holds .*--as causal writes"),
+        ("qwen2", Masked(), {"shifted": True, "reads_start": True}, "Dream", "read no start token before a row"),
+        ("qwen3", Autoregressive(), {}, "diffusion", "cannot be written as diffusion: the model is trained for no"),
     ],
 )
 def test_what_no_format_holds_is_refused(kind, objective, fields, form, message, imported, tmp_path):

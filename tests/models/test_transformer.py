@@ -113,6 +113,13 @@ def test_unrolling_and_rematerialisation_change_nothing(expected_loss_and_gradie
     assert_trees_close(found, expected_loss_and_gradients, rtol=1e-5, atol=1e-6)
 
 
+def test_few_layers_are_unrolled_and_many_are_not():
+    def unrolled(layers, setting):
+        return dataclasses.replace(RELATIVE, num_layers=layers, scan_unroll=setting).layers_unrolled
+
+    assert [unrolled(12, True), unrolled(13, True), unrolled(13, 4), unrolled(13, False)] == [12, 1, 4, 1]
+
+
 def test_dropout_is_drawn_from_the_rows_keys_and_off_without():
     config = dataclasses.replace(RELATIVE, dropout_rate=0.2)
     definition, params = tiny.make_model(config)
