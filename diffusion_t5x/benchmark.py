@@ -17,12 +17,14 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning, records
 from diffusion_t5x.checkpointing import checkpoints
 from diffusion_t5x.checkpointing.checkpoints import OpenCheckpoint
 from diffusion_t5x.command_line import config
 from diffusion_t5x.command_line.recorded import checkpoint_texts
+from diffusion_t5x.command_line.runnable import verb
 from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.console import Console
 from diffusion_t5x.decoding.decoder import Decoder
@@ -42,21 +44,8 @@ from diffusion_t5x.reporting.report import write_report
 logger = logging.getLogger(__name__)
 
 
-def decode(
-    *,
-    model: ModelConfig,
-    decoders: Mapping[str, Decoder],
-    benchmark_output_dir: str,
-    vocabulary_size: int,
-    lengths: Sequence[int],
-    input_length: int,
-    batch_size: int,
-    repeats: int,
-    max_batch_size: int | None = None,
-    random_seed: int = 0,
-    mesh: MeshConfig = MeshConfig(),
-    dry_run: bool = False,
-) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeBenchmark:
     """Times decoders side by side: a table, `decode_time.json`, `.html` and `.svg` in `benchmark_output_dir`.
 
     The model has fresh random parameters and reads random inputs. No token ends a text, so every target position is
@@ -64,7 +53,7 @@ def decode(
     that a machine that slows down affects all of them. Each time is saved as soon as it is measured; the same command
     continues from there.
 
-    Args:
+    Attributes:
       model: the model's dimensions.
       decoders: the decoders to time, by names of your choice.
       benchmark_output_dir: made if it is not there.
@@ -78,68 +67,98 @@ def decode(
       random_seed: seed of parameters, inputs and decoders.
       mesh: how the devices are arranged.
       dry_run: check everything, print what would be measured, and measure nothing.
-
-    Raises:
-      UserError: anything that does not fit, or measurements with other settings in `benchmark_output_dir`, before
-        anything is compiled; or `batch_size` texts do not fit into memory.
     """
-    if jax.process_count() > 1:
-        raise UserError("benchmark.decode measures a single host: start it on one host.")
-    device_mesh = mesh.make()
-    numbers = {"input_length": [input_length], "batch_size": [batch_size], "repeats": [repeats], "lengths": lengths}
-    for name, values in numbers.items():
-        if not values or min(values) < 1:
-            raise UserError(f"benchmark.decode.{name} must be at least 1, and not empty.")
-    if not decoders:
-        raise UserError("benchmark.decode.decoders must not be empty.")
-    if max_batch_size is not None and max_batch_size < batch_size:
-        raise UserError(f"benchmark.decode.max_batch_size must be at least batch_size = {batch_size}, or None.")
-    for length in lengths:
-        row_length = length if model.architecture == "encoder_decoder" else input_length + length
-        partitioning.check_batch(device_mesh, batch_size, row_length)
-        model.check_length(row_length, "benchmark.decode.lengths")
-    definition = ModelDefinition(model, stopwatch.endless_vocabulary(vocabulary_size))
-    machine = stopwatch.describe_machine()
-    settings = {
-        "model": model,
-        "parameters": definition.num_params(),
-        "decoders": decoders,
-        "vocabulary_size": vocabulary_size,
-        "input_length": input_length,
-        "batch_size": batch_size,
-        "max_batch_size": max_batch_size,
-        "random_seed": random_seed,
-        "mesh": mesh,
-    }
-    kept = Measurements(benchmark_output_dir, describe(settings), machine)
-    checkpoints.ensure_writable(benchmark_output_dir, dry_run)
-    if dry_run:
-        print(f"Would time {', '.join(decoders)} ({definition.num_params():,} parameters) for {kept.path}.")
-        print(f"Lengths {list(lengths)} on {stopwatch.device_name(machine)}.")
-        return
-    shardings = partitioning.param_shardings(device_mesh, definition.abstract(), definition.axes())
 
-    @functools.cache
-    def params() -> Params:  # not made where all is measured
-        init = jax.jit(lambda key: definition.as_read(definition.init(key)), out_shardings=shardings)
-        return init(jax.random.key(random_seed))
+    model: ModelConfig
+    decoders: Mapping[str, Decoder]
+    benchmark_output_dir: str
+    vocabulary_size: int
+    lengths: Sequence[int]
+    input_length: int
+    batch_size: int
+    repeats: int
+    max_batch_size: int | None = None
+    random_seed: int = 0
+    mesh: MeshConfig = MeshConfig()
+    dry_run: bool = False
 
-    def watch(label: str, length: int, size: int) -> Stopwatch:
-        batch = stopwatch.random_batch(definition, size, input_length, length, random_seed)
-        return Stopwatch(device_mesh, definition, params(), decoders[label], batch, random_seed)
+    def run(self) -> None:
+        """Runs the measurements that are missing; a dry run lists them.
 
-    comparison = _Comparison(decoders, kept, watch, repeats, stopwatch.device_name(machine))
-    sizes = dict.fromkeys(decoders, batch_size)
-    for length in lengths:
-        comparison.measure(length, sizes)
-    if max_batch_size is not None:
-        # Longer texts keep the device busy sooner: what saturates at one length is where a shorter one starts.
-        for length in sorted(lengths, reverse=True):
-            sizes = comparison.saturate(length, sizes, max_batch_size)
-    show(kept.times)
-    for name, chart in decode_charts([("", kept.times)]).items():
-        records.write_text(kept.path.with_name(f"{name}.svg"), charts.standalone(chart.svg))
-    logger.info("wrote %s", write_report([benchmark_output_dir], kept.path.with_suffix(".html")))
+        Raises:
+          UserError: anything that does not fit, or measurements with other settings in `benchmark_output_dir`, before
+            anything is compiled; or `batch_size` texts do not fit into memory.
+        """
+        if jax.process_count() > 1:
+            raise UserError("benchmark.decode measures a single host: start it on one host.")
+        mesh = self.mesh.make()
+        self._check(mesh)
+        definition = ModelDefinition(self.model, stopwatch.endless_vocabulary(self.vocabulary_size))
+        machine = stopwatch.describe_machine()
+        device = stopwatch.device_name(machine)
+        names = [
+            "model",
+            "decoders",
+            "vocabulary_size",
+            "input_length",
+            "batch_size",
+            "max_batch_size",
+            "random_seed",
+            "mesh",
+        ]
+        settings = {"parameters": definition.num_params(), **{name: getattr(self, name) for name in names}}
+        kept = Measurements(self.benchmark_output_dir, describe(settings), machine)
+        checkpoints.ensure_writable(self.benchmark_output_dir, self.dry_run)
+        if self.dry_run:
+            print(f"Would time {', '.join(self.decoders)} ({definition.num_params():,} parameters) for {kept.path}.")
+            print(f"Lengths {list(self.lengths)} on {device}.")
+            return
+        comparison = _Comparison(self.decoders, kept, self._watches(mesh, definition), self.repeats, device)
+        sizes = dict.fromkeys(self.decoders, self.batch_size)
+        for length in self.lengths:
+            comparison.measure(length, sizes)
+        if self.max_batch_size is not None:
+            # Longer texts keep the device busy sooner: what saturates at one length is where a shorter one starts.
+            for length in sorted(self.lengths, reverse=True):
+                sizes = comparison.saturate(length, sizes, self.max_batch_size)
+        show(kept.times)
+        for name, chart in decode_charts([("", kept.times)]).items():
+            records.write_text(kept.path.with_name(f"{name}.svg"), charts.standalone(chart.svg))
+        logger.info("wrote %s", write_report([self.benchmark_output_dir], kept.path.with_suffix(".html")))
+
+    def _check(self, mesh: Mesh) -> None:
+        """Raises a UserError for sizes that are out of range or do not fit the model or the mesh."""
+        numbers = {name: [getattr(self, name)] for name in ("input_length", "batch_size", "repeats")}
+        for name, values in {**numbers, "lengths": self.lengths}.items():
+            if not values or min(values) < 1:
+                raise UserError(f"benchmark.decode.{name} must be at least 1, and not empty.")
+        if not self.decoders:
+            raise UserError("benchmark.decode.decoders must not be empty.")
+        if self.max_batch_size is not None and self.max_batch_size < self.batch_size:
+            least = self.batch_size
+            raise UserError(f"benchmark.decode.max_batch_size must be at least batch_size = {least}, or None.")
+        for length in self.lengths:
+            row_length = length if self.model.architecture == "encoder_decoder" else self.input_length + length
+            partitioning.check_batch(mesh, self.batch_size, row_length)
+            self.model.check_length(row_length, "benchmark.decode.lengths")
+
+    def _watches(self, mesh: Mesh, definition: ModelDefinition) -> Callable[[str, int, int], Stopwatch]:
+        """Returns a function that makes the stopwatch for a decoder (label), length and batch size."""
+        shardings = partitioning.param_shardings(mesh, definition.abstract(), definition.axes())
+
+        @functools.cache
+        def params() -> Params:  # not made where all is measured
+            init = jax.jit(lambda key: definition.as_read(definition.init(key)), out_shardings=shardings)
+            return init(jax.random.key(self.random_seed))
+
+        def watch(label: str, length: int, size: int) -> Stopwatch:
+            batch = stopwatch.random_batch(definition, size, self.input_length, length, self.random_seed)
+            return Stopwatch(mesh, definition, params(), self.decoders[label], batch, self.random_seed)
+
+        return watch
+
+
+decode = verb("decode", DecodeBenchmark)
 
 
 def train(

@@ -88,11 +88,11 @@ class Evaluation:
     dry_run: bool = False
 
     def run(self) -> None:
-        """Evaluates what has no results yet, or for a dry run says what that is.
+        """Evaluates the checkpoints that have no results yet; a dry run lists them.
 
         Raises:
-          UserError: anything that does not fit, before anything is compiled; or the output has results of other
-            settings: nothing is overwritten.
+          UserError: a mismatch of any kind, before anything is compiled; or the output has results of other settings,
+            which are never overwritten.
         """
         mesh = self.mesh.make()
         found = [OpenCheckpoint(path) for path in checkpoints.find_checkpoints(self.checkpoint_path)]
@@ -114,6 +114,7 @@ class Evaluation:
         self._evaluate(todo, evals, settings, mesh)
 
     def _check(self, evals: "_Evals", mesh: Mesh) -> None:
+        """Raises a UserError if there is nothing to evaluate, or data, objective and mesh do not fit together."""
         if not evals.all:
             raise UserError("Nothing to evaluate: set evaluate.decode_evals, loss_evals or likelihood_evals.")
         if (evals.loss or evals.likelihood) and self.objective is None:
@@ -123,13 +124,13 @@ class Evaluation:
         check_datasets([ev.dataset for ev in evals.all], self.model, mesh)
 
     def _describe(self, evals: "_Evals") -> dict[str, Any]:
-        """The settings that a result depends on."""
+        """Returns the settings that results depend on."""
         names = ("objective", "model", "restore_rules", "use_ema")
         given = {name: getattr(self, name) for name in names}
         return results.describe({"evaluations": evals.all, **given, "teacher": self.teacher_checkpoint_path})
 
     def _folders(self, found: Sequence[OpenCheckpoint], output: pathlib.Path) -> dict[OpenCheckpoint, pathlib.Path]:
-        """Returns the results folder of each checkpoint."""
+        """Returns the output folder of each chosen checkpoint."""
         has_folder = self.all_checkpoints or self.eval_output_dir is None
         chosen = found if self.all_checkpoints else found[-1:]
         return {checkpoint: output / checkpoint.path.name if has_folder else output for checkpoint in chosen}
@@ -156,19 +157,10 @@ class Evaluation:
             )
             scores, fingerprints = _evaluate(evaluator, params, folder)
             del params  # before the next checkpoint's are there
+            evaluations = [repr(ev) for ev in evals.all]
             report = {
-                "results": scores,
-                "checkpoint": str(checkpoint),
+                **results.report(scores, checkpoint, definition, evaluations, settings, fingerprints),
                 "teacher": self.teacher_checkpoint_path,
-                "step": checkpoint.metadata["step"],
-                "evaluations": [repr(ev) for ev in evals.all],
-                "settings": settings,
-                "data": fingerprints,
-                "training_objective": checkpoint.record.trained_by,
-                "num_parameters": definition.num_params(),
-                "vocabulary": vocabulary.describe(),
-                "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
-                **results.provenance(scores),
                 "config": config.operative_text(),
             }
             if jax.process_index() == 0:
@@ -181,7 +173,7 @@ evaluate = verb("evaluate", Evaluation)
 
 @dataclasses.dataclass(frozen=True)
 class _Evals:
-    """The prepared evaluations of a run."""
+    """All evaluations of a call, prepared."""
 
     loss: Sequence[LossEval]
     decode: Sequence[DecodeEval]

@@ -79,7 +79,7 @@ class Inference:
         function, or with another decoder or objective.
       mesh: the arrangement of devices.
       dry_run: check everything, print what would be done, and do nothing. For a TPU slice: compile the decoding of a
-        batch for it and print what it would take.
+        batch for it and print its cost.
     """
 
     model: ModelConfig
@@ -101,11 +101,11 @@ class Inference:
     dry_run: bool | SliceDryRun = False
 
     def run(self) -> None:
-        """Writes what is missing, or for a dry run says what that is.
+        """Writes the lines that are missing; a dry run says how many are there.
 
         Raises:
-          UserError: anything that does not fit, or the output was started with other settings or other data; nothing
-            is overwritten.
+          UserError: a mismatch of any kind; or the output was started with other settings or data. Nothing is
+            overwritten.
         """
         if isinstance(self.dry_run, SliceDryRun):
             if self.mode != "predict" or self.templates or self.decoder is None:
@@ -139,7 +139,7 @@ class Inference:
             logger.info("wrote %s", page)
 
     def _describe(self, checkpoint: OpenCheckpoint, how: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings that the lines depend on."""
+        """Returns the settings that the lines depend on."""
         return {
             "checkpoint": str(checkpoint),
             **how,
@@ -178,7 +178,7 @@ class Inference:
         logger.info("wrote %s", output.path)
 
     def _how(self, data: SeqioDataset | Templates) -> dict[str, Any]:
-        """The settings that belong to the mode; raises a UserError where they do not go together."""
+        """Returns the settings of the mode; raises a UserError if they do not go together."""
         if self.mode not in ("predict", "score"):
             raise UserError(f"infer.mode must be predict or score, not {self.mode!r}.")
         if self.mode == "score":

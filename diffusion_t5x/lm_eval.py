@@ -6,6 +6,7 @@ MODEL_DIR. --tasks=NAME,NAME ...; --include_path=DIR adds your own task files; -
 each task; --num_fewshot=N puts N examples before each.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -15,12 +16,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning
 from diffusion_t5x.checkpointing import checkpoints
 from diffusion_t5x.checkpointing.assignment import Rule
+from diffusion_t5x.checkpointing.checkpoints import OpenCheckpoint
 from diffusion_t5x.command_line import config
 from diffusion_t5x.command_line.recorded import checkpoint_texts
+from diffusion_t5x.command_line.runnable import verb
 from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.decoding.decoder import Decoder
@@ -31,6 +35,7 @@ from diffusion_t5x.evaluation.inference import write_jsonl
 from diffusion_t5x.evaluation.lm_adapter import adapt
 from diffusion_t5x.evaluation.loading import load_model
 from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.likelihood import check_num_draws
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
@@ -43,33 +48,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def evaluate(
-    *,
-    model: ModelConfig,
-    checkpoint_path: str,
-    vocabulary: "seqio.Vocabulary",
-    rows: Rows,
-    objective: Objective,
-    decoder: Decoder,
-    eval_output_dir: str | None = None,
-    tasks: Sequence[str] = (),
-    include_path: str | None = None,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    num_draws: int = 128,
-    random_seed: int = 0,
-    restore_rules: Sequence[Rule] = (),
-    use_ema: bool = True,
-    allow_mismatch: bool = False,
-    mesh: MeshConfig = MeshConfig(),
-    dry_run: bool = False,
-) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HarnessEvaluation:
     """Runs tasks of lm-evaluation-harness on a checkpoint.
 
     `eval_output_dir` gets results.json, as `eval` writes it, and for each task `<task>_samples.jsonl`, the harness's
     own records of requests and responses. A repeated call with the same settings does nothing.
 
-    Args:
+    Attributes:
       model: dimensions of the checkpoint's model.
       checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
       vocabulary: the model's vocabulary.
@@ -89,83 +75,122 @@ def evaluate(
         function, or with another decoder or objective.
       mesh: the arrangement of devices.
       dry_run: check everything, print what would be done, and evaluate nothing.
-
-    Raises:
-      UserError: a mismatch of any kind, before anything is compiled; or the output has results of other settings, which
-        are never overwritten.
     """
-    lm_eval = _library()
-    manager = _task_manager(lm_eval, tasks, include_path)
-    device_mesh = mesh.make()
-    checkpoint = checkpoints.open_checkpoint(checkpoint_path)
-    path = str(checkpoint)
-    eval_output_dir = eval_output_dir or str(checkpoint.model_dir / "lm_eval" / checkpoint.path.name)
-    check_num_draws(num_draws)
-    if rows.architecture != model.architecture:
-        raise UserError(f"Rows.architecture is {rows.architecture}, but ModelConfig.architecture {model.architecture}.")
-    model.check_length(rows.row_length)
-    partitioning.check_batch(device_mesh, rows.batch_size, rows.row_length)
-    checkpoints.ensure_writable(eval_output_dir, dry_run)
-    settings = results.describe(
-        {
-            "tasks": tasks,
-            "task_files": include_path and _fingerprint(pathlib.Path(include_path).expanduser()),
-            "num_fewshot": num_fewshot,
-            "limit": limit,
-            "rows": rows,
-            "objective": objective,
-            "num_draws": num_draws,
-            "decoder": decoder,
-            "random_seed": random_seed,
-            "model": model,
-            "restore_rules": restore_rules,
-            "use_ema": use_ema,
+
+    model: ModelConfig
+    checkpoint_path: str
+    vocabulary: "seqio.Vocabulary"
+    rows: Rows
+    objective: Objective
+    decoder: Decoder
+    eval_output_dir: str | None = None
+    tasks: Sequence[str] = ()
+    include_path: str | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    num_draws: int = 128
+    random_seed: int = 0
+    restore_rules: Sequence[Rule] = ()
+    use_ema: bool = True
+    allow_mismatch: bool = False
+    mesh: MeshConfig = MeshConfig()
+    dry_run: bool = False
+
+    def run(self) -> None:
+        """Evaluates; a dry run says what it would evaluate.
+
+        Raises:
+          UserError: a mismatch of any kind, before anything is compiled; or the output has results of other settings,
+            which are never overwritten.
+        """
+        lm_eval = _library()
+        manager = _task_manager(lm_eval, self.tasks, self.include_path)
+        mesh = self.mesh.make()
+        checkpoint = checkpoints.open_checkpoint(self.checkpoint_path)
+        folder = pathlib.Path(self.eval_output_dir or checkpoint.model_dir / "lm_eval" / checkpoint.path.name)
+        self._check(mesh)
+        checkpoints.ensure_writable(str(folder), self.dry_run)
+        settings = self._describe()
+        agreement = Agreement.of(checkpoint, "lm_eval.evaluate.allow_mismatch", self.allow_mismatch)
+        agreement.check(self.model, [self.objective, self.decoder])
+        if results.is_done(folder, str(checkpoint), settings):
+            logger.info("%s has these results already", folder)
+            return
+        ids = token_ids(self.vocabulary)
+        definition, params = load_model(
+            checkpoint, self.model, ids, mesh, restore_rules=self.restore_rules, use_ema=self.use_ema
+        )
+        if self.dry_run:
+            tasks = ", ".join(self.tasks)
+            print(f"Would evaluate {checkpoint} ({definition.num_params():,} parameters) on {tasks}.")
+            return
+        rows, draws = self.rows, self.num_draws
+        harness = Harness(mesh, definition, params, self.objective, self.decoder, rows, draws, self.random_seed)
+        found = lm_eval.simple_evaluate(
+            adapt(harness, self.vocabulary, rows),
+            tasks=list(self.tasks),
+            num_fewshot=self.num_fewshot,
+            limit=self.limit,
+            task_manager=manager,
+            torch_random_seed=None,  # there need be no torch
+        )
+        self._write(folder, checkpoint, definition, settings, json.loads(json.dumps(found, default=str)))
+
+    def _check(self, mesh: Mesh) -> None:
+        """Raises a UserError if rows, model, mesh and draws do not fit together."""
+        check_num_draws(self.num_draws)
+        rows, architecture = self.rows, self.model.architecture
+        if rows.architecture != architecture:
+            raise UserError(f"Rows.architecture is {rows.architecture}, but ModelConfig.architecture {architecture}.")
+        self.model.check_length(rows.row_length)
+        partitioning.check_batch(mesh, rows.batch_size, rows.row_length)
+
+    def _describe(self) -> dict[str, Any]:
+        """Returns the settings that results depend on."""
+        task_files = self.include_path and _fingerprint(pathlib.Path(self.include_path).expanduser())
+        names = [
+            "num_fewshot",
+            "limit",
+            "rows",
+            "objective",
+            "num_draws",
+            "decoder",
+            "random_seed",
+            "model",
+            "restore_rules",
+            "use_ema",
+        ]
+        given = {name: getattr(self, name) for name in names}
+        return results.describe({"tasks": self.tasks, "task_files": task_files, **given})
+
+    def _write(
+        self,
+        folder: pathlib.Path,
+        checkpoint: OpenCheckpoint,
+        definition: ModelDefinition,
+        settings: Mapping[str, Any],
+        found: dict[str, Any],
+    ) -> None:
+        """Writes the harness's results: its samples, then results.json."""
+        samples = found.pop("samples")
+        scores = {task: _plain_metrics(metrics) for task, metrics in found["results"].items()}
+        data = {task: results.fingerprint(map(_asked, records)) for task, records in samples.items()}
+        evaluations = [f"lm_eval(task={task!r}, rows={self.rows!r})" for task in self.tasks]
+        report = {
+            **results.report(scores, checkpoint, definition, evaluations, settings, data),
+            "lm_eval": found,
+            "config": config.operative_text(),
         }
-    )
-    agreement = Agreement.of(checkpoint, "lm_eval.evaluate.allow_mismatch", allow_mismatch)
-    agreement.check(model, [objective, decoder])
-    if results.is_done(pathlib.Path(eval_output_dir), path, settings):
-        logger.info("%s has these results already", eval_output_dir)
-        return
-    ids = token_ids(vocabulary)
-    definition, params = load_model(checkpoint, model, ids, device_mesh, restore_rules=restore_rules, use_ema=use_ema)
-    if dry_run:
-        print(f"Would evaluate {path} ({definition.num_params():,} parameters) on {', '.join(tasks)}.")
-        return
-    harness = Harness(device_mesh, definition, params, objective, decoder, rows, num_draws, random_seed)
-    found = lm_eval.simple_evaluate(
-        adapt(harness, vocabulary, rows),
-        tasks=list(tasks),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        task_manager=manager,
-        torch_random_seed=None,  # there need be no torch
-    )
-    found = json.loads(json.dumps(found, default=str))
-    samples = found.pop("samples")
-    scores = {task: _plain_metrics(metrics) for task, metrics in found["results"].items()}
-    report = {
-        "results": scores,
-        "checkpoint": path,
-        "step": checkpoint.metadata["step"],
-        "evaluations": [f"lm_eval(task={task!r}, rows={rows!r})" for task in tasks],
-        "settings": settings,
-        "data": {task: results.fingerprint(map(_asked, records)) for task, records in samples.items()},
-        "training_objective": checkpoint.record.trained_by,
-        "num_parameters": definition.num_params(),
-        "vocabulary": ids.describe(),
-        "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
-        **results.provenance(scores),
-        "lm_eval": found,
-        "config": config.operative_text(),
-    }
-    for task, records in samples.items():
-        write_jsonl(str(pathlib.Path(eval_output_dir, f"{task}_samples.jsonl")), records)
-    for task, metrics in scores.items():
-        logger.info("%s: %s", task, results.summary(metrics))
-    if jax.process_index() == 0:
-        results.write_results(eval_output_dir, report)
-        logger.info("wrote %s", pathlib.Path(eval_output_dir, "results.json"))
+        for task, records in samples.items():
+            write_jsonl(str(folder / f"{task}_samples.jsonl"), records)
+        for task, metrics in scores.items():
+            logger.info("%s: %s", task, results.summary(metrics))
+        if jax.process_index() == 0:
+            results.write_results(folder, report)
+            logger.info("wrote %s", folder / "results.json")
+
+
+evaluate = verb("evaluate", HarnessEvaluation)
 
 
 def _library() -> types.ModuleType:

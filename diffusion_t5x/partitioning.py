@@ -25,7 +25,9 @@ LOGICAL_AXIS_RULES: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
 }
-_rules = dict(LOGICAL_AXIS_RULES)  # those in force
+# A mesh with other rules has one more axis, of size 1, whose name spells them. So the rules travel with the mesh, and
+# JAX tells programs for meshes with different rules apart.
+_OTHER_RULES = "rules:"
 
 
 def leaf_name(path: jax.tree_util.KeyPath) -> str:
@@ -45,7 +47,6 @@ class MeshConfig:
       sequence: shards activations along the length; every device gathers the keys and values of whole rows.
       tensor: shards heads, feed-forward and vocabulary.
       rules: mesh axes of logical axes that override `LOGICAL_AXIS_RULES`, such as `{"embed": ("fsdp", "sequence")}`.
-        Like the devices they apply to the whole process: those of the last mesh made.
     """
 
     replica: int = 1
@@ -80,19 +81,21 @@ class MeshConfig:
                 f"{len(devices)} devices. Set the axes of MeshConfig so that their product divides that number; "
                 "data = -1 takes the rest."
             )
-        _use_rules(self.rules)
-        axis_types = (AxisType.Auto,) * len(MESH_AXES)
+        if other_rules := _name(self.rules):
+            sizes[other_rules] = 1
+        axis_types = (AxisType.Auto,) * len(sizes)
         slices = len({getattr(device, "slice_index", 0) for device in devices})
         if slices == 1:
-            return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=axis_types, devices=devices)
+            return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices)
         if self.replica != slices:
             raise UserError(f"The devices are {slices} slices: set MeshConfig.replica = {slices}, not {self.replica}.")
         within = [1, *list(sizes.values())[1:]]
         across = [slices] + [1] * len(within[1:])
-        return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), MESH_AXES, axis_types=axis_types)
+        return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), tuple(sizes), axis_types=axis_types)
 
 
-def _use_rules(overrides: Mapping[str, Sequence[str]]) -> None:
+def _name(overrides: Mapping[str, Sequence[str]]) -> str:
+    """Returns the axis name for these rules, such as "rules:embed=fsdp+sequence;vocab="; "" for no rules."""
     for axis, mesh_axes in overrides.items():
         if axis not in LOGICAL_AXIS_RULES:
             raise UserError(f"MeshConfig.rules: no axis {axis!r} is cut.{did_you_mean(axis, LOGICAL_AXIS_RULES)}")
@@ -100,8 +103,18 @@ def _use_rules(overrides: Mapping[str, Sequence[str]]) -> None:
             raise UserError(
                 f"MeshConfig.rules[{axis!r}] must be a tuple of mesh axes ({', '.join(MESH_AXES)}), not {mesh_axes!r}."
             )
-    _rules.clear()
-    _rules.update(LOGICAL_AXIS_RULES | {axis: tuple(mesh_axes) for axis, mesh_axes in overrides.items()})
+    rules = ";".join(f"{axis}={'+'.join(overrides[axis])}" for axis in sorted(overrides))
+    return rules and _OTHER_RULES + rules
+
+
+def rules_of(mesh: Mesh | AbstractMesh) -> Mapping[str, tuple[str, ...]]:
+    """Returns the mesh axes that each logical axis is sharded over on this mesh."""
+    rules = dict(LOGICAL_AXIS_RULES)
+    for name in mesh.axis_names:
+        if name.startswith(_OTHER_RULES):
+            pairs = (rule.split("=") for rule in name.removeprefix(_OTHER_RULES).split(";"))
+            rules |= {axis: tuple(filter(None, mesh_axes.split("+"))) for axis, mesh_axes in pairs}
+    return rules
 
 
 def platform() -> str:
@@ -119,9 +132,9 @@ def cut_on(mesh: AbstractMesh, axes: Sequence[str], shape: Sequence[int]) -> Par
     Its `embed` axis stays whole, because the batch axis already uses the mesh axes that shard a parameter's. So does an
     axis that does not divide, such as the single token of a decoding step.
     """
-    free, cuts = set(MESH_AXES), []
+    rules, free, cuts = rules_of(mesh), set(MESH_AXES), []
     for axis, size in zip(axes, shape, strict=True):
-        cut = tuple(name for name in _rules.get(axis, ()) if name in free and axis != "embed")
+        cut = tuple(name for name in rules.get(axis, ()) if name in free and axis != "embed")
         pieces = math.prod(mesh.shape[name] for name in cut)
         cuts.append(() if size % pieces else cut)
         free -= set(cuts[-1])
@@ -137,7 +150,7 @@ def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
 def pieces_of(axis: str, mesh: Mesh | AbstractMesh | None = None) -> int:
     """Returns the number of shards of a logical axis; by default on the current mesh, and 1 without one."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in _rules.get(axis, ()))
+    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in rules_of(mesh).get(axis, ()))
 
 
 def copies(x: jax.Array, axes: Sequence[str], rows: int) -> jax.Array:
@@ -163,11 +176,13 @@ def param_shardings(mesh: Mesh, abstract: Any, axes: Any) -> Any:
       UserError: an axis does not divide by the number of its devices, or two axes are sharded over the same devices.
     """
 
+    rules = rules_of(mesh)
+
     def sharding(path, leaf, names):
         parameter = leaf_name(path)
-        cuts = [_rules.get(name, ()) for name in names]
+        cuts = [rules.get(name, ()) for name in names]
         for mesh_axis in MESH_AXES:
-            if len(cut := [name for name in names if mesh_axis in _rules.get(name, ())]) > 1:
+            if len(cut := [name for name in names if mesh_axis in rules.get(name, ())]) > 1:
                 raise UserError(
                     f"Parameter {parameter} of shape {leaf.shape}: its axes {' and '.join(map(repr, cut))} cannot both "
                     f"be cut over the mesh axis {mesh_axis}. Change MeshConfig.rules."
@@ -215,7 +230,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a batch: rows over the data axes, everything else replicated."""
-    return NamedSharding(mesh, PartitionSpec(_rules["batch"]))
+    return NamedSharding(mesh, PartitionSpec(rules_of(mesh)["batch"]))
 
 
 def check_batch(mesh: Mesh, batch_size: int, length: int) -> None:
@@ -224,7 +239,7 @@ def check_batch(mesh: Mesh, batch_size: int, length: int) -> None:
         if size % (pieces := pieces_of(axis, mesh)):
             raise UserError(
                 f"A {whole} of {size} {parts} does not divide over {pieces} devices "
-                f"(mesh axes {' × '.join(_rules[axis])})."
+                f"(mesh axes {' × '.join(rules_of(mesh)[axis])})."
             )
 
 
@@ -273,12 +288,12 @@ def put_rows(mesh: Mesh, batch: Any) -> Any:
 
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:
-    """A batch that every process has in full, as global arrays on the mesh, its rows spread."""
+    """Puts a batch that every process has in full on the mesh, as global arrays with their rows spread."""
     return _put(batch, batch_sharding(mesh))
 
 
 def put_whole(mesh: Mesh, values: Any) -> Any:
-    """Values that every process has in full, as global arrays on the mesh, whole on each device."""
+    """Puts values that every process has in full on the mesh, as global arrays, whole on each device."""
     return _put(values, replicated(mesh))
 
 

@@ -27,11 +27,12 @@ from diffusion_t5x.command_line import config
 from diffusion_t5x.command_line.runnable import verb
 from diffusion_t5x.command_line.slice_flags import slice_dry_run
 from diffusion_t5x.data.cached_source import CachedDataset
+from diffusion_t5x.data.dataset import Dataset
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval, check_decoders, prepared
 from diffusion_t5x.evaluation.inference import write_jsonl
-from diffusion_t5x.evaluation.loading import Dataset, check_datasets, load_teacher
+from diffusion_t5x.evaluation.loading import check_datasets, load_teacher
 from diffusion_t5x.evaluation.screen import evaluation_block, next_commands
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
@@ -78,7 +79,7 @@ class CheckpointPolicy:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
-    """Trains up to `train_steps` and leaves everything in `model_dir`.
+    """Trains up to `train_steps` steps and leaves everything in `model_dir`.
 
     It continues from the latest checkpoint in `model_dir`; if there is none, it starts from `initial_checkpoint_path`
     by the assignment rules; without that, from scratch. The log says which.
@@ -146,11 +147,11 @@ class Training:
     dry_run: bool | StepReader = False
 
     def run(self) -> None:
-        """Trains, or for a dry run says what it would do.
+        """Trains; a dry run prints the plan.
 
         Raises:
-          UserError: anything that does not fit, before training data are read and before anything is compiled.
-          SystemExit: told to stop, it has saved; see `training.preemption` for the exit codes.
+          UserError: a mismatch of any kind, before training data are read and before anything is compiled.
+          SystemExit: it was told to stop, and has saved; see `training.preemption` for the exit codes.
         """
         if not isinstance(self.dry_run, bool):
             given = {name: getattr(self, name) for name in ("mesh", "model", "lora", "teacher_model", "rollout")}
@@ -180,7 +181,7 @@ class Training:
             logger.info("%s", next_commands(self.model_dir, writes=plan.record.decoder is not None, scored=scored))
 
     def _plan(self, mesh: Mesh, loss_evals: Sequence[LossEval], decode_evals: Sequence[DecodeEval]) -> "_Plan":
-        """Checks that all fits together, before data and parameters are read."""
+        """Checks that all settings fit together, before data and parameters are read."""
         folder = os.path.join(self.model_dir, "checkpoints")
         start = Start.find(folder, self.initial_checkpoint_path, self.restore_rules, self.allow_older_checkpoint)
         self._check_data(mesh, [*(ev.dataset for ev in loss_evals), *(ev.dataset for ev in decode_evals)])
@@ -214,7 +215,7 @@ class Training:
             ensure_writable(self.model_dir, dry_run=True)
 
     def _check_data(self, mesh: Mesh, evaluated: Sequence[Dataset]) -> None:
-        """Raises a UserError where a data set does not fit the model or the mesh, or batches do not divide."""
+        """Raises a UserError if a data set does not fit the model or the mesh, or batches do not divide."""
         data, pieces = self.train_dataset, self.num_microbatches
         check_datasets([data, *evaluated], self.model, mesh)
         if pieces < 1 or data.batch_size % pieces:
@@ -235,7 +236,7 @@ class Training:
         )
 
     def _show(self, plan: "_Plan") -> None:
-        """Prints what a run would do, for a dry run."""
+        """Prints the plan of a run, for a dry run."""
         batch = next(self.train_dataset.train_iterator())
         shapes = (f"  {name} {x.dtype}{list(x.shape)}" for name, x in vars(batch).items() if x is not None)
         print(plan.describe(), "batch:", *shapes, sep="\n")
@@ -252,14 +253,14 @@ class Training:
         return load_teacher(plan.teacher_path, self.teacher_model or self.model, *judged)
 
     def _of_step(self) -> dict[str, Any]:
-        """The settings of a training step, on these devices or on a slice."""
+        """Returns the settings of a training step, on these devices or on a slice."""
         settings = {"objective": self.objective, "optimizer": self.optimizer, "microbatches": self.num_microbatches}
         return settings | {"normalizing_factor": self.loss_normalizing_factor, "ema_decay": self.ema_decay}
 
     def _train(
         self, plan: "_Plan", begun: Begun, teacher: Teacher | None, goodput: Goodput, check_folder: Callable[[], None]
     ) -> None:
-        """Trains from where it begins, writing to `model_dir`."""
+        """Runs the training loop and writes to `model_dir`."""
         if plan.start.checkpoint and plan.start.resumes and self.allow_older_checkpoint:
             stored.set_aside_after(plan.start.checkpoint.named)
         folder = os.path.join(self.model_dir, "checkpoints")
@@ -293,7 +294,7 @@ class Training:
             loop.run(begun.state, begun.evaluation_due)
 
     def _batches(self, plan: "_Plan") -> HostBatches | OnPolicyBatches:
-        """This process's share of the batches, of the data or of what the model writes to them."""
+        """Returns this process's batches, from the data or written by the model."""
         data = self.train_dataset
         batches = HostBatches(data.train_iterator, data.batch_size, partitioning.share_of_rows(plan.mesh))
         if self.rollout is None:
@@ -308,17 +309,17 @@ train = verb("train", Training)
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """A training whose settings have been found to fit together.
+    """A training whose settings fit together.
 
     Attributes:
       mesh: the devices.
       definition: the model.
-      abstract: shapes and shardings of its state.
+      abstract: shapes and shardings of the state.
       loss_evals, decode_evals: evaluations, prepared.
-      record: what its checkpoints will say of it.
-      start: where it starts.
-      assignment: what happens to each array of the checkpoint there; "" from scratch.
-      teacher_path: a checkpoint folder, or None.
+      record: the record of this training for its checkpoints.
+      start: the starting point.
+      assignment: text that says how each array of the starting checkpoint is used; "" from scratch.
+      teacher_path: the teacher's checkpoint folder, or None.
     """
 
     mesh: Mesh
@@ -332,7 +333,7 @@ class _Plan:
     teacher_path: str | None
 
     def describe(self) -> str:
-        """Size and parameters of the model, one line each with shape, logical axes and partition."""
+        """Describes the model: its size, and each parameter on a line with shape, logical axes and partition."""
         names = jax.tree.leaves(self.definition.axes(), is_leaf=lambda x: isinstance(x, tuple))
         rows = [
             f"  {name} {list(leaf.shape)} ({', '.join(axes)}) {leaf.sharding.spec}"

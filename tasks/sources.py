@@ -1,6 +1,7 @@
 """SeqIO sources: records that Python reads, shuffled as a whole, and data sets that TFDS has prepared."""
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import tensorflow_datasets as tfds
 
 from diffusion_t5x.errors import UserError
 
+_TFDS_NAME = re.compile(r"\w+(/[\w.+-]+)?(:[\d.*]+)?")
 Record = Mapping[str, str | Sequence[str] | np.ndarray]
 
 
@@ -81,10 +83,13 @@ class PreparedTfds(seqio.TfdsDataSource):
       splits: SeqIO's names of the splits, and TFDS' names or slices for them.
 
     Raises:
-      UserError: on first reading, if the data set is not prepared.
+      UserError: a name with more than a data set, its config and version; on first reading, if it is not there.
     """
 
     def __init__(self, tfds_name: str, splits: Mapping[str, str]):
+        if not _TFDS_NAME.fullmatch(tfds_name):
+            # A namespace, as in "huggingface:x", would be looked up in the net; arguments could name another folder.
+            raise UserError(f"{tfds_name!r} is no data set of TFDS: write its name as in 'squad/v1.1:3.0.0'.")
         super().__init__(tfds_name=tfds_name, splits=dict(splits), read_only=True)
 
     def get_dataset(self, *args: Any, **kwargs: Any) -> tf.data.Dataset:

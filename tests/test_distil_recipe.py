@@ -133,6 +133,7 @@ def test_the_papers_comparisons_are_flags(teacher, samples, tmp_path, ablation, 
         (["--gin.ROLLOUT=None"], "needs texts that the model writes"),
         (["--gin_file=objectives/block.gin"], "A rollout needs an objective that learns"),
         (["--gin.Distillation.block_size=2"], "writes blocks of 4, but Distillation has blocks of 2"),
+        (["--gin.Distillation.blocks_from='row'"], 'has blocks_from = "targets", but Distillation has "row"'),
         (["--gin.MAX_ROLLOUT_LENGTH=600"], "max_length is 512"),
     ],
 )

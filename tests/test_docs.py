@@ -13,7 +13,7 @@ from diffusion_t5x.command_line import config
 from diffusion_t5x.command_line.verbs import VERBS
 
 pytest.importorskip("seqio")
-from pages import by_module
+from pages import by_module, write_gin_files
 from untrained import give_record, untrained
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -49,7 +49,10 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", commands())
-def test_a_command_of_the_pages_resolves(command, capsys, checkpoint):
+def test_a_command_of_the_pages_resolves(command, capsys, checkpoint, tmp_path, monkeypatch):
+    for page in PAGES:
+        write_gin_files(page.read_text(encoding="utf-8"), tmp_path)
+    monkeypatch.chdir(tmp_path)
     _, _, module, *flags = shlex.split(command)
     if "--checkpoint" in flags:
         flags[flags.index("--checkpoint") + 1] = str(checkpoint)

@@ -160,7 +160,7 @@ def test_report(block, tmp_path, capsys):
     evaluation.main(["--checkpoint", str(block)])
     report.main(["--checkpoint", str(block), "--output", str(tmp_path / "page.html")])
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "BlockDecoder(block_size=3, inner=MaskedDecoder(" in page
+    assert "BlockDecoder(block_size=3, blocks_from='targets', inner=MaskedDecoder(" in page
 
 
 def test_a_module_of_a_user(folder, tmp_path, monkeypatch, capsys, refused):
@@ -186,6 +186,7 @@ def test_a_module_of_a_user(folder, tmp_path, monkeypatch, capsys, refused):
         (["--gin_file=decoding/masked.gin"], "Give --gin_file=decoding/block.gin --gin.BLOCK_SIZE=3."),
         (["--gin_file=decoding/autoregressive.gin"], "Give --gin_file=decoding/block.gin --gin.BLOCK_SIZE=3."),
         (["--gin.BLOCK_SIZE=8"], "Set --gin.BLOCK_SIZE=3."),
+        (["--gin.BLOCKS_FROM='row'"], "Set --gin.BLOCK_SIZE=3 --gin.BLOCKS_FROM='\"targets\"'."),
         (["--gin_file=decoding/block.gin"], "Set --gin.BLOCK_SIZE=3."),
         (["--gin.ModelConfig.activation=silu"], "ModelConfig.activation = 'gelu' (here 'silu'). Set the same."),
         (["--gin_file=adaptation/shifted.gin"], "ModelConfig.shifted = False; here it is True."),

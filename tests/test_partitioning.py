@@ -118,26 +118,37 @@ def test_moments_lie_as_their_parameters_do_and_the_rest_stands_whole():
     assert specs(moments.v)["decoder"]["blocks"]["attention_norm"]["scale"] == P((), ("fsdp",))
 
 
-@pytest.fixture
-def rules():
-    """Makes a mesh whose rules are these; afterwards the usual ones hold again."""
-    yield lambda overrides: MeshConfig(rules=overrides).make()
-    MeshConfig().make()
+def with_rules(rules, *sizes):
+    """An abstract mesh of these sizes whose rules are other ones."""
+    made = MeshConfig(rules=rules).make()
+    sizes = (*abstract_mesh(*sizes).shape.values(), *[1] * (len(made.axis_names) - len(MESH_AXES)))
+    return AbstractMesh(sizes, made.axis_names)
 
 
-def test_rules_can_be_overridden(rules):
-    rules({"embed": ("fsdp", "sequence"), "vocab": ()})
+def test_rules_can_be_overridden():
     definition = ModelDefinition(tiny.RELATIVE, tiny.VOCABULARY)
-    shardings = partitioning.param_shardings(abstract_mesh(1, 2, 2, 2), definition.abstract(), definition.axes())
+    other = with_rules({"embed": ("fsdp", "sequence"), "vocab": ()}, 1, 2, 2, 2)
+    shardings = partitioning.param_shardings(other, definition.abstract(), definition.axes())
     assert shardings["embedding"].spec == P((), ("fsdp", "sequence"))
     assert shardings["decoder"]["blocks"]["mlp"]["wo"].spec == P((), ("tensor",), ("fsdp", "sequence"))
 
 
-def test_two_axes_of_a_parameter_over_the_same_devices_are_refused(rules):
-    rules({"mlp": ("tensor", "fsdp")})
+def test_each_mesh_has_its_own_rules():
+    plain, other = MeshConfig().make(), MeshConfig(rules={"batch": ("data",), "embed": ()}).make()
+    assert partitioning.rules_of(plain) == partitioning.LOGICAL_AXIS_RULES and plain != other
+    assert partitioning.rules_of(other) == partitioning.LOGICAL_AXIS_RULES | {"batch": ("data",), "embed": ()}
+    assert partitioning.batch_sharding(plain).spec == P(("replica", "data", "fsdp"))
+    assert partitioning.batch_sharding(other).spec == P(("data",))
+    with jax.set_mesh(other):
+        x = jax.jit(lambda: partitioning.constrain(jnp.zeros((2, 3)), ("batch", "embed")))()
+    assert x.sharding.mesh == other
+
+
+def test_two_axes_of_a_parameter_over_the_same_devices_are_refused():
+    other = with_rules({"mlp": ("tensor", "fsdp")}, 1, 2, 2)
     definition = ModelDefinition(tiny.RELATIVE, tiny.VOCABULARY)
     with pytest.raises(UserError, match=r"mlp/wi_0 of shape .*: its axes 'embed' and 'mlp' cannot both .* axis fsdp"):
-        partitioning.param_shardings(abstract_mesh(1, 2, 2), definition.abstract(), definition.axes())
+        partitioning.param_shardings(other, definition.abstract(), definition.axes())
 
 
 def test_nothing_is_held_where_no_mesh_is_in_use():

@@ -1,4 +1,4 @@
-"""How far a conversion has come: DIR/ar2diff.json, by which the same command goes on after it was stopped."""
+"""The progress of a conversion, DIR/ar2diff.json: the same command continues from it."""
 
 import json
 import pathlib
@@ -51,7 +51,7 @@ class Journal:
         self._stages = {name: found for name, found in stages.items() if not changed or name == "import"}
 
     def done(self, stage: str) -> Any:
-        """What a finished stage found; None if it has not finished."""
+        """Returns the result of a finished stage; None if it has not finished."""
         return self._stages.get(stage)
 
     def mark(self, stage: str, found: Any) -> None:

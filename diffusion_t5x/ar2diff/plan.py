@@ -22,7 +22,7 @@ _BYTES = 4  # of a parameter, in checkpoints and exports
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a conversion does and needs. Sizes are in bytes, times in seconds.
+    """The work and needs of a conversion. Sizes are in bytes, times in seconds.
 
     Attributes:
       steps: of training.

@@ -25,7 +25,7 @@ SAMPLES = 3  # shown step by step
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """How much is scored: held-out examples, noise draws for each, examples decoded, rows at a time."""
+    """The amount of scoring: held-out examples, noise draws for each, examples decoded, rows at a time."""
 
     scored: int
     draws: int
@@ -34,7 +34,7 @@ class Budget:
 
     @classmethod
     def of_device(cls) -> "Budget":
-        """What takes minutes on this machine for a model of a few hundred million parameters."""
+        """Returns a budget of minutes on this machine for a model of a few hundred million parameters."""
         return cls(16, 4, 8, 8) if on_cpu() else cls(64, 32, 64, 16)
 
 

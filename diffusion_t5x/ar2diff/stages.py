@@ -96,7 +96,7 @@ class _Conversion:
         print(terminal.safe(f"\n{card}\nAll in one page: {page}"))
 
     def _stage(self, name: str, work: Callable[[], Any]) -> Any:
-        """Returns what a stage found, now or in an earlier process; True where it finds nothing."""
+        """Returns the result of a stage, from this process or an earlier one; True if it has none."""
         if (known := self.journal.done(name)) is not None:
             return known
         logger.info("ar2diff: %s", name)

@@ -30,6 +30,8 @@ _OF_OTHERS: tuple[str, ...] = (
 _OF_OTHERS += ("t5.data.utils", "t5.evaluation.metrics")
 # Parameters that name modules, which are then imported.
 _IMPORTING = (("diffusion_t5x.cache_tasks.cache_tasks", "task_modules"),)
+# Parameters that let something dangerous happen.
+_DANGEROUS = ("allow_unsafe",)
 _MACROS = "gin.config"  # where they are: what gin writes imports it
 
 
@@ -54,6 +56,10 @@ def check_references(allowed: Sequence[str]) -> None:
             place = gin_reading.place((scope, selector, name))
             if place.kind == "flag":
                 continue
+            if name in _DANGEROUS and value is not False and not place.is_vouched:
+                raise PermissionError(
+                    f"{place}: it sets {name}, which only you may. If you trust it, add --gin.{selector}.{name}=..."
+                )
             functions = (*_SETTINGS, *trusted, *(_OF_OTHERS if place.is_vouched else ()))
             for reference in gin_config.iterate_references({name: value}):
                 _check_target(reference.configurable.wrapped, functions, place)
@@ -90,7 +96,8 @@ def _check_target(target: Any, functions: Sequence[str], place: gin_reading.Plac
     stands_for_itself = isinstance(target, type) and (
         dataclasses.is_dataclass(target) or "seqio.vocabularies.Vocabulary" in bases
     )
-    if not stands_for_itself and not _is_in(target.__module__, functions):
+    is_private = any(part.startswith("_") for part in target.__qualname__.split("."))
+    if not stands_for_itself and (is_private or not _is_in(target.__module__, functions)):
         raise PermissionError(
             f"{place}: it refers to {target.__module__}.{target.__qualname__}, which does more than make settings. If "
             f"you trust it, add --gin_allow={target.__module__}."

@@ -27,6 +27,7 @@ _MEANINGS = {
     "BENCHMARK_OUTPUT_DIR": "folder that gets the measured times; created if missing.",
     "BEST_METRIC": 'metric by which the best checkpoints are kept, such as "my_task/exact_match".',
     "BLOCK_SIZE": "target tokens per block; decode with the size that the model was trained with.",
+    "BLOCKS_FROM": 'where blocks are counted from: the first target ("targets") or the row\'s beginning ("row").',
     "CACHE_DIR": "folder of the tokenized data that `cache_tasks` writes.",
     "CASES": "what to time, each with a name of your choice.",
     "CHECKPOINT_PATH": "the model: a checkpoint, a folder of checkpoints or a MODEL_DIR (the newest counts).",
@@ -271,7 +272,7 @@ def _imports(file: str) -> dict[str, str]:
 
 @functools.cache
 def _docstring(module: str, name: str) -> str:
-    """The docstring of a function or class in a module of this package, or of a verb's settings; "" for others."""
+    """Returns the docstring of a function, a class or a verb's settings in this package; "" for other packages."""
     if not module.startswith(f"{PACKAGE.name}."):
         return ""
     path = PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py")

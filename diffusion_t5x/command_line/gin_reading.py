@@ -119,11 +119,14 @@ def replaced_by_flags() -> dict[Key, Any]:
 
 
 def is_vouched(file: str) -> bool:
-    """False for gin files beside a checkpoint, such as those that runs and imports write; these are not trusted."""
-    path = pathlib.Path(os.path.realpath(file))
-    if path not in _reading.vouched:
-        _reading.vouched[path] = SHIPPED.resolve() in path.parents or not _lies_beside_checkpoint(path)
-    return _reading.vouched[path]
+    """True unless a gin file lies beside a checkpoint, as those of runs and imports do; such files are not trusted."""
+    named, real = pathlib.Path(os.path.abspath(file)), pathlib.Path(os.path.realpath(file))
+    if SHIPPED.resolve() in real.parents:
+        return True
+    if named not in _reading.vouched:  # a link beside a checkpoint may lead to a folder without one
+        _reading.vouched[named] = not _lies_beside_checkpoint(named) and not _lies_beside_checkpoint(real)
+        _reading.vouched[real] = _reading.vouched[named] and _reading.vouched.get(real, True)
+    return _reading.vouched[named] and _reading.vouched[real]
 
 
 def _lies_beside_checkpoint(path: pathlib.Path) -> bool:
@@ -143,6 +146,7 @@ def _opened(file: str) -> Iterator[Any]:
         raise PermissionError(
             f"it includes {file}, but what comes with a checkpoint may include shipped gin files only."
         )
+    is_vouched(file)  # remembers a link that is not for the file that it leads to
     _reading.open_files.append(path)
     try:
         with open(file, encoding="utf-8") as text:

@@ -64,8 +64,8 @@ def checkpoint_texts(
 def gin_text(checkpoint: OpenCheckpoint, with_task: bool = True) -> str:
     """Returns gin text that binds a checkpoint's record to the macros that the files of runs/ use.
 
-    These are MODEL, ARCHITECTURE, OBJECTIVE, DECODER, BLOCK_SIZE, CANVAS, TASK_FEATURE_LENGTHS, MIXTURE_OR_TASK_NAME,
-    CONTEXT_EOS, VOCABULARY, VOCABULARY_FILE and VOCABULARY_SIZE. Unknown values are not bound.
+    These are MODEL, ARCHITECTURE, OBJECTIVE, DECODER, BLOCK_SIZE, BLOCKS_FROM, CANVAS, TASK_FEATURE_LENGTHS,
+    MIXTURE_OR_TASK_NAME, CONTEXT_EOS, VOCABULARY, VOCABULARY_FILE and VOCABULARY_SIZE. What is not known is not bound.
 
     Args:
       checkpoint: its metadata is read.
@@ -83,11 +83,16 @@ def gin_text(checkpoint: OpenCheckpoint, with_task: bool = True) -> str:
         text.bind("ARCHITECTURE", model.get("architecture", "decoder_only"))
         model["architecture"] = {"%": "ARCHITECTURE"}
         text.bind("MODEL", {CLASS: f"{ModelConfig.__module__}.{ModelConfig.__qualname__}"} | model)
-    if block := next((mode.block_size for mode in record.modes if mode.block_size), None):
-        text.bind("BLOCK_SIZE", block)
+    blocks = next((mode for mode in record.modes if mode.block_size), None)
+    if blocks:
+        text.bind("BLOCK_SIZE", blocks.block_size)
+        text.bind("BLOCKS_FROM", blocks.blocks_from)
     for macro, described in {"OBJECTIVE": record.objective, "DECODER": record.decoder}.items():
         if described and is_plain(described):
-            text.bind(macro, _with_macro(described, "block_size", block, "BLOCK_SIZE"))
+            if blocks:
+                described = _with_macro(described, "block_size", blocks.block_size, "BLOCK_SIZE")
+                described = _with_macro(described, "blocks_from", blocks.blocks_from, "BLOCKS_FROM")
+            text.bind(macro, described)
     _bind_data(text, record.dataset or {}, (record.task or {}) if with_task else {})
     if record.imported:
         text.bind("CANVAS", False)

@@ -10,7 +10,7 @@ class Runs(Protocol):
 
 
 def verb(name: str, settings: Callable[..., Runs]) -> Callable[..., None]:
-    """The function `name(**settings)` that makes the settings and runs them: `train = verb("train", Training)`.
+    """Returns a function `name(**settings)` that makes the settings and runs them: `train = verb("train", Training)`.
 
     It has the signature, the module and the docstring of the class, for gin files and for callers in Python.
     """

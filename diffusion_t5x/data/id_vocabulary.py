@@ -3,7 +3,6 @@
 Imports SeqIO: import it inside functions.
 """
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -33,29 +32,29 @@ class IdVocabulary(PythonVocabulary):
         super().__init__()
         self.file = path
         said = tokenizer_files.read(pathlib.Path(path).expanduser())
-        self._size = said.get("embedding_size") or said.get("vocab_size")
-        self._ids = {role: _first(said.get(f"{role}_token_id")) for role in ("eos", "pad", "bos", "mask")}
-        self._ids["mask"] = self._ids["mask"] if mask_id is None else mask_id
-        if not isinstance(self._size, int) or self._ids["eos"] is None:
+        size, eos_id = said.get("embedding_size") or said.get("vocab_size"), _first(said.get("eos_token_id"))
+        if not isinstance(size, int) or eos_id is None:
             raise UserError(
                 f"{path} does not serve as a vocabulary: it needs vocab_size and eos_token_id. Put the model's "
                 "tokenizer beside it."
             )
-        self.contents = f"ids {self._size} {json.dumps(self._ids)}".encode()
+        pad_id = _first(said.get("pad_token_id"))
+        self._size, self._eos_id, self._pad_id = size, eos_id, eos_id if pad_id is None else pad_id
+        self._bos_id = _first(said.get("bos_token_id"))
+        self._mask_id = _first(said.get("mask_token_id")) if mask_id is None else mask_id
+        self.contents = f"ids {size} {eos_id} {self._pad_id} {self._bos_id} {self._mask_id}".encode()
 
     @property
     def eos_id(self) -> int:
-        eos_id = self._ids["eos"]
-        assert eos_id is not None
-        return eos_id
+        return self._eos_id
 
     @property
     def pad_id(self) -> int:
-        return self.eos_id if self._ids["pad"] is None else self._ids["pad"]
+        return self._pad_id
 
     @property
     def bos_id(self) -> int | None:
-        return self._ids["bos"]
+        return self._bos_id
 
     @property
     def unk_id(self) -> None:
@@ -63,7 +62,7 @@ class IdVocabulary(PythonVocabulary):
 
     @property
     def mask_id(self) -> int | None:
-        return self._ids["mask"]
+        return self._mask_id
 
     @property
     def _base_vocab_size(self) -> int:

@@ -23,9 +23,9 @@ def text(merges: pathlib.Path) -> str:
     """
     ids = tokenizer_files.read(merges.parent / VOCAB)
     lines = tokenizer_files.read_text(merges).split("\n")
-    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    merged = [line.partition(" ") for line in lines if line and not line.startswith("#version")]
     try:
-        tokenizer = tokenizers.Tokenizer(models.BPE(ids, pairs))
+        tokenizer = tokenizers.Tokenizer(models.BPE(ids, [(first, second) for first, _, second in merged]))
     except Exception as error:  # the library raises no class of its own
         raise UserError(f"{merges} and {VOCAB} beside it make no BPE tokenizer: {error}.") from error
     tokenizer.normalizer = normalizers.NFC()

@@ -184,7 +184,7 @@ class SeqioDataset:
         return self._provider().output_features[feature].add_eos
 
     def texts(self) -> dict[str, Any]:
-        """Returns how texts become tokens, for the record: "vocabulary_source", and "inputs_end" (True: in EOS)."""
+        """The tokenization of texts, for a checkpoint's record: "vocabulary_source", "inputs_end" (True: in EOS)."""
         inputs_end = "inputs" in self.task_feature_lengths and self.adds_eos("inputs")
         return {"vocabulary_source": source_of(self.vocabulary()), "inputs_end": inputs_end}
 

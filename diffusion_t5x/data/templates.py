@@ -9,7 +9,7 @@ import functools
 import hashlib
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -61,6 +61,8 @@ class Templates:
       fingerprint: hash of their file.
     """
 
+    pack = False
+
     def __init__(
         self, templates: Sequence[Template], dataset: SeqioDataset | TextRows, name: str = "", fingerprint: str = ""
     ):
@@ -80,6 +82,10 @@ class Templates:
             raise UserError(f"{path} is empty: {_WHAT_A_LINE_HAS}.")
         fingerprint = hashlib.sha256(text_files.contents(path)).hexdigest()[:16]
         return cls(templates, dataset, pathlib.Path(path).stem, fingerprint)
+
+    @property
+    def task_feature_lengths(self) -> Mapping[str, int]:
+        return self._dataset.task_feature_lengths
 
     @property
     def row_length(self) -> int:

@@ -7,14 +7,24 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.canvas import Canvas, StepRule, Written, denoise
-from diffusion_t5x.decoding.decoder import Decoded, Decoder, Trace, Watch, Watched, start_trace, target_range
+from diffusion_t5x.decoding.decoder import (
+    Decoded,
+    Decoder,
+    Trace,
+    Watch,
+    Watched,
+    into_block,
+    start_trace,
+    target_range,
+)
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.attention import KVCache, write_rows
-from diffusion_t5x.models.masks import AttentionKind, Slots
+from diffusion_t5x.models.masks import AttentionKind, BlocksFrom, Slots
 from diffusion_t5x.models.modes import Mode
-from diffusion_t5x.models.reading import Reading, start_first
+from diffusion_t5x.models.reading import Reading, check_blocks, start_first
 from diffusion_t5x.models.streams import row_keys
 from diffusion_t5x.models.transformer import Transformer
 
@@ -33,16 +43,19 @@ class BlockDecoder(Decoder):
     the block: see `objectives.block.Block`.
 
     Attributes:
-      block_size: number of targets per block, as in training.
-      inner: the decoder of each block; its `num_steps` are steps per block. Masked for models of masked blocks, SUNDAE
-        with one sample for models of uniform noise.
+      block_size: targets per block, as in training.
+      inner: how a block is written; its `num_steps` are those of a block. Masked for models of masked blocks, SUNDAE's
+        with one sample for those of uniform noise.
+      blocks_from: where blocks are counted from, as in training: see `AttentionKind`. From the row's beginning, the
+        first block may begin with the last inputs, which stay.
     """
 
     block_size: int = 4
     inner: StepRule = MaskedDecoder(num_steps=4)  # noqa: RUF009  (frozen)
+    blocks_from: BlocksFrom = "targets"
 
     def __post_init__(self) -> None:
-        self.attention  # noqa: B018  (raises on a bad block size)
+        self.attention  # noqa: B018  (raises on bad blocks)
         if self.inner.num_samples != 1:
             raise UserError(f"BlockDecoder.inner must have num_samples = 1: a block is written once; got {self.inner}.")
         if self.inner.guidance:
@@ -50,7 +63,7 @@ class BlockDecoder(Decoder):
 
     @property
     def attention(self) -> AttentionKind:
-        return AttentionKind("block_causal", self.block_size)
+        return AttentionKind("block_causal", self.block_size, self.blocks_from)
 
     @property
     def modes(self) -> tuple[Mode, ...]:
@@ -60,6 +73,7 @@ class BlockDecoder(Decoder):
         vocabulary, shifted = model.vocabulary, model.config.shifted
         size, inner = self.block_size, self.inner
         keys = row_keys(key, batch.example_ids)
+        check_blocks(self.attention, shifted)
         encoded = model.encode(batch)
         reading = Reading.of(batch, vocabulary, shifted)
         blank = inner.blank(batch, vocabulary, keys)
@@ -70,17 +84,19 @@ class BlockDecoder(Decoder):
         )
         length = batch.tokens.shape[1]
         first_target, num_targets = target_range(target_mask)
+        tail = into_block(self.attention, row_positions, first_target)
         cut = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, size))
 
         # The inputs in one pass. It fills the slots of the targets too, but none is seen before it is written anew.
         cache = KVCache.empty(model.config, slots)
         hidden, cache = model.extend(prompt, self.attention, cache, jnp.zeros_like(first_target), encoded)
-        # Shifted, the cache begins with the start token, and the slot before a block predicts its first token.
-        ahead = 1 if shifted else 0
-        before = jnp.take_along_axis(hidden, first_target[:, None, None], axis=1) if shifted else None
+        # Shifted, the slot before a block predicts its first token. The cache may begin with the start token.
+        ahead = 1 if shifted and vocabulary.reads_start else 0
+        last_input = jnp.maximum(first_target + ahead - 1, 0)
+        before = jnp.take_along_axis(hidden, last_input[:, None, None], axis=1) if shifted else None
 
         def write_block(carry):
-            start = jnp.minimum(first_target + carry["block"] * size, length)
+            start = jnp.minimum(first_target - tail + carry["block"] * size, length)
             is_target = cut(target_mask, start) & ~carry["finished"][:, None]
             positions = cut(row_positions, start)
 
@@ -95,7 +111,9 @@ class BlockDecoder(Decoder):
                 if not shifted:
                     return extend(start_first(tokens, positions, vocabulary), carry)
                 hidden, carry = extend(tokens, carry)
-                return jnp.concatenate([carry["before"], hidden[:, :-1]], axis=1), carry
+                # What no slot is before is predicted in its own.
+                first = jnp.where((start + ahead == 0)[:, None, None], hidden[:, :1], carry["before"])
+                return jnp.concatenate([first, hidden[:, :-1]], axis=1), carry
 
             block = Canvas.start(cut(carry["canvas"], start), is_target, carry["score"])
             block, carry = denoise(inner, model, block, positions, keys, read, show, carry)
@@ -110,7 +128,7 @@ class BlockDecoder(Decoder):
                 "written_at": write_rows(carry["written_at"], block.written_at, start),
                 "score": block.score,
                 "before": hidden[:, -1:] if shifted else None,
-                "finished": carry["finished"] | jnp.any(ends, axis=-1) | (number * size >= num_targets),
+                "finished": carry["finished"] | jnp.any(ends, axis=-1) | (number * size >= num_targets + tail),
                 "row_steps": carry["row_steps"] + block.row_steps + ~carry["finished"],
             }
 
@@ -122,19 +140,25 @@ class BlockDecoder(Decoder):
             "before": before,
         }
         carry = jax.lax.while_loop(lambda carry: ~jnp.all(carry["finished"]), write_block, carry)
-        canvas, written_at, history = (
-            jax.tree.map(lambda x: x[..., :length], carry[name]) for name in ("canvas", "written_at", "trace")
-        )
-        return Decoded.of(
-            canvas,
-            batch,
-            vocabulary,
-            scores=carry["score"] / jnp.maximum(jnp.sum(written_at >= 0, axis=-1), 1),
-            steps=carry["steps"],
-            row_steps=carry["row_steps"],
-            written_at=written_at,
-            trace=history and history.end(carry["steps"]),
-        )
+        return _decoded(carry, batch, vocabulary)
+
+
+def _decoded(carry: Carry, batch: Batch, vocabulary: TokenIds) -> Decoded:
+    """Returns the output of all blocks, without the room behind the rows."""
+    canvas, written_at, history = (
+        jax.tree.map(lambda x: x[..., : batch.tokens.shape[1]], carry[name])
+        for name in ("canvas", "written_at", "trace")
+    )
+    return Decoded.of(
+        canvas,
+        batch,
+        vocabulary,
+        scores=carry["score"] / jnp.maximum(jnp.sum(written_at >= 0, axis=-1), 1),
+        steps=carry["steps"],
+        row_steps=carry["row_steps"],
+        written_at=written_at,
+        trace=history and history.end(carry["steps"]),
+    )
 
 
 def show_rows(carry: Carry, start: jax.Array, tokens: jax.Array, mask: jax.Array, log_probability: jax.Array) -> Carry:

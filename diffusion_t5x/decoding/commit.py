@@ -9,7 +9,7 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.models.sampling import Sampling, filter_logits, forbid, sample, uniform
 from diffusion_t5x.models.streams import stream
 
-Order = Literal["confidence", "entropy", "margin", "random"]
+Order = Literal["confidence", "entropy", "margin", "random", "sequential"]
 Softmax = Literal["allowed", "all", "filtered"]
 
 
@@ -35,6 +35,7 @@ def propose(
       sampling: how to draw.
       order: what certainty is. "confidence": the probability of the proposed token. "entropy": minus the entropy, in
         nats. "margin": the most likely token's probability minus the next one's. "random": a number drawn from [0, 1).
+        "sequential": less and less from the left to the right.
       softmax: whose probabilities certainty is of. "allowed": those of the log-probability. "all": of all rows of the
         embedding, MASK too, as in published code. "filtered": of all rows, as they are drawn from: at the temperature,
         within top-k and top-p.
@@ -55,6 +56,8 @@ def propose(
     elif order == "margin":
         first, second = jnp.moveaxis(jax.lax.top_k(jnp.exp(log_probabilities), 2)[0], -1, 0)
         certainty = first - second
+    elif order == "sequential":
+        certainty = -positions.astype(jnp.float32)
     else:
         certainty = uniform(stream(keys, "order"), positions)
     if last is not None:
@@ -62,16 +65,25 @@ def propose(
     return tokens, log_probability, certainty
 
 
-def choose(certainty: jax.Array, eligible: jax.Array, count: jax.Array, threshold: float | None = None) -> jax.Array:
-    """Returns bool `[B, L]`: the `count` most certain eligible positions of each row; of equal ones, the earlier first.
+def choose(
+    certainty: jax.Array,
+    eligible: jax.Array,
+    count: jax.Array,
+    threshold: float | None = None,
+    threshold_included: bool = False,
+) -> jax.Array:
+    """The `count` most certain eligible positions of each row, bool `[B, L]`; of equal ones, the earlier first.
 
     Args:
       certainty: `[B, L]`.
       eligible: bool `[B, L]`; if a row has at most `count`, all are chosen.
       count: int32 `[B]`.
-      threshold: eligible positions of greater certainty are chosen as well, however many.
+      threshold: eligible positions of a greater certainty are chosen as well, however many.
+      threshold_included: those of just this certainty, too.
     """
     # Eligibility is a key of its own: even if certainty is NaN, as many positions are chosen, and decoding ends.
     order = jnp.lexsort((-certainty, ~eligible), axis=-1)
     chosen = eligible & (jnp.argsort(order, axis=-1) < count[:, None])
-    return chosen if threshold is None else chosen | (eligible & (certainty > threshold))
+    if threshold is None:
+        return chosen
+    return chosen | (eligible & (certainty >= threshold if threshold_included else certainty > threshold))

@@ -1,4 +1,4 @@
-"""How many tokens each step of masked decoding writes."""
+"""The number of tokens that each step of masked decoding writes."""
 
 from typing import Literal
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Counts = Literal["even", "times", "linear"]
+Counts = Literal["even", "index", "times", "linear"]
 
 
 def counts_table(kind: Counts, most: int, num_steps: int) -> np.ndarray:
@@ -56,11 +56,11 @@ def _linear_shares(num_steps: int) -> np.ndarray:
 def step_count(
     kind: Counts, num_steps: int | None, most: int, total: jax.Array, left: jax.Array, taken: jax.Array
 ) -> jax.Array:
-    """How many tokens of each row the next step writes, int32 `[B]`.
+    """Returns the number of tokens that the next step writes in each row, int32 `[B]`.
 
     Args:
       kind: "even": the share of this step, rounded up, of what is left for all, so that shares differ by one at most.
-        For others, see `counts_table`.
+        "index": the share of `most`, whatever is left (SDAR). For others, see `counts_table`.
       num_steps: of all; None writes one token per step.
       most: `total` is at most this.
       total: int32 `[B]`, tokens that were masked before the first step.
@@ -71,5 +71,8 @@ def step_count(
         return jnp.ones_like(left)
     if kind == "even":
         return -(-left // jnp.maximum(num_steps - taken, 1))
+    if kind == "index":
+        share = most // num_steps + (taken < most % num_steps)
+        return jnp.broadcast_to(jnp.maximum(share, 1), left.shape)
     table = jnp.asarray(counts_table(kind, most, num_steps))
     return jnp.maximum(table[total, jnp.minimum(taken, table.shape[1] - 1)], 1)

@@ -11,6 +11,7 @@ import numpy as np
 from diffusion_t5x.data.batch import Array, Batch
 from diffusion_t5x.data.ends import after_end
 from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.models.masks import AttentionKind
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.transformer import Transformer
 
@@ -191,6 +192,20 @@ class Decoder(Protocol):
 def target_range(target_mask: Array) -> tuple[jax.Array, jax.Array]:
     """Returns the index of each row's first target and its number of targets, int32 `[B]`, from masks bool `[B, L]`."""
     return jnp.argmax(target_mask, axis=-1).astype(jnp.int32), jnp.sum(target_mask, axis=-1, dtype=jnp.int32)
+
+
+def into_block(kind: AttentionKind, positions: Array, first_target: jax.Array) -> jax.Array | int:
+    """Returns the number of inputs in the block of the first target, int32 `[B]`.
+
+    Args:
+      kind: attention in blocks.
+      positions: int32 `[B, L]`.
+      first_target: int32 `[B]`, its index in the row.
+    """
+    if kind.blocks_from == "targets":
+        return 0
+    assert kind.block_size is not None
+    return jnp.take_along_axis(jnp.asarray(positions), first_target[:, None], axis=-1)[:, 0] % kind.block_size
 
 
 def end_at_eos(tokens: jax.Array, batch: Batch, vocabulary: TokenIds) -> jax.Array:

@@ -21,5 +21,5 @@ def default_decoder(mode: Mode) -> Decoder | None:
             MaskedDecoder(num_steps=4),
             SundaeDecoder(num_steps=4, num_samples=1, temperature=0.2),
         )
-        candidates += [BlockDecoder(mode.block_size, decoder) for decoder in inner]
+        candidates += [BlockDecoder(mode.block_size, decoder, mode.blocks_from) for decoder in inner]
     return next((decoder for decoder in candidates if decoder.modes == (mode,)), None)

@@ -32,6 +32,8 @@ class MaskedDecoder(StepRule):
         published code, see `counts.counts_table`.
       threshold: a step also writes every token whose probability exceeds it, and the rest is divided over the
         remaining steps; decoding stops when all rows are done. Fast-dLLM's is 0.9, with num_steps None.
+      threshold_included: also every token whose probability is just that (Fast-dLLM, LMDeploy; not SDAR, SGLang,
+        JetEngine).
       window: so many targets are written before the next so many are, counted from the first target, while each sees
         all others (LLaDA). None: all at once.
       order: which positions come first: see `commit.propose`. A threshold is one of confidence.
@@ -50,6 +52,7 @@ class MaskedDecoder(StepRule):
     num_steps: int | None = 10
     counts: Counts = "even"
     threshold: float | None = None
+    threshold_included: bool = False
     window: int | None = None
     order: Order = "confidence"
     softmax: Softmax = "allowed"
@@ -123,7 +126,7 @@ class MaskedDecoder(StepRule):
             return propose(logits, keys, positions, model.vocabulary, self.sampling, self.order, self.softmax, last)
 
         tokens, log_probability, certainty = model.map_logits(read_out, hidden, positions)
-        chosen = choose(certainty, eligible, self._count(canvas, eligible), self.threshold)
+        chosen = choose(certainty, eligible, self._count(canvas, eligible), self.threshold, self.threshold_included)
         return Written(
             tokens=jnp.where(chosen, tokens, canvas.tokens),
             mask=chosen,
@@ -132,7 +135,7 @@ class MaskedDecoder(StepRule):
         )
 
     def _count(self, canvas: Canvas, eligible: jax.Array) -> jax.Array:
-        """How many of the eligible positions this step writes, int32 `[B]`, at least."""
+        """Returns the minimum number of eligible positions that this step writes, int32 `[B]`."""
         in_window, taken = self._in_window(eligible, canvas.target_mask), canvas.step
         if self.window is not None:
             first = jnp.where(in_window & (canvas.written_at >= 0), canvas.written_at, canvas.step)

@@ -15,12 +15,13 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.autoregressive import read_prompt
 from diffusion_t5x.decoding.block import BlockDecoder, Carry, show_rows, start_row
 from diffusion_t5x.decoding.canvas import Canvas, denoise
-from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace, target_range
+from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, into_block, start_trace, target_range
 from diffusion_t5x.decoding.masked import MaskedDecoder
+from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.attention import KVCache, write_rows
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind, Slots
 from diffusion_t5x.models.modes import Mode
-from diffusion_t5x.models.reading import Reading, start_first
+from diffusion_t5x.models.reading import Reading, check_blocks, start_first
 from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.stack import Encoded
@@ -63,7 +64,8 @@ class SelfSpeculationDecoder(Decoder):
         return (*self.draft.modes, Mode.of(self.attention)) if self.draft.modes else ()
 
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
-        """`written_at` counts a row's own steps; the trace shows drafts, and then only their accepted tokens."""
+        """`written_at` counts a row's own steps; the trace shows drafts, and that what was not accepted is gone."""
+        self._check(model)
         vocabulary, size, inner = model.vocabulary, self.draft.block_size, self.draft.inner
         keys = row_keys(key, batch.example_ids)
         encoded = model.encode(batch)
@@ -72,6 +74,7 @@ class SelfSpeculationDecoder(Decoder):
         room = batch.replace(**{name: jnp.pad(getattr(batch, name), ((0, 0), (size, size + 1))) for name in names})
         length, row_numbers = batch.tokens.shape[1], jnp.arange(len(batch.tokens))
         first_target, num_targets = target_range(batch.target_mask)
+        tail = into_block(self.draft.attention, batch.positions, first_target)
         first_target += size
         end = first_target + num_targets
 
@@ -82,7 +85,7 @@ class SelfSpeculationDecoder(Decoder):
 
         def write_some(carry):
             start = carry["start"]
-            block = start - (start - first_target) % size
+            block = start - (start - first_target + tail) % size
             carry, tokens, num_drafted = self._write_draft(model, room, encoded, keys, carry, block)
             draft = _cut(write_rows(carry["canvas"], tokens, block), start, size)
 
@@ -142,6 +145,12 @@ class SelfSpeculationDecoder(Decoder):
             num_drafted=carry["num_drafted"],
             num_accepted=carry["num_accepted"],
         )
+
+    def _check(self, model: Transformer) -> None:
+        """Raises a UserError for a model that cannot draft."""
+        check_blocks(self.draft.attention, model.config.shifted)
+        if model.config.shifted and not model.vocabulary.reads_start:
+            raise UserError("Self-speculation with a shifted model needs one with ModelConfig.reads_start = True.")
 
     def _read_for_drafts(
         self, model: Transformer, room: Batch, canvas: jax.Array, encoded: Encoded | None

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.dataset import Dataset
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.inference import Example, make_decode_step, predict
 from diffusion_t5x.evaluation.likelihood import likelihoods, make_likelihood_step, summarize
-from diffusion_t5x.evaluation.loading import Dataset, Rows, abstract_batch
+from diffusion_t5x.evaluation.loading import abstract_batch
 from diffusion_t5x.evaluation.losses import evaluate_loss
 from diffusion_t5x.evaluation.teacher import make_judge
 from diffusion_t5x.models.transformer import ModelDefinition, Params
@@ -27,14 +27,7 @@ from diffusion_t5x.training.step import make_loss_step
 logger = logging.getLogger(__name__)
 
 
-class LossDataset(Dataset, Protocol):
-    """The data-set interface that losses need; `data.cached_source.CachedDataset` implements it."""
-
-    def eval_batches(self, num_examples: int | None = None) -> Iterator[tuple[Batch, Sequence[Example]]]:
-        """Yields the evaluation set in order, with the examples' texts."""
-
-
-class EvalDataset(LossDataset, Rows, Protocol):
+class EvalDataset(Dataset, Protocol):
     """The data-set interface that evaluation needs; `data.seqio_source.SeqioDataset` implements it."""
 
     def to_text(self, tokens: Sequence[int]) -> str:
@@ -59,7 +52,7 @@ class LossEval:
       num_batches: maximum number of batches; None takes all, 0 skips this evaluation.
     """
 
-    dataset: LossDataset
+    dataset: Dataset
     num_batches: int | None = None
 
     def __post_init__(self) -> None:

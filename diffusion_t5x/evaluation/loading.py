@@ -1,7 +1,7 @@
 """Prepares a verb's work: checks that data and model fit, and loads a model's parameters."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +12,8 @@ from diffusion_t5x.checkpointing import restoring
 from diffusion_t5x.checkpointing.assignment import Rule
 from diffusion_t5x.checkpointing.checkpoints import AnyCheckpoint, open_checkpoint
 from diffusion_t5x.checkpointing.start import check_start
-from diffusion_t5x.data.batch import Architecture, Batch
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.dataset import Dataset
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
@@ -21,33 +22,6 @@ from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.distillation import Teacher
 from diffusion_t5x.training.agreement import Agreement
 from diffusion_t5x.training.rollout import Rollout
-
-
-class Dataset(Protocol):
-    """The data-set interface that is available before reading."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def row_length(self) -> int: ...
-
-    @property
-    def batch_size(self) -> int: ...
-
-    @property
-    def architecture(self) -> Architecture: ...
-
-    def check(self) -> None: ...
-
-    def token_ids(self) -> TokenIds: ...
-
-
-class Rows(Dataset, Protocol):
-    """The part of a data set's interface that describes its rows before reading."""
-
-    @property
-    def task_feature_lengths(self) -> Mapping[str, int]: ...
 
 
 def check_datasets(datasets: Iterable[Dataset], model: ModelConfig, mesh: Mesh) -> None:
@@ -112,7 +86,7 @@ def abstract_params(mesh: Mesh, definition: ModelDefinition) -> Params:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def abstract_batch(mesh: Mesh, dataset: Rows, batch_size: int, rollout: Rollout | None = None) -> Batch:
+def abstract_batch(mesh: Mesh, dataset: Dataset, batch_size: int, rollout: Rollout | None = None) -> Batch:
     """Returns shapes, dtypes and shardings of a training batch, from lengths alone; with a rollout, of the longest."""
     sharding = partitioning.batch_sharding(mesh)
     lengths = dict(dataset.task_feature_lengths)

@@ -6,12 +6,16 @@ import json
 import os
 import pathlib
 import platform
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+
+from diffusion_t5x.checkpointing.checkpoints import OpenCheckpoint
 from diffusion_t5x.checkpointing.record import describe as describe_in_full
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.metrics import bleu_signature
+from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.records import write_json, write_json_lines
 
 _PACKAGES = ("diffusion_t5x", "jax", "flax", "seqio", "tensorflow", "sacrebleu")
@@ -37,6 +41,39 @@ def provenance(scores: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
     has_bleu = any("bleu" in metrics for metrics in scores.values())
     return {"versions": versions} | ({"bleu_signature": bleu_signature()} if has_bleu else {})
+
+
+def report(
+    scores: Mapping[str, Mapping[str, float]],
+    checkpoint: OpenCheckpoint,
+    definition: ModelDefinition,
+    evaluations: Sequence[str],
+    settings: Mapping[str, Any],
+    data: Mapping[str, str],
+) -> dict[str, Any]:
+    """Returns the contents of results.json for an evaluation of a checkpoint.
+
+    Args:
+      scores: metrics by task.
+      checkpoint: the evaluated checkpoint.
+      definition: its model.
+      evaluations: the evaluations, as text.
+      settings: see `describe`.
+      data: fingerprints by task.
+    """
+    return {
+        "results": scores,
+        "checkpoint": str(checkpoint),
+        "step": checkpoint.metadata["step"],
+        "evaluations": evaluations,
+        "settings": settings,
+        "data": data,
+        "training_objective": checkpoint.record.trained_by,
+        "num_parameters": definition.num_params(),
+        "vocabulary": definition.vocabulary.describe(),
+        "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+        **provenance(scores),
+    }
 
 
 def is_done(folder: pathlib.Path, checkpoint: str | None, settings: Mapping[str, Any]) -> bool:

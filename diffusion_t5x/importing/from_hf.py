@@ -105,13 +105,21 @@ def _opened(
     tokenizer = folder.tokenizer(described.tokenizers)
     libraries()  # seconds, which a folder that is refused need not cost
     read = vocabulary(str(tokenizer), mask_id=said.get("mask_token_id"))
-    if not objective.autoregressive and getattr(read, "mask_id", None) is None:
+    ids = token_ids(read)
+    if not objective.autoregressive:
+        _check_mask(folder, getattr(read, "mask_id", None), described.vocab_size)
+    return folder, described, importing.definition_of(folder, described, ids, tokenizer), tokenizer
+
+
+def _check_mask(folder: Folder, mask_id: int | None, rows: int) -> None:
+    """Raises a UserError if MASK of a diffusion model is not known, or is none of its embedding's rows."""
+    if mask_id is None:
         raise UserError(
             f"{folder.path}: neither config.json nor the tokenizer names MASK's id. Give it: "
             "`convert from_hf ... --mask_id=ID`."
         )
-    ids = token_ids(read)
-    return folder, described, importing.definition_of(folder, described, ids, tokenizer), tokenizer
+    if not 0 <= mask_id < rows:
+        raise UserError(f"{folder.path}: MASK = {mask_id}, but the model has the ids 0 to {rows - 1}. Set --mask_id.")
 
 
 def _source(path: str, ignore_keys: Sequence[str]) -> Folder:

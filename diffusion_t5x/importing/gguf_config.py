@@ -63,7 +63,7 @@ _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positi
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """How GGUF stores the models of one `general.architecture`.
+    """GGUF's storage of the models of one `general.architecture`.
 
     Attributes:
       model_type: in Hugging Face's format.
@@ -101,7 +101,7 @@ ARCHITECTURES = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where the numbers of Hugging Face's tensors lie in a GGUF file.
+    """The places of Hugging Face's tensors in a GGUF file.
 
     Attributes:
       architecture: a key of ARCHITECTURES.

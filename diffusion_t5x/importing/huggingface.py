@@ -95,7 +95,7 @@ class Folder:
 
     def with_keys(self, said: Mapping[str, Any]) -> Self:
         """The same with these keys in config.json, in place of its own."""
-        return dataclasses.replace(self, config=self.config | said)
+        return dataclasses.replace(self, config={**self.config, **said})
 
     def read(self, name: str, start: int = 0, stop: int | None = None, axis: int = 0) -> np.ndarray:
         """Reads an array, see `Source`. The file is opened again each time, so that no page of it stays in memory."""

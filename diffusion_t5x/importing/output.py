@@ -29,9 +29,9 @@ from __gin__ import dynamic_registration
 from diffusion_t5x.models import config as model_config
 
 include "models/{architecture}.gin"
-
-{macro} = {tokenizer!r}
 {published}
+{macro} = {tokenizer!r}
+
 model_config.ModelConfig:
 {bindings}
 """

@@ -1,4 +1,4 @@
-"""How an imported model was trained and is decoded, where its format says so: the published diffusion models."""
+"""The objective and decoder of an imported model whose format names them: the published diffusion models."""
 
 import dataclasses
 
@@ -35,6 +35,8 @@ def masked(decoder: MaskedDecoder, name: str, note: str = "") -> Published:
 
 
 def blocks(decoder: BlockDecoder, name: str) -> Published:
-    """A model of masked diffusion in blocks, of the decoder's size; `name` as in `masked`."""
+    """A model of masked diffusion in the decoder's blocks; `name` as in `masked`."""
     gin = ('include "objectives/block.gin"', f'include "decoding/published/{name}.gin"')
-    return Published(Block(block_size=decoder.block_size), decoder, (*gin, f"BLOCK_SIZE = {decoder.block_size}"))
+    size, origin = decoder.block_size, decoder.blocks_from
+    macros = (f"BLOCK_SIZE = {size}", f"BLOCKS_FROM = {origin!r}")
+    return Published(Block(block_size=size, blocks_from=origin), decoder, (*gin, *macros))

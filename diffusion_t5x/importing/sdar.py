@@ -28,4 +28,5 @@ def config(keys: Keys, tied: bool) -> ModelConfig:
 def published(keys: Keys) -> Published:
     """Decoding as in the repository's generate.py: what is above a confidence of 0.85, one token at least."""
     size = keys.get("block_size", 4)
-    return blocks(BlockDecoder(size, MaskedDecoder(num_steps=size, threshold=0.85, softmax="all")), "sdar")
+    inner = MaskedDecoder(num_steps=size, counts="index", threshold=0.85, softmax="all")
+    return blocks(BlockDecoder(size, inner, blocks_from="row"), "sdar")

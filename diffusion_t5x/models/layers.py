@@ -147,7 +147,7 @@ class MLP(nnx.Module):
         self.dropout_rate = dropout_rate
 
     def __call__(self, x: jax.Array, dropout_keys: jax.Array | None) -> tuple[jax.Array, Auxiliaries]:
-        """Returns the addition to the residual stream and the layer's own losses, which a mixture of experts has."""
+        """Returns the update of the residual stream, and losses of the layer's own, as a mixture of experts has."""
         activation = {"gelu": jax.nn.gelu, "silu": jax.nn.silu}[self.activation]
         hidden = activation(add_bias(dense(x, self.wi_0.get_value()), self.wi_0_bias))
         if self.gated:

@@ -11,6 +11,7 @@ from diffusion_t5x.data.batch import Array, Batch
 from diffusion_t5x.errors import UserError, check_choices
 
 Reach = Literal["before", "all"]  # of its segment, a query sees the slots up to its own, or all
+BlocksFrom = Literal["targets", "row"]
 
 
 class Slots(flax.struct.PyTreeNode):
@@ -57,16 +58,19 @@ class AttentionKind:
     """An attention pattern between the tokens of a segment.
 
     Attributes:
-      name: "causal": itself and everything before. "prefix": also all inputs. "bidirectional": the whole segment.
-        "block_causal": its own block of targets and everything before (BD3-LM, arXiv 2503.09573); blocks are counted
-        from the segment's first target, also backwards, so inputs are in blocks of negative index. "block_diffusion":
-        clean slots as in "block_causal"; a noisy slot sees the clean slots of earlier blocks and the noisy slots of its
-        own, as it will when it is decoded over a cache (the same paper, section 3.2).
-      block_size: number of tokens per block, for the last two; a traced number if it grows in training.
+      name: "causal": itself and what is before. "prefix": moreover, every input. "bidirectional": the whole segment.
+        "block_causal": its own block and all that is before (BD3-LM, arXiv 2503.09573). "block_diffusion": clean slots
+        as in "block_causal"; a noisy one sees the clean slots of earlier blocks and the noisy ones of its own, as it
+        will when it is decoded behind a cache (the same paper, section 3.2).
+      block_size: tokens per block, for the last two; traced, where it grows in training.
+      blocks_from: where blocks are counted from. "targets": the segment's first target, backwards too, so that the
+        inputs' first block may be short. "row": the segment's first token, so that the last inputs may share a block
+        with the first targets (SDAR, arXiv 2510.06303).
     """
 
     name: Literal["causal", "prefix", "bidirectional", "block_causal", "block_diffusion"]
     block_size: int | jax.Array | None = None
+    blocks_from: BlocksFrom = "targets"
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -85,11 +89,13 @@ class AttentionKind:
             return together & (key_position <= query_position)
         if self.name == "prefix":
             return together & ((key_position <= query_position) | keys.is_input[:, None, :])
-        # Inputs come first in a segment, so their number is the position of its first target.
-        first_target = jnp.sum(together & keys.is_input[:, None, :], axis=-1, keepdims=True)
         assert self.block_size is not None
-        query_block = (query_position - first_target) // self.block_size
-        key_block = (key_position - first_target) // self.block_size
+        origin: jax.Array | int = 0
+        if self.blocks_from == "targets":
+            # Inputs come first in a segment, so their number is the position of its first target.
+            origin = jnp.sum(together & keys.is_input[:, None, :], axis=-1, keepdims=True)
+        query_block = (query_position - origin) // self.block_size
+        key_block = (key_position - origin) // self.block_size
         if self.name == "block_causal":
             return together & (key_block <= query_block)
         assert queries.is_noisy is not None and keys.is_noisy is not None

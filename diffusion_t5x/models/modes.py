@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 import jax
 
-from diffusion_t5x.models.masks import AttentionKind
+from diffusion_t5x.models.masks import AttentionKind, BlocksFrom
 
 Noise = Literal["mask", "uniform"]
 
@@ -18,20 +18,24 @@ class Mode:
       attention: name of an `AttentionKind`.
       block_size: number of tokens per block, if attention has blocks.
       noise: the content of unwritten targets; None for left to right, which has none.
+      blocks_from: where blocks are counted from, see `AttentionKind`.
     """
 
     attention: str
     block_size: int | None = None
     noise: Noise | None = None
+    blocks_from: BlocksFrom = "targets"
 
     @classmethod
     def of(cls, kind: AttentionKind, noise: Noise | None = None) -> Self:
         """Returns the mode with this attention and noise."""
         size = kind.block_size
         assert not isinstance(size, jax.Array), "traced only inside a loss"
-        return cls(kind.name, size, noise)
+        return cls(kind.name, size, noise, kind.blocks_from)
 
     def __str__(self) -> str:
         blocks = f" in blocks of {self.block_size}" if self.block_size else ""
+        if self.blocks_from == "row":
+            blocks += " counted from the row's beginning"
         tokens = {"mask": "masked tokens", "uniform": "random tokens", None: "left to right"}[self.noise]
         return f"{tokens}{blocks}, {self.attention.replace('_', '-')} attention"

@@ -1,4 +1,4 @@
-"""The output of a model: hidden states and losses of its own."""
+"""The output of a model: hidden states, and losses of its own."""
 
 from collections.abc import Mapping
 from typing import Self
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 class Ratio(flax.struct.PyTreeNode):
-    """A mean whose numerator and denominator are kept apart, so that it adds up over microbatches and hosts."""
+    """A mean with separate numerator and denominator, so that it adds up over microbatches and hosts."""
 
     numerator: jax.Array
     denominator: jax.Array
@@ -18,12 +18,12 @@ class Ratio(flax.struct.PyTreeNode):
         return jax.tree.map(jnp.add, self, other)
 
     def mean(self) -> jax.Array:
-        """The mean; 0 if there was nothing to average."""
+        """The mean; 0 if there is nothing to average."""
         return self.numerator / self.divisor
 
     @property
     def divisor(self) -> jax.Array:
-        """The denominator; 1 if there was nothing to average."""
+        """The denominator; 1 if there is nothing to average."""
         return jnp.where(self.denominator == 0, 1, self.denominator)
 
 
@@ -31,8 +31,8 @@ class Auxiliary(flax.struct.PyTreeNode):
     """A loss of the model's own, such as how unevenly a router uses its experts; or a statistic, of weight 0.
 
     Attributes:
-      ratio: float32, its mean over tokens, say. The denominator must not depend on the parameters.
-      weight: of the mean in the loss that is minimised.
+      ratio: float32, usually a mean over tokens. The denominator must not depend on the parameters.
+      weight: factor of the mean in the minimised loss.
     """
 
     ratio: Ratio
@@ -46,7 +46,7 @@ Auxiliaries = Mapping[str, Auxiliary]
 
 
 def merged(*passes: Auxiliaries) -> dict[str, Auxiliary]:
-    """The auxiliary losses of several passes; those of one name add up, so that their mean is over all of them."""
+    """Merges the auxiliary losses of several passes; those of one name become a mean over all of them."""
     total: dict[str, Auxiliary] = {}
     for each in passes:
         total |= {name: total[name] + loss if name in total else loss for name, loss in each.items()}
@@ -58,7 +58,7 @@ class Output(flax.struct.PyTreeNode):
 
     Attributes:
       hidden: `[B, L, D]`; `Transformer.logits` and `map_logits` read logits from them.
-      auxiliary: the model's own losses and statistics, by the names under which they are logged.
+      auxiliary: the model's own losses and statistics, by their names in the log.
     """
 
     hidden: jax.Array

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Array, Batch
 from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import Annealed, AttentionKind, Slots
 from diffusion_t5x.models.output import Output
 from diffusion_t5x.models.stack import Encoded
@@ -48,6 +49,16 @@ def shifted_slots(batch: Batch) -> Slots:
     return Slots(
         segment_ids=batch.segment_ids, positions=batch.positions, is_input=holds_input & (batch.segment_ids > 0)
     )
+
+
+def check_blocks(kind: AttentionKind | Annealed, shifted: bool) -> None:
+    """Raises a UserError for a shifted model with blocks from the row's beginning: they have no meaning there."""
+    blocks_from = kind.kind.blocks_from if isinstance(kind, Annealed) else kind.blocks_from
+    if shifted and blocks_from == "row":
+        raise UserError(
+            'blocks_from = "row" is for models that predict a token in its own slot: set ModelConfig.shifted = False, '
+            'or blocks_from = "targets" (--gin.BLOCKS_FROM).'
+        )
 
 
 class Reading(flax.struct.PyTreeNode):
@@ -137,7 +148,7 @@ class Reading(flax.struct.PyTreeNode):
         encoded: Encoded | None = None,
         dropout_keys: jax.Array | None = None,
     ) -> Output:
-        """A pass over noisy tokens `[B, L]`, of which the hidden states `[B, L, D]` predict the tokens."""
+        """Runs a pass over noisy tokens `[B, L]`; its hidden states `[B, L, D]` predict the tokens."""
         tokens = self.tokens(noisy, model.vocabulary)
         output = model(tokens, Slots.of(self.batch), kind, encoded, dropout_keys)
         return output.replace(hidden=self.states(output.hidden))

@@ -105,7 +105,8 @@ class Layer(nnx.Module):
         inputs: tuple[jax.Array, jax.Array] | None,
         dropout_keys: jax.Array | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None, Auxiliaries]:
-        """Hidden states `[B, Lq, D]` after this layer, its cache with the queries' keys and values, and its own losses.
+        """Returns hidden states `[B, Lq, D]` after this layer, its cache with the queries' keys and values written, and
+        its own losses.
 
         Args:
           x: hidden states `[B, Lq, D]`.
@@ -163,7 +164,7 @@ class Stack(nnx.Module):
         encoded: Encoded | None = None,
         dropout_keys: jax.Array | None = None,
     ) -> Output:
-        """Hidden states `[B, L, D]` and auxiliary losses of whole rows of embedded tokens `[B, L, D]`.
+        """Returns hidden states `[B, L, D]` and auxiliary losses of whole rows of embedded tokens `[B, L, D]`.
 
         Args:
           x: embedded tokens.

@@ -68,7 +68,7 @@ class Transformer(nnx.Module):
         encoded: Encoded | None = None,
         dropout_keys: jax.Array | None = None,
     ) -> Output:
-        """Hidden states and auxiliary losses, the encoder's among them, of whole rows of tokens, int32 `[B, L]`.
+        """Returns hidden states `[B, L, D]` of whole rows of tokens, int32 `[B, L]`, and all auxiliary losses.
 
         Args:
           tokens: the tokens in the slots.
@@ -88,7 +88,7 @@ class Transformer(nnx.Module):
         write_at: jax.Array,
         encoded: Encoded | None = None,
     ) -> tuple[jax.Array, KVCache]:
-        """Hidden states of the next tokens of each row, and the cache with their keys and values; no auxiliary losses.
+        """Returns hidden states of the next tokens of each row, and the cache with their keys and values.
 
         Args:
           tokens: int32 `[B, Lq]`.

@@ -65,7 +65,7 @@ class Autoregressive(Objective):
         return shift_right(batch.tokens, batch.positions, model.vocabulary.start_id)
 
     def output(self, model: Transformer, batch: Batch, dropout_keys: jax.Array | None = None) -> Output:
-        """A pass whose i-th hidden state predicts the i-th token."""
+        """Runs a pass; the i-th of its hidden states `[B, L, D]` predicts the i-th token."""
         tokens = shift_right(batch.tokens, batch.positions, model.vocabulary.start_id)
         encoded = model.encode(batch, dropout_keys)
         return model(tokens, shifted_slots(batch), self.attention, encoded, dropout_keys)

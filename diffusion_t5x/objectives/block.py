@@ -11,10 +11,10 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.ends import after_end
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError, check_choices
-from diffusion_t5x.models.masks import Annealed, AttentionKind, Slots
+from diffusion_t5x.models.masks import Annealed, AttentionKind, BlocksFrom, Slots
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.output import Output, Ratio
-from diffusion_t5x.models.reading import Reading, model_reads
+from diffusion_t5x.models.reading import Reading, check_blocks, model_reads
 from diffusion_t5x.models.readout import score
 from diffusion_t5x.models.stack import Encoded
 from diffusion_t5x.models.streams import row_keys, stream
@@ -34,25 +34,39 @@ from diffusion_t5x.objectives.objective import (
 from diffusion_t5x.objectives.uniform_bound import uniform_bound
 
 
-def block_starts(batch: Batch, block_size: int | jax.Array) -> jax.Array:
-    """Returns int32 `[B, L]`: for each target, the row index of the first slot of its block of targets.
+def first_targets(batch: Batch) -> jax.Array:
+    """int32 `[B, L]`: the position of the first target of the segment that a slot is in."""
 
-    Blocks are counted from each segment's first target. Undefined for inputs and padding.
-    """
-
-    def first_targets(segment_ids, input_mask):
+    def count_inputs(segment_ids, input_mask):
         return jax.ops.segment_sum(input_mask.astype(jnp.int32), segment_ids, segment_ids.size + 1)[segment_ids]
 
-    in_block = (batch.positions - jax.vmap(first_targets)(batch.segment_ids, batch.input_mask)) % block_size
-    return jnp.arange(batch.tokens.shape[1]) - in_block
+    return jax.vmap(count_inputs)(batch.segment_ids, batch.input_mask)
 
 
-def clean_and_noisy(batch: Batch, noisy: jax.Array) -> tuple[jax.Array, Slots]:
-    """Returns rows twice as long, `[B, 2L]`: the clean tokens, then the targets again with noise; and their slots."""
-    clean = Slots.of(batch)
+def block_starts(batch: Batch, block_size: int | jax.Array, blocks_from: BlocksFrom = "targets") -> jax.Array:
+    """int32 `[B, L]`: the row index of the first target of the block that a target is in.
+
+    Undefined for inputs and padding. Arguments as in `AttentionKind`.
+    """
+    after_first = batch.positions - first_targets(batch)
+    in_block = (after_first if blocks_from == "targets" else batch.positions) % block_size
+    return jnp.arange(batch.tokens.shape[1]) - jnp.minimum(in_block, jnp.maximum(after_first, 0))
+
+
+def clean_and_noisy(batch: Batch, noisy: jax.Array, kind: AttentionKind | Annealed) -> tuple[jax.Array, Slots]:
+    """Rows twice as long, `[B, 2L]`: the clean tokens, then the targets once more with noise; and their slots.
+
+    Inputs that share a block with targets come twice, too: what sees noise must not see what the noise hides.
+    """
+    kind = kind.kind if isinstance(kind, Annealed) else kind
+    clean, twice = Slots.of(batch), batch.target_mask
+    if kind.blocks_from == "row":
+        assert kind.block_size is not None
+        first = first_targets(batch)
+        twice = (batch.segment_ids > 0) & (batch.positions >= first - first % kind.block_size)
     nothing = jnp.zeros_like(batch.target_mask)
     slots = Slots(
-        segment_ids=jnp.concatenate([clean.segment_ids, jnp.where(batch.target_mask, clean.segment_ids, 0)], axis=1),
+        segment_ids=jnp.concatenate([clean.segment_ids, jnp.where(twice, clean.segment_ids, 0)], axis=1),
         positions=jnp.concatenate([clean.positions] * 2, axis=1),
         is_input=jnp.concatenate([clean.is_input, nothing], axis=1),
         is_noisy=jnp.concatenate([nothing, ~nothing], axis=1),
@@ -70,7 +84,7 @@ def noisy_output(
     encoded: Encoded | None,
     dropout_keys: jax.Array | None = None,
 ) -> Output:
-    """A pass whose hidden states `[B, L, D]` predict noisy targets, which see what is before their block clean.
+    """Runs a pass whose hidden states `[B, L, D]` predict noisy targets; these see all before their block clean.
 
     Args:
       model: reads the clean tokens, and the noisy ones in the same pass.
@@ -81,7 +95,8 @@ def noisy_output(
       encoded: the inputs of an encoder-decoder.
       dropout_keys: `[B]`; None switches dropout off.
     """
-    tokens, slots = clean_and_noisy(reading.batch, reading.tokens(noisy, model.vocabulary))
+    check_blocks(kind, model.config.shifted)
+    tokens, slots = clean_and_noisy(reading.batch, reading.tokens(noisy, model.vocabulary), kind)
     output, width = model(tokens, slots, kind, encoded, dropout_keys), reading.batch.tokens.shape[1]
     if not reading.shifted:
         return output.replace(hidden=output.hidden[:, width:])
@@ -114,7 +129,8 @@ class Block(Objective):
       epsilon: minimum time, which bounds the weights.
       anneal_steps: training steps over which attention inside blocks becomes bidirectional, see `annealed`; None: no
         annealing.
-      normalize: denominator of the summed loss.
+      normalize: what the summed loss is divided by.
+      blocks_from: where blocks are counted from, see `AttentionKind`.
     """
 
     block_size: int = 4
@@ -125,6 +141,7 @@ class Block(Objective):
     epsilon: float = 1e-3
     anneal_steps: int | None = None
     normalize: Normalize = "target_tokens"
+    blocks_from: BlocksFrom = "targets"
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -148,7 +165,7 @@ class Block(Objective):
 
     @property
     def attention(self) -> AttentionKind:
-        return AttentionKind("block_causal", self.block_size)
+        return AttentionKind("block_causal", self.block_size, self.blocks_from)
 
     @property
     def modes(self) -> tuple[Mode, ...]:
@@ -170,7 +187,7 @@ class Block(Objective):
 
         Blocks have `size` targets, by default `block_size`.
         """
-        starts = block_starts(batch, self.block_size if size is None else size)
+        starts = block_starts(batch, self.block_size if size is None else size, self.blocks_from)
         share = stratified(stream(key, "time"), batch.example_ids, starts)
         probability, weights = SCHEDULES[self.schedule](1 - (1 - self.epsilon) * share)
         noisy = mask_targets(batch, vocabulary, probability, row_keys(stream(key, "where"), batch.example_ids))
@@ -201,9 +218,11 @@ class Block(Objective):
         noisy, weights = self.corrupt(model.vocabulary, batch, key, size)
         reading = Reading.of(batch, model.vocabulary, model.config.shifted, packed=True)
         batch = reading.fits(batch)
-        kind = annealed(AttentionKind("block_diffusion", size), self.anneal_steps, step, key)
+        block_diffusion = AttentionKind("block_diffusion", size, self.blocks_from)
+        kind = annealed(block_diffusion, self.anneal_steps, step, key)
         encoded = model.encode(batch, dropout_keys)
-        output = noisy_output(model, reading, block_starts(batch, size), noisy, kind, encoded, dropout_keys)
+        starts = block_starts(batch, size, self.blocks_from)
+        output = noisy_output(model, reading, starts, noisy, kind, encoded, dropout_keys)
 
         nll, correct = score(model, output.hidden, batch.tokens)
         scored = batch.target_mask
@@ -225,12 +244,12 @@ class Block(Objective):
         of the ways to write the text: still a lower bound. Masked blocks of one target need no draws and are exact.
         """
         encoded = model.encode(batch)
-        starts = jnp.clip(block_starts(batch, self.block_size), 0)
+        starts = jnp.clip(block_starts(batch, self.block_size, self.blocks_from), 0)
         ended = after_end(batch.tokens, batch, model.vocabulary)
         counted = batch.target_mask & ~jnp.take_along_axis(ended, starts, axis=-1)
 
         reading = Reading.of(batch, model.vocabulary, model.config.shifted)
-        kind = AttentionKind("block_diffusion", self.block_size)
+        kind = AttentionKind("block_diffusion", self.block_size, self.blocks_from)
 
         def hidden(tokens):
             return noisy_output(model, reading, starts, tokens, kind, encoded).hidden

@@ -17,7 +17,7 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError, check_choices
-from diffusion_t5x.models.masks import AttentionKind
+from diffusion_t5x.models.masks import AttentionKind, BlocksFrom
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.output import Ratio
 from diffusion_t5x.models.reading import Reading, model_reads
@@ -81,8 +81,10 @@ def divergence(
     return jnp.sum(terms, axis=-1)
 
 
-def visited_states(batch: Batch, vocabulary: TokenIds, block_size: int, key: jax.Array) -> jax.Array:
-    """Returns int32 `[B, L]`: each block of targets in a state in which its decoder saw it, the rest unchanged.
+def visited_states(
+    batch: Batch, vocabulary: TokenIds, block_size: int, key: jax.Array, blocks_from: BlocksFrom = "targets"
+) -> jax.Array:
+    """int32 `[B, L]`: for each block of targets one of the states in which its decoder saw it, the rest as it is.
 
     A decoder that writes a block in n steps sees n states with masks; each is equally likely, and each block has its
     own draw.
@@ -92,16 +94,15 @@ def visited_states(batch: Batch, vocabulary: TokenIds, block_size: int, key: jax
       vocabulary: defines MASK.
       block_size: number of targets per block, as in decoding.
       key: rows draw from it by their `example_ids`.
+      blocks_from: see `AttentionKind`.
     """
-    starts = block_starts(batch, block_size)
-    in_block = starts[:, :, None] + jnp.arange(block_size)
+    starts = jnp.maximum(block_starts(batch, block_size, blocks_from), 0)
     length = batch.tokens.shape[1]
-    rows = jnp.arange(len(batch.tokens))[:, None, None]
     assert batch.written_at is not None
     at = jnp.where(batch.target_mask, batch.written_at, -1)
-    last = jnp.max(at.at[rows, in_block].get(mode="fill", fill_value=-1), axis=-1)
+    last = jax.vmap(lambda at, starts: jax.ops.segment_max(at, starts, length)[starts])(at, starts)
     draws = jax.vmap(lambda k: jax.random.uniform(k, (length,), jnp.float32))(row_keys(key, batch.example_ids))
-    draw = jnp.take_along_axis(draws, jnp.maximum(starts, 0), axis=-1)
+    draw = jnp.take_along_axis(draws, starts, axis=-1)
     step = jnp.floor(draw * (last + 1))
     return jnp.where(batch.target_mask & (at >= step), vocabulary.mask_id, batch.tokens)
 
@@ -115,12 +116,12 @@ class Distillation(Objective):
     Attributes:
       block_size: number of targets per block.
       divergence: "forward_kl", "reverse_kl" or "jsd", see `divergence`.
-      top_k: size of the teacher's support, see `divergence`; None takes all of it (the paper names 16).
-      states: "visited": states that the student saw when it wrote the text; texts that no student wrote, such as those
-        of an evaluation, get random ones. "random": masks drawn as in `Block`.
-      score_end: include the token that ends a text. The paper's code leaves it out.
-      normalize: denominator of the summed loss; "sequences", as in the paper, averages over each text's masked targets
-        first.
+      top_k: of the teacher's support, see `divergence`; None takes all of it (the paper names 16).
+      states: "visited": what the student saw when it wrote the text; a text that nobody wrote here, such as that of an
+        evaluation, has random ones. "random": masks drawn as `Block` draws them.
+      score_end: the token that ends a text counts too. The paper's code leaves it out.
+      normalize: "sequences", as in the paper, averages over each text's masked targets first.
+      blocks_from: where blocks are counted from, see `AttentionKind`.
     """
 
     needs_teacher: ClassVar[bool] = True
@@ -132,6 +133,7 @@ class Distillation(Objective):
     states: Literal["visited", "random"] = "visited"
     score_end: bool = False
     normalize: Normalize = "sequences"
+    blocks_from: BlocksFrom = "targets"
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -145,7 +147,7 @@ class Distillation(Objective):
 
     @property
     def attention(self) -> AttentionKind:
-        return AttentionKind("block_causal", self.block_size)
+        return AttentionKind("block_causal", self.block_size, self.blocks_from)
 
     @property
     def modes(self) -> tuple[Mode, ...]:
@@ -159,11 +161,15 @@ class Distillation(Objective):
         """Returns the noisy targets among their clean inputs; the student reads the clean targets as well."""
         return model_reads(self._noisy(model.vocabulary, batch, key), batch, model)
 
+    @property
+    def _block(self) -> Block:
+        return Block(self.block_size, blocks_from=self.blocks_from)
+
     def _noisy(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
         noise_key = stream(key, "noise")
         if self.states == "visited" and batch.written_at is not None:
-            return visited_states(batch, vocabulary, self.block_size, noise_key)
-        return Block(self.block_size).corrupt(vocabulary, batch, noise_key)[0]
+            return visited_states(batch, vocabulary, self.block_size, noise_key, self.blocks_from)
+        return self._block.corrupt(vocabulary, batch, noise_key)[0]
 
     def loss(
         self,
@@ -182,8 +188,8 @@ class Distillation(Objective):
         noisy = self._noisy(vocabulary, batch, key)
         reading = Reading.of(batch, vocabulary, model.config.shifted, packed=True)
         batch = reading.fits(batch)
-        kind = AttentionKind("block_diffusion", self.block_size)
-        starts = block_starts(batch, self.block_size)
+        kind = AttentionKind("block_diffusion", self.block_size, self.blocks_from)
+        starts = block_starts(batch, self.block_size, self.blocks_from)
         output = noisy_output(model, reading, starts, noisy, kind, model.encode(batch, dropout_keys), dropout_keys)
 
         def compare(logits, teacher_hidden, labels):
@@ -216,5 +222,5 @@ class Distillation(Objective):
         )
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
-        """Returns the student's likelihood as a block diffusion model: that of `Block`."""
-        return Block(self.block_size).log_likelihood(model, batch, key, num_draws)
+        """The student's likelihood, as a block diffusion model: that of `Block`."""
+        return self._block.log_likelihood(model, batch, key, num_draws)

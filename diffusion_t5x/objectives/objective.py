@@ -25,9 +25,9 @@ class LossSums(flax.struct.PyTreeNode):
     """An objective's loss and metrics on a batch.
 
     Attributes:
-      loss: the objective's own.
-      metrics: what is logged, by name.
-      auxiliary: the model's own losses, see `Output.auxiliary`; they are added to the objective's, and logged.
+      loss: the objective's own loss.
+      metrics: logged metrics, by name.
+      auxiliary: the model's own losses, see `Output.auxiliary`; they are added to the objective's loss, and logged.
     """
 
     loss: Ratio
@@ -39,18 +39,18 @@ class LossSums(flax.struct.PyTreeNode):
         return type(self)(self.loss + other.loss, metrics, merged(self.auxiliary, other.auxiliary))
 
     def total(self) -> jax.Array:
-        """The loss that is minimised: the objective's mean and the weighted means of the auxiliary losses."""
+        """Returns the minimised loss: the objective's mean plus the weighted means of the auxiliary losses."""
         return sum((aux.weight * aux.ratio.mean() for aux in self.auxiliary.values()), start=self.loss.mean())
 
     def denominators(self) -> dict[str, jax.Array]:
-        """The denominators of the terms of `total`: "loss" is the objective's, the others have the losses' names."""
+        """Returns the denominators of the terms of `total`: "loss" for the objective, then the auxiliary losses."""
         return {"loss": self.loss.denominator, **{name: aux.ratio.denominator for name, aux in self.auxiliary.items()}}
 
     def total_numerator(self, denominators: Mapping[str, jax.Array]) -> jax.Array:
-        """Returns a microbatch's share of its batch's `total`, times the batch's denominator of the objective's loss.
+        """Returns a microbatch's share of the batch's `total`, times the batch's denominator of the objective's loss.
 
         Args:
-          denominators: of the batch.
+          denominators: those of the whole batch.
         """
         over = {name: jax.lax.stop_gradient(jnp.where(x == 0, 1, x)) for name, x in denominators.items()}
         shares = (

@@ -11,10 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning, records
+from diffusion_t5x.data.dataset import Dataset
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.inference import make_decode_step
-from diffusion_t5x.evaluation.loading import Rows, abstract_batch, abstract_params
+from diffusion_t5x.evaluation.loading import abstract_batch, abstract_params
 from diffusion_t5x.models.config import ModelConfig, Remat
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.partitioning import MeshConfig
@@ -53,7 +54,7 @@ class SliceDryRun:
         what = f"a step of {type(run.objective).__name__}"
         self._run(what, lower, run.mesh, run.model, run.dataset, run.microbatches)
 
-    def infer(self, *, mesh: MeshConfig, model: ModelConfig, decoder: Decoder, dataset: Rows) -> None:
+    def infer(self, *, mesh: MeshConfig, model: ModelConfig, decoder: Decoder, dataset: Dataset) -> None:
         """Prints what decoding a batch would take; arguments as for `infer.infer`."""
         vocabulary = dataset.token_ids()
 
@@ -66,7 +67,7 @@ class SliceDryRun:
 
         self._run(f"a batch of {type(decoder).__name__}", lower, mesh, model, dataset, 1)
 
-    def _run(self, what: str, lower: Lower, mesh: MeshConfig, model: ModelConfig, dataset: Rows, microbatches: int):
+    def _run(self, what: str, lower: Lower, mesh: MeshConfig, model: ModelConfig, dataset: Dataset, microbatches: int):
         model.check_length(dataset.row_length, f"task_feature_lengths of {dataset.name}")
         if self.output and pathlib.Path(self.output).exists():
             raise UserError(f"--dry_run_output={self.output}: the file exists already, and nothing is overwritten.")

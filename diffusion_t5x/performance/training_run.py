@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.dataset import Dataset
 from diffusion_t5x.data.seqio_source import SeqioDataset
-from diffusion_t5x.evaluation.loading import Rows, abstract_batch, abstract_params
+from diffusion_t5x.evaluation.loading import abstract_batch, abstract_params
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.distillation import Teacher
@@ -34,7 +35,7 @@ class TrainingRun:
     mesh: MeshConfig
     model: ModelConfig
     objective: Objective
-    dataset: Rows
+    dataset: Dataset
     optimizer: optax.GradientTransformation
     lora: lora_training.Lora | None = None
     microbatches: int = 1

@@ -194,6 +194,8 @@ def _remedy(user: object, mode: Mode, learned: Mode) -> str:
     if mode.noise is None and learned.noise is None:
         return f"Set --gin.{name}.prefix={learned.attention == 'prefix'}."
     block = f"--gin.BLOCK_SIZE={learned.block_size}" if learned.block_size else ""
+    if learned.blocks_from != mode.blocks_from:
+        block = " ".join(filter(None, [block, f"--gin.BLOCKS_FROM='\"{learned.blocks_from}\"'"]))
     if (mode.attention, mode.noise) == (learned.attention, learned.noise):
         return f"Set {block}."
     folder = "objectives" if hasattr(user, "loss") else "decoding"

@@ -52,7 +52,7 @@ class HostBatches:
         return jax.tree.map(lambda *x: np.concatenate(x)[self._rows], *parts)
 
     def next_batch(self, state: TrainState) -> Batch:
-        """The next batch, whatever the state."""
+        """Returns the next batch, whatever the state."""
         return next(self)
 
     def state_dict(self) -> dict[str, np.ndarray]:

@@ -42,10 +42,10 @@ class BatchIterator(Protocol):
 
 
 class Batches(Protocol):
-    """This process's share of each batch of a training, and the position of all of them."""
+    """This process's share of each training batch, with a position in the data."""
 
     def next_batch(self, state: TrainState) -> Batch:
-        """The next batch, numpy (see `partitioning.put_rows`); texts that a model writes depend on its state."""
+        """Returns the next batch, numpy (see `partitioning.put_rows`); on-policy texts depend on the state."""
 
     def state_dict(self) -> Mapping[str, np.ndarray]: ...
 
@@ -173,7 +173,7 @@ def _watched(seconds: float | None) -> Iterator[None]:
 
 
 class _Due(NamedTuple):
-    """The work due after a step."""
+    """The events after a step."""
 
     stops: bool
     evaluates: bool
@@ -182,12 +182,12 @@ class _Due(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Saving:
-    """A run's checkpoints, and the metadata in each beside the state and the position of the data.
+    """The checkpoints of a run, and what they hold besides the state and the position of the data.
 
     Attributes:
       checkpoints: where to save.
-      metadata: goes into every checkpoint; "step", "metrics" and what the judge remembers are added.
-      check_folder: raises if what was written has been removed.
+      metadata: metadata of every checkpoint; "step", "metrics" and the judge's memory are added.
+      check_folder: raises an error if the run's folder has been removed.
     """
 
     checkpoints: Checkpoints
@@ -197,15 +197,15 @@ class Saving:
 
 @dataclasses.dataclass(frozen=True)
 class Reporting:
-    """The writer, the judge and the clock of a run.
+    """The observers of a run.
 
     Attributes:
-      writer: gets the training metrics, as folder "train", and where the time went, as "goodput".
-      judge: of bad steps; what it remembers goes into every checkpoint's metadata.
-      goodput: counts on.
-      description: shown by the progress bar.
-      hang_timeout: seconds; a step after the first that takes longer, its batch included, ends the process: exit code
-        1, and where every thread stands on the standard error. None waits for ever.
+      writer: gets the training metrics, in folder "train", and the shares of time, in "goodput".
+      judge: judge of bad steps; its memory goes into every checkpoint's metadata.
+      goodput: counts the time.
+      description: title of the progress bar.
+      hang_timeout: seconds; a step after the first that takes longer, including its batch, ends the process with exit
+        code 1 and a stack trace of every thread on standard error. None waits for ever.
     """
 
     writer: Writer
@@ -217,7 +217,7 @@ class Reporting:
 
 @dataclasses.dataclass(frozen=True)
 class TrainLoop:
-    """Trains up to `total_steps`, and saves so that a run killed at any moment goes on from its last checkpoint.
+    """Trains up to `total_steps`, and saves so that a run killed at any moment continues from its last checkpoint.
 
     At the end of a period it saves first and then evaluates. Until the evaluation is finished, the checkpoint's
     metadata have "evaluation_due"; its metrics are added afterwards. If an evaluation fails between two saves, the
@@ -225,14 +225,14 @@ class TrainLoop:
     evaluation is aborted.
 
     Attributes:
-      mesh: in use while training.
-      train_step: see `make_train_step`. It must not move anything between host and devices by itself.
-      batches: where batches come from, standing where the state has read to.
+      mesh: the mesh of the training.
+      train_step: see `make_train_step`. It must not move data between host and devices implicitly.
+      batches: the batches, at the position of the state.
       evaluate: called with the state and its step; its metrics go into the checkpoint, if one is saved at this step.
-      total_steps: of the run as a whole, those before a resumption counted.
-      periods: of logging, evaluation and saving.
-      saving: where to save.
-      reporting: what watches the run.
+      total_steps: total number of steps, including those before a resumption.
+      periods: periods of logging, evaluation and saving.
+      saving: the checkpoints.
+      reporting: the observers.
     """
 
     mesh: Mesh
@@ -245,10 +245,10 @@ class TrainLoop:
     reporting: Reporting
 
     def run(self, state: TrainState, evaluation_due: bool = False) -> TrainState:
-        """The state after the last step.
+        """Returns the state after the last step.
 
         Args:
-          state: to start from; given up.
+          state: the state to start from; donated.
           evaluation_due: begin with the evaluation of `state` that an earlier run did not finish.
 
         Raises:
@@ -294,7 +294,7 @@ class TrainLoop:
         return _Due(stops, evaluates, saves=stops or step % self.periods.save == 0)
 
     def _step(self, step: int, state: TrainState, log: _Log, first: bool) -> TrainState:
-        """The state after one step, which may still be running."""
+        """Returns the state after one step, which may still be running."""
         judge, goodput = self.reporting.judge, self.reporting.goodput
         with _watched(None if first else self.reporting.hang_timeout):
             asked = time.monotonic()
@@ -303,7 +303,7 @@ class TrainLoop:
             limit = partitioning.put_whole(self.mesh, np.float32(judge.limit))
             if not log.is_running:
                 goodput.add("input", time.monotonic() - asked)
-            # What a step moves between host and devices unasked makes every step wait.
+            # An implicit transfer would make every step wait for it.
             with _compiling(goodput) if first else contextlib.nullcontext(), jax.transfer_guard("disallow"):
                 state, metrics = self.train_step(state, on_devices, limit)
             log.add(step, metrics, batch)
@@ -316,7 +316,7 @@ class TrainLoop:
         due: _Due,
         evaluated: Callable[[TrainState, int], Mapping[str, float] | None],
     ) -> bool:
-        """Does what is due after a step. False if the evaluation was broken off: its checkpoint says that it is due."""
+        """Saves and evaluates as due. Returns False if the evaluation was aborted; the checkpoint notes that."""
         if due.saves:
             self._save(step, state, due.evaluates)
         if not due.evaluates:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.dataset import Dataset
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
@@ -110,19 +110,6 @@ def make_rollout_step(
     return jax.jit(write, out_shardings=partitioning.batch_sharding(mesh))
 
 
-class PromptSource(Protocol):
-    """The prompt data-set interface that is available before reading."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def pack(self) -> bool: ...
-
-    @property
-    def task_feature_lengths(self) -> Mapping[str, int]: ...
-
-
 class OnPolicyBatches:
     """Training batches that the student writes, `num_batches` at once; they have a position, like other data.
 
@@ -185,7 +172,7 @@ class OnPolicyBatches:
         self._texts = [Batch(**{name: x[i] for name, x in stored.items()}) for i in range(number)]
 
 
-def check_rollout(objective: Objective, model: ModelConfig, rollout: Rollout | None, dataset: PromptSource) -> None:
+def check_rollout(objective: Objective, model: ModelConfig, rollout: Rollout | None, dataset: Dataset) -> None:
     """Raises a UserError if objective, rollout and data do not match."""
     name = type(objective).__name__
     if rollout is None:
@@ -203,6 +190,10 @@ def check_rollout(objective: Objective, model: ModelConfig, rollout: Rollout | N
     if rollout.decoder.block_size != size:
         raise UserError(
             f"Rollout.decoder writes blocks of {rollout.decoder.block_size}, but {name} has blocks of {size}."
+        )
+    if (here := rollout.decoder.blocks_from) != (there := objective.attention.blocks_from):
+        raise UserError(
+            f'Rollout.decoder has blocks_from = "{here}", but {name} has "{there}": set both by --gin.BLOCKS_FROM.'
         )
     if dataset.pack or "inputs" not in dataset.task_feature_lengths:
         raise UserError(f"A rollout needs prompts, one a row: {dataset.name} with a feature 'inputs' and pack = False.")

@@ -44,8 +44,8 @@ def loss_and_gradients(
 ) -> tuple[LossSums, Params]:
     """Returns an objective's sums over a batch and its loss's gradients by trained parameters, by microbatches.
 
-    The loss is the sum of the microbatches' numerators over the sum of their denominators, which does not depend on
-    how the rows are dealt out; a mean of means would. The same holds for each auxiliary loss of the model.
+    The loss is the sum of the microbatches' numerators over the sum of their denominators, which does not depend on the
+    assignment of rows to microbatches; a mean of means would. The same holds for each auxiliary loss of the model.
 
     Args:
       definition: the model.
@@ -78,7 +78,7 @@ def loss_and_gradients(
         pieces = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
         denominators = None
         if jax.eval_shape(sums_of, trained, jax.tree.map(lambda x: x[0], pieces)).auxiliary:
-            # They need no pass of the model: what it computes here is not read, and not compiled.
+            # They need no pass of the model: the compiler drops what is computed here and not read.
             denominators = whole(_summed(lambda piece: sums_of(trained, piece).denominators(), pieces))
         grads, sums = _summed(lambda piece: gradients(trained, piece, denominators), pieces)
     if normalizing_factor is not None:
@@ -88,7 +88,7 @@ def loss_and_gradients(
 
 
 def _summed(function: Callable[[Any], Any], pieces: Any) -> Any:
-    """The sum of a function's results over the leading axis of `pieces`, one at a time."""
+    """Sums a function's results over the leading axis of `pieces`, one at a time."""
     shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], pieces))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(lambda total, piece: (jax.tree.map(jnp.add, total, function(piece)), None), zeros, pieces)[0]
@@ -100,7 +100,7 @@ def step_key(seed: int, step: int | jax.Array) -> jax.Array:
 
 
 def means(sums: LossSums) -> Metrics:
-    """The loss that is minimised, the objective's metrics, and the model's auxiliary losses without their weights."""
+    """Returns the minimised loss, the objective's metrics, and the model's auxiliary losses without their weights."""
     auxiliary = {name: loss.ratio.mean() for name, loss in sums.auxiliary.items()}
     return {"loss": sums.total(), **{name: ratio.mean() for name, ratio in sums.metrics.items()}, **auxiliary}
 
@@ -115,7 +115,7 @@ class TrainStep:
     def __call__(
         self, state: TrainState, batch: Batch, loss_limit: jax.Array | float = np.inf
     ) -> tuple[TrainState, Metrics]:
-        """The state after a step, and its metrics.
+        """Returns the state after a step, and its metrics.
 
         If the loss or the gradient's norm is not finite, or the loss is above the limit, the state is unchanged except
         for its `step`, and the metric "bad" is 1. "clipped" is 1 if the optimizer clips the gradient's norm.

@@ -54,6 +54,7 @@ LOADERS = [
     "from diffusion_t5x import config\nX = [{'a': (@scope/config.load(), 1)}]",
     "from diffusion_t5x import cache_tasks\nX = @cache_tasks.cache_tasks()",
     "import seqio\nX = @seqio.get_mixture_or_task()",
+    "from diffusion_t5x.tasks import quickstart\nX = @quickstart._write_atomically()",
     "from gin import config\nfrom diffusion_t5x import train\nX = @train.train()",
 ]
 
@@ -132,3 +133,32 @@ def test_the_name_of_a_folder_is_no_gin(tmp_path):
     (tmp_path / "model.gin").write_text(text)
     config.load([str(tmp_path / "model.gin")])
     assert config.gin.query_parameter("TOKENIZER_FILE/gin.macro.value") == str(tmp_path / odd / "tokenizer.json")
+
+
+@pytest.mark.parametrize("value", ["True", "%X", "1"])
+def test_only_users_may_allow_unsafe_programs(value, tmp_path):
+    text = f"{IMPORTS}from diffusion_t5x.tasks import code_synthesis\nX = True\ncode_synthesis.mbpp.allow_unsafe = "
+    (tmp_path / "mine.gin").write_text(text + value)
+    config.load([str(tmp_path / "mine.gin")])
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"mine\.gin:4: it sets allow_unsafe, which only you may"):
+        config.load([str(tmp_path / "mine.gin")])
+    with pytest.raises(UserError, match="it sets allow_unsafe"):
+        config.load([], texts={"the record": text + value})
+    config.load([str(tmp_path / "mine.gin")], ["code_synthesis.mbpp.allow_unsafe = True"])
+    (tmp_path / "mine.gin").write_text(f"{text}False")
+    config.load([str(tmp_path / "mine.gin")])
+
+
+def test_a_link_beside_a_checkpoint_is_not_the_user_s(tmp_path):
+    (tmp_path / "model" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "model" / "docs").mkdir()
+    text = f"{IMPORTS}import t5.data.preprocessors\nX = @t5.data.preprocessors.lm\n"
+    (tmp_path / "model" / "docs" / "real.gin").write_text(text)
+    (tmp_path / "model" / "model.gin").symlink_to("docs/real.gin")
+    with pytest.raises(UserError, match=r"refers to t5\.data\.preprocessors\.lm"):
+        config.load([str(tmp_path / "model" / "model.gin")])
+    (tmp_path / "model" / "docs" / "real.gin").write_text("include '../secret.gin'")
+    (tmp_path / "secret.gin").write_text("X = 1")
+    with pytest.raises(UserError, match="may include shipped gin files only"):
+        config.load([str(tmp_path / "model" / "model.gin")], search_paths=[str(tmp_path / "model")])

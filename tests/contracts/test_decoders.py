@@ -29,10 +29,12 @@ RULES = {
 DECODERS = {
     **RULES,
     **{f"blocks, {name}": BlockDecoder(3, rule) for name, rule in RULES.items()},
+    "blocks of the row": BlockDecoder(3, MaskedDecoder(num_steps=2), "row"),
     "sundae, samples": SundaeDecoder(num_steps=3, num_samples=2),
     "autoregressive": AutoregressiveDecoder(temperature=1.0),
     "beam search": BeamSearchDecoder(num_beams=2),
     "self-speculation": SelfSpeculationDecoder(),
+    "self-speculation, blocks of the row": SelfSpeculationDecoder(BlockDecoder(4, MaskedDecoder(), "row")),
     "self-speculation, remasking": SelfSpeculationDecoder(BlockDecoder(3, RemaskingDecoder(num_steps=2))),
 }
 SMALL = dataclasses.replace(tiny.RELATIVE, num_layers=1)

@@ -65,11 +65,11 @@ def uncached(name, decoder, batch=BATCH):
             start_first(canvas, batch.positions, definition.vocabulary), Slots.of(batch), decoder.attention
         ).hidden
         step_keys = fold_in(stream(keys, "steps"), step)
-        before = Canvas.start(jnp.asarray(canvas)).replace(step=step)
+        before = Canvas.start(jnp.asarray(canvas), eligible).replace(step=step)
         return decoder.inner.write(model, hidden, before, eligible, jnp.asarray(batch.positions), step_keys)
 
     canvas = np.where(batch.target_mask, MASK, batch.tokens)
-    index = np.cumsum(batch.target_mask, axis=1) - 1
+    index = batch.positions if decoder.blocks_from == "row" else np.cumsum(batch.target_mask, axis=1) - 1
     total = np.zeros(len(canvas))
     for block in range(-(-batch.tokens.shape[1] // decoder.block_size)):
         here = batch.target_mask & (index // decoder.block_size == block)
@@ -81,9 +81,19 @@ def uncached(name, decoder, batch=BATCH):
 
 
 @pytest.mark.parametrize("inner", INNER)
-@pytest.mark.parametrize("name,size", [("relative", 3), ("llama", 4), ("relative", 1), ("llama", 16)])
-def test_the_cache_changes_nothing(name, size, inner):
-    decoder = BlockDecoder(size, INNER[inner])
+@pytest.mark.parametrize(
+    "name,size,origin",
+    [
+        ("relative", 3, "targets"),
+        ("llama", 4, "targets"),
+        ("relative", 1, "targets"),
+        ("llama", 16, "targets"),
+        ("relative", 3, "row"),
+        ("llama", 4, "row"),
+    ],
+)
+def test_the_cache_changes_nothing(name, size, origin, inner):
+    decoder = BlockDecoder(size, INNER[inner], origin)
     decoded = decode(name, decoder)
     tokens, scores = uncached(name, decoder)
     np.testing.assert_array_equal(decoded.tokens, tokens)

@@ -53,6 +53,7 @@ DRAFTS = {
     "one step": BlockDecoder(4, MaskedDecoder(num_steps=1)),
     "sampled": BlockDecoder(5, MaskedDecoder(num_steps=2, temperature=1.0)),
     "sundae": BlockDecoder(2, SundaeDecoder(num_steps=2, num_samples=1)),
+    "row": BlockDecoder(4, MaskedDecoder(num_steps=2), "row"),
 }
 CASES = [
     ("relative", False, "told"),
@@ -60,6 +61,7 @@ CASES = [
     ("llama", False, "sampled"),
     ("encoder_decoder", False, "sundae"),
     ("shifted", False, "sampled"),
+    ("llama", True, "row"),
 ]
 
 

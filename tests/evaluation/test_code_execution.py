@@ -208,7 +208,7 @@ def test_python_s_own_modules_are_not_the_program_s():
     fake = "class math:\n    isclose = staticmethod(lambda *a: True)\ndef third(): return 5"
     patched = "import math\nmath.isclose = lambda *a: True\ndef third(): return 5"
     assert one("import math\ndef third(): return 1 / 3", tests).status == "pass"
-    assert one(fake, tests).status == "error"
+    assert one(fake, tests).status == "wrong"
     assert one(patched, tests).status == "wrong"
     assert one("def third(): return 1 / 3", tests).status == "error"  # nobody imported it
 
@@ -345,6 +345,8 @@ REFUSED = {
     "bpf": "libc.syscall(long(321), long(0), bytes(16), long(16))",
     "io_uring": "libc.syscall(long(425), long(1), bytes(120))",
     "performance counter": "libc.syscall(long(298), bytes(128), long(0), long(-1), long(-1), long(0))",
+    "inotify": "libc.inotify_init1(0)",
+    "sync": "libc.syscall(long(162))",
     "user faults": "libc.syscall(long(323), long(1))",
     "user namespace": "libc.unshare(0x10000000)",
     "mount": "libc.mount(b'x', b'/tmp', b'tmpfs', 0, None)",

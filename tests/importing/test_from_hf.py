@@ -14,7 +14,7 @@ import pytest
 import sentencepiece
 import tokenizers
 from in_torch import load_ours
-from pages import by_module
+from pages import by_module, write_gin_files
 
 from diffusion_t5x.command_line import config
 from diffusion_t5x.convert import convert
@@ -205,7 +205,9 @@ def test_the_commands_of_the_page(tmp_path, monkeypatch):
         "\n\n".join(f"Once upon {i} times there was a model." for i in range(2000))
     )
     monkeypatch.chdir(tmp_path)
-    block, *_ = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    page = PAGE.read_text(encoding="utf-8")
+    write_gin_files(page, tmp_path)
+    block, *_ = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
     commands = by_module(block).replace("/tmp/", f"{tmp_path}/").splitlines()
     importing, training, exporting = (shlex.split(command)[3:] for command in commands)
     convert(importing)

@@ -12,7 +12,8 @@ from diffusion_t5x.models.masks import BIDIRECTIONAL, CAUSAL, PREFIX, AttentionK
 from diffusion_t5x.objectives.block import clean_and_noisy
 
 LENGTH = 14
-KINDS = [CAUSAL, PREFIX, BIDIRECTIONAL, *(AttentionKind("block_causal", size) for size in (1, 2, 3, 99))]
+BLOCKS = [AttentionKind("block_causal", size, origin) for size in (1, 2, 3, 99) for origin in ("targets", "row")]
+KINDS = [CAUSAL, PREFIX, BIDIRECTIONAL, *BLOCKS]
 
 
 @st.composite
@@ -28,9 +29,9 @@ def packed_rows(draw):
     return examples
 
 
-def sees(kind, examples):
+def sees(kind, examples, length=LENGTH):
     """The mask of one row, slot by slot, written from the definitions."""
-    mask = np.zeros((LENGTH, LENGTH), bool)
+    mask = np.zeros((length, length), bool)
     start = 0
     for inputs, targets in examples:
         size = len(inputs) + len(targets)
@@ -43,7 +44,8 @@ def sees(kind, examples):
                 elif kind.name == "bidirectional":
                     seen = True
                 else:
-                    blocks = [(slot - len(inputs)) // kind.block_size for slot in (query, key)]
+                    origin = len(inputs) if kind.blocks_from == "targets" else 0
+                    blocks = [(slot - origin) // kind.block_size for slot in (query, key)]
                     seen = blocks[1] <= blocks[0]
                 mask[start + query, start + key] = seen
         start += size
@@ -69,19 +71,23 @@ def test_block_causal_lies_between_causal_and_bidirectional(examples):
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(packed_rows(), st.sampled_from([1, 2, 3, 99]))
-def test_block_diffusion_over_clean_and_noisy_slots(examples, size):
-    batch = tiny.pack([examples], LENGTH)
-    _, slots = clean_and_noisy(batch, batch.tokens)
-    found = np.asarray(AttentionKind("block_diffusion", size).mask(slots, slots)[0])
-    clean = np.asarray(sees(AttentionKind("block_causal", size), examples))
-    expected = np.zeros((2 * LENGTH, 2 * LENGTH), bool)
-    expected[:LENGTH, :LENGTH] = clean
-    for query, key in np.argwhere(clean & batch.target_mask[0][:, None]):
-        # Of one block are two targets that see each other.
-        same_block = clean[key, query] and batch.target_mask[0][key]
-        expected[LENGTH + query, key] = not same_block
-        expected[LENGTH + query, LENGTH + key] = same_block
+@given(packed_rows(), st.sampled_from([1, 2, 3, 99]), st.sampled_from(["targets", "row"]))
+def test_block_diffusion_over_clean_and_noisy_slots(examples, size, origin):
+    examples = [(inputs, targets or [6]) for inputs, targets in examples[:2]]  # inputs alone may come twice or not
+    batch, kind = tiny.pack([examples], LENGTH + 2), AttentionKind("block_diffusion", size, origin)
+    _, slots = clean_and_noisy(batch, batch.tokens, kind)
+    found = np.asarray(kind.mask(slots, slots)[0])
+    clean = sees(AttentionKind("block_causal", size, origin), examples, LENGTH + 2)
+    targets = batch.target_mask[0]
+    # Of one block are two slots that see each other. What shares a block with a target comes twice.
+    twice = targets | (clean & clean.T & targets).any(axis=1)
+    length = len(clean)
+    expected = np.zeros((2 * length, 2 * length), bool)
+    expected[:length, :length] = clean
+    for query, key in np.argwhere(clean & twice[:, None]):
+        same_block = clean[key, query] and twice[key]
+        expected[length + query, key] = not same_block
+        expected[length + query, length + key] = same_block
     np.testing.assert_array_equal(found, expected)
 
 

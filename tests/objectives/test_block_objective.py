@@ -20,6 +20,7 @@ ROWS = [tiny.random_examples(0, [(3, 5), (0, 4), (1, 6)]), tiny.random_examples(
 PACKED = tiny.pack(ROWS, 20)
 DEFINITION = ModelDefinition(tiny.RELATIVE, tiny.VOCABULARY)
 MASK = tiny.VOCABULARY.mask_id
+ORIGINS = ["targets", "row"]
 ALL_MASKED = 1 - 2.0**-20  # as epsilon: every time is next to 1
 
 
@@ -32,35 +33,39 @@ def first_targets(batch):
     return found
 
 
+@pytest.mark.parametrize("origin", ORIGINS)
 @pytest.mark.parametrize("size", [1, 2, 3, 16])
-def test_blocks_are_counted_from_each_first_target(size):
-    starts = np.asarray(block_starts(PACKED, size))
+def test_blocks_are_counted_from_each_first_target_or_each_first_token(size, origin):
+    starts = np.asarray(block_starts(PACKED, size, origin))
     first = first_targets(PACKED)
     for row, slot in np.argwhere(PACKED.target_mask):
-        expected = first[row, slot] + (slot - first[row, slot]) // size * size
-        assert starts[row, slot] == expected
+        counted_from = first[row, slot] if origin == "targets" else slot - PACKED.positions[row, slot]
+        expected = counted_from + (slot - counted_from) // size * size
+        assert starts[row, slot] == max(expected, first[row, slot])
 
 
 @pytest.mark.parametrize("config", [tiny.RELATIVE, tiny.LLAMA, tiny.GPT2], ids=["relative", "llama", "gpt2"])
 @pytest.mark.parametrize("size", [1, 3, 16])
-def test_noisy_logits_are_those_of_a_pass_for_each_block(size, config):
+@pytest.mark.parametrize("origin", ORIGINS)
+def test_noisy_logits_are_those_of_a_pass_for_each_block(origin, size, config):
     """In which the block is noisy, what is before it clean, and what is behind it nonsense."""
     definition, params = tiny.make_model(config)
-    model, kind = definition.bind(params), AttentionKind("block_causal", size)
-    objective = Block(size)
+    model, kind = definition.bind(params), AttentionKind("block_causal", size, origin)
+    objective = Block(size, blocks_from=origin)
     noisy = np.asarray(objective.model_inputs(DEFINITION, PACKED, jax.random.key(0)))
     assert 0.2 < (noisy == MASK)[PACKED.target_mask].mean() < 0.95
 
     @jax.jit
     def together():
-        tokens, slots = clean_and_noisy(PACKED, noisy)
-        return model.logits(model(tokens, slots, AttentionKind("block_diffusion", size)).hidden)[:, noisy.shape[1] :]
+        in_one = AttentionKind("block_diffusion", size, origin)
+        tokens, slots = clean_and_noisy(PACKED, noisy, in_one)
+        return model.logits(model(tokens, slots, in_one))[:, noisy.shape[1] :]
 
     @jax.jit
     def alone(tokens):
         return model.logits(model(tokens, Slots.of(PACKED), kind).hidden)
 
-    found, starts = np.asarray(together()), np.asarray(block_starts(PACKED, size))
+    found, starts = np.asarray(together()), np.asarray(block_starts(PACKED, size, origin))
     slots = np.arange(noisy.shape[1])
     for row in range(len(noisy)):
         for start in np.unique(starts[row][PACKED.target_mask[row]]):
@@ -76,9 +81,10 @@ def test_one_block_without_inputs_is_bidirectional():
     definition, params = tiny.make_model()
     model = definition.bind(params)
     noisy = Block(6).model_inputs(DEFINITION, batch, jax.random.key(1))
-    tokens, slots = clean_and_noisy(batch, noisy)
-    found = model(tokens, slots, AttentionKind("block_diffusion", 6)).hidden[:, 6:]
-    np.testing.assert_allclose(found, model(noisy, Slots.of(batch), BIDIRECTIONAL).hidden, rtol=1e-4, atol=1e-5)
+    kind = AttentionKind("block_diffusion", 6)
+    tokens, slots = clean_and_noisy(batch, noisy, kind)
+    found = model(tokens, slots, kind)[:, 6:]
+    np.testing.assert_allclose(found, model(noisy, Slots.of(batch), BIDIRECTIONAL), rtol=1e-4, atol=1e-5)
 
 
 def test_at_size_1_with_all_masked_the_loss_is_the_likelihood_by_the_models_own_conditionals():

@@ -119,6 +119,18 @@ def block_of(noisy, row, block):
     return noisy[row, start : start + len(STATES[row, block][0])].tolist()
 
 
+def test_visited_states_of_blocks_from_the_row():
+    """The first row's two inputs share a block of three with its first target."""
+    drawn = np.asarray(jax.vmap(lambda key: visited_states(BATCH, VOCABULARY, 3, key, "row"))(
+        jax.random.split(jax.random.key(0), 200)
+    ))  # fmt: skip
+    assert (drawn[:, 0, :2] == [3, 4]).all() and (drawn[:, 0, 2] == MASK).all()
+    found = {tuple(row) for row in drawn[:, 0, 3:6]}
+    # Targets 1, 2 and 3 of the row were written in steps 1, 1 and 3.
+    assert found == {(MASK, MASK, MASK), (6, 7, MASK)}
+    assert {tuple(row) for row in drawn[:, 0, 6:8]} == {(MASK, MASK), (MASK, 10)}
+
+
 def test_visited_states_are_those_of_the_decoder_each_as_likely():
     draw = jax.jit(lambda key: visited_states(BATCH, VOCABULARY, 3, key))
     drawn = np.asarray(jax.vmap(draw)(jax.random.split(jax.random.key(0), 4000)))
@@ -160,12 +172,12 @@ def brute_force_parts():
     return whole
 
 
-def student_logits(noisy, size, config):
+def student_logits(noisy, size, config, origin):
     """Of each block by a pass of its own: all before it clean, nothing behind it."""
     definition, student, _ = models(config)
     logits = np.zeros((*noisy.shape, 32))
     for row, first, length in ((0, 2, 8), (1, 0, 5)):
-        for start in range(first, length, size):
+        for start in range(first if origin == "targets" else first - first % size, length, size):
             end = min(start + size, length)
             tokens = np.concatenate([BATCH.tokens[row, :start], noisy[row, start:end]])[None]
             part = jax.tree.map(lambda x, end=end, row=row: x[row : row + 1, :end], mask_only(BATCH))
@@ -173,7 +185,7 @@ def student_logits(noisy, size, config):
             read = start_first(tokens, slots.positions, VOCABULARY)
             if config.shifted:
                 slots, read = start_ahead(part, tokens, VOCABULARY)
-            kind = AttentionKind("block_causal", size)
+            kind = AttentionKind("block_causal", size, origin)
             logits[row, start:end] = forward(definition, student, read, slots, kind)[0, start:end]
     return logits
 
@@ -185,19 +197,22 @@ def mask_only(batch):
 @pytest.mark.parametrize(
     "kind,top_k,score_end", [("forward_kl", None, False), ("forward_kl", 3, True), ("jsd", None, True)]
 )
-@pytest.mark.parametrize(("size", "config"), [(3, tiny.LLAMA), (2, tiny.LLAMA), (3, SHIFTED)])
-def test_the_loss_is_what_brute_force_gives(kind, top_k, score_end, size, config):
+@pytest.mark.parametrize(
+    ("size", "config", "origin"),
+    [(3, tiny.LLAMA, "targets"), (2, tiny.LLAMA, "targets"), (3, SHIFTED, "targets"), (3, tiny.LLAMA, "row")],
+)
+def test_the_loss_is_what_brute_force_gives(kind, top_k, score_end, size, config, origin):
     """Two blocks and more, borders included; averaged over a text's masked targets, then over texts."""
     definition, student, teacher = models(config)
-    objective = Distillation(size, kind, top_k, score_end=score_end)
+    objective = Distillation(size, kind, top_k, score_end=score_end, blocks_from=origin)
     key = jax.random.key(4)
     sums = jax.jit(
         lambda student, teacher: objective.loss(
             definition.bind(student), BATCH, key, train=False, teacher=definition.bind(teacher)
         )
     )(student, teacher)
-    noisy = np.asarray(visited_states(BATCH, VOCABULARY, size, stream(key, "noise")))
-    distance = plain(brute_force_parts(), student_logits(noisy, size, config), kind, top_k)
+    noisy = np.asarray(visited_states(BATCH, VOCABULARY, size, stream(key, "noise"), origin))
+    distance = plain(brute_force_parts(), student_logits(noisy, size, config, origin), kind, top_k)
     means, ends = [], 7 if score_end else 6
     for row, end in ((0, ends), (1, 5)):
         masked = [i for i in range(end) if BATCH.target_mask[row, i] and noisy[row, i] == MASK]
@@ -241,8 +256,11 @@ class Recording(MaskedDecoder):
 
 
 @pytest.mark.parametrize("inner", [{"num_steps": 2}, {"num_steps": 3}, {"num_steps": None, "threshold": 0.2}])
-@pytest.mark.parametrize("config", [tiny.LLAMA, tiny.RELATIVE, SHIFTED])
-def test_the_training_row_gives_the_logits_that_the_decoder_saw(config, inner):
+@pytest.mark.parametrize(
+    "config,origin",
+    [(tiny.LLAMA, "targets"), (tiny.RELATIVE, "targets"), (SHIFTED, "targets"), (tiny.LLAMA, "row")],
+)
+def test_the_training_row_gives_the_logits_that_the_decoder_saw(config, origin, inner):
     """Every state of every block, those of a text that ends inside a block too, to 1e-5 of the largest logit.
 
     So does a pass over the whole row, prompt and all, without the cache that the decoder has.
@@ -251,7 +269,7 @@ def test_the_training_row_gives_the_logits_that_the_decoder_saw(config, inner):
     vocabulary = dataclasses.replace(VOCABULARY, eos_id=17)  # a token that these models do write
     definition = ModelDefinition(config, vocabulary)
     params = tiny.random_params(definition, 3)
-    decoder = BlockDecoder(size, Recording(temperature=1.0, **inner))
+    decoder = BlockDecoder(size, Recording(temperature=1.0, **inner), origin)
     prompts = tiny.one_a_row(tiny.random_examples(0, [(2, 8), (5, 8), (0, 8), (3, 7), (1, 8)]))
     texts = jax.device_get(make_rollout_step(MESH, definition, decoder, seed=0)(params, prompts, 0))
     jax.effects_barrier()
@@ -263,21 +281,22 @@ def test_the_training_row_gives_the_logits_that_the_decoder_saw(config, inner):
     @jax.jit
     def passes(noisy):
         """Logits of the training row's noisy part, and of a pass over the row without a cache."""
-        reading, starts = Reading.of(texts, vocabulary, config.shifted), block_starts(texts, size)
-        hidden = noisy_output(model, reading, starts, noisy, AttentionKind("block_diffusion", size), None).hidden
-        return model.logits(hidden), model.logits(reading.output(model, noisy, decoder.attention).hidden)
+        reading, starts = Reading.of(texts, vocabulary, config.shifted), block_starts(texts, size, origin)
+        output = noisy_output(model, reading, starts, noisy, AttentionKind("block_diffusion", size, origin), None)
+        return model.logits(output.hidden), model.logits(reading.output(model, noisy, decoder.attention).hidden)
 
     compared = 0
     for step, canvas, positions, eligible, logits in decoder.inner.notes:
         for row in np.flatnonzero(eligible.any(axis=1)):
-            here = positions[row][texts.target_mask[row, positions[row]] & (positions[row] >= positions[row][0])]
+            in_block = texts.target_mask[row, positions[row]] & (positions[row] >= positions[row][0])
+            here = positions[row][in_block]
             noisy = texts.tokens.copy()
             later = texts.written_at[row, here] >= step
             noisy[row, here] = np.where(later, MASK, texts.tokens[row, here])
-            np.testing.assert_array_equal(noisy[row, here], canvas[row, : len(here)])
+            np.testing.assert_array_equal(noisy[row, here], canvas[row, in_block])
             for found in passes(noisy):
                 np.testing.assert_allclose(
-                    found[row, here], logits[row, : len(here)], rtol=0, atol=1e-5 * np.abs(logits).max()
+                    found[row, here], logits[row, in_block], rtol=0, atol=1e-5 * np.abs(logits).max()
                 )
             compared += 1
     assert compared > 10

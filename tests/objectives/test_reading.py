@@ -198,7 +198,7 @@ KINDS = {"bidirectional": BIDIRECTIONAL, "block_diffusion": AttentionKind("block
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_an_edge_to_what_is_behind_is_open_with_the_probability_of_the_step(kind):
-    slots = clean_and_noisy(PACKED, PACKED.tokens)[1] if kind.block_size else Slots.of(PACKED)
+    slots = clean_and_noisy(PACKED, PACKED.tokens, kind)[1] if kind.block_size else Slots.of(PACKED)
     whole, causal = np.asarray(kind.mask(slots, slots)), np.asarray(CAUSAL.mask(slots, slots))
     behind = whole & ~causal
     assert behind.any()

@@ -13,7 +13,7 @@ import pytest
 from chats import message
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from pages import by_module
+from pages import by_module, write_gin_files
 
 from diffusion_t5x import train
 from diffusion_t5x.command_line import config
@@ -227,7 +227,8 @@ def test_other_mistakes(tmp_path):
 
 def test_the_page_fine_tunes_an_imported_chat_model(tmp_path, monkeypatch):
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-    (block,) = (block for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) if "local_chat" in block)
+    write_gin_files(page, tmp_path)
+    (block,) = (block for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) if "talks.gin" in block)
     commands = by_module(block).replace("/tmp/", f"{tmp_path}/").splitlines()
     importing, training = (shlex.split(command)[3:] for command in commands)
     chats.save(tmp_path / importing[1], "chatml", in_file=True)

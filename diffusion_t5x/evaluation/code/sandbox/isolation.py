@@ -119,6 +119,7 @@ def confine(limits: Mapping[str, int]) -> None:
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_MSGQUEUE: 0,
         resource.RLIMIT_MEMLOCK: 0,
+        resource.RLIMIT_SIGPENDING: 64,  # timers, too: the kernel's memory
     }
     for which, value in hard.items():
         ceiling = resource.getrlimit(which)[1]

@@ -14,7 +14,6 @@ import signal
 import socket
 import sys
 import time
-import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -84,8 +83,11 @@ class Program:
         kind, content = wire.read_frame(self._read)
         if kind == "raised":
             self.raised = _exception(*content)
+            if isinstance(self.raised, StopIteration) and action != "next":
+                # In a test such as `all(map(...))` it would end the iteration, and the test would hold.
+                self.raised = RuntimeError("the program raised StopIteration")
             raise self.raised
-        return wire.decode(content, self._resolve)
+        return wire.decode(content, lambda number: Remote(self, number))
 
     @property
     def printed(self) -> str:
@@ -120,11 +122,6 @@ class Program:
 
     def _keep(self, part: bytes) -> None:
         self._printed += part[: self._max_output - len(self._printed)]
-
-    def _resolve(self, kind: str, content: Any) -> Any:
-        if kind == "module" and content in sys.stdlib_module_names:
-            return importlib.import_module(content)  # the real one, not what the program made of it
-        return Remote(self, content)
 
 
 def judge(job: Mapping[str, Any], program: Program, seconds: float) -> tuple[str, str]:
@@ -178,7 +175,8 @@ def _names(tests: Iterable[str]) -> set[str]:
 def _defined(program: Program, names: Iterable[str], entry_points: Iterable[str]) -> dict[str, Any]:
     """Values that the tests read from the program under test.
 
-    Python's own names stay Python's: a program's `set` or `math` could make any comparison hold.
+    Python's own names stay Python's: a program's `set` or `math` could make any comparison hold. The name decides, not
+    what the program has under it: with `pickle` in place of `json`, a test would unpickle what the program wrote.
     """
     found = {}
     for name in names:
@@ -188,9 +186,8 @@ def _defined(program: Program, names: Iterable[str], entry_points: Iterable[str]
             value = program.ask("look up", name)
         except NameError:
             continue
-        if name in sys.stdlib_module_names and name not in entry_points and not isinstance(value, types.ModuleType):
-            continue
-        found[name] = value
+        is_python_s = name in sys.stdlib_module_names and name not in entry_points
+        found[name] = importlib.import_module(name) if is_python_s else value
     return found
 
 

@@ -44,11 +44,8 @@ def run(channel: int, output: int, folder: str, limits: Mapping[str, int]) -> No
         objects.append(value)
         return len(objects) - 1
 
-    def resolve(kind: str, content: int) -> Any:
-        return objects[content]
-
     def do(action: str, *arguments: Any) -> Any:
-        return _ACTIONS[action](program, *(wire.decode(argument, resolve) for argument in arguments))
+        return _ACTIONS[action](program, *(wire.decode(argument, objects.__getitem__) for argument in arguments))
 
     try:
         while True:

@@ -25,6 +25,7 @@ _REFUSED = {
     **{"mq_open": (240, 180), "memfd_create": (319, 279), "memfd_secret": (447, 447)},
     # Other processes.
     **{"ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272)},
+    **{"inotify_init": (253, None), "inotify_init1": (294, 26)},  # they see who else opens Python's library
     **{"pidfd_getfd": (438, 438), "process_madvise": (440, 440), "process_mrelease": (448, 448)},
     # Mounts and namespaces.
     **{"mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51)},
@@ -36,11 +37,11 @@ _REFUSED = {
     **{"io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427)},
     **{"init_module": (175, 105), "finit_module": (313, 273), "delete_module": (176, 106)},
     **{"kexec_load": (246, 104), "kexec_file_load": (320, 294)},
-    # The machine: clocks, swap, quotas, its log, placement of memory, old interfaces of x86.
+    # The machine: clocks, swap, disks, quotas, its log, placement of memory, old interfaces of x86.
     **{"reboot": (169, 142), "swapon": (167, 224), "swapoff": (168, 225), "acct": (163, 89), "syslog": (103, 116)},
     **{"settimeofday": (164, 170), "clock_settime": (227, 112), "clock_adjtime": (305, 266), "adjtimex": (159, 171)},
     **{"sethostname": (170, 161), "setdomainname": (171, 162), "quotactl": (179, 60), "quotactl_fd": (443, 443)},
-    **{"personality": (135, 92), "lookup_dcookie": (212, 18), "vhangup": (153, 58)},
+    **{"sync": (162, 81), "personality": (135, 92), "lookup_dcookie": (212, 18), "vhangup": (153, 58)},
     **{"mbind": (237, 235), "set_mempolicy": (238, 237), "set_mempolicy_home_node": (450, 450)},
     **{"migrate_pages": (256, 238), "move_pages": (279, 239)},
     **{"iopl": (172, None), "ioperm": (173, None), "modify_ldt": (154, None), "uselib": (134, None)},

@@ -9,7 +9,6 @@ import builtins
 import collections
 import json
 import os
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -87,15 +86,13 @@ def encode(value: Any, refer: Callable[[Any], int]) -> Any:
     for kind, sequence in _SEQUENCES.items():
         if isinstance(value, sequence):
             return [kind, [encode(item, refer) for item in value]]
-    if isinstance(value, types.ModuleType):
-        return ["module", value.__name__]
     if isinstance(value, type) and value.__name__ in vars(builtins) and vars(builtins)[value.__name__] is value:
         return ["type", value.__name__]
     return ["object", refer(value)]
 
 
-def decode(data: Any, resolve: Callable[[str, Any], Any]) -> Any:
-    """Returns the value of `encode`'s data; `resolve(kind, content)` returns objects and modules.
+def decode(data: Any, resolve: Callable[[Any], Any]) -> Any:
+    """The value of `encode`'s data; `resolve` gives the object of a number.
 
     Raises:
       ValueError, TypeError: data that `encode` does not make.
@@ -115,4 +112,4 @@ def decode(data: Any, resolve: Callable[[str, Any], Any]) -> Any:
         return range(*content)
     if kind == "type" and isinstance(vars(builtins).get(content), type):
         return vars(builtins)[content]
-    return resolve(kind, content)
+    return resolve(content)

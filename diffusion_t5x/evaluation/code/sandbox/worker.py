@@ -19,12 +19,12 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from diffusion_t5x.evaluation.code.sandbox import isolation, judge, runner, system_calls, wire
 
 UNSHARED = "unshared"  # the first line of an isolated worker: its id maps are to be written now
-_OUT_OF_JOBS, _BROKEN = 10, 11  # exit statuses of a judge
+_DONE, _OUT_OF_JOBS, _BROKEN = 9, 10, 11  # exit statuses of a judge; a test could end it with 0
 
 
 def main(isolated: bool, limits: Mapping[str, Any]) -> None:
@@ -46,7 +46,7 @@ def main(isolated: bool, limits: Mapping[str, Any]) -> None:
         _say({"failed": str(error)})
         return
     _say({"failed": None})
-    exit_status = 0
+    exit_status = _DONE
     while exit_status not in (_OUT_OF_JOBS, _BROKEN):
         folder = isolation.SCRATCH if isolated else tempfile.mkdtemp(prefix="program-")
         pid = os.fork()
@@ -63,8 +63,9 @@ def main(isolated: bool, limits: Mapping[str, Any]) -> None:
         exit_status = os.waitstatus_to_exitcode(status)
         if exit_status == -signal.SIGALRM:
             _say({"status": "timeout", "detail": "a test took too long", "output": ""})
-        elif exit_status < 0:
-            _say({"status": "error", "detail": f"the judge ended by signal {-exit_status}", "output": ""})
+        elif exit_status not in (_DONE, _OUT_OF_JOBS, _BROKEN):
+            end = f"by signal {-exit_status}" if exit_status < 0 else f"with status {exit_status}"
+            _say({"status": "error", "detail": f"the judge ended {end}", "output": ""})
 
 
 def _wait_for_id_maps() -> None:
@@ -73,7 +74,7 @@ def _wait_for_id_maps() -> None:
 
 
 def _judge_one(isolated: bool, limits: Mapping[str, Any], folder: str) -> NoReturn:
-    exit_status = _BROKEN
+    exit_status, errors = _BROKEN, sys.stderr
     try:
         isolation.die_with_parent()
         if isolated:
@@ -91,6 +92,7 @@ def _judge_one(isolated: bool, limits: Mapping[str, Any], folder: str) -> NoRetu
             job = wire.read_frame(lambda size: wire.read_exactly(0, size))
         except EOFError:
             os._exit(_OUT_OF_JOBS)
+        verdicts, errors = _leave_standard_streams()
         program = judge.Program(mine, output, limits["output"], limits["wall_seconds"])
         try:
             status, detail = judge.judge(job, program, limits["wall_seconds"])
@@ -100,12 +102,25 @@ def _judge_one(isolated: bool, limits: Mapping[str, Any], folder: str) -> NoRetu
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
         program.drain()
-        _say({"status": status, "detail": detail, "output": program.printed})
-        exit_status = 0
+        _say({"status": status, "detail": detail, "output": program.printed}, verdicts)
+        exit_status = _DONE
     except BaseException:
-        traceback.print_exc()
+        traceback.print_exc(file=errors)
+        errors.flush()
     finally:
         os._exit(exit_status)
+
+
+def _leave_standard_streams() -> tuple[int, TextIO]:
+    """Copies of standard output and error; what tests print, maybe of a program's values, goes nowhere from now on.
+
+    It would be read as a verdict, or obeyed by the caller's terminal. Nor do tests read the next job.
+    """
+    verdicts, errors = os.dup(1), os.fdopen(os.dup(2), "w", encoding="utf-8")
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(null, stream)
+    return verdicts, errors
 
 
 def _end_of(pid: int, cpu_seconds: int) -> tuple[str, str]:
@@ -134,5 +149,5 @@ def _kill_all(children: int) -> None:
             return
 
 
-def _say(message: Any) -> None:
-    os.write(1, json.dumps(message).encode("ascii") + b"\n")
+def _say(message: Any, stream: int = 1) -> None:
+    os.write(stream, json.dumps(message).encode("ascii") + b"\n")
