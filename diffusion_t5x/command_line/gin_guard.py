@@ -84,8 +84,8 @@ def check_buckets(reached: Collection[tuple[str, str]]) -> None:
                     if "://" in text and not place.is_vouched:
                         what = outer if selector == "gin.macro" else f"{selector}.{name}"
                         raise UserError(
-                            f"{place}: {what} names {text!r}, and what comes with a checkpoint is not read from "
-                            f"addresses unasked. If you trust it, set it yourself: --gin.{what}=..."
+                            f"{place}: {what} names {text!r}, but settings from a checkpoint must not name remote "
+                            f"addresses. If you trust it, set it yourself: --gin.{what}=..."
                         )
 
 

@@ -41,8 +41,8 @@ def adapt(harness: Harness, vocabulary: "seqio.Vocabulary", rows: Rows) -> "lm_e
         def loglikelihood_rolling(self, requests: Requests) -> list[float]:
             if not rows.are_free:
                 raise UserError(
-                    "Rolling log-likelihoods, of documents of any length, are of decoder-only models without a target "
-                    "canvas, such as autoregressive ones. Leave out tasks with output_type: loglikelihood_rolling."
+                    "Rolling log-likelihoods, of documents of any length, need a decoder-only model without a target "
+                    "canvas, such as an autoregressive one. Leave out tasks with output_type: loglikelihood_rolling."
                 )
             windows = []
             for number, request in enumerate(requests):

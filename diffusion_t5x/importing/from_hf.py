@@ -1,4 +1,4 @@
-"""From Hugging Face's format or GGUF: a folder's model, a file's, or one of the hub, as a checkpoint or in memory."""
+"""Imports models in Hugging Face's format or GGUF, from a folder, a file or the hub, to a checkpoint or to memory."""
 
 import pathlib
 import shutil

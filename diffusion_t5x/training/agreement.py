@@ -97,8 +97,8 @@ class Agreement:
         self._judge(faults)
         if (trained_by := self.record.lora) != (lora_now := lora and lora.describe()):
             raise UserError(
-                f"{self.path} was trained with train.lora = {trained_by}, but here it is {lora_now}: go on with the "
-                "same one, or start another run from it, with another MODEL_DIR and it as INITIAL_CHECKPOINT_PATH."
+                f"{self.path} was trained with train.lora = {trained_by}, but here it is {lora_now}: continue with "
+                "the former, or start another run with a new MODEL_DIR and this INITIAL_CHECKPOINT_PATH."
             )
 
     def check_initial(self, model: ModelConfig, objective: Objective) -> None:
