@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,6 +66,5 @@ class Journal:
 
 
 def _said(value: Any) -> str:
-    if isinstance(value, list):
-        return " ".join(map(str, value)) or "not given"
-    return "not given" if value is None else str(value)
+    words = map(str, value) if isinstance(value, list) else [] if value is None else [str(value)]
+    return textwrap.shorten(" ".join(words), 100, placeholder=" …") or "not given"

@@ -12,7 +12,6 @@ from diffusion_t5x.ar2diff.data import TrainingData
 from diffusion_t5x.checkpointing.checkpoints import OpenCheckpoint
 from diffusion_t5x.command_line import bindings, config
 from diffusion_t5x.command_line.recorded import gin_text
-from diffusion_t5x.errors import UserError
 from diffusion_t5x.performance.training_run import TrainingRun
 from diffusion_t5x.train import train
 
@@ -33,13 +32,14 @@ class Recipe:
     Args:
       command: what was asked for.
       start: the model to start from.
+      vocabulary_file: of that model; None for bytes.
       data: what is trained on.
     """
 
-    def __init__(self, command: Command, start: OpenCheckpoint, data: TrainingData):
+    def __init__(self, command: Command, start: OpenCheckpoint, vocabulary_file: str | None, data: TrainingData):
         self.path = command.output / "recipe.gin"
         self.route = command.route or _DEFAULT_ROUTE[start.record.model.get("architecture", "decoder_only")]
-        self._command, self._start, self._data = command, start, data
+        self._command, self._start, self._vocabulary_file, self._data = command, start, vocabulary_file, data
 
     def write(self, settings: Mapping[str, Any]) -> TrainingRun:
         """Writes the file.
@@ -74,7 +74,7 @@ class Recipe:
         macros = {
             "MODEL_DIR": str(self._command.output / "train"),
             "INITIAL_CHECKPOINT_PATH": self._start.named,
-            "VOCABULARY_FILE": self._vocabulary_file(),
+            "VOCABULARY_FILE": self._vocabulary_file,
             "FILES": {"train": list(self._data.files)},
             "HELD_OUT": {"validation": self._data.held_out},
             **(_CPU if on_cpu() else _ACCELERATOR),
@@ -101,14 +101,6 @@ class Recipe:
         path = self._command.output / "model.gin"
         records.write_text(path, gin_text(self._start, with_task=False) + "\n")
         return str(path)
-
-    def _vocabulary_file(self) -> str | None:
-        arguments = self._start.record.vocabulary_arguments(self._start.model_dir)
-        if arguments is None:
-            raise UserError(
-                f"{self._start} does not record how its vocabulary is made, so your text cannot be tokenized."
-            )
-        return arguments["file"]
 
 
 class _Reader:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import pathlib
 from collections.abc import Mapping
 
@@ -16,6 +17,8 @@ from diffusion_t5x.evaluation.evaluator import DecodeEval, LikelihoodEval
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.performance.training_run import TrainingRun
+
+logger = logging.getLogger(__name__)
 
 SAMPLES = 3  # shown step by step
 
@@ -58,6 +61,7 @@ class Scores:
 
     def of_untrained(self) -> dict[str, float]:
         """The start used as a diffusion model, without training."""
+        logger.info("the start is read as a diffusion model, for which it isn't trained yet; the next lines say so")
         return self._evaluate("untrained", self._start, self._run.objective, self._decoder)
 
     def of_trained(self, checkpoint: str) -> dict[str, float]:

@@ -66,10 +66,9 @@ class SelfSpeculationDecoder(Decoder):
         """`written_at` counts a row's own steps; the trace shows drafts, and that what was not accepted is gone."""
         check_blocks(self.draft.attention, model.config.shifted)
         vocabulary, size, inner = model.vocabulary, self.draft.block_size, self.draft.inner
-        keys, encoded = row_keys(key, batch.example_ids), model.encode(batch)
-        # Room for a block before the row and for a pass after it: slots that do not exist, and that nothing sees.
-        names = ("tokens", "target_mask", "segment_ids", "positions")
-        room = batch.replace(**{name: jnp.pad(getattr(batch, name), ((0, 0), (size, size + 1))) for name in names})
+        keys = row_keys(key, batch.example_ids)
+        encoded = model.encode(batch)
+        room = _with_room(batch, size)
         length, row_numbers = batch.tokens.shape[1], jnp.arange(len(batch.tokens))
         first_target, num_targets = target_range(batch.target_mask)
         tail = into_block(self.draft.attention, batch.positions, first_target)
@@ -195,6 +194,12 @@ class SelfSpeculationDecoder(Decoder):
         draft, carry = denoise(self.draft.inner, model, draft, positions[:, size:], keys, read, show_draft, carry)
         carry |= {"row_steps": carry["row_steps"] + draft.row_steps}
         return carry, draft.tokens, jnp.sum(new, axis=-1, dtype=jnp.int32)
+
+
+def _with_room(batch: Batch, size: int) -> Batch:
+    """Pads rows with a block before and a pass after them: slots that do not exist, and that nothing sees."""
+    names = ("tokens", "target_mask", "segment_ids", "positions")
+    return batch.replace(**{name: jnp.pad(getattr(batch, name), ((0, 0), (size, size + 1))) for name in names})
 
 
 def _cut(x: Array, start: jax.Array, size: int) -> jax.Array:

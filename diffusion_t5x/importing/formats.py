@@ -10,6 +10,7 @@ from diffusion_t5x.importing import families
 from diffusion_t5x.importing.huggingface import Folder, Tensor
 from diffusion_t5x.importing.published import SETTINGS
 from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.masks import BlocksFrom
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.training.agreement import describe_other, other_settings
 
@@ -31,11 +32,12 @@ class Format:
     architecture: str
     code: str
     body: str
-    modes: tuple[tuple[str, str], ...]
+    modes: tuple[tuple[str, BlocksFrom], ...]
     shifted: bool = False
 
 
-_BLOCKS, _WHOLE = ("block_causal", "targets"), ("bidirectional", "targets")
+_BLOCKS: tuple[str, BlocksFrom] = ("block_causal", "targets")
+_WHOLE: tuple[str, BlocksFrom] = ("bidirectional", "targets")
 FORMATS = {
     "sdar": Format("SDARForCausalLM", "sdar.SDAR", "qwen3", (("block_causal", "row"),)),
     "a2d-qwen3": Format("A2DQwen3LMHeadModel", "qwen3.A2DQwen3", "qwen3", (_BLOCKS, _WHOLE)),
@@ -61,6 +63,8 @@ def chosen(asked: str, record: Record, kind: str, where: str) -> str:
     """
     mode = next((mode for mode in record.modes if mode.noise), None)
     if asked == CAUSAL or (asked == AUTO and mode is None):
+        if kind == "llada":
+            raise UserError(f"{where} has llada's names, which no autoregressive format has: --as llada.")
         return CAUSAL
     if asked == AUTO:
         names = sorted(FORMATS, key=lambda name: name != kind)
@@ -79,14 +83,15 @@ def _why_not(name: str, record: Record, mode: Mode | None, kind: str) -> str:
     if name == DIFFUSION:
         return "the model is trained for no diffusion"
     form = FORMATS[name]
-    if _body(kind) != form.body:
+    if name != kind and _body(kind) != form.body:
         return f"its layers are {form.body}'s, and this model was imported as {kind}"
     if mode is None:
         return "the model is trained for no diffusion"
     if mode.noise != "mask":
         return "it holds models of masked tokens, and this one is of random tokens"
     if (mode.attention, mode.blocks_from) not in form.modes:
-        holds = " or ".join(str(Mode(*each, "mask", origin)) for *each, origin in _spelled(form, mode))
+        size = {"block_causal": mode.block_size or 4, "bidirectional": None}
+        holds = " or ".join(str(Mode(each, size[each], "mask", origin)) for each, origin in form.modes)
         return f"it holds models of {holds}, and this one is of {mode}"
     if bool(record.shifted) != form.shifted:
         return f"its models are {'' if form.shifted else 'not '}shifted (ModelConfig.shifted = {form.shifted})"
@@ -95,13 +100,9 @@ def _why_not(name: str, record: Record, mode: Mode | None, kind: str) -> str:
     return ""
 
 
-def _spelled(form: Format, mode: Mode) -> list[tuple[str, int | None, str]]:
-    sizes = {"block_causal": mode.block_size or 4, "bidirectional": None}
-    return [(attention, sizes[attention], origin) for attention, origin in form.modes]
-
-
 def _body(kind: str) -> str:
-    return FORMATS[kind].body if kind in FORMATS else kind
+    """The family whose keys and names a folder of this `model_type` has."""
+    return FORMATS[kind].body if kind in FORMATS and kind != "llada" else kind
 
 
 def target(name: str, source: Folder, record: Record, tied: bool, dtype: str | None) -> Folder:

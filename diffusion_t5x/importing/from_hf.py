@@ -1,4 +1,4 @@
-"""Imports a folder in Hugging Face's format, a GGUF file or a model of the hub, as a checkpoint or in memory."""
+"""Imports models in Hugging Face's format or GGUF, from a folder, a file or the hub, to a checkpoint or to memory."""
 
 import dataclasses
 import pathlib
@@ -10,7 +10,6 @@ from typing import Any
 from diffusion_t5x import records
 from diffusion_t5x.checkpointing.record import Record
 from diffusion_t5x.checkpointing.streaming import Streamed
-from diffusion_t5x.data.seqio_source import libraries
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.data.vocabulary_files import vocabulary
 from diffusion_t5x.errors import UserError
@@ -104,7 +103,6 @@ def _opened(
     if "block_size" in said and not isinstance(objective, Block):
         raise UserError(f"--block_size: {folder.path} is not a model of block diffusion.")
     tokenizer = folder.tokenizer(described.tokenizers)
-    libraries()  # seconds, which a folder that is refused need not cost
     read = vocabulary(str(tokenizer), mask_id=said.get("mask_token_id"))
     ids = token_ids(read)
     if objective.autoregressive and described.config.architecture == "decoder_only":
@@ -112,7 +110,7 @@ def _opened(
         described = dataclasses.replace(described, config=config)
     if not objective.autoregressive:
         named = folder.config.get("mask_token_id") == ids.mask_id  # by a tokenizer's first free id, too
-        _check_mask(folder, ids.mask_id if named else getattr(read, "mask_id", None), described.vocab_size)
+        _check_mask(folder, ids.mask_id if named else read.mask_id, described.vocab_size)
     return folder, described, importing.definition_of(folder, described, ids, tokenizer), tokenizer
 
 

@@ -11,7 +11,7 @@ from diffusion_t5x.importing import config_keys
 
 REQUIRED = object()
 _COUNTS = re.compile(
-    r"(_size|_heads|_layers|_dim|_buckets|_distance|_pattern|position_embeddings|^sliding_window|^d_\w+|^n_\w+)$"
+    r"(_size|_heads|(?<!rope)_layers|_dim|_buckets|_distance|_pattern|position_embeddings|^sliding_window|^d_\w+|^n_\w+)$"
 )
 _NUMBERS = re.compile(r"(_eps|_epsilon|_theta|_base_freq|factor|softcapping|_scalar)$")
 
@@ -96,7 +96,7 @@ class Keys:
             raise UserError(f"{self.where}: {name} = {_show(value)} is not supported, only {only}.")
         return value
 
-    def list_of(self, name: str, length: int, *supported: str) -> list[str] | None:
+    def list_of(self, name: str, length: int, *supported: Any) -> list[Any] | None:
         """Returns a key's list; None if it is absent.
 
         Raises:

@@ -115,7 +115,7 @@ def _theirs(
             weight.to_theirs(array[number] if weight.stacked else array)
             for weight, array in zip(parts, arrays, strict=True)
         ]
-        yield name, np.concatenate(pieces, axis=-1) if len(pieces) > 1 else pieces[0]
+        yield name, np.concatenate(pieces, axis=parts[0].joined_axis) if len(pieces) > 1 else pieces[0]
 
 
 class _Files:

@@ -11,6 +11,9 @@ Remat = Literal["none", "dots", "full"]
 MOST_UNROLLED = 12  # layers
 
 
+_MOST = 1_000_000  # layers, heads or width: larger numbers are slips, with which a dry run would not end
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Dimensions of a Transformer. The defaults are T5 1.1's; other choices are those of Llama-style models and GPT-2.
@@ -36,6 +39,7 @@ class ModelConfig:
       gated: the activation gates a second product; False uses the activation alone.
       tie_embeddings: compute logits with the embedding; False adds an output matrix.
       query_key_norm: RMS-normalise queries and keys of each head.
+      whole_query_key_norm: RMS-normalise queries, and keys, of all heads as one vector (OLMo 2).
       qkv_bias: add biases to queries, keys and values.
       output_bias: add biases to the outputs of attention and to the feed-forward layer.
       attention_scale: factor on query-key products. 1 with T5's initialiser, which includes the scale; `head_dim **
@@ -43,8 +47,9 @@ class ModelConfig:
       logits_scale: factor on the last hidden state; None is T5's `embed_dim ** -0.5` if embeddings are tied.
       norm_epsilon: added to the mean square, or to the variance.
       norm_offset: an RMS norm's parameter is its scale minus 1, as in Gemma.
-      post_norms: normalise the outputs of attention and feed-forward layers, too, before they are added to the
-        residual.
+      pre_norms: normalise the inputs of attention and feed-forward layers.
+      post_norms: normalise the outputs of attention and feed-forward layers before they are added to the residual.
+      residual_scale: factor on these outputs when they are added to the residual.
       embedding_scale: factor on embedded tokens.
       attention_softcap, logits_softcap: x becomes `cap * tanh(x / cap)`, for query-key products and logits.
       attention_backend: the implementation of attention: "xla" anywhere, "cudnn" on NVIDIA GPUs, on TPUs "splash"
@@ -61,6 +66,9 @@ class ModelConfig:
       rotary_factor: factor on the rotary wavelengths ("linear" scaling).
       rotary_stretched: two wavelengths in tokens; the factor applies in full only above the second and not at all below
         the first, and frequencies are interpolated between them (Llama 3.1, arXiv 2407.21783). None stretches all.
+      rotary_ramp: two indices among a head's pairs; the factor applies in full from the second on and not at all up to
+        the first, and frequencies are interpolated between them (YaRN, arXiv 2309.00071). None: no ramp.
+      unrotated_layers: for each layer, True if it has no rotary positions (SmolLM3); None: no layer.
       max_length: longest row that the model is meant for, and number of learned positions; None sets no limit.
       dropout_rate: dropout after the embedding, on every residual branch, inside the feed-forward layer and after the
         last norm.
@@ -87,13 +95,16 @@ class ModelConfig:
     gated: bool = True
     tie_embeddings: bool = True
     query_key_norm: bool = False
+    whole_query_key_norm: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
     attention_scale: float = 1.0
     logits_scale: float | None = None
     norm_epsilon: float = 1e-6
     norm_offset: bool = False
+    pre_norms: bool = True
     post_norms: bool = False
+    residual_scale: float = 1.0
     embedding_scale: float = 1.0
     attention_softcap: float | None = None
     logits_softcap: float | None = None
@@ -107,6 +118,8 @@ class ModelConfig:
     rotary_base: float = 10_000.0
     rotary_factor: float = 1.0
     rotary_stretched: tuple[float, float] | None = None
+    rotary_ramp: tuple[float, float] | None = None
+    unrotated_layers: tuple[bool, ...] | None = None
     max_length: int | None = None
     dropout_rate: float = 0.0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -115,8 +128,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("embed_dim", "num_layers", "num_heads", "head_dim", "mlp_dim"):
-            if getattr(self, name) < 1:
-                raise UserError(f"ModelConfig.{name} must be at least 1, not {getattr(self, name)}.")
+            if not 1 <= getattr(self, name) <= _MOST:
+                raise UserError(f"ModelConfig.{name} must be from 1 to {_MOST:,}, not {getattr(self, name):,}.")
         check_choices(self)
         if self.num_heads % self.kv_heads:
             raise UserError(
@@ -139,12 +152,22 @@ class ModelConfig:
                 f"ModelConfig.local_layers must say of each of {self.num_layers} layers if it is local, and not of "
                 f"{len(self.local_layers)}; and local layers need a ModelConfig.window, not {self.window}."
             )
+        if self.unrotated_layers and (len(self.unrotated_layers) != self.num_layers or self.position != "rotary"):
+            raise UserError(
+                f"ModelConfig.unrotated_layers must say of each of {self.num_layers} layers with rotary positions if "
+                f"it has none, and not of {len(self.unrotated_layers)}."
+            )
+        if self.rotary_ramp is not None and self.rotary_stretched is not None:
+            raise UserError("ModelConfig.rotary_ramp and rotary_stretched are two ways to stretch: set one to None.")
         shortest, longest = self.rotary_stretched or (1, 2)
         if self.rotary_factor <= 0 or not 0 < shortest < longest:
             raise UserError(
                 "ModelConfig.rotary_factor must be positive, and rotary_stretched None or two ascending positive "
                 f"wavelengths; not {self.rotary_factor} and {self.rotary_stretched}."
             )
+        for name in ("rotary_base", "local_rotary_base"):
+            if (base := getattr(self, name)) is not None and base <= 0:
+                raise UserError(f"ModelConfig.{name} must be above 0, not {base}.")
         if not 0 <= self.dropout_rate < 1:
             raise UserError(f"ModelConfig.dropout_rate must lie in [0, 1), not {self.dropout_rate}.")
 

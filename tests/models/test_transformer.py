@@ -128,7 +128,7 @@ def test_dropout_is_drawn_from_the_rows_keys_and_off_without():
     np.testing.assert_array_equal(forward(config)(params, *rows, CAUSAL), without)
 
     keys = jax.random.split(jax.random.key(0), 2)[np.array([0, 1, 0])]
-    hidden = jax.jit(lambda params: definition.bind(params)(*rows, CAUSAL, dropout_keys=keys))(params)
+    hidden = jax.jit(lambda params: definition.bind(params)(*rows, CAUSAL, dropout_keys=keys).hidden)(params)
     np.testing.assert_array_equal(hidden[0], hidden[2])
     assert np.abs(hidden[0] - hidden[1]).max() > 0.1
 
