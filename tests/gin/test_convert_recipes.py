@@ -76,6 +76,7 @@ RECIPES = {
     "t5_1_1_base": T5,
 }
 OF_THE_RUN = {"shifted", "dtype", "remat", "scan_unroll", "dropout_rate", "vocab_size"}
+OF_THE_TOKENIZER = {"reads_start"}
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
 SMALL |= {"num_key_value_heads": 2, "max_position_embeddings": 128, "vocab_size": 310}
 SMALL_T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2}
@@ -97,9 +98,12 @@ def test_the_model_is_the_published_one(recipe):
         if getattr(model, field.name) != getattr(imported, field.name)
     }
     # Untied, no scale is 1; T5's positions set no limit, its recipe does.
-    assert differing - OF_THE_RUN <= ({"logits_scale", "max_length"} if published is T5 else {"num_kv_heads"})
+    assert differing - OF_THE_RUN - OF_THE_TOKENIZER <= (
+        {"logits_scale", "max_length"} if published is T5 else {"num_kv_heads"}
+    )
     assert (model.readout_scale, model.kv_heads) == (imported.readout_scale, imported.kv_heads)
     assert model.vocab_size in (None, published["vocab_size"])
+    assert model.reads_start == (published["model_type"] != "qwen3")  # whose tokenizer puts no BOS before a text
 
 
 def test_number_of_parameters_of_llama3_8b():
