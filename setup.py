@@ -53,6 +53,7 @@ setuptools.setup(
         "sentencepiece>=0.2.1,<0.2.3",  # 0.2.3 needs protobuf 7
         "tokenizers>=0.22,<0.24",  # t5 brings it, and safetensors, by way of transformers
         "safetensors>=0.6,<0.9",
+        "gguf>=0.18,<0.20",  # reads llama.cpp's files
         "huggingface-hub>=1,<3",  # t5 brings it by way of transformers
         "tensorboardX>=2.6.2,<3",
         "sacrebleu>=2.4,<3",

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import html
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -12,13 +11,13 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
 
+from diffusion_t5x.api_values import LogLikelihood, Steps, as_example, as_pairs, as_texts
 from diffusion_t5x.chat.prompts import Prompts, prompt_lengths
 from diffusion_t5x.checkpointing import checkpoints
-from diffusion_t5x.checkpointing.rebuilding import rebuild
+from diffusion_t5x.checkpointing.rebuilding import model_config, rebuild
 from diffusion_t5x.checkpointing.record import Record, is_plain
 from diffusion_t5x.data import vocabulary_files
 from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.data.seqio_source import libraries
 from diffusion_t5x.data.templates import Template, Templates
 from diffusion_t5x.data.text_rows import TextRows, room_for
 from diffusion_t5x.data.vocabularies import token_ids
@@ -34,58 +33,12 @@ from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.objectives.likelihood import check_num_draws
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.reporting.trace_page import trace_page
 from diffusion_t5x.training.agreement import Agreement
 
 if TYPE_CHECKING:
-    import seqio
+    from diffusion_t5x.data.vocabulary import AnyVocabulary
 
 _Batches = Iterable[tuple[Batch, list[dict[str, Any]]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class LogLikelihood:
-    """Log-likelihood of a text under a model, including the token that ends it.
-
-    Attributes:
-      nats: log-probability of the text; exact for an autoregressive model, otherwise an estimate of a lower bound.
-      standard_error: standard error of that estimate, in nats; 0 if it is exact.
-      num_tokens: number of tokens in the text, including the one that ends it.
-    """
-
-    nats: float
-    standard_error: float
-    num_tokens: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Steps:
-    """The steps in which an answer was written. Notebooks display it as a page that plays the steps.
-
-    Attributes:
-      prompt: the prompt.
-      text: the answer.
-      canvases: the canvas before the first step and after each one: ▢ is MASK, ¶ the end of the text, · padding.
-      record: the record that `infer --trace` writes, see `evaluation.traces.compact`.
-      decoder: the decoder that wrote the answer, as text.
-    """
-
-    prompt: str
-    text: str
-    canvases: list[str]
-    record: Mapping[str, Any] = dataclasses.field(repr=False)
-    decoder: str = dataclasses.field(repr=False)
-
-    def __str__(self) -> str:
-        return "\n".join(map(traces.sign, self.canvases))
-
-    def html(self) -> str:
-        """Returns a self-contained HTML page that plays the steps."""
-        return trace_page([self.record], 1, "prompt", self.decoder)
-
-    def _repr_html_(self) -> str:
-        frame = 'sandbox="allow-scripts" style="width: 100%; height: 30em; border: 0"'
-        return f'<iframe srcdoc="{html.escape(self.html())}" {frame}></iframe>'
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -107,7 +60,7 @@ class Model:
     name: str
     record: Record
     params: Params
-    tokenizer: "seqio.Vocabulary"
+    tokenizer: "AnyVocabulary"
     decoder: Decoder | None
     objective: Objective | None
     definition: ModelDefinition
@@ -182,7 +135,7 @@ class Model:
         Raises:
           UserError: a prompt is too long, or the model was not trained for this decoder.
         """
-        texts = _texts(prompts)
+        texts = as_texts(prompts)
         if not isinstance(samples, int) or samples < 1:
             raise UserError(f"samples must be at least 1, not {samples!r}.")
         records = self._decode(self._prompts(texts, length), decoder, seed, samples=samples)
@@ -222,7 +175,7 @@ class Model:
           UserError: a text has no hole or is too long, inputs for a model that takes none, or a decoder that cannot
             fill holes (autoregressive decoders cannot).
         """
-        pairs = _pairs(texts, inputs)
+        pairs = as_pairs(texts, inputs)
         decoder = self._use(decoder, self.decoder, "decoder")
         if not decoder.fills_holes:
             raise UserError(
@@ -286,11 +239,11 @@ class Model:
           UserError: a text is too long, inputs for a model that takes none, or the model was not trained with this
             objective.
         """
-        pairs = _pairs(texts, inputs)
+        pairs = as_pairs(texts, inputs)
         objective = self._use(objective, self.objective, "objective")
         check_num_draws(num_draws)
         rows = self._rows(pairs)
-        step = self._likelihood_step(objective, num_draws, seed)
+        step = self._likelihood_step(objective, num_draws=num_draws, seed=seed)
         batches: _Batches = [(rows.batch(given, text, number), [{}]) for number, (text, given) in enumerate(pairs)]
         found = [
             LogLikelihood(record["log_likelihood"], record["standard_error"], record["num_tokens"])
@@ -311,7 +264,7 @@ class Model:
           UserError: as `generate`.
         """
         decoder = self._use(decoder, self.decoder, "decoder")
-        (record,) = self._decode(self._prompts(_texts(prompt), length), decoder, seed, trace=True)
+        (record,) = self._decode(self._prompts(as_texts(prompt), length), decoder, seed, trace=True)
         return Steps(prompt, record["prediction"], traces.texts(record["trace"]), record, repr(decoder))
 
     def _prompts(self, texts: Sequence[str], length: int | None) -> _Batches:
@@ -320,7 +273,7 @@ class Model:
         most, length = prompt_lengths(self._lengths, length, self.config)
         prompts = Prompts(self.tokenizer, self._inputs_end, most, length, self.config.architecture)
         # All at once, so that one that is too long is refused before the first is answered.
-        return [(prompts.batch(text, number), [_example(text)]) for number, text in enumerate(texts)]
+        return [(prompts.batch(text, number), [as_example(text)]) for number, text in enumerate(texts)]
 
     def _decode(
         self,
@@ -335,31 +288,25 @@ class Model:
         decoder = self._use(decoder, self.decoder, "decoder")
         step = self._decode_step(decoder, seed, trace, text_mask is not None)
         rows = self._rows([])
-        yield from predict(
-            step, self.params, batches, self.mesh, rows.to_text, rows.cells, None, samples, text_mask=text_mask
-        )
+        to_text = (rows.to_text, rows.cells)
+        yield from predict(step, self.params, batches, self.mesh, *to_text, None, samples, text_mask=text_mask)
 
     @functools.cached_property
-    def _steps(self) -> dict[Any, Any]:
-        """The cache of compiled programs, by their settings."""
-        return {}
+    def _decode_step(self) -> Callable[..., jax.stages.Wrapped]:
+        """Makes a decoding program, once for each of its settings."""
 
-    def _decode_step(self, decoder: Decoder, seed: int, trace: bool, in_holes: bool) -> jax.stages.Wrapped:
-        key = (decoder, seed, trace, in_holes)
-        if key not in self._steps:
-            definition = self.definition
-            if in_holes:
-                definition = ModelDefinition(self.config, token_ids(self.tokenizer).for_infilling())
-            self._steps[key] = make_decode_step(self.mesh, definition, decoder, seed=seed, trace=trace)
-        return self._steps[key]
-
-    def _likelihood_step(self, objective: Objective, num_draws: int, seed: int) -> Any:
-        key = (objective, num_draws, seed)
-        if key not in self._steps:
-            self._steps[key] = make_likelihood_step(
-                self.mesh, self.definition, objective, num_draws=num_draws, seed=seed
+        @functools.cache
+        def make(decoder: Decoder, seed: int, trace: bool, in_holes: bool) -> jax.stages.Wrapped:
+            ids = token_ids(self.tokenizer).for_infilling() if in_holes else self.definition.vocabulary
+            return make_decode_step(
+                self.mesh, dataclasses.replace(self.definition, vocabulary=ids), decoder, seed=seed, trace=trace
             )
-        return self._steps[key]
+
+        return make
+
+    @functools.cached_property
+    def _likelihood_step(self) -> Callable[..., Any]:
+        return functools.cache(functools.partial(make_likelihood_step, self.mesh, self.definition))
 
     def _use(self, given: Any, own: Any, what: str) -> Any:
         """Returns the decoder or objective to use, checked against the training record."""
@@ -376,9 +323,8 @@ class Model:
 
     @property
     def _inputs_end(self) -> bool:
-        if self.record.inputs_end is None:
-            return self.config.architecture == "encoder_decoder"
-        return self.record.inputs_end
+        recorded = self.record.inputs_end
+        return self.config.architecture == "encoder_decoder" if recorded is None else recorded
 
     def _rows(self, pairs: Sequence[tuple[str, str]]) -> TextRows:
         """Returns the row layout for (text, inputs) pairs: as in training, or as long as needed for imported models."""
@@ -398,7 +344,7 @@ class Model:
 def load(
     path: str | os.PathLike,
     *,
-    vocabulary: "str | seqio.Vocabulary | None" = None,
+    vocabulary: "str | AnyVocabulary | None" = None,
     allow: Sequence[str] = (),
     allow_mismatch: bool = False,
 ) -> Model:
@@ -433,7 +379,7 @@ def load(
         checkpoint = checkpoints.open_checkpoint(local)
         record = checkpoint.record
         tokenizer = _vocabulary(record, checkpoint.model_dir, name, vocabulary)
-        definition, params = load_model(checkpoint, _config(record, name), token_ids(tokenizer), mesh)
+        definition, params = load_model(checkpoint, model_config(record, name), token_ids(tokenizer), mesh)
     decoder, objective = (
         rebuild(described, name, allow) if described and is_plain(described) else None
         for described in (record.decoder, record.objective)
@@ -441,41 +387,12 @@ def load(
     return Model(name, record, params, tokenizer, decoder, objective, definition, mesh, allow_mismatch)
 
 
-def _config(record: Record, name: str) -> ModelConfig:
-    # Which kernel computes attention is the machine's affair.
-    known = {field.name for field in dataclasses.fields(ModelConfig)} - {"attention_backend"}
-    if not record.model:
-        raise UserError(f"{name} does not say what model it is: it was written without its settings.")
-    return ModelConfig(**{key: rebuild(value, name) for key, value in record.model.items() if key in known})
-
-
 def _vocabulary(
-    record: Record, folder: str | os.PathLike, name: str, given: "str | seqio.Vocabulary | None"
-) -> "seqio.Vocabulary":
-    libraries()
+    record: Record, folder: str | os.PathLike, name: str, given: "str | AnyVocabulary | None"
+) -> "AnyVocabulary":
     if given is not None:
         return vocabulary_files.vocabulary(given) if isinstance(given, str) else given
     arguments = record.vocabulary_arguments(folder)
     if arguments is None:
         raise UserError(f"{name} does not say how its vocabulary is made: give vocabulary=FILE or a SeqIO vocabulary.")
     return vocabulary_files.vocabulary(**arguments)
-
-
-def _example(prompt: str) -> dict[str, Any]:
-    return {"inputs_pretokenized": prompt}
-
-
-def _texts(given: str | Sequence[str]) -> list[str]:
-    texts = [given] if isinstance(given, str) else list(given)
-    if wrong := [text for text in texts if not isinstance(text, str)]:
-        raise UserError(f"Texts are str, or a list of str; got {wrong[0]!r}.")
-    return texts
-
-
-def _pairs(texts: str | Sequence[str], inputs: str | Sequence[str]) -> list[tuple[str, str]]:
-    """Pairs each text with its inputs."""
-    several = _texts(texts)
-    each = [inputs] * len(several) if isinstance(inputs, str) else _texts(inputs)
-    if len(each) != len(several):
-        raise UserError(f"There are {len(several)} texts, but {len(each)} inputs: give one for each, or one for all.")
-    return list(zip(several, each, strict=True))

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from diffusion_t5x import partitioning, records
+from diffusion_t5x import partitioning, records, terminal
 from diffusion_t5x.checkpointing import checkpoints
 from diffusion_t5x.checkpointing.checkpoints import OpenCheckpoint
 from diffusion_t5x.command_line import config
@@ -110,7 +110,8 @@ class DecodeBenchmark:
         kept = Measurements(self.benchmark_output_dir, describe(settings), machine)
         checkpoints.ensure_writable(self.benchmark_output_dir, self.dry_run)
         if self.dry_run:
-            print(f"Would time {', '.join(self.decoders)} ({definition.num_params():,} parameters) for {kept.path}.")
+            labels = ", ".join(self.decoders)
+            print(terminal.safe(f"Would time {labels} ({definition.num_params():,} parameters) for {kept.path}."))
             print(f"Lengths {list(self.lengths)} on {device}.")
             return
         comparison = _Comparison(self.decoders, kept, self._watches(mesh, definition), self.repeats, device)
@@ -210,7 +211,8 @@ def train(
     device = stopwatch.device_name(machine)
     checkpoints.ensure_writable(benchmark_output_dir, dry_run)
     if dry_run:
-        print(f"Would time training steps of {', '.join(cases)} for {benchmark_output_dir} on {device}.")
+        names = ", ".join(cases)
+        print(terminal.safe(f"Would time training steps of {names} for {benchmark_output_dir} on {device}."))
         return
     watches = {
         label: StepWatch(device_mesh, case, optimizer, vocabulary_size, input_length, target_length, random_seed)

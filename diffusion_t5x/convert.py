@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from diffusion_t5x.command_line import config, help_pages
-from diffusion_t5x.data.seqio_source import libraries
+from diffusion_t5x.data.llama2c_vocabulary import Llama2cVocabulary
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.importing import llama2c
@@ -14,6 +14,7 @@ from diffusion_t5x.importing.from_hf import from_hf
 from diffusion_t5x.importing.from_t5x import from_t5x
 from diffusion_t5x.importing.importing import check_finite
 from diffusion_t5x.importing.output import building, empty_folder, model_gin, print_table, record_of, save
+from diffusion_t5x.importing.push import push
 from diffusion_t5x.importing.to_hf import to_hf
 from diffusion_t5x.models.transformer import ModelDefinition
 
@@ -34,9 +35,6 @@ def from_llama2c(model_file: str, tokenizer_file: str, output_folder: str) -> No
     """
     folder = empty_folder(output_folder)
     source = llama2c.read(model_file)
-    libraries()
-    from diffusion_t5x.data.llama2c_vocabulary import Llama2cVocabulary
-
     vocabulary = Llama2cVocabulary(tokenizer_file)
     if vocabulary.vocab_size != source.vocab_size:
         raise UserError(
@@ -72,6 +70,7 @@ def convert(argv: Sequence[str]) -> None:
         "from_hf": from_hf,
         "from_gguf": from_hf,
         "to_hf": to_hf,
+        "push": push,
         "from_t5x": from_t5x,
         "from_llama2c": from_llama2c,
     }

@@ -122,6 +122,8 @@ class Evaluation:
                 "evaluate.loss_evals and likelihood_evals need evaluate.objective. Include one of objectives/."
             )
         check_datasets([ev.dataset for ev in evals.all], self.model, mesh)
+        for ev in evals.decode:
+            ev.dataset.check_scoring()
 
     def _describe(self, evals: "_Evals") -> dict[str, Any]:
         """Returns the settings that results depend on."""

@@ -27,7 +27,7 @@ from diffusion_t5x.command_line.recorded import gin_text
 from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.console import Console
 from diffusion_t5x.data import vocabulary_files
-from diffusion_t5x.data.seqio_source import SeqioDataset, libraries
+from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError
@@ -37,7 +37,7 @@ from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training.agreement import Agreement
 
 if TYPE_CHECKING:
-    import seqio
+    from diffusion_t5x.data.vocabulary import AnyVocabulary
 
 # Read before what the checkpoint says, which sets the macros.
 _GIN = """\
@@ -67,7 +67,7 @@ def generate(
     checkpoint_path: str,
     model: ModelConfig,
     decoder: Decoder,
-    vocabulary: "seqio.Vocabulary | None" = None,
+    vocabulary: "AnyVocabulary | None" = None,
     vocabulary_file: str | None = None,
     context_eos: bool | None = None,
     task: str | None = None,
@@ -139,7 +139,7 @@ def generate(
         sys.exit(130)
 
 
-def _vocabulary(file: str | None, dataset: SeqioDataset | None) -> "seqio.Vocabulary":
+def _vocabulary(file: str | None, dataset: SeqioDataset | None) -> "AnyVocabulary":
     if file is None:
         if dataset is not None:
             return dataset.vocabulary()
@@ -147,7 +147,6 @@ def _vocabulary(file: str | None, dataset: SeqioDataset | None) -> "seqio.Vocabu
             "The checkpoint names neither a task nor a vocabulary: give its file, --gin.VOCABULARY_FILE=FILE, or the "
             "task that it was trained on, --gin_file=tasks/... --gin.MIXTURE_OR_TASK_NAME=..."
         )
-    libraries()
     return vocabulary_files.vocabulary(file)
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.sharding import Mesh
 
-from diffusion_t5x import partitioning
+from diffusion_t5x import partitioning, terminal
 from diffusion_t5x.checkpointing import checkpoints
 from diffusion_t5x.checkpointing.assignment import Rule
 from diffusion_t5x.checkpointing.checkpoints import OpenCheckpoint
@@ -43,7 +43,8 @@ from diffusion_t5x.training.agreement import Agreement
 
 if TYPE_CHECKING:
     import lm_eval.tasks
-    import seqio
+
+    from diffusion_t5x.data.vocabulary import AnyVocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class HarnessEvaluation:
 
     model: ModelConfig
     checkpoint_path: str
-    vocabulary: "seqio.Vocabulary"
+    vocabulary: "AnyVocabulary"
     rows: Rows
     objective: Objective
     decoder: Decoder
@@ -122,7 +123,8 @@ class HarnessEvaluation:
         )
         if self.dry_run:
             tasks = ", ".join(self.tasks)
-            print(f"Would evaluate {checkpoint} ({definition.num_params():,} parameters) on {tasks}.")
+            count = f"{definition.num_params():,} parameters"
+            print(terminal.safe(f"Would evaluate {checkpoint} ({count}) on {tasks}."))
             return
         rows, draws = self.rows, self.num_draws
         harness = Harness(mesh, definition, params, self.objective, self.decoder, rows, draws, self.random_seed)

@@ -257,8 +257,8 @@ def share_of_rows(mesh: Mesh) -> tuple[int, int]:
     shares = sorted(set(map(frozenset, pieces.values())), key=min)
     if sum(map(len, shares)) > pieces_of("batch", mesh):
         raise UserError(
-            f"The mesh {dict(mesh.shape)} gives some processes a part of the rows of others: change the axes of "
-            "MeshConfig so that processes have the same rows or others."
+            f"In the mesh {dict(mesh.shape)}, some processes share only a part of their rows: change the axes of "
+            "MeshConfig so that two processes have all rows in common, or none."
         )
     return shares.index(frozenset(pieces[jax.process_index()])), len(shares)
 

@@ -135,4 +135,4 @@ class Progress:
             parts.append(self._activity or f"ETA {datetime.timedelta(seconds=left)}")
         elif self._activity:
             parts.append(self._activity)
-        return "  ".join(parts)
+        return terminal.safe("  ".join(parts))

@@ -184,11 +184,13 @@ class Training:
         """Checks that all settings fit together, before data and parameters are read."""
         folder = os.path.join(self.model_dir, "checkpoints")
         start = Start.find(folder, self.initial_checkpoint_path, self.restore_rules, self.allow_older_checkpoint)
-        self._check_data(mesh, [*(ev.dataset for ev in loss_evals), *(ev.dataset for ev in decode_evals)])
-        check_rollout(self.objective, self.model, self.rollout, self.train_dataset)
         if self.objective.needs_teacher and not self.teacher_checkpoint_path and not self.dry_run:
             raise UserError(f"{type(self.objective).__name__} needs a teacher. Set TEACHER_CHECKPOINT_PATH.")
         teacher_path = str(find_checkpoint(path)) if (path := self.teacher_checkpoint_path) else None
+        self._check_data(mesh, [*(ev.dataset for ev in loss_evals), *(ev.dataset for ev in decode_evals)])
+        for ev in decode_evals:
+            ev.dataset.check_scoring()
+        check_rollout(self.objective, self.model, self.rollout, self.train_dataset)
         definition = lora_training.define(self.model, self.train_dataset.token_ids(), self.lora)
         abstract = abstract_state(mesh, definition, self.optimizer, self.ema_decay is not None)
         record = self._record(definition, decode_evals)

@@ -1,5 +1,5 @@
-"""SeqIO tasks and mixtures, one module per family."""
+"""SeqIO tasks and mixtures, one module per family.
 
-from diffusion_t5x.data.seqio_source import libraries
-
-libraries()  # before a task's module imports TensorFlow in its own, noisier way
+Importing a module, or calling what a gin file calls, declares tasks; SeqIO has them once it is imported (see
+`data.libraries`), so that mistakes elsewhere are answered without that wait.
+"""

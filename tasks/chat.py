@@ -11,20 +11,21 @@ import json
 import logging
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
 from diffusion_t5x import json_lines
-from diffusion_t5x.data import chat_template, vocabulary_files
+from diffusion_t5x.data import chat_template, libraries, vocabulary_files
 from diffusion_t5x.data.chat_template import ChatTemplate, Message
 from diffusion_t5x.data.huggingface_vocabulary import HuggingFaceVocabulary
 from diffusion_t5x.errors import UserError, did_you_mean
 from diffusion_t5x.tasks import local_files, readers, registration
 from diffusion_t5x.tasks.readers import Fields, Records
 from diffusion_t5x.tasks.sources import Record
+
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 logger = logging.getLogger(__name__)
 
@@ -60,19 +61,25 @@ def task(
         raise UserError(f"A chat template goes with a tokenizer.json, and VOCABULARY_FILE is {vocabulary_file}.")
     folder = pathlib.Path(vocabulary_file).expanduser().parent
     template = ChatTemplate.read(folder, vocabulary.special_tokens(), template_variables)
-    return registration.add(
-        name,
-        source=local_files.source_of(
-            files, lambda names: _turns(names, template), held_out, lambda turn: _encode(turn, vocabulary)
-        ),
-        preprocessors=[_keep_newest, seqio.preprocessors.append_eos_after_trim],
-        output_features={
-            "inputs": seqio.Feature(vocabulary, add_eos=False),
-            "targets": seqio.Feature(vocabulary, add_eos=True),
-        },
-        metric_fns=list(metric_fns),
-        shuffle_buffer_size=1,
+    source = local_files.source_of(
+        files, lambda names: _turns(names, template), held_out, lambda turn: _encode(turn, vocabulary)
     )
+
+    def make() -> dict[str, Any]:
+        import seqio
+
+        features = {name: seqio.Feature(vocabulary, add_eos=name == "targets") for name in ("inputs", "targets")}
+        return {
+            "source": source.in_seqio(),
+            "preprocessors": [_keep_newest, seqio.preprocessors.append_eos_after_trim],
+            "output_features": features,
+            "metric_fns": list(metric_fns),
+            "shuffle_buffer_size": 1,
+        }
+
+    registration.add(name, make)
+    libraries.sources[name] = source
+    return name
 
 
 def _turns(files: Sequence[str], template: ChatTemplate) -> Records:
@@ -149,7 +156,10 @@ def _messages(record: Fields) -> list[Message]:
 
 
 def _encode(turn: Fields, vocabulary: HuggingFaceVocabulary) -> Record:
-    """Returns the ids of a turn, without BOS and EOS, which the start token and the task add."""
+    """Returns the ids of a turn, without the BOS that the tokenizer adds to any text, and without EOS at the end.
+
+    A model reads the start token in place of BOS, and the task adds EOS.
+    """
     prompt, answer = (chat_template.parts(turn[name]) for name in ("prompt", "answer"))
 
     def ids(parts: Sequence[str], begins: bool) -> list[int]:
@@ -158,7 +168,7 @@ def _encode(turn: Fields, vocabulary: HuggingFaceVocabulary) -> Record:
 
     inputs, targets = ids(prompt, begins=True), ids(answer, begins=False)
     text = "".join(prompt)
-    if inputs[:1] == [vocabulary.bos_id]:
+    if vocabulary.adds_bos and inputs[:1] == [vocabulary.bos_id]:
         inputs, text = inputs[1:], text.removeprefix(vocabulary.piece(inputs[0]).decode())
     if targets[-1:] == [vocabulary.eos_id]:
         targets = targets[:-1]
@@ -170,7 +180,7 @@ def _encode(turn: Fields, vocabulary: HuggingFaceVocabulary) -> Record:
     }
 
 
-def _keep_newest(dataset: tf.data.Dataset, sequence_length: Mapping[str, int] | None) -> tf.data.Dataset:
+def _keep_newest(dataset: "tf.data.Dataset", sequence_length: Mapping[str, int] | None) -> "tf.data.Dataset":
     """Keeps the end of inputs that are too long, which asks for the answer; SeqIO would keep the beginning."""
     if sequence_length is None or "inputs" not in sequence_length:
         return dataset

@@ -9,16 +9,16 @@ import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-import seqio
-import tensorflow as tf
+from typing import TYPE_CHECKING, Any
 
 from diffusion_t5x.data import text_files
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.code.execution import Limits, Tests
 from diffusion_t5x.evaluation.code.pass_at_k import passed_tests
 from diffusion_t5x.tasks import readers, registration
+
+if TYPE_CHECKING:
+    from diffusion_t5x.data.vocabulary import AnyVocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ _HUMANEVAL_END = re.compile(r"\n(?=class|def|#|if|print)")
 
 
 def mbpp(
-    vocabulary: seqio.Vocabulary,
+    vocabulary: "AnyVocabulary",
     path: str,
     num_shots: int = 0,
     limits: Limits = Limits(),
@@ -81,7 +81,7 @@ def mbpp(
 
 
 def humaneval(
-    vocabulary: seqio.Vocabulary,
+    vocabulary: "AnyVocabulary",
     path: str,
     limits: Limits = Limits(),
     allow_unsafe: bool = False,
@@ -170,17 +170,12 @@ def _is_a(value: Any, kind: type) -> bool:
 
 def _register(
     name: str,
-    vocabulary: seqio.Vocabulary,
+    vocabulary: "AnyVocabulary",
     examples: Mapping[str, Sequence[Mapping[str, str]]],
     program: Callable[[str, str], str],
     limits: Limits,
     allow_unsafe: bool,
 ) -> str:
-    def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-        del shuffle_files, seed  # the task's buffer holds a whole split
-        columns = {key: [example[key] for example in examples[split]] for key in examples[split][0]}
-        return tf.data.Dataset.from_tensor_slices(columns)
-
     def postprocess(text: str | Sequence[str], example: Mapping[str, Any], is_target: bool) -> Any:
         """Returns the tests for a target; for a prediction its program, or those of its samples."""
         if is_target:
@@ -191,13 +186,22 @@ def _register(
         programs = [program(text, example["inputs_pretokenized"]) for text in texts]
         return programs[0] if isinstance(text, str) else programs
 
-    feature = seqio.Feature(vocabulary, add_eos=True)
-    return registration.add(
-        name,
-        source=seqio.FunctionDataSource(dataset, tuple(examples)),
-        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
-        output_features={"inputs": feature, "targets": feature},
-        postprocess_fn=postprocess,
-        metric_fns=[functools.partial(passed_tests, limits=limits, allow_unsafe=allow_unsafe)],
-        shuffle_buffer_size=512,
-    )
+    def make() -> dict[str, Any]:
+        import seqio
+        import tensorflow as tf
+
+        def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+            del shuffle_files, seed  # the task's buffer holds a whole split
+            columns = {key: [example[key] for example in examples[split]] for key in examples[split][0]}
+            return tf.data.Dataset.from_tensor_slices(columns)
+
+        return {
+            "source": seqio.FunctionDataSource(dataset, tuple(examples)),
+            "preprocessors": [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
+            "output_features": dict.fromkeys(("inputs", "targets"), seqio.Feature(vocabulary, add_eos=True)),
+            "postprocess_fn": postprocess,
+            "metric_fns": [functools.partial(passed_tests, limits=limits, allow_unsafe=allow_unsafe)],
+            "shuffle_buffer_size": 512,
+        }
+
+    return registration.add(name, make)

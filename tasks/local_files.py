@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import seqio
 
 from diffusion_t5x.data import text_files
 from diffusion_t5x.data.text_files import Patterns
@@ -79,8 +78,8 @@ def source(
     reader: Reader,
     templates: Mapping[str, str],
     held_out: Mapping[str, float] | None = None,
-) -> seqio.DataSource:
-    """Returns a SeqIO source of texts made from the records of files; see `task`."""
+) -> sources.Records:
+    """Returns the source of texts made from the records of files; see `task`."""
     filled = {name: _Template(text) for name, text in templates.items()}
 
     def read(names: Sequence[str]) -> Records:
@@ -98,8 +97,8 @@ def source_of(
     read_files: Callable[[Sequence[str]], Records],
     held_out: Mapping[str, float] | None = None,
     finish: Callable[[Fields], sources.Record] = dict,
-) -> seqio.DataSource:
-    """Returns a SeqIO source of records, all of which are checked before the first is returned.
+) -> sources.Records:
+    """Returns the source of records, all of which are checked before the first is returned.
 
     Args:
       files, held_out: see `task`. A hash of a record's first field, a text, decides.
@@ -132,7 +131,7 @@ def source_of(
     def list_files(split: str) -> list[str]:
         return text_files.expand(files["train" if split in held_out else split])
 
-    return sources.records(load, [*files, *held_out], list_files)
+    return sources.Records(load, [*files, *held_out], list_files)
 
 
 def _share_of(text: str, percentages: Sequence[float]) -> int:

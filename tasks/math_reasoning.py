@@ -4,12 +4,13 @@ Read from the authors' JSON lines, GSM8K also from TFDS. Needs `pip install diff
 """
 
 from collections.abc import Mapping
-
-import seqio
-import tensorflow as tf
+from typing import TYPE_CHECKING
 
 from diffusion_t5x.evaluation import metrics
 from diffusion_t5x.tasks import local_files, readers, registration, sources
+
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 GSM8K_TFDS_NAME = "gsm8k:1.0.0"
 
@@ -31,6 +32,7 @@ def gsm8k(
       UserError: there is no vocabulary file; on first reading, no data or errors in it.
     """
     templates = {"inputs": "{question}", "targets": "{answer}"}
+    found: registration.Source
     if files is None:
         found, prepare = sources.PreparedTfds(GSM8K_TFDS_NAME, {"train": "train", "test": "test"}), [_gsm8k_texts]
     else:
@@ -58,7 +60,7 @@ def math500(vocabulary_file: str | None, files: Mapping[str, local_files.Pattern
 
 def _task(
     name: str,
-    source: seqio.DataSource,
+    source: registration.Source,
     prepare: list[registration.Preprocessor],
     vocabulary_file: str | None,
     num_shots: int,
@@ -74,5 +76,5 @@ def _task(
     )
 
 
-def _gsm8k_texts(dataset: tf.data.Dataset) -> tf.data.Dataset:
+def _gsm8k_texts(dataset: "tf.data.Dataset") -> "tf.data.Dataset":
     return dataset.map(lambda x: {"inputs": x["question"], "targets": x["answer"]})

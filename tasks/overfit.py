@@ -8,13 +8,10 @@ A model that cannot reproduce them to the last token has a bug.
 """
 
 import functools
-from collections.abc import Callable
-
-import seqio
-import tensorflow as tf
+from typing import Any
 
 from diffusion_t5x.evaluation import metrics
-from diffusion_t5x.tasks import preprocessors, quickstart
+from diffusion_t5x.tasks import preprocessors, quickstart, registration
 
 SENTENCES = (
     "Text can be written from left to right, one token after another.",
@@ -28,7 +25,7 @@ SENTENCES = (
 )
 
 
-OBJECTIVES: dict[str, Callable[..., tf.data.Dataset]] = {
+OBJECTIVES: dict[str, registration.Preprocessor] = {
     "prefix_lm": preprocessors.prefix_lm,
     "span_corruption": functools.partial(  # two spans or three in each of these short texts
         preprocessors.span_corruption, noise_density=0.3, mean_noise_span_length=2.0
@@ -36,24 +33,28 @@ OBJECTIVES: dict[str, Callable[..., tf.data.Dataset]] = {
 }
 
 
-def _examples(objective: Callable[..., tf.data.Dataset], split: str, shuffle_files: bool, seed: int | None = None):
+def _examples(objective: registration.Preprocessor, split: str, shuffle_files: bool, seed: int | None = None):
     """Returns the sentences, cut. A source, unlike a preprocessor, makes the same random choices in every epoch."""
+    import seqio
+    import tensorflow as tf
+
     del split, shuffle_files, seed
     sentences = tf.data.Dataset.from_tensor_slices({"targets": list(SENTENCES)})
-    tokens = seqio.preprocessors.tokenize(sentences, quickstart.FEATURES, copy_pretokenized=False)
+    tokens = seqio.preprocessors.tokenize(sentences, quickstart.features(), copy_pretokenized=False)
     with seqio.utils.map_seed_manager(0):
-        return objective(tokens, {"inputs": 28, "targets": 28}, quickstart.FEATURES)
+        return objective(tokens, {"inputs": 28, "targets": 28}, quickstart.features())
 
 
-def _register() -> None:
-    for name, objective in OBJECTIVES.items():
-        seqio.TaskRegistry.add(
-            f"overfit_{name}",
-            source=seqio.FunctionDataSource(functools.partial(_examples, objective), ("train", "validation")),
-            preprocessors=[seqio.preprocessors.append_eos],
-            output_features=quickstart.FEATURES,
-            metric_fns=[metrics.exact_match],
-        )
+def _task(objective: registration.Preprocessor) -> dict[str, Any]:
+    import seqio
+
+    return {
+        "source": seqio.FunctionDataSource(functools.partial(_examples, objective), ("train", "validation")),
+        "preprocessors": [seqio.preprocessors.append_eos],
+        "output_features": quickstart.features(),
+        "metric_fns": [metrics.exact_match],
+    }
 
 
-_register()
+for _name, _objective in OBJECTIVES.items():
+    registration.add(f"overfit_{_name}", functools.partial(_task, _objective))

@@ -8,25 +8,31 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
 from diffusion_t5x.data.vocabularies import sentinels
 from diffusion_t5x.errors import UserError
+
+if TYPE_CHECKING:
+    import seqio
+    import tensorflow as tf
 
 SHUFFLE_BUFFER = 2_048  # chunks: some hundred documents' worth
 
 
 def tokenize(
-    dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature], copy_pretokenized: bool = True
-) -> tf.data.Dataset:
+    dataset: "tf.data.Dataset", output_features: Mapping[str, "seqio.Feature"], copy_pretokenized: bool = True
+) -> "tf.data.Dataset":
     """Tokenizes like SeqIO's `tokenize`, but reads ahead only as many examples as there are cores.
 
     SeqIO's own reads 256 examples ahead, which become part of every saved position; with long documents that is too
     many to reach the first batch.
     """
+    import seqio
+    import tensorflow as tf
+
     encode = functools.partial(
         seqio.preprocessors.tokenize_impl, output_features=output_features, copy_pretokenized=copy_pretokenized
     )
@@ -34,8 +40,8 @@ def tokenize(
 
 
 def full_lm(
-    dataset: tf.data.Dataset, sequence_length: Mapping[str, int], output_features: Mapping[str, seqio.Feature]
-) -> tf.data.Dataset:
+    dataset: "tf.data.Dataset", sequence_length: Mapping[str, int], output_features: Mapping[str, "seqio.Feature"]
+) -> "tf.data.Dataset":
     """Returns chunks of a document as targets; the inputs are empty except for the EOS that follows.
 
     With `{"inputs": 1, "targets": n}` either architecture reads it; a decoder-only model's row begins with that EOS.
@@ -50,8 +56,8 @@ def full_lm(
 
 
 def prefix_lm(
-    dataset: tf.data.Dataset, sequence_length: Mapping[str, int], output_features: Mapping[str, seqio.Feature]
-) -> tf.data.Dataset:
+    dataset: "tf.data.Dataset", sequence_length: Mapping[str, int], output_features: Mapping[str, "seqio.Feature"]
+) -> "tf.data.Dataset":
     """Returns chunks of a document, split at random: the first part (at least a token) as inputs, then targets.
 
     Like t5's `prefix_lm`, but a chunk leaves room for the EOS after either part: wherever it is cut, both parts fit.
@@ -73,12 +79,12 @@ def prefix_lm(
 
 
 def span_corruption(
-    dataset: tf.data.Dataset,
+    dataset: "tf.data.Dataset",
     sequence_length: Mapping[str, int],
-    output_features: Mapping[str, seqio.Feature],
+    output_features: Mapping[str, "seqio.Feature"],
     noise_density: float = 0.15,
     mean_noise_span_length: float = 3.0,
-) -> tf.data.Dataset:
+) -> "tf.data.Dataset":
     """Returns chunks with spans replaced by sentinels, and the spans after their sentinels (arXiv 1910.10683).
 
     Like t5's `span_corruption`, but documents are not joined: chunks are cut so that their inputs fill the inputs'
@@ -146,11 +152,11 @@ UL2_DENOISERS = (  # table 1 of the paper
 
 
 def ul2(
-    dataset: tf.data.Dataset,
+    dataset: "tf.data.Dataset",
     sequence_length: Mapping[str, int],
-    output_features: Mapping[str, seqio.Feature],
+    output_features: Mapping[str, "seqio.Feature"],
     denoisers: Sequence[Denoiser] = UL2_DENOISERS,
-) -> tf.data.Dataset:
+) -> "tf.data.Dataset":
     """Applies UL2's mixture of denoisers: each chunk of a document gets one of them, chosen uniformly.
 
     R hides short spans, X long or many ones, both behind sentinels; S hides the end, a share of the chunk that is drawn
@@ -159,6 +165,8 @@ def ul2(
     Raises:
       UserError: there are no sentinels, or the lengths have no room for two tokens.
     """
+    import seqio
+    import tensorflow as tf
     from t5.data import preprocessors
 
     vocabulary = output_features["targets"].vocabulary
@@ -173,7 +181,7 @@ def ul2(
     if longest < 2:
         raise UserError(f"UL2 needs longer inputs and targets than {dict(sequence_length)}.")
 
-    def denoised(denoiser: Denoiser, mode: list[int], tokens: tf.Tensor, seeds: tf.Tensor):
+    def denoised(denoiser: Denoiser, mode: list[int], tokens: "tf.Tensor", seeds: "tf.Tensor"):
         if denoiser.mean_span_length is None:
             # t5 calls the part that is given noise.
             given = preprocessors.random_prefix_noise_mask(tf.size(tokens), denoiser.noise_density, seeds)
@@ -197,12 +205,13 @@ def ul2(
     return denoise(preprocessors.split_tokens(dataset, max_tokens_per_segment=longest))
 
 
-def _spans_mask(length: tf.Tensor, denoiser: Denoiser, seeds: tf.Tensor) -> tf.Tensor:
+def _spans_mask(length: "tf.Tensor", denoiser: Denoiser, seeds: "tf.Tensor") -> "tf.Tensor":
     """Returns bool `[length]`: t5's random-spans mask, which ends in a span, rotated by a random number of tokens.
 
     So a single span may be anywhere, and the first token is never hidden: sentinels come before the spans they stand
     for.
     """
+    import tensorflow as tf
     from t5.data import preprocessors
 
     mask = preprocessors.random_spans_noise_mask(
@@ -230,8 +239,10 @@ def _longest_chunk(denoiser: Denoiser, room: tuple[int, int, int]) -> int:
     return sum(1 for _ in itertools.takewhile(fits, itertools.count(2))) + 1
 
 
-def _ending_in_sentinels(output_features: Mapping[str, seqio.Feature]) -> dict[str, seqio.Feature]:
+def _ending_in_sentinels(output_features: Mapping[str, "seqio.Feature"]) -> dict[str, "seqio.Feature"]:
     """Returns the features as t5's preprocessors need them: the last id of a vocabulary is its first sentinel."""
+    import seqio
+
     ending = {}
     for name, feature in output_features.items():
         if not (ids := sentinels(feature.vocabulary)):

@@ -3,13 +3,14 @@
 Paper 1 (arXiv 2401.17181) mixes 80 % multilingual web text with 20 % Python code: `gin/tasks/c4_code.gin`.
 """
 
-import functools
 from collections.abc import Sequence
-
-import seqio
-import tensorflow as tf
+from typing import TYPE_CHECKING
 
 from diffusion_t5x.tasks import registration, sources
+
+if TYPE_CHECKING:
+    import seqio
+    import tensorflow as tf
 
 
 def c4(
@@ -49,7 +50,12 @@ def mc4(
     Raises:
       UserError: there is no vocabulary file; on first reading, no data.
     """
-    rate = functools.partial(seqio.mixing_rate_num_examples, temperature=temperature)
+
+    def rate(task: "seqio.Task") -> float:
+        import seqio
+
+        return seqio.mixing_rate_num_examples(task, temperature=temperature)
+
     tasks = []
     for language in languages:
         splits = {"train": language, "validation": f"{language}-validation"}
@@ -64,5 +70,5 @@ def _documents(
     return registration.task(name, source, [_text], vocabulary_file, objective=objective)
 
 
-def _text(dataset: tf.data.Dataset) -> tf.data.Dataset:
+def _text(dataset: "tf.data.Dataset") -> "tf.data.Dataset":
     return dataset.map(lambda x: {"targets": x["text"]})

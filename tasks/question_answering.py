@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
-
-import tensorflow as tf
+from typing import TYPE_CHECKING, Any
 
 from diffusion_t5x.data import text_files
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import metrics
 from diffusion_t5x.tasks import registration, sources
+
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 TFDS_NAME = "squad/v1.1:3.0.0"
 
@@ -35,14 +36,13 @@ def squad(
     Raises:
       UserError: there is no vocabulary file; on first reading, no data, or a file in another format.
     """
-    from t5.data.postprocessors import qa
-
+    found: registration.Source
     if files is None:
         found, prepare = sources.PreparedTfds(TFDS_NAME, {"train": "train", "validation": "validation"}), []
     else:
         files = text_files.by_split(files, "SQUAD_FILES")
         list_files = lambda split: text_files.expand(files[split])  # noqa: E731
-        found = sources.records(lambda split: _read_all(files[split]), list(files), list_files)
+        found = sources.Records(lambda split: _read_all(files[split]), list(files), list_files)
         prepare = [_as_in_tfds]
     return registration.task(
         name,
@@ -51,21 +51,28 @@ def squad(
         vocabulary_file,
         num_shots=num_shots,
         metric_fns=[metrics.squad],
-        postprocess_fn=qa,
+        postprocess_fn=_answers,
         shuffle_buffer=10_000 if files is None else 1,  # TFDS keeps an article's questions together
     )
 
 
-def _as_in_tfds(dataset: tf.data.Dataset) -> tf.data.Dataset:
+def _as_in_tfds(dataset: "tf.data.Dataset") -> "tf.data.Dataset":
     return dataset.map(lambda x: x | {"answers": {"text": x["answers"]}})
 
 
-def _question_and_context(dataset: tf.data.Dataset) -> tf.data.Dataset:
+def _question_and_context(dataset: "tf.data.Dataset") -> "tf.data.Dataset":
     """Applies t5's preprocessor, without its second copy of the context."""
     from t5.data.preprocessors import squad as preprocess
 
     names = ("inputs", "targets", "id", "answers")
     return preprocess(dataset).map(lambda x: {name: x[name] for name in names})
+
+
+def _answers(answer: str, example: Mapping[str, Any] | None = None, is_target: bool = False) -> Any:
+    """t5's postprocessor."""
+    from t5.data.postprocessors import qa
+
+    return qa(answer, example, is_target)
 
 
 def read(file: str) -> list[dict[str, Any]]:

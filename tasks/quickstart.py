@@ -13,16 +13,15 @@ import io
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-import seqio
-import tensorflow as tf
+from typing import TYPE_CHECKING, Any
 
 from diffusion_t5x.data.sentencepiece_vocabulary import SentencePieceVocabulary
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import metrics
-from diffusion_t5x.tasks import cldr_pairs, preprocessors, sources, stdlib_corpus
+from diffusion_t5x.tasks import cldr_pairs, preprocessors, registration, sources, stdlib_corpus
+
+if TYPE_CHECKING:
+    import seqio
 
 PIECES = 1_947  # with 100 sentinels and MASK: 2,048 ids
 SENTINELS = 100
@@ -93,58 +92,64 @@ def _write_atomically(path: pathlib.Path, content: bytes) -> None:
 class QuickstartVocabulary(SentencePieceVocabulary):
     """The vocabulary at `vocabulary_file()`, found (or trained) when its first text is encoded."""
 
-    _sentencepiece_model_file: str
-
     def __init__(self):
-        super().__init__(sentencepiece_model_file="", extra_ids=SENTINELS)
+        super().__init__("", SENTINELS)
 
-    def _model_context(self):
-        if not self._sentencepiece_model_file:
-            self._sentencepiece_model_file = str(vocabulary_file())
-        return super()._model_context()
+    @functools.cached_property
+    def _model(self):
+        self.file = str(vocabulary_file())
+        return super()._model
+
+    def source(self):
+        self._model  # noqa: B018  (it has a file now)
+        return super().source()
 
 
 VOCABULARY = QuickstartVocabulary()
-FEATURES = {name: seqio.Feature(VOCABULARY, add_eos=True) for name in ("inputs", "targets")}
 
 
-def text_source(columns: Callable[[str], Mapping[str, Sequence[str]]], splits: Sequence[str]) -> seqio.DataSource:
-    """Returns texts in memory as a SeqIO source: `columns(split)` returns equally long lists, when first read."""
+@functools.cache
+def features() -> "dict[str, seqio.Feature]":
+    """SeqIO's features of the tasks."""
+    import seqio
 
-    def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-        table = {name: tf.constant(texts) for name, texts in columns(split).items()}
-        blocks = sources.index_blocks(len(next(iter(table.values()))), shuffle_files, seed)
-        return blocks.map(lambda indices: {name: tf.gather(texts, indices) for name, texts in table.items()}).unbatch()
-
-    return seqio.FunctionDataSource(dataset, splits=splits)
+    return {name: seqio.Feature(VOCABULARY, add_eos=True) for name in ("inputs", "targets")}
 
 
 def _register() -> None:
     for objective in (preprocessors.prefix_lm, preprocessors.span_corruption):
-        seqio.TaskRegistry.add(
-            f"quickstart_corpus_{objective.__name__}",
-            source=text_source(lambda split: {"targets": stdlib_corpus.documents(split)}, ("train", "validation")),
-            preprocessors=[
-                functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
-                objective,
-                seqio.preprocessors.append_eos,
-            ],
-            output_features=FEATURES,
-            shuffle_buffer_size=2_048,  # chunks: some 200 documents' worth
-        )
-    seqio.TaskRegistry.add(
-        "quickstart_pairs",
-        source=text_source(_pair_columns, ("train", "validation", "test")),
-        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
-        output_features=FEATURES,
-        metric_fns=[metrics.bleu, metrics.exact_match],
-        shuffle_buffer_size=1,  # the source shuffles
-    )
+        registration.add(f"quickstart_corpus_{objective.__name__}", functools.partial(_corpus, objective))
+    registration.add("quickstart_pairs", _pairs)
     for mixture, corpus in (
         ("quickstart_pretrain", "quickstart_corpus_prefix_lm"),
         ("quickstart_pretrain_span_corruption", "quickstart_corpus_span_corruption"),
     ):
-        seqio.MixtureRegistry.add(mixture, [(corpus, 0.8), ("quickstart_pairs", 0.2)])
+        registration.mixture(mixture, [(corpus, 0.8), ("quickstart_pairs", 0.2)])
+
+
+def _corpus(objective: registration.Preprocessor) -> dict[str, Any]:
+    import seqio
+
+    documents = sources.Columns(lambda split: {"targets": stdlib_corpus.documents(split)}, ("train", "validation"))
+    tokenize = functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False)
+    return {
+        "source": documents.in_seqio(),
+        "preprocessors": [tokenize, objective, seqio.preprocessors.append_eos],
+        "output_features": features(),
+        "shuffle_buffer_size": 2_048,  # chunks: some 200 documents' worth
+    }
+
+
+def _pairs() -> dict[str, Any]:
+    import seqio
+
+    return {
+        "source": sources.Columns(_pair_columns, ("train", "validation", "test")).in_seqio(),
+        "preprocessors": [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
+        "output_features": features(),
+        "metric_fns": [metrics.bleu, metrics.exact_match],
+        "shuffle_buffer_size": 1,  # the source shuffles
+    }
 
 
 def _pair_columns(split: str) -> dict[str, list[str]]:

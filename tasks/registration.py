@@ -2,23 +2,32 @@
 
 import functools
 import re
+import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-import seqio
-import tensorflow as tf
-
+from diffusion_t5x.data import libraries
 from diffusion_t5x.data.vocabulary_files import vocabulary
 from diffusion_t5x.errors import UserError, did_you_mean
 from diffusion_t5x.tasks import preprocessors as pretraining
 
+if TYPE_CHECKING:
+    import seqio
+
 MetricFn = Callable[[Sequence[Any], Sequence[str]], Mapping[str, float]]
-Preprocessor = Callable[..., tf.data.Dataset]
+Preprocessor = Callable[..., Any]  # the last returns a tf.data.Dataset
+
+
+class Source(libraries.Source, Protocol):
+    """A task's source of records."""
+
+    def in_seqio(self) -> "seqio.DataSource":
+        """SeqIO's source."""
 
 
 def task(
     name: str,
-    source: seqio.DataSource,
+    source: Source,
     preprocessors: Sequence[Preprocessor],
     vocabulary_file: str | None,
     *,
@@ -51,54 +60,65 @@ def task(
     """
     if not isinstance(num_shots, int) or num_shots < 0:
         raise UserError(f"NUM_SHOTS is a number of examples, 0 or more, not {num_shots!r}.")
-    if num_shots:
-        if not has_inputs or "train" not in source.splits:
-            raise UserError(f"{name} cannot have shots: they take inputs and targets of a split 'train'.")
-        source = _Shots(source, num_shots, preprocessors, preprocessors, eval_on_fixed_exemplars=True)
-        preprocessors = [functools.partial(seqio.experimental.fewshot_preprocessor, targets_prefix="\n")]
-    feature = seqio.Feature(vocabulary(vocabulary_file), add_eos=True)
-    if objective is None:
-        steps = [pretraining.tokenize, seqio.preprocessors.append_eos_after_trim]
-    else:
-        tokenize = functools.partial(pretraining.tokenize, copy_pretokenized=False)
-        steps = [tokenize, objective, seqio.preprocessors.append_eos]
-        shuffle_buffer = max(shuffle_buffer, pretraining.SHUFFLE_BUFFER)
-    return add(
-        name,
-        source=source,
-        preprocessors=[*preprocessors, *steps],
-        output_features={key: feature for key in ("inputs", "targets") if has_inputs or objective or key == "targets"},
-        metric_fns=list(metric_fns),
-        postprocess_fn=postprocess_fn,
-        shuffle_buffer_size=shuffle_buffer,
-    )
+    if num_shots and (not has_inputs or "train" not in source.splits):
+        raise UserError(f"{name} cannot have shots: they take inputs and targets of a split 'train'.")
+    known = vocabulary(vocabulary_file)
+
+    def make() -> dict[str, Any]:
+        import seqio
+
+        from diffusion_t5x.data.seqio_vocabularies import in_seqio
+        from diffusion_t5x.tasks.seqio_sources import Shots
+
+        found, prepare, buffer = source.in_seqio(), list(preprocessors), shuffle_buffer
+        if num_shots:
+            found = Shots(found, num_shots, prepare, prepare, eval_on_fixed_exemplars=True)
+            prepare = [functools.partial(seqio.experimental.fewshot_preprocessor, targets_prefix="\n")]
+        feature = seqio.Feature(in_seqio(known), add_eos=True)
+        if objective is None:
+            steps = [pretraining.tokenize, seqio.preprocessors.append_eos_after_trim]
+        else:
+            tokenize = functools.partial(pretraining.tokenize, copy_pretokenized=False)
+            steps = [tokenize, objective, seqio.preprocessors.append_eos]
+            buffer = max(shuffle_buffer, pretraining.SHUFFLE_BUFFER)
+        names = [key for key in ("inputs", "targets") if has_inputs or objective or key == "targets"]
+        return {
+            "source": found,
+            "preprocessors": [*prepare, *steps],
+            "output_features": dict.fromkeys(names, feature),
+            "metric_fns": list(metric_fns),
+            "postprocess_fn": postprocess_fn,
+            "shuffle_buffer_size": buffer,
+        }
+
+    add(name, make)
+    libraries.sources[name] = source
+    return name
 
 
-class _Shots(seqio.experimental.FewshotDataSource):
-    """SeqIO's source of examples with shots, each a different training example."""
+def add(name: str, make: Callable[[], Mapping[str, Any]]) -> str:
+    """Registers a task, replacing any task or mixture of that name, when SeqIO is needed, and returns the name.
 
-    def get_dataset(self, *args: Any, **kwargs: Any) -> tf.data.Dataset:
-        available = self._original_source.get_dataset("train", shuffle=False).cardinality().numpy()
-        if 0 <= available < self._num_shots:  # it is negative where SeqIO does not know it
-            raise UserError(
-                f"There are {available} training examples for {self._num_shots} shots: lower NUM_SHOTS, or give more."
-            )
-        return super().get_dataset(*args, **kwargs)
-
-
-def add(name: str, **task: Any) -> str:
-    """Calls `seqio.TaskRegistry.add`, replacing any task or mixture of that name, and returns the name.
+    Args:
+      name: the task's name.
+      make: returns the other arguments of `seqio.TaskRegistry.add`.
 
     Raises:
       UserError: SeqIO does not accept the name.
     """
     _check_name(name)
-    _remove(name)
-    seqio.TaskRegistry.add(name, **task)
+    libraries.sources.pop(name, None)
+
+    def register(seqio: types.ModuleType) -> None:
+        arguments = make()
+        _remove(seqio, name)
+        seqio.TaskRegistry.add(name, **arguments)
+
+    libraries.when_needed(register)
     return name
 
 
-def mixture(name: str, tasks: Sequence[tuple[str, float | Callable[[seqio.Task], float]]]) -> str:
+def mixture(name: str, tasks: Sequence[tuple[str, float | Callable[..., float]]]) -> str:
     """Registers a mixture of registered tasks or mixtures and returns its name.
 
     Args:
@@ -107,20 +127,27 @@ def mixture(name: str, tasks: Sequence[tuple[str, float | Callable[[seqio.Task],
         share of its rate over the sum of rates.
 
     Raises:
-      UserError: SeqIO does not accept the name, there are no tasks, a task is not registered, or a rate is not
-        positive.
+      UserError: SeqIO does not accept the name, there are no tasks, or a rate is not positive; when the mixture is
+        needed, a task is not registered.
     """
     _check_name(name)
-    known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()} - {name}
+    libraries.sources.pop(name, None)
     for part, rate in tasks:
-        if part not in known:
-            raise UserError(f"The mixture {name!r} names {part!r}, which is not registered.{did_you_mean(part, known)}")
         if not callable(rate) and rate <= 0:
             raise UserError(f"The rate of {part!r} in the mixture {name!r} must be positive, not {rate}.")
     if not tasks:
         raise UserError(f"The mixture {name!r} has no tasks.")
-    _remove(name)
-    seqio.MixtureRegistry.add(name, list(tasks))
+
+    def register(seqio: types.ModuleType) -> None:
+        known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()} - {name}
+        for part, _ in tasks:
+            if part not in known:
+                hint = did_you_mean(part, known)
+                raise UserError(f"The mixture {name!r} names {part!r}, which is not registered.{hint}")
+        _remove(seqio, name)
+        seqio.MixtureRegistry.add(name, list(tasks))
+
+    libraries.when_needed(register)
     return name
 
 
@@ -133,7 +160,7 @@ def _check_name(name: str) -> None:
         )
 
 
-def _remove(name: str) -> None:
+def _remove(seqio: types.ModuleType, name: str) -> None:
     for registry in (seqio.TaskRegistry, seqio.MixtureRegistry):
         if name in registry.names():
             registry.remove(name)

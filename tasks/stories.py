@@ -2,15 +2,17 @@
 
 import logging
 import re
-
-import seqio
-import tensorflow as tf
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from diffusion_t5x.data import text_files
 from diffusion_t5x.data.llama2c_vocabulary import Llama2cVocabulary
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import metrics
-from diffusion_t5x.tasks import readers, registration
+from diffusion_t5x.tasks import preprocessors, readers, registration
+
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +35,13 @@ def prompts(tokenizer_file: str, text_file: str) -> str:
     """
     lines = re.sub("\r\n?", "\n", text_files.text(text_file)).removesuffix("\n").split("\n")
 
-    def examples(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+    def examples(split: str, shuffle_files: bool, seed: int | None = None) -> "tf.data.Dataset":
+        import tensorflow as tf
+
         del split, shuffle_files, seed
         return tf.data.Dataset.from_tensor_slices({"inputs": lines, "targets": [""] * len(lines)})
 
-    return _register(TASK, examples, ("test",), tokenizer_file, [seqio.preprocessors.tokenize])
+    return _register(TASK, examples, ("test",), Llama2cVocabulary(tokenizer_file), preprocessors.tokenize)
 
 
 def continuations(
@@ -74,16 +78,16 @@ def continuations(
     rest = [text for text in rest if tuple(text[:prompt_tokens]) not in prompts_held]
     splits = {"test": held[:num_test], "validation": held[num_test:], "train": rest}
 
-    def examples(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+    def examples(split: str, shuffle_files: bool, seed: int | None = None) -> "tf.data.Dataset":
+        import tensorflow as tf
+
         del shuffle_files, seed
         return tf.data.Dataset.from_tensor_slices(tf.ragged.constant(splits[split], tf.int32))
 
-    def split_prompt(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    def split_prompt(dataset: "tf.data.Dataset") -> "tf.data.Dataset":
         return dataset.map(lambda text: {"inputs": text[:prompt_tokens], "targets": text[prompt_tokens:]})
 
-    return _register(
-        CONTINUATIONS, examples, tuple(splits), tokenizer_file, [split_prompt], metric_fns=[metrics.distinct_n]
-    )
+    return _register(CONTINUATIONS, examples, tuple(splits), vocabulary, split_prompt, metric_fns=[metrics.distinct_n])
 
 
 def _prediction(record: readers.Fields) -> str:
@@ -92,12 +96,23 @@ def _prediction(record: readers.Fields) -> str:
     return record["prediction"]
 
 
-def _register(name, examples, splits, tokenizer_file, preprocessors, **fields):
-    feature = seqio.Feature(Llama2cVocabulary(tokenizer_file), add_eos=False)
-    return registration.add(
-        name,
-        source=seqio.FunctionDataSource(examples, splits),
-        preprocessors=preprocessors,
-        output_features={"inputs": feature, "targets": feature},
-        **fields,
-    )
+def _register(
+    name: str,
+    examples: Callable[..., Any],
+    splits: tuple[str, ...],
+    vocabulary: Llama2cVocabulary,
+    preprocessor: registration.Preprocessor,
+    **fields: Any,
+) -> str:
+    def make() -> dict[str, Any]:
+        import seqio
+
+        feature = seqio.Feature(vocabulary, add_eos=False)
+        return {
+            "source": seqio.FunctionDataSource(examples, splits),
+            "preprocessors": [preprocessor],
+            "output_features": {"inputs": feature, "targets": feature},
+            **fields,
+        }
+
+    return registration.add(name, make)

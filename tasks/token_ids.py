@@ -2,31 +2,19 @@
 
 import dataclasses
 import functools
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
 from diffusion_t5x.data import text_files
+from diffusion_t5x.data.plain_vocabularies import TokenIdVocabulary
 from diffusion_t5x.tasks import readers, registration
+
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 TASK = "token_ids"
 FEATURES = ("inputs", "targets")
-
-
-class TokenIdVocabulary(seqio.PassThroughVocabulary):
-    """Ids without texts, with a pad id that need not be 0: in many vocabularies 0 is a piece of text."""
-
-    def __init__(self, size: int, eos_id: int, pad_id: int):
-        super().__init__(size, eos_id)
-        self._pad_id = pad_id
-
-    @property
-    def pad_id(self) -> int:
-        return self._pad_id
-
-    def __eq__(self, other: object) -> bool:
-        return super().__eq__(other) and self._pad_id == getattr(other, "_pad_id", None)
 
 
 def register(train_file: str, validation_file: str, vocab_size: int, eos_id: int, pad_id: int) -> str:
@@ -44,25 +32,33 @@ def register(train_file: str, validation_file: str, vocab_size: int, eos_id: int
     files = {"train": text_files.expand(train_file), "validation": text_files.expand(validation_file)}
 
     @functools.cache
-    def read(split: str) -> dict[str, tf.RaggedTensor]:
+    def read(split: str) -> dict[str, "tf.RaggedTensor"]:
         lines = readers.Jsonl().read(files[split])
         found = list(dataclasses.replace(lines, parse=lambda i: _example(lines.parse(i), vocab_size)))
         return {name: _ragged([example[name] for example in found]) for name in FEATURES}
 
-    def examples(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+    def examples(split: str, shuffle_files: bool, seed: int | None = None) -> "tf.data.Dataset":
+        import tensorflow as tf
+
         del shuffle_files, seed
         return tf.data.Dataset.from_tensor_slices(read(split))  # no generator: its position could not be saved
 
-    feature = seqio.Feature(TokenIdVocabulary(vocab_size, eos_id, pad_id), add_eos=False)
-    return registration.add(
-        TASK,
-        source=seqio.FunctionDataSource(examples, tuple(files)),
-        preprocessors=[],
-        output_features=dict.fromkeys(FEATURES, feature),
-    )
+    def make() -> dict[str, Any]:
+        import seqio
+
+        feature = seqio.Feature(TokenIdVocabulary(vocab_size, eos_id, pad_id), add_eos=False)
+        return {
+            "source": seqio.FunctionDataSource(examples, tuple(files)),
+            "preprocessors": [],
+            "output_features": dict.fromkeys(FEATURES, feature),
+        }
+
+    return registration.add(TASK, make)
 
 
-def _ragged(rows: list[list[int]]) -> tf.RaggedTensor:
+def _ragged(rows: list[list[int]]) -> "tf.RaggedTensor":
+    import tensorflow as tf
+
     values = np.array([token for row in rows for token in row], np.int32)
     return tf.RaggedTensor.from_row_lengths(values, np.array([len(row) for row in rows], np.int64))
 

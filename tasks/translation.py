@@ -4,9 +4,13 @@ Parallel text and TSV files need no module of their own: see `gin/tasks/local_pa
 """
 
 import functools
+from typing import TYPE_CHECKING
 
 from diffusion_t5x.evaluation import metrics
 from diffusion_t5x.tasks import registration, sources
+
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 
 def wmt14(
@@ -30,13 +34,18 @@ def wmt14(
     Raises:
       UserError: there is no vocabulary file; on first reading, no data.
     """
-    from t5.data.preprocessors import translate
-
     return registration.task(
         f"wmt14_{source_language}{target_language}",
         sources.PreparedTfds(tfds_name, {split: split for split in ("train", "validation", "test")}),
-        [functools.partial(translate, source_language=source_language, target_language=target_language)],
+        [functools.partial(_translate, source_language=source_language, target_language=target_language)],
         vocabulary_file,
         num_shots=num_shots,
         metric_fns=[metrics.bleu],
     )
+
+
+def _translate(dataset: "tf.data.Dataset", source_language: str, target_language: str) -> "tf.data.Dataset":
+    """t5's preprocessor."""
+    from t5.data.preprocessors import translate
+
+    return translate(dataset, source_language=source_language, target_language=target_language)

@@ -18,6 +18,8 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Programs that tests start compile anew, and leave nothing in the user's cache.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 

@@ -1,4 +1,4 @@
-"""`eval`, `infer` and the report as users run them, on what `train` left."""
+"""`eval`, `infer`, `generate` and the report as users run them, on what `train` left."""
 
 import json
 import re
@@ -8,7 +8,7 @@ import pytest
 from quickstart_runs import MODELS, TASK, TINY
 
 from diffusion_t5x import eval as evaluation
-from diffusion_t5x import infer
+from diffusion_t5x import generate, infer
 from diffusion_t5x.checkpointing import checkpoints
 from diffusion_t5x.command_line import config
 from diffusion_t5x.reporting.report import write_report
@@ -172,6 +172,13 @@ def test_infer_fills_holes_and_refuses_what_writes_from_left_to_right(finetuned,
         with pytest.raises(SystemExit):
             infer.main(more)
         assert expected in capsys.readouterr().err
+
+
+def test_generate_needs_nothing_but_a_quickstart_run_s_folder(finetuned, capsys):
+    generate.main(["--checkpoint", str(finetuned), "--prompt", "Saturday, May 23, 1981"])
+    shown = capsys.readouterr().err
+    assert "step 3, Sundae: " in shown and "SundaeDecoder(" in shown
+    assert "24 tokens after at most 24 of a prompt" in shown
 
 
 def test_likelihoods_of_a_set_and_of_each_example_are_the_same(finetuned, tmp_path, capsys):

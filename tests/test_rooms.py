@@ -14,7 +14,7 @@ PACKAGE = pathlib.Path(diffusion_t5x.__file__).parent
 VERBS = "train eval infer generate lm_eval cache_tasks inspect_data benchmark report checkpoints convert __main__"
 # Lowest first. Rooms on one floor do not import each other, but for the single files of the lowest.
 FLOORS = [
-    ("errors", "records", "json_lines", "terminal", "console", "progress", "task_modules", "moved"),
+    ("errors", "records", "json_lines", "terminal", "console", "progress", "task_modules", "moved", "user_cache"),
     ("partitioning", "data"),
     ("models",),
     ("objectives", "decoding"),
@@ -26,6 +26,7 @@ FLOORS = [
     ("reporting",),
     ("command_line",),
     tuple(VERBS.split()),
+    ("api_values",),
     ("api",),
     ("ar2diff",),
 ]
@@ -119,6 +120,12 @@ def test_every_function_fits_a_screen():
         name = path.relative_to(PACKAGE)
         long |= {f"{name}:{line}": size for line, size in sizes.items() if size > 80}
     assert long == {}
+
+
+def test_every_file_can_be_read_in_one_go():
+    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for _, path in modules()}
+    # seqio_source.py: the SeqIO data set, whose parts are moving out of it.
+    assert {name for name, number in lines.items() if number > 400} <= {"seqio_source.py"}
 
 
 def test_docstrings_say_what_a_thing_is_or_does():

@@ -115,8 +115,9 @@ def test_progress(monkeypatch):
         file.isatty = lambda is_terminal=is_terminal: is_terminal
         monkeypatch.setattr(sys, "stderr", file)
         with Progress(2, description="eval \x9b[task]\r") as progress:
-            progress.update(2)
+            progress.update(2, {"\x1b[2Jloss\r": 1.0})
         assert "eval <U+009B>[task]␍" in file.getvalue()
+        assert "␛[2Jloss␍ 1.0000" in file.getvalue()
 
 
 PROGRAM = """

@@ -17,7 +17,6 @@ from diffusion_t5x.ar2diff.recipe import Recipe
 from diffusion_t5x.ar2diff.scores import Scores
 from diffusion_t5x.checkpointing.checkpoints import OpenCheckpoint
 from diffusion_t5x.data import vocabulary_files
-from diffusion_t5x.data.seqio_source import libraries
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.performance.training_run import TrainingRun
 from diffusion_t5x.reporting.report import write_report
@@ -55,7 +54,6 @@ def _planned(command: Command, journal: Journal, begin: OpenCheckpoint) -> tuple
     arguments = begin.record.vocabulary_arguments(begin.model_dir)
     if arguments is None:
         raise UserError(f"{begin} does not record its vocabulary, so your text cannot be tokenized.")
-    libraries()
     data = look(command.kind, command.files, vocabulary_files.vocabulary(**arguments))
     recipe = Recipe(command, begin, arguments["file"], data)
     known = journal.done("plan")

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diffusion_t5x.data.batch import Architecture, Batch
+from diffusion_t5x.data.plain_vocabularies import TokenIdVocabulary
 from diffusion_t5x.data.rows import RowLayout, fill_batches
-from diffusion_t5x.data.seqio_source import libraries
 from diffusion_t5x.data.vocabularies import cells, signs, to_text
+from diffusion_t5x.data.vocabulary import own
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
 
 if TYPE_CHECKING:
-    import seqio
+    from diffusion_t5x.data.vocabulary import AnyVocabulary
 
 # Rows have room for this many tokens of a prompt, then for twice as many, and so on: few programs serve all prompts.
 _LEAST_ROOM = 64
@@ -33,14 +34,14 @@ class Prompts:
       architecture: the model's architecture.
     """
 
-    vocabulary: "seqio.Vocabulary"
+    vocabulary: "AnyVocabulary"
     adds_eos: bool
     max_inputs: int | None
     length: int
     architecture: Architecture
 
     def __post_init__(self) -> None:
-        if isinstance(self.vocabulary, libraries()[0].PassThroughVocabulary):
+        if isinstance(own(self.vocabulary), TokenIdVocabulary):
             raise UserError(
                 f"The model's vocabulary is a {type(self.vocabulary).__name__}, which has ids and no texts: a prompt "
                 "cannot be encoded with it. Use infer with a task of token ids."

@@ -20,8 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
+from etils import epath, epy
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
@@ -29,6 +28,9 @@ from diffusion_t5x.checkpointing import manifest, stored, streaming
 from diffusion_t5x.checkpointing.assignment import named_leaves
 from diffusion_t5x.checkpointing.record import Record
 from diffusion_t5x.errors import UserError
+
+with epy.lazy_imports():  # takes a while, and mistakes are answered without it
+    import orbax.checkpoint as ocp
 
 
 class Checkpoints:
@@ -68,7 +70,7 @@ class Checkpoints:
         self._notes = {"manifest": True} | ({"best": [best_metric, best_mode]} if keep_best else {})
         self._kept = _Kept(self.directory, keep_last, keep_best, best_metric, best_mode)
         options = ocp.CheckpointManagerOptions(
-            step_name_format=stored.NAMES,
+            step_name_format=stored.names(),
             temporary_path_class=stored.commit_class(self.directory),
             preservation_policy=self._kept,
             cleanup_tmp_directories=True,
@@ -234,12 +236,7 @@ class OpenCheckpoint:
     def metadata(self) -> dict[str, Any]:
         """The metadata given to `Checkpoints.save`."""
         self.verify("metadata", stored.EVALUATION)
-        try:
-            return stored.read_metadata(self.path, self._manifest)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self} cannot be read: its metadata, which describe the model, are missing or broken ({error})."
-            ) from error
+        return stored.read_metadata(self.path, self._manifest)
 
     @functools.cached_property
     def record(self) -> Record:

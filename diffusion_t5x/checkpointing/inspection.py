@@ -85,8 +85,11 @@ def listing(run: str) -> list[Listed]:
     newest = whole[-1:]
     best: list[Listed] = []
     for listed in whole:
-        metric, mode = manifest.notes(listed.path).get("custom_metadata", {}).get("best", (None, None))
-        value = listed.metrics.get(metric, np.nan)
+        match manifest.notes(listed.path).get("custom_metadata", {}).get("best"):
+            case [str(metric), mode]:
+                value = listed.metrics.get(metric, np.nan)
+            case _:
+                continue
         if not np.isnan(value):
             better = not best or (value > best[0].metrics[metric] if mode == "max" else value < best[0].metrics[metric])
             best = [listed] if better else best
@@ -144,17 +147,23 @@ def difference(first: str, second: str) -> Difference:
 
 
 def _listed(path: epath.Path) -> Listed:
-    sizes = manifest.files(path)
-    nanoseconds = manifest.notes(path).get("commit_timestamp_nsecs")
+    names = manifest.files(path)
     problems = stored.faults(path, checksums=False)
     return Listed(
         path=path,
         step=int(path.name.rpartition("_")[2]),
-        size=sum((path / name).stat().length for name in sizes),
-        written=datetime.datetime.fromtimestamp(nanoseconds / 1e9).astimezone() if nanoseconds else None,
+        size=sum((path / name).stat().length for name in names if manifest.is_file(path / name)),
+        written=_written(path),
         faults=problems,
         metrics={} if problems else stored.read_metadata(path).get("metrics", {}),
     )
+
+
+def _written(checkpoint: epath.Path) -> datetime.datetime | None:
+    try:
+        return datetime.datetime.fromtimestamp(manifest.notes(checkpoint)["commit_timestamp_nsecs"] / 1e9).astimezone()
+    except (KeyError, TypeError, ValueError, OverflowError, OSError):
+        return None
 
 
 def _array_difference(name: str, folders: tuple[epath.Path, epath.Path], kinds: list[dict]) -> ArrayDifference | None:

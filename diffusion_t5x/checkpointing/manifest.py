@@ -63,11 +63,17 @@ def holds(folder: epath.Path, name: str, found: tuple[Entries, str] | None = Non
 
 
 def files(folder: epath.Path) -> list[str]:
-    """Returns the names of all files below a folder, relative to it, sorted."""
+    """Returns the names of all files below a folder, relative to it, sorted. A link to a folder counts as a file."""
     found: list[str] = []
     for path in folder.iterdir():
-        found += [f"{path.name}/{name}" for name in files(path)] if path.is_dir() else [path.name]
+        is_folder = path.is_dir() and not os.path.islink(path)
+        found += [f"{path.name}/{name}" for name in files(path)] if is_folder else [path.name]
     return sorted(found)
+
+
+def is_file(path: epath.Path) -> bool:
+    """True for an ordinary file; to read a device or a pipe might not end."""
+    return path.exists() if "://" in os.fspath(path) else os.path.isfile(path)
 
 
 def has_manifest(checkpoint: epath.Path) -> bool:
@@ -78,9 +84,10 @@ def has_manifest(checkpoint: epath.Path) -> bool:
 def notes(checkpoint: epath.Path) -> dict:
     """Returns Orbax's notes about the commit of a checkpoint; {} if they cannot be read."""
     try:
-        return json.loads((checkpoint / NOTES).read_text())
-    except (OSError, ValueError):
+        found = json.loads((checkpoint / NOTES).read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
+    return found if isinstance(found, dict) and isinstance(found.get("custom_metadata", {}), dict) else {}
 
 
 def faults(
@@ -173,6 +180,8 @@ def _sha256(path: epath.Path) -> str:
 
 def _state(path: epath.Path, entry: dict, checksums: bool) -> int:
     try:
+        if not is_file(path):
+            return _MISSING
         if path.stat().length != entry["size"]:
             return _SIZE
         return _CHANGED if checksums and _sha256(path) != entry["sha256"] else _FINE

@@ -5,8 +5,9 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusion_t5x.checkpointing.record import CLASS
+from diffusion_t5x.checkpointing.record import CLASS, Record
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.config import ModelConfig
 
 # A checkpoint may be a stranger's: it may name settings of these packages, and nothing else unasked.
 _TRUSTED = ("diffusion_t5x.models", "diffusion_t5x.objectives", "diffusion_t5x.decoding")
@@ -39,6 +40,18 @@ def rebuild(described: Any, where: str, allow: Sequence[str] = ()) -> Any:
         raise UserError(
             f"{where} was written with other settings of {cls.__name__} than this version has: {error}."
         ) from error
+
+
+def model_config(record: Record, where: str) -> ModelConfig:
+    """Returns the dimensions of a record's model, with the default attention kernel of this machine.
+
+    Raises:
+      UserError: the record does not have them.
+    """
+    known = {field.name for field in dataclasses.fields(ModelConfig)} - {"attention_backend"}
+    if not record.model:
+        raise UserError(f"{where} does not say what model it is: it was written without its settings.")
+    return ModelConfig(**{key: rebuild(value, where) for key, value in record.model.items() if key in known})
 
 
 def _class(name: Any, where: str, trusted: Sequence[str]) -> type:

@@ -10,8 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
+from etils import epath, epy
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
@@ -19,9 +18,11 @@ from diffusion_t5x.checkpointing import manifest
 from diffusion_t5x.checkpointing.assignment import named_leaves
 from diffusion_t5x.errors import UserError
 
+with epy.lazy_imports():  # takes a while, and mistakes are answered without it
+    import orbax.checkpoint as ocp
+
 logger = logging.getLogger(__name__)
 
-NAMES = ocp.path.step.standard_name_format(step_prefix="checkpoint")
 EVALUATION = "evaluation.json"  # metrics of an evaluation that was finished after the checkpoint was
 _METADATA = "metadata/metadata"
 _ALWAYS_THERE = ("state/_METADATA", _METADATA)
@@ -32,10 +33,15 @@ class BrokenCheckpoint(UserError):
     """Raised if a file of a checkpoint differs from what was written."""
 
 
+def names() -> Any:
+    """Returns Orbax's naming of the folders of checkpoints."""
+    return ocp.path.step.standard_name_format(step_prefix="checkpoint")
+
+
 def find_all(folder: epath.Path) -> list[Any]:
     """Returns Orbax's `step` and `path` of each finished checkpoint in a folder, by ascending step."""
     with contextlib.suppress(OSError):
-        return sorted(NAMES.find_all(folder), key=lambda found: found.step) if folder.is_dir() else []
+        return sorted(names().find_all(folder), key=lambda found: found.step) if folder.is_dir() else []
     return []
 
 
@@ -89,10 +95,8 @@ def faults(
     None if they cannot be known, because the checkpoint is older than manifests.
     """
     has_manifest = manifest.has_manifest(checkpoint)
-    if has_manifest:
-        wrong = manifest.faults(checkpoint, items, checksums, found)
-    else:
-        wrong = [f"it has no {name}" for name in _ALWAYS_THERE if not (checkpoint / name).exists()]
+    wrong = manifest.faults(checkpoint, items, checksums, found) if has_manifest else []
+    wrong = wrong or [f"it has no {name}" for name in _ALWAYS_THERE if not manifest.is_file(checkpoint / name)]
     step = None if wrong else _raw_metadata(checkpoint).get("step")
     if step is not None and step != int(checkpoint.name.rpartition("_")[2]):
         wrong = [f"it is of step {step} and was renamed: call it checkpoint_{step} again"]
@@ -163,12 +167,33 @@ def leaves(checkpoint: epath.Path) -> dict[str, Any]:
 
 
 def read_metadata(checkpoint: epath.Path, found: tuple[manifest.Entries, str] | None = None) -> dict[str, Any]:
-    """Returns the metadata given to `Checkpoints.save`, with the metrics of an evaluation that finished later."""
-    metadata = _read(checkpoint / "metadata", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
-    if not manifest.holds(checkpoint, EVALUATION, found):
-        return metadata
-    evaluation = json.loads((checkpoint / EVALUATION).read_text())
-    return {name: value for name, value in metadata.items() if name != "evaluation_due"} | evaluation
+    """Returns the metadata given to `Checkpoints.save`, with the metrics of an evaluation that finished later.
+
+    Raises:
+      UserError: they are broken.
+    """
+    try:
+        metadata = _read(checkpoint / "metadata", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
+        if manifest.holds(checkpoint, EVALUATION, found):
+            evaluation = json.loads((checkpoint / EVALUATION).read_text())
+            metadata = {name: value for name, value in metadata.items() if name != "evaluation_due"} | evaluation
+        _check_metadata(metadata)
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(
+            f"{checkpoint} cannot be read: its metadata, which describe the model, are missing or broken ({error})."
+        ) from error
+    return metadata
+
+
+def _check_metadata(metadata: Mapping[str, Any]) -> None:
+    """Raises a ValueError for metadata of another form: the checkpoint may be anyone's."""
+    metrics = metadata.get("metrics", {})
+    if not isinstance(metadata.get("config", ""), str):
+        raise ValueError("`config` is no text")
+    if not isinstance(metrics, dict) or not all(isinstance(value, float | int) for value in metrics.values()):
+        raise ValueError("`metrics` are no numbers")
+    for value in metrics.values():
+        float(value)  # OverflowError: an integer that is too large
 
 
 def write_evaluation(checkpoint: epath.Path, metrics: Mapping[str, float]) -> None:
@@ -198,7 +223,7 @@ def read_arrays(checkpoint: epath.Path, targets: Mapping[str, Any], sources: dic
 def _raw_metadata(checkpoint: epath.Path) -> dict[str, Any]:
     try:
         metadata = json.loads((checkpoint / _METADATA).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return metadata if isinstance(metadata, dict) else {}
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-import tensorstore
+from etils import epy
+
+with epy.lazy_imports():  # takes a while, and mistakes are answered without it
+    import orbax.checkpoint as ocp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,34 +41,39 @@ class Streamed:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=self.axis)
 
 
-class _Handler(ocp.type_handlers.NumpyHandler):
-    """Saves like a numpy array, with the pieces as chunks."""
+def _handler() -> Any:
+    import tensorstore
 
-    def __init__(self):
-        super().__init__(deepcopy_host_arrays=False)
+    class Handler(ocp.type_handlers.NumpyHandler):
+        """Saves as a numpy array is saved, in chunks that are the pieces."""
 
-    async def _background_serialize(self, *args: Any) -> None:
-        self._one_at_a_time = asyncio.Lock()  # of this save's event loop
-        await super()._background_serialize(*args)
+        def __init__(self):
+            super().__init__(deepcopy_host_arrays=False)
 
-    async def _open_and_write(self, value: Streamed, tspec: dict[str, Any], ts_context: tensorstore.Context) -> None:
-        chunk = list(value.shape)
-        chunk[value.axis] = value.step
-        tspec["metadata"]["chunks"] = chunk
-        async with self._one_at_a_time:
-            store = await tensorstore.open(tensorstore.Spec(tspec), create=True, open=True, context=ts_context)
-            for start in range(0, value.shape[value.axis], value.step):
-                stop = min(start + value.step, value.shape[value.axis])
-                where = (slice(None),) * value.axis + (slice(start, stop),)
-                await store[where].write(value.read(start, stop), can_reference_source_data_indefinitely=True)
+        async def _background_serialize(self, *args: Any) -> None:
+            self._one_at_a_time = asyncio.Lock()  # of this save's event loop
+            await super()._background_serialize(*args)
+
+        async def _open_and_write(self, value: Streamed, tspec: dict[str, Any], ts_context: Any) -> None:
+            chunk = list(value.shape)
+            chunk[value.axis] = value.step
+            tspec["metadata"]["chunks"] = chunk
+            async with self._one_at_a_time:
+                store = await tensorstore.open(tensorstore.Spec(tspec), create=True, open=True, context=ts_context)
+                for start in range(0, value.shape[value.axis], value.step):
+                    stop = min(start + value.step, value.shape[value.axis])
+                    where = (slice(None),) * value.axis + (slice(start, stop),)
+                    await store[where].write(value.read(start, stop), can_reference_source_data_indefinitely=True)
+
+    return Handler()
 
 
-def handlers() -> ocp.handlers.CheckpointHandlerRegistry:
+def handlers() -> "ocp.handlers.CheckpointHandlerRegistry":
     """Returns the handlers with which a checkpoint manager saves `Streamed` leaves in its item "state"."""
     kinds = (
         (jax.Array, ocp.type_handlers.ArrayHandler()),
         (np.ndarray, ocp.type_handlers.NumpyHandler()),
-        (Streamed, _Handler()),
+        (Streamed, _handler()),
     )
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=ocp.type_handlers.create_type_handler_registry(*kinds))

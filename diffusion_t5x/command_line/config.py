@@ -31,7 +31,7 @@ import gin
 from gin import config as gin_config  # gin offers no public way to list what is registered and what is bound
 from gin import config_parser
 
-from diffusion_t5x import terminal
+from diffusion_t5x import terminal, user_cache
 from diffusion_t5x.command_line import gin_checks, gin_guard, gin_messages, gin_reading, processes
 from diffusion_t5x.command_line.flags import parse_flags
 from diffusion_t5x.command_line.gin_messages import explained_errors
@@ -80,6 +80,7 @@ def program() -> Iterator[None]:
 @contextlib.contextmanager
 def _ended_by_errors() -> Iterator[None]:
     _quiet_start()
+    user_cache.keep_compiled()
     processes.in_32_bits()
     try:
         yield

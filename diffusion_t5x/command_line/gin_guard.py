@@ -20,6 +20,7 @@ _SETTINGS: tuple[str, ...] = (
 )
 _SETTINGS += ("diffusion_t5x.evaluation.metrics", "diffusion_t5x.evaluation.evaluator", "optax")
 _SETTINGS += ("diffusion_t5x.data.vocabulary_files",)
+_VOCABULARIES = ("seqio.vocabularies.Vocabulary", "diffusion_t5x.data.vocabulary.Vocabulary")
 # And of these, where a user wrote it.
 _OF_OTHERS: tuple[str, ...] = (
     "seqio.preprocessors",
@@ -84,8 +85,8 @@ def check_buckets(reached: Collection[tuple[str, str]]) -> None:
                     if "://" in text and not place.is_vouched:
                         what = outer if selector == "gin.macro" else f"{selector}.{name}"
                         raise UserError(
-                            f"{place}: {what} names {text!r}, and what comes with a checkpoint is not read from "
-                            f"addresses unasked. If you trust it, set it yourself: --gin.{what}=..."
+                            f"{place}: {what} names {text!r}, but settings from a checkpoint must not name remote "
+                            f"addresses. If you trust it, set it yourself: --gin.{what}=..."
                         )
 
 
@@ -93,9 +94,7 @@ def _check_target(target: Any, functions: Sequence[str], place: gin_reading.Plac
     if target in (gin_config.macro, gin_config._retrieve_constant, gin_config.singleton):
         return
     bases = {f"{base.__module__}.{base.__name__}" for base in getattr(target, "__mro__", ())}
-    stands_for_itself = isinstance(target, type) and (
-        dataclasses.is_dataclass(target) or "seqio.vocabularies.Vocabulary" in bases
-    )
+    stands_for_itself = isinstance(target, type) and (dataclasses.is_dataclass(target) or bases & set(_VOCABULARIES))
     is_private = any(part.startswith("_") for part in target.__qualname__.split("."))
     if not stands_for_itself and (is_private or not _is_in(target.__module__, functions)):
         raise PermissionError(

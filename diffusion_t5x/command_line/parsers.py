@@ -41,9 +41,12 @@ def add_checkpoints(parser: Parser) -> None:
     add.add_argument("second", metavar="B")
 
 
+FORMS = ("auto", "causal", "diffusion", "sdar", "a2d-qwen3", "a2d-qwen2", "a2d-llama", "Dream", "llada")
+
+
 def add_convert(parser: Parser) -> None:
-    """Adds the subcommands: `source` is "from_hf", "from_gguf", "to_hf", "from_t5x" or "from_llama2c"."""
-    names = "{from_hf,from_gguf,to_hf,from_t5x,from_llama2c}"
+    """Adds the subcommands: `source` is "from_hf", "from_gguf", "to_hf", "push", "from_t5x" or "from_llama2c"."""
+    names = "{from_hf,from_gguf,to_hf,push,from_t5x,from_llama2c}"
     sources = parser.add_subparsers(required=True, dest="source", metavar=names)
     from_hf = sources.add_parser("from_hf", help="a model in Hugging Face's format")
     where = "a local folder; or ORG/NAME[@REVISION], a model of the hub, which is downloaded once"
@@ -62,9 +65,18 @@ def add_convert(parser: Parser) -> None:
     from_hf.add_argument("--mask_id", type=int, metavar="ID", help=mask)
     blocks = "of a model of block diffusion, if config.json does not say it"
     from_hf.add_argument("--block_size", type=int, metavar="TOKENS", help=blocks)
-    to_hf = sources.add_parser("to_hf", help="export a model to the format it was imported from")
+    to_hf = sources.add_parser("to_hf", help="export a model, as what it is now or was imported from")
     to_hf.add_argument("checkpoint", metavar="CHECKPOINT")
     to_hf.add_argument("--like", metavar="DIR", help="what from_hf wrote, if CHECKPOINT is not in it")
+    forms = "auto: what the model is (default); causal: the autoregressive model; or sdar, a2d-qwen3, a2d-qwen2, "
+    forms += "a2d-llama, Dream, llada; diffusion: the autoregressive layout with MASK and the settings of diffusion"
+    to_hf.add_argument("--as", default="auto", dest="form", choices=FORMS, metavar="FORMAT", help=forms)
+    dtypes = "of all tensors: F32, BF16 or F16 (default: those that they came with)"
+    to_hf.add_argument("--dtype", choices=("F32", "BF16", "F16"), metavar="DTYPE", help=dtypes)
+    push = sources.add_parser("push", help="upload what to_hf wrote to Hugging Face's hub")
+    push.add_argument("folder", metavar="DIR", help="a folder that to_hf wrote")
+    push.add_argument("name", metavar="ORG/NAME", help="the model on the hub; it is made if there is none")
+    push.add_argument("--public", action="store_true", help="everybody sees a model that is made now")
     from_t5x = sources.add_parser("from_t5x", help="a T5 1.1 checkpoint of T5X in its own format (before Orbax)")
     add = from_t5x.add_argument
     add("path", metavar="FOLDER")

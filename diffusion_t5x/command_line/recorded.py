@@ -64,8 +64,9 @@ def checkpoint_texts(
 def gin_text(checkpoint: OpenCheckpoint, with_task: bool = True) -> str:
     """Returns gin text that binds a checkpoint's record to the macros that the files of runs/ use.
 
-    These are MODEL, ARCHITECTURE, OBJECTIVE, DECODER, BLOCK_SIZE, BLOCKS_FROM, CANVAS, TASK_FEATURE_LENGTHS,
-    MIXTURE_OR_TASK_NAME, CONTEXT_EOS, VOCABULARY, VOCABULARY_FILE and VOCABULARY_SIZE. What is not known is not bound.
+    These are MODEL, ARCHITECTURE, READS_START, OBJECTIVE, DECODER, BLOCK_SIZE, BLOCKS_FROM, CANVAS,
+    TASK_FEATURE_LENGTHS, MIXTURE_OR_TASK_NAME, CONTEXT_EOS, VOCABULARY, VOCABULARY_FILE and VOCABULARY_SIZE. What is
+    not known is not bound.
 
     Args:
       checkpoint: its metadata is read.
@@ -82,6 +83,8 @@ def gin_text(checkpoint: OpenCheckpoint, with_task: bool = True) -> str:
         model = {name: value for name, value in record.model.items() if name in known}
         text.bind("ARCHITECTURE", model.get("architecture", "decoder_only"))
         model["architecture"] = {"%": "ARCHITECTURE"}
+        text.bind("READS_START", model.get("reads_start", True))
+        model["reads_start"] = {"%": "READS_START"}
         text.bind("MODEL", {CLASS: f"{ModelConfig.__module__}.{ModelConfig.__qualname__}"} | model)
     blocks = next((mode for mode in record.modes if mode.block_size), None)
     if blocks:

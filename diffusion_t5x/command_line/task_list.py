@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator
 
 from diffusion_t5x.command_line import config, gin_macros, help_pages
-from diffusion_t5x.data.seqio_source import libraries
+from diffusion_t5x.data.libraries import libraries
 from diffusion_t5x.errors import UserError
 
 _TASKS = "diffusion_t5x.tasks."

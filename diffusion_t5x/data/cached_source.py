@@ -7,8 +7,8 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import grain
 import numpy as np
+from etils import epy
 
 from diffusion_t5x.data import cache, fingerprints
 from diffusion_t5x.data.batch import Architecture, Batch
@@ -18,8 +18,10 @@ from diffusion_t5x.data.rows import RowLayout, check_rows, check_source, fill_ba
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 
+with epy.lazy_imports():  # takes a while, and mistakes are answered without it
+    import grain
+
 _OPEN_ROWS = 64  # that first-fit packing fills at the same time; at most so many are packed again after a resumption
-_READ_OPTIONS = grain.ReadOptions(num_threads=8, prefetch_buffer_size=16)  # Grain looks at the whole buffer each time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +115,7 @@ class CachedDataset:
         sequences = examples.map(lambda record: layout.sequences(cache.from_record(record)))
         if self.pack:
             rows = grain.experimental.FirstFitPackIterDataset(
-                sequences.to_iter_dataset(_READ_OPTIONS),
+                sequences.to_iter_dataset(_read_options()),
                 length_struct=layout.lengths,
                 padding_struct=layout.fillers,
                 num_packing_bins=_OPEN_ROWS,
@@ -121,7 +123,7 @@ class CachedDataset:
             )
             batches = rows.map(layout.packed_row).batch(len(example_ids))
         else:
-            batches = sequences.map(layout.row).batch(len(example_ids)).to_iter_dataset(_READ_OPTIONS)
+            batches = sequences.map(layout.row).batch(len(example_ids)).to_iter_dataset(_read_options())
         ordered = dataclasses.replace(self, task_feature_lengths=dict(sorted(self.task_feature_lengths.items())))
         contents = ", ".join(shard.sha256[:16] for task, _ in self._tasks() for shard in task.shards)
         source = f"{ordered} with contents {contents}, shard {shard_index} of {num_shards}"
@@ -153,7 +155,7 @@ class CachedDataset:
         self.check()
         pad_id = self.token_ids().pad_id
         layout = self._layout(pad_id)
-        records = itertools.islice(self._mix(endless=False).to_iter_dataset(_READ_OPTIONS), num_examples)
+        records = itertools.islice(self._mix(endless=False).to_iter_dataset(_read_options()), num_examples)
         rows = ((layout.row(layout.sequences(cache.from_record(record))), None) for record in records)
         return (
             (batch, [{"example_id": i} for i in batch.example_ids[: len(group)].tolist()])
@@ -166,7 +168,7 @@ class CachedDataset:
     def _layout(self, pad_id: int) -> RowLayout:
         return RowLayout(self.task_feature_lengths, self.architecture, self.canvas, pad_id)
 
-    def _open(self, task: CachedTask) -> grain.sources.ArrayRecordDataSource:
+    def _open(self, task: CachedTask) -> "grain.sources.ArrayRecordDataSource":
         """Returns the records of a task.
 
         Raises:
@@ -190,7 +192,7 @@ class CachedDataset:
             raise UserError(f"{task.name}/{task.split} has no examples: take another split or task.")
         return source
 
-    def _mix(self, endless: bool) -> grain.MapDataset:
+    def _mix(self, endless: bool) -> "grain.MapDataset":
         """Returns the records in their global order; `endless` for training."""
         parts, rates = [], []
         for number, (task, rate) in enumerate(self._tasks()):
@@ -203,6 +205,10 @@ class CachedDataset:
         return grain.MapDataset.mix(parts, rates) if len(parts) > 1 else parts[0]
 
 
+def _read_options() -> "grain.ReadOptions":
+    return grain.ReadOptions(num_threads=8, prefetch_buffer_size=16)  # Grain looks at the whole buffer each time
+
+
 class CachedIterator:
     """Endless batches, and the exact position among them.
 
@@ -213,7 +219,7 @@ class CachedIterator:
       files: fingerprint of the files that are read.
     """
 
-    def __init__(self, dataset: grain.IterDataset, example_ids: np.ndarray, source: str, files: Fingerprint):
+    def __init__(self, dataset: "grain.IterDataset", example_ids: np.ndarray, source: str, files: Fingerprint):
         self._iterator = iter(dataset)
         self._example_ids = example_ids
         self._source = np.frombuffer(source.encode(), np.uint8)

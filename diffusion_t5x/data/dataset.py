@@ -38,7 +38,7 @@ class Dataset(Protocol):
     def pack(self) -> bool: ...
 
     def check(self) -> None:
-        """Raises a UserError if settings do not fit the data; reads no examples."""
+        """Raises a UserError if settings do not fit the data, or files that Python reads are broken."""
 
     def token_ids(self) -> TokenIds: ...
 

@@ -66,8 +66,8 @@ def warn_of_changes(kept: np.ndarray | None, now: Fingerprint) -> None:
     if found:
         more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         logger.warning(
-            "the training data have changed since the checkpoint: %s%s. Training goes on at the same position in what "
-            "is there now: examples may be read twice or not at all",
+            "the training data have changed since the checkpoint: %s%s. Training continues at the same position in "
+            "the new data, so examples may be read twice or not at all",
             "; ".join(found[:_SHOWN]),
             more,
         )

@@ -1,4 +1,4 @@
-"""Hugging Face's tokenizers (a `tokenizer.json`) as a vocabulary. Imports SeqIO: import it inside functions."""
+"""Hugging Face's tokenizers (a `tokenizer.json`) as a vocabulary."""
 
 import functools
 import json
@@ -11,13 +11,13 @@ import numpy as np
 import tokenizers
 
 from diffusion_t5x.data import qwen2_tokenizer, tokenizer_files
-from diffusion_t5x.data.python_vocabulary import PythonVocabulary
+from diffusion_t5x.data.vocabulary import Vocabulary
 from diffusion_t5x.errors import UserError
 
 _ROLES = ("bos", "eos", "pad", "unk", "mask")
 
 
-class HuggingFaceVocabulary(PythonVocabulary):
+class HuggingFaceVocabulary(Vocabulary):
     """Encodes and decodes with the `tokenizers` library, without the special tokens it adds around a text.
 
     What ends a text, begins one and pads is named by the files beside the tokenizer, with the precedence that they have
@@ -34,10 +34,12 @@ class HuggingFaceVocabulary(PythonVocabulary):
       UserError: it cannot be read or has another format, or nothing beside it names a token that ends a text.
     """
 
+    contents = b""
+
     def __init__(self, path: str, mask_id: int | None = None):
-        super().__init__()
         self.file = path
         file = pathlib.Path(path).expanduser()
+        self._folder = file.parent
         text = qwen2_tokenizer.text(file) if file.name == qwen2_tokenizer.MERGES else tokenizer_files.read_text(file)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
@@ -47,8 +49,8 @@ class HuggingFaceVocabulary(PythonVocabulary):
         self._tokenizer.no_padding()
         self._text = self._tokenizer.to_str() if _add_tokens(self._tokenizer, file) else text
         ids = self._tokenizer.get_vocab().values()
-        files = [file, file.parent / tokenizer_files.CONFIG, file.parent / tokenizer_files.ADDED]
-        tokenizer_files.check_room(ids, files, file)
+        beside = (tokenizer_files.CONFIG, tokenizer_files.ADDED, qwen2_tokenizer.VOCAB)
+        tokenizer_files.check_room(ids, [file, *(file.parent / name for name in beside)], file)
         self._size = 1 + max(ids)
         self._ids = _special_ids(file.parent, self._tokenizer)
         self._ids["mask"] = self._ids["mask"] if mask_id is None else mask_id
@@ -76,6 +78,14 @@ class HuggingFaceVocabulary(PythonVocabulary):
     def pad_id(self) -> int:
         return self._pad_id
 
+    @functools.cached_property
+    def adds_bos(self) -> bool:
+        """True if the tokenizer puts BOS before a text: as `add_bos_token` beside it says, else as it does itself."""
+        said = tokenizer_files.read(self._folder / tokenizer_files.CONFIG)
+        if isinstance(adds := said.get("add_bos_token"), bool):
+            return adds and self.bos_id is not None
+        return self._tokenizer.encode("").ids[:1] == [self.bos_id]
+
     @property
     def mask_id(self) -> int | None:
         return self._ids.get("mask")
@@ -85,12 +95,12 @@ class HuggingFaceVocabulary(PythonVocabulary):
         return self._ids["unk"]
 
     @property
-    def _base_vocab_size(self) -> int:
+    def vocab_size(self) -> int:
         return self._size
 
     @functools.cached_property
     def puts_space(self) -> bool:
-        return self._encode("a") != self.encode_part("a", begins=False)
+        return self.encode("a") != self.encode_part("a", begins=False)
 
     def special_tokens(self) -> list[str]:
         """Tokens that the library treats as special anywhere in a text, and those that begin, end and pad a text."""

@@ -1,7 +1,4 @@
-"""Ids as text, for a model without a tokenizer: a vocabulary that its config.json describes.
-
-Imports SeqIO: import it inside functions.
-"""
+"""Ids as text, for a model without a tokenizer: a vocabulary that its config.json describes."""
 
 import pathlib
 from collections.abc import Sequence
@@ -10,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from diffusion_t5x.data import tokenizer_files
-from diffusion_t5x.data.python_vocabulary import PythonVocabulary
+from diffusion_t5x.data.vocabulary import Vocabulary
 from diffusion_t5x.errors import UserError
 
 CONFIG = "config.json"
 
 
-class IdVocabulary(PythonVocabulary):
+class IdVocabulary(Vocabulary):
     """Texts are ids in decimal, separated by spaces: "17 3 250".
 
     Args:
@@ -28,8 +25,9 @@ class IdVocabulary(PythonVocabulary):
       UserError: it cannot be read, or does not name these.
     """
 
+    contents = b""
+
     def __init__(self, path: str, mask_id: int | None = None):
-        super().__init__()
         self.file = path
         said = tokenizer_files.read(pathlib.Path(path).expanduser())
         size, eos_id = said.get("embedding_size") or said.get("vocab_size"), _first(said.get("eos_token_id"))
@@ -65,7 +63,7 @@ class IdVocabulary(PythonVocabulary):
         return self._mask_id
 
     @property
-    def _base_vocab_size(self) -> int:
+    def vocab_size(self) -> int:
         return self._size
 
     @property

@@ -1,4 +1,4 @@
-"""The vocabulary in llama2.c's tokenizer files. Imports SeqIO: import it inside functions.
+"""The vocabulary in llama2.c's tokenizer files.
 
 A file has an int32 (the longest piece's bytes), then for each id a float32 score, an int32 length and the piece; all
 little endian. Ids 0, 1 and 2 are unknown, BOS and EOS, 3 to 258 the bytes `<0x00>` to `<0xFF>`, the others pieces of
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from diffusion_t5x.data.python_vocabulary import PythonVocabulary
+from diffusion_t5x.data.vocabulary import Vocabulary
 from diffusion_t5x.errors import UserError
 
 _FIRST_BYTE, _FIRST_PIECE = 3, 259
@@ -22,7 +22,7 @@ _FIRST_BYTE, _FIRST_PIECE = 3, 259
 _CHARACTER = re.compile(rb".[\x80-\xbf]{0,3}", re.DOTALL)
 
 
-class Llama2cVocabulary(PythonVocabulary):
+class Llama2cVocabulary(Vocabulary):
     """Encodes and decodes like llama2.c's run.c, without BOS: autoregressive models read BOS as their start token.
 
     The unknown token is never written, because all text falls back to bytes; its id 0 is pad here. llama2.c's models
@@ -37,10 +37,10 @@ class Llama2cVocabulary(PythonVocabulary):
       UserError: it cannot be read or has another format.
     """
 
+    contents = b""
     puts_space = True
 
     def __init__(self, path: str):
-        super().__init__()
         self.file = path
         try:
             self.contents = pathlib.Path(path).expanduser().read_bytes()
@@ -68,7 +68,7 @@ class Llama2cVocabulary(PythonVocabulary):
         return 0
 
     @property
-    def _base_vocab_size(self) -> int:
+    def vocab_size(self) -> int:
         return len(self._pieces)
 
     def is_text(self) -> np.ndarray:

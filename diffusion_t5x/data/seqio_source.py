@@ -1,13 +1,9 @@
 """Interface to SeqIO: tasks and mixtures by name, as batches of numpy arrays. TensorFlow is imported on first use."""
 
-import contextlib
 import dataclasses
 import difflib
-import functools
 import os
-import sys
-import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,10 +11,11 @@ import numpy as np
 from diffusion_t5x.data import fingerprints, scoring
 from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.fingerprints import Fingerprint
+from diffusion_t5x.data.libraries import libraries, sources
 from diffusion_t5x.data.rows import check_rows, fill_batches, rows_of_shard
-from diffusion_t5x.data.silence import silent_stderr
 from diffusion_t5x.data.truncation import CutCounter
 from diffusion_t5x.data.vocabularies import TokenIds, cells, difference, piece, signs, source_of, to_text, token_ids
+from diffusion_t5x.data.vocabulary import own
 from diffusion_t5x.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,8 +26,6 @@ if TYPE_CHECKING:
     from diffusion_t5x.data.train_iterator import TrainIterator
 
 FEATURES = ("inputs", "targets")
-# TensorFlow imports Keras, which nothing here uses, and Keras these where they are there: a third of the time.
-_OF_KERAS = ("matplotlib", "pandas", "sklearn")
 
 
 def _without_autotuning() -> "tf.data.Options":
@@ -38,32 +33,6 @@ def _without_autotuning() -> "tf.data.Options":
     options = libraries()[1].data.Options()
     options.autotune.enabled = False
     return options
-
-
-@functools.cache
-def libraries() -> tuple[types.ModuleType, types.ModuleType]:
-    """Returns SeqIO and TensorFlow, silenced and kept off the accelerators, which belong to JAX."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    with silent_stderr(), _without(*_OF_KERAS):
-        import seqio
-        import tensorflow as tf
-
-        with contextlib.suppress(RuntimeError):  # the caller has set TensorFlow up already
-            tf.config.set_visible_devices([], "GPU")
-    return seqio, tf
-
-
-@contextlib.contextmanager
-def _without(*modules: str) -> Iterator[None]:
-    """Context in which imports behave as if these modules, unless already imported, were not installed."""
-    hidden = [name for name in modules if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None is how Python marks them
-    try:
-        yield
-    finally:
-        for name in hidden:
-            del sys.modules[name]
 
 
 def _plain(value: Any) -> Any:
@@ -117,13 +86,27 @@ class SeqioDataset:
         return sum(lengths) if self.architecture == "decoder_only" else max(lengths)
 
     def check(self) -> None:
-        """Checks everything that can be checked without reading data.
+        """Checks all but the data, and the data too where they are files that Python reads.
 
         Raises:
           UserError: unknown task, split or feature; lengths or batch size that are missing or not positive; packing
             together with a canvas; inputs and targets with different vocabularies; a missing cache.
         """
-        provider = self._provider_with_split()
+        self.check_files()
+        self._provider_with_split()
+        self.check_task()
+
+    def check_files(self) -> None:
+        """Checks what `check` does as far as SeqIO need not be imported, which takes seconds."""
+        check_rows(self.task_feature_lengths, self.batch_size, self.pack, self.canvas)
+        if source := sources.get(self.name):
+            self._check_split(source.splits)
+            source.check(self.split)
+
+    def check_task(self) -> None:
+        """Checks as `check` does, but the task may lack the split, and no data are read."""
+        check_rows(self.task_feature_lengths, self.batch_size, self.pack, self.canvas)
+        provider = self._provider()
         where = f"{self.mixture_or_task_name!r}"
         wanted = [name for name in FEATURES if name in provider.output_features]
         if "targets" not in wanted:
@@ -135,9 +118,8 @@ class SeqioDataset:
             )
         if self.architecture == "encoder_decoder" and "inputs" not in wanted:
             raise UserError(f"{where} has no inputs for the encoder: use a decoder-only model or another task.")
-        check_rows(self.task_feature_lengths, self.batch_size, self.pack, self.canvas)
         vocabularies = [provider.output_features[name].vocabulary for name in wanted]
-        if vocabularies[0] != vocabularies[-1]:
+        if own(vocabularies[0]) != own(vocabularies[-1]):
             raise UserError(
                 f"inputs and targets of {where} must share one vocabulary, as they share an embedding: "
                 f"{difference(vocabularies[0], vocabularies[-1])}. Give both features the same."
@@ -155,10 +137,6 @@ class SeqioDataset:
                         f"{task.name!r} is not cached: run seqio_cache_tasks and add its folder with "
                         "seqio.add_global_cache_dirs, or set USE_CACHED_TASKS = False."
                     )
-
-    def check_task(self) -> None:
-        """Checks as `check` does, but the task may lack the split."""
-        dataclasses.replace(self, split=self.splits()[0]).check()
 
     def splits(self) -> list[str]:
         """The splits of the task or mixture."""
@@ -387,14 +365,16 @@ class SeqioDataset:
 
     def _provider_with_split(self) -> "seqio.Task | seqio.Mixture":
         provider = self._provider()
-        if self.split not in provider.splits:
-            splits = ", ".join(sorted(provider.splits))
+        self._check_split(provider.splits)
+        return provider
+
+    def _check_split(self, splits: Collection[str]) -> None:
+        if self.split not in splits:
             hint = f' HELD_OUT = {{"{self.split}": 1.0}} takes 1 % of "train" for it, in a task over files of yours.'
             raise UserError(
-                f"{self.mixture_or_task_name!r} has no split {self.split!r}, only {splits}."
-                f"{hint if 'train' in provider.splits else ''}"
+                f"{self.mixture_or_task_name!r} has no split {self.split!r}, only {', '.join(sorted(splits))}."
+                f"{hint if 'train' in splits else ''}"
             )
-        return provider
 
     def _converter(self, pack: bool) -> "RowConverter":
         from diffusion_t5x.data import feature_converters

@@ -12,7 +12,7 @@ from diffusion_t5x.data.vocabularies import TokenIds, cells, signs, to_text, tok
 from diffusion_t5x.errors import UserError
 
 if TYPE_CHECKING:
-    import seqio
+    from diffusion_t5x.data.vocabulary import AnyVocabulary
 
 _LEAST_ROOM = 64  # tokens of a row that has no set length; longer texts have twice as much, and so on
 
@@ -31,7 +31,7 @@ class TextRows:
       batch_size: number of rows in a batch.
     """
 
-    tokenizer: "seqio.Vocabulary"
+    tokenizer: "AnyVocabulary"
     task_feature_lengths: Mapping[str, int]
     architecture: Architecture
     canvas: bool
@@ -49,7 +49,7 @@ class TextRows:
         """Raises a UserError if a length is not positive."""
         check_rows(self.task_feature_lengths, self.batch_size, False, self.canvas)
 
-    def vocabulary(self) -> "seqio.Vocabulary":
+    def vocabulary(self) -> "AnyVocabulary":
         """The model's vocabulary."""
         return self.tokenizer
 

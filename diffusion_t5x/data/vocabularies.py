@@ -2,7 +2,6 @@
 
 import codecs
 import dataclasses
-import functools
 import hashlib
 import itertools
 import os
@@ -16,10 +15,11 @@ import numpy as np
 
 from diffusion_t5x import terminal
 from diffusion_t5x.data.batch import Array
+from diffusion_t5x.data.vocabulary import own
 from diffusion_t5x.errors import UserError
 
 if TYPE_CHECKING:
-    import seqio
+    from diffusion_t5x.data.vocabulary import AnyVocabulary
 
 SENTINELS = 100  # that vocabularies get after their own ids, as T5's have
 
@@ -116,12 +116,12 @@ def _sentence(described: Mapping[str, str | int]) -> str:
     return ", ".join(f"{key} {value}" for key, value in described.items())
 
 
-def difference(one: "seqio.Vocabulary", other: "seqio.Vocabulary") -> str:
+def difference(one: "AnyVocabulary", other: "AnyVocabulary") -> str:
     """Describes the difference between two vocabularies."""
     kinds = [type(vocabulary).__name__ for vocabulary in (one, other)]
     if kinds[0] != kinds[1]:
         return f"one is a {kinds[0]}, the other a {kinds[1]}"
-    files = [getattr(vocabulary, "sentencepiece_model_file", "") for vocabulary in (one, other)]
+    files = [own(vocabulary).file for vocabulary in (one, other)]
     if files[0] != files[1]:
         return f"one is {files[0]}, the other {files[1]}"
     if one.extra_ids != other.extra_ids:
@@ -129,8 +129,8 @@ def difference(one: "seqio.Vocabulary", other: "seqio.Vocabulary") -> str:
     return f"both are a {kinds[0]}, but with other pieces"
 
 
-def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
-    """The special ids of a SeqIO vocabulary, for diffusion; see `mask_id_of` for MASK.
+def token_ids(vocabulary: "AnyVocabulary") -> TokenIds:
+    """Returns the special ids of a vocabulary, for diffusion; see `mask_id_of` for MASK.
 
     The noise vocabulary is everything that a target may hold: pieces (byte-fallback pieces too), pad and EOS.
     Sentinels, unknown, control and unused ids are not in it. Autoregressive models start from BOS if the vocabulary has
@@ -139,82 +139,39 @@ def token_ids(vocabulary: "seqio.Vocabulary") -> TokenIds:
     Raises:
       UserError: the vocabulary has no EOS, or its kind is unknown.
     """
-    import seqio
-
-    from diffusion_t5x.data.python_vocabulary import PythonVocabulary
-    from diffusion_t5x.data.sentencepiece_vocabulary import AddedTokensVocabulary
-
-    if vocabulary.eos_id is None:
-        raise UserError(f"{type(vocabulary).__name__} has no EOS id: a target's end could not be written.")
-    size = vocabulary.vocab_size
-    start_id = vocabulary.pad_id
-    if isinstance(vocabulary, seqio.SentencePieceVocabulary):
-        model, ids = vocabulary.tokenizer, list(range(size))
-        special = np.array([model.IsControl(ids), model.IsUnknown(ids), model.IsUnused(ids)]).any(0)
-        # T5's sentinels are added behind the pieces by SeqIO; later vocabularies have them in the model itself.
-        sentinel = np.array([bool(re.fullmatch("▁?<extra_id_[0-9]+>", piece)) for piece in model.IdToPiece(ids)])
-        text = ~(special | sentinel)
-        if isinstance(vocabulary, AddedTokensVocabulary):
-            text[[number for number, token in vocabulary.added if token.is_special]] = False
-        contents = vocabulary.sp_model
-        start_id = vocabulary.bos_id if vocabulary.bos_id >= 0 else start_id
-    elif isinstance(vocabulary, seqio.ByteVocabulary):
-        text = np.arange(size) < size - vocabulary.extra_ids
-        text[vocabulary.unk_id] = False
-        contents = f"bytes {size} {vocabulary.extra_ids}".encode()
-    elif isinstance(vocabulary, PythonVocabulary):
-        text = vocabulary.is_text()
-        text[vocabulary.sentinel_ids()] = False
-        contents = vocabulary.contents
-        start_id = start_id if vocabulary.bos_id is None else vocabulary.bos_id
-    elif isinstance(vocabulary, seqio.PassThroughVocabulary):
-        text = np.ones(size, bool)
-        contents = f"ids {size} {vocabulary.eos_id} {vocabulary.pad_id}".encode()
-    else:
-        raise UserError(
-            f"{type(vocabulary).__name__} is not known here: use SeqIO's SentencePiece, Byte or PassThroughVocabulary, "
-            "HuggingFaceVocabulary or Llama2cVocabulary."
-        )
-    text[[vocabulary.pad_id, vocabulary.eos_id]] = True
-    mask_id = mask_id_of(vocabulary)
+    known = own(vocabulary)
+    text = known.is_text()
+    text[list(known.sentinel_ids())] = False
+    text[[known.pad_id, known.eos_id]] = True
+    mask_id = mask_id_of(known)
     text[mask_id : mask_id + 1] = False
     return TokenIds(
-        size=max(size, mask_id + 1),
-        pad_id=vocabulary.pad_id,
-        eos_id=vocabulary.eos_id,
+        size=max(known.vocab_size, mask_id + 1),
+        pad_id=known.pad_id,
+        eos_id=known.eos_id,
         mask_id=mask_id,
-        start_id=start_id,
+        start_id=known.pad_id if known.bos_id is None else known.bos_id,
         noise_ranges=_ranges(text),
         name=type(vocabulary).__name__,
-        fingerprint=hashlib.sha256(contents).hexdigest()[:16],
+        fingerprint=hashlib.sha256(known.contents).hexdigest()[:16],
     )
 
 
-def mask_id_of(vocabulary: "seqio.Vocabulary") -> int:
-    """The id of MASK: the one that the vocabulary names, or else the first after its own."""
+def mask_id_of(vocabulary: "AnyVocabulary") -> int:
+    """Returns the id of MASK: the one that the vocabulary names, or else the first after its own."""
     named = getattr(vocabulary, "mask_id", None)
     return vocabulary.vocab_size if named is None else named
 
 
-def source_of(vocabulary: "seqio.Vocabulary") -> dict[str, str | int | None] | None:
-    """Returns the arguments of `tasks.registration.vocabulary` that make this vocabulary; None if there are none."""
-    import seqio
-
-    from diffusion_t5x.data.python_vocabulary import PythonVocabulary
-
-    if isinstance(vocabulary, seqio.ByteVocabulary):
-        return {"file": None, "extra_ids": vocabulary.extra_ids}
-    if isinstance(vocabulary, seqio.SentencePieceVocabulary) and vocabulary.tokenizer:  # (loaded: it has a file now)
-        file = vocabulary.sentencepiece_model_file
-    elif isinstance(vocabulary, PythonVocabulary):
-        file = vocabulary.file
-    else:
-        return None
-    is_local = "://" not in file
-    return {"file": os.path.abspath(os.path.expanduser(file)) if is_local else file, "extra_ids": vocabulary.extra_ids}
+def source_of(vocabulary: "AnyVocabulary") -> dict[str, str | int | None] | None:
+    """Returns the arguments of `vocabulary_files.vocabulary` that make this vocabulary; None if there are none."""
+    found = own(vocabulary).source()
+    if found and found["file"] and "://" not in found["file"]:
+        found["file"] = os.path.abspath(os.path.expanduser(found["file"]))
+    return found
 
 
-def sentinels(vocabulary: "seqio.Vocabulary") -> range:
+def sentinels(vocabulary: "AnyVocabulary") -> range:
     """Returns the ids of T5's sentinels `<extra_id_0>`, `<extra_id_1>` ..., descending; empty if there are none.
 
     They are SeqIO's or the model's own: the last pieces of a SentencePiece model, or by name in a tokenizer.json.
@@ -222,56 +179,25 @@ def sentinels(vocabulary: "seqio.Vocabulary") -> range:
     Raises:
       UserError: a tokenizer.json has sentinels whose ids do not descend.
     """
-    import seqio
-
-    from diffusion_t5x.data.python_vocabulary import PythonVocabulary
-    from diffusion_t5x.data.sentencepiece_vocabulary import AddedTokensVocabulary
-
-    if isinstance(vocabulary, PythonVocabulary):
-        ids = vocabulary.sentinel_ids()
-        if ids != list(range(*_descending(ids))):
-            raise UserError(
-                f"The tokenizer has <extra_id_0> to <extra_id_{len(ids) - 1}> with the ids {str(ids[:3])[1:-1]}, ...: "
-                "T5's sentinels have descending ids, one below the other."
-            )
-        return range(*_descending(ids))
-    end = vocabulary.num_before if isinstance(vocabulary, AddedTokensVocabulary) else vocabulary.vocab_size
-    if not isinstance(vocabulary, seqio.SentencePieceVocabulary):
-        return range(end - 1, end - 1 - vocabulary.extra_ids, -1)
-    model = vocabulary.tokenizer
-    names = ((number, model.IdToPiece(end - 1 - number)) for number in range(end))
-    found = itertools.takewhile(lambda x: x[1].removeprefix("▁") == f"<extra_id_{x[0]}>", names)
-    return range(end - 1, end - 1 - sum(1 for _ in found), -1)
+    ids = list(own(vocabulary).sentinel_ids())
+    descending = range(ids[0], ids[0] - len(ids), -1) if ids else range(0)
+    if ids != list(descending):
+        raise UserError(
+            f"The tokenizer has <extra_id_0> to <extra_id_{len(ids) - 1}> with the ids {str(ids[:3])[1:-1]}, ...: "
+            "T5's sentinels have descending ids, one below the other."
+        )
+    return descending
 
 
-def _descending(ids: Sequence[int]) -> tuple[int, int, int]:
-    """Returns a range's arguments: as many ids as are given, from the first one down."""
-    return (ids[0], ids[0] - len(ids), -1) if ids else (0, 0, -1)
-
-
-def piece(vocabulary: "seqio.Vocabulary", token: int) -> bytes:
-    """Returns the UTF-8 bytes of one token of a SeqIO vocabulary; a byte may be only part of a character.
+def piece(vocabulary: "AnyVocabulary", token: int) -> bytes:
+    """Returns the UTF-8 bytes of one token; a byte may be only part of a character.
 
     Ids that stand for no text have their SentencePiece names: "<unk>", "<extra_id_0>".
     """
-    import seqio
-
-    from diffusion_t5x.data.python_vocabulary import PythonVocabulary
-
-    if isinstance(vocabulary, PythonVocabulary):
-        return vocabulary.piece(token)
-    if isinstance(vocabulary, seqio.SentencePieceVocabulary):
-        name = vocabulary.tokenizer.IdToPiece(token)
-        return bytes.fromhex(name[3:5]) if vocabulary.tokenizer.IsByte(token) else name.replace("▁", " ").encode()
-    if isinstance(vocabulary, seqio.PassThroughVocabulary):
-        return f" {token}".encode()
-    sentinel = vocabulary.vocab_size - 1 - token
-    if sentinel < vocabulary.extra_ids:
-        return f"<extra_id_{sentinel}>".encode()
-    return b"<unk>" if token == vocabulary.unk_id else bytes([token - 3])  # pad, EOS and unknown come first
+    return own(vocabulary).piece(token)
 
 
-def encode_part(vocabulary: "seqio.Vocabulary", text: str, begins: bool) -> list[int]:
+def encode_part(vocabulary: "AnyVocabulary", text: str, begins: bool) -> list[int]:
     """Encodes a part of a text; the tokens of all parts together read as the text.
 
     SentencePiece puts a space before a whole text that has none, and drops spaces at its ends. A part gets a space only
@@ -280,51 +206,10 @@ def encode_part(vocabulary: "seqio.Vocabulary", text: str, begins: bool) -> list
     Raises:
       UserError: the vocabulary has no texts, or no piece for a character.
     """
-    import seqio
-
-    from diffusion_t5x.data.python_vocabulary import PythonVocabulary
-
-    if isinstance(vocabulary, PythonVocabulary):
-        return vocabulary.encode_part(text, begins)
-    if isinstance(vocabulary, seqio.PassThroughVocabulary):
-        raise UserError(f"{type(vocabulary).__name__} has only ids: texts cannot be encoded with it.")
-    if not isinstance(vocabulary, seqio.SentencePieceVocabulary):
-        return list(vocabulary.encode(text))
-    model, drops_spaces = _part_model(vocabulary.sp_model, begins)
-    if drops_spaces:
-        text = re.sub("▁+", " ", model.Normalize(text))
-        text = text.removeprefix(" ") if begins else text
-    tokens = model.EncodeAsIds(text)
-    if vocabulary.unk_id in tokens:
-        pieces = model.EncodeAsPieces(text)
-        raise UserError(f"The vocabulary has no piece for {pieces[tokens.index(vocabulary.unk_id)]!r}.")
-    return tokens
+    return own(vocabulary).encode_part(text, begins)
 
 
-@functools.lru_cache(maxsize=4)
-def _part_model(contents: bytes, begins: bool):
-    """Returns the SentencePiece model that keeps all spaces, and True if the vocabulary itself drops some."""
-    import sentencepiece
-
-    proto = _proto(contents)
-    drops_spaces = proto.normalizer_spec.remove_extra_whitespaces
-    proto.normalizer_spec.remove_extra_whitespaces = False
-    proto.normalizer_spec.add_dummy_prefix &= begins
-    return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString()), drops_spaces
-
-
-def _proto(contents: bytes):
-    from sentencepiece import sentencepiece_model_pb2
-
-    return sentencepiece_model_pb2.ModelProto.FromString(contents)
-
-
-@functools.lru_cache(maxsize=4)
-def _puts_space(contents: bytes) -> bool:
-    return _proto(contents).normalizer_spec.add_dummy_prefix
-
-
-def cells(vocabulary: "seqio.Vocabulary", tokens: Sequence[int], signs: Mapping[int, str]) -> list[str]:
+def cells(vocabulary: "AnyVocabulary", tokens: Sequence[int], signs: Mapping[int, str]) -> list[str]:
     """Returns the texts of a text's tokens, one each; joined they are the text.
 
     A character of several tokens (bytes) is at the last of them; invalid UTF-8 is "�".
@@ -334,11 +219,8 @@ def cells(vocabulary: "seqio.Vocabulary", tokens: Sequence[int], signs: Mapping[
       tokens: the tokens, from the beginning of a text.
       signs: texts to show for some tokens.
     """
-    import seqio
-
-    from diffusion_t5x.data.python_vocabulary import PythonVocabulary
-
-    pieces = {token: signs[token].encode() if token in signs else piece(vocabulary, token) for token in set(tokens)}
+    known = own(vocabulary)
+    pieces = {token: signs[token].encode() if token in signs else known.piece(token) for token in set(tokens)}
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     texts: list[str] = []
     for token in tokens:
@@ -347,21 +229,15 @@ def cells(vocabulary: "seqio.Vocabulary", tokens: Sequence[int], signs: Mapping[
         texts.append(decoder.decode(pieces[token]))
     if texts:
         texts[-1] += decoder.decode(b"", final=True)
-    if isinstance(vocabulary, seqio.SentencePieceVocabulary):
-        puts_space = _puts_space(vocabulary.sp_model)
-    elif isinstance(vocabulary, PythonVocabulary):
-        puts_space = vocabulary.puts_space
-    else:
-        puts_space = not isinstance(vocabulary, seqio.ByteVocabulary)
-    return [texts[0].removeprefix(" "), *texts[1:]] if texts and puts_space else texts
+    return [texts[0].removeprefix(" "), *texts[1:]] if texts and known.puts_space else texts
 
 
-def signs(vocabulary: "seqio.Vocabulary") -> dict[int, str]:
+def signs(vocabulary: "AnyVocabulary") -> dict[int, str]:
     """Symbols for tokens that are not text: EOS as ¶, pad as ·, MASK as ▢."""
     return {vocabulary.eos_id: "¶", vocabulary.pad_id: "·", mask_id_of(vocabulary): "▢"}
 
 
-def to_text(vocabulary: "seqio.Vocabulary", tokens: Iterable[int]) -> str:
+def to_text(vocabulary: "AnyVocabulary", tokens: Iterable[int]) -> str:
     """Returns the text of target tokens, up to EOS or the first pad."""
     ends = (vocabulary.eos_id, vocabulary.pad_id)
     text = vocabulary.decode(list(itertools.takewhile(lambda token: token not in ends, tokens)))

@@ -1,16 +1,14 @@
 """Reads vocabularies from their files."""
 
 import os
-from typing import TYPE_CHECKING
 
+from diffusion_t5x.data.plain_vocabularies import ByteVocabulary
 from diffusion_t5x.data.vocabularies import SENTINELS, sentinels
+from diffusion_t5x.data.vocabulary import Vocabulary
 from diffusion_t5x.errors import UserError
 
-if TYPE_CHECKING:
-    import seqio
 
-
-def vocabulary(file: str | None, extra_ids: int = SENTINELS, mask_id: int | None = None) -> "seqio.Vocabulary":
+def vocabulary(file: str | None, extra_ids: int = SENTINELS, mask_id: int | None = None) -> Vocabulary:
     """A vocabulary by its file.
 
     Args:
@@ -23,11 +21,8 @@ def vocabulary(file: str | None, extra_ids: int = SENTINELS, mask_id: int | None
     Raises:
       UserError: there is no such file, or it has none of these formats.
     """
-    import seqio
-    from google.protobuf.message import DecodeError
-
     if file is None:
-        return seqio.ByteVocabulary(extra_ids=extra_ids)
+        return ByteVocabulary(extra_ids=extra_ids)
     path = os.path.expanduser(file)
     if not os.path.isfile(path):
         raise UserError(
@@ -46,6 +41,8 @@ def vocabulary(file: str | None, extra_ids: int = SENTINELS, mask_id: int | None
         from diffusion_t5x.data.llama2c_vocabulary import Llama2cVocabulary
 
         return Llama2cVocabulary(path)
+    from google.protobuf.message import DecodeError
+
     from diffusion_t5x.data.sentencepiece_vocabulary import SentencePieceVocabulary, with_added_tokens
 
     own = SentencePieceVocabulary(path)

@@ -27,7 +27,7 @@ def read_prompt(
     """
     canvas = jnp.where(batch.target_mask, model.vocabulary.pad_id, batch.tokens)
     prompt = shift_right(canvas, batch.positions, model.vocabulary.start_id)
-    cache = KVCache.empty(model.config, shifted_slots(batch))
+    cache = KVCache.empty(model.config, shifted_slots(batch, model.vocabulary))
     _, cache = model.extend(prompt, kind, cache, jnp.zeros(len(canvas), jnp.int32), encoded)
     return canvas, cache
 

@@ -17,7 +17,6 @@ from diffusion_t5x.decoding.block import BlockDecoder, Carry, show_rows, start_r
 from diffusion_t5x.decoding.canvas import Canvas, denoise
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, into_block, start_trace, target_range
 from diffusion_t5x.decoding.masked import MaskedDecoder
-from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.attention import KVCache, write_rows
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind, Slots
 from diffusion_t5x.models.modes import Mode
@@ -65,18 +64,15 @@ class SelfSpeculationDecoder(Decoder):
 
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
         """`written_at` counts a row's own steps; the trace shows drafts, and that what was not accepted is gone."""
-        self._check(model)
+        check_blocks(self.draft.attention, model.config.shifted)
         vocabulary, size, inner = model.vocabulary, self.draft.block_size, self.draft.inner
         keys = row_keys(key, batch.example_ids)
         encoded = model.encode(batch)
-        # Room for a block before the row and for a pass after it: slots that do not exist, and that nothing sees.
-        names = ("tokens", "target_mask", "segment_ids", "positions")
-        room = batch.replace(**{name: jnp.pad(getattr(batch, name), ((0, 0), (size, size + 1))) for name in names})
+        room = _with_room(batch, size)
         length, row_numbers = batch.tokens.shape[1], jnp.arange(len(batch.tokens))
         first_target, num_targets = target_range(batch.target_mask)
         tail = into_block(self.draft.attention, batch.positions, first_target)
-        first_target += size
-        end = first_target + num_targets
+        first_target, end = first_target + size, first_target + size + num_targets
 
         # Each mode reads the inputs in one pass. No slot of the targets is seen before it is written anew.
         canvas = inner.blank(room, vocabulary, keys)
@@ -146,12 +142,6 @@ class SelfSpeculationDecoder(Decoder):
             num_accepted=carry["num_accepted"],
         )
 
-    def _check(self, model: Transformer) -> None:
-        """Raises a UserError for a model that cannot draft."""
-        check_blocks(self.draft.attention, model.config.shifted)
-        if model.config.shifted and not model.vocabulary.reads_start:
-            raise UserError("Self-speculation with a shifted model needs one with ModelConfig.reads_start = True.")
-
     def _read_for_drafts(
         self, model: Transformer, room: Batch, canvas: jax.Array, encoded: Encoded | None
     ) -> tuple[jax.Array, KVCache]:
@@ -159,8 +149,9 @@ class SelfSpeculationDecoder(Decoder):
         vocabulary, shifted = model.vocabulary, model.config.shifted
         reading = Reading.of(room, vocabulary, shifted)
         cache = KVCache.empty(model.config, Slots.of(reading.batch))
-        read = reading.tokens(canvas, vocabulary) if shifted else canvas
-        if shifted:  # drafts read the start token first
+        has_start = shifted and vocabulary.reads_start
+        read = reading.tokens(canvas, vocabulary) if has_start else canvas
+        if has_start:  # drafts read the start token first
             canvas = canvas.at[:, self.draft.block_size - 1].set(vocabulary.start_id)
         start = jnp.zeros(len(canvas), jnp.int32)
         return canvas, model.extend(read, self.draft.attention, cache, start, encoded)[1]
@@ -178,6 +169,7 @@ class SelfSpeculationDecoder(Decoder):
         vocabulary, shifted = model.vocabulary, model.config.shifted
         # A shifted model predicts each token in the slot before its own.
         size, ahead = self.draft.block_size, 1 if shifted else 0
+        offset = ahead if vocabulary.reads_start else 0  # the start token takes a slot
         unfinished = ~carry["finished"][:, None]
         new = _cut(room.target_mask, block, size) & (block[:, None] + jnp.arange(size) >= carry["start"][:, None])
         new &= unfinished
@@ -188,9 +180,12 @@ class SelfSpeculationDecoder(Decoder):
             if not shifted:
                 tokens = start_first(tokens, positions, vocabulary)
             hidden, draft_cache = model.extend(
-                tokens, self.draft.attention, carry["draft_cache"], block - size + ahead, encoded
+                tokens, self.draft.attention, carry["draft_cache"], block - size + offset, encoded
             )
-            return hidden[:, size - ahead : 2 * size - ahead], carry | {"draft_cache": draft_cache}
+            states = hidden[:, size - ahead : 2 * size - ahead]
+            if offset < ahead:  # a row's first token is predicted in its own slot
+                states = jnp.where(positions[:, size:, None] == 0, hidden[:, size:], states)
+            return states, carry | {"draft_cache": draft_cache}
 
         def show_draft(carry, written):
             return show_rows(carry, block, written.tokens, written.mask, written.log_probability)
@@ -199,6 +194,12 @@ class SelfSpeculationDecoder(Decoder):
         draft, carry = denoise(self.draft.inner, model, draft, positions[:, size:], keys, read, show_draft, carry)
         carry |= {"row_steps": carry["row_steps"] + draft.row_steps}
         return carry, draft.tokens, jnp.sum(new, axis=-1, dtype=jnp.int32)
+
+
+def _with_room(batch: Batch, size: int) -> Batch:
+    """Pads rows with a block before and a pass after them: slots that do not exist, and that nothing sees."""
+    names = ("tokens", "target_mask", "segment_ids", "positions")
+    return batch.replace(**{name: jnp.pad(getattr(batch, name), ((0, 0), (size, size + 1))) for name in names})
 
 
 def _cut(x: Array, start: jax.Array, size: int) -> jax.Array:

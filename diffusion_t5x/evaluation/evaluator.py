@@ -109,18 +109,12 @@ AnyEval = TypeVar("AnyEval", bound=LossEval | DecodeEval | LikelihoodEval)
 
 
 def prepared(evals: Sequence[AnyEval]) -> list[AnyEval]:
-    """Returns the evaluations without those of 0 examples or batches, which are logged.
-
-    Raises:
-      UserError: a decoding evaluation has a metric that cannot run here.
-    """
+    """Returns the evaluations without those of 0 examples or batches, which are logged."""
     found = []
     for ev in evals:
         if 0 in (getattr(ev, "num_batches", None), getattr(ev, "num_examples", None)):
             logger.info("%s of %s is skipped: it was asked for 0 examples", type(ev).__name__, ev.dataset.name)
             continue
-        if isinstance(ev, DecodeEval):
-            ev.dataset.check_scoring()
         found.append(ev)
     return found
 

@@ -191,6 +191,9 @@ class Harness:
         """Yields the examples cut to the row lengths."""
         rows, lengths, cut = self._rows, self._rows.task_feature_lengths, 0
         end = [self._ids.eos_id] if rows.context_eos else []
+        # Where a model reads no start token by itself, it is an empty context, as in the harness's own models.
+        reads_none = self._greedy is not None and not self._ids.reads_start and not end
+        start = [self._ids.start_id] if reads_none else []
         for context, targets in examples:
             room = (rows.row_length - len(targets) if rows.are_free else lengths["inputs"]) - len(end)
             if room < 0 or (not rows.are_free and len(targets) > lengths["targets"]):
@@ -199,7 +202,7 @@ class Harness:
                     f"{dict(lengths)}."
                 )
             cut += len(context) > room
-            yield context[max(0, len(context) - room) :] + end, targets
+            yield (context[max(0, len(context) - room) :] or start[:room]) + end, targets
         if cut:
             logger.warning("%d of %d contexts are too long; their beginnings are cut off", cut, len(examples))
 

@@ -10,7 +10,8 @@ from diffusion_t5x.evaluation.harness import Harness, Rows, Tokens
 if TYPE_CHECKING:
     import lm_eval.api.instance
     import lm_eval.api.model
-    import seqio
+
+    from diffusion_t5x.data.vocabulary import AnyVocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +19,7 @@ _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_token
 _DEFAULT_LIMIT = 256  # the harness's own
 
 
-def adapt(harness: Harness, vocabulary: "seqio.Vocabulary", rows: Rows) -> "lm_eval.api.model.LM":
+def adapt(harness: Harness, vocabulary: "AnyVocabulary", rows: Rows) -> "lm_eval.api.model.LM":
     """Returns the model as an object that `lm_eval.simple_evaluate` takes.
 
     Args:
@@ -41,8 +42,8 @@ def adapt(harness: Harness, vocabulary: "seqio.Vocabulary", rows: Rows) -> "lm_e
         def loglikelihood_rolling(self, requests: Requests) -> list[float]:
             if not rows.are_free:
                 raise UserError(
-                    "Rolling log-likelihoods, of documents of any length, are of decoder-only models without a target "
-                    "canvas, such as autoregressive ones. Leave out tasks with output_type: loglikelihood_rolling."
+                    "Rolling log-likelihoods, of documents of any length, need a decoder-only model without a target "
+                    "canvas, such as an autoregressive one. Leave out tasks with output_type: loglikelihood_rolling."
                 )
             windows = []
             for number, request in enumerate(requests):
@@ -70,9 +71,7 @@ def adapt(harness: Harness, vocabulary: "seqio.Vocabulary", rows: Rows) -> "lm_e
 _NOTHING = -1  # in place of the token that the harness puts before a document: the model has a start token of its own
 
 
-def _encode_pair(
-    vocabulary: "seqio.Vocabulary", context: str, continuation: str, *, apart: bool
-) -> tuple[Tokens, Tokens]:
+def _encode_pair(vocabulary: "AnyVocabulary", context: str, continuation: str, *, apart: bool) -> tuple[Tokens, Tokens]:
     """Returns the tokens of context and continuation; spaces between them go to the continuation, as in the harness.
 
     Args:

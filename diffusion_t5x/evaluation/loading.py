@@ -14,6 +14,7 @@ from diffusion_t5x.checkpointing.checkpoints import AnyCheckpoint, open_checkpoi
 from diffusion_t5x.checkpointing.start import check_start
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.dataset import Dataset
+from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
@@ -26,6 +27,10 @@ from diffusion_t5x.training.rollout import Rollout
 
 def check_datasets(datasets: Iterable[Dataset], model: ModelConfig, mesh: Mesh) -> None:
     """Raises a UserError if a data set is invalid, or its rows or batches do not fit the model or the mesh."""
+    datasets = list(datasets)
+    for dataset in datasets:
+        if isinstance(dataset, SeqioDataset):
+            dataset.check_files()  # of all, before the first of them imports SeqIO
     for dataset in datasets:
         dataset.check()
         if dataset.architecture != model.architecture:

@@ -12,9 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import sacrebleu
+from etils import epy
 
 from diffusion_t5x.errors import UserError
+
+with epy.lazy_imports():  # takes a while, and mistakes are answered without it
+    import sacrebleu
 
 CONFIDENCE = 0.95
 _BLEU_ORDER = 4

@@ -50,7 +50,7 @@ def add_predictions(
     if missing := [number for number in range(len(examples)) if number not in places]:
         raise UserError(
             f"{path}:{len(lines)}: ends without a line for example {missing[0]}; {where} has {len(examples)} examples. "
-            f"Of the first alone: set NUM_DECODED_EXAMPLES={len(lines)}; of another split: SPLIT."
+            f"To score only the first ones, set NUM_DECODED_EXAMPLES={len(lines)}; for another split, set SPLIT."
         )
     return [{**example, **_texts(lines[places[number]])} for number, example in enumerate(examples)]
 

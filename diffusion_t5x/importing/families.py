@@ -5,25 +5,29 @@ from typing import Any
 
 from diffusion_t5x.checkpointing.assignment import named_leaves
 from diffusion_t5x.errors import UserError, did_you_mean
-from diffusion_t5x.importing import (
+from diffusion_t5x.importing import (  # fmt: skip
     a2d,
     dream,
     gemma,
     gemma2,
     gemma3_text,
     gpt2,
+    granite,
     llada,
     llama,
     mistral,
     mt5,
+    olmo2,
+    phi3,
     qwen2,
     qwen3,
     sdar,
+    smollm3,
     t5,
-)  # fmt: skip
+)
 from diffusion_t5x.importing.huggingface import CONFIG, Folder
 from diffusion_t5x.importing.keys import Keys
-from diffusion_t5x.importing.published import Published
+from diffusion_t5x.importing.published import SETTINGS, Published, recorded
 from diffusion_t5x.importing.weights import VOCABULARY_AXIS, Source, Weight
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
@@ -42,13 +46,17 @@ FAMILIES: dict[str, Any] = {
     "gemma2": gemma2,
     "gemma3_text": gemma3_text,
     "gpt2": gpt2,
+    "granite": granite,
     "llada": llada,
     "llama": llama,
     "mistral": mistral,
     "mt5": mt5,
+    "olmo2": olmo2,
+    "phi3": phi3,
     "qwen2": qwen2,
     "qwen3": qwen3,
     "sdar": sdar,
+    "smollm3": smollm3,
     "t5": t5,
 }
 # Of diffusion models; by `architectures`, for LLaDA-MoE has the model_type of LLaDA.
@@ -106,6 +114,10 @@ def describe(folder: Folder, tied: bool | None = None) -> Described:
     vocab_size = family.vocab_size(keys) if hasattr(family, "vocab_size") else keys.get("vocab_size")
     config = family.config(keys, tied)
     published = family.published(keys) if hasattr(family, "published") else Published()
+    if settings := keys.mapping(SETTINGS):
+        published = recorded(settings, f"{where}, {SETTINGS}")
+        read = {name: bool(settings.get(name)) for name in ("shifted", "reads_start")}
+        config = dataclasses.replace(config, **read)
     passed_over = keys.judge()
     copies = family.SAME | ({family.HEAD: embedding} if tied else {})
     weights = (dataclasses.replace(w, theirs=w.theirs.removeprefix(cut)) for w in family.weights(config))

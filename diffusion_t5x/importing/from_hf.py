@@ -1,5 +1,6 @@
-"""From Hugging Face's format or GGUF: a folder's model, a file's, or one of the hub, as a checkpoint or in memory."""
+"""Imports models in Hugging Face's format or GGUF, from a folder, a file or the hub, to a checkpoint or to memory."""
 
+import dataclasses
 import pathlib
 import shutil
 import types
@@ -9,7 +10,6 @@ from typing import Any
 from diffusion_t5x import records
 from diffusion_t5x.checkpointing.record import Record
 from diffusion_t5x.checkpointing.streaming import Streamed
-from diffusion_t5x.data.seqio_source import libraries
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.data.vocabulary_files import vocabulary
 from diffusion_t5x.errors import UserError
@@ -103,11 +103,14 @@ def _opened(
     if "block_size" in said and not isinstance(objective, Block):
         raise UserError(f"--block_size: {folder.path} is not a model of block diffusion.")
     tokenizer = folder.tokenizer(described.tokenizers)
-    libraries()  # seconds, which a folder that is refused need not cost
     read = vocabulary(str(tokenizer), mask_id=said.get("mask_token_id"))
     ids = token_ids(read)
+    if objective.autoregressive and described.config.architecture == "decoder_only":
+        config = dataclasses.replace(described.config, reads_start=getattr(read, "adds_bos", True))
+        described = dataclasses.replace(described, config=config)
     if not objective.autoregressive:
-        _check_mask(folder, getattr(read, "mask_id", None), described.vocab_size)
+        named = folder.config.get("mask_token_id") == ids.mask_id  # by a tokenizer's first free id, too
+        _check_mask(folder, ids.mask_id if named else read.mask_id, described.vocab_size)
     return folder, described, importing.definition_of(folder, described, ids, tokenizer), tokenizer
 
 

@@ -6,7 +6,6 @@ import re
 import shutil
 
 from diffusion_t5x.data import tokenizer_files
-from diffusion_t5x.data.seqio_source import libraries
 from diffusion_t5x.data.vocabularies import TokenIds, token_ids
 from diffusion_t5x.data.vocabulary_files import vocabulary
 from diffusion_t5x.errors import UserError
@@ -57,7 +56,6 @@ def from_t5x(path: str, tokenizer_file: str, output_folder: str, activation: Act
 def _ids(tokenizer: pathlib.Path) -> TokenIds:
     if tokenizer.suffix in (".json", ".bin"):
         raise UserError(f"{tokenizer} is not a SentencePiece model, which the tokenizers of T5X's models are.")
-    libraries()
     return token_ids(vocabulary(str(tokenizer)))
 
 

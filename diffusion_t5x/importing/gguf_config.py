@@ -121,7 +121,7 @@ class Layout:
         return _TABLES.get(stored, stored)
 
     def rows(self, name: str, count: int) -> np.ndarray:
-        """For each row of a tensor, the row of the file that holds it.
+        """Returns the index of the file's row for each row of a tensor, int `[rows]`.
 
         llama.cpp rotates neighbours where Hugging Face's format rotates the halves of a head, so the rows of each
         query and key head come as first of one half, first of the other, second of one half, ...

@@ -11,7 +11,7 @@ from diffusion_t5x.importing import config_keys
 
 REQUIRED = object()
 _COUNTS = re.compile(
-    r"(_size|_heads|_layers|_dim|_buckets|_distance|_pattern|position_embeddings|^sliding_window|^d_\w+|^n_\w+)$"
+    r"(_size|_heads|(?<!rope)_layers|_dim|_buckets|_distance|_pattern|position_embeddings|^sliding_window|^d_\w+|^n_\w+)$"
 )
 _NUMBERS = re.compile(r"(_eps|_epsilon|_theta|_base_freq|factor|softcapping|_scalar)$")
 
@@ -96,7 +96,7 @@ class Keys:
             raise UserError(f"{self.where}: {name} = {_show(value)} is not supported, only {only}.")
         return value
 
-    def list_of(self, name: str, length: int, *supported: str) -> list[str] | None:
+    def list_of(self, name: str, length: int, *supported: Any) -> list[Any] | None:
         """Returns a key's list; None if it is absent.
 
         Raises:
@@ -117,12 +117,16 @@ class Keys:
         """Ignores these keys, which add nothing to what has been read."""
         self.asked.update(names)
 
-    def inside(self, name: str) -> "Keys":
-        """Returns the keys of a nested object; no keys if it is absent."""
+    def mapping(self, name: str) -> dict[str, Any]:
+        """Returns an object; an empty one if it is absent. Raises a UserError if the value is none."""
         values = self.get(name, {})
         if not isinstance(values, dict):
             raise UserError(f"{self.where}: {name} = {_show(values)} should be an object.")
-        return Keys(values, f"{self.where}, {name}")
+        return values
+
+    def inside(self, name: str) -> "Keys":
+        """Returns the keys of a nested object; no keys if it is absent."""
+        return Keys(self.mapping(name), f"{self.where}, {name}")
 
     def updated(self, other: "Keys") -> "Keys":
         """Returns the keys updated with another object's values."""

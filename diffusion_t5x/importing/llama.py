@@ -1,5 +1,6 @@
 """Llama 2 and 3, and the common parts of the families derived from them."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,8 +32,8 @@ def shared(keys: Keys, kv_heads: int | None = None, head_dim: int | None = None)
       kv_heads, head_dim: defaults for a config.json that does not set them; None derives them from the other sizes.
     """
     fields = dimensions(keys, kv_heads, head_dim)
-    scale = fields["head_dim"] ** -0.5
-    return fields | {"activation": keys.require("hidden_act", "silu"), "attention_scale": scale} | rotary(keys)
+    fields |= {"activation": keys.require("hidden_act", "silu"), "attention_scale": fields["head_dim"] ** -0.5}
+    return fields | rotary(keys, head_dim=fields["head_dim"])
 
 
 def dimensions(keys: Keys, kv_heads: int | None = None, head_dim: int | None = None) -> dict[str, Any]:
@@ -81,15 +82,23 @@ def local_layers(keys: Keys, kinds: Sequence[bool], window: int | None) -> dict[
     return {"local_layers": tuple(kinds), "window": window}
 
 
-def rotary(keys: Keys, base: float = 10_000.0) -> dict[str, Any]:
-    """Returns the rotary fields of `rope_scaling` and `rope_theta` (older files) or of `rope_parameters`."""
+def rotary(keys: Keys, base: float = 10_000.0, head_dim: int | None = None) -> dict[str, Any]:
+    """Returns the rotary fields of `rope_scaling` and `rope_theta` (older files) or of `rope_parameters`.
+
+    Args:
+      keys: keys of the config.json.
+      base: the default if it has none.
+      head_dim: D; None for a model whose query-key products are not scaled by D^-0.5, for which YaRN is refused.
+    """
     keys.require("partial_rotary_factor", 1.0)
     old_base, length = keys.get("rope_theta", base), keys.get("original_max_position_embeddings", None)
     new, old = keys.inside("rope_parameters"), keys.inside("rope_scaling")
-    return read_rotary(old if keys.get("rope_scaling", None) else new, old_base, keys, length)
+    return read_rotary(old if keys.get("rope_scaling", None) else new, old_base, keys, length, head_dim)
 
 
-def read_rotary(said: Keys, base: float, keys: Keys, length: int | None = None) -> dict[str, Any]:
+def read_rotary(
+    said: Keys, base: float, keys: Keys, length: int | None = None, head_dim: int | None = None
+) -> dict[str, Any]:
     """Returns the rotary fields of ModelConfig from one object of a config.json.
 
     Args:
@@ -97,18 +106,46 @@ def read_rotary(said: Keys, base: float, keys: Keys, length: int | None = None) 
       base: the default if the object has no base.
       keys: keys of the config.json.
       length: length of rows before it was extended, if the config.json has it outside of the object.
+      head_dim: see `rotary`.
     """
     said.require("partial_rotary_factor", 1.0)
-    kind = said.require("rope_type", "default", "linear", "llama3", default=said.get("type", "default"))
+    kinds = ["default", "linear", "llama3", "dynamic", *(["yarn"] if head_dim else [])]
+    kind = said.require("rope_type", *kinds, default=said.get("type", "default"))
     fields: dict[str, Any] = {"rotary_base": float(said.get("rope_theta", base))}
-    if kind != "default":
+    if kind == "dynamic":  # changes rows alone that are longer than the model's
+        said.ignore("factor", "original_max_position_embeddings")
+    elif kind != "default":
         fields["rotary_factor"] = float(said.get("factor"))
-    if kind == "llama3":
+    if kind in ("llama3", "yarn"):
         inside = said.get("original_max_position_embeddings", keys.get("max_position_embeddings"))
-        length = length or inside
+        length = int(length or inside)
+    if kind == "yarn":
+        assert head_dim is not None and length is not None
+        fields |= _yarn(said, fields["rotary_base"], fields["rotary_factor"], length, head_dim)
+    if kind == "llama3":
         fields["rotary_stretched"] = (length / said.get("high_freq_factor"), length / said.get("low_freq_factor"))
     said.check_all_read()
     return fields
+
+
+def _yarn(said: Keys, base: float, factor: float, length: int, head_dim: int) -> dict[str, Any]:
+    """The fields of ModelConfig for YaRN (arXiv 2309.00071); its factor on cosines and sines is one on products."""
+
+    def attention_factor(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
+
+    def pair(rotations: float) -> float:  # that turns so many times in `length` tokens
+        return head_dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    first, last = pair(said.get("beta_fast", 32)), pair(said.get("beta_slow", 1))
+    if said.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    mscales = said.get("mscale", 0), said.get("mscale_all_dim", 0)
+    scale = attention_factor(mscales[0]) / attention_factor(mscales[1]) if all(mscales) else attention_factor(1)
+    scale = said.get("attention_factor", scale)
+    ramp = (float(first), float(last) if last != first else last + 0.001)
+    return {"rotary_ramp": ramp, "attention_scale": head_dim**-0.5 * scale**2}
 
 
 def weights(config: ModelConfig) -> tuple[Weight, ...]:

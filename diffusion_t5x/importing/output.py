@@ -31,12 +31,12 @@ from diffusion_t5x.models import config as model_config
 include "models/{architecture}.gin"
 {published}
 {macro} = {tokenizer!r}
-
+{start}
 model_config.ModelConfig:
 {bindings}
 """
 # What the architecture's gin file, the run or the vocabulary decides.
-_LEFT_OUT = {"architecture", "dropout_rate", "dtype", "scan_unroll", "remat", "attention_backend"}
+_LEFT_OUT = {"architecture", "reads_start", "dropout_rate", "dtype", "scan_unroll", "remat", "attention_backend"}
 
 
 def empty_folder(path: str) -> pathlib.Path:
@@ -102,6 +102,7 @@ def model_gin(
         architecture=model.architecture,
         macro=macro,
         tokenizer=str(tokenizer),
+        start=f"READS_START = {model.reads_start}\n" if model.architecture == "decoder_only" else "",
         published="".join(f"{line}\n" for line in published),
         bindings=bindings,
     )

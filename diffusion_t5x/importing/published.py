@@ -1,14 +1,21 @@
 """The objective and decoder of an imported model whose format names them: the published diffusion models."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
+from diffusion_t5x.checkpointing.rebuilding import rebuild
+from diffusion_t5x.checkpointing.record import modes_of
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
+from diffusion_t5x.errors import UserError
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block
 from diffusion_t5x.objectives.masked import Masked
 from diffusion_t5x.objectives.objective import Objective
+
+SETTINGS = "diffusion"  # the key of config.json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +33,14 @@ class Published:
     decoder: Decoder | None = None
     gin: tuple[str, ...] = ()
     note: str = ""
+
+
+def recorded(said: Mapping[str, Any], where: str) -> Published:
+    """Training and decoding of a model that this framework exported, from the key SETTINGS of its config.json."""
+    objective, decoder = (rebuild(said.get(name), where) for name in ("objective", "decoder"))
+    if not modes_of(objective) or (decoder is not None and not modes_of(decoder)):
+        raise UserError(f"{where}: {SETTINGS} names no objective and decoder that are known here.")
+    return Published(objective, decoder)
 
 
 def masked(decoder: MaskedDecoder, name: str, note: str = "") -> Published:

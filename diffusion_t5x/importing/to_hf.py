@@ -1,4 +1,4 @@
-"""Exports a checkpoint's parameters to Hugging Face's format, as a folder that `transformers` loads."""
+"""Exports a checkpoint to Hugging Face's format: as an autoregressive model, or as a published diffusion model."""
 
 import itertools
 import operator
@@ -12,42 +12,58 @@ import safetensors.numpy
 from diffusion_t5x import records
 from diffusion_t5x.checkpointing import checkpoints, restoring
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.importing import families, output
-from diffusion_t5x.importing.huggingface import CARRIED, DTYPES, INDEX, SINGLE, TENSORS, Folder
+from diffusion_t5x.importing import families, formats, model_card, output
+from diffusion_t5x.importing.formats import AUTO
+from diffusion_t5x.importing.huggingface import CARRIED, CONFIG, DTYPES, INDEX, SINGLE, TENSORS, Folder
 from diffusion_t5x.importing.weights import VOCABULARY_AXIS, Weight
 
 MAX_FILE_BYTES = 2 << 30
 
 
-def to_hf(checkpoint: str, output_folder: str, like: str | None = None) -> None:
-    """Writes a model that was imported from Hugging Face's format, and perhaps trained since, in that format.
+def to_hf(
+    checkpoint: str, output_folder: str, like: str | None = None, form: str = AUTO, dtype: str | None = None
+) -> None:
+    """Writes a model that was once imported from Hugging Face's format, and perhaps trained since, as what it is now.
 
-    Tensors keep their original names, shapes and dtypes; rows that the import added (MASK, if it was a new row) are
-    left out. Untrained tensors come back bit for bit.
+    Tensors have the shapes and dtypes that they came with. Rows of ids that the model came without are left out, but
+    for those of a diffusion model whose MASK is one of them. What was not trained comes back bit for bit. A diffusion
+    model also gets its settings for generation, MASK in the tokenizer, and a model card.
 
     Args:
       checkpoint: a checkpoint, a folder of them or a MODEL_DIR. If it has a moving average of the parameters, that is
         exported.
       output_folder: a folder that is empty or does not exist.
       like: the folder that `from_hf` wrote; not needed for its own checkpoint.
+      form: "auto", "causal" (the autoregressive model, whatever was trained), or one of `formats.FORMATS`.
+      dtype: of all tensors, a key of `huggingface.DTYPES`; None keeps that which each came with.
 
     Raises:
-      UserError: before anything is written: no checkpoint, no folder that `from_hf` wrote, or they do not belong
-        together.
+      UserError: no checkpoint, no folder that `from_hf` wrote, they do not belong together, or the format does not
+        hold the model; before anything is written.
     """
     final = output.empty_folder(output_folder)
-    path = pathlib.Path(checkpoints.find_checkpoint(checkpoint))
-    source = Folder.noted(_origin(path, like))
-    shapes, read = restoring.open_params(str(path))
-    described = families.describe(source, tied="head" not in shapes)
+    opened = checkpoints.open_checkpoint(checkpoint)
+    path = pathlib.Path(str(opened))
+    origin = Folder.noted(_origin(path, like))
+    shapes, read = restoring.open_params(opened)
+    tied = "head" not in shapes
+    kind = formats.chosen(form, opened.record, origin.config["model_type"], str(path))
+    source = formats.target(kind, origin, opened.record, tied, dtype)
+    described = families.describe(source, tied)
     layers = described.config.num_layers
     for weight in described.weights:
         _check(weight, shapes.get(weight.ours), source, layers, f"{path}, {source.path}")
 
     with output.building(final) as to:
-        for name in CARRIED:
-            if (source.path / name).exists():
-                shutil.copyfile(source.path / name, to / name)
+        for file in CARRIED:
+            if (source.path / file).exists():
+                shutil.copyfile(source.path / file, to / file)
+        if source.config != origin.config:
+            records.write_json(to / CONFIG, source.config)
+        if kind in formats.FORMATS:
+            model_card.write(to, kind, opened, source.config)
+        elif kind == formats.DIFFUSION:
+            model_card.add_mask(to, source.config["mask_token_id"])
         files = _Files(to, source)
         for theirs, parts in itertools.groupby(described.weights, operator.attrgetter("theirs")):
             copies = [copy for copy, name in described.copies.items() if name == theirs and copy in source.tensors]
@@ -55,7 +71,8 @@ def to_hf(checkpoint: str, output_folder: str, like: str | None = None) -> None:
                 for each in (name, *copies):
                     files.add(each, tensor)
         files.close()
-    print(f"Wrote {final}: {sum(map(len, files.written))} tensors in files: {len(files.written)}")
+    as_what = f" as {kind}" if kind != formats.CAUSAL else ""
+    print(f"Wrote {final}{as_what}: {sum(map(len, files.written))} tensors in files: {len(files.written)}")
 
 
 def _origin(checkpoint: pathlib.Path, like: str | None) -> pathlib.Path:
@@ -98,7 +115,7 @@ def _theirs(
             weight.to_theirs(array[number] if weight.stacked else array)
             for weight, array in zip(parts, arrays, strict=True)
         ]
-        yield name, np.concatenate(pieces, axis=-1) if len(pieces) > 1 else pieces[0]
+        yield name, np.concatenate(pieces, axis=parts[0].joined_axis) if len(pieces) > 1 else pieces[0]
 
 
 class _Files:

@@ -49,6 +49,7 @@ class Weight:
         which is flat in the source.
       transposed: the matrix is `[out, in]` in the source, not `[in, out]`.
       part: for a source tensor whose last axis concatenates several of ours: index and number of parts.
+      rows: for a source tensor whose first axis concatenates several of ours: start and end of this one, and the total.
     """
 
     theirs: str
@@ -56,6 +57,7 @@ class Weight:
     inputs: int = 1
     transposed: bool = True
     part: tuple[int, int] = (0, 1)
+    rows: tuple[int, int, int] | None = None
 
     @property
     def stacked(self) -> bool:
@@ -68,7 +70,14 @@ class Weight:
     def their_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Returns the shape of one layer's tensor in the source, from our shape."""
         *rest, last = self._matrix(shape)
+        if self.rows is not None:
+            return (self.rows[2], last)
         return (*rest, last * self.part[1])
+
+    @property
+    def joined_axis(self) -> int:
+        """The axis of a tensor there on which the parts lie."""
+        return -1 if self.rows is None else 0
 
     def _matrix(self, shape: Sequence[int]) -> tuple[int, ...]:
         if not self.inputs:
@@ -79,7 +88,7 @@ class Weight:
     def to_ours(self, array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
         """Returns one layer's array in our shape, from its tensor."""
         number, parts = self.part
-        array = np.split(array, parts, axis=-1)[number]
+        array = np.split(array, parts, axis=-1)[number] if self.rows is None else array[slice(*self.rows[:2])]
         return (array.T if self.inputs and self.transposed else array).reshape(shape)
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from flax import nnx
 from diffusion_t5x.data.batch import Array
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.dot_product import KEYS, QUERIES, attend
-from diffusion_t5x.models.layers import RMSNorm, add_bias, dense, normal, param
+from diffusion_t5x.models.layers import HeadsNorm, RMSNorm, add_bias, dense, normal, param
 from diffusion_t5x.models.masks import Sight, Slots
 from diffusion_t5x.models.positions import rotate
 from diffusion_t5x.partitioning import constrain
@@ -67,9 +67,14 @@ class Attention(nnx.Module):
         self.key_bias = param(key, zeros, kv_heads=kv_heads, head_dim=head_dim) if config.qkv_bias else None
         self.value_bias = param(key, zeros, kv_heads=kv_heads, head_dim=head_dim) if config.qkv_bias else None
         self.out_bias = param(key, zeros, embed=embed) if config.output_bias else None
+        self.query_norm: RMSNorm | HeadsNorm
+        self.key_norm: RMSNorm | HeadsNorm
         if config.query_key_norm:
             self.query_norm = RMSNorm(head_dim, config.norm_epsilon, "head_dim", config.norm_offset)
             self.key_norm = RMSNorm(head_dim, config.norm_epsilon, "head_dim", config.norm_offset)
+        elif config.whole_query_key_norm:
+            self.query_norm = HeadsNorm(heads, head_dim, config.norm_epsilon, "heads")
+            self.key_norm = HeadsNorm(kv_heads, head_dim, config.norm_epsilon, "kv_heads")
         self.config = config
 
     def __call__(
@@ -121,11 +126,15 @@ class Attention(nnx.Module):
         """Returns keys and values `[B, L, kv_heads, head_dim]` of hidden states `[B, L, D]`, not rotated."""
         key = add_bias(dense(x, self.key.get_value()), self.key_bias)
         value = add_bias(dense(x, self.value.get_value()), self.value_bias)
-        return self.key_norm(key) if self.config.query_key_norm else key, value
+        return self.key_norm(key) if self._norms else key, value
+
+    @property
+    def _norms(self):
+        return self.config.query_key_norm or self.config.whole_query_key_norm
 
     def _project_query(self, x):
         query = add_bias(dense(x, self.query.get_value()), self.query_bias)
-        return self.query_norm(query) if self.config.query_key_norm else query
+        return self.query_norm(query) if self._norms else query
 
     def _attend(self, query, key, value, bias, sight):
         # Queries are cut along the length; keys and values of the whole rows come to each of them.

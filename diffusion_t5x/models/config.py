@@ -8,6 +8,10 @@ from diffusion_t5x.errors import UserError, check_choices
 
 Activation = Literal["gelu", "silu"]
 Remat = Literal["none", "dots", "full"]
+MOST_UNROLLED = 12  # layers
+
+
+_MOST = 1_000_000  # layers, heads or width: larger numbers are slips, with which a dry run would not end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +25,11 @@ class ModelConfig:
       shifted: how a diffusion model is read. False: the hidden state at a slot predicts the slot's own token. True:
         it predicts the next one, as an autoregressive model's does (Dream, arXiv 2508.15487; DiffuLLaMA, 2410.17891).
         Autoregressive training and decoding read a model that way in any case.
-      reads_start: a diffusion model reads the start token: before the first token of a shifted row, else in place of a
-        first token that is MASK. False reads rows as they are, as published models do (LLaDA, Dream, SDAR): there a
-        shifted row's first token is predicted in its own slot.
+      reads_start: the model reads the start token: an autoregressive model before the first token, a diffusion model
+        before the first token of a shifted row, else in place of a first token that is MASK. False reads rows as they
+        are, as models do whose tokenizer puts no BOS before a text (Qwen, SmolLM2) and published diffusion models
+        (LLaDA, Dream, SDAR): only the first token of a text is predicted from the start token, by diffusion in its own
+        slot.
       vocab_size: rows of the embedding; None takes the vocabulary's size, rounded up to a multiple of 128.
       num_kv_heads: key and value heads, shared by groups of query heads; None means one for each query head.
       position: "relative" is T5's learned bias shared by all layers, "rotary" rotates queries and keys, "learned" adds
@@ -33,6 +39,7 @@ class ModelConfig:
       gated: the activation gates a second product; False uses the activation alone.
       tie_embeddings: compute logits with the embedding; False adds an output matrix.
       query_key_norm: RMS-normalise queries and keys of each head.
+      whole_query_key_norm: RMS-normalise queries, and keys, of all heads as one vector (OLMo 2).
       qkv_bias: add biases to queries, keys and values.
       output_bias: add biases to the outputs of attention and to the feed-forward layer.
       attention_scale: factor on query-key products. 1 with T5's initialiser, which includes the scale; `head_dim **
@@ -40,8 +47,9 @@ class ModelConfig:
       logits_scale: factor on the last hidden state; None is T5's `embed_dim ** -0.5` if embeddings are tied.
       norm_epsilon: added to the mean square, or to the variance.
       norm_offset: an RMS norm's parameter is its scale minus 1, as in Gemma.
-      post_norms: normalise the outputs of attention and feed-forward layers, too, before they are added to the
-        residual.
+      pre_norms: normalise the inputs of attention and feed-forward layers.
+      post_norms: normalise the outputs of attention and feed-forward layers before they are added to the residual.
+      residual_scale: factor on these outputs when they are added to the residual.
       embedding_scale: factor on embedded tokens.
       attention_softcap, logits_softcap: x becomes `cap * tanh(x / cap)`, for query-key products and logits.
       attention_backend: the implementation of attention: "xla" anywhere, "cudnn" on NVIDIA GPUs, on TPUs "splash"
@@ -58,11 +66,15 @@ class ModelConfig:
       rotary_factor: factor on the rotary wavelengths ("linear" scaling).
       rotary_stretched: two wavelengths in tokens; the factor applies in full only above the second and not at all below
         the first, and frequencies are interpolated between them (Llama 3.1, arXiv 2407.21783). None stretches all.
+      rotary_ramp: two indices among a head's pairs; the factor applies in full from the second on and not at all up to
+        the first, and frequencies are interpolated between them (YaRN, arXiv 2309.00071). None: no ramp.
+      unrotated_layers: for each layer, True if it has no rotary positions (SmolLM3); None: no layer.
       max_length: longest row that the model is meant for, and number of learned positions; None sets no limit.
       dropout_rate: dropout after the embedding, on every residual branch, inside the feed-forward layer and after the
         last norm.
       dtype: dtype of activations; parameters, softmax, logits and loss are float32.
-      scan_unroll: number of layers unrolled in one iteration of the scan over layers; True unrolls all (fast on CPU).
+      scan_unroll: number of layers unrolled in one iteration of the scan over layers; True unrolls all (fast on CPU) if
+        there are at most MOST_UNROLLED: more would take minutes to compile.
       remat: what the backward pass recomputes: nothing ("none"), everything but matrix products ("dots"), or everything
         ("full").
     """
@@ -83,13 +95,16 @@ class ModelConfig:
     gated: bool = True
     tie_embeddings: bool = True
     query_key_norm: bool = False
+    whole_query_key_norm: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
     attention_scale: float = 1.0
     logits_scale: float | None = None
     norm_epsilon: float = 1e-6
     norm_offset: bool = False
+    pre_norms: bool = True
     post_norms: bool = False
+    residual_scale: float = 1.0
     embedding_scale: float = 1.0
     attention_softcap: float | None = None
     logits_softcap: float | None = None
@@ -103,6 +118,8 @@ class ModelConfig:
     rotary_base: float = 10_000.0
     rotary_factor: float = 1.0
     rotary_stretched: tuple[float, float] | None = None
+    rotary_ramp: tuple[float, float] | None = None
+    unrotated_layers: tuple[bool, ...] | None = None
     max_length: int | None = None
     dropout_rate: float = 0.0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -111,8 +128,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("embed_dim", "num_layers", "num_heads", "head_dim", "mlp_dim"):
-            if getattr(self, name) < 1:
-                raise UserError(f"ModelConfig.{name} must be at least 1, not {getattr(self, name)}.")
+            if not 1 <= getattr(self, name) <= _MOST:
+                raise UserError(f"ModelConfig.{name} must be from 1 to {_MOST:,}, not {getattr(self, name):,}.")
         check_choices(self)
         if self.num_heads % self.kv_heads:
             raise UserError(
@@ -135,18 +152,35 @@ class ModelConfig:
                 f"ModelConfig.local_layers must say of each of {self.num_layers} layers if it is local, and not of "
                 f"{len(self.local_layers)}; and local layers need a ModelConfig.window, not {self.window}."
             )
+        if self.unrotated_layers and (len(self.unrotated_layers) != self.num_layers or self.position != "rotary"):
+            raise UserError(
+                f"ModelConfig.unrotated_layers must say of each of {self.num_layers} layers with rotary positions if "
+                f"it has none, and not of {len(self.unrotated_layers)}."
+            )
+        if self.rotary_ramp is not None and self.rotary_stretched is not None:
+            raise UserError("ModelConfig.rotary_ramp and rotary_stretched are two ways to stretch: set one to None.")
         shortest, longest = self.rotary_stretched or (1, 2)
         if self.rotary_factor <= 0 or not 0 < shortest < longest:
             raise UserError(
                 "ModelConfig.rotary_factor must be positive, and rotary_stretched None or two ascending positive "
                 f"wavelengths; not {self.rotary_factor} and {self.rotary_stretched}."
             )
+        for name in ("rotary_base", "local_rotary_base"):
+            if (base := getattr(self, name)) is not None and base <= 0:
+                raise UserError(f"ModelConfig.{name} must be above 0, not {base}.")
         if not 0 <= self.dropout_rate < 1:
             raise UserError(f"ModelConfig.dropout_rate must lie in [0, 1), not {self.dropout_rate}.")
 
     @property
     def kv_heads(self) -> int:
         return self.num_kv_heads or self.num_heads
+
+    @property
+    def layers_unrolled(self) -> int:
+        """Layers unrolled in one iteration of the scan over layers."""
+        if self.scan_unroll is True:
+            return self.num_layers if self.num_layers <= MOST_UNROLLED else 1
+        return self.scan_unroll or 1
 
     @property
     def readout_scale(self) -> float:

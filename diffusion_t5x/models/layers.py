@@ -91,6 +91,25 @@ class RMSNorm(nnx.Module):
         return (y * (1 + scale if self.offset else scale)).astype(x.dtype)
 
 
+class HeadsNorm(nnx.Module):
+    """Root-mean-square norm over all heads `[..., heads, head_dim]` together, computed in float32.
+
+    Args:
+      heads, head_dim: sizes of the last two axes.
+      epsilon: added to the mean square.
+      axis: logical name of the heads.
+    """
+
+    def __init__(self, heads: int, head_dim: int, epsilon: float, axis: str):
+        self.scale = nnx.Param(jnp.ones((heads, head_dim), jnp.float32), axes=(axis, "head_dim"))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=(-2, -1), keepdims=True) + self.epsilon)
+        return (y * self.scale.get_value()).astype(x.dtype)
+
+
 class LayerNorm(nnx.Module):
     """Layer norm (arXiv 1607.06450) with a learned scale and bias, computed in float32.
 

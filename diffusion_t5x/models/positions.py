@@ -66,22 +66,29 @@ class RelativePositionBias(nnx.Module):
 
 
 def rotary_frequencies(
-    head_dim: int, base: float, factor: float = 1.0, stretched: tuple[float, float] | None = None
+    head_dim: int,
+    base: float,
+    factor: float = 1.0,
+    stretched: tuple[float, float] | None = None,
+    ramp: tuple[float, float] | None = None,
 ) -> np.ndarray:
     """Returns the radians per token by which rotary positions rotate each pair, float32 `[head_dim / 2]`.
 
     Args:
       head_dim: D.
       base: the frequencies are base^(-2i/D).
-      factor, stretched: `ModelConfig.rotary_factor` and `rotary_stretched`.
+      factor, stretched, ramp: `ModelConfig.rotary_factor`, `rotary_stretched` and `rotary_ramp`.
     """
     half = head_dim // 2
     # Rounded once: times a thousand tokens the last digit counts, and in float32 each machine has a power of its own.
     frequencies = (1 / np.float64(base) ** (np.arange(half) / half)).astype(np.float32)
-    if stretched is None:
+    if ramp is not None:
+        kept = 1 - np.clip((np.arange(half) - ramp[0]) / (ramp[1] - ramp[0]), 0, 1).astype(np.float32)
+    elif stretched is not None:
+        slow, fast = 2 * np.pi / stretched[1], 2 * np.pi / stretched[0]
+        kept = np.clip((frequencies - slow) / (fast - slow), 0, 1).astype(np.float32)
+    else:
         return frequencies / np.float32(factor)
-    slow, fast = 2 * np.pi / stretched[1], 2 * np.pi / stretched[0]
-    kept = np.clip((frequencies - slow) / (fast - slow), 0, 1).astype(np.float32)
     return frequencies * kept + frequencies / np.float32(factor) * (1 - kept)
 
 

@@ -43,11 +43,27 @@ def shift_right(tokens: Array, positions: Array, start_id: int) -> jax.Array:
     return jnp.where(positions == 0, start_id, before)
 
 
-def shifted_slots(batch: Batch) -> Slots:
-    """Returns the slots of shifted tokens: a slot is an input if the token it *holds* is one (the start token is)."""
-    holds_input = jnp.pad(batch.input_mask[:, :-1], ((0, 0), (1, 0))) | (batch.positions == 0)
-    return Slots(
+def shifted_slots(batch: Batch, vocabulary: TokenIds) -> Slots:
+    """The slots of tokens that `shift_right` moved: a slot is an input where the token it *holds* is one.
+
+    The start token is an input. A model that reads none (`ModelConfig.reads_start`) does not see it behind a segment's
+    first slot, which is a segment by itself, and positions count from the first token; nor is it seen where the first
+    input is the start token itself, as chat templates write it.
+    """
+    first = (batch.positions == 0) & (batch.segment_ids > 0)
+    holds_input = jnp.pad(batch.input_mask[:, :-1], ((0, 0), (1, 0))) | first
+    slots = Slots(
         segment_ids=batch.segment_ids, positions=batch.positions, is_input=holds_input & (batch.segment_ids > 0)
+    )
+    if batch.encoder_tokens is not None:
+        return slots
+    hidden = first & batch.input_mask & (batch.tokens == vocabulary.start_id) if vocabulary.reads_start else first
+    # The segments whose start token is hidden: positions restart at each segment's first slot.
+    since = jnp.maximum(jnp.arange(batch.tokens.shape[1]) - batch.positions, 0)
+    is_hidden = jnp.take_along_axis(hidden, since, axis=1)
+    return slots.replace(
+        segment_ids=2 * batch.segment_ids - hidden,
+        positions=jnp.where(is_hidden & ~first, batch.positions - 1, batch.positions),
     )
 
 

@@ -72,17 +72,18 @@ def norm(config: ModelConfig) -> RMSNorm | LayerNorm:
 class Layer(nnx.Module):
     """Self-attention, in a decoder over an encoder also cross-attention, and a feed-forward layer.
 
-    Each has a norm before it, with `post_norms` also one after it, and is added to the residual stream.
+    Each has a norm before it (`pre_norms`), after it (`post_norms`) or both, and is added to the residual stream.
     """
 
     def __init__(self, key: jax.Array, config: ModelConfig, cross_attention: bool):
         attention_key, mlp_key, cross_key = jax.random.split(key, 3)
-        self.attention_norm = norm(config)
+        if config.pre_norms:
+            self.attention_norm = norm(config)
+            self.mlp_norm = norm(config)
         self.attention = Attention(attention_key, config)
         if cross_attention:
             self.cross_attention_norm = norm(config)
             self.cross_attention = Attention(cross_key, config)
-        self.mlp_norm = norm(config)
         self.mlp = MLP(
             mlp_key,
             config.embed_dim,
@@ -118,10 +119,17 @@ class Layer(nnx.Module):
         keys = [fold_in(dropout_keys, use) for use in range(4)]
 
         def add(x, branch, use):
+            branch = branch * jnp.asarray(self.config.residual_scale, branch.dtype)
             return constrain(x + dropout(branch, self.config.dropout_rate, keys[use]), ACTIVATIONS)
 
         attended, cached = self.attention(
-            self.attention_norm(x), view.positions, view.sight, view.bias, view.frequencies, cached, view.write_at
+            self.attention_norm(x) if self.config.pre_norms else x,
+            view.positions,
+            view.sight,
+            view.bias,
+            view.frequencies,
+            cached,
+            view.write_at,
         )
         if self.config.post_norms:
             attended = self.attention_post_norm(attended)
@@ -129,7 +137,7 @@ class Layer(nnx.Module):
         if inputs is not None:
             assert view.inputs_sight is not None
             x = add(x, self.cross_attention.cross(self.cross_attention_norm(x), *inputs, view.inputs_sight), 3)
-        branch, auxiliary = self.mlp(self.mlp_norm(x), keys[1])
+        branch, auxiliary = self.mlp(self.mlp_norm(x) if self.config.pre_norms else x, keys[1])
         if self.config.post_norms:
             branch = self.mlp_post_norm(branch)
         return add(x, branch, 2), cached, auxiliary
@@ -222,7 +230,7 @@ class Stack(nnx.Module):
         config = self.config
         sight, frequencies = Sight.of(kind, slots, key_slots, whole=cached is None), None
         if config.position == "rotary":
-            stretching = (config.rotary_factor, config.rotary_stretched)
+            stretching = (config.rotary_factor, config.rotary_stretched, config.rotary_ramp)
             frequencies = rotary_frequencies(config.head_dim, config.rotary_base, *stretching)
         keys = [fold_in(dropout_keys, use) for use in range(3)]
         if config.position == "learned":
@@ -234,30 +242,42 @@ class Stack(nnx.Module):
             inputs = (encoded.keys, encoded.values)
             inputs_sight = Sight.across(slots.segment_ids, encoded.segment_ids, whole=cached is None)
         view = View(slots.positions, sight, bias, frequencies, write_at, inputs_sight)
-        of_layer, is_local = (lambda is_local: view), None
-        if config.local_layers:
-            is_local = jnp.asarray(config.local_layers)
-            near = sight.mask & slots.within(key_slots, config.window)
-            local_frequencies = frequencies
-            if config.local_rotary_base is not None:
-                local_frequencies = rotary_frequencies(config.head_dim, config.local_rotary_base)
-
-            def of_layer(is_local):
-                mask = jnp.where(is_local, near, sight.mask)
-                assert frequencies is not None and local_frequencies is not None
-                turns = jnp.where(is_local, local_frequencies, frequencies)
-                return view.replace(sight=sight.replace(mask=mask, order=None), frequencies=turns)
+        of_layer, kinds = self._layer_views(view, slots, key_slots)
 
         def layer(x, scanned):
-            block, cached, inputs, number, is_local = scanned
+            block, cached, inputs, number, kind = scanned
             layer_keys = fold_in(keys[1], number)
-            x, cached, auxiliary = block(x, of_layer(is_local), cached, inputs, layer_keys)
+            x, cached, auxiliary = block(x, of_layer(kind), cached, inputs, layer_keys)
             return x, (cached, auxiliary)
 
         if config.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
             layer = jax.checkpoint(layer, policy=policy)
-        layers = (self.blocks, cached, inputs, jnp.arange(config.num_layers), is_local)
-        x, (cached, auxiliary) = jax.lax.scan(layer, x, layers, unroll=config.scan_unroll)
+        layers = (self.blocks, cached, inputs, jnp.arange(config.num_layers), kinds)
+        x, (cached, auxiliary) = jax.lax.scan(layer, x, layers, unroll=config.layers_unrolled)
         hidden = dropout(self.final_norm(x), config.dropout_rate, keys[2])
         return Output(hidden, jax.tree.map(lambda of_layers: of_layers.sum(axis=0), auxiliary)), cached
+
+    def _layer_views(self, view, slots, key_slots):
+        """Returns a function from a layer's kind to its view, and the kinds of all layers, a pytree for the scan."""
+        config, kinds = self.config, {}
+        if config.local_layers:
+            kinds["is_local"] = jnp.asarray(config.local_layers)
+        if config.unrotated_layers:
+            kinds["is_unrotated"] = jnp.asarray(config.unrotated_layers)
+        near = view.sight.mask & slots.within(key_slots, config.window) if config.local_layers else None
+        local_frequencies = view.frequencies
+        if config.local_rotary_base is not None:
+            local_frequencies = rotary_frequencies(config.head_dim, config.local_rotary_base)
+
+        def of_layer(kind):
+            seen = view
+            if near is not None:
+                mask = jnp.where(kind["is_local"], near, view.sight.mask)
+                turns = jnp.where(kind["is_local"], local_frequencies, view.frequencies)
+                seen = seen.replace(sight=view.sight.replace(mask=mask, order=None), frequencies=turns)
+            if config.unrotated_layers:
+                seen = seen.replace(frequencies=jnp.where(kind["is_unrotated"], 0, seen.frequencies))
+            return seen
+
+        return of_layer, kinds

@@ -68,7 +68,7 @@ class Autoregressive(Objective):
         """Runs a pass; the i-th of its hidden states `[B, L, D]` predicts the i-th token."""
         tokens = shift_right(batch.tokens, batch.positions, model.vocabulary.start_id)
         encoded = model.encode(batch, dropout_keys)
-        return model(tokens, shifted_slots(batch), self.attention, encoded, dropout_keys)
+        return model(tokens, shifted_slots(batch, model.vocabulary), self.attention, encoded, dropout_keys)
 
     def loss(
         self,

@@ -65,7 +65,7 @@ def write_report(folders: Iterable[str | pathlib.Path], output: str | pathlib.Pa
         if output.exists() and not output.read_bytes().startswith(_FIRST_LINES[kind].encode()):
             raise UserError(f"{output} exists and is not a report: choose another --output.")
     except OSError as error:
-        raise UserError(f"Cannot read {output}: {error.strerror}. Choose another --output.") from None
+        raise UserError(f"Cannot write {output}: {error.strerror}. Choose another --output.") from None
     records.write_text(output, page, errors="replace")
     return output
 

@@ -19,7 +19,9 @@ logger = logging.getLogger(__name__)
 # vocabulary's size in their shapes. `shifted` matters to diffusion alone, see `Agreement`.
 _FREE = {"vocab_size", "dropout_rate", "dtype", "scan_unroll", "remat", "attention_backend", "max_length", "shifted"}
 _SIZES = {"embed_dim", "num_layers", "num_heads", "head_dim", "mlp_dim", "num_kv_heads"}
-_ROTARY = {"rotary_base", "rotary_factor", "rotary_stretched", "local_rotary_base"}
+_ROTARY = {
+    "rotary_base", "rotary_factor", "rotary_stretched", "rotary_ramp", "local_rotary_base", "unrotated_layers",
+}  # fmt: skip
 _RELATIVE = {"relative_buckets", "relative_max_distance", "causal_buckets"}
 # The gin files of objectives/ and decoding/ by the attention and noise of a mode.
 _FILES = {
@@ -97,17 +99,19 @@ class Agreement:
         self._judge(faults)
         if (trained_by := self.record.lora) != (lora_now := lora and lora.describe()):
             raise UserError(
-                f"{self.path} was trained with train.lora = {trained_by}, but here it is {lora_now}: go on with the "
-                "same one, or start another run from it, with another MODEL_DIR and it as INITIAL_CHECKPOINT_PATH."
+                f"{self.path} was trained with train.lora = {trained_by}, but here it is {lora_now}: continue with "
+                "the former, or start another run with a new MODEL_DIR and this INITIAL_CHECKPOINT_PATH."
             )
 
     def check_initial(self, model: ModelConfig, objective: Objective) -> None:
         """Checks a run that starts from another run's checkpoint; its objective may teach the model new modes.
 
+        So may another `reads_start`.
+
         Raises:
           UserError: it is another model, or a diffusion model that would be read in other slots than in training.
         """
-        self.check_model(model)
+        self.check_model(dataclasses.replace(model, reads_start=self.record.model.get("reads_start", True)))
         self._judge(list(self._shifts(model, objective)))
 
     def _misuses(self, model: ModelConfig, user: object) -> Iterable[str]:
@@ -177,9 +181,9 @@ def _function(config: ModelConfig) -> dict[str, Any]:
     if not any(values["local_layers"]):
         unused |= {"local_layers", "window", "local_rotary_base"}
     if config.rotary_factor == 1:
-        unused |= {"rotary_stretched"}
-    elif config.rotary_stretched is not None and "rotary_stretched" not in unused:
-        values["rotary_stretched"] = tuple(config.rotary_stretched)
+        unused |= {"rotary_stretched", "rotary_ramp"}
+    for name in ("rotary_stretched", "rotary_ramp", "unrotated_layers"):  # lists, where they were read from JSON
+        values[name] = None if values[name] is None else tuple(values[name])
     learned = {"max_length": config.max_length} if config.position == "learned" else {}
     return {name: value for name, value in values.items() if name not in unused} | learned
 

@@ -101,7 +101,7 @@ class Judge:
         raise UserError(
             f"Step {step} is bad{row}: {what}. None of them was applied. The batch is in {path}; the same command goes "
             "on from the last checkpoint, to the same batch. A lower learning rate, a max_grad_norm for the optimizer "
-            "or another RANDOM_SEED may help; train.train.bad_numbers says what is bad, and how much of it is borne."
+            "or another RANDOM_SEED may help; train.train.bad_numbers sets what is bad and how much is too much."
         )
 
     def _keep(self, step: int, batch: Batch) -> str:

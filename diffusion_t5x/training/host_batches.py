@@ -78,7 +78,7 @@ class HostBatches:
             logger.info("the checkpoint has no position in the training data: they begin anew, so examples may repeat")
             return
         if "num_shards" not in state:
-            raise UserError("The checkpoint's position in the data is in a form that is not read any more: start anew.")
+            raise UserError("The checkpoint's position in the data has a format not read any more: start a new run.")
         if (num_shards := int(state["num_shards"])) != self._num_shards:
             self._open(num_shards)
         for number, shard in self._shards.items():

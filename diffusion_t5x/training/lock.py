@@ -74,6 +74,6 @@ def locked(directory: str) -> Iterator[Callable[[], None]]:
 def _check_there(directory: str) -> None:
     if not any(os.path.exists(os.path.join(directory, name)) for name in (FILE, "config.gin")):
         raise UserError(
-            f"{directory} was removed or renamed while the run was writing to it. What it has learned since its last "
-            "checkpoint is lost. Bring the folder back, and the same command goes on from the newest checkpoint in it."
+            f"{directory} was removed or renamed while the run was writing to it. Training since its last checkpoint "
+            "is lost. Bring the folder back, and the same command continues from the newest checkpoint in it."
         )

@@ -127,9 +127,7 @@ class _Log:
         seconds = time.monotonic() - self._time
         rate = sum(m["tokens"] for m in self._since) / seconds
         if rate < self._fastest / 2 and seconds > 1:  # less is noise
-            logger.warning(
-                "step %d: %.0f tokens/s, less than half of the %.0f that were seen", step, rate, self._fastest
-            )
+            logger.warning("step %d: %.0f tokens/s, less than half of the %.0f seen before", step, rate, self._fastest)
         self._fastest = max(rate, self._fastest)
         means |= {"tokens_per_second": rate, "seconds_per_step": seconds / len(self._since)}
         if self._judge.count:

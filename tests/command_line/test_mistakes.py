@@ -7,6 +7,7 @@ import pytest
 from diffusion_t5x.command_line import config
 
 pytest.importorskip("seqio")
+from fresh_process import run
 
 PAIRS = '{"inputs": "one", "targets": "un"}\n{"inputs": "two", "targets": "deux"}\n'
 MODEL = "--gin_file=models/decoder_only.gin --gin_file=sizes/tiny.gin"
@@ -183,3 +184,26 @@ def test_a_mistake_ends_in_one_line(verb, arguments, expected, folder, capsys):
     assert len(errors) == 1 and said.rstrip().endswith(errors[0]) and "Traceback" not in said, said
     assert all(part in errors[0] for part in expected), errors[0]
     assert not (folder / "made").exists()
+
+
+# SeqIO and TensorFlow take seconds to import.
+BEFORE_SEQIO = [
+    f"{FINETUNE} --gin.TRAIN_STEPS=abc",
+    f"{FINETUNE} --gin.TASK_FEATURE_LENGTHS=32",
+    f"{FINETUNE} --gin.NUM_STEPS=5",
+    f"{FINETUNE} --gin.TASK_NAME=my-task",
+    f"{FINETUNE} --gin.VOCABULARY_FILE=none.model",
+    f"{FINETUNE} --gin.INPUTS={{question}}",
+    f"{FINETUNE} --gin.TRAIN_STEPS=0",
+    f"{FINETUNE} --gin.BATCH_SIZE=0",
+    f"{FINETUNE} --gin.INITIAL_CHECKPOINT_PATH=nowhere",
+    f'{FINETUNE} --gin.FILES={{"train":"pairs.jsonl"}}',
+    f'{FINETUNE} --gin.FILES={{"train":"*.json","validation":"pairs.jsonl"}}',
+    f"{QUICKSTART} --gin.WARMUP_STEPS=100",
+    f"{QUICKSTART} --gin.MODEL_DIR=7",
+]
+
+
+def test_mistakes_are_found_before_seqio_and_tensorflow_are_imported(folder):
+    (*_, imported), said = run("train", BEFORE_SEQIO, (2,), folder)
+    assert imported == "" and said.count("error: ") == len(BEFORE_SEQIO)

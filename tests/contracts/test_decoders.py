@@ -9,6 +9,7 @@ import pytest
 import tiny
 from my_remasking import RemaskingDecoder
 
+from diffusion_t5x.decoding.ancestral import AncestralDecoder
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding.beam_search import BeamSearchDecoder
 from diffusion_t5x.decoding.block import BlockDecoder
@@ -21,6 +22,8 @@ from diffusion_t5x.decoding.sundae import SundaeDecoder
 RULES = {
     "masked": MaskedDecoder(num_steps=3),
     "masked by threshold": MaskedDecoder(num_steps=None, threshold=0.3),
+    "masked in windows": MaskedDecoder(num_steps=3, window=4, counts="linear", softmax="all", ends="last"),
+    "ancestral": AncestralDecoder(num_steps=3),
     "sundae": SundaeDecoder(num_steps=3, num_samples=1),
     "sundae, a share": SundaeDecoder(num_steps=4, num_samples=1, update_share=0.5, stop_when_unchanged=True),
     "argmax unrolled": SundaeDecoder(4, 1, 0.0, "argmax_unrolled", 0.5),
@@ -29,6 +32,7 @@ RULES = {
 DECODERS = {
     **RULES,
     **{f"blocks, {name}": BlockDecoder(3, rule) for name, rule in RULES.items()},
+    "masked, guided": MaskedDecoder(num_steps=3, guidance=0.5, ends="never", counts="times", softmax="filtered"),
     "blocks of the row": BlockDecoder(3, MaskedDecoder(num_steps=2), "row"),
     "sundae, samples": SundaeDecoder(num_steps=3, num_samples=2),
     "autoregressive": AutoregressiveDecoder(temperature=1.0),
@@ -45,7 +49,9 @@ CONFIGS = {
 }
 CASES = [("decoder_only", name) for name in DECODERS]
 CASES += [
-    (config, name) for config in ("shifted", "encoder_decoder") for name in ("remasking", "blocks, remasking", "masked")
+    (config, name)
+    for config in ("shifted", "encoder_decoder")
+    for name in ("remasking", "blocks, remasking", "masked", "masked, guided")
 ]
 SIZES = [(2, 7), (0, 5), (5, 6), (3, 0)]  # the last is a filler row
 MASK = tiny.VOCABULARY.mask_id

@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from diffusion_t5x.data import vocabulary_files
 from diffusion_t5x.data.vocabularies import cells, encode_part, piece, token_ids
@@ -115,6 +116,25 @@ def test_what_diffusion_knows_of_them(gpt2, vocabularies):
     assert (ids.eos_id, ids.pad_id, ids.start_id) == (2, 2, 1) and ids.noise_ranges == ((2, 300),)
     assert [piece(vocabularies["sentencepiece"], i) for i in (1, 3, 258, 259)] == [b"<s>", b"\0", b"\xff", b" "]
     assert piece(vocabularies["byte_level"], vocabularies["byte_level"].encode(" ☃")[-1]) == "☃".encode()[-1:]
+
+
+@pytest.mark.parametrize(
+    ("said", "in_tokenizer", "expected"),
+    [
+        ({}, False, False),
+        ({}, True, True),
+        ({"add_bos_token": True}, False, True),
+        ({"add_bos_token": False}, True, False),
+    ],
+)
+def test_whether_bos_is_put_before_a_text(said, in_tokenizer, expected, tmp_path):
+    tokenizer = open_models.sentencepiece_like()
+    if in_tokenizer:
+        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    path = open_models.save_tokenizer(tmp_path, tokenizer, bos_token="<s>", eos_token="</s>", **said)
+    assert HuggingFaceVocabulary(path).adds_bos == expected
+    without = open_models.save_tokenizer(tmp_path / "none", open_models.byte_level(), eos_token="<|end|>", **said)
+    assert not HuggingFaceVocabulary(without).adds_bos
 
 
 def test_ids_that_stand_for_nothing_are_no_text(tmp_path):

@@ -18,10 +18,17 @@ SIZES = [(2, 7), (6, 7), (0, 7), (4, 7), (1, 7), (3, 7)]
 BATCH = tiny.one_a_row([*tiny.random_examples(0, SIZES), ([], [])])
 
 
+CONFIGS = {
+    "relative": tiny.RELATIVE,
+    "rotary": tiny.LLAMA,
+    "no start token": dataclasses.replace(tiny.GPT2, reads_start=False),
+}
+
+
 @functools.cache
 def make_model(name):
     """A random model that ends its outputs now and then: EOS is likely enough."""
-    definition, params = tiny.make_model({"relative": tiny.RELATIVE, "rotary": tiny.LLAMA}[name])
+    definition, params = tiny.make_model(CONFIGS[name])
     if name == "rotary":
         params["head"] = params["head"].at[:, 1].multiply(2.0)
     else:
@@ -49,7 +56,9 @@ def log_probabilities(name, prefix):
     @jax.jit
     def of(params, batch):
         model = definition.bind(params)
-        logits = model.logits(model(shift_right(batch.tokens, batch.positions, 21), shifted_slots(batch), kind))
+        logits = model.logits(
+            model(shift_right(batch.tokens, batch.positions, 21), shifted_slots(batch, model.vocabulary), kind)
+        )
         return jax.nn.log_softmax(logits.at[..., 23:].set(-np.inf))
 
     return lambda batch: np.asarray(of(make_model(name)[1], batch))
@@ -69,7 +78,7 @@ def greedy_loop(name, prefix):
 
 
 @pytest.mark.parametrize("prefix", [False, True])
-@pytest.mark.parametrize("name", ["relative", "rotary"])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_cached_decoding_gives_the_tokens_of_a_loop_without_cache(name, prefix):
     tokens, scores = greedy_loop(name, prefix)
     decoded = decode(name, prefix=prefix)

@@ -128,7 +128,10 @@ def cached_logits(definition, decoder, params, batch):
     model, kind = definition.bind(params), kind_of(decoder)
     size = getattr(decoder, "block_size", 1)
     if isinstance(decoder, AutoregressiveDecoder):
-        tokens, slots = shift_right(batch.tokens, batch.positions, definition.vocabulary.start_id), shifted_slots(batch)
+        tokens, slots = (
+            shift_right(batch.tokens, batch.positions, definition.vocabulary.start_id),
+            shifted_slots(batch, definition.vocabulary),
+        )
     else:
         tokens, slots = start_first(batch.tokens, batch.positions, definition.vocabulary), Slots.of(batch)
     tokens, slots = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, size))), (tokens, slots))

@@ -26,6 +26,7 @@ CONFIGS = {
     "llama": tiny.LLAMA,
     "encoder_decoder": dataclasses.replace(tiny.ENCODER_DECODER, tie_embeddings=True),
     "shifted": dataclasses.replace(tiny.RELATIVE, shifted=True),
+    "no start token": dataclasses.replace(tiny.LLAMA, shifted=True, reads_start=False),
 }
 MOST = 6, 9  # tokens of input and of target
 # Every shape is a program to compile. No targets at all is a filler row.
@@ -61,6 +62,7 @@ CASES = [
     ("llama", False, "sampled"),
     ("encoder_decoder", False, "sundae"),
     ("shifted", False, "sampled"),
+    ("no start token", False, "one step"),
     ("llama", True, "row"),
 ]
 
@@ -164,14 +166,14 @@ def test_what_drafts_are_worth():
     np.testing.assert_array_equal(found.written_at[0, 3:12], [1] * 4 + [3] * 3 + [5] * 2)
 
 
-@pytest.mark.parametrize("name", ["relative", "shifted"])
+@pytest.mark.parametrize("name", ["relative", "shifted", "no start token"])
 def test_drafts_are_those_of_whole_passes(name):
     """The caches change nothing: a pass over the whole row says the same of every draft."""
     definition, params = make_model(name)
     batch = make_batch(name, [(2, 9, 1), (6, 9, 2), (0, 9, 3), (4, 5, 4)])
     _, found = decode(name, True, "one step", batch)
     kind = DRAFTS["one step"].attention
-    reading = Reading.of(batch, VOCABULARY, definition.config.shifted)
+    reading = Reading.of(batch, definition.vocabulary, definition.config.shifted)
 
     @jax.jit
     def whole_pass(tokens):

@@ -12,6 +12,7 @@ from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.harness import Harness, Rows
+from diffusion_t5x.models.masks import CAUSAL, Slots
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.masked import Masked
 from diffusion_t5x.partitioning import MeshConfig
@@ -55,6 +56,23 @@ def test_an_autoregressive_model(made):
     assert asked._likelihood._cache_size() == 2  # rows of 32 and 64 tokens
     texts = [(c, text) for c, text in zip(CONTEXTS, asked.write([(c, 3) for c in CONTEXTS]), strict=True) if text]
     assert texts and all(asked.are_greedy(texts)) and not any(asked.are_greedy(changed(texts)))
+
+
+def test_an_empty_context_is_the_start_token_of_a_model_that_reads_none():
+    """As in the harness's own models, whose tokens all see it."""
+    definition, params = tiny.make_model(dataclasses.replace(tiny.ROTARY, reads_start=False))
+    definition = dataclasses.replace(definition, vocabulary=dataclasses.replace(tiny.VOCABULARY, start_id=21))
+    asked = harness((definition, params), Autoregressive(), AutoregressiveDecoder(), FREE)
+    text = [5, 7, 5, 9]
+    tokens, places = np.array([[21, *text]], np.int32), np.arange(5, dtype=np.int32)[None]
+    model = definition.bind(params)
+    logits = model.logits(model(tokens, Slots(np.ones_like(places), places, places >= 0), CAUSAL, None).hidden)
+    expected = jax.nn.log_softmax(logits[0, :-1].at[:, 23:].set(-np.inf))[np.arange(4), text].sum()
+    found = asked.log_likelihoods([([], text), ([21], text)])
+    np.testing.assert_allclose(found, [expected] * 2, rtol=1e-5)
+    (written,) = asked.write([([], 1)])
+    first = int(logits[0, 0, :23].argmax())
+    assert written == ([] if first in (EOS, PAD) else [first])
 
 
 def changed(pairs):

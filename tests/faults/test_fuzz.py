@@ -133,7 +133,11 @@ def test_records_of_files(tmp_path, content):
     for reader in (readers.Jsonl(), readers.Tsv(), readers.Text()):
         told(lambda: list(reader.read([str(file)])))  # noqa: B023
     template = {"inputs": "{inputs}", "targets": "{targets}"}
-    told(lambda: list(local_files.source({"train": str(file)}, readers.Jsonl(), template).get_dataset("train")))
+    told(
+        lambda: list(
+            local_files.source({"train": str(file)}, readers.Jsonl(), template).in_seqio().get_dataset("train")
+        )
+    )
 
 
 @cases(1500)

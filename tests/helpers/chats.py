@@ -104,6 +104,7 @@ _LLAMA2 = {
     "bos_token": "<s>",
     "eos_token": {"__type": "AddedToken", "content": "</s>", "special": True},
     "unk_token": "<unk>",
+    "add_bos_token": True,
 }
 # Template, tokenizer, special tokens that are added to it, tokenizer_config.json.
 KINDS = {
@@ -114,7 +115,7 @@ KINDS = {
         HEADERS,
         _llama3,
         ["<|begin|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
-        {"bos_token": "<|begin|>", "eos_token": "<|eot_id|>", "pad_token": "<|pad|>"},
+        {"bos_token": "<|begin|>", "add_bos_token": True, "eos_token": "<|eot_id|>", "pad_token": "<|pad|>"},
     ),
     "turns": (TURNS, open_models.metaspace, ["<start_of_turn>", "<end_of_turn>"], _LLAMA2),
 }

@@ -154,9 +154,11 @@ def write(
     writer.close()
 
 
-def write_folder(folder: pathlib.Path, family: str) -> None:
-    """The same model in Hugging Face's format."""
+def write_folder(folder: pathlib.Path, family: str, rows: int = IDS) -> None:
+    """The same model in Hugging Face's format, with the first `rows` rows for ids."""
     folder.mkdir()
     open_models.save_tokenizer(folder, open_models.byte_level(300), eos_token="<|end|>", pad_token="<|pad|>")
-    open_models.save_shards(folder, dict(random_tensors(family).values()))
-    (folder / "config.json").write_text(json.dumps(_SHARED | FAMILIES[family][1]))
+    tables = ("model.embed_tokens.weight", "lm_head.weight")
+    tensors = dict(random_tensors(family).values())
+    open_models.save_shards(folder, {n: tensor[:rows] if n in tables else tensor for n, tensor in tensors.items()})
+    (folder / "config.json").write_text(json.dumps(_SHARED | FAMILIES[family][1] | {"vocab_size": rows}))

@@ -43,7 +43,10 @@ def reader(definition, decoder_class, kind):
             return model.logits(model(tokens, slots, kind, model.encode(batch)).hidden)[:, :-1]
         slots, tokens = Slots.of(batch), canvas
         if decoder_class is AutoregressiveDecoder:
-            slots, tokens = shifted_slots(batch), shift_right(canvas, batch.positions, definition.vocabulary.start_id)
+            slots, tokens = (
+                shifted_slots(batch, definition.vocabulary),
+                shift_right(canvas, batch.positions, definition.vocabulary.start_id),
+            )
         elif decoder_class is not SundaeDecoder:
             tokens = start_first(canvas, batch.positions, definition.vocabulary)
         return model.logits(model(tokens, slots, kind, model.encode(batch)).hidden)

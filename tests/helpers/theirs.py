@@ -25,6 +25,7 @@ SMALL = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
 }
+ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500_000.0,
@@ -90,6 +91,29 @@ MODELS = {
         "Llama",
         SMALL | {"num_key_value_heads": 4, "vocab_size": IDS, "tie_word_embeddings": True},
         {"rope_parameters": None, "rope_theta": 10_000.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    ),
+    "smollm3": ("SmolLM3", SMALL | ENDS | {"no_rope_layers": [1, 0, 1]}, {}),
+    "olmo2": ("Olmo2", SMALL | ENDS, {}),
+    "phi3": ("Phi3", SMALL | ENDS | {"sliding_window": 32}, {}),
+    "granite": (
+        "Granite",
+        SMALL
+        | {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.3, "logits_scaling": 0.5},
+        {},
+    ),
+    "qwen3_yarn": (
+        "Qwen3",
+        SMALL | {"head_dim": 16},
+        {
+            "rope_parameters": None,
+            "rope_theta": 10_000.0,
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256},
+        },
+    ),
+    "llama_dynamic": (
+        "Llama",
+        SMALL,
+        {"rope_parameters": None, "rope_theta": 10_000.0, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
     ),
     "t5": ("T5", SMALL_T5, {"tie_word_embeddings": False, "scale_decoder_outputs": None}),
     "mt5": ("MT5", SMALL_T5, {"tie_word_embeddings": False}),

@@ -12,7 +12,10 @@ import open_models
 import pytest
 import sentencepiece
 import tokenizers
+from in_torch import load_ours
 
+from diffusion_t5x.checkpointing import checkpoints
+from diffusion_t5x.command_line import recorded
 from diffusion_t5x.convert import convert
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.importing import from_hf, gguf_tokenizer
@@ -52,7 +55,7 @@ def test_a_model_is_that_of_the_same_tensors_in_hugging_faces_format(family, tmp
     @jax.jit
     def logits(params):
         model = expected.bind(params)
-        return model.logits(model(tokens, slots, CAUSAL, None))
+        return model.logits(model(tokens, slots, CAUSAL, None).hidden)
 
     said, ours = (np.asarray(logits(unflat(each))) for each in (expected_params, params))
     assert said.std() > 0.1
@@ -213,3 +216,17 @@ def test_broken_files_and_ignored_keys(tmp_path):
             GgufFile.open_file(str(file))
     with pytest.raises(UserError, match="There is no file"):
         GgufFile.open_file(str(tmp_path / "none.gguf"))
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_the_model_reads_bos_if_the_tokenizer_adds_it(adds, tmp_path):
+    gguf_files.write(
+        tmp_path / "model.gguf", "llama", gguf_files.byte_level_keys() | {"bos_token_id": 5, "add_bos_token": adds}
+    )
+    convert(["from_gguf", str(tmp_path / "model.gguf"), "--output", str(tmp_path / "here")])
+    definition, _ = load_ours(tmp_path / "here")
+    assert (definition.config.reads_start, definition.vocabulary.start_id) == (adds, 5)
+    checkpoint = checkpoints.open_checkpoint(str(tmp_path / "here"))
+    assert checkpoint.record.model["reads_start"] == adds
+    assert f"READS_START = {adds}" in recorded.gin_text(checkpoint)
+    assert f"READS_START = {adds}" in (tmp_path / "here" / "model.gin").read_text()

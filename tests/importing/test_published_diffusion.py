@@ -2,19 +2,25 @@
 
 import dataclasses
 import functools
+import json
 
+import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from published_diffusion import DATA, FAMILIES, generation, needs_data, reference, settings, to_write
 
 from diffusion_t5x import api
+from diffusion_t5x.command_line import config
 from diffusion_t5x.convert import convert
+from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.decoding import commit
 from diffusion_t5x.decoding.ancestral import AncestralDecoder
 from diffusion_t5x.decoding.counts import counts_table
 from diffusion_t5x.decoding.masked import MaskedDecoder
+from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind, Slots
 from diffusion_t5x.models.streams import row_keys, stream
 
@@ -57,7 +63,7 @@ def test_logits_are_the_published_ones_whatever_the_padding(family, side, load):
     blocks = {name: AttentionKind("block_causal", int(name[-1])) for name in arrays if name.startswith("logits_block")}
     kinds = blocks or {"logits_bidirectional" if "logits" not in arrays else "logits": BIDIRECTIONAL}
     for name, kind in kinds.items():
-        found = np.asarray(model.logits(model(jnp.asarray(tokens), slots, kind)))
+        found = np.asarray(model.logits(model(jnp.asarray(tokens), slots, kind).hidden))
         expected = arrays[name][arrays["attention_mask"] > 0]
         assert expected.std() > 1
         np.testing.assert_allclose(found[there > 0], expected, rtol=0, atol=2e-4)
@@ -65,7 +71,10 @@ def test_logits_are_the_published_ones_whatever_the_padding(family, side, load):
 
 def decoder_for(family, chosen):
     """The decoder that these published settings mean."""
-    if family == "llada":
+    if "threshold" in chosen:
+        threshold = chosen["threshold"]
+        return MaskedDecoder(None, threshold=threshold, threshold_included=True, window=8, softmax="all")
+    if "llada" in family:
         windows = chosen["gen_length"] // chosen["block_length"]
         ends = {(True, False): "never", (False, True): "last"}.get(
             (chosen.get("logits_eos_inf", False), chosen.get("confidence_eos_eot_inf", False)), "free"
@@ -92,13 +101,17 @@ def on_whole_rows(family):
     return [
         (family, name)
         for name, chosen in settings(family).items()
-        if chosen.get("sampler") != "BD3LM" and chosen.get("alg") != "origin"
+        if chosen.get("sampler") != "BD3LM"
+        and chosen.get("alg") != "origin"
+        and "cache" not in chosen.get("function", "")
     ]
 
 
-@pytest.mark.parametrize(
-    ("family", "name"), [case for family in FAMILIES if family != "sdar" for case in on_whole_rows(family)]
-)
+WHOLE_ROWS = [case for family in FAMILIES if family != "sdar" for case in on_whole_rows(family)]
+WHOLE_ROWS += on_whole_rows("fastdllm_llada")  # without its caches, which are not exact
+
+
+@pytest.mark.parametrize(("family", "name"), WHOLE_ROWS)
 def test_texts_are_the_published_ones_id_for_id(family, name, load):
     opened, chosen = load(family), settings(family)[name]
     definition = opened.definition
@@ -145,3 +158,77 @@ def test_counts_are_the_published_ones():
         assert (table[:, steps, found.shape[1] :] <= 0).all()
     dream = reference("dream")[0]["counts_32_tokens_12_steps"]
     assert counts_table("times", 32, 12)[32].tolist() == dream
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_record_and_the_gin_file_say_how_it_was_trained_and_is_decoded(family, load):
+    opened = load(family)
+    assert opened.objective is not None and opened.objective.modes == opened.record.modes == opened.decoder.modes
+    config.load([f"{opened.name}/model.gin"])
+    assert gin.query_parameter("%OBJECTIVE").scoped_configurable_fn() == opened.objective
+    assert gin.query_parameter("%DECODER").scoped_configurable_fn() == opened.decoder
+    assert opened.definition.vocabulary.mask_id == reference(family)[0]["mask_id"]
+    unwritten = opened if family.startswith("a2d") else api.load(DATA / family)
+    assert unwritten.decoder == opened.decoder and unwritten.config == opened.config
+    assert opened.generate("5 6 7", length=4) == unwritten.generate("5 6 7", length=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_goes_on(family, load):
+    opened, (_, arrays) = load(family), reference(family)
+    definition, objective = opened.definition, opened.objective
+    tokens = arrays["input_ids"][:, :24]
+    tokens = np.where(tokens == definition.vocabulary.mask_id, 5, tokens)  # clean texts have no MASK
+    place = np.arange(24)
+    batch = Batch(
+        tokens=tokens,
+        target_mask=np.broadcast_to(place >= 5, tokens.shape) & (arrays["attention_mask"][:, :24] > 0),
+        segment_ids=arrays["attention_mask"][:, :24],
+        positions=np.broadcast_to(place.astype(np.int32), tokens.shape),
+        example_ids=np.arange(len(tokens), dtype=np.int32),
+    )
+    optimizer = optax.adam(3e-3)
+
+    def loss(params, key):
+        sums = objective.loss(definition.bind(params), batch, key)
+        return sums.loss.mean()
+
+    @jax.jit
+    def train(params):
+        def step(carry, key):
+            params, state = carry
+            value, gradients = jax.value_and_grad(loss)(params, key)
+            updates, state = optimizer.update(gradients, state)
+            return (optax.apply_updates(params, updates), state), value
+
+        keys = jax.random.split(jax.random.key(0), 20)
+        (after, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), keys)
+        of_both = jax.vmap(loss, (None, 0))
+        held_out = jax.random.split(jax.random.key(1), 8)
+        return of_both(params, held_out).mean(), of_both(after, held_out).mean()
+
+    before, after = train(opened.params)
+    assert after < 0.7 * before
+
+
+def test_models_that_are_refused(tmp_path):
+    def refuses(message, *arguments):
+        with pytest.raises(UserError, match=message):
+            convert(["from_hf", *map(str, arguments), "--output", str(tmp_path / "out")])
+        assert not (tmp_path / "out").exists()
+
+    refuses("neither config.json nor the tokenizer names MASK's id.*--mask_id=ID", DATA / "a2d-llama")
+    refuses("MASK = 170, but the model has the ids 0 to 159", DATA / "a2d-llama", "--mask_id=170")
+    refuses("--block_size: .* is not a model of block diffusion", DATA / "llada", "--block_size=4")
+    for family in ("llada_moe", "llada2_moe", "diffusion_gemma"):
+        refuses("is a mixture of experts, which is not supported yet", DATA / family)
+
+
+def test_a_model_of_blocks_that_does_not_say_so(tmp_path, capsys):
+    convert(["from_hf", str(DATA / "a2d-qwen3"), "--mask_id=157", "--block_size=8", "--output", str(tmp_path / "out")])
+    assert "MDLM" not in capsys.readouterr().out
+    opened = api.load(tmp_path / "out")
+    assert opened.objective.block_size == opened.decoder.block_size == 8
+    said = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (said["mask_token_id"], said["block_size"]) == (157, 8)

@@ -11,7 +11,9 @@ from diffusion_t5x.errors import UserError
 @pytest.mark.parametrize(
     "changes,word",
     [
-        ({"num_layers": 0}, "num_layers"),
+        ({"num_layers": 0}, "num_layers must be from 1 to 1,000,000, not 0"),
+        ({"num_layers": 10**9}, "num_layers must be from 1 to 1,000,000, not 1,000,000,000"),
+        ({"rotary_base": 0.0}, "rotary_base must be above 0"),
         ({"num_kv_heads": 3}, "num_kv_heads"),
         ({"position": "absolute"}, "position"),
         ({"position": "rotary", "head_dim": 5}, "head_dim"),

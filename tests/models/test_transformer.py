@@ -113,6 +113,13 @@ def test_unrolling_and_rematerialisation_change_nothing(expected_loss_and_gradie
     assert_trees_close(found, expected_loss_and_gradients, rtol=1e-5, atol=1e-6)
 
 
+def test_few_layers_are_unrolled_and_many_are_not():
+    def unrolled(layers, setting):
+        return dataclasses.replace(RELATIVE, num_layers=layers, scan_unroll=setting).layers_unrolled
+
+    assert [unrolled(12, True), unrolled(13, True), unrolled(13, 4), unrolled(13, False)] == [12, 1, 4, 1]
+
+
 def test_dropout_is_drawn_from_the_rows_keys_and_off_without():
     config = dataclasses.replace(RELATIVE, dropout_rate=0.2)
     definition, params = tiny.make_model(config)
@@ -121,7 +128,7 @@ def test_dropout_is_drawn_from_the_rows_keys_and_off_without():
     np.testing.assert_array_equal(forward(config)(params, *rows, CAUSAL), without)
 
     keys = jax.random.split(jax.random.key(0), 2)[np.array([0, 1, 0])]
-    hidden = jax.jit(lambda params: definition.bind(params)(*rows, CAUSAL, dropout_keys=keys))(params)
+    hidden = jax.jit(lambda params: definition.bind(params)(*rows, CAUSAL, dropout_keys=keys).hidden)(params)
     np.testing.assert_array_equal(hidden[0], hidden[2])
     assert np.abs(hidden[0] - hidden[1]).max() > 0.1
 

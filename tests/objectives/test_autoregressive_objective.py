@@ -79,7 +79,45 @@ def test_shift_starts_anew_in_each_segment():
     tokens = shift_right(batch.tokens, batch.positions, start_id=21)
     assert tokens[0, :7].tolist() == [21, 5, 6, 7, 21, 9, 10]
     # Slot 2 holds the last input and predicts the first target.
-    assert shifted_slots(batch).is_input[0].tolist() == [True, True, True, False, True, False, False, False, False]
+    assert shifted_slots(batch, VOCABULARY).is_input[0].tolist() == [
+        True,
+        True,
+        True,
+        False,
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
+
+
+@pytest.mark.parametrize("config", [tiny.RELATIVE, tiny.LLAMA, tiny.GPT2])
+def test_without_a_start_token_a_text_is_read_from_its_first_token(config):
+    """Packed texts against each text alone, read as it is; only its first token is predicted from the start token."""
+    definition, params = tiny.make_model(dataclasses.replace(config, reads_start=False))
+    definition = dataclasses.replace(definition, vocabulary=VOCABULARY)
+    model = definition.bind(params)
+    found = Autoregressive().output(model, PACKED).hidden
+
+    def alone(tokens):
+        places = np.arange(len(tokens), dtype=np.int32)[None]
+        slots = Slots(np.ones_like(places), places, np.ones(places.shape, bool))
+        return model(np.array([tokens], np.int32), slots, CAUSAL).hidden[0]
+
+    for row, segment in {(0, 1), (0, 2)}:
+        here = PACKED.segment_ids[row] == segment
+        states = np.asarray(found[row])[here]
+        np.testing.assert_allclose(states[1:], alone(PACKED.tokens[row][here])[:-1], rtol=0, atol=2e-5)
+        np.testing.assert_allclose(states[:1], alone([VOCABULARY.start_id]), rtol=0, atol=2e-5)
+
+
+def test_a_start_token_that_the_inputs_hold_is_not_read_twice():
+    definition, params = tiny.make_model(tiny.GPT2)
+    model = dataclasses.replace(definition, vocabulary=VOCABULARY).bind(params)
+    held, plain = ([21, 5, 6], [7, 8]), ([5, 6], [7, 8])
+    found, expected = (Autoregressive().output(model, tiny.one_a_row([example], 6)).hidden for example in (held, plain))
+    np.testing.assert_allclose(found[0, 1:5], expected[0, :4], rtol=0, atol=2e-5)
 
 
 @functools.cache
@@ -95,7 +133,9 @@ def influence(prefix):
     def logits():
         model = definition.bind(params)
         tokens = shift_right(batch.tokens, batch.positions, 21)
-        return model.logits(model(tokens, shifted_slots(batch), Autoregressive(prefix=prefix).attention).hidden)
+        return model.logits(
+            model(tokens, shifted_slots(batch, VOCABULARY), Autoregressive(prefix=prefix).attention).hidden
+        )
 
     found = np.asarray(logits())
     return np.abs(found[:-1] - found[-1]).max(-1).T > 1e-6
@@ -119,7 +159,7 @@ def test_accuracy_counts_the_likeliest_tokens():
     definition, params = make_model("relative")
     model = definition.bind(params)
     tokens = shift_right(PADDED.tokens, PADDED.positions, 21)
-    best = np.argmax(model.logits(model(tokens, shifted_slots(PADDED), CAUSAL).hidden), axis=-1)
+    best = np.argmax(model.logits(model(tokens, shifted_slots(PADDED, VOCABULARY), CAUSAL).hidden), axis=-1)
     half_right = np.where(np.arange(11) % 2 == 0, best, PADDED.tokens)
     # Only the labels change: the model goes on reading what it read.
     batch = PADDED.replace(tokens=np.where(PADDED.target_mask, half_right, PADDED.tokens))

@@ -86,6 +86,19 @@ def test_the_turns_of_a_conversation_are_its_ids_and_only_answers_have_loss(kind
     assert next(found, None) is None
 
 
+@pytest.mark.parametrize("adds", [True, False])
+def test_bos_is_left_out_where_the_tokenizer_adds_it(adds, tmp_path):
+    """As SmolLM2's, which begins a turn with the token that is its BOS, and adds none."""
+    tokenizer = chats.save(tmp_path, "chatml")
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= {"bos_token": "<|im_start|>", "add_bos_token": adds}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    ((inputs, _, _),) = turns(dataset_of(tokenizer, chats.write_lines(tmp_path / "a.jsonl", [TALK[:2]])))
+    asked = theirs.apply_chat_template(TALK[:1], add_generation_prompt=True, return_dict=False)
+    assert asked[0] == theirs.bos_token_id and inputs == asked[adds:]
+
+
 def test_nothing_said_becomes_a_special_token(tmp_path):
     tokenizer = chats.save(tmp_path, "chatml")
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)

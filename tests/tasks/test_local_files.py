@@ -96,7 +96,7 @@ def test_held_out_records_are_a_stable_share_without_repeats(write):
         readers.Tsv(("x", "y")),
         {"inputs": "{x}", "targets": "{y}"},
         {"validation": 10.0, "test": 20.0},
-    )
+    ).in_seqio()
     found = {
         split: [(x["inputs"], x["targets"]) for x in source.get_dataset(split, shuffle=False).as_numpy_iterator()]
         for split in source.splits

@@ -42,7 +42,7 @@ def test_t5s_example_comes_out_token_for_token(sentinels, test_data, tmp_path, m
     assert vocabulary.extra_ids == 100
     if sentinels == "in the model":
         file = tmp_path / "as_mt5.model"
-        file.write_bytes(vocabulary.sp_model)
+        file.write_bytes(vocabulary.contents)
         vocabulary = vocabulary_files.vocabulary(str(file))
         assert vocabulary.extra_ids == 0
     assert len(vocabularies.sentinels(vocabulary)) == 100

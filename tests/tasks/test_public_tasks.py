@@ -45,7 +45,7 @@ def test_tatoeba_and_ntrex(test_data, vocabulary):
     tatoeba = local_files.source(
         {"train": str(test_data / "tatoeba_enfr" / "fra.txt.gz")},
         readers.Tsv(("english", "french")), TRANSLATE, {"validation": 1.0},
-    )  # fmt: skip
+    ).in_seqio()  # fmt: skip
     sides = [str(test_data / "ntrex_enfr" / f"newstest2019.{language}.gz") for language in ("en", "fr")]
     sizes = {split: int(tatoeba.get_dataset(split, shuffle=False).cardinality()) for split in tatoeba.splits}
     assert sum(sizes.values()) == 167_130
@@ -148,4 +148,17 @@ def test_a_data_set_that_is_not_there(tfds_folder):
     ):
         SeqioDataset(question_answering.squad(None), {"inputs": 8, "targets": 8}).train_iterator()
     with pytest.raises(UserError, match="TFDS has no data set 'squab"):
-        sources.PreparedTfds("squab:1.0.0", {"train": "train"}).get_dataset("train")
+        sources.PreparedTfds("squab:1.0.0", {"train": "train"}).in_seqio().get_dataset("train")
+
+
+@pytest.mark.parametrize("name", ["huggingface:squad", "kubric:x:1.0.0", "squad/data_dir=here", "/tmp/x", "", "a:b"])
+def test_a_data_set_s_name_leads_nowhere_else(name):
+    with pytest.raises(UserError, match=r"is no data set of TFDS: write its name as in 'squad/v1\.1:3\.0\.0'"):
+        sources.PreparedTfds(name, {"train": "train"})
+
+
+@pytest.mark.parametrize(
+    "name", ["gsm8k:1.0.0", "c4/en:3.1.0", "wmt14_translate/de-en:1.*.*", "wikipedia/20220620.en:1.0.0"]
+)
+def test_names_of_data_sets(name):
+    sources.PreparedTfds(name, {"train": "train"})

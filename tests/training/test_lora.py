@@ -244,7 +244,7 @@ def test_a_restored_run_goes_on_bit_for_bit(run, tmp_path):
     trained.check_resumed(tiny.RELATIVE, Masked(), SETTINGS)
     for other in (None, Lora(rank=3, alpha=5.0, whole=["embedding"])):
         with pytest.raises(
-            UserError, match=r"was trained with train\.lora = .*go on with the same one, or start another"
+            UserError, match=r"was trained with train\.lora = .*continue with the former, or start another"
         ):
             trained.check_resumed(tiny.RELATIVE, Masked(), other)
 
