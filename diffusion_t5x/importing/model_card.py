@@ -1,4 +1,4 @@
-"""Files beside the weights of an exported diffusion model: MASK in the tokenizer, generation settings, a model card.
+"""Files beside the weights of an exported diffusion model: generation settings, a model card, MASK in the tokenizer."""
 
 import pathlib
 from collections.abc import Iterator, Mapping
