@@ -1,4 +1,4 @@
-"""What an exported diffusion model has beside its weights: MASK in the tokenizer, generation settings, a model card."""
+"""Files beside the weights of an exported diffusion model: generation settings, a model card, MASK in the tokenizer."""
 
 import pathlib
 from collections.abc import Iterator, Mapping

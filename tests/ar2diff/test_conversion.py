@@ -7,6 +7,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import open_models
@@ -15,7 +16,9 @@ import pytest
 import diffusion_t5x
 from diffusion_t5x.checkpointing.checkpoints import open_checkpoint
 from diffusion_t5x.command_line import config
+from diffusion_t5x.importing.from_hf import from_hf
 from diffusion_t5x.objectives.block import Block
+from diffusion_t5x.objectives.sundae import Sundae
 from diffusion_t5x.train import train
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -102,6 +105,33 @@ def test_every_route_of_decoder_only_models_runs(qwen2, tmp_path, route):
     done = run(*arguments(qwen2, tmp_path, "--route", route, *rollouts))
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"route `{route}`" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_ours_is_not_imported_again(qwen2, tmp_path):
+    imported, output = tmp_path / "imported", tmp_path / "out"
+    from_hf(str(qwen2 / "qwen2"), str(imported))
+    done = run(imported, *arguments(qwen2, output)[1:])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not (output / "start").exists() and (output / "export" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_t5x_becomes_a_sundae_model(qwen2, test_data, tmp_path):
+    with tarfile.open(test_data / "t5_1_1_tiny" / "test_t5_1_1_tiny.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    source = tmp_path / "test_t5_1_1_tiny" / "checkpoint_3"
+    words = [
+        source,
+        *arguments(qwen2, tmp_path / "out")[1:],
+        "--gin.TASK_FEATURE_LENGTHS={'inputs': 32, 'targets': 16}",
+    ]
+    without = run(*words)
+    assert without.returncode == 2 and "comes without a tokenizer: give --tokenizer FILE" in without.stderr
+    done = run(*words, "--tokenizer", test_data / "t5_sentencepiece" / "t5_vocab.model")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert isinstance(diffusion_t5x.load(tmp_path / "out" / "checkpoint").objective, Sundae)
+    assert not (tmp_path / "out" / "export").exists()  # it did not come in Hugging Face's format
 
 
 def a_gguf() -> pathlib.Path:
