@@ -101,6 +101,8 @@ class SeqioDataset:
         check_rows(self.task_feature_lengths, self.batch_size, self.pack, self.canvas)
         if source := sources.get(self.name):
             self._check_split(source.splits)
+            if self.use_cached:  # none of these has a step that SeqIO would cache behind
+                raise self._uncacheable()
             source.check(self.split)
 
     def check_task(self) -> None:
@@ -127,16 +129,19 @@ class SeqioDataset:
         if self.use_cached:
             tasks = libraries()[0].get_subtasks(provider)
             if not any(task.supports_caching for task in tasks):
-                raise UserError(
-                    f"SeqIO does not cache {where}, so USE_CACHED_TASKS = True would change nothing. Tokenize it once "
-                    "with the verb cache_tasks and read that (data/cached.gin), or set USE_CACHED_TASKS = False."
-                )
+                raise self._uncacheable()
             for task in tasks:
                 if task.supports_caching and not task.cache_dir:
                     raise UserError(
                         f"{task.name!r} is not cached: run seqio_cache_tasks and add its folder with "
                         "seqio.add_global_cache_dirs, or set USE_CACHED_TASKS = False."
                     )
+
+    def _uncacheable(self) -> UserError:
+        return UserError(
+            f"SeqIO does not cache {self.name!r}, so USE_CACHED_TASKS = True would change nothing. Tokenize it once "
+            "with the verb cache_tasks and read that (data/cached.gin), or set USE_CACHED_TASKS = False."
+        )
 
     def splits(self) -> list[str]:
         """The splits of the task or mixture."""

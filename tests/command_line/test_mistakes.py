@@ -196,6 +196,7 @@ BEFORE_SEQIO = [
     f"{FINETUNE} --gin.INPUTS={{question}}",
     f"{FINETUNE} --gin.TRAIN_STEPS=0",
     f"{FINETUNE} --gin.BATCH_SIZE=0",
+    f"{FINETUNE} --gin.USE_CACHED_TASKS=True",
     f"{FINETUNE} --gin.INITIAL_CHECKPOINT_PATH=nowhere",
     f'{FINETUNE} --gin.FILES={{"train":"pairs.jsonl"}}',
     f'{FINETUNE} --gin.FILES={{"train":"*.json","validation":"pairs.jsonl"}}',
