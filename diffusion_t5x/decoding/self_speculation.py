@@ -65,10 +65,8 @@ class SelfSpeculationDecoder(Decoder):
 
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
         """`written_at` counts a row's own steps; the trace shows drafts, and that what was not accepted is gone."""
-        self._check(model)
         vocabulary, size, inner = model.vocabulary, self.draft.block_size, self.draft.inner
-        keys = row_keys(key, batch.example_ids)
-        encoded = model.encode(batch)
+        keys, encoded = row_keys(key, batch.example_ids), model.encode(batch)
         # Room for a block before the row and for a pass after it: slots that do not exist, and that nothing sees.
         names = ("tokens", "target_mask", "segment_ids", "positions")
         room = batch.replace(**{name: jnp.pad(getattr(batch, name), ((0, 0), (size, size + 1))) for name in names})
@@ -156,6 +154,7 @@ class SelfSpeculationDecoder(Decoder):
         self, model: Transformer, room: Batch, canvas: jax.Array, encoded: Encoded | None
     ) -> tuple[jax.Array, KVCache]:
         """Returns the drafts' cache after a pass over the inputs, and the canvas as they read it."""
+        self._check(model)
         vocabulary, shifted = model.vocabulary, model.config.shifted
         reading = Reading.of(room, vocabulary, shifted)
         cache = KVCache.empty(model.config, Slots.of(reading.batch))

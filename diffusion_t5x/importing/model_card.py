@@ -1,4 +1,4 @@
-"""What an exported diffusion model has beside its weights: MASK in the tokenizer, generation settings, a model card."""
+"""Files beside an exported diffusion model: MASK in the tokenizer, generation settings, a model card."""
 
 import pathlib
 from collections.abc import Iterator, Mapping
