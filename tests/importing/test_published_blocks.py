@@ -52,7 +52,7 @@ def test_sdars_training_layout(size, load):
         length, given = len(clean), int(np.argmax(clean != noisy))  # the first hidden token is the first target
         batch = to_write([clean[:given]], length - given, 0).replace(tokens=clean[None])
         tokens, slots = clean_and_noisy(batch, jnp.asarray(noisy)[None], kind)
-        found = np.asarray(model.logits(model(tokens, slots, kind)))[0]
+        found = np.asarray(model.logits(model(tokens, slots, kind).hidden))[0]
         expected = arrays[f"train_logits_block{size}"][row]
         np.testing.assert_allclose(found[:length], expected[length : 2 * length], rtol=0, atol=2e-4)
         np.testing.assert_allclose(found[length + given :], expected[given:length], rtol=0, atol=2e-4)
@@ -67,7 +67,7 @@ def test_blocks_of_a_left_padded_row_are_counted_from_the_first_target(family, s
     positions = np.broadcast_to(np.arange(there.shape[1]), there.shape)
     # All are inputs, so the first target stands behind the row.
     slots = Slots(segment_ids=there.astype(np.int32), positions=positions, is_input=there)
-    found = np.asarray(model.logits(model(jnp.asarray(arrays["input_ids"]), slots, kind)))
+    found = np.asarray(model.logits(model(jnp.asarray(arrays["input_ids"]), slots, kind).hidden))
     expected = arrays[f"logits_bd3lm_leftpad_block{size}"]
     np.testing.assert_allclose(found[there], expected[there], rtol=0, atol=2e-4)
 

@@ -59,7 +59,7 @@ def test_noisy_logits_are_those_of_a_pass_for_each_block(origin, size, config):
     def together():
         in_one = AttentionKind("block_diffusion", size, origin)
         tokens, slots = clean_and_noisy(PACKED, noisy, in_one)
-        return model.logits(model(tokens, slots, in_one))[:, noisy.shape[1] :]
+        return model.logits(model(tokens, slots, in_one).hidden)[:, noisy.shape[1] :]
 
     @jax.jit
     def alone(tokens):
@@ -83,8 +83,8 @@ def test_one_block_without_inputs_is_bidirectional():
     noisy = Block(6).model_inputs(DEFINITION, batch, jax.random.key(1))
     kind = AttentionKind("block_diffusion", 6)
     tokens, slots = clean_and_noisy(batch, noisy, kind)
-    found = model(tokens, slots, kind)[:, 6:]
-    np.testing.assert_allclose(found, model(noisy, Slots.of(batch), BIDIRECTIONAL), rtol=1e-4, atol=1e-5)
+    found = model(tokens, slots, kind).hidden[:, 6:]
+    np.testing.assert_allclose(found, model(noisy, Slots.of(batch), BIDIRECTIONAL).hidden, rtol=1e-4, atol=1e-5)
 
 
 def test_at_size_1_with_all_masked_the_loss_is_the_likelihood_by_the_models_own_conditionals():

@@ -70,9 +70,8 @@ def made(kind=CountedDefinition, config=CONFIG):
 def by_hand(params, objective=AR):
     """The objective's mean plus the weighted mean square, both over the whole batch."""
     plain = ModelDefinition(CONFIG, tiny.VOCABULARY).bind(params)
-    hidden = plain(
-        shift_right(BATCH.tokens, BATCH.positions, tiny.VOCABULARY.start_id), shifted_slots(BATCH), CAUSAL
-    ).hidden
+    tokens = shift_right(BATCH.tokens, BATCH.positions, tiny.VOCABULARY.start_id)
+    hidden = plain(tokens, shifted_slots(BATCH, tiny.VOCABULARY), CAUSAL).hidden
     squares = jnp.square(hidden)[np.asarray(BATCH.segment_ids) > 0].sum(-1)
     return objective.loss(plain, BATCH, None).loss.mean() + WEIGHT * squares.mean(), squares.mean()
 
