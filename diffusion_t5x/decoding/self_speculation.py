@@ -146,7 +146,6 @@ class SelfSpeculationDecoder(Decoder):
         self, model: Transformer, room: Batch, canvas: jax.Array, encoded: Encoded | None
     ) -> tuple[jax.Array, KVCache]:
         """Returns the drafts' cache after a pass over the inputs, and the canvas as they read it."""
-        self._check(model)
         vocabulary, shifted = model.vocabulary, model.config.shifted
         reading = Reading.of(room, vocabulary, shifted)
         cache = KVCache.empty(model.config, Slots.of(reading.batch))

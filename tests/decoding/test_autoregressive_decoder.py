@@ -57,7 +57,7 @@ def log_probabilities(name, prefix):
     def of(params, batch):
         model = definition.bind(params)
         logits = model.logits(
-            model(shift_right(batch.tokens, batch.positions, 21), shifted_slots(batch, model.vocabulary), kind)
+            model(shift_right(batch.tokens, batch.positions, 21), shifted_slots(batch, model.vocabulary), kind).hidden
         )
         return jax.nn.log_softmax(logits.at[..., 23:].set(-np.inf))
 
