@@ -213,6 +213,7 @@ def test_a_model_of_the_hub(offline, published, tmp_path):
         from_hf("someone/tiny-llama@old", str(tmp_path / "old"))
 
 
+@pytest.mark.slow
 def test_training_without_gin(tmp_path):
     from diffusion_t5x.tasks import local_files, readers
 

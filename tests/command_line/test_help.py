@@ -120,6 +120,7 @@ def test_env_names_versions_and_devices():
         assert re.search(rf"^{name} +\S", done.stdout, re.MULTILINE), name
 
 
+@pytest.mark.slow
 def test_tasks_names_gin_files_and_what_they_register():
     done = run("-m", "diffusion_t5x", "tasks", "quickstart")
     assert done.returncode == 0, done.stderr

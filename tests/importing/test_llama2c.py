@@ -195,6 +195,7 @@ def test_a_run_starts_from_it_with_a_fresh_optimizer(stories):
     jax.tree.map(np.testing.assert_array_equal, restored["params"], params)
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page(data, expected, tmp_path, monkeypatch, capsys):
     """Run as they stand, with the files where the page says and /tmp elsewhere."""
     for name in ("stories260K.bin", "tok512.bin"):

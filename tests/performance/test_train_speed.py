@@ -35,6 +35,7 @@ def train(folder, cases, **settings):
     benchmark.train(cases=cases, optimizer=optimizer, benchmark_output_dir=str(folder), **{**SETTINGS, **settings})
 
 
+@pytest.mark.slow
 def test_cases_side_by_side(tmp_path, capsys):
     apart = dataclasses.replace(SMALL, architecture="encoder_decoder")
     cases = {"AR": Case(SMALL, Autoregressive(), 4), "SUNDAE": Case(apart, Sundae(), 4, num_microbatches=2)}
