@@ -18,6 +18,7 @@ from diffusion_t5x.checkpointing.streaming import Streamed
 from diffusion_t5x.importing.huggingface import CARRIED, TENSORS
 from diffusion_t5x.importing.output import building
 from diffusion_t5x.importing.to_hf import to_hf
+from diffusion_t5x.training import lora
 
 _ROWS = (  # of the table, with a metric's name and how it is written
     ("bits per byte, held-out text", "bits_per_byte", "{:.3f}"),
@@ -27,14 +28,15 @@ _ROWS = (  # of the table, with a metric's name and how it is written
 
 
 def write_checkpoint(trained: str, folder: pathlib.Path) -> None:
-    """Writes the newest checkpoint of a run, LoRA merged and without the optimizer, with its tokenizer beside it.
+    """Writes the newest checkpoint of a run, without the optimizer, with its tokenizer beside it.
 
-    Nothing is done where the folder is there: it is moved to its place when it is complete.
+    LoRA is merged, unless it is of drafts alone. Nothing is done where the folder is there: it is moved to its place when it is complete.
     """
     if folder.exists():
         return
     opened = checkpoints.open_checkpoint(trained)
-    shapes, read = restoring.open_params(opened)
+    of_drafts = lora.of_drafts(opened.record.lora) is not None
+    shapes, read = restoring.open_params(opened, merge=not of_drafts)
     step = opened.metadata["step"]
 
     def stream(name: str, shape: tuple[int, ...]) -> Streamed:
@@ -42,7 +44,7 @@ def write_checkpoint(trained: str, folder: pathlib.Path) -> None:
 
     params = {name: stream(name, shape) for name, shape in shapes.items()}
     with building(folder) as to:
-        record = dataclasses.replace(opened.record, lora=None)
+        record = opened.record if of_drafts else dataclasses.replace(opened.record, lora=None)
         record = _with_tokenizer(record, opened, to, folder)
         store = checkpoints.Checkpoints(str(to / "checkpoints"), asynchronous=False, streamed=True)
         state = {"step": np.array(step, np.int32), "params": traverse_util.unflatten_dict(params, sep="/")}
@@ -66,7 +68,12 @@ def _with_tokenizer(record: Record, opened: OpenCheckpoint, to: pathlib.Path, fi
 
 
 def export(checkpoint: pathlib.Path, start: OpenCheckpoint, folder: pathlib.Path) -> bool:
-    """Writes the model in Hugging Face's format, if it was imported from that; returns whether it was."""
+    """Writes the model in Hugging Face's format, if it was imported from that; returns whether it was.
+
+    Not if it has drafts: without these, which no such format has, it is the start.
+    """
+    if lora.of_drafts(checkpoints.open_checkpoint(str(checkpoint)).record.lora):
+        return False
     file = (start.record.vocabulary_arguments(start.model_dir) or {}).get("file")
     origins = [pathlib.Path(start.model_dir), *([pathlib.Path(file).parent] if file else [])]
     like = next((origin for origin in origins if (origin / TENSORS).exists()), None)

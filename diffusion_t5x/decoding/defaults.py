@@ -3,6 +3,7 @@
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.decoder import Decoder
+from diffusion_t5x.decoding.drafts import DraftingDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.models.modes import Mode
@@ -22,4 +23,5 @@ def default_decoder(mode: Mode) -> Decoder | None:
             SundaeDecoder(num_steps=4, num_samples=1, temperature=0.2),
         )
         candidates += [BlockDecoder(mode.block_size, decoder, mode.blocks_from) for decoder in inner]
-    return next((decoder for decoder in candidates if decoder.modes == (mode,)), None)
+        candidates += [DraftingDecoder(max(mode.block_size, 2))]
+    return next((decoder for decoder in candidates if decoder.modes[0] == mode), None)

@@ -68,7 +68,7 @@ class SelfSpeculationDecoder(Decoder):
         vocabulary, size, inner = model.vocabulary, self.draft.block_size, self.draft.inner
         keys = row_keys(key, batch.example_ids)
         encoded = model.encode(batch)
-        room = _with_room(batch, size)
+        room = with_room(batch, size, size + 1)
         length, row_numbers = batch.tokens.shape[1], jnp.arange(len(batch.tokens))
         first_target, num_targets = target_range(batch.target_mask)
         tail = into_block(self.draft.attention, batch.positions, first_target)
@@ -83,7 +83,7 @@ class SelfSpeculationDecoder(Decoder):
             start = carry["start"]
             block = start - (start - first_target + tail) % size
             carry, tokens, num_drafted = self._write_draft(model, room, encoded, keys, carry, block)
-            draft = _cut(write_rows(carry["canvas"], tokens, block), start, size)
+            draft = cut(write_rows(carry["canvas"], tokens, block), start, size)
 
             # One autoregressive pass: slot by slot the token before it, and what is to be written there.
             before = carry["canvas"][row_numbers, start - 1]
@@ -93,12 +93,12 @@ class SelfSpeculationDecoder(Decoder):
             tokens, log_probability = model.map_logits(functools.partial(_most_likely, vocabulary), hidden)
 
             ends = vocabulary.is_end(tokens) | (start[:, None] + jnp.arange(size + 1) == end[:, None] - 1)
-            is_drafted, num_agreed, new = _accepted(draft, tokens, num_drafted, ends)
+            is_drafted, num_agreed, new = accepted(draft, tokens, num_drafted, ends)
             new &= ~carry["finished"][:, None]
             num_new = jnp.sum(new, axis=-1, dtype=jnp.int32)
 
             def put(name, values):
-                return write_rows(carry[name], jnp.where(new, values, _cut(carry[name], start, size + 1)), start)
+                return write_rows(carry[name], jnp.where(new, values, cut(carry[name], start, size + 1)), start)
 
             carry |= {
                 "start": start + num_new,
@@ -111,7 +111,7 @@ class SelfSpeculationDecoder(Decoder):
                 "num_drafted": carry["num_drafted"] + num_drafted,
                 "num_accepted": carry["num_accepted"] + jnp.minimum(num_agreed, num_new),
             }
-            shown = _cut(carry["canvas"], start, size + 1)
+            shown = cut(carry["canvas"], start, size + 1)
             return show_rows(carry, start, shown, new | is_drafted, jnp.where(new, log_probability, -jnp.inf))
 
         nothing = jnp.zeros_like(first_target)
@@ -171,9 +171,9 @@ class SelfSpeculationDecoder(Decoder):
         size, ahead = self.draft.block_size, 1 if shifted else 0
         offset = ahead if vocabulary.reads_start else 0  # the start token takes a slot
         unfinished = ~carry["finished"][:, None]
-        new = _cut(room.target_mask, block, size) & (block[:, None] + jnp.arange(size) >= carry["start"][:, None])
+        new = cut(room.target_mask, block, size) & (block[:, None] + jnp.arange(size) >= carry["start"][:, None])
         new &= unfinished
-        before, positions = _cut(carry["canvas"], block - size, size), _cut(room.positions, block - size, 2 * size)
+        before, positions = cut(carry["canvas"], block - size, size), cut(room.positions, block - size, 2 * size)
 
         def read(tokens, carry):
             tokens = jnp.concatenate([before, tokens], axis=1)
@@ -190,24 +190,24 @@ class SelfSpeculationDecoder(Decoder):
         def show_draft(carry, written):
             return show_rows(carry, block, written.tokens, written.mask, written.log_probability)
 
-        draft = Canvas.start(_cut(carry["canvas"], block, size), new)
+        draft = Canvas.start(cut(carry["canvas"], block, size), new)
         draft, carry = denoise(self.draft.inner, model, draft, positions[:, size:], keys, read, show_draft, carry)
         carry |= {"row_steps": carry["row_steps"] + draft.row_steps}
         return carry, draft.tokens, jnp.sum(new, axis=-1, dtype=jnp.int32)
 
 
-def _with_room(batch: Batch, size: int) -> Batch:
-    """Pads rows with a block before and a pass after them: slots that do not exist, and that nothing sees."""
+def with_room(batch: Batch, before: int, after: int) -> Batch:
+    """Pads rows with that many slots before and after them: slots that do not exist, and that nothing sees."""
     names = ("tokens", "target_mask", "segment_ids", "positions")
-    return batch.replace(**{name: jnp.pad(getattr(batch, name), ((0, 0), (size, size + 1))) for name in names})
+    return batch.replace(**{name: jnp.pad(getattr(batch, name), ((0, 0), (before, after))) for name in names})
 
 
-def _cut(x: Array, start: jax.Array, size: int) -> jax.Array:
+def cut(x: Array, start: jax.Array, size: int) -> jax.Array:
     """Returns `size` slots of each row from its start on."""
     return jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, size))(x, start)
 
 
-def _accepted(
+def accepted(
     draft: jax.Array, tokens: jax.Array, num_drafted: jax.Array, ends: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the accepted part of a draft and one more token, up to the first that ends the row.

@@ -21,6 +21,7 @@ from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.distillation import Teacher
+from diffusion_t5x.training import lora as lora_training
 from diffusion_t5x.training.agreement import Agreement
 from diffusion_t5x.training.rollout import Rollout
 
@@ -63,7 +64,7 @@ def load_model(
     restore_rules: Sequence[Rule] = (),
     use_ema: bool = True,
 ) -> tuple[ModelDefinition, Params]:
-    """Loads a checkpoint's model for inference.
+    """Loads a checkpoint's model for inference; of LoRA, only what drafts alone read stays apart from its matrices.
 
     Args:
       path: a checkpoint folder, a folder of them or a MODEL_DIR; or an open checkpoint.
@@ -78,10 +79,11 @@ def load_model(
     """
     path = open_checkpoint(path)
     vocabulary.check_same(path.metadata["vocabulary"], str(path))
-    definition = ModelDefinition(config, vocabulary)
-    check_start(path, vocabulary, {"params": definition.abstract()}, restore_rules)
+    lora = lora_training.of_drafts(path.record.lora)
+    definition = lora_training.define(config, vocabulary, lora)
+    check_start(path, vocabulary, {"params": definition.abstract()}, restore_rules, resumes=lora is not None)
     abstract = abstract_params(mesh, definition)
-    return definition, restoring.restore_params(path, abstract, restore_rules, use_ema)
+    return definition, restoring.restore_params(path, abstract, restore_rules, use_ema, merge=lora is None)
 
 
 def abstract_params(mesh: Mesh, definition: ModelDefinition) -> Params:

@@ -33,8 +33,13 @@ def dense(x: jax.Array, kernel: jax.Array | LowRank, inputs: int = 1) -> jax.Arr
     """
     if isinstance(kernel, LowRank):
         product = dense(x, kernel.base, inputs)
+        if kernel.drafts_only and kernel.drafts is None:
+            return product
         update = dense(dense(x.reshape(*x.shape[: x.ndim - inputs], -1), kernel.down), kernel.up)
-        return product + jnp.asarray(kernel.scale, x.dtype) * update.reshape(product.shape)
+        update = jnp.asarray(kernel.scale, x.dtype) * update.reshape(product.shape)
+        if kernel.drafts is not None:
+            update = jnp.where(jnp.expand_dims(kernel.drafts, tuple(range(2, update.ndim))), update, 0)
+        return product + update
     if pieces_of("length") > 1:
         return jnp.tensordot(x, kernel.astype(x.dtype), axes=inputs)
     split = x.ndim - inputs

@@ -23,6 +23,8 @@ class Slots(flax.struct.PyTreeNode):
       is_input: bool, the slot holds a given token.
       is_noisy: bool, the slot belongs to the second, noisy copy of the targets ("block_diffusion" only); otherwise
         None.
+      seen: int32, in a slot that holds a draft ("block_drafts" only) the number of clean slots that it sees, the first
+        ones of its segment; -1 in clean slots. None: there are no drafts.
       index: int32 `[1, L]`, a slot's index in its row if it differs from its place, as in a second copy; otherwise
         None. Slots of one segment are as far apart as their indices.
     """
@@ -31,6 +33,7 @@ class Slots(flax.struct.PyTreeNode):
     positions: Array
     is_input: Array
     is_noisy: jax.Array | None = None
+    seen: jax.Array | None = None
     index: jax.Array | None = None
 
     @classmethod
@@ -61,21 +64,22 @@ class AttentionKind:
       name: "causal": itself and what is before. "prefix": moreover, every input. "bidirectional": the whole segment.
         "block_causal": its own block and all that is before (BD3-LM, arXiv 2503.09573). "block_diffusion": clean slots
         as in "block_causal"; a noisy one sees the clean slots of earlier blocks and the noisy ones of its own, as it
-        will when it is decoded behind a cache (the same paper, section 3.2).
-      block_size: tokens per block, for the last two; traced, where it grows in training.
+        will when it is decoded behind a cache (the same paper, section 3.2). "block_drafts": clean slots as in "causal";
+        a draft sees its number of clean slots, and the drafts before it that see as many.
+      block_size: tokens per block, for the last three; traced, where it grows in training.
       blocks_from: where blocks are counted from. "targets": the segment's first target, backwards too, so that the
         inputs' first block may be short. "row": the segment's first token, so that the last inputs may share a block
         with the first targets (SDAR, arXiv 2510.06303).
     """
 
-    name: Literal["causal", "prefix", "bidirectional", "block_causal", "block_diffusion"]
+    name: Literal["causal", "prefix", "bidirectional", "block_causal", "block_diffusion", "block_drafts"]
     block_size: int | jax.Array | None = None
     blocks_from: BlocksFrom = "targets"
 
     def __post_init__(self) -> None:
         check_choices(self)
         if self.name.startswith("block") != (self.block_size is not None):
-            raise UserError(f"block_size belongs only to block_causal and block_diffusion attention; got {self}.")
+            raise UserError(f"block_size belongs to attention in blocks, and only to it; got {self}.")
         if isinstance(self.block_size, int) and self.block_size < 1:
             raise UserError(f"block_size must be at least 1, not {self.block_size}.")
 
@@ -89,6 +93,11 @@ class AttentionKind:
             return together & (key_position <= query_position)
         if self.name == "prefix":
             return together & ((key_position <= query_position) | keys.is_input[:, None, :])
+        if self.name == "block_drafts":
+            assert queries.seen is not None and keys.seen is not None
+            seen, key_seen = queries.seen[:, :, None], keys.seen[:, None, :]
+            clean = (key_seen < 0) & (key_position < jnp.where(seen < 0, query_position + 1, seen))
+            return together & (clean | ((seen >= 0) & (key_seen == seen) & (key_position <= query_position)))
         assert self.block_size is not None
         origin: jax.Array | int = 0
         if self.blocks_from == "targets":

@@ -11,6 +11,7 @@ from diffusion_t5x.data.batch import Array
 from diffusion_t5x.models.attention import Attention
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.layers import MLP, LayerNorm, RMSNorm, dropout, fold_in
+from diffusion_t5x.models.low_rank import at_drafts
 from diffusion_t5x.models.masks import Annealed, AttentionKind, Sight, Slots
 from diffusion_t5x.models.output import Auxiliaries, Output
 from diffusion_t5x.models.positions import LearnedPositions, RelativePositionBias, rotary_frequencies
@@ -243,9 +244,11 @@ class Stack(nnx.Module):
             inputs_sight = Sight.across(slots.segment_ids, encoded.segment_ids, whole=cached is None)
         view = View(slots.positions, sight, bias, frequencies, write_at, inputs_sight)
         of_layer, kinds = self._layer_views(view, slots, key_slots)
+        drafts = None if slots.seen is None else slots.seen >= 0
 
         def layer(x, scanned):
             block, cached, inputs, number, kind = scanned
+            block = at_drafts(block, drafts)
             layer_keys = fold_in(keys[1], number)
             x, cached, auxiliary = block(x, of_layer(kind), cached, inputs, layer_keys)
             return x, (cached, auxiliary)

@@ -66,7 +66,7 @@ class Pass:
     Attributes:
       slots: number of slots read per slot of the batch. Logits are computed for one of them.
       encodes: an encoder-decoder's inputs pass through the encoder, too.
-      by_teacher: the pass is the teacher's, without gradients.
+      by_teacher: the pass is the teacher's, without gradients; the model's own, if it teaches itself.
     """
 
     slots: int = 1
@@ -98,6 +98,7 @@ class Objective(Protocol):
       autoregressive: predicts each token from those before it, with causal or prefix attention, whatever
         `ModelConfig.shifted` says.
       needs_teacher: the loss needs an autoregressive teacher.
+      trains_drafts: trains nothing but drafts, by `Lora.drafts_only`.
       takes_rollouts: learns from texts that the model wrote itself, in blocks of `attention.block_size`, and may read
         `Batch.written_at`.
       needs_rollouts: learns only from such texts.
@@ -106,6 +107,7 @@ class Objective(Protocol):
 
     autoregressive: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False
+    trains_drafts: ClassVar[bool] = False
     takes_rollouts: ClassVar[bool] = False
 
     @property
