@@ -30,7 +30,8 @@ _ROWS = (  # of the table, with a metric's name and how it is written
 def write_checkpoint(trained: str, folder: pathlib.Path) -> None:
     """Writes the newest checkpoint of a run, without the optimizer, with its tokenizer beside it.
 
-    LoRA is merged, unless it is of drafts alone. Nothing is done where the folder is there: it is moved to its place when it is complete.
+    LoRA is merged, unless it is of drafts alone. Nothing is done where the folder is there: it is moved to its place when
+    it is complete.
     """
     if folder.exists():
         return
@@ -70,7 +71,7 @@ def _with_tokenizer(record: Record, opened: OpenCheckpoint, to: pathlib.Path, fi
 def export(checkpoint: pathlib.Path, start: OpenCheckpoint, folder: pathlib.Path) -> bool:
     """Writes the model in Hugging Face's format, if it was imported from that; returns whether it was.
 
-    Not if it has drafts: without these, which no such format has, it is the start.
+    Not if it drafts: no such format holds drafts, and without them it is the start.
     """
     if lora.of_drafts(checkpoints.open_checkpoint(str(checkpoint)).record.lora):
         return False

@@ -15,7 +15,7 @@ from diffusion_t5x.decoding.block import show_rows, start_row
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace, target_range
 from diffusion_t5x.decoding.self_speculation import accepted, cut, with_room
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.models.attention import KVCache, write_rows
+from diffusion_t5x.models.attention import write_rows
 from diffusion_t5x.models.masks import CAUSAL, AttentionKind, Slots
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.readout import cross_entropy
@@ -83,7 +83,7 @@ class DraftingDecoder(Decoder):
             before = jnp.where(start == 0, vocabulary.start_id, carry["canvas"][rows, start - 1])
             masks = jnp.full((len(rows), size * (size - 1)), vocabulary.mask_id)
             read = jnp.concatenate([before[:, None], carry["drafts"], masks], axis=1)
-            cache = KVCache(*carry["cache"], _with_drafts(slots, start, size))
+            cache = carry["cache"].replace(slots=_with_drafts(slots, start, size))
             hidden, cache = model.extend(read, self.attention, cache, start, encoded)
 
             place = start[:, None] + jnp.arange(size)
@@ -106,7 +106,7 @@ class DraftingDecoder(Decoder):
                 "canvas": put("canvas", tokens),
                 "drafts": drafts.astype(jnp.int32),
                 "num_ahead": jnp.full_like(start, size - 1),
-                "cache": (cache.keys, cache.values),
+                "cache": cache,
                 "finished": carry["finished"] | jnp.any(new & ends, axis=-1),
                 "score": carry["score"] + jnp.sum(jnp.where(new, log_probability, 0), axis=-1),
                 "row_steps": carry["row_steps"] + ~carry["finished"],
@@ -123,7 +123,7 @@ class DraftingDecoder(Decoder):
             "start": first_target,
             "drafts": jnp.full((len(rows), size - 1), vocabulary.pad_id, jnp.int32),
             "num_ahead": nothing,
-            "cache": (cache.keys, cache.values),
+            "cache": cache.replace(slots=_with_drafts(slots, first_target, size)),
             "num_drafted": nothing,
             "num_accepted": nothing,
         }
@@ -154,7 +154,9 @@ def _with_drafts(slots: Slots, start: jax.Array, size: int) -> Slots:
     clean = np.repeat(np.arange(size), size - 1)
     ahead = np.tile(np.arange(1, size), size)
     at = start[:, None] + clean + ahead
-    segment_ids, positions = (jnp.take_along_axis(jnp.asarray(x), at, axis=1) for x in (slots.segment_ids, slots.positions))
+    segment_ids, positions = (
+        jnp.take_along_axis(jnp.asarray(x), at, axis=1) for x in (slots.segment_ids, slots.positions)
+    )
     nowhere = jnp.full_like(slots.positions, -1)
 
     def behind(field, values):

@@ -64,8 +64,8 @@ class AttentionKind:
       name: "causal": itself and what is before. "prefix": moreover, every input. "bidirectional": the whole segment.
         "block_causal": its own block and all that is before (BD3-LM, arXiv 2503.09573). "block_diffusion": clean slots
         as in "block_causal"; a noisy one sees the clean slots of earlier blocks and the noisy ones of its own, as it
-        will when it is decoded behind a cache (the same paper, section 3.2). "block_drafts": clean slots as in "causal";
-        a draft sees its number of clean slots, and the drafts before it that see as many.
+        will when it is decoded behind a cache (the same paper, section 3.2). "block_drafts": clean slots as in
+        "causal"; a draft sees its number of clean slots, and the drafts before it that see as many.
       block_size: tokens per block, for the last three; traced, where it grows in training.
       blocks_from: where blocks are counted from. "targets": the segment's first target, backwards too, so that the
         inputs' first block may be short. "row": the segment's first token, so that the last inputs may share a block

@@ -7,11 +7,11 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.batch import Array, Batch
 from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.attention import KVCache
-from diffusion_t5x.models.masks import CAUSAL, AttentionKind, Slots
+from diffusion_t5x.models.masks import CAUSAL, AttentionKind
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.output import Output, Ratio
 from diffusion_t5x.models.reading import shift_right, shifted_slots
@@ -49,11 +49,13 @@ class Drafts(Objective):
     def __post_init__(self) -> None:
         check_choices(self)
         if self.block_size < 2:
-            raise UserError(f"Drafts.block_size must be at least 2: a certain token and a draft; got {self.block_size}.")
+            raise UserError(
+                f"Drafts.block_size must be at least 2: a certain token and a draft; got {self.block_size}."
+            )
 
     @property
     def attention(self) -> AttentionKind:
-        """That of the clean tokens."""
+        """The attention of the clean tokens; `modes` has the drafts'."""
         return CAUSAL
 
     @property
@@ -115,7 +117,7 @@ class Drafts(Objective):
         )
 
     def _hidden(
-        self, model: Transformer, batch: Batch, drafted: jax.Array, starts: jax.Array
+        self, model: Transformer, batch: Batch, drafted: Array, starts: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the hidden states `[B, L, D]` that predict tokens left to right, and those that draft them."""
         vocabulary, length = model.vocabulary, batch.tokens.shape[1]
@@ -130,7 +132,7 @@ class Drafts(Objective):
             is_input=jnp.zeros_like(drafted),
             seen=jnp.asarray(slots.positions) - ahead + 1,
         )
-        slots = slots.replace(seen=jnp.full_like(of_drafts.seen, -1))
+        slots = slots.replace(seen=jnp.full_like(starts, -1))
         both = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), slots, of_drafts)
         keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, length), (0, 0), (0, 0))) for x in (cache.keys, cache.values))
         masks = jnp.full_like(tokens, vocabulary.mask_id)

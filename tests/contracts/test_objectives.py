@@ -43,7 +43,9 @@ CONFIGS = {
     "encoder_decoder": dataclasses.replace(SMALL, architecture="encoder_decoder"),
 }
 CASES = [("decoder_only", name) for name in OBJECTIVES]
-CASES += [(config, name) for config in ("shifted", "encoder_decoder") for name in ("the example", "distillation", "drafts")]
+CASES += [
+    (config, name) for config in ("shifted", "encoder_decoder") for name in ("the example", "distillation", "drafts")
+]
 SIZES = [(2, 5), (1, 6), (5, 3), (3, 4)]
 
 

@@ -46,9 +46,9 @@ def make_model(name):
     plain, params = tiny.make_model(CONFIGS[name])
     definition = LoraDefinition(CONFIGS[name], tiny.VOCABULARY, LORA)
     adapted = jax.tree.map(
-        lambda leaf: leaf.replace(up=0.5 * jax.random.normal(jax.random.key(1), leaf.up.shape))
-        if is_low_rank(leaf)
-        else leaf,
+        lambda leaf: (
+            leaf.replace(up=0.5 * jax.random.normal(jax.random.key(1), leaf.up.shape)) if is_low_rank(leaf) else leaf
+        ),
         definition.adapt(params, jax.random.key(0)),
         is_leaf=is_low_rank,
     )
