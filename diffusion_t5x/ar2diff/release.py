@@ -30,8 +30,8 @@ _ROWS = (  # of the table, with a metric's name and how it is written
 def write_checkpoint(trained: str, folder: pathlib.Path) -> None:
     """Writes the newest checkpoint of a run, without the optimizer, with its tokenizer beside it.
 
-    LoRA is merged, unless it is of drafts alone. Nothing is done where the folder is there: it is moved to its place when
-    it is complete.
+    LoRA is merged, unless it is of drafts alone. An existing folder is left alone: it is complete, for only then it is
+    moved to its place.
     """
     if folder.exists():
         return
