@@ -20,7 +20,7 @@ from diffusion_t5x.command_line import config
 from diffusion_t5x.command_line.recorded import checkpoint_texts, dataset_text
 from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.console import Console
-from diffusion_t5x.data.batch import Array, Batch
+from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.vocabularies import TokenIds, visible
 from diffusion_t5x.errors import UserError
@@ -28,6 +28,7 @@ from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.reading import shift_right
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.objective import Objective
+from diffusion_t5x.shapes import Array
 from diffusion_t5x.training.step import step_key
 
 _STYLES = {

@@ -14,7 +14,18 @@ PACKAGE = pathlib.Path(diffusion_t5x.__file__).parent
 VERBS = "train eval infer generate lm_eval cache_tasks inspect_data benchmark report checkpoints convert __main__"
 # Lowest first. Rooms on one floor do not import each other, but for the single files of the lowest.
 FLOORS = [
-    ("errors", "records", "json_lines", "terminal", "console", "progress", "task_modules", "moved", "user_cache"),
+    (
+        "errors",
+        "records",
+        "json_lines",
+        "terminal",
+        "console",
+        "progress",
+        "task_modules",
+        "moved",
+        "user_cache",
+        "shapes",
+    ),
     ("partitioning", "data"),
     ("models",),
     ("objectives", "decoding"),

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Int
 
 from diffusion_t5x import terminal
-from diffusion_t5x.data.batch import Array
 from diffusion_t5x.data.vocabulary import own
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.shapes import Array, KeyScalar
 
 if TYPE_CHECKING:
     from diffusion_t5x.data.vocabulary import AnyVocabulary
@@ -66,7 +67,7 @@ class TokenIds:
             self, pad_id=self.mask_id, eos_id=self.mask_id, noise_ranges=_ranges(in_holes), noise_only=True
         )
 
-    def is_end(self, tokens: Array) -> jax.Array:
+    def is_end(self, tokens: Int[Array, "*shape"]) -> Bool[jax.Array, "*shape"]:
         """Returns True for tokens that are EOS or pad, either of which ends a text."""
         return (tokens == self.eos_id) | (tokens == self.pad_id)
 
@@ -74,8 +75,8 @@ class TokenIds:
         """Returns int32 `[number of noise ids]`: the noise vocabulary in ascending order."""
         return np.concatenate([np.arange(first, end, dtype=np.int32) for first, end in self.noise_ranges])
 
-    def sample_noise(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """Draws ids uniformly from the noise vocabulary, int32 `[*shape]`."""
+    def sample_noise(self, key: KeyScalar, shape: tuple[int, ...]) -> Int[jax.Array, "..."]:
+        """Draws ids of this shape uniformly from the noise vocabulary."""
         ids = self.noise_ids()
         return jnp.asarray(ids, jnp.int32)[jax.random.randint(key, shape, 0, len(ids), jnp.int32)]
 

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
@@ -16,6 +15,7 @@ from diffusion_t5x.models.masks import BIDIRECTIONAL
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.sampling import Sampling
 from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.shapes import BoolBL, FloatBLD, IntBL, IntScalar, KeyB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +51,11 @@ class AncestralDecoder(StepRule):
     def modes(self) -> tuple[Mode, ...]:
         return (Mode.of(BIDIRECTIONAL, "mask"),)
 
-    def blank(self, batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
+    def blank(self, batch: Batch, vocabulary: TokenIds, keys: KeyB) -> IntBL:
         """The rows with MASK for targets."""
         return jnp.where(batch.target_mask, vocabulary.mask_id, batch.tokens)
 
-    def eligible(self, tokens: jax.Array, target_mask: jax.Array, vocabulary: TokenIds, step: jax.Array) -> jax.Array:
+    def eligible(self, tokens: IntBL, target_mask: BoolBL, vocabulary: TokenIds, step: IntScalar) -> BoolBL:
         """The targets that are still masked."""
         return target_mask & (tokens == vocabulary.mask_id)
 
@@ -65,11 +65,11 @@ class AncestralDecoder(StepRule):
     def write(
         self,
         model: Transformer,
-        hidden: jax.Array,
+        hidden: FloatBLD,
         canvas: Canvas,
-        eligible: jax.Array,
-        positions: jax.Array,
-        keys: jax.Array,
+        eligible: BoolBL,
+        positions: IntBL,
+        keys: KeyB,
     ) -> Written:
         """One step: writes at each eligible position with the step's probability."""
 

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace, target_range
@@ -16,12 +17,13 @@ from diffusion_t5x.models.sampling import Sampling, forbid, sample
 from diffusion_t5x.models.stack import Encoded
 from diffusion_t5x.models.streams import row_keys
 from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.shapes import IntB, IntBL, KeyScalar
 
 
 def read_prompt(
     model: Transformer, batch: Batch, kind: AttentionKind, encoded: Encoded | None
-) -> tuple[jax.Array, KVCache]:
-    """Returns the rows int32 `[B, L]` with pad for targets, and a cache with their inputs, read in one pass.
+) -> tuple[IntBL, KVCache]:
+    """Returns the rows with pad for targets, and a cache with their inputs, read in one pass.
 
     The pass fills the slots of the targets too, but no query sees those before they are written again.
     """
@@ -34,13 +36,13 @@ def read_prompt(
 
 def read_next(
     model: Transformer,
-    canvas: jax.Array,
+    canvas: IntBL,
     cache: KVCache,
-    slot: jax.Array,
+    slot: IntB,
     kind: AttentionKind,
     encoded: Encoded | None,
-) -> tuple[jax.Array, KVCache]:
-    """Reads each row's `slot`, int32 `[B]`; returns its logits float32 `[B, V]`, and the cache with one token more."""
+) -> tuple[Float[jax.Array, "batch vocab"], KVCache]:
+    """Reads each row's `slot`; returns its logits, and the cache with one token more."""
     before = canvas[jnp.arange(len(canvas)), slot - 1]
     before = jnp.where(slot == 0, model.vocabulary.start_id, before)
     hidden, cache = model.extend(before[:, None], kind, cache, slot, encoded)
@@ -83,7 +85,7 @@ class AutoregressiveDecoder(Decoder):
     def modes(self) -> tuple[Mode, ...]:
         return (Mode.of(self.attention),)
 
-    def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
+    def decode(self, model: Transformer, batch: Batch, key: KeyScalar, trace: bool | Watch = False) -> Decoded:
         vocabulary, length = model.vocabulary, batch.tokens.shape[1]
         keys = row_keys(key, batch.example_ids)
         rows = jnp.arange(batch.tokens.shape[0])

@@ -1,4 +1,4 @@
-"""Block decoding: diffusion inside a block, over an exact cache of earlier blocks (arXiv 2503.09573)."""
+"""Block decoding: diffusion inside a block, over an exact cache of earlier blocks (arXiv 2503.09573, section 3.2)."""
 
 import dataclasses
 from typing import Any
@@ -27,6 +27,7 @@ from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.reading import Reading, check_blocks, start_first
 from diffusion_t5x.models.streams import row_keys
 from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.shapes import BoolB, BoolBL, FloatBL, IntB, IntBL, KeyScalar
 
 Carry = dict[str, Any]
 
@@ -69,7 +70,7 @@ class BlockDecoder(Decoder):
     def modes(self) -> tuple[Mode, ...]:
         return tuple(Mode.of(self.attention, mode.noise) for mode in self.inner.modes)
 
-    def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
+    def decode(self, model: Transformer, batch: Batch, key: KeyScalar, trace: bool | Watch = False) -> Decoded:
         vocabulary, shifted = model.vocabulary, model.config.shifted
         size, inner = self.block_size, self.inner
         keys = row_keys(key, batch.example_ids)
@@ -161,8 +162,8 @@ def _decoded(carry: Carry, batch: Batch, vocabulary: TokenIds) -> Decoded:
     )
 
 
-def show_rows(carry: Carry, start: jax.Array, tokens: jax.Array, mask: jax.Array, log_probability: jax.Array) -> Carry:
-    """Records one more step; the canvas gets these values `[B, l]` from each row's start on."""
+def show_rows(carry: Carry, start: IntB, tokens: IntBL, mask: BoolBL, log_probability: FloatBL) -> Carry:
+    """Records one more step; the canvas gets these values from each row's start on."""
     if carry["trace"] is not None:
         canvas = carry["canvas"]
         mask, log_probability = (
@@ -173,7 +174,7 @@ def show_rows(carry: Carry, start: jax.Array, tokens: jax.Array, mask: jax.Array
     return carry | {"steps": carry["steps"] + 1}
 
 
-def start_row(canvas: jax.Array, finished: jax.Array, history: Trace | Watched | None) -> Carry:
+def start_row(canvas: IntBL, finished: BoolB, history: Trace | Watched | None) -> Carry:
     """Returns the text part of the state of a loop over a row's blocks, before it writes any."""
     return {
         "canvas": canvas,

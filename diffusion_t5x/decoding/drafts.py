@@ -22,6 +22,7 @@ from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.sampling import Sampling, forbid, sample
 from diffusion_t5x.models.streams import row_keys
 from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.shapes import FloatBL, FloatBLV, IntB, IntBL, KeyB, KeyScalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ class DraftingDecoder(Decoder):
     def modes(self) -> tuple[Mode, ...]:
         return (Mode.of(self.attention, "mask"), Mode.of(CAUSAL))
 
-    def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
+    def decode(self, model: Transformer, batch: Batch, key: KeyScalar, trace: bool | Watch = False) -> Decoded:
         vocabulary, size, length = model.vocabulary, self.block_size, batch.tokens.shape[1]
         keys, rows = row_keys(key, batch.example_ids), jnp.arange(len(batch.tokens))
         encoded = model.encode(batch)
@@ -145,7 +146,7 @@ class DraftingDecoder(Decoder):
         )
 
 
-def _with_drafts(slots: Slots, start: jax.Array, size: int) -> Slots:
+def _with_drafts(slots: Slots, start: IntB, size: int) -> Slots:
     """Returns the slots of a pass: each row has from its start on `size` clean ones, and the drafts after each of them.
 
     Clean slots are left where they are. The drafts take the places behind, which later passes write anew, and have the
@@ -171,8 +172,8 @@ def _with_drafts(slots: Slots, start: jax.Array, size: int) -> Slots:
 
 
 def _write(
-    vocabulary: TokenIds, sampling: Sampling, keys: jax.Array, logits: jax.Array, place: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    vocabulary: TokenIds, sampling: Sampling, keys: KeyB, logits: FloatBLV, place: IntBL
+) -> tuple[IntBL, FloatBL]:
     """Returns the token of each place, as `AutoregressiveDecoder` draws it, and its log-probability."""
     logits = forbid(logits, vocabulary)
     tokens = sample(logits, keys, place, sampling)

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import ClassVar, Literal
 
-import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
@@ -16,22 +15,24 @@ from diffusion_t5x.models.masks import BIDIRECTIONAL
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.sampling import Sampling
 from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.shapes import BoolBL, FloatBLD, IntB, IntBL, IntScalar, KeyB
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskedDecoder(StepRule):
-    """Unmasks in `num_steps` steps (LLaDA, arXiv 2502.09992), or above a confidence (Fast-dLLM, 2505.22618).
+    """Unmasks in `num_steps` steps (LLaDA, arXiv 2502.09992, section 2.4), or above a confidence.
 
-    A written token stays. The score is the log-probability that each token had when it was written, averaged over
-    targets: conditionals from different steps, not a likelihood. Higher is better.
+    The latter is Fast-dLLM's (arXiv 2505.22618). A written token stays. The score is the log-probability that each
+    token had when it was written, averaged over targets: conditionals from different steps, not a likelihood. Higher
+    is better.
 
     Attributes:
       num_steps: a row's targets, or with `window` those of each window, are divided over this many steps; rows with
         fewer targets write one per step. None: one per step.
       counts: how they are divided: "even": as evenly as possible, more in the first steps. Others are those of
         published code, see `counts.counts_table`.
-      threshold: a step also writes every token whose probability exceeds it, and the rest is divided over the
-        remaining steps; decoding stops when all rows are done. Fast-dLLM's is 0.9, with num_steps None.
+      threshold: a step also writes every token whose probability exceeds it, and the rest is divided over the remaining
+        steps; decoding stops when all rows are done. Fast-dLLM's is 0.9, with num_steps None.
       threshold_included: also every token whose probability is just that (Fast-dLLM, LMDeploy; not SDAR, SGLang,
         JetEngine).
       window: so many targets are written before the next so many are, counted from the first target, while each sees
@@ -85,17 +86,17 @@ class MaskedDecoder(StepRule):
     def modes(self) -> tuple[Mode, ...]:
         return (Mode.of(BIDIRECTIONAL, "mask"),)
 
-    def blank(self, batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
+    def blank(self, batch: Batch, vocabulary: TokenIds, keys: KeyB) -> IntBL:
         """Returns the rows with MASK for targets."""
         return jnp.where(batch.target_mask, vocabulary.mask_id, batch.tokens)
 
-    def eligible(self, tokens: jax.Array, target_mask: jax.Array, vocabulary: TokenIds, step: jax.Array) -> jax.Array:
+    def eligible(self, tokens: IntBL, target_mask: BoolBL, vocabulary: TokenIds, step: IntScalar) -> BoolBL:
         """The targets that are still masked; with windows, in the first window that has any."""
         masked = target_mask & (tokens == vocabulary.mask_id)
         return masked & self._in_window(masked, target_mask)
 
-    def _in_window(self, masked: jax.Array, target_mask: jax.Array) -> jax.Array:
-        """bool `[B, L]`: targets in each row's first window that has masked ones, bool `[B, L]`."""
+    def _in_window(self, masked: BoolBL, target_mask: BoolBL) -> BoolBL:
+        """The targets in each row's first window that has masked ones."""
         if self.window is None:
             return target_mask
         number = (jnp.cumsum(target_mask, axis=-1) - 1) // self.window
@@ -109,11 +110,11 @@ class MaskedDecoder(StepRule):
     def write(
         self,
         model: Transformer,
-        hidden: jax.Array,
+        hidden: FloatBLD,
         canvas: Canvas,
-        eligible: jax.Array,
-        positions: jax.Array,
-        keys: jax.Array,
+        eligible: BoolBL,
+        positions: IntBL,
+        keys: KeyB,
     ) -> Written:
         """Takes one step: writes some of the eligible positions, permanently."""
 
@@ -134,8 +135,8 @@ class MaskedDecoder(StepRule):
             score=jnp.sum(jnp.where(chosen, log_probability, 0), axis=-1),
         )
 
-    def _count(self, canvas: Canvas, eligible: jax.Array) -> jax.Array:
-        """Returns the minimum number of eligible positions that this step writes, int32 `[B]`."""
+    def _count(self, canvas: Canvas, eligible: BoolBL) -> IntB:
+        """Returns the minimum number of eligible positions that this step writes."""
         in_window, taken = self._in_window(eligible, canvas.target_mask), canvas.step
         if self.window is not None:
             first = jnp.where(in_window & (canvas.written_at >= 0), canvas.written_at, canvas.step)

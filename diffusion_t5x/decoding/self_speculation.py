@@ -1,6 +1,6 @@
 """Self-speculation: one model drafts a block by diffusion and checks the draft autoregressively in one pass.
 
-Speculative decoding (arXiv 2211.17192), greedy, with the model as its own draft model.
+Speculative decoding (arXiv 2211.17192, section 2), greedy, with the model as its own draft model.
 """
 
 import dataclasses
@@ -9,8 +9,9 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Int, Shaped
 
-from diffusion_t5x.data.batch import Array, Batch
+from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.autoregressive import read_prompt
 from diffusion_t5x.decoding.block import BlockDecoder, Carry, show_rows, start_row
@@ -26,6 +27,7 @@ from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.stack import Encoded
 from diffusion_t5x.models.streams import row_keys
 from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.shapes import Array, FloatBL, FloatBLV, IntB, IntBL, KeyB, KeyScalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,7 @@ class SelfSpeculationDecoder(Decoder):
     def modes(self) -> tuple[Mode, ...]:
         return (*self.draft.modes, Mode.of(self.attention)) if self.draft.modes else ()
 
-    def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
+    def decode(self, model: Transformer, batch: Batch, key: KeyScalar, trace: bool | Watch = False) -> Decoded:
         """`written_at` counts a row's own steps; the trace shows drafts, and that what was not accepted is gone."""
         check_blocks(self.draft.attention, model.config.shifted)
         vocabulary, size, inner = model.vocabulary, self.draft.block_size, self.draft.inner
@@ -143,8 +145,8 @@ class SelfSpeculationDecoder(Decoder):
         )
 
     def _read_for_drafts(
-        self, model: Transformer, room: Batch, canvas: jax.Array, encoded: Encoded | None
-    ) -> tuple[jax.Array, KVCache]:
+        self, model: Transformer, room: Batch, canvas: IntBL, encoded: Encoded | None
+    ) -> tuple[IntBL, KVCache]:
         """Returns the drafts' cache after a pass over the inputs, and the canvas as they read it."""
         vocabulary, shifted = model.vocabulary, model.config.shifted
         reading = Reading.of(room, vocabulary, shifted)
@@ -161,11 +163,11 @@ class SelfSpeculationDecoder(Decoder):
         model: Transformer,
         room: Batch,
         encoded: Encoded | None,
-        keys: jax.Array,
+        keys: KeyB,
         carry: Carry,
-        block: jax.Array,
-    ) -> tuple[Carry, jax.Array, jax.Array]:
-        """Drafts the rest of each row's block from `block` on: its tokens `[B, size]`, and the number of new ones."""
+        block: IntB,
+    ) -> tuple[Carry, Int[jax.Array, "batch size"], IntB]:
+        """Drafts the rest of each row's block from `block` on: its tokens, and the number of new ones."""
         vocabulary, shifted = model.vocabulary, model.config.shifted
         # A shifted model predicts each token in the slot before its own.
         size, ahead = self.draft.block_size, 1 if shifted else 0
@@ -202,20 +204,23 @@ def with_room(batch: Batch, before: int, after: int) -> Batch:
     return batch.replace(**{name: jnp.pad(getattr(batch, name), ((0, 0), (before, after))) for name in names})
 
 
-def cut(x: Array, start: jax.Array, size: int) -> jax.Array:
+def cut(x: Shaped[Array, "batch length"], start: IntB, size: int) -> Shaped[jax.Array, "batch {size}"]:
     """Returns `size` slots of each row from its start on."""
     return jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, size))(x, start)
 
 
 def accepted(
-    draft: jax.Array, tokens: jax.Array, num_drafted: jax.Array, ends: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    draft: Int[jax.Array, "batch size"],
+    tokens: Int[jax.Array, "batch size+1"],
+    num_drafted: IntB,
+    ends: Bool[jax.Array, "batch size+1"],
+) -> tuple[Bool[jax.Array, "batch size+1"], IntB, Bool[jax.Array, "batch size+1"]]:
     """Returns the accepted part of a draft and one more token, up to the first that ends the row.
 
     Args:
-      draft: `[B, size]`.
-      tokens: the model's own tokens there, `[B, size + 1]`.
-      num_drafted: number of tokens that were drafted now, `[B]`.
+      draft: the drafted tokens.
+      tokens: the model's own tokens there, and one more.
+      num_drafted: number of tokens that were drafted now.
       ends: True for tokens that end the row.
 
     Returns:
@@ -229,7 +234,7 @@ def accepted(
     return is_drafted, num_agreed, (place <= num_agreed[:, None]) & (jnp.cumsum(ends, axis=-1) - ends == 0)
 
 
-def _most_likely(vocabulary: TokenIds, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _most_likely(vocabulary: TokenIds, logits: FloatBLV) -> tuple[IntBL, FloatBL]:
     """Returns the most likely token of each slot, and its log-probability."""
     logits = forbid(logits, vocabulary)
     tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -2,23 +2,28 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
-from diffusion_t5x.data.batch import Array
 from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.shapes import AnyIntBL, Array, BoolBL, FloatBL, FloatBLD
 
 
 def cross_entropy(
-    logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0, z_loss: float = 0.0
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the cross-entropy of labels `[...]` under float32 logits `[..., V]`, in nats.
+    logits: Float[jax.Array, "*shape vocab"],
+    labels: Int[Array, "*shape"],
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Float[jax.Array, "*shape"], Float[jax.Array, "*shape"]]:
+    """Returns the cross-entropy of labels under logits, in nats.
 
     Label smoothing gives `1 - label_smoothing` to the label and shares the rest among the other ids; the entropy of
     that target is subtracted, so that the minimum stays 0. `z_loss * log(Z)^2` pulls the normaliser towards 1 (both as
     in T5X).
 
     Returns:
-      The loss with smoothing and z-loss, and the plain negative log-likelihood, both `[...]`.
+      The loss with smoothing and z-loss, and the plain negative log-likelihood.
     """
     log_z = jax.nn.logsumexp(logits, axis=-1)
     nll = log_z - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
@@ -34,8 +39,8 @@ def cross_entropy(
     return loss, nll
 
 
-def score(model: Transformer, hidden: jax.Array, labels: Array) -> tuple[jax.Array, jax.Array]:
-    """Returns cross-entropy in nats (without MASK) and argmax accuracy of labels `[B, L]`; hidden is `[B, L, D]`."""
+def score(model: Transformer, hidden: FloatBLD, labels: AnyIntBL) -> tuple[FloatBL, BoolBL]:
+    """Returns cross-entropy in nats (without MASK) and argmax accuracy of labels, from their hidden states."""
 
     def read_out(logits, labels):
         logits = forbid(logits, model.vocabulary)

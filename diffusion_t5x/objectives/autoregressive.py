@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
@@ -25,6 +24,7 @@ from diffusion_t5x.objectives.objective import (
     Pass,
     normalized,
 )
+from diffusion_t5x.shapes import IntBL, IntScalar, KeyB, KeyScalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Autoregressive(Objective):
     """Teacher forcing: cross-entropy of `tokens[i]` given the start token and `tokens[:i]`.
 
     Attributes:
-      prefix: bidirectional attention over inputs; by default attention is causal everywhere.
+      prefix: bidirectional attention over inputs (T5's prefix LM, arXiv 1910.10683, section 3.2.1); by default
+        attention is causal everywhere.
       label_smoothing, z_loss: as in T5X.
       normalize: denominator of the summed loss.
     """
@@ -61,11 +62,11 @@ class Autoregressive(Objective):
     def passes(self) -> Sequence[Pass]:
         return (Pass(),)
 
-    def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array | None) -> jax.Array:
+    def model_inputs(self, model: ModelDefinition, batch: Batch, key: KeyScalar | None) -> IntBL:
         return shift_right(batch.tokens, batch.positions, model.vocabulary.start_id)
 
-    def output(self, model: Transformer, batch: Batch, dropout_keys: jax.Array | None = None) -> Output:
-        """Runs a pass; the i-th of its hidden states `[B, L, D]` predicts the i-th token."""
+    def output(self, model: Transformer, batch: Batch, dropout_keys: KeyB | None = None) -> Output:
+        """Runs a pass; the i-th of its hidden states predicts the i-th token."""
         tokens = shift_right(batch.tokens, batch.positions, model.vocabulary.start_id)
         encoded = model.encode(batch, dropout_keys)
         return model(tokens, shifted_slots(batch, model.vocabulary), self.attention, encoded, dropout_keys)
@@ -74,9 +75,9 @@ class Autoregressive(Objective):
         self,
         model: Transformer,
         batch: Batch,
-        key: jax.Array | None,
+        key: KeyScalar | None,
         train: bool = True,
-        step: jax.Array | None = None,
+        step: IntScalar | None = None,
         teacher: Transformer | None = None,
     ) -> LossSums:
         """The key is only for dropout; the objective itself draws nothing."""
@@ -99,7 +100,7 @@ class Autoregressive(Objective):
             auxiliary=output.auxiliary,
         )
 
-    def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array | None, num_draws: int) -> Likelihood:
+    def log_likelihood(self, model: Transformer, batch: Batch, key: KeyScalar | None, num_draws: int) -> Likelihood:
         """Exact, by the chain rule: the text's tokens up to the one that ends it, which is all that a decoder writes.
 
         As in decoding, ids that no model may write (MASK, rows without an id) have no probability; the loss gives them

@@ -7,7 +7,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.data.batch import Array, Batch
+from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.attention import KVCache
@@ -21,6 +21,7 @@ from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import block_starts
 from diffusion_t5x.objectives.distillation import Divergence, divergence
 from diffusion_t5x.objectives.objective import Likelihood, LossSums, Objective, Pass
+from diffusion_t5x.shapes import AnyBoolBL, FloatBLD, IntBL, IntScalar, KeyB, KeyScalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +71,11 @@ class Drafts(Objective):
     def passes(self) -> Sequence[Pass]:
         return (Pass(by_teacher=True), Pass())
 
-    def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array) -> jax.Array:
+    def model_inputs(self, model: ModelDefinition, batch: Batch, key: KeyScalar) -> IntBL:
         """Returns the clean tokens, read left to right; drafts read MASK."""
         return Autoregressive().model_inputs(model, batch, key)
 
-    def output(self, model: Transformer, batch: Batch, dropout_keys: jax.Array | None = None) -> Output:
+    def output(self, model: Transformer, batch: Batch, dropout_keys: KeyB | None = None) -> Output:
         """Runs a pass left to right, as `Autoregressive.output`."""
         return Autoregressive().output(model, batch, dropout_keys)
 
@@ -82,9 +83,9 @@ class Drafts(Objective):
         self,
         model: Transformer,
         batch: Batch,
-        key: jax.Array,
+        key: KeyScalar,
         train: bool = True,
-        step: jax.Array | None = None,
+        step: IntScalar | None = None,
         teacher: Transformer | None = None,
     ) -> LossSums:
         """Draws nothing, and has no dropout: the drafts must read what the decoder will."""
@@ -117,9 +118,9 @@ class Drafts(Objective):
         )
 
     def _hidden(
-        self, model: Transformer, batch: Batch, drafted: Array, starts: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Returns the hidden states `[B, L, D]` that predict tokens left to right, and those that draft them."""
+        self, model: Transformer, batch: Batch, drafted: AnyBoolBL, starts: IntBL
+    ) -> tuple[FloatBLD, FloatBLD]:
+        """Returns the hidden states that predict tokens left to right, and those that draft them."""
         vocabulary, length = model.vocabulary, batch.tokens.shape[1]
         tokens = shift_right(batch.tokens, batch.positions, vocabulary.start_id)
         slots, encoded = shifted_slots(batch, vocabulary), model.encode(batch)
@@ -139,6 +140,6 @@ class Drafts(Objective):
         drafts, _ = model.extend(masks, self._of_drafts, KVCache(keys, values, both), at + length, encoded)
         return jax.lax.stop_gradient(clean), drafts
 
-    def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
+    def log_likelihood(self, model: Transformer, batch: Batch, key: KeyScalar, num_draws: int) -> Likelihood:
         """Exact: drafts are checked, so the text is distributed as token by token."""
         return Autoregressive().log_likelihood(model, batch, key, num_draws)

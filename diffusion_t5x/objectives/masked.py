@@ -31,18 +31,19 @@ from diffusion_t5x.objectives.objective import (
     normalized,
     stratified,
 )
+from diffusion_t5x.shapes import FloatBL, IntBL, IntScalar, KeyB, KeyScalar
 
 Schedule = Literal["linear", "cosine"]
 Weighting = Literal["elbo", "uniform"]
 
 
-def linear(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+def linear(t: FloatBL) -> tuple[FloatBL, FloatBL]:
     """The probability t of a mask at time t, and the bound's weight of a masked token, 1/t."""
     return t, 1 / t
 
 
-def cosine(t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """MaskGIT's schedule (arXiv 2202.04200), with the bound's weight (MD4, arXiv 2406.04329, Table 1)."""
+def cosine(t: FloatBL) -> tuple[FloatBL, FloatBL]:
+    """MaskGIT's schedule (arXiv 2202.04200, section 3.3), with the bound's weight (MD4, arXiv 2406.04329, Table 1)."""
     angle = 0.5 * jnp.pi * (1 - t)
     return jnp.cos(angle), 0.5 * jnp.pi * jnp.tan(angle)
 
@@ -50,14 +51,14 @@ def cosine(t: jax.Array) -> tuple[jax.Array, jax.Array]:
 SCHEDULES = {"linear": linear, "cosine": cosine}
 
 
-def mask_targets(batch: Batch, vocabulary: TokenIds, probability: jax.Array, keys: jax.Array) -> jax.Array:
-    """Masks each target with its own probability; returns int32 `[B, L]`. Inputs and padding stay.
+def mask_targets(batch: Batch, vocabulary: TokenIds, probability: FloatBL, keys: KeyB) -> IntBL:
+    """Masks each target with its own probability. Inputs and padding stay.
 
     Args:
       batch: clean tokens.
       vocabulary: defines MASK.
-      probability: `[B, L]`.
-      keys: `[B]`, a key for each row.
+      probability: of a mask, at every position.
+      keys: a key for each row.
     """
     masked = jax.vmap(lambda key, row: jax.random.uniform(key, row.shape, jnp.float32) < row)(keys, probability)
     return jnp.where(masked & batch.target_mask, vocabulary.mask_id, batch.tokens)
@@ -105,12 +106,12 @@ class Masked(Objective):
     def passes(self) -> Sequence[Pass]:
         return (Pass(),)
 
-    def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array) -> jax.Array:
+    def model_inputs(self, model: ModelDefinition, batch: Batch, key: KeyScalar) -> IntBL:
         tokens, _ = self._corrupt(model.vocabulary, batch, key)
         return model_reads(tokens, batch, model)
 
-    def _corrupt(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns for every position `[B, L]` the token or MASK, and its weight in the bound if it is masked."""
+    def _corrupt(self, vocabulary: TokenIds, batch: Batch, key: KeyScalar) -> tuple[IntBL, FloatBL]:
+        """Returns for every position the token or MASK, and its weight in the bound if it is masked."""
         share = stratified(stream(key, "time"), batch.example_ids, batch.segment_ids)
         probability, weights = SCHEDULES[self.schedule](1 - (1 - self.epsilon) * share)
         keys = row_keys(stream(key, "where"), batch.example_ids)
@@ -120,9 +121,9 @@ class Masked(Objective):
         self,
         model: Transformer,
         batch: Batch,
-        key: jax.Array,
+        key: KeyScalar,
         train: bool = True,
-        step: jax.Array | None = None,
+        step: IntScalar | None = None,
         teacher: Transformer | None = None,
     ) -> LossSums:
         dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids) if train else None
@@ -147,7 +148,7 @@ class Masked(Objective):
             auxiliary=output.auxiliary,
         )
 
-    def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
+    def log_likelihood(self, model: Transformer, batch: Batch, key: KeyScalar, num_draws: int) -> Likelihood:
         """Returns the evidence lower bound of all targets: the model also writes the canvas after the end of the text.
 
         It does not depend on `schedule`, `weighting` or `epsilon`.
