@@ -1,4 +1,4 @@
-"""What every test runs in: the CPU, no chatter, and real data where the machine has some."""
+"""The surroundings of every test: the CPU, no chatter, and real data where the machine has some."""
 
 import importlib.metadata
 import logging
@@ -55,7 +55,7 @@ def eight_devices() -> dict[str, str]:
 
 @pytest.fixture
 def tfds_folder(tmp_path, monkeypatch) -> pathlib.Path:
-    """Where TFDS looks (constants that it took from the environment when it was imported): an empty folder."""
+    """An empty folder that TFDS looks in, by constants that it took from the environment when it was imported."""
     seqio = pytest.importorskip("seqio")
     monkeypatch.setattr(seqio.utils, "_TFDS_DATA_DIR_OVERRIDE", str(tmp_path))
     monkeypatch.setattr(seqio.utils.LazyTfdsLoader, "_MEMOIZED_BUILDERS", {})

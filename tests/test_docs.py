@@ -1,4 +1,4 @@
-"""What the pages say holds: their commands resolve, their example is the tested one, their links lead somewhere."""
+"""Claims of the pages hold: their commands resolve, their example is the tested one, their links lead somewhere."""
 
 import pathlib
 import re

@@ -45,7 +45,7 @@ DECODER = @{module}.MyDecoder()
 
 
 def flags(folder, *files, **macros):
-    """Of a run of one step on a few lines."""
+    """Flags of a run of one step on a few lines."""
     names = ["models/decoder_only.gin", "sizes/tiny.gin", *files, "runs/finetune.gin", "tasks/local_jsonl.gin"]
     data = {split: f"{folder}/lines.jsonl" for split in ("train", "validation", "test")}
     macros = {"MODEL_DIR": str(folder / "run"), "FILES": data, "BATCH_SIZE": 4} | macros

@@ -70,7 +70,7 @@ class Session:
         os.write(self._ours, text.encode())
 
     def wait_for(self, pattern, seconds=120):
-        """What comes up to the pattern, and the rest of the text after it is kept for the next call."""
+        """Reads up to the pattern and returns that text; the rest is kept for the next call."""
         end = time.monotonic() + seconds
         while not (found := re.search(pattern, self.text)):
             assert time.monotonic() < end, self.text

@@ -1,4 +1,4 @@
-"""What the verb shows is the batch, and what training step 1 reads of it; data never command the terminal."""
+"""The verb shows the batch and what training step 1 reads of it; data never command the terminal."""
 
 import re
 
@@ -57,7 +57,7 @@ def wide_and_without_colours(monkeypatch):
 
 
 def table(tokens, segment_ids, positions, target_mask, reads, changed, dataset):
-    """What the table has to say of a row, in strings."""
+    """The strings that the table has to show for a row."""
 
     def show(token):
         return visible(dataset.piece(int(token))).replace(" ", "␣")
@@ -92,7 +92,7 @@ class Reader:
 
 
 def first_reads(objective, dataset, batch):
-    """What the loss of training step 1 reads first: noise is keyed by (seed, step)."""
+    """The tokens that the loss of training step 1 reads first: noise is keyed by (seed, step)."""
     with pytest.raises(FirstCall) as stopped:
         objective.loss(Reader(dataset.token_ids()), batch, step_key(SEED, 0))
     return stopped.value.args[0]

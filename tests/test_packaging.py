@@ -62,7 +62,7 @@ def build(kind, source, folder):
 
 
 def files_of(source):
-    """What a wheel of the checkout `source` has to hold, by the names it has there."""
+    """Names of the files that a wheel of the checkout `source` has to hold."""
     modules = {path.relative_to(source) for path in (source / "diffusion_t5x").rglob("*.py")}
     tasks = {pathlib.Path("diffusion_t5x") / path.relative_to(source) for path in (source / "tasks").rglob("*.py")}
     gin_files = {pathlib.Path("diffusion_t5x") / path.relative_to(source) for path in (source / "gin").rglob("*.gin")}
@@ -116,7 +116,7 @@ def metadata(wheel):
 
 @pytest.fixture(scope="module")
 def asked(metadata):
-    """What setup.py asks for, extras included."""
+    """The requirements of setup.py, extras included."""
     return [Requirement(line.removeprefix(start)) for line in metadata if line.startswith(start := "Requires-Dist: ")]
 
 
@@ -192,7 +192,7 @@ def test_the_lock_has_what_setup_asks_for(python, asked):
 
 
 def test_the_lock_is_complete():
-    """What its packages need themselves is in it, too: it is installed without looking for more."""
+    """The needs of its packages are in it, too: it is installed without looking for more."""
     python = {"python_version": f"{sys.version_info[0]}.{sys.version_info[1]}"}
     versions = locked(python)
     installed = {canonicalize_name(d.name): d for d in importlib.metadata.distributions()}

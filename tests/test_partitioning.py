@@ -70,7 +70,7 @@ def test_rows_that_do_not_divide_are_refused():
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Of a slice, as far as a mesh looks at one."""
+    """A chip of a slice, as far as a mesh looks at one."""
 
     id: int
     slice_index: int
@@ -158,7 +158,7 @@ def test_nothing_is_held_where_no_mesh_is_in_use():
 
 @pytest.fixture(scope="module")
 def on_meshes(eight_devices):
-    """What `on_meshes.py` saw, by mesh: one device, and eight in three ways."""
+    """Findings of `on_meshes.py` by mesh: one device, and eight in three ways."""
     program = pathlib.Path(__file__).parent / "helpers" / "on_meshes.py"
     done = subprocess.run([sys.executable, program], env=eight_devices, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]

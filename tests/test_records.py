@@ -131,7 +131,7 @@ def test_a_full_disk_is_one_message_and_leaves_the_old_content(tmp_path):
 
 
 def _writes(call: ast.Call) -> bool:
-    """Whether a call writes a file without the help of `records`."""
+    """True for a call that writes a file without the help of `records`."""
     name = ast.unparse(call.func)
     modes = [a.value for a in [*call.args, *(k.value for k in call.keywords)] if isinstance(a, ast.Constant)]
     opens = name.rpartition(".")[2] == "open" and any(

@@ -1,4 +1,4 @@
-"""What others wrote, on a terminal and in pipes: nothing is obeyed, nothing fails, nothing is lost."""
+"""Foreign texts on a terminal and in pipes: nothing is obeyed, nothing fails, nothing is lost."""
 
 import datetime
 import io

@@ -137,7 +137,7 @@ def test_dry_run_prints_sizes_and_writes_nothing(tmp_path, capsys):
     config.run(train.train, [*PRETRAIN, f"--gin.MODEL_DIR={model_dir}", "--dry_run"])
     printed = capsys.readouterr().out
     assert "model: 38,224 parameters" in printed  # 2,048·16 + 2·(4·16·16 + 3·16·32 + 2·16) + 16 + 128·2
-    assert "tokens int32[8, 96]" in printed
+    assert "tokens int32[2, 96]" in printed
     assert not model_dir.exists()
 
 

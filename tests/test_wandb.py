@@ -65,7 +65,7 @@ def records(model_dir):
 
 
 def rows(start):
-    """What was logged from one start on, without what W&B adds itself."""
+    """Rows that were logged from one start on, without W&B's own values."""
     for record in start:
         if record.WhichOneof("record_type") == "history":
             items = {"/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its training, and which uses of it are refused."""
+"""A checkpoint's record of its training, and the uses of it that are refused."""
 
 import dataclasses
 import json
@@ -31,14 +31,14 @@ FORCE = r"\(To do it all the same: --gin\.infer\.infer\.allow_mismatch=True\.\)$
 
 
 def agreement(objective, model=tiny.RELATIVE, allowed=False, **more):
-    """Of a checkpoint that was written and read again."""
+    """The agreement of a checkpoint whose record was written and read again."""
     written = Record.of(model, tiny.VOCABULARY.describe(), objective, **more).metadata()
     return Agreement("DIR", Record.read(json.loads(json.dumps(written)), "DIR"), SETTING, allowed)
 
 
 @dataclasses.dataclass(frozen=True)
 class Mine:
-    """Of a user: it declares nothing."""
+    """A user's objective, which declares nothing."""
 
     strength: float = 0.5
 

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its model, what is advised where it does not fit, and what is told where it does."""
+"""A checkpoint's record of its model: the advice where it does not fit, and the summary where it does."""
 
 import dataclasses
 

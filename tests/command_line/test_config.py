@@ -38,7 +38,7 @@ from diffusion_t5x.command_line import config, gin_messages, gin_reading
 from diffusion_t5x.errors import UserError
 
 def train(*, model_dir, objective, train_steps: int = 10, schedule=None, task="books", dry_run: bool = False):
-    """What the verb does."""
+    """Prints the settings that the toy verb got."""
     print(f"{model_dir=} {objective=} {train_steps=} {task=} {dry_run=}")
     if schedule:
         print("schedule", schedule(steps=3))
@@ -106,7 +106,7 @@ def toy(tmp_path_factory):
 
 
 def registered(package):
-    """What gin has registered of a package; it forgets it."""
+    """Removes a package's configurables from gin's registry and returns them."""
     registry = config.gin_config._REGISTRY
     return {name: registry.pop(name) for name, _ in list(registry.items()) if name.startswith(package)}
 
@@ -129,7 +129,7 @@ def error_of(folder, *arguments):
 
 
 def bound(toy, *bindings, files=("base.gin",)):
-    """What gin binds to the arguments of the toy verb, macros resolved."""
+    """The values that gin binds to the toy verb's arguments, macros resolved."""
     config.load(files, ["MODEL_DIR = '/tmp/m'", "WIDTH = 8", *bindings], search_paths=[str(toy)], allowed=["toy_verbs"])
     from toy_verbs import train
 

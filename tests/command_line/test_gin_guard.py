@@ -1,4 +1,4 @@
-"""What gin files may import and name."""
+"""Gin files import and name allowed modules only."""
 
 import pytest
 
@@ -42,7 +42,7 @@ def test_what_is_allowed_is_used(tmp_path):
 
 
 def run(verb, *flags):
-    """What a verb says on its way out."""
+    """Runs a verb that must end with a usage error."""
     with pytest.raises(SystemExit) as stopped:
         config.run(verb, list(flags))
     assert stopped.value.code == 2

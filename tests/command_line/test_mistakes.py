@@ -134,7 +134,7 @@ MISTAKES = [
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Where a user works."""
+    """A user's working folder, with some data and gin files."""
     (tmp_path / "pairs.jsonl").write_text(PAIRS)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "pairs.jsonl").write_text(PAIRS)

@@ -1,4 +1,4 @@
-"""What a setting may be, and which of two values stays."""
+"""Types and values of settings, and the one of two values that stays."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What every decoder promises, the project's and the one of docs/extending.md."""
+"""Promises of every decoder, the project's and the one of docs/extending.md."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""What every objective promises, the project's and the one of docs/extending.md."""
+"""Promises of every objective, the project's and the one of docs/extending.md."""
 
 import dataclasses
 import functools

@@ -220,7 +220,7 @@ def test_sentinels_of_a_tokenizer_json(tmp_path):
 
 
 def test_sentinels_are_those_behind_the_sentencepiece_model(tmp_path, spiece):
-    """Of a T5 that transformers saves as tokenizer.json alone, span corruption is the same, id for id."""
+    """Span corruption is the same, id for id, for a T5 that transformers saves as tokenizer.json alone."""
     behind = vocabulary_files.vocabulary(str(spiece / "spiece.model"))
     model = behind.tokenizer
     pieces = [(model.IdToPiece(number).removeprefix("▁"), 0.0) for number in range(PIECES, PIECES + 100)]

@@ -1,4 +1,4 @@
-"""Which metric function of a task sees what."""
+"""A task's metric functions get the first sample or all of them, and run only where they can."""
 
 import functools
 import sys

@@ -1,4 +1,4 @@
-"""Which ids mean what, against SentencePiece's own account of a model."""
+"""Meanings of ids, against SentencePiece's own account of a model."""
 
 import jax
 import numpy as np

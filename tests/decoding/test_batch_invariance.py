@@ -124,7 +124,7 @@ def test_texts_on_eight_devices_are_those_of_one_alone(eight_devices):
 
 
 def cached_logits(definition, decoder, params, batch):
-    """Of the targets' canvas `[B, L, V]`, a block at a time over the cache; what is no target stays 0."""
+    """Logits `[B, L, V]` of the targets' canvas, a block at a time over the cache; 0 where there is no target."""
     model, kind = definition.bind(params), kind_of(decoder)
     size = getattr(decoder, "block_size", 1)
     if isinstance(decoder, AutoregressiveDecoder):

@@ -55,7 +55,7 @@ def decode(name, batch=None, **settings):
 
 @functools.cache
 def lattices(name):
-    """For each example, by text without an end, the log-probabilities `[V]` of what comes next: no cache, no beams."""
+    """Log-probabilities `[V]` of the next token by unended text, for each example: no cache, no beams."""
     definition, params = make_model(name)
     objective = Autoregressive(prefix=CONFIGS[name][1])
 

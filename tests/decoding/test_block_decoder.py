@@ -192,7 +192,7 @@ def test_where_an_output_ends(text, output, blocks):
 
 
 def flops(step, *arguments):
-    """Of the compiled program. Layers must be unrolled: XLA counts the body of a scan once."""
+    """FLOPs of the compiled program. Layers must be unrolled: XLA counts the body of a scan once."""
     return jax.jit(step).lower(*arguments).compile().cost_analysis()["flops"]
 
 

@@ -46,7 +46,7 @@ def test_logits_never_stand_whole(name):
 
 
 def test_all_logits_at_once_would_be_seen():
-    """What is weighed above does count them, where they stand whole."""
+    """The measure of the test above counts all logits where they stand whole."""
 
     def whole(hidden, embedding):
         logits = jnp.matmul(hidden, embedding.T)

@@ -1,4 +1,4 @@
-"""Where an output ends."""
+"""An output ends at its first EOS."""
 
 import numpy as np
 import pytest

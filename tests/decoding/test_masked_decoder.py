@@ -52,7 +52,7 @@ def masks_left(trace):
 
 
 def log_probabilities(canvas):
-    """Of a row in float64, numpy; MASK and what is no id cannot come."""
+    """Log-probabilities of a row in float64, by NumPy; MASK and ids outside the vocabulary are left out."""
     read = np.where((canvas == MASK) & (np.arange(10) == 0), START, canvas)
     logits = (PLACES + BEFORE[np.roll(read, 1)] + AFTER[np.roll(read, -1)]).astype(np.float64)[:, :MASK]
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -94,7 +94,7 @@ def written_greedily(tokens, targets, order, num_steps, threshold):
 
 
 def ended(tokens):
-    """What stands on a canvas up to its first EOS or pad, and pad after."""
+    """The tokens of a canvas up to its first EOS or pad, and pad after it."""
     ends = [place for place, token in enumerate(tokens) if token in (0, 1)]
     return [token if not ends or place <= ends[0] else 0 for place, token in enumerate(tokens)]
 

@@ -105,7 +105,7 @@ def steps(name, prefix, drafts):
 
 
 def decode(name, prefix, drafts, batch, wrong=None):
-    """What greedy decoding writes, and what speculation does; `wrong` says bool `[B, L]` where it is told nonsense."""
+    """Outputs of greedy decoding and of speculation; the drafts are nonsense where `wrong`, bool `[B, L]`, is true."""
     _, params = make_model(name)
     greedy, speculate = steps(name, prefix, drafts)
     expected = jax.device_get(greedy(params, batch))

@@ -48,7 +48,7 @@ def log_probabilities(name):
 
 
 def ended(tokens):
-    """What stands on a canvas up to its first EOS or pad, and pad after."""
+    """The tokens of a canvas up to its first EOS or pad, and pad after it."""
     ends = [place for place, token in enumerate(tokens) if token in (0, 1)]
     return [token if not ends or place <= ends[0] else 0 for place, token in enumerate(tokens)]
 

@@ -10,7 +10,6 @@ import pathlib
 import platform
 import re
 import socket
-import tempfile
 import time
 
 import pytest
@@ -31,21 +30,26 @@ def isolation():
         pytest.skip(f"no isolation on this machine: {code_execution.protections().reason}")
 
 
-def leftovers():
-    """Worker processes and temporary folders of theirs."""
-    found = set(glob.glob(f"{tempfile.gettempdir()}/program-*"))
+@contextlib.contextmanager
+def leaving_nothing(folder):
+    """Fails where a worker's process or a temporary folder of its programs is left at the end of the block."""
+    # Its command line, which its children keep, tells a worker from those of tests that run beside this one.
+    start = f"import tempfile\ntempfile.tempdir = {str(folder)!r}\n{code_execution._START}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(code_execution, "_START", start)
+        yield
+    left = os.listdir(folder)
     for path in glob.glob("/proc/[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it has ended
-            if b"from diffusion_t5x.evaluation.code.sandbox import worker" in pathlib.Path(path).read_bytes():
-                found.add(path)
-    return found
+            if start.encode() in pathlib.Path(path).read_bytes():
+                left.append(path)
+    assert left == []
 
 
 @pytest.fixture
-def nothing_left():
-    before = leftovers()
-    yield
-    assert leftovers() == before
+def nothing_left(tmp_path_factory):
+    with leaving_nothing(tmp_path_factory.mktemp("programs")):
+        yield
 
 
 def one(program, tests=TESTS, limits=QUICK, **options):
@@ -252,15 +256,14 @@ HOSTILE = {
 
 
 @pytest.fixture(scope="module")
-def verdicts():
-    """Of all cheats and hostile programs, each followed by a right one; checked to leave nothing."""
+def verdicts(tmp_path_factory):
+    """Verdicts on all cheats and hostile programs, each followed by a right one; checked to leave nothing."""
     programs = [*CHEATS.values(), *(program for program, _ in HOSTILE.values())]
-    left = leftovers()
     start = time.monotonic()
-    found = check(
-        [text for program in programs for text in (program, RIGHT)], [TESTS] * 2 * len(programs), limits=QUICK
-    )
-    assert leftovers() == left
+    with leaving_nothing(tmp_path_factory.mktemp("programs")):
+        found = check(
+            [text for program in programs for text in (program, RIGHT)], [TESTS] * 2 * len(programs), limits=QUICK
+        )
     assert time.monotonic() - start < 10 * len(programs)
     assert set(found[1::2]) == {Verdict("pass")}
     return dict(zip([*CHEATS, *HOSTILE], found[::2], strict=True))

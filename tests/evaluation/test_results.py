@@ -1,4 +1,4 @@
-"""What results.json says of how its scores came about."""
+"""The account in results.json of the settings behind its scores."""
 
 import dataclasses
 import hashlib
@@ -69,7 +69,7 @@ def test_results_of_other_settings_are_kept(tmp_path):
 
 
 def evaluated(task="squad", size=(768, 12), objective="Sundae", architecture="decoder_only", shifted=False, **decoder):
-    """What matters of a results.json."""
+    """The parts of a results.json that decide which published numbers match."""
     model = {"embed_dim": size[0], "num_layers": size[1], "architecture": architecture, "shifted": shifted}
     evaluation = DecodeEval(Dataset(task), SundaeDecoder(**{"num_steps": 10, "num_samples": 8} | decoder))
     settings = {"evaluations": results.describe([evaluation]), "model": model}

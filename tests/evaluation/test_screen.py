@@ -1,4 +1,4 @@
-"""What a person reads of an evaluation while training runs."""
+"""The lines that show an evaluation while training runs."""
 
 import rich.cells
 

@@ -1,4 +1,4 @@
-"""How texts came to be: as records keep it, in a page and in a terminal. Texts of models are never markup."""
+"""Traces of decoding in records, in a page and in a terminal. Texts of models are never markup."""
 
 import base64
 import hashlib

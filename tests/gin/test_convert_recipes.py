@@ -140,7 +140,10 @@ def write_source(folder, recipe, test_data):
 
 
 def commands(recipe):
-    """Of the recipe's comment, without the interpreter and its flags; an OPDLM starts from the import of the other."""
+    """The import and training commands in the recipe's comment, without the interpreter and its flags.
+
+    An OPDLM recipe starts from the import of the recipe that it continues.
+    """
     files = dict.fromkeys((recipe.removesuffix("_opdlm"), recipe))
     lines = [line for file in files for line in (GIN / "recipes" / "convert" / f"{file}.gin").read_text().splitlines()]
     comment = by_module("\n".join(line.removeprefix("#").strip() for line in lines if line[:1] == "#"))

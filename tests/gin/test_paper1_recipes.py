@@ -98,7 +98,7 @@ def test_a_folder_is_named_after_what_its_command_makes(folder):
 
 @pytest.mark.parametrize(("size", "embed_dim"), [("base", 768), ("large", 1024), ("xl", 2048)])
 def test_every_cell_of_table_2_resolves_at_each_size(size, embed_dim, capsys):
-    """What the page says: another size in place of `base`; and the commands that score what was trained."""
+    """The page's commands resolve with another size in place of `base`, those that score the results as well."""
     table2 = [folder for folder in FINE_TUNINGS if re.search(r"/(ar|diffusion|ar2diff_\w+)_(wmt|squad|mbpp)$", folder)]
     assert len(table2) == 15
     for command in [scoring(COMMANDS[folder]) for folder in table2] + [COMMANDS[folder] for folder in table2]:
@@ -210,7 +210,7 @@ def losses(folder: str) -> list[float]:
 
 
 def evaluated(folder: str) -> dict[str, float]:
-    """What a checkpoint can be best by."""
+    """The metrics of a folder's checkpoint, which the best one is chosen by."""
     return checkpoints.read_metadata(checkpoints.find_checkpoint(folder))["metrics"]
 
 

@@ -1,4 +1,4 @@
-"""What tests against `transformers` share: its process, and models as this framework reads them."""
+"""Shared parts of tests against `transformers`: its process, and models as this framework reads them."""
 
 import os
 import pathlib

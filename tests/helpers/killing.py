@@ -64,7 +64,7 @@ def write_cache(folder: pathlib.Path, task: str) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Of a process that imports what this one does."""
+    """Environment variables of a process that imports what this one does."""
     return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 

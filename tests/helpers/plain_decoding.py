@@ -173,10 +173,10 @@ class PlainDecoding:
 
 
 def is_tie(found, plain):
-    """Whether a text `[L]` that differs from the plain one may: False where it is the same.
+    """True where a text `[L]` differs from the plain one by a tie, False where it is the same.
 
     Raises:
-      AssertionError: it may not.
+      AssertionError: it differs without a tie.
     """
     if np.array_equal(found, plain.tokens):
         return False

@@ -18,7 +18,7 @@ FAMILIES = ("llada", "dream", "sdar", "a2d-qwen3", "a2d-qwen2", "a2d-llama")
 
 
 def reference(family: str) -> tuple[dict, dict[str, np.ndarray]]:
-    """What `reference.npz` holds: its description, and its arrays by name."""
+    """The contents of `reference.npz`: its description, and its arrays by name."""
     with np.load(DATA / family / "reference.npz") as file:
         arrays = {name: file[name] for name in file.files}
     return json.loads(str(arrays.pop("meta"))), arrays

@@ -22,7 +22,7 @@ TINY = [
 PRETRAIN = [
     "--gin_file=recipes/quickstart/pretrain_ar.gin",
     *TINY,
-    "--gin.BATCH_SIZE=8",
+    "--gin.BATCH_SIZE=2",
     "--gin.WARMUP_STEPS=2",
     "--gin.EVAL_STEPS=1",
     "--gin.TRAIN_STEPS=20",
@@ -35,10 +35,11 @@ TASK = [
     '--gin.TASK_FEATURE_LENGTHS={"inputs": 24, "targets": 24}',
     "--gin.BATCH_SIZE=8",
 ]
+SUNDAE = ["--gin_file=decoding/sundae.gin", "--gin.SundaeDecoder.num_steps=4", "--gin.SundaeDecoder.num_samples=2"]
 FINETUNE = [
     *MODELS,
     "--gin_file=objectives/sundae.gin",
-    "--gin_file=decoding/sundae.gin",
+    *SUNDAE,
     "--gin_file=runs/finetune.gin",
     *TASK,
     *TINY,

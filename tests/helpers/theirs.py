@@ -124,7 +124,7 @@ MODELS = {
 
 
 def random_values(name, parameter, rng):
-    """Of moderate size, so that logits of any wrong model are far away."""
+    """Random values of moderate size, so that logits of any wrong model are far away."""
     values = rng.standard_normal(parameter.shape)
     if parameter.ndim == 1:
         return 0.2 * values + (0 if parameter.abs().max() == 0 else 1)  # a norm is 1 where it begins, a bias 0

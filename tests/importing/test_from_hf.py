@@ -248,7 +248,7 @@ print("GROWTH", peak() - before)
     ("gigabytes", "shards"), [pytest.param(0.8, 4, marks=pytest.mark.slow), pytest.param(4, 8, marks=pytest.mark.long)]
 )
 def test_peak_memory_stays_below_two_shards(gigabytes, shards, tmp_path):
-    """What tensorstore and the checksums need of their own is some 150 MB of that."""
+    """Some 150 MB of the limit are for tensorstore and the checksums."""
     embed, mlp = 1024, 4096
     layers = round(gigabytes * 20)
     small, large = write_source(tmp_path / "small"), write_source(tmp_path / "large")

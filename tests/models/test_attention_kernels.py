@@ -22,7 +22,7 @@ TEXTS = ((100, 150, 90), (LENGTH,), ())
 
 
 def slots(length=LENGTH, copies=1):
-    """Of the rows above; a third of each text is its inputs."""
+    """Slots of the rows in TEXTS; a third of each text is its inputs."""
     segment_ids, positions = np.zeros((2, ROWS, length), np.int32)
     is_input = np.zeros((ROWS, length), bool)
     for row, sizes in enumerate(TEXTS):
@@ -60,7 +60,7 @@ def of(kind, of_slots):
 
 
 def inputs_of_others():
-    """What targets see of inputs: the second text of the first row has none, and the last row nothing at all."""
+    """The sight of inputs from targets: the second text of the first row has no inputs, the last row is empty."""
     queries, keys = slots().segment_ids, slots().segment_ids[:, :256].copy()
     keys[keys == 2] = 3
     return Sight.across(queries, keys, whole=True)
@@ -91,7 +91,7 @@ def arrays(sight, kv_heads, seed=0):
 
 
 def results(run, arrays, bias):
-    """What comes out, and gradients of its product with something random, of which padding has its part."""
+    """Gradients of the output's product with random weights, padding included, and the output."""
     *inputs, weights = arrays
 
     def loss(inputs, bias):

@@ -1,4 +1,4 @@
-"""Which backend computes attention: the choice by itself, and in models that are traced for devices not there."""
+"""The choice of the backend of attention: by itself, and in models that are traced for devices not there."""
 
 import dataclasses
 import os

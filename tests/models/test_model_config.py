@@ -1,4 +1,4 @@
-"""What a model's config refuses, and what it works out."""
+"""The values that a model's config refuses, and those that it works out."""
 
 import dataclasses
 

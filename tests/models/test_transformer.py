@@ -92,7 +92,7 @@ def assert_trees_close(found, expected, **tolerance):
 
 
 def loss_and_gradients(config, batch=PACKED):
-    """Of a mean over all slots, padding too."""
+    """Value and gradients of a mean over all slots, padding included."""
     definition, params = tiny.make_model(config)
 
     def loss(params):

@@ -28,7 +28,7 @@ def make_model(name):
 
 @functools.cache
 def negative_log_likelihoods(name):
-    """Of each example's target tokens: every one from a forward pass of its own over just what is before it."""
+    """Negative log-likelihoods of each example's target tokens, by one forward pass per token over just its past."""
     definition, params = make_model(name)
 
     @jax.jit

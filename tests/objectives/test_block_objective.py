@@ -98,7 +98,7 @@ def test_at_size_1_with_all_masked_the_loss_is_the_likelihood_by_the_models_own_
 
     @jax.jit
     def log_probabilities(position):
-        """Of each text's token there, given those before it; MASK stands in its place."""
+        """Log-probability of each text's token at a position, given those before it; it is read as MASK."""
         tokens = jnp.asarray(batch.tokens).at[:, 1 + position].set(3)
         logits = forbid(model.logits(model(tokens, Slots.of(batch), kind).hidden), vocabulary)[:, 1 + position]
         return jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(texts)[:, position, None], axis=-1)[:, 0]

@@ -173,7 +173,7 @@ def brute_force_parts():
 
 
 def student_logits(noisy, size, config, origin):
-    """Of each block by a pass of its own: all before it clean, nothing behind it."""
+    """The student's logits, by one pass per block: all before it clean, nothing behind it."""
     definition, student, _ = models(config)
     logits = np.zeros((*noisy.shape, 32))
     for row, first, length in ((0, 2, 8), (1, 0, 5)):

@@ -224,7 +224,7 @@ def test_true_conditionals_give_the_entropy_of_masked_pairs():
 
 
 def independent(num_steps, probabilities, noise):
-    """Of every step, clean token and z: its chance, and the logits of the exact posterior of independent tokens."""
+    """The chance of every (step, clean token, z), and the logits of the exact posterior of independent tokens."""
     vocabulary = dataclasses.replace(
         VOCABULARY, size=len(noise) + 1, mask_id=len(noise), noise_ranges=noise_ranges(noise)
     )

@@ -198,7 +198,7 @@ BATCH = tiny.pack(
 
 
 def test_a_masked_first_token_is_read_as_the_start_token():
-    """Where no input comes before it, in each packed example; else it is MASK."""
+    """START stands in for MASK in each packed example without inputs, else MASK stays."""
     batch = tiny.pack([[([], [5, 6, 7]), ([8], [9, 10]), ([], [11, 12])]] * 40, length=9)
     tokens = np.asarray(Masked(epsilon=0.5).model_inputs(DEFINITION, batch, KEY))
     for place, clean in enumerate([5, 6, 7, 8, 9, 10, 11, 12, 0]):

@@ -1,4 +1,4 @@
-"""Which slot predicts which token, against segments laid out by hand; and attention that opens little by little."""
+"""The token that each slot predicts, against segments laid out by hand; and attention that opens little by little."""
 
 import dataclasses
 import functools

@@ -86,7 +86,7 @@ def test_a_backward_pass_takes_twice_its_forward_pass():
 
 
 def test_a_rollout_is_its_passes():
-    """Of one row: the prompt's pass, and for each block its steps and one for the cache."""
+    """The FLOPs of one row are those of the prompt's pass and, per block, of its steps and one pass for the cache."""
     decoder = BlockDecoder(4, MaskedDecoder(num_steps=2))
     rollout = Rollout(decoder, min_length=6, max_length=16, growth_steps=10, num_buckets=2)
     row, blocks = 5 + 16, 3  # at step 5: 11 targets, in a bucket of 16

@@ -1,4 +1,4 @@
-"""What is read off compiled programs, against counts by hand and by brute force."""
+"""Costs that are read off compiled programs, against counts by hand and by brute force."""
 
 import itertools
 import json

@@ -43,7 +43,7 @@ def whole(shares):
 
 
 def positions(shares):
-    """What the processes would have gathered."""
+    """The positions that the processes would have gathered."""
     return dict(itertools.chain.from_iterable(share.state_dict().items() for share in shares))
 
 

@@ -208,7 +208,7 @@ def test_a_run_with_too_many_bad_steps_ends_and_keeps_its_checkpoints(tmp_path):
 
 
 def test_a_run_that_ends_with_an_error_leaves_no_clock_behind(tmp_path):
-    """Of a step that hangs: it would end the process that the run was in, whatever that does by then."""
+    """The clock of a hanging step would end the process of the run, whatever that does by then."""
     code = f"""
 import test_loop, time
 try:

@@ -1,4 +1,4 @@
-"""What changes as training goes on: the step reaches the objective, and all steps are one program."""
+"""Changes as training goes on: the step reaches the objective, and all steps are one program."""
 
 import dataclasses
 import functools
