@@ -1,11 +1,15 @@
 """Cross-entropy and accuracy of given tokens, from hidden states."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Array
 from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.transformer import Transformer
+
+LossSoftmax = Literal["allowed", "all"]
 
 
 def cross_entropy(
@@ -34,12 +38,22 @@ def cross_entropy(
     return loss, nll
 
 
-def score(model: Transformer, hidden: jax.Array, labels: Array) -> tuple[jax.Array, jax.Array]:
-    """Returns cross-entropy in nats (without MASK) and argmax accuracy of labels `[B, L]`; hidden is `[B, L, D]`."""
+def score(
+    model: Transformer, hidden: jax.Array, labels: Array, softmax: LossSoftmax = "allowed"
+) -> tuple[jax.Array, jax.Array]:
+    """Returns cross-entropy in nats and argmax accuracy of labels `[B, L]`.
+
+    Args:
+      model: reads out.
+      hidden: `[B, L, D]`.
+      labels: ids.
+      softmax: what the cross-entropy is over. "allowed": what may be written. "all": all rows of the embedding, MASK
+        too. Accuracy is always over what may be written.
+    """
 
     def read_out(logits, labels):
-        logits = forbid(logits, model.vocabulary)
-        nll, _ = cross_entropy(logits, labels)
-        return nll, jnp.argmax(logits, axis=-1) == labels
+        allowed = forbid(logits, model.vocabulary)
+        nll, _ = cross_entropy(allowed if softmax == "allowed" else logits, labels)
+        return nll, jnp.argmax(allowed, axis=-1) == labels
 
     return model.map_logits(read_out, hidden, labels)
