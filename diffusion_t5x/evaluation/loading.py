@@ -49,6 +49,9 @@ def load_teacher(
     """Loads the autoregressive teacher like `load_model`; error messages name the teacher's checkpoint."""
     try:
         checkpoint = open_checkpoint(path)
+        modes = checkpoint.record.modes
+        if modes and all(mode.noise for mode in modes) and not allow_mismatch:
+            raise UserError(f"{checkpoint} is a diffusion model. Set TEACHER_CHECKPOINT_PATH to an autoregressive one.")
         Agreement.of(checkpoint, setting, allow_mismatch).check(config, [Autoregressive()])
         return Teacher(*load_model(checkpoint, config, vocabulary, mesh))
     except UserError as error:

@@ -192,9 +192,10 @@ def _config(name: str, source: Folder, record: Record, rows: int) -> dict[str, A
     file, _, prefix = form.code.partition(".")
     modeling = f"modeling_{file}.{form.architecture}"
     if name.startswith("a2d"):  # configuration and model are in one file
-        auto_map = {"AutoConfig": f"modeling_{file}.{prefix}Config", "AutoModel": modeling}
+        auto_map = {"AutoConfig": f"modeling_{file}.{prefix}Config", "AutoModelForMaskedLM": modeling}
     else:
-        auto_map = {"AutoConfig": f"configuration_{file}.{prefix}Config", "AutoModel": modeling}
+        auto_map = {"AutoConfig": f"configuration_{file}.{prefix}Config"}
+    auto_map["AutoModel"] = f"modeling_{file}.SDARModel" if name == "sdar" else modeling
     if name in ("sdar", "llada"):
         auto_map["AutoModelForCausalLM"] = modeling
     if name == "llada":

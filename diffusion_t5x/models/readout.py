@@ -1,5 +1,7 @@
 """Cross-entropy and accuracy of given tokens, from hidden states."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
@@ -7,6 +9,8 @@ from jaxtyping import Float, Int
 from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.shapes import AnyIntBL, Array, BoolBL, FloatBL, FloatBLD
+
+LossSoftmax = Literal["allowed", "all"]
 
 
 def cross_entropy(
@@ -39,12 +43,22 @@ def cross_entropy(
     return loss, nll
 
 
-def score(model: Transformer, hidden: FloatBLD, labels: AnyIntBL) -> tuple[FloatBL, BoolBL]:
-    """Returns cross-entropy in nats (without MASK) and argmax accuracy of labels, from their hidden states."""
+def score(
+    model: Transformer, hidden: FloatBLD, labels: AnyIntBL, softmax: LossSoftmax = "allowed"
+) -> tuple[FloatBL, BoolBL]:
+    """Returns cross-entropy in nats and argmax accuracy of labels.
+
+    Args:
+      model: reads out.
+      hidden: the labels' hidden states.
+      labels: ids.
+      softmax: what the cross-entropy is over. "allowed": what may be written. "all": all rows of the embedding, MASK
+        too. Accuracy is always over what may be written.
+    """
 
     def read_out(logits, labels):
-        logits = forbid(logits, model.vocabulary)
-        nll, _ = cross_entropy(logits, labels)
-        return nll, jnp.argmax(logits, axis=-1) == labels
+        allowed = forbid(logits, model.vocabulary)
+        nll, _ = cross_entropy(allowed if softmax == "allowed" else logits, labels)
+        return nll, jnp.argmax(allowed, axis=-1) == labels
 
     return model.map_logits(read_out, hidden, labels)

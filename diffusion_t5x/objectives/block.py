@@ -16,7 +16,7 @@ from diffusion_t5x.models.masks import Annealed, AttentionKind, BlocksFrom, Slot
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.output import Output, Ratio
 from diffusion_t5x.models.reading import Reading, check_blocks, model_reads
-from diffusion_t5x.models.readout import score
+from diffusion_t5x.models.readout import LossSoftmax, score
 from diffusion_t5x.models.stack import Encoded
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
@@ -135,6 +135,7 @@ class Block(Objective):
         annealing.
       normalize: what the summed loss is divided by.
       blocks_from: where blocks are counted from, see `AttentionKind`.
+      softmax: what the loss is over, see `Masked`.
     """
 
     block_size: int = 4
@@ -146,6 +147,7 @@ class Block(Objective):
     anneal_steps: int | None = None
     normalize: Normalize = "target_tokens"
     blocks_from: BlocksFrom = "targets"
+    softmax: LossSoftmax = "allowed"
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -228,7 +230,7 @@ class Block(Objective):
         starts = block_starts(batch, size, self.blocks_from)
         output = noisy_output(model, reading, starts, noisy, kind, encoded, dropout_keys)
 
-        nll, correct = score(model, output.hidden, batch.tokens)
+        nll, correct = score(model, output.hidden, batch.tokens, self.softmax)
         scored = batch.target_mask
         metrics = {"noise_fraction": normalized(batch, noisy != batch.tokens, "target_tokens")}
         loss = nll

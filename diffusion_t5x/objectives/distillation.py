@@ -22,7 +22,7 @@ from diffusion_t5x.models.masks import AttentionKind, BlocksFrom
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.output import Ratio
 from diffusion_t5x.models.reading import Reading, model_reads
-from diffusion_t5x.models.readout import cross_entropy
+from diffusion_t5x.models.readout import LossSoftmax, cross_entropy
 from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Params, Transformer
@@ -127,6 +127,7 @@ class Distillation(Objective):
       score_end: the token that ends a text counts too. The paper's code leaves it out.
       normalize: "sequences", as in the paper, averages over each text's masked targets first.
       blocks_from: where blocks are counted from, see `AttentionKind`.
+      softmax: what the student's distribution is over, see `Masked`. The teacher's is over what may be written.
     """
 
     needs_teacher: ClassVar[bool] = True
@@ -139,6 +140,7 @@ class Distillation(Objective):
     score_end: bool = False
     normalize: Normalize = "sequences"
     blocks_from: BlocksFrom = "targets"
+    softmax: LossSoftmax = "allowed"
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -198,10 +200,11 @@ class Distillation(Objective):
         output = noisy_output(model, reading, starts, noisy, kind, model.encode(batch, dropout_keys), dropout_keys)
 
         def compare(logits, teacher_hidden, labels):
-            student = forbid(logits, vocabulary)
+            allowed = forbid(logits, vocabulary)
+            student = allowed if self.softmax == "allowed" else logits
             target = jax.lax.stop_gradient(forbid(teacher.logits(teacher_hidden), vocabulary))
             nll, _ = cross_entropy(target, labels)
-            agree = jnp.argmax(student, axis=-1) == jnp.argmax(target, axis=-1)
+            agree = jnp.argmax(allowed, axis=-1) == jnp.argmax(target, axis=-1)
             return divergence(target, student, self.divergence, self.top_k), nll, agree
 
         distance, teacher_nll, agree = model.map_logits(

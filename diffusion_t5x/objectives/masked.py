@@ -17,7 +17,7 @@ from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.output import Ratio
 from diffusion_t5x.models.reading import Reading, model_reads
-from diffusion_t5x.models.readout import score
+from diffusion_t5x.models.readout import LossSoftmax, score
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.annealing import annealed, check_anneal_steps
@@ -80,6 +80,8 @@ class Masked(Objective):
       anneal_steps: training steps over which causal attention becomes bidirectional, see `annealed`; None: no
         annealing.
       normalize: denominator of the summed loss.
+      softmax: what the loss is over, see `score`. "allowed": what decoders here may write. "all": MASK and spare rows
+        as well, as in published training, so that programs that do not forbid them do not choose them either.
     """
 
     schedule: Schedule = "linear"
@@ -87,6 +89,7 @@ class Masked(Objective):
     epsilon: float = 1e-3
     anneal_steps: int | None = None
     normalize: Normalize = "target_tokens"
+    softmax: LossSoftmax = "allowed"
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -134,7 +137,7 @@ class Masked(Objective):
         kind = annealed(self.attention, self.anneal_steps, step, key)
         output = reading.output(model, tokens, kind, encoded, dropout_keys)
 
-        nll, correct = score(model, output.hidden, batch.tokens)
+        nll, correct = score(model, output.hidden, batch.tokens, self.softmax)
         masked = batch.target_mask & (tokens == model.vocabulary.mask_id)
         nll = jnp.where(masked, nll, 0)
         loss = nll * weights if self.weighting == "elbo" else nll
@@ -151,7 +154,7 @@ class Masked(Objective):
     def log_likelihood(self, model: Transformer, batch: Batch, key: KeyScalar, num_draws: int) -> Likelihood:
         """Returns the evidence lower bound of all targets: the model also writes the canvas after the end of the text.
 
-        It does not depend on `schedule`, `weighting` or `epsilon`.
+        It does not depend on `schedule`, `weighting`, `epsilon` or `softmax`.
         """
         encoded = model.encode(batch)
         reading = Reading.of(batch, model.vocabulary, model.config.shifted)
