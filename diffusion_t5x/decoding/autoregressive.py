@@ -69,7 +69,7 @@ class AutoregressiveDecoder(Decoder):
     prefix: bool = False
 
     def __post_init__(self) -> None:
-        self.sampling  # noqa: B018  (raises on bad values now, not in the middle of a run)
+        Sampling(self.temperature, self.top_k, self.top_p)  # raises on bad values now, not in the middle of a run
 
     @property
     def sampling(self) -> Sampling:

@@ -146,7 +146,7 @@ class Block(Objective):
     def __post_init__(self) -> None:
         check_choices(self)
         check_anneal_steps(self.anneal_steps)
-        self.attention  # noqa: B018  (raises on a bad block size)
+        AttentionKind("block_causal", self.block_size, self.blocks_from)  # raises on a bad block size
         if not 0 <= self.epsilon < 1:
             raise UserError(f"Block.epsilon must lie in [0, 1); got {self.epsilon}.")
         if self.noise == "uniform" and self.weighting != "uniform":

@@ -137,7 +137,7 @@ class Distillation(Objective):
 
     def __post_init__(self) -> None:
         check_choices(self)
-        self.attention  # noqa: B018  (raises on a bad block size)
+        AttentionKind("block_causal", self.block_size, self.blocks_from)  # raises on a bad block size
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"Distillation.top_k must be at least 1, or None for all; got {self.top_k}.")
 
