@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with config.program():
         flags, rest = own_flags("inspect_data").parse_known_args(argv)
         checkpoint = flags.checkpoint and open_checkpoint(flags.checkpoint)
-        rest, texts = checkpoint_texts(checkpoint, rest, ["runs/inspect_data.gin"])
+        rest, texts = checkpoint_texts(checkpoint, rest, "runs/inspect_data.gin")
         if checkpoint:
             texts["the data of the training"] = dataset_text(checkpoint, f"{__package__}.inspect_data.inspect_data")
     config.run(inspect_data, rest, texts=texts)

@@ -14,6 +14,8 @@ from typing import Any
 
 from gin import config_parser
 
+from diffusion_t5x.command_line.gin_reading import AsText, Spelled, shipped, shipped_text
+
 PACKAGE = pathlib.Path(__file__).parents[1]
 REQUIRED = "%gin.REQUIRED"
 # Where a docstring's words about a parameter need the rest of the docstring, or where a macro sets several parameters.
@@ -171,12 +173,6 @@ class File:
     uses: list[tuple[str, str, str]]
 
 
-def files() -> list[str]:
-    """Returns the shipped gin files, relative to the gin folder."""
-    root = PACKAGE / "gin"
-    return sorted(str(path.relative_to(root)) for path in root.rglob("*.gin"))
-
-
 def with_includes(file: str) -> list[str]:
     """Returns a shipped file and all files that it includes, in the order in which gin reads them."""
     found = [inner for included in read(file).includes for inner in with_includes(included)]
@@ -187,7 +183,7 @@ def with_includes(file: str) -> list[str]:
 def macros() -> Mapping[str, Macro]:
     """Returns all macros of the shipped files, by name."""
     found: dict[str, Macro] = {}
-    for name in files():
+    for name in shipped():
         file = read(name)
         for macro, value in file.values.items():
             found.setdefault(macro, Macro(macro)).values[name] = value
@@ -206,30 +202,14 @@ def of_runs(run_files: list[str]) -> list[Macro]:
     return sorted((macros()[name] for name in named), key=lambda macro: REQUIRED not in macro.default(run_files))
 
 
-class _Text(str):
-    """Gin text that appears in a value without quotes."""
-
-    __repr__ = str.__str__
-
-
-class _Reader(config_parser.ParserDelegate):
-    """Keeps references and macros as they are spelled."""
-
-    def configurable_reference(self, scoped_selector: str, evaluate: bool) -> _Text:
-        return _Text(f"@{scoped_selector}{'()' if evaluate else ''}")
-
-    def macro(self, macro_name: str) -> _Text:
-        return _Text(f"%{macro_name}")
-
-
 @functools.cache
 def read(name: str) -> File:
     """Parses a shipped file."""
-    text = (PACKAGE / "gin" / name).read_text(encoding="utf-8")
+    text = shipped_text(name)
     comment = re.match(r"(#.*\n)*", text)
     assert comment is not None, "no lines match, too"
     file = File(re.sub(r"^# ?", "", comment[0], flags=re.MULTILINE).strip(), {}, [], {}, [])
-    for statement in config_parser.ConfigParser(text, _Reader()):
+    for statement in config_parser.ConfigParser(text, AsText()):
         if isinstance(statement, config_parser.ImportStatement):
             file.imports[statement.bound_name()] = statement.module
         elif isinstance(statement, config_parser.IncludeStatement):
@@ -245,7 +225,7 @@ def read(name: str) -> File:
 
 def _macros_in(value: Any) -> Iterator[str]:
     """Yields the names of the macros in a value, at any depth."""
-    if isinstance(value, _Text):
+    if isinstance(value, Spelled):
         if value.startswith("%") and value != REQUIRED:
             yield value[1:]
     elif isinstance(value, Mapping):
