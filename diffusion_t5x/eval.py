@@ -9,6 +9,7 @@ the task. A line is {"prediction": TEXT} or {"predictions": [TEXT, ...]}, in the
 import dataclasses
 import json
 import logging
+import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -239,7 +240,7 @@ def score(
             **results.provenance(scores),
             "config": config.operative_text(),
         }
-        results.write_records(pathlib.Path(eval_output_dir, f"{name}_predictions.jsonl"), records)
+        write_jsonl(os.path.join(eval_output_dir, f"{name}_predictions.jsonl"), records)
         results.write_results(eval_output_dir, report)
         logger.info("wrote %s", pathlib.Path(eval_output_dir, "results.json"))
 

@@ -28,7 +28,7 @@ from diffusion_t5x.console import Console
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.templates import Templates
 from diffusion_t5x.decoding.decoder import Decoder
-from diffusion_t5x.errors import UserError
+from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.evaluation import traces
 from diffusion_t5x.evaluation.inference import make_decode_step, predict
 from diffusion_t5x.evaluation.likelihood import likelihoods, make_likelihood_step
@@ -164,8 +164,7 @@ class Inference(CheckpointSettings):
 
     def _how(self, data: SeqioDataset | Templates) -> dict[str, Any]:
         """Returns the settings of the mode; raises a UserError if they do not go together."""
-        if self.mode not in ("predict", "score"):
-            raise UserError(f"infer.mode must be predict or score, not {self.mode!r}.")
+        check_choices(self)
         if self.mode == "score":
             if self.objective is None:
                 raise UserError(

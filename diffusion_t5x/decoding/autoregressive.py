@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace, target_range
 from diffusion_t5x.models.attention import KVCache, write_rows
-from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind
-from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.masks import AttentionKind
+from diffusion_t5x.models.modes import LeftToRight
 from diffusion_t5x.models.reading import shift_right, shifted_slots
 from diffusion_t5x.models.sampling import Sampling, forbid, sample
 from diffusion_t5x.models.stack import Encoded
@@ -48,7 +48,7 @@ def read_next(
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoregressiveDecoder(Decoder):
+class AutoregressiveDecoder(LeftToRight, Decoder):
     """Greedy decoding, or sampling with temperature, top-k and top-p.
 
     The score is the log-probability of the output up to and including EOS under the model at temperature 1: higher
@@ -74,14 +74,6 @@ class AutoregressiveDecoder(Decoder):
     @property
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_k, self.top_p)
-
-    @property
-    def attention(self) -> AttentionKind:
-        return PREFIX if self.prefix else CAUSAL
-
-    @property
-    def modes(self) -> tuple[Mode, ...]:
-        return (Mode.of(self.attention),)
 
     def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
         vocabulary, length = model.vocabulary, batch.tokens.shape[1]

@@ -18,8 +18,8 @@ from diffusion_t5x.decoding.canvas import Canvas, denoise
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, into_block, start_trace, target_range
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.models.attention import KVCache, write_rows
-from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind, Slots
-from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.masks import Slots
+from diffusion_t5x.models.modes import LeftToRight, Mode
 from diffusion_t5x.models.reading import Reading, check_blocks, start_first
 from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.sampling import forbid
@@ -29,7 +29,7 @@ from diffusion_t5x.models.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True)
-class SelfSpeculationDecoder(Decoder):
+class SelfSpeculationDecoder(LeftToRight, Decoder):
     """Greedy autoregressive decoding, several tokens at a time, for a model that was trained for both modes.
 
     Each round drafts the rest of a block and reads the draft in one autoregressive pass. It accepts the longest prefix
@@ -53,10 +53,6 @@ class SelfSpeculationDecoder(Decoder):
 
     draft: BlockDecoder = BlockDecoder(4, MaskedDecoder(num_steps=1))  # noqa: RUF009  (frozen)
     prefix: bool = False
-
-    @property
-    def attention(self) -> AttentionKind:
-        return PREFIX if self.prefix else CAUSAL
 
     @property
     def modes(self) -> tuple[Mode, ...]:
