@@ -26,6 +26,7 @@ from diffusion_t5x.command_line.recorded import checkpoint_texts
 from diffusion_t5x.command_line.runnable import verb
 from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.data.vocabularies import token_ids
+from diffusion_t5x.data.vocabulary import AnyVocabulary
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError, did_you_mean
 from diffusion_t5x.evaluation import results
@@ -39,8 +40,6 @@ from diffusion_t5x.objectives.objective import Objective
 
 if TYPE_CHECKING:
     import lm_eval.tasks
-
-    from diffusion_t5x.data.vocabulary import AnyVocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +71,7 @@ class HarnessEvaluation(CheckpointSettings):
     ALLOW_MISMATCH = "lm_eval.evaluate.allow_mismatch"
 
     checkpoint_path: str
-    vocabulary: "AnyVocabulary"
+    vocabulary: AnyVocabulary
     rows: Rows
     objective: Objective
     decoder: Decoder

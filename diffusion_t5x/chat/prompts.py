@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,12 +10,9 @@ from diffusion_t5x.data.plain_vocabularies import TokenIdVocabulary
 from diffusion_t5x.data.rows import RowLayout, fill_batches
 from diffusion_t5x.data.text_rows import room_for
 from diffusion_t5x.data.vocabularies import cells, signs, to_text
-from diffusion_t5x.data.vocabulary import own
+from diffusion_t5x.data.vocabulary import AnyVocabulary, own
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
-
-if TYPE_CHECKING:
-    from diffusion_t5x.data.vocabulary import AnyVocabulary
 
 _LENGTH = 256  # of what a model writes whose task is not known
 
@@ -33,7 +29,7 @@ class Prompts:
       architecture: the model's architecture.
     """
 
-    vocabulary: "AnyVocabulary"
+    vocabulary: AnyVocabulary
     adds_eos: bool
     max_inputs: int | None
     length: int

@@ -2,13 +2,11 @@
 
 import abc
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.vocabularies import TokenIds, cells, signs, to_text, token_ids
-
-if TYPE_CHECKING:
-    from diffusion_t5x.data.vocabulary import AnyVocabulary
+from diffusion_t5x.data.vocabulary import AnyVocabulary
 
 
 class Dataset(Protocol):
@@ -54,7 +52,7 @@ class OfTexts(abc.ABC):
     """The vocabulary's share of a data set."""
 
     @abc.abstractmethod
-    def vocabulary(self) -> "AnyVocabulary":
+    def vocabulary(self) -> AnyVocabulary:
         """The vocabulary that turns targets into text."""
 
     def token_ids(self) -> TokenIds:

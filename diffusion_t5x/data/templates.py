@@ -10,7 +10,7 @@ import hashlib
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -22,10 +22,8 @@ from diffusion_t5x.data.rows import Row, RowLayout, fill_batches
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.text_rows import TextRows
 from diffusion_t5x.data.vocabularies import TokenIds, encode_part
+from diffusion_t5x.data.vocabulary import AnyVocabulary
 from diffusion_t5x.errors import UserError, did_you_mean
-
-if TYPE_CHECKING:
-    from diffusion_t5x.data.vocabulary import AnyVocabulary
 
 _HOLE = re.compile(r"(\\*)<hole(?::([^<>]*))?>")
 _WHAT_A_LINE_HAS = 'a line is {"template": "text with a <hole:8> in it"}, and maybe "inputs"'
@@ -103,7 +101,7 @@ class Templates(OfTexts):
     def architecture(self) -> Architecture:
         return self._dataset.architecture
 
-    def vocabulary(self) -> "AnyVocabulary":
+    def vocabulary(self) -> AnyVocabulary:
         return self._dataset.vocabulary()
 
     def check(self) -> None:

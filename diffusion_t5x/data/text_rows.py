@@ -2,17 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.dataset import OfTexts
 from diffusion_t5x.data.rows import RowLayout, check_rows, fill_batches
+from diffusion_t5x.data.vocabulary import AnyVocabulary
 from diffusion_t5x.errors import UserError
-
-if TYPE_CHECKING:
-    from diffusion_t5x.data.vocabulary import AnyVocabulary
 
 _LEAST_ROOM = 64  # tokens of a row that has no set length; longer texts have twice as much, and so on
 
@@ -31,7 +28,7 @@ class TextRows(OfTexts):
       batch_size: number of rows in a batch.
     """
 
-    tokenizer: "AnyVocabulary"
+    tokenizer: AnyVocabulary
     task_feature_lengths: Mapping[str, int]
     architecture: Architecture
     canvas: bool
@@ -49,7 +46,7 @@ class TextRows(OfTexts):
         """Raises a UserError if a length is not positive."""
         check_rows(self.task_feature_lengths, self.batch_size, False, self.canvas)
 
-    def vocabulary(self) -> "AnyVocabulary":
+    def vocabulary(self) -> AnyVocabulary:
         return self.tokenizer
 
     def adds_eos(self, feature: str) -> bool:

@@ -138,11 +138,10 @@ class ReadVocabulary(Vocabulary):
     mask_id: int | None = None
 
 
-if TYPE_CHECKING:
-    AnyVocabulary: TypeAlias = Vocabulary | seqio.Vocabulary
+AnyVocabulary: TypeAlias = "Vocabulary | seqio.Vocabulary"
 
 
-def own(vocabulary: "AnyVocabulary") -> Vocabulary:
+def own(vocabulary: AnyVocabulary) -> Vocabulary:
     """Returns the vocabulary itself, or this project's view of one of SeqIO's.
 
     Raises:
