@@ -179,12 +179,7 @@ def _summary(dataset: SeqioDataset, objective: Objective, batch: Batch, changed:
 
 
 class _Writer:
-    """Shows tokens: coloured by kind, and with signs, so that nothing is lost without colours.
-
-    Args:
-      vocabulary: defines the special ids.
-      piece: returns a token as UTF-8.
-    """
+    """Shows tokens: coloured by kind, and with signs, so that nothing is lost without colours."""
 
     def __init__(self, vocabulary: TokenIds, piece: Callable[[int], bytes]):
         self._piece = functools.cache(piece)

@@ -168,9 +168,6 @@ class _Text:
     """A gin text under construction.
 
     A checkpoint may be a stranger's: anything that should be a name and is not raises a UserError.
-
-    Args:
-      where: the checkpoint's name in messages.
     """
 
     def __init__(self, where: str):

@@ -15,7 +15,7 @@ from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.cache import CachedTask
 from diffusion_t5x.data.fingerprints import Fingerprint
 from diffusion_t5x.data.positioned import Positioned, unreadable
-from diffusion_t5x.data.rows import RowLayout, check_rows, fill_batches, rows_of_shard
+from diffusion_t5x.data.rows import LaidOut, RowLayout, check_rows, fill_batches, rows_of_shard
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 
@@ -26,7 +26,7 @@ _OPEN_ROWS = 64  # that first-fit packing fills at the same time; at most so man
 
 
 @dataclasses.dataclass(frozen=True)
-class CachedDataset:
+class CachedDataset(LaidOut):
     """A cached SeqIO task or mixture. Tokens and rows are those of `seqio_source.SeqioDataset`.
 
     Differences: an epoch is shuffled as a whole and not in a buffer; all hosts together read an epoch before the next
@@ -61,11 +61,6 @@ class CachedDataset:
     def name(self) -> str:
         """Name of the task or mixture."""
         return self.mixture_or_task_name
-
-    @property
-    def row_length(self) -> int:
-        """Number of positions in the longest sequence that the model reads."""
-        return max(self._layout(pad_id=0).lengths.values())
 
     def check(self) -> None:
         """Checks everything that can be checked without reading data.
@@ -143,9 +138,6 @@ class CachedDataset:
         """Yields one pass in the cache's order, one example per row, whatever `shuffle` and `pack` say.
 
         A mixture takes turns at its rates until the first of its tasks ends.
-
-        Args:
-          num_examples: take only the first `num_examples`; None takes all.
 
         Yields:
           Batches like those of `SeqioDataset.eval_batches`, and the `example_id` of each example.

@@ -28,9 +28,6 @@ class Llama2cVocabulary(ReadVocabulary):
     The unknown token is never written, because all text falls back to bytes; its id 0 is pad here. llama2.c's models
     end a text with the BOS of the next one, and decoding stops there.
 
-    Args:
-      path: the tokenizer file.
-
     `contents` are the file's bytes.
 
     Raises:

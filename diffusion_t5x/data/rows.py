@@ -59,6 +59,19 @@ def fill_batches(
         yield Batch(**arrays, example_ids=np.arange(first, first + batch_size, dtype=np.int32)), [x for _, x in group]
 
 
+class LaidOut:
+    """Rows of features with these lengths, for a model of this architecture."""
+
+    task_feature_lengths: Mapping[str, int]
+    architecture: Architecture
+
+    @property
+    def row_length(self) -> int:
+        """Number of positions in the longest sequence that the model reads."""
+        lengths = self.task_feature_lengths.values()
+        return sum(lengths) if self.architecture == "decoder_only" else max(lengths)
+
+
 @dataclasses.dataclass(frozen=True)
 class RowLayout:
     """The layouts of `feature_converters.RowConverter`, token for token.

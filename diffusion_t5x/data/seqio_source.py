@@ -13,7 +13,7 @@ from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.dataset import OfTexts
 from diffusion_t5x.data.fingerprints import Fingerprint
 from diffusion_t5x.data.libraries import libraries, sources
-from diffusion_t5x.data.rows import check_rows, fill_batches, rows_of_shard
+from diffusion_t5x.data.rows import LaidOut, check_rows, fill_batches, rows_of_shard
 from diffusion_t5x.data.truncation import CutCounter
 from diffusion_t5x.data.vocabularies import difference, piece, signs, source_of
 from diffusion_t5x.data.vocabulary import own
@@ -45,7 +45,7 @@ def _plain(value: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class SeqioDataset(OfTexts):
+class SeqioDataset(OfTexts, LaidOut):
     """A SeqIO task or mixture, read for a model. Construction does no work; methods import SeqIO.
 
     Attributes:
@@ -79,12 +79,6 @@ class SeqioDataset(OfTexts):
     def name(self) -> str:
         """Name of the task or mixture."""
         return self.mixture_or_task_name
-
-    @property
-    def row_length(self) -> int:
-        """Number of positions in the longest sequence that the model reads."""
-        lengths = self.task_feature_lengths.values()
-        return sum(lengths) if self.architecture == "decoder_only" else max(lengths)
 
     def check(self) -> None:
         """Checks all but the data, and the data too where they are files that Python reads.

@@ -54,14 +54,7 @@ class Template:
 
 
 class Templates(OfTexts):
-    """Templates in place of a task's examples. The task has the vocabulary, the lengths and the layout of the rows.
-
-    Args:
-      templates: at least one.
-      dataset: the task, or an object that lays out rows like it.
-      name: name of the set of templates.
-      fingerprint: hash of their file.
-    """
+    """Templates in place of a task's examples. The task has the vocabulary, the lengths and the layout of the rows."""
 
     pack = False
 

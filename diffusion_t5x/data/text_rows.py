@@ -7,7 +7,7 @@ import numpy as np
 
 from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.dataset import OfTexts
-from diffusion_t5x.data.rows import RowLayout, check_rows, fill_batches
+from diffusion_t5x.data.rows import LaidOut, RowLayout, check_rows, fill_batches
 from diffusion_t5x.data.vocabulary import AnyVocabulary
 from diffusion_t5x.errors import UserError
 
@@ -15,7 +15,7 @@ _LEAST_ROOM = 64  # tokens of a row that has no set length; longer texts have tw
 
 
 @dataclasses.dataclass(frozen=True)
-class TextRows(OfTexts):
+class TextRows(OfTexts, LaidOut):
     """The layout of texts as rows. Replaces a `SeqioDataset` if texts are given and no task is read.
 
     Attributes:
@@ -35,12 +35,6 @@ class TextRows(OfTexts):
     inputs_end: bool
     name: str = "the model"
     batch_size: int = 1
-
-    @property
-    def row_length(self) -> int:
-        """Number of positions in the longest sequence that the model reads."""
-        lengths = self.task_feature_lengths.values()
-        return sum(lengths) if self.architecture == "decoder_only" else max(lengths)
 
     def check_task(self) -> None:
         """Raises a UserError if a length is not positive."""

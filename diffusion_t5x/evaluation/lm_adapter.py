@@ -19,13 +19,7 @@ _DEFAULT_LIMIT = 256  # the harness's own
 
 
 def adapt(harness: Harness, vocabulary: AnyVocabulary, rows: Rows) -> "lm_eval.api.model.LM":
-    """Returns the model as an object that `lm_eval.simple_evaluate` takes.
-
-    Args:
-      harness: answers in token ids.
-      vocabulary: the model's vocabulary.
-      rows: the harness's rows.
-    """
+    """Returns the model as an object that `lm_eval.simple_evaluate` takes."""
     from lm_eval import utils
     from lm_eval.api.model import LM
 

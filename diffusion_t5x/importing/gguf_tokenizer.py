@@ -41,10 +41,6 @@ class _Kind(enum.IntEnum):
 def files(values: Mapping[str, Any], where: str) -> dict[str, str]:
     """The contents of tokenizer.json, tokenizer_config.json and, if there is one, chat_template.jinja.
 
-    Args:
-      values: the file's metadata.
-      where: the file, for messages.
-
     Raises:
       UserError: no tokenizer, or of an unsupported kind.
     """

@@ -89,9 +89,6 @@ class LoraDefinition(ModelDefinition):
     def restore_rules(self, others: Sequence[Rule] = ()) -> tuple[Rule, ...]:
         """Returns restore rules for plain parameters: matrices become bases; factors and their average start fresh.
 
-        Args:
-          others: rules for everything else.
-
         Raises:
           UserError: one of them matches a base, which LoRA's own rules restore.
         """
