@@ -191,13 +191,7 @@ class Model:
 
     @overload
     def log_likelihood(  # type: ignore[overload-overlap]  # a str is a sequence of them
-        self,
-        texts: str,
-        inputs: str = ...,
-        *,
-        objective: Objective | None = ...,
-        num_draws: int = ...,
-        seed: int = ...,
+        self, texts: str, inputs: str = ..., *, objective: Objective | None = ..., num_draws: int = ..., seed: int = ...
     ) -> LogLikelihood: ...
 
     @overload

@@ -33,11 +33,7 @@ _HUMANEVAL_END = re.compile(r"\n(?=class|def|#|if|print)")
 
 
 def mbpp(
-    vocabulary: AnyVocabulary,
-    path: str,
-    num_shots: int = 0,
-    limits: Limits = Limits(),
-    allow_unsafe: bool = False,
+    vocabulary: AnyVocabulary, path: str, num_shots: int = 0, limits: Limits = Limits(), allow_unsafe: bool = False
 ) -> str:
     """Registers the SeqIO task `mbpp`, replacing any earlier one, and returns its name.
 
@@ -78,12 +74,7 @@ def mbpp(
     return _register(MBPP, vocabulary, examples, mbpp_program, limits, allow_unsafe)
 
 
-def humaneval(
-    vocabulary: AnyVocabulary,
-    path: str,
-    limits: Limits = Limits(),
-    allow_unsafe: bool = False,
-) -> str:
+def humaneval(vocabulary: AnyVocabulary, path: str, limits: Limits = Limits(), allow_unsafe: bool = False) -> str:
     """Registers the SeqIO task `humaneval`, replacing any earlier one, and returns its name.
 
     HumanEval (Chen et al. 2021, arXiv 2107.03374): the input is a function's head and docstring, the target its body. A

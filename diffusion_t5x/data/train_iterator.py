@@ -73,10 +73,7 @@ class TrainIterator(Positioned):
 
 @functools.cache
 def _say_unsaved(reason: str) -> None:
-    logger.info(
-        "the position in the training data cannot be saved (%s): examples may repeat after a resume",
-        reason,
-    )
+    logger.info("the position in the training data cannot be saved (%s): examples may repeat after a resume", reason)
 
 
 def _plain(error: tf.errors.OpError) -> str:

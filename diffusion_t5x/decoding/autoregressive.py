@@ -33,12 +33,7 @@ def read_prompt(
 
 
 def read_next(
-    model: Transformer,
-    canvas: jax.Array,
-    cache: KVCache,
-    slot: jax.Array,
-    kind: AttentionKind,
-    encoded: Encoded | None,
+    model: Transformer, canvas: jax.Array, cache: KVCache, slot: jax.Array, kind: AttentionKind, encoded: Encoded | None
 ) -> tuple[jax.Array, KVCache]:
     """Reads each row's `slot`, int32 `[B]`; returns its logits float32 `[B, V]`, and the cache with one token more."""
     before = canvas[jnp.arange(len(canvas)), slot - 1]

@@ -102,12 +102,7 @@ class BeamSearchDecoder(LeftToRight, Decoder):
             step, live, done = carry["step"], carry["live"], carry["done"]
             slot = jnp.minimum(first_target + step, length - 1)
             logits, cache = read_next(
-                model,
-                live.tokens.reshape(-1, length),
-                carry["cache"],
-                jnp.repeat(slot, beams),
-                self.attention,
-                encoded,
+                model, live.tokens.reshape(-1, length), carry["cache"], jnp.repeat(slot, beams), self.attention, encoded
             )
             log_probability = jax.nn.log_softmax(logits)
             size = log_probability.shape[-1]

@@ -153,13 +153,7 @@ class SelfSpeculationDecoder(LeftToRight, Decoder):
         return canvas, model.extend(read, self.draft.attention, cache, start, encoded)[1]
 
     def _write_draft(
-        self,
-        model: Transformer,
-        room: Batch,
-        encoded: Encoded | None,
-        keys: jax.Array,
-        carry: Carry,
-        block: jax.Array,
+        self, model: Transformer, room: Batch, encoded: Encoded | None, keys: jax.Array, carry: Carry, block: jax.Array
     ) -> tuple[Carry, jax.Array, jax.Array]:
         """Drafts the rest of each row's block from `block` on: its tokens `[B, size]`, and the number of new ones."""
         vocabulary, shifted = model.vocabulary, model.config.shifted

@@ -136,9 +136,7 @@ def _check_number(name: str, value: int | None) -> None:
 
 
 def for_tasks(
-    tasks: Sequence[str],
-    dataset: Callable[..., EvalDataset],
-    decode_eval: Callable[..., DecodeEval | LikelihoodEval],
+    tasks: Sequence[str], dataset: Callable[..., EvalDataset], decode_eval: Callable[..., DecodeEval | LikelihoodEval]
 ) -> list[DecodeEval | LikelihoodEval]:
     """Returns one evaluation per task: `decode_eval(dataset=dataset(mixture_or_task_name=task))`.
 

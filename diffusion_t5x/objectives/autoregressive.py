@@ -16,14 +16,7 @@ from diffusion_t5x.models.reading import shift_right, shifted_slots
 from diffusion_t5x.models.readout import cross_entropy, score
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
-from diffusion_t5x.objectives.objective import (
-    Likelihood,
-    LossSums,
-    Normalize,
-    Objective,
-    Pass,
-    normalized,
-)
+from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass, normalized
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,15 +22,7 @@ from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.annealing import annealed, check_anneal_steps
 from diffusion_t5x.objectives.likelihood import masked_bound
 from diffusion_t5x.objectives.masked import SCHEDULES, Schedule, Weighting, mask_targets
-from diffusion_t5x.objectives.objective import (
-    Likelihood,
-    LossSums,
-    Normalize,
-    Objective,
-    Pass,
-    normalized,
-    stratified,
-)
+from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass, normalized, stratified
 from diffusion_t5x.objectives.uniform_bound import uniform_bound
 
 

@@ -27,14 +27,7 @@ from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Params, Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block, block_starts, noisy_output
-from diffusion_t5x.objectives.objective import (
-    Likelihood,
-    LossSums,
-    Normalize,
-    Objective,
-    Pass,
-    normalized,
-)
+from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass, normalized
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
