@@ -180,12 +180,7 @@ def _summary(dataset: SeqioDataset, objective: Objective, batch: Batch, changed:
 
 
 class _Writer:
-    """Shows tokens: coloured by kind, and with signs, so that nothing is lost without colours.
-
-    Args:
-      vocabulary: defines the special ids.
-      piece: returns a token as UTF-8.
-    """
+    """Shows tokens: coloured by kind, and with signs, so that nothing is lost without colours."""
 
     def __init__(self, vocabulary: TokenIds, piece: Callable[[int], bytes]):
         self._piece = functools.cache(piece)
@@ -267,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with config.program():
         flags, rest = own_flags("inspect_data").parse_known_args(argv)
         checkpoint = flags.checkpoint and open_checkpoint(flags.checkpoint)
-        rest, texts = checkpoint_texts(checkpoint, rest, ["runs/inspect_data.gin"])
+        rest, texts = checkpoint_texts(checkpoint, rest, "runs/inspect_data.gin")
         if checkpoint:
             texts["the data of the training"] = dataset_text(checkpoint, f"{__package__}.inspect_data.inspect_data")
     config.run(inspect_data, rest, texts=texts)

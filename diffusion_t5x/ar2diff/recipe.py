@@ -28,14 +28,7 @@ def on_cpu() -> bool:
 
 
 class Recipe:
-    """Writes and reads the gin file.
-
-    Args:
-      command: what was asked for.
-      start: the model to start from.
-      vocabulary_file: of that model; None for bytes.
-      data: what is trained on.
-    """
+    """Writes and reads the gin file."""
 
     def __init__(self, command: Command, start: OpenCheckpoint, vocabulary_file: str | None, data: TrainingData):
         self.path = command.output / "recipe.gin"
@@ -44,9 +37,6 @@ class Recipe:
 
     def write(self, settings: Mapping[str, Any]) -> TrainingRun:
         """Writes the file.
-
-        Args:
-          settings: macros beside those that the command and the device decide.
 
         Returns:
           The run that it describes.

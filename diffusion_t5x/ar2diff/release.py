@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from flax import traverse_util
 
 from diffusion_t5x import records
 from diffusion_t5x.ar2diff.recipe import Recipe
@@ -16,7 +15,7 @@ from diffusion_t5x.checkpointing.checkpoints import OpenCheckpoint
 from diffusion_t5x.checkpointing.record import Record
 from diffusion_t5x.checkpointing.streaming import Streamed
 from diffusion_t5x.importing.huggingface import CARRIED, TENSORS
-from diffusion_t5x.importing.output import building
+from diffusion_t5x.importing.output import building, save_params
 from diffusion_t5x.importing.to_hf import to_hf
 from diffusion_t5x.training import lora
 
@@ -38,7 +37,6 @@ def write_checkpoint(trained: str, folder: pathlib.Path) -> None:
     opened = checkpoints.open_checkpoint(trained)
     of_drafts = lora.of_drafts(opened.record.lora) is not None
     shapes, read = restoring.open_params(opened, merge=not of_drafts)
-    step = opened.metadata["step"]
 
     def stream(name: str, shape: tuple[int, ...]) -> Streamed:
         return Streamed(shape, np.dtype(np.float32), axis=0, step=shape[0], read=lambda *_: read(name))
@@ -47,11 +45,7 @@ def write_checkpoint(trained: str, folder: pathlib.Path) -> None:
     with building(folder) as to:
         record = opened.record if of_drafts else dataclasses.replace(opened.record, lora=None)
         record = _with_tokenizer(record, opened, to, folder)
-        store = checkpoints.Checkpoints(str(to / "checkpoints"), asynchronous=False, streamed=True)
-        state = {"step": np.array(step, np.int32), "params": traverse_util.unflatten_dict(params, sep="/")}
-        said = {"step": step, "metrics": {}, **record.metadata(), "config": opened.metadata.get("config", "")}
-        store.save(step, state, {}, said)
-        store.close()
+        save_params(to, record, params, opened.metadata.get("config", ""), opened.metadata["step"])
 
 
 def _with_tokenizer(record: Record, opened: OpenCheckpoint, to: pathlib.Path, final: pathlib.Path) -> Record:

@@ -34,10 +34,7 @@ def restore(path: AnyCheckpoint, abstract_state: Tree) -> tuple[Tree, dict[str, 
 
 
 def restore_initial(
-    path: AnyCheckpoint,
-    abstract_state: Tree,
-    rules: Sequence[Rule] = (),
-    init: Callable[[], Tree] | None = None,
+    path: AnyCheckpoint, abstract_state: Tree, rules: Sequence[Rule] = (), init: Callable[[], Tree] | None = None
 ) -> Tree:
     """Makes a state from a checkpoint by assignment rules, as in T5X (see `assignment.assign`).
 

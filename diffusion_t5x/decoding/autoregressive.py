@@ -10,8 +10,8 @@ from jaxtyping import Float
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace, target_range
 from diffusion_t5x.models.attention import KVCache, write_rows
-from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind
-from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.masks import AttentionKind
+from diffusion_t5x.models.modes import LeftToRight
 from diffusion_t5x.models.reading import shift_right, shifted_slots
 from diffusion_t5x.models.sampling import Sampling, forbid, sample
 from diffusion_t5x.models.stack import Encoded
@@ -35,12 +35,7 @@ def read_prompt(
 
 
 def read_next(
-    model: Transformer,
-    canvas: IntBL,
-    cache: KVCache,
-    slot: IntB,
-    kind: AttentionKind,
-    encoded: Encoded | None,
+    model: Transformer, canvas: IntBL, cache: KVCache, slot: IntB, kind: AttentionKind, encoded: Encoded | None
 ) -> tuple[Float[jax.Array, "batch vocab"], KVCache]:
     """Reads each row's `slot`; returns its logits, and the cache with one token more."""
     before = canvas[jnp.arange(len(canvas)), slot - 1]
@@ -50,7 +45,7 @@ def read_next(
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoregressiveDecoder(Decoder):
+class AutoregressiveDecoder(LeftToRight, Decoder):
     """Greedy decoding, or sampling with temperature, top-k and top-p.
 
     The score is the log-probability of the output up to and including EOS under the model at temperature 1: higher
@@ -71,19 +66,11 @@ class AutoregressiveDecoder(Decoder):
     prefix: bool = False
 
     def __post_init__(self) -> None:
-        self.sampling  # noqa: B018  (raises on bad values now, not in the middle of a run)
+        Sampling(self.temperature, self.top_k, self.top_p)  # raises on bad values now, not in the middle of a run
 
     @property
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_k, self.top_p)
-
-    @property
-    def attention(self) -> AttentionKind:
-        return PREFIX if self.prefix else CAUSAL
-
-    @property
-    def modes(self) -> tuple[Mode, ...]:
-        return (Mode.of(self.attention),)
 
     def decode(self, model: Transformer, batch: Batch, key: KeyScalar, trace: bool | Watch = False) -> Decoded:
         vocabulary, length = model.vocabulary, batch.tokens.shape[1]

@@ -14,8 +14,7 @@ from diffusion_t5x.decoding.autoregressive import read_next, read_prompt
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace, target_range
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.attention import KVCache
-from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind
-from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.modes import LeftToRight
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.shapes import BoolB, IntB, IntBL, KeyScalar
 
@@ -55,7 +54,7 @@ class Beams(flax.struct.PyTreeNode):
 
 
 @dataclasses.dataclass(frozen=True)
-class BeamSearchDecoder(Decoder):
+class BeamSearchDecoder(LeftToRight, Decoder):
     """Beam search: writes the text of greatest score among those that `num_beams` beams find.
 
     A text's score is its log-probability, up to and including the EOS or pad that ends it, divided by
@@ -87,14 +86,6 @@ class BeamSearchDecoder(Decoder):
                 f"BeamSearchDecoder needs num_beams of at least 1 and a length_penalty of at least 0; got {self}."
             )
 
-    @property
-    def attention(self) -> AttentionKind:
-        return PREFIX if self.prefix else CAUSAL
-
-    @property
-    def modes(self) -> tuple[Mode, ...]:
-        return (Mode.of(self.attention),)
-
     def decode(self, model: Transformer, batch: Batch, key: KeyScalar, trace: bool | Watch = False) -> Decoded:
         """Nothing is drawn. The trace shows the most likely live beam and, once an example is done, its output."""
         vocabulary, beams = model.vocabulary, self.num_beams
@@ -120,12 +111,7 @@ class BeamSearchDecoder(Decoder):
             step, live, done = carry["step"], carry["live"], carry["done"]
             slot = jnp.minimum(first_target + step, length - 1)
             logits, cache = read_next(
-                model,
-                live.tokens.reshape(-1, length),
-                carry["cache"],
-                jnp.repeat(slot, beams),
-                self.attention,
-                encoded,
+                model, live.tokens.reshape(-1, length), carry["cache"], jnp.repeat(slot, beams), self.attention, encoded
             )
             log_probability = jax.nn.log_softmax(logits)
             size = log_probability.shape[-1]

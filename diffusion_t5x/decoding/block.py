@@ -56,7 +56,7 @@ class BlockDecoder(Decoder):
     blocks_from: BlocksFrom = "targets"
 
     def __post_init__(self) -> None:
-        self.attention  # noqa: B018  (raises on bad blocks)
+        AttentionKind("block_causal", self.block_size, self.blocks_from)  # raises on bad blocks
         if self.inner.num_samples != 1:
             raise UserError(f"BlockDecoder.inner must have num_samples = 1: a block is written once; got {self.inner}.")
         if self.inner.guidance:

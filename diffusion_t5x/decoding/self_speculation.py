@@ -19,8 +19,8 @@ from diffusion_t5x.decoding.canvas import Canvas, denoise
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, into_block, start_trace, target_range
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.models.attention import KVCache, write_rows
-from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind, Slots
-from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.masks import Slots
+from diffusion_t5x.models.modes import LeftToRight, Mode
 from diffusion_t5x.models.reading import Reading, check_blocks, start_first
 from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.sampling import forbid
@@ -31,7 +31,7 @@ from diffusion_t5x.shapes import Array, FloatBL, FloatBLV, IntB, IntBL, KeyB, Ke
 
 
 @dataclasses.dataclass(frozen=True)
-class SelfSpeculationDecoder(Decoder):
+class SelfSpeculationDecoder(LeftToRight, Decoder):
     """Greedy autoregressive decoding, several tokens at a time, for a model that was trained for both modes.
 
     Each round drafts the rest of a block and reads the draft in one autoregressive pass. It accepts the longest prefix
@@ -55,10 +55,6 @@ class SelfSpeculationDecoder(Decoder):
 
     draft: BlockDecoder = BlockDecoder(4, MaskedDecoder(num_steps=1))  # noqa: RUF009  (frozen)
     prefix: bool = False
-
-    @property
-    def attention(self) -> AttentionKind:
-        return PREFIX if self.prefix else CAUSAL
 
     @property
     def modes(self) -> tuple[Mode, ...]:
@@ -159,13 +155,7 @@ class SelfSpeculationDecoder(Decoder):
         return canvas, model.extend(read, self.draft.attention, cache, start, encoded)[1]
 
     def _write_draft(
-        self,
-        model: Transformer,
-        room: Batch,
-        encoded: Encoded | None,
-        keys: KeyB,
-        carry: Carry,
-        block: IntB,
+        self, model: Transformer, room: Batch, encoded: Encoded | None, keys: KeyB, carry: Carry, block: IntB
     ) -> tuple[Carry, Int[jax.Array, "batch size"], IntB]:
         """Drafts the rest of each row's block from `block` on: its tokens, and the number of new ones."""
         vocabulary, shifted = model.vocabulary, model.config.shifted

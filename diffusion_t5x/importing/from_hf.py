@@ -78,9 +78,6 @@ def _is_gguf(path: str) -> bool:
 def in_memory(path: str) -> tuple[Record, ModelDefinition, dict[str, Streamed]]:
     """Imports a model to memory: returns its record, its definition, and a reader for each parameter by name.
 
-    Args:
-      path: see `from_hf`.
-
     Raises:
       UserError: as `from_hf`.
     """

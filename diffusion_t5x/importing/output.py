@@ -122,11 +122,18 @@ def record_of(
 
 def save(folder: pathlib.Path, record: Record, params: Mapping[str, np.ndarray | Streamed], gin: str) -> None:
     """Writes model.gin and checkpoint_0, as a run of no steps would leave it, without an optimizer."""
-    state = {"step": np.zeros((), np.int32), "params": traverse_util.unflatten_dict(dict(params), sep="/")}
-    store = checkpoints.Checkpoints(str(folder / "checkpoints"), asynchronous=False, streamed=True)
-    store.save(0, state, {}, {"step": 0, "metrics": {}, **record.metadata(), "config": gin})
-    store.close()
+    save_params(folder, record, params, gin, step=0)
     records.write_text(folder / MODEL_GIN, gin)
+
+
+def save_params(
+    folder: pathlib.Path, record: Record, params: Mapping[str, np.ndarray | Streamed], gin: str, step: int
+) -> None:
+    """Writes checkpoints/checkpoint_<step> without an optimizer."""
+    state = {"step": np.array(step, np.int32), "params": traverse_util.unflatten_dict(dict(params), sep="/")}
+    store = checkpoints.Checkpoints(str(folder / "checkpoints"), asynchronous=False, streamed=True)
+    store.save(step, state, {}, {"step": step, "metrics": {}, **record.metadata(), "config": gin})
+    store.close()
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

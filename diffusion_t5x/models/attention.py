@@ -10,7 +10,7 @@ from jaxtyping import Float, Shaped
 
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.dot_product import KEYS, QUERIES, attend
-from diffusion_t5x.models.layers import HeadsNorm, RMSNorm, add_bias, dense, normal, param
+from diffusion_t5x.models.layers import RMSNorm, add_bias, dense, normal, param
 from diffusion_t5x.models.masks import Sight, Slots
 from diffusion_t5x.models.positions import rotate
 from diffusion_t5x.partitioning import constrain
@@ -70,14 +70,12 @@ class Attention(nnx.Module):
         self.key_bias = param(key, zeros, kv_heads=kv_heads, head_dim=head_dim) if config.qkv_bias else None
         self.value_bias = param(key, zeros, kv_heads=kv_heads, head_dim=head_dim) if config.qkv_bias else None
         self.out_bias = param(key, zeros, embed=embed) if config.output_bias else None
-        self.query_norm: RMSNorm | HeadsNorm
-        self.key_norm: RMSNorm | HeadsNorm
         if config.query_key_norm:
-            self.query_norm = RMSNorm(head_dim, config.norm_epsilon, "head_dim", config.norm_offset)
-            self.key_norm = RMSNorm(head_dim, config.norm_epsilon, "head_dim", config.norm_offset)
+            self.query_norm = RMSNorm(config.norm_epsilon, config.norm_offset, head_dim=head_dim)
+            self.key_norm = RMSNorm(config.norm_epsilon, config.norm_offset, head_dim=head_dim)
         elif config.whole_query_key_norm:
-            self.query_norm = HeadsNorm(heads, head_dim, config.norm_epsilon, "heads")
-            self.key_norm = HeadsNorm(kv_heads, head_dim, config.norm_epsilon, "kv_heads")
+            self.query_norm = RMSNorm(config.norm_epsilon, heads=heads, head_dim=head_dim)
+            self.key_norm = RMSNorm(config.norm_epsilon, kv_heads=kv_heads, head_dim=head_dim)
         self.config = config
 
     def __call__(

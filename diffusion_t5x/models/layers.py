@@ -17,7 +17,7 @@ from diffusion_t5x.shapes import FloatBLD, IntScalar, KeyB, KeyScalar
 Initializer = Callable[..., jax.Array]
 
 
-def param(key: KeyScalar, init: Initializer, **axes: int) -> nnx.Param:
+def param(key: KeyScalar | None, init: Initializer, **axes: int) -> nnx.Param:
     """Declares a float32 parameter; keywords name its logical axes and give their sizes, in order."""
     return nnx.Param(init(key, tuple(axes.values()), jnp.float32), axes=tuple(axes))
 
@@ -85,40 +85,22 @@ class RMSNorm(nnx.Module):
     """Root-mean-square norm with a learned scale, computed in float32.
 
     Args:
-      size, axis: size and name of the normalised axis, the last one.
       epsilon: added to the mean square.
       offset: the parameter is the scale minus 1.
+      **axes: names and sizes of the last axes, which are normalised together.
     """
 
-    def __init__(self, size: int, epsilon: float, axis: str = "embed", offset: bool = False):
-        self.scale = nnx.Param(jnp.full((size,), 0.0 if offset else 1.0, jnp.float32), axes=(axis,))
+    def __init__(self, epsilon: float, offset: bool = False, **axes: int):
+        init = jax.nn.initializers.zeros if offset else jax.nn.initializers.ones
+        self.scale = param(None, init, **axes)
         self.epsilon = epsilon
         self.offset = offset
 
-    def __call__(self, x: Float[jax.Array, "*shape axis"]) -> Float[jax.Array, "*shape axis"]:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
-        scale = self.scale.get_value()
+    def __call__(self, x: Float[jax.Array, "*shape"]) -> Float[jax.Array, "*shape"]:
+        y, scale = x.astype(jnp.float32), self.scale.get_value()
+        axes = tuple(range(-scale.ndim, 0))
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=axes, keepdims=True) + self.epsilon)
         return (y * (1 + scale if self.offset else scale)).astype(x.dtype)
-
-
-class HeadsNorm(nnx.Module):
-    """Root-mean-square norm over all heads together, computed in float32.
-
-    Args:
-      heads, head_dim: sizes of the last two axes.
-      epsilon: added to the mean square.
-      axis: logical name of the heads.
-    """
-
-    def __init__(self, heads: int, head_dim: int, epsilon: float, axis: str):
-        self.scale = nnx.Param(jnp.ones((heads, head_dim), jnp.float32), axes=(axis, "head_dim"))
-        self.epsilon = epsilon
-
-    def __call__(self, x: Float[jax.Array, "*shape heads head_dim"]) -> Float[jax.Array, "*shape heads head_dim"]:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=(-2, -1), keepdims=True) + self.epsilon)
-        return (y * self.scale.get_value()).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

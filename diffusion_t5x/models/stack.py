@@ -80,7 +80,7 @@ def norm(config: ModelConfig) -> RMSNorm | LayerNorm:
     """Returns the configured norm of hidden states."""
     if config.norm == "layer":
         return LayerNorm(config.embed_dim, config.norm_epsilon)
-    return RMSNorm(config.embed_dim, config.norm_epsilon, offset=config.norm_offset)
+    return RMSNorm(config.norm_epsilon, config.norm_offset, embed=config.embed_dim)
 
 
 class Layer(nnx.Module):

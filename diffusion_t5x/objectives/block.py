@@ -23,15 +23,7 @@ from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.annealing import annealed, check_anneal_steps
 from diffusion_t5x.objectives.likelihood import masked_bound
 from diffusion_t5x.objectives.masked import SCHEDULES, Schedule, Weighting, mask_targets
-from diffusion_t5x.objectives.objective import (
-    Likelihood,
-    LossSums,
-    Normalize,
-    Objective,
-    Pass,
-    normalized,
-    stratified,
-)
+from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass, normalized, stratified
 from diffusion_t5x.objectives.uniform_bound import uniform_bound
 from diffusion_t5x.shapes import FloatBL, IntBL, IntScalar, KeyB, KeyScalar
 
@@ -152,7 +144,7 @@ class Block(Objective):
     def __post_init__(self) -> None:
         check_choices(self)
         check_anneal_steps(self.anneal_steps)
-        self.attention  # noqa: B018  (raises on a bad block size)
+        AttentionKind("block_causal", self.block_size, self.blocks_from)  # raises on a bad block size
         if not 0 <= self.epsilon < 1:
             raise UserError(f"Block.epsilon must lie in [0, 1); got {self.epsilon}.")
         if self.noise == "uniform" and self.weighting != "uniform":

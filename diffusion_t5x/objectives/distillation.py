@@ -28,14 +28,7 @@ from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Params, Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block, block_starts, noisy_output
-from diffusion_t5x.objectives.objective import (
-    Likelihood,
-    LossSums,
-    Normalize,
-    Objective,
-    Pass,
-    normalized,
-)
+from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass, normalized
 from diffusion_t5x.shapes import IntBL, IntScalar, KeyScalar
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
@@ -144,7 +137,7 @@ class Distillation(Objective):
 
     def __post_init__(self) -> None:
         check_choices(self)
-        self.attention  # noqa: B018  (raises on a bad block size)
+        AttentionKind("block_causal", self.block_size, self.blocks_from)  # raises on a bad block size
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"Distillation.top_k must be at least 1, or None for all; got {self.top_k}.")
 

@@ -22,14 +22,7 @@ from diffusion_t5x.models.sampling import Sampling, forbid, sample
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.annealing import annealed, check_anneal_steps
-from diffusion_t5x.objectives.objective import (
-    Likelihood,
-    LossSums,
-    Normalize,
-    Objective,
-    Pass,
-    normalized,
-)
+from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass, normalized
 from diffusion_t5x.objectives.uniform_bound import uniform_bound
 from diffusion_t5x.shapes import IntBL, IntScalar, KeyB, KeyScalar
 

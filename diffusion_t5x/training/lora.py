@@ -13,7 +13,7 @@ from flax import traverse_util
 
 from diffusion_t5x.checkpointing.assignment import Rule, compile_pattern
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.errors import UserError, did_you_mean
+from diffusion_t5x.errors import UserError, check_choices, did_you_mean
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.layers import normal
 from diffusion_t5x.models.low_rank import LowRank
@@ -51,8 +51,7 @@ class Lora:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise UserError(f"Lora.rank must be at least 1, not {self.rank}.")
-        if self.base_dtype not in ("float32", "bfloat16"):
-            raise UserError(f'Lora.base_dtype must be "float32" or "bfloat16", not {self.base_dtype!r}.')
+        check_choices(self)
         for field in ("targets", "whole"):
             names = getattr(self, field)
             if isinstance(names, str):
@@ -109,7 +108,7 @@ class LoraDefinition(ModelDefinition):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if odd := [name for name in self._targets if not _is_matrix_of_layers(self._axes[name])]:
+        if odd := [x for x in self._targets if not ("layers" in self._axes[x] and is_matrix(self._axes[x]))]:
             raise UserError(
                 f"Lora.targets matches {', '.join(odd)}: not a matrix of the layers. Lora.whole trains any parameter."
             )
@@ -118,9 +117,6 @@ class LoraDefinition(ModelDefinition):
 
     def restore_rules(self, others: Sequence[Rule] = ()) -> tuple[Rule, ...]:
         """Returns restore rules for plain parameters: matrices become bases; factors and their average start fresh.
-
-        Args:
-          others: rules for everything else.
 
         Raises:
           UserError: one of them matches a base, which LoRA's own rules restore.
@@ -196,10 +192,6 @@ class LoraDefinition(ModelDefinition):
     @functools.cached_property
     def _whole(self) -> frozenset[str]:
         return _matching("whole", self.lora.whole, self._axes)
-
-
-def _is_matrix_of_layers(axes: Axes) -> bool:
-    return "layers" in axes and "embed" in axes and len(axes) > 2
 
 
 def _cut(axes: Axes, values: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
