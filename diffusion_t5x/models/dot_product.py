@@ -224,6 +224,7 @@ def _padded(query, key, value, bias, sight):
 
     sight = sight.replace(
         mask=pad(sight.mask, {1: queries, 2: keys}),
+        sees=pad(sight.sees, {1: queries}),
         query_segments=pad(sight.query_segments, {1: queries}),
         key_segments=pad(sight.key_segments, {1: keys}),
     )

@@ -27,7 +27,9 @@ def normal(variance: float) -> Initializer:
     return jax.nn.initializers.normal(stddev=variance**0.5)
 
 
-def dense(x: jax.Array, kernel: jax.Array | LowRank, inputs: int = 1) -> jax.Array:
+def dense(
+    x: Float[jax.Array, "..."], kernel: Float[jax.Array, "..."] | LowRank, inputs: int = 1
+) -> Float[jax.Array, "..."]:
     """Contracts the last `inputs` axes of x with the first ones of the kernel, in x's dtype.
 
     The product is one of two plain matrices: XLA's CPU backend is more than twice as fast with these in the backward

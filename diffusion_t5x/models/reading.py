@@ -126,6 +126,7 @@ class Reading(flax.struct.PyTreeNode):
             target_mask=place(batch.target_mask, False),
             segment_ids=place(batch.segment_ids, batch.segment_ids),
             positions=place(batch.positions + 1, 0),
+            written_at=None,  # it would have the places of the batch
         )
         return cls(read, slot, shifted)
 

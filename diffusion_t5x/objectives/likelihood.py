@@ -80,7 +80,8 @@ def masked_bound(
       nll: from rows with masks, returns the cross-entropy of the batch's own tokens.
       vocabulary: defines MASK.
       batch: clean tokens.
-      starts: row index of the first target of each target's group, or of a single group. Groups have no gaps.
+      starts: row index of the first target of each target's group; one column if there is a single group. Groups have
+        no gaps.
       counted: targets whose bound is summed.
       key, num_draws: see `estimate`.
     """

@@ -103,7 +103,7 @@ def uniform_bound(
       model: computes the logits.
       hidden: from rows with noise, returns the hidden states that predict the batch's own tokens.
       batch: clean tokens.
-      starts: row index of the first target of each target's group, or of a single group.
+      starts: row index of the first target of each target's group; one column if there is a single group.
       counted: targets whose bound is summed.
       key, num_draws: see `estimate`.
       num_steps: T. The bound holds for any.

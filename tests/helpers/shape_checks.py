@@ -20,8 +20,10 @@ from diffusion_t5x.shapes import Array
 
 
 def checked(function):
-    """The function, which raises for wrong arrays among its arguments."""
+    """The function, which raises for wrong arrays; jaxtyping calls one for the arguments, then one for the result."""
     hints = {name: arrays_of(hint) for name, hint in function.__annotations__.items()}
+    if hints.get("return", Any) is not Any:
+        hints = {"return": hints["return"]}  # the arguments, whose axes it must have, are checked before
     if function.__name__ == "__init__" or all(hint is Any for hint in hints.values()):
         return function
     function.__annotations__ = hints

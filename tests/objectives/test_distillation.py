@@ -180,7 +180,7 @@ def student_logits(noisy, size, config, origin):
         for start in range(first if origin == "targets" else first - first % size, length, size):
             end = min(start + size, length)
             tokens = np.concatenate([BATCH.tokens[row, :start], noisy[row, start:end]])[None]
-            part = jax.tree.map(lambda x, end=end, row=row: x[row : row + 1, :end], mask_only(BATCH))
+            part = jax.tree.map(lambda x, end=end: x[:, :end] if x.ndim > 1 else x, tiny.rows_of(BATCH, [row]))
             slots = Slots.of(part)
             read = start_first(tokens, slots.positions, VOCABULARY)
             if config.shifted:
@@ -188,10 +188,6 @@ def student_logits(noisy, size, config, origin):
             kind = AttentionKind("block_causal", size, origin)
             logits[row, start:end] = forward(definition, student, read, slots, kind)[0, start:end]
     return logits
-
-
-def mask_only(batch):
-    return batch.replace(example_ids=batch.example_ids[:, None])
 
 
 @pytest.mark.parametrize(
