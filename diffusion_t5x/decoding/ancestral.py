@@ -10,7 +10,7 @@ from diffusion_t5x.decoding.commit import propose
 from diffusion_t5x.decoding.counts import unmasked_shares
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.shapes import BoolBL, FloatBLD, IntBL, IntScalar, KeyB
+from diffusion_t5x.shapes import BoolBL, FloatBLD, IntBL, KeyB
 
 
 @dataclasses.dataclass(frozen=True)

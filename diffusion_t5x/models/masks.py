@@ -10,7 +10,18 @@ from jaxtyping import Bool, Int
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.errors import UserError, check_choices
-from diffusion_t5x.shapes import AnyBoolBL, AnyIntBL, Array, BoolBL, BoolBQK, FloatScalar, IntB, IntBL, IntScalar, KeyScalar
+from diffusion_t5x.shapes import (
+    AnyBoolBL,
+    AnyIntBL,
+    Array,
+    BoolBL,
+    BoolBQK,
+    FloatScalar,
+    IntB,
+    IntBL,
+    IntScalar,
+    KeyScalar,
+)
 
 Reach = Literal["before", "all"]  # of its segment, a query sees the slots up to its own, or all
 BlocksFrom = Literal["targets", "row"]

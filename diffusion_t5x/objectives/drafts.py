@@ -117,9 +117,7 @@ class Drafts(Objective):
             },
         )
 
-    def _hidden(
-        self, model: Transformer, batch: Batch, drafted: AnyBoolBL, starts: IntBL
-    ) -> tuple[FloatBLD, FloatBLD]:
+    def _hidden(self, model: Transformer, batch: Batch, drafted: AnyBoolBL, starts: IntBL) -> tuple[FloatBLD, FloatBLD]:
         """Returns the hidden states that predict tokens left to right, and those that draft them."""
         vocabulary, length = model.vocabulary, batch.tokens.shape[1]
         tokens = shift_right(batch.tokens, batch.positions, vocabulary.start_id)
