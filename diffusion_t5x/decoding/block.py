@@ -141,24 +141,28 @@ class BlockDecoder(Decoder):
             "before": before,
         }
         carry = jax.lax.while_loop(lambda carry: ~jnp.all(carry["finished"]), write_block, carry)
-        return _decoded(carry, batch, vocabulary)
+        decoded = end_rows(carry, batch, vocabulary)
+        num_written = jnp.sum(decoded.written_at >= 0, axis=-1)
+        return decoded.replace(scores=decoded.scores / jnp.maximum(num_written, 1))
 
 
-def _decoded(carry: Carry, batch: Batch, vocabulary: TokenIds) -> Decoded:
-    """Returns the output of all blocks, without the room behind the rows."""
+def end_rows(carry: Carry, batch: Batch, vocabulary: TokenIds, first: int = 0) -> Decoded:
+    """Returns the output of a loop over blocks; its rows have the batch's slots from `first` on."""
+    end = first + batch.tokens.shape[1]
     canvas, written_at, history = (
-        jax.tree.map(lambda x: x[..., : batch.tokens.shape[1]], carry[name])
-        for name in ("canvas", "written_at", "trace")
+        jax.tree.map(lambda x: x[..., first:end], carry[name]) for name in ("canvas", "written_at", "trace")
     )
     return Decoded.of(
         canvas,
         batch,
         vocabulary,
-        scores=carry["score"] / jnp.maximum(jnp.sum(written_at >= 0, axis=-1), 1),
+        scores=carry["score"],
         steps=carry["steps"],
         row_steps=carry["row_steps"],
         written_at=written_at,
         trace=history and history.end(carry["steps"]),
+        num_drafted=carry.get("num_drafted"),
+        num_accepted=carry.get("num_accepted"),
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.autoregressive import read_prompt
-from diffusion_t5x.decoding.block import show_rows, start_row
+from diffusion_t5x.decoding.block import end_rows, show_rows, start_row
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace, target_range
 from diffusion_t5x.decoding.self_speculation import accepted, cut, with_room
 from diffusion_t5x.errors import UserError
@@ -129,21 +129,7 @@ class DraftingDecoder(Decoder):
             "num_accepted": nothing,
         }
         carry = jax.lax.while_loop(lambda carry: ~jnp.all(carry["finished"]), write_some, carry)
-        canvas, written_at, history = (
-            jax.tree.map(lambda x: x[..., :length], carry[name]) for name in ("canvas", "written_at", "trace")
-        )
-        return Decoded.of(
-            canvas,
-            batch,
-            vocabulary,
-            scores=carry["score"],
-            steps=carry["steps"],
-            row_steps=carry["row_steps"],
-            written_at=written_at,
-            trace=history and history.end(carry["steps"]),
-            num_drafted=carry["num_drafted"],
-            num_accepted=carry["num_accepted"],
-        )
+        return end_rows(carry, batch, vocabulary)
 
 
 def _with_drafts(slots: Slots, start: IntB, size: int) -> Slots:

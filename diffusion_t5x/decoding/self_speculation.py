@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int, Shaped
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.autoregressive import read_prompt
-from diffusion_t5x.decoding.block import BlockDecoder, Carry, show_rows, start_row
+from diffusion_t5x.decoding.block import BlockDecoder, Carry, end_rows, show_rows, start_row
 from diffusion_t5x.decoding.canvas import Canvas, denoise
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, into_block, start_trace, target_range
 from diffusion_t5x.decoding.masked import MaskedDecoder
@@ -123,22 +123,9 @@ class SelfSpeculationDecoder(LeftToRight, Decoder):
             "num_accepted": nothing,
         }
         carry = jax.lax.while_loop(lambda carry: ~jnp.all(carry["finished"]), write_some, carry)
-        canvas, written_at, history = (
-            jax.tree.map(lambda x: x[..., size : size + length], carry[name])
-            for name in ("canvas", "written_at", "trace")
-        )
-        return Decoded.of(
-            jnp.where(batch.target_mask & (written_at < 0), vocabulary.pad_id, canvas),
-            batch,
-            vocabulary,
-            scores=carry["score"],
-            steps=carry["steps"],
-            row_steps=carry["row_steps"],
-            written_at=written_at,
-            trace=history and history.end(carry["steps"]),
-            num_drafted=carry["num_drafted"],
-            num_accepted=carry["num_accepted"],
-        )
+        unwritten = room.target_mask & (carry["written_at"] < 0)
+        carry["canvas"] = jnp.where(unwritten, vocabulary.pad_id, carry["canvas"])
+        return end_rows(carry, batch, vocabulary, first=size)
 
     def _read_for_drafts(
         self, model: Transformer, room: Batch, canvas: IntBL, encoded: Encoded | None

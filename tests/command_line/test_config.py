@@ -14,7 +14,7 @@ from diffusion_t5x.errors import UserError
 
 
 def bound(toy, *bindings, files=("base.gin",)):
-    """What gin binds to the arguments of the toy verb, macros resolved."""
+    """Returns the bindings of the toy verb's arguments, macros resolved."""
     config.load(files, ["MODEL_DIR = '/tmp/m'", "WIDTH = 8", *bindings], search_paths=[str(toy)], allowed=["toy_verbs"])
     from toy_verbs import train
 

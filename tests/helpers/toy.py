@@ -78,7 +78,7 @@ SET = ["--gin.MODEL_DIR=/tmp/m", "--gin.WIDTH=8"]
 
 
 def registered(package):
-    """What gin has registered of a package; it forgets it."""
+    """Takes out of gin's registry and returns everything of a package."""
     registry = config.gin_config._REGISTRY
     return {name: registry.pop(name) for name, _ in list(registry.items()) if name.startswith(package)}
 

@@ -1,4 +1,4 @@
-"""What a report shows of scores, decoders and canvases."""
+"""A report: the form of scores, decoders and canvases."""
 
 import pytest
 from hypothesis import given, settings
