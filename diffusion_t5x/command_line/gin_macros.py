@@ -75,6 +75,8 @@ _MEANINGS = {
     "TATOEBA_FILE": "Tatoeba file, as a path or glob pattern by split.",
     "TEACHER_CHECKPOINT_PATH": "the autoregressive teacher of a distillation: a checkpoint or a MODEL_DIR.",
     "TEMPERATURE": "sampling temperature; 0 is greedy.",
+    "PROMPTS_END": "prompts with answers end in EOS: T5 was trained with it, most decoder-only models were not.",
+    "TEXT_PRETRAINING": "pretraining task on plain text: a function of `tasks.preprocessors`.",
     "TEXT": "the natural-language part of a pretraining mixture.",
     "THRESHOLD": "probability above which a step writes a token at once; None writes a fixed number per step.",
     "TOKENIZER_FILE": "tokenizer of a model imported from llama2.c.",
