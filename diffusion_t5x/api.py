@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.templates import Template, Templates
 from diffusion_t5x.data.text_rows import TextRows, room_for
 from diffusion_t5x.data.vocabularies import token_ids
+from diffusion_t5x.data.vocabulary import AnyVocabulary
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import traces
@@ -34,9 +35,6 @@ from diffusion_t5x.objectives.likelihood import check_num_draws
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training.agreement import Agreement
-
-if TYPE_CHECKING:
-    from diffusion_t5x.data.vocabulary import AnyVocabulary
 
 _Batches = Iterable[tuple[Batch, list[dict[str, Any]]]]
 
@@ -60,7 +58,7 @@ class Model:
     name: str
     record: Record
     params: Params
-    tokenizer: "AnyVocabulary"
+    tokenizer: AnyVocabulary
     decoder: Decoder | None
     objective: Objective | None
     definition: ModelDefinition
@@ -193,13 +191,7 @@ class Model:
 
     @overload
     def log_likelihood(  # type: ignore[overload-overlap]  # a str is a sequence of them
-        self,
-        texts: str,
-        inputs: str = ...,
-        *,
-        objective: Objective | None = ...,
-        num_draws: int = ...,
-        seed: int = ...,
+        self, texts: str, inputs: str = ..., *, objective: Objective | None = ..., num_draws: int = ..., seed: int = ...
     ) -> LogLikelihood: ...
 
     @overload
@@ -389,7 +381,7 @@ def load(
 
 def _vocabulary(
     record: Record, folder: str | os.PathLike, name: str, given: "str | AnyVocabulary | None"
-) -> "AnyVocabulary":
+) -> AnyVocabulary:
     if given is not None:
         return vocabulary_files.vocabulary(given) if isinstance(given, str) else given
     arguments = record.vocabulary_arguments(folder)

@@ -327,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if flags.checkpoint and name != "decode":
             raise UserError(f"--checkpoint goes with decode: {name} takes its models from gin files.")
         checkpoint = flags.checkpoint and checkpoints.open_checkpoint(flags.checkpoint)
-        rest, texts = checkpoint_texts(checkpoint, rest, ["runs/benchmark_decode.gin"], _of_checkpoint(checkpoint))
+        rest, texts = checkpoint_texts(checkpoint, rest, "runs/benchmark_decode.gin", _of_checkpoint(checkpoint))
     config.run(SUBCOMMANDS[name], rest, subcommand=name, texts=texts)
 
 

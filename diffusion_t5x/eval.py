@@ -9,6 +9,7 @@ the task. A line is {"prediction": TEXT} or {"predictions": [TEXT, ...]}, in the
 import dataclasses
 import json
 import logging
+import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,6 @@ from jax.sharding import Mesh
 
 from diffusion_t5x import terminal
 from diffusion_t5x.checkpointing import checkpoints
-from diffusion_t5x.checkpointing.assignment import Rule
 from diffusion_t5x.checkpointing.checkpoints import OpenCheckpoint
 from diffusion_t5x.command_line import config
 from diffusion_t5x.command_line.recorded import checkpoint_texts
@@ -29,30 +29,26 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import results
 from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LikelihoodEval, LossEval, prepared
 from diffusion_t5x.evaluation.inference import write_jsonl
-from diffusion_t5x.evaluation.loading import check_datasets, load_model, load_teacher
+from diffusion_t5x.evaluation.loading import CheckpointSettings, check_datasets, load_teacher
 from diffusion_t5x.evaluation.predictions import add_predictions, read_predictions
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import Params
 from diffusion_t5x.objectives.objective import Objective
-from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.training.agreement import Agreement
 
 logger = logging.getLogger(__name__)
 
-_ALLOW_MISMATCH = "eval.evaluate.allow_mismatch"
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class Evaluation(CheckpointSettings):
     """Scores one checkpoint, or all of a run.
 
     `eval_output_dir` gets results.json (metrics, and everything needed to repeat them) and, for each decoded task,
     `<task>_predictions.jsonl`; with `all_checkpoints` a folder `checkpoint_<step>` for each, with the same in it.
     results.json is written last. A repeated call with the same settings evaluates only checkpoints without one.
 
+    See `CheckpointSettings` for what the verbs share.
+
     Attributes:
-      model: dimensions of the checkpoint's model.
-      checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
       eval_output_dir: made if needed; None is eval/ in the checkpoint's MODEL_DIR (likelihood/ or loss/ if nothing is
         decoded), with a folder for each checkpoint.
       all_checkpoints: evaluate all checkpoints at the path; otherwise the newest.
@@ -60,18 +56,14 @@ class Evaluation:
       objective: computes losses and likelihoods.
       loss_evals: losses to measure.
       likelihood_evals: likelihoods to measure; their metrics are listed beside those of decoding.
-      restore_rules: assignment rules, as in training.
-      use_ema: use the moving average of the parameters if the checkpoint has one.
       teacher_checkpoint_path: checkpoint of an autoregressive model that scores decoded texts ("teacher_nll",
         "teacher_agreement"), and that a distillation's loss needs.
       teacher_model: the teacher's dimensions; None takes the model's.
-      allow_mismatch: use the model other than as it was trained, according to the checkpoint's record: as another
-        function, or with another decoder or objective.
-      mesh: the arrangement of devices.
       dry_run: check everything, print what would be done, and evaluate nothing.
     """
 
-    model: ModelConfig
+    ALLOW_MISMATCH = "eval.evaluate.allow_mismatch"
+
     checkpoint_path: str
     eval_output_dir: str | None = None
     all_checkpoints: bool = False
@@ -79,12 +71,8 @@ class Evaluation:
     objective: Objective | None = None
     loss_evals: Sequence[LossEval] = ()
     likelihood_evals: Sequence[LikelihoodEval] = ()
-    restore_rules: Sequence[Rule] = ()
-    use_ema: bool = True
     teacher_checkpoint_path: str | None = None
     teacher_model: ModelConfig | None = None
-    allow_mismatch: bool = False
-    mesh: MeshConfig = MeshConfig()
     dry_run: bool = False
 
     def run(self) -> None:
@@ -104,8 +92,7 @@ class Evaluation:
         settings = self._describe(evals)
         folders = self._folders(found, output)
         for checkpoint in folders:
-            agreement = Agreement.of(checkpoint, _ALLOW_MISMATCH, self.allow_mismatch)
-            agreement.check(self.model, [self.objective, *(ev.decoder for ev in evals.decode)])
+            self.check_use(checkpoint, self.objective, *(ev.decoder for ev in evals.decode))
         todo = {at: folder for at, folder in folders.items() if not results.is_done(folder, str(at), settings)}
         logger.info("%s: %d of %d checkpoints are evaluated", output, len(folders) - len(todo), len(folders))
         if self.dry_run and not todo:
@@ -143,13 +130,11 @@ class Evaluation:
         vocabulary = evals.all[0].dataset.token_ids()
         teacher = None
         if self.teacher_checkpoint_path and todo:
-            judged = (vocabulary, mesh, _ALLOW_MISMATCH, self.allow_mismatch)
+            judged = (vocabulary, mesh, self.ALLOW_MISMATCH, self.allow_mismatch)
             teacher = load_teacher(self.teacher_checkpoint_path, self.teacher_model or self.model, *judged)
         evaluator = None
         for checkpoint, folder in todo.items():
-            definition, params = load_model(
-                checkpoint, self.model, vocabulary, mesh, restore_rules=self.restore_rules, use_ema=self.use_ema
-            )
+            definition, params = self.load(checkpoint, vocabulary, mesh)
             if self.dry_run:
                 size = f"{definition.num_params():,} parameters"
                 print(f"Would evaluate {' '.join(map(str, todo))} ({size}):", *evals.all, sep="\n  ")
@@ -255,7 +240,7 @@ def score(
             **results.provenance(scores),
             "config": config.operative_text(),
         }
-        results.write_records(pathlib.Path(eval_output_dir, f"{name}_predictions.jsonl"), records)
+        write_jsonl(os.path.join(eval_output_dir, f"{name}_predictions.jsonl"), records)
         results.write_results(eval_output_dir, report)
         logger.info("wrote %s", pathlib.Path(eval_output_dir, "results.json"))
 
@@ -275,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.run(score, ["--gin_file=runs/score.gin", *rest, *bindings])
     else:
         with config.program():
-            rest, texts = checkpoint_texts(checkpoint, rest, ["runs/eval.gin"], {"EVAL_OUTPUT_DIR": None})
+            rest, texts = checkpoint_texts(checkpoint, rest, "runs/eval.gin")
         config.run(evaluate, rest, texts=texts)
 
 

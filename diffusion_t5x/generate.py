@@ -13,7 +13,6 @@ checkpoint; gin files and --gin.NAME=VALUE change them.
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import jax
 
@@ -29,15 +28,13 @@ from diffusion_t5x.console import Console
 from diffusion_t5x.data import vocabulary_files
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.vocabularies import token_ids
+from diffusion_t5x.data.vocabulary import AnyVocabulary
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.loading import load_model
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training.agreement import Agreement
-
-if TYPE_CHECKING:
-    from diffusion_t5x.data.vocabulary import AnyVocabulary
 
 # Read before what the checkpoint says, which sets the macros.
 _GIN = """\
@@ -139,7 +136,7 @@ def generate(
         sys.exit(130)
 
 
-def _vocabulary(file: str | None, dataset: SeqioDataset | None) -> "AnyVocabulary":
+def _vocabulary(file: str | None, dataset: SeqioDataset | None) -> AnyVocabulary:
     if file is None:
         if dataset is not None:
             return dataset.vocabulary()

@@ -18,7 +18,6 @@ import jax
 from jax.sharding import Mesh
 
 from diffusion_t5x.checkpointing import checkpoints
-from diffusion_t5x.checkpointing.assignment import Rule
 from diffusion_t5x.checkpointing.checkpoints import OpenCheckpoint
 from diffusion_t5x.command_line import config
 from diffusion_t5x.command_line.recorded import checkpoint_texts
@@ -29,19 +28,16 @@ from diffusion_t5x.console import Console
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.templates import Templates
 from diffusion_t5x.decoding.decoder import Decoder
-from diffusion_t5x.errors import UserError
+from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.evaluation import traces
 from diffusion_t5x.evaluation.inference import make_decode_step, predict
 from diffusion_t5x.evaluation.likelihood import likelihoods, make_likelihood_step
-from diffusion_t5x.evaluation.loading import check_datasets, load_model
+from diffusion_t5x.evaluation.loading import CheckpointSettings, check_datasets
 from diffusion_t5x.evaluation.record_file import RecordFile
-from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.objectives.likelihood import check_num_draws
 from diffusion_t5x.objectives.objective import Objective
-from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.performance.dry_run import SliceDryRun
 from diffusion_t5x.reporting.trace_page import write_trace_page
-from diffusion_t5x.training.agreement import Agreement
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +45,7 @@ _SHOWN_TRACES = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Inference:
+class Inference(CheckpointSettings):
     """Decodes or scores a task and writes `<task>-<split>.jsonl`, one line per example, in the task's order.
 
     A line has "example_id", "inputs_pretokenized", "targets_pretokenized" and the fields of
@@ -59,8 +55,9 @@ class Inference:
     "num_tokens" and "num_bytes" instead of decoded text. A repeated call with the same settings does only what is
     missing.
 
+    See `CheckpointSettings` for what the verbs share.
+
     Attributes:
-      model: dimensions of the checkpoint's model.
       checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR; None for a TPU slice, which needs none.
       dataset: the task, with split, lengths and batch size.
       infer_output_dir: made if needed; None is infer/checkpoint_<step>/ in the checkpoint's MODEL_DIR.
@@ -73,17 +70,12 @@ class Inference:
       trace: keep every decoding step: in the lines, on a page beside them (`<task>-<split>.trace.html`) and, for the
         first examples, in the terminal.
       random_seed: seed of the decoder or the draws.
-      restore_rules: assignment rules, as in training.
-      use_ema: use the moving average of the parameters if the checkpoint has one.
-      allow_mismatch: use the model other than as it was trained, according to the checkpoint's record: as another
-        function, or with another decoder or objective.
-      mesh: the arrangement of devices.
       dry_run: check everything, print what would be done, and do nothing. For a TPU slice: compile the decoding of a
         batch for it and print its cost.
     """
 
-    model: ModelConfig
-    checkpoint_path: str | None
+    ALLOW_MISMATCH = "infer.infer.allow_mismatch"
+
     dataset: SeqioDataset
     infer_output_dir: str | None = None
     mode: Literal["predict", "score"] = "predict"
@@ -94,10 +86,6 @@ class Inference:
     num_examples: int | None = None
     trace: bool = False
     random_seed: int = 0
-    restore_rules: Sequence[Rule] = ()
-    use_ema: bool = True
-    allow_mismatch: bool = False
-    mesh: MeshConfig = MeshConfig()
     dry_run: bool | SliceDryRun = False
 
     def run(self) -> None:
@@ -121,8 +109,7 @@ class Inference:
         data = self.dataset if self.templates is None else Templates.read(self.templates, self.dataset)
         how = self._how(data)
         check_datasets([data], self.model, mesh)
-        agreement = Agreement.of(checkpoint, "infer.infer.allow_mismatch", self.allow_mismatch)
-        agreement.check(self.model, [self.objective if self.mode == "score" else self.decoder])
+        self.check_use(checkpoint, self.objective if self.mode == "score" else self.decoder)
         name = f"infill-{data.name}" if isinstance(data, Templates) else f"{data.name}-{data.split}"
         name += "-score" if self.mode == "score" else ""
         output = RecordFile(pathlib.Path(folder, f"{name}.jsonl"), self._describe(checkpoint, how))
@@ -154,9 +141,7 @@ class Inference:
         self, checkpoint: OpenCheckpoint, mesh: Mesh, data: SeqioDataset | Templates, output: RecordFile
     ) -> None:
         """Decodes or scores the examples that are missing."""
-        definition, params = load_model(
-            checkpoint, self.model, data.token_ids(), mesh, restore_rules=self.restore_rules, use_ema=self.use_ema
-        )
+        definition, params = self.load(checkpoint, data.token_ids(), mesh)
         total = data.num_eval_examples(self.num_examples)
         logger.info("%s: %d of %d examples are done", output.path, output.done, total)
         batches = (
@@ -179,8 +164,7 @@ class Inference:
 
     def _how(self, data: SeqioDataset | Templates) -> dict[str, Any]:
         """Returns the settings of the mode; raises a UserError if they do not go together."""
-        if self.mode not in ("predict", "score"):
-            raise UserError(f"infer.mode must be predict or score, not {self.mode!r}.")
+        check_choices(self)
         if self.mode == "score":
             if self.objective is None:
                 raise UserError(
@@ -212,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dry_run, rest = slice_dry_run(sys.argv[1:] if argv is None else argv)
         flags, rest = own_flags("infer").parse_known_args(rest)
         checkpoint = flags.checkpoint and checkpoints.open_checkpoint(flags.checkpoint)
-        rest, texts = checkpoint_texts(checkpoint, rest, ["runs/infer.gin"], {"INFER_OUTPUT_DIR": None})
+        rest, texts = checkpoint_texts(checkpoint, rest, "runs/infer.gin")
     if flags.templates:
         rest.append(f"--gin.infer.infer.templates={flags.templates!r}")
     if flags.trace:

@@ -20,7 +20,7 @@ from diffusion_t5x.command_line import config
 from diffusion_t5x.command_line.recorded import checkpoint_texts, dataset_text
 from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.console import Console
-from diffusion_t5x.data.batch import Array, Batch
+from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.vocabularies import TokenIds, visible
 from diffusion_t5x.errors import UserError
@@ -28,6 +28,7 @@ from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.reading import shift_right
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.objective import Objective
+from diffusion_t5x.shapes import Array
 from diffusion_t5x.training.step import step_key
 
 _STYLES = {
@@ -179,12 +180,7 @@ def _summary(dataset: SeqioDataset, objective: Objective, batch: Batch, changed:
 
 
 class _Writer:
-    """Shows tokens: coloured by kind, and with signs, so that nothing is lost without colours.
-
-    Args:
-      vocabulary: defines the special ids.
-      piece: returns a token as UTF-8.
-    """
+    """Shows tokens: coloured by kind, and with signs, so that nothing is lost without colours."""
 
     def __init__(self, vocabulary: TokenIds, piece: Callable[[int], bytes]):
         self._piece = functools.cache(piece)
@@ -266,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with config.program():
         flags, rest = own_flags("inspect_data").parse_known_args(argv)
         checkpoint = flags.checkpoint and open_checkpoint(flags.checkpoint)
-        rest, texts = checkpoint_texts(checkpoint, rest, ["runs/inspect_data.gin"])
+        rest, texts = checkpoint_texts(checkpoint, rest, "runs/inspect_data.gin")
         if checkpoint:
             texts["the data of the training"] = dataset_text(checkpoint, f"{__package__}.inspect_data.inspect_data")
     config.run(inspect_data, rest, texts=texts)

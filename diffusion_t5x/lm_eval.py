@@ -20,45 +20,40 @@ from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning, terminal
 from diffusion_t5x.checkpointing import checkpoints
-from diffusion_t5x.checkpointing.assignment import Rule
 from diffusion_t5x.checkpointing.checkpoints import OpenCheckpoint
 from diffusion_t5x.command_line import config
 from diffusion_t5x.command_line.recorded import checkpoint_texts
 from diffusion_t5x.command_line.runnable import verb
 from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.data.vocabularies import token_ids
+from diffusion_t5x.data.vocabulary import AnyVocabulary
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError, did_you_mean
 from diffusion_t5x.evaluation import results
 from diffusion_t5x.evaluation.harness import Harness, Rows
 from diffusion_t5x.evaluation.inference import write_jsonl
 from diffusion_t5x.evaluation.lm_adapter import adapt
-from diffusion_t5x.evaluation.loading import load_model
-from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.evaluation.loading import CheckpointSettings
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.likelihood import check_num_draws
 from diffusion_t5x.objectives.objective import Objective
-from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.training.agreement import Agreement
 
 if TYPE_CHECKING:
     import lm_eval.tasks
-
-    from diffusion_t5x.data.vocabulary import AnyVocabulary
 
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HarnessEvaluation:
+class HarnessEvaluation(CheckpointSettings):
     """Runs tasks of lm-evaluation-harness on a checkpoint.
 
     `eval_output_dir` gets results.json, as `eval` writes it, and for each task `<task>_samples.jsonl`, the harness's
     own records of requests and responses. A repeated call with the same settings does nothing.
 
+    See `CheckpointSettings` for what the verbs share.
+
     Attributes:
-      model: dimensions of the checkpoint's model.
-      checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
       vocabulary: the model's vocabulary.
       rows: layout of requests in rows.
       objective: computes likelihoods.
@@ -70,17 +65,13 @@ class HarnessEvaluation:
       limit: number of examples of each task, from the start.
       num_draws: number of draws for estimated likelihoods; an even number.
       random_seed: seed of draws and decoder.
-      restore_rules: assignment rules, as in training.
-      use_ema: use the moving average of the parameters if the checkpoint has one.
-      allow_mismatch: use the model other than as it was trained, according to the checkpoint's record: as another
-        function, or with another decoder or objective.
-      mesh: the arrangement of devices.
       dry_run: check everything, print what would be done, and evaluate nothing.
     """
 
-    model: ModelConfig
+    ALLOW_MISMATCH = "lm_eval.evaluate.allow_mismatch"
+
     checkpoint_path: str
-    vocabulary: "AnyVocabulary"
+    vocabulary: AnyVocabulary
     rows: Rows
     objective: Objective
     decoder: Decoder
@@ -91,10 +82,6 @@ class HarnessEvaluation:
     limit: int | None = None
     num_draws: int = 128
     random_seed: int = 0
-    restore_rules: Sequence[Rule] = ()
-    use_ema: bool = True
-    allow_mismatch: bool = False
-    mesh: MeshConfig = MeshConfig()
     dry_run: bool = False
 
     def run(self) -> None:
@@ -112,15 +99,11 @@ class HarnessEvaluation:
         self._check(mesh)
         checkpoints.ensure_writable(str(folder), self.dry_run)
         settings = self._describe()
-        agreement = Agreement.of(checkpoint, "lm_eval.evaluate.allow_mismatch", self.allow_mismatch)
-        agreement.check(self.model, [self.objective, self.decoder])
+        self.check_use(checkpoint, self.objective, self.decoder)
         if results.is_done(folder, str(checkpoint), settings):
             logger.info("%s has these results already", folder)
             return
-        ids = token_ids(self.vocabulary)
-        definition, params = load_model(
-            checkpoint, self.model, ids, mesh, restore_rules=self.restore_rules, use_ema=self.use_ema
-        )
+        definition, params = self.load(checkpoint, token_ids(self.vocabulary), mesh)
         if self.dry_run:
             tasks = ", ".join(self.tasks)
             count = f"{definition.num_params():,} parameters"
@@ -245,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with config.program():
         flags, rest = own_flags("lm_eval").parse_known_args(argv)
         checkpoint = flags.checkpoint and checkpoints.open_checkpoint(flags.checkpoint)
-        rest, texts = checkpoint_texts(checkpoint, rest, ["runs/lm_eval.gin"], {"EVAL_OUTPUT_DIR": None})
+        rest, texts = checkpoint_texts(checkpoint, rest, "runs/lm_eval.gin")
     given = {name: value for name, value in vars(flags).items() if value is not None and name != "checkpoint"}
     bindings = [f"--gin.lm_eval.evaluate.{name}={value!r}" for name, value in given.items()]
     config.run(evaluate, [*rest, *bindings], texts=texts)

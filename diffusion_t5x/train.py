@@ -190,6 +190,7 @@ class Training:
         self._check_data(mesh, [*(ev.dataset for ev in loss_evals), *(ev.dataset for ev in decode_evals)])
         for ev in decode_evals:
             ev.dataset.check_scoring()
+        lora_training.check_drafts(self.lora, self.objective)
         check_rollout(self.objective, self.model, self.rollout, self.train_dataset)
         definition = lora_training.define(self.model, self.train_dataset.token_ids(), self.lora)
         abstract = abstract_state(mesh, definition, self.optimizer, self.ema_decay is not None)

@@ -9,16 +9,14 @@ import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffusion_t5x.data import text_files
+from diffusion_t5x.data.vocabulary import AnyVocabulary
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.code.execution import Limits, Tests
 from diffusion_t5x.evaluation.code.pass_at_k import passed_tests
 from diffusion_t5x.tasks import readers, registration
-
-if TYPE_CHECKING:
-    from diffusion_t5x.data.vocabulary import AnyVocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +33,7 @@ _HUMANEVAL_END = re.compile(r"\n(?=class|def|#|if|print)")
 
 
 def mbpp(
-    vocabulary: "AnyVocabulary",
-    path: str,
-    num_shots: int = 0,
-    limits: Limits = Limits(),
-    allow_unsafe: bool = False,
+    vocabulary: AnyVocabulary, path: str, num_shots: int = 0, limits: Limits = Limits(), allow_unsafe: bool = False
 ) -> str:
     """Registers the SeqIO task `mbpp`, replacing any earlier one, and returns its name.
 
@@ -80,12 +74,7 @@ def mbpp(
     return _register(MBPP, vocabulary, examples, mbpp_program, limits, allow_unsafe)
 
 
-def humaneval(
-    vocabulary: "AnyVocabulary",
-    path: str,
-    limits: Limits = Limits(),
-    allow_unsafe: bool = False,
-) -> str:
+def humaneval(vocabulary: AnyVocabulary, path: str, limits: Limits = Limits(), allow_unsafe: bool = False) -> str:
     """Registers the SeqIO task `humaneval`, replacing any earlier one, and returns its name.
 
     HumanEval (Chen et al. 2021, arXiv 2107.03374): the input is a function's head and docstring, the target its body. A
@@ -170,7 +159,7 @@ def _is_a(value: Any, kind: type) -> bool:
 
 def _register(
     name: str,
-    vocabulary: "AnyVocabulary",
+    vocabulary: AnyVocabulary,
     examples: Mapping[str, Sequence[Mapping[str, str]]],
     program: Callable[[str, str], str],
     limits: Limits,

@@ -155,6 +155,7 @@ def task(
     held_out: Mapping[str, float] | None = None,
     num_shots: int = 0,
     metric_fns: Sequence[registration.MetricFn] = (),
+    inputs_end: bool = True,
 ) -> str:
     """Registers a SeqIO task over files and returns its name. Files are read when the task is.
 
@@ -170,6 +171,7 @@ def task(
         the inputs (without inputs, of the targets) decides, so equal inputs stay together.
       num_shots: number of examples of "train" before each input.
       metric_fns: for instance `(@metrics.bleu, @metrics.exact_match)`.
+      inputs_end: inputs end in EOS, as T5's do. Most decoder-only models were trained without.
 
     Raises:
       UserError: an invalid template, no vocabulary file, or invalid shots or shares; on first reading, errors in a
@@ -182,5 +184,5 @@ def task(
     found = source(files, reader, templates, held_out)
     return registration.task(
         name, found, [], vocabulary_file, has_inputs=has_inputs, objective=objective, num_shots=num_shots,
-        metric_fns=metric_fns, shuffle_buffer=1,
+        metric_fns=metric_fns, shuffle_buffer=1, inputs_end=inputs_end,
     )  # fmt: skip

@@ -78,6 +78,45 @@ def prefix_lm(
     )
 
 
+def continuation(
+    dataset: "tf.data.Dataset", sequence_length: Mapping[str, int], output_features: Mapping[str, "seqio.Feature"]
+) -> "tf.data.Dataset":
+    """Returns chunks of a document as long as the targets: up to `inputs` tokens of the beginning, then targets.
+
+    For decoder-only models: the text goes on in the targets as if it were not cut, and EOS stands only where a document
+    ends. With short inputs, most tokens are targets.
+    """
+    import tensorflow as tf
+    from t5.data import preprocessors
+
+    longest, chunk = sequence_length["inputs"], sequence_length["targets"]
+    if longest < 1 or chunk < 2:
+        raise UserError(f"Continuation needs at least 1 token of inputs and 2 of targets, not {dict(sequence_length)}.")
+    eos = output_features["targets"].vocabulary.eos_id
+
+    def end(features):
+        return features | {"targets": tf.concat([features["targets"], [eos]], axis=0)}
+
+    def is_input(length, noise_density, seeds):
+        del noise_density
+        most = tf.minimum(longest, length - 1)
+        inputs = tf.random.stateless_uniform([], seeds[0], minval=tf.minimum(1, most), maxval=most + 1, dtype=tf.int32)
+        return tf.range(length) < inputs
+
+    return preprocessors.denoise(
+        preprocessors.split_tokens(dataset.map(end), max_tokens_per_segment=chunk),
+        output_features,
+        noise_density=0.5,
+        noise_mask_fn=is_input,
+        inputs_fn=preprocessors.drop_nonnoise_tokens,
+        targets_fn=preprocessors.drop_noise_tokens,
+    )
+
+
+# EOS is its own matter, see `registration.task`. An attribute, because gin wraps the function.
+continuation.ends_documents = True  # type: ignore[attr-defined]
+
+
 def span_corruption(
     dataset: "tf.data.Dataset",
     sequence_length: Mapping[str, int],

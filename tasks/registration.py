@@ -37,6 +37,7 @@ def task(
     metric_fns: Sequence[MetricFn] = (),
     postprocess_fn: Callable[..., Any] | None = None,
     shuffle_buffer: int = 1_000,
+    inputs_end: bool = True,
 ) -> str:
     """Registers a task of texts and returns its name. Nothing is read yet.
 
@@ -53,6 +54,7 @@ def task(
       metric_fns: SeqIO's metrics.
       postprocess_fn: SeqIO's, for the metrics.
       shuffle_buffer: number of examples in the shuffle buffer; 1 for a source that shuffles by itself.
+      inputs_end: inputs end in EOS. Targets do, unless the objective ends documents itself.
 
     Raises:
       UserError: there is no vocabulary file; shots of a task without inputs or training examples; on first reading,
@@ -74,7 +76,9 @@ def task(
         if num_shots:
             found = Shots(found, num_shots, prepare, prepare, eval_on_fixed_exemplars=True)
             prepare = [functools.partial(seqio.experimental.fewshot_preprocessor, targets_prefix="\n")]
-        feature = seqio.Feature(in_seqio(known), add_eos=True)
+        ends = {"inputs": inputs_end, "targets": True}
+        if getattr(objective, "ends_documents", False):
+            ends = dict.fromkeys(ends, False)
         if objective is None:
             steps = [pretraining.tokenize, seqio.preprocessors.append_eos_after_trim]
         else:
@@ -85,7 +89,7 @@ def task(
         return {
             "source": found,
             "preprocessors": [*prepare, *steps],
-            "output_features": dict.fromkeys(names, feature),
+            "output_features": {name: seqio.Feature(in_seqio(known), add_eos=ends[name]) for name in names},
             "metric_fns": list(metric_fns),
             "postprocess_fn": postprocess_fn,
             "shuffle_buffer_size": buffer,

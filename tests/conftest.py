@@ -6,6 +6,7 @@ import logging
 import os
 import pathlib
 
+import jaxtyping
 import pytest
 
 # JAX, TensorFlow and pytest make millions of objects that stay. Looking through all of them again and again takes a
@@ -26,6 +27,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Programs that tests start compile anew, and leave nothing in the user's cache.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+# Calls of these modules check the shapes of their arrays.
+ROOMS = [f"diffusion_t5x.{room}" for room in ("data.batch", "data.ends", "models", "objectives", "decoding")]
+jaxtyping.install_import_hook([*ROOMS, "my_objective", "my_remasking"], "shape_checks.checked")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -309,20 +309,20 @@ def test_what_a_checkpoint_says_makes_settings_and_nothing_else(masked, tmp_path
     text = f"""
 from __gin__ import dynamic_registration
 from diffusion_t5x import train
-from diffusion_t5x.evaluation import results
+from diffusion_t5x.evaluation import inference
 
 train.train.train_steps = 1
-results.write_records.path = {str(victim)!r}
-results.write_records.records = ["mine"]
-MIXTURE_OR_TASK_NAME = @results.write_records()
+inference.write_jsonl.path = {str(victim)!r}
+inference.write_jsonl.records = ["mine"]
+MIXTURE_OR_TASK_NAME = @inference.write_jsonl()
 """
     save_old(tmp_path / "crafted", definition, tiny.random_params(definition), text)
     message = refused(tmp_path / "crafted", "--prompt", "a")
-    assert "it refers to diffusion_t5x.evaluation.results.write_records, which does more than" in message
-    assert "--gin_allow=diffusion_t5x.evaluation.results" in message and not victim.exists()
+    assert "it refers to diffusion_t5x.evaluation.inference.write_jsonl, which does more than" in message
+    assert "--gin_allow=diffusion_t5x.evaluation.inference" in message and not victim.exists()
     for objective, said in (
         ({"class": "subprocess.Popen", "args": ["touch", str(victim)]}, "imports subprocess"),
-        ({"class": "diffusion_t5x.evaluation.results.write_records", "path": str(victim)}, "which does more than"),
+        ({"class": "diffusion_t5x.evaluation.inference.write_jsonl", "path": str(victim)}, "which does more than"),
         ({"class": f"x\ninclude '{victim}'\ny.Z"}, "instead of a name"),
         ({"class": "optax.sgd", "a = 1\ninclude 'b'\nc": 1}, "instead of a name"),
     ):

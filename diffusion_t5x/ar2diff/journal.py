@@ -16,10 +16,6 @@ _EARLY = {"import", "plan"}  # after these alone a changed command is planned an
 class Journal:
     """The stages that are done, each with what it found. The file is replaced atomically.
 
-    Args:
-      folder: of the conversion.
-      command: the settings, by flag.
-
     Raises:
       UserError: the folder holds something else, or another command has gone further there than its plan.
     """

@@ -15,9 +15,10 @@ from diffusion_t5x.command_line.recorded import gin_text
 from diffusion_t5x.performance.training_run import TrainingRun
 from diffusion_t5x.train import train
 
-# By device: rows and tokens of a step, and how many held-out batches a loss takes.
-_CPU = {"TASK_FEATURE_LENGTHS": {"inputs": 128, "targets": 128}, "BATCH_SIZE": 2, "EVAL_STEPS": 4}
-_ACCELERATOR = {"TASK_FEATURE_LENGTHS": {"inputs": 256, "targets": 256}, "BATCH_SIZE": 32, "EVAL_STEPS": 8}
+# By device: rows of a step, and how many held-out batches a loss takes.
+_CPU = {"BATCH_SIZE": 4, "EVAL_STEPS": 4}
+_ACCELERATOR = {"BATCH_SIZE": 32, "EVAL_STEPS": 8}
+_ROWS = {True: (128, 32), False: (512, 64)}  # on CPU or not: tokens of a row, and of the beginning of a text
 _DEFAULT_ROUTE = {"decoder_only": "shifted", "encoder_decoder": "sundae"}
 
 
@@ -27,14 +28,7 @@ def on_cpu() -> bool:
 
 
 class Recipe:
-    """Writes and reads the gin file.
-
-    Args:
-      command: what was asked for.
-      start: the model to start from.
-      vocabulary_file: of that model; None for bytes.
-      data: what is trained on.
-    """
+    """Writes and reads the gin file."""
 
     def __init__(self, command: Command, start: OpenCheckpoint, vocabulary_file: str | None, data: TrainingData):
         self.path = command.output / "recipe.gin"
@@ -43,9 +37,6 @@ class Recipe:
 
     def write(self, settings: Mapping[str, Any]) -> TrainingRun:
         """Writes the file.
-
-        Args:
-          settings: macros beside those that the command and the device decide.
 
         Returns:
           The run that it describes.
@@ -77,6 +68,7 @@ class Recipe:
             "VOCABULARY_FILE": self._vocabulary_file,
             "FILES": {"train": list(self._data.files)},
             "HELD_OUT": {"validation": self._data.held_out},
+            "TASK_FEATURE_LENGTHS": self._lengths(),
             **(_CPU if on_cpu() else _ACCELERATOR),
             **settings,
         }
@@ -92,6 +84,13 @@ class Recipe:
                 overrides,
             ]
         )
+
+    def _lengths(self) -> dict[str, int]:
+        row, inputs = _ROWS[on_cpu()]
+        # Prompts, and what an encoder reads, take half of a row.
+        if self._command.kind != "data" or self.route == _DEFAULT_ROUTE["encoder_decoder"]:
+            inputs = row // 2
+        return {"inputs": inputs, "targets": row - inputs}
 
     def _model(self) -> str:
         """A gin file of the model: an import's own, or one made from the checkpoint's record."""

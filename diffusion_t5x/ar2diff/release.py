@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from flax import traverse_util
 
 from diffusion_t5x import records
 from diffusion_t5x.ar2diff.recipe import Recipe
@@ -16,8 +15,9 @@ from diffusion_t5x.checkpointing.checkpoints import OpenCheckpoint
 from diffusion_t5x.checkpointing.record import Record
 from diffusion_t5x.checkpointing.streaming import Streamed
 from diffusion_t5x.importing.huggingface import CARRIED, TENSORS
-from diffusion_t5x.importing.output import building
+from diffusion_t5x.importing.output import building, save_params
 from diffusion_t5x.importing.to_hf import to_hf
+from diffusion_t5x.training import lora
 
 _ROWS = (  # of the table, with a metric's name and how it is written
     ("bits per byte, held-out text", "bits_per_byte", "{:.3f}"),
@@ -27,28 +27,25 @@ _ROWS = (  # of the table, with a metric's name and how it is written
 
 
 def write_checkpoint(trained: str, folder: pathlib.Path) -> None:
-    """Writes the newest checkpoint of a run, LoRA merged and without the optimizer, with its tokenizer beside it.
+    """Writes the newest checkpoint of a run, without the optimizer, with its tokenizer beside it.
 
-    Nothing is done where the folder is there: it is moved to its place when it is complete.
+    LoRA is merged, unless it is of drafts alone. An existing folder is left alone: it is complete, for only then it is
+    moved to its place.
     """
     if folder.exists():
         return
     opened = checkpoints.open_checkpoint(trained)
-    shapes, read = restoring.open_params(opened)
-    step = opened.metadata["step"]
+    of_drafts = lora.of_drafts(opened.record.lora) is not None
+    shapes, read = restoring.open_params(opened, merge=not of_drafts)
 
     def stream(name: str, shape: tuple[int, ...]) -> Streamed:
         return Streamed(shape, np.dtype(np.float32), axis=0, step=shape[0], read=lambda *_: read(name))
 
     params = {name: stream(name, shape) for name, shape in shapes.items()}
     with building(folder) as to:
-        record = dataclasses.replace(opened.record, lora=None)
+        record = opened.record if of_drafts else dataclasses.replace(opened.record, lora=None)
         record = _with_tokenizer(record, opened, to, folder)
-        store = checkpoints.Checkpoints(str(to / "checkpoints"), asynchronous=False, streamed=True)
-        state = {"step": np.array(step, np.int32), "params": traverse_util.unflatten_dict(params, sep="/")}
-        said = {"step": step, "metrics": {}, **record.metadata(), "config": opened.metadata.get("config", "")}
-        store.save(step, state, {}, said)
-        store.close()
+        save_params(to, record, params, opened.metadata.get("config", ""), opened.metadata["step"])
 
 
 def _with_tokenizer(record: Record, opened: OpenCheckpoint, to: pathlib.Path, final: pathlib.Path) -> Record:
@@ -66,7 +63,12 @@ def _with_tokenizer(record: Record, opened: OpenCheckpoint, to: pathlib.Path, fi
 
 
 def export(checkpoint: pathlib.Path, start: OpenCheckpoint, folder: pathlib.Path) -> bool:
-    """Writes the model in Hugging Face's format, if it was imported from that; returns whether it was."""
+    """Writes the model in Hugging Face's format, if it was imported from that; returns whether it was.
+
+    Not if it drafts: no such format holds drafts, and without them it is the start.
+    """
+    if lora.of_drafts(checkpoints.open_checkpoint(str(checkpoint)).record.lora):
+        return False
     file = (start.record.vocabulary_arguments(start.model_dir) or {}).get("file")
     origins = [pathlib.Path(start.model_dir), *([pathlib.Path(file).parent] if file else [])]
     like = next((origin for origin in origins if (origin / TENSORS).exists()), None)

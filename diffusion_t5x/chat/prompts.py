@@ -2,23 +2,18 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.plain_vocabularies import TokenIdVocabulary
 from diffusion_t5x.data.rows import RowLayout, fill_batches
+from diffusion_t5x.data.text_rows import room_for
 from diffusion_t5x.data.vocabularies import cells, signs, to_text
-from diffusion_t5x.data.vocabulary import own
+from diffusion_t5x.data.vocabulary import AnyVocabulary, own
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
 
-if TYPE_CHECKING:
-    from diffusion_t5x.data.vocabulary import AnyVocabulary
-
-# Rows have room for this many tokens of a prompt, then for twice as many, and so on: few programs serve all prompts.
-_LEAST_ROOM = 64
 _LENGTH = 256  # of what a model writes whose task is not known
 
 
@@ -34,7 +29,7 @@ class Prompts:
       architecture: the model's architecture.
     """
 
-    vocabulary: "AnyVocabulary"
+    vocabulary: AnyVocabulary
     adds_eos: bool
     max_inputs: int | None
     length: int
@@ -70,10 +65,7 @@ class Prompts:
             )
         if self.architecture == "encoder_decoder" and not tokens:
             raise UserError("The prompt is refused: it is empty, and the encoder would have nothing to read.")
-        room = _LEAST_ROOM
-        while room < len(tokens):
-            room *= 2
-        lengths = {"inputs": room if self.max_inputs is None else min(room, self.max_inputs), "targets": self.length}
+        lengths = {"inputs": room_for(len(tokens), self.max_inputs), "targets": self.length}
         layout = RowLayout(lengths, self.architecture, canvas=True, pad_id=self.vocabulary.pad_id)
         row = layout.row(layout.sequences({"inputs": np.array(tokens, np.int32), "targets": np.zeros(0, np.int32)}))
         ((batch, _),) = fill_batches([(row, None)], 1, self.vocabulary.pad_id)

@@ -105,12 +105,7 @@ class Checkpoints:
         }
         if data_state:  # Orbax writes no empty tree
             items["data"] = ocp.args.PyTreeSave(dict(data_state))
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(**items),
-            force=True,
-            custom_metadata=self._notes,
-        )
+        self._manager.save(step, args=ocp.args.Composite(**items), force=True, custom_metadata=self._notes)
 
     def add_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds the metrics of an evaluation to the checkpoint of this step, then deletes the checkpoints not to keep.

@@ -91,10 +91,7 @@ def notes(checkpoint: epath.Path) -> dict:
 
 
 def faults(
-    checkpoint: epath.Path,
-    items: Sequence[str] = (),
-    checksums: bool = True,
-    found: tuple[Entries, str] | None = None,
+    checkpoint: epath.Path, items: Sequence[str] = (), checksums: bool = True, found: tuple[Entries, str] | None = None
 ) -> list[str]:
     """Returns the problems of a checkpoint's files, one line each; several processes share the reading.
 

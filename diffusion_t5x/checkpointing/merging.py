@@ -1,6 +1,6 @@
 """Reads a LoRA run's checkpoint as the merged model: `base + alpha / rank * down up`.
 
-All other checkpoints are read as they are.
+If only drafts were trained, the plain model is the base. All other checkpoints are read as they are.
 """
 
 from collections.abc import Mapping
@@ -31,10 +31,13 @@ def read_arrays(checkpoint: epath.Path, targets: Mapping[str, Any], sources: Map
     """Same as `stored.read_arrays`, for the plain model. Sums are float32 before they get the target's dtype."""
     found = stored.leaves(checkpoint)
     parts = _parts(found)
-    as_they_are = {target: parts[source][0] for target, source in sources.items() if len(parts[source]) == 1}
+    settings = stored.read_metadata(checkpoint).get("lora") or {}
+    drafts_only = settings.get("drafts_only", False)
+    as_they_are = {
+        target: parts[source][0] for target, source in sources.items() if drafts_only or len(parts[source]) == 1
+    }
     arrays = stored.read_arrays(checkpoint, targets, as_they_are)
     if to_merge := [target for target in sources if target not in as_they_are]:  # in every process's order
-        settings = stored.read_metadata(checkpoint)["lora"]
         for target in to_merge:
             names = parts[sources[target]]
             shapes = {name: found[name].shape for name in names}

@@ -34,10 +34,7 @@ def restore(path: AnyCheckpoint, abstract_state: Tree) -> tuple[Tree, dict[str, 
 
 
 def restore_initial(
-    path: AnyCheckpoint,
-    abstract_state: Tree,
-    rules: Sequence[Rule] = (),
-    init: Callable[[], Tree] | None = None,
+    path: AnyCheckpoint, abstract_state: Tree, rules: Sequence[Rule] = (), init: Callable[[], Tree] | None = None
 ) -> Tree:
     """Makes a state from a checkpoint by assignment rules, as in T5X (see `assignment.assign`).
 
@@ -59,7 +56,7 @@ def restore_initial(
 
 
 def restore_params(
-    path: AnyCheckpoint, abstract_params: Tree, rules: Sequence[Rule] = (), use_ema: bool = False
+    path: AnyCheckpoint, abstract_params: Tree, rules: Sequence[Rule] = (), use_ema: bool = False, merge: bool = True
 ) -> Tree:
     """Reads only the parameters of a checkpoint, without the optimizer's state.
 
@@ -68,25 +65,28 @@ def restore_params(
       abstract_params: tree of `jax.ShapeDtypeStruct` with shardings.
       rules: assignment rules; names begin with `params/`.
       use_ema: take the moving average of the parameters if the checkpoint has one and no rule says otherwise.
+      merge: read the plain model of a LoRA run; otherwise its factors as they are.
 
     Raises:
       UserError: no checkpoint, an unused rule, or arrays that do not fit.
     """
     checkpoint = open_checkpoint(path)
     checkpoint.verify("state")
-    if use_ema and any(name.startswith("ema/") for name in merging.leaves(checkpoint.path)):
+    reader = merging if merge else stored
+    if use_ema and any(name.startswith("ema/") for name in reader.leaves(checkpoint.path)):
         rules = [*rules, (r"params/(.*)", r"ema/\1")]
-    return _restore(checkpoint.path, {"params": abstract_params}, rules)["params"]
+    return _restore(checkpoint.path, {"params": abstract_params}, rules, reader=reader)["params"]
 
 
 def open_params(
-    path: AnyCheckpoint, use_ema: bool = True
+    path: AnyCheckpoint, use_ema: bool = True, merge: bool = True
 ) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
     """Opens the parameters of a checkpoint, to read them one by one.
 
     Args:
       path: a user's path, or an open checkpoint.
       use_ema: take the parameters' moving average if the checkpoint has one.
+      merge: read the plain model of a LoRA run; otherwise its factors as they are.
 
     Returns:
       The shapes by name, and a function that reads one parameter.
@@ -96,14 +96,14 @@ def open_params(
     """
     opened = open_checkpoint(path)
     opened.verify("state")
-    checkpoint = opened.path
-    leaves = merging.leaves(checkpoint)
+    checkpoint, reader = opened.path, merging if merge else stored
+    leaves = reader.leaves(checkpoint)
     part = "ema/" if use_ema and any(name.startswith("ema/") for name in leaves) else "params/"
     shapes = {name.removeprefix(part): tuple(leaf.shape) for name, leaf in leaves.items() if name.startswith(part)}
 
     def read(name: str) -> np.ndarray:
         target = {name: jax.ShapeDtypeStruct(shapes[name], np.float32)}
-        return merging.read_arrays(checkpoint, target, {name: part + name})[name]
+        return reader.read_arrays(checkpoint, target, {name: part + name})[name]
 
     return shapes, read
 

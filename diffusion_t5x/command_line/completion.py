@@ -5,12 +5,11 @@ zsh:  diffusion-t5x completion zsh >> ~/.zshrc
 """
 
 import argparse
-import sys
 from collections.abc import Iterator
 
 from diffusion_t5x.command_line import gin_macros, help_pages
+from diffusion_t5x.command_line.gin_reading import shipped
 from diffusion_t5x.command_line.verbs import VERBS
-from diffusion_t5x.errors import UserError
 
 _SCRIPT = """\
 _diffusion_t5x() {
@@ -46,7 +45,7 @@ def script(shell: str) -> str:
         flags.setdefault(first, []).extend(word for word in words if word not in flags.get(first, ()))
     cases = "\n".join(f'        {verb}) words="{" ".join(words)}" ;;' for verb, words in flags.items())
     text = _SCRIPT.replace("@VERBS@", " ".join(flags)).replace("@CASES@", cases)
-    text = text.replace("@GIN_FILES@", " ".join(f"@{file}" for file in gin_macros.files()))
+    text = text.replace("@GIN_FILES@", " ".join(f"@{file}" for file in shipped()))
     text = text.replace("@MACROS@", " ".join(f"@{name}=" for name in gin_macros.macros()))
     return f"autoload -U +X bashcompinit && bashcompinit\n{text}" if shell == "zsh" else text
 
@@ -62,11 +61,7 @@ def _words(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 def main() -> None:
     """Prints the script for the given shell."""
-    try:
-        print(script(help_pages.parser("completion").parse_args().shell), end="")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    print(script(help_pages.arguments("completion").shell), end="")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from diffusion_t5x import terminal, user_cache
 from diffusion_t5x.command_line import gin_checks, gin_guard, gin_messages, gin_reading, processes
 from diffusion_t5x.command_line.flags import parse_flags
 from diffusion_t5x.command_line.gin_messages import explained_errors
-from diffusion_t5x.command_line.gin_reading import shipped, shipped_text
+from diffusion_t5x.command_line.gin_reading import AsText, shipped, shipped_text
 from diffusion_t5x.errors import OtherModel, UserError
 from diffusion_t5x.task_modules import registers_tasks
 
@@ -180,7 +180,7 @@ def operative_text() -> str:
 def operative_values() -> dict[str, Any]:
     """Returns the bindings of `operative_text`, nested by the dots of their names; references are text ("%MODEL")."""
     values: dict[str, Any] = {}
-    for statement in config_parser.ConfigParser(operative_text(), _AsText()):
+    for statement in config_parser.ConfigParser(operative_text(), AsText()):
         if isinstance(statement, config_parser.BindingStatement):
             *parents, name = f"{statement.scope}/{statement.selector}.{statement.arg_name}".strip("/.").split(".")
             functools.reduce(lambda inner, key: inner.setdefault(key, {}), parents, values)[name] = statement.value
@@ -262,25 +262,11 @@ def _run(
 def _files_of(model: Mapping[str, Any]) -> str:
     """Returns the shipped size file that matches the fields of a ModelConfig."""
     for file in shipped("sizes"):
-        parsed = config_parser.ConfigParser(shipped_text(file), _AsText())
+        parsed = config_parser.ConfigParser(shipped_text(file), AsText())
         bound = {x.arg_name: x.value for x in parsed if isinstance(x, config_parser.BindingStatement)}
         if all(model.get(name) == value for name, value in bound.items() if name in model) and "embed_dim" in model:
             return f" Its size is that of {file}."
     return ""
-
-
-class _AsText(config_parser.ParserDelegate):
-    """Keeps references as they are spelled, and collects what they refer to, without scopes."""
-
-    def __init__(self) -> None:
-        self.mentioned: list[str] = []
-
-    def configurable_reference(self, scoped_selector: str, evaluate: bool) -> str:
-        self.mentioned.append(scoped_selector.rpartition("/")[2])
-        return f"@{scoped_selector}{'()' if evaluate else ''}"
-
-    def macro(self, macro_name: str) -> str:
-        return f"%{macro_name}"
 
 
 def _register(name: str) -> None:
@@ -294,7 +280,7 @@ def _register(name: str) -> None:
 
 def gin_value(name: str, value: str) -> str:
     """Returns `value` if it is gin syntax, with what it refers to registered; quotes a bare name or path."""
-    reader, is_value = _AsText(), False
+    reader, is_value = AsText(), False
     with contextlib.suppress(SyntaxError, tokenize.TokenError):
         parser = config_parser.ConfigParser(value, reader)
         parser.parse_value()

@@ -3,11 +3,9 @@
 import importlib.metadata
 import os
 import platform
-import sys
 from collections.abc import Iterator
 
 from diffusion_t5x.command_line import help_pages
-from diffusion_t5x.errors import UserError
 
 _PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "gin-config", "seqio", "t5"),
@@ -43,11 +41,7 @@ def describe() -> Iterator[tuple[str, str]]:
 
 def main() -> None:
     """Prints the list."""
-    try:
-        help_pages.parser("env").parse_args()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    help_pages.arguments("env")
     for name, value in describe():
         print(f"{name:<20} {value}", flush=True)
 

@@ -16,11 +16,7 @@ VALUE is gin syntax; names and paths may go without quotes (--gin.MODEL_DIR=/tmp
 
 
 def parse_flags(
-    module: str,
-    argv: Sequence[str],
-    takes_dry_run: bool,
-    takes_mesh: bool,
-    subcommand: str = "",
+    module: str, argv: Sequence[str], takes_dry_run: bool, takes_mesh: bool, subcommand: str = ""
 ) -> argparse.Namespace:
     """Parses the flags `argv` of the verb in `module`.
 

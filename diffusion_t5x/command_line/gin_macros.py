@@ -14,16 +14,15 @@ from typing import Any
 
 from gin import config_parser
 
+from diffusion_t5x.command_line.gin_reading import AsText, Spelled, shipped, shipped_text
+
 PACKAGE = pathlib.Path(__file__).parents[1]
 REQUIRED = "%gin.REQUIRED"
 # Where a docstring's words about a parameter need the rest of the docstring, or where a macro sets several parameters.
 _MEANINGS = {
-    "ALL_CHECKPOINTS": "evaluates all checkpoints at the path instead of the newest.",
     "ANNEAL_STEPS": "training steps over which causal attention becomes bidirectional; None: no annealing.",
     "ARCHITECTURE": '"decoder_only" or "encoder_decoder".',
-    "AR_WEIGHT": "weight of the autoregressive loss beside the diffusion loss.",
     "BATCH_SIZE": "examples per step, over all devices.",
-    "BEAM_OPTIONS": "options of an Apache Beam pipeline, as on Beam's command line; None writes without Beam.",
     "BENCHMARK_OUTPUT_DIR": "folder that gets the measured times; created if missing.",
     "BEST_METRIC": 'metric by which the best checkpoints are kept, such as "my_task/exact_match".',
     "BLOCK_SIZE": "target tokens per block; decode with the size that the model was trained with.",
@@ -32,13 +31,11 @@ _MEANINGS = {
     "CASES": "what to time, each with a name of your choice.",
     "CHECKPOINT_PATH": "the model: a checkpoint, a folder of checkpoints or a MODEL_DIR (the newest counts).",
     "CODE_FILES": "files of source code, as paths or glob patterns by split.",
-    "COLUMNS": "names of the TSV file's columns; None takes them from the first line.",
     "DECODER": "how text is decoded; a file of `decoding/` sets it.",
     "DECODERS": "decoders to time, each with a name of your choice.",
     "DROPOUT_RATE": "dropout probability: embedding, residual branches, feed-forward layers, last norm.",
     "EOS_ID": "token id that ends a text.",
     "EVAL_OUTPUT_DIR": "folder that gets scores and predictions; created if missing.",
-    "EVAL_PERIOD": "steps between evaluations, each with a checkpoint; None never evaluates.",
     "EVAL_STEPS": "batches of held-out data per evaluation of the loss; None takes all.",
     "EVAL_TASKS": "tasks or mixtures to evaluate, instead of MIXTURE_OR_TASK_NAME.",
     "FILES": "your data: paths or glob patterns by split.",
@@ -46,15 +43,8 @@ _MEANINGS = {
     "INFER_OUTPUT_DIR": "folder that gets the predictions; created if missing.",
     "INITIAL_CHECKPOINT_PATH": "the model to start from: a checkpoint, a folder of them or a MODEL_DIR; None: scratch.",
     "INPUTS": "template of the inputs, with field names in braces; None makes every token a target.",
-    "INPUT_LENGTH": "input tokens per text.",
-    "LANGUAGES": 'mC4 languages, as codes such as "en".',
     "LENGTHS": "target lengths to time, in tokens.",
     "LORA": "LoRA settings; None trains the whole model.",
-    "LORA_BASE_DTYPE": "dtype of the frozen matrices.",
-    "LORA_RANK": "rank of the low-rank updates.",
-    "LORA_TARGETS": "matrices that get a low-rank update.",
-    "LORA_WHOLE": "parameters that are trained in full.",
-    "LOSS_NORMALIZING_FACTOR": "divides the summed loss, instead of the objective's own denominator.",
     "MAX_BATCH_SIZE": "largest batch size in the search for one that saturates the device; None skips it.",
     "MAX_ROLLOUT_LENGTH": "longest text that an on-policy step decodes, in tokens.",
     "METRICS": "metrics of decoded text, such as `(@metrics.bleu, @metrics.exact_match)`.",
@@ -65,26 +55,16 @@ _MEANINGS = {
     "NTREX_FILES": "NTREX files, as paths or glob patterns by split.",
     "NUM_DECODED_EXAMPLES": "examples to decode, from the start of the split; None takes all.",
     "NUM_DRAWS": "noise draws per example for the likelihood bound; an even number.",
-    "NUM_MICROBATCHES": "pieces into which a step splits its batch, to save memory.",
-    "NUM_ROWS": "rows of the batch to show.",
     "NUM_SAMPLES": "canvases decoded per example; the best by model score is kept.",
     "NUM_SCORED_EXAMPLES": "examples to score, from the start of the split; None takes all.",
-    "NUM_SHARDS": "files per split.",
     "NUM_SHOTS": "solved examples put before each input.",
     "NUM_STEPS": "denoising steps; None: one per token.",
     "OBJECTIVE": "what training minimises; a file of `objectives/` sets it.",
     "PAD_ID": "token id of padding.",
-    "PEAK_LEARNING_RATE": "highest learning rate, at the end of the warm-up.",
-    "POSITIONS": "shows a table of single positions, too.",
     "PRETRAINING": "pretraining task on documents: a function of `tasks.preprocessors`.",
     "PROMPTS_FILE": "JSON lines of token ids to train on.",
     "RANDOM_SEED": "seed of initialisation, data order, noise and decoding.",
-    "READER": "how files are read: `readers.Jsonl`, `Tsv`, `Text` or `Parallel`.",
-    "ROLLOUT": "on-policy training: the model's own texts in place of the data's targets; None trains on the targets.",
-    "SAMPLES_PER_EXAMPLE": "texts decoded per example, for metrics such as pass@k.",
     "SOURCE_LANGUAGE": "language code of the inputs.",
-    "SPLIT": "split to read.",
-    "SPLITS": "splits to cache; None caches all.",
     "STATES": 'noisy states that a distillation learns from: "visited" by the student as it wrote, or "random" masks.',
     "TARGETS": "template of the targets, with field names in braces.",
     "TARGET_LANGUAGE": "language code of the targets.",
@@ -95,14 +75,13 @@ _MEANINGS = {
     "TATOEBA_FILE": "Tatoeba file, as a path or glob pattern by split.",
     "TEACHER_CHECKPOINT_PATH": "the autoregressive teacher of a distillation: a checkpoint or a MODEL_DIR.",
     "TEMPERATURE": "sampling temperature; 0 is greedy.",
-    "TEMPLATE_VARIABLES": 'extra variables of the chat template, such as `{"enable_thinking": False}`.',
+    "PROMPTS_END": "prompts with answers end in EOS: T5 was trained with it, most decoder-only models were not.",
+    "TEXT_PRETRAINING": "pretraining task on plain text: a function of `tasks.preprocessors`.",
     "TEXT": "the natural-language part of a pretraining mixture.",
-    "TEXT_FILE": "UTF-8 text, one prompt per line.",
     "THRESHOLD": "probability above which a step writes a token at once; None writes a fixed number per step.",
     "TOKENIZER_FILE": "tokenizer of a model imported from llama2.c.",
     "TOP_K": "restricts the divergence to the teacher's k most likely tokens; None takes all.",
     "TRAIN_STEPS": "step to train up to, counting those before a resume and those of the initial checkpoint.",
-    "USE_CACHED_TASKS": "read what `seqio_cache_tasks` wrote.",
     "VALIDATION_FILE": "JSON lines of token ids to evaluate on.",
     "VOCABULARY": "the tokenizer, as a SeqIO vocabulary.",
     "VOCABULARY_FILE": "the tokenizer: a SentencePiece model, a tokenizer.json or llama2.c's .bin; None: bytes.",
@@ -171,12 +150,6 @@ class File:
     uses: list[tuple[str, str, str]]
 
 
-def files() -> list[str]:
-    """Returns the shipped gin files, relative to the gin folder."""
-    root = PACKAGE / "gin"
-    return sorted(str(path.relative_to(root)) for path in root.rglob("*.gin"))
-
-
 def with_includes(file: str) -> list[str]:
     """Returns a shipped file and all files that it includes, in the order in which gin reads them."""
     found = [inner for included in read(file).includes for inner in with_includes(included)]
@@ -187,7 +160,7 @@ def with_includes(file: str) -> list[str]:
 def macros() -> Mapping[str, Macro]:
     """Returns all macros of the shipped files, by name."""
     found: dict[str, Macro] = {}
-    for name in files():
+    for name in shipped():
         file = read(name)
         for macro, value in file.values.items():
             found.setdefault(macro, Macro(macro)).values[name] = value
@@ -206,30 +179,14 @@ def of_runs(run_files: list[str]) -> list[Macro]:
     return sorted((macros()[name] for name in named), key=lambda macro: REQUIRED not in macro.default(run_files))
 
 
-class _Text(str):
-    """Gin text that appears in a value without quotes."""
-
-    __repr__ = str.__str__
-
-
-class _Reader(config_parser.ParserDelegate):
-    """Keeps references and macros as they are spelled."""
-
-    def configurable_reference(self, scoped_selector: str, evaluate: bool) -> _Text:
-        return _Text(f"@{scoped_selector}{'()' if evaluate else ''}")
-
-    def macro(self, macro_name: str) -> _Text:
-        return _Text(f"%{macro_name}")
-
-
 @functools.cache
 def read(name: str) -> File:
     """Parses a shipped file."""
-    text = (PACKAGE / "gin" / name).read_text(encoding="utf-8")
+    text = shipped_text(name)
     comment = re.match(r"(#.*\n)*", text)
     assert comment is not None, "no lines match, too"
     file = File(re.sub(r"^# ?", "", comment[0], flags=re.MULTILINE).strip(), {}, [], {}, [])
-    for statement in config_parser.ConfigParser(text, _Reader()):
+    for statement in config_parser.ConfigParser(text, AsText()):
         if isinstance(statement, config_parser.ImportStatement):
             file.imports[statement.bound_name()] = statement.module
         elif isinstance(statement, config_parser.IncludeStatement):
@@ -245,7 +202,7 @@ def read(name: str) -> File:
 
 def _macros_in(value: Any) -> Iterator[str]:
     """Yields the names of the macros in a value, at any depth."""
-    if isinstance(value, _Text):
+    if isinstance(value, Spelled):
         if value.startswith("%") and value != REQUIRED:
             yield value[1:]
     elif isinstance(value, Mapping):

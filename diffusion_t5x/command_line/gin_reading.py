@@ -64,6 +64,26 @@ def shipped_text(file: str) -> str:
     return (SHIPPED / file).read_text(encoding="utf-8")
 
 
+class Spelled(str):
+    """Gin text that appears in a value without quotes."""
+
+    __repr__ = str.__str__
+
+
+class AsText(config_parser.ParserDelegate):
+    """Keeps references and macros as they are spelled, and collects what they refer to, without scopes."""
+
+    def __init__(self) -> None:
+        self.mentioned: list[str] = []
+
+    def configurable_reference(self, scoped_selector: str, evaluate: bool) -> Spelled:
+        self.mentioned.append(scoped_selector.rpartition("/")[2])
+        return Spelled(f"@{scoped_selector}{'()' if evaluate else ''}")
+
+    def macro(self, macro_name: str) -> Spelled:
+        return Spelled(f"%{macro_name}")
+
+
 class _Reading:
     """The source being read, and the places where all values so far were set."""
 

@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import pathlib
 import re
+import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 
@@ -11,6 +12,7 @@ import diffusion_t5x
 from diffusion_t5x.command_line import gin_macros, processes
 from diffusion_t5x.command_line.flags import ABOUT_OVERRIDES, Parser, add_gin_flags
 from diffusion_t5x.command_line.verbs import VERBS, Verb, with_flags
+from diffusion_t5x.errors import UserError
 
 COMMAND = "diffusion-t5x"
 _WIDTH = 110
@@ -46,6 +48,15 @@ def overview() -> str:
 def parser(name: str) -> argparse.ArgumentParser:
     """Returns the parser of a verb with all that its help shows; verbs without gin also read their flags with it."""
     return _gin_parser(name) if VERBS[name].takes_gin else _plain_parser(name)
+
+
+def arguments(name: str) -> argparse.Namespace:
+    """Reads the flags of a small verb; a wrong one ends the process with a line on stderr and status 2."""
+    try:
+        return parser(name).parse_args()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _gin_parser(name: str) -> argparse.ArgumentParser:

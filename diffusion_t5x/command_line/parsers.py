@@ -65,6 +65,8 @@ def add_convert(parser: Parser) -> None:
     from_hf.add_argument("--mask_id", type=int, metavar="ID", help=mask)
     blocks = "of a model of block diffusion, if config.json does not say it"
     from_hf.add_argument("--block_size", type=int, metavar="TOKENS", help=blocks)
+    only = "read no weights and write no checkpoint: model.gin for a dry run"
+    from_hf.add_argument("--config_only", action="store_true", help=only)
     to_hf = sources.add_parser("to_hf", help="export a model, as what it is now or was imported from")
     to_hf.add_argument("checkpoint", metavar="CHECKPOINT")
     to_hf.add_argument("--like", metavar="DIR", help="what from_hf wrote, if CHECKPOINT is not in it")

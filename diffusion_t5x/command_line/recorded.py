@@ -27,7 +27,7 @@ _VOCABULARY = "diffusion_t5x.data.vocabulary_files.vocabulary"
 def checkpoint_texts(
     checkpoint: OpenCheckpoint | None,
     argv: Sequence[str],
-    runs: Sequence[str],
+    run: str,
     macros: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> tuple[list[str], dict[str, str]]:
     """Returns the gin text that a verb reads before gin files (see `config.load`), so that a checkpoint is enough.
@@ -35,7 +35,7 @@ def checkpoint_texts(
     Args:
       checkpoint: the checkpoint that the command line names; None reads nothing.
       argv: the command line. Its gin files of runs/ are read first, so the checkpoint's settings win over them.
-      runs: gin files to read if it has none of runs/.
+      run: the gin file to read if it has none of runs/.
       macros: more macros to bind.
 
     Returns:
@@ -51,7 +51,7 @@ def checkpoint_texts(
         place = argv.index("--gin_file")
         argv[place : place + 2] = [f"--gin_file={argv[place + 1]}"]
     given = [flag for flag in argv if _RUN_FILE.fullmatch(flag)]
-    files = [flag.removeprefix("--gin_file=") for flag in given] or runs
+    files = [flag.removeprefix("--gin_file=") for flag in given] or [run]
     macros = {"CHECKPOINT_PATH": checkpoint.named, **macros}
     texts = {
         "the run": "\n".join([_HEADER, *(f"include {file!r}" for file in files)]),
@@ -168,9 +168,6 @@ class _Text:
     """A gin text under construction.
 
     A checkpoint may be a stranger's: anything that should be a name and is not raises a UserError.
-
-    Args:
-      where: the checkpoint's name in messages.
     """
 
     def __init__(self, where: str):

@@ -6,8 +6,8 @@ import textwrap
 from collections.abc import Iterator
 
 from diffusion_t5x.command_line import config, gin_macros, help_pages
+from diffusion_t5x.command_line.gin_reading import shipped
 from diffusion_t5x.data.libraries import libraries
-from diffusion_t5x.errors import UserError
 
 _TASKS = "diffusion_t5x.tasks."
 
@@ -15,9 +15,8 @@ _TASKS = "diffusion_t5x.tasks."
 def families() -> dict[str, list[str]]:
     """Returns the shipped gin files that register tasks, by the module of `tasks/` that makes them."""
     found: dict[str, list[str]] = {}
-    for file in gin_macros.files():
-        if file.startswith("tasks/"):
-            found.setdefault(_family(file), []).append(file)
+    for file in shipped("tasks"):
+        found.setdefault(_family(file), []).append(file)
     return dict(sorted(found.items()))
 
 
@@ -57,11 +56,7 @@ def _registered(file: str) -> list[str]:
 
 def main() -> None:
     """Prints the list, or the entries that contain a given word."""
-    try:
-        word = help_pages.parser("tasks").parse_args().word
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    word = help_pages.arguments("tasks").word
     found = False
     for family, files in families().items():
         described = [list(describe(file)) for file in files]

@@ -60,13 +60,7 @@ _QUICKSTART_TASK = (
 
 def _without_gin(summary: str, example: str, module: str, add_arguments: Callable[[Parser], None]) -> Verb:
     return Verb(
-        summary,
-        example,
-        module,
-        takes_gin=False,
-        takes_dry_run=False,
-        takes_mesh=False,
-        add_arguments=add_arguments,
+        summary, example, module, takes_gin=False, takes_dry_run=False, takes_mesh=False, add_arguments=add_arguments
     )
 
 

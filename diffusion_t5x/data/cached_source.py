@@ -14,7 +14,8 @@ from diffusion_t5x.data import cache, fingerprints
 from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.cache import CachedTask
 from diffusion_t5x.data.fingerprints import Fingerprint
-from diffusion_t5x.data.rows import RowLayout, check_rows, check_source, fill_batches, rows_of_shard, unreadable
+from diffusion_t5x.data.positioned import Positioned, unreadable
+from diffusion_t5x.data.rows import LaidOut, RowLayout, check_rows, fill_batches, rows_of_shard
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 
@@ -25,7 +26,7 @@ _OPEN_ROWS = 64  # that first-fit packing fills at the same time; at most so man
 
 
 @dataclasses.dataclass(frozen=True)
-class CachedDataset:
+class CachedDataset(LaidOut):
     """A cached SeqIO task or mixture. Tokens and rows are those of `seqio_source.SeqioDataset`.
 
     Differences: an epoch is shuffled as a whole and not in a buffer; all hosts together read an epoch before the next
@@ -60,11 +61,6 @@ class CachedDataset:
     def name(self) -> str:
         """Name of the task or mixture."""
         return self.mixture_or_task_name
-
-    @property
-    def row_length(self) -> int:
-        """Number of positions in the longest sequence that the model reads."""
-        return max(self._layout(pad_id=0).lengths.values())
 
     def check(self) -> None:
         """Checks everything that can be checked without reading data.
@@ -143,9 +139,6 @@ class CachedDataset:
 
         A mixture takes turns at its rates until the first of its tasks ends.
 
-        Args:
-          num_examples: take only the first `num_examples`; None takes all.
-
         Yields:
           Batches like those of `SeqioDataset.eval_batches`, and the `example_id` of each example.
 
@@ -209,24 +202,8 @@ def _read_options() -> "grain.ReadOptions":
     return grain.ReadOptions(num_threads=8, prefetch_buffer_size=16)  # Grain looks at the whole buffer each time
 
 
-class CachedIterator:
-    """Endless batches, and the exact position among them.
-
-    Args:
-      dataset: yields dictionaries of the arrays of a `Batch`, except example_ids.
-      example_ids: int32 `[rows]`, the same for each batch.
-      source: identifies the data. A position is valid only for the data that it was taken in.
-      files: fingerprint of the files that are read.
-    """
-
-    def __init__(self, dataset: "grain.IterDataset", example_ids: np.ndarray, source: str, files: Fingerprint):
-        self._iterator = iter(dataset)
-        self._example_ids = example_ids
-        self._source = np.frombuffer(source.encode(), np.uint8)
-        self._files = files
-
-    def __iter__(self) -> "CachedIterator":
-        return self
+class CachedIterator(Positioned):
+    """Endless batches from Grain; see `Positioned`."""
 
     def __next__(self) -> Batch:
         """Returns the next batch.
@@ -242,19 +219,9 @@ class CachedIterator:
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Returns the position as uint8 arrays, from which `load_state_dict` continues with the next batch."""
-        position = json.dumps(self._iterator.get_state()).encode()
-        return {
-            "source": self._source,
-            "files": fingerprints.to_array(self._files),
-            "position": np.frombuffer(position, np.uint8),
-        }
+        return self.state(position=json.dumps(self._iterator.get_state()).encode())
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """Restores a position that `state_dict` returned, without reading the data before it.
-
-        Raises:
-          UserError: the position was taken in other data (task, contents, lengths, batch size, seed, shards ...).
-        """
-        check_source(state, self._source)
-        fingerprints.warn_of_changes(state.get("files"), self._files)
+        """Restores a position that `state_dict` returned, without reading the data before it; see `check_state`."""
+        self.check_state(state)
         self._iterator.set_state(json.loads(bytes(state["position"])))

@@ -1,10 +1,12 @@
 """The interface of data sets for training, evaluation and dry runs."""
 
+import abc
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from diffusion_t5x.data.batch import Architecture, Batch
-from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.data.vocabularies import TokenIds, cells, signs, to_text, token_ids
+from diffusion_t5x.data.vocabulary import AnyVocabulary
 
 
 class Dataset(Protocol):
@@ -44,3 +46,23 @@ class Dataset(Protocol):
 
     def eval_batches(self, num_examples: int | None = None) -> Iterator[tuple[Batch, Sequence[Mapping[str, Any]]]]:
         """Yields the evaluation set in order, with the examples' texts."""
+
+
+class OfTexts(abc.ABC):
+    """The vocabulary's share of a data set."""
+
+    @abc.abstractmethod
+    def vocabulary(self) -> AnyVocabulary:
+        """The vocabulary that turns targets into text."""
+
+    def token_ids(self) -> TokenIds:
+        """The vocabulary's special ids and size, for models, objectives and decoders."""
+        return token_ids(self.vocabulary())
+
+    def to_text(self, tokens: Sequence[int]) -> str:
+        """Returns the text of target tokens, up to EOS or the first pad."""
+        return to_text(self.vocabulary(), tokens)
+
+    def cells(self, tokens: Sequence[int]) -> list[str]:
+        """Returns the texts of all target tokens, one each; joined they are the text: EOS as ¶, pad as ·, MASK as ▢."""
+        return cells(self.vocabulary(), tokens, signs(self.vocabulary()))

@@ -1,19 +1,19 @@
 """Finds the end of a text among its targets."""
 
-import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.data.batch import Array, Batch
+from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.shapes import AnyBoolBL, AnyIntBL, BoolBL
 
 
-def after_end(tokens: Array, batch: Batch, vocabulary: TokenIds) -> jax.Array:
-    """Returns bool `[B, L]`: True after the first EOS or pad among the targets of its segment.
+def after_end(tokens: AnyIntBL, batch: Batch, vocabulary: TokenIds) -> BoolBL:
+    """Returns True after the first EOS or pad among the targets of its segment.
 
     The length of an output is decided only here: decoders drop everything after the end.
 
     Args:
-      tokens: int32 `[B, L]`, in place of the batch's own.
+      tokens: in place of the batch's own.
       batch: layout of the slots.
       vocabulary: its EOS and pad ids.
     """
@@ -23,6 +23,6 @@ def after_end(tokens: Array, batch: Batch, vocabulary: TokenIds) -> jax.Array:
     return ends_before > jnp.take_along_axis(ends_before, segment_start, axis=-1)
 
 
-def text_of(batch: Batch, vocabulary: TokenIds) -> Array:
-    """Returns bool `[B, L]`: True for the targets of the text, including the one that ends it."""
+def text_of(batch: Batch, vocabulary: TokenIds) -> AnyBoolBL:
+    """Returns True for the targets of the text, including the one that ends it."""
     return batch.target_mask & ~after_end(batch.tokens, batch, vocabulary)

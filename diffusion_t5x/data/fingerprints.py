@@ -54,13 +54,13 @@ def changes(before: Fingerprint, now: Fingerprint) -> list[str]:
     return found
 
 
-def to_array(fingerprint: Fingerprint) -> np.ndarray:
-    """Returns a fingerprint as uint8, for a checkpoint."""
-    return np.frombuffer(json.dumps(fingerprint).encode(), np.uint8)
+def to_bytes(fingerprint: Fingerprint) -> bytes:
+    """Returns a fingerprint as JSON, for a checkpoint."""
+    return json.dumps(fingerprint).encode()
 
 
 def warn_of_changes(kept: np.ndarray | None, now: Fingerprint) -> None:
-    """Logs what has changed since a checkpoint, if it kept a fingerprint (see `to_array`)."""
+    """Logs what has changed since a checkpoint, if it kept a fingerprint (see `to_bytes`)."""
     before = {} if kept is None else {name: tuple(value) for name, value in json.loads(bytes(kept)).items()}
     found = changes(before, now) if before else []
     if found:

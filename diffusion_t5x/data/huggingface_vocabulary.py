@@ -11,13 +11,13 @@ import numpy as np
 import tokenizers
 
 from diffusion_t5x.data import qwen2_tokenizer, tokenizer_files
-from diffusion_t5x.data.vocabulary import Vocabulary
+from diffusion_t5x.data.vocabulary import ReadVocabulary
 from diffusion_t5x.errors import UserError
 
 _ROLES = ("bos", "eos", "pad", "unk", "mask")
 
 
-class HuggingFaceVocabulary(Vocabulary):
+class HuggingFaceVocabulary(ReadVocabulary):
     """Encodes and decodes with the `tokenizers` library, without the special tokens it adds around a text.
 
     What ends a text, begins one and pads is named by the files beside the tokenizer, with the precedence that they have
@@ -34,8 +34,6 @@ class HuggingFaceVocabulary(Vocabulary):
       UserError: it cannot be read or has another format, or nothing beside it names a token that ends a text.
     """
 
-    contents = b""
-
     def __init__(self, path: str, mask_id: int | None = None):
         self.file = path
         file = pathlib.Path(path).expanduser()
@@ -51,7 +49,7 @@ class HuggingFaceVocabulary(Vocabulary):
         ids = self._tokenizer.get_vocab().values()
         beside = (tokenizer_files.CONFIG, tokenizer_files.ADDED, qwen2_tokenizer.VOCAB)
         tokenizer_files.check_room(ids, [file, *(file.parent / name for name in beside)], file)
-        self._size = 1 + max(ids)
+        self.vocab_size = 1 + max(ids)
         self._ids = _special_ids(file.parent, self._tokenizer)
         self._ids["mask"] = self._ids["mask"] if mask_id is None else mask_id
         eos_id, pad_id = self._ids["eos"], self._ids["pad"]
@@ -60,23 +58,12 @@ class HuggingFaceVocabulary(Vocabulary):
                 f"No file beside {path} says which token ends a text: add a tokenizer_config.json with an eos_token "
                 "that the tokenizer has."
             )
-        self._eos_id, self._pad_id = eos_id, eos_id if pad_id is None else pad_id
-        self._ids["pad"] = self._pad_id
-        if self._ids["mask"] is None:
+        self.eos_id, self.pad_id = eos_id, eos_id if pad_id is None else pad_id
+        self.bos_id, self.unk_id, self.mask_id = (self._ids[role] for role in ("bos", "unk", "mask"))
+        self._ids["pad"] = self.pad_id
+        if self.mask_id is None:
             del self._ids["mask"]  # so that `contents` stay those of vocabularies from before there were masks
         self.contents = f"{json.dumps(self._ids)} {self._text}".encode()
-
-    @property
-    def bos_id(self) -> int | None:
-        return self._ids["bos"]
-
-    @property
-    def eos_id(self) -> int:
-        return self._eos_id
-
-    @property
-    def pad_id(self) -> int:
-        return self._pad_id
 
     @functools.cached_property
     def adds_bos(self) -> bool:
@@ -85,18 +72,6 @@ class HuggingFaceVocabulary(Vocabulary):
         if isinstance(adds := said.get("add_bos_token"), bool):
             return adds and self.bos_id is not None
         return self._tokenizer.encode("").ids[:1] == [self.bos_id]
-
-    @property
-    def mask_id(self) -> int | None:
-        return self._ids.get("mask")
-
-    @property
-    def unk_id(self) -> int | None:
-        return self._ids["unk"]
-
-    @property
-    def vocab_size(self) -> int:
-        return self._size
 
     @functools.cached_property
     def puts_space(self) -> bool:
@@ -110,7 +85,7 @@ class HuggingFaceVocabulary(Vocabulary):
         return [name for name in names if name is not None]
 
     def is_text(self) -> np.ndarray:
-        text = np.zeros(self._size, bool)
+        text = np.zeros(self.vocab_size, bool)
         text[list(self._tokenizer.get_vocab().values())] = True
         special = [token for token, added in self._added.items() if added.special]
         text[special + [token for token in (self.bos_id, self.unk_id) if token is not None]] = False
@@ -135,9 +110,6 @@ class HuggingFaceVocabulary(Vocabulary):
     def encode_part(self, text: str, begins: bool) -> list[int]:
         tokenizer = self._tokenizer if begins else self._part_tokenizer
         return tokenizer.encode(text, add_special_tokens=False).ids
-
-    def _to_ids(self, text: bytes) -> list[int]:
-        return self.encode_part(text.decode(errors="replace"), begins=True)
 
     def _to_bytes(self, ids: Sequence[int]) -> bytes:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True).encode()

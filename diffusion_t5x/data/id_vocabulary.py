@@ -1,19 +1,16 @@
 """Ids as text, for a model without a tokenizer: a vocabulary that its config.json describes."""
 
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from diffusion_t5x.data import tokenizer_files
-from diffusion_t5x.data.vocabulary import Vocabulary
+from diffusion_t5x.data.plain_vocabularies import Ids
 from diffusion_t5x.errors import UserError
 
 CONFIG = "config.json"
 
 
-class IdVocabulary(Vocabulary):
+class IdVocabulary(Ids):
     """Texts are ids in decimal, separated by spaces: "17 3 250".
 
     Args:
@@ -25,10 +22,7 @@ class IdVocabulary(Vocabulary):
       UserError: it cannot be read, or does not name these.
     """
 
-    contents = b""
-
     def __init__(self, path: str, mask_id: int | None = None):
-        self.file = path
         said = tokenizer_files.read(pathlib.Path(path).expanduser())
         size, eos_id = said.get("embedding_size") or said.get("vocab_size"), _first(said.get("eos_token_id"))
         if not isinstance(size, int) or eos_id is None:
@@ -37,61 +31,21 @@ class IdVocabulary(Vocabulary):
                 "tokenizer beside it."
             )
         pad_id = _first(said.get("pad_token_id"))
-        self._size, self._eos_id, self._pad_id = size, eos_id, eos_id if pad_id is None else pad_id
-        self._bos_id = _first(said.get("bos_token_id"))
-        self._mask_id = _first(said.get("mask_token_id")) if mask_id is None else mask_id
-        self.contents = f"ids {size} {eos_id} {self._pad_id} {self._bos_id} {self._mask_id}".encode()
-
-    @property
-    def eos_id(self) -> int:
-        return self._eos_id
-
-    @property
-    def pad_id(self) -> int:
-        return self._pad_id
-
-    @property
-    def bos_id(self) -> int | None:
-        return self._bos_id
-
-    @property
-    def unk_id(self) -> None:
-        return None
-
-    @property
-    def mask_id(self) -> int | None:
-        return self._mask_id
-
-    @property
-    def vocab_size(self) -> int:
-        return self._size
-
-    @property
-    def puts_space(self) -> bool:
-        return True
-
-    def is_text(self) -> np.ndarray:
-        return np.ones(self._size, bool)
-
-    def piece(self, token: int) -> bytes:
-        return f" {token}".encode()
+        self.file = path
+        self.bos_id = _first(said.get("bos_token_id"))
+        self.mask_id = _first(said.get("mask_token_id")) if mask_id is None else mask_id
+        super().__init__(size, eos_id, eos_id if pad_id is None else pad_id, self.bos_id, self.mask_id)
 
     def encode_part(self, text: str, begins: bool) -> list[int]:
         del begins
         words = text.split()
         for word in words:
-            if not (word.isascii() and word.isdigit() and int(word) < self._size):
+            if not (word.isascii() and word.isdigit() and int(word) < self.vocab_size):
                 raise UserError(
-                    f"{self.file} knows only ids from 0 to {self._size - 1}, in decimal and separated by spaces, and "
-                    f"{word[:40]!r} is none: put the model's tokenizer beside it to read other texts."
+                    f"{self.file} knows only ids from 0 to {self.vocab_size - 1}, in decimal and separated by spaces, "
+                    f"and {word[:40]!r} is none: put the model's tokenizer beside it to read other texts."
                 )
         return [int(word) for word in words]
-
-    def _to_ids(self, text: bytes) -> list[int]:
-        return self.encode_part(text.decode(errors="replace"), begins=True)
-
-    def _to_bytes(self, ids: Sequence[int]) -> bytes:
-        return " ".join(map(str, ids)).encode()
 
 
 def _first(token: Any) -> int | None:

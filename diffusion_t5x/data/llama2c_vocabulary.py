@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from diffusion_t5x.data.vocabulary import Vocabulary
+from diffusion_t5x.data.vocabulary import ReadVocabulary
 from diffusion_t5x.errors import UserError
 
 _FIRST_BYTE, _FIRST_PIECE = 3, 259
@@ -22,14 +22,11 @@ _FIRST_BYTE, _FIRST_PIECE = 3, 259
 _CHARACTER = re.compile(rb".[\x80-\xbf]{0,3}", re.DOTALL)
 
 
-class Llama2cVocabulary(Vocabulary):
+class Llama2cVocabulary(ReadVocabulary):
     """Encodes and decodes like llama2.c's run.c, without BOS: autoregressive models read BOS as their start token.
 
     The unknown token is never written, because all text falls back to bytes; its id 0 is pad here. llama2.c's models
     end a text with the BOS of the next one, and decoding stops there.
-
-    Args:
-      path: the tokenizer file.
 
     `contents` are the file's bytes.
 
@@ -37,8 +34,7 @@ class Llama2cVocabulary(Vocabulary):
       UserError: it cannot be read or has another format.
     """
 
-    contents = b""
-    puts_space = True
+    bos_id, eos_id, unk_id, puts_space = 1, 2, 0, True
 
     def __init__(self, path: str):
         self.file = path
@@ -50,26 +46,11 @@ class Llama2cVocabulary(Vocabulary):
                 "VOCABULARY_FILE."
             ) from error
         self._pieces, self._scores = _parse(self.contents, path)
+        self.vocab_size = len(self._pieces)
         # Backwards: of equal pieces the first one counts. What looks like a special id or a byte is text to be encoded.
         self._ids = {self._pieces[i]: i for i in range(len(self._pieces) - 1, _FIRST_PIECE - 1, -1)}
         if b" " not in self._ids:
             raise UserError(f"{path} is not a tokenizer that llama2.c could use: it has no piece for a space.")
-
-    @property
-    def bos_id(self) -> int:
-        return 1
-
-    @property
-    def eos_id(self) -> int:
-        return 2
-
-    @property
-    def unk_id(self) -> int:
-        return 0
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self._pieces)
 
     def is_text(self) -> np.ndarray:
         text = np.ones(self.vocab_size, bool)

@@ -5,25 +5,21 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_t5x.data.vocabulary import Vocabulary
+from diffusion_t5x.data.vocabulary import ReadVocabulary
 from diffusion_t5x.errors import UserError
 
 _SPECIAL = 3  # pad, EOS and unknown come first
 
 
-class ByteVocabulary(Vocabulary):
+class ByteVocabulary(ReadVocabulary):
     """UTF-8 bytes with the ids of SeqIO's class of that name (ByT5, arXiv 2105.13626), and sentinels behind them."""
 
-    contents = b""
-    eos_id, unk_id, puts_space = 1, 2, False
+    unk_id, puts_space = 2, False
 
     def __init__(self, extra_ids: int = 0):
         self.extra_ids = extra_ids
+        self.vocab_size = _SPECIAL + 256 + extra_ids
         self.contents = f"bytes {self.vocab_size} {extra_ids}".encode()
-
-    @property
-    def vocab_size(self) -> int:
-        return _SPECIAL + 256 + self.extra_ids
 
     def is_text(self) -> np.ndarray:
         return np.arange(self.vocab_size) != self.unk_id
@@ -50,32 +46,36 @@ class ByteVocabulary(Vocabulary):
         return text.decode(errors="ignore").encode()
 
 
-class TokenIdVocabulary(Vocabulary):
-    """Ids for their own sake, with a pad id that need not be 0: in many vocabularies 0 is a piece of text."""
+class Ids(ReadVocabulary):
+    """Ids in decimal for texts.
 
-    contents = b""
-    eos_id, pad_id = 1, 0
-    unk_id, puts_space = None, True
+    Args:
+      size: number of ids.
+      eos_id, pad_id: special ids. Pad need not be 0: in many vocabularies 0 is a piece of text.
+      *others: more ids that tell it from others.
+    """
 
-    def __init__(self, size: int, eos_id: int, pad_id: int = 0):
-        self._size, self.eos_id, self.pad_id = size, eos_id, pad_id
-        self.contents = f"ids {size} {eos_id} {pad_id}".encode()
+    puts_space = True
 
-    @property
-    def vocab_size(self) -> int:
-        return self._size
+    def __init__(self, size: int, eos_id: int, pad_id: int, *others: int | None):
+        self.vocab_size, self.eos_id, self.pad_id = size, eos_id, pad_id
+        self.contents = " ".join(map(str, ("ids", size, eos_id, pad_id, *others))).encode()
 
     def is_text(self) -> np.ndarray:
-        return np.ones(self._size, bool)
+        return np.ones(self.vocab_size, bool)
 
     def piece(self, token: int) -> bytes:
         return f" {token}".encode()
 
-    def encode_part(self, text: str, begins: bool) -> list[int]:
-        raise UserError("The vocabulary has only ids: texts cannot be encoded with it.")
-
-    def _to_ids(self, text: bytes) -> list[int]:
-        return self.encode_part(text.decode(errors="replace"), begins=True)
-
     def _to_bytes(self, ids: Sequence[int]) -> bytes:
         return " ".join(map(str, ids)).encode()
+
+
+class TokenIdVocabulary(Ids):
+    """Ids for their own sake: no text can be encoded."""
+
+    def __init__(self, size: int, eos_id: int, pad_id: int = 0):
+        super().__init__(size, eos_id, pad_id)
+
+    def encode_part(self, text: str, begins: bool) -> list[int]:
+        raise UserError("The vocabulary has only ids: texts cannot be encoded with it.")

@@ -35,27 +35,6 @@ def rows_of_shard(batch_size: int, num_shards: int, shard_index: int) -> np.ndar
     return np.arange(shard_index * rows, (shard_index + 1) * rows, dtype=np.int32)
 
 
-def check_source(state: Mapping[str, np.ndarray], source: np.ndarray) -> None:
-    """Raises a UserError if the position `state` was not taken in the data `source` (uint8, the "source" of a state).
-
-    Raises:
-      UserError: it was taken in other data (task, lengths, batch size, seed, shards ...).
-    """
-    if bytes(state["source"]) != bytes(source):
-        raise UserError(
-            f"The checkpoint's position in the data belongs to {bytes(state['source']).decode()}, but the run reads "
-            f"{bytes(source).decode()}: resume with the same data settings, or start in a new MODEL_DIR."
-        )
-
-
-def unreadable(reason: str) -> UserError:
-    """Returns the error for training data that disappeared or broke during a run."""
-    return UserError(
-        f"The training data can no longer be read: {reason}. Finished checkpoints are not affected: restore the file, "
-        "and the same command continues from the newest of them."
-    )
-
-
 def fill_batches(
     examples: Iterable[tuple[Row, Any]], batch_size: int, pad_id: int
 ) -> Iterator[tuple[Batch, list[Any]]]:
@@ -78,6 +57,19 @@ def fill_batches(
         rows = [row for row, _ in group] + [empty] * (batch_size - len(group))
         arrays = {name: np.stack([row[name] for row in rows]) for name in empty}
         yield Batch(**arrays, example_ids=np.arange(first, first + batch_size, dtype=np.int32)), [x for _, x in group]
+
+
+class LaidOut:
+    """Rows of features with these lengths, for a model of this architecture."""
+
+    task_feature_lengths: Mapping[str, int]
+    architecture: Architecture
+
+    @property
+    def row_length(self) -> int:
+        """Number of positions in the longest sequence that the model reads."""
+        lengths = self.task_feature_lengths.values()
+        return sum(lengths) if self.architecture == "decoder_only" else max(lengths)
 
 
 @dataclasses.dataclass(frozen=True)

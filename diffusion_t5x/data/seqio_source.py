@@ -10,11 +10,12 @@ import numpy as np
 
 from diffusion_t5x.data import fingerprints, scoring
 from diffusion_t5x.data.batch import Architecture, Batch
+from diffusion_t5x.data.dataset import OfTexts
 from diffusion_t5x.data.fingerprints import Fingerprint
 from diffusion_t5x.data.libraries import libraries, sources
-from diffusion_t5x.data.rows import check_rows, fill_batches, rows_of_shard
+from diffusion_t5x.data.rows import LaidOut, check_rows, fill_batches, rows_of_shard
 from diffusion_t5x.data.truncation import CutCounter
-from diffusion_t5x.data.vocabularies import TokenIds, cells, difference, piece, signs, source_of, to_text, token_ids
+from diffusion_t5x.data.vocabularies import difference, piece, signs, source_of
 from diffusion_t5x.data.vocabulary import own
 from diffusion_t5x.errors import UserError
 
@@ -44,7 +45,7 @@ def _plain(value: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class SeqioDataset:
+class SeqioDataset(OfTexts, LaidOut):
     """A SeqIO task or mixture, read for a model. Construction does no work; methods import SeqIO.
 
     Attributes:
@@ -78,12 +79,6 @@ class SeqioDataset:
     def name(self) -> str:
         """Name of the task or mixture."""
         return self.mixture_or_task_name
-
-    @property
-    def row_length(self) -> int:
-        """Number of positions in the longest sequence that the model reads."""
-        lengths = self.task_feature_lengths.values()
-        return sum(lengths) if self.architecture == "decoder_only" else max(lengths)
 
     def check(self) -> None:
         """Checks all but the data, and the data too where they are files that Python reads.
@@ -158,10 +153,6 @@ class SeqioDataset:
         """The vocabulary that turns targets into text."""
         return self._provider().output_features["targets"].vocabulary
 
-    def token_ids(self) -> TokenIds:
-        """The vocabulary's special ids and size, for models, objectives and decoders."""
-        return token_ids(self.vocabulary())
-
     def adds_eos(self, feature: str) -> bool:
         """True if the texts of a feature end in EOS."""
         return self._provider().output_features[feature].add_eos
@@ -170,14 +161,6 @@ class SeqioDataset:
         """The tokenization of texts, for a checkpoint's record: "vocabulary_source", "inputs_end" (True: in EOS)."""
         inputs_end = "inputs" in self.task_feature_lengths and self.adds_eos("inputs")
         return {"vocabulary_source": source_of(self.vocabulary()), "inputs_end": inputs_end}
-
-    def to_text(self, tokens: Sequence[int]) -> str:
-        """Returns the text of target tokens, up to EOS or the first pad."""
-        return to_text(self.vocabulary(), tokens)
-
-    def cells(self, tokens: Sequence[int]) -> list[str]:
-        """Returns the texts of all target tokens, one each; joined they are the text: EOS as ¶, pad as ·, MASK as ▢."""
-        return cells(self.vocabulary(), tokens, signs(self.vocabulary()))
 
     def piece(self, token: int) -> bytes:
         """Returns one token as UTF-8 bytes, which may be only part of a character; signs as in `cells`."""
@@ -216,19 +199,10 @@ class SeqioDataset:
         """
         self.check()
         example_ids = rows_of_shard(self.batch_size, num_shards, shard_index)
-        seqio, _ = libraries()
+        libraries()
         from diffusion_t5x.data.train_iterator import TrainIterator
 
-        ds = self._provider().get_dataset(
-            sequence_length=dict(self.task_feature_lengths),
-            split=self.split,
-            use_cached=self.use_cached,
-            shuffle=self.shuffle,
-            seed=self.seed,
-            shard_info=seqio.ShardInfo(index=shard_index, num_shards=num_shards),
-            num_epochs=None,
-            try_in_mem_cache=False,  # the cache would become part of every checkpoint
-        )
+        ds = self._read(None, num_shards, shard_index, self.shuffle)
         ds = self._converter(self.pack)(ds, self.task_feature_lengths)
         # Left alone, TensorFlow makes steps below the repeat run ahead. One that has seen the end of an epoch when the
         # position is saved forgets the state of that epoch's shuffling: the next epoch would come in another order.
@@ -308,7 +282,7 @@ class SeqioDataset:
           shard_index: index of the part.
         """
         names = list(self.task_feature_lengths)
-        ds = self._read_through(num_epochs, num_shards, shard_index).map(lambda x: {name: x[name] for name in names})
+        ds = self._read(num_epochs, num_shards, shard_index).map(lambda x: {name: x[name] for name in names})
         return ds.with_options(_without_autotuning()).as_numpy_iterator()
 
     def count_cut(self, num_examples: int) -> CutCounter:
@@ -323,11 +297,11 @@ class SeqioDataset:
         return CutCounter(self.task_feature_lengths, self._provider().output_features)
 
     def _eval_dataset(self, num_examples: int | None, shuffle: bool = False) -> "tf.data.Dataset":
-        ds = self._read_through(shuffle=shuffle)
+        ds = self._read(shuffle=shuffle)
         return ds if num_examples is None else ds.take(num_examples)
 
-    def _read_through(
-        self, num_epochs: int = 1, num_shards: int = 1, shard_index: int = 0, shuffle: bool = False
+    def _read(
+        self, num_epochs: int | None = 1, num_shards: int = 1, shard_index: int = 0, shuffle: bool = False
     ) -> "tf.data.Dataset":
         return self._provider().get_dataset(
             sequence_length=dict(self.task_feature_lengths),
@@ -337,7 +311,7 @@ class SeqioDataset:
             seed=self.seed,
             shard_info=libraries()[0].ShardInfo(index=shard_index, num_shards=num_shards),
             num_epochs=num_epochs,
-            try_in_mem_cache=False,
+            try_in_mem_cache=False,  # the cache would become part of every checkpoint
         )
 
     def _describe(self, example_id: int, example: dict[str, Any]) -> dict[str, Any]:

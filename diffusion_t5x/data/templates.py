@@ -17,10 +17,12 @@ import numpy as np
 from diffusion_t5x import json_lines
 from diffusion_t5x.data import text_files
 from diffusion_t5x.data.batch import Architecture, Batch
+from diffusion_t5x.data.dataset import OfTexts
 from diffusion_t5x.data.rows import Row, RowLayout, fill_batches
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.text_rows import TextRows
 from diffusion_t5x.data.vocabularies import TokenIds, encode_part
+from diffusion_t5x.data.vocabulary import AnyVocabulary
 from diffusion_t5x.errors import UserError, did_you_mean
 
 _HOLE = re.compile(r"(\\*)<hole(?::([^<>]*))?>")
@@ -51,15 +53,8 @@ class Template:
         return cls(text, inputs, *_split(text, place), place)
 
 
-class Templates:
-    """Templates in place of a task's examples. The task has the vocabulary, the lengths and the layout of the rows.
-
-    Args:
-      templates: at least one.
-      dataset: the task, or an object that lays out rows like it.
-      name: name of the set of templates.
-      fingerprint: hash of their file.
-    """
+class Templates(OfTexts):
+    """Templates in place of a task's examples. The task has the vocabulary, the lengths and the layout of the rows."""
 
     pack = False
 
@@ -99,6 +94,9 @@ class Templates:
     def architecture(self) -> Architecture:
         return self._dataset.architecture
 
+    def vocabulary(self) -> AnyVocabulary:
+        return self._dataset.vocabulary()
+
     def check(self) -> None:
         """Encodes all templates.
 
@@ -110,7 +108,7 @@ class Templates:
 
     def token_ids(self) -> TokenIds:
         """The task's special ids, as they apply in holes."""
-        return self._dataset.token_ids().for_infilling()
+        return super().token_ids().for_infilling()
 
     def num_eval_examples(self, num_examples: int | None = None) -> int:
         """Returns the number of templates, at most `num_examples`."""
@@ -135,14 +133,6 @@ class Templates:
         starts = np.array([start for _, start in self._rows])
         starts = starts[np.minimum(batch.example_ids, len(starts) - 1)]  # rows that fill up a batch have other ids
         return np.asarray(batch.segment_ids > 0) & (np.arange(batch.tokens.shape[1]) >= starts[:, None])
-
-    def to_text(self, tokens: Sequence[int]) -> str:
-        """Returns the text of tokens, up to EOS or the first pad."""
-        return self._dataset.to_text(tokens)
-
-    def cells(self, tokens: Sequence[int]) -> list[str]:
-        """Returns the texts of tokens, one each."""
-        return self._dataset.cells(tokens)
 
     @functools.cached_property
     def _rows(self) -> list[tuple[Row, int]]:

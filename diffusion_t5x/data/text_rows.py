@@ -1,24 +1,21 @@
 """Lays out texts given in Python as rows for a model, like those of its task in training."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import numpy as np
 
 from diffusion_t5x.data.batch import Architecture, Batch
-from diffusion_t5x.data.rows import RowLayout, check_rows, fill_batches
-from diffusion_t5x.data.vocabularies import TokenIds, cells, signs, to_text, token_ids
+from diffusion_t5x.data.dataset import OfTexts
+from diffusion_t5x.data.rows import LaidOut, RowLayout, check_rows, fill_batches
+from diffusion_t5x.data.vocabulary import AnyVocabulary
 from diffusion_t5x.errors import UserError
-
-if TYPE_CHECKING:
-    from diffusion_t5x.data.vocabulary import AnyVocabulary
 
 _LEAST_ROOM = 64  # tokens of a row that has no set length; longer texts have twice as much, and so on
 
 
 @dataclasses.dataclass(frozen=True)
-class TextRows:
+class TextRows(OfTexts, LaidOut):
     """The layout of texts as rows. Replaces a `SeqioDataset` if texts are given and no task is read.
 
     Attributes:
@@ -31,7 +28,7 @@ class TextRows:
       batch_size: number of rows in a batch.
     """
 
-    tokenizer: "AnyVocabulary"
+    tokenizer: AnyVocabulary
     task_feature_lengths: Mapping[str, int]
     architecture: Architecture
     canvas: bool
@@ -39,35 +36,16 @@ class TextRows:
     name: str = "the model"
     batch_size: int = 1
 
-    @property
-    def row_length(self) -> int:
-        """Number of positions in the longest sequence that the model reads."""
-        lengths = self.task_feature_lengths.values()
-        return sum(lengths) if self.architecture == "decoder_only" else max(lengths)
-
     def check_task(self) -> None:
         """Raises a UserError if a length is not positive."""
         check_rows(self.task_feature_lengths, self.batch_size, False, self.canvas)
 
-    def vocabulary(self) -> "AnyVocabulary":
-        """The model's vocabulary."""
+    def vocabulary(self) -> AnyVocabulary:
         return self.tokenizer
-
-    def token_ids(self) -> TokenIds:
-        """The vocabulary's special ids and size, for models, objectives and decoders."""
-        return token_ids(self.tokenizer)
 
     def adds_eos(self, feature: str) -> bool:
         """True if the texts of a feature end in EOS."""
         return feature == "targets" or self.inputs_end
-
-    def to_text(self, tokens: Sequence[int]) -> str:
-        """Returns the text of tokens, up to EOS or the first pad."""
-        return to_text(self.tokenizer, tokens)
-
-    def cells(self, tokens: Sequence[int]) -> list[str]:
-        """Returns the texts of tokens, one each; see `vocabularies.cells`."""
-        return cells(self.tokenizer, tokens, signs(self.tokenizer))
 
     def batch(self, inputs: str, text: str, number: int) -> Batch:
         """Returns a batch of one row: the inputs, if the model takes any, and a whole text as the target.

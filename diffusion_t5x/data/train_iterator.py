@@ -10,10 +10,8 @@ from collections.abc import Mapping
 import numpy as np
 import tensorflow as tf
 
-from diffusion_t5x.data import fingerprints
 from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.data.fingerprints import Fingerprint
-from diffusion_t5x.data.rows import check_source, unreadable
+from diffusion_t5x.data.positioned import Positioned, unreadable
 from diffusion_t5x.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -21,28 +19,14 @@ logger = logging.getLogger(__name__)
 _FILES = {"index": "position.index", "data": "position.data-00000-of-00001"}  # what a TensorFlow checkpoint is made of
 
 
-class TrainIterator:
-    """Endless batches, and the exact position among them.
+class TrainIterator(Positioned):
+    """Endless batches from TensorFlow; see `Positioned`.
 
     If the data pass through Python code (`tf.py_function`, `tf.numpy_function`, `from_generator`) or depend on random
     numbers without a seed, TensorFlow cannot save a position. The log says so once, usually at the first batch.
-
-    Args:
-      dataset: yields dictionaries of the arrays of a `Batch`, except example_ids.
-      example_ids: int32 `[rows]`, the same for each batch.
-      source: identifies the data. A position is valid only for the data that it was taken in.
-      files: fingerprint of the files that are read.
     """
 
-    def __init__(self, dataset: tf.data.Dataset, example_ids: np.ndarray, source: str, files: Fingerprint):
-        self._iterator = iter(dataset)
-        self._example_ids = example_ids
-        self._source = np.frombuffer(source.encode(), np.uint8)
-        self._files = files
-        self._is_tried = False
-
-    def __iter__(self) -> "TrainIterator":
-        return self
+    _is_tried = False
 
     def __next__(self) -> Batch:
         """Returns the next batch.
@@ -56,7 +40,7 @@ class TrainIterator:
             raise unreadable(_plain(error)) from error
         except StopIteration:
             raise UserError(
-                f"There is nothing to train on: {bytes(self._source).decode()} has no examples. Preprocessors may have "
+                f"There is nothing to train on: {self._source} has no examples. Preprocessors may have "
                 "dropped them all; or more processes read the data than there are examples: use fewer."
             ) from None
         if not self._is_tried:
@@ -76,17 +60,11 @@ class TrainIterator:
         except (tf.errors.FailedPreconditionError, tf.errors.UnimplementedError) as error:
             _say_unsaved(_plain(error))
             return {}
-        position = {key: np.frombuffer(data, np.uint8) for key, data in files.items()}
-        return {"source": self._source, "files": fingerprints.to_array(self._files), **position}
+        return self.state(**files)
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """Restores a position that `state_dict` returned.
-
-        Raises:
-          UserError: the position was taken in other data (task, lengths, batch size, seed, shards ...).
-        """
-        check_source(state, self._source)
-        fingerprints.warn_of_changes(state.get("files"), self._files)
+        """Restores a position that `state_dict` returned; see `check_state`."""
+        self.check_state(state)
         with tempfile.TemporaryDirectory() as folder:
             for key, file in _FILES.items():
                 pathlib.Path(folder, file).write_bytes(bytes(state[key]))
@@ -95,10 +73,7 @@ class TrainIterator:
 
 @functools.cache
 def _say_unsaved(reason: str) -> None:
-    logger.info(
-        "the position in the training data cannot be saved (%s): examples may repeat after a resume",
-        reason,
-    )
+    logger.info("the position in the training data cannot be saved (%s): examples may repeat after a resume", reason)
 
 
 def _plain(error: tf.errors.OpError) -> str:

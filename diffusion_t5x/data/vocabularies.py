@@ -7,19 +7,17 @@ import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Int
 
 from diffusion_t5x import terminal
-from diffusion_t5x.data.batch import Array
-from diffusion_t5x.data.vocabulary import own
+from diffusion_t5x.data.vocabulary import AnyVocabulary, own
 from diffusion_t5x.errors import UserError
-
-if TYPE_CHECKING:
-    from diffusion_t5x.data.vocabulary import AnyVocabulary
+from diffusion_t5x.shapes import Array, KeyScalar
 
 SENTINELS = 100  # that vocabularies get after their own ids, as T5's have
 
@@ -66,7 +64,7 @@ class TokenIds:
             self, pad_id=self.mask_id, eos_id=self.mask_id, noise_ranges=_ranges(in_holes), noise_only=True
         )
 
-    def is_end(self, tokens: Array) -> jax.Array:
+    def is_end(self, tokens: Int[Array, "*shape"]) -> Bool[jax.Array, "*shape"]:
         """Returns True for tokens that are EOS or pad, either of which ends a text."""
         return (tokens == self.eos_id) | (tokens == self.pad_id)
 
@@ -74,8 +72,8 @@ class TokenIds:
         """Returns int32 `[number of noise ids]`: the noise vocabulary in ascending order."""
         return np.concatenate([np.arange(first, end, dtype=np.int32) for first, end in self.noise_ranges])
 
-    def sample_noise(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """Draws ids uniformly from the noise vocabulary, int32 `[*shape]`."""
+    def sample_noise(self, key: KeyScalar, shape: tuple[int, ...]) -> Int[jax.Array, "..."]:
+        """Draws ids of this shape uniformly from the noise vocabulary."""
         ids = self.noise_ids()
         return jnp.asarray(ids, jnp.int32)[jax.random.randint(key, shape, 0, len(ids), jnp.int32)]
 
@@ -116,7 +114,7 @@ def _sentence(described: Mapping[str, str | int]) -> str:
     return ", ".join(f"{key} {value}" for key, value in described.items())
 
 
-def difference(one: "AnyVocabulary", other: "AnyVocabulary") -> str:
+def difference(one: AnyVocabulary, other: AnyVocabulary) -> str:
     """Describes the difference between two vocabularies."""
     kinds = [type(vocabulary).__name__ for vocabulary in (one, other)]
     if kinds[0] != kinds[1]:
@@ -129,7 +127,7 @@ def difference(one: "AnyVocabulary", other: "AnyVocabulary") -> str:
     return f"both are a {kinds[0]}, but with other pieces"
 
 
-def token_ids(vocabulary: "AnyVocabulary") -> TokenIds:
+def token_ids(vocabulary: AnyVocabulary) -> TokenIds:
     """Returns the special ids of a vocabulary, for diffusion; see `mask_id_of` for MASK.
 
     The noise vocabulary is everything that a target may hold: pieces (byte-fallback pieces too), pad and EOS.
@@ -157,13 +155,13 @@ def token_ids(vocabulary: "AnyVocabulary") -> TokenIds:
     )
 
 
-def mask_id_of(vocabulary: "AnyVocabulary") -> int:
+def mask_id_of(vocabulary: AnyVocabulary) -> int:
     """Returns the id of MASK: the one that the vocabulary names, or else the first after its own."""
     named = getattr(vocabulary, "mask_id", None)
     return vocabulary.vocab_size if named is None else named
 
 
-def source_of(vocabulary: "AnyVocabulary") -> dict[str, str | int | None] | None:
+def source_of(vocabulary: AnyVocabulary) -> dict[str, str | int | None] | None:
     """Returns the arguments of `vocabulary_files.vocabulary` that make this vocabulary; None if there are none."""
     found = own(vocabulary).source()
     if found and found["file"] and "://" not in found["file"]:
@@ -171,7 +169,7 @@ def source_of(vocabulary: "AnyVocabulary") -> dict[str, str | int | None] | None
     return found
 
 
-def sentinels(vocabulary: "AnyVocabulary") -> range:
+def sentinels(vocabulary: AnyVocabulary) -> range:
     """Returns the ids of T5's sentinels `<extra_id_0>`, `<extra_id_1>` ..., descending; empty if there are none.
 
     They are SeqIO's or the model's own: the last pieces of a SentencePiece model, or by name in a tokenizer.json.
@@ -189,7 +187,7 @@ def sentinels(vocabulary: "AnyVocabulary") -> range:
     return descending
 
 
-def piece(vocabulary: "AnyVocabulary", token: int) -> bytes:
+def piece(vocabulary: AnyVocabulary, token: int) -> bytes:
     """Returns the UTF-8 bytes of one token; a byte may be only part of a character.
 
     Ids that stand for no text have their SentencePiece names: "<unk>", "<extra_id_0>".
@@ -197,7 +195,7 @@ def piece(vocabulary: "AnyVocabulary", token: int) -> bytes:
     return own(vocabulary).piece(token)
 
 
-def encode_part(vocabulary: "AnyVocabulary", text: str, begins: bool) -> list[int]:
+def encode_part(vocabulary: AnyVocabulary, text: str, begins: bool) -> list[int]:
     """Encodes a part of a text; the tokens of all parts together read as the text.
 
     SentencePiece puts a space before a whole text that has none, and drops spaces at its ends. A part gets a space only
@@ -209,7 +207,7 @@ def encode_part(vocabulary: "AnyVocabulary", text: str, begins: bool) -> list[in
     return own(vocabulary).encode_part(text, begins)
 
 
-def cells(vocabulary: "AnyVocabulary", tokens: Sequence[int], signs: Mapping[int, str]) -> list[str]:
+def cells(vocabulary: AnyVocabulary, tokens: Sequence[int], signs: Mapping[int, str]) -> list[str]:
     """Returns the texts of a text's tokens, one each; joined they are the text.
 
     A character of several tokens (bytes) is at the last of them; invalid UTF-8 is "�".
@@ -232,12 +230,12 @@ def cells(vocabulary: "AnyVocabulary", tokens: Sequence[int], signs: Mapping[int
     return [texts[0].removeprefix(" "), *texts[1:]] if texts and known.puts_space else texts
 
 
-def signs(vocabulary: "AnyVocabulary") -> dict[int, str]:
+def signs(vocabulary: AnyVocabulary) -> dict[int, str]:
     """Symbols for tokens that are not text: EOS as ¶, pad as ·, MASK as ▢."""
     return {vocabulary.eos_id: "¶", vocabulary.pad_id: "·", mask_id_of(vocabulary): "▢"}
 
 
-def to_text(vocabulary: "AnyVocabulary", tokens: Iterable[int]) -> str:
+def to_text(vocabulary: AnyVocabulary, tokens: Iterable[int]) -> str:
     """Returns the text of target tokens, up to EOS or the first pad."""
     ends = (vocabulary.eos_id, vocabulary.pad_id)
     text = vocabulary.decode(list(itertools.takewhile(lambda token: token not in ends, tokens)))

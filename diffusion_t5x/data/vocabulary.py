@@ -109,9 +109,9 @@ class Vocabulary(abc.ABC):
         texts = tf.numpy_function(decode, [ids], tf.string, stateful=False)
         return tf.reshape(texts, tf.shape(ids)[:-1])
 
-    @abc.abstractmethod
     def _to_ids(self, text: bytes) -> list[int]:
         """Returns the tokens of a UTF-8 text."""
+        return self.encode_part(text.decode(errors="replace"), begins=True)
 
     @abc.abstractmethod
     def _to_bytes(self, ids: Sequence[int]) -> bytes:
@@ -126,11 +126,22 @@ class Vocabulary(abc.ABC):
         return self is other or (isinstance(other, Vocabulary) and self.contents == other.contents)
 
 
-if TYPE_CHECKING:
-    AnyVocabulary: TypeAlias = Vocabulary | seqio.Vocabulary
+class ReadVocabulary(Vocabulary):
+    """A vocabulary that knows its ids once it is made: its `__init__` sets what differs from these."""
+
+    contents: bytes = b""
+    vocab_size: int = 0
+    bos_id: int | None = None
+    eos_id: int = 1
+    pad_id: int = 0
+    unk_id: int | None = None
+    mask_id: int | None = None
 
 
-def own(vocabulary: "AnyVocabulary") -> Vocabulary:
+AnyVocabulary: TypeAlias = "Vocabulary | seqio.Vocabulary"
+
+
+def own(vocabulary: AnyVocabulary) -> Vocabulary:
     """Returns the vocabulary itself, or this project's view of one of SeqIO's.
 
     Raises:

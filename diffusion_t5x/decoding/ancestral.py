@@ -1,25 +1,20 @@
 """Ancestral sampling of masked diffusion: each step unmasks positions at random, as the process in reverse does."""
 
 import dataclasses
-from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.decoding.canvas import Canvas, StepRule, Written
+from diffusion_t5x.decoding.absorbing import AbsorbingRule
+from diffusion_t5x.decoding.canvas import Canvas, Written
 from diffusion_t5x.decoding.commit import propose
 from diffusion_t5x.decoding.counts import unmasked_shares
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.models.masks import BIDIRECTIONAL
-from diffusion_t5x.models.modes import Mode
-from diffusion_t5x.models.sampling import Sampling
 from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.shapes import BoolBL, FloatBLD, IntBL, KeyB
 
 
 @dataclasses.dataclass(frozen=True)
-class AncestralDecoder(StepRule):
+class AncestralDecoder(AbsorbingRule):
     """Unmasks each target with the probability 1 - s / t in the step from time t to s (D3PM, arXiv 2107.03006).
 
     This is Dream's `origin` (arXiv 2508.15487), whose times are evenly spaced from 1 to 0.001. A written token stays.
@@ -31,33 +26,13 @@ class AncestralDecoder(StepRule):
       top_k, top_p: see `Sampling`.
     """
 
-    keeps_written: ClassVar[bool] = True
-
     num_steps: int = 32
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
+    temperature: float = dataclasses.field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        self.sampling  # noqa: B018  (raises on bad values now, not in the middle of a run)
+        super().__post_init__()
         if self.num_steps < 1:
             raise UserError(f"AncestralDecoder.num_steps must be at least 1; got {self.num_steps}.")
-
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_k, self.top_p)
-
-    @property
-    def modes(self) -> tuple[Mode, ...]:
-        return (Mode.of(BIDIRECTIONAL, "mask"),)
-
-    def blank(self, batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
-        """The rows with MASK for targets."""
-        return jnp.where(batch.target_mask, vocabulary.mask_id, batch.tokens)
-
-    def eligible(self, tokens: jax.Array, target_mask: jax.Array, vocabulary: TokenIds, step: jax.Array) -> jax.Array:
-        """The targets that are still masked."""
-        return target_mask & (tokens == vocabulary.mask_id)
 
     def most_steps(self, num_targets: int) -> int:
         return self.num_steps
@@ -65,11 +40,11 @@ class AncestralDecoder(StepRule):
     def write(
         self,
         model: Transformer,
-        hidden: jax.Array,
+        hidden: FloatBLD,
         canvas: Canvas,
-        eligible: jax.Array,
-        positions: jax.Array,
-        keys: jax.Array,
+        eligible: BoolBL,
+        positions: IntBL,
+        keys: KeyB,
     ) -> Written:
         """One step: writes at each eligible position with the step's probability."""
 
@@ -78,9 +53,4 @@ class AncestralDecoder(StepRule):
 
         tokens, log_probability, drawn = model.map_logits(read_out, hidden, positions)
         chosen = eligible & (drawn < jnp.asarray(unmasked_shares(self.num_steps))[canvas.step])
-        return Written(
-            tokens=jnp.where(chosen, tokens, canvas.tokens),
-            mask=chosen,
-            log_probability=log_probability,
-            score=jnp.sum(jnp.where(chosen, log_probability, 0), axis=-1),
-        )
+        return self.written(canvas, chosen, tokens, log_probability)

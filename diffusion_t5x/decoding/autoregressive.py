@@ -5,23 +5,25 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace, target_range
 from diffusion_t5x.models.attention import KVCache, write_rows
-from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind
-from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.masks import AttentionKind
+from diffusion_t5x.models.modes import LeftToRight
 from diffusion_t5x.models.reading import shift_right, shifted_slots
 from diffusion_t5x.models.sampling import Sampling, forbid, sample
 from diffusion_t5x.models.stack import Encoded
 from diffusion_t5x.models.streams import row_keys
 from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.shapes import IntB, IntBL, KeyScalar
 
 
 def read_prompt(
     model: Transformer, batch: Batch, kind: AttentionKind, encoded: Encoded | None
-) -> tuple[jax.Array, KVCache]:
-    """Returns the rows int32 `[B, L]` with pad for targets, and a cache with their inputs, read in one pass.
+) -> tuple[IntBL, KVCache]:
+    """Returns the rows with pad for targets, and a cache with their inputs, read in one pass.
 
     The pass fills the slots of the targets too, but no query sees those before they are written again.
     """
@@ -33,14 +35,9 @@ def read_prompt(
 
 
 def read_next(
-    model: Transformer,
-    canvas: jax.Array,
-    cache: KVCache,
-    slot: jax.Array,
-    kind: AttentionKind,
-    encoded: Encoded | None,
-) -> tuple[jax.Array, KVCache]:
-    """Reads each row's `slot`, int32 `[B]`; returns its logits float32 `[B, V]`, and the cache with one token more."""
+    model: Transformer, canvas: IntBL, cache: KVCache, slot: IntB, kind: AttentionKind, encoded: Encoded | None
+) -> tuple[Float[jax.Array, "batch vocab"], KVCache]:
+    """Reads each row's `slot`; returns its logits, and the cache with one token more."""
     before = canvas[jnp.arange(len(canvas)), slot - 1]
     before = jnp.where(slot == 0, model.vocabulary.start_id, before)
     hidden, cache = model.extend(before[:, None], kind, cache, slot, encoded)
@@ -48,7 +45,7 @@ def read_next(
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoregressiveDecoder(Decoder):
+class AutoregressiveDecoder(LeftToRight, Decoder):
     """Greedy decoding, or sampling with temperature, top-k and top-p.
 
     The score is the log-probability of the output up to and including EOS under the model at temperature 1: higher
@@ -69,21 +66,13 @@ class AutoregressiveDecoder(Decoder):
     prefix: bool = False
 
     def __post_init__(self) -> None:
-        self.sampling  # noqa: B018  (raises on bad values now, not in the middle of a run)
+        Sampling(self.temperature, self.top_k, self.top_p)  # raises on bad values now, not in the middle of a run
 
     @property
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_k, self.top_p)
 
-    @property
-    def attention(self) -> AttentionKind:
-        return PREFIX if self.prefix else CAUSAL
-
-    @property
-    def modes(self) -> tuple[Mode, ...]:
-        return (Mode.of(self.attention),)
-
-    def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
+    def decode(self, model: Transformer, batch: Batch, key: KeyScalar, trace: bool | Watch = False) -> Decoded:
         vocabulary, length = model.vocabulary, batch.tokens.shape[1]
         keys = row_keys(key, batch.example_ids)
         rows = jnp.arange(batch.tokens.shape[0])

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Self
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.ends import after_end
@@ -13,30 +14,36 @@ from diffusion_t5x.decoding.autoregressive import read_next, read_prompt
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace, target_range
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.attention import KVCache
-from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind
-from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.modes import LeftToRight
 from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.shapes import BoolB, IntB, IntBL, KeyScalar
 
 
 class Beams(flax.struct.PyTreeNode):
-    """`K` texts per example, best first.
+    """Several texts per example, best first, or one without an axis of its own.
 
     Attributes:
-      tokens: int32 `[B, K, L]`, rows like the batch's.
-      log_probability: float32 `[B, K, L]`, of every token that was written, -inf elsewhere; None if not traced.
-      score: float32 `[B, K]`, -inf if there is no text.
+      tokens: rows like the batch's.
+      log_probability: of every token that was written, -inf elsewhere; None if not traced.
+      score: -inf if there is no text.
     """
 
-    tokens: jax.Array
-    log_probability: jax.Array | None
-    score: jax.Array
+    tokens: Int[jax.Array, "batch *beams length"]
+    log_probability: Float[jax.Array, "batch *beams length"] | None
+    score: Float[jax.Array, " batch *beams"]
 
-    def take(self, index: jax.Array) -> Self:
-        """Selects texts by index, int32 `[B, k]`."""
+    def take(self, index: Int[jax.Array, "batch taken"]) -> Self:
+        """Selects texts by index."""
         return jax.tree.map(lambda x: jnp.take_along_axis(x, index if x.ndim == 2 else index[..., None], axis=1), self)
 
-    def write(self, slot: jax.Array, token: jax.Array, log_probability: jax.Array, score: jax.Array) -> Self:
-        """Returns the beams with one more token in each example's slot `[B]`; other arguments are `[B, K]`."""
+    def write(
+        self,
+        slot: IntB,
+        token: Int[jax.Array, "batch beams"],
+        log_probability: Float[jax.Array, "batch beams"],
+        score: Float[jax.Array, "batch beams"],
+    ) -> Self:
+        """Returns the beams with one more token in each example's slot."""
         here = jnp.arange(self.tokens.shape[-1]) == slot[:, None, None]
         all_before = self.log_probability
         return self.replace(
@@ -47,11 +54,12 @@ class Beams(flax.struct.PyTreeNode):
 
 
 @dataclasses.dataclass(frozen=True)
-class BeamSearchDecoder(Decoder):
+class BeamSearchDecoder(LeftToRight, Decoder):
     """Beam search: writes the text of greatest score among those that `num_beams` beams find.
 
     A text's score is its log-probability, up to and including the EOS or pad that ends it, divided by
-    `((5 + length) / 6) ** length_penalty` (arXiv 1609.08144; length in tokens, with the ending one). Higher is better.
+    `((5 + length) / 6) ** length_penalty` (arXiv 1609.08144, section 7; length in tokens, with the ending
+    one). Higher is better.
 
     As in T5X, each step extends the live beams by one token. Of the `2 * num_beams` most likely extensions, those that
     end a text compete for the `num_beams` finished texts, and the most likely others live on. An example is done when
@@ -78,15 +86,7 @@ class BeamSearchDecoder(Decoder):
                 f"BeamSearchDecoder needs num_beams of at least 1 and a length_penalty of at least 0; got {self}."
             )
 
-    @property
-    def attention(self) -> AttentionKind:
-        return PREFIX if self.prefix else CAUSAL
-
-    @property
-    def modes(self) -> tuple[Mode, ...]:
-        return (Mode.of(self.attention),)
-
-    def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
+    def decode(self, model: Transformer, batch: Batch, key: KeyScalar, trace: bool | Watch = False) -> Decoded:
         """Nothing is drawn. The trace shows the most likely live beam and, once an example is done, its output."""
         vocabulary, beams = model.vocabulary, self.num_beams
         rows, length = batch.tokens.shape
@@ -111,12 +111,7 @@ class BeamSearchDecoder(Decoder):
             step, live, done = carry["step"], carry["live"], carry["done"]
             slot = jnp.minimum(first_target + step, length - 1)
             logits, cache = read_next(
-                model,
-                live.tokens.reshape(-1, length),
-                carry["cache"],
-                jnp.repeat(slot, beams),
-                self.attention,
-                encoded,
+                model, live.tokens.reshape(-1, length), carry["cache"], jnp.repeat(slot, beams), self.attention, encoded
             )
             log_probability = jax.nn.log_softmax(logits)
             size = log_probability.shape[-1]
@@ -165,7 +160,7 @@ class BeamSearchDecoder(Decoder):
             trace=carry["trace"] and carry["trace"].end(carry["step"]),
         )
 
-    def _start(self, canvas: jax.Array, cache: KVCache, num_targets: jax.Array, trace: bool | Watch) -> dict[str, Any]:
+    def _start(self, canvas: IntBL, cache: KVCache, num_targets: IntB, trace: bool | Watch) -> dict[str, Any]:
         """Returns the loop's state before its first step."""
         copies = jnp.repeat(canvas[:, None], self.num_beams, axis=1)
         nothing = Beams(
@@ -183,10 +178,10 @@ class BeamSearchDecoder(Decoder):
             "trace": start_trace(trace, canvas, canvas.shape[1]),
         }
 
-    def _penalty(self, num_tokens: jax.Array) -> jax.Array:
+    def _penalty(self, num_tokens: Int[jax.Array, "..."]) -> Float[jax.Array, "..."]:
         return ((5 + num_tokens) / 6) ** self.length_penalty
 
 
-def select(condition: jax.Array, first: Beams, second: Beams) -> Beams:
-    """Selects, per example, the first texts if the condition, bool `[B]`, holds, otherwise the second ones."""
+def select(condition: BoolB, first: Beams, second: Beams) -> Beams:
+    """Selects, per example, the first texts if the condition holds, otherwise the second ones."""
     return jax.tree.map(lambda x, y: jnp.where(condition.reshape(-1, *[1] * (x.ndim - 1)), x, y), first, second)

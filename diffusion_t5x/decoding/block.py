@@ -1,4 +1,4 @@
-"""Block decoding: diffusion inside a block, over an exact cache of earlier blocks (arXiv 2503.09573)."""
+"""Block decoding: diffusion inside a block, over an exact cache of earlier blocks (arXiv 2503.09573, section 3.2)."""
 
 import dataclasses
 from typing import Any
@@ -27,6 +27,7 @@ from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.reading import Reading, check_blocks, start_first
 from diffusion_t5x.models.streams import row_keys
 from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.shapes import BoolB, BoolBL, FloatBL, IntB, IntBL, KeyScalar
 
 Carry = dict[str, Any]
 
@@ -55,7 +56,7 @@ class BlockDecoder(Decoder):
     blocks_from: BlocksFrom = "targets"
 
     def __post_init__(self) -> None:
-        self.attention  # noqa: B018  (raises on bad blocks)
+        AttentionKind("block_causal", self.block_size, self.blocks_from)  # raises on bad blocks
         if self.inner.num_samples != 1:
             raise UserError(f"BlockDecoder.inner must have num_samples = 1: a block is written once; got {self.inner}.")
         if self.inner.guidance:
@@ -69,7 +70,7 @@ class BlockDecoder(Decoder):
     def modes(self) -> tuple[Mode, ...]:
         return tuple(Mode.of(self.attention, mode.noise) for mode in self.inner.modes)
 
-    def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
+    def decode(self, model: Transformer, batch: Batch, key: KeyScalar, trace: bool | Watch = False) -> Decoded:
         vocabulary, shifted = model.vocabulary, model.config.shifted
         size, inner = self.block_size, self.inner
         keys = row_keys(key, batch.example_ids)
@@ -140,29 +141,33 @@ class BlockDecoder(Decoder):
             "before": before,
         }
         carry = jax.lax.while_loop(lambda carry: ~jnp.all(carry["finished"]), write_block, carry)
-        return _decoded(carry, batch, vocabulary)
+        decoded = end_rows(carry, batch, vocabulary)
+        num_written = jnp.sum(decoded.written_at >= 0, axis=-1)
+        return decoded.replace(scores=decoded.scores / jnp.maximum(num_written, 1))
 
 
-def _decoded(carry: Carry, batch: Batch, vocabulary: TokenIds) -> Decoded:
-    """Returns the output of all blocks, without the room behind the rows."""
+def end_rows(carry: Carry, batch: Batch, vocabulary: TokenIds, first: int = 0) -> Decoded:
+    """Returns the output of a loop over blocks; its rows have the batch's slots from `first` on."""
+    end = first + batch.tokens.shape[1]
     canvas, written_at, history = (
-        jax.tree.map(lambda x: x[..., : batch.tokens.shape[1]], carry[name])
-        for name in ("canvas", "written_at", "trace")
+        jax.tree.map(lambda x: x[..., first:end], carry[name]) for name in ("canvas", "written_at", "trace")
     )
     return Decoded.of(
         canvas,
         batch,
         vocabulary,
-        scores=carry["score"] / jnp.maximum(jnp.sum(written_at >= 0, axis=-1), 1),
+        scores=carry["score"],
         steps=carry["steps"],
         row_steps=carry["row_steps"],
         written_at=written_at,
         trace=history and history.end(carry["steps"]),
+        num_drafted=carry.get("num_drafted"),
+        num_accepted=carry.get("num_accepted"),
     )
 
 
-def show_rows(carry: Carry, start: jax.Array, tokens: jax.Array, mask: jax.Array, log_probability: jax.Array) -> Carry:
-    """Records one more step; the canvas gets these values `[B, l]` from each row's start on."""
+def show_rows(carry: Carry, start: IntB, tokens: IntBL, mask: BoolBL, log_probability: FloatBL) -> Carry:
+    """Records one more step; the canvas gets these values from each row's start on."""
     if carry["trace"] is not None:
         canvas = carry["canvas"]
         mask, log_probability = (
@@ -173,7 +178,7 @@ def show_rows(carry: Carry, start: jax.Array, tokens: jax.Array, mask: jax.Array
     return carry | {"steps": carry["steps"] + 1}
 
 
-def start_row(canvas: jax.Array, finished: jax.Array, history: Trace | Watched | None) -> Carry:
+def start_row(canvas: IntBL, finished: BoolB, history: Trace | Watched | None) -> Carry:
     """Returns the text part of the state of a loop over a row's blocks, before it writes any."""
     return {
         "canvas": canvas,

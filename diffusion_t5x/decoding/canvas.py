@@ -20,52 +20,52 @@ from diffusion_t5x.models.masks import BIDIRECTIONAL
 from diffusion_t5x.models.reading import Reading
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.shapes import BoolB, BoolBL, FloatB, FloatBL, FloatBLD, IntB, IntBL, IntScalar, KeyB, KeyScalar
 
 
 class Written(flax.struct.PyTreeNode):
     """The output of one step.
 
     Attributes:
-      tokens: int32 `[B, L]`, the rows after the step.
-      mask: bool `[B, L]`, the positions that it wrote, even if the token is the same.
-      log_probability: float32 `[B, L]`, log-probability of the written tokens, at temperature 1 over all ids that may
-        be written.
-      score: float32 `[B]`, added to the row's score, a sum over targets: higher is better.
-      finished: bool `[B]`, rows that need no more steps even if positions are eligible; None: no row.
+      tokens: the rows after the step.
+      mask: the positions that it wrote, even if the token is the same.
+      log_probability: of the written tokens, at temperature 1 over all ids that may be written.
+      score: added to the row's score, a sum over targets: higher is better.
+      finished: rows that need no more steps even if positions are eligible; None: no row.
     """
 
-    tokens: jax.Array
-    mask: jax.Array
-    log_probability: jax.Array
-    score: jax.Array
-    finished: jax.Array | None = None
+    tokens: IntBL
+    mask: BoolBL
+    log_probability: FloatBL
+    score: FloatB
+    finished: BoolB | None = None
 
 
 class Canvas(flax.struct.PyTreeNode):
     """Rows, or a block of each, between two steps.
 
     Attributes:
-      step: int32 scalar, number of steps taken.
-      tokens: int32 `[B, L]`.
-      target_mask: bool `[B, L]`, what is to be written.
-      log_probability: float32 `[B, L]`, of each token in the step that wrote it; 0 where none has.
-      written_at: int32 `[B, L]`, that step, counted from 0; -1 where none has.
-      score: float32 `[B]`, of the row so far.
-      row_steps: int32 `[B]`, steps that a row took part in.
-      finished: bool `[B]`, rows that take no more steps.
+      step: number of steps taken.
+      tokens: as they are.
+      target_mask: what is to be written.
+      log_probability: of each token in the step that wrote it; 0 where none has.
+      written_at: that step, counted from 0; -1 where none has.
+      score: of the row so far.
+      row_steps: steps that a row took part in.
+      finished: rows that take no more steps.
     """
 
-    step: jax.Array
-    tokens: jax.Array
-    target_mask: jax.Array
-    log_probability: jax.Array
-    written_at: jax.Array
-    score: jax.Array
-    row_steps: jax.Array
-    finished: jax.Array
+    step: IntScalar
+    tokens: IntBL
+    target_mask: BoolBL
+    log_probability: FloatBL
+    written_at: IntBL
+    score: FloatB
+    row_steps: IntB
+    finished: BoolB
 
     @classmethod
-    def start(cls, tokens: jax.Array, target_mask: jax.Array, score: jax.Array | None = None) -> Self:
+    def start(cls, tokens: IntBL, target_mask: BoolBL, score: FloatB | None = None) -> Self:
         """Before the first step, with a score that steps add to; None is 0."""
         rows = len(tokens)
         return cls(
@@ -79,8 +79,8 @@ class Canvas(flax.struct.PyTreeNode):
             finished=jnp.zeros(rows, bool),
         )
 
-    def after(self, written: Written, takes_part: jax.Array) -> Self:
-        """Returns the state after one more step, in which these rows, bool `[B]`, took part."""
+    def after(self, written: Written, takes_part: BoolB) -> Self:
+        """Returns the state after one more step, in which these rows took part."""
         return self.replace(
             step=self.step + 1,
             tokens=written.tokens,
@@ -110,11 +110,11 @@ class StepRule(Decoder, Protocol):
     num_samples: int = 1
     guidance: float = 0.0
 
-    def blank(self, batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
-        """Returns the rows int32 `[B, L]` with the targets as they are before the first step; keys `[B]`."""
+    def blank(self, batch: Batch, vocabulary: TokenIds, keys: KeyB) -> IntBL:
+        """Returns the rows with the targets as they are before the first step."""
 
-    def eligible(self, tokens: jax.Array, target_mask: jax.Array, vocabulary: TokenIds, step: jax.Array) -> jax.Array:
-        """Returns bool `[B, L]`: the targets that a step may write. A row without any is done."""
+    def eligible(self, tokens: IntBL, target_mask: BoolBL, vocabulary: TokenIds, step: IntScalar) -> BoolBL:
+        """Returns the targets that a step may write. A row without any is done."""
 
     def most_steps(self, num_targets: int) -> int:
         """Returns the maximum number of steps for `num_targets` targets."""
@@ -122,24 +122,24 @@ class StepRule(Decoder, Protocol):
     def write(
         self,
         model: Transformer,
-        hidden: jax.Array,
+        hidden: FloatBLD,
         canvas: Canvas,
-        eligible: jax.Array,
-        positions: jax.Array,
-        keys: jax.Array,
+        eligible: BoolBL,
+        positions: IntBL,
+        keys: KeyB,
     ) -> Written:
         """Takes one step.
 
         Args:
           model: computes the logits.
-          hidden: `[B, L, D]`, hidden states of the canvas.
+          hidden: hidden states of the canvas.
           canvas: the canvas before this step.
-          eligible: bool `[B, L]`, the positions that may be written.
-          positions: int32 `[B, L]`.
-          keys: `[B]`, a key for each row and step, a source of named streams (see `models.streams`).
+          eligible: the positions that may be written.
+          positions: of the slots in their segments.
+          keys: a key for each row and step, a source of named streams (see `models.streams`).
         """
 
-    def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
+    def decode(self, model: Transformer, batch: Batch, key: KeyScalar, trace: bool | Watch = False) -> Decoded:
         return decode_canvas(self, model, batch, key, trace)
 
 
@@ -147,9 +147,9 @@ def denoise(
     rule: StepRule,
     model: Transformer,
     canvas: Canvas,
-    positions: jax.Array,
-    keys: jax.Array,
-    read: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
+    positions: IntBL,
+    keys: KeyB,
+    read: Callable[[IntBL, Any], tuple[FloatBLD, Any]],
     show: Callable[[Any, Written], Any],
     carry: Any,
 ) -> tuple[Canvas, Any]:
@@ -159,10 +159,9 @@ def denoise(
       rule: what a step does.
       model: for the rule.
       canvas: before the first step.
-      positions: int32 `[B, L]`.
-      keys: `[B]`, a key for each row.
-      read: maps tokens `[B, L]` to the hidden states `[B, L, D]` that predict them; takes and returns the carry (such
-        as a cache).
+      positions: of the slots in their segments.
+      keys: a key for each row.
+      read: maps tokens to the hidden states that predict them; takes and returns the carry (such as a cache).
       show: returns the carry after a step that wrote this.
       carry: any tree of arrays, the caller's own.
     """
@@ -182,7 +181,7 @@ def denoise(
     return jax.lax.while_loop(lambda state: jnp.any(eligible(state[0])), take_step, (canvas, carry))
 
 
-def decode_canvas(rule: StepRule, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch) -> Decoded:
+def decode_canvas(rule: StepRule, model: Transformer, batch: Batch, key: KeyScalar, trace: bool | Watch) -> Decoded:
     """Writes all targets at once, each seeing all others. The score is the rule's, averaged over the targets."""
     samples, keys = rule.num_samples, row_keys(key, batch.example_ids)
     rows = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), batch)  # each example's samples together
@@ -225,12 +224,12 @@ def decode_canvas(rule: StepRule, model: Transformer, batch: Batch, key: jax.Arr
     )
 
 
-def _reader(rule: StepRule, model: Transformer, batch: Batch, rows: Batch) -> Callable[[jax.Array], jax.Array]:
-    """A function from tokens `[B * samples, L]` to the hidden states that predict them, with the rule's guidance.
+def _reader(rule: StepRule, model: Transformer, batch: Batch, rows: Batch) -> Callable[[IntBL], FloatBLD]:
+    """A function from tokens of all samples to the hidden states that predict them, with the rule's guidance.
 
     Args:
       rule, model: as in `denoise`.
-      batch: `[B, L]`.
+      batch: each example once.
       rows: each row of the batch `num_samples` times.
     """
     reading = Reading.of(rows, model.vocabulary, model.config.shifted)

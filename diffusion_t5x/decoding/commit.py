@@ -4,42 +4,45 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Real
 
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.models.sampling import Sampling, filter_logits, forbid, sample, uniform
 from diffusion_t5x.models.streams import stream
+from diffusion_t5x.shapes import BoolBL, FloatBL, FloatBLV, IntBL, KeyB
 
 Order = Literal["confidence", "entropy", "margin", "random", "sequential"]
 Softmax = Literal["allowed", "all", "filtered"]
 
 
 def propose(
-    logits: jax.Array,
-    keys: jax.Array,
-    positions: jax.Array,
+    logits: FloatBLV,
+    keys: KeyB,
+    positions: IntBL,
     vocabulary: TokenIds,
     sampling: Sampling,
     order: Order,
     softmax: Softmax = "allowed",
-    last: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns a token for every position, its log-probability, and the position's certainty, all `[B, L]`.
+    last: Bool[jax.Array, " vocab"] | None = None,
+) -> tuple[IntBL, FloatBL, FloatBL]:
+    """Returns a token for every position, its log-probability, and the position's certainty.
 
     The log-probability is the model's at temperature 1 over what may be written (not MASK), however the token is drawn.
 
     Args:
-      logits: float32 `[B, L, V]`.
-      keys: `[B]`, a key for each row and step.
-      positions: int32 `[B, L]`; a draw at a position depends only on its number.
+      logits: of every position.
+      keys: a key for each row and step.
+      positions: a draw at a position depends only on its number.
       vocabulary: defines the ids that may be written.
       sampling: how to draw.
-      order: what certainty is. "confidence": the probability of the proposed token. "entropy": minus the entropy, in
-        nats. "margin": the most likely token's probability minus the next one's. "random": a number drawn from [0, 1).
-        "sequential": less and less from the left to the right.
+      order: what certainty is. "confidence": the probability of the proposed token (MaskGIT, arXiv 2202.04200, section
+        3.2). "entropy": minus the entropy, in nats. "margin": the most likely token's probability minus the next one's
+        (arXiv 2502.06768). "random": a number drawn from [0, 1). "sequential": less and less from the left to the
+        right.
       softmax: whose probabilities certainty is of. "allowed": those of the log-probability. "all": of all rows of the
         embedding, MASK too, as in published code. "filtered": of all rows, as they are drawn from: at the temperature,
         within top-k and top-p.
-      last: bool `[V]`, tokens whose positions are the least certain; the certainty of others is without them.
+      last: tokens whose positions are the least certain; the certainty of others is without them.
     """
     allowed = forbid(logits, vocabulary)
     tokens = sample(allowed, stream(keys, "tokens"), positions, sampling)
@@ -66,18 +69,18 @@ def propose(
 
 
 def choose(
-    certainty: jax.Array,
-    eligible: jax.Array,
-    count: jax.Array,
+    certainty: FloatBL,
+    eligible: BoolBL,
+    count: Real[jax.Array, " batch"],
     threshold: float | None = None,
     threshold_included: bool = False,
-) -> jax.Array:
-    """The `count` most certain eligible positions of each row, bool `[B, L]`; of equal ones, the earlier first.
+) -> BoolBL:
+    """The `count` most certain eligible positions of each row; of equal ones, the earlier first.
 
     Args:
-      certainty: `[B, L]`.
-      eligible: bool `[B, L]`; if a row has at most `count`, all are chosen.
-      count: int32 `[B]`.
+      certainty: of every position.
+      eligible: if a row has at most `count`, all are chosen.
+      count: a whole number for each row.
       threshold: eligible positions of a greater certainty are chosen as well, however many.
       threshold_included: those of just this certainty, too.
     """

@@ -2,15 +2,17 @@
 
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
+
+from diffusion_t5x.shapes import IntB, IntScalar
 
 Counts = Literal["even", "index", "times", "linear"]
 
 
-def counts_table(kind: Counts, most: int, num_steps: int) -> np.ndarray:
-    """Tokens that each step writes, int32 `[most + 1, steps]`, for any number of masked ones; steps of none left out.
+def counts_table(kind: Counts, most: int, num_steps: int) -> Int[np.ndarray, "{most}+1 steps"]:
+    """Tokens that each step writes, for any number of masked ones; steps of none left out.
 
     Args:
       kind: "times" are Dream's counts (arXiv 2508.15487): int(n (1 - s / t)) of n masked tokens in the step from time t
@@ -34,8 +36,8 @@ def counts_table(kind: Counts, most: int, num_steps: int) -> np.ndarray:
     return np.take_along_axis(counts, order, axis=1)[:, : min(num_steps, max(most, 1))]
 
 
-def unmasked_shares(num_steps: int) -> np.ndarray:
-    """Dream's share of masked tokens that each step unmasks, 1 - s / t, float32 `[num_steps]`; all in the last one."""
+def unmasked_shares(num_steps: int) -> Float[np.ndarray, " {num_steps}"]:
+    """Dream's share of masked tokens that each step unmasks, 1 - s / t; all in the last one."""
     number = np.arange(num_steps + 1, dtype=np.float32)
     first, last = np.float32(1), np.float32(1e-3)
     step = (last - first) / np.float32(num_steps)
@@ -46,26 +48,25 @@ def unmasked_shares(num_steps: int) -> np.ndarray:
     return shares.astype(np.float32)
 
 
-def _linear_shares(num_steps: int) -> np.ndarray:
-    """float64 `[num_steps]`."""
+def _linear_shares(num_steps: int) -> Float[np.ndarray, " {num_steps}"]:
     times = (np.arange(num_steps, -1, -1) / num_steps).astype(np.float32)
     masked = 1 - (1 - times)
     return 1 - (masked[1:] / masked[:-1]).astype(np.float64)
 
 
 def step_count(
-    kind: Counts, num_steps: int | None, most: int, total: jax.Array, left: jax.Array, taken: jax.Array
-) -> jax.Array:
-    """Returns the number of tokens that the next step writes in each row, int32 `[B]`.
+    kind: Counts, num_steps: int | None, most: int, total: IntB, left: IntB, taken: IntB | IntScalar
+) -> IntB:
+    """Returns the number of tokens that the next step writes in each row.
 
     Args:
       kind: "even": the share of this step, rounded up, of what is left for all, so that shares differ by one at most.
         "index": the share of `most`, whatever is left (SDAR). For others, see `counts_table`.
       num_steps: of all; None writes one token per step.
       most: `total` is at most this.
-      total: int32 `[B]`, tokens that were masked before the first step.
-      left: int32 `[B]`, those that still are.
-      taken: int32 `[B]`, steps taken, each of which wrote at least one.
+      total: tokens that were masked before the first step.
+      left: those that still are.
+      taken: steps taken, each of which wrote at least one.
     """
     if num_steps is None:
         return jnp.ones_like(left)

@@ -7,13 +7,15 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
-from diffusion_t5x.data.batch import Array, Batch
+from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.ends import after_end
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.models.masks import AttentionKind
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.shapes import AnyBoolBL, AnyIntBL, FloatB, FloatBL, IntB, IntBL, IntScalar, KeyScalar
 
 Watch = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 """Is called while a decoder is at work: with a step's number, counted from 1 (0: before the first), and what a `Trace`
@@ -24,29 +26,30 @@ class Trace(flax.struct.PyTreeNode):
     """The rows before the first step and after each one; steps after a decoder's last one repeat the end.
 
     Attributes:
-      tokens: int32 `[steps + 1, B, L]`.
-      confidence: float32 `[steps + 1, B, L]`, the probability that the model gave to a token in the step that (last)
-        wrote it, at temperature 1 over all ids that may be written; 0 if unwritten, and at positions that are not
-        targets.
+      tokens: the rows.
+      confidence: the probability that the model gave to a token in the step that (last) wrote it, at temperature 1 over
+        all ids that may be written; 0 if unwritten, and at positions that are not targets.
     """
 
-    tokens: jax.Array
-    confidence: jax.Array
+    tokens: Int[jax.Array, "states batch length"]
+    confidence: Float[jax.Array, "states batch length"]
 
     @classmethod
-    def start(cls, tokens: jax.Array, most_steps: int) -> Self:
-        """Returns an empty trace of rows `[B, L]` before the first step, with room for `most_steps` steps."""
+    def start(cls, tokens: IntBL, most_steps: int) -> Self:
+        """Returns an empty trace of rows before the first step, with room for `most_steps` steps."""
         tokens = jnp.broadcast_to(tokens, (most_steps + 1, *tokens.shape))
         return cls(tokens=tokens, confidence=jnp.zeros(tokens.shape, jnp.float32))
 
-    def record(self, step: jax.Array, tokens: jax.Array, mask: jax.Array, log_probability: jax.Array) -> Self:
+    def record(
+        self, step: IntScalar, tokens: IntBL, mask: AnyBoolBL, log_probability: Float[jax.Array, " batch #length"]
+    ) -> Self:
         """Returns the trace with one more step, counted from 0; arguments as in `canvas.Written`."""
         confidence = jnp.where(mask, jnp.exp(log_probability), self.confidence[step])
         return self.replace(
             tokens=self.tokens.at[step + 1].set(tokens), confidence=self.confidence.at[step + 1].set(confidence)
         )
 
-    def end(self, steps: jax.Array) -> Self:
+    def end(self, steps: IntScalar) -> Self:
         """Fills the steps after the last one taken with the final state."""
         shown = jnp.minimum(jnp.arange(len(self.tokens)), steps)
         return jax.tree.map(lambda x: x[shown], self)
@@ -56,37 +59,39 @@ class Watched(flax.struct.PyTreeNode):
     """Replaces a `Trace`: shows each step to a `Watch` when it is taken, and keeps none.
 
     Attributes:
-      confidence: float32 `[B, L]`, after the last step; see `Trace`.
+      confidence: after the last step; see `Trace`.
       watch: called with each step.
       first, length: the part of the decoder's rows that is the batch's.
     """
 
-    confidence: jax.Array
+    confidence: FloatBL
     watch: Watch = flax.struct.field(pytree_node=False)
     first: int = flax.struct.field(pytree_node=False)
     length: int = flax.struct.field(pytree_node=False)
 
-    def record(self, step: jax.Array, tokens: jax.Array, mask: jax.Array, log_probability: jax.Array) -> Self:
+    def record(
+        self, step: IntScalar, tokens: IntBL, mask: AnyBoolBL, log_probability: Float[jax.Array, " batch #length"]
+    ) -> Self:
         after = self.replace(confidence=jnp.where(mask, jnp.exp(log_probability), self.confidence))
         after.show(step + 1, tokens)
         return after
 
-    def show(self, number: jax.Array | int, tokens: jax.Array) -> None:
+    def show(self, number: IntScalar | int, tokens: IntBL) -> None:
         shown = (x[:, self.first : self.first + self.length] for x in (tokens, self.confidence))
         jax.debug.callback(self.watch, number, *shown)
 
-    def end(self, steps: jax.Array) -> None:
+    def end(self, steps: IntScalar) -> None:
         """Returns None: nothing is kept."""
 
 
 def start_trace(
-    trace: bool | Watch, tokens: jax.Array, most_steps: int, first: int = 0, length: int | None = None
+    trace: bool | Watch, tokens: IntBL, most_steps: int, first: int = 0, length: int | None = None
 ) -> Trace | Watched | None:
     """Starts recording a decoder's steps; returns None if they are neither kept nor shown.
 
     Args:
       trace: keep them, show them, or neither.
-      tokens: rows `[B, L']` before the first step.
+      tokens: rows before the first step.
       most_steps: maximum number of steps.
       first, length: the part of these rows that is the batch's; by default, all.
     """
@@ -101,46 +106,44 @@ class Decoded(flax.struct.PyTreeNode):
     """The output of a decoder.
 
     Attributes:
-      tokens: int32 `[B, L]`, the batch's rows with the written tokens at the target positions; targets after the end of
-        a text are padding.
-      scores: float32 `[B]`, the decoder's own measure of its output; its docstring defines it and says if higher or
-        lower is better.
-      steps: int32 scalar, number of model steps taken (not counting the prompt's).
-      row_steps: int32 `[B]`, number of steps that a row took part in: as many as it would take alone.
-      num_tokens: int32 `[B]`, number of tokens in the output, including the one that ends it.
-      canvas: int32 `[B, L]`, the tokens including everything written after an end.
-      written_at: int32 `[B, L]`, the step in which a target got its final token, counted from 0, in a block decoder
-        from 0 in each block; -1 if nothing was written.
+      tokens: the batch's rows with the written tokens at the target positions; targets after the end of a text are
+        padding.
+      scores: the decoder's own measure of its output; its docstring defines it and says if higher or lower is better.
+      steps: number of model steps taken (not counting the prompt's).
+      row_steps: number of steps that a row took part in: as many as it would take alone.
+      num_tokens: number of tokens in the output, including the one that ends it.
+      canvas: the tokens including everything written after an end.
+      written_at: the step in which a target got its final token, counted from 0, in a block decoder from 0 in each
+        block; -1 if nothing was written.
       trace: the rows before the first step and after each one; None unless asked for.
-      num_drafted, num_accepted: int32 `[B]`, numbers of tokens that a speculating decoder drafted and accepted;
-        otherwise None.
+      num_drafted, num_accepted: numbers of tokens that a speculating decoder drafted and accepted; otherwise None.
     """
 
-    tokens: jax.Array
-    scores: jax.Array
-    steps: jax.Array
-    row_steps: jax.Array
-    num_tokens: jax.Array
-    canvas: jax.Array
-    written_at: jax.Array
+    tokens: IntBL
+    scores: FloatB
+    steps: IntScalar
+    row_steps: IntB
+    num_tokens: IntB
+    canvas: IntBL
+    written_at: IntBL
     trace: Trace | None = None
-    num_drafted: jax.Array | None = None
-    num_accepted: jax.Array | None = None
+    num_drafted: IntB | None = None
+    num_accepted: IntB | None = None
 
     @classmethod
     def of(
         cls,
-        canvas: jax.Array,
+        canvas: IntBL,
         batch: Batch,
         vocabulary: TokenIds,
         *,
-        scores: jax.Array,
-        steps: jax.Array,
-        row_steps: jax.Array,
-        written_at: jax.Array,
+        scores: FloatB,
+        steps: IntScalar,
+        row_steps: IntB,
+        written_at: IntBL,
         trace: Trace | None = None,
-        num_drafted: jax.Array | None = None,
-        num_accepted: jax.Array | None = None,
+        num_drafted: IntB | None = None,
+        num_accepted: IntB | None = None,
     ) -> Self:
         """Returns the text written into a batch's targets, up to its end."""
         text = batch.target_mask & ~after_end(canvas, batch, vocabulary)
@@ -178,7 +181,7 @@ class Decoder(Protocol):
         """The modes in which it uses a model; the model must have learned all. () if it does not declare them."""
         return ()
 
-    def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
+    def decode(self, model: Transformer, batch: Batch, key: KeyScalar, trace: bool | Watch = False) -> Decoded:
         """Writes the batch's targets. Rows draw from the key by `example_ids`, so neighbours do not matter.
 
         Args:
@@ -189,18 +192,18 @@ class Decoder(Protocol):
         """
 
 
-def target_range(target_mask: Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the index of each row's first target and its number of targets, int32 `[B]`, from masks bool `[B, L]`."""
+def target_range(target_mask: AnyBoolBL) -> tuple[IntB, IntB]:
+    """Returns the index of each row's first target and its number of targets."""
     return jnp.argmax(target_mask, axis=-1).astype(jnp.int32), jnp.sum(target_mask, axis=-1, dtype=jnp.int32)
 
 
-def into_block(kind: AttentionKind, positions: Array, first_target: jax.Array) -> jax.Array | int:
-    """Returns the number of inputs in the block of the first target, int32 `[B]`.
+def into_block(kind: AttentionKind, positions: AnyIntBL, first_target: IntB) -> IntB | int:
+    """Returns the number of inputs in the block of the first target.
 
     Args:
       kind: attention in blocks.
-      positions: int32 `[B, L]`.
-      first_target: int32 `[B]`, its index in the row.
+      positions: of the slots in their segments.
+      first_target: its index in the row.
     """
     if kind.blocks_from == "targets":
         return 0
@@ -208,8 +211,8 @@ def into_block(kind: AttentionKind, positions: Array, first_target: jax.Array) -
     return jnp.take_along_axis(jnp.asarray(positions), first_target[:, None], axis=-1)[:, 0] % kind.block_size
 
 
-def end_at_eos(tokens: jax.Array, batch: Batch, vocabulary: TokenIds) -> jax.Array:
-    """Returns rows `[B, L]` whose targets end at the first EOS or pad: EOS stays, and all targets after it are padding.
+def end_at_eos(tokens: IntBL, batch: Batch, vocabulary: TokenIds) -> IntBL:
+    """Returns rows whose targets end at the first EOS or pad: EOS stays, and all targets after it are padding.
 
     Without EOS and pad, the whole canvas is the output; if EOS or pad comes first, the output is empty.
     """

@@ -1,37 +1,35 @@
 """Masked decoding: from a canvas of MASK, keeps the most confident tokens of each step until none is masked."""
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Literal
 
-import jax
 import jax.numpy as jnp
 
-from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.decoding.canvas import Canvas, StepRule, Written
+from diffusion_t5x.decoding.absorbing import AbsorbingRule
+from diffusion_t5x.decoding.canvas import Canvas, Written
 from diffusion_t5x.decoding.commit import Order, Softmax, choose, propose
 from diffusion_t5x.decoding.counts import Counts, step_count
 from diffusion_t5x.errors import UserError, check_choices
-from diffusion_t5x.models.masks import BIDIRECTIONAL
-from diffusion_t5x.models.modes import Mode
-from diffusion_t5x.models.sampling import Sampling
 from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.shapes import BoolBL, FloatBLD, IntB, IntBL, IntScalar, KeyB
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedDecoder(StepRule):
-    """Unmasks in `num_steps` steps (LLaDA, arXiv 2502.09992), or above a confidence (Fast-dLLM, 2505.22618).
+class MaskedDecoder(AbsorbingRule):
+    """Unmasks in `num_steps` steps (LLaDA, arXiv 2502.09992, section 2.4), or above a confidence.
 
-    A written token stays. The score is the log-probability that each token had when it was written, averaged over
-    targets: conditionals from different steps, not a likelihood. Higher is better.
+    The latter is Fast-dLLM's (arXiv 2505.22618). A written token stays. The score is the log-probability that each
+    token had when it was written, averaged over targets: conditionals from different steps, not a likelihood. Higher
+    is better.
 
     Attributes:
       num_steps: a row's targets, or with `window` those of each window, are divided over this many steps; rows with
         fewer targets write one per step. None: one per step.
       counts: how they are divided: "even": as evenly as possible, more in the first steps. Others are those of
         published code, see `counts.counts_table`.
-      threshold: a step also writes every token whose probability exceeds it, and the rest is divided over the
-        remaining steps; decoding stops when all rows are done. Fast-dLLM's is 0.9, with num_steps None.
+      threshold: a step also writes every token whose probability exceeds it, and the rest is divided over the remaining
+        steps; decoding stops when all rows are done. Fast-dLLM's is 0.9, with num_steps None.
       threshold_included: also every token whose probability is just that (Fast-dLLM, LMDeploy; not SDAR, SGLang,
         JetEngine).
       window: so many targets are written before the next so many are, counted from the first target, while each sees
@@ -47,8 +45,6 @@ class MaskedDecoder(StepRule):
       top_k, top_p: see `Sampling`.
     """
 
-    keeps_written: ClassVar[bool] = True
-
     num_steps: int | None = 10
     counts: Counts = "even"
     threshold: float | None = None
@@ -59,12 +55,9 @@ class MaskedDecoder(StepRule):
     ends: Literal["free", "last", "never"] = "free"
     end_ids: tuple[int, ...] = ()
     guidance: float = 0.0
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
 
     def __post_init__(self) -> None:
-        self.sampling  # noqa: B018  (raises on bad values now, not in the middle of a run)
+        super().__post_init__()
         check_choices(self)
         if self.num_steps is not None and self.num_steps < 1:
             raise UserError(f"MaskedDecoder.num_steps must be at least 1, or None; got {self.num_steps}.")
@@ -77,25 +70,13 @@ class MaskedDecoder(StepRule):
                 f"MaskedDecoder.threshold must be a probability and belongs to the order of confidence; got {self}."
             )
 
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_k, self.top_p)
-
-    @property
-    def modes(self) -> tuple[Mode, ...]:
-        return (Mode.of(BIDIRECTIONAL, "mask"),)
-
-    def blank(self, batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
-        """Returns the rows with MASK for targets."""
-        return jnp.where(batch.target_mask, vocabulary.mask_id, batch.tokens)
-
-    def eligible(self, tokens: jax.Array, target_mask: jax.Array, vocabulary: TokenIds, step: jax.Array) -> jax.Array:
+    def eligible(self, tokens: IntBL, target_mask: BoolBL, vocabulary: TokenIds, step: IntScalar) -> BoolBL:
         """The targets that are still masked; with windows, in the first window that has any."""
-        masked = target_mask & (tokens == vocabulary.mask_id)
+        masked = super().eligible(tokens, target_mask, vocabulary, step)
         return masked & self._in_window(masked, target_mask)
 
-    def _in_window(self, masked: jax.Array, target_mask: jax.Array) -> jax.Array:
-        """bool `[B, L]`: targets in each row's first window that has masked ones, bool `[B, L]`."""
+    def _in_window(self, masked: BoolBL, target_mask: BoolBL) -> BoolBL:
+        """The targets in each row's first window that has masked ones."""
         if self.window is None:
             return target_mask
         number = (jnp.cumsum(target_mask, axis=-1) - 1) // self.window
@@ -109,11 +90,11 @@ class MaskedDecoder(StepRule):
     def write(
         self,
         model: Transformer,
-        hidden: jax.Array,
+        hidden: FloatBLD,
         canvas: Canvas,
-        eligible: jax.Array,
-        positions: jax.Array,
-        keys: jax.Array,
+        eligible: BoolBL,
+        positions: IntBL,
+        keys: KeyB,
     ) -> Written:
         """Takes one step: writes some of the eligible positions, permanently."""
 
@@ -127,15 +108,10 @@ class MaskedDecoder(StepRule):
 
         tokens, log_probability, certainty = model.map_logits(read_out, hidden, positions)
         chosen = choose(certainty, eligible, self._count(canvas, eligible), self.threshold, self.threshold_included)
-        return Written(
-            tokens=jnp.where(chosen, tokens, canvas.tokens),
-            mask=chosen,
-            log_probability=log_probability,
-            score=jnp.sum(jnp.where(chosen, log_probability, 0), axis=-1),
-        )
+        return self.written(canvas, chosen, tokens, log_probability)
 
-    def _count(self, canvas: Canvas, eligible: jax.Array) -> jax.Array:
-        """Returns the minimum number of eligible positions that this step writes, int32 `[B]`."""
+    def _count(self, canvas: Canvas, eligible: BoolBL) -> IntB:
+        """Returns the minimum number of eligible positions that this step writes."""
         in_window, taken = self._in_window(eligible, canvas.target_mask), canvas.step
         if self.window is not None:
             first = jnp.where(in_window & (canvas.written_at >= 0), canvas.written_at, canvas.step)

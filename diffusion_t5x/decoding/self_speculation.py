@@ -1,6 +1,6 @@
 """Self-speculation: one model drafts a block by diffusion and checks the draft autoregressively in one pass.
 
-Speculative decoding (arXiv 2211.17192), greedy, with the model as its own draft model.
+Speculative decoding (arXiv 2211.17192, section 2), greedy, with the model as its own draft model.
 """
 
 import dataclasses
@@ -9,27 +9,29 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Int, Shaped
 
-from diffusion_t5x.data.batch import Array, Batch
+from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.autoregressive import read_prompt
-from diffusion_t5x.decoding.block import BlockDecoder, Carry, show_rows, start_row
+from diffusion_t5x.decoding.block import BlockDecoder, Carry, end_rows, show_rows, start_row
 from diffusion_t5x.decoding.canvas import Canvas, denoise
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, into_block, start_trace, target_range
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.models.attention import KVCache, write_rows
-from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind, Slots
-from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.masks import Slots
+from diffusion_t5x.models.modes import LeftToRight, Mode
 from diffusion_t5x.models.reading import Reading, check_blocks, start_first
 from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.stack import Encoded
 from diffusion_t5x.models.streams import row_keys
 from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.shapes import Array, FloatBL, FloatBLV, IntB, IntBL, KeyB, KeyScalar
 
 
 @dataclasses.dataclass(frozen=True)
-class SelfSpeculationDecoder(Decoder):
+class SelfSpeculationDecoder(LeftToRight, Decoder):
     """Greedy autoregressive decoding, several tokens at a time, for a model that was trained for both modes.
 
     Each round drafts the rest of a block and reads the draft in one autoregressive pass. It accepts the longest prefix
@@ -55,20 +57,16 @@ class SelfSpeculationDecoder(Decoder):
     prefix: bool = False
 
     @property
-    def attention(self) -> AttentionKind:
-        return PREFIX if self.prefix else CAUSAL
-
-    @property
     def modes(self) -> tuple[Mode, ...]:
         return (*self.draft.modes, Mode.of(self.attention)) if self.draft.modes else ()
 
-    def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
+    def decode(self, model: Transformer, batch: Batch, key: KeyScalar, trace: bool | Watch = False) -> Decoded:
         """`written_at` counts a row's own steps; the trace shows drafts, and that what was not accepted is gone."""
         check_blocks(self.draft.attention, model.config.shifted)
         vocabulary, size, inner = model.vocabulary, self.draft.block_size, self.draft.inner
         keys = row_keys(key, batch.example_ids)
         encoded = model.encode(batch)
-        room = _with_room(batch, size)
+        room = with_room(batch, size, size + 1)
         length, row_numbers = batch.tokens.shape[1], jnp.arange(len(batch.tokens))
         first_target, num_targets = target_range(batch.target_mask)
         tail = into_block(self.draft.attention, batch.positions, first_target)
@@ -83,7 +81,7 @@ class SelfSpeculationDecoder(Decoder):
             start = carry["start"]
             block = start - (start - first_target + tail) % size
             carry, tokens, num_drafted = self._write_draft(model, room, encoded, keys, carry, block)
-            draft = _cut(write_rows(carry["canvas"], tokens, block), start, size)
+            draft = cut(write_rows(carry["canvas"], tokens, block), start, size)
 
             # One autoregressive pass: slot by slot the token before it, and what is to be written there.
             before = carry["canvas"][row_numbers, start - 1]
@@ -93,12 +91,12 @@ class SelfSpeculationDecoder(Decoder):
             tokens, log_probability = model.map_logits(functools.partial(_most_likely, vocabulary), hidden)
 
             ends = vocabulary.is_end(tokens) | (start[:, None] + jnp.arange(size + 1) == end[:, None] - 1)
-            is_drafted, num_agreed, new = _accepted(draft, tokens, num_drafted, ends)
+            is_drafted, num_agreed, new = accepted(draft, tokens, num_drafted, ends)
             new &= ~carry["finished"][:, None]
             num_new = jnp.sum(new, axis=-1, dtype=jnp.int32)
 
             def put(name, values):
-                return write_rows(carry[name], jnp.where(new, values, _cut(carry[name], start, size + 1)), start)
+                return write_rows(carry[name], jnp.where(new, values, cut(carry[name], start, size + 1)), start)
 
             carry |= {
                 "start": start + num_new,
@@ -111,7 +109,7 @@ class SelfSpeculationDecoder(Decoder):
                 "num_drafted": carry["num_drafted"] + num_drafted,
                 "num_accepted": carry["num_accepted"] + jnp.minimum(num_agreed, num_new),
             }
-            shown = _cut(carry["canvas"], start, size + 1)
+            shown = cut(carry["canvas"], start, size + 1)
             return show_rows(carry, start, shown, new | is_drafted, jnp.where(new, log_probability, -jnp.inf))
 
         nothing = jnp.zeros_like(first_target)
@@ -125,26 +123,13 @@ class SelfSpeculationDecoder(Decoder):
             "num_accepted": nothing,
         }
         carry = jax.lax.while_loop(lambda carry: ~jnp.all(carry["finished"]), write_some, carry)
-        canvas, written_at, history = (
-            jax.tree.map(lambda x: x[..., size : size + length], carry[name])
-            for name in ("canvas", "written_at", "trace")
-        )
-        return Decoded.of(
-            jnp.where(batch.target_mask & (written_at < 0), vocabulary.pad_id, canvas),
-            batch,
-            vocabulary,
-            scores=carry["score"],
-            steps=carry["steps"],
-            row_steps=carry["row_steps"],
-            written_at=written_at,
-            trace=history and history.end(carry["steps"]),
-            num_drafted=carry["num_drafted"],
-            num_accepted=carry["num_accepted"],
-        )
+        unwritten = room.target_mask & (carry["written_at"] < 0)
+        carry["canvas"] = jnp.where(unwritten, vocabulary.pad_id, carry["canvas"])
+        return end_rows(carry, batch, vocabulary, first=size)
 
     def _read_for_drafts(
-        self, model: Transformer, room: Batch, canvas: jax.Array, encoded: Encoded | None
-    ) -> tuple[jax.Array, KVCache]:
+        self, model: Transformer, room: Batch, canvas: IntBL, encoded: Encoded | None
+    ) -> tuple[IntBL, KVCache]:
         """Returns the drafts' cache after a pass over the inputs, and the canvas as they read it."""
         vocabulary, shifted = model.vocabulary, model.config.shifted
         reading = Reading.of(room, vocabulary, shifted)
@@ -157,23 +142,17 @@ class SelfSpeculationDecoder(Decoder):
         return canvas, model.extend(read, self.draft.attention, cache, start, encoded)[1]
 
     def _write_draft(
-        self,
-        model: Transformer,
-        room: Batch,
-        encoded: Encoded | None,
-        keys: jax.Array,
-        carry: Carry,
-        block: jax.Array,
-    ) -> tuple[Carry, jax.Array, jax.Array]:
-        """Drafts the rest of each row's block from `block` on: its tokens `[B, size]`, and the number of new ones."""
+        self, model: Transformer, room: Batch, encoded: Encoded | None, keys: KeyB, carry: Carry, block: IntB
+    ) -> tuple[Carry, Int[jax.Array, "batch size"], IntB]:
+        """Drafts the rest of each row's block from `block` on: its tokens, and the number of new ones."""
         vocabulary, shifted = model.vocabulary, model.config.shifted
         # A shifted model predicts each token in the slot before its own.
         size, ahead = self.draft.block_size, 1 if shifted else 0
         offset = ahead if vocabulary.reads_start else 0  # the start token takes a slot
         unfinished = ~carry["finished"][:, None]
-        new = _cut(room.target_mask, block, size) & (block[:, None] + jnp.arange(size) >= carry["start"][:, None])
+        new = cut(room.target_mask, block, size) & (block[:, None] + jnp.arange(size) >= carry["start"][:, None])
         new &= unfinished
-        before, positions = _cut(carry["canvas"], block - size, size), _cut(room.positions, block - size, 2 * size)
+        before, positions = cut(carry["canvas"], block - size, size), cut(room.positions, block - size, 2 * size)
 
         def read(tokens, carry):
             tokens = jnp.concatenate([before, tokens], axis=1)
@@ -190,32 +169,35 @@ class SelfSpeculationDecoder(Decoder):
         def show_draft(carry, written):
             return show_rows(carry, block, written.tokens, written.mask, written.log_probability)
 
-        draft = Canvas.start(_cut(carry["canvas"], block, size), new)
+        draft = Canvas.start(cut(carry["canvas"], block, size), new)
         draft, carry = denoise(self.draft.inner, model, draft, positions[:, size:], keys, read, show_draft, carry)
         carry |= {"row_steps": carry["row_steps"] + draft.row_steps}
         return carry, draft.tokens, jnp.sum(new, axis=-1, dtype=jnp.int32)
 
 
-def _with_room(batch: Batch, size: int) -> Batch:
-    """Pads rows with a block before and a pass after them: slots that do not exist, and that nothing sees."""
+def with_room(batch: Batch, before: int, after: int) -> Batch:
+    """Pads rows with that many slots before and after them: slots that do not exist, and that nothing sees."""
     names = ("tokens", "target_mask", "segment_ids", "positions")
-    return batch.replace(**{name: jnp.pad(getattr(batch, name), ((0, 0), (size, size + 1))) for name in names})
+    return batch.replace(**{name: jnp.pad(getattr(batch, name), ((0, 0), (before, after))) for name in names})
 
 
-def _cut(x: Array, start: jax.Array, size: int) -> jax.Array:
+def cut(x: Shaped[Array, "batch length"], start: IntB, size: int) -> Shaped[jax.Array, "batch {size}"]:
     """Returns `size` slots of each row from its start on."""
     return jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, size))(x, start)
 
 
-def _accepted(
-    draft: jax.Array, tokens: jax.Array, num_drafted: jax.Array, ends: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def accepted(
+    draft: Int[jax.Array, "batch size"],
+    tokens: Int[jax.Array, "batch size+1"],
+    num_drafted: IntB,
+    ends: Bool[jax.Array, "batch size+1"],
+) -> tuple[Bool[jax.Array, "batch size+1"], IntB, Bool[jax.Array, "batch size+1"]]:
     """Returns the accepted part of a draft and one more token, up to the first that ends the row.
 
     Args:
-      draft: `[B, size]`.
-      tokens: the model's own tokens there, `[B, size + 1]`.
-      num_drafted: number of tokens that were drafted now, `[B]`.
+      draft: the drafted tokens.
+      tokens: the model's own tokens there, and one more.
+      num_drafted: number of tokens that were drafted now.
       ends: True for tokens that end the row.
 
     Returns:
@@ -229,7 +211,7 @@ def _accepted(
     return is_drafted, num_agreed, (place <= num_agreed[:, None]) & (jnp.cumsum(ends, axis=-1) - ends == 0)
 
 
-def _most_likely(vocabulary: TokenIds, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _most_likely(vocabulary: TokenIds, logits: FloatBLV) -> tuple[IntBL, FloatBL]:
     """Returns the most likely token of each slot, and its log-probability."""
     logits = forbid(logits, vocabulary)
     tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)

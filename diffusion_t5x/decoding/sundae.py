@@ -18,6 +18,7 @@ from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.sampling import Sampling, forbid, sample, uniform
 from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.shapes import BoolBL, FloatBLD, IntBL, IntScalar, KeyB, KeyScalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +72,12 @@ class SundaeDecoder(StepRule):
     def modes(self) -> tuple[Mode, ...]:
         return (Mode.of(BIDIRECTIONAL, "uniform"),)
 
-    def blank(self, batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
+    def blank(self, batch: Batch, vocabulary: TokenIds, keys: KeyB) -> IntBL:
         """Returns the rows with noise for targets."""
         noise = jax.vmap(vocabulary.sample_noise, (0, None))(stream(keys, "blank"), batch.tokens.shape[1:])
         return jnp.where(batch.target_mask, noise, batch.tokens)
 
-    def eligible(self, tokens: jax.Array, target_mask: jax.Array, vocabulary: TokenIds, step: jax.Array) -> jax.Array:
+    def eligible(self, tokens: IntBL, target_mask: BoolBL, vocabulary: TokenIds, step: IntScalar) -> BoolBL:
         return target_mask & (step < self.num_steps)
 
     def most_steps(self, num_targets: int) -> int:
@@ -85,11 +86,11 @@ class SundaeDecoder(StepRule):
     def write(
         self,
         model: Transformer,
-        hidden: jax.Array,
+        hidden: FloatBLD,
         canvas: Canvas,
-        eligible: jax.Array,
-        positions: jax.Array,
-        keys: jax.Array,
+        eligible: BoolBL,
+        positions: IntBL,
+        keys: KeyB,
     ) -> Written:
         """Takes one step. The score is minus the cross-entropy of what a row's last step reads, and 0 before."""
 
@@ -112,8 +113,8 @@ class SundaeDecoder(StepRule):
             finished=jnp.broadcast_to(is_last, len(eligible)),
         )
 
-    def _choose(self, canvas: Canvas, eligible: jax.Array, positions: jax.Array, keys: jax.Array) -> jax.Array:
-        """Returns bool `[B, L]`: the positions that this step writes."""
+    def _choose(self, canvas: Canvas, eligible: BoolBL, positions: IntBL, keys: KeyB) -> BoolBL:
+        """Returns the positions that this step writes."""
         if self.update_share == 1:
             return eligible
         count = jnp.maximum(jnp.round(self.update_share * jnp.sum(eligible, axis=-1)), 1)
@@ -121,6 +122,6 @@ class SundaeDecoder(StepRule):
             return choose(uniform(stream(keys, "order"), positions), eligible, count)
         return jnp.where(canvas.step % 2 == 0, eligible, choose(-canvas.log_probability, eligible, count))
 
-    def decode(self, model: Transformer, batch: Batch, key: jax.Array, trace: bool | Watch = False) -> Decoded:
+    def decode(self, model: Transformer, batch: Batch, key: KeyScalar, trace: bool | Watch = False) -> Decoded:
         decoded = decode_canvas(self, model, batch, key, trace)
         return decoded.replace(scores=-decoded.scores)

@@ -123,12 +123,6 @@ def check_decoders(mesh: Mesh, definition: ModelDefinition, evals: Sequence[Deco
     """Traces the decoding of each evaluation with the shapes of its batches alone. Nothing is compiled or run.
 
     A decoder that does not fit the model or the lengths raises here what it would raise in the first evaluation.
-
-    Args:
-      mesh: the mesh for the rows.
-      definition: the model.
-      evals: decoding evaluations.
-      params: shapes and dtypes of the parameters.
     """
     for ev in evals:
         step = make_decode_step(mesh, definition, ev.decoder, seed=ev.seed)
@@ -142,9 +136,7 @@ def _check_number(name: str, value: int | None) -> None:
 
 
 def for_tasks(
-    tasks: Sequence[str],
-    dataset: Callable[..., EvalDataset],
-    decode_eval: Callable[..., DecodeEval | LikelihoodEval],
+    tasks: Sequence[str], dataset: Callable[..., EvalDataset], decode_eval: Callable[..., DecodeEval | LikelihoodEval]
 ) -> list[DecodeEval | LikelihoodEval]:
     """Returns one evaluation per task: `decode_eval(dataset=dataset(mixture_or_task_name=task))`.
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.ends import text_of
-from diffusion_t5x.data.rows import Row, RowLayout, check_rows, fill_batches
+from diffusion_t5x.data.rows import LaidOut, Row, RowLayout, check_rows, fill_batches
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError
@@ -40,7 +40,7 @@ _SHORTEST = 32
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class Rows(LaidOut):
     """Layout of requests in rows, which should match the layout of the model's training examples.
 
     Attributes:
@@ -74,26 +74,9 @@ class Rows:
         """True if inputs and targets may have any lengths that fit together."""
         return self.architecture == "decoder_only" and not self.canvas
 
-    @property
-    def row_length(self) -> int:
-        """Number of positions in the longest sequence that the model reads."""
-        lengths = self.task_feature_lengths.values()
-        return sum(lengths) if self.architecture == "decoder_only" else max(lengths)
-
 
 class Harness:
-    """Answers requests with a model.
-
-    Args:
-      mesh: the mesh for the rows.
-      definition: the model.
-      params: its parameters.
-      objective: computes likelihoods.
-      decoder: writes the texts.
-      rows: layout of requests in rows.
-      num_draws: number of draws for likelihoods that are estimated.
-      seed: seed of draws and decoder.
-    """
+    """Answers requests with a model."""
 
     def __init__(
         self,

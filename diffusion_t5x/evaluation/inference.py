@@ -13,9 +13,9 @@ from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch
 from diffusion_t5x.evaluation import traces
-from diffusion_t5x.evaluation.results import write_records
 from diffusion_t5x.evaluation.teacher import Judge
 from diffusion_t5x.models.transformer import ModelDefinition, Params
+from diffusion_t5x.records import write_json_lines
 
 Example = Mapping[str, Any]
 DecodeStep = Callable[[Params, Batch, np.int32], Decoded]
@@ -116,4 +116,4 @@ def _holes(cells: Sequence[str], written: np.ndarray) -> list[str]:
 def write_jsonl(path: str, records: Iterable[Mapping[str, Any]]) -> None:
     """Writes records as JSON lines, atomically; only the first process of a run writes."""
     if jax.process_index() == 0:
-        write_records(path, records)
+        write_json_lines(path, records)

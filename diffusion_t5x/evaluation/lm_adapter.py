@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from diffusion_t5x.data.vocabulary import AnyVocabulary
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.harness import Harness, Rows, Tokens
 
@@ -11,22 +12,14 @@ if TYPE_CHECKING:
     import lm_eval.api.instance
     import lm_eval.api.model
 
-    from diffusion_t5x.data.vocabulary import AnyVocabulary
-
 logger = logging.getLogger(__name__)
 
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _DEFAULT_LIMIT = 256  # the harness's own
 
 
-def adapt(harness: Harness, vocabulary: "AnyVocabulary", rows: Rows) -> "lm_eval.api.model.LM":
-    """Returns the model as an object that `lm_eval.simple_evaluate` takes.
-
-    Args:
-      harness: answers in token ids.
-      vocabulary: the model's vocabulary.
-      rows: the harness's rows.
-    """
+def adapt(harness: Harness, vocabulary: AnyVocabulary, rows: Rows) -> "lm_eval.api.model.LM":
+    """Returns the model as an object that `lm_eval.simple_evaluate` takes."""
     from lm_eval import utils
     from lm_eval.api.model import LM
 
@@ -71,7 +64,7 @@ def adapt(harness: Harness, vocabulary: "AnyVocabulary", rows: Rows) -> "lm_eval
 _NOTHING = -1  # in place of the token that the harness puts before a document: the model has a start token of its own
 
 
-def _encode_pair(vocabulary: "AnyVocabulary", context: str, continuation: str, *, apart: bool) -> tuple[Tokens, Tokens]:
+def _encode_pair(vocabulary: AnyVocabulary, context: str, continuation: str, *, apart: bool) -> tuple[Tokens, Tokens]:
     """Returns the tokens of context and continuation; spaces between them go to the continuation, as in the harness.
 
     Args:

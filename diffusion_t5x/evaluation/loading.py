@@ -1,7 +1,8 @@
 """Prepares a verb's work: checks that data and model fit, and loads a model's parameters."""
 
+import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -10,17 +11,21 @@ from jax.sharding import Mesh
 from diffusion_t5x import partitioning
 from diffusion_t5x.checkpointing import restoring
 from diffusion_t5x.checkpointing.assignment import Rule
-from diffusion_t5x.checkpointing.checkpoints import AnyCheckpoint, open_checkpoint
+from diffusion_t5x.checkpointing.checkpoints import AnyCheckpoint, OpenCheckpoint, open_checkpoint
 from diffusion_t5x.checkpointing.start import check_start
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.dataset import Dataset
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.distillation import Teacher
+from diffusion_t5x.objectives.objective import Objective
+from diffusion_t5x.partitioning import MeshConfig
+from diffusion_t5x.training import lora as lora_training
 from diffusion_t5x.training.agreement import Agreement
 from diffusion_t5x.training.rollout import Rollout
 
@@ -48,6 +53,9 @@ def load_teacher(
     """Loads the autoregressive teacher like `load_model`; error messages name the teacher's checkpoint."""
     try:
         checkpoint = open_checkpoint(path)
+        modes = checkpoint.record.modes
+        if modes and all(mode.noise for mode in modes) and not allow_mismatch:
+            raise UserError(f"{checkpoint} is a diffusion model. Set TEACHER_CHECKPOINT_PATH to an autoregressive one.")
         Agreement.of(checkpoint, setting, allow_mismatch).check(config, [Autoregressive()])
         return Teacher(*load_model(checkpoint, config, vocabulary, mesh))
     except UserError as error:
@@ -63,7 +71,7 @@ def load_model(
     restore_rules: Sequence[Rule] = (),
     use_ema: bool = True,
 ) -> tuple[ModelDefinition, Params]:
-    """Loads a checkpoint's model for inference.
+    """Loads a checkpoint's model for inference; of LoRA, only what drafts alone read stays apart from its matrices.
 
     Args:
       path: a checkpoint folder, a folder of them or a MODEL_DIR; or an open checkpoint.
@@ -78,10 +86,44 @@ def load_model(
     """
     path = open_checkpoint(path)
     vocabulary.check_same(path.metadata["vocabulary"], str(path))
-    definition = ModelDefinition(config, vocabulary)
-    check_start(path, vocabulary, {"params": definition.abstract()}, restore_rules)
+    lora = lora_training.of_drafts(path.record.lora)
+    definition = lora_training.define(config, vocabulary, lora)
+    check_start(path, vocabulary, {"params": definition.abstract()}, restore_rules, resumes=lora is not None)
     abstract = abstract_params(mesh, definition)
-    return definition, restoring.restore_params(path, abstract, restore_rules, use_ema)
+    return definition, restoring.restore_params(path, abstract, restore_rules, use_ema, merge=lora is None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """The settings that the verbs share which use a checkpoint's model.
+
+    Attributes:
+      model: dimensions of the checkpoint's model.
+      checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
+      restore_rules: assignment rules, as in training.
+      use_ema: use the moving average of the parameters if the checkpoint has one.
+      allow_mismatch: use the model other than as it was trained, according to the checkpoint's record: as another
+        function, or with another decoder or objective.
+      mesh: the arrangement of devices.
+    """
+
+    ALLOW_MISMATCH: ClassVar[str]  # full name of the last but one
+
+    model: ModelConfig
+    checkpoint_path: str | None
+    restore_rules: Sequence[Rule] = ()
+    use_ema: bool = True
+    allow_mismatch: bool = False
+    mesh: MeshConfig = MeshConfig()
+
+    def check_use(self, checkpoint: OpenCheckpoint, *used: Decoder | Objective | None) -> None:
+        """Raises a UserError if the checkpoint's model was not trained for these decoders and objectives."""
+        Agreement.of(checkpoint, self.ALLOW_MISMATCH, self.allow_mismatch).check(self.model, used)
+
+    def load(self, checkpoint: OpenCheckpoint, vocabulary: TokenIds, mesh: Mesh) -> tuple[ModelDefinition, Params]:
+        """Loads the model; see `load_model`."""
+        where = (vocabulary, mesh)
+        return load_model(checkpoint, self.model, *where, restore_rules=self.restore_rules, use_ema=self.use_ema)
 
 
 def abstract_params(mesh: Mesh, definition: ModelDefinition) -> Params:

@@ -22,15 +22,7 @@ def evaluate_loss(
     mesh: Mesh,
     num_batches: int | None = None,
 ) -> dict[str, float]:
-    """Returns the loss and metrics of an objective over batches: sums over all of them, divided once.
-
-    Args:
-      loss_step: see `make_loss_step`.
-      params: the model's parameters.
-      batches: the batches of the evaluation set.
-      mesh: the mesh for the rows.
-      num_batches: maximum number; None takes all.
-    """
+    """Returns the loss and metrics of an objective over batches: sums over all of them, divided once."""
     total = None
     for batch in itertools.islice(batches, num_batches):
         with jax.set_mesh(mesh):

@@ -31,12 +31,7 @@ def exact_match(targets: Sequence[str], predictions: Sequence[str]) -> dict[str,
     """
     _check(targets, predictions)
     correct = sum(target == prediction for target, prediction in zip(targets, predictions, strict=True))
-    low, high = wilson_interval(correct, len(targets))
-    return {
-        "exact_match": 100 * correct / len(targets),
-        "exact_match_low": 100 * low,
-        "exact_match_high": 100 * high,
-    }
+    return _percentage("exact_match", correct, len(targets))
 
 
 def bleu(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
@@ -89,17 +84,9 @@ def squad(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[
     _check(targets, predictions)
     scores = [t5_metrics.squad([t], [p]) for t, p in zip(targets, predictions, strict=True)]
     exact = sum(int(score["em"] == 100) for score in scores)
-    low, high = wilson_interval(exact, len(scores))
     f1 = np.array([score["f1"] for score in scores])
     f1_low, f1_high = bootstrap_interval(np.stack([f1, np.ones_like(f1)], 1), lambda sums: sums[0] / sums[1])
-    return {
-        "em": 100 * exact / len(scores),
-        "em_low": 100 * low,
-        "em_high": 100 * high,
-        "f1": float(f1.mean()),
-        "f1_low": f1_low,
-        "f1_high": f1_high,
-    }
+    return _percentage("em", exact, len(scores)) | {"f1": float(f1.mean()), "f1_low": f1_low, "f1_high": f1_high}
 
 
 def math_accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
@@ -119,12 +106,7 @@ def math_accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[st
         if not answer:
             raise UserError(f"The target {target[-80:]!r} has no answer that math-verify can read.")
     correct = sum(verify(target, prediction) for target, prediction in zip(*answers, strict=True))
-    low, high = wilson_interval(correct, len(targets))
-    return {
-        "math_accuracy": 100 * correct / len(targets),
-        "math_accuracy_low": 100 * low,
-        "math_accuracy_high": 100 * high,
-    }
+    return _percentage("math_accuracy", correct, len(targets))
 
 
 _GSM8K_ANSWER = re.compile(r"####\s*(-?\$?[0-9.,]*[0-9](?:/[0-9]+)?)")
@@ -194,6 +176,12 @@ def _bleu_of_counts(counts: np.ndarray) -> float:
     *ngrams, sys_len, ref_len = counts.tolist()
     correct, total = ngrams[:_BLEU_ORDER], ngrams[_BLEU_ORDER:]
     return sacrebleu.BLEU.compute_bleu(correct, total, sys_len, ref_len, smooth_method="exp").score
+
+
+def _percentage(name: str, correct: int, total: int) -> dict[str, float]:
+    """Returns a share of examples in percent, with Wilson's interval."""
+    low, high = wilson_interval(correct, total)
+    return {name: 100 * correct / total, f"{name}_low": 100 * low, f"{name}_high": 100 * high}
 
 
 def _check(targets: Sequence[object], predictions: Sequence[object]) -> None:

@@ -62,9 +62,6 @@ class RecordFile:
     def check_examples(self, examples: Iterable[Mapping[str, Any]]) -> None:
         """Compares the existing records with the examples that they were made from.
 
-        Args:
-          examples: examples of the data set, in order, from the first on.
-
         Raises:
           UserError: an example has changed, or there are fewer now: old and new records would not match.
         """

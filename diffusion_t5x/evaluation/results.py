@@ -16,7 +16,7 @@ from diffusion_t5x.checkpointing.record import describe as describe_in_full
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.metrics import bleu_signature
 from diffusion_t5x.models.transformer import ModelDefinition
-from diffusion_t5x.records import write_json, write_json_lines
+from diffusion_t5x.records import write_json
 
 _PACKAGES = ("diffusion_t5x", "jax", "flax", "seqio", "tensorflow", "sacrebleu")
 _NO_MATTER = ("batch_size", "scan_unroll")  # settings that results do not depend on
@@ -116,11 +116,6 @@ def differences(before: Any, now: Any, no_matter: Collection[str] = (), name: st
 def write_results(folder: str | os.PathLike, report: Mapping[str, Any]) -> None:
     """Writes `report` to results.json in `folder`, atomically."""
     write_json(os.path.join(folder, "results.json"), report)
-
-
-def write_records(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
-    """Writes records as JSON lines, atomically."""
-    write_json_lines(path, records)
 
 
 def summary(metrics: Mapping[str, float]) -> str:

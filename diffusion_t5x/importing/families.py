@@ -104,7 +104,7 @@ def describe(folder: Folder, tied: bool | None = None) -> Described:
     where = str(folder.path / CONFIG)
     kind = _kind(folder, where)
     family = FAMILIES[kind]
-    keys = Keys(folder.config, where, getattr(family, "ALIASES", None), most_layers=len(folder.tensors))
+    keys = Keys(folder.config, where, getattr(family, "ALIASES", None), most_layers=len(folder.tensors) or None)
     # As in transformers: said to be tied, and yet different in the files, they are not.
     said = keys.get("tie_word_embeddings", family.TIED)
     base = getattr(family, "BASE", "")
@@ -122,7 +122,8 @@ def describe(folder: Folder, tied: bool | None = None) -> Described:
     copies = family.SAME | ({family.HEAD: embedding} if tied else {})
     weights = (dataclasses.replace(w, theirs=w.theirs.removeprefix(cut)) for w in family.weights(config))
     described = Described(config, vocab_size, tuple(weights), copies, published, passed_over, _tokenizers(family))
-    check_names(folder, described, kind)
+    if folder.tensors:
+        check_names(folder, described, kind)
     return described
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from diffusion_t5x.checkpointing.rebuilding import model_config
 from diffusion_t5x.checkpointing.record import Record, is_plain
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.importing import families
@@ -180,7 +181,7 @@ def _config(name: str, source: Folder, record: Record, rows: int) -> dict[str, A
     """A config.json made from that of the source, whose keys stay where they mean the same."""
     dropped = ("auto_map", "architectures", "block_size", "mask_token_id")
     said = {key: value for key, value in source.config.items() if key not in dropped}
-    model, kind = _model(record), source.config["model_type"]
+    model, kind = model_config(record, str(source.path)), source.config["model_type"]
     rope = said.pop("rope_parameters", None) or {}
     said = {"rope_theta": rope.get("rope_theta", model.rotary_base), "rope_scaling": None} | said
     if rope.get("rope_type", "default") != "default":
@@ -192,9 +193,10 @@ def _config(name: str, source: Folder, record: Record, rows: int) -> dict[str, A
     file, _, prefix = form.code.partition(".")
     modeling = f"modeling_{file}.{form.architecture}"
     if name.startswith("a2d"):  # configuration and model are in one file
-        auto_map = {"AutoConfig": f"modeling_{file}.{prefix}Config", "AutoModel": modeling}
+        auto_map = {"AutoConfig": f"modeling_{file}.{prefix}Config", "AutoModelForMaskedLM": modeling}
     else:
-        auto_map = {"AutoConfig": f"configuration_{file}.{prefix}Config", "AutoModel": modeling}
+        auto_map = {"AutoConfig": f"configuration_{file}.{prefix}Config"}
+    auto_map["AutoModel"] = f"modeling_{file}.SDARModel" if name == "sdar" else modeling
     if name in ("sdar", "llada"):
         auto_map["AutoModelForCausalLM"] = modeling
     if name == "llada":
@@ -206,11 +208,6 @@ def _config(name: str, source: Folder, record: Record, rows: int) -> dict[str, A
         said |= {"attention_bias": False, "fuse_cross_entropy": False, "use_cache": False}
     made = {"model_type": name, "architectures": [form.architecture], "auto_map": auto_map, "vocab_size": rows}
     return said | made | _blocks(record)
-
-
-def _model(record: Record) -> ModelConfig:
-    known = {field.name for field in dataclasses.fields(ModelConfig)} & record.model.keys()
-    return ModelConfig(**{name: record.model[name] for name in known})
 
 
 def _llada(said: Mapping[str, Any], model: ModelConfig, rows: int) -> dict[str, Any]:

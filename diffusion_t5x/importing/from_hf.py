@@ -26,6 +26,7 @@ def from_hf(
     ignore_keys: Sequence[str] = (),
     mask_id: int | None = None,
     block_size: int | None = None,
+    config_only: bool = False,
 ) -> None:
     """Imports a model in Hugging Face's format.
 
@@ -39,6 +40,7 @@ def from_hf(
       ignore_keys: keys of config.json, or of a GGUF file's metadata, that are read as if they were not there.
       mask_id: the id of MASK, of a diffusion model whose files do not name it.
       block_size: of a model of block diffusion, if config.json does not say it or says another one.
+      config_only: reads no weights and writes no checkpoint.
 
     Raises:
       UserError: before anything is written: the folder's content is not supported or does not fit together, or the
@@ -47,7 +49,7 @@ def from_hf(
     final = output.empty_folder(output_folder)
     said = {"mask_token_id": mask_id, "block_size": block_size}
     said = {name: value for name, value in said.items() if value is not None}
-    folder, described, definition, tokenizer = _opened(path, ignore_keys, said)
+    folder, described, definition, tokenizer = _opened(path, ignore_keys, said, weights=not config_only)
     for line in filter(None, (described.passed_over, described.published.note)):
         print(line)
     with output.building(final) as to:
@@ -56,9 +58,11 @@ def from_hf(
                 shutil.copyfile(folder.path / name, to / name)
         if said:
             records.write_json(to / CONFIG, read_json(to / CONFIG) | said)
-        folder.note_tensors(to)
+        if not config_only:
+            folder.note_tensors(to)
         importing.write(to, final, folder, described, definition, tokenizer.name, folder.config["model_type"])
-    print(f"Wrote {final}: checkpoints/checkpoint_0, {tokenizer.name}, model.gin")
+    checkpoint = "" if config_only else "checkpoints/checkpoint_0, "
+    print(f"Wrote {final}: {checkpoint}{tokenizer.name}, model.gin")
 
 
 def is_foreign(path: str) -> bool:
@@ -74,9 +78,6 @@ def _is_gguf(path: str) -> bool:
 def in_memory(path: str) -> tuple[Record, ModelDefinition, dict[str, Streamed]]:
     """Imports a model to memory: returns its record, its definition, and a reader for each parameter by name.
 
-    Args:
-      path: see `from_hf`.
-
     Raises:
       UserError: as `from_hf`.
     """
@@ -89,15 +90,19 @@ def in_memory(path: str) -> tuple[Record, ModelDefinition, dict[str, Streamed]]:
 
 
 def _opened(
-    path: str, ignore_keys: Sequence[str] = (), said: Mapping[str, Any] = types.MappingProxyType({})
+    path: str,
+    ignore_keys: Sequence[str] = (),
+    said: Mapping[str, Any] = types.MappingProxyType({}),
+    weights: bool = True,
 ) -> tuple[Folder, Described, ModelDefinition, pathlib.Path]:
     """The folder, what it describes, the model here, and the tokenizer's file; all checked, no weights kept.
 
     Args:
       path, ignore_keys: see `from_hf`.
       said: keys that config.json lacks.
+      weights: False reads config.json and the tokenizer alone.
     """
-    folder = _source(path, ignore_keys).with_keys(said)
+    folder = _source(path, ignore_keys, weights).with_keys(said)
     described = families.describe(folder)
     objective = described.published.objective
     if "block_size" in said and not isinstance(objective, Block):
@@ -125,9 +130,9 @@ def _check_mask(folder: Folder, mask_id: int | None, rows: int) -> None:
         raise UserError(f"{folder.path}: MASK = {mask_id}, but the model has the ids 0 to {rows - 1}. Set --mask_id.")
 
 
-def _source(path: str, ignore_keys: Sequence[str]) -> Folder:
+def _source(path: str, ignore_keys: Sequence[str], weights: bool) -> Folder:
     if _is_gguf(path):
         from diffusion_t5x.importing.gguf_file import GgufFile
 
         return GgufFile.open_file(path, ignore_keys)
-    return Folder.open(hub.local_folder(path)).without_keys(ignore_keys)
+    return Folder.open(hub.local_folder(path, weights), weights).without_keys(ignore_keys)

@@ -6,16 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-)
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from diffusion_t5x.data import tokenizer_files
 from diffusion_t5x.errors import UserError
@@ -40,10 +31,6 @@ class _Kind(enum.IntEnum):
 
 def files(values: Mapping[str, Any], where: str) -> dict[str, str]:
     """The contents of tokenizer.json, tokenizer_config.json and, if there is one, chat_template.jinja.
-
-    Args:
-      values: the file's metadata.
-      where: the file, for messages.
 
     Raises:
       UserError: no tokenizer, or of an unsupported kind.

@@ -11,7 +11,7 @@ from diffusion_t5x.importing.huggingface import CARRIED, INDEX, SINGLE, shards
 _ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w.-][\w./-]*))?", re.ASCII)
 
 
-def local_folder(name: str | os.PathLike) -> str:
+def local_folder(name: str | os.PathLike, weights: bool = True) -> str:
     """Returns a model's folder: a local path unchanged; "org/name" or "org/name@revision" of the hub, downloaded.
 
     Cached files are not downloaded again. `HF_HUB_OFFLINE=1` reads the cache alone; `HF_HOME`, `HF_TOKEN` and the other
@@ -19,6 +19,7 @@ def local_folder(name: str | os.PathLike) -> str:
 
     Args:
       name: a path or a hub name. An existing path is never looked up in the hub.
+      weights: False leaves the safetensors where they are.
 
     Raises:
       UserError: the hub has no such model or cannot be reached, or the model is gated.
@@ -27,8 +28,8 @@ def local_folder(name: str | os.PathLike) -> str:
     parts = _ID.fullmatch(name)
     if pathlib.Path(name).expanduser().exists() or not parts:
         return name
-    folder = _download(name, parts["repo"], parts["revision"], [*CARRIED, SINGLE, INDEX])
-    if (folder / INDEX).exists() and not (folder / SINGLE).exists():
+    folder = _download(name, parts["repo"], parts["revision"], [*CARRIED, *((SINGLE, INDEX) if weights else ())])
+    if weights and (folder / INDEX).exists() and not (folder / SINGLE).exists():
         # Of the same commit, whatever the revision means by now.
         _download(name, parts["repo"], folder.name, shards(folder / INDEX))
     return str(folder)

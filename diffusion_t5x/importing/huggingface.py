@@ -54,7 +54,7 @@ class Folder:
     Attributes:
       path: path of the folder.
       config: the contents of config.json, without ignored keys.
-      tensors: tensors by name.
+      tensors: tensors by name; none where only the model's description is read.
       ignored: the ignored keys.
     """
 
@@ -64,8 +64,8 @@ class Folder:
     ignored: tuple[str, ...] = ()
 
     @classmethod
-    def open(cls, path: str) -> Self:
-        """Reads config.json, the index and the files' headers.
+    def open(cls, path: str, weights: bool = True) -> Self:
+        """Reads config.json, the index and the files' headers; without weights, config.json alone.
 
         Raises:
           UserError: a file is missing, broken or not in this format, or a tensor has another dtype.
@@ -74,6 +74,8 @@ class Folder:
         for name in (*CARRIED, SINGLE, INDEX):
             _check_link(folder / name)
         config = read_json(folder / CONFIG)
+        if not weights:
+            return cls(folder, config, {})
         # As in `transformers`, an index counts where there is no single file.
         names = [SINGLE] if (folder / SINGLE).exists() or not (folder / INDEX).exists() else shards(folder / INDEX)
         tensors: dict[str, Tensor] = {}

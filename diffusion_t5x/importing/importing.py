@@ -6,6 +6,7 @@ import pathlib
 
 import numpy as np
 
+from diffusion_t5x import records
 from diffusion_t5x.checkpointing.streaming import Streamed
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
@@ -30,8 +31,9 @@ def definition_of(source: Source, described: Described, ids: TokenIds, tokenizer
         raise UserError(f"{tokenizer} has pieces up to id {last}, but {source.path} is a model of {rows} ids.")
     config = dataclasses.replace(described.config, vocab_size=rows if ids.size <= rows else None)
     definition = ModelDefinition(config, ids)
-    check_shapes(source, described, definition)
-    _check_numbers(source, described)
+    if source.tensors:
+        check_shapes(source, described, definition)
+        _check_numbers(source, described)
     return definition
 
 
@@ -44,7 +46,7 @@ def write(
     tokenizer: str,
     kind: str,
 ) -> None:
-    """Writes checkpoint_0 and model.gin, and prints which tensor became which parameter.
+    """Writes checkpoint_0, if there are weights, and model.gin; prints which tensor became which parameter.
 
     Args:
       to: the folder to write to, with the tokenizer in it.
@@ -57,9 +59,11 @@ def write(
     config = definition.config
     title, published = f"{source.path.name} ({kind}), imported", described.published
     gin = output.model_gin(title, config, "VOCABULARY_FILE", final / tokenizer, published.gin)
-    output.save(
-        to, output.record_of(definition, final / tokenizer, published), params(source, described, definition), gin
-    )
+    if source.tensors:
+        record = output.record_of(definition, final / tokenizer, published)
+        output.save(to, record, params(source, described, definition), gin)
+    else:
+        records.write_text(to / output.MODEL_GIN, gin)
 
     layers = f"0-{config.num_layers - 1}"
     output.print_table([(w.theirs.replace("{}", layers), w.ours, f"{list(shapes[w.ours])}") for w in described.weights])

@@ -25,8 +25,12 @@ def write(to: pathlib.Path, name: str, checkpoint: OpenCheckpoint, config: Mappi
     record = checkpoint.record
     generation = _generation(record, config)
     add_mask(to, config["mask_token_id"])
-    if not (to / "generation_config.json").exists() or not record.imported:
-        records.write_json(to / "generation_config.json", generation)
+    file = to / "generation_config.json"
+    if not file.exists() or not record.imported:
+        said = read_json(file) if file.exists() else {}
+        # Several ids may end a text, and only this file names them all.
+        generation |= {key: value for key, value in said.items() if key.endswith("_token_id")}
+        records.write_json(file, generation)
     records.write_text(to / "README.md", "\n".join(_card(name, checkpoint, generation)) + "\n")
 
 
@@ -46,6 +50,8 @@ def add_mask(folder: pathlib.Path, mask_id: int) -> None:
     if settings.exists():
         said = read_json(settings)
         said.setdefault("mask_token", token["content"])
+        if tokenizer.exists():  # transformers knows no class for the model_type of published formats
+            said.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
         if "added_tokens_decoder" in said:
             said["added_tokens_decoder"].setdefault(str(mask_id), token)
         records.write_json(settings, said)
@@ -57,7 +63,8 @@ def _generation(record: Record, config: Mapping[str, Any]) -> dict[str, Any]:
     settings = {role: config[role] for role in roles if config.get(role) is not None}
     decoder = record.decoder or {}
     inner = decoder.get("inner", decoder)
-    settings |= {"temperature": inner.get("temperature"), "top_k": inner.get("top_k"), "top_p": inner.get("top_p")}
+    settings["do_sample"] = bool(inner.get("temperature"))  # transformers has no temperature 0
+    settings |= {name: inner.get(name) or None for name in ("temperature", "top_k", "top_p")}
     if "block_size" in decoder:
         settings |= {"block_length": decoder["block_size"], "denoising_steps": inner.get("num_steps")}
         strategy = "static" if inner.get("threshold") is None else "dynamic"

@@ -20,9 +20,10 @@ from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 
 _UNFINISHED = ".unfinished"
-_LAST = ("config.json", "model.gin")  # without these, nothing takes a folder for a model
+MODEL_GIN = "model.gin"
+_LAST = ("config.json", MODEL_GIN)  # without these, nothing takes a folder for a model
 
-_MODEL_GIN = """\
+_GIN = """\
 # {title}. Use it in place of a model's and a size's gin file.
 from __gin__ import dynamic_registration
 
@@ -97,7 +98,7 @@ def model_gin(
     title = "".join(character if character.isprintable() else " " for character in title)  # it is a comment, one line
     left_out = _LEFT_OUT if model.vocab_size else {*_LEFT_OUT, "vocab_size"}
     bindings = "\n".join(f"  {name} = {value!r}" for name, value in values.items() if name not in left_out)
-    return _MODEL_GIN.format(
+    return _GIN.format(
         title=title,
         architecture=model.architecture,
         macro=macro,
@@ -121,11 +122,18 @@ def record_of(
 
 def save(folder: pathlib.Path, record: Record, params: Mapping[str, np.ndarray | Streamed], gin: str) -> None:
     """Writes model.gin and checkpoint_0, as a run of no steps would leave it, without an optimizer."""
-    state = {"step": np.zeros((), np.int32), "params": traverse_util.unflatten_dict(dict(params), sep="/")}
+    save_params(folder, record, params, gin, step=0)
+    records.write_text(folder / MODEL_GIN, gin)
+
+
+def save_params(
+    folder: pathlib.Path, record: Record, params: Mapping[str, np.ndarray | Streamed], gin: str, step: int
+) -> None:
+    """Writes checkpoints/checkpoint_<step> without an optimizer."""
+    state = {"step": np.array(step, np.int32), "params": traverse_util.unflatten_dict(dict(params), sep="/")}
     store = checkpoints.Checkpoints(str(folder / "checkpoints"), asynchronous=False, streamed=True)
-    store.save(0, state, {}, {"step": 0, "metrics": {}, **record.metadata(), "config": gin})
+    store.save(step, state, {}, {"step": step, "metrics": {}, **record.metadata(), "config": gin})
     store.close()
-    records.write_text(folder / "model.gin", gin)
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

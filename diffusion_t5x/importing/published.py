@@ -16,6 +16,7 @@ from diffusion_t5x.objectives.masked import Masked
 from diffusion_t5x.objectives.objective import Objective
 
 SETTINGS = "diffusion"  # the key of config.json
+_SOFTMAX = 'LOSS_SOFTMAX = "all"'  # in published training, MASK is a token like any other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +46,8 @@ def recorded(said: Mapping[str, Any], where: str) -> Published:
 
 def masked(decoder: MaskedDecoder, name: str, note: str = "") -> Published:
     """A model of masked diffusion over the whole row; `name` is that of its file in gin/decoding/published."""
-    gin = ('include "objectives/masked.gin"', f'include "decoding/published/{name}.gin"')
-    return Published(Masked(), decoder, gin, note)
+    gin = ('include "objectives/masked.gin"', f'include "decoding/published/{name}.gin"', _SOFTMAX)
+    return Published(Masked(softmax="all"), decoder, gin, note)
 
 
 def blocks(decoder: BlockDecoder, name: str) -> Published:
@@ -54,4 +55,5 @@ def blocks(decoder: BlockDecoder, name: str) -> Published:
     gin = ('include "objectives/block.gin"', f'include "decoding/published/{name}.gin"')
     size, origin = decoder.block_size, decoder.blocks_from
     macros = (f"BLOCK_SIZE = {size}", f"BLOCKS_FROM = {origin!r}")
-    return Published(Block(block_size=size, blocks_from=origin), decoder, (*gin, *macros))
+    objective = Block(block_size=size, blocks_from=origin, softmax="all")
+    return Published(objective, decoder, (*gin, *macros, _SOFTMAX))

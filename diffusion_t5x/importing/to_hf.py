@@ -11,6 +11,7 @@ import safetensors.numpy
 
 from diffusion_t5x import records
 from diffusion_t5x.checkpointing import checkpoints, restoring
+from diffusion_t5x.checkpointing.record import Record
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.importing import families, formats, model_card, output
 from diffusion_t5x.importing.formats import AUTO
@@ -71,8 +72,18 @@ def to_hf(
                 for each in (name, *copies):
                     files.add(each, tensor)
         files.close()
+    if kind in formats.FORMATS and not opened.record.imported and not _trained_mask(opened.record):
+        print(
+            'LOSS_SOFTMAX = "allowed" left MASK out of the softmax in training: programs that do not forbid MASK may '
+            "choose it. For these, train with --gin.LOSS_SOFTMAX='\"all\"'."
+        )
     as_what = f" as {kind}" if kind != formats.CAUSAL else ""
     print(f"Wrote {final}{as_what}: {sum(map(len, files.written))} tensors in files: {len(files.written)}")
+
+
+def _trained_mask(record: Record) -> bool:
+    """True if the training's loss kept MASK's probability low."""
+    return (record.objective or {}).get("softmax") == "all"
 
 
 def _origin(checkpoint: pathlib.Path, like: str | None) -> pathlib.Path:

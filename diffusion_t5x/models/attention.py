@@ -6,14 +6,15 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, Shaped
 
-from diffusion_t5x.data.batch import Array
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.dot_product import KEYS, QUERIES, attend
-from diffusion_t5x.models.layers import HeadsNorm, RMSNorm, add_bias, dense, normal, param
+from diffusion_t5x.models.layers import RMSNorm, add_bias, dense, normal, param
 from diffusion_t5x.models.masks import Sight, Slots
 from diffusion_t5x.models.positions import rotate
 from diffusion_t5x.partitioning import constrain
+from diffusion_t5x.shapes import AnyIntBL, Array, FloatBKHD, FloatBLD, FloatNBLHD, FloatNHQK, IntB, KeyScalar
 
 
 class KVCache(flax.struct.PyTreeNode):
@@ -23,12 +24,12 @@ class KVCache(flax.struct.PyTreeNode):
     Queries must not see unwritten slots; attention that only looks back guarantees that.
 
     Attributes:
-      keys, values: `[layers, B, L, kv_heads, head_dim]`.
-      slots: slots of the rows being decoded, each field `[B, L]`.
+      keys, values: of every layer.
+      slots: slots of the rows being decoded.
     """
 
-    keys: jax.Array
-    values: jax.Array
+    keys: FloatNBLHD
+    values: FloatNBLHD
     slots: Slots
 
     @classmethod
@@ -37,23 +38,25 @@ class KVCache(flax.struct.PyTreeNode):
         zeros = jnp.zeros(shape, config.dtype)
         return cls(keys=zeros, values=zeros, slots=slots)
 
-    def take(self, rows: jax.Array) -> Self:
-        """Returns the cache of these rows, int32 `[B']`; a row may occur several times."""
+    def take(self, rows: IntB) -> Self:
+        """Returns the cache of these rows; a row may occur several times."""
         slots = jax.tree.map(lambda field: field[rows], self.slots)
         return self.replace(keys=self.keys[:, rows], values=self.values[:, rows], slots=slots)
 
 
-def write_rows(buffer_BxL: jax.Array, values_BxQ: jax.Array, start_B: jax.Array) -> jax.Array:
-    """Returns the buffer with each row's values written from its own start on; trailing axes are carried along."""
+def write_rows(
+    buffer: Shaped[jax.Array, "batch length *rest"], values: Shaped[jax.Array, "batch new *rest"], start: IntB
+) -> Shaped[jax.Array, "batch length *rest"]:
+    """Returns the buffer with each row's values written from its own start on."""
     return jax.vmap(lambda row, new, first: jax.lax.dynamic_update_slice_in_dim(row, new, first, axis=0))(
-        buffer_BxL, values_BxQ, start_B
+        buffer, values, start
     )
 
 
 class Attention(nnx.Module):
     """Self-attention over the same rows or their cached keys, or cross-attention over another sequence's."""
 
-    def __init__(self, key: jax.Array, config: ModelConfig):
+    def __init__(self, key: KeyScalar, config: ModelConfig):
         embed, heads, kv_heads, head_dim = config.embed_dim, config.num_heads, config.kv_heads, config.head_dim
         keys = jax.random.split(key, 4)
         # T5 folds the usual 1/sqrt(head_dim) into the query's initialiser; where attention_scale holds it, not here.
@@ -67,40 +70,38 @@ class Attention(nnx.Module):
         self.key_bias = param(key, zeros, kv_heads=kv_heads, head_dim=head_dim) if config.qkv_bias else None
         self.value_bias = param(key, zeros, kv_heads=kv_heads, head_dim=head_dim) if config.qkv_bias else None
         self.out_bias = param(key, zeros, embed=embed) if config.output_bias else None
-        self.query_norm: RMSNorm | HeadsNorm
-        self.key_norm: RMSNorm | HeadsNorm
         if config.query_key_norm:
-            self.query_norm = RMSNorm(head_dim, config.norm_epsilon, "head_dim", config.norm_offset)
-            self.key_norm = RMSNorm(head_dim, config.norm_epsilon, "head_dim", config.norm_offset)
+            self.query_norm = RMSNorm(config.norm_epsilon, config.norm_offset, head_dim=head_dim)
+            self.key_norm = RMSNorm(config.norm_epsilon, config.norm_offset, head_dim=head_dim)
         elif config.whole_query_key_norm:
-            self.query_norm = HeadsNorm(heads, head_dim, config.norm_epsilon, "heads")
-            self.key_norm = HeadsNorm(kv_heads, head_dim, config.norm_epsilon, "kv_heads")
+            self.query_norm = RMSNorm(config.norm_epsilon, heads=heads, head_dim=head_dim)
+            self.key_norm = RMSNorm(config.norm_epsilon, kv_heads=kv_heads, head_dim=head_dim)
         self.config = config
 
     def __call__(
         self,
-        x: jax.Array,
-        positions: Array,
+        x: FloatBLD,
+        positions: AnyIntBL,
         sight: Sight,
-        bias: jax.Array | None,
-        frequencies: Array | None = None,
-        cached: tuple[jax.Array, jax.Array] | None = None,
-        write_at: jax.Array | None = None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """Returns self-attention of x `[B, Lq, D]`.
+        bias: FloatNHQK | None,
+        frequencies: Float[Array, " half_head_dim"] | None = None,
+        cached: tuple[FloatBKHD, FloatBKHD] | None = None,
+        write_at: IntB | None = None,
+    ) -> tuple[FloatBLD, tuple[FloatBKHD, FloatBKHD] | None]:
+        """Returns self-attention of x.
 
         Args:
           x: the queries' hidden states.
-          positions: int32 `[B, Lq]`, for rotary positions.
+          positions: the queries' positions, for rotary positions.
           sight: the keys that the queries see.
-          bias: float32 `[n, heads, Lq, Lk]`, one for each of n equal groups of rows, or None.
-          frequencies: float32 `[head_dim / 2]`, for rotary positions; None if there are none.
-          cached: this layer's keys and values `[B, Lk, kv_heads, head_dim]`; the queries' own are written into them
-            first. None attends over x itself.
-          write_at: int32 `[B]`, the slot of each row's first query; with `cached` only.
+          bias: one for each of some equal groups of rows, or None.
+          frequencies: for rotary positions; None if there are none.
+          cached: this layer's keys and values; the queries' own are written into them first. None attends over x
+            itself.
+          write_at: the slot of each row's first query; with `cached` only.
 
         Returns:
-          `[B, Lq, D]`, and the keys and values with the queries' own written (None without a cache).
+          The attention, and the keys and values with the queries' own written (None without a cache).
         """
         query = self._project_query(x)
         key, value = self.keys_values(x)
@@ -112,18 +113,18 @@ class Attention(nnx.Module):
             cached = (key, value)
         return self._attend(query, key, value, bias, sight), cached
 
-    def cross(self, x: jax.Array, key: jax.Array, value: jax.Array, sight: Sight) -> jax.Array:
-        """Returns attention of x `[B, Lq, D]` over the keys and values of other hidden states, without positions.
+    def cross(self, x: FloatBLD, key: FloatBKHD, value: FloatBKHD, sight: Sight) -> FloatBLD:
+        """Returns attention of x over the keys and values of other hidden states, without positions.
 
         Args:
           x: the queries' hidden states.
-          key, value: `[B, Lk, kv_heads, head_dim]`.
+          key, value: see `keys_values`.
           sight: the keys that the queries see.
         """
         return self._attend(self._project_query(x), key, value, None, sight)
 
-    def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns keys and values `[B, L, kv_heads, head_dim]` of hidden states `[B, L, D]`, not rotated."""
+    def keys_values(self, x: FloatBLD) -> tuple[FloatBKHD, FloatBKHD]:
+        """Returns keys and values of hidden states, not rotated."""
         key = add_bias(dense(x, self.key.get_value()), self.key_bias)
         value = add_bias(dense(x, self.value.get_value()), self.value_bias)
         return self.key_norm(key) if self._norms else key, value

@@ -20,13 +20,7 @@ _HIDDEN = pallas_flash.DEFAULT_MASK_VALUE  # what a bias says of a key that is n
 
 
 def cudnn(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    bias: jax.Array | None,
-    sight: Sight,
-    scale: float,
-    cap: None,
+    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, sight: Sight, scale: float, cap: None
 ) -> jax.Array:
     """cuDNN's flash attention; it has no segments, so they become a mask (one for all heads).
 
@@ -43,13 +37,7 @@ def cudnn(
 
 
 def splash(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    bias: None,
-    sight: Sight,
-    scale: float,
-    cap: float | None,
+    query: jax.Array, key: jax.Array, value: jax.Array, bias: None, sight: Sight, scale: float, cap: float | None
 ) -> jax.Array:
     """Splash attention for TPUs; it skips blocks that the order or the mask hides completely."""
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query * scale, key, value))
@@ -58,12 +46,7 @@ def splash(
     make = functools.partial(
         pallas_splash.make_splash_mha_single_device,
         block_sizes=pallas_splash.BlockSizes(
-            block_q=queries,
-            block_kv=keys,
-            block_q_dkv=queries,
-            block_kv_dkv=keys,
-            block_q_dq=queries,
-            block_kv_dq=keys,
+            block_q=queries, block_kv=keys, block_q_dkv=queries, block_kv_dkv=keys, block_q_dq=queries, block_kv_dq=keys
         ),
         attn_logits_soft_cap=cap,
     )
@@ -85,13 +68,7 @@ def splash(
 
 
 def flash(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    bias: jax.Array | None,
-    sight: Sight,
-    scale: float,
-    cap: None,
+    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, sight: Sight, scale: float, cap: None
 ) -> jax.Array:
     """Pallas flash attention for TPUs, row by row, so that the bias and its gradient exist once for all rows."""
     heads = query.shape[2]

@@ -12,6 +12,7 @@ from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.layers import softcap
 from diffusion_t5x.models.masks import Sight
 from diffusion_t5x.partitioning import cut_on, pieces_of, platform
+from diffusion_t5x.shapes import FloatBKHD, FloatBQHD, FloatNHQK
 
 logger = logging.getLogger(__name__)
 
@@ -104,15 +105,14 @@ def _refusal(backend: str, call: Call) -> str | None:
 
 
 def attend(
-    config: ModelConfig, query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, sight: Sight
-) -> jax.Array:
-    """Returns attention `[B, Lq, heads, D]`; a query that sees nothing gets the mean of all values.
+    config: ModelConfig, query: FloatBQHD, key: FloatBKHD, value: FloatBKHD, bias: FloatNHQK | None, sight: Sight
+) -> FloatBQHD:
+    """Returns attention; a query that sees nothing gets the mean of all values.
 
     Args:
       config: sets the backend, and scale and cap of the products.
-      query: `[B, Lq, heads, D]`.
-      key, value: `[B, Lk, kv_heads, D]`.
-      bias: float32 `[n, heads, Lq, Lk]`, one for each of n equal groups of rows, or None.
+      query, key, value: projected hidden states.
+      bias: added to the query-key products; one for each of some equal groups of rows.
       sight: the keys that the queries see.
 
     Raises:
@@ -148,14 +148,14 @@ def _call(config, query, key, bias, sight):
 
 
 def xla(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    bias: jax.Array | None,
+    query: FloatBQHD,
+    key: FloatBKHD,
+    value: FloatBKHD,
+    bias: FloatNHQK | None,
     sight: Sight,
     scale: float,
     cap: float | None,
-) -> jax.Array:
+) -> FloatBQHD:
     """Attention in plain XLA; arguments as for `attend`."""
     if bias is not None and len(bias) > 1:
         bias = jnp.repeat(bias, len(query) // len(bias), axis=0)
@@ -181,14 +181,14 @@ def _capped(query, key, value, bias, mask, scale, cap):
 
 def by_kernel(
     backend: str,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    bias: jax.Array | None,
+    query: FloatBQHD,
+    key: FloatBKHD,
+    value: FloatBKHD,
+    bias: FloatNHQK | None,
     sight: Sight,
     scale: float,
     cap: float | None,
-) -> jax.Array:
+) -> FloatBQHD:
     """Attention by a kernel; arguments as for `attend`. Each device runs it on its own rows and heads."""
     from diffusion_t5x.models import attention_kernels  # half a second that few machines need
 
@@ -224,6 +224,7 @@ def _padded(query, key, value, bias, sight):
 
     sight = sight.replace(
         mask=pad(sight.mask, {1: queries, 2: keys}),
+        sees=pad(sight.sees, {1: queries}),
         query_segments=pad(sight.query_segments, {1: queries}),
         key_segments=pad(sight.key_segments, {1: keys}),
     )

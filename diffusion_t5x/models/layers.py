@@ -7,15 +7,17 @@ from typing import overload
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float
 
 from diffusion_t5x.models.low_rank import LowRank
 from diffusion_t5x.models.output import Auxiliaries
 from diffusion_t5x.partitioning import pieces_of
+from diffusion_t5x.shapes import FloatBLD, IntScalar, KeyB, KeyScalar
 
 Initializer = Callable[..., jax.Array]
 
 
-def param(key: jax.Array, init: Initializer, **axes: int) -> nnx.Param:
+def param(key: KeyScalar | None, init: Initializer, **axes: int) -> nnx.Param:
     """Declares a float32 parameter; keywords name its logical axes and give their sizes, in order."""
     return nnx.Param(init(key, tuple(axes.values()), jnp.float32), axes=tuple(axes))
 
@@ -25,7 +27,9 @@ def normal(variance: float) -> Initializer:
     return jax.nn.initializers.normal(stddev=variance**0.5)
 
 
-def dense(x: jax.Array, kernel: jax.Array | LowRank, inputs: int = 1) -> jax.Array:
+def dense(
+    x: Float[jax.Array, "..."], kernel: Float[jax.Array, "..."] | LowRank, inputs: int = 1
+) -> Float[jax.Array, "..."]:
     """Contracts the last `inputs` axes of x with the first ones of the kernel, in x's dtype.
 
     The product is one of two plain matrices: XLA's CPU backend is more than twice as fast with these in the backward
@@ -33,8 +37,13 @@ def dense(x: jax.Array, kernel: jax.Array | LowRank, inputs: int = 1) -> jax.Arr
     """
     if isinstance(kernel, LowRank):
         product = dense(x, kernel.base, inputs)
+        if kernel.drafts_only and kernel.drafts is None:
+            return product
         update = dense(dense(x.reshape(*x.shape[: x.ndim - inputs], -1), kernel.down), kernel.up)
-        return product + jnp.asarray(kernel.scale, x.dtype) * update.reshape(product.shape)
+        update = jnp.asarray(kernel.scale, x.dtype) * update.reshape(product.shape)
+        if kernel.drafts is not None:
+            update = jnp.where(jnp.expand_dims(kernel.drafts, tuple(range(2, update.ndim))), update, 0)
+        return product + update
     if pieces_of("length") > 1:
         return jnp.tensordot(x, kernel.astype(x.dtype), axes=inputs)
     split = x.ndim - inputs
@@ -43,27 +52,29 @@ def dense(x: jax.Array, kernel: jax.Array | LowRank, inputs: int = 1) -> jax.Arr
     return product.reshape(*x.shape[:split], *kernel.shape[inputs:])
 
 
-def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
+def add_bias(x: Float[jax.Array, "*shape"], bias: nnx.Param | None) -> Float[jax.Array, "*shape"]:
     """Returns the sum, in x's dtype; x if there is no bias."""
     return x if bias is None else x + bias.get_value().astype(x.dtype)
 
 
-def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+def softcap(x: Float[jax.Array, "*shape"], cap: float | None) -> Float[jax.Array, "*shape"]:
     """Returns `cap * tanh(x / cap)`: x limited to the cap. None: no cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 @overload
-def fold_in(keys: jax.Array, number: jax.Array | int) -> jax.Array: ...
+def fold_in(keys: KeyB, number: IntScalar | int) -> KeyB: ...
 @overload
-def fold_in(keys: None, number: jax.Array | int) -> None: ...
-def fold_in(keys: jax.Array | None, number: jax.Array | int) -> jax.Array | None:
-    """Returns each row's key `[B]` for one of several uses; None stays None."""
+def fold_in(keys: None, number: IntScalar | int) -> None: ...
+def fold_in(keys: KeyB | None, number: IntScalar | int) -> KeyB | None:
+    """Returns each row's key for one of several uses; None stays None."""
     return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
-def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
-    """Applies dropout to x `[B, L, ...]` with a key for each row; the mask is shared over the length, as in T5."""
+def dropout(
+    x: Float[jax.Array, "batch length *rest"], rate: float, keys: KeyB | None
+) -> Float[jax.Array, "batch length *rest"]:
+    """Applies dropout to x with a key for each row; the mask is shared over the length, as in T5."""
     if keys is None or rate == 0:
         return x
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[2:]))(keys)[:, None]
@@ -74,40 +85,22 @@ class RMSNorm(nnx.Module):
     """Root-mean-square norm with a learned scale, computed in float32.
 
     Args:
-      size, axis: size and name of the normalised axis, the last one.
       epsilon: added to the mean square.
       offset: the parameter is the scale minus 1.
+      **axes: names and sizes of the last axes, which are normalised together.
     """
 
-    def __init__(self, size: int, epsilon: float, axis: str = "embed", offset: bool = False):
-        self.scale = nnx.Param(jnp.full((size,), 0.0 if offset else 1.0, jnp.float32), axes=(axis,))
+    def __init__(self, epsilon: float, offset: bool = False, **axes: int):
+        init = jax.nn.initializers.zeros if offset else jax.nn.initializers.ones
+        self.scale = param(None, init, **axes)
         self.epsilon = epsilon
         self.offset = offset
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
-        scale = self.scale.get_value()
+    def __call__(self, x: Float[jax.Array, "*shape"]) -> Float[jax.Array, "*shape"]:
+        y, scale = x.astype(jnp.float32), self.scale.get_value()
+        axes = tuple(range(-scale.ndim, 0))
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=axes, keepdims=True) + self.epsilon)
         return (y * (1 + scale if self.offset else scale)).astype(x.dtype)
-
-
-class HeadsNorm(nnx.Module):
-    """Root-mean-square norm over all heads `[..., heads, head_dim]` together, computed in float32.
-
-    Args:
-      heads, head_dim: sizes of the last two axes.
-      epsilon: added to the mean square.
-      axis: logical name of the heads.
-    """
-
-    def __init__(self, heads: int, head_dim: int, epsilon: float, axis: str):
-        self.scale = nnx.Param(jnp.ones((heads, head_dim), jnp.float32), axes=(axis, "head_dim"))
-        self.epsilon = epsilon
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=(-2, -1), keepdims=True) + self.epsilon)
-        return (y * self.scale.get_value()).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -123,7 +116,7 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(size, jnp.float32), axes=("embed",))
         self.epsilon = epsilon
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[jax.Array, "*shape embed"]) -> Float[jax.Array, "*shape embed"]:
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
@@ -144,7 +137,7 @@ class MLP(nnx.Module):
 
     def __init__(
         self,
-        key: jax.Array,
+        key: KeyScalar,
         embed_dim: int,
         mlp_dim: int,
         *,
@@ -165,7 +158,7 @@ class MLP(nnx.Module):
         self.gated = gated
         self.dropout_rate = dropout_rate
 
-    def __call__(self, x: jax.Array, dropout_keys: jax.Array | None) -> tuple[jax.Array, Auxiliaries]:
+    def __call__(self, x: FloatBLD, dropout_keys: KeyB | None) -> tuple[FloatBLD, Auxiliaries]:
         """Returns the update of the residual stream, and losses of the layer's own, as a mixture of experts has."""
         activation = {"gelu": jax.nn.gelu, "silu": jax.nn.silu}[self.activation]
         hidden = activation(add_bias(dense(x, self.wi_0.get_value()), self.wi_0_bias))

@@ -1,8 +1,12 @@
 """A frozen matrix with a trained low-rank update (LoRA, arXiv 2106.09685)."""
 
+from typing import TypeVar
+
 import flax.struct
 import jax
 import jax.numpy as jnp
+
+Tree = TypeVar("Tree")
 
 
 class LowRank(flax.struct.PyTreeNode):
@@ -16,14 +20,27 @@ class LowRank(flax.struct.PyTreeNode):
       down: `[..., inputs, rank]`.
       up: `[..., rank, outputs]`.
       scale: factor on the product.
+      drafts_only: the update applies to drafts alone (gated LoRA, arXiv 2507.11851); all other slots read the base.
+      drafts: bool `[B, L]`, True in slots with a draft; None where there are none. Set by `at_drafts` for each pass.
     """
 
     base: jax.Array
     down: jax.Array
     up: jax.Array
     scale: float = flax.struct.field(pytree_node=False)
+    drafts_only: bool = flax.struct.field(pytree_node=False, default=False)
+    drafts: jax.Array | None = None
 
     def merged(self) -> jax.Array:
         """The sum as one array, float32, with the base's shape."""
         product = jnp.matmul(self.down, self.up, precision=jax.lax.Precision.HIGHEST)
         return self.base.astype(jnp.float32) + self.scale * product.reshape(self.base.shape)
+
+
+def at_drafts(tree: Tree, drafts: jax.Array | None) -> Tree:
+    """Returns a tree whose updates of drafts apply in these slots, bool `[B, L]`; None: in none."""
+
+    def placed(leaf):
+        return leaf.replace(drafts=drafts) if isinstance(leaf, LowRank) and leaf.drafts_only else leaf
+
+    return jax.tree.map(placed, tree, is_leaf=lambda leaf: isinstance(leaf, LowRank))

@@ -6,50 +6,65 @@ from typing import ClassVar, Literal, Self
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Int
 
-from diffusion_t5x.data.batch import Array, Batch
+from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.errors import UserError, check_choices
+from diffusion_t5x.shapes import (
+    AnyBoolBL,
+    AnyIntBL,
+    Array,
+    BoolBL,
+    BoolBQK,
+    FloatScalar,
+    IntB,
+    IntBL,
+    IntScalar,
+    KeyScalar,
+)
 
 Reach = Literal["before", "all"]  # of its segment, a query sees the slots up to its own, or all
 BlocksFrom = Literal["targets", "row"]
 
 
 class Slots(flax.struct.PyTreeNode):
-    """The properties of token slots that attention masks depend on; each field is `[B, L]`.
+    """The properties of token slots that attention masks depend on.
 
     Attributes:
-      segment_ids: int32, 0 = empty. Slots of different segments never see each other.
-      positions: int32, restarting with each segment.
-      is_input: bool, the slot holds a given token.
-      is_noisy: bool, the slot belongs to the second, noisy copy of the targets ("block_diffusion" only); otherwise
-        None.
-      index: int32 `[1, L]`, a slot's index in its row if it differs from its place, as in a second copy; otherwise
-        None. Slots of one segment are as far apart as their indices.
+      segment_ids: 0 = empty. Slots of different segments never see each other.
+      positions: restart with each segment.
+      is_input: the slot holds a given token.
+      is_noisy: the slot belongs to the second, noisy copy of the targets ("block_diffusion" only); otherwise None.
+      seen: in a slot that holds a draft ("block_drafts" only) the number of clean slots that it sees, the first ones of
+        its segment; -1 in clean slots. None: there are no drafts.
+      index: a slot's index in its row if it differs from its place, as in a second copy; otherwise None. Slots of one
+        segment are as far apart as their indices.
     """
 
-    segment_ids: Array
-    positions: Array
-    is_input: Array
-    is_noisy: jax.Array | None = None
-    index: jax.Array | None = None
+    segment_ids: AnyIntBL
+    positions: AnyIntBL
+    is_input: AnyBoolBL
+    is_noisy: BoolBL | None = None
+    seen: IntBL | None = None
+    index: Int[jax.Array, "1 length"] | None = None
 
     @classmethod
     def of(cls, batch: Batch) -> Self:
         """Returns the slots of a batch whose tokens stand in their own places (no shift)."""
         return cls(segment_ids=batch.segment_ids, positions=batch.positions, is_input=batch.input_mask)
 
-    def take(self, start: jax.Array, length: int) -> Self:
-        """Returns per row b the `length` slots from `start[b]` on: `[B, length]`."""
+    def take(self, start: IntB, length: int) -> Self:
+        """Returns per row b the `length` slots from `start[b]` on."""
         rows = jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, length))
         return jax.tree.map(lambda field: rows(field, start), self)
 
-    def within(self, keys: Self, window: int) -> jax.Array:
-        """Returns bool `[B, Lq, Lk]`: True if a key is less than `window` tokens away, before or after."""
+    def within(self, keys: Self, window: int) -> BoolBQK:
+        """Returns True if a key is less than `window` tokens away, before or after."""
         return jnp.abs(self.positions[:, :, None] - keys.positions[:, None, :]) < window
 
 
-def same_segment(queries: Array, keys: Array) -> jax.Array:
-    """Returns bool `[B, Lq, Lk]` for segment ids `[B, Lq]` and `[B, Lk]`: True in the same segment, unless it is 0."""
+def same_segment(queries: Int[Array, "batch queries"], keys: Int[Array, "batch keys"]) -> BoolBQK:
+    """Returns True for slots in the same segment, unless it is 0."""
     return (queries[:, :, None] == keys[:, None, :]) & (keys[:, None, :] > 0)
 
 
@@ -61,26 +76,27 @@ class AttentionKind:
       name: "causal": itself and what is before. "prefix": moreover, every input. "bidirectional": the whole segment.
         "block_causal": its own block and all that is before (BD3-LM, arXiv 2503.09573). "block_diffusion": clean slots
         as in "block_causal"; a noisy one sees the clean slots of earlier blocks and the noisy ones of its own, as it
-        will when it is decoded behind a cache (the same paper, section 3.2).
-      block_size: tokens per block, for the last two; traced, where it grows in training.
+        will when it is decoded behind a cache (the same paper, section 3.2). "block_drafts": clean slots as in
+        "causal"; a draft sees its number of clean slots, and the drafts before it that see as many.
+      block_size: tokens per block, for the last three; traced, where it grows in training.
       blocks_from: where blocks are counted from. "targets": the segment's first target, backwards too, so that the
         inputs' first block may be short. "row": the segment's first token, so that the last inputs may share a block
         with the first targets (SDAR, arXiv 2510.06303).
     """
 
-    name: Literal["causal", "prefix", "bidirectional", "block_causal", "block_diffusion"]
-    block_size: int | jax.Array | None = None
+    name: Literal["causal", "prefix", "bidirectional", "block_causal", "block_diffusion", "block_drafts"]
+    block_size: int | IntScalar | None = None
     blocks_from: BlocksFrom = "targets"
 
     def __post_init__(self) -> None:
         check_choices(self)
         if self.name.startswith("block") != (self.block_size is not None):
-            raise UserError(f"block_size belongs only to block_causal and block_diffusion attention; got {self}.")
+            raise UserError(f"block_size belongs to attention in blocks, and only to it; got {self}.")
         if isinstance(self.block_size, int) and self.block_size < 1:
             raise UserError(f"block_size must be at least 1, not {self.block_size}.")
 
-    def mask(self, queries: Slots, keys: Slots) -> jax.Array:
-        """Returns bool `[B, Lq, Lk]`: True if a query may see a key. Queries are slots of the same rows as the keys."""
+    def mask(self, queries: Slots, keys: Slots) -> BoolBQK:
+        """Returns True if a query may see a key. Queries are slots of the same rows as the keys."""
         together = same_segment(queries.segment_ids, keys.segment_ids)
         query_position, key_position = queries.positions[:, :, None], keys.positions[:, None, :]
         if self.name == "bidirectional":
@@ -89,6 +105,11 @@ class AttentionKind:
             return together & (key_position <= query_position)
         if self.name == "prefix":
             return together & ((key_position <= query_position) | keys.is_input[:, None, :])
+        if self.name == "block_drafts":
+            assert queries.seen is not None and keys.seen is not None
+            seen, key_seen = queries.seen[:, :, None], keys.seen[:, None, :]
+            clean = (key_seen < 0) & (key_position < jnp.where(seen < 0, query_position + 1, seen))
+            return together & (clean | ((seen >= 0) & (key_seen == seen) & (key_position <= query_position)))
         assert self.block_size is not None
         origin: jax.Array | int = 0
         if self.blocks_from == "targets":
@@ -121,17 +142,17 @@ class Annealed:
 
     Attributes:
       kind: the attention kind at the end.
-      share: float32 scalar, the probability that a query sees a later key that `kind` allows.
+      share: the probability that a query sees a later key that `kind` allows.
       key: key of the draw, one for all rows.
     """
 
     kind: AttentionKind
-    share: jax.Array
-    key: jax.Array
+    share: FloatScalar
+    key: KeyScalar
     order: ClassVar[None] = None
 
-    def mask(self, queries: Slots, keys: Slots) -> jax.Array:
-        """Returns bool `[B, Lq, Lk]`: True if a query may see a key."""
+    def mask(self, queries: Slots, keys: Slots) -> BoolBQK:
+        """Returns True if a query may see a key."""
         shape = (1, queries.positions.shape[1], keys.positions.shape[1])
         is_open = jax.random.bernoulli(self.key, self.share, shape)
         return self.kind.mask(queries, keys) & (CAUSAL.mask(queries, keys) | is_open)
@@ -141,17 +162,17 @@ class Sight(flax.struct.PyTreeNode):
     """The keys that each query sees, in two forms: for kernels and as a mask.
 
     Attributes:
-      mask: bool `[B, Lq, Lk]`, True if a query sees a key.
-      sees: bool `[B, Lq]`, True if a query sees anything.
-      query_segments, key_segments: int32 `[B, Lq]` and `[B, Lk]`; 0 = empty.
+      mask: True if a query sees a key.
+      sees: True if a query sees anything.
+      query_segments, key_segments: segment ids; 0 = empty.
       order: expresses the mask together with the segments; None if they cannot.
       whole: the queries are whole rows, not the next slots over a cache.
     """
 
-    mask: jax.Array
-    sees: jax.Array
-    query_segments: Array
-    key_segments: Array
+    mask: BoolBQK
+    sees: Bool[jax.Array, "batch queries"]
+    query_segments: Int[Array, "batch queries"]
+    key_segments: Int[Array, "batch keys"]
     order: Reach | None = flax.struct.field(pytree_node=False, default=None)
     whole: bool = flax.struct.field(pytree_node=False, default=True)
 
@@ -163,7 +184,7 @@ class Sight(flax.struct.PyTreeNode):
         return cls(mask, jnp.any(mask, axis=-1), queries.segment_ids, keys.segment_ids, order, whole)
 
     @classmethod
-    def across(cls, queries: Array, keys: Array, whole: bool) -> Self:
-        """Returns the sight of segments `[B, Lq]` in the same segments of other rows, `[B, Lk]`."""
+    def across(cls, queries: Int[Array, "batch queries"], keys: Int[Array, "batch keys"], whole: bool) -> Self:
+        """Returns the sight of segments in the same segments of other rows."""
         mask = same_segment(queries, keys)
         return cls(mask, jnp.any(mask, axis=-1), queries, keys, "all", whole)

@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 import jax
 
-from diffusion_t5x.models.masks import AttentionKind, BlocksFrom
+from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind, BlocksFrom
 
 Noise = Literal["mask", "uniform"]
 
@@ -39,3 +39,21 @@ class Mode:
             blocks += " counted from the row's beginning"
         tokens = {"mask": "masked tokens", "uniform": "random tokens", None: "left to right"}[self.noise]
         return f"{tokens}{blocks}, {self.attention.replace('_', '-')} attention"
+
+
+class LeftToRight:
+    """An objective or a decoder that reads a model from left to right.
+
+    Attributes:
+      prefix: with bidirectional attention over the inputs.
+    """
+
+    prefix: bool
+
+    @property
+    def attention(self) -> AttentionKind:
+        return PREFIX if self.prefix else CAUSAL
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (Mode.of(self.attention),)

@@ -7,22 +7,24 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from diffusion_t5x.shapes import FloatBLD, FloatScalar
+
 
 class Ratio(flax.struct.PyTreeNode):
     """A mean with separate numerator and denominator, so that it adds up over microbatches and hosts."""
 
-    numerator: jax.Array
-    denominator: jax.Array
+    numerator: FloatScalar
+    denominator: FloatScalar
 
     def __add__(self, other: Self) -> Self:
         return jax.tree.map(jnp.add, self, other)
 
-    def mean(self) -> jax.Array:
+    def mean(self) -> FloatScalar:
         """The mean; 0 if there is nothing to average."""
         return self.numerator / self.divisor
 
     @property
-    def divisor(self) -> jax.Array:
+    def divisor(self) -> FloatScalar:
         """The denominator; 1 if there is nothing to average."""
         return jnp.where(self.denominator == 0, 1, self.denominator)
 
@@ -31,7 +33,7 @@ class Auxiliary(flax.struct.PyTreeNode):
     """A loss of the model's own, such as how unevenly a router uses its experts; or a statistic, of weight 0.
 
     Attributes:
-      ratio: float32, usually a mean over tokens. The denominator must not depend on the parameters.
+      ratio: usually a mean over tokens. The denominator must not depend on the parameters.
       weight: factor of the mean in the minimised loss.
     """
 
@@ -57,9 +59,9 @@ class Output(flax.struct.PyTreeNode):
     """The output of a pass over whole rows.
 
     Attributes:
-      hidden: `[B, L, D]`; `Transformer.logits` and `map_logits` read logits from them.
+      hidden: hidden states; `Transformer.logits` and `map_logits` read logits from them.
       auxiliary: the model's own losses and statistics, by their names in the log.
     """
 
-    hidden: jax.Array
+    hidden: FloatBLD
     auxiliary: Auxiliaries = flax.struct.field(default_factory=dict)

@@ -6,16 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Float, Int
 
-from diffusion_t5x.data.batch import Array
 from diffusion_t5x.models.layers import normal, param
 from diffusion_t5x.partitioning import constrain, platform
+from diffusion_t5x.shapes import AnyIntBL, Array, FloatBLD, KeyScalar
 
 
 def relative_position_bucket(
-    relative_position: jax.Array, *, bidirectional: bool, num_buckets: int = 32, max_distance: int = 128
-) -> jax.Array:
-    """Returns T5's bucket of `key position - query position` (arXiv 1910.10683, section 2.1), of the same shape.
+    relative_position: Int[Array, "*shape"], *, bidirectional: bool, num_buckets: int = 32, max_distance: int = 128
+) -> Int[jax.Array, "*shape"]:
+    """Returns T5's bucket of `key position - query position` (arXiv 1910.10683, section 2.1).
 
     Half of a direction's buckets are one distance each, the other half grow logarithmically up to `max_distance`. If
     attention only looks back, all buckets are for the past and the future is in bucket 0.
@@ -42,15 +43,17 @@ class RelativePositionBias(nnx.Module):
     """
 
     def __init__(
-        self, key: jax.Array, num_heads: int, num_buckets: int, max_distance: int, causal_buckets: bool = False
+        self, key: KeyScalar, num_heads: int, num_buckets: int, max_distance: int, causal_buckets: bool = False
     ):
         init = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
         self.embedding = param(key, init, relative_buckets=num_buckets, heads=num_heads)
         self.max_distance = max_distance
         self.causal_buckets = causal_buckets
 
-    def __call__(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
-        """Returns float32 `[..., heads, Lq, Lk]` from positions `[..., Lq]` and `[..., Lk]`."""
+    def __call__(
+        self, query_positions: Int[Array, "*rows queries"], key_positions: Int[Array, "*rows keys"]
+    ) -> Float[jax.Array, "*rows heads queries keys"]:
+        """Returns the bias of every pair of positions."""
         table = self.embedding.get_value()
         buckets = relative_position_bucket(
             key_positions[..., None, :] - query_positions[..., :, None],
@@ -71,8 +74,8 @@ def rotary_frequencies(
     factor: float = 1.0,
     stretched: tuple[float, float] | None = None,
     ramp: tuple[float, float] | None = None,
-) -> np.ndarray:
-    """Returns the radians per token by which rotary positions rotate each pair, float32 `[head_dim / 2]`.
+) -> Float[np.ndarray, " half_head_dim"]:
+    """Returns the radians per token by which rotary positions rotate each pair.
 
     Args:
       head_dim: D.
@@ -92,13 +95,17 @@ def rotary_frequencies(
     return frequencies * kept + frequencies / np.float32(factor) * (1 - kept)
 
 
-def rotate(x_BxLxHxD: jax.Array, positions_BxL: Array, frequency: Array) -> jax.Array:
+def rotate(
+    x: Float[jax.Array, "batch length heads head_dim"],
+    positions: AnyIntBL,
+    frequency: Float[Array, " head_dim//2"],
+) -> Float[jax.Array, "batch length heads head_dim"]:
     """Rotary positions (arXiv 2104.09864): rotates the pair (i, i + D/2) of a head by position * frequency[i]."""
-    angle = positions_BxL[:, :, None, None].astype(jnp.float32) * frequency
+    angle = positions[:, :, None, None].astype(jnp.float32) * frequency
     sin, cos = jnp.sin(angle), jnp.cos(angle)
-    x1, x2 = jnp.split(x_BxLxHxD.astype(jnp.float32), 2, axis=-1)
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
-    return turned.astype(x_BxLxHxD.dtype)
+    return turned.astype(x.dtype)
 
 
 class LearnedPositions(nnx.Module):
@@ -108,11 +115,11 @@ class LearnedPositions(nnx.Module):
     because the start token takes the first place.
     """
 
-    def __init__(self, key: jax.Array, length: int, embed_dim: int):
+    def __init__(self, key: KeyScalar, length: int, embed_dim: int):
         self.embedding = param(key, normal(1.0), positions=length, embed=embed_dim)
 
-    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """Returns embedded tokens plus their positions' vectors, `[B, L, D]`; positions are int32 `[B, L]`."""
+    def __call__(self, x: FloatBLD, positions: AnyIntBL) -> FloatBLD:
+        """Returns embedded tokens plus their positions' vectors."""
         # Gathered whole, as tokens are.
         table = constrain(self.embedding.get_value().astype(x.dtype), ("positions", "embed"))
         return x + table.at[positions].get(mode="clip")

@@ -10,21 +10,23 @@ from typing import Self
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int, Shaped
 
-from diffusion_t5x.data.batch import Array, Batch
+from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import Annealed, AttentionKind, Slots
 from diffusion_t5x.models.output import Output
 from diffusion_t5x.models.stack import Encoded
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
+from diffusion_t5x.shapes import AnyIntBL, Array, FloatBLD, IntBL, KeyB
 
 # A packed row has room for one more segment per this many tokens of its length.
 TOKENS_PER_SEGMENT = 16
 
 
-def start_first(tokens: Array, positions: Array, vocabulary: TokenIds) -> jax.Array:
-    """Returns the model's input for masked tokens `[B, L]`: the start token if a segment's first token is masked.
+def start_first(tokens: AnyIntBL, positions: AnyIntBL, vocabulary: TokenIds) -> IntBL:
+    """Returns the model's input for masked tokens: the start token if a segment's first token is masked.
 
     A model that reads no start token (`ModelConfig.reads_start`) gets the tokens as they are.
 
@@ -37,8 +39,8 @@ def start_first(tokens: Array, positions: Array, vocabulary: TokenIds) -> jax.Ar
     return jnp.where((tokens == vocabulary.mask_id) & (positions == 0), vocabulary.start_id, tokens)
 
 
-def shift_right(tokens: Array, positions: Array, start_id: int) -> jax.Array:
-    """Returns an autoregressive model's input `[B, L]`: the previous token, or the start token first in a segment."""
+def shift_right(tokens: AnyIntBL, positions: AnyIntBL, start_id: int) -> IntBL:
+    """Returns an autoregressive model's input: the previous token, or the start token first in a segment."""
     before = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)))
     return jnp.where(positions == 0, start_id, before)
 
@@ -86,18 +88,18 @@ class Reading(flax.struct.PyTreeNode):
     without a start token, tokens stay in their places, and a segment's first one is predicted in its own slot (Dream).
 
     Attributes:
-      batch: the clean tokens so laid out, `[B, L']`.
-      slot: int32 `[B, L]`, where each token stands in it; L' for what has no place. None: in its own place.
+      batch: the clean tokens so laid out, rows of some length L'.
+      slot: where each token stands in it; L' for what has no place. None: in its own place.
       shifted: hidden states predict the next slot's token.
     """
 
     batch: Batch
-    slot: jax.Array | None
+    slot: IntBL | None
     shifted: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
     def of(cls, batch: Batch, vocabulary: TokenIds, shifted: bool, packed: bool = False) -> Self:
-        """Returns the reading of rows `[B, L]`.
+        """Returns the reading of rows of length L.
 
         Args:
           batch: clean tokens.
@@ -124,6 +126,7 @@ class Reading(flax.struct.PyTreeNode):
             target_mask=place(batch.target_mask, False),
             segment_ids=place(batch.segment_ids, batch.segment_ids),
             positions=place(batch.positions + 1, 0),
+            written_at=None,  # it would have the places of the batch
         )
         return cls(read, slot, shifted)
 
@@ -136,14 +139,14 @@ class Reading(flax.struct.PyTreeNode):
             target_mask=batch.target_mask & has_place, segment_ids=jnp.where(has_place, batch.segment_ids, 0)
         )
 
-    def tokens(self, noisy: jax.Array, vocabulary: TokenIds) -> jax.Array:
-        """Returns the model's input, int32 `[B, L']`, for noisy tokens `[B, L]`."""
+    def tokens(self, noisy: IntBL, vocabulary: TokenIds) -> Int[jax.Array, "batch read"]:
+        """Returns the model's input for noisy tokens."""
         if self.slot is None:
             return start_first(noisy, self.batch.positions, vocabulary)
         return _put(jnp.asarray(self.batch.tokens), self.slot, noisy)
 
-    def states(self, hidden: jax.Array, offset: jax.Array | int = 0) -> jax.Array:
-        """Selects from hidden states `[B, L', D]`, or more, those `[B, L, D]` that predict the tokens.
+    def states(self, hidden: Float[jax.Array, "batch read embed"], offset: IntBL | int = 0) -> FloatBLD:
+        """Selects from hidden states of at least L' slots those that predict the tokens.
 
         Shifted, `offset` is added to their slots.
         """
@@ -159,24 +162,26 @@ class Reading(flax.struct.PyTreeNode):
     def output(
         self,
         model: Transformer,
-        noisy: jax.Array,
+        noisy: IntBL,
         kind: AttentionKind | Annealed,
         encoded: Encoded | None = None,
-        dropout_keys: jax.Array | None = None,
+        dropout_keys: KeyB | None = None,
     ) -> Output:
-        """Runs a pass over noisy tokens `[B, L]`; its hidden states `[B, L, D]` predict the tokens."""
+        """Runs a pass over noisy tokens; its hidden states predict the tokens."""
         tokens = self.tokens(noisy, model.vocabulary)
         output = model(tokens, Slots.of(self.batch), kind, encoded, dropout_keys)
         return output.replace(hidden=self.states(output.hidden))
 
 
-def _put(rows: jax.Array, slot: jax.Array, values: jax.Array) -> jax.Array:
-    """Returns rows `[B, L']` with values `[B, L]` in these slots `[B, L]`; values beyond the end are dropped."""
+def _put(
+    rows: Shaped[jax.Array, "batch read"], slot: IntBL, values: Shaped[Array, "batch length"]
+) -> Shaped[jax.Array, "batch read"]:
+    """Returns rows with values in these slots; values beyond the end are dropped."""
     return rows.at[jnp.arange(len(rows))[:, None], slot].set(values, mode="drop")
 
 
-def model_reads(noisy: jax.Array, batch: Batch, model: ModelDefinition) -> jax.Array:
-    """Returns the tokens in the predicting slots, int32 `[B, L]`: the noisy ones or, if shifted, the previous ones."""
+def model_reads(noisy: IntBL, batch: Batch, model: ModelDefinition) -> IntBL:
+    """Returns the tokens in the predicting slots: the noisy ones or, if shifted, the previous ones."""
     if model.config.shifted:
         before = shift_right(noisy, batch.positions, model.vocabulary.start_id)
         return before if model.vocabulary.reads_start else jnp.where(batch.positions == 0, noisy, before)

@@ -1,24 +1,33 @@
 """Cross-entropy and accuracy of given tokens, from hidden states."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
-from diffusion_t5x.data.batch import Array
 from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.shapes import AnyIntBL, Array, BoolBL, FloatBL, FloatBLD
+
+LossSoftmax = Literal["allowed", "all"]
 
 
 def cross_entropy(
-    logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0, z_loss: float = 0.0
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the cross-entropy of labels `[...]` under float32 logits `[..., V]`, in nats.
+    logits: Float[jax.Array, "*shape vocab"],
+    labels: Int[Array, "*shape"],
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Float[jax.Array, "*shape"], Float[jax.Array, "*shape"]]:
+    """Returns the cross-entropy of labels under logits, in nats.
 
     Label smoothing gives `1 - label_smoothing` to the label and shares the rest among the other ids; the entropy of
     that target is subtracted, so that the minimum stays 0. `z_loss * log(Z)^2` pulls the normaliser towards 1 (both as
     in T5X).
 
     Returns:
-      The loss with smoothing and z-loss, and the plain negative log-likelihood, both `[...]`.
+      The loss with smoothing and z-loss, and the plain negative log-likelihood.
     """
     log_z = jax.nn.logsumexp(logits, axis=-1)
     nll = log_z - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
@@ -34,12 +43,22 @@ def cross_entropy(
     return loss, nll
 
 
-def score(model: Transformer, hidden: jax.Array, labels: Array) -> tuple[jax.Array, jax.Array]:
-    """Returns cross-entropy in nats (without MASK) and argmax accuracy of labels `[B, L]`; hidden is `[B, L, D]`."""
+def score(
+    model: Transformer, hidden: FloatBLD, labels: AnyIntBL, softmax: LossSoftmax = "allowed"
+) -> tuple[FloatBL, BoolBL]:
+    """Returns cross-entropy in nats and argmax accuracy of labels.
+
+    Args:
+      model: reads out.
+      hidden: the labels' hidden states.
+      labels: ids.
+      softmax: what the cross-entropy is over. "allowed": what may be written. "all": all rows of the embedding, MASK
+        too. Accuracy is always over what may be written.
+    """
 
     def read_out(logits, labels):
-        logits = forbid(logits, model.vocabulary)
-        nll, _ = cross_entropy(logits, labels)
-        return nll, jnp.argmax(logits, axis=-1) == labels
+        allowed = forbid(logits, model.vocabulary)
+        nll, _ = cross_entropy(allowed if softmax == "allowed" else logits, labels)
+        return nll, jnp.argmax(allowed, axis=-1) == labels
 
     return model.map_logits(read_out, hidden, labels)

@@ -5,9 +5,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Key
 
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.shapes import AnyIntBL, FloatBL, FloatBLV, IntBL, KeyB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,8 +18,9 @@ class Sampling:
 
     Attributes:
       temperature: logits are divided by it; 0 takes the most likely token.
-      top_k: only the k most likely tokens; None allows all.
-      top_p: only the smallest set of most likely tokens whose probabilities (at this temperature) sum to at least p.
+      top_k: only the k most likely tokens (arXiv 1805.04833); None allows all.
+      top_p: only the smallest set of most likely tokens whose probabilities (at this temperature) sum to at least p
+        (arXiv 1904.09751, section 3.1).
     """
 
     temperature: float = 1.0
@@ -33,8 +36,8 @@ class Sampling:
             raise UserError(f"top_p must lie in (0, 1]; got {self.top_p}.")
 
 
-def forbid(logits: jax.Array, vocabulary: TokenIds) -> jax.Array:
-    """Returns logits `[..., V]` with -inf for all that no model may write.
+def forbid(logits: Float[jax.Array, "*shape vocab"], vocabulary: TokenIds) -> Float[jax.Array, "*shape vocab"]:
+    """Returns logits with -inf for all that no model may write.
 
     These are MASK, rows of the embedding without an id, and ids that the vocabulary rules out.
     """
@@ -46,8 +49,8 @@ def forbid(logits: jax.Array, vocabulary: TokenIds) -> jax.Array:
     return jnp.where(allowed, logits, -jnp.inf)
 
 
-def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Logits `[..., V]` over the temperature (1 if it is 0), -inf outside top-k and top-p; ties at the border stay."""
+def filter_logits(logits: Float[jax.Array, "*shape vocab"], sampling: Sampling) -> Float[jax.Array, "*shape vocab"]:
+    """Logits over the temperature (1 if it is 0), -inf outside top-k and top-p; ties at the border stay."""
     logits = logits / (sampling.temperature or 1.0)
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         least = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
@@ -61,24 +64,23 @@ def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
     return logits
 
 
-def uniform(keys: jax.Array, positions: jax.Array) -> jax.Array:
-    """Draws numbers float32 `[B, L]` from [0, 1), which depend only on the rows' keys `[B]` and the positions."""
+def uniform(keys: KeyB, positions: AnyIntBL) -> FloatBL:
+    """Draws numbers from [0, 1), which depend only on the rows' keys and the positions."""
     draw = functools.partial(jax.random.uniform, dtype=jnp.float32)
     return jax.vmap(jax.vmap(draw))(_position_keys(keys, positions))
 
 
-def _position_keys(keys: jax.Array, positions: jax.Array) -> jax.Array:
+def _position_keys(keys: KeyB, positions: AnyIntBL) -> Key[jax.Array, "batch length"]:
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, positions)
 
 
-def sample(logits: jax.Array, keys: jax.Array, positions: jax.Array, sampling: Sampling) -> jax.Array:
-    """Samples tokens int32 `[B, L]` from float32 logits `[B, L, V]`.
+def sample(logits: FloatBLV, keys: KeyB, positions: AnyIntBL, sampling: Sampling) -> IntBL:
+    """Samples tokens from logits.
 
     Args:
       logits: of every position.
-      keys: `[B]`, a key for each row.
-      positions: int32 `[B, L]`, folded into the row's key: a draw depends on the position's number, not on the row's
-        length.
+      keys: a key for each row.
+      positions: folded into the row's key: a draw depends on the position's number, not on the row's length.
       sampling: how to draw.
     """
     if sampling.temperature == 0:

@@ -6,15 +6,29 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, Int
 
-from diffusion_t5x.data.batch import Array
 from diffusion_t5x.models.attention import Attention
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.layers import MLP, LayerNorm, RMSNorm, dropout, fold_in
+from diffusion_t5x.models.low_rank import at_drafts
 from diffusion_t5x.models.masks import Annealed, AttentionKind, Sight, Slots
 from diffusion_t5x.models.output import Auxiliaries, Output
 from diffusion_t5x.models.positions import LearnedPositions, RelativePositionBias, rotary_frequencies
 from diffusion_t5x.partitioning import constrain, copies
+from diffusion_t5x.shapes import (
+    AnyIntBL,
+    Array,
+    FloatBIHD,
+    FloatBKHD,
+    FloatBLD,
+    FloatBQD,
+    FloatNBLHD,
+    FloatNHQK,
+    IntB,
+    KeyB,
+    KeyScalar,
+)
 
 ACTIVATIONS = ("batch", "length", "embed")
 
@@ -23,14 +37,14 @@ class Encoded(flax.struct.PyTreeNode):
     """The encoded inputs as a decoder sees them: keys and values for every layer's cross-attention, computed once.
 
     Attributes:
-      keys, values: `[layers, B, S, kv_heads, head_dim]`.
-      segment_ids: int32 `[B, S]`; a target sees the inputs of its own segment.
+      keys, values: of every layer.
+      segment_ids: of the inputs; a target sees the inputs of its own segment.
       auxiliary: the encoder's own losses.
     """
 
-    keys: jax.Array
-    values: jax.Array
-    segment_ids: Array
+    keys: FloatNBLHD
+    values: FloatNBLHD
+    segment_ids: AnyIntBL
     auxiliary: Auxiliaries = flax.struct.field(default_factory=dict)
 
     def repeat(self, times: int) -> Self:
@@ -46,19 +60,19 @@ class View(flax.struct.PyTreeNode):
     """The keys that a layer's queries see, and the queries' positions.
 
     Attributes:
-      positions: int32 `[B, Lq]`, positions of the queries.
+      positions: positions of the queries.
       sight: the keys that the queries see.
-      bias: float32 `[n, heads, Lq, Lk]`, one for each of n equal groups of rows; None without relative positions.
-      frequencies: float32 `[head_dim / 2]`; None without rotary positions.
-      write_at: int32 `[B]`, the slot of each row's first query in the cache; None without a cache.
+      bias: one for each of some equal groups of rows; None without relative positions.
+      frequencies: see `rotary_frequencies`; None without rotary positions.
+      write_at: the slot of each row's first query in the cache; None without a cache.
       inputs_sight: the encoder's inputs that the queries see; None without an encoder.
     """
 
-    positions: Array
+    positions: Int[Array, "batch queries"]
     sight: Sight
-    bias: jax.Array | None
-    frequencies: Array | None
-    write_at: jax.Array | None
+    bias: FloatNHQK | None
+    frequencies: Float[Array, " half_head_dim"] | None
+    write_at: IntB | None
     inputs_sight: Sight | None
 
 
@@ -66,7 +80,7 @@ def norm(config: ModelConfig) -> RMSNorm | LayerNorm:
     """Returns the configured norm of hidden states."""
     if config.norm == "layer":
         return LayerNorm(config.embed_dim, config.norm_epsilon)
-    return RMSNorm(config.embed_dim, config.norm_epsilon, offset=config.norm_offset)
+    return RMSNorm(config.norm_epsilon, config.norm_offset, embed=config.embed_dim)
 
 
 class Layer(nnx.Module):
@@ -75,7 +89,7 @@ class Layer(nnx.Module):
     Each has a norm before it (`pre_norms`), after it (`post_norms`) or both, and is added to the residual stream.
     """
 
-    def __init__(self, key: jax.Array, config: ModelConfig, cross_attention: bool):
+    def __init__(self, key: KeyScalar, config: ModelConfig, cross_attention: bool):
         attention_key, mlp_key, cross_key = jax.random.split(key, 3)
         if config.pre_norms:
             self.attention_norm = norm(config)
@@ -100,21 +114,21 @@ class Layer(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
+        x: FloatBLD,
         view: View,
-        cached: tuple[jax.Array, jax.Array] | None,
-        inputs: tuple[jax.Array, jax.Array] | None,
-        dropout_keys: jax.Array | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None, Auxiliaries]:
-        """Returns hidden states `[B, Lq, D]` after this layer, its cache with the queries' keys and values written, and
-        its own losses.
+        cached: tuple[FloatBKHD, FloatBKHD] | None,
+        inputs: tuple[FloatBIHD, FloatBIHD] | None,
+        dropout_keys: KeyB | None,
+    ) -> tuple[FloatBLD, tuple[FloatBKHD, FloatBKHD] | None, Auxiliaries]:
+        """Returns hidden states after this layer, its cache with the queries' keys and values written, and its own
+        losses.
 
         Args:
-          x: hidden states `[B, Lq, D]`.
+          x: hidden states.
           view: the keys that the queries see.
-          cached: this layer's keys and values `[B, Lk, kv_heads, head_dim]`; None without a cache.
-          inputs: this layer's keys and values `[B, S, kv_heads, head_dim]` of the inputs; None without an encoder.
-          dropout_keys: `[B]`; None switches dropout off.
+          cached: this layer's keys and values; None without a cache.
+          inputs: this layer's keys and values of the inputs; None without an encoder.
+          dropout_keys: a key for each row; None switches dropout off.
         """
         keys = [fold_in(dropout_keys, use) for use in range(4)]
 
@@ -146,7 +160,7 @@ class Layer(nnx.Module):
 class Stack(nnx.Module):
     """Layers, scanned over their stacked parameters, and the final norm."""
 
-    def __init__(self, key: jax.Array, config: ModelConfig, cross_attention: bool = False):
+    def __init__(self, key: KeyScalar, config: ModelConfig, cross_attention: bool = False):
         block_key, position_key = jax.random.split(key)
         keys = jax.random.split(block_key, config.num_layers)
         self.blocks = jax.vmap(lambda k: Layer(k, config, cross_attention))(keys)
@@ -166,20 +180,20 @@ class Stack(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
+        x: FloatBLD,
         slots: Slots,
         kind: AttentionKind | Annealed,
         encoded: Encoded | None = None,
-        dropout_keys: jax.Array | None = None,
+        dropout_keys: KeyB | None = None,
     ) -> Output:
-        """Returns hidden states `[B, L, D]` and auxiliary losses of whole rows of embedded tokens `[B, L, D]`.
+        """Returns hidden states and auxiliary losses of whole rows of embedded tokens.
 
         Args:
           x: embedded tokens.
           slots: their properties.
           kind: which slots attend to which.
           encoded: the inputs, for cross-attention.
-          dropout_keys: `[B]`, a key for each row; None switches dropout off.
+          dropout_keys: a key for each row; None switches dropout off.
         """
         # Slots of one segment are as far apart as their indices, so one bias serves all rows, packed ones too.
         index = jnp.arange(x.shape[1])[None] if slots.index is None else slots.index
@@ -188,34 +202,34 @@ class Stack(nnx.Module):
 
     def extend(
         self,
-        x: jax.Array,
+        x: FloatBQD,
         queries: Slots,
         kind: AttentionKind,
         slots: Slots,
-        cached: tuple[jax.Array, jax.Array],
-        write_at: jax.Array,
+        cached: tuple[FloatNBLHD, FloatNBLHD],
+        write_at: IntB,
         encoded: Encoded | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    ) -> tuple[FloatBQD, tuple[FloatNBLHD, FloatNBLHD]]:
         """Same as `__call__` for some slots of each row, over the cached keys and values of the others.
 
         Args:
-          x: embedded tokens `[B, Lq, D]`.
+          x: embedded tokens.
           queries: their slots.
           kind: which slots attend to which.
-          slots: slots of the whole rows, `[B, L]`.
-          cached: keys and values, `[layers, B, L, kv_heads, head_dim]`.
-          write_at: int32 `[B]`, the slot of each row's first token.
+          slots: slots of the whole rows.
+          cached: keys and values of every layer.
+          write_at: the slot of each row's first token.
           encoded: the inputs, for cross-attention.
 
         Returns:
-          Hidden states `[B, Lq, D]`, and keys and values with those of x written.
+          Hidden states, and keys and values with those of x written.
         """
         positions = (queries.positions, slots.positions)
         output, cached = self._run(x, kind, queries, slots, positions, cached, write_at, encoded, None)
         return output.hidden, cached
 
-    def cross_keys_values(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns every layer's keys and values `[layers, B, S, kv_heads, head_dim]` of an encoder's hidden states."""
+    def cross_keys_values(self, hidden: FloatBLD) -> tuple[FloatNBLHD, FloatNBLHD]:
+        """Returns every layer's keys and values of an encoder's hidden states."""
         return jax.vmap(lambda block: block.cross_attention.keys_values(hidden))(self.blocks)
 
     def _bias(self, positions, rows):
@@ -243,9 +257,11 @@ class Stack(nnx.Module):
             inputs_sight = Sight.across(slots.segment_ids, encoded.segment_ids, whole=cached is None)
         view = View(slots.positions, sight, bias, frequencies, write_at, inputs_sight)
         of_layer, kinds = self._layer_views(view, slots, key_slots)
+        drafts = None if slots.seen is None else slots.seen >= 0
 
         def layer(x, scanned):
             block, cached, inputs, number, kind = scanned
+            block = at_drafts(block, drafts)
             layer_keys = fold_in(keys[1], number)
             x, cached, auxiliary = block(x, of_layer(kind), cached, inputs, layer_keys)
             return x, (cached, auxiliary)

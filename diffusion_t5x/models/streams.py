@@ -4,16 +4,17 @@ import zlib
 from typing import overload
 
 import jax
+from jaxtyping import Int, Key
 
-from diffusion_t5x.data.batch import Array
+from diffusion_t5x.shapes import Array, KeyB, KeyScalar
 
 
 @overload
-def stream(keys: jax.Array, name: str) -> jax.Array: ...
+def stream(keys: Key[jax.Array, "*rows"], name: str) -> Key[jax.Array, "*rows"]: ...
 @overload
 def stream(keys: None, name: str) -> None: ...
-def stream(keys: jax.Array | None, name: str) -> jax.Array | None:
-    """Returns the key, or a key for each row `[B]`, for one purpose; None stays None.
+def stream(keys: Key[jax.Array, "*rows"] | None, name: str) -> Key[jax.Array, "*rows"] | None:
+    """Returns the key, or a key for each row, for one purpose; None stays None.
 
     A key is either the source of named streams or is folded with numbers (steps, ids, positions), never both, so names
     and numbers cannot collide.
@@ -24,6 +25,6 @@ def stream(keys: jax.Array | None, name: str) -> jax.Array | None:
     return jax.random.fold_in(keys, number) if keys.ndim == 0 else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
-def row_keys(key: jax.Array, example_ids: Array) -> jax.Array:
-    """Returns a key for each row, `[B]`, that does not depend on batch, microbatch or device."""
+def row_keys(key: KeyScalar, example_ids: Int[Array, " batch"]) -> KeyB:
+    """Returns a key for each row that does not depend on batch, microbatch or device."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, example_ids)

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, Int
 
-from diffusion_t5x.data.batch import Array, Batch
+from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.models.attention import KVCache
 from diffusion_t5x.models.config import ModelConfig
@@ -18,6 +19,7 @@ from diffusion_t5x.models.masks import BIDIRECTIONAL, Annealed, AttentionKind, S
 from diffusion_t5x.models.output import Output, merged
 from diffusion_t5x.models.stack import Encoded, Stack
 from diffusion_t5x.partitioning import constrain, copies, pieces_of
+from diffusion_t5x.shapes import AnyIntBL, FloatBLD, FloatBQD, IntB, KeyB, KeyScalar
 
 Params = dict[str, Any]
 
@@ -29,7 +31,7 @@ MAX_LOGITS = 1 << 26
 class Transformer(nnx.Module):
     """Maps tokens to hidden states. It has tokens, attention kinds and a cache, but no noise and no loss."""
 
-    def __init__(self, key: jax.Array, config: ModelConfig, vocabulary: TokenIds):
+    def __init__(self, key: KeyScalar, config: ModelConfig, vocabulary: TokenIds):
         embed_key, decoder_key, encoder_key, head_key = jax.random.split(key, 4)
         has_encoder = config.architecture == "encoder_decoder"
         self.embedding = param(embed_key, normal(1.0), vocab=config.num_embeddings, embed=config.embed_dim)
@@ -43,12 +45,12 @@ class Transformer(nnx.Module):
         self.config = config
         self.vocabulary = vocabulary
 
-    def encode(self, batch: Batch, dropout_keys: jax.Array | None = None) -> Encoded | None:
+    def encode(self, batch: Batch, dropout_keys: KeyB | None = None) -> Encoded | None:
         """Encodes a batch's inputs; None for a decoder-only model, which reads them among its tokens.
 
         Args:
           batch: with `encoder_tokens` if the model has an encoder.
-          dropout_keys: `[B]`, a key for each row; None switches dropout off.
+          dropout_keys: a key for each row; None switches dropout off.
         """
         if self.config.architecture == "decoder_only":
             return None
@@ -62,39 +64,39 @@ class Transformer(nnx.Module):
 
     def __call__(
         self,
-        tokens: jax.Array,
+        tokens: AnyIntBL,
         slots: Slots,
         kind: AttentionKind | Annealed,
         encoded: Encoded | None = None,
-        dropout_keys: jax.Array | None = None,
+        dropout_keys: KeyB | None = None,
     ) -> Output:
-        """Returns hidden states `[B, L, D]` of whole rows of tokens, int32 `[B, L]`, and all auxiliary losses.
+        """Returns hidden states of whole rows of tokens, and all auxiliary losses.
 
         Args:
           tokens: the tokens in the slots.
           slots: properties of the slots.
           kind: which slots attend to which.
           encoded: the inputs, from `encode`.
-          dropout_keys: `[B]`, a key for each row; None switches dropout off.
+          dropout_keys: a key for each row; None switches dropout off.
         """
         output = self.decoder(self._embed(tokens), slots, kind, encoded, fold_in(dropout_keys, 1))
         return output if encoded is None else output.replace(auxiliary=merged(output.auxiliary, encoded.auxiliary))
 
     def extend(
         self,
-        tokens: jax.Array,
+        tokens: Int[jax.Array, "batch queries"],
         kind: AttentionKind,
         cache: KVCache,
-        write_at: jax.Array,
+        write_at: IntB,
         encoded: Encoded | None = None,
-    ) -> tuple[jax.Array, KVCache]:
+    ) -> tuple[FloatBQD, KVCache]:
         """Returns hidden states of the next tokens of each row, and the cache with their keys and values.
 
         Args:
-          tokens: int32 `[B, Lq]`.
+          tokens: the next tokens.
           kind: the attention kind; everything it lets the queries see must have been written, or be among them.
           cache: cache of the rows.
-          write_at: int32 `[B]`, the slot of each row's first token.
+          write_at: the slot of each row's first token.
           encoded: the inputs, from `encode`.
         """
         queries = cache.slots.take(write_at, tokens.shape[1])
@@ -104,18 +106,18 @@ class Transformer(nnx.Module):
         )
         return hidden, cache.replace(keys=keys, values=values)
 
-    def _embed(self, tokens: Array) -> jax.Array:
+    def _embed(self, tokens: AnyIntBL) -> FloatBLD:
         # Gathered whole: else rows are looked up in pieces of `embed`, and activations change places.
         embedded = constrain(self.embedding.get_value().astype(self.config.dtype), ("vocab", "embed"))[tokens]
         return embedded * jnp.asarray(self.config.embedding_scale, embedded.dtype)
 
-    def _readout(self) -> jax.Array:
-        """The output matrix, float32 `[D, V]`."""
+    def _readout(self) -> Float[jax.Array, "embed vocab"]:
+        """The output matrix."""
         kernel = self.embedding.get_value().T if self.config.tie_embeddings else self.head.get_value()
         return constrain(kernel, ("embed", "vocab"))
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Returns logits float32 `[..., V]` of hidden states `[..., D]`."""
+    def logits(self, hidden: Float[jax.Array, "batch *rest embed"]) -> Float[jax.Array, "batch *rest vocab"]:
+        """Returns logits, float32, of hidden states."""
         return self._logits(hidden, self._readout()[None])
 
     def _logits(self, hidden, kernels):
@@ -126,13 +128,13 @@ class Transformer(nnx.Module):
         logits = jnp.einsum("nb...d,ndv->nb...v", pieces, kernels, preferred_element_type=jnp.float32)
         return softcap(logits.reshape(*hidden.shape[:-1], -1), self.config.logits_softcap)
 
-    def map_logits(self, fn: Callable[..., Any], hidden: jax.Array, *per_position: Any) -> Any:
+    def map_logits(self, fn: Callable[..., Any], hidden: FloatBLD, *per_position: Any) -> Any:
         """Computes `fn(logits, *per_position)` piece by piece along the length, to keep large logits out of memory.
 
         Args:
           fn: maps float32 logits `[B, l, V]` and its other arguments, cut to the same l positions, to a pytree of
             arrays `[B, l, ...]`. It runs again in the backward pass.
-          hidden: `[B, L, D]`.
+          hidden: hidden states.
           *per_position: pytrees of arrays `[B, L, ...]`.
 
         Returns:
@@ -188,10 +190,10 @@ class ModelDefinition:
         object.__setattr__(self, "vocabulary", vocabulary)
         object.__setattr__(self, "config", self.config.with_vocabulary(vocabulary.size))
 
-    def _build(self, key: jax.Array) -> Transformer:
+    def _build(self, key: KeyScalar) -> Transformer:
         return Transformer(key, self.config, self.vocabulary)
 
-    def init(self, key: jax.Array) -> Params:
+    def init(self, key: KeyScalar) -> Params:
         """Fresh parameters. Under jit with output shardings, no array is whole on one device."""
         return nnx.to_pure_dict(nnx.state(self._build(key), nnx.Param))
 

@@ -1,11 +1,11 @@
 """Attention annealing, from causal to the objective's attention (DiffuLLaMA, arXiv 2410.17891)."""
 
-import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import Annealed, AttentionKind
 from diffusion_t5x.models.streams import stream
+from diffusion_t5x.shapes import IntScalar, KeyScalar
 
 
 def check_anneal_steps(anneal_steps: int | None) -> None:
@@ -14,7 +14,7 @@ def check_anneal_steps(anneal_steps: int | None) -> None:
 
 
 def annealed(
-    kind: AttentionKind, anneal_steps: int | None, step: jax.Array | None, key: jax.Array
+    kind: AttentionKind, anneal_steps: int | None, step: IntScalar | None, key: KeyScalar
 ) -> AttentionKind | Annealed:
     """Returns the attention of a training step in transition from causal attention to `kind` (DiffuLLaMA).
 
@@ -24,7 +24,7 @@ def annealed(
     Args:
       kind: the attention at the end.
       anneal_steps: number of steps; None: all edges are open from the first step.
-      step: int32 scalar, steps taken before this one; None is after the end.
+      step: steps taken before this one; None is after the end.
       key: key of the step: all rows, layers and heads have the same edges.
     """
     if anneal_steps is None or step is None:

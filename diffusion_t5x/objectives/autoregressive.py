@@ -4,35 +4,28 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.errors import UserError, check_choices
-from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind
-from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.modes import LeftToRight
 from diffusion_t5x.models.output import Output
 from diffusion_t5x.models.reading import shift_right, shifted_slots
 from diffusion_t5x.models.readout import cross_entropy, score
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
-from diffusion_t5x.objectives.objective import (
-    Likelihood,
-    LossSums,
-    Normalize,
-    Objective,
-    Pass,
-    normalized,
-)
+from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass, normalized
+from diffusion_t5x.shapes import IntBL, IntScalar, KeyB, KeyScalar
 
 
 @dataclasses.dataclass(frozen=True)
-class Autoregressive(Objective):
+class Autoregressive(LeftToRight, Objective):
     """Teacher forcing: cross-entropy of `tokens[i]` given the start token and `tokens[:i]`.
 
     Attributes:
-      prefix: bidirectional attention over inputs; by default attention is causal everywhere.
+      prefix: bidirectional attention over inputs (T5's prefix LM, arXiv 1910.10683, section 3.2.1); by default
+        attention is causal everywhere.
       label_smoothing, z_loss: as in T5X.
       normalize: denominator of the summed loss.
     """
@@ -50,22 +43,14 @@ class Autoregressive(Objective):
             raise UserError(f"label_smoothing must lie in [0, 1) and z_loss must not be negative; got {self}.")
 
     @property
-    def attention(self) -> AttentionKind:
-        return PREFIX if self.prefix else CAUSAL
-
-    @property
-    def modes(self) -> tuple[Mode, ...]:
-        return (Mode.of(self.attention),)
-
-    @property
     def passes(self) -> Sequence[Pass]:
         return (Pass(),)
 
-    def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array | None) -> jax.Array:
+    def model_inputs(self, model: ModelDefinition, batch: Batch, key: KeyScalar | None) -> IntBL:
         return shift_right(batch.tokens, batch.positions, model.vocabulary.start_id)
 
-    def output(self, model: Transformer, batch: Batch, dropout_keys: jax.Array | None = None) -> Output:
-        """Runs a pass; the i-th of its hidden states `[B, L, D]` predicts the i-th token."""
+    def output(self, model: Transformer, batch: Batch, dropout_keys: KeyB | None = None) -> Output:
+        """Runs a pass; the i-th of its hidden states predicts the i-th token."""
         tokens = shift_right(batch.tokens, batch.positions, model.vocabulary.start_id)
         encoded = model.encode(batch, dropout_keys)
         return model(tokens, shifted_slots(batch, model.vocabulary), self.attention, encoded, dropout_keys)
@@ -74,9 +59,9 @@ class Autoregressive(Objective):
         self,
         model: Transformer,
         batch: Batch,
-        key: jax.Array | None,
+        key: KeyScalar | None,
         train: bool = True,
-        step: jax.Array | None = None,
+        step: IntScalar | None = None,
         teacher: Transformer | None = None,
     ) -> LossSums:
         """The key is only for dropout; the objective itself draws nothing."""
@@ -99,7 +84,7 @@ class Autoregressive(Objective):
             auxiliary=output.auxiliary,
         )
 
-    def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array | None, num_draws: int) -> Likelihood:
+    def log_likelihood(self, model: Transformer, batch: Batch, key: KeyScalar | None, num_draws: int) -> Likelihood:
         """Exact, by the chain rule: the text's tokens up to the one that ends it, which is all that a decoder writes.
 
         As in decoding, ids that no model may write (MASK, rows without an id) have no probability; the loss gives them

@@ -1,4 +1,4 @@
-"""Block diffusion: autoregressive over blocks, diffusion inside a block (BD3-LM, arXiv 2503.09573)."""
+"""Block diffusion: autoregressive over blocks, diffusion inside a block (BD3-LM, arXiv 2503.09573, section 3)."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Int
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.ends import after_end
@@ -15,27 +16,20 @@ from diffusion_t5x.models.masks import Annealed, AttentionKind, BlocksFrom, Slot
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.output import Output, Ratio
 from diffusion_t5x.models.reading import Reading, check_blocks, model_reads
-from diffusion_t5x.models.readout import score
+from diffusion_t5x.models.readout import LossSoftmax, score
 from diffusion_t5x.models.stack import Encoded
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.annealing import annealed, check_anneal_steps
 from diffusion_t5x.objectives.likelihood import masked_bound
 from diffusion_t5x.objectives.masked import SCHEDULES, Schedule, Weighting, mask_targets
-from diffusion_t5x.objectives.objective import (
-    Likelihood,
-    LossSums,
-    Normalize,
-    Objective,
-    Pass,
-    normalized,
-    stratified,
-)
+from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass, normalized, stratified
 from diffusion_t5x.objectives.uniform_bound import uniform_bound
+from diffusion_t5x.shapes import FloatBL, IntBL, IntScalar, KeyB, KeyScalar
 
 
-def first_targets(batch: Batch) -> jax.Array:
-    """int32 `[B, L]`: the position of the first target of the segment that a slot is in."""
+def first_targets(batch: Batch) -> IntBL:
+    """The position of the first target of the segment that a slot is in."""
 
     def count_inputs(segment_ids, input_mask):
         return jax.ops.segment_sum(input_mask.astype(jnp.int32), segment_ids, segment_ids.size + 1)[segment_ids]
@@ -43,8 +37,8 @@ def first_targets(batch: Batch) -> jax.Array:
     return jax.vmap(count_inputs)(batch.segment_ids, batch.input_mask)
 
 
-def block_starts(batch: Batch, block_size: int | jax.Array, blocks_from: BlocksFrom = "targets") -> jax.Array:
-    """int32 `[B, L]`: the row index of the first target of the block that a target is in.
+def block_starts(batch: Batch, block_size: int | IntScalar, blocks_from: BlocksFrom = "targets") -> IntBL:
+    """The row index of the first target of the block that a target is in.
 
     Undefined for inputs and padding. Arguments as in `AttentionKind`.
     """
@@ -53,8 +47,10 @@ def block_starts(batch: Batch, block_size: int | jax.Array, blocks_from: BlocksF
     return jnp.arange(batch.tokens.shape[1]) - jnp.minimum(in_block, jnp.maximum(after_first, 0))
 
 
-def clean_and_noisy(batch: Batch, noisy: jax.Array, kind: AttentionKind | Annealed) -> tuple[jax.Array, Slots]:
-    """Rows twice as long, `[B, 2L]`: the clean tokens, then the targets once more with noise; and their slots.
+def clean_and_noisy(
+    batch: Batch, noisy: IntBL, kind: AttentionKind | Annealed
+) -> tuple[Int[jax.Array, "batch 2*length"], Slots]:
+    """Rows twice as long: the clean tokens, then the targets once more with noise; and their slots.
 
     Inputs that share a block with targets come twice, too: what sees noise must not see what the noise hides.
     """
@@ -78,22 +74,22 @@ def clean_and_noisy(batch: Batch, noisy: jax.Array, kind: AttentionKind | Anneal
 def noisy_output(
     model: Transformer,
     reading: Reading,
-    starts: jax.Array,
-    noisy: jax.Array,
+    starts: IntBL,
+    noisy: IntBL,
     kind: AttentionKind | Annealed,
     encoded: Encoded | None,
-    dropout_keys: jax.Array | None = None,
+    dropout_keys: KeyB | None = None,
 ) -> Output:
-    """Runs a pass whose hidden states `[B, L, D]` predict noisy targets; these see all before their block clean.
+    """Runs a pass whose hidden states predict noisy targets; these see all before their block clean.
 
     Args:
       model: reads the clean tokens, and the noisy ones in the same pass.
       reading: reading of the batch.
-      starts: int32 `[B, L]`, see `block_starts`.
-      noisy: int32 `[B, L]`.
+      starts: see `block_starts`.
+      noisy: the tokens, with noise in place of some targets.
       kind: "block_diffusion", or in transition to it.
       encoded: the inputs of an encoder-decoder.
-      dropout_keys: `[B]`; None switches dropout off.
+      dropout_keys: a key for each row; None switches dropout off.
     """
     check_blocks(kind, model.config.shifted)
     tokens, slots = clean_and_noisy(reading.batch, reading.tokens(noisy, model.vocabulary), kind)
@@ -131,6 +127,7 @@ class Block(Objective):
         annealing.
       normalize: what the summed loss is divided by.
       blocks_from: where blocks are counted from, see `AttentionKind`.
+      softmax: what the loss is over, see `Masked`.
     """
 
     block_size: int = 4
@@ -142,11 +139,12 @@ class Block(Objective):
     anneal_steps: int | None = None
     normalize: Normalize = "target_tokens"
     blocks_from: BlocksFrom = "targets"
+    softmax: LossSoftmax = "allowed"
 
     def __post_init__(self) -> None:
         check_choices(self)
         check_anneal_steps(self.anneal_steps)
-        self.attention  # noqa: B018  (raises on a bad block size)
+        AttentionKind("block_causal", self.block_size, self.blocks_from)  # raises on a bad block size
         if not 0 <= self.epsilon < 1:
             raise UserError(f"Block.epsilon must lie in [0, 1); got {self.epsilon}.")
         if self.noise == "uniform" and self.weighting != "uniform":
@@ -175,15 +173,15 @@ class Block(Objective):
     def passes(self) -> Sequence[Pass]:
         return (Pass(slots=2),)
 
-    def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array) -> jax.Array:
+    def model_inputs(self, model: ModelDefinition, batch: Batch, key: KeyScalar) -> IntBL:
         """Returns the noisy targets among their clean inputs; the model reads the clean targets as well."""
         noisy, _ = self.corrupt(model.vocabulary, batch, key)
         return model_reads(noisy, batch, model)
 
     def corrupt(
-        self, vocabulary: TokenIds, batch: Batch, key: jax.Array, size: int | jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array]:
-        """Returns for every position `[B, L]` the token or noise, and its weight in the bound if it is masked.
+        self, vocabulary: TokenIds, batch: Batch, key: KeyScalar, size: int | IntScalar | None = None
+    ) -> tuple[IntBL, FloatBL]:
+        """Returns for every position the token or noise, and its weight in the bound if it is masked.
 
         Blocks have `size` targets, by default `block_size`.
         """
@@ -197,7 +195,7 @@ class Block(Objective):
             noisy = jnp.where(noisy == vocabulary.mask_id, noise, batch.tokens)
         return noisy, weights
 
-    def _size_at(self, step: jax.Array | None) -> int | jax.Array:
+    def _size_at(self, step: IntScalar | None) -> int | IntScalar:
         """Returns the block size of a training step: a traced number, so that all stages are one program."""
         if self.stages is None or step is None:
             return self.block_size
@@ -208,9 +206,9 @@ class Block(Objective):
         self,
         model: Transformer,
         batch: Batch,
-        key: jax.Array,
+        key: KeyScalar,
         train: bool = True,
-        step: jax.Array | None = None,
+        step: IntScalar | None = None,
         teacher: Transformer | None = None,
     ) -> LossSums:
         dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids) if train else None
@@ -224,7 +222,7 @@ class Block(Objective):
         starts = block_starts(batch, size, self.blocks_from)
         output = noisy_output(model, reading, starts, noisy, kind, encoded, dropout_keys)
 
-        nll, correct = score(model, output.hidden, batch.tokens)
+        nll, correct = score(model, output.hidden, batch.tokens, self.softmax)
         scored = batch.target_mask
         metrics = {"noise_fraction": normalized(batch, noisy != batch.tokens, "target_tokens")}
         loss = nll
@@ -237,7 +235,7 @@ class Block(Objective):
         metrics["accuracy"] = Ratio(jnp.sum(scored & correct, dtype=jnp.float32), count)
         return LossSums(normalized(batch, loss, self.normalize), metrics, output.auxiliary)
 
-    def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
+    def log_likelihood(self, model: Transformer, batch: Batch, key: KeyScalar, num_draws: int) -> Likelihood:
         """Sums each block's lower bound given the clean blocks before it, up to the block in which the text ends.
 
         A decoder stops there. The tokens of the last block that it drops count as they are in the batch, which is one

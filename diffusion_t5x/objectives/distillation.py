@@ -12,6 +12,7 @@ from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.ends import text_of
@@ -21,20 +22,14 @@ from diffusion_t5x.models.masks import AttentionKind, BlocksFrom
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.output import Ratio
 from diffusion_t5x.models.reading import Reading, model_reads
-from diffusion_t5x.models.readout import cross_entropy
+from diffusion_t5x.models.readout import LossSoftmax, cross_entropy
 from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Params, Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block, block_starts, noisy_output
-from diffusion_t5x.objectives.objective import (
-    Likelihood,
-    LossSums,
-    Normalize,
-    Objective,
-    Pass,
-    normalized,
-)
+from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass, normalized
+from diffusion_t5x.shapes import IntBL, IntScalar, KeyScalar
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
@@ -47,15 +42,18 @@ class Teacher(NamedTuple):
 
 
 def divergence(
-    teacher: jax.Array, student: jax.Array, kind: Divergence = "forward_kl", top_k: int | None = None
-) -> jax.Array:
-    """Returns the divergence of a student's distribution from its teacher's, in nats, `[...]`.
+    teacher: Float[jax.Array, "*shape vocab"],
+    student: Float[jax.Array, "*shape vocab"],
+    kind: Divergence = "forward_kl",
+    top_k: int | None = None,
+) -> Float[jax.Array, "*shape"]:
+    """Returns the divergence of a student's distribution from its teacher's, in nats.
 
     Ids that the teacher excludes (a logit of -inf) add exactly nothing to the forward KL, and their limit to the JSD.
     The reverse KL would be infinite there, so it is taken over the teacher's support alone.
 
     Args:
-      teacher, student: logits float32 `[..., V]`.
+      teacher, student: logits.
       kind: "forward_kl": KL(teacher || student). "reverse_kl": KL(student || teacher). "jsd": the Jensen-Shannon
         divergence, at most log 2.
       top_k: only the terms of the teacher's k most likely tokens, with probabilities as they are (not renormalised).
@@ -82,9 +80,9 @@ def divergence(
 
 
 def visited_states(
-    batch: Batch, vocabulary: TokenIds, block_size: int, key: jax.Array, blocks_from: BlocksFrom = "targets"
-) -> jax.Array:
-    """int32 `[B, L]`: for each block of targets one of the states in which its decoder saw it, the rest as it is.
+    batch: Batch, vocabulary: TokenIds, block_size: int, key: KeyScalar, blocks_from: BlocksFrom = "targets"
+) -> IntBL:
+    """The tokens: for each block of targets one of the states in which its decoder saw it, the rest as it is.
 
     A decoder that writes a block in n steps sees n states with masks; each is equally likely, and each block has its
     own draw.
@@ -122,6 +120,7 @@ class Distillation(Objective):
       score_end: the token that ends a text counts too. The paper's code leaves it out.
       normalize: "sequences", as in the paper, averages over each text's masked targets first.
       blocks_from: where blocks are counted from, see `AttentionKind`.
+      softmax: what the student's distribution is over, see `Masked`. The teacher's is over what may be written.
     """
 
     needs_teacher: ClassVar[bool] = True
@@ -134,10 +133,11 @@ class Distillation(Objective):
     score_end: bool = False
     normalize: Normalize = "sequences"
     blocks_from: BlocksFrom = "targets"
+    softmax: LossSoftmax = "allowed"
 
     def __post_init__(self) -> None:
         check_choices(self)
-        self.attention  # noqa: B018  (raises on a bad block size)
+        AttentionKind("block_causal", self.block_size, self.blocks_from)  # raises on a bad block size
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"Distillation.top_k must be at least 1, or None for all; got {self.top_k}.")
 
@@ -157,7 +157,7 @@ class Distillation(Objective):
     def passes(self) -> Sequence[Pass]:
         return (Pass(slots=2), Pass(by_teacher=True))
 
-    def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array) -> jax.Array:
+    def model_inputs(self, model: ModelDefinition, batch: Batch, key: KeyScalar) -> IntBL:
         """Returns the noisy targets among their clean inputs; the student reads the clean targets as well."""
         return model_reads(self._noisy(model.vocabulary, batch, key), batch, model)
 
@@ -165,7 +165,7 @@ class Distillation(Objective):
     def _block(self) -> Block:
         return Block(self.block_size, blocks_from=self.blocks_from)
 
-    def _noisy(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
+    def _noisy(self, vocabulary: TokenIds, batch: Batch, key: KeyScalar) -> IntBL:
         noise_key = stream(key, "noise")
         if self.states == "visited" and batch.written_at is not None:
             return visited_states(batch, vocabulary, self.block_size, noise_key, self.blocks_from)
@@ -175,9 +175,9 @@ class Distillation(Objective):
         self,
         model: Transformer,
         batch: Batch,
-        key: jax.Array,
+        key: KeyScalar,
         train: bool = True,
-        step: jax.Array | None = None,
+        step: IntScalar | None = None,
         teacher: Transformer | None = None,
     ) -> LossSums:
         """Returns the loss of the student `model`."""
@@ -193,10 +193,11 @@ class Distillation(Objective):
         output = noisy_output(model, reading, starts, noisy, kind, model.encode(batch, dropout_keys), dropout_keys)
 
         def compare(logits, teacher_hidden, labels):
-            student = forbid(logits, vocabulary)
+            allowed = forbid(logits, vocabulary)
+            student = allowed if self.softmax == "allowed" else logits
             target = jax.lax.stop_gradient(forbid(teacher.logits(teacher_hidden), vocabulary))
             nll, _ = cross_entropy(target, labels)
-            agree = jnp.argmax(student, axis=-1) == jnp.argmax(target, axis=-1)
+            agree = jnp.argmax(allowed, axis=-1) == jnp.argmax(target, axis=-1)
             return divergence(target, student, self.divergence, self.top_k), nll, agree
 
         distance, teacher_nll, agree = model.map_logits(
@@ -221,6 +222,6 @@ class Distillation(Objective):
             auxiliary=output.auxiliary,
         )
 
-    def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
+    def log_likelihood(self, model: Transformer, batch: Batch, key: KeyScalar, num_draws: int) -> Likelihood:
         """The student's likelihood, as a block diffusion model: that of `Block`."""
         return self._block.log_likelihood(model, batch, key, num_draws)

@@ -6,8 +6,6 @@ Like TiDAR (arXiv 2511.08923), but in two passes: the diffusion objective's own,
 import dataclasses
 from collections.abc import Sequence
 
-import jax
-
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.errors import UserError
@@ -18,6 +16,7 @@ from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass
+from diffusion_t5x.shapes import IntBL, IntScalar, KeyScalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,16 +57,16 @@ class Joint(Objective):
     def passes(self) -> Sequence[Pass]:
         return (*self.diffusion.passes, *Autoregressive().passes)
 
-    def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array) -> jax.Array:
+    def model_inputs(self, model: ModelDefinition, batch: Batch, key: KeyScalar) -> IntBL:
         return self.diffusion.model_inputs(model, batch, key)
 
     def loss(
         self,
         model: Transformer,
         batch: Batch,
-        key: jax.Array,
+        key: KeyScalar,
         train: bool = True,
-        step: jax.Array | None = None,
+        step: IntScalar | None = None,
         teacher: Transformer | None = None,
     ) -> LossSums:
         diffusion = self.diffusion.loss(model, batch, key, train, step)
@@ -85,6 +84,6 @@ class Joint(Objective):
             auxiliary=merged(diffusion.auxiliary, causal.auxiliary),
         )
 
-    def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
+    def log_likelihood(self, model: Transformer, batch: Batch, key: KeyScalar, num_draws: int) -> Likelihood:
         """Returns the likelihood of decoding by diffusion; that of token-by-token decoding is `Autoregressive`'s."""
         return self.diffusion.log_likelihood(model, batch, key, num_draws)

@@ -4,16 +4,18 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Int
 
-from diffusion_t5x.data.batch import Array, Batch
+from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.objectives.objective import Likelihood
+from diffusion_t5x.shapes import AnyBoolBL, Array, FloatB, FloatBL, IntBL, KeyB, KeyScalar
 
-Draw = Callable[[jax.Array, jax.Array], jax.Array]
+Draw = Callable[[KeyB, FloatBL], FloatB]
 
 
 def check_num_draws(num_draws: int) -> None:
@@ -21,7 +23,7 @@ def check_num_draws(num_draws: int) -> None:
         raise UserError(f"num_draws must be an even number, at least 2, not {num_draws}: draws come in pairs.")
 
 
-def estimate(draw: Draw, vocabulary: TokenIds, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
+def estimate(draw: Draw, vocabulary: TokenIds, batch: Batch, key: KeyScalar, num_draws: int) -> Likelihood:
     """Returns the mean of a random log-likelihood over draws that cover [0, 1) evenly.
 
     [0, 1) is cut into `num_draws / 2` equal parts with two independent draws each. The square of their difference is an
@@ -30,8 +32,8 @@ def estimate(draw: Draw, vocabulary: TokenIds, batch: Batch, key: jax.Array, num
     memory is that of one.
 
     Args:
-      draw: from keys `[B]` and numbers `[B, L]`, independent and uniform in the draw's part of [0, 1), returns the
-        log-likelihood `[B]`; unbiased if the numbers are uniform in [0, 1).
+      draw: from keys and numbers, independent and uniform in the draw's part of [0, 1), returns the log-likelihood;
+        unbiased if the numbers are uniform in [0, 1).
       vocabulary: defines where texts end.
       batch: rows with one example each.
       key: rows draw from it by their `example_ids`.
@@ -54,18 +56,18 @@ def estimate(draw: Draw, vocabulary: TokenIds, batch: Batch, key: jax.Array, num
     )
 
 
-def uniform(keys: jax.Array, length: int) -> jax.Array:
-    """Draws numbers float32 `[B, length]`, uniform in [0, 1), from keys `[B]`; longer rows begin with the same ones."""
+def uniform(keys: KeyB, length: int) -> FloatBL:
+    """Draws `length` numbers per key, uniform in [0, 1); longer rows begin with the same ones."""
     return jax.vmap(lambda key: jax.random.uniform(key, (length,), jnp.float32))(keys)
 
 
 def masked_bound(
-    nll: Callable[[jax.Array], jax.Array],
+    nll: Callable[[IntBL], FloatBL],
     vocabulary: TokenIds,
     batch: Batch,
-    starts: Array,
-    counted: Array,
-    key: jax.Array,
+    starts: Int[Array, " batch #length"],
+    counted: AnyBoolBL,
+    key: KeyScalar,
     num_draws: int,
 ) -> Likelihood:
     """Returns the evidence lower bound of masked diffusion, in groups of targets that are masked independently.
@@ -75,12 +77,12 @@ def masked_bound(
     masks (LLaDA, arXiv 2502.09992, equation 6; the same for any schedule: MDLM, arXiv 2406.07524, section 3.5).
 
     Args:
-      nll: from rows int32 `[B, L]` with masks, returns the cross-entropy `[B, L]` of the batch's own tokens.
+      nll: from rows with masks, returns the cross-entropy of the batch's own tokens.
       vocabulary: defines MASK.
       batch: clean tokens.
-      starts: int32 `[B, L]`, or `[B, 1]` for a single group: row index of the first target of each target's group.
-        Groups have no gaps.
-      counted: bool `[B, L]`: targets whose bound is summed.
+      starts: row index of the first target of each target's group; one column if there is a single group. Groups have
+        no gaps.
+      counted: targets whose bound is summed.
       key, num_draws: see `estimate`.
     """
     slots = jnp.arange(batch.tokens.shape[1])

@@ -17,32 +17,25 @@ from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.output import Ratio
 from diffusion_t5x.models.reading import Reading, model_reads
-from diffusion_t5x.models.readout import score
+from diffusion_t5x.models.readout import LossSoftmax, score
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.annealing import annealed, check_anneal_steps
 from diffusion_t5x.objectives.likelihood import masked_bound
-from diffusion_t5x.objectives.objective import (
-    Likelihood,
-    LossSums,
-    Normalize,
-    Objective,
-    Pass,
-    normalized,
-    stratified,
-)
+from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass, normalized, stratified
+from diffusion_t5x.shapes import FloatBL, IntBL, IntScalar, KeyB, KeyScalar
 
 Schedule = Literal["linear", "cosine"]
 Weighting = Literal["elbo", "uniform"]
 
 
-def linear(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+def linear(t: FloatBL) -> tuple[FloatBL, FloatBL]:
     """The probability t of a mask at time t, and the bound's weight of a masked token, 1/t."""
     return t, 1 / t
 
 
-def cosine(t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """MaskGIT's schedule (arXiv 2202.04200), with the bound's weight (MD4, arXiv 2406.04329, Table 1)."""
+def cosine(t: FloatBL) -> tuple[FloatBL, FloatBL]:
+    """MaskGIT's schedule (arXiv 2202.04200, section 3.3), with the bound's weight (MD4, arXiv 2406.04329, Table 1)."""
     angle = 0.5 * jnp.pi * (1 - t)
     return jnp.cos(angle), 0.5 * jnp.pi * jnp.tan(angle)
 
@@ -50,14 +43,14 @@ def cosine(t: jax.Array) -> tuple[jax.Array, jax.Array]:
 SCHEDULES = {"linear": linear, "cosine": cosine}
 
 
-def mask_targets(batch: Batch, vocabulary: TokenIds, probability: jax.Array, keys: jax.Array) -> jax.Array:
-    """Masks each target with its own probability; returns int32 `[B, L]`. Inputs and padding stay.
+def mask_targets(batch: Batch, vocabulary: TokenIds, probability: FloatBL, keys: KeyB) -> IntBL:
+    """Masks each target with its own probability. Inputs and padding stay.
 
     Args:
       batch: clean tokens.
       vocabulary: defines MASK.
-      probability: `[B, L]`.
-      keys: `[B]`, a key for each row.
+      probability: of a mask, at every position.
+      keys: a key for each row.
     """
     masked = jax.vmap(lambda key, row: jax.random.uniform(key, row.shape, jnp.float32) < row)(keys, probability)
     return jnp.where(masked & batch.target_mask, vocabulary.mask_id, batch.tokens)
@@ -79,6 +72,8 @@ class Masked(Objective):
       anneal_steps: training steps over which causal attention becomes bidirectional, see `annealed`; None: no
         annealing.
       normalize: denominator of the summed loss.
+      softmax: what the loss is over, see `score`. "allowed": what decoders here may write. "all": MASK and spare rows
+        as well, as in published training, so that programs that do not forbid them do not choose them either.
     """
 
     schedule: Schedule = "linear"
@@ -86,6 +81,7 @@ class Masked(Objective):
     epsilon: float = 1e-3
     anneal_steps: int | None = None
     normalize: Normalize = "target_tokens"
+    softmax: LossSoftmax = "allowed"
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -105,12 +101,12 @@ class Masked(Objective):
     def passes(self) -> Sequence[Pass]:
         return (Pass(),)
 
-    def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array) -> jax.Array:
+    def model_inputs(self, model: ModelDefinition, batch: Batch, key: KeyScalar) -> IntBL:
         tokens, _ = self._corrupt(model.vocabulary, batch, key)
         return model_reads(tokens, batch, model)
 
-    def _corrupt(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns for every position `[B, L]` the token or MASK, and its weight in the bound if it is masked."""
+    def _corrupt(self, vocabulary: TokenIds, batch: Batch, key: KeyScalar) -> tuple[IntBL, FloatBL]:
+        """Returns for every position the token or MASK, and its weight in the bound if it is masked."""
         share = stratified(stream(key, "time"), batch.example_ids, batch.segment_ids)
         probability, weights = SCHEDULES[self.schedule](1 - (1 - self.epsilon) * share)
         keys = row_keys(stream(key, "where"), batch.example_ids)
@@ -120,9 +116,9 @@ class Masked(Objective):
         self,
         model: Transformer,
         batch: Batch,
-        key: jax.Array,
+        key: KeyScalar,
         train: bool = True,
-        step: jax.Array | None = None,
+        step: IntScalar | None = None,
         teacher: Transformer | None = None,
     ) -> LossSums:
         dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids) if train else None
@@ -133,7 +129,7 @@ class Masked(Objective):
         kind = annealed(self.attention, self.anneal_steps, step, key)
         output = reading.output(model, tokens, kind, encoded, dropout_keys)
 
-        nll, correct = score(model, output.hidden, batch.tokens)
+        nll, correct = score(model, output.hidden, batch.tokens, self.softmax)
         masked = batch.target_mask & (tokens == model.vocabulary.mask_id)
         nll = jnp.where(masked, nll, 0)
         loss = nll * weights if self.weighting == "elbo" else nll
@@ -147,10 +143,10 @@ class Masked(Objective):
             auxiliary=output.auxiliary,
         )
 
-    def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
+    def log_likelihood(self, model: Transformer, batch: Batch, key: KeyScalar, num_draws: int) -> Likelihood:
         """Returns the evidence lower bound of all targets: the model also writes the canvas after the end of the text.
 
-        It does not depend on `schedule`, `weighting` or `epsilon`.
+        It does not depend on `schedule`, `weighting`, `epsilon` or `softmax`.
         """
         encoded = model.encode(batch)
         reading = Reading.of(batch, model.vocabulary, model.config.shifted)

@@ -8,12 +8,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int, Shaped
 
-from diffusion_t5x.data.batch import Array, Batch
+from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.models.masks import AttentionKind
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.output import Auxiliaries, Ratio, merged
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
+from diffusion_t5x.shapes import AnyIntBL, Array, FloatB, FloatBL, FloatScalar, IntB, IntBL, IntScalar, KeyScalar
 
 Normalize = Literal["target_tokens", "all_tokens", "sequences"]
 
@@ -38,15 +40,15 @@ class LossSums(flax.struct.PyTreeNode):
         metrics = {name: ratio + other.metrics[name] for name, ratio in self.metrics.items()}
         return type(self)(self.loss + other.loss, metrics, merged(self.auxiliary, other.auxiliary))
 
-    def total(self) -> jax.Array:
+    def total(self) -> FloatScalar:
         """Returns the minimised loss: the objective's mean plus the weighted means of the auxiliary losses."""
         return sum((aux.weight * aux.ratio.mean() for aux in self.auxiliary.values()), start=self.loss.mean())
 
-    def denominators(self) -> dict[str, jax.Array]:
+    def denominators(self) -> dict[str, FloatScalar]:
         """Returns the denominators of the terms of `total`: "loss" for the objective, then the auxiliary losses."""
         return {"loss": self.loss.denominator, **{name: aux.ratio.denominator for name, aux in self.auxiliary.items()}}
 
-    def total_numerator(self, denominators: Mapping[str, jax.Array]) -> jax.Array:
+    def total_numerator(self, denominators: Mapping[str, FloatScalar]) -> FloatScalar:
         """Returns a microbatch's share of the batch's `total`, times the batch's denominator of the objective's loss.
 
         Args:
@@ -66,7 +68,7 @@ class Pass:
     Attributes:
       slots: number of slots read per slot of the batch. Logits are computed for one of them.
       encodes: an encoder-decoder's inputs pass through the encoder, too.
-      by_teacher: the pass is the teacher's, without gradients.
+      by_teacher: the pass is the teacher's, without gradients; the model's own, if it teaches itself.
     """
 
     slots: int = 1
@@ -78,15 +80,14 @@ class Likelihood(flax.struct.PyTreeNode):
     """Log-likelihood of each row's targets, given its inputs.
 
     Attributes:
-      log_likelihood: float32 `[B]` in nats: exact, or an unbiased estimate of a lower bound; the objective says which.
-      standard_error: float32 `[B]`, standard error of that estimate, from the spread of its own draws; 0 if nothing is
-        drawn.
-      num_tokens: int32 `[B]`, number of tokens in the text: its targets up to the one that ends it.
+      log_likelihood: in nats: exact, or an unbiased estimate of a lower bound; the objective says which.
+      standard_error: standard error of that estimate, from the spread of its own draws; 0 if nothing is drawn.
+      num_tokens: number of tokens in the text: its targets up to the one that ends it.
     """
 
-    log_likelihood: jax.Array
-    standard_error: jax.Array
-    num_tokens: jax.Array
+    log_likelihood: FloatB
+    standard_error: FloatB
+    num_tokens: IntB
 
 
 class Objective(Protocol):
@@ -98,6 +99,7 @@ class Objective(Protocol):
       autoregressive: predicts each token from those before it, with causal or prefix attention, whatever
         `ModelConfig.shifted` says.
       needs_teacher: the loss needs an autoregressive teacher.
+      trains_drafts: trains nothing but drafts, by `Lora.drafts_only`.
       takes_rollouts: learns from texts that the model wrote itself, in blocks of `attention.block_size`, and may read
         `Batch.written_at`.
       needs_rollouts: learns only from such texts.
@@ -106,6 +108,7 @@ class Objective(Protocol):
 
     autoregressive: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False
+    trains_drafts: ClassVar[bool] = False
     takes_rollouts: ClassVar[bool] = False
 
     @property
@@ -129,8 +132,8 @@ class Objective(Protocol):
     def passes(self) -> Sequence[Pass]:
         """The passes of one call of `loss`."""
 
-    def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array) -> jax.Array:
-        """Returns the model's first input in `loss` with this key, int32 `[B, L]`: shifted, corrupted, or both.
+    def model_inputs(self, model: ModelDefinition, batch: Batch, key: KeyScalar) -> IntBL:
+        """Returns the model's first input in `loss` with this key: shifted, corrupted, or both.
 
         Only the slots that predict the tokens.
         """
@@ -139,9 +142,9 @@ class Objective(Protocol):
         self,
         model: Transformer,
         batch: Batch,
-        key: jax.Array,
+        key: KeyScalar,
         train: bool = True,
-        step: jax.Array | None = None,
+        step: IntScalar | None = None,
         teacher: Transformer | None = None,
     ) -> LossSums:
         """Returns the loss of a batch.
@@ -151,12 +154,11 @@ class Objective(Protocol):
           batch: clean tokens.
           key: rows draw from it by their `example_ids`.
           train: switches dropout on.
-          step: int32 scalar, training steps taken before, for anything that changes during training; None is after the
-            end.
+          step: training steps taken before, for anything that changes during training; None is after the end.
           teacher: the teacher of objectives that need one; without dropout or gradients.
         """
 
-    def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
+    def log_likelihood(self, model: Transformer, batch: Batch, key: KeyScalar, num_draws: int) -> Likelihood:
         """Returns log-likelihoods of rows with one example each, as in evaluation; a packed row counts as one example.
 
         Rows draw from the key by their `example_ids`: a row's numbers are the same alone and in any batch.
@@ -169,8 +171,8 @@ class Objective(Protocol):
         """
 
 
-def stratified(key: jax.Array, rows: Array, columns: Array) -> jax.Array:
-    """Returns numbers float32 `[B, L]`, each uniform in [0, 1), together more evenly spread than independent ones.
+def stratified(key: KeyScalar, rows: Int[Array, " batch"], columns: AnyIntBL) -> FloatBL:
+    """Returns numbers, each uniform in [0, 1), together more evenly spread than independent ones.
 
     A number is `frac(u + row * golden ratio + column * sqrt(2))` with one uniform u: an additive recurrence, whose
     neighbouring terms fill [0, 1) evenly. It does not depend on the number of rows, so a row has the same number in a
@@ -178,8 +180,8 @@ def stratified(key: jax.Array, rows: Array, columns: Array) -> jax.Array:
 
     Args:
       key: u is drawn from it.
-      rows: int32 `[B]`, example ids.
-      columns: int32 `[B, L]`: positions with the same value (a segment's, say) share a number.
+      rows: example ids.
+      columns: positions with the same value (a segment's, say) share a number.
     """
     u = jax.random.bits(key, dtype=jnp.uint32)
     rows, columns = jnp.asarray(rows, jnp.uint32)[:, None], jnp.asarray(columns, jnp.uint32)
@@ -187,12 +189,12 @@ def stratified(key: jax.Array, rows: Array, columns: Array) -> jax.Array:
     return (bits >> 8).astype(jnp.float32) * 2.0**-24
 
 
-def normalized(batch: Batch, loss: Array, normalize: Normalize) -> Ratio:
-    """Returns the sum of a loss `[B, L]` over target positions, and its denominator.
+def normalized(batch: Batch, loss: Shaped[Array, "batch length"], normalize: Normalize) -> Ratio:
+    """Returns the sum of a loss over target positions, and its denominator.
 
     Args:
       batch: defines the target positions.
-      loss: loss of every position; values elsewhere are ignored.
+      loss: loss of every position, or bool; values elsewhere are ignored.
       normalize: "target_tokens" makes the mean over target positions, "all_tokens" divides by all positions, padding
         too, "sequences" makes the mean over sequences (packed ones counted one by one) of each one's mean (T5X's
         NUM_REAL_TARGET_TOKENS, NUM_TOTAL_TARGET_TOKENS and AVERAGE_PER_SEQUENCE).

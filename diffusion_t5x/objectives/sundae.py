@@ -22,18 +22,12 @@ from diffusion_t5x.models.sampling import Sampling, forbid, sample
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.annealing import annealed, check_anneal_steps
-from diffusion_t5x.objectives.objective import (
-    Likelihood,
-    LossSums,
-    Normalize,
-    Objective,
-    Pass,
-    normalized,
-)
+from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass, normalized
 from diffusion_t5x.objectives.uniform_bound import uniform_bound
+from diffusion_t5x.shapes import IntBL, IntScalar, KeyB, KeyScalar
 
 
-def corrupt(batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
+def corrupt(batch: Batch, vocabulary: TokenIds, keys: KeyB) -> IntBL:
     """Replaces targets with uniform noise; each example has its own noise level.
 
     Each example, also each packed one, draws α ~ U[0, 1]; each of its targets is replaced with probability α by a token
@@ -42,10 +36,7 @@ def corrupt(batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
     Args:
       batch: clean tokens.
       vocabulary: defines the noise vocabulary.
-      keys: `[B]`, a key for each row.
-
-    Returns:
-      int32 `[B, L]`.
+      keys: a key for each row.
     """
 
     def row(key, segment_ids):
@@ -99,19 +90,19 @@ class Sundae(Objective):
     def passes(self) -> Sequence[Pass]:
         return (Pass(), *[Pass(encodes=False)] * self.num_unrolls)
 
-    def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array) -> jax.Array:
+    def model_inputs(self, model: ModelDefinition, batch: Batch, key: KeyScalar) -> IntBL:
         return model_reads(self._corrupt(model.vocabulary, batch, key), batch, model)
 
-    def _corrupt(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
+    def _corrupt(self, vocabulary: TokenIds, batch: Batch, key: KeyScalar) -> IntBL:
         return corrupt(batch, vocabulary, row_keys(stream(key, "noise"), batch.example_ids))
 
     def loss(
         self,
         model: Transformer,
         batch: Batch,
-        key: jax.Array,
+        key: KeyScalar,
         train: bool = True,
-        step: jax.Array | None = None,
+        step: IntScalar | None = None,
         teacher: Transformer | None = None,
     ) -> LossSums:
         sample_keys, dropout_keys, encoder_keys = (
@@ -140,7 +131,7 @@ class Sundae(Objective):
         total = sum(weight * term.numerator for weight, term in zip(weights, terms, strict=True))
         return LossSums(terms[0].replace(numerator=total), metrics, auxiliary)
 
-    def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
+    def log_likelihood(self, model: Transformer, batch: Batch, key: KeyScalar, num_draws: int) -> Likelihood:
         """Returns a lower bound of all targets: uniform-noise diffusion without unrolls, see `uniform_bound`."""
         encoded = model.encode(batch)
         reading = Reading.of(batch, model.vocabulary, model.config.shifted)
@@ -152,7 +143,7 @@ class Sundae(Objective):
         return uniform_bound(model, hidden, batch, first_target, batch.target_mask, key, num_draws)
 
     def _read_out(self, model, hidden, batch, keys):
-        """Returns per position `[B, L]` the clean token's cross-entropy, True if it is the argmax, and a sample."""
+        """Returns per position the clean token's cross-entropy, True if it is the argmax, and a sample."""
 
         def score(logits, labels, positions):
             loss, _ = cross_entropy(logits, labels)

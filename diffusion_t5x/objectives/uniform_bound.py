@@ -5,14 +5,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
-from diffusion_t5x.data.batch import Array, Batch
+from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.objectives.likelihood import estimate, uniform
 from diffusion_t5x.objectives.objective import Likelihood
+from diffusion_t5x.shapes import AnyBoolBL, Array, FloatBLD, IntBL, KeyScalar
 
 # As in D3PM. There is no limit to go to: these models are not told the time, and one that leaves a clean token the
 # probability 1 - e of being clean pays about e / i for it at step i, which has no finite sum.
@@ -20,9 +22,14 @@ NUM_STEPS = 1000
 
 
 def step_divergence(
-    logits: jax.Array, clean: jax.Array, noisy: jax.Array, step: jax.Array, vocabulary: TokenIds, num_steps: int
-) -> jax.Array:
-    """Returns KL(q(s | z, x) || p(s | z)) of one step back, in nats, `[...]`.
+    logits: Float[jax.Array, "*shape vocab"],
+    clean: Int[jax.Array, "*shape"],
+    noisy: Int[jax.Array, "*shape"],
+    step: Int[jax.Array, "*shape"],
+    vocabulary: TokenIds,
+    num_steps: int,
+) -> Float[jax.Array, "*shape"]:
+    """Returns KL(q(s | z, x) || p(s | z)) of one step back, in nats.
 
     At time t = i / T a token x is replaced, with probability t, by one drawn uniformly from the K ids of the noise
     vocabulary (the linear schedule). The step goes back from z at t = i / T to s at (i - 1) / T by the model's
@@ -36,8 +43,8 @@ def step_divergence(
     If z is not in the noise vocabulary (a sentinel, say), it is certainly clean: s = z under both q and p.
 
     Args:
-      logits: float32 `[..., V]`, the model's logits of x given z.
-      clean, noisy, step: int32 `[...]`: x, z and i, in 1..T.
+      logits: the model's logits of x given z.
+      clean, noisy, step: x, z and i, in 1..T.
       vocabulary: defines the noise vocabulary.
       num_steps: T.
     """
@@ -79,11 +86,11 @@ def step_divergence(
 
 def uniform_bound(
     model: Transformer,
-    hidden: Callable[[jax.Array], jax.Array],
+    hidden: Callable[[IntBL], FloatBLD],
     batch: Batch,
-    starts: Array,
-    counted: Array,
-    key: jax.Array,
+    starts: Int[Array, " batch #length"],
+    counted: AnyBoolBL,
+    key: KeyScalar,
     num_draws: int,
     num_steps: int = NUM_STEPS,
 ) -> Likelihood:
@@ -94,11 +101,10 @@ def uniform_bound(
 
     Args:
       model: computes the logits.
-      hidden: from rows int32 `[B, L]` with noise, returns the hidden states `[B, L, D]` that predict the batch's own
-        tokens.
+      hidden: from rows with noise, returns the hidden states that predict the batch's own tokens.
       batch: clean tokens.
-      starts: int32 `[B, L]`, or `[B, 1]` for a single group: row index of the first target of each target's group.
-      counted: bool `[B, L]`: targets whose bound is summed.
+      starts: row index of the first target of each target's group; one column if there is a single group.
+      counted: targets whose bound is summed.
       key, num_draws: see `estimate`.
       num_steps: T. The bound holds for any.
     """

@@ -77,14 +77,6 @@ class Case:
 class StepWatch:
     """A training step, compiled for random rows and run once.
 
-    Args:
-      mesh: mesh of the devices.
-      case: the training setup.
-      optimizer: its optimizer.
-      vocabulary_size: number of ids, MASK included.
-      input_length, length: numbers of input and target tokens in a row.
-      seed: seed of parameters, rows and noise.
-
     Attributes:
       compile_seconds: seconds of tracing and compilation.
       peak_bytes: memory of each device as planned by XLA: state, batch and intermediate values.

@@ -143,10 +143,7 @@ def line_chart(
 
 
 def interval_chart(
-    title: str,
-    x_label: str,
-    rows: Sequence[tuple[str, float, float, float]],
-    bounds: tuple[float, float] | None = None,
+    title: str, x_label: str, rows: Sequence[tuple[str, float, float, float]], bounds: tuple[float, float] | None = None
 ) -> str:
     """Draws values with their intervals, `(label, value, low, high)`, one below the other, as SVG.
 

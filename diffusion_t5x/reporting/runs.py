@@ -22,8 +22,20 @@ _OUTPUTS = ("results.json", "*.settings.json")
 _CURVES = ("train/metrics.jsonl", "training_eval/*/metrics.jsonl", "inference_eval/*/metrics.jsonl")
 
 
+class OfDataSet:
+    """Something of a task's split."""
+
+    task: str
+    split: str
+
+    @property
+    def data_set(self) -> str:
+        """Name of task and split, which scores must share to be compared."""
+        return f"{self.task} ({self.split})" if self.split else self.task
+
+
 @dataclasses.dataclass(frozen=True)
-class Curve:
+class Curve(OfDataSet):
     """Metrics over the steps of a training run.
 
     Attributes:
@@ -38,14 +50,9 @@ class Curve:
     points: Mapping[str, Sequence[tuple[int, float]]]
     split: str = ""
 
-    @property
-    def data_set(self) -> str:
-        """Name of task and split."""
-        return _data_set(self.task, self.split)
-
 
 @dataclasses.dataclass(frozen=True)
-class Scores:
+class Scores(OfDataSet):
     """Metrics of one task at one step, with their settings.
 
     Attributes:
@@ -68,25 +75,15 @@ class Scores:
     published: Sequence[tuple[Published, str, float]] = ()
     split: str = ""
 
-    @property
-    def data_set(self) -> str:
-        """Name of task and split, which scores must share to be compared."""
-        return _data_set(self.task, self.split)
-
 
 @dataclasses.dataclass(frozen=True)
-class Predictions:
+class Predictions(OfDataSet):
     """Predictions for a task: records as `evaluation.inference.predict` yields them."""
 
     task: str
     decoder: str
     records: Sequence[Record]
     split: str = ""
-
-    @property
-    def data_set(self) -> str:
-        """Name of task and split."""
-        return _data_set(self.task, self.split)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,10 +144,6 @@ def _names(paths: Sequence[pathlib.Path]) -> list[str]:
 def _natural(name: str) -> tuple[list[tuple[str, int]], str]:
     """Returns a sort key that treats numbers in names as numbers."""
     return [(text, int(digits or 0)) for text, digits in re.findall(r"([^0-9]*)([0-9]*)", name)], name
-
-
-def _data_set(task: str, split: str) -> str:
-    return f"{task} ({split})" if split else task
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -25,15 +25,7 @@ _FOLDER = pathlib.Path(__file__).parent
 def write_trace_page(
     path: pathlib.Path, records: Iterable[Mapping[str, Any]], total: int, title: str, decoder: str
 ) -> None:
-    """Writes the page about the first `MOST_EXAMPLES` records, atomically; an earlier page is replaced.
-
-    Args:
-      path: path of the page.
-      records: records as `infer` writes them, with their "trace".
-      total: number of records.
-      title: title of the page.
-      decoder: the decoder, as text.
-    """
+    """Writes the page about the first `MOST_EXAMPLES` records, atomically; an earlier page is replaced."""
     write_text(path, trace_page(records, total, title, decoder), errors="replace")
 
 

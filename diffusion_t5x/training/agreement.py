@@ -31,6 +31,7 @@ _FILES = {
     ("bidirectional", "uniform"): "sundae",
     ("block_causal", "mask"): "block",
     ("block_causal", "uniform"): "block_uniform",
+    ("block_drafts", "mask"): "drafts",
 }
 
 

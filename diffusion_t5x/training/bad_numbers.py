@@ -17,7 +17,7 @@ import numpy as np
 
 from diffusion_t5x import records
 from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.errors import UserError
+from diffusion_t5x.errors import UserError, check_choices
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +42,7 @@ class BadNumbers:
     window: int = 100
 
     def __post_init__(self) -> None:
-        if self.policy not in ("skip", "halt"):
-            raise UserError(f'BadNumbers.policy must be "skip" or "halt", not {self.policy!r}.')
+        check_choices(self)
         if self.max_in_a_row < 1 or self.window < _FEWEST:
             raise UserError(f"BadNumbers needs max_in_a_row of at least 1, and a window of {_FEWEST}; got {self}.")
         if self.spike_factor is not None and self.spike_factor <= 1:

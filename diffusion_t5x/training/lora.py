@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -13,11 +13,12 @@ from flax import traverse_util
 
 from diffusion_t5x.checkpointing.assignment import Rule, compile_pattern
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.errors import UserError, did_you_mean
+from diffusion_t5x.errors import UserError, check_choices, did_you_mean
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.layers import normal
 from diffusion_t5x.models.low_rank import LowRank
 from diffusion_t5x.models.transformer import ModelDefinition, Params, is_matrix
+from diffusion_t5x.objectives.objective import Objective
 
 Axes = tuple[str, ...]
 
@@ -36,6 +37,8 @@ class Lora:
       whole: parameters that are trained in full, such as "embedding", which contains the row of MASK.
       base_dtype: dtype of frozen matrices and embeddings; norms and biases stay float32. If `ModelConfig.dtype` is
         bfloat16, "bfloat16" does not change what a step computes.
+      drafts_only: updates apply to drafts alone (gated LoRA, arXiv 2507.11851), so that token by token the model writes
+        what it wrote before training. For the objective `Drafts`.
     """
 
     rank: int = 16
@@ -43,12 +46,12 @@ class Lora:
     targets: Sequence[str] = ("query", "key", "value", "out", "wi_[01]", "wo")
     whole: Sequence[str] = ()
     base_dtype: Literal["float32", "bfloat16"] = "float32"
+    drafts_only: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise UserError(f"Lora.rank must be at least 1, not {self.rank}.")
-        if self.base_dtype not in ("float32", "bfloat16"):
-            raise UserError(f'Lora.base_dtype must be "float32" or "bfloat16", not {self.base_dtype!r}.')
+        check_choices(self)
         for field in ("targets", "whole"):
             names = getattr(self, field)
             if isinstance(names, str):
@@ -56,15 +59,40 @@ class Lora:
             object.__setattr__(self, field, tuple(names))
         if not self.targets:
             raise UserError("Lora.targets must name at least one matrix.")
+        if self.drafts_only and self.whole:
+            raise UserError(
+                f"Lora.drafts_only leaves the model as it is, but Lora.whole trains {', '.join(self.whole)}: "
+                "set --gin.LORA_WHOLE=()."
+            )
 
     def describe(self) -> dict[str, Any]:
-        """Returns its fields as JSON-serialisable values."""
-        return dataclasses.asdict(self) | {"targets": list(self.targets), "whole": list(self.whole)}
+        """Returns its fields as JSON-serialisable values; `drafts_only`, which older records do not have, if set."""
+        fields = dataclasses.asdict(self) | {"targets": list(self.targets), "whole": list(self.whole)}
+        return {name: value for name, value in fields.items() if name != "drafts_only" or value}
 
 
 def define(config: ModelConfig, vocabulary: TokenIds, lora: Lora | None = None) -> ModelDefinition:
     """Returns the definition of the model to train, in full or with LoRA."""
     return ModelDefinition(config, vocabulary) if lora is None else LoraDefinition(config, vocabulary, lora)
+
+
+def of_drafts(described: Mapping[str, Any] | None) -> Lora | None:
+    """Returns the settings that `Lora.describe` described if they are of drafts only; else None."""
+    return Lora(**described) if described and described.get("drafts_only") else None
+
+
+def check_drafts(lora: Lora | None, objective: Objective) -> None:
+    """Raises a UserError if drafts are to be trained and more than these would be, or the other way round."""
+    if objective.trains_drafts and not (lora and lora.drafts_only):
+        raise UserError(
+            f"{type(objective).__name__} trains drafts, and the model itself stays as it is: give runs/lora.gin, "
+            "--gin.LORA_DRAFTS_ONLY=True and --gin.LORA_WHOLE=()."
+        )
+    if lora and lora.drafts_only and not objective.trains_drafts:
+        raise UserError(
+            f"Lora.drafts_only trains drafts, and {type(objective).__name__} has none: give objectives/drafts.gin, or "
+            "--gin.LORA_DRAFTS_ONLY=False."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +108,7 @@ class LoraDefinition(ModelDefinition):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if odd := [name for name in self._targets if not _is_matrix_of_layers(self._axes[name])]:
+        if odd := [x for x in self._targets if not ("layers" in self._axes[x] and is_matrix(self._axes[x]))]:
             raise UserError(
                 f"Lora.targets matches {', '.join(odd)}: not a matrix of the layers. Lora.whole trains any parameter."
             )
@@ -89,9 +117,6 @@ class LoraDefinition(ModelDefinition):
 
     def restore_rules(self, others: Sequence[Rule] = ()) -> tuple[Rule, ...]:
         """Returns restore rules for plain parameters: matrices become bases; factors and their average start fresh.
-
-        Args:
-          others: rules for everything else.
 
         Raises:
           UserError: one of them matches a base, which LoRA's own rules restore.
@@ -145,7 +170,7 @@ class LoraDefinition(ModelDefinition):
         return self._map(with_factors, without, params)
 
     def _low_rank(self, base: Any, down: Any, up: Any) -> LowRank:
-        return LowRank(base, down, up, self.lora.alpha / self.lora.rank)
+        return LowRank(base, down, up, self.lora.alpha / self.lora.rank, self.lora.drafts_only)
 
     def _map(self, on_target: Callable[[str, Any], Any], on_other: Callable[[str, Any], Any], tree: Params) -> Params:
         """Maps a tree of the plain model's form: each leaf becomes the result of a function of its name and value."""
@@ -167,10 +192,6 @@ class LoraDefinition(ModelDefinition):
     @functools.cached_property
     def _whole(self) -> frozenset[str]:
         return _matching("whole", self.lora.whole, self._axes)
-
-
-def _is_matrix_of_layers(axes: Axes) -> bool:
-    return "layers" in axes and "embed" in axes and len(axes) > 2
 
 
 def _cut(axes: Axes, values: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:

@@ -97,10 +97,6 @@ class WandbWriter:
     W&B's environment variables apply, such as WANDB_MODE=offline, WANDB_PROJECT ("diffusion_t5x" by default) and
     WANDB_NAME (MODEL_DIR's name by default). Its files, and the id of the run, are in MODEL_DIR/wandb.
 
-    Args:
-      model_dir: the run's folder.
-      config: shown as the W&B run's config.
-
     Raises:
       UserError: W&B does not start, for example because nobody is logged in.
     """

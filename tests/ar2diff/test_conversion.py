@@ -99,12 +99,17 @@ def test_a_conversion_leaves_a_model_a_page_and_a_card(qwen2, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("route", ["in_place", "joint", "opdlm"])
+@pytest.mark.parametrize("route", ["in_place", "joint", "lossless", "opdlm"])
 def test_every_route_of_decoder_only_models_runs(qwen2, tmp_path, route):
     rollouts = ["--gin.MIN_ROLLOUT_LENGTH=16", "--gin.MAX_ROLLOUT_LENGTH=16"] if route == "opdlm" else []
     done = run(*arguments(qwen2, tmp_path, "--route", route, *rollouts))
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"route `{route}`" in (tmp_path / "README.md").read_text()
+    if route == "lossless":
+        start, drafting = (diffusion_t5x.load(tmp_path / name) for name in ("start", "checkpoint"))
+        assert drafting.generate("Once", length=12) == start.generate("Once", length=12)
+        assert drafting.log_likelihood(["Once more"]) == start.log_likelihood(["Once more"])
+        assert not (tmp_path / "export").exists()
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from diffusion_t5x.command_line import completion, gin_macros, help_pages, macro_reference
+from diffusion_t5x.command_line.gin_reading import shipped
 from diffusion_t5x.command_line.main import main
 from diffusion_t5x.command_line.verbs import VERBS
 
@@ -134,7 +135,7 @@ def test_every_shipped_task_file_has_a_family():
     from diffusion_t5x.command_line import task_list
 
     listed = [file for files in task_list.families().values() for file in files]
-    assert sorted(listed) == [file for file in gin_macros.files() if file.startswith("tasks/")]
+    assert sorted(listed) == shipped("tasks")
     assert "tasks/squad.gin" in task_list.families()["question_answering"]
     assert any("--gin.FILES=..." in line for line in task_list.describe("tasks/local_jsonl.gin"))
 
@@ -170,7 +171,7 @@ def test_the_macro_reference_is_up_to_date():
 
 def test_every_macro_is_in_the_reference_with_a_meaning():
     page = (ROOT / macro_reference.PAGE).read_text(encoding="utf-8")
-    texts = [(ROOT / "gin" / file).read_text(encoding="utf-8") for file in gin_macros.files()]
+    texts = [(ROOT / "gin" / file).read_text(encoding="utf-8") for file in shipped()]
     named = {name for text in texts for name in re.findall(r"^([A-Z][A-Z0-9_]+) = ", text, re.MULTILINE)}
     assert named == set(re.findall(r"^## (\w+)$", page, re.MULTILINE))
     for macro in gin_macros.macros().values():

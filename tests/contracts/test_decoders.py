@@ -15,6 +15,7 @@ from diffusion_t5x.decoding.beam_search import BeamSearchDecoder
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.canvas import StepRule
 from diffusion_t5x.decoding.decoder import Decoder
+from diffusion_t5x.decoding.drafts import DraftingDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.decoding.self_speculation import SelfSpeculationDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
@@ -37,6 +38,7 @@ DECODERS = {
     "sundae, samples": SundaeDecoder(num_steps=3, num_samples=2),
     "autoregressive": AutoregressiveDecoder(temperature=1.0),
     "beam search": BeamSearchDecoder(num_beams=2),
+    "drafts": DraftingDecoder(3, temperature=1.0),
     "self-speculation": SelfSpeculationDecoder(),
     "self-speculation, blocks of the row": SelfSpeculationDecoder(BlockDecoder(4, MaskedDecoder(), "row")),
     "self-speculation, remasking": SelfSpeculationDecoder(BlockDecoder(3, RemaskingDecoder(num_steps=2))),

@@ -15,6 +15,7 @@ from diffusion_t5x.models.masks import CAUSAL, PREFIX
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block
 from diffusion_t5x.objectives.distillation import Distillation, Teacher
+from diffusion_t5x.objectives.drafts import Drafts
 from diffusion_t5x.objectives.joint import Joint
 from diffusion_t5x.objectives.masked import Masked
 from diffusion_t5x.objectives.objective import Objective
@@ -32,6 +33,7 @@ OBJECTIVES = {
     "joint": Joint(Masked()),
     "joint with the example": Joint(MaskPredict()),
     "distillation": Distillation(3, states="random"),
+    "drafts": Drafts(3),
     "the example": MaskPredict(normalize="sequences"),
 }
 SMALL = dataclasses.replace(tiny.RELATIVE, num_layers=1)
@@ -41,7 +43,9 @@ CONFIGS = {
     "encoder_decoder": dataclasses.replace(SMALL, architecture="encoder_decoder"),
 }
 CASES = [("decoder_only", name) for name in OBJECTIVES]
-CASES += [(config, name) for config in ("shifted", "encoder_decoder") for name in ("the example", "distillation")]
+CASES += [
+    (config, name) for config in ("shifted", "encoder_decoder") for name in ("the example", "distillation", "drafts")
+]
 SIZES = [(2, 5), (1, 6), (5, 3), (3, 4)]
 
 
@@ -74,7 +78,8 @@ def test_it_is_a_setting_that_says_what_it_needs(name):
     assert Objective in type(objective).__mro__ and objective == dataclasses.replace(objective)
     assert hash(objective) is not None and objective.normalize in ("target_tokens", "all_tokens", "sequences")
     assert objective.autoregressive == (objective.attention in (CAUSAL, PREFIX))
-    assert objective.needs_teacher == any(each.by_teacher for each in objective.passes)
+    teaches_itself = objective.trains_drafts
+    assert (objective.needs_teacher or teaches_itself) == any(each.by_teacher for each in objective.passes)
     assert objective.takes_rollouts or not objective.needs_rollouts
 
 

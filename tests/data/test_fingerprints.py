@@ -30,7 +30,7 @@ def test_what_has_changed_is_named(change, said, tmp_path):
     files = [str(tmp_path / name) for name in ("a", "deep/b", "c")]
     before = fingerprints.of_files(files)
     change(tmp_path)
-    kept = {name: tuple(value) for name, value in json.loads(bytes(fingerprints.to_array(before))).items()}
+    kept = {name: tuple(value) for name, value in json.loads(fingerprints.to_bytes(before)).items()}
     assert fingerprints.changes(kept, fingerprints.of_files(files)) == said
 
 

@@ -64,8 +64,9 @@ def batches():
 
 def count_tokens(params, batch):
     """Stands in for a loss step: the mean token of the targets."""
-    sums = Ratio(jnp.sum(batch.tokens * batch.target_mask), jnp.sum(batch.target_mask))
-    return LossSums(sums, {"sequences": Ratio(jnp.sum(batch.target_mask), jnp.sum(batch.target_mask.any(axis=1)))})
+    total, mask = functools.partial(jnp.sum, dtype=jnp.float32), batch.target_mask
+    sums = Ratio(total(batch.tokens * mask), total(mask))
+    return LossSums(sums, {"sequences": Ratio(total(mask), total(mask.any(axis=1)))})
 
 
 def test_loss_is_the_sum_over_all_batches_divided_once():

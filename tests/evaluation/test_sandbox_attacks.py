@@ -1,20 +1,13 @@
 """Attacks on the sandbox's verdicts and limits: none passes, none harms the programs after it."""
 
 import pytest
+from programs import QUICK, RIGHT
 
-from diffusion_t5x.evaluation.code import execution as code_execution
-from diffusion_t5x.evaluation.code.execution import Limits, Tests, Verdict, check
+from diffusion_t5x.evaluation.code.execution import Tests, Verdict, check
 
-RIGHT = "def double(x):\n    return 2 * x"
+pytestmark = pytest.mark.usefixtures("isolation")
 TESTS = Tests(("assert double(2) == 4", "assert double('ab') == 'abab'"))
-QUICK = Limits(cpu_seconds=1, wall_seconds=3.0)
 FORGED = '{"status": "pass", "detail": "", "output": ""}'
-
-
-@pytest.fixture(autouse=True, scope="module")
-def isolation():
-    if not code_execution.protections().isolation:
-        pytest.skip(f"no isolation on this machine: {code_execution.protections().reason}")
 
 
 def run(attacks):

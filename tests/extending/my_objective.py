@@ -24,6 +24,7 @@ from diffusion_t5x.objectives.objective import (
     normalized,
     stratified,
 )
+from diffusion_t5x.shapes import IntBL, IntScalar, KeyScalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +48,8 @@ class MaskPredict(Objective):
     def passes(self) -> Sequence[Pass]:
         return (Pass(),)
 
-    def corrupt(self, vocabulary: TokenIds, batch: Batch, key: jax.Array) -> jax.Array:
-        """The clean tokens int32 `[B, L]` with n targets of each example masked."""
+    def corrupt(self, vocabulary: TokenIds, batch: Batch, key: KeyScalar) -> IntBL:
+        """The clean tokens with n targets of each example masked."""
         keys = row_keys(stream(key, "where"), batch.example_ids)
         order = jax.vmap(lambda key, row: jax.random.uniform(key, row.shape, jnp.float32))(keys, batch.positions)
         others = same_segment(batch.segment_ids, batch.segment_ids) & batch.target_mask[:, None]
@@ -57,16 +58,16 @@ class MaskPredict(Objective):
         level = stratified(stream(key, "level"), batch.example_ids, batch.segment_ids)
         return jnp.where(batch.target_mask & (rank <= level * size), vocabulary.mask_id, batch.tokens)
 
-    def model_inputs(self, model: ModelDefinition, batch: Batch, key: jax.Array) -> jax.Array:
+    def model_inputs(self, model: ModelDefinition, batch: Batch, key: KeyScalar) -> IntBL:
         return model_reads(self.corrupt(model.vocabulary, batch, key), batch, model)
 
     def loss(
         self,
         model: Transformer,
         batch: Batch,
-        key: jax.Array,
+        key: KeyScalar,
         train: bool = True,
-        step: jax.Array | None = None,
+        step: IntScalar | None = None,
         teacher: Transformer | None = None,
     ) -> LossSums:
         dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids) if train else None
@@ -83,7 +84,7 @@ class MaskPredict(Objective):
             auxiliary=output.auxiliary,
         )
 
-    def log_likelihood(self, model: Transformer, batch: Batch, key: jax.Array, num_draws: int) -> Likelihood:
+    def log_likelihood(self, model: Transformer, batch: Batch, key: KeyScalar, num_draws: int) -> Likelihood:
         """The lower bound of masked diffusion."""
         encoded = model.encode(batch)
         reading = Reading.of(batch, model.vocabulary, model.config.shifted)

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
@@ -13,6 +12,7 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.sampling import Sampling, uniform
 from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.shapes import BoolBL, FloatBLD, IntBL, IntScalar, KeyB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +35,10 @@ class RemaskingDecoder(StepRule):
         if self.num_steps < 1 or not 0 <= self.cap <= 1 or self.temperature < 0:
             raise UserError(f"num_steps must be at least 1, cap in [0, 1], temperature at least 0; got {self}.")
 
-    def blank(self, batch: Batch, vocabulary: TokenIds, keys: jax.Array) -> jax.Array:
+    def blank(self, batch: Batch, vocabulary: TokenIds, keys: KeyB) -> IntBL:
         return jnp.where(batch.target_mask, vocabulary.mask_id, batch.tokens)
 
-    def eligible(self, tokens: jax.Array, target_mask: jax.Array, vocabulary: TokenIds, step: jax.Array) -> jax.Array:
+    def eligible(self, tokens: IntBL, target_mask: BoolBL, vocabulary: TokenIds, step: IntScalar) -> BoolBL:
         return target_mask & (step < self.num_steps)
 
     def most_steps(self, num_targets: int) -> int:
@@ -47,11 +47,11 @@ class RemaskingDecoder(StepRule):
     def write(
         self,
         model: Transformer,
-        hidden: jax.Array,
+        hidden: FloatBLD,
         canvas: Canvas,
-        eligible: jax.Array,
-        positions: jax.Array,
-        keys: jax.Array,
+        eligible: BoolBL,
+        positions: IntBL,
+        keys: KeyB,
     ) -> Written:
         """One step from time t to s, with the shares a and b of written tokens before and after it (equation 5)."""
 

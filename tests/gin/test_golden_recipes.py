@@ -141,6 +141,7 @@ def test_a_changed_default_shows(owner, name, changed, line, monkeypatch):
         parameters = signature.parameters | {name: signature.parameters[name].replace(default=changed)}
         monkeypatch.setattr(owner, "__signature__", signature.replace(parameters=list(parameters.values())))
     else:
+        owner = inspect.unwrap(owner)  # from the check of shapes
         names = [field for field in owner.__annotations__ if hasattr(ModelConfig, field)]
         defaults = dict(zip(names, owner.__defaults__, strict=True)) | {name: changed}
         monkeypatch.setattr(owner, "__defaults__", tuple(defaults.values()))

@@ -97,11 +97,16 @@ STATIC = MaskedDecoder(num_steps=2, counts="index", softmax="all")
 def test_the_published_loop_writes_our_texts_with_what_is_exported(inner, imported, tmp_path):
     """256 prompts of unequal length; the loop is plain numpy, and reads nothing but the exported files."""
     folder, tensors = imported["qwen3"]
+    # The settings of the autoregressive model: of these, what ends a text holds for the diffusion model, too.
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 1], "top_k": 20, "do_sample": true}')
     decoder = BlockDecoder(4, inner, blocks_from="row")
     opened = trained(tmp_path / "run", folder, Block(4, blocks_from="row"), decoder)
     convert(["to_hf", str(tmp_path / "run"), "--like", str(folder), "--output", str(tmp_path / "out")])
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["model_type"], config["block_size"], config["mask_token_id"]) == ("sdar", 4, IDS)
+    assert config["auto_map"]["AutoModel"] == "modeling_sdar.SDARModel"
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [0, 1] and generation["do_sample"] is False and "top_k" not in generation
     exported = open_models.read_shards(tmp_path / "out")
     assert exported.keys() == tensors.keys() and all((exported[name] == tensors[name]).all() for name in tensors)
 
@@ -133,12 +138,15 @@ CASES = [
 
 
 @pytest.mark.parametrize(("kind", "objective", "fields", "expected"), CASES)
-def test_the_format_follows_from_the_record_and_comes_in_again(kind, objective, fields, expected, imported, tmp_path):
+def test_the_format_follows_from_the_record_and_comes_in_again(
+    kind, objective, fields, expected, imported, tmp_path, capsys
+):
     folder, tensors = imported[kind]
     before = trained(tmp_path / "run", folder, objective, **fields)
     convert(["to_hf", str(tmp_path / "run"), "--like", str(folder), "--output", str(tmp_path / "out")])
     exported = open_models.read_shards(tmp_path / "out")
     assert exported.keys() == tensors.keys() and all((exported[name] == tensors[name]).all() for name in tensors)
+    assert "LOSS_SOFTMAX" in capsys.readouterr().out  # MASK was not in the loss
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"`model_type` {expected}" in card and type(objective).__name__ in card and "from_hf" in card
 

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import pathlib
+import shutil
 
 import gin
 import jax
@@ -223,6 +225,18 @@ def test_models_that_are_refused(tmp_path):
     refuses("--block_size: .* is not a model of block diffusion", DATA / "llada", "--block_size=4")
     for family in ("llada_moe", "llada2_moe", "diffusion_gemma"):
         refuses("is a mixture of experts, which is not supported yet", DATA / family)
+
+
+@pytest.mark.parametrize("family", ["sdar", "llada"])
+def test_config_json_alone_gives_the_gin_file(family, load, tmp_path):
+    (tmp_path / "source").mkdir()
+    shutil.copyfile(DATA / family / "config.json", tmp_path / "source" / "config.json")
+    convert(["from_hf", str(tmp_path / "source"), "--config_only", "--output", str(tmp_path / "out")])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.gin"]
+    folders = (load(family).name, tmp_path / "out")
+    whole, alone = (pathlib.Path(folder, "model.gin").read_text().splitlines() for folder in folders)
+    differ = {one.partition(" ")[0] for one, other in zip(whole, alone, strict=True) if one != other}
+    assert differ == {"#", "VOCABULARY_FILE"}  # the title and the path name the folder
 
 
 def test_a_model_of_blocks_that_does_not_say_so(tmp_path, capsys):

@@ -17,7 +17,7 @@ def test_dense_contracts_the_last_axes_with_the_first(inputs, kernel, einsum):
 
 
 def test_rms_norm():
-    norm = RMSNorm(4, epsilon=0.5)
+    norm = RMSNorm(0.5, embed=4)
     norm.scale.set_value(jnp.array([1.0, 2.0, 0.0, -1.0]))
     x = np.array([[3.0, -1.0, 2.0, 0.0]])
     expected = x / np.sqrt(14 / 4 + 0.5) * [1, 2, 0, -1]

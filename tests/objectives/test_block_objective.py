@@ -87,8 +87,9 @@ def test_one_block_without_inputs_is_bidirectional():
     np.testing.assert_allclose(found, model(noisy, Slots.of(batch), BIDIRECTIONAL).hidden, rtol=1e-4, atol=1e-5)
 
 
-def test_at_size_1_with_all_masked_the_loss_is_the_likelihood_by_the_models_own_conditionals():
-    """Over all texts of 4 tokens out of 3 the probabilities sum to 1, and the loss is minus their logarithm."""
+@pytest.mark.parametrize("softmax", ["allowed", "all"])
+def test_at_size_1_with_all_masked_the_loss_is_the_likelihood_by_the_models_own_conditionals(softmax):
+    """Over all texts of 4 tokens out of 3 the probabilities sum to 1, less what MASK has of them."""
     vocabulary = dataclasses.replace(tiny.VOCABULARY, size=4, mask_id=3, noise_ranges=((0, 3),))
     definition = ModelDefinition(dataclasses.replace(tiny.RELATIVE, vocab_size=4), vocabulary)
     params = tiny.random_params(definition)
@@ -100,12 +101,14 @@ def test_at_size_1_with_all_masked_the_loss_is_the_likelihood_by_the_models_own_
     def log_probabilities(position):
         """Log-probability of each text's token at a position, given those before it; it is read as MASK."""
         tokens = jnp.asarray(batch.tokens).at[:, 1 + position].set(3)
-        logits = forbid(model.logits(model(tokens, Slots.of(batch), kind).hidden), vocabulary)[:, 1 + position]
+        logits = model.logits(model(tokens, Slots.of(batch), kind).hidden)[:, 1 + position]
+        logits = logits if softmax == "all" else forbid(logits, vocabulary)
         return jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(texts)[:, position, None], axis=-1)[:, 0]
 
     likelihood = sum(np.asarray(log_probabilities(position)) for position in range(4))
-    assert np.exp(likelihood).sum() == pytest.approx(1, abs=1e-5)
-    objective = Block(1, epsilon=ALL_MASKED)
+    total = np.exp(likelihood).sum()
+    assert total == pytest.approx(1, abs=1e-5) if softmax == "allowed" else total < 0.9
+    objective = Block(1, epsilon=ALL_MASKED, softmax=softmax)
     loss = jax.jit(lambda batch: objective.loss(model, batch, jax.random.key(0), train=False).loss.mean())
     for row in range(0, 81, 16):
         assert 4 * loss(tiny.rows_of(batch, [row])) == pytest.approx(-likelihood[row], rel=1e-5)

@@ -151,11 +151,12 @@ def models(config=tiny.LLAMA):
     return definition, student, tiny.random_params(definition, 1)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))  # else every operation is compiled alone, for every length
-def forward(definition, params, tokens, slots, kind):
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))  # else every operation is compiled alone, for every length
+def forward(definition, params, tokens, slots, kind, softmax="allowed"):
     """Log-probabilities up to a constant, of a pass over these tokens alone."""
     model = definition.bind(params)
-    return forbid(model.logits(model(tokens, slots, kind).hidden), VOCABULARY)
+    logits = model.logits(model(tokens, slots, kind).hidden)
+    return logits if softmax == "all" else forbid(logits, VOCABULARY)
 
 
 @functools.cache
@@ -172,7 +173,7 @@ def brute_force_parts():
     return whole
 
 
-def student_logits(noisy, size, config, origin):
+def student_logits(noisy, size, config, origin, softmax):
     """The student's logits, by one pass per block: all before it clean, nothing behind it."""
     definition, student, _ = models(config)
     logits = np.zeros((*noisy.shape, 32))
@@ -180,31 +181,33 @@ def student_logits(noisy, size, config, origin):
         for start in range(first if origin == "targets" else first - first % size, length, size):
             end = min(start + size, length)
             tokens = np.concatenate([BATCH.tokens[row, :start], noisy[row, start:end]])[None]
-            part = jax.tree.map(lambda x, end=end, row=row: x[row : row + 1, :end], mask_only(BATCH))
+            part = jax.tree.map(lambda x, end=end: x[:, :end] if x.ndim > 1 else x, tiny.rows_of(BATCH, [row]))
             slots = Slots.of(part)
             read = start_first(tokens, slots.positions, VOCABULARY)
             if config.shifted:
                 slots, read = start_ahead(part, tokens, VOCABULARY)
             kind = AttentionKind("block_causal", size, origin)
-            logits[row, start:end] = forward(definition, student, read, slots, kind)[0, start:end]
+            logits[row, start:end] = forward(definition, student, read, slots, kind, softmax)[0, start:end]
     return logits
 
 
-def mask_only(batch):
-    return batch.replace(example_ids=batch.example_ids[:, None])
-
-
 @pytest.mark.parametrize(
-    "kind,top_k,score_end", [("forward_kl", None, False), ("forward_kl", 3, True), ("jsd", None, True)]
+    "kind,top_k,score_end,softmax",
+    [
+        ("forward_kl", None, False, "allowed"),
+        ("forward_kl", 3, True, "allowed"),
+        ("jsd", None, True, "allowed"),
+        ("forward_kl", None, False, "all"),
+    ],
 )
 @pytest.mark.parametrize(
     ("size", "config", "origin"),
     [(3, tiny.LLAMA, "targets"), (2, tiny.LLAMA, "targets"), (3, SHIFTED, "targets"), (3, tiny.LLAMA, "row")],
 )
-def test_the_loss_is_what_brute_force_gives(kind, top_k, score_end, size, config, origin):
+def test_the_loss_is_what_brute_force_gives(kind, top_k, score_end, softmax, size, config, origin):
     """Two blocks and more, borders included; averaged over a text's masked targets, then over texts."""
     definition, student, teacher = models(config)
-    objective = Distillation(size, kind, top_k, score_end=score_end, blocks_from=origin)
+    objective = Distillation(size, kind, top_k, score_end=score_end, blocks_from=origin, softmax=softmax)
     key = jax.random.key(4)
     sums = jax.jit(
         lambda student, teacher: objective.loss(
@@ -212,7 +215,7 @@ def test_the_loss_is_what_brute_force_gives(kind, top_k, score_end, size, config
         )
     )(student, teacher)
     noisy = np.asarray(visited_states(BATCH, VOCABULARY, size, stream(key, "noise"), origin))
-    distance = plain(brute_force_parts(), student_logits(noisy, size, config, origin), kind, top_k)
+    distance = plain(brute_force_parts(), student_logits(noisy, size, config, origin, softmax), kind, top_k)
     means, ends = [], 7 if score_end else 6
     for row, end in ((0, ends), (1, 5)):
         masked = [i for i in range(end) if BATCH.target_mask[row, i] and noisy[row, i] == MASK]

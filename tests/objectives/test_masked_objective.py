@@ -224,10 +224,10 @@ def test_loss_of_a_batch_is_that_of_its_parts(normalize):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), parts, sums(range(8)))
 
 
-@pytest.mark.parametrize("weighting", ["elbo", "uniform"])
-def test_loss_and_metrics_follow_from_what_is_read(weighting):
+@pytest.mark.parametrize(("weighting", "softmax"), [("elbo", "allowed"), ("uniform", "allowed"), ("elbo", "all")])
+def test_loss_and_metrics_follow_from_what_is_read(weighting, softmax):
     model = Neighbours(jnp.asarray(TABLE), VOCABULARY)
-    sums = Masked(weighting=weighting).loss(model, BATCH, KEY)
+    sums = Masked(weighting=weighting, softmax=softmax).loss(model, BATCH, KEY)
     [(tokens, slots, kind, dropout_keys)] = model.calls
     jax.tree.map(np.testing.assert_array_equal, slots, Slots.of(BATCH))
     assert kind == BIDIRECTIONAL and dropout_keys.shape == (8,)
@@ -235,8 +235,10 @@ def test_loss_and_metrics_follow_from_what_is_read(weighting):
     tokens = np.roll(tokens, -1, axis=1)  # it notes the tokens before
     np.testing.assert_array_equal(tokens, Masked().model_inputs(DEFINITION, BATCH, KEY))
     where = (tokens == 23) | (tokens == START)
-    logits = (TABLE[np.roll(tokens, 1, axis=1)] + 2 * TABLE[np.roll(tokens, -1, axis=1)])[..., :23]
-    nll = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, BATCH.tokens[..., None], -1)[..., 0]
+    of_all = TABLE[np.roll(tokens, 1, axis=1)] + 2 * TABLE[np.roll(tokens, -1, axis=1)]
+    logits = of_all[..., :23]
+    over = np.exp(of_all if softmax == "all" else logits).sum(-1)
+    nll = np.log(over) - np.take_along_axis(logits, BATCH.tokens[..., None], -1)[..., 0]
     time = 1 - (1 - 1e-3) * stratified(stream(KEY, "time"), BATCH.example_ids, BATCH.segment_ids)
     bound = (nll / time)[where].sum() / BATCH.target_mask.sum()
     expected = bound if weighting == "elbo" else nll[where].sum() / BATCH.target_mask.sum()

@@ -220,7 +220,7 @@ def test_an_edge_to_what_is_behind_is_open_with_the_probability_of_the_step(kind
 
 def test_annealing_ends_and_evaluation_is_behind_its_end():
     key = jax.random.key(0)
-    assert annealed(BIDIRECTIONAL, None, 3, key) == annealed(BIDIRECTIONAL, 10, None, key) == BIDIRECTIONAL
+    assert annealed(BIDIRECTIONAL, None, jnp.int32(3), key) == annealed(BIDIRECTIONAL, 10, None, key) == BIDIRECTIONAL
     stages = ((0, 2), (9, 3))
     for objective in (Masked(anneal_steps=4), Sundae(anneal_steps=4), Block(3, stages, anneal_steps=4)):
 
@@ -229,7 +229,7 @@ def test_annealing_ends_and_evaluation_is_behind_its_end():
             jax.eval_shape(lambda: objective.loss(model, PACKED, key, step=step))  # noqa: B023
             return [kind for _, _, kind, _ in model.calls]
 
-        annealing = kinds(1)
+        annealing = kinds(jnp.int32(1))
         assert all(isinstance(kind, Annealed) for kind in annealing)
         assert len({id(kind) for kind in annealing}) == 1  # one draw for all passes
         assert set(kinds(None)) == {KINDS["block_diffusion"] if isinstance(objective, Block) else BIDIRECTIONAL}

@@ -137,8 +137,8 @@ def test_a_training_step_compiles_for_a_slice(tmp_path):
 @pytest.mark.parametrize("name,kernels,share", [("decoder_only", 4, 0.1), ("t5", 12, 0.7)])
 def test_attention_kernels_compile_and_take_less_memory(name, kernels, share):
     def step(backend):
-        command = [sys.executable, str(pathlib.Path(__file__).parent / "compile_attention.py"), name, backend]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        script = pathlib.Path(__file__).parents[1] / "helpers" / "compile_attention.py"
+        done = subprocess.run([sys.executable, script, name, backend], capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout)
 

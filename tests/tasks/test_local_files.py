@@ -286,3 +286,37 @@ def test_a_long_document_is_read_ahead_a_few_times_only(write):
     cores = len(os.sched_getaffinity(0))
     # The tokens of a document are 0.8 MB, and each of a few steps holds one a core.
     assert sum(x.nbytes for x in batches.state_dict().values()) < (4 + 4 * cores) * 1_000_000
+
+
+def test_texts_go_on_in_their_targets_and_end_in_eos_where_a_document_ends(write):
+    """Chunks of a text are as long as the targets; nothing stands between their two parts, or behind them."""
+    texts = ["".join(chr(97 + (i * k) % 26) for i in range(60)) for k in (1, 3, 5)] + ["q"]
+    file = write("texts.txt", "\n".join(texts))
+    lengths = {"inputs": 5, "targets": 16}
+    local_files.task(
+        "goes_on", {"train": file}, readers.Text("line"), None, inputs=None, targets="{text}",
+        objective=preprocessors.continuation,
+    )  # fmt: skip
+    task = seqio.TaskRegistry.get("goes_on")
+    found = list(task.get_dataset(lengths, split="train", shuffle=False, num_epochs=1, seed=0).as_numpy_iterator())
+    vocabulary = task.output_features["targets"].vocabulary
+    tokens = [token for x in found for token in [*x["inputs"], *x["targets"]]]
+    assert tokens == [token for text in texts for token in [*vocabulary.encode(text), vocabulary.eos_id]]
+    sizes = [len(x["inputs"]) + len(x["targets"]) for x in found]
+    assert sizes == [16, 16, 16, 13] * 3 + [2]
+    assert {len(x["inputs"]) for x in found} == {1, 2, 3, 4, 5}
+    dataset = SeqioDataset("goes_on", lengths, batch_size=2)
+    assert dataset.texts()["inputs_end"] is False
+    with pytest.raises(UserError, match="2 of targets"):
+        dataclasses.replace(dataset, task_feature_lengths={"inputs": 4, "targets": 1}, canvas=False).train_iterator()
+
+
+def test_inputs_end_in_eos_unless_told_otherwise(write):
+    file = write("pairs.jsonl", '{"inputs": "one", "targets": "un"}\n')
+    for inputs_end in (True, False):
+        local_files.task("ends", {"train": file}, readers.Jsonl(), None, inputs_end=inputs_end)
+        task = seqio.TaskRegistry.get("ends")
+        (x,) = task.get_dataset({"inputs": 8, "targets": 8}, split="train", num_epochs=1).as_numpy_iterator()
+        vocabulary = task.output_features["targets"].vocabulary
+        assert (x["inputs"][-1] == vocabulary.eos_id) == inputs_end and x["targets"][-1] == vocabulary.eos_id
+        assert SeqioDataset("ends", {"inputs": 8, "targets": 8}).texts()["inputs_end"] == inputs_end

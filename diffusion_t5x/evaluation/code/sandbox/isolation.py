@@ -104,11 +104,7 @@ def enter_job(disk: int) -> None:
 
 
 def confine(limits: Mapping[str, int]) -> None:
-    """Limits this process and its children; none can gain privileges.
-
-    Args:
-      limits: `Limits` of the library, by name.
-    """
+    """Limits this process and its children; none can gain privileges."""
     _call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     hard = {
         resource.RLIMIT_CPU: limits["cpu_seconds"],

@@ -14,13 +14,7 @@ from typing import Any
 
 MAX_FRAME = 4 << 20  # bytes
 _HEADER = 4  # bytes, big endian: the length of what follows
-_SEQUENCES = {
-    "list": list,
-    "tuple": tuple,
-    "set": set,
-    "frozenset": frozenset,
-    "deque": collections.deque,
-}
+_SEQUENCES = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": collections.deque}
 
 
 class TooLong(ValueError):
