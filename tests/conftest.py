@@ -1,5 +1,6 @@
 """The surroundings of every test: the CPU, no chatter, and real data where the machine has some."""
 
+import gc
 import importlib.metadata
 import logging
 import os
@@ -7,6 +8,10 @@ import pathlib
 
 import jaxtyping
 import pytest
+
+# JAX, TensorFlow and pytest make millions of objects that stay. Looking through all of them again and again takes a
+# third of the time of their imports.
+gc.set_threshold(100_000, 20, 10)
 
 # Before JAX or TensorFlow is imported. The suite sees one device, as a laptop does: eight virtual ones would split the
 # machine's few cores and change the numbers that single-device tests hold. Tests of meshes start a process of their own
@@ -16,7 +21,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # older emitters of fused loops, which do without MLIR, half of that again. (XLA stops at a flag that it does not know.)
 FLAGS = ["--xla_backend_optimization_level=0"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+    FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Programs that tests start compile anew, and leave nothing in the user's cache.
@@ -33,6 +38,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kill_seed", type=int, default=0, help="decides when it does")
     parser.addoption("--soak_minutes", type=float, default=2, help="how long tests/faults/test_soak.py trains")
     parser.addoption("--update-golden", action="store_true", help="rewrite the texts in tests/gin/golden")
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

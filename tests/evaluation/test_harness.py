@@ -36,10 +36,15 @@ def harness(made, objective, decoder, rows, **options):
     return Harness(MESH, *made, objective, decoder, rows, **options)
 
 
-def alone(made, inputs, targets):
-    """The model, and the one row of an example, no longer than it is."""
+def alone(made, ask, inputs, targets):
+    """The result of `ask(model, batch)` on the one row of an example, no longer than it is."""
     definition, params = made
-    return definition.bind(params), tiny.one_a_row([(inputs, targets)])
+    batch = tiny.one_a_row([(inputs, targets)])
+    return jax.jit(lambda params: ask(definition.bind(params), batch))(params)
+
+
+def likelihood(objective, key, draws):
+    return lambda model, batch: objective.log_likelihood(model, batch, key, draws)
 
 
 @pytest.mark.slow
@@ -47,9 +52,10 @@ def test_an_autoregressive_model(made):
     asked = harness(made, Autoregressive(), AutoregressiveDecoder(), FREE)
     expected = []
     for context, continuation in PAIRS:
-        model, batch = alone(made, context, continuation)
-        expected.append(float(Autoregressive().log_likelihood(model, batch, None, 0).log_likelihood[0]))
-        written = AutoregressiveDecoder().decode(model, batch, jax.random.key(0)).tokens[0, len(context) :].tolist()
+        direct = alone(made, likelihood(Autoregressive(), None, 0), context, continuation)
+        expected.append(float(direct.log_likelihood[0]))
+        decoded = alone(made, lambda *x: AutoregressiveDecoder().decode(*x, jax.random.key(0)), context, continuation)
+        written = decoded.tokens[0, len(context) :].tolist()
         text = list(itertools.takewhile(lambda token: token not in (EOS, PAD), written))
         assert asked.write([(context, len(continuation))]) == [text]
     np.testing.assert_allclose(asked.log_likelihoods(PAIRS), expected, rtol=1e-5)
@@ -65,8 +71,13 @@ def test_an_empty_context_is_the_start_token_of_a_model_that_reads_none():
     asked = harness((definition, params), Autoregressive(), AutoregressiveDecoder(), FREE)
     text = [5, 7, 5, 9]
     tokens, places = np.array([[21, *text]], np.int32), np.arange(5, dtype=np.int32)[None]
-    model = definition.bind(params)
-    logits = model.logits(model(tokens, Slots(np.ones_like(places), places, places >= 0), CAUSAL, None).hidden)
+
+    @jax.jit
+    def predict(params):
+        model = definition.bind(params)
+        return model.logits(model(tokens, Slots(np.ones_like(places), places, places >= 0), CAUSAL, None).hidden)
+
+    logits = predict(params)
     expected = jax.nn.log_softmax(logits[0, :-1].at[:, 23:].set(-np.inf))[np.arange(4), text].sum()
     found = asked.log_likelihoods([([], text), ([21], text)])
     np.testing.assert_allclose(found, [expected] * 2, rtol=1e-5)
@@ -103,12 +114,11 @@ def test_a_canvas_counts_as_a_whole(made):
     """The bound of continuation, EOS and padding, after the context and its EOS; a canvas of one token is exact."""
     context, continuation = PAIRS[0]
     asked = harness(made, Masked(), MaskedDecoder(), CANVAS, num_draws=512)
-    model, batch = alone(made, [*context, EOS], [*continuation, EOS, *[PAD] * (24 - len(continuation) - 1)])
-    direct = Masked().log_likelihood(model, batch, jax.random.key(1), 512)
+    canvas = [*continuation, EOS, *[PAD] * (24 - len(continuation) - 1)]
+    direct = alone(made, likelihood(Masked(), jax.random.key(1), 512), [*context, EOS], canvas)
     assert abs(asked.log_likelihoods([PAIRS[0]])[0] - direct.log_likelihood[0]) < 6 * direct.standard_error[0]
     one = harness(made, Masked(), MaskedDecoder(), FREE, num_draws=2)
-    model, batch = alone(made, context, continuation[:1])
-    exact = Masked().log_likelihood(model, batch, jax.random.key(1), 2).log_likelihood[0]
+    exact = alone(made, likelihood(Masked(), jax.random.key(1), 2), context, continuation[:1]).log_likelihood[0]
     np.testing.assert_allclose(one.log_likelihoods([(context, continuation[:1])]), [exact], rtol=1e-5)
 
 

@@ -46,13 +46,19 @@ def test_what_an_import_says_of_its_blocks(load):
 def test_sdars_training_layout(size, load):
     """Theirs has the prompt in the noisy half, too: here as far as it shares a block with targets."""
     opened, (_, arrays) = load("sdar"), reference("sdar")
-    model, kind = opened.definition.bind(opened.params), AttentionKind("block_diffusion", size, "row")
+    kind = AttentionKind("block_diffusion", size, "row")
+
+    @jax.jit
+    def logits(params, tokens, slots):
+        model = opened.definition.bind(params)
+        return model.logits(model(tokens, slots, kind).hidden)
+
     for row, there in enumerate(arrays["train_mask"] > 0):
         clean, noisy = arrays["train_clean"][row][there], arrays["train_noisy"][row][there]
         length, given = len(clean), int(np.argmax(clean != noisy))  # the first hidden token is the first target
         batch = to_write([clean[:given]], length - given, 0).replace(tokens=clean[None])
         tokens, slots = clean_and_noisy(batch, jnp.asarray(noisy)[None], kind)
-        found = np.asarray(model.logits(model(tokens, slots, kind).hidden))[0]
+        found = np.asarray(logits(opened.params, tokens, slots))[0]
         expected = arrays[f"train_logits_block{size}"][row]
         np.testing.assert_allclose(found[:length], expected[length : 2 * length], rtol=0, atol=2e-4)
         np.testing.assert_allclose(found[length + given :], expected[given:length], rtol=0, atol=2e-4)

@@ -97,13 +97,16 @@ def test_without_a_start_token_a_text_is_read_from_its_first_token(config):
     """Packed texts against each text alone, read as it is; only its first token is predicted from the start token."""
     definition, params = tiny.make_model(dataclasses.replace(config, reads_start=False))
     definition = dataclasses.replace(definition, vocabulary=VOCABULARY)
-    model = definition.bind(params)
-    found = Autoregressive().output(model, PACKED).hidden
+    found = jax.jit(lambda params: Autoregressive().output(definition.bind(params), PACKED).hidden)(params)
+
+    @jax.jit
+    def run(params, tokens, slots):
+        return definition.bind(params)(tokens, slots, CAUSAL).hidden[0]
 
     def alone(tokens):
         places = np.arange(len(tokens), dtype=np.int32)[None]
         slots = Slots(np.ones_like(places), places, np.ones(places.shape, bool))
-        return model(np.array([tokens], np.int32), slots, CAUSAL).hidden[0]
+        return run(params, np.array([tokens], np.int32), slots)
 
     for row, segment in {(0, 1), (0, 2)}:
         here = PACKED.segment_ids[row] == segment
@@ -114,9 +117,10 @@ def test_without_a_start_token_a_text_is_read_from_its_first_token(config):
 
 def test_a_start_token_that_the_inputs_hold_is_not_read_twice():
     definition, params = tiny.make_model(tiny.GPT2)
-    model = dataclasses.replace(definition, vocabulary=VOCABULARY).bind(params)
+    definition = dataclasses.replace(definition, vocabulary=VOCABULARY)
     held, plain = ([21, 5, 6], [7, 8]), ([5, 6], [7, 8])
-    found, expected = (Autoregressive().output(model, tiny.one_a_row([example], 6)).hidden for example in (held, plain))
+    read = jax.jit(lambda params, batch: Autoregressive().output(definition.bind(params), batch).hidden)
+    found, expected = (read(params, tiny.one_a_row([example], 6)) for example in (held, plain))
     np.testing.assert_allclose(found[0, 1:5], expected[0, :4], rtol=0, atol=2e-5)
 
 

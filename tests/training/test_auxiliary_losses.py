@@ -76,19 +76,21 @@ def by_hand(params, objective=AR):
     return objective.loss(plain, BATCH, None).loss.mean() + WEIGHT * squares.mean(), squares.mean()
 
 
+@jax.jit
+@jax.value_and_grad
+def expected(params, factor):
+    """The objective's mean times a factor, and the weighted mean square."""
+    loss, square = by_hand(params)
+    return (loss - WEIGHT * square) * factor + WEIGHT * square
+
+
 @pytest.mark.parametrize("microbatches", [1, 2, 4])
 @pytest.mark.parametrize("factor", [None, 50.0])
 def test_loss_and_gradients_are_those_of_the_whole_batch(microbatches, factor):
     definition, params = made()
     found = functools.partial(loss_and_gradients, microbatches=microbatches, normalizing_factor=factor)
     sums, grads = jax.jit(lambda p: found(definition, AR.loss, p, BATCH, jax.random.key(0)))(params)
-
-    def expected(params):
-        loss, square = by_hand(params)
-        own = loss - WEIGHT * square
-        return own * (1 if factor is None else BATCH.target_mask.sum() / factor) + WEIGHT * square
-
-    value, gradient = jax.jit(jax.value_and_grad(expected))(params)
+    value, gradient = expected(params, 1.0 if factor is None else BATCH.target_mask.sum() / factor)
     np.testing.assert_allclose(sums.total(), value, rtol=1e-5)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), grads, gradient)
 
@@ -111,11 +113,10 @@ def test_the_training_step_minimises_and_reports_it():
     mesh, optimizer = MeshConfig().make(), optax.sgd(0.1)
     abstract = abstract_state(mesh, definition, optimizer, keep_ema=False)
     state = init_state(abstract, definition, optimizer, 0).replace(params=params)
-    expected, square = by_hand(params)
-    gradient = jax.grad(lambda p: by_hand(p)[0])(params)
+    (loss, square), gradient = jax.jit(jax.value_and_grad(by_hand, has_aux=True))(params)
     step = make_train_step(mesh, abstract, definition, AR, optimizer, seed=0, microbatches=2)
     stepped, metrics = step(jax.tree.map(jnp.copy, state), BATCH)
-    assert float(metrics["loss"]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
     assert float(metrics["square"]) == pytest.approx(float(square), rel=1e-5)  # without the weight
     jax.tree.map(
         lambda new, old, g: np.testing.assert_allclose(new, old - 0.1 * g, rtol=1e-4, atol=1e-6),
@@ -124,23 +125,27 @@ def test_the_training_step_minimises_and_reports_it():
         gradient,
     )
     evaluated = means(make_loss_step(mesh, definition, AR, seed=0)(params, BATCH))
-    assert float(evaluated["loss"]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(evaluated["loss"]) == pytest.approx(float(loss), rel=1e-5)
 
 
 def test_layers_and_the_encoder_hand_theirs_on():
     config = dataclasses.replace(CONFIG, architecture="encoder_decoder")
     batch = tiny.pack_apart([[example] for example in tiny.random_examples(0, [(2, 5), (5, 3)])], 6, 8)
     definition, params = made(LayersDefinition, config)
-    model, read = definition.bind(params), []
+    read = []
 
     def spy(mlp, x, keys):
-        read.append(np.asarray(x))
+        jax.debug.callback(lambda x: read.append(np.asarray(x)), x)
         return MLP.__call__(mlp, x, keys)[0], {}
 
-    found = AR.loss(model, batch, None).auxiliary
-    with pytest.MonkeyPatch.context() as patch, jax.disable_jit():
+    def losses(params):
+        return AR.loss(definition.bind(params), batch, None)
+
+    found = jax.jit(losses)(params).auxiliary
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Measured, "__call__", spy)
-        AR.loss(model, batch, None)
+        jax.block_until_ready(jax.jit(lambda params: losses(params))(params))
+        jax.effects_barrier()
     assert len(read) == 4  # two layers of each stack
     squares = np.concatenate([np.square(x).reshape(-1) for x in read])
     assert float(found["square"].ratio.mean()) == pytest.approx(squares.mean(), rel=1e-5)
@@ -149,9 +154,12 @@ def test_layers_and_the_encoder_hand_theirs_on():
 
 def test_unrolled_passes_add_up():
     definition, params = made()
-    one, two = (
-        Sundae(num_unrolls=n).loss(definition.bind(params), BATCH, jax.random.key(0), train=False) for n in (0, 1)
-    )
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def losses(params, unrolls):
+        return Sundae(num_unrolls=unrolls).loss(definition.bind(params), BATCH, jax.random.key(0), train=False)
+
+    one, two = losses(params, 0), losses(params, 1)
     assert float(two.auxiliary["square"].ratio.denominator) == 2 * float(one.auxiliary["square"].ratio.denominator)
     plain = float(two.loss.mean())
     assert float(two.total()) == pytest.approx(plain + WEIGHT * float(two.auxiliary["square"].ratio.mean()), rel=1e-6)
