@@ -31,17 +31,16 @@ def read_arrays(checkpoint: epath.Path, targets: Mapping[str, Any], sources: Map
     """Same as `stored.read_arrays`, for the plain model. Sums are float32 before they get the target's dtype."""
     found = stored.leaves(checkpoint)
     parts = _parts(found)
-    settings = stored.read_metadata(checkpoint).get("lora") or {}
+    has_factors = any(len(parts[source]) > 1 for source in sources.values())
+    settings = stored.read_metadata(checkpoint)["lora"] if has_factors else {}
     drafts_only = settings.get("drafts_only", False)
     as_they_are = {
         target: parts[source][0] for target, source in sources.items() if drafts_only or len(parts[source]) == 1
     }
     arrays = stored.read_arrays(checkpoint, targets, as_they_are)
-    if to_merge := [target for target in sources if target not in as_they_are]:  # in every process's order
-        for target in to_merge:
-            names = parts[sources[target]]
-            shapes = {name: found[name].shape for name in names}
-            arrays[target] = _merged(checkpoint, targets[target], shapes, settings["alpha"] / settings["rank"])
+    for target in [target for target in sources if target not in as_they_are]:  # in every process's order
+        shapes = {name: found[name].shape for name in parts[sources[target]]}
+        arrays[target] = _merged(checkpoint, targets[target], shapes, settings["alpha"] / settings["rank"])
     return arrays
 
 

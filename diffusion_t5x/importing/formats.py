@@ -63,6 +63,11 @@ def chosen(asked: str, record: Record, kind: str, where: str) -> str:
       UserError: the format does not fit, or none does.
     """
     mode = next((mode for mode in record.modes if mode.noise), None)
+    if asked != CAUSAL and record.lora and record.lora.get("drafts_only"):
+        raise UserError(
+            f"{where} drafts by parameters that no format holds; without them it is the model that it was before: "
+            "--as causal writes that."
+        )
     if asked == CAUSAL or (asked == AUTO and mode is None):
         if kind == "llada":
             raise UserError(f"{where} has llada's names, which no autoregressive format has: --as llada.")

@@ -33,5 +33,7 @@ def toy(tmp_path_factory):
     sys.path.remove(str(folder))
     gin.clear_config()
     registered("toy_verbs.")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "toy_verbs"]:
+        del sys.modules[name]  # another file's tests have a folder of their own
     for selector, configurable in ours.items():
         config.gin_config._REGISTRY[selector] = configurable

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import open_models
 import pytest
+import tiny
 from in_numpy import sdar_text
 from published_diffusion import to_write
 
@@ -16,10 +17,12 @@ from diffusion_t5x.convert import convert
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.importing import output
+from diffusion_t5x.importing import formats, output
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block
+from diffusion_t5x.objectives.drafts import Drafts
 from diffusion_t5x.objectives.masked import Masked
+from diffusion_t5x.training.lora import Lora
 
 pytest.importorskip("seqio")
 IDS, ROWS = 300, 320
@@ -208,3 +211,13 @@ def test_what_no_format_holds_is_refused(kind, objective, fields, form, message,
             ["to_hf", str(tmp_path / "run"), "--like", str(folder), "--as", form, "--output", str(tmp_path / "out")]
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["auto", "diffusion", "sdar"])
+def test_drafts_go_out_as_the_model_without_them_if_asked_for(form):
+    definition, _ = tiny.make_model(tiny.LLAMA)
+    lora = Lora(drafts_only=True).describe()
+    record = Record.of(definition.config, tiny.VOCABULARY.describe(), Drafts(4), lora=lora)
+    with pytest.raises(UserError, match="--as causal"):
+        formats.chosen(form, record, "llama", "run")
+    assert formats.chosen("causal", record, "llama", "run") == formats.CAUSAL
