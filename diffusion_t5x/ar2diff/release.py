@@ -95,6 +95,9 @@ def write_card(
             for what, metric, form in _ROWS
         ),
     ]
+    about = "Bits of a diffusion model are an upper bound."
+    if recipe.route == "lossless":
+        about = "Text and likelihood are the start's own: a draft is kept if it is what the start writes."
     export_line = ["", "`export/` holds the weights in Hugging Face's format."] if exported else []
     text = [
         f"# {pathlib.PurePath(model).name}, converted to diffusion",
@@ -104,8 +107,8 @@ def write_card(
         "",
         *table,
         "",
-        "Bits of a diffusion model are an upper bound. Brackets: 95 % intervals over the held-out examples. The page "
-        "`report.html` shows learning curves, examples and canvases.",
+        f"{about} Brackets: 95 % intervals over the held-out examples. The page `report.html` shows learning curves, "
+        "examples and canvases.",
         "",
         "```bash",
         f"diffusion-t5x generate --checkpoint {folder / 'checkpoint'} --prompt 'Once upon a time'",
