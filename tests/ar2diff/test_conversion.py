@@ -45,7 +45,7 @@ def qwen2(tmp_path_factory) -> pathlib.Path:
 
 
 def arguments(folder: pathlib.Path, output: pathlib.Path, *more: str) -> list[object]:
-    return [folder / "qwen2", "--data", folder / "text.txt", "--tokens", 128, "--output", output, *SMALL, *more]
+    return [folder / "qwen2", "--data", folder / "text.txt", "--tokens", 256, "--output", output, *SMALL, *more]
 
 
 @pytest.mark.slow
@@ -88,9 +88,9 @@ def test_a_conversion_leaves_a_model_a_page_and_a_card(qwen2, tmp_path):
     model = diffusion_t5x.load(output / "checkpoint")
     assert isinstance(model.objective, Block) and model.config.shifted
     assert isinstance(model.generate("Once", length=8), str)
-    assert open_checkpoint(str(output / "checkpoint")).metadata["step"] == 2  # of 64 tokens each
+    assert open_checkpoint(str(output / "checkpoint")).metadata["step"] == 2  # of 128 tokens each
     card = (output / "README.md").read_text()
-    assert "| bits per byte, held-out text |" in card and "route `shifted`, 128 tokens" in card
+    assert "| bits per byte, held-out text |" in card and "route `shifted`, 256 tokens" in card
     page = (output / "report.html").read_text()
     assert "bits_per_byte" in page and "untrained" in page and "samples" in page
     config.run(train, [f"--gin_file={output / 'recipe.gin'}", f"--gin.MODEL_DIR={tmp_path / 'alone'}"])
