@@ -15,7 +15,7 @@ budget=(--minutes 40)
 length=48
 if [ "${1:-}" = --smoke ]; then
   name=real_model_smoke
-  budget=(--tokens 128 "--gin.TASK_FEATURE_LENGTHS={'inputs': 16, 'targets': 16}" --gin.EVAL_STEPS=1)
+  budget=(--tokens 256 "--gin.TASK_FEATURE_LENGTHS={'inputs': 16, 'targets': 16}" --gin.EVAL_STEPS=1)
   length=8
   shift
 fi
