@@ -18,7 +18,6 @@ from diffusion_t5x.train import train
 # By device: rows of a step, and how many held-out batches a loss takes.
 _CPU = {"BATCH_SIZE": 4, "EVAL_STEPS": 4}
 _ACCELERATOR = {"BATCH_SIZE": 32, "EVAL_STEPS": 8}
-_ROWS = {True: (128, 32), False: (512, 64)}  # on CPU or not: tokens of a row, and of the beginning of a text
 _DEFAULT_ROUTE = {"decoder_only": "shifted", "encoder_decoder": "sundae"}
 
 
@@ -28,7 +27,7 @@ def on_cpu() -> bool:
 
 
 class Recipe:
-    """Writes and reads the gin file."""
+    """Writes and reads the gin file. Without a vocabulary file, texts are read as bytes."""
 
     def __init__(self, command: Command, start: OpenCheckpoint, vocabulary_file: str | None, data: TrainingData):
         self.path = command.output / "recipe.gin"
@@ -36,7 +35,7 @@ class Recipe:
         self._command, self._start, self._vocabulary_file, self._data = command, start, vocabulary_file, data
 
     def write(self, settings: Mapping[str, Any]) -> TrainingRun:
-        """Writes the file.
+        """Writes the file, with these macros beside those that the command and the device decide.
 
         Returns:
           The run that it describes.
@@ -86,7 +85,7 @@ class Recipe:
         )
 
     def _lengths(self) -> dict[str, int]:
-        row, inputs = _ROWS[on_cpu()]
+        row, inputs = (128, 32) if on_cpu() else (512, 64)  # a text needs only a short beginning
         # Prompts, and what an encoder reads, take half of a row.
         if self._command.kind != "data" or self.route == _DEFAULT_ROUTE["encoder_decoder"]:
             inputs = row // 2

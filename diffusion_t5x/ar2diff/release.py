@@ -84,8 +84,9 @@ def write_card(
     tokens: int,
     scores: Mapping[str, Mapping[str, float]],
     exported: bool,
+    drafts: bool,
 ) -> None:
-    """Writes README.md: where the model comes from, its scores before and after, and how it is used."""
+    """Writes README.md: where the model comes from, its scores before and after, how it is used, and if it drafts."""
     heads = {"start": "start, autoregressive", "untrained": "start, as diffusion", "trained": "trained"}
     table = [
         f"| | {' | '.join(heads.values())} |",
@@ -96,7 +97,7 @@ def write_card(
         ),
     ]
     about = "Bits of a diffusion model are an upper bound."
-    if recipe.route == "lossless":
+    if drafts:
         about = "Text and likelihood are the start's own: a draft is kept if it is what the start writes."
     export_line = ["", "`export/` holds the weights in Hugging Face's format."] if exported else []
     text = [

@@ -88,7 +88,8 @@ class _Conversion:
         table["trained"] = self._stage("score trained", lambda: scores.of_trained(str(checkpoint)))
         self._stage("samples", lambda: scores.samples(str(checkpoint)))
         exported = self._stage("export", lambda: release.export(checkpoint, self.start, folder / "export"))
-        release.write_card(folder, self.command.model, self.recipe, tokens, table, exported)
+        drafts = self.training.objective.trains_drafts
+        release.write_card(folder, self.command.model, self.recipe, tokens, table, exported, drafts)
         page = write_report([folder / "train", folder / "scores"], folder / "report.html")
         card = (folder / "README.md").read_text(encoding="utf-8")
         print(terminal.safe(f"\n{card}\nAll in one page: {page}"))

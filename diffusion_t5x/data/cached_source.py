@@ -137,7 +137,8 @@ class CachedDataset(LaidOut):
     def eval_batches(self, num_examples: int | None = None) -> Iterator[tuple[Batch, list[dict[str, int]]]]:
         """Yields one pass in the cache's order, one example per row, whatever `shuffle` and `pack` say.
 
-        A mixture takes turns at its rates until the first of its tasks ends.
+        A mixture takes turns at its rates until the first of its tasks ends. With `num_examples`, only the first so
+        many are read.
 
         Yields:
           Batches like those of `SeqioDataset.eval_batches`, and the `example_id` of each example.

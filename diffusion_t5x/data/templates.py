@@ -54,7 +54,11 @@ class Template:
 
 
 class Templates(OfTexts):
-    """Templates in place of a task's examples. The task has the vocabulary, the lengths and the layout of the rows."""
+    """Templates, at least one, in place of a task's examples.
+
+    The task, or an object like it, has the vocabulary, the lengths and the layout of the rows. `fingerprint` is a hash
+    of the templates' file.
+    """
 
     pack = False
 

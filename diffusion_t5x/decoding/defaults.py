@@ -15,5 +15,5 @@ def default_decoder(mode: Mode) -> Decoder | None:
     if mode.block_size is not None:
         inner = (MaskedDecoder(num_steps=4), SundaeDecoder(num_steps=4, num_samples=1, temperature=0.2))
         candidates += [BlockDecoder(mode.block_size, decoder, mode.blocks_from) for decoder in inner]
-        candidates += [DraftingDecoder(max(mode.block_size, 2))]
+        candidates += [DraftingDecoder(mode.block_size)] if mode.block_size > 1 else []
     return next((decoder for decoder in candidates if decoder.modes[0] == mode), None)

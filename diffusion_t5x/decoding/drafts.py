@@ -40,7 +40,7 @@ class DraftingDecoder(Decoder):
     rounds differently from a pass over one. The score is that decoder's too.
 
     Attributes:
-      block_size: that of the training, or a smaller one.
+      block_size: that of the training.
       temperature, top_k, top_p: see `AutoregressiveDecoder`. Drafts are always the most likely tokens.
     """
 

@@ -76,7 +76,7 @@ class Rows(LaidOut):
 
 
 class Harness:
-    """Answers requests with a model."""
+    """Answers requests with a model. Estimated likelihoods take `num_draws` draws, from the decoder's seed."""
 
     def __init__(
         self,

@@ -22,7 +22,10 @@ def evaluate_loss(
     mesh: Mesh,
     num_batches: int | None = None,
 ) -> dict[str, float]:
-    """Returns the loss and metrics of an objective over batches: sums over all of them, divided once."""
+    """Returns the loss and metrics of an objective over batches: sums over all of them, divided once.
+
+    With `num_batches`, at most the first so many are read.
+    """
     total = None
     for batch in itertools.islice(batches, num_batches):
         with jax.set_mesh(mesh):

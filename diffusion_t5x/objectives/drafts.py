@@ -9,24 +9,24 @@ import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.ends import text_of
-from diffusion_t5x.errors import UserError, check_choices
+from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.attention import KVCache
 from diffusion_t5x.models.masks import CAUSAL, AttentionKind
 from diffusion_t5x.models.modes import Mode
-from diffusion_t5x.models.output import Output, Ratio
+from diffusion_t5x.models.output import Ratio
 from diffusion_t5x.models.reading import shift_right, shifted_slots
 from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import block_starts
-from diffusion_t5x.objectives.distillation import Divergence, divergence
+from diffusion_t5x.objectives.distillation import divergence
 from diffusion_t5x.objectives.objective import Likelihood, LossSums, Objective, Pass
-from diffusion_t5x.shapes import AnyBoolBL, FloatBLD, IntBL, IntScalar, KeyB, KeyScalar
+from diffusion_t5x.shapes import AnyBoolBL, FloatBLD, IntBL, IntScalar, KeyScalar
 
 
 @dataclasses.dataclass(frozen=True)
 class Drafts(Objective):
-    """Divergence between a token's distribution drafted from MASK and the model's own, left to right.
+    """KL divergence of a token's distribution drafted from MASK from the model's own, left to right.
 
     Targets are cut into blocks. The model predicts a block's first token from what is before it, and drafts the others
     at the same time: each of them from the same beginning, in a slot that holds MASK. It learns its own distribution of
@@ -38,17 +38,14 @@ class Drafts(Objective):
 
     Attributes:
       block_size: tokens of a block: one that is certain and `block_size - 1` drafts.
-      divergence: between the model's distribution and the drafted one, see `distillation.divergence`.
     """
 
     autoregressive: ClassVar[bool] = True
     trains_drafts: ClassVar[bool] = True
 
     block_size: int = 4
-    divergence: Divergence = "forward_kl"
 
     def __post_init__(self) -> None:
-        check_choices(self)
         if self.block_size < 2:
             raise UserError(
                 f"Drafts.block_size must be at least 2: a certain token and a draft; got {self.block_size}."
@@ -75,10 +72,6 @@ class Drafts(Objective):
         """Returns the clean tokens, read left to right; drafts read MASK."""
         return Autoregressive().model_inputs(model, batch, key)
 
-    def output(self, model: Transformer, batch: Batch, dropout_keys: KeyB | None = None) -> Output:
-        """Runs a pass left to right, as `Autoregressive.output`."""
-        return Autoregressive().output(model, batch, dropout_keys)
-
     def loss(
         self,
         model: Transformer,
@@ -99,18 +92,16 @@ class Drafts(Objective):
             target = jax.lax.stop_gradient(forbid(model.logits(clean), model.vocabulary))
             logits = forbid(drafted, model.vocabulary)
             agree = jnp.argmax(logits, axis=-1) == jnp.argmax(target, axis=-1)
-            return divergence(target, logits, self.divergence, None), agree
+            return divergence(target, logits), agree
 
         distance, agree = model.map_logits(compare, drafts, clean)
         # A draft is of use if all before it in its block are right.
         wrong = jnp.cumsum(drafted & ~agree, axis=-1)
         accepted = drafted & (wrong == jnp.take_along_axis(wrong, jnp.clip(starts, 0), axis=-1))
         count, blocks = (jnp.sum(x, dtype=jnp.float32) for x in (drafted, is_first))
-        loss = Ratio(jnp.sum(jnp.where(drafted, distance, 0)), count)
         return LossSums(
-            loss=loss,
+            loss=Ratio(jnp.sum(jnp.where(drafted, distance, 0)), count),
             metrics={
-                "divergence": loss,
                 "agreement": Ratio(jnp.sum(drafted & agree, dtype=jnp.float32), count),
                 # If each block of the given text were decoded by itself.
                 "tokens_per_pass": Ratio(blocks + jnp.sum(accepted, dtype=jnp.float32), blocks),
@@ -123,7 +114,8 @@ class Drafts(Objective):
         tokens = shift_right(batch.tokens, batch.positions, vocabulary.start_id)
         slots, encoded = shifted_slots(batch, vocabulary), model.encode(batch)
         at = jnp.zeros(len(batch.tokens), jnp.int32)
-        clean, cache = model.extend(tokens, CAUSAL, KVCache.empty(model.config, slots), at, encoded)
+        cache = KVCache.empty(model.config, slots)
+        clean, cache = jax.lax.stop_gradient(model.extend(tokens, CAUSAL, cache, at, encoded))
 
         ahead = jnp.arange(length) - starts  # of the certain token, which a draft cannot see either
         of_drafts = slots.replace(
@@ -136,7 +128,7 @@ class Drafts(Objective):
         keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, length), (0, 0), (0, 0))) for x in (cache.keys, cache.values))
         masks = jnp.full_like(tokens, vocabulary.mask_id)
         drafts, _ = model.extend(masks, self._of_drafts, KVCache(keys, values, both), at + length, encoded)
-        return jax.lax.stop_gradient(clean), drafts
+        return clean, drafts
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: KeyScalar, num_draws: int) -> Likelihood:
         """Exact: drafts are checked, so the text is distributed as token by token."""
