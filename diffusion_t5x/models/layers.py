@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from diffusion_t5x.models.low_rank import LowRank
 from diffusion_t5x.models.output import Auxiliaries
+from diffusion_t5x.models.products import matmul
 from diffusion_t5x.partitioning import pieces_of
 from diffusion_t5x.shapes import FloatBLD, IntScalar, KeyB, KeyScalar
 
@@ -48,7 +49,7 @@ def dense(
         return jnp.tensordot(x, kernel.astype(x.dtype), axes=inputs)
     split = x.ndim - inputs
     rows, columns = math.prod(x.shape[:split]), math.prod(kernel.shape[inputs:])
-    product = x.reshape(rows, -1) @ kernel.astype(x.dtype).reshape(-1, columns)
+    product = matmul(x.reshape(rows, -1), kernel.astype(x.dtype).reshape(-1, columns))
     return product.reshape(*x.shape[:split], *kernel.shape[inputs:])
 
 

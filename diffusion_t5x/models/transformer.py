@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.models import products
 from diffusion_t5x.models.attention import KVCache
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.layers import fold_in, normal, param, softcap
@@ -125,7 +126,10 @@ class Transformer(nnx.Module):
         hidden = hidden * jnp.asarray(self.config.readout_scale, hidden.dtype)
         kernels = kernels.astype(hidden.dtype)
         pieces = hidden.reshape(len(kernels), -1, *hidden.shape[1:])
-        logits = jnp.einsum("nb...d,ndv->nb...v", pieces, kernels, preferred_element_type=jnp.float32)
+        if products.rounds(hidden):
+            logits = jax.vmap(products.matmul)(pieces.reshape(len(kernels), -1, pieces.shape[-1]), kernels)
+        else:
+            logits = jnp.einsum("nb...d,ndv->nb...v", pieces, kernels, preferred_element_type=jnp.float32)
         return softcap(logits.reshape(*hidden.shape[:-1], -1), self.config.logits_softcap)
 
     def map_logits(self, fn: Callable[..., Any], hidden: FloatBLD, *per_position: Any) -> Any:
