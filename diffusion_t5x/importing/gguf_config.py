@@ -56,7 +56,17 @@ _GEMMA3_KEYS = _GEMMA_KEYS | {
     "attention.sliding_window_pattern": "sliding_window_pattern",
     "rope.freq_base_swa": "rope_local_base_freq",
 }
-_SCALING = ("rope.scaling.type", "rope.scaling.factor")
+# Of `rope_scaling`, by its type; `finetuned` says what was done to the model.
+_SCALING = {
+    "none": {},
+    "linear": {"rope.scaling.factor": "factor"},
+    "yarn": {
+        "rope.scaling.factor": "factor",
+        "rope.scaling.original_context_length": "original_max_position_embeddings",
+        "rope.scaling.yarn_beta_fast": "beta_fast",
+        "rope.scaling.yarn_beta_slow": "beta_slow",
+    },
+}
 # How Llama 3.1 and later stretch rotary wavelengths, but for the factor.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -186,12 +196,15 @@ def config(
     head_dim = found.setdefault("head_dim", said.get("rope.dimension_count", heads))
     # What has one value alone that is computed as here.
     only = {"attention.value_length": head_dim, "rope.dimension_count": head_dim, "attention.causal": True}
-    only |= {"rope.scaling.type": said.get("rope.scaling.type") if _is_linear(said) else "linear"}
-    _refuse(said, set(keys) | {"vocab_size", *_SCALING}, only, name, where)
+    scaling = said.get("rope.scaling.type", "none")
+    only |= {"rope.scaling.type": scaling if scaling in _SCALING else ", ".join(_SCALING)}
+    of_scaling = _SCALING.get(scaling, {})
+    _refuse(said, {*keys, *of_scaling, "vocab_size", "rope.scaling.finetuned"}, only, name, where)
     if architecture.largest:
         found["query_pre_attn_scalar"] = heads if found["num_hidden_layers"] == architecture.largest else head_dim
-    if said.get("rope.scaling.type") == "linear":
-        found["rope_scaling"] = {"rope_type": "linear", "factor": _plain(said.get("rope.scaling.factor", 1.0))}
+    if scaling != "none":
+        given = {ours: _plain(said[key]) for key, ours in of_scaling.items() if key in said}
+        found["rope_scaling"] = {"rope_type": scaling, "factor": 1.0} | given
     if rotary_factors is not None:
         found["rope_scaling"] = _llama3(rotary_factors, head_dim, found.get("rope_theta", 10_000.0), where)
     return {
@@ -202,10 +215,6 @@ def config(
         "tie_word_embeddings": tied,
         "dtype": "float32",
     }
-
-
-def _is_linear(said: Mapping[str, Any]) -> bool:
-    return said.get("rope.scaling.type", "none") in ("none", "linear")
 
 
 def _refuse(said: Mapping[str, Any], known: set[str], only: Mapping[str, Any], architecture: str, where: str) -> None:

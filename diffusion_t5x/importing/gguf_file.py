@@ -36,15 +36,16 @@ class GgufFile(Folder):
         """Reads the file's metadata, and no weights yet.
 
         Args:
-          path: the file.
+          path: the file; of a model in several files, the first one.
           ignore_keys: metadata keys to read as if they were absent.
 
         Raises:
-          UserError: the file is broken, one of several pieces, or of an unsupported architecture, quantization or
-            tokenizer.
+          UserError: the file is broken, not the first one of its model, or of an unsupported architecture,
+            quantization or tokenizer; or another piece of the model is missing.
         """
         file = pathlib.Path(path).expanduser().resolve()
         values, tensors = _read(file)
+        tensors += [tensor for piece in _other_pieces(file, values) for tensor in _read(piece)[1]]
         gguf_config.drop_keys(values, ignore_keys, str(file))
         layout = gguf_config.layout(values, str(file))
         stored = {layout.name(tensor.name): tensor for tensor in tensors}
@@ -84,9 +85,26 @@ def _read(file: pathlib.Path) -> tuple[dict[str, Any], list[gguf.ReaderTensor]]:
         values = {name: field.contents() for name, field in reader.fields.items()}
     except (ValueError, KeyError, IndexError, OverflowError, OSError) as error:  # the package has no errors of its own
         raise UserError(f"{file} is broken, or not a GGUF file: {error}.") from error
-    if values.get("split.count", 1) > 1:
-        raise UserError(f"{file} is one of {values['split.count']} pieces: merge them with `llama-gguf-split --merge`.")
-    return values, reader.tensors
+    return values, list(reader.tensors)
+
+
+def _other_pieces(file: pathlib.Path, values: Mapping[str, Any]) -> list[pathlib.Path]:
+    """The files with the rest of a model that `llama-gguf-split` cut, from the first one and its metadata."""
+    count = values.get("split.count", 1)
+    if count <= 1:
+        return []
+    number = values.get("split.no", 0) + 1
+    ending = f"-{number:05d}-of-{count:05d}.gguf"
+    if not file.name.endswith(ending):
+        raise UserError(f"{file} is piece {number} of {count}, so its name has to end in {ending}.")
+    pieces = [
+        file.with_name(f"{file.name.removesuffix(ending)}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)
+    ]
+    if number != 1:
+        raise UserError(f"{file} is piece {number} of {count}: give the first one, {pieces[0].name}.")
+    if missing := [piece.name for piece in pieces if not piece.is_file()]:
+        raise UserError(f"{file} is one of {count} pieces; missing beside it: {', '.join(missing)}.")
+    return pieces[1:]
 
 
 def _shape(stored: Mapping[str, gguf.ReaderTensor], name: str, file: pathlib.Path) -> tuple[int, ...]:

@@ -25,6 +25,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama_linear": ("llama", {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 4.0}} | _SILU,
                      {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}),
     "qwen2": ("qwen2", {"model_type": "qwen2", "rope_theta": 1e6} | _SILU, {"rope.freq_base": 1e6}),
+    "qwen2_yarn": ("qwen2", {"model_type": "qwen2", "rope_theta": 1e6, "rope_scaling": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 16.0}} | _SILU,
+        {"rope.freq_base": 1e6, "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.finetuned": True,
+         "rope.scaling.original_context_length": 64, "rope.scaling.yarn_beta_fast": 16.0}),
     "qwen3": ("qwen3", {"model_type": "qwen3", "rope_theta": 1e6} | _SILU, {"rope.freq_base": 1e6}),
     "gemma": ("gemma", {"model_type": "gemma", "hidden_act": "gelu_pytorch_tanh"}, {}),
     "gemma2": ("gemma2", {"model_type": "gemma2", "sliding_window": 24, "attn_logit_softcapping": 5.0,
@@ -78,7 +82,7 @@ def random_tensors(family: str) -> dict[str, tuple[str, np.ndarray]]:
             table[f"{there}{name}.weight"] = (f"{here}{ours}.weight", values)
         for name, (ours, width) in _norms(family).items():
             table[f"{there}{name}.weight"] = (f"{here}{ours}.weight", 1 + 0.2 * rng.standard_normal(width))
-        if family == "qwen2":
+        if family.startswith("qwen2"):
             for name in ("attn_q", "attn_k", "attn_v"):
                 ours, shape = _MATRICES[name]
                 table[f"{there}{name}.bias"] = (f"{here}{ours}.bias", 0.2 * rng.standard_normal(shape[:1]))
@@ -127,11 +131,12 @@ def write(
     family: str,
     tokenizer: dict[str, Any] | None = None,
     quantization: gguf.GGMLQuantizationType | None = None,
+    tensors_per_file: int = 0,
     **keys: Any,
 ) -> None:
     """Writes a random model of a family; `keys` come beside or in place of its own, None takes one away."""
     architecture, _, own = FAMILIES[family]
-    writer = gguf.GGUFWriter(file, architecture)
+    writer = gguf.GGUFWriter(file, architecture, split_max_tensors=tensors_per_file)
     tokenizer = byte_level_keys() if tokenizer is None else tokenizer
     said = {f"{architecture}.{name}": value for name, value in (_SIZES | own).items()}
     said |= {f"tokenizer.ggml.{name}": value for name, value in tokenizer.items()}

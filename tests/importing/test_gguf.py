@@ -190,8 +190,13 @@ def test_sentencepiece_tokenizer_has_the_same_ids(prefix, trained):
         ("llama", {"llama.expert_count": 8}, "llama.expert_count = 8 is not known here.*--ignore_keys=llama.expert"),
         ("llama", {"llama.block_count": None}, "lacks the key llama.block_count"),
         ("llama", {"llama.attention.causal": False}, "llama.attention.causal = False is not supported, only True"),
-        ("qwen3", {"qwen3.rope.scaling.type": "yarn"}, "qwen3.rope.scaling.type = 'yarn' is not supported"),
-        ("llama", {"split.count": 3}, "one of 3 pieces: merge them"),
+        ("qwen3", {"qwen3.rope.scaling.type": "su"}, "qwen3.rope.scaling.type = 'su' is not supported, only.*yarn"),
+        (
+            "qwen2_yarn",
+            {"qwen2.rope.scaling.attn_factor": 2.0},
+            "qwen2.rope.scaling.attn_factor = 2.0 is not known here",
+        ),
+        ("llama", {"split.count": 3}, "is piece 1 of 3, so its name has to end in -00001-of-00003.gguf"),
         ("llama", {"tokenizer.ggml.pre": "viking"}, "tokenizer.ggml.pre = 'viking' is not supported, only llama-bpe"),
         ("llama", {"tokenizer.ggml.model": "t5"}, "tokenizer.ggml.model = 't5' is not supported"),
         ("llama3", {"llama.rope.freq_base": 1e4}, "stretches rotary wavelengths otherwise than Llama 3"),
@@ -201,6 +206,23 @@ def test_refusals(family, keys, message, tmp_path):
     gguf_files.write(tmp_path / "model.gguf", family, **keys)
     with pytest.raises(UserError, match=message):
         GgufFile.open_file(str(tmp_path / "model.gguf"))
+
+
+def test_a_model_in_several_files(tmp_path):
+    gguf_files.write(tmp_path / "whole.gguf", "llama3")
+    gguf_files.write(tmp_path / "cut.gguf", "llama3", tensors_per_file=7)
+    pieces = sorted(tmp_path.glob("cut-*.gguf"))
+    assert [piece.name for piece in pieces] == [f"cut-0000{i}-of-00003.gguf" for i in range(1, 4)]
+    (found, params), (expected, expected_params) = read(pieces[0]), read(tmp_path / "whole.gguf")
+    assert found.config == expected.config
+    assert params.keys() == expected_params.keys()
+    for name, values in expected_params.items():
+        np.testing.assert_array_equal(params[name], values, err_msg=name)
+    with pytest.raises(UserError, match=r"is piece 2 of 3: give the first one, cut-00001-of-00003\.gguf"):
+        GgufFile.open_file(str(pieces[1]))
+    pieces[2].unlink()
+    with pytest.raises(UserError, match=r"is one of 3 pieces; missing beside it: cut-00003-of-00003\.gguf"):
+        GgufFile.open_file(str(pieces[0]))
 
 
 def test_broken_files_and_ignored_keys(tmp_path):
