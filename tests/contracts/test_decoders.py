@@ -16,6 +16,7 @@ from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.canvas import StepRule
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.decoding.drafts import DraftingDecoder
+from diffusion_t5x.decoding.entropy_bounded import EntropyBoundedDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.decoding.self_speculation import SelfSpeculationDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
@@ -25,6 +26,8 @@ RULES = {
     "masked": MaskedDecoder(num_steps=3),
     "masked by threshold": MaskedDecoder(num_steps=None, threshold=0.3),
     "masked in windows": MaskedDecoder(num_steps=3, window=4, counts="linear", softmax="all", ends="last"),
+    "masked by margin": MaskedDecoder(num_steps=None, threshold=0.2, order="margin"),
+    "entropy bounded": EntropyBoundedDecoder(bound=2.0, temperature=1.0),
     "ancestral": AncestralDecoder(num_steps=3),
     "sundae": SundaeDecoder(num_steps=3, num_samples=1),
     "sundae, a share": SundaeDecoder(num_steps=4, num_samples=1, update_share=0.5, stop_when_unchanged=True),
