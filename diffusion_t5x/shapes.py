@@ -33,6 +33,7 @@ FloatBLV = Float[jax.Array, "batch length vocab"]
 
 # Axes of attention: queries and keys in place of slots, heads, and a width of each.
 BoolBQK = Bool[jax.Array, "batch queries keys"]
+IntBQ = Int[jax.Array, "batch queries"]
 FloatBQD = Float[jax.Array, "batch queries embed"]
 FloatBQHD = Float[jax.Array, "batch queries heads head_dim"]
 FloatBKHD = Float[jax.Array, "batch keys kv_heads head_dim"]

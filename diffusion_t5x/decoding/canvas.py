@@ -224,6 +224,12 @@ def decode_canvas(rule: StepRule, model: Transformer, batch: Batch, key: KeyScal
     )
 
 
+def check_guidance(rule: StepRule, model: Transformer) -> None:
+    """Raises a UserError for a model whose capped logits are not linear in its hidden states."""
+    if model.config.logits_softcap is not None:
+        raise UserError(f"{type(rule).__name__}.guidance must be 0 for a model with ModelConfig.logits_softcap.")
+
+
 def _reader(rule: StepRule, model: Transformer, batch: Batch, rows: Batch) -> Callable[[IntBL], FloatBLD]:
     """A function from tokens of all samples to the hidden states that predict them, with the rule's guidance.
 
@@ -241,8 +247,7 @@ def _reader(rule: StepRule, model: Transformer, batch: Batch, rows: Batch) -> Ca
     encoded = encode(batch)
     if not rule.guidance:
         return lambda tokens: reading.output(model, tokens, BIDIRECTIONAL, encoded).hidden
-    if model.config.logits_softcap is not None:
-        raise UserError(f"{type(rule).__name__}.guidance must be 0 for a model with ModelConfig.logits_softcap.")
+    check_guidance(rule, model)
     blind = batch
     if batch.encoder_tokens is not None:
         blind = batch.replace(encoder_tokens=jnp.full_like(batch.encoder_tokens, model.vocabulary.mask_id))

@@ -28,13 +28,14 @@ class MaskedDecoder(AbsorbingRule):
         fewer targets write one per step. None: one per step.
       counts: how they are divided: "even": as evenly as possible, more in the first steps. Others are those of
         published code, see `counts.counts_table`.
-      threshold: a step also writes every token whose probability exceeds it, and the rest is divided over the remaining
-        steps; decoding stops when all rows are done. Fast-dLLM's is 0.9, with num_steps None.
+      threshold: a step also writes every token whose probability (by `order`, or margin) exceeds it, and the rest is
+        divided over the remaining steps; decoding stops when all rows are done. Fast-dLLM's is 0.9, with num_steps
+        None.
       threshold_included: also every token whose probability is just that (Fast-dLLM, LMDeploy; not SDAR, SGLang,
         JetEngine).
       window: so many targets are written before the next so many are, counted from the first target, while each sees
         all others (LLaDA). None: all at once.
-      order: which positions come first: see `commit.propose`. A threshold is one of confidence.
+      order: which positions come first: see `commit.propose`. A threshold is one of confidence or of margin.
       softmax: of what certainty is the probability: see `commit.propose`.
       ends: when EOS, pad and `end_ids` are written. "free": like any token. "last": the most likely token is chosen
         among all, but the certainty is of the others, and positions where an end is the most likely come last. "never":
@@ -65,9 +66,10 @@ class MaskedDecoder(AbsorbingRule):
             raise UserError(f"MaskedDecoder.window must be at least 1, or None; got {self.window}.")
         if self.num_steps is None and self.counts != "even":
             raise UserError(f"MaskedDecoder.counts = {self.counts!r} needs num_steps; got None.")
-        if self.threshold is not None and (not 0 <= self.threshold <= 1 or self.order != "confidence"):
+        if self.threshold is not None and (not 0 <= self.threshold <= 1 or self.order not in ("confidence", "margin")):
             raise UserError(
-                f"MaskedDecoder.threshold must be a probability and belongs to the order of confidence; got {self}."
+                "MaskedDecoder.threshold must lie in [0, 1] and belongs to the order of confidence or margin; "
+                f"got {self}."
             )
 
     def eligible(self, tokens: IntBL, target_mask: BoolBL, vocabulary: TokenIds, step: IntScalar) -> BoolBL:

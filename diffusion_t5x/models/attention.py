@@ -13,15 +13,28 @@ from diffusion_t5x.models.dot_product import KEYS, QUERIES, attend
 from diffusion_t5x.models.layers import RMSNorm, add_bias, dense, normal, param
 from diffusion_t5x.models.masks import Sight, Slots
 from diffusion_t5x.models.positions import rotate
+from diffusion_t5x.models.slots import put_slots
 from diffusion_t5x.partitioning import constrain
-from diffusion_t5x.shapes import AnyIntBL, Array, FloatBKHD, FloatBLD, FloatNBLHD, FloatNHQK, IntB, KeyScalar
+from diffusion_t5x.shapes import (
+    AnyIntBL,
+    Array,
+    FloatBKHD,
+    FloatBLD,
+    FloatBQHD,
+    FloatNBLHD,
+    FloatNHQK,
+    IntB,
+    IntBQ,
+    KeyScalar,
+)
 
 
 class KVCache(flax.struct.PyTreeNode):
     """Keys and values of the slots seen so far, stacked over layers, and the properties of all slots of the rows.
 
     A slot's keys are at the slot's own index, so the mask between any queries and the cache follows from `slots`.
-    Queries must not see unwritten slots; attention that only looks back guarantees that.
+    Queries must not see unwritten slots; attention that only looks back guarantees that, and so does a pass over whole
+    rows, after which cached slots are as they were then ("stale").
 
     Attributes:
       keys, values: of every layer.
@@ -51,6 +64,11 @@ def write_rows(
     return jax.vmap(lambda row, new, first: jax.lax.dynamic_update_slice_in_dim(row, new, first, axis=0))(
         buffer, values, start
     )
+
+
+def _written(cached: FloatBKHD, new: FloatBQHD, write_at: IntB | IntBQ) -> FloatBKHD:
+    """Returns the cached keys or values of a layer with the queries' own written."""
+    return write_rows(cached, new, write_at) if write_at.ndim == 1 else put_slots(cached, write_at, new)
 
 
 class Attention(nnx.Module):
@@ -86,7 +104,7 @@ class Attention(nnx.Module):
         bias: FloatNHQK | None,
         frequencies: Float[Array, " half_head_dim"] | None = None,
         cached: tuple[FloatBKHD, FloatBKHD] | None = None,
-        write_at: IntB | None = None,
+        write_at: IntB | IntBQ | None = None,
     ) -> tuple[FloatBLD, tuple[FloatBKHD, FloatBKHD] | None]:
         """Returns self-attention of x.
 
@@ -98,7 +116,7 @@ class Attention(nnx.Module):
           frequencies: for rotary positions; None if there are none.
           cached: this layer's keys and values; the queries' own are written into them first. None attends over x
             itself.
-          write_at: the slot of each row's first query; with `cached` only.
+          write_at: the slot of each row's first query, or of every query; with `cached` only.
 
         Returns:
           The attention, and the keys and values with the queries' own written (None without a cache).
@@ -109,7 +127,7 @@ class Attention(nnx.Module):
             query, key = (rotate(y, positions, frequencies) for y in (query, key))
         if cached is not None:
             assert write_at is not None
-            key, value = (write_rows(old, new, write_at) for old, new in zip(cached, (key, value), strict=True))
+            key, value = (_written(old, new, write_at) for old, new in zip(cached, (key, value), strict=True))
             cached = (key, value)
         return self._attend(query, key, value, bias, sight), cached
 

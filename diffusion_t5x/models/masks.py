@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.errors import UserError, check_choices
+from diffusion_t5x.models.slots import take_slots
 from diffusion_t5x.shapes import (
     AnyBoolBL,
     AnyIntBL,
@@ -19,6 +20,7 @@ from diffusion_t5x.shapes import (
     FloatScalar,
     IntB,
     IntBL,
+    IntBQ,
     IntScalar,
     KeyScalar,
 )
@@ -57,6 +59,10 @@ class Slots(flax.struct.PyTreeNode):
         """Returns per row b the `length` slots from `start[b]` on."""
         rows = jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, length))
         return jax.tree.map(lambda field: rows(field, start), self)
+
+    def at(self, slots: IntBQ) -> Self:
+        """Returns these slots of each row; those beyond the row's end are empty."""
+        return jax.tree.map(lambda field: take_slots(field, slots), self)
 
     def within(self, keys: Self, window: int) -> BoolBQK:
         """Returns True if a key is less than `window` tokens away, before or after."""

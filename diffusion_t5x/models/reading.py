@@ -10,16 +10,17 @@ from typing import Self
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import Annealed, AttentionKind, Slots
 from diffusion_t5x.models.output import Output
+from diffusion_t5x.models.slots import put_slots
 from diffusion_t5x.models.stack import Encoded
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
-from diffusion_t5x.shapes import AnyIntBL, Array, FloatBLD, IntBL, KeyB
+from diffusion_t5x.shapes import AnyIntBL, FloatBLD, IntBL, KeyB
 
 # A packed row has room for one more segment per this many tokens of its length.
 TOKENS_PER_SEGMENT = 16
@@ -119,7 +120,7 @@ class Reading(flax.struct.PyTreeNode):
 
         def place(values, of_start):
             starts = jnp.broadcast_to(of_start, slot.shape).astype(values.dtype)
-            return _put(_put(jnp.zeros((len(slot), width), values.dtype), slot, values), before_first, starts)
+            return put_slots(put_slots(jnp.zeros((len(slot), width), values.dtype), slot, values), before_first, starts)
 
         read = batch.replace(
             tokens=place(batch.tokens, vocabulary.start_id),
@@ -143,7 +144,7 @@ class Reading(flax.struct.PyTreeNode):
         """Returns the model's input for noisy tokens."""
         if self.slot is None:
             return start_first(noisy, self.batch.positions, vocabulary)
-        return _put(jnp.asarray(self.batch.tokens), self.slot, noisy)
+        return put_slots(self.batch.tokens, self.slot, noisy)
 
     def states(self, hidden: Float[jax.Array, "batch read embed"], offset: IntBL | int = 0) -> FloatBLD:
         """Selects from hidden states of at least L' slots those that predict the tokens.
@@ -171,13 +172,6 @@ class Reading(flax.struct.PyTreeNode):
         tokens = self.tokens(noisy, model.vocabulary)
         output = model(tokens, Slots.of(self.batch), kind, encoded, dropout_keys)
         return output.replace(hidden=self.states(output.hidden))
-
-
-def _put(
-    rows: Shaped[jax.Array, "batch read"], slot: IntBL, values: Shaped[Array, "batch length"]
-) -> Shaped[jax.Array, "batch read"]:
-    """Returns rows with values in these slots; values beyond the end are dropped."""
-    return rows.at[jnp.arange(len(rows))[:, None], slot].set(values, mode="drop")
 
 
 def model_reads(noisy: IntBL, batch: Batch, model: ModelDefinition) -> IntBL:

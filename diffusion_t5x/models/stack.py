@@ -26,6 +26,7 @@ from diffusion_t5x.shapes import (
     FloatNBLHD,
     FloatNHQK,
     IntB,
+    IntBQ,
     KeyB,
     KeyScalar,
 )
@@ -64,7 +65,7 @@ class View(flax.struct.PyTreeNode):
       sight: the keys that the queries see.
       bias: one for each of some equal groups of rows; None without relative positions.
       frequencies: see `rotary_frequencies`; None without rotary positions.
-      write_at: the slot of each row's first query in the cache; None without a cache.
+      write_at: the slot of each row's first query in the cache, or of every query; None without a cache.
       inputs_sight: the encoder's inputs that the queries see; None without an encoder.
     """
 
@@ -72,7 +73,7 @@ class View(flax.struct.PyTreeNode):
     sight: Sight
     bias: FloatNHQK | None
     frequencies: Float[Array, " half_head_dim"] | None
-    write_at: IntB | None
+    write_at: IntB | IntBQ | None
     inputs_sight: Sight | None
 
 
@@ -207,7 +208,7 @@ class Stack(nnx.Module):
         kind: AttentionKind,
         slots: Slots,
         cached: tuple[FloatNBLHD, FloatNBLHD],
-        write_at: IntB,
+        write_at: IntB | IntBQ,
         encoded: Encoded | None,
     ) -> tuple[FloatBQD, tuple[FloatNBLHD, FloatNBLHD]]:
         """Same as `__call__` for some slots of each row, over the cached keys and values of the others.
@@ -218,7 +219,7 @@ class Stack(nnx.Module):
           kind: which slots attend to which.
           slots: slots of the whole rows.
           cached: keys and values of every layer.
-          write_at: the slot of each row's first token.
+          write_at: the slot of each row's first token, or of every token.
           encoded: the inputs, for cross-attention.
 
         Returns:

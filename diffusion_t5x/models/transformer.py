@@ -20,7 +20,7 @@ from diffusion_t5x.models.masks import BIDIRECTIONAL, Annealed, AttentionKind, S
 from diffusion_t5x.models.output import Output, merged
 from diffusion_t5x.models.stack import Encoded, Stack
 from diffusion_t5x.partitioning import constrain, copies, pieces_of
-from diffusion_t5x.shapes import AnyIntBL, FloatBLD, FloatBQD, IntB, KeyB, KeyScalar
+from diffusion_t5x.shapes import AnyIntBL, FloatBLD, FloatBQD, IntB, IntBQ, KeyB, KeyScalar
 
 Params = dict[str, Any]
 
@@ -88,22 +88,24 @@ class Transformer(nnx.Module):
         tokens: Int[jax.Array, "batch queries"],
         kind: AttentionKind,
         cache: KVCache,
-        write_at: IntB,
+        write_at: IntB | IntBQ,
         encoded: Encoded | None = None,
     ) -> tuple[FloatBQD, KVCache]:
-        """Returns hidden states of the next tokens of each row, and the cache with their keys and values.
+        """Returns hidden states of some tokens of each row, and the cache with their keys and values.
 
         Args:
-          tokens: the next tokens.
+          tokens: the tokens.
           kind: the attention kind; everything it lets the queries see must have been written, or be among them.
           cache: cache of the rows.
-          write_at: the slot of each row's first token.
+          write_at: the slot of each row's first token, if they are consecutive; otherwise of every token. A token
+            beyond the row's end sees nothing and is not written.
           encoded: the inputs, from `encode`.
         """
-        queries = cache.slots.take(write_at, tokens.shape[1])
+        slots = cache.slots
+        queries = slots.take(write_at, tokens.shape[1]) if write_at.ndim == 1 else slots.at(write_at)
         cached = (cache.keys, cache.values)
         hidden, (keys, values) = self.decoder.extend(
-            self._embed(tokens), queries, kind, cache.slots, cached, write_at, encoded
+            self._embed(tokens), queries, kind, slots, cached, write_at, encoded
         )
         return hidden, cache.replace(keys=keys, values=values)
 

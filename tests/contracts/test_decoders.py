@@ -16,14 +16,18 @@ from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.canvas import StepRule
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.decoding.drafts import DraftingDecoder
+from diffusion_t5x.decoding.entropy_bounded import EntropyBoundedDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.decoding.self_speculation import SelfSpeculationDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
+from diffusion_t5x.decoding.windows import WindowDecoder
 
 RULES = {
     "masked": MaskedDecoder(num_steps=3),
     "masked by threshold": MaskedDecoder(num_steps=None, threshold=0.3),
     "masked in windows": MaskedDecoder(num_steps=3, window=4, counts="linear", softmax="all", ends="last"),
+    "masked by margin": MaskedDecoder(num_steps=None, threshold=0.2, order="margin"),
+    "entropy bounded": EntropyBoundedDecoder(bound=2.0, temperature=1.0),
     "ancestral": AncestralDecoder(num_steps=3),
     "sundae": SundaeDecoder(num_steps=3, num_samples=1),
     "sundae, a share": SundaeDecoder(num_steps=4, num_samples=1, update_share=0.5, stop_when_unchanged=True),
@@ -33,6 +37,9 @@ RULES = {
 DECODERS = {
     **RULES,
     **{f"blocks, {name}": BlockDecoder(3, rule) for name, rule in RULES.items()},
+    **{f"windows, {name}": WindowDecoder(3, RULES[name]) for name in ("masked", "ancestral", "sundae", "remasking")},
+    "windows, the rest read on": WindowDecoder(3, RULES["masked by threshold"], "prefix", first_alone=True),
+    "windows, guided": WindowDecoder(3, MaskedDecoder(2, guidance=0.5), refresh_every=2, refresh_drift=0.01),
     "masked, guided": MaskedDecoder(num_steps=3, guidance=0.5, ends="never", counts="times", softmax="filtered"),
     "blocks of the row": BlockDecoder(3, MaskedDecoder(num_steps=2), "row"),
     "sundae, samples": SundaeDecoder(num_steps=3, num_samples=2),
@@ -53,7 +60,14 @@ CASES = [("decoder_only", name) for name in DECODERS]
 CASES += [
     (config, name)
     for config in ("shifted", "encoder_decoder")
-    for name in ("remasking", "blocks, remasking", "masked", "masked, guided")
+    for name in (
+        "remasking",
+        "blocks, remasking",
+        "masked",
+        "masked, guided",
+        "windows, the rest read on",
+        "windows, guided",
+    )
 ]
 SIZES = [(2, 7), (0, 5), (5, 6), (3, 0)]  # the last is a filler row
 MASK = tiny.VOCABULARY.mask_id
@@ -89,7 +103,7 @@ def test_it_is_a_setting_that_says_what_it_can(name):
     bases = type(decoder).__mro__
     assert Decoder in bases and decoder == dataclasses.replace(decoder) and hash(decoder) is not None
     assert not (decoder.left_to_right and decoder.fills_holes)
-    assert decoder.fills_holes == (StepRule in bases)
+    assert decoder.fills_holes == (StepRule in bases or WindowDecoder in bases)
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(decoder, dataclasses.fields(decoder)[0].name, None)
 
@@ -131,6 +145,7 @@ def test_it_never_reads_the_targets(config, name):
 
 
 X64 = ("masked", "remasking", "blocks, sundae", "sundae, samples", "autoregressive", "beam search", "self-speculation")
+X64 += ("windows, the rest read on", "windows, guided")
 
 
 @pytest.mark.parametrize("name", X64)

@@ -1,0 +1,91 @@
+"""Which tokens a step writes: by entropy, by margin."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from diffusion_t5x.decoding.canvas import Canvas
+from diffusion_t5x.decoding.entropy_bounded import EntropyBoundedDecoder, within_bound
+from diffusion_t5x.decoding.masked import MaskedDecoder
+from diffusion_t5x.errors import UserError
+
+MASK, NUM_IDS = tiny.VOCABULARY.mask_id, tiny.VOCABULARY.size
+MODEL = tiny.TableModel(np.zeros((32, 32), np.float32))
+KEYS = jax.random.split(jax.random.key(0), 1)
+
+
+def logits_of(probabilities):
+    """Logits of one row, whose positions give these ids these probabilities."""
+    logits = np.full((1, len(probabilities), 32), -np.inf, np.float32)
+    for place, of_place in enumerate(probabilities):
+        for token, probability in of_place.items():
+            logits[0, place, token] = np.log(probability)
+    return jnp.asarray(logits)
+
+
+def start(tokens):
+    tokens = jnp.asarray([tokens])
+    return Canvas.start(tokens, jnp.ones(tokens.shape, bool))
+
+
+def step(rule, probabilities, canvas):
+    positions = jnp.arange(canvas.tokens.shape[1])[None]
+    eligible = rule.eligible(canvas.tokens, canvas.target_mask, tiny.VOCABULARY, canvas.step)
+    written = rule.write(MODEL, logits_of(probabilities), canvas, eligible, positions, KEYS)
+    return written.tokens[0].tolist(), written
+
+
+# Entropies: 0.325, 0.693, 0.056, 0.611 nats.
+FOUR = [{3: 0.9, 4: 0.1}, {5: 0.51, 6: 0.49}, {7: 0.99, 8: 0.01}, {9: 0.7, 10: 0.3}]
+
+
+@pytest.mark.parametrize(
+    ("bound", "expected"),
+    [
+        (0.0, [MASK, MASK, 7, MASK]),
+        (0.05, [MASK, MASK, 7, MASK]),
+        (0.06, [3, MASK, 7, MASK]),  # 0.056 is the sum but for the largest
+        (0.38, [3, MASK, 7, MASK]),
+        (0.39, [3, MASK, 7, 9]),  # 0.056 + 0.325 = 0.381
+        (1.0, [3, 5, 7, 9]),
+    ],
+)
+def test_entropies_of_a_step_sum_to_the_bound_but_for_the_largest(bound, expected):
+    assert step(EntropyBoundedDecoder(bound), FOUR, start([MASK] * 4))[0] == expected
+
+
+def test_what_is_written_does_not_count():
+    assert step(EntropyBoundedDecoder(0.06), FOUR, start([MASK, MASK, 4, MASK]))[0] == [3, MASK, 4, MASK]
+
+
+def test_the_largest_set_within_the_bound_in_any_order():
+    """Against all beginnings of the order, by NumPy."""
+    rng = np.random.default_rng(0)
+    certainty, entropy = rng.standard_normal((64, 9)), rng.gamma(0.5, size=(64, 9))
+    eligible = rng.random((64, 9)) < 0.7
+    for bound in (0.0, 0.3, 1.5):
+        found = within_bound(jnp.asarray(certainty), jnp.asarray(entropy), jnp.asarray(eligible), bound)
+        for row, count in enumerate(np.asarray(found)):
+            places = [place for place in np.argsort(-certainty[row]) if eligible[row, place]]
+            sums = [entropy[row, places[:n]] for n in range(1, len(places) + 1)]
+            assert count == max([n for n, of in enumerate(sums, 1) if of.sum() - of.max() <= bound + 1e-6], default=1)
+
+
+def test_a_margin_above_the_threshold_is_written():
+    rule = MaskedDecoder(None, threshold=0.35, order="margin")
+    assert step(rule, FOUR, start([MASK] * 4))[0] == [3, MASK, 7, 9]  # margins of 0.8, 0.02, 0.98 and 0.4
+    assert step(rule, FOUR, start([1, MASK, 1, 1]))[0] == [1, 5, 1, 1]  # at least one
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EntropyBoundedDecoder(-0.1), r"bound must be at least 0; got -0\.1"),
+        (lambda: MaskedDecoder(None, threshold=0.5, order="entropy"), "belongs to the order of confidence or margin"),
+    ],
+)
+def test_wrong_settings_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
