@@ -45,6 +45,7 @@ from diffusion_t5x.objectives.distillation import Distillation
 from diffusion_t5x.objectives.joint import Joint
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.performance.step_flops import rollout_flops, step_flops
+from diffusion_t5x.training.ramps import Ramp
 from diffusion_t5x.training.rollout import Rollout
 
 BLOCK_SIZE = 4
@@ -137,8 +138,8 @@ class Ground:
         return ModelConfig(**model_settings(merging.leaves(find_checkpoint(str(self.start)))))
 
 
-def rollout(**values: int) -> Rollout:
-    return Rollout(BlockDecoder(BLOCK_SIZE, MaskedDecoder(num_steps=4)), **values)
+def rollout(lengths: Ramp, **values: int) -> Rollout:
+    return Rollout(BlockDecoder(BLOCK_SIZE, MaskedDecoder(num_steps=4)), lengths=lengths, **values)
 
 
 def quickstart(output: pathlib.Path, args: argparse.Namespace) -> Ground:
@@ -159,7 +160,7 @@ def quickstart(output: pathlib.Path, args: argparse.Namespace) -> Ground:
         batch_size=16,
         num_inputs=24,
         num_targets=24,
-        rollout=rollout(min_length=24, max_length=24),
+        rollout=rollout(Ramp(24, 24)),
     )
 
 
@@ -191,7 +192,7 @@ def stories(output: pathlib.Path, args: argparse.Namespace) -> Ground:
         batch_size=16,
         num_inputs=16,
         num_targets=48,
-        rollout=rollout(min_length=16, max_length=48, num_buckets=2),
+        rollout=rollout(Ramp(16, 48, 30), num_buckets=2),
     )
 
 
@@ -232,11 +233,10 @@ def stage_flops(ground: Ground, stage: Stage, step: int) -> float:
         return step_flops(ground.model, stage.objective, ADAPT_BATCH_SIZE, ADAPT_LENGTH)
     if not stage.writes:
         return step_flops(ground.model, stage.objective, ground.batch_size, ground.num_inputs + ground.num_targets)
-    # Texts are written for several batches at once, by the length of the first of them.
-    written_at = step - step % ground.rollout.num_batches
-    length = ground.num_inputs + ground.rollout.bucket(ground.rollout.length(written_at))
+    written = ground.rollout.number(step)
+    length = ground.num_inputs + ground.rollout.bucket(ground.rollout.length(written))
     learning = step_flops(ground.model, stage.objective, ground.batch_size, length)
-    return learning + rollout_flops(ground.model, ground.rollout, ground.batch_size, ground.num_inputs, written_at)
+    return learning + rollout_flops(ground.model, ground.rollout, ground.batch_size, ground.num_inputs, step)
 
 
 def main() -> None:

@@ -78,7 +78,7 @@ def test_what_a_route_costs(conversion):
         batch_size=32,
         num_inputs=24,
         num_targets=24,
-        rollout=conversion.rollout(min_length=24, max_length=24),
+        rollout=conversion.rollout(conversion.Ramp(24, 24)),
     )
     sizes = {"embed_dim": 128, "num_layers": 4, "num_heads": 4, "head_dim": 32, "mlp_dim": 256, "vocab_size": 2048}
     object.__setattr__(ground, "model", conversion.ModelConfig(**sizes))

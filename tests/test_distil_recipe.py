@@ -59,7 +59,7 @@ def distil(model_dir, teacher, samples, steps, *more):
         "stories260k", teacher, samples, MODEL_DIR=model_dir, INITIAL_CHECKPOINT_PATH=teacher, TRAIN_STEPS=7
     )
     flags += ["--gin.MIN_ROLLOUT_LENGTH=8", "--gin.MAX_ROLLOUT_LENGTH=16", "--gin.schedules.cosine.warmup_steps=2"]
-    flags += ["--gin.Rollout.num_batches=4", "--gin.Rollout.growth_steps=4", "--gin.Periods.log=1", *more]
+    flags += ["--gin.Rollout.num_batches=4", "--gin.GROWTH_ROLLOUTS=2", "--gin.Periods.log=1", *more]
     config.run(train.train, [*flags, "--gin.Periods.save=3", f"--gin.train.train.train_steps={steps}"])
     return [json.loads(line) for line in (model_dir / "train" / "metrics.jsonl").read_text().splitlines()]
 
@@ -79,7 +79,7 @@ def test_a_run_resumed_among_texts_that_it_wrote_goes_on_the_same(teacher, sampl
     parts = distil(tmp_path / "parts", teacher, samples, 7)
     for name in ("loss", "teacher_nll", "text_length", "gradient_norm"):
         np.testing.assert_allclose([x[name] for x in parts], [x[name] for x in whole], rtol=1e-6)
-    assert [x["text_length"] for x in whole] == [8] * 4 + [16] * 3  # one length for each rollout
+    assert [x["text_length"] for x in whole] == [12] * 4 + [16] * 3  # one length for each rollout
 
     told = threading.Thread(target=tell_to_stop_after_two_steps, args=(tmp_path / "told",))
     usual = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # were it too late, it would end the tests
@@ -118,6 +118,8 @@ def test_a_run_resumed_among_texts_that_it_wrote_goes_on_the_same(teacher, sampl
         (['--gin.STATES="random"'], "divergence"),
         (['--gin.STATES="random"', "--gin.ROLLOUT=None"], "divergence"),
         (["--gin_file=objectives/block.gin", "--gin.ROLLOUT=None"], "nll_bound"),
+        (["--gin_file=objectives/block_sft.gin", "--gin.ROLLOUT=None"], "nll"),
+        (["--gin.DATA_SHARE=0.5", "--gin.Rollout.passes=2", '--gin.Distillation.teacher_fill="argmax"'], "divergence"),
     ],
 )
 def test_the_papers_comparisons_are_flags(teacher, samples, tmp_path, ablation, metric):

@@ -19,7 +19,8 @@ class AbsorbingRule(StepRule):
     """Writes masked targets. A written token stays.
 
     Attributes:
-      temperature: of sampling; 0 takes the most likely token.
+      temperature: of sampling; 0 takes the most likely token. Whether texts are distributed as the model has them
+        depends on how positions are chosen, too: see `MaskedDecoder`.
       top_k, top_p: see `Sampling`.
     """
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +22,13 @@ class Sampling:
       top_k: only the k most likely tokens (arXiv 1805.04833); None allows all.
       top_p: only the smallest set of most likely tokens whose probabilities (at this temperature) sum to at least p
         (arXiv 1904.09751, section 3.1).
+      min_p: only tokens that are at least this times as likely as the most likely one (arXiv 2407.01082).
     """
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -34,6 +37,8 @@ class Sampling:
             raise UserError(f"top_k must be at least 1; got {self.top_k}.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p must lie in (0, 1]; got {self.top_p}.")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p must lie in [0, 1]; got {self.min_p}.")
 
 
 def forbid(logits: Float[jax.Array, "*shape vocab"], vocabulary: TokenIds) -> Float[jax.Array, "*shape vocab"]:
@@ -50,7 +55,7 @@ def forbid(logits: Float[jax.Array, "*shape vocab"], vocabulary: TokenIds) -> Fl
 
 
 def filter_logits(logits: Float[jax.Array, "*shape vocab"], sampling: Sampling) -> Float[jax.Array, "*shape vocab"]:
-    """Logits over the temperature (1 if it is 0), -inf outside top-k and top-p; ties at the border stay."""
+    """Logits over the temperature (1 if it is 0), -inf outside top-k, top-p and min-p; ties at the border stay."""
     logits = logits / (sampling.temperature or 1.0)
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         least = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
@@ -60,6 +65,9 @@ def filter_logits(logits: Float[jax.Array, "*shape vocab"], sampling: Sampling) 
         probabilities = jax.nn.softmax(ordered, axis=-1)
         kept = jnp.cumsum(probabilities, axis=-1) - probabilities < sampling.top_p
         least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if sampling.min_p:
+        least = jnp.max(logits, axis=-1, keepdims=True) + math.log(sampling.min_p)
         logits = jnp.where(logits < least, -jnp.inf, logits)
     return logits
 

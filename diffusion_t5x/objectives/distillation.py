@@ -12,26 +12,25 @@ from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError, check_choices
-from diffusion_t5x.models.masks import AttentionKind, BlocksFrom
+from diffusion_t5x.models.masks import Annealed, AttentionKind, BlocksFrom
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.output import Ratio
 from diffusion_t5x.models.reading import Reading, model_reads
 from diffusion_t5x.models.readout import LossSoftmax, cross_entropy
-from diffusion_t5x.models.sampling import forbid
+from diffusion_t5x.models.sampling import Sampling, filter_logits, forbid
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Params, Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block, block_starts, noisy_output
-from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass, normalized
+from diffusion_t5x.objectives.divergences import Divergence, divergence
+from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass
+from diffusion_t5x.objectives.texts import over_texts, random_states, scored_tokens
 from diffusion_t5x.shapes import IntBL, IntScalar, KeyScalar
-
-Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
 
 class Teacher(NamedTuple):
@@ -39,44 +38,6 @@ class Teacher(NamedTuple):
 
     definition: ModelDefinition
     params: Params
-
-
-def divergence(
-    teacher: Float[jax.Array, "*shape vocab"],
-    student: Float[jax.Array, "*shape vocab"],
-    kind: Divergence = "forward_kl",
-    top_k: int | None = None,
-) -> Float[jax.Array, "*shape"]:
-    """Returns the divergence of a student's distribution from its teacher's, in nats.
-
-    Ids that the teacher excludes (a logit of -inf) add exactly nothing to the forward KL, and their limit to the JSD.
-    The reverse KL would be infinite there, so it is taken over the teacher's support alone.
-
-    Args:
-      teacher, student: logits.
-      kind: "forward_kl": KL(teacher || student). "reverse_kl": KL(student || teacher). "jsd": the Jensen-Shannon
-        divergence, at most log 2.
-      top_k: only the terms of the teacher's k most likely tokens, with probabilities as they are (not renormalised).
-        The sum may exceed the full one, and may be negative.
-    """
-    log_p, log_q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
-    if top_k is not None and top_k < log_p.shape[-1]:
-        log_p, ids = jax.lax.top_k(log_p, top_k)
-        log_q = jnp.take_along_axis(log_q, ids, axis=-1)
-    # Where a probability is 0 its logarithm is replaced before anything is computed: no NaN, in gradients neither.
-    p, q = jnp.exp(log_p), jnp.exp(log_q)
-    has_p, has_q = p > 0, q > 0
-    if kind == "forward_kl":
-        terms = p * (jnp.where(has_p, log_p, 0) - jnp.where(has_p, log_q, 0))
-    elif kind == "reverse_kl":
-        both = has_q & (log_p > -jnp.inf)
-        terms = jnp.where(both, q, 0) * (jnp.where(both, log_q, 0) - jnp.where(both, log_p, 0))
-    else:
-        some = has_p | has_q
-        log_m = jnp.logaddexp(jnp.where(some, log_p, 0), jnp.where(some, log_q, 0)) - jnp.log(2.0)
-        terms = p * (jnp.where(has_p, log_p, 0) - jnp.where(has_p, log_m, 0))
-        terms = (terms + q * (jnp.where(has_q, log_q, 0) - jnp.where(has_q, log_m, 0))) / 2
-    return jnp.sum(terms, axis=-1)
 
 
 def visited_states(
@@ -109,18 +70,24 @@ def visited_states(
 class Distillation(Objective):
     """Divergence from the teacher's next-token distribution, at the masked targets up to the end of the text.
 
-    Without a rollout stage the text comes from the data (off-policy), with it from the student (on-policy).
+    Without a rollout stage the text comes from the data (off-policy), with it from the student (on-policy). Defaults
+    are those of the released code (github.com/divelab/OPDLM at 3bb8bf6, train/rl_sdar.py, `forward_process`).
 
     Attributes:
       block_size: number of targets per block.
-      divergence: "forward_kl", "reverse_kl" or "jsd", see `divergence`.
-      top_k: of the teacher's support, see `divergence`; None takes all of it (the paper names 16).
+      divergence: "forward_kl", "reverse_kl", "mixed_kl" or "jsd", see `divergences.divergence`.
+      top_k: of the teacher's support, see `divergence`; None takes all of it. The released launchers of 4B and 8B have
+        16, those of smaller models None.
       states: "visited": what the student saw when it wrote the text; a text that nobody wrote here, such as that of an
-        evaluation, has random ones. "random": masks drawn as `Block` draws them.
-      score_end: the token that ends a text counts too. The paper's code leaves it out.
-      normalize: "sequences", as in the paper, averages over each text's masked targets first.
+        evaluation, has random ones. "random": masks drawn as `random_states` draws them.
+      score_end: the token that ends a text counts too. The released code leaves it out.
+      normalize: "sequences", as in the released code, averages over each text's masked targets first.
       blocks_from: where blocks are counted from, see `AttentionKind`.
       softmax: what the student's distribution is over, see `Masked`. The teacher's is over what may be written.
+      mix: weight of the reverse KL in "mixed_kl", or of the teacher in "jsd".
+      teacher_sampling: the teacher's distribution is the one that this would draw from; renormalised, unlike `top_k`.
+      teacher_fill: what the teacher reads for targets that the student sees masked: the text's own tokens ("clean"), or
+        the student's most likely ones ("argmax"), which takes a pass over `[clean text | filled targets]`.
     """
 
     needs_teacher: ClassVar[bool] = True
@@ -134,12 +101,21 @@ class Distillation(Objective):
     normalize: Normalize = "sequences"
     blocks_from: BlocksFrom = "targets"
     softmax: LossSoftmax = "allowed"
+    mix: float = 0.5
+    teacher_sampling: Sampling = Sampling()  # noqa: RUF009  (frozen)
+    teacher_fill: Literal["clean", "argmax"] = "clean"
 
     def __post_init__(self) -> None:
         check_choices(self)
         AttentionKind("block_causal", self.block_size, self.blocks_from)  # raises on a bad block size
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"Distillation.top_k must be at least 1, or None for all; got {self.top_k}.")
+        if not 0 < self.mix < 1:
+            raise UserError(f"Distillation.mix must lie between 0 and 1, without them; got {self.mix}.")
+        if self.teacher_sampling.temperature == 0:
+            raise UserError(
+                "Distillation.teacher_sampling must have a temperature above 0: at 0 the teacher has no distribution."
+            )
 
     @property
     def needs_rollouts(self) -> bool:
@@ -155,21 +131,22 @@ class Distillation(Objective):
 
     @property
     def passes(self) -> Sequence[Pass]:
-        return (Pass(slots=2), Pass(by_teacher=True))
+        return (Pass(slots=2), Pass(slots=1 if self.teacher_fill == "clean" else 2, by_teacher=True))
 
     def model_inputs(self, model: ModelDefinition, batch: Batch, key: KeyScalar) -> IntBL:
         """Returns the noisy targets among their clean inputs; the student reads the clean targets as well."""
         return model_reads(self._noisy(model.vocabulary, batch, key), batch, model)
 
-    @property
-    def _block(self) -> Block:
-        return Block(self.block_size, blocks_from=self.blocks_from)
-
     def _noisy(self, vocabulary: TokenIds, batch: Batch, key: KeyScalar) -> IntBL:
-        noise_key = stream(key, "noise")
-        if self.states == "visited" and batch.written_at is not None:
-            return visited_states(batch, vocabulary, self.block_size, noise_key, self.blocks_from)
-        return self._block.corrupt(vocabulary, batch, noise_key)[0]
+        among = (batch, vocabulary, self.block_size, stream(key, "noise"), self.blocks_from)
+        if self.states == "random" or batch.written_at is None:
+            return random_states(*among)
+        by_student = jnp.any(batch.written_at >= 0, axis=-1, keepdims=True)
+        return jnp.where(by_student, visited_states(*among), random_states(*among))
+
+    @property
+    def _kind(self) -> AttentionKind:
+        return AttentionKind("block_diffusion", self.block_size, self.blocks_from)
 
     def loss(
         self,
@@ -187,10 +164,19 @@ class Distillation(Objective):
         dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids) if train else None
         noisy = self._noisy(vocabulary, batch, key)
         reading = Reading.of(batch, vocabulary, model.config.shifted, packed=True)
-        batch = reading.fits(batch)
-        kind = AttentionKind("block_diffusion", self.block_size, self.blocks_from)
+        of_teacher = Reading.of(batch, vocabulary, True, packed=True)
+        batch = (reading if self.teacher_fill == "clean" else of_teacher).fits(batch)
         starts = block_starts(batch, self.block_size, self.blocks_from)
-        output = noisy_output(model, reading, starts, noisy, kind, model.encode(batch, dropout_keys), dropout_keys)
+        encoded = model.encode(batch, dropout_keys)
+        output = noisy_output(model, reading, starts, noisy, self._kind, encoded, dropout_keys)
+        if self.teacher_fill == "clean":
+            taught = Autoregressive().output(teacher, batch)
+        else:
+            likeliest = model.map_logits(lambda x: jnp.argmax(forbid(x, vocabulary), axis=-1), output.hidden)
+            filled = jnp.where(noisy == vocabulary.mask_id, likeliest, noisy)
+            # Causal inside the blocks of filled targets, too: annealing at its start, with no later edge open.
+            causal = Annealed(self._kind, jnp.float32(0), key)
+            taught = noisy_output(teacher, of_teacher, starts, filled, causal, teacher.encode(batch))
 
         def compare(logits, teacher_hidden, labels):
             allowed = forbid(logits, vocabulary)
@@ -198,30 +184,25 @@ class Distillation(Objective):
             target = jax.lax.stop_gradient(forbid(teacher.logits(teacher_hidden), vocabulary))
             nll, _ = cross_entropy(target, labels)
             agree = jnp.argmax(allowed, axis=-1) == jnp.argmax(target, axis=-1)
-            return divergence(target, student, self.divergence, self.top_k), nll, agree
+            target = filter_logits(target, self.teacher_sampling)
+            return divergence(target, student, self.divergence, self.top_k, self.mix), nll, agree
 
-        distance, teacher_nll, agree = model.map_logits(
-            compare, output.hidden, Autoregressive().output(teacher, batch).hidden, batch.tokens
-        )
+        distance, teacher_nll, agree = model.map_logits(compare, output.hidden, taught.hidden, batch.tokens)
         text = text_of(batch, vocabulary)
-        scored = text & (noisy == vocabulary.mask_id)
-        if not self.score_end:
-            scored &= ~vocabulary.is_end(batch.tokens)
-        is_scored, is_text = batch.replace(target_mask=scored), batch.replace(target_mask=text)
+        scored = scored_tokens(batch, vocabulary, noisy, self.score_end)
+        count, in_texts, texts = (jnp.sum(x, dtype=jnp.float32) for x in (scored, text, jnp.any(text, axis=-1)))
         return LossSums(
-            loss=normalized(is_scored, distance, self.normalize),
+            loss=over_texts(batch, scored, distance, self.normalize),
             metrics={
-                "divergence": normalized(is_scored, distance, "target_tokens"),
-                "agreement": normalized(is_scored, agree, "target_tokens"),
-                "teacher_nll": normalized(is_text, teacher_nll, "target_tokens"),
-                "mask_fraction": Ratio(jnp.sum(scored, dtype=jnp.float32), jnp.sum(text, dtype=jnp.float32)),
-                "text_length": Ratio(
-                    jnp.sum(text, dtype=jnp.float32), jnp.sum(jnp.any(text, axis=-1), dtype=jnp.float32)
-                ),
+                "divergence": over_texts(batch, scored, distance, "target_tokens"),
+                "agreement": over_texts(batch, scored, agree, "target_tokens"),
+                "teacher_nll": over_texts(batch, text, teacher_nll, "target_tokens"),
+                "mask_fraction": Ratio(count, in_texts),
+                "text_length": Ratio(in_texts, texts),
             },
             auxiliary=output.auxiliary,
         )
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: KeyScalar, num_draws: int) -> Likelihood:
         """The student's likelihood, as a block diffusion model: that of `Block`."""
-        return self._block.log_likelihood(model, batch, key, num_draws)
+        return Block(self.block_size, blocks_from=self.blocks_from).log_likelihood(model, batch, key, num_draws)

@@ -34,7 +34,7 @@ def step_flops(
 
 
 def rollout_flops(config: ModelConfig, rollout: Rollout, batch_size: int, num_inputs: int, step: int) -> int:
-    """Returns the FLOPs of decoding the texts of one training step, if none ends early.
+    """Returns the FLOPs of decoding the texts of one training step, if none ends early and all are the student's.
 
     Prompts are read once; each block is written in the decoder's steps and read once more for the cache.
 
@@ -45,9 +45,9 @@ def rollout_flops(config: ModelConfig, rollout: Rollout, batch_size: int, num_in
       num_inputs: number of slots of a prompt.
       step: training steps taken before; texts grow with it.
     """
-    length = rollout.length(step)
+    length = rollout.length(rollout.number(step))
     row = num_inputs + rollout.bucket(length)
     size = rollout.decoder.block_size
     steps = rollout.decoder.inner.most_steps(size)
     block = steps * forward_flops(config, size, keys=row) + forward_flops(config, size, keys=row, predicted=0)
-    return batch_size * (forward_flops(config, row, predicted=0) + -(-length // size) * block)
+    return batch_size * (forward_flops(config, row, predicted=0) + -(-length // size) * block) // rollout.passes

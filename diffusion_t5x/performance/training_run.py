@@ -133,7 +133,8 @@ class Trial:
 
     def _written(self, rollout: Rollout, prompts: HostBatches, state: TrainState) -> tuple[Batch, float]:
         """A batch of the longest texts that the model writes, and the seconds that writing one takes."""
-        dataset, longest = self._run.dataset, dataclasses.replace(rollout, min_length=rollout.max_length)
+        dataset, lengths = self._run.dataset, dataclasses.replace(rollout.lengths, num_rollouts=0)
+        longest = dataclasses.replace(rollout, lengths=lengths, passes=1)
         num_inputs = dataset.task_feature_lengths["inputs"]
         batches = OnPolicyBatches(
             self._mesh, self._run.definition(), longest, prompts, num_inputs, dataset.batch_size, seed=0
@@ -142,4 +143,4 @@ class Trial:
             batch = batches.next_batch(state)
         start = time.perf_counter()
         batch = batches.next_batch(state)
-        return batch, (time.perf_counter() - start) / rollout.num_batches
+        return batch, (time.perf_counter() - start) / (rollout.num_batches * rollout.passes)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Bool
 
 from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Batch
@@ -17,7 +18,9 @@ from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.objectives.objective import Objective
+from diffusion_t5x.shapes import AnyBoolBL
 from diffusion_t5x.training.loop import BatchIterator
+from diffusion_t5x.training.ramps import Ramp
 from diffusion_t5x.training.state import TrainState
 
 _STORED = "rollout_"  # texts in the data's state
@@ -25,35 +28,53 @@ _STORED = "rollout_"  # texts in the data's state
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """Settings for decoding the student's own texts. Prompts are the training data's inputs; its targets are unused.
+    """Settings for decoding the student's own texts, by default those of OPDLM's released code.
+
+    Prompts are the training data's inputs.
 
     Attributes:
       decoder: writes the texts, in the objective's blocks.
       num_batches: number of training batches decoded at once, with the same parameters.
-      min_length, max_length: maximum tokens of a text at the beginning and at the end; the growth is linear.
-      growth_steps: number of training steps over which they grow.
-      num_buckets: number of row lengths: `max_length`, half of it, a quarter and so on; each is compiled once.
+      passes: number of times that each of these batches is trained on. The states are drawn anew in each.
+      lengths: maximum tokens of a text, in whole blocks.
+      data_share: probability that a text is the data's own targets, cut to that length, in place of the student's. Its
+        states are random masks.
+      num_buckets: number of row lengths: the longest text, half of it, a quarter and so on; each is compiled once.
     """
 
     decoder: BlockDecoder
     num_batches: int = 16
-    min_length: int = 100
-    max_length: int = 4000
-    growth_steps: int = 100
+    passes: int = 1
+    lengths: Ramp = Ramp(100, 4000)  # noqa: RUF009  (frozen)
+    data_share: Ramp = Ramp(0, 0)  # noqa: RUF009  (frozen)
     num_buckets: int = 4
 
     def __post_init__(self) -> None:
         if not self.decoder.inner.keeps_written:
             raise UserError(f"Rollout.decoder must write masked blocks: a step's state is what is masked; got {self}.")
-        if min(self.num_batches, self.min_length, self.num_buckets) < 1 or self.growth_steps < 0:
-            raise UserError(f"Rollout needs numbers of at least 1, growth_steps of at least 0; got {self}.")
-        if self.min_length > self.max_length:
-            raise UserError(f"Rollout.min_length must not exceed max_length; got {self}.")
+        if min(self.num_batches, self.passes, self.lengths.start, self.num_buckets) < 1:
+            raise UserError(f"Rollout needs numbers and lengths of at least 1; got {self}.")
+        if self.lengths.start > self.lengths.end:
+            raise UserError(
+                f"Texts of a rollout must not get shorter: they have {self.lengths.start} tokens at first and "
+                f"{self.lengths.end} at the end. Set MIN_ROLLOUT_LENGTH to at most MAX_ROLLOUT_LENGTH."
+            )
+        if not all(0 <= share <= 1 for share in (self.data_share.start, self.data_share.end)):
+            raise UserError(f"Rollout.data_share must lie in [0, 1]; got {self.data_share}. Set DATA_SHARE.")
 
-    def length(self, step: int) -> int:
-        """Returns the maximum number of tokens of a text written at this training step."""
-        grown = min(1.0, step / self.growth_steps) if self.growth_steps else 1.0
-        return round(self.min_length + grown * (self.max_length - self.min_length))
+    @property
+    def max_length(self) -> int:
+        """The maximum number of tokens of a text of any rollout."""
+        return int(self.lengths.end)
+
+    def number(self, step: int) -> int:
+        """Returns the rollout, counted from 0, whose texts this training step takes."""
+        return step // (self.num_batches * self.passes)
+
+    def length(self, number: int) -> int:
+        """Returns the maximum number of tokens of a text of this rollout: whole blocks, the last one may be shorter."""
+        size = self.decoder.block_size
+        return min(max(round(self.lengths.at(number) / size), 1) * size, self.max_length)
 
     def bucket(self, length: int) -> int:
         """Returns the row length, in tokens, for texts of this length."""
@@ -84,21 +105,45 @@ def prompts(batch: Batch, num_inputs: int, length: int, bucket: int) -> Batch:
     )
 
 
+def own_targets(
+    batch: Batch, asked: Batch, rows: Bool[np.ndarray, " batch"]
+) -> tuple[Batch, Bool[np.ndarray, "batch length"]]:
+    """Returns the prompts with the data's own targets in some rows, cut to the canvas, and where these are.
+
+    Args:
+      batch: numpy, as in `prompts`.
+      asked: the prompts made of it.
+      rows: True for rows that get their targets.
+    """
+    room = max(asked.tokens.shape[1] - batch.tokens.shape[1], 0)
+    tokens, mask = (
+        np.pad(x, ((0, 0), (0, room)))[:, : asked.tokens.shape[1]] for x in (batch.tokens, batch.target_mask)
+    )
+    given = mask & asked.target_mask & rows[:, None]
+    return asked.replace(tokens=np.where(given, tokens, asked.tokens)), given
+
+
 def make_rollout_step(
     mesh: Mesh, definition: ModelDefinition, decoder: BlockDecoder, *, seed: int
-) -> Callable[[Params, Batch, int | jax.Array], Batch]:
-    """Returns the jitted `(params, prompts, step) -> texts`: prompts with written texts, and when each was written.
+) -> Callable[..., Batch]:
+    """Returns the jitted `(params, prompts, step, given=None) -> texts`; texts know when each token was written.
 
     A text extends to the end of the block in which it ended, as its decoder did. The tokens after its end are those
-    that the student saw as it wrote the block. Draws are keyed by `(seed, step, example_ids)`.
+    that the student saw as it wrote the block. Draws are keyed by `(seed, step, example_ids)`. A row with `given`
+    targets, `[B, L]` bool, keeps these and is not written.
     """
 
     base = stream(jax.random.key(seed), "rollouts")
 
-    def write(params: Params, batch: Batch, step: int | jax.Array) -> Batch:
+    def write(params: Params, batch: Batch, step: int | jax.Array, given: AnyBoolBL | None = None) -> Batch:
         key = jax.random.fold_in(base, step)
-        decoded = decoder.decode(definition.bind(params), batch, key)
+        asked = batch
+        if given is not None:
+            asked = batch.replace(target_mask=batch.target_mask & ~jnp.any(given, axis=-1, keepdims=True))
+        decoded = decoder.decode(definition.bind(params), asked, key)
         there = batch.input_mask | (decoded.written_at >= 0)
+        if given is not None:
+            there |= given
         return batch.replace(
             tokens=jnp.where(there, decoded.canvas, definition.vocabulary.pad_id),
             target_mask=batch.target_mask & there,
@@ -134,30 +179,45 @@ class OnPolicyBatches:
         seed: int,
     ):
         self._mesh, self._rollout, self._prompts, self._num_inputs = mesh, rollout, prompts, num_inputs
-        self._batch_size = batch_size
+        self._batch_size, self._seed = batch_size, seed
         self._write = make_rollout_step(mesh, definition, rollout.decoder, seed=seed)
         self._texts: list[Batch] = []
 
     def next_batch(self, state: TrainState) -> Batch:
         """Returns the next batch, numpy; if none is left, writes new ones with the parameters of this state."""
         if not self._texts:
-            step = int(state.step)
-            length = self._rollout.length(step)
-            asked = [self._ask(number, length) for number in range(self._rollout.num_batches)]
-            batch = partitioning.put_rows(self._mesh, jax.tree.map(lambda *x: np.concatenate(x), *asked))
-            written = partitioning.whole(self._write(state.params, batch, step))
-            order = np.argsort(written.example_ids).reshape(len(asked), self._batch_size)
-            self._texts = [jax.tree.map(lambda x: x[rows], written) for rows in order]  # noqa: B023  (called at once)
-            # In training a row's id is its index in the global batch again.
-            self._texts = [text.replace(example_ids=text.example_ids % self._batch_size) for text in self._texts]
+            self._texts = self._write_texts(state) * self._rollout.passes
         share, num_shares = partitioning.share_of_rows(self._mesh)
         size = self._batch_size // num_shares
         return jax.tree.map(lambda x: x[share * size : (share + 1) * size], self._texts.pop(0))
 
-    def _ask(self, number: int, length: int) -> Batch:
+    def _write_texts(self, state: TrainState) -> list[Batch]:
+        """Returns the batches of one rollout, numpy, with the rows of all processes."""
+        step = int(state.step)
+        number = self._rollout.number(step)
+        length, share = self._rollout.length(number), self._rollout.data_share.at(number)
+        # Keyed by the row, so that a process need not know the others' rows.
+        draws = np.random.default_rng([self._seed % 2**32, number]).random(self._rollout.num_batches * self._batch_size)
+        asked = [self._ask(index, length, draws < share) for index in range(self._rollout.num_batches)]
+        batch, given = partitioning.put_rows(self._mesh, jax.tree.map(lambda *x: np.concatenate(x), *asked))
+        written = partitioning.whole(self._write(state.params, batch, step, given))
+        texts = []
+        for rows in np.argsort(written.example_ids).reshape(len(asked), self._batch_size):
+            text = jax.tree.map(lambda x: x[rows], written)  # noqa: B023  (called at once)
+            # In training a row's id is its index in the global batch again.
+            texts.append(text.replace(example_ids=text.example_ids % self._batch_size))
+        return texts
+
+    def _ask(
+        self, index: int, length: int, from_data: Bool[np.ndarray, " rows"]
+    ) -> tuple[Batch, Bool[np.ndarray, "batch length"] | None]:
+        """Returns the prompts of the rollout's next batch, and which targets are given; None: of no row ever."""
         batch = next(self._prompts)
-        batch = batch.replace(example_ids=batch.example_ids + number * self._batch_size)
-        return prompts(batch, self._num_inputs, length, self._rollout.bucket(length))
+        batch = batch.replace(example_ids=batch.example_ids + index * self._batch_size)
+        asked = prompts(batch, self._num_inputs, length, self._rollout.bucket(length))
+        if self._rollout.data_share.start == self._rollout.data_share.end == 0:
+            return asked, None
+        return own_targets(batch, asked, from_data[batch.example_ids])
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Returns the prompts' position, and the texts that are written and not used yet."""

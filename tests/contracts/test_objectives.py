@@ -14,6 +14,7 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import CAUSAL, PREFIX
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block
+from diffusion_t5x.objectives.block_sft import BlockSft
 from diffusion_t5x.objectives.distillation import Distillation, Teacher
 from diffusion_t5x.objectives.drafts import Drafts
 from diffusion_t5x.objectives.joint import Joint
@@ -33,6 +34,8 @@ OBJECTIVES = {
     "joint": Joint(Masked()),
     "joint with the example": Joint(MaskPredict()),
     "distillation": Distillation(3, states="random"),
+    "argmax distillation": Distillation(3, states="random", teacher_fill="argmax"),
+    "block sft": BlockSft(3),
     "drafts": Drafts(3),
     "the example": MaskPredict(normalize="sequences"),
 }
@@ -44,7 +47,9 @@ CONFIGS = {
 }
 CASES = [("decoder_only", name) for name in OBJECTIVES]
 CASES += [
-    (config, name) for config in ("shifted", "encoder_decoder") for name in ("the example", "distillation", "drafts")
+    (config, name)
+    for config in ("shifted", "encoder_decoder")
+    for name in ("the example", "distillation", "argmax distillation", "drafts")
 ]
 SIZES = [(2, 5), (1, 6), (5, 3), (3, 4)]
 

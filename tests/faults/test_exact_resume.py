@@ -41,7 +41,13 @@ CASES = {
         (*DECODER_ONLY, "objectives/distillation", "decoding/block", "tasks/quickstart", "runs/distil"),
         PAIRS
         | {"INITIAL_CHECKPOINT_PATH": "TEACHER", "MAX_ROLLOUT_LENGTH": 16, "MIN_ROLLOUT_LENGTH": 8}
-        | {"Rollout.num_batches": 4, "Rollout.growth_steps": 8, "BLOCK_SIZE": 4, "NUM_DECODED_EXAMPLES": 8},
+        | {
+            "Rollout.num_batches": 4,
+            "GROWTH_ROLLOUTS": 2,
+            "WARMUP_STEPS": 0,
+            "BLOCK_SIZE": 4,
+            "NUM_DECODED_EXAMPLES": 8,
+        },
     ),
 }
 

@@ -18,6 +18,7 @@ from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.distillation import Distillation, Teacher
 from diffusion_t5x.objectives.sundae import Sundae
 from diffusion_t5x.partitioning import MeshConfig
+from diffusion_t5x.training.ramps import Ramp
 from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout
 from diffusion_t5x.training.state import abstract_state, init_state
 from diffusion_t5x.training.step import make_train_step
@@ -94,7 +95,7 @@ def distil(mesh):
     """Two steps on texts that the student writes: what it wrote, and the losses."""
     definition, params = tiny.make_model(tiny.LLAMA)
     optimizer = optax.adam(1e-2)
-    rollout = Rollout(BlockDecoder(3, MaskedDecoder(num_steps=2, temperature=1.0)), 2, 5, 6, growth_steps=0)
+    rollout = Rollout(BlockDecoder(3, MaskedDecoder(num_steps=2, temperature=1.0)), 2, lengths=Ramp(6, 6))
     with jax.set_mesh(mesh):
         abstract, state = tiny.fresh_state(mesh, definition, optimizer)
         teacher = jax.tree.map(lambda x, at: jax.device_put(1.1 * x, at.sharding), params, abstract.params)

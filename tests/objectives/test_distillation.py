@@ -16,11 +16,14 @@ from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import CAUSAL, AttentionKind, Slots
 from diffusion_t5x.models.reading import Reading, start_first
-from diffusion_t5x.models.sampling import forbid
+from diffusion_t5x.models.sampling import Sampling, forbid
 from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.block import block_starts, noisy_output
-from diffusion_t5x.objectives.distillation import Distillation, Divergence, divergence, visited_states
+from diffusion_t5x.objectives.block_sft import BlockSft
+from diffusion_t5x.objectives.distillation import Distillation, visited_states
+from diffusion_t5x.objectives.divergences import Divergence, divergence
+from diffusion_t5x.objectives.texts import random_states
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training.rollout import make_rollout_step
 
@@ -35,15 +38,19 @@ def softmax(logits):
     return exp / exp.sum(axis=-1, keepdims=True)
 
 
-def plain(teacher, student, kind, top_k=None):
+def plain(teacher, student, kind, top_k=None, mix=0.5):
     """The same by numpy in float64; 0 log 0 is 0."""
     p, q = softmax(np.asarray(teacher, np.float64)), softmax(np.asarray(student, np.float64))
-    m = (p + q) / 2
+    m = mix * p + (1 - mix) * q
     with np.errstate(divide="ignore", invalid="ignore"):
+        forward = np.where(p > 0, p * np.log(p / q), 0)
+        reverse = np.where((p > 0) & (q > 0), q * np.log(q / p), 0)
+        to_m = (np.where(x > 0, x * np.log(x / m), 0) for x in (p, q))
         terms = {
-            "forward_kl": np.where(p > 0, p * np.log(p / q), 0),
-            "reverse_kl": np.where((p > 0) & (q > 0), q * np.log(q / p), 0),
-            "jsd": (np.where(p > 0, p * np.log(p / m), 0) + np.where(q > 0, q * np.log(q / m), 0)) / 2,
+            "forward_kl": forward,
+            "reverse_kl": reverse,
+            "mixed_kl": (1 - mix) * forward + mix * reverse,
+            "jsd": mix * next(to_m) + (1 - mix) * next(to_m),
         }[kind]
     if top_k is not None:
         terms = np.take_along_axis(terms, np.argsort(-p, axis=-1, kind="stable")[..., :top_k], axis=-1)
@@ -55,11 +62,12 @@ LOGITS = np.random.default_rng(0).normal(0, 3, (2, 5, 7, 12)).astype(np.float32)
 
 @pytest.mark.parametrize("kind", get_args(Divergence))
 @pytest.mark.parametrize("top_k", [None, 1, 4, 12, 50])
-def test_divergences(kind, top_k):
-    found = divergence(*LOGITS, kind, top_k)
-    np.testing.assert_allclose(found, plain(*LOGITS, kind, top_k), rtol=2e-5, atol=2e-6)
+@pytest.mark.parametrize("mix", [0.5, 0.1])
+def test_divergences(kind, top_k, mix):
+    found = divergence(*LOGITS, kind, top_k, mix)
+    np.testing.assert_allclose(found, plain(*LOGITS, kind, top_k, mix), rtol=2e-5, atol=2e-6)
     if top_k is not None and top_k >= 12:
-        np.testing.assert_array_equal(found, divergence(*LOGITS, kind))
+        np.testing.assert_array_equal(found, divergence(*LOGITS, kind, mix=mix))
 
 
 @pytest.mark.parametrize("kind", get_args(Divergence))
@@ -146,6 +154,40 @@ def test_visited_states_are_those_of_the_decoder_each_as_likely():
     np.testing.assert_array_equal(drawn[:, 0, :2], [[3, 4]] * 4000)
 
 
+def test_a_row_that_nobody_wrote_has_random_masks_among_those_that_the_student_wrote():
+    batch = tiny.one_a_row([([3, 4], [5, 6, 7, 8, 9, 10])] * 2)
+    batch = batch.replace(written_at=np.array([[-1, -1, 0, 0, 0, 0, 0, 0], [-1] * 8], np.int32))
+    definition, _, _ = models()
+    draw = jax.jit(lambda key: Distillation(3).model_inputs(definition, batch, key))
+    drawn = np.stack([draw(jax.random.key(seed)) for seed in range(20)])[:, :, 2:] == MASK
+    assert drawn[:, 0].all()  # written in one step: everything was masked
+    assert 0.3 < drawn[:, 1].mean() < 0.9 and drawn[:, 1].reshape(20, 2, 3).any(axis=2).all()
+
+
+def test_random_states_have_any_number_of_masks_alike_but_none():
+    """The released code draws a share from [0, 1], then each mask, and forces one where there is none.
+
+    Of three targets 0 to 3 are masked with probability 1/4 each, so 1, 2 and 3 with 1/2, 1/4 and 1/4. The forced one is
+    any of them: each is masked with probability 1/2 + 1/12.
+    """
+    batch = tiny.one_a_row([([3, 4], [5, 6, 7])] * 6000)
+    drawn = np.asarray(random_states(batch, VOCABULARY, 3, jax.random.key(0)))
+    assert (drawn[:, :2] == [3, 4]).all() and np.isin(drawn[:, 2:], [5, 6, 7, MASK]).all()
+    masked = drawn[:, 2:] == MASK
+    counts = np.bincount(masked.sum(axis=1), minlength=4) / 6000
+    np.testing.assert_allclose(counts, [0, 1 / 2, 1 / 4, 1 / 4], atol=0.025)  # four standard errors of 1/2
+    np.testing.assert_allclose(masked.mean(axis=0), 7 / 12, atol=0.026)
+    # A last block of two targets, and blocks that begin with inputs.
+    whole = tiny.one_a_row([([3], [5, 6, 7, 8, 9])] * 200)
+    by_targets, by_row = (
+        np.asarray(random_states(whole, VOCABULARY, 3, jax.random.key(1), origin)) == MASK
+        for origin in ("targets", "row")
+    )
+    assert by_targets[:, 1:4].any(axis=1).all() and by_targets[:, 4:6].any(axis=1).all()
+    assert by_row[:, 1:3].any(axis=1).all() and by_row[:, 3:6].any(axis=1).all()
+    assert not by_targets[:, 0].any() and not by_row[:, 0].any()
+
+
 def models(config=tiny.LLAMA):
     definition, student = tiny.make_model(config)
     return definition, student, tiny.random_params(definition, 1)
@@ -223,6 +265,110 @@ def test_the_loss_is_what_brute_force_gives(kind, top_k, score_end, softmax, siz
             means.append(np.mean(distance[row, masked]))
     assert len(means) == 2
     assert sums.loss.mean() == pytest.approx(np.mean(means), rel=2e-5)
+
+
+def sums_of(objective, config=tiny.LLAMA, batch=BATCH, seed=4):
+    """The objective's loss of the student, and the noisy tokens."""
+    definition, student, teacher = models(config)
+
+    @jax.jit
+    def run(student, teacher):
+        key = jax.random.key(seed)
+        loss = objective.loss(definition.bind(student), batch, key, train=False, teacher=definition.bind(teacher))
+        return loss, objective._noisy(VOCABULARY, batch, key)
+
+    return jax.device_get(run(student, teacher))
+
+
+def scored_parts(noisy, score_end=False):
+    """Of each row the masked targets that count: up to its end, the EOS in place 6 of the first row."""
+    ends = (7 if score_end else 6, 5)
+    return [
+        [i for i in range(end) if BATCH.target_mask[row, i] and noisy[row, i] == MASK] for row, end in enumerate(ends)
+    ]
+
+
+def test_the_teachers_distribution_may_be_the_one_it_would_sample_from():
+    """Temperature, then top-p, then min-p, by NumPy in float64; what they exclude adds nothing."""
+    sampling = Sampling(temperature=0.7, top_p=0.9, min_p=0.05)
+    sums, noisy = sums_of(Distillation(3, teacher_sampling=sampling))
+    p = softmax(brute_force_parts()[..., :MASK] / 0.7)
+    order = np.argsort(-p, axis=-1)
+    ordered = np.take_along_axis(p, order, axis=-1)
+    nucleus = np.zeros(p.shape, bool)
+    np.put_along_axis(nucleus, order, ordered.cumsum(axis=-1) - ordered < 0.9, axis=-1)
+    kept = np.where(nucleus, p, 0) / np.where(nucleus, p, 0).sum(axis=-1, keepdims=True)
+    kept = np.where(kept >= 0.05 * kept.max(axis=-1, keepdims=True), kept, 0)
+    assert ((kept > 0).sum(axis=-1) < nucleus.sum(axis=-1)).any()  # min-p takes away more
+    with np.errstate(divide="ignore"):
+        distance = plain(
+            np.log(kept / kept.sum(axis=-1, keepdims=True)),
+            student_logits(noisy, 3, tiny.LLAMA, "targets", "allowed")[..., :MASK],
+            "forward_kl",
+        )
+    means = [distance[row, masked].mean() for row, masked in enumerate(scored_parts(noisy))]
+    assert sums.loss.mean() == pytest.approx(np.mean(means), rel=2e-5)
+
+
+@pytest.mark.parametrize("config", [tiny.LLAMA, SHIFTED])
+def test_the_teacher_may_read_the_students_most_likely_tokens(config):
+    """Against a pass over each prefix alone: clean before the block, inside it what the student sees or would write."""
+    sums, noisy = sums_of(Distillation(3, teacher_fill="argmax"), config)
+    logits = student_logits(noisy, 3, config, "targets", "allowed")
+    filled = np.where(noisy == MASK, logits.argmax(axis=-1), noisy)
+    assert (filled != BATCH.tokens)[BATCH.target_mask].any()
+    definition, _, teacher = models()
+    means = []
+    for row, masked in enumerate(scored_parts(noisy)):
+        first, distances = (2, 0)[row], []
+        for i in masked:
+            start = i - (i - first) % 3
+            read = np.array([[VOCABULARY.start_id, *BATCH.tokens[row, :start], *filled[row, start:i]]], np.int32)
+            ones, positions = np.ones_like(read), np.arange(i + 1, dtype=np.int32)[None]
+            slots = Slots(segment_ids=ones, positions=positions, is_input=ones > 0)
+            taught = forward(definition, teacher, read, slots, CAUSAL)[0, -1]
+            distances.append(plain(taught, logits[row, i], "forward_kl"))
+        means.append(np.mean(distances))
+    assert sums.loss.mean() == pytest.approx(np.mean(means), rel=5e-5)
+
+
+def test_a_text_without_a_scored_token_counts_as_zero():
+    """Its only token is EOS, which does not count: the mean over two texts is half that of the other."""
+    empty = tiny.one_a_row([([3, 4], [EOS, 6, 7]), ([3, 4], [5, 6, 7])])
+    empty = empty.replace(written_at=np.array([[-1, -1, 0, 0, 0]] * 2, np.int32))
+    both, _ = sums_of(Distillation(3), batch=empty)
+    alone, _ = sums_of(Distillation(3), batch=tiny.rows_of(empty, [1]))
+    assert both.loss.denominator == 2 and alone.loss.denominator == 1
+    assert both.loss.mean() == pytest.approx(float(alone.loss.mean()) / 2, rel=1e-5)
+    with_end, _ = sums_of(Distillation(3, score_end=True), batch=empty)
+    assert with_end.loss.mean() > both.loss.mean()
+
+
+@pytest.mark.parametrize("score_end", [False, True])
+@pytest.mark.parametrize(("config", "origin"), [(tiny.LLAMA, "targets"), (SHIFTED, "targets"), (tiny.LLAMA, "row")])
+def test_block_sft_is_the_mean_over_a_texts_masked_tokens(score_end, config, origin):
+    """Without weights; tokens after the end, EOS (unless asked for) and padding do not count."""
+    for mask_probability in (0.5, None):
+        objective = BlockSft(3, mask_probability, score_end=score_end, blocks_from=origin)
+        sums, noisy = sums_of(objective, config, seed=5)
+        logits = student_logits(noisy, 3, config, origin, "allowed")[..., :MASK]
+        means = []
+        for row, masked in enumerate(scored_parts(noisy, score_end)):
+            nll = -np.log(softmax(logits.astype(np.float64)))[row, masked, BATCH.tokens[row, masked]]
+            means.append(nll.mean() if len(masked) else 0)
+        assert sum(means) > 0
+        assert sums.loss.mean() == pytest.approx(np.mean(means), rel=2e-5)
+
+
+def test_block_sft_masks_tokens_with_its_probability_whatever_their_block():
+    batch = tiny.one_a_row([([3], [5, 6, 7])] * 4000)
+    definition, _, _ = models()
+    drawn = np.asarray(BlockSft(3).model_inputs(definition, batch, jax.random.key(0)))[:, 1:] == MASK
+    np.testing.assert_allclose(drawn.mean(axis=0), 1 / 2, atol=0.032)  # four standard errors
+    counts = np.bincount(drawn.sum(axis=1), minlength=4) / 4000
+    np.testing.assert_allclose(counts, [1 / 8, 3 / 8, 3 / 8, 1 / 8], atol=0.031)
+    with pytest.raises(UserError, match="mask_probability"):
+        BlockSft(mask_probability=0.0)
 
 
 def test_gradients_reach_the_student_alone_and_a_perfect_student_has_no_loss():
@@ -306,6 +452,7 @@ def test_the_training_row_gives_the_logits_that_the_decoder_saw(config, origin, 
 
 
 def test_mistakes():
-    for wrong in ({"divergence": "kl"}, {"states": "seen"}, {"top_k": 0}, {"block_size": 0}):
+    wrongs = [{"divergence": "kl"}, {"states": "seen"}, {"top_k": 0}, {"block_size": 0}, {"mix": 1.0}]
+    for wrong in (*wrongs, {"teacher_fill": "none"}, {"teacher_sampling": Sampling(0.0)}):
         with pytest.raises(UserError):
             Distillation(**wrong)

@@ -21,6 +21,7 @@ from diffusion_t5x.objectives.masked import Masked
 from diffusion_t5x.objectives.sundae import Sundae
 from diffusion_t5x.performance.model_flops import forward_flops
 from diffusion_t5x.performance.step_flops import rollout_flops, step_flops
+from diffusion_t5x.training.ramps import Ramp
 from diffusion_t5x.training.rollout import Rollout
 
 KEY = jax.random.key(0)
@@ -88,7 +89,7 @@ def test_a_backward_pass_takes_twice_its_forward_pass():
 def test_a_rollout_is_its_passes():
     """The FLOPs of one row are those of the prompt's pass and, per block, of its steps and one pass for the cache."""
     decoder = BlockDecoder(4, MaskedDecoder(num_steps=2))
-    rollout = Rollout(decoder, min_length=6, max_length=16, growth_steps=10, num_buckets=2)
+    rollout = Rollout(decoder, num_batches=1, lengths=Ramp(6, 16, 12, "linear"), num_buckets=2)
     row, blocks = 5 + 16, 3  # at step 5: 11 targets, in a bucket of 16
     definition, params = tiny.make_model()
     batch = dataclasses.replace(tiny.one_a_row([([5] * 5, [6] * 16)], row), written_at=None)

@@ -1,6 +1,7 @@
 """Texts that the student writes for itself: prompts, lengths, positions in the data, and a teacher that stays."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,14 @@ from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.objectives.distillation import Distillation, Teacher
 from diffusion_t5x.partitioning import MeshConfig, put_batch
+from diffusion_t5x.training.ramps import Ramp
 from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout, make_rollout_step, prompts
 from diffusion_t5x.training.state import TrainState
 from diffusion_t5x.training.step import make_train_step
 
 MASK = tiny.VOCABULARY.mask_id
 DECODER = BlockDecoder(3, MaskedDecoder(num_steps=3, temperature=1.0))
-ROLLOUT = Rollout(DECODER, num_batches=3, min_length=4, max_length=10, growth_steps=6, num_buckets=2)
+ROLLOUT = Rollout(DECODER, num_batches=3, lengths=Ramp(3, 9, 6, "linear"), num_buckets=2)
 
 
 class Prompts:
@@ -54,18 +56,38 @@ def test_prompts_are_inputs_with_an_empty_canvas(data):
     jax.tree.map(np.testing.assert_array_equal, batch, expected)
 
 
-def test_lengths_grow_in_a_straight_line_and_have_few_sizes():
-    published = Rollout(DECODER)
-    assert [published.length(step) for step in (0, 1, 50, 100, 9999)] == [100, 139, 2050, 4000, 4000]
+def released_length(rl_step, kind):
+    """The maximum length in the released code, `_get_scheduled_max_token` of rl.py; its RL steps count from 1."""
+    progress = min(rl_step / 100, 1.0)
+    if kind == "linear":
+        frac = progress
+    elif kind == "sin":
+        frac = math.sin(math.pi / 2 * progress)
+    else:
+        frac = 1.0 - math.cos(math.pi / 2 * progress)
+    return max(int(round((100 + (4000 - 100) * frac) / 4) * 4), 4)
+
+
+def test_lengths_are_those_of_the_released_code_and_have_few_sizes():
+    published = Rollout(BlockDecoder(4, MaskedDecoder(num_steps=4)))
+    found = [published.length(number) for number in (0, 1, 2, 6, 7, 50, 99, 9999)]
+    assert found == [100, 100, 104, 124, 132, 1284, 4000, 4000]
+    for shape in ("cos", "sin", "linear"):
+        lengths = dataclasses.replace(published, lengths=Ramp(100, 4000, 100, shape))
+        assert [lengths.length(n) for n in range(150)] == [released_length(n + 1, shape) for n in range(150)]
     assert {published.bucket(length) for length in range(100, 4001)} == {500, 1000, 2000, 4000}
     assert all(published.bucket(length) >= length for length in range(100, 4001))
-    assert dataclasses.replace(ROLLOUT, growth_steps=0).length(0) == 10
+    assert dataclasses.replace(ROLLOUT, lengths=Ramp(3, 9, 0)).length(0) == 9
+    # A rollout is 16 training steps long, not one.
+    assert [published.number(step) for step in (0, 15, 16, 79, 80)] == [0, 0, 1, 4, 5]
+    assert dataclasses.replace(published, passes=2).number(80) == 2
 
 
-def make_batches(mesh=None, num_inputs=5):
+def make_batches(mesh=None, num_inputs=5, **settings):
     definition, params = tiny.make_model(tiny.LLAMA)
     mesh = mesh or MeshConfig(data=1, fsdp=1, tensor=1).make()
-    batches = OnPolicyBatches(mesh, definition, ROLLOUT, Prompts(), num_inputs=num_inputs, batch_size=4, seed=7)
+    rollout = dataclasses.replace(ROLLOUT, **settings)
+    batches = OnPolicyBatches(mesh, definition, rollout, Prompts(), num_inputs=num_inputs, batch_size=4, seed=7)
     return batches, state_of(params)
 
 
@@ -88,10 +110,46 @@ def test_texts_are_what_the_student_decodes():
         assert batch.example_ids.tolist() == [0, 1, 2, 3]
         assert not (batch.tokens == MASK).any()
         assert ((batch.written_at >= 0) == batch.target_mask).all()
-        # Three batches at a time, as long as the schedule says at the first of them: 4, and 4 + 6 / 2.
-        assert batch.target_mask.sum(axis=1).max() <= (4 if number < 3 else 7)
-        assert batch.tokens.shape[1] == (5 + 5 if number < 3 else 5 + 10)
+        # Three batches at a time: 4 tokens in the first rollout and 5 in the second, to the nearest whole block.
+        assert batch.target_mask.sum(axis=1).max() <= (3 if number < 3 else 6)
+        assert batch.tokens.shape[1] == (5 + 5 if number < 3 else 5 + 9)
     assert len({batch.tokens[:, -5:].tobytes() for batch in taken}) == 6  # each row has draws of its own
+
+
+def test_each_batch_of_a_rollout_is_taken_as_often_as_asked():
+    batches, state = make_batches(passes=2)
+    taken = take(batches, state, 7)
+    for first, second in zip(taken[:3], taken[3:6], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, first, second)
+    assert taken[6].tokens.tobytes() != taken[0].tokens.tobytes()
+
+
+def test_texts_are_the_datas_own_with_the_share_that_is_asked_for():
+    """Always, never, and from always to never: a row's draw is below a falling share less and less often."""
+    own, state = make_batches(data_share=Ramp(1, 1))
+    source = Prompts()
+    for number, batch in enumerate(take(own, state, 6)):
+        given = next(source)
+        assert (batch.written_at == -1).all() and batch.target_mask.any()
+        for row in range(4):
+            targets = given.tokens[row][given.target_mask[row]][: 3 if number < 3 else 6]
+            assert batch.tokens[row][batch.target_mask[row]].tolist() == targets.tolist()
+            inputs = given.tokens[row][given.input_mask[row]]
+            assert batch.tokens[row][batch.input_mask[row]].tolist() == inputs.tolist()
+    mixed, _ = make_batches(data_share=Ramp(1, 0, 4, "linear"))
+    written, _ = make_batches()
+    shares = []
+    for batch, other in zip(take(mixed, state, 12), take(written, state, 12), strict=True):
+        by_student = (batch.written_at >= 0).any(axis=1)
+        shares.append(1 - by_student.mean())
+        jax.tree.map(  # what the student writes does not depend on the other rows
+            lambda x, y: np.testing.assert_array_equal(x[by_student], y[by_student]),  # noqa: B023
+            batch,
+            other,
+        )
+    by_rollout = np.reshape(shares, (4, 3)).mean(axis=1)  # 12 rows each, of shares 3/4, 1/2, 1/4 and 0
+    assert by_rollout[3] == 0 < by_rollout[0] < 1
+    assert by_rollout[0] > by_rollout[2]
 
 
 def test_a_resumed_run_goes_on_with_the_texts_that_were_written():
@@ -138,7 +196,10 @@ def test_the_teacher_stays_as_it_is_and_the_student_learns():
     "wrong,message",
     [
         ({"decoder": BlockDecoder(3, SundaeDecoder(num_samples=1))}, "masked blocks"),
-        ({"min_length": 11}, "min_length must not exceed"),
+        ({"lengths": Ramp(11, 10)}, "must not get shorter"),
+        ({"lengths": Ramp(0, 10)}, "at least 1"),
+        ({"passes": 0}, "at least 1"),
+        ({"data_share": Ramp(0, 1.5)}, "data_share must lie in"),
         ({"num_buckets": 0}, "at least 1"),
     ],
 )
