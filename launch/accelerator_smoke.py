@@ -39,7 +39,7 @@ OBJECTIVES: dict[str, Objective] = {
     "SUNDAE": Sundae(),
     "masked": Masked(),
     "blocks, masked": Block(4),
-    "blocks, uniform noise": Block(4, noise="uniform"),
+    "blocks, uniform noise": Block(4, noise="uniform", weighting="uniform"),
     "distillation": Distillation(4, states="random"),
     "drafts": Drafts(4),
 }
