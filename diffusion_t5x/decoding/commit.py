@@ -68,20 +68,6 @@ def propose(
     return tokens, log_probability, certainty
 
 
-def within_entropy(certainty: FloatBL, eligible: BoolBL, bound: float) -> BoolBL:
-    """The eligible positions of least entropy that together have less than `bound`.
-
-    Args:
-      certainty: minus the entropy, in nats.
-      eligible: positions that may be chosen.
-      bound: in nats.
-    """
-    entropy = jnp.where(eligible, -certainty, jnp.inf)
-    order = jnp.argsort(entropy, axis=-1)
-    number = jnp.sum(jnp.cumsum(jnp.take_along_axis(entropy, order, axis=-1), axis=-1) < bound, axis=-1)
-    return eligible & (jnp.argsort(order, axis=-1) < number[:, None])
-
-
 def choose(
     certainty: FloatBL,
     eligible: BoolBL,

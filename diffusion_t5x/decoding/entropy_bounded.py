@@ -22,6 +22,8 @@ class EntropyBoundedDecoder(AbsorbingRule):
 
     Attributes:
       bound: at most so many nats per step (the paper's gamma); 0 writes one token per step, unless others are certain.
+      counts_largest: the largest entropy counts in the sum, too, as in OPDLM's code (github.com/divelab/OPDLM at
+        3bb8bf6, where the bound is 0.35): fewer tokens per step.
       order: which positions come first: see `commit.propose`.
       softmax: of what entropy and certainty are: see `commit.propose`.
       guidance: see `StepRule`.
@@ -30,6 +32,7 @@ class EntropyBoundedDecoder(AbsorbingRule):
     """
 
     bound: float = 0.1
+    counts_largest: bool = False
     order: Order = "entropy"
     softmax: Softmax = "allowed"
     guidance: float = 0.0
@@ -59,11 +62,14 @@ class EntropyBoundedDecoder(AbsorbingRule):
             return *propose(*arguments, self.order, self.softmax), -propose(*arguments, "entropy", self.softmax)[2]
 
         tokens, log_probability, certainty, entropy = model.map_logits(read_out, hidden, positions)
-        chosen = choose(certainty, eligible, within_bound(certainty, entropy, eligible, self.bound))
+        count = within_bound(certainty, entropy, eligible, self.bound, self.counts_largest)
+        chosen = choose(certainty, eligible, count)
         return self.written(canvas, chosen, tokens, log_probability)
 
 
-def within_bound(certainty: FloatBL, entropy: FloatBL, eligible: BoolBL, bound: float) -> IntB:
+def within_bound(
+    certainty: FloatBL, entropy: FloatBL, eligible: BoolBL, bound: float, counts_largest: bool = False
+) -> IntB:
     """Returns how many eligible positions, most certain first, have a sum of entropies less the largest within a bound.
 
     Args:
@@ -71,9 +77,11 @@ def within_bound(certainty: FloatBL, entropy: FloatBL, eligible: BoolBL, bound: 
       entropy: of every position, in nats.
       eligible: positions that count; a row with any gets at least 1.
       bound: in nats.
+      counts_largest: of the sum itself.
     """
     order = jnp.lexsort((-certainty, ~eligible), axis=-1)
     entropy = jnp.take_along_axis(entropy, order, axis=-1)
-    excess = jnp.cumsum(entropy, axis=-1) - jax.lax.cummax(entropy, axis=1)
+    total = jnp.cumsum(entropy, axis=-1)
+    excess = total if counts_largest else total - jax.lax.cummax(entropy, axis=1)
     fits = jnp.take_along_axis(eligible, order, axis=-1) & (excess <= bound)
     return jnp.maximum(jnp.sum(fits, axis=-1, dtype=jnp.int32), 1)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.absorbing import AbsorbingRule
 from diffusion_t5x.decoding.canvas import Canvas, Written
-from diffusion_t5x.decoding.commit import Order, Softmax, choose, propose, within_entropy
+from diffusion_t5x.decoding.commit import Order, Softmax, choose, propose
 from diffusion_t5x.decoding.counts import Counts, step_count
 from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.transformer import Transformer
@@ -33,9 +33,6 @@ class MaskedDecoder(AbsorbingRule):
         None.
       threshold_included: also every token whose probability is just that (Fast-dLLM, LMDeploy; not SDAR, SGLang,
         JetEngine).
-      entropy_bound: a step also writes the positions of least entropy whose entropies, in nats, sum to less than this
-        (the entropy-bounded sampler, arXiv 2505.24857, as in OPDLM's code, where it is 0.35), with num_steps None and
-        the order of entropy.
       window: so many targets are written before the next so many are, counted from the first target, while each sees
         all others (LLaDA). None: all at once.
       order: which positions come first: see `commit.propose`. A threshold is one of confidence or of margin.
@@ -55,7 +52,6 @@ class MaskedDecoder(AbsorbingRule):
     counts: Counts = "even"
     threshold: float | None = None
     threshold_included: bool = False
-    entropy_bound: float | None = None
     window: int | None = None
     order: Order = "confidence"
     softmax: Softmax = "allowed"
@@ -76,11 +72,6 @@ class MaskedDecoder(AbsorbingRule):
             raise UserError(
                 "MaskedDecoder.threshold must lie in [0, 1] and belongs to the order of confidence or margin; "
                 f"got {self}."
-            )
-
-        if self.entropy_bound is not None and (self.entropy_bound < 0 or self.order != "entropy"):
-            raise UserError(
-                f'MaskedDecoder.entropy_bound must not be negative and belongs to order = "entropy"; got {self}.'
             )
 
     def eligible(self, tokens: IntBL, target_mask: BoolBL, vocabulary: TokenIds, step: IntScalar) -> BoolBL:
@@ -121,8 +112,6 @@ class MaskedDecoder(AbsorbingRule):
 
         tokens, log_probability, certainty = model.map_logits(read_out, hidden, positions)
         chosen = choose(certainty, eligible, self._count(canvas, eligible), self.threshold, self.threshold_included)
-        if self.entropy_bound is not None:
-            chosen |= within_entropy(certainty, eligible, self.entropy_bound)
         return self.written(canvas, chosen, tokens, log_probability)
 
     def _count(self, canvas: Canvas, eligible: BoolBL) -> IntB:

@@ -72,7 +72,7 @@ def shares(number, steps):
     return [len(part) for part in np.array_split(np.arange(number), steps)]
 
 
-def written_greedily(tokens, targets, order, num_steps, threshold, entropy_bound):
+def written_greedily(tokens, targets, order, num_steps, threshold):
     """A row's canvases with their confidences, and its score: one position after another, in Python."""
     canvas, confidence = np.where(targets, MASK, tokens), np.zeros(len(tokens))
     canvases, total, step = [(canvas.copy(), confidence.copy())], 0.0, 0
@@ -84,9 +84,6 @@ def written_greedily(tokens, targets, order, num_steps, threshold, entropy_bound
         chosen = set(best_first[:count])
         if threshold is not None:
             chosen |= {place for place in left if sure[place] > threshold}
-        if entropy_bound is not None:
-            sums = np.cumsum([-sure[place] for place in best_first])
-            chosen |= {place for place, so_far in zip(best_first, sums, strict=True) if so_far < entropy_bound}
         for place in chosen:
             canvas[place] = found[place].argmax()
             confidence[place] = np.exp(found[place].max())
@@ -115,15 +112,11 @@ def ended(tokens):
         {"threshold": 0.4, "num_steps": 3},
         {"threshold": 0.0, "num_steps": None},
         {"threshold": 1.0, "num_steps": None},
-        {"order": "entropy", "entropy_bound": 0.0, "num_steps": None},
-        {"order": "entropy", "entropy_bound": 3.5, "num_steps": None},
-        {"order": "entropy", "entropy_bound": 3.5, "num_steps": 3},
-        {"order": "entropy", "entropy_bound": 99.0, "num_steps": None},
     ],
     ids=str,
 )
 def test_steps_scores_and_tokens_are_those_of_a_plain_loop(settings):
-    settings = {"order": "confidence", "threshold": None, "entropy_bound": None} | settings
+    settings = {"order": "confidence", "threshold": None} | settings
     decoded = decode_table(**settings)
     expected = [written_greedily(*row, **settings) for row in zip(BATCH.tokens, BATCH.target_mask, strict=True)]
     assert decoded.steps == max(len(canvases) for canvases, _ in expected) - 1
@@ -251,8 +244,6 @@ def test_nothing_to_write_takes_no_step():
         {"order": "left"},
         {"threshold": 1.5},
         {"threshold": 0.5, "order": "entropy"},
-        {"entropy_bound": 0.5},
-        {"entropy_bound": -0.5, "order": "entropy"},
         {"temperature": -1.0},
         {"top_p": 2.0},
     ],

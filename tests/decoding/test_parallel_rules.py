@@ -56,6 +56,20 @@ def test_entropies_of_a_step_sum_to_the_bound_but_for_the_largest(bound, expecte
     assert step(EntropyBoundedDecoder(bound), FOUR, start([MASK] * 4))[0] == expected
 
 
+@pytest.mark.parametrize(
+    ("bound", "expected"),
+    [
+        (0.0, [MASK, MASK, 7, MASK]),
+        (0.38, [MASK, MASK, 7, MASK]),
+        (0.39, [3, MASK, 7, MASK]),  # 0.056 + 0.325 = 0.381
+        (1.0, [3, MASK, 7, 9]),  # and 0.611: 0.992
+        (1.7, [3, 5, 7, 9]),  # and 0.693: 1.685
+    ],
+)
+def test_entropies_of_a_step_sum_to_the_bound_with_the_largest(bound, expected):
+    assert step(EntropyBoundedDecoder(bound, counts_largest=True), FOUR, start([MASK] * 4))[0] == expected
+
+
 def test_what_is_written_does_not_count():
     assert step(EntropyBoundedDecoder(0.06), FOUR, start([MASK, MASK, 4, MASK]))[0] == [3, MASK, 4, MASK]
 
