@@ -1,4 +1,4 @@
-"""Which tokens a step writes: by entropy, by margin."""
+"""The tokens that a step writes: by entropy, by margin."""
 
 import jax
 import jax.numpy as jnp
