@@ -1,4 +1,4 @@
-"""What objectives on whole texts share, as OPDLM's released code has it (github.com/divelab/OPDLM at 3bb8bf6)."""
+"""States and means of objectives on whole texts, as in OPDLM's released code (github.com/divelab/OPDLM at 3bb8bf6)."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What decoders sample, by enumeration: every proposal of every step, with its probability, through their own steps.
+"""The distribution that decoders sample, by enumeration: every proposal of every step goes through their own steps.
 
 The model has the exact conditionals of a second-order chain of three symbols. Decoding at temperature 1, one token per
 step, then samples the chain itself in every order but that of confidence. The second part decodes with the optima of
@@ -202,7 +202,7 @@ def on_policy(decoder, length):
 
 
 def nats_per_token(found, length=4):
-    """Of what is sampled, under the chain."""
+    """The cross-entropy of sampled texts under the chain."""
     return -np.sum(found * np.log(chain(length)[1])) / length
 
 
