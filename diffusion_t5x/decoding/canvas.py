@@ -1,7 +1,7 @@
 """The loop of all denoising decoders.
 
 A `StepRule` defines what one step may write, and writes it. `decode_canvas` runs a rule over whole rows; `BlockDecoder`
-and `SelfSpeculationDecoder` run it over blocks, which they read through a cache.
+and `SelfSpeculationDecoder` run it over blocks, and `WindowDecoder` over windows, which they read through a cache.
 """
 
 from collections.abc import Callable

@@ -1,13 +1,17 @@
 """The tokens that a step writes: by entropy, by margin, by credit."""
 
+import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
+from diffusion_t5x.command_line import config
+from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.canvas import Canvas
 from diffusion_t5x.decoding.credit import CreditDecoder
+from diffusion_t5x.decoding.editing import EditingDecoder
 from diffusion_t5x.decoding.entropy_bounded import EntropyBoundedDecoder, within_bound
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.errors import UserError
@@ -109,6 +113,20 @@ def test_no_credit_is_a_threshold():
     canvas = start([MASK] * 4)
     with_memory = canvas.replace(memory=one.start_memory(MODEL, canvas.tokens))
     assert step(one, FOUR, with_memory)[0] == step(other, FOUR, canvas)[0] == [3, MASK, 7, 9]
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("entropy_bounded", EntropyBoundedDecoder()),
+        ("margin", MaskedDecoder(None, threshold=0.5, order="margin")),
+        ("credit", CreditDecoder()),
+        ("published/llada21", BlockDecoder(32, EditingDecoder(softmax="all"), "row")),
+    ],
+)
+def test_the_gin_files_are_these_decoders(file, expected):
+    config.load([f"decoding/{file}.gin"])
+    assert gin.query_parameter("%DECODER").scoped_configurable_fn() == expected
 
 
 @pytest.mark.parametrize(
