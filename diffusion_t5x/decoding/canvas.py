@@ -1,7 +1,7 @@
 """The loop of all denoising decoders.
 
 A `StepRule` defines what one step may write, and writes it. `decode_canvas` runs a rule over whole rows; `BlockDecoder`
-and `SelfSpeculationDecoder` run it over blocks, which they read through a cache.
+and `SelfSpeculationDecoder` run it over blocks, and `WindowDecoder` over windows, which they read through a cache.
 """
 
 from collections.abc import Callable
@@ -32,6 +32,7 @@ class Written(flax.struct.PyTreeNode):
       log_probability: of the written tokens, at temperature 1 over all ids that may be written.
       score: added to the row's score, a sum over targets: higher is better.
       finished: rows that need no more steps even if positions are eligible; None: no row.
+      memory: what the rule keeps for its next step; see `StepRule.start_memory`.
     """
 
     tokens: IntBL
@@ -39,6 +40,7 @@ class Written(flax.struct.PyTreeNode):
     log_probability: FloatBL
     score: FloatB
     finished: BoolB | None = None
+    memory: Any = None
 
 
 class Canvas(flax.struct.PyTreeNode):
@@ -53,6 +55,7 @@ class Canvas(flax.struct.PyTreeNode):
       score: of the row so far.
       row_steps: steps that a row took part in.
       finished: rows that take no more steps.
+      memory: what the rule has kept from the step before.
     """
 
     step: IntScalar
@@ -63,6 +66,7 @@ class Canvas(flax.struct.PyTreeNode):
     score: FloatB
     row_steps: IntB
     finished: BoolB
+    memory: Any = None
 
     @classmethod
     def start(cls, tokens: IntBL, target_mask: BoolBL, score: FloatB | None = None) -> Self:
@@ -89,6 +93,7 @@ class Canvas(flax.struct.PyTreeNode):
             score=self.score + written.score,
             row_steps=self.row_steps + takes_part,
             finished=self.finished if written.finished is None else self.finished | (written.finished & takes_part),
+            memory=written.memory,
         )
 
 
@@ -118,6 +123,10 @@ class StepRule(Decoder, Protocol):
 
     def most_steps(self, num_targets: int) -> int:
         """Returns the maximum number of steps for `num_targets` targets."""
+
+    def start_memory(self, model: Transformer, tokens: IntBL) -> Any:
+        """Returns what the rule keeps from step to step, before the first one: any arrays. None keeps nothing."""
+        return None
 
     def write(
         self,
@@ -178,6 +187,7 @@ def denoise(
         written = rule.write(model, hidden, canvas, may_write, positions, step_keys)
         return canvas.after(written, jnp.any(may_write, axis=-1)), show(carry, written)
 
+    canvas = canvas.replace(memory=rule.start_memory(model, canvas.tokens))
     return jax.lax.while_loop(lambda state: jnp.any(eligible(state[0])), take_step, (canvas, carry))
 
 

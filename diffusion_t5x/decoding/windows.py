@@ -152,6 +152,9 @@ class _FirstAlone(StepRule):
     def most_steps(self, num_targets: int) -> int:
         return num_targets
 
+    def start_memory(self, model: Transformer, tokens: IntBL) -> Any:
+        return self.inner.start_memory(model, tokens)
+
     def write(
         self, model: Transformer, hidden: FloatBLD, canvas: Canvas, eligible: BoolBL, positions: IntBL, keys: KeyB
     ) -> Written:

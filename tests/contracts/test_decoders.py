@@ -14,8 +14,10 @@ from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding.beam_search import BeamSearchDecoder
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.canvas import StepRule
+from diffusion_t5x.decoding.credit import CreditDecoder
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.decoding.drafts import DraftingDecoder
+from diffusion_t5x.decoding.editing import EditingDecoder
 from diffusion_t5x.decoding.entropy_bounded import EntropyBoundedDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.decoding.self_speculation import SelfSpeculationDecoder
@@ -28,6 +30,8 @@ RULES = {
     "masked in windows": MaskedDecoder(num_steps=3, window=4, counts="linear", softmax="all", ends="last"),
     "masked by margin": MaskedDecoder(num_steps=None, threshold=0.2, order="margin"),
     "entropy bounded": EntropyBoundedDecoder(bound=2.0, temperature=1.0),
+    "credit": CreditDecoder(0.3),
+    "editing": EditingDecoder(0.3, 0.1, extra_steps=3),
     "ancestral": AncestralDecoder(num_steps=3),
     "sundae": SundaeDecoder(num_steps=3, num_samples=1),
     "sundae, a share": SundaeDecoder(num_steps=4, num_samples=1, update_share=0.5, stop_when_unchanged=True),
@@ -37,7 +41,7 @@ RULES = {
 DECODERS = {
     **RULES,
     **{f"blocks, {name}": BlockDecoder(3, rule) for name, rule in RULES.items()},
-    **{f"windows, {name}": WindowDecoder(3, RULES[name]) for name in ("masked", "ancestral", "sundae", "remasking")},
+    **{f"windows, {name}": WindowDecoder(3, RULES[name]) for name in ("masked", "editing", "sundae", "remasking")},
     "windows, the rest read on": WindowDecoder(3, RULES["masked by threshold"], "prefix", first_alone=True),
     "windows, guided": WindowDecoder(3, MaskedDecoder(2, guidance=0.5), refresh_every=2, refresh_drift=0.01),
     "masked, guided": MaskedDecoder(num_steps=3, guidance=0.5, ends="never", counts="times", softmax="filtered"),

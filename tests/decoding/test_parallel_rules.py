@@ -1,12 +1,17 @@
-"""The tokens that a step writes: by entropy, by margin."""
+"""The tokens that a step writes: by entropy, by margin, by credit."""
 
+import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
+from diffusion_t5x.command_line import config
+from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.canvas import Canvas
+from diffusion_t5x.decoding.credit import CreditDecoder
+from diffusion_t5x.decoding.editing import EditingDecoder
 from diffusion_t5x.decoding.entropy_bounded import EntropyBoundedDecoder, within_bound
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.errors import UserError
@@ -93,10 +98,56 @@ def test_a_margin_above_the_threshold_is_written():
     assert step(rule, FOUR, start([1, MASK, 1, 1]))[0] == [1, 5, 1, 1]  # at least one
 
 
+def test_credit_grows_with_the_steps_in_which_a_token_was_the_likeliest():
+    """By NumPy, of four steps over the same logits; the first position is sure with credit alone, from the third on."""
+    rule = CreditDecoder(0.68, alpha=1.0, beta=0.5, gamma=0.5)
+    probabilities = [{3: 0.5, 4: 0.5 - 1e-3, 6: 1e-3}, {5: 0.6, 6: 0.4}, {7: 0.55, 8: 0.45}]
+    canvas, credit, written = start([MASK] * 3), np.zeros(3), [None] * 3
+    canvas = canvas.replace(memory=rule.start_memory(MODEL, canvas.tokens))
+    firsts = np.array([max(of.values()) for of in probabilities])
+    for number in range(3):
+        left = np.array([at is None for at in written])
+        credit = 0.5 * credit + np.where(left, firsts**0.5, 0)
+        raised = firsts * (1 + credit) / (firsts * (1 + credit) + 1 - firsts)
+        sure = np.where(left, raised, -1)
+        for place in np.flatnonzero((sure > 0.68) | (np.arange(3) == sure.argmax())):
+            written[place] = number if written[place] is None else written[place]
+        tokens, result = step(rule, probabilities, canvas)
+        canvas = canvas.after(result, jnp.ones(1, bool))
+        np.testing.assert_allclose(canvas.memory[0, [0, 1, 2], [3, 5, 7]], credit, rtol=1e-5)
+        assert float(canvas.memory[0].sum()) == pytest.approx(credit.sum(), rel=1e-5)
+        if None not in written:
+            break
+    assert canvas.written_at[0].tolist() == written and tokens == [3, 5, 7] and len(set(written)) > 1
+    np.testing.assert_allclose(canvas.log_probability[0], np.log(firsts), rtol=1e-5)  # the model's own
+
+
+def test_no_credit_is_a_threshold():
+    one, other = CreditDecoder(0.65, alpha=0.0), MaskedDecoder(None, threshold=0.65)
+    canvas = start([MASK] * 4)
+    with_memory = canvas.replace(memory=one.start_memory(MODEL, canvas.tokens))
+    assert step(one, FOUR, with_memory)[0] == step(other, FOUR, canvas)[0] == [3, MASK, 7, 9]
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("entropy_bounded", EntropyBoundedDecoder()),
+        ("margin", MaskedDecoder(None, threshold=0.5, order="margin")),
+        ("credit", CreditDecoder()),
+        ("published/llada21", BlockDecoder(32, EditingDecoder(softmax="all"), "row")),
+    ],
+)
+def test_the_gin_files_are_these_decoders(file, expected):
+    config.load([f"decoding/{file}.gin"])
+    assert gin.query_parameter("%DECODER").scoped_configurable_fn() == expected
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: EntropyBoundedDecoder(-0.1), r"bound must be at least 0; got -0\.1"),
+        (lambda: CreditDecoder(beta=1.5), "needs threshold and beta in"),
         (lambda: MaskedDecoder(None, threshold=0.5, order="entropy"), "belongs to the order of confidence or margin"),
     ],
 )
