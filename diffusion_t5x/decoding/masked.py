@@ -19,7 +19,7 @@ from diffusion_t5x.shapes import BoolBL, FloatBLD, IntB, IntBL, IntScalar, KeyB
 class MaskedDecoder(AbsorbingRule):
     """Unmasks in `num_steps` steps (LLaDA, arXiv 2502.09992, section 2.4), or above a confidence.
 
-    The latter is Fast-dLLM's (arXiv 2505.22618). A written token stays. The score is the log-probability that each
+    The latter is Fast-dLLM's (arXiv 2505.22618, "Confidence-Aware Parallel Decoding"). A written token stays. The score is the log-probability that each
     token had when it was written, averaged over targets: conditionals from different steps, not a likelihood. Higher
     is better.
 
