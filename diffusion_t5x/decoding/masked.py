@@ -19,9 +19,9 @@ from diffusion_t5x.shapes import BoolBL, FloatBLD, IntB, IntBL, IntScalar, KeyB
 class MaskedDecoder(AbsorbingRule):
     """Unmasks in `num_steps` steps (LLaDA, arXiv 2502.09992, section 2.4), or above a confidence.
 
-    The latter is Fast-dLLM's (arXiv 2505.22618). A written token stays. The score is the log-probability that each
-    token had when it was written, averaged over targets: conditionals from different steps, not a likelihood. Higher
-    is better.
+    The latter is the confidence-aware parallel decoding of Fast-dLLM (arXiv 2505.22618). A written token stays. The
+    score is the log-probability that each token had when it was written, averaged over targets: conditionals from
+    different steps, not a likelihood. Higher is better.
 
     Attributes:
       num_steps: a row's targets, or with `window` those of each window, are divided over this many steps; rows with

@@ -4,14 +4,12 @@ Their files do not say which: masked diffusion over the whole row (MDLM), or in 
 """
 
 import dataclasses
-from types import ModuleType
+from collections.abc import Callable
 
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
-from diffusion_t5x.importing import llama, qwen2, qwen3
 from diffusion_t5x.importing.keys import Keys
 from diffusion_t5x.importing.published import Published, blocks, masked
-from diffusion_t5x.importing.weights import Weight
 from diffusion_t5x.models.config import ModelConfig
 
 DECODER = MaskedDecoder(num_steps=32, window=32, counts="linear", softmax="all")
@@ -21,30 +19,16 @@ _NOTE = (
 )
 
 
-class Family:
-    """The members of a family's module (see `families.FAMILIES`), from those of the model it was made from."""
-
-    def __init__(self, base: ModuleType):
-        self.EMBEDDING, self.HEAD, self.TIED, self.SAME = base.EMBEDDING, base.HEAD, base.TIED, base.SAME
-        self.TOKENIZERS = getattr(base, "TOKENIZERS", ())
-        self._base = base
-
-    def config(self, keys: Keys, tied: bool) -> ModelConfig:
-        """Builds the ModelConfig; same rules as `llama.config`."""
-        keys.ignore("auto_map", "mask_token_id")
-        return dataclasses.replace(self._base.config(keys, tied), reads_start=False)
-
-    def weights(self, config: ModelConfig) -> tuple[Weight, ...]:
-        """Maps parameters to tensors; same rules as `llama.weights`."""
-        return self._base.weights(config)
-
-    def published(self, keys: Keys) -> Published:
-        """Decoding as in dllm's chat.py: one token per step, in windows of 32 tokens or in the model's blocks."""
-        size = keys.get("block_size", None)
-        if size is None:
-            return masked(DECODER, "mdlm", _NOTE)
-        inner = MaskedDecoder(num_steps=size, counts="linear", softmax="all")
-        return blocks(BlockDecoder(size, inner), "bd3lm")
+def config(base: Callable[[Keys, bool], ModelConfig], keys: Keys, tied: bool) -> ModelConfig:
+    """Builds the ModelConfig of a model that was made from one of a family with the `config` of `base`."""
+    keys.ignore("auto_map", "mask_token_id")
+    return dataclasses.replace(base(keys, tied), reads_start=False)
 
 
-FROM_QWEN3, FROM_QWEN2, FROM_LLAMA = Family(qwen3), Family(qwen2), Family(llama)
+def published(keys: Keys) -> Published:
+    """Decoding as in dllm's chat.py: one token per step, in windows of 32 tokens or in the model's blocks."""
+    size = keys.get("block_size", None)
+    if size is None:
+        return masked(DECODER, "mdlm", _NOTE)
+    inner = MaskedDecoder(num_steps=size, counts="linear", softmax="all")
+    return blocks(BlockDecoder(size, inner), "bd3lm")

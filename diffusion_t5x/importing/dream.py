@@ -8,10 +8,7 @@ from diffusion_t5x.importing.keys import Keys
 from diffusion_t5x.importing.published import Published, masked
 from diffusion_t5x.models.config import ModelConfig
 
-EMBEDDING, HEAD, TIED, SAME = qwen2.EMBEDDING, qwen2.HEAD, qwen2.TIED, qwen2.SAME
-TOKENIZERS = qwen2.TOKENIZERS
 DECODER = MaskedDecoder(num_steps=512, counts="times", order="entropy", softmax="filtered", temperature=0.2, top_p=0.95)
-weights = qwen2.weights
 
 
 def config(keys: Keys, tied: bool) -> ModelConfig:

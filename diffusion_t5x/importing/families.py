@@ -1,7 +1,8 @@
 """The model families that can be imported, by the `model_type` of their config.json."""
 
 import dataclasses
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
 
 from diffusion_t5x.checkpointing.assignment import named_leaves
 from diffusion_t5x.errors import UserError, did_you_mean
@@ -32,32 +33,86 @@ from diffusion_t5x.importing.weights import VOCABULARY_AXIS, Source, Weight
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 
-# A module has `config(keys, tied)`, `weights(config)`, EMBEDDING and HEAD (names), TIED (what `tie_word_embeddings` is
-# where a config.json does not say), SAME (names of copies, and of what); BASE, if files may lack that prefix of their
-# names; ALIASES, if keys of the config.json have other names too; `vocab_size(keys)`, if rows of the embedding are not
-# under that key; TOKENIZERS, if there are other tokenizer files than the usual; and of diffusion models
-# `published(keys)`.
-FAMILIES: dict[str, Any] = {
-    "Dream": dream,
-    "a2d-llama": a2d.FROM_LLAMA,
-    "a2d-qwen2": a2d.FROM_QWEN2,
-    "a2d-qwen3": a2d.FROM_QWEN3,
-    "gemma": gemma,
-    "gemma2": gemma2,
-    "gemma3_text": gemma3_text,
-    "gpt2": gpt2,
-    "granite": granite,
-    "llada": llada,
-    "llama": llama,
-    "mistral": mistral,
-    "mt5": mt5,
-    "olmo2": olmo2,
-    "phi3": phi3,
-    "qwen2": qwen2,
-    "qwen3": qwen3,
-    "sdar": sdar,
-    "smollm3": smollm3,
-    "t5": t5,
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Layout of the models of one `model_type`; the defaults are those of Llama.
+
+    Attributes:
+      config: builds the ModelConfig; True if the embedding also computes the logits.
+      weights: maps parameters to tensors.
+      tokenizers: tokenizer files beside the usual ones.
+      embedding, head: names of these tensors.
+      tied: what `tie_word_embeddings` is where a config.json does not say.
+      copies: names of tensors that hold what another does, and of that one.
+      base: a prefix of names that files may lack.
+      aliases: other names of keys of the config.json.
+      vocab_size: rows of the embedding.
+      published: of diffusion models: how they were trained and are decoded.
+    """
+
+    config: Callable[[Keys, bool], ModelConfig]
+    weights: Callable[[ModelConfig], tuple[Weight, ...]]
+    tokenizers: tuple[str, ...] = ()
+    embedding: str = llama.EMBEDDING
+    head: str = llama.HEAD
+    tied: bool = False
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    base: str = ""
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    vocab_size: Callable[[Keys], int] = lambda keys: keys.get("vocab_size")
+    published: Callable[[Keys], Published] | None = None
+
+
+def _a2d(base: Family) -> Family:
+    """Returns the family of the diffusion models that dllm made from models of another."""
+    return dataclasses.replace(base, config=functools.partial(a2d.config, base.config), published=a2d.published)
+
+
+_MERGES = ("merges.txt",)
+_LLAMA = Family(llama.config, llama.weights)
+_QWEN2 = Family(qwen2.config, qwen2.weights, _MERGES)
+_QWEN3 = Family(qwen3.config, qwen3.weights, _MERGES)
+_T5 = Family(
+    t5.config, t5.weights, embedding=t5.EMBEDDING, head=t5.HEAD, tied=True, copies=t5.COPIES, aliases=t5.ALIASES
+)
+FAMILIES = {
+    "Dream": Family(dream.config, qwen2.weights, _MERGES, published=dream.published),
+    "a2d-llama": _a2d(_LLAMA),
+    "a2d-qwen2": _a2d(_QWEN2),
+    "a2d-qwen3": _a2d(_QWEN3),
+    "gemma": Family(gemma.config, llama.weights, tied=True),
+    "gemma2": Family(gemma2.config, gemma2.weights, tied=True),
+    "gemma3_text": Family(gemma3_text.config, gemma3_text.weights, tied=True),
+    "gpt2": Family(
+        gpt2.config,
+        gpt2.weights,
+        embedding=gpt2.EMBEDDING,
+        head=gpt2.HEAD,
+        tied=True,
+        base="transformer.",
+        aliases=gpt2.ALIASES,
+    ),
+    "granite": Family(granite.config, llama.weights),
+    "llada": Family(
+        llada.config,
+        llada.weights,
+        embedding=llada.EMBEDDING,
+        head=llada.HEAD,
+        aliases=llada.ALIASES,
+        vocab_size=llada.vocab_size,
+        published=llada.published,
+    ),
+    "llama": _LLAMA,
+    "mistral": Family(mistral.config, llama.weights),
+    "mt5": dataclasses.replace(_T5, config=mt5.config),
+    "olmo2": Family(olmo2.config, olmo2.weights),
+    "phi3": Family(phi3.config, phi3.weights),
+    "qwen2": _QWEN2,
+    "qwen3": _QWEN3,
+    "sdar": Family(sdar.config, qwen3.weights, _MERGES, published=sdar.published),
+    "smollm3": Family(smollm3.config, llama.weights, tied=True),
+    "t5": _T5,
 }
 # Of diffusion models; by `architectures`, for LLaDA-MoE has the model_type of LLaDA.
 _WITH_EXPERTS = {
@@ -104,24 +159,24 @@ def describe(folder: Folder, tied: bool | None = None) -> Described:
     where = str(folder.path / CONFIG)
     kind = _kind(folder, where)
     family = FAMILIES[kind]
-    keys = Keys(folder.config, where, getattr(family, "ALIASES", None), most_layers=len(folder.tensors) or None)
+    keys = Keys(folder.config, where, family.aliases, most_layers=len(folder.tensors) or None)
     # As in transformers: said to be tied, and yet different in the files, they are not.
-    said = keys.get("tie_word_embeddings", family.TIED)
-    base = getattr(family, "BASE", "")
-    cut = base if family.EMBEDDING.removeprefix(base) in folder.tensors else ""
-    embedding = family.EMBEDDING.removeprefix(cut)
-    tied = said and _same(folder, family.HEAD, embedding) if tied is None else tied
-    vocab_size = family.vocab_size(keys) if hasattr(family, "vocab_size") else keys.get("vocab_size")
-    config = family.config(keys, tied)
-    published = family.published(keys) if hasattr(family, "published") else Published()
+    said = keys.get("tie_word_embeddings", family.tied)
+    cut = family.base if family.embedding.removeprefix(family.base) in folder.tensors else ""
+    embedding = family.embedding.removeprefix(cut)
+    tied = said and _same(folder, family.head, embedding) if tied is None else tied
+    vocab_size, config = family.vocab_size(keys), family.config(keys, tied)
+    published = family.published(keys) if family.published else Published()
     if settings := keys.mapping(SETTINGS):
         published = recorded(settings, f"{where}, {SETTINGS}")
-        read = {name: bool(settings.get(name)) for name in ("shifted", "reads_start")}
-        config = dataclasses.replace(config, **read)
+        shifted, reads_start = bool(settings.get("shifted")), bool(settings.get("reads_start"))
+        config = dataclasses.replace(config, shifted=shifted, reads_start=reads_start)
     passed_over = keys.judge()
-    copies = family.SAME | ({family.HEAD: embedding} if tied else {})
+    copies = {**family.copies, **({family.head: embedding} if tied else {})}
     weights = (dataclasses.replace(w, theirs=w.theirs.removeprefix(cut)) for w in family.weights(config))
-    described = Described(config, vocab_size, tuple(weights), copies, published, passed_over, _tokenizers(family))
+    # A diffusion model's config.json may serve as a vocabulary, in the end.
+    tokenizers = (*family.tokenizers, CONFIG) if family.published else family.tokenizers
+    described = Described(config, vocab_size, tuple(weights), copies, published, passed_over, tokenizers)
     if folder.tensors:
         check_names(folder, described, kind)
     return described
@@ -137,11 +192,6 @@ def _kind(folder: Folder, where: str) -> str:
         only = f"only {', '.join(FAMILIES)}.{did_you_mean(str(kind), FAMILIES)}"
         raise UserError(f"{where}: model_type = {kind!r} is not supported, {only}")
     return kind
-
-
-def _tokenizers(family: Any) -> tuple[str, ...]:
-    """Files that may serve as a vocabulary: a diffusion model's config.json, in the end."""
-    return (*getattr(family, "TOKENIZERS", ()), *([CONFIG] if hasattr(family, "published") else []))
 
 
 def check_names(source: Source, described: Described, kind: str) -> None:

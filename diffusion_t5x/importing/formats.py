@@ -144,7 +144,7 @@ def target(name: str, source: Folder, record: Record, tied: bool, dtype: str | N
     tensors = tensors or dict(source.tensors)
     family = families.FAMILIES[config["model_type"]]
     for copy_or_name, tensor in tensors.items():
-        is_table = copy_or_name.removeprefix(getattr(family, "BASE", "")) in _tables(family)
+        is_table = copy_or_name.removeprefix(family.base) in _tables(family)
         shape = (rows, *tensor.shape[1:]) if is_table else tensor.shape
         tensors[copy_or_name] = Tensor("", dtype or tensor.dtype, shape)
     folder = Folder(source.path, config, tensors)
@@ -162,10 +162,10 @@ def _check(folder: Folder, name: str, record: Record, tied: bool) -> None:
         raise UserError(f"{name} cannot hold this model. {describe_other(other)}")
 
 
-def _tables(family: Any) -> set[str]:
+def _tables(family: families.Family) -> set[str]:
     """Names, without the family's prefix, of the tensors with a row for each id."""
-    names = {family.EMBEDDING, family.HEAD} | {copy for copy, name in family.SAME.items() if name == family.EMBEDDING}
-    return {name.removeprefix(getattr(family, "BASE", "")) for name in names}
+    copies = {copy for copy, name in family.copies.items() if name == family.embedding}
+    return {name.removeprefix(family.base) for name in {family.embedding, family.head} | copies}
 
 
 def _settings(record: Record) -> dict[str, Any]:

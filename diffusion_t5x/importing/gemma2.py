@@ -7,7 +7,6 @@ from diffusion_t5x.importing.keys import Keys
 from diffusion_t5x.importing.weights import Weight, under, vector
 from diffusion_t5x.models.config import ModelConfig
 
-EMBEDDING, HEAD, TIED, SAME = llama.EMBEDDING, llama.HEAD, True, llama.SAME
 _NORMS = {
     "attention_post_norm/scale": "post_attention_layernorm.weight",
     "mlp_norm/scale": "pre_feedforward_layernorm.weight",

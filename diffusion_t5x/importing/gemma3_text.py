@@ -7,8 +7,6 @@ from diffusion_t5x.importing.keys import Keys
 from diffusion_t5x.importing.weights import Weight
 from diffusion_t5x.models.config import ModelConfig
 
-EMBEDDING, HEAD, TIED, SAME = gemma2.EMBEDDING, gemma2.HEAD, gemma2.TIED, gemma2.SAME
-
 
 def config(keys: Keys, tied: bool) -> ModelConfig:
     """Builds the ModelConfig; same rules as `llama.config`."""

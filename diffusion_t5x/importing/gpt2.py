@@ -6,9 +6,6 @@ from diffusion_t5x.models.config import ModelConfig
 
 EMBEDDING = "transformer.wte.weight"
 HEAD = "lm_head.weight"
-TIED = True
-SAME: dict[str, str] = {}
-BASE = "transformer."
 ALIASES = {
     "hidden_size": "n_embd",
     "max_position_embeddings": "n_positions",

@@ -8,8 +8,6 @@ from diffusion_t5x.models.config import ModelConfig
 
 EMBEDDING = "model.transformer.wte.weight"
 HEAD = "model.transformer.ff_out.weight"
-TIED = False
-SAME: dict[str, str] = {}
 ALIASES = {"weight_tying": "tie_word_embeddings"}
 DECODER = MaskedDecoder(num_steps=32, window=32, softmax="all")
 # Initial values, dropout, how attention is computed; and what the other kinds of block read.

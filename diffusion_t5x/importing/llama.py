@@ -11,8 +11,6 @@ from diffusion_t5x.models.config import ModelConfig
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-TIED = False
-SAME: dict[str, str] = {}
 
 
 def config(keys: Keys, tied: bool) -> ModelConfig:

@@ -6,10 +6,6 @@ from diffusion_t5x.importing import t5
 from diffusion_t5x.importing.keys import Keys
 from diffusion_t5x.models.config import ModelConfig
 
-EMBEDDING, HEAD, TIED, SAME = t5.EMBEDDING, t5.HEAD, t5.TIED, t5.SAME
-ALIASES = t5.ALIASES
-weights = t5.weights
-
 
 def config(keys: Keys, tied: bool) -> ModelConfig:
     """Builds the ModelConfig; same rules as `t5.config`."""

@@ -7,7 +7,6 @@ from diffusion_t5x.importing.keys import Keys
 from diffusion_t5x.importing.weights import Weight
 from diffusion_t5x.models.config import ModelConfig
 
-EMBEDDING, HEAD, TIED, SAME = llama.EMBEDDING, llama.HEAD, llama.TIED, llama.SAME
 _ONE = {
     "self_attn.q_proj": "self_attn.qkv_proj",
     "self_attn.k_proj": "self_attn.qkv_proj",

@@ -5,9 +5,6 @@ from diffusion_t5x.importing.keys import Keys
 from diffusion_t5x.importing.weights import Weight, under, vector
 from diffusion_t5x.models.config import ModelConfig
 
-EMBEDDING, HEAD, TIED, SAME = llama.EMBEDDING, llama.HEAD, llama.TIED, llama.SAME
-TOKENIZERS = ("merges.txt",)
-
 
 def config(keys: Keys, tied: bool) -> ModelConfig:
     """Builds the ModelConfig; same rules as `llama.config`."""

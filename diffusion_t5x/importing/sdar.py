@@ -9,9 +9,6 @@ from diffusion_t5x.importing.keys import Keys
 from diffusion_t5x.importing.published import Published, blocks
 from diffusion_t5x.models.config import ModelConfig
 
-EMBEDDING, HEAD, TIED, SAME = qwen3.EMBEDDING, qwen3.HEAD, qwen3.TIED, qwen3.SAME
-TOKENIZERS = qwen3.TOKENIZERS
-weights = qwen3.weights
 # Traces of training, and how attention is computed.
 _HARMLESS = (
     "attn_implementation", "auto_map", "debug", "ep_size", "fuse_cross_entropy", "mask_token_id", "micro_forward",

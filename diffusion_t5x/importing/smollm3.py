@@ -4,9 +4,6 @@ from diffusion_t5x.importing import llama
 from diffusion_t5x.importing.keys import Keys
 from diffusion_t5x.models.config import ModelConfig
 
-EMBEDDING, HEAD, TIED, SAME = llama.EMBEDDING, llama.HEAD, True, llama.SAME
-weights = llama.weights
-
 
 def config(keys: Keys, tied: bool) -> ModelConfig:
     """Builds the ModelConfig; same rules as `llama.config`."""

@@ -6,9 +6,8 @@ from diffusion_t5x.models.config import Activation, ModelConfig
 
 EMBEDDING = "shared.weight"
 HEAD = "lm_head.weight"
-TIED = True
 # Copies that some files hold.
-SAME = {"encoder.embed_tokens.weight": EMBEDDING, "decoder.embed_tokens.weight": EMBEDDING}
+COPIES = {"encoder.embed_tokens.weight": EMBEDDING, "decoder.embed_tokens.weight": EMBEDDING}
 ALIASES = {
     "hidden_size": "d_model",
     "num_attention_heads": "num_heads",

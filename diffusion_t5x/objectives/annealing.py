@@ -1,4 +1,4 @@
-"""Attention annealing, from causal to the objective's attention (DiffuLLaMA, arXiv 2410.17891)."""
+"""The attention mask annealing of DiffuLLaMA (arXiv 2410.17891), from causal to the objective's attention."""
 
 import jax.numpy as jnp
 
@@ -16,7 +16,7 @@ def check_anneal_steps(anneal_steps: int | None) -> None:
 def annealed(
     kind: AttentionKind, anneal_steps: int | None, step: IntScalar | None, key: KeyScalar
 ) -> AttentionKind | Annealed:
-    """Returns the attention of a training step in transition from causal attention to `kind` (DiffuLLaMA).
+    """Returns the attention of a training step in transition from causal attention to `kind`.
 
     An edge of `kind` to a later slot is open with probability `min(1, (step + 1) / anneal_steps)`; edges to earlier
     slots always are.

@@ -117,7 +117,7 @@ class Block(Objective):
       block_size: number of targets per block. 1 is autoregressive (but reads MASK where an autoregressive model reads
         the previous token); a block as long as the targets is one diffusion over all of them.
       stages: `((0, size), (step, size), ...)`, block sizes from these training steps on; the last is `block_size`
-        (LLaDA2.0's warm-up, arXiv 2512.15745). None trains with `block_size` alone.
+        (the warm-up phase of LLaDA2.0's schedule, arXiv 2512.15745). None trains with `block_size` alone.
       noise: "mask" hides tokens, and the loss is that of hidden tokens. "uniform" replaces tokens, and the loss is that
         of all tokens, without weights: not a bound (SUNDAE's first term, inside blocks).
       schedule: see `Masked`.

@@ -54,20 +54,23 @@ def decode(name, decoder, batch=BATCH):
     return jax.device_get(run(definition, decoder, params, batch))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))  # one program for all that is written by its hidden states
+def read(definition, attention, params, canvas, batch):
+    return definition.bind(params)(
+        start_first(canvas, batch.positions, definition.vocabulary), Slots.of(batch), attention
+    ).hidden
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def write(definition, inner, params, hidden, canvas, eligible, step, batch):
+    keys = fold_in(stream(row_keys(jax.random.key(0), batch.example_ids), "steps"), step)
+    before = Canvas.start(canvas, eligible).replace(step=step)
+    return inner.write(definition.bind(params), hidden, before, eligible, batch.positions, keys)
+
+
 def uncached(name, decoder, batch=BATCH):
     """Block after block from passes over whole rows."""
     definition, params = make_model(name)
-    model, keys = definition.bind(params), row_keys(jax.random.key(0), batch.example_ids)
-
-    @jax.jit
-    def write(canvas, eligible, step):
-        hidden = model(
-            start_first(canvas, batch.positions, definition.vocabulary), Slots.of(batch), decoder.attention
-        ).hidden
-        step_keys = fold_in(stream(keys, "steps"), step)
-        before = Canvas.start(jnp.asarray(canvas), eligible).replace(step=step)
-        return decoder.inner.write(model, hidden, before, eligible, jnp.asarray(batch.positions), step_keys)
-
     canvas = np.where(batch.target_mask, MASK, batch.tokens)
     index = batch.positions if decoder.blocks_from == "row" else np.cumsum(batch.target_mask, axis=1) - 1
     total = np.zeros(len(canvas))
@@ -75,7 +78,8 @@ def uncached(name, decoder, batch=BATCH):
         here = batch.target_mask & (index // decoder.block_size == block)
         step = 0
         while (eligible := here & (canvas == MASK)).any():
-            written = jax.device_get(write(canvas, eligible, step))
+            hidden = read(definition, decoder.attention, params, canvas, batch)
+            written = jax.device_get(write(definition, decoder.inner, params, hidden, canvas, eligible, step, batch))
             canvas, total, step = written.tokens, total + written.score, step + 1
     return canvas, total / np.maximum(batch.target_mask.sum(1), 1)
 
@@ -158,7 +162,7 @@ class Writes:
 
     def __init__(self, text, batch):
         self.vocabulary, self.config = VOCABULARY, tiny.RELATIVE
-        self.text = jnp.asarray(np.where(batch.target_mask, text, 0))
+        self.text = jnp.where(batch.target_mask, text, 0)
         self.text = jnp.pad(self.text, ((0, 0), (0, 8)))
 
     def encode(self, batch):
@@ -170,6 +174,11 @@ class Writes:
 
     def map_logits(self, fn, hidden, *per_position):
         return fn(hidden, *per_position)
+
+
+@jax.jit  # compiled once, for all texts
+def written(text, batch):
+    return BlockDecoder(4, MaskedDecoder(num_steps=2)).decode(Writes(text, batch), batch, jax.random.key(0))
 
 
 @pytest.mark.parametrize(
@@ -185,8 +194,7 @@ class Writes:
 )
 def test_where_an_output_ends(text, output, blocks):
     batch = tiny.one_a_row([([3, 4], [19] * 8)])
-    model = Writes([0, 0, *text], batch)
-    decoded = BlockDecoder(4, MaskedDecoder(num_steps=2)).decode(model, batch, jax.random.key(0))
+    decoded = jax.device_get(written(jnp.asarray([0, 0, *text]), batch))
     assert decoded.tokens[0].tolist() == [3, 4, *output]
     assert decoded.steps == 3 * blocks
 
@@ -204,23 +212,23 @@ def test_a_step_costs_what_its_block_costs_and_a_pass_over_all_ten_times_more():
     )
     definition = ModelDefinition(config, VOCABULARY)
     batch = tiny.one_a_row([([3] * 100, [4] * (length - 100))] * rows)
-    slots, kind = Slots.of(batch), AttentionKind("block_causal", size)
+    kind = AttentionKind("block_causal", size)
 
     def cached(params, cache):
         model = definition.bind(params)
         hidden, _ = model.extend(jnp.zeros((rows, size), jnp.int32), kind, cache, jnp.full(rows, 500))
         return model.logits(hidden)
 
-    def uncached(params):
+    def uncached(params, batch):
         model = definition.bind(params)
-        hidden = model(batch.tokens, slots, kind).hidden
+        hidden = model(batch.tokens, Slots.of(batch), kind).hidden
         return model.logits(jax.lax.dynamic_slice_in_dim(hidden, 500, size, axis=1))
 
     params = definition.abstract()
-    step = flops(cached, params, jax.eval_shape(lambda: KVCache.empty(config, slots)))
+    step = flops(cached, params, jax.eval_shape(lambda: KVCache.empty(config, Slots.of(batch))))
     per_token = 2 * definition.num_params() + 4 * config.num_layers * 128 * length
     assert 0.8 * rows * size * per_token < step < 1.1 * rows * size * per_token
-    assert flops(uncached, params) > 10 * step
+    assert flops(uncached, params, batch) > 10 * step
 
 
 def test_several_samples_of_a_block_are_refused():

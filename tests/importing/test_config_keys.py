@@ -12,15 +12,15 @@ from diffusion_t5x.importing import config_keys
 from diffusion_t5x.importing.families import FAMILIES
 from diffusion_t5x.importing.keys import Keys
 
-DIFFUSION = {kind for kind, family in FAMILIES.items() if hasattr(family, "published")}
+DIFFUSION = {kind for kind, family in FAMILIES.items() if family.published}
 
 
 def read(config, most_layers=1000):
     """The model that a config.json describes, and what is said of keys passed over."""
     family = FAMILIES[config["model_type"]]
-    keys = Keys(config, "config.json", getattr(family, "ALIASES", None), most_layers)
+    keys = Keys(config, "config.json", family.aliases, most_layers)
     keys.ignore("vocab_size", "tie_word_embeddings")
-    model = family.config(keys, tied=True)
+    model = family.config(keys, True)
     if config["model_type"] in DIFFUSION:
         family.published(keys)
     return model, keys.judge()
@@ -89,10 +89,10 @@ def test_every_key_that_transformers_reads_is_known(kind):
     theirs = getattr(importlib.import_module(f"transformers.models.{module}.configuration_{module}"), name)
     config = next(config for config, _ in PUBLISHED.values() if config["model_type"] == kind)
     family = FAMILIES[kind]
-    assert theirs.attribute_map == getattr(family, "ALIASES", {})
+    assert theirs.attribute_map == family.aliases
     keys = Keys(config, "config.json", theirs.attribute_map)
     keys.ignore("vocab_size", "tie_word_embeddings")
-    family.config(keys, tied=True)
+    family.config(keys, True)
     fields = {field.name for field in dataclasses.fields(theirs)}
     unknown = {field for field in fields if field not in keys.asked and not config_keys.is_known(field)}
     assert not unknown

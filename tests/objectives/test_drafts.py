@@ -63,21 +63,29 @@ def make_batch(name):
     return tiny.one_a_row(examples, 11)
 
 
-def logits_by_hand(name, batch, row, first, place):
-    """Logits of the draft at `place` of a block that starts at `first`.
+@functools.partial(jax.jit, static_argnums=(0, 3))  # compiled once for each number of masks
+def draft_by_hand(name, one, first, num_masks):
+    """Logits of the last of so many drafts after the first token of a block, which is at `first` of the only row.
 
-    The plain model reads the text up to there into a cache; the one whose updates are everywhere reads MASKs over it.
+    The plain model reads the text up to there into a cache, and nonsense behind it; the one whose updates are
+    everywhere reads MASKs over it.
     """
     plain, params, _, _, everywhere = make_model(name)
-    one = tiny.rows_of(batch, [row])
     tokens = shift_right(one.tokens, one.positions, tiny.VOCABULARY.start_id)
+    tokens = jnp.where(jnp.arange(tokens.shape[1]) <= first, tokens, 5)
     model, drafting = plain.bind(params), plain.bind(everywhere)
     encoded = model.encode(one)
     cache = KVCache.empty(plain.config, shifted_slots(one, model.vocabulary))
-    _, cache = model.extend(tokens[:, : first + 1], CAUSAL, cache, jnp.array([0]), encoded)
-    masks = jnp.full((1, place - first), MASK)
-    hidden, _ = drafting.extend(masks, CAUSAL, cache, jnp.array([first + 1]), encoded)
-    return drafting.logits(hidden)[0, -1], model.logits(Autoregressive().output(model, one).hidden)[0, place]
+    _, cache = model.extend(tokens, CAUSAL, cache, jnp.array([0]), encoded)
+    hidden, _ = drafting.extend(jnp.full((1, num_masks), MASK), CAUSAL, cache, first[None] + 1, encoded)
+    return drafting.logits(hidden)[0, -1]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def plain_logits(name, batch):
+    plain, params, *_ = make_model(name)
+    model = plain.bind(params)
+    return model.logits(Autoregressive().output(model, batch).hidden)
 
 
 @pytest.mark.parametrize("name", ["relative", "llama", "no start token"])
@@ -85,14 +93,16 @@ def test_a_draft_reads_the_text_before_its_block_and_the_drafts_before_it(name):
     _, _, definition, adapted, _ = make_model(name)
     batch, objective = make_batch(name), Drafts(3)
     sums = jax.jit(lambda params: objective.loss(definition.bind(params), batch, jax.random.key(0)))(adapted)
+    plain = plain_logits(name, batch)
     distances, agreeing, blocks, accepted = [], [], 0, 0
     for row, mask in enumerate(batch.target_mask):
-        targets = np.flatnonzero(mask)
+        targets, one = np.flatnonzero(mask), tiny.rows_of(batch, [row])
         for first in targets[::3]:
             blocks += 1
             right = True
             for place in range(first + 1, min(first + 3, targets[-1] + 1)):
-                drafted, target = (forbid(x, tiny.VOCABULARY) for x in logits_by_hand(name, batch, row, first, place))
+                by_hand = draft_by_hand(name, one, jnp.asarray(first), int(place - first))
+                drafted, target = (forbid(x, tiny.VOCABULARY) for x in (by_hand, plain[row, place]))
                 distances.append(divergence(target, drafted))
                 agreeing.append(jnp.argmax(drafted) == jnp.argmax(target))
                 right &= bool(agreeing[-1])
