@@ -23,7 +23,7 @@ from diffusion_t5x.objectives.distillation import divergence
 from diffusion_t5x.objectives.drafts import Drafts
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training.lora import Lora, LoraDefinition, check_drafts
-from diffusion_t5x.training.state import abstract_state, init_state
+from diffusion_t5x.training.state import TrainState, abstract_state, split
 from diffusion_t5x.training.step import make_train_step
 
 CONFIGS = {
@@ -136,12 +136,13 @@ def test_training_drafts_saves_passes_and_changes_no_text():
     plain, params = tiny.make_model(config)
     prompts = tiny.one_a_row([(inputs, [0] * 12) for inputs, _ in tiny.random_examples(5, [(4, 0)] * 4)])
     key = jax.random.key(0)
-    greedy = AutoregressiveDecoder().decode(plain.bind(params), prompts, key)
+    greedy = jax.jit(lambda params: AutoregressiveDecoder().decode(plain.bind(params), prompts, key))(params)
     texts = prompts.replace(tokens=greedy.tokens)
 
     abstract = abstract_state(mesh, definition, optimizer, False)
-    state = init_state(abstract, definition, optimizer, 0)
-    state = state.replace(params=definition.adapt(params, key))
+    adapted = definition.adapt(params, key)
+    state = TrainState(jnp.int32(0), adapted, optimizer.init(split(definition, adapted)[0]))
+    state = jax.tree.map(lambda x, at: jax.device_put(jnp.copy(x), at.sharding), state, abstract)
     step = make_train_step(mesh, abstract, definition, Drafts(4), optimizer, seed=0)
     before = jax.tree.map(np.asarray, definition.bind(state.params).embedding.get_value())
     with jax.set_mesh(mesh):
@@ -150,7 +151,8 @@ def test_training_drafts_saves_passes_and_changes_no_text():
             state, metrics = step(state, texts)
             first = first or jax.device_get(metrics)
     assert metrics["loss"] < 0.2 * first["loss"] and metrics["tokens_per_pass"] > first["tokens_per_pass"]
-    found = DraftingDecoder(4).decode(definition.bind(state.params), prompts, key)
+    drafting = jax.jit(lambda params: DraftingDecoder(4).decode(definition.bind(params), prompts, key))
+    found = drafting(state.params)
     np.testing.assert_array_equal(found.tokens, greedy.tokens)
     np.testing.assert_array_equal(before, definition.bind(state.params).embedding.get_value())
     assert found.row_steps.sum() < 0.6 * greedy.row_steps.sum()

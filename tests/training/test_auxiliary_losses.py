@@ -18,7 +18,7 @@ from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.sundae import Sundae
 from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.training.state import abstract_state, init_state
+from diffusion_t5x.training.state import TrainState, abstract_state
 from diffusion_t5x.training.step import loss_and_gradients, make_loss_step, make_train_step, means
 
 CONFIG = dataclasses.replace(tiny.RELATIVE, num_layers=2)
@@ -112,7 +112,7 @@ def test_the_training_step_minimises_and_reports_it():
     definition, params = made()
     mesh, optimizer = MeshConfig().make(), optax.sgd(0.1)
     abstract = abstract_state(mesh, definition, optimizer, keep_ema=False)
-    state = init_state(abstract, definition, optimizer, 0).replace(params=params)
+    state = TrainState(jnp.int32(0), params, optimizer.init(params))
     (loss, square), gradient = jax.jit(jax.value_and_grad(by_hand, has_aux=True))(params)
     step = make_train_step(mesh, abstract, definition, AR, optimizer, seed=0, microbatches=2)
     stepped, metrics = step(jax.tree.map(jnp.copy, state), BATCH)
