@@ -84,7 +84,8 @@ def fit(value: Any, hint: Any, refer: Callable[[Any, Any], Any]) -> Any:
     if origin is typing.Literal:
         if any(value == choice and type(value) is type(choice) for choice in args):
             return value
-        raise Misfit(did_you_mean(value, filter(_is_text, args)).strip() if isinstance(value, str) else "")
+        texts = [choice for choice in args if isinstance(choice, str)]
+        raise Misfit(did_you_mean(value, texts).strip() if isinstance(value, str) else "")
     if origin is tuple:
         return _fit_tuple(value, args, refer)
     if origin in _LISTS:
@@ -169,10 +170,6 @@ def _plain(hint: Any) -> Any:
     while typing.get_origin(hint) is typing.Annotated or hasattr(hint, "__supertype__"):
         hint = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint.__supertype__
     return _NONE if hint is None else hint
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
 
 
 def _fit_any(value: Any, members: Sequence[Any], refer: Callable[[Any, Any], Any]) -> Any:
