@@ -29,11 +29,12 @@ python=$VENV/bin/python
 
 mkdir -p "$out/wheels"
 split --bytes=55m --numeric-suffixes "$model" "$out/model."
-"$python" -m diffusion_t5x ar2diff "$model" --data "$data" --output "$out/plan" --tokens 100000 --plan \
-  --gin.TASK_FEATURE_LENGTHS='{"inputs": 64, "targets": 448}'
-"$python" -m diffusion_t5x cache_tasks --gin_file="$out/plan/recipe.gin" --gin_file=runs/cache_tasks.gin \
-  --gin.MIXTURE_OR_TASK_NAME=local --gin.CACHE_DIR="$out/tokens"
-rm -r "$out/plan"
+"$python" -m diffusion_t5x convert from_gguf "$model" --output "$out/start"
+"$python" -m diffusion_t5x cache_tasks --gin_file=recipes/ar2diff/shared/jsonl_texts.gin --gin_file=runs/cache_tasks.gin \
+  --gin.FILES="{'train': '$data'}" --gin.HELD_OUT='{"validation": 1.0}' --gin.VOCABULARY_FILE="$out/start/tokenizer.json" \
+  --gin.TEXT_PRETRAINING=@preprocessors.continuation --gin.TASK_FEATURE_LENGTHS='{"inputs": 64, "targets": 448}' \
+  --gin.CACHE_DIR="$out/tokens"
+rm -r "$out/start"
 for package in gin-config tensorboardX grain array_record gguf babel; do
   version=$("$python" -c "import importlib.metadata as m, sys; print(m.version(sys.argv[1]))" "$package")
   wheel=("$package==$version" --no-deps --only-binary=:all: --python-version "$python_version"

@@ -18,6 +18,7 @@ from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.decoding.self_speculation import SelfSpeculationDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.sampling import Sampling
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block
 from diffusion_t5x.objectives.distillation import Distillation
@@ -30,7 +31,7 @@ _OBJECTIVES = (Autoregressive, Sundae, Masked, Block, Joint, Distillation)
 _DECODERS = (
     AutoregressiveDecoder, BeamSearchDecoder, SundaeDecoder, MaskedDecoder, BlockDecoder, SelfSpeculationDecoder,
 )  # fmt: skip
-_CLASSES = {cls.__name__: cls for cls in (ModelConfig, SeqioDataset, *_OBJECTIVES, *_DECODERS)}
+_CLASSES = {cls.__name__: cls for cls in (ModelConfig, SeqioDataset, Sampling, *_OBJECTIVES, *_DECODERS)}
 _QUOTED_OR_REFERENCE = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|([@%])([\w./]+)(\(\))?""")
 
 

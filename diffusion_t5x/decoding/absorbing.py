@@ -16,7 +16,7 @@ from diffusion_t5x.shapes import BoolBL, FloatBL, IntBL, IntScalar, KeyB
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AbsorbingRule(StepRule):
-    """Writes masked targets. A written token stays.
+    """Writes masked targets. A written token stays, unless the rule says otherwise (`keeps_written`).
 
     Attributes:
       temperature: of sampling; 0 takes the most likely token. Whether texts are distributed as the model has them

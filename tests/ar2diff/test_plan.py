@@ -97,6 +97,6 @@ def test_the_plan_is_ten_lines_for_people(trial):
     lines = plan.lines(COMMAND, recipe, RUN, DATA, types.SimpleNamespace(named="/start")).splitlines()
     assert len(lines) == 10 and all(line[:11].strip() and len(line) < 160 for line in lines)
     text = "\n".join(lines)
-    assert "shifted: Block, masked tokens in blocks of 4" in text and "LoRA of rank 2 and nothing else" in text
+    assert "shifted: Block, masked tokens in blocks of 4" in text and "LoRA of rank 2 and embedding" in text
     assert "8 rows of 256 tokens, in 2 microbatches" in text and "10: 20,480 tokens" in text
     assert "read 5.1 times; 20 % held out" in text  # 20,480 of 4,000 tokens
