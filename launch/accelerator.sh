@@ -63,7 +63,10 @@ decode() {
 }
 
 convert() {
-  local rows=64 steps=640 rate=3e-4 route settings
+  local rows=64 steps=640 route settings write
+  write='import sys, diffusion_t5x as dt
+model = dt.load(sys.argv[1], vocabulary=sys.argv[2])
+print(model.generate("In the year 1815, after the battle of", length=48))'
   [ -z "$rehearse" ] || { rows=1; steps=2; }
   if [ ! -d "$out/start" ]; then
     cat "$pack"/model.?? > "$out/model.gguf"
@@ -76,10 +79,9 @@ convert() {
     "${diffusion_t5x[@]}" train --gin_file="$out/start/model.gin" "${settings[@]}" --gin_file=data/cached_pretrain.gin \
       "${hardware[@]}" --gin.CACHE_DIR="$pack/tokens" --gin.MIXTURE_OR_TASK_NAME=local \
       --gin.TASK_FEATURE_LENGTHS='{"inputs": 64, "targets": 448}' --gin.INITIAL_CHECKPOINT_PATH="$out/start" \
-      --gin.MODEL_DIR="$out/runs/$route" --gin.BATCH_SIZE=$rows --gin.TRAIN_STEPS=$steps --gin.LEARNING_RATE=$rate \
+      --gin.MODEL_DIR="$out/runs/$route" --gin.BATCH_SIZE=$rows --gin.TRAIN_STEPS=$steps \
       --gin.EVAL_PERIOD=$((steps / 2)) --gin.EVAL_STEPS=$((steps > 8 ? 8 : 1))
-    "${diffusion_t5x[@]}" generate --checkpoint "$out/runs/$route" --length 48 \
-      --prompt 'In the year 1815, after the battle of' | tee "$out/runs/$route/text.txt"
+    "$python" -c "$write" "$out/runs/$route" "$out/start/tokenizer.json" | tee "$out/runs/$route.txt"
   done
 }
 
