@@ -11,8 +11,8 @@ def matmul(
     """Returns `x @ kernel`; both have one dtype.
 
     With `jax_default_matmul_precision = "bfloat16"`, factors in float32 are rounded to bfloat16 and the products summed
-    in float32, in the backward pass as well. That is what a TPU does with float32 by default. XLA's CPU backend ignores
-    the setting; told explicitly, it uses the processor's own bfloat16 units (AMX, AVX512-BF16).
+    in float32, in the backward pass as well, as a TPU does with float32 by default. XLA's CPU backend ignores the
+    setting; told explicitly, it uses the processor's own bfloat16 units (AMX, AVX512-BF16).
     """
     if rounds(x):
         return _rounded(x, kernel)
