@@ -17,9 +17,11 @@ def keep_compiled() -> None:
     """Lets JAX keep compiled programs in the user's cache, where JAX_COMPILATION_CACHE_DIR names no other folder.
 
     Each machine has a folder of its own: a CPU's programs may not run on another. The least recently used programs go.
-    JAX_ENABLE_COMPILATION_CACHE=false keeps none.
+    JAX_ENABLE_COMPILATION_CACHE=false keeps none. With several CPU devices none are kept either: once loaded, programs
+    of jaxlib 0.10.2 may run independent collectives in different orders on different devices, and wait forever.
     """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    several_cpus = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or several_cpus or "JAX_NUM_CPU_DEVICES" in os.environ:
         return
     folder = str(user_cache() / "compiled" / platform.node())
     os.environ |= {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_COMPILATION_CACHE_MAX_SIZE": str(_MOST_BYTES)}

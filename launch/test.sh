@@ -4,10 +4,5 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
-# What takes longer than 0.1 s to compile is kept beside the environment for two weeks: the next run loads it.
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR-$VENV/compiled}
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS-0.1}
-[ ! -d "$VENV/compiled" ] || find "$VENV/compiled" -type f -mtime +14 -delete
-
 cd "$ROOT"
 exec "$VENV/bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"

@@ -24,7 +24,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Nothing is left in the user's cache of compiled programs. (launch/test.sh names a folder beside the environment.)
+# Programs that tests start compile anew, and leave nothing in the user's cache.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 

@@ -47,3 +47,11 @@ def test_it_is_switched_off_and_moved_by_jaxs_own_settings(tmp_path):
     assert os.listdir(tmp_path / "own") and not (tmp_path / "diffusion_t5x").exists()
     start(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false")
     assert not (tmp_path / "diffusion_t5x").exists()
+
+
+@pytest.mark.parametrize(
+    "several", [{"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}, {"JAX_NUM_CPU_DEVICES": "2"}]
+)
+def test_several_cpu_devices_keep_none(several, tmp_path):
+    assert start(tmp_path, **several) == (0, "None")
+    assert not (tmp_path / "diffusion_t5x").exists()
