@@ -11,7 +11,7 @@ from diffusion_t5x.decoding.canvas import Canvas, Written
 from diffusion_t5x.decoding.commit import Softmax, choose, propose
 from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.readout import cross_entropy
-from diffusion_t5x.models.sampling import forbid
+from diffusion_t5x.models.sampling import forbid, likeliest
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.shapes import BoolBL, FloatBLD, IntBL, KeyB
 
@@ -73,7 +73,7 @@ class CreditDecoder(AbsorbingRule):
         def read_out(logits, positions, credit, eligible):
             allowed = forbid(logits, model.vocabulary)
             judged = logits if self.softmax == "all" else allowed
-            first = jax.nn.one_hot(jnp.argmax(judged, axis=-1), logits.shape[-1])
+            first = jax.nn.one_hot(likeliest(judged), logits.shape[-1])
             gained = first * jnp.max(jax.nn.softmax(judged), axis=-1, keepdims=True) ** self.gamma
             credit = self.beta * credit + jnp.where(eligible[..., None], gained, 0)
             raised = logits + self.alpha * jnp.log1p(credit)

@@ -19,7 +19,7 @@ from diffusion_t5x.models.attention import write_rows
 from diffusion_t5x.models.masks import CAUSAL, AttentionKind, Slots
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.readout import cross_entropy
-from diffusion_t5x.models.sampling import Sampling, forbid, sample
+from diffusion_t5x.models.sampling import Sampling, forbid, likeliest, sample
 from diffusion_t5x.models.streams import row_keys
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.shapes import FloatBL, FloatBLV, IntB, IntBL, KeyB, KeyScalar
@@ -97,7 +97,7 @@ class DraftingDecoder(Decoder):
 
             of_last = size + num_agreed[:, None] * (size - 1) + jnp.arange(size - 1)
             ahead = jnp.take_along_axis(hidden, of_last[:, :, None], axis=1)
-            drafts = model.map_logits(lambda logits: jnp.argmax(forbid(logits, vocabulary), axis=-1), ahead)
+            drafts = model.map_logits(lambda logits: likeliest(forbid(logits, vocabulary)), ahead)
 
             def put(name, values):
                 return write_rows(carry[name], jnp.where(new, values, cut(carry[name], start, size)), start)

@@ -23,7 +23,7 @@ from diffusion_t5x.models.masks import Slots
 from diffusion_t5x.models.modes import LeftToRight, Mode
 from diffusion_t5x.models.reading import Reading, check_blocks, start_first
 from diffusion_t5x.models.readout import cross_entropy
-from diffusion_t5x.models.sampling import forbid
+from diffusion_t5x.models.sampling import forbid, likeliest
 from diffusion_t5x.models.stack import Encoded
 from diffusion_t5x.models.streams import row_keys
 from diffusion_t5x.models.transformer import Transformer
@@ -214,5 +214,5 @@ def accepted(
 def _most_likely(vocabulary: TokenIds, logits: FloatBLV) -> tuple[IntBL, FloatBL]:
     """Returns the most likely token of each slot, and its log-probability."""
     logits = forbid(logits, vocabulary)
-    tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    tokens = likeliest(logits)
     return tokens, -cross_entropy(logits, tokens)[1]

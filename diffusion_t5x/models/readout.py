@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from diffusion_t5x.models.sampling import forbid
+from diffusion_t5x.models.sampling import forbid, is_likeliest
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.shapes import AnyIntBL, Array, BoolBL, FloatBL, FloatBLD
 
@@ -59,6 +59,6 @@ def score(
     def read_out(logits, labels):
         allowed = forbid(logits, model.vocabulary)
         nll, _ = cross_entropy(allowed if softmax == "allowed" else logits, labels)
-        return nll, jnp.argmax(allowed, axis=-1) == labels
+        return nll, is_likeliest(allowed, labels)
 
     return model.map_logits(read_out, hidden, labels)

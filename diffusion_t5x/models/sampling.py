@@ -6,11 +6,11 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Key
+from jaxtyping import Bool, Float, Int, Key
 
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.shapes import AnyIntBL, FloatBL, FloatBLV, IntBL, KeyB
+from diffusion_t5x.shapes import AnyIntBL, Array, FloatBL, FloatBLV, IntBL, KeyB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +72,27 @@ def filter_logits(logits: Float[jax.Array, "*shape vocab"], sampling: Sampling) 
     return logits
 
 
+def likeliest(logits: Float[jax.Array, "*shape vocab"]) -> Int[jax.Array, "*shape"]:
+    """Returns the most likely id; of equals, the first.
+
+    On CPU by two plain reductions: XLA's own argmax keeps value and index together, which it does not vectorize there.
+    """
+
+    def by_maximum(logits):
+        best = logits == jnp.max(logits, axis=-1, keepdims=True)
+        ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+        return jnp.min(jnp.where(best, ids, logits.shape[-1] - 1), axis=-1)
+
+    return jax.lax.platform_dependent(
+        logits, cpu=by_maximum, default=lambda logits: jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    )
+
+
+def is_likeliest(logits: Float[jax.Array, "*shape vocab"], ids: Int[Array, "*shape"]) -> Bool[jax.Array, "*shape"]:
+    """True where no other id is more likely. One reduction, so cheaper than to find the most likely id and compare."""
+    return jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0] >= jnp.max(logits, axis=-1)
+
+
 def uniform(keys: KeyB, positions: AnyIntBL) -> FloatBL:
     """Draws numbers from [0, 1), which depend only on the rows' keys and the positions."""
     draw = functools.partial(jax.random.uniform, dtype=jnp.float32)
@@ -92,6 +113,6 @@ def sample(logits: FloatBLV, keys: KeyB, positions: AnyIntBL, sampling: Sampling
       sampling: how to draw.
     """
     if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return likeliest(logits)
     logits = filter_logits(jax.lax.stop_gradient(logits), sampling)
     return jax.vmap(jax.vmap(jax.random.categorical))(_position_keys(keys, positions), logits).astype(jnp.int32)

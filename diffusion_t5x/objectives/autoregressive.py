@@ -13,6 +13,7 @@ from diffusion_t5x.models.modes import LeftToRight
 from diffusion_t5x.models.output import Output
 from diffusion_t5x.models.reading import shift_right, shifted_slots
 from diffusion_t5x.models.readout import cross_entropy, score
+from diffusion_t5x.models.sampling import is_likeliest
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass, normalized
@@ -72,7 +73,7 @@ class Autoregressive(LeftToRight, Objective):
 
         def read_out(logits, labels):
             loss, nll = cross_entropy(logits, labels, label_smoothing=self.label_smoothing, z_loss=self.z_loss)
-            return loss, nll, jnp.argmax(logits, axis=-1) == labels
+            return loss, nll, is_likeliest(logits, labels)
 
         loss, nll, correct = model.map_logits(read_out, output.hidden, batch.tokens)
         return LossSums(

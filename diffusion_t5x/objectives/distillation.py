@@ -22,7 +22,7 @@ from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.output import Ratio
 from diffusion_t5x.models.reading import Reading, model_reads
 from diffusion_t5x.models.readout import LossSoftmax, cross_entropy
-from diffusion_t5x.models.sampling import Sampling, filter_logits, forbid
+from diffusion_t5x.models.sampling import Sampling, filter_logits, forbid, is_likeliest, likeliest
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Params, Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
@@ -172,8 +172,8 @@ class Distillation(Objective):
         if self.teacher_fill == "clean":
             taught = Autoregressive().output(teacher, batch)
         else:
-            likeliest = model.map_logits(lambda x: jnp.argmax(forbid(x, vocabulary), axis=-1), output.hidden)
-            filled = jnp.where(noisy == vocabulary.mask_id, likeliest, noisy)
+            filler = model.map_logits(lambda x: likeliest(forbid(x, vocabulary)), output.hidden)
+            filled = jnp.where(noisy == vocabulary.mask_id, filler, noisy)
             # Causal inside the blocks of filled targets, too: annealing at its start, with no later edge open.
             causal = Annealed(self._kind, jnp.float32(0), key)
             taught = noisy_output(teacher, of_teacher, starts, filled, causal, teacher.encode(batch))
@@ -183,7 +183,7 @@ class Distillation(Objective):
             student = allowed if self.softmax == "allowed" else logits
             target = jax.lax.stop_gradient(forbid(teacher.logits(teacher_hidden), vocabulary))
             nll, _ = cross_entropy(target, labels)
-            agree = jnp.argmax(allowed, axis=-1) == jnp.argmax(target, axis=-1)
+            agree = is_likeliest(allowed, likeliest(target))
             target = filter_logits(target, self.teacher_sampling)
             return divergence(target, student, self.divergence, self.top_k, self.mix), nll, agree
 

@@ -15,7 +15,7 @@ from diffusion_t5x.models.masks import CAUSAL, AttentionKind
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.output import Ratio
 from diffusion_t5x.models.reading import shift_right, shifted_slots
-from diffusion_t5x.models.sampling import forbid
+from diffusion_t5x.models.sampling import forbid, is_likeliest, likeliest
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import block_starts
@@ -91,7 +91,7 @@ class Drafts(Objective):
         def compare(drafted, clean):
             target = jax.lax.stop_gradient(forbid(model.logits(clean), model.vocabulary))
             logits = forbid(drafted, model.vocabulary)
-            agree = jnp.argmax(logits, axis=-1) == jnp.argmax(target, axis=-1)
+            agree = is_likeliest(logits, likeliest(target))
             return divergence(target, logits), agree
 
         distance, agree = model.map_logits(compare, drafts, clean)

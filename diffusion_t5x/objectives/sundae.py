@@ -18,7 +18,7 @@ from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.output import Auxiliaries, Ratio, merged
 from diffusion_t5x.models.reading import Reading, model_reads
 from diffusion_t5x.models.readout import cross_entropy
-from diffusion_t5x.models.sampling import Sampling, forbid, sample
+from diffusion_t5x.models.sampling import Sampling, forbid, is_likeliest, likeliest, sample
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.annealing import annealed, check_anneal_steps
@@ -148,10 +148,10 @@ class Sundae(Objective):
         def score(logits, labels, positions):
             loss, _ = cross_entropy(logits, labels)
             logits = forbid(logits, model.vocabulary)  # the next term reads what a decoder could have written
-            best = jnp.argmax(logits, axis=-1).astype(labels.dtype)
             if self.temperature == 0:
+                best = likeliest(logits).astype(labels.dtype)
                 return loss, best == labels, best
-            return loss, best == labels, sample(logits, keys, positions, Sampling(self.temperature))
+            return loss, is_likeliest(logits, labels), sample(logits, keys, positions, Sampling(self.temperature))
 
         slots = jnp.broadcast_to(jnp.arange(hidden.shape[1]), batch.tokens.shape)
         return model.map_logits(score, hidden, batch.tokens, slots)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.models.sampling import Sampling, filter_logits, forbid, sample
+from diffusion_t5x.models.sampling import Sampling, filter_logits, forbid, is_likeliest, likeliest, sample
 
 
 def softmax(x):
@@ -77,6 +77,18 @@ def test_temperature_zero_takes_the_likeliest():
     logits = jax.random.normal(jax.random.key(0), (2, 3, 7))
     tokens = sample(logits, jax.random.split(jax.random.key(1), 2), jnp.zeros((2, 3), jnp.int32), Sampling(0.0))
     np.testing.assert_array_equal(tokens, np.argmax(logits, axis=-1))
+
+
+def test_the_likeliest_is_the_first_of_equals_in_any_shape():
+    logits = np.random.default_rng(0).integers(-3, 3, (4, 5, 9)).astype(np.float32)
+    logits[0, 0] = -np.inf  # nothing may be written
+    logits[0, 1, :8] = -np.inf
+    for got in (likeliest(logits), jax.jit(likeliest)(logits), jax.vmap(likeliest)(logits)):
+        np.testing.assert_array_equal(got, np.argmax(logits, axis=-1))
+        assert got.dtype == jnp.int32
+    for ids in np.random.default_rng(1).integers(0, 9, (3, 4, 5)):
+        at = np.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
+        np.testing.assert_array_equal(is_likeliest(logits, ids), at == logits.max(axis=-1))
 
 
 def test_a_draw_depends_on_its_row_and_position_alone():
