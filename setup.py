@@ -78,6 +78,7 @@ setuptools.setup(
         "lm-eval": ["lm-eval>=0.4.13,<0.5"],
         "docs": DOCS,
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+        "pathways": ["pathwaysutils>=0.1.13,<0.2"],
         "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
     },
     classifiers=[

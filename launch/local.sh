@@ -5,8 +5,9 @@
 #   bash launch/local.sh [--print] NUMBER VERB FLAGS...
 #   bash launch/local.sh 2 train --gin_file=recipes/quickstart/pretrain_ar.gin --gin.MODEL_DIR=/tmp/two
 #
-# Each line of the output begins with the number of its process. When one process fails, the others are ended. The exit
-# code is the first that is not 0.
+# Each line of the output begins with the number of its process. When one process fails, the others are ended, and its
+# code is the exit code. Told to stop (SIGTERM, SIGHUP, SIGUSR1), all save and end, and the exit code is 75: run it again.
+# After Ctrl-C it is 130.
 set -euo pipefail
 
 print=
@@ -27,11 +28,23 @@ command=("$VENV/bin/python" "${command[@]}")
 
 port=$("$VENV/bin/python" -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')
 export JAX_COORDINATOR_ADDRESS=localhost:$port JAX_NUM_PROCESSES=$number
-pids=()
-trap '[ ${#pids[@]} -eq 0 ] || kill "${pids[@]}" 2>/dev/null || true' EXIT
-trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
+pipes=$(mktemp -d)
+pids=() filters=() interrupted=
+trap 'rm -rf "$pipes"; [ ${#pids[@]} -eq 0 ] || kill "${pids[@]}" 2>/dev/null || true' EXIT
+
+# The filters ignore the signals, which often go to the whole group: they end when the processes have said all.
+trap '' TERM INT HUP USR1
 for ((i = 0; i < number; i++)); do
-  JAX_PROCESS_ID=$i "${command[@]}" > >(sed -u "s/^/$i: /") 2> >(sed -u "s/^/$i: /" >&2) &
+  mkfifo "$pipes/$i.out" "$pipes/$i.err"
+  sed -u "s/^/$i: /" <"$pipes/$i.out" &
+  filters+=($!)
+  sed -u "s/^/$i: /" <"$pipes/$i.err" >&2 &
+  filters+=($!)
+done
+trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM HUP USR1
+trap 'interrupted=1; kill -TERM "${pids[@]}" 2>/dev/null || true' INT
+for ((i = 0; i < number; i++)); do
+  JAX_PROCESS_ID=$i "${command[@]}" >"$pipes/$i.out" 2>"$pipes/$i.err" &
   pids+=($!)
 done
 
@@ -43,8 +56,18 @@ while [ ${#pids[@]} -gt 0 ]; do
   left=()
   for pid in "${pids[@]}"; do [ "$pid" = "$ended" ] || left+=("$pid"); done
   pids=("${left[@]}")
-  [ "$status" -ne 0 ] || status=$code
   # Being told to stop (75) is no failure: the others have been told, too, and are saving.
-  [ "$code" -eq 0 ] || [ "$code" -eq 75 ] || kill -KILL "${pids[@]}" 2>/dev/null || true
+  if [ "$code" -eq 75 ]; then
+    [ "$status" -ne 0 ] || status=75
+  elif [ "$code" -ne 0 ]; then
+    [ "$status" -ne 0 ] && [ "$status" -ne 75 ] || status=$code
+    kill -KILL "${pids[@]}" 2>/dev/null || true
+  fi
 done
+# Their last lines. What a process has left behind may hold a pipe open, so not for ever.
+for ((i = 0; i < 20; i++)); do
+  kill -0 "${filters[@]}" 2>/dev/null || break
+  sleep 0.1
+done
+[ "$status" -ne 75 ] || [ -z "$interrupted" ] || status=130
 exit "$status"

@@ -5,7 +5,8 @@
 # `test` extra as well: 100 MB on top of 3.6 GB, and no command takes away what another one installed. The versions are
 # those of requirements.lock, each checked against its hash (launch/lock.sh makes that file).
 # The interpreter is $PYTHON, else the first of python3, python3.13, python3.12, python3.11 that fits.
-# `.ready` inside holds what it was built from; `.unfinished` marks an installation that was cut off.
+# `.ready` inside holds what it was built from; `.unfinished` marks an installation that was cut off. Both name the
+# checkout, whose code the environment runs: it is not installed anew for another one.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 VENV=${DIFFUSION_T5X_VENV:-$ROOT/.venv}
@@ -26,6 +27,14 @@ key() {
 }
 
 is_ready() { [ -f "$VENV/.ready" ] && [ "$(cat "$VENV/.ready")" = "$(key)" ] && as_wanted; }
+
+refuse_of_another() {
+  local owner
+  owner=$(sed -n 2p "$VENV/.ready" 2>/dev/null || cat "$VENV/.unfinished" 2>/dev/null || true)
+  [ -z "$owner" ] || [ "$owner" = "$ROOT" ] || [ ! -d "$owner" ] || die "$VENV belongs to the checkout $owner," \
+    "and would run the code of $ROOT from now on. Name another folder: DIFFUSION_T5X_VENV=$ROOT/.venv-own bash $0 ..." \
+    "(or remove $VENV, if nothing uses it)."
+}
 
 is_reusable() {
   [ ! -e "$VENV/.unfinished" ] && fits "$VENV/bin/python" && as_wanted &&
@@ -81,7 +90,7 @@ pip_install() (
 install() {
   local log=$VENV/setup.log
   rm -f "$VENV/.ready"
-  touch "$VENV/.unfinished"
+  echo "$ROOT" >"$VENV/.unfinished"
   say "installing diffusion_t5x and what it needs (3.6 GB, some minutes; log: $log)"
   # --no-deps: the lock is complete, and leaves out the nightly builds that t5 asks for.
   {
@@ -105,6 +114,7 @@ explain_failure() {
   die "the installation failed. Log: $1"
 }
 
+refuse_of_another
 if is_ready; then
   say "$VENV is ready"
 else

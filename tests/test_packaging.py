@@ -123,7 +123,7 @@ def asked(metadata):
 def test_metadata(metadata):
     assert {line for line in metadata if line.startswith("Provides-Extra: ")} == {
         f"Provides-Extra: {extra}"
-        for extra in ("test", "wandb", "beam", "math", "hf", "lm-eval", "docs", "tpu", "cuda")
+        for extra in ("test", "wandb", "beam", "math", "hf", "lm-eval", "docs", "tpu", "pathways", "cuda")
     }
     assert "Name: diffusion_t5x" in metadata or "Name: diffusion-t5x" in metadata
     assert any(line.startswith("Requires-Python: ") and "3.11" in line and "3.14" in line for line in metadata)

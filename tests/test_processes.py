@@ -1,13 +1,13 @@
-"""Several processes as one run, and the scripts that start them."""
+"""Several processes as one run."""
 
 import argparse
 import json
 import os
-import pathlib
 import shutil
 import socket
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -15,9 +15,6 @@ from quickstart_runs import KEEP_THREE, TINY
 
 from diffusion_t5x.command_line import processes
 from diffusion_t5x.errors import UserError
-
-ROOT = pathlib.Path(__file__).parent.parent
-LAUNCH = ROOT / "launch"
 
 
 def flags(*argv):
@@ -58,61 +55,21 @@ def test_where_nothing_says_which_processes_there_are_it_is_said():
     assert "nothing here says which processes there are" in process.stderr
 
 
-def run_script(name, *arguments, **options):
-    return subprocess.run(["bash", str(LAUNCH / name), *arguments], capture_output=True, text=True, **options)
-
-
-SCRIPTS = {
-    "local.sh": ["2"],
-    "tpu_vm.sh": ["--name", "a_slice", "--zone", "a_zone", "--retries", "0", "--"],
-    "xpk.sh": ["--cluster", "c", "--zone", "z", "--tpu-type", "v5p-128", "--workload", "w", "--"],
-    "slurm.sh": [],
-}
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_scripts_print_what_they_would_do(name):
-    lengths = '--gin.TASK_FEATURE_LENGTHS={"inputs": 8, "targets": 8}'
-    process = run_script(name, "--print", *SCRIPTS[name], "train", lengths)
-    assert process.returncode == 0, process.stderr
-    last = process.stdout.splitlines()[-1]
-    assert "diffusion_t5x.train" in last and "--distributed" in last
-    # What a shell makes of the line holds the argument whole, also where it goes through a second shell.
-    assert (
-        lengths.split("=", 1)[1]
-        in subprocess.run(["bash", "-c", f"printf '%s\\n' {last}"], capture_output=True, text=True, check=True).stdout
-    )
-    assert run_script(name, "--print").returncode == 2
-
-
-def test_scripts_are_clean():
-    folders = [str(pathlib.Path(sys.executable).parent), os.environ["PATH"]]
-    shellcheck = shutil.which("shellcheck", path=os.pathsep.join(folders))
-    if shellcheck is None:
-        pytest.skip("shellcheck is not installed (extra test)")
-    scripts = [*map(str, LAUNCH.glob("*.sh")), str(ROOT / ".ci/run")]
-    process = subprocess.run([shellcheck, "-x", "-P", "SCRIPTDIR", *scripts], capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout
-
-
-@pytest.mark.parametrize("code,status", [(0, 0), (3, 3), (75, 75)])
-def test_a_process_that_fails_ends_the_others(tmp_path, code, status):
-    """With a python that does what the test says: process 1 ends, and where it fails, process 0 would wait for ever."""
-    script = (LAUNCH / "local.sh").read_text().split('source "$(dirname')
-    assert len(script) == 2
-    python = tmp_path / "venv/bin/python"
-    python.parent.mkdir(parents=True)
-    python.write_text(
-        f'#!/bin/bash\n[ "$1" = -c ] && echo 1 && exit\necho "process $JAX_PROCESS_ID of $JAX_NUM_PROCESSES: $*"\n'
-        f'[ "$JAX_PROCESS_ID" = 0 ] && [ {code} = 3 ] && exec sleep 600\nexit {code}\n'
-    )
-    python.chmod(0o755)
-    there = tmp_path / "launch/local.sh"
-    there.parent.mkdir()
-    there.write_text(f"{script[0]}VENV={tmp_path}/venv\n{script[1].partition(chr(10))[2]}")
-    process = subprocess.run(["bash", there, "2", "train", "--a=b"], capture_output=True, text=True, timeout=60)
-    assert process.returncode == status
-    assert "1: process 1 of 2: -m diffusion_t5x.train --a=b --distributed" in process.stdout.splitlines()
+def test_pathways_is_connected_to_where_jax_is_told_to_use_its_proxy(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "proxy,cpu")
+    monkeypatch.setitem(sys.modules, "pathwaysutils", None)
+    with pytest.raises(UserError, match=r"pip install 'diffusion_t5x\[pathways\]'"):
+        processes.join(flags())
+    connected = []
+    library = types.SimpleNamespace(initialize=lambda: connected.append(True))
+    monkeypatch.setitem(sys.modules, "pathwaysutils", library)
+    processes.join(flags())
+    assert connected == [True]
+    with pytest.raises(UserError, match="Leave out --distributed"):
+        processes.join(flags("--distributed"))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    processes.join(flags())
+    assert connected == [True]
 
 
 def together(number, verb, *arguments):

@@ -31,11 +31,13 @@ def add_flags(parser: argparse._ActionsContainer) -> None:
 
 
 def join(flags: argparse.Namespace) -> None:
-    """Joins this process with the others that `--distributed` names; without that flag, does nothing.
+    """Joins this process with the others that `--distributed` names; without that flag, at most connects to Pathways.
 
     Raises:
       UserError: flags or environment do not determine the processes, or the others do not connect.
     """
+    if "proxy" in os.environ.get("JAX_PLATFORMS", "").split(","):
+        _connect_to_pathways(flags.distributed)
     given = {name: getattr(flags, name) for name in _VARIABLES}
     if not flags.distributed:
         if named := [f"--{name}" for name, value in given.items() if value is not None]:
@@ -69,6 +71,20 @@ def join(flags: argparse.Namespace) -> None:
     if jax.process_index():  # process 0 logs what is logged once
         logging.getLogger("diffusion_t5x").setLevel(logging.WARNING)
     logger.info("%d processes with %d devices", jax.process_count(), jax.device_count())
+
+
+def _connect_to_pathways(distributed: bool) -> None:
+    """Lets JAX find the devices of a Pathways cluster, whose proxy JAX_BACKEND_TARGET names."""
+    if distributed:
+        raise UserError("JAX_PLATFORMS=proxy: with Pathways there is one process. Leave out --distributed.")
+    try:
+        import pathwaysutils
+    except ImportError:
+        raise UserError(
+            "JAX_PLATFORMS=proxy needs pathwaysutils: pip install 'diffusion_t5x[pathways]'. (Without Pathways, unset "
+            "JAX_PLATFORMS.)"
+        ) from None
+    pathwaysutils.initialize()
 
 
 def in_32_bits() -> None:

@@ -1,0 +1,26 @@
+"""Small programs in place of tools that a machine lacks (srun, gcloud, xpk) or that would take long (python)."""
+
+import os
+import pathlib
+import subprocess
+
+LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
+
+
+def program(path: pathlib.Path, script: str) -> pathlib.Path:
+    """Writes a bash script that can be run, and its folders; returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{script}")
+    path.chmod(0o755)
+    return path
+
+
+def environment(folder: pathlib.Path, **variables: str) -> dict[str, str]:
+    """This process's environment with the programs of `folder` before all others."""
+    return {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", **variables}
+
+
+def run(script: pathlib.Path, *arguments: str, **options) -> subprocess.CompletedProcess:
+    """Runs a launcher to its end."""
+    command = ["bash", str(script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
