@@ -1,7 +1,7 @@
 """Block diffusion: autoregressive over blocks, diffusion inside a block (BD3-LM, arXiv 2503.09573, section 3)."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -25,7 +25,7 @@ from diffusion_t5x.objectives.likelihood import masked_bound
 from diffusion_t5x.objectives.masked import SCHEDULES, Schedule, Weighting, mask_targets
 from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass, normalized, stratified
 from diffusion_t5x.objectives.uniform_bound import uniform_bound
-from diffusion_t5x.shapes import FloatBL, IntBL, IntScalar, KeyB, KeyScalar
+from diffusion_t5x.shapes import AnyBoolBL, FloatBL, FloatBLD, IntBL, IntScalar, KeyB, KeyScalar
 
 
 def first_targets(batch: Batch) -> IntBL:
@@ -104,7 +104,99 @@ def noisy_output(
 
 
 @dataclasses.dataclass(frozen=True)
-class Block(Objective):
+class InBlocks(Objective):
+    """The common part of objectives that predict the noisy targets of a block given everything before it, clean.
+
+    Attributes:
+      block_size: number of targets per block.
+      blocks_from: where blocks are counted from, see `AttentionKind`.
+      softmax: what the loss is over, see `Masked`.
+    """
+
+    block_size: int = 4
+    blocks_from: BlocksFrom = dataclasses.field(default="targets", kw_only=True)
+    softmax: LossSoftmax = dataclasses.field(default="allowed", kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        AttentionKind("block_causal", self.block_size, self.blocks_from)  # raises on a bad block size
+
+    @property
+    def attention(self) -> AttentionKind:
+        return AttentionKind("block_causal", self.block_size, self.blocks_from)
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (Mode.of(self.attention, "mask"),)
+
+    @property
+    def passes(self) -> Sequence[Pass]:
+        return (Pass(slots=2),)
+
+    def noisy(self, vocabulary: TokenIds, batch: Batch, key: KeyScalar) -> IntBL:
+        """Returns the tokens with noise in place of some targets, as `loss` has them with this key."""
+        raise NotImplementedError
+
+    def model_inputs(self, model: ModelDefinition, batch: Batch, key: KeyScalar) -> IntBL:
+        """Returns the noisy targets among their clean inputs; the model reads the clean targets as well."""
+        return model_reads(self.noisy(model.vocabulary, batch, key), batch, model)
+
+    def output(
+        self,
+        model: Transformer,
+        batch: Batch,
+        noisy: IntBL,
+        dropout_keys: KeyB | None = None,
+        kind: AttentionKind | Annealed | None = None,
+    ) -> tuple[Batch, Output]:
+        """Runs the pass over clean and noisy targets.
+
+        Args:
+          model: reads them.
+          batch: the clean tokens, of rows that may be packed.
+          noisy: see `noisy`.
+          dropout_keys: a key for each row; None switches dropout off.
+          kind: "block_diffusion", or in transition to it; None: in blocks of `block_size`.
+
+        Returns:
+          The batch without the tokens that had no room, and hidden states that predict the noisy targets.
+        """
+        kind = kind or AttentionKind("block_diffusion", self.block_size, self.blocks_from)
+        size = (kind.kind if isinstance(kind, Annealed) else kind).block_size
+        assert size is not None
+        reading = Reading.of(batch, model.vocabulary, model.config.shifted, packed=True)
+        batch = reading.fits(batch)
+        starts = block_starts(batch, size, self.blocks_from)
+        encoded = model.encode(batch, dropout_keys)
+        return batch, noisy_output(model, reading, starts, noisy, kind, encoded, dropout_keys)
+
+    def log_likelihood(self, model: Transformer, batch: Batch, key: KeyScalar, num_draws: int) -> Likelihood:
+        """Sums each block's lower bound given the clean blocks before it, up to the block in which the text ends.
+
+        A decoder stops there. The tokens of the last block that it drops count as they are in the batch, which is one
+        of the ways to write the text: still a lower bound. Masked blocks of one target need no draws and are exact.
+        """
+        starts, counted, hidden = self._bounded(model, batch)
+
+        def nll(tokens):
+            return score(model, hidden(tokens), batch.tokens)[0]
+
+        num_draws = 2 if self.block_size == 1 else num_draws
+        return masked_bound(nll, model.vocabulary, batch, starts, counted, key, num_draws)
+
+    def _bounded(self, model: Transformer, batch: Batch) -> tuple[IntBL, AnyBoolBL, Callable[[IntBL], FloatBLD]]:
+        """Returns the targets' block starts, the targets that a bound counts, and `noisy -> hidden states`."""
+        encoded = model.encode(batch)
+        starts = jnp.clip(block_starts(batch, self.block_size, self.blocks_from), 0)
+        ended = after_end(batch.tokens, batch, model.vocabulary)
+        counted = batch.target_mask & ~jnp.take_along_axis(ended, starts, axis=-1)
+        reading = Reading.of(batch, model.vocabulary, model.config.shifted)
+        kind = AttentionKind("block_diffusion", self.block_size, self.blocks_from)
+        return starts, counted, lambda tokens: noisy_output(model, reading, starts, tokens, kind, encoded).hidden
+
+
+@dataclasses.dataclass(frozen=True)
+class Block(InBlocks):
     """Cross-entropy of the noisy targets of each block given the rest of the block and everything before it, clean.
 
     One pass over `[clean tokens | noisy targets]` gives the loss of every block. Each block draws its own time,
@@ -130,7 +222,6 @@ class Block(Objective):
       softmax: what the loss is over, see `Masked`.
     """
 
-    block_size: int = 4
     stages: tuple[tuple[int, int], ...] | None = None
     noise: Literal["mask", "uniform"] = "mask"
     schedule: Schedule = "linear"
@@ -138,13 +229,10 @@ class Block(Objective):
     epsilon: float = 1e-3
     anneal_steps: int | None = None
     normalize: Normalize = "target_tokens"
-    blocks_from: BlocksFrom = "targets"
-    softmax: LossSoftmax = "allowed"
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         check_anneal_steps(self.anneal_steps)
-        AttentionKind("block_causal", self.block_size, self.blocks_from)  # raises on a bad block size
         if not 0 <= self.epsilon < 1:
             raise UserError(f"Block.epsilon must lie in [0, 1); got {self.epsilon}.")
         if self.noise == "uniform" and self.weighting != "uniform":
@@ -162,21 +250,11 @@ class Block(Objective):
             )
 
     @property
-    def attention(self) -> AttentionKind:
-        return AttentionKind("block_causal", self.block_size, self.blocks_from)
-
-    @property
     def modes(self) -> tuple[Mode, ...]:
         return (Mode.of(self.attention, self.noise),)
 
-    @property
-    def passes(self) -> Sequence[Pass]:
-        return (Pass(slots=2),)
-
-    def model_inputs(self, model: ModelDefinition, batch: Batch, key: KeyScalar) -> IntBL:
-        """Returns the noisy targets among their clean inputs; the model reads the clean targets as well."""
-        noisy, _ = self.corrupt(model.vocabulary, batch, key)
-        return model_reads(noisy, batch, model)
+    def noisy(self, vocabulary: TokenIds, batch: Batch, key: KeyScalar) -> IntBL:
+        return self.corrupt(vocabulary, batch, key)[0]
 
     def corrupt(
         self, vocabulary: TokenIds, batch: Batch, key: KeyScalar, size: int | IntScalar | None = None
@@ -214,14 +292,8 @@ class Block(Objective):
         dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids) if train else None
         size = self._size_at(step)
         noisy, weights = self.corrupt(model.vocabulary, batch, key, size)
-        reading = Reading.of(batch, model.vocabulary, model.config.shifted, packed=True)
-        batch = reading.fits(batch)
-        block_diffusion = AttentionKind("block_diffusion", size, self.blocks_from)
-        kind = annealed(block_diffusion, self.anneal_steps, step, key)
-        encoded = model.encode(batch, dropout_keys)
-        starts = block_starts(batch, size, self.blocks_from)
-        output = noisy_output(model, reading, starts, noisy, kind, encoded, dropout_keys)
-
+        kind = annealed(AttentionKind("block_diffusion", size, self.blocks_from), self.anneal_steps, step, key)
+        batch, output = self.output(model, batch, noisy, dropout_keys, kind)
         nll, correct = score(model, output.hidden, batch.tokens, self.softmax)
         scored = batch.target_mask
         metrics = {"noise_fraction": normalized(batch, noisy != batch.tokens, "target_tokens")}
@@ -236,27 +308,8 @@ class Block(Objective):
         return LossSums(normalized(batch, loss, self.normalize), metrics, output.auxiliary)
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: KeyScalar, num_draws: int) -> Likelihood:
-        """Sums each block's lower bound given the clean blocks before it, up to the block in which the text ends.
-
-        A decoder stops there. The tokens of the last block that it drops count as they are in the batch, which is one
-        of the ways to write the text: still a lower bound. Masked blocks of one target need no draws and are exact.
-        """
-        encoded = model.encode(batch)
-        starts = jnp.clip(block_starts(batch, self.block_size, self.blocks_from), 0)
-        ended = after_end(batch.tokens, batch, model.vocabulary)
-        counted = batch.target_mask & ~jnp.take_along_axis(ended, starts, axis=-1)
-
-        reading = Reading.of(batch, model.vocabulary, model.config.shifted)
-        kind = AttentionKind("block_diffusion", self.block_size, self.blocks_from)
-
-        def hidden(tokens):
-            return noisy_output(model, reading, starts, tokens, kind, encoded).hidden
-
-        if self.noise == "uniform":
-            return uniform_bound(model, hidden, batch, starts, counted, key, num_draws)
-
-        def nll(tokens):
-            return score(model, hidden(tokens), batch.tokens)[0]
-
-        num_draws = 2 if self.block_size == 1 else num_draws
-        return masked_bound(nll, model.vocabulary, batch, starts, counted, key, num_draws)
+        """The bound of `InBlocks`; with uniform noise, inside a block, the one of `uniform_bound`."""
+        if self.noise == "mask":
+            return super().log_likelihood(model, batch, key, num_draws)
+        starts, counted, hidden = self._bounded(model, batch)
+        return uniform_bound(model, hidden, batch, starts, counted, key, num_draws)

@@ -16,19 +16,18 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.errors import UserError, check_choices
+from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import Annealed, AttentionKind, BlocksFrom
-from diffusion_t5x.models.modes import Mode
-from diffusion_t5x.models.output import Ratio
-from diffusion_t5x.models.reading import Reading, model_reads
-from diffusion_t5x.models.readout import LossSoftmax, cross_entropy
+from diffusion_t5x.models.output import Output, Ratio
+from diffusion_t5x.models.reading import Reading
+from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.sampling import Sampling, filter_logits, forbid
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Params, Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
-from diffusion_t5x.objectives.block import Block, block_starts, noisy_output
+from diffusion_t5x.objectives.block import InBlocks, block_starts, noisy_output
 from diffusion_t5x.objectives.divergences import Divergence, divergence
-from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass
+from diffusion_t5x.objectives.objective import LossSums, Normalize, Pass
 from diffusion_t5x.objectives.texts import over_texts, random_states, scored_tokens
 from diffusion_t5x.shapes import IntBL, IntScalar, KeyScalar
 
@@ -67,7 +66,7 @@ def visited_states(
 
 
 @dataclasses.dataclass(frozen=True)
-class Distillation(Objective):
+class Distillation(InBlocks):
     """Divergence from the teacher's next-token distribution, at the masked targets up to the end of the text.
 
     Without a rollout stage the text comes from the data (off-policy), with it from the student (on-policy). Defaults
@@ -93,21 +92,17 @@ class Distillation(Objective):
     needs_teacher: ClassVar[bool] = True
     takes_rollouts: ClassVar[bool] = True
 
-    block_size: int = 4
     divergence: Divergence = "forward_kl"
     top_k: int | None = None
     states: Literal["visited", "random"] = "visited"
     score_end: bool = False
     normalize: Normalize = "sequences"
-    blocks_from: BlocksFrom = "targets"
-    softmax: LossSoftmax = "allowed"
     mix: float = 0.5
     teacher_sampling: Sampling = Sampling()  # noqa: RUF009  (frozen)
     teacher_fill: Literal["clean", "argmax"] = "clean"
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        AttentionKind("block_causal", self.block_size, self.blocks_from)  # raises on a bad block size
+        super().__post_init__()
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"Distillation.top_k must be at least 1, or None for all; got {self.top_k}.")
         if not 0 < self.mix < 1:
@@ -122,31 +117,15 @@ class Distillation(Objective):
         return self.states == "visited"
 
     @property
-    def attention(self) -> AttentionKind:
-        return AttentionKind("block_causal", self.block_size, self.blocks_from)
-
-    @property
-    def modes(self) -> tuple[Mode, ...]:
-        return (Mode.of(self.attention, "mask"),)
-
-    @property
     def passes(self) -> Sequence[Pass]:
         return (Pass(slots=2), Pass(slots=1 if self.teacher_fill == "clean" else 2, by_teacher=True))
 
-    def model_inputs(self, model: ModelDefinition, batch: Batch, key: KeyScalar) -> IntBL:
-        """Returns the noisy targets among their clean inputs; the student reads the clean targets as well."""
-        return model_reads(self._noisy(model.vocabulary, batch, key), batch, model)
-
-    def _noisy(self, vocabulary: TokenIds, batch: Batch, key: KeyScalar) -> IntBL:
+    def noisy(self, vocabulary: TokenIds, batch: Batch, key: KeyScalar) -> IntBL:
         among = (batch, vocabulary, self.block_size, stream(key, "noise"), self.blocks_from)
         if self.states == "random" or batch.written_at is None:
             return random_states(*among)
         by_student = jnp.any(batch.written_at >= 0, axis=-1, keepdims=True)
         return jnp.where(by_student, visited_states(*among), random_states(*among))
-
-    @property
-    def _kind(self) -> AttentionKind:
-        return AttentionKind("block_diffusion", self.block_size, self.blocks_from)
 
     def loss(
         self,
@@ -162,21 +141,13 @@ class Distillation(Objective):
             raise UserError("Distillation needs a teacher. Set TEACHER_CHECKPOINT_PATH.")
         vocabulary = model.vocabulary
         dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids) if train else None
-        noisy = self._noisy(vocabulary, batch, key)
-        reading = Reading.of(batch, vocabulary, model.config.shifted, packed=True)
-        of_teacher = Reading.of(batch, vocabulary, True, packed=True)
-        batch = (reading if self.teacher_fill == "clean" else of_teacher).fits(batch)
-        starts = block_starts(batch, self.block_size, self.blocks_from)
-        encoded = model.encode(batch, dropout_keys)
-        output = noisy_output(model, reading, starts, noisy, self._kind, encoded, dropout_keys)
+        noisy = self.noisy(vocabulary, batch, key)
+        kept, output = self.output(model, batch, noisy, dropout_keys)
         if self.teacher_fill == "clean":
-            taught = Autoregressive().output(teacher, batch)
+            batch, taught = kept, Autoregressive().output(teacher, kept)
         else:
             likeliest = model.map_logits(lambda x: jnp.argmax(forbid(x, vocabulary), axis=-1), output.hidden)
-            filled = jnp.where(noisy == vocabulary.mask_id, likeliest, noisy)
-            # Causal inside the blocks of filled targets, too: annealing at its start, with no later edge open.
-            causal = Annealed(self._kind, jnp.float32(0), key)
-            taught = noisy_output(teacher, of_teacher, starts, filled, causal, teacher.encode(batch))
+            batch, taught = self._taught(teacher, batch, jnp.where(noisy == vocabulary.mask_id, likeliest, noisy), key)
 
         def compare(logits, teacher_hidden, labels):
             allowed = forbid(logits, vocabulary)
@@ -203,6 +174,11 @@ class Distillation(Objective):
             auxiliary=output.auxiliary,
         )
 
-    def log_likelihood(self, model: Transformer, batch: Batch, key: KeyScalar, num_draws: int) -> Likelihood:
-        """The student's likelihood, as a block diffusion model: that of `Block`."""
-        return Block(self.block_size, blocks_from=self.blocks_from).log_likelihood(model, batch, key, num_draws)
+    def _taught(self, teacher: Transformer, batch: Batch, filled: IntBL, key: KeyScalar) -> tuple[Batch, Output]:
+        """Runs the teacher over `[clean text | filled targets]`; returns as `output`."""
+        reading = Reading.of(batch, teacher.vocabulary, True, packed=True)
+        batch = reading.fits(batch)
+        starts = block_starts(batch, self.block_size, self.blocks_from)
+        # Causal inside the blocks of filled targets, too: annealing at its start, with no later edge open.
+        causal = Annealed(AttentionKind("block_diffusion", self.block_size, self.blocks_from), jnp.float32(0), key)
+        return batch, noisy_output(teacher, reading, starts, filled, causal, teacher.encode(batch))
