@@ -66,7 +66,7 @@ class BlockSft(InBlocks):
         vocabulary = model.vocabulary
         dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids) if train else None
         noisy = self.noisy(vocabulary, batch, key)
-        batch, output = self.output(model, batch, noisy, dropout_keys)
+        batch, output, _ = self.output(model, batch, noisy, dropout_keys)
         nll, correct = score(model, output.hidden, batch.tokens, self.softmax)
         scored = scored_tokens(batch, vocabulary, noisy, self.score_end)
         return LossSums(

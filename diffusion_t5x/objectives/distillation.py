@@ -8,7 +8,7 @@ decoding (`training/rollout.py`).
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,10 @@ from diffusion_t5x.models.transformer import ModelDefinition, Params, Transforme
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import InBlocks, block_starts, noisy_output
 from diffusion_t5x.objectives.divergences import Divergence, divergence
+from diffusion_t5x.objectives.estimators import Estimate, drawn_now, sampled_kl
 from diffusion_t5x.objectives.objective import LossSums, Normalize, Pass
 from diffusion_t5x.objectives.texts import over_texts, random_states, scored_tokens
-from diffusion_t5x.shapes import IntBL, IntScalar, KeyScalar
+from diffusion_t5x.shapes import AnyBoolBL, IntBL, IntScalar, KeyScalar
 
 
 class Teacher(NamedTuple):
@@ -85,6 +86,11 @@ class Distillation(InBlocks):
       softmax: what the student's distribution is over, see `Masked`. The teacher's is over what may be written.
       mix: weight of the reverse KL in "mixed_kl", or of the teacher in "jsd".
       teacher_sampling: the teacher's distribution is the one that this would draw from; renormalised, unlike `top_k`.
+      estimate: "exact": the divergence is summed over all tokens. "k1", "k3": the reverse KL is estimated from the
+        tokens that the student drew in the state that it sees, each with its importance weight (see
+        `estimators.sampled_kl`); those drawn in later states do not count. A batch without draws, as in an evaluation,
+        has the exact one.
+      max_weight: the weights of "k1" and "k3" are cut there; None: not at all.
       teacher_fill: what the teacher reads for targets that the student sees masked: the text's own tokens ("clean"), or
         the student's most likely ones ("argmax"), which takes a pass over `[clean text | filled targets]`.
     """
@@ -100,6 +106,8 @@ class Distillation(InBlocks):
     mix: float = 0.5
     teacher_sampling: Sampling = Sampling()  # noqa: RUF009  (frozen)
     teacher_fill: Literal["clean", "argmax"] = "clean"
+    estimate: Estimate = "exact"
+    max_weight: float | None = 2.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,6 +119,30 @@ class Distillation(InBlocks):
             raise UserError(
                 "Distillation.teacher_sampling must have a temperature above 0: at 0 the teacher has no distribution."
             )
+
+        if self.max_weight is not None and self.max_weight < 1:
+            raise UserError(f"Distillation.max_weight must be at least 1, or None; got {self.max_weight}.")
+        if self.estimate != "exact":
+            self._check_estimate()
+
+    def _check_estimate(self) -> None:
+        """Raises a UserError for settings whose divergence has no estimate from the student's draws."""
+        needed: dict[str, Any] = {"divergence": "reverse_kl", "states": "visited", "softmax": "allowed", "top_k": None}
+        for name, value in needed.items():
+            if getattr(self, name) != value:
+                raise UserError(
+                    f"Distillation.estimate = {self.estimate!r} is of draws from the student's own distribution and "
+                    f"needs {name} = {value!r}; got {getattr(self, name)!r}."
+                )
+        if self.teacher_sampling != Sampling(self.teacher_sampling.temperature):
+            raise UserError(
+                f"Distillation.estimate = {self.estimate!r} needs a teacher that gives every token a probability: no "
+                f"top_k, top_p or min_p; got {self.teacher_sampling}."
+            )
+
+    @property
+    def needs_samples(self) -> bool:
+        return self.estimate != "exact"
 
     @property
     def needs_rollouts(self) -> bool:
@@ -142,26 +174,40 @@ class Distillation(InBlocks):
         vocabulary = model.vocabulary
         dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids) if train else None
         noisy = self.noisy(vocabulary, batch, key)
-        kept, output = self.output(model, batch, noisy, dropout_keys)
+        kept, output, _ = self.output(model, batch, noisy, dropout_keys)
         if self.teacher_fill == "clean":
             batch, taught = kept, Autoregressive().output(teacher, kept)
         else:
             likeliest = model.map_logits(lambda x: jnp.argmax(forbid(x, vocabulary), axis=-1), output.hidden)
             batch, taught = self._taught(teacher, batch, jnp.where(noisy == vocabulary.mask_id, likeliest, noisy), key)
 
-        def compare(logits, teacher_hidden, labels):
+        scored = scored_tokens(batch, vocabulary, noisy, self.score_end)
+        drawn = batch.written_log_probability if self.needs_samples else None
+        if drawn is not None:
+            scored &= self._drawn_now(batch, noisy == vocabulary.mask_id)
+
+        def compare(logits, teacher_hidden, labels, scored, drawn):
             allowed = forbid(logits, vocabulary)
             student = allowed if self.softmax == "allowed" else logits
             target = jax.lax.stop_gradient(forbid(teacher.logits(teacher_hidden), vocabulary))
             nll, _ = cross_entropy(target, labels)
             agree = jnp.argmax(allowed, axis=-1) == jnp.argmax(target, axis=-1)
             target = filter_logits(target, self.teacher_sampling)
-            return divergence(target, student, self.divergence, self.top_k, self.mix), nll, agree
+            if self.estimate == "exact" or drawn is None:
+                return divergence(target, student, self.divergence, self.top_k, self.mix), nll, agree, None
+            # What is not scored may be MASK, whose logarithm is infinite.
+            log_q, log_p, drawn = (
+                jnp.where(scored, x, 0)
+                for x in (-cross_entropy(student, labels)[1], -cross_entropy(target, labels)[1], drawn)
+            )
+            distance, weight = sampled_kl(log_q, log_p, drawn, self.estimate, self.max_weight)
+            return distance, nll, agree, weight
 
-        distance, teacher_nll, agree = model.map_logits(compare, output.hidden, taught.hidden, batch.tokens)
+        arguments = (taught.hidden, batch.tokens, scored, drawn)
+        distance, teacher_nll, agree, weight = model.map_logits(compare, output.hidden, *arguments)
         text = text_of(batch, vocabulary)
-        scored = scored_tokens(batch, vocabulary, noisy, self.score_end)
         count, in_texts, texts = (jnp.sum(x, dtype=jnp.float32) for x in (scored, text, jnp.any(text, axis=-1)))
+        weights = {} if weight is None else {"importance_weight": over_texts(batch, scored, weight, "target_tokens")}
         return LossSums(
             loss=over_texts(batch, scored, distance, self.normalize),
             metrics={
@@ -170,12 +216,19 @@ class Distillation(InBlocks):
                 "teacher_nll": over_texts(batch, text, teacher_nll, "target_tokens"),
                 "mask_fraction": Ratio(count, in_texts),
                 "text_length": Ratio(in_texts, texts),
+                **weights,
             },
             auxiliary=output.auxiliary,
         )
 
+    def _drawn_now(self, batch: Batch, masked: AnyBoolBL) -> AnyBoolBL:
+        """Returns the masked targets that the student drew in the state that it sees here."""
+        assert batch.written_at is not None
+        starts = block_starts(batch, self.block_size, self.blocks_from)
+        return drawn_now(batch.target_mask & masked, batch.written_at, starts)
+
     def _taught(self, teacher: Transformer, batch: Batch, filled: IntBL, key: KeyScalar) -> tuple[Batch, Output]:
-        """Runs the teacher over `[clean text | filled targets]`; returns as `output`."""
+        """Runs the teacher over `[clean text | filled targets]`; returns the batch without what had no room."""
         reading = Reading.of(batch, teacher.vocabulary, True, packed=True)
         batch = reading.fits(batch)
         starts = block_starts(batch, self.block_size, self.blocks_from)
