@@ -30,6 +30,7 @@ from diffusion_t5x.evaluation import results
 from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LikelihoodEval, LossEval, prepared
 from diffusion_t5x.evaluation.inference import write_jsonl
 from diffusion_t5x.evaluation.loading import CheckpointSettings, check_datasets, load_teacher
+from diffusion_t5x.evaluation.noise_times import TimesEval
 from diffusion_t5x.evaluation.predictions import add_predictions, read_predictions
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import Params
@@ -49,13 +50,14 @@ class Evaluation(CheckpointSettings):
     See `CheckpointSettings` for what the verbs share.
 
     Attributes:
-      eval_output_dir: made if needed; None is eval/ in the checkpoint's MODEL_DIR (likelihood/ or loss/ if nothing is
-        decoded), with a folder for each checkpoint.
+      eval_output_dir: made if needed; None is eval/ in the checkpoint's MODEL_DIR (likelihood/, loss/ or times/ if
+        nothing is decoded), with a folder for each checkpoint.
       all_checkpoints: evaluate all checkpoints at the path; otherwise the newest.
       decode_evals: what to decode and score.
       objective: computes losses and likelihoods.
       loss_evals: losses to measure.
       likelihood_evals: likelihoods to measure; their metrics are listed beside those of decoding.
+      times_evals: searches for the times of least variance; see `Block.times`.
       teacher_checkpoint_path: checkpoint of an autoregressive model that scores decoded texts ("teacher_nll",
         "teacher_agreement"), and that a distillation's loss needs.
       teacher_model: the teacher's dimensions; None takes the model's.
@@ -71,6 +73,7 @@ class Evaluation(CheckpointSettings):
     objective: Objective | None = None
     loss_evals: Sequence[LossEval] = ()
     likelihood_evals: Sequence[LikelihoodEval] = ()
+    times_evals: Sequence[TimesEval] = ()
     teacher_checkpoint_path: str | None = None
     teacher_model: ModelConfig | None = None
     dry_run: bool = False
@@ -84,10 +87,16 @@ class Evaluation(CheckpointSettings):
         """
         mesh = self.mesh.make()
         found = [OpenCheckpoint(path) for path in checkpoints.find_checkpoints(self.checkpoint_path)]
-        kind = "eval" if self.decode_evals else "likelihood" if self.likelihood_evals else "loss"
+        kinds = {"eval": self.decode_evals, "likelihood": self.likelihood_evals, "loss": self.loss_evals}
+        kind = next((kind for kind, evals in kinds.items() if evals), "times")
         output = pathlib.Path(self.eval_output_dir or found[-1].model_dir / kind)
         checkpoints.ensure_writable(str(output), self.dry_run)
-        evals = _Evals(prepared(self.loss_evals), prepared(self.decode_evals), prepared(self.likelihood_evals))
+        evals = _Evals(
+            prepared(self.loss_evals),
+            prepared(self.decode_evals),
+            prepared(self.likelihood_evals),
+            prepared(self.times_evals),
+        )
         self._check(evals, mesh)
         settings = self._describe(evals)
         folders = self._folders(found, output)
@@ -103,10 +112,13 @@ class Evaluation(CheckpointSettings):
     def _check(self, evals: "_Evals", mesh: Mesh) -> None:
         """Raises a UserError if there is nothing to evaluate, or data, objective and mesh do not fit together."""
         if not evals.all:
-            raise UserError("Nothing to evaluate: set evaluate.decode_evals, loss_evals or likelihood_evals.")
-        if (evals.loss or evals.likelihood) and self.objective is None:
             raise UserError(
-                "evaluate.loss_evals and likelihood_evals need evaluate.objective. Include one of objectives/."
+                "Nothing to evaluate: set evaluate.decode_evals, loss_evals, likelihood_evals or times_evals."
+            )
+        if (evals.loss or evals.likelihood or evals.times) and self.objective is None:
+            raise UserError(
+                "evaluate.loss_evals, likelihood_evals and times_evals need evaluate.objective. Include one of "
+                "objectives/."
             )
         check_datasets([ev.dataset for ev in evals.all], self.model, mesh)
         for ev in evals.decode:
@@ -140,7 +152,7 @@ class Evaluation(CheckpointSettings):
                 print(f"Would evaluate {' '.join(map(str, todo))} ({size}):", *evals.all, sep="\n  ")
                 return
             evaluator = evaluator or Evaluator(
-                mesh, definition, self.objective, evals.loss, evals.decode, teacher, evals.likelihood
+                mesh, definition, self.objective, evals.loss, evals.decode, teacher, evals.likelihood, evals.times
             )
             scores, fingerprints = _evaluate(evaluator, params, folder)
             del params  # before the next checkpoint's are there
@@ -165,10 +177,11 @@ class _Evals:
     loss: Sequence[LossEval]
     decode: Sequence[DecodeEval]
     likelihood: Sequence[LikelihoodEval]
+    times: Sequence[TimesEval]
 
     @property
-    def all(self) -> list[LossEval | LikelihoodEval | DecodeEval]:
-        return [*self.loss, *self.likelihood, *self.decode]
+    def all(self) -> list[LossEval | LikelihoodEval | DecodeEval | TimesEval]:
+        return [*self.loss, *self.likelihood, *self.decode, *self.times]
 
 
 def _evaluate(
@@ -176,6 +189,8 @@ def _evaluate(
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """Scores and data fingerprints by task; decoded texts are written to `folder`."""
     scores = {name: dict(metrics) for name, metrics in evaluator.losses(params).items()}
+    for task, metrics in evaluator.times(params).items():
+        scores[task] = scores.get(task, {}) | metrics
     fingerprints = {}
     for task, metrics, records in evaluator.likelihoods(params):
         scores[task] = scores.get(task, {}) | metrics

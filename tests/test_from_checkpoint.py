@@ -127,6 +127,11 @@ def test_eval_of_likelihood_with_a_run_file(block, capsys):
     assert "LikelihoodEval(" in (printed := capsys.readouterr().out) and "canvas=True" in printed
 
 
+def test_a_search_of_times_with_a_run_file(block, capsys):
+    evaluation.main(["--checkpoint", str(block), "--gin_file=runs/search_times.gin", "--dry_run"])
+    assert "TimesEval(" in (printed := capsys.readouterr().out) and "num_draws=8" in printed
+
+
 def test_infer_and_its_score(block, capsys):
     infer.main(["--checkpoint", str(block), "--gin.NUM_DECODED_EXAMPLES=2", "--gin.INFER_OUTPUT_DIR=None"])
     lines = (block / "infer" / "checkpoint_1" / "local-test.jsonl").read_text().splitlines()

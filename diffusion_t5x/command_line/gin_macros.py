@@ -56,7 +56,7 @@ _MEANINGS = {
     "MODEL_DIR": "folder of the run: checkpoints, metrics, configuration.",
     "NTREX_FILES": "NTREX files, as paths or glob patterns by split.",
     "NUM_DECODED_EXAMPLES": "examples to decode, from the start of the split; None takes all.",
-    "NUM_DRAWS": "noise draws per example for the likelihood bound; an even number.",
+    "NUM_DRAWS": "noise draws per example for the likelihood bound (an even number), or for a search of times.",
     "NUM_SAMPLES": "canvases decoded per example; the best by model score is kept.",
     "NUM_SCORED_EXAMPLES": "examples to score, from the start of the split; None takes all.",
     "NUM_SHOTS": "solved examples put before each input.",

@@ -3,7 +3,7 @@
 from typing import Literal
 
 import flax.struct
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from diffusion_t5x.shapes import AnyBoolBL, AnyIntBL, Array
 
@@ -25,6 +25,7 @@ class Batch(flax.struct.PyTreeNode):
       encoder_tokens, encoder_segment_ids, encoder_positions: the inputs, for an encoder-decoder. Inputs and targets of
         one example have the same segment id. None for a decoder-only model.
       written_at: for a text that a decoder wrote: see `decoding.decoder.Decoded`. None for data.
+      written_log_probability: likewise `Decoded.log_probability`. None for data.
     """
 
     tokens: AnyIntBL
@@ -36,6 +37,7 @@ class Batch(flax.struct.PyTreeNode):
     encoder_segment_ids: Int[Array, "batch inputs"] | None = None
     encoder_positions: Int[Array, "batch inputs"] | None = None
     written_at: AnyIntBL | None = None
+    written_log_probability: Float[Array, "batch length"] | None = None
 
     @property
     def input_mask(self) -> AnyBoolBL:

@@ -127,6 +127,7 @@ class BlockDecoder(Decoder):
                 "block": number,
                 "canvas": write_rows(carry["canvas"], tokens, start),
                 "written_at": write_rows(carry["written_at"], block.written_at, start),
+                "log_probability": write_rows(carry["log_probability"], block.log_probability, start),
                 "score": block.score,
                 "before": hidden[:, -1:] if shifted else None,
                 "finished": carry["finished"] | jnp.any(ends, axis=-1) | (number * size >= num_targets + tail),
@@ -137,13 +138,16 @@ class BlockDecoder(Decoder):
         carry = {
             **start_row(canvas, num_targets == 0, start_trace(trace, canvas, num_steps, length=length)),
             "block": jnp.int32(0),
+            "log_probability": jnp.zeros(canvas.shape, jnp.float32),
             "cache": cache,
             "before": before,
         }
         carry = jax.lax.while_loop(lambda carry: ~jnp.all(carry["finished"]), write_block, carry)
         decoded = end_rows(carry, batch, vocabulary)
         num_written = jnp.sum(decoded.written_at >= 0, axis=-1)
-        return decoded.replace(scores=decoded.scores / jnp.maximum(num_written, 1))
+        return decoded.replace(
+            scores=decoded.scores / jnp.maximum(num_written, 1), log_probability=carry["log_probability"][:, :length]
+        )
 
 
 def end_rows(carry: Carry, batch: Batch, vocabulary: TokenIds, first: int = 0) -> Decoded:

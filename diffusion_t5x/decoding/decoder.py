@@ -117,6 +117,8 @@ class Decoded(flax.struct.PyTreeNode):
         block; -1 if nothing was written.
       trace: the rows before the first step and after each one; None unless asked for.
       num_drafted, num_accepted: numbers of tokens that a speculating decoder drafted and accepted; otherwise None.
+      log_probability: of each written token in the step that wrote it, at temperature 1 over all ids that may be
+        written; 0 where none was. Of `BlockDecoder` alone; otherwise None.
     """
 
     tokens: IntBL
@@ -129,6 +131,7 @@ class Decoded(flax.struct.PyTreeNode):
     trace: Trace | None = None
     num_drafted: IntB | None = None
     num_accepted: IntB | None = None
+    log_probability: FloatBL | None = None
 
     @classmethod
     def of(

@@ -9,6 +9,7 @@ from diffusion_t5x.decoding.absorbing import AbsorbingRule
 from diffusion_t5x.decoding.canvas import Canvas, Written
 from diffusion_t5x.decoding.commit import Order, Softmax, choose, propose
 from diffusion_t5x.errors import UserError, check_choices
+from diffusion_t5x.models.sampling import Sampling
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.shapes import BoolBL, FloatBL, FloatBLD, IntB, IntBL, KeyB
 
@@ -42,6 +43,11 @@ class EntropyBoundedDecoder(AbsorbingRule):
         check_choices(self)
         if not self.bound >= 0:
             raise UserError(f"EntropyBoundedDecoder.bound must be at least 0; got {self.bound}.")
+
+    @property
+    def samples_model(self) -> bool:
+        """False for the order of confidence, as in `MaskedDecoder`."""
+        return self.sampling == Sampling(1.0) and self.order != "confidence"
 
     def most_steps(self, num_targets: int) -> int:
         return num_targets

@@ -11,6 +11,7 @@ from diffusion_t5x.decoding.canvas import Canvas, Written
 from diffusion_t5x.decoding.commit import Order, Softmax, choose, propose
 from diffusion_t5x.decoding.counts import Counts, step_count
 from diffusion_t5x.errors import UserError, check_choices
+from diffusion_t5x.models.sampling import Sampling
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.shapes import BoolBL, FloatBLD, IntB, IntBL, IntScalar, KeyB
 
@@ -73,6 +74,11 @@ class MaskedDecoder(AbsorbingRule):
                 "MaskedDecoder.threshold must lie in [0, 1] and belongs to the order of confidence or margin; "
                 f"got {self}."
             )
+
+    @property
+    def samples_model(self) -> bool:
+        """False for the order of confidence: that is the probability of the token drawn."""
+        return self.sampling == Sampling(1.0) and self.order != "confidence" and self.ends == "free"
 
     def eligible(self, tokens: IntBL, target_mask: BoolBL, vocabulary: TokenIds, step: IntScalar) -> BoolBL:
         """The targets that are still masked; with windows, in the first window that has any."""

@@ -17,6 +17,7 @@ from diffusion_t5x.evaluation.inference import Example, make_decode_step, predic
 from diffusion_t5x.evaluation.likelihood import likelihoods, make_likelihood_step, summarize
 from diffusion_t5x.evaluation.loading import abstract_batch
 from diffusion_t5x.evaluation.losses import evaluate_loss
+from diffusion_t5x.evaluation.noise_times import TimesEval, make_times_step, search_times
 from diffusion_t5x.evaluation.teacher import make_judge
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.objectives.distillation import Teacher
@@ -105,7 +106,7 @@ class LikelihoodEval:
         check_num_draws(self.num_draws)
 
 
-AnyEval = TypeVar("AnyEval", bound=LossEval | DecodeEval | LikelihoodEval)
+AnyEval = TypeVar("AnyEval", bound=LossEval | DecodeEval | LikelihoodEval | TimesEval)
 
 
 def prepared(evals: Sequence[AnyEval]) -> list[AnyEval]:
@@ -136,8 +137,8 @@ def _check_number(name: str, value: int | None) -> None:
 
 
 def for_tasks(
-    tasks: Sequence[str], dataset: Callable[..., EvalDataset], decode_eval: Callable[..., DecodeEval | LikelihoodEval]
-) -> list[DecodeEval | LikelihoodEval]:
+    tasks: Sequence[str], dataset: Callable[..., EvalDataset], decode_eval: Callable[..., AnyEval]
+) -> list[AnyEval]:
     """Returns one evaluation per task: `decode_eval(dataset=dataset(mixture_or_task_name=task))`.
 
     Args:
@@ -160,6 +161,7 @@ class Evaluator:
       loss_evals, decode_evals: the evaluations to run.
       teacher: the objective's teacher; also judges decoded texts.
       likelihood_evals: likelihood evaluations to run.
+      times_evals: searches to run.
 
     Raises:
       UserError: two evaluations of one kind on one data set, whose results could not be told apart.
@@ -174,14 +176,16 @@ class Evaluator:
         decode_evals: Sequence[DecodeEval],
         teacher: Teacher | None = None,
         likelihood_evals: Sequence[LikelihoodEval] = (),
+        times_evals: Sequence[TimesEval] = (),
     ):
-        for evals in (loss_evals, decode_evals, likelihood_evals):
+        for evals in (loss_evals, decode_evals, likelihood_evals, times_evals):
             names = [ev.dataset.name for ev in evals]
             if twice := {name for name in names if names.count(name) > 1}:
                 raise UserError(f"Two evaluations of the same kind on {twice.pop()!r}: run them separately.")
         self._mesh = mesh
         self._judge = teacher and make_judge(mesh, teacher)
         self._decode_evals = [(ev, make_decode_step(mesh, definition, ev.decoder, seed=ev.seed)) for ev in decode_evals]
+        self._times_evals = [(ev, make_times_step(mesh, definition, objective, seed=ev.seed)) for ev in times_evals]
         self._loss_evals, self._likelihood_evals = [], []
         if loss_evals or likelihood_evals:
             assert objective is not None
@@ -199,6 +203,15 @@ class Evaluator:
                 step, params, (batch for batch, _ in ev.dataset.eval_batches()), self._mesh, ev.num_batches
             )
             for ev, step in self._loss_evals
+        }
+
+    def times(self, params: Params) -> dict[str, dict[str, float]]:
+        """Returns the variances over times, by data set (see `evaluation.noise_times`)."""
+        return {
+            ev.dataset.name: search_times(
+                step, params, (batch for batch, _ in ev.dataset.eval_batches()), self._mesh, ev
+            )
+            for ev, step in self._times_evals
         }
 
     def likelihoods(self, params: Params) -> Iterator[tuple[str, dict[str, float], list[dict[str, Any]]]]:

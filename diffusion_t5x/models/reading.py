@@ -127,7 +127,8 @@ class Reading(flax.struct.PyTreeNode):
             target_mask=place(batch.target_mask, False),
             segment_ids=place(batch.segment_ids, batch.segment_ids),
             positions=place(batch.positions + 1, 0),
-            written_at=None,  # it would have the places of the batch
+            written_at=None,  # they would have the places of the batch
+            written_log_probability=None,
         )
         return cls(read, slot, shifted)
 

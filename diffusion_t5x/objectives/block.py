@@ -1,8 +1,8 @@
 """Block diffusion: autoregressive over blocks, diffusion inside a block (BD3-LM, arXiv 2503.09573, section 3)."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,10 @@ from diffusion_t5x.objectives.likelihood import masked_bound
 from diffusion_t5x.objectives.masked import SCHEDULES, Schedule, Weighting, mask_targets
 from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass, normalized, stratified
 from diffusion_t5x.objectives.uniform_bound import uniform_bound
-from diffusion_t5x.shapes import FloatBL, IntBL, IntScalar, KeyB, KeyScalar
+from diffusion_t5x.shapes import AnyBoolBL, FloatBL, FloatBLD, FloatScalar, IntBL, IntScalar, KeyB, KeyScalar
+
+Times = tuple[float, float]
+ALL_TIMES: Times = (0.0, 1.0)
 
 
 def first_targets(batch: Batch) -> IntBL:
@@ -91,20 +94,147 @@ def noisy_output(
       encoded: the inputs of an encoder-decoder.
       dropout_keys: a key for each row; None switches dropout off.
     """
+    return read_twice(model, reading, starts, noisy, kind, encoded, dropout_keys)[0]
+
+
+def read_twice(
+    model: Transformer,
+    reading: Reading,
+    starts: IntBL,
+    noisy: IntBL,
+    kind: AttentionKind | Annealed,
+    encoded: Encoded | None,
+    dropout_keys: KeyB | None = None,
+) -> tuple[Output, FloatBLD]:
+    """Returns `noisy_output`, and the hidden states of the clean tokens, each in the slot that holds it."""
     check_blocks(kind, model.config.shifted)
     tokens, slots = clean_and_noisy(reading.batch, reading.tokens(noisy, model.vocabulary), kind)
     output, width = model(tokens, slots, kind, encoded, dropout_keys), reading.batch.tokens.shape[1]
+    clean = output.hidden[:, :width]
+    if reading.slot is not None:
+        clean = jnp.take_along_axis(clean, jnp.minimum(reading.slot, width - 1)[..., None], axis=1)
     if not reading.shifted:
-        return output.replace(hidden=output.hidden[:, width:])
+        return output.replace(hidden=output.hidden[:, width:]), clean
     # A block's first token is predicted in the clean slot before it, but not in its own.
     is_first = starts == jnp.arange(noisy.shape[1])
     if not model.vocabulary.reads_start:
         is_first &= reading.batch.positions > 0
-    return output.replace(hidden=reading.states(output.hidden, jnp.where(is_first, 0, width)))
+    return output.replace(hidden=reading.states(output.hidden, jnp.where(is_first, 0, width))), clean
+
+
+class Read(NamedTuple):
+    """A pass over clean and noisy targets.
+
+    Attributes:
+      batch: without the tokens that had no room.
+      output: hidden states that predict the noisy targets.
+      clean: hidden states of the clean tokens, each in the slot that holds it.
+    """
+
+    batch: Batch
+    output: Output
+    clean: FloatBLD
+
+
+def check_times(times: Times) -> None:
+    if not (isinstance(times, tuple | list) and len(times) == 2 and 0 <= times[0] <= times[1] <= 1 and times[1] > 0):
+        raise UserError(
+            f"Block.times must be (low, high) with 0 <= low <= high <= 1 and high > 0; got {times}. "
+            "(0.0, 1.0) draws from all times."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
-class Block(Objective):
+class InBlocks(Objective):
+    """The common part of objectives that predict the noisy targets of a block given everything before it, clean.
+
+    Attributes:
+      block_size: number of targets per block.
+      blocks_from: where blocks are counted from, see `AttentionKind`.
+      softmax: what the loss is over, see `Masked`.
+    """
+
+    block_size: int = 4
+    blocks_from: BlocksFrom = dataclasses.field(default="targets", kw_only=True)
+    softmax: LossSoftmax = dataclasses.field(default="allowed", kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        AttentionKind("block_causal", self.block_size, self.blocks_from)  # raises on a bad block size
+
+    @property
+    def attention(self) -> AttentionKind:
+        return AttentionKind("block_causal", self.block_size, self.blocks_from)
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (Mode.of(self.attention, "mask"),)
+
+    @property
+    def passes(self) -> Sequence[Pass]:
+        return (Pass(slots=2),)
+
+    def noisy(self, vocabulary: TokenIds, batch: Batch, key: KeyScalar) -> IntBL:
+        """Returns the tokens with noise in place of some targets, as `loss` has them with this key."""
+        raise NotImplementedError
+
+    def model_inputs(self, model: ModelDefinition, batch: Batch, key: KeyScalar) -> IntBL:
+        """Returns the noisy targets among their clean inputs; the model reads the clean targets as well."""
+        return model_reads(self.noisy(model.vocabulary, batch, key), batch, model)
+
+    def output(
+        self,
+        model: Transformer,
+        batch: Batch,
+        noisy: IntBL,
+        dropout_keys: KeyB | None = None,
+        kind: AttentionKind | Annealed | None = None,
+    ) -> Read:
+        """Runs the pass over clean and noisy targets.
+
+        Args:
+          model: reads them.
+          batch: the clean tokens, of rows that may be packed.
+          noisy: see `noisy`.
+          dropout_keys: a key for each row; None switches dropout off.
+          kind: "block_diffusion", or in transition to it; None: in blocks of `block_size`.
+        """
+        kind = kind or AttentionKind("block_diffusion", self.block_size, self.blocks_from)
+        size = (kind.kind if isinstance(kind, Annealed) else kind).block_size
+        assert size is not None
+        reading = Reading.of(batch, model.vocabulary, model.config.shifted, packed=True)
+        batch = reading.fits(batch)
+        starts = block_starts(batch, size, self.blocks_from)
+        encoded = model.encode(batch, dropout_keys)
+        return Read(batch, *read_twice(model, reading, starts, noisy, kind, encoded, dropout_keys))
+
+    def log_likelihood(self, model: Transformer, batch: Batch, key: KeyScalar, num_draws: int) -> Likelihood:
+        """Sums each block's lower bound given the clean blocks before it, up to the block in which the text ends.
+
+        A decoder stops there. The tokens of the last block that it drops count as they are in the batch, which is one
+        of the ways to write the text: still a lower bound. Masked blocks of one target need no draws and are exact.
+        """
+        starts, counted, hidden = self._bounded(model, batch)
+
+        def nll(tokens):
+            return score(model, hidden(tokens), batch.tokens)[0]
+
+        num_draws = 2 if self.block_size == 1 else num_draws
+        return masked_bound(nll, model.vocabulary, batch, starts, counted, key, num_draws)
+
+    def _bounded(self, model: Transformer, batch: Batch) -> tuple[IntBL, AnyBoolBL, Callable[[IntBL], FloatBLD]]:
+        """Returns the targets' block starts, the targets that a bound counts, and `noisy -> hidden states`."""
+        encoded = model.encode(batch)
+        starts = jnp.clip(block_starts(batch, self.block_size, self.blocks_from), 0)
+        ended = after_end(batch.tokens, batch, model.vocabulary)
+        counted = batch.target_mask & ~jnp.take_along_axis(ended, starts, axis=-1)
+        reading = Reading.of(batch, model.vocabulary, model.config.shifted)
+        kind = AttentionKind("block_diffusion", self.block_size, self.blocks_from)
+        return starts, counted, lambda tokens: noisy_output(model, reading, starts, tokens, kind, encoded).hidden
+
+
+@dataclasses.dataclass(frozen=True)
+class Block(InBlocks):
     """Cross-entropy of the noisy targets of each block given the rest of the block and everything before it, clean.
 
     One pass over `[clean tokens | noisy targets]` gives the loss of every block. Each block draws its own time,
@@ -112,6 +242,10 @@ class Block(Objective):
 
     A shifted model (`ModelConfig.shifted`) predicts the first token of a block in the clean slot before the block
     (Fast-dLLM v2, arXiv 2509.26328). At block size 1, with everything masked, its loss is the autoregressive one.
+
+    Training may draw times from a part of [0, 1] alone, in which the loss varies less (clipped schedules: BD3-LM,
+    section 5.2). The weights stay, so it is a weighted loss and no bound; evaluation draws from all of [0, 1], and
+    likelihoods do as ever. Blocks of one target are the exception: their loss has the same mean for any times.
 
     Attributes:
       block_size: number of targets per block. 1 is autoregressive (but reads MASK where an autoregressive model reads
@@ -123,6 +257,8 @@ class Block(Objective):
       schedule: see `Masked`.
       weighting: weighting of a masked token, see `Masked`; noise "uniform" needs "uniform".
       epsilon: minimum time, which bounds the weights.
+      times: `(low, high)`, from which training draws; `runs/search_times.gin` finds those of least variance. (1, 1)
+        masks everything, which suits blocks of one target.
       anneal_steps: training steps over which attention inside blocks becomes bidirectional, see `annealed`; None: no
         annealing.
       normalize: what the summed loss is divided by.
@@ -130,23 +266,21 @@ class Block(Objective):
       softmax: what the loss is over, see `Masked`.
     """
 
-    block_size: int = 4
     stages: tuple[tuple[int, int], ...] | None = None
     noise: Literal["mask", "uniform"] = "mask"
     schedule: Schedule = "linear"
     weighting: Weighting = "elbo"
     epsilon: float = 1e-3
+    times: Times = ALL_TIMES
     anneal_steps: int | None = None
     normalize: Normalize = "target_tokens"
-    blocks_from: BlocksFrom = "targets"
-    softmax: LossSoftmax = "allowed"
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         check_anneal_steps(self.anneal_steps)
-        AttentionKind("block_causal", self.block_size, self.blocks_from)  # raises on a bad block size
         if not 0 <= self.epsilon < 1:
             raise UserError(f"Block.epsilon must lie in [0, 1); got {self.epsilon}.")
+        check_times(self.times)
         if self.noise == "uniform" and self.weighting != "uniform":
             raise UserError('Block.weighting must be "uniform" with uniform noise: no bound is known here for it.')
         if self.stages is not None:
@@ -162,32 +296,56 @@ class Block(Objective):
             )
 
     @property
-    def attention(self) -> AttentionKind:
-        return AttentionKind("block_causal", self.block_size, self.blocks_from)
-
-    @property
     def modes(self) -> tuple[Mode, ...]:
         return (Mode.of(self.attention, self.noise),)
 
-    @property
-    def passes(self) -> Sequence[Pass]:
-        return (Pass(slots=2),)
+    def noisy(self, vocabulary: TokenIds, batch: Batch, key: KeyScalar) -> IntBL:
+        return self.corrupt(vocabulary, batch, key)[0]
 
-    def model_inputs(self, model: ModelDefinition, batch: Batch, key: KeyScalar) -> IntBL:
-        """Returns the noisy targets among their clean inputs; the model reads the clean targets as well."""
-        noisy, _ = self.corrupt(model.vocabulary, batch, key)
-        return model_reads(noisy, batch, model)
+    def interval(self, times: Times) -> Times:
+        """Returns the times without those below `epsilon`; the low end is open, the high one is not."""
+        low, high = times
+        return min(max(low, self.epsilon), high), high
+
+    def block_losses(
+        self, model: Transformer, batch: Batch, key: KeyScalar, times: tuple[FloatScalar, FloatScalar]
+    ) -> tuple[FloatBL, AnyBoolBL]:
+        """Returns one draw of each block's loss, in nats per target, at the block's first target; and where these are.
+
+        Args:
+          model: without dropout.
+          batch: clean tokens.
+          key: rows draw from it by their `example_ids`: the same for all times.
+          times: see `interval`.
+        """
+        noisy, weights = self.corrupt(model.vocabulary, batch, key, times=times)
+        batch, output, _ = self.output(model, batch, noisy)
+        nll, _ = score(model, output.hidden, batch.tokens, self.softmax)
+        masked = batch.target_mask & (noisy == model.vocabulary.mask_id)
+        loss = jnp.where(masked, nll * weights if self.weighting == "elbo" else nll, 0)
+        slots = jnp.arange(noisy.shape[1])
+        starts = jnp.where(batch.target_mask, block_starts(batch, self.block_size, self.blocks_from), slots)
+        summed = jax.vmap(lambda x, starts: jax.ops.segment_sum(x, starts, slots.size))
+        sizes = summed(batch.target_mask.astype(jnp.float32), starts)
+        return summed(loss, starts) / jnp.maximum(sizes, 1), sizes > 0
 
     def corrupt(
-        self, vocabulary: TokenIds, batch: Batch, key: KeyScalar, size: int | IntScalar | None = None
+        self,
+        vocabulary: TokenIds,
+        batch: Batch,
+        key: KeyScalar,
+        size: int | IntScalar | None = None,
+        times: tuple[float | FloatScalar, float | FloatScalar] | None = None,
     ) -> tuple[IntBL, FloatBL]:
         """Returns for every position the token or noise, and its weight in the bound if it is masked.
 
-        Blocks have `size` targets, by default `block_size`.
+        Blocks have `size` targets, by default `block_size`; their times are from `times` as `interval` returns them, by
+        default those of training.
         """
+        low, high = times or self.interval(self.times)
         starts = block_starts(batch, self.block_size if size is None else size, self.blocks_from)
         share = stratified(stream(key, "time"), batch.example_ids, starts)
-        probability, weights = SCHEDULES[self.schedule](1 - (1 - self.epsilon) * share)
+        probability, weights = SCHEDULES[self.schedule](high - (high - low) * share)
         noisy = mask_targets(batch, vocabulary, probability, row_keys(stream(key, "where"), batch.example_ids))
         if self.noise == "uniform":
             noise_keys = row_keys(stream(key, "noise"), batch.example_ids)
@@ -211,16 +369,19 @@ class Block(Objective):
         step: IntScalar | None = None,
         teacher: Transformer | None = None,
     ) -> LossSums:
+        return self._scored(model, batch, key, train, step)[0]
+
+    def _scored(
+        self, model: Transformer, batch: Batch, key: KeyScalar, train: bool, step: IntScalar | None
+    ) -> tuple[LossSums, Read, AnyBoolBL]:
+        """Returns the loss, the pass behind it, and which targets are scored."""
         dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids) if train else None
         size = self._size_at(step)
-        noisy, weights = self.corrupt(model.vocabulary, batch, key, size)
-        reading = Reading.of(batch, model.vocabulary, model.config.shifted, packed=True)
-        batch = reading.fits(batch)
-        block_diffusion = AttentionKind("block_diffusion", size, self.blocks_from)
-        kind = annealed(block_diffusion, self.anneal_steps, step, key)
-        encoded = model.encode(batch, dropout_keys)
-        starts = block_starts(batch, size, self.blocks_from)
-        output = noisy_output(model, reading, starts, noisy, kind, encoded, dropout_keys)
+        times = self.interval(self.times if train or self.block_size == 1 else ALL_TIMES)
+        noisy, weights = self.corrupt(model.vocabulary, batch, key, size, times)
+        kind = annealed(AttentionKind("block_diffusion", size, self.blocks_from), self.anneal_steps, step, key)
+        read = self.output(model, batch, noisy, dropout_keys, kind)
+        batch, output, _ = read
 
         nll, correct = score(model, output.hidden, batch.tokens, self.softmax)
         scored = batch.target_mask
@@ -229,34 +390,17 @@ class Block(Objective):
         if self.noise == "mask":
             scored &= noisy == model.vocabulary.mask_id
             nll = jnp.where(scored, nll, 0)
-            metrics["nll_bound"] = normalized(batch, nll * weights, "target_tokens")
+            # At block size 1 the mean is the same for any times.
+            if times == self.interval(ALL_TIMES) or (self.block_size == 1 and self.stages is None):
+                metrics["nll_bound"] = normalized(batch, nll * weights, "target_tokens")
             loss = nll * weights if self.weighting == "elbo" else nll
         count = jnp.sum(scored, dtype=jnp.float32)
         metrics["accuracy"] = Ratio(jnp.sum(scored & correct, dtype=jnp.float32), count)
-        return LossSums(normalized(batch, loss, self.normalize), metrics, output.auxiliary)
+        return LossSums(normalized(batch, loss, self.normalize), metrics, output.auxiliary), read, scored
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: KeyScalar, num_draws: int) -> Likelihood:
-        """Sums each block's lower bound given the clean blocks before it, up to the block in which the text ends.
-
-        A decoder stops there. The tokens of the last block that it drops count as they are in the batch, which is one
-        of the ways to write the text: still a lower bound. Masked blocks of one target need no draws and are exact.
-        """
-        encoded = model.encode(batch)
-        starts = jnp.clip(block_starts(batch, self.block_size, self.blocks_from), 0)
-        ended = after_end(batch.tokens, batch, model.vocabulary)
-        counted = batch.target_mask & ~jnp.take_along_axis(ended, starts, axis=-1)
-
-        reading = Reading.of(batch, model.vocabulary, model.config.shifted)
-        kind = AttentionKind("block_diffusion", self.block_size, self.blocks_from)
-
-        def hidden(tokens):
-            return noisy_output(model, reading, starts, tokens, kind, encoded).hidden
-
-        if self.noise == "uniform":
-            return uniform_bound(model, hidden, batch, starts, counted, key, num_draws)
-
-        def nll(tokens):
-            return score(model, hidden(tokens), batch.tokens)[0]
-
-        num_draws = 2 if self.block_size == 1 else num_draws
-        return masked_bound(nll, model.vocabulary, batch, starts, counted, key, num_draws)
+        """The bound of `InBlocks`; with uniform noise, inside a block, the one of `uniform_bound`."""
+        if self.noise == "mask":
+            return super().log_likelihood(model, batch, key, num_draws)
+        starts, counted, hidden = self._bounded(model, batch)
+        return uniform_bound(model, hidden, batch, starts, counted, key, num_draws)

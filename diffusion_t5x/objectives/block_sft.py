@@ -4,30 +4,26 @@ The released code is github.com/divelab/OPDLM at 3bb8bf6, train/rl_sdar.py, `for
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.errors import UserError, check_choices
-from diffusion_t5x.models.masks import AttentionKind, BlocksFrom
-from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.output import Ratio
-from diffusion_t5x.models.reading import Reading, model_reads
-from diffusion_t5x.models.readout import LossSoftmax, score
+from diffusion_t5x.models.readout import score
 from diffusion_t5x.models.streams import row_keys, stream
-from diffusion_t5x.models.transformer import ModelDefinition, Transformer
-from diffusion_t5x.objectives.block import Block, block_starts, noisy_output
+from diffusion_t5x.models.transformer import Transformer
+from diffusion_t5x.objectives.block import InBlocks
 from diffusion_t5x.objectives.masked import mask_targets
-from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass
+from diffusion_t5x.objectives.objective import LossSums, Normalize
 from diffusion_t5x.objectives.texts import over_texts, random_states, scored_tokens
 from diffusion_t5x.shapes import IntBL, IntScalar, KeyScalar
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockSft(Objective):
+class BlockSft(InBlocks):
     """Cross-entropy of the masked tokens of a text, without weights: its mean over a text, then over texts.
 
     Unlike `Block`, it is no bound on the likelihood: every masked token counts the same, however many are masked, and
@@ -43,36 +39,16 @@ class BlockSft(Objective):
       softmax: what the loss is over, see `Masked`.
     """
 
-    block_size: int = 4
     mask_probability: float | None = 0.5
     score_end: bool = False
     normalize: Normalize = "sequences"
-    blocks_from: BlocksFrom = "targets"
-    softmax: LossSoftmax = "allowed"
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        AttentionKind("block_causal", self.block_size, self.blocks_from)  # raises on a bad block size
+        super().__post_init__()
         if self.mask_probability is not None and not 0 < self.mask_probability <= 1:
             raise UserError(f"BlockSft.mask_probability must lie in (0, 1], or be None; got {self.mask_probability}.")
 
-    @property
-    def attention(self) -> AttentionKind:
-        return AttentionKind("block_causal", self.block_size, self.blocks_from)
-
-    @property
-    def modes(self) -> tuple[Mode, ...]:
-        return (Mode.of(self.attention, "mask"),)
-
-    @property
-    def passes(self) -> Sequence[Pass]:
-        return (Pass(slots=2),)
-
-    def model_inputs(self, model: ModelDefinition, batch: Batch, key: KeyScalar) -> IntBL:
-        """Returns the noisy targets among their clean inputs; the model reads the clean targets as well."""
-        return model_reads(self._noisy(model.vocabulary, batch, key), batch, model)
-
-    def _noisy(self, vocabulary: TokenIds, batch: Batch, key: KeyScalar) -> IntBL:
+    def noisy(self, vocabulary: TokenIds, batch: Batch, key: KeyScalar) -> IntBL:
         if self.mask_probability is None:
             return random_states(batch, vocabulary, self.block_size, key, self.blocks_from)
         probability = jnp.full(batch.tokens.shape, self.mask_probability, jnp.float32)
@@ -89,13 +65,8 @@ class BlockSft(Objective):
     ) -> LossSums:
         vocabulary = model.vocabulary
         dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids) if train else None
-        noisy = self._noisy(vocabulary, batch, key)
-        reading = Reading.of(batch, vocabulary, model.config.shifted, packed=True)
-        batch = reading.fits(batch)
-        kind = AttentionKind("block_diffusion", self.block_size, self.blocks_from)
-        starts = block_starts(batch, self.block_size, self.blocks_from)
-        encoded = model.encode(batch, dropout_keys)
-        output = noisy_output(model, reading, starts, noisy, kind, encoded, dropout_keys)
+        noisy = self.noisy(vocabulary, batch, key)
+        batch, output, _ = self.output(model, batch, noisy, dropout_keys)
         nll, correct = score(model, output.hidden, batch.tokens, self.softmax)
         scored = scored_tokens(batch, vocabulary, noisy, self.score_end)
         return LossSums(
@@ -107,7 +78,3 @@ class BlockSft(Objective):
             },
             auxiliary=output.auxiliary,
         )
-
-    def log_likelihood(self, model: Transformer, batch: Batch, key: KeyScalar, num_draws: int) -> Likelihood:
-        """The lower bound of `Block`."""
-        return Block(self.block_size, blocks_from=self.blocks_from).log_likelihood(model, batch, key, num_draws)

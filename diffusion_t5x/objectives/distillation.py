@@ -8,7 +8,7 @@ decoding (`training/rollout.py`).
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,21 +16,21 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.errors import UserError, check_choices
+from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import Annealed, AttentionKind, BlocksFrom
-from diffusion_t5x.models.modes import Mode
-from diffusion_t5x.models.output import Ratio
-from diffusion_t5x.models.reading import Reading, model_reads
-from diffusion_t5x.models.readout import LossSoftmax, cross_entropy
+from diffusion_t5x.models.output import Output, Ratio
+from diffusion_t5x.models.reading import Reading
+from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.sampling import Sampling, filter_logits, forbid, is_likeliest, likeliest
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Params, Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
-from diffusion_t5x.objectives.block import Block, block_starts, noisy_output
+from diffusion_t5x.objectives.block import InBlocks, block_starts, noisy_output
 from diffusion_t5x.objectives.divergences import Divergence, divergence
-from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass
+from diffusion_t5x.objectives.estimators import Estimate, drawn_now, sampled_kl
+from diffusion_t5x.objectives.objective import LossSums, Normalize, Pass
 from diffusion_t5x.objectives.texts import over_texts, random_states, scored_tokens
-from diffusion_t5x.shapes import IntBL, IntScalar, KeyScalar
+from diffusion_t5x.shapes import AnyBoolBL, IntBL, IntScalar, KeyScalar
 
 
 class Teacher(NamedTuple):
@@ -67,7 +67,7 @@ def visited_states(
 
 
 @dataclasses.dataclass(frozen=True)
-class Distillation(Objective):
+class Distillation(InBlocks):
     """Divergence from the teacher's next-token distribution, at the masked targets up to the end of the text.
 
     Without a rollout stage the text comes from the data (off-policy), with it from the student (on-policy). Defaults
@@ -86,6 +86,11 @@ class Distillation(Objective):
       softmax: what the student's distribution is over, see `Masked`. The teacher's is over what may be written.
       mix: weight of the reverse KL in "mixed_kl", or of the teacher in "jsd".
       teacher_sampling: the teacher's distribution is the one that this would draw from; renormalised, unlike `top_k`.
+      estimate: "exact": the divergence is summed over all tokens. "k1", "k3": the reverse KL is estimated from the
+        tokens that the student drew in the state that it sees, each with its importance weight (see
+        `estimators.sampled_kl`); those drawn in later states do not count. A batch without draws, as in an evaluation,
+        has the exact one.
+      max_weight: the weights of "k1" and "k3" are cut there; None: not at all.
       teacher_fill: what the teacher reads for targets that the student sees masked: the text's own tokens ("clean"), or
         the student's most likely ones ("argmax"), which takes a pass over `[clean text | filled targets]`.
     """
@@ -93,21 +98,19 @@ class Distillation(Objective):
     needs_teacher: ClassVar[bool] = True
     takes_rollouts: ClassVar[bool] = True
 
-    block_size: int = 4
     divergence: Divergence = "forward_kl"
     top_k: int | None = None
     states: Literal["visited", "random"] = "visited"
     score_end: bool = False
     normalize: Normalize = "sequences"
-    blocks_from: BlocksFrom = "targets"
-    softmax: LossSoftmax = "allowed"
     mix: float = 0.5
     teacher_sampling: Sampling = Sampling()  # noqa: RUF009  (frozen)
     teacher_fill: Literal["clean", "argmax"] = "clean"
+    estimate: Estimate = "exact"
+    max_weight: float | None = 2.0
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        AttentionKind("block_causal", self.block_size, self.blocks_from)  # raises on a bad block size
+        super().__post_init__()
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"Distillation.top_k must be at least 1, or None for all; got {self.top_k}.")
         if not 0 < self.mix < 1:
@@ -117,36 +120,44 @@ class Distillation(Objective):
                 "Distillation.teacher_sampling must have a temperature above 0: at 0 the teacher has no distribution."
             )
 
+        if self.max_weight is not None and self.max_weight < 1:
+            raise UserError(f"Distillation.max_weight must be at least 1, or None; got {self.max_weight}.")
+        if self.estimate != "exact":
+            self._check_estimate()
+
+    def _check_estimate(self) -> None:
+        """Raises a UserError for settings whose divergence has no estimate from the student's draws."""
+        needed: dict[str, Any] = {"divergence": "reverse_kl", "states": "visited", "softmax": "allowed", "top_k": None}
+        for name, value in needed.items():
+            if getattr(self, name) != value:
+                raise UserError(
+                    f"Distillation.estimate = {self.estimate!r} is of draws from the student's own distribution and "
+                    f"needs {name} = {value!r}; got {getattr(self, name)!r}."
+                )
+        if self.teacher_sampling != Sampling(self.teacher_sampling.temperature):
+            raise UserError(
+                f"Distillation.estimate = {self.estimate!r} needs a teacher that gives every token a probability: no "
+                f"top_k, top_p or min_p; got {self.teacher_sampling}."
+            )
+
+    @property
+    def needs_samples(self) -> bool:
+        return self.estimate != "exact"
+
     @property
     def needs_rollouts(self) -> bool:
         return self.states == "visited"
 
     @property
-    def attention(self) -> AttentionKind:
-        return AttentionKind("block_causal", self.block_size, self.blocks_from)
-
-    @property
-    def modes(self) -> tuple[Mode, ...]:
-        return (Mode.of(self.attention, "mask"),)
-
-    @property
     def passes(self) -> Sequence[Pass]:
         return (Pass(slots=2), Pass(slots=1 if self.teacher_fill == "clean" else 2, by_teacher=True))
 
-    def model_inputs(self, model: ModelDefinition, batch: Batch, key: KeyScalar) -> IntBL:
-        """Returns the noisy targets among their clean inputs; the student reads the clean targets as well."""
-        return model_reads(self._noisy(model.vocabulary, batch, key), batch, model)
-
-    def _noisy(self, vocabulary: TokenIds, batch: Batch, key: KeyScalar) -> IntBL:
+    def noisy(self, vocabulary: TokenIds, batch: Batch, key: KeyScalar) -> IntBL:
         among = (batch, vocabulary, self.block_size, stream(key, "noise"), self.blocks_from)
         if self.states == "random" or batch.written_at is None:
             return random_states(*among)
         by_student = jnp.any(batch.written_at >= 0, axis=-1, keepdims=True)
         return jnp.where(by_student, visited_states(*among), random_states(*among))
-
-    @property
-    def _kind(self) -> AttentionKind:
-        return AttentionKind("block_diffusion", self.block_size, self.blocks_from)
 
     def loss(
         self,
@@ -162,35 +173,41 @@ class Distillation(Objective):
             raise UserError("Distillation needs a teacher. Set TEACHER_CHECKPOINT_PATH.")
         vocabulary = model.vocabulary
         dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids) if train else None
-        noisy = self._noisy(vocabulary, batch, key)
-        reading = Reading.of(batch, vocabulary, model.config.shifted, packed=True)
-        of_teacher = Reading.of(batch, vocabulary, True, packed=True)
-        batch = (reading if self.teacher_fill == "clean" else of_teacher).fits(batch)
-        starts = block_starts(batch, self.block_size, self.blocks_from)
-        encoded = model.encode(batch, dropout_keys)
-        output = noisy_output(model, reading, starts, noisy, self._kind, encoded, dropout_keys)
+        noisy = self.noisy(vocabulary, batch, key)
+        kept, output, _ = self.output(model, batch, noisy, dropout_keys)
         if self.teacher_fill == "clean":
-            taught = Autoregressive().output(teacher, batch)
+            batch, taught = kept, Autoregressive().output(teacher, kept)
         else:
             filler = model.map_logits(lambda x: likeliest(forbid(x, vocabulary)), output.hidden)
-            filled = jnp.where(noisy == vocabulary.mask_id, filler, noisy)
-            # Causal inside the blocks of filled targets, too: annealing at its start, with no later edge open.
-            causal = Annealed(self._kind, jnp.float32(0), key)
-            taught = noisy_output(teacher, of_teacher, starts, filled, causal, teacher.encode(batch))
+            batch, taught = self._taught(teacher, batch, jnp.where(noisy == vocabulary.mask_id, filler, noisy), key)
 
-        def compare(logits, teacher_hidden, labels):
+        scored = scored_tokens(batch, vocabulary, noisy, self.score_end)
+        drawn = batch.written_log_probability if self.needs_samples else None
+        if drawn is not None:
+            scored &= self._drawn_now(batch, noisy == vocabulary.mask_id)
+
+        def compare(logits, teacher_hidden, labels, scored, drawn):
             allowed = forbid(logits, vocabulary)
             student = allowed if self.softmax == "allowed" else logits
             target = jax.lax.stop_gradient(forbid(teacher.logits(teacher_hidden), vocabulary))
             nll, _ = cross_entropy(target, labels)
             agree = is_likeliest(allowed, likeliest(target))
             target = filter_logits(target, self.teacher_sampling)
-            return divergence(target, student, self.divergence, self.top_k, self.mix), nll, agree
+            if self.estimate == "exact" or drawn is None:
+                return divergence(target, student, self.divergence, self.top_k, self.mix), nll, agree, None
+            # What is not scored may be MASK, whose logarithm is infinite.
+            log_q, log_p, drawn = (
+                jnp.where(scored, x, 0)
+                for x in (-cross_entropy(student, labels)[1], -cross_entropy(target, labels)[1], drawn)
+            )
+            distance, weight = sampled_kl(log_q, log_p, drawn, self.estimate, self.max_weight)
+            return distance, nll, agree, weight
 
-        distance, teacher_nll, agree = model.map_logits(compare, output.hidden, taught.hidden, batch.tokens)
+        arguments = (taught.hidden, batch.tokens, scored, drawn)
+        distance, teacher_nll, agree, weight = model.map_logits(compare, output.hidden, *arguments)
         text = text_of(batch, vocabulary)
-        scored = scored_tokens(batch, vocabulary, noisy, self.score_end)
         count, in_texts, texts = (jnp.sum(x, dtype=jnp.float32) for x in (scored, text, jnp.any(text, axis=-1)))
+        weights = {} if weight is None else {"importance_weight": over_texts(batch, scored, weight, "target_tokens")}
         return LossSums(
             loss=over_texts(batch, scored, distance, self.normalize),
             metrics={
@@ -199,10 +216,22 @@ class Distillation(Objective):
                 "teacher_nll": over_texts(batch, text, teacher_nll, "target_tokens"),
                 "mask_fraction": Ratio(count, in_texts),
                 "text_length": Ratio(in_texts, texts),
+                **weights,
             },
             auxiliary=output.auxiliary,
         )
 
-    def log_likelihood(self, model: Transformer, batch: Batch, key: KeyScalar, num_draws: int) -> Likelihood:
-        """The student's likelihood, as a block diffusion model: that of `Block`."""
-        return Block(self.block_size, blocks_from=self.blocks_from).log_likelihood(model, batch, key, num_draws)
+    def _drawn_now(self, batch: Batch, masked: AnyBoolBL) -> AnyBoolBL:
+        """Returns the masked targets that the student drew in the state that it sees here."""
+        assert batch.written_at is not None
+        starts = block_starts(batch, self.block_size, self.blocks_from)
+        return drawn_now(batch.target_mask & masked, batch.written_at, starts)
+
+    def _taught(self, teacher: Transformer, batch: Batch, filled: IntBL, key: KeyScalar) -> tuple[Batch, Output]:
+        """Runs the teacher over `[clean text | filled targets]`; returns the batch without what had no room."""
+        reading = Reading.of(batch, teacher.vocabulary, True, packed=True)
+        batch = reading.fits(batch)
+        starts = block_starts(batch, self.block_size, self.blocks_from)
+        # Causal inside the blocks of filled targets, too: annealing at its start, with no later edge open.
+        causal = Annealed(AttentionKind("block_diffusion", self.block_size, self.blocks_from), jnp.float32(0), key)
+        return batch, noisy_output(teacher, reading, starts, filled, causal, teacher.encode(batch))

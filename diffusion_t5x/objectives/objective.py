@@ -66,13 +66,15 @@ class Pass:
     """One decoder pass over a batch in `Objective.loss`, for counting FLOPs.
 
     Attributes:
-      slots: number of slots read per slot of the batch. Logits are computed for one of them.
+      slots: number of slots read per slot of the batch. Logits are computed for one of them at most.
       encodes: an encoder-decoder's inputs pass through the encoder, too.
+      reads_out: logits are computed from its hidden states.
       by_teacher: the pass is the teacher's, without gradients; the model's own, if it teaches itself.
     """
 
     slots: int = 1
     encodes: bool = True
+    reads_out: bool = True
     by_teacher: bool = False
 
 
@@ -103,6 +105,7 @@ class Objective(Protocol):
       takes_rollouts: learns from texts that the model wrote itself, in blocks of `attention.block_size`, and may read
         `Batch.written_at`.
       needs_rollouts: learns only from such texts.
+      needs_samples: takes their tokens for draws from the model, see `StepRule.samples_model`.
       normalize: denominator of the summed loss, see `normalized`.
     """
 
@@ -113,6 +116,10 @@ class Objective(Protocol):
 
     @property
     def needs_rollouts(self) -> bool:
+        return False
+
+    @property
+    def needs_samples(self) -> bool:
         return False
 
     @property

@@ -28,7 +28,11 @@ def step_flops(
     for each in objective.passes:
         model, times = (teacher or config, 1) if each.by_teacher else (config, 3)
         total += times * forward_flops(
-            model, each.slots * length, predicted=length, encoder_length=encoder_length, encodes=each.encodes
+            model,
+            each.slots * length,
+            predicted=length if each.reads_out else 0,
+            encoder_length=encoder_length,
+            encodes=each.encodes,
         )
     return batch_size * total
 

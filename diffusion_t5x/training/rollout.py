@@ -150,6 +150,7 @@ def make_rollout_step(
             segment_ids=jnp.where(there, batch.segment_ids, 0),
             positions=jnp.where(there, batch.positions, 0),
             written_at=decoded.written_at,
+            written_log_probability=decoded.log_probability,
         )
 
     return jax.jit(write, out_shardings=partitioning.batch_sharding(mesh))
@@ -255,7 +256,24 @@ def check_rollout(objective: Objective, model: ModelConfig, rollout: Rollout | N
         raise UserError(
             f'Rollout.decoder has blocks_from = "{here}", but {name} has "{there}": set both by --gin.BLOCKS_FROM.'
         )
+    if objective.needs_samples:
+        _check_samples(name, rollout)
     if dataset.pack or "inputs" not in dataset.task_feature_lengths:
         raise UserError(f"A rollout needs prompts, one a row: {dataset.name} with a feature 'inputs' and pack = False.")
     rows = dataset.task_feature_lengths["inputs"] + rollout.max_length
     model.check_length(rows, f"the inputs of {dataset.name} with Rollout.max_length")
+
+
+def _check_samples(name: str, rollout: Rollout) -> None:
+    """Raises a UserError if tokens of the texts are no draws from the student's distributions."""
+    if not rollout.decoder.inner.samples_model:
+        raise UserError(
+            f"{name} estimates its divergence from tokens that the student drew, but the rollout's decoder draws "
+            "others or chooses positions by what it drew. Set temperature = 1.0, no top_k or top_p, and an order other "
+            "than confidence, "
+            """such as --gin.rollout/MaskedDecoder.order='"random"' --gin.rollout/MaskedDecoder.threshold=None."""
+        )
+    if rollout.data_share.start or rollout.data_share.end:
+        raise UserError(
+            f"{name} learns from tokens that the student drew: set DATA_SHARE = 0; got {rollout.data_share}."
+        )

@@ -99,7 +99,7 @@ def test_a_conversion_leaves_a_model_a_page_and_a_card(qwen2, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("route", ["in_place", "joint", "lossless", "off_policy", "opdlm"])
+@pytest.mark.parametrize("route", ["aligned", "in_place", "joint", "lossless", "off_policy", "opdlm"])
 def test_every_route_of_decoder_only_models_runs(qwen2, tmp_path, route):
     rollouts = ["--gin.MIN_ROLLOUT_LENGTH=16", "--gin.MAX_ROLLOUT_LENGTH=16"] if route == "opdlm" else []
     done = run(*arguments(qwen2, tmp_path, "--route", route, *rollouts))

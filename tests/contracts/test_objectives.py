@@ -12,6 +12,7 @@ from my_objective import MaskPredict
 
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import CAUSAL, PREFIX
+from diffusion_t5x.objectives.alignment import Aligned
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block
 from diffusion_t5x.objectives.block_sft import BlockSft
@@ -30,6 +31,8 @@ OBJECTIVES = {
     "sundae": Sundae(),
     "masked": Masked(),
     "block": Block(3),
+    "clipped block": Block(3, times=(0.3, 0.8)),
+    "aligned": Aligned(3),
     "uniform block": Block(3, noise="uniform", weighting="uniform"),
     "joint": Joint(Masked()),
     "joint with the example": Joint(MaskPredict()),
@@ -49,7 +52,7 @@ CASES = [("decoder_only", name) for name in OBJECTIVES]
 CASES += [
     (config, name)
     for config in ("shifted", "encoder_decoder")
-    for name in ("the example", "distillation", "argmax distillation", "drafts")
+    for name in ("the example", "distillation", "argmax distillation", "drafts", "aligned")
 ]
 SIZES = [(2, 5), (1, 6), (5, 3), (3, 4)]
 

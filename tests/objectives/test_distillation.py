@@ -203,7 +203,7 @@ def sums_of(objective, config=tiny.LLAMA, batch=BATCH, seed=4):
     def run(student, teacher):
         key = jax.random.key(seed)
         loss = objective.loss(definition.bind(student), batch, key, train=False, teacher=definition.bind(teacher))
-        return loss, objective._noisy(VOCABULARY, batch, key)
+        return loss, objective.noisy(VOCABULARY, batch, key)
 
     return jax.device_get(run(student, teacher))
 
