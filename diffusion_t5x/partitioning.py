@@ -22,6 +22,7 @@ LOGICAL_AXIS_RULES: dict[str, tuple[str, ...]] = {
     "embed": ("fsdp",),
     "vocab": ("tensor",),
     "mlp": ("tensor",),
+    "experts": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
 }
@@ -45,7 +46,7 @@ class MeshConfig:
       data: replicas of the parameters in a slice; -1 takes all devices that the other axes leave.
       fsdp: shards the batch, and parameters and optimizer state along `embed`.
       sequence: shards activations along the length; every device gathers the keys and values of whole rows.
-      tensor: shards heads, feed-forward and vocabulary.
+      tensor: shards heads, feed-forward layers, the experts of a mixture among devices, and vocabulary.
       rules: mesh axes of logical axes that override `LOGICAL_AXIS_RULES`, such as `{"embed": ("fsdp", "sequence")}`.
     """
 

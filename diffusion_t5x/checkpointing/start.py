@@ -75,6 +75,8 @@ def model_settings(leaves: Mapping[str, Any]) -> dict[str, int | bool | str]:
     if not all(name in shapes for name in needed):
         return {}
     embedding, query, key, mlp = (shapes[name] for name in needed)
+    if len(mlp) > 3:  # a mixture of experts, most of whose settings are in no shape
+        return {}
     buckets, positions = (shapes.get(f"decoder/{name}/embedding") for name in ("relative_bias", "positions"))
     has_encoder = any(name.startswith("encoder/") for name in shapes)
     return {

@@ -15,7 +15,7 @@ class IdVocabulary(Ids):
 
     Args:
       path: a model's config.json, with `vocab_size`, `eos_token_id` and maybe the ids of pad, BOS and MASK. Where it
-        names no pad token, EOS pads.
+        names no pad token, EOS pads; where it names no EOS, the pad token ends texts (LLaDA2).
       mask_id: of MASK; None takes the one that the file names.
 
     Raises:
@@ -24,13 +24,13 @@ class IdVocabulary(Ids):
 
     def __init__(self, path: str, mask_id: int | None = None):
         said = tokenizer_files.read(pathlib.Path(path).expanduser())
-        size, eos_id = said.get("embedding_size") or said.get("vocab_size"), _first(said.get("eos_token_id"))
+        size, pad_id = said.get("embedding_size") or said.get("vocab_size"), _first(said.get("pad_token_id"))
+        eos_id = pad_id if said.get("eos_token_id") is None else _first(said["eos_token_id"])
         if not isinstance(size, int) or eos_id is None:
             raise UserError(
                 f"{path} does not serve as a vocabulary: it needs vocab_size and eos_token_id. Put the model's "
                 "tokenizer beside it."
             )
-        pad_id = _first(said.get("pad_token_id"))
         self.file = path
         self.bos_id = _first(said.get("bos_token_id"))
         self.mask_id = _first(said.get("mask_token_id")) if mask_id is None else mask_id

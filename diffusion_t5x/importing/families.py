@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from diffusion_t5x.checkpointing.assignment import named_leaves
 from diffusion_t5x.errors import UserError, did_you_mean
@@ -15,14 +16,19 @@ from diffusion_t5x.importing import (  # fmt: skip
     gpt2,
     granite,
     llada,
+    llada2_moe,
+    llada_moe,
     llama,
     mistral,
+    mixtral,
     mt5,
     olmo2,
     phi3,
     qwen2,
     qwen3,
+    qwen3_moe,
     sdar,
+    sdar_moe,
     smollm3,
     t5,
 )
@@ -73,6 +79,10 @@ _MERGES = ("merges.txt",)
 _LLAMA = Family(llama.config, llama.weights)
 _QWEN2 = Family(qwen2.config, qwen2.weights, _MERGES)
 _QWEN3 = Family(qwen3.config, qwen3.weights, _MERGES)
+_QWEN3_MOE = Family(qwen3_moe.config, qwen3_moe.weights, _MERGES, aliases=qwen3_moe.ALIASES)
+_LLADA2_MOE = Family(
+    llada2_moe.config, llada2_moe.weights, embedding=llada2_moe.EMBEDDING, published=llada2_moe.published
+)
 _T5 = Family(
     t5.config, t5.weights, embedding=t5.EMBEDDING, head=t5.HEAD, tied=True, copies=t5.COPIES, aliases=t5.ALIASES
 )
@@ -103,21 +113,25 @@ FAMILIES = {
         vocab_size=llada.vocab_size,
         published=llada.published,
     ),
+    "llada2_moe": _LLADA2_MOE,
+    "llada21_moe": dataclasses.replace(_LLADA2_MOE, published=llada2_moe.published_editing),
+    "llada_moe": Family(llada_moe.config, llada_moe.weights, published=llada.published),
     "llama": _LLAMA,
     "mistral": Family(mistral.config, llama.weights),
+    "mixtral": Family(mixtral.config, mixtral.weights, aliases=mixtral.ALIASES),
     "mt5": dataclasses.replace(_T5, config=mt5.config),
     "olmo2": Family(olmo2.config, olmo2.weights),
     "phi3": Family(phi3.config, phi3.weights),
     "qwen2": _QWEN2,
     "qwen3": _QWEN3,
+    "qwen3_moe": _QWEN3_MOE,
     "sdar": Family(sdar.config, qwen3.weights, _MERGES, published=sdar.published),
+    "sdar_moe": dataclasses.replace(_QWEN3_MOE, config=sdar_moe.config, published=sdar.published),
     "smollm3": Family(smollm3.config, llama.weights, tied=True),
     "t5": _T5,
 }
-# Of diffusion models; by `architectures`, for LLaDA-MoE has the model_type of LLaDA.
-_WITH_EXPERTS = {
-    "DiffusionGemmaForBlockDiffusion", "LLaDA2MoeModelLM", "LLaDAMoEModelLM", "SDARMoeForCausalLM",
-}  # fmt: skip
+# LLaDA-MoE has the model_type of LLaDA.
+_BY_ARCHITECTURE = {"LLaDAMoEModelLM": "llada_moe"}
 _COMPARED = 1 << 24  # numbers at a time
 
 
@@ -157,7 +171,9 @@ def describe(folder: Folder, tied: bool | None = None) -> Described:
       UserError: an unknown family, key, value or tensor, or missing tensors.
     """
     where = str(folder.path / CONFIG)
-    kind = _kind(folder, where)
+    kind = kind_of(folder.config)
+    if kind not in FAMILIES:
+        raise UserError(f"{where}: {_not_supported(kind)}")
     family = FAMILIES[kind]
     keys = Keys(folder.config, where, family.aliases, most_layers=len(folder.tensors) or None)
     # As in transformers: said to be tied, and yet different in the files, they are not.
@@ -182,16 +198,20 @@ def describe(folder: Folder, tied: bool | None = None) -> Described:
     return described
 
 
-def _kind(folder: Folder, where: str) -> str:
-    """The family's key. Raises a UserError if it is not supported."""
-    kind, architectures = folder.config.get("model_type", ""), folder.config.get("architectures")
-    names = {name for name in architectures if isinstance(name, str)} if isinstance(architectures, list) else set()
-    if experts := names & _WITH_EXPERTS:
-        raise UserError(f"{where}: {min(experts)} is a mixture of experts, which is not supported yet.")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        only = f"only {', '.join(FAMILIES)}.{did_you_mean(str(kind), FAMILIES)}"
-        raise UserError(f"{where}: model_type = {kind!r} is not supported, {only}")
-    return kind
+def kind_of(config: Mapping[str, Any]) -> str:
+    """Returns the key of a model's family, by its config.json; it may not be in FAMILIES."""
+    kind, architectures = config.get("model_type", ""), config.get("architectures")
+    names = architectures if isinstance(architectures, list) else []
+    return next((_BY_ARCHITECTURE[name] for name in names if name in _BY_ARCHITECTURE), str(kind))
+
+
+def _not_supported(kind: str) -> str:
+    if kind == "diffusion_gemma":
+        return (
+            "DiffusionGemma is not supported: its layers differ in the width of their heads, and it reads its own last "
+            "prediction as a second input."
+        )
+    return f"model_type = {kind!r} is not supported, only {', '.join(FAMILIES)}.{did_you_mean(kind, FAMILIES)}"
 
 
 def check_names(source: Source, described: Described, kind: str) -> None:
@@ -218,7 +238,7 @@ def check_shapes(source: Source, described: Described, definition: ModelDefiniti
     """Raises a UserError that names a tensor whose shape does not follow from the model's sizes."""
     shapes = param_shapes(definition)
     for weight in described.weights:
-        shape = list(shapes[weight.ours][1:] if weight.stacked else shapes[weight.ours])
+        shape = list(shapes[weight.ours][weight.stacked_axes :])
         if weight.ours in VOCABULARY_AXIS:
             shape[VOCABULARY_AXIS[weight.ours]] = described.vocab_size
         for name in weight.names(described.config.num_layers):

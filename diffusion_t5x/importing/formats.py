@@ -46,8 +46,17 @@ FORMATS = {
     "a2d-llama": Format("A2DLlamaLMHeadModel", "llama.A2DLlama", "llama", (_BLOCKS, _WHOLE)),
     "Dream": Format("DreamModel", "dream.Dream", "qwen2", (_WHOLE,), shifted=True),
     "llada": Format("LLaDAModelLM", "llada.LLaDA", "llama", (_WHOLE,)),
+    "sdar_moe": Format("SDARMoeForCausalLM", "sdar_moe.SDARMoe", "qwen3_moe", (("block_causal", "row"),)),
+    "llada_moe": Format("LLaDAMoEModelLM", "lladamoe.LLaDA", "llada_moe", (_WHOLE,)),
+    "llada2_moe": Format("LLaDA2MoeModelLM", "llada2_moe.LLaDA2Moe", "llada2_moe", (("block_causal", "row"),)),
+    "llada21_moe": Format("LLaDA2MoeModelLM", "llada2_moe.LLaDA2Moe", "llada2_moe", (("block_causal", "row"),)),
 }
-_CAUSAL = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+_CAUSAL = {
+    "qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}  # fmt: skip
+_OWN_NAMES = ("llada", "llada_moe", "llada2_moe", "llada21_moe")  # of tensors, which no autoregressive format has
+_SDAR = ("sdar", "sdar_moe")
 
 
 def chosen(asked: str, record: Record, kind: str, where: str) -> str:
@@ -69,8 +78,8 @@ def chosen(asked: str, record: Record, kind: str, where: str) -> str:
             "--as causal writes that."
         )
     if asked == CAUSAL or (asked == AUTO and mode is None):
-        if kind == "llada":
-            raise UserError(f"{where} has llada's names, which no autoregressive format has: --as llada.")
+        if kind in _OWN_NAMES:
+            raise UserError(f"{where} has {kind}'s names, which no autoregressive format has: --as {kind}.")
         return CAUSAL
     if asked == AUTO:
         names = sorted(FORMATS, key=lambda name: name != kind)
@@ -124,7 +133,7 @@ def target(name: str, source: Folder, record: Record, tied: bool, dtype: str | N
     Raises:
       UserError: the format cannot say all of the model.
     """
-    kind, described = source.config["model_type"], families.describe(source, tied)
+    kind, described = families.kind_of(source.config), families.describe(source, tied)
     rows, layers = described.vocab_size, described.config.num_layers
     if name != CAUSAL and int(record.vocabulary["mask_id"]) >= rows:
         rows = int(record.model["vocab_size"])
@@ -137,12 +146,13 @@ def target(name: str, source: Folder, record: Record, tied: bool, dtype: str | N
         config |= {"mask_token_id": int(record.vocabulary["mask_id"]), SETTINGS: _settings(record)}
     theirs = {weight.ours: weight for weight in described.weights}
     tensors = {}
-    for weight in families.FAMILIES[config["model_type"]].weights(described.config):
+    becomes = families.kind_of(config)
+    for weight in families.FAMILIES[becomes].weights(described.config):
         names = zip(theirs[weight.ours].names(layers), weight.names(layers), strict=True)
-        for there, here in names if config["model_type"] != kind else ():
+        for there, here in names if becomes != kind else ():
             tensors[here] = source.tensors[there]
     tensors = tensors or dict(source.tensors)
-    family = families.FAMILIES[config["model_type"]]
+    family = families.FAMILIES[becomes]
     for copy_or_name, tensor in tensors.items():
         is_table = copy_or_name.removeprefix(family.base) in _tables(family)
         shape = (rows, *tensor.shape[1:]) if is_table else tensor.shape
@@ -186,7 +196,7 @@ def _config(name: str, source: Folder, record: Record, rows: int) -> dict[str, A
     """A config.json made from that of the source, whose keys stay where they mean the same."""
     dropped = ("auto_map", "architectures", "block_size", "mask_token_id")
     said = {key: value for key, value in source.config.items() if key not in dropped}
-    model, kind = model_config(record, str(source.path)), source.config["model_type"]
+    model, kind = model_config(record, str(source.path)), families.kind_of(source.config)
     rope = said.pop("rope_parameters", None) or {}
     said = {"rope_theta": rope.get("rope_theta", model.rotary_base), "rope_scaling": None} | said
     if rope.get("rope_type", "default") != "default":
@@ -201,14 +211,14 @@ def _config(name: str, source: Folder, record: Record, rows: int) -> dict[str, A
         auto_map = {"AutoConfig": f"modeling_{file}.{prefix}Config", "AutoModelForMaskedLM": modeling}
     else:
         auto_map = {"AutoConfig": f"configuration_{file}.{prefix}Config"}
-    auto_map["AutoModel"] = f"modeling_{file}.SDARModel" if name == "sdar" else modeling
-    if name in ("sdar", "llada"):
+    auto_map["AutoModel"] = f"modeling_{file}.{prefix}Model" if name in _SDAR else modeling
+    if name in (*_SDAR, "llada"):
         auto_map["AutoModelForCausalLM"] = modeling
     if name == "llada":
         said = _llada(said, model, rows)
-    elif form.body in ("qwen3", "llama"):
+    elif form.body in ("qwen3", "qwen3_moe", "llama"):
         said |= {"head_dim": model.head_dim}
-    if name == "sdar":
+    if name in _SDAR:
         said.pop("layer_types", None)
         said |= {"attention_bias": False, "fuse_cross_entropy": False, "use_cache": False}
     made = {"model_type": name, "architectures": [form.architecture], "auto_map": auto_map, "vocab_size": rows}

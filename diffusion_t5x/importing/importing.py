@@ -65,8 +65,7 @@ def write(
     else:
         records.write_text(to / output.MODEL_GIN, gin)
 
-    layers = f"0-{config.num_layers - 1}"
-    output.print_table([(w.theirs.replace("{}", layers), w.ours, f"{list(shapes[w.ours])}") for w in described.weights])
+    output.print_table([(_names(w, config.num_layers), w.ours, f"{list(shapes[w.ours])}") for w in described.weights])
     new = "" if mask_id < rows else ", a new row"
     print(f"{definition.num_params():,} parameters; {rows} rows, MASK is {mask_id}{new}")
 
@@ -75,6 +74,12 @@ def params(source: Source, described: Described, definition: ModelDefinition) ->
     """Returns the parameters by name, float32; each is read on demand."""
     shapes = param_shapes(definition)
     return {weight.ours: _stream(source, weight, shapes[weight.ours]) for weight in described.weights}
+
+
+def _names(weight: Weight, layers: int) -> str:
+    """The names of a weight's tensors in one, with the ranges of numbers in them."""
+    first, end = weight.layers or (0, layers)
+    return weight.theirs.replace("{}", f"{first}-{end - 1}").replace("{expert}", f"0-{(weight.experts or 1) - 1}")
 
 
 def _check_numbers(source: Source, described: Described) -> None:
@@ -101,9 +106,12 @@ def _stream(source: Source, weight: Weight, shape: tuple[int, ...]) -> Streamed:
     if weight.ours in VOCABULARY_AXIS:
         return _table(source, weight, shape)
     if weight.stacked:
+        first, _ = weight.layers or (0, None)
 
-        def read(layer: int, _: int) -> np.ndarray:
-            return weight.to_ours(source.read(weight.theirs.format(layer)), shape[1:])[None]
+        def read(number: int, _: int) -> np.ndarray:
+            names = weight.names_in(first + number)
+            arrays = [weight.to_ours(source.read(name), shape[weight.stacked_axes :]) for name in names]
+            return np.stack(arrays).reshape(1, *shape[1:])
 
         return Streamed(shape, _FLOAT32, axis=0, step=1, read=read)
     whole = lambda *_: weight.to_ours(source.read(weight.theirs), shape)  # noqa: E731

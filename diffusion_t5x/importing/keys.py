@@ -11,7 +11,7 @@ from diffusion_t5x.importing import config_keys
 
 REQUIRED = object()
 _COUNTS = re.compile(
-    r"(_size|_heads|(?<!rope)_layers|_dim|_buckets|_distance|_pattern|position_embeddings|^sliding_window|^d_\w+|^n_\w+)$"
+    r"(_size|_heads|(?<!shared)_experts|_per_tok|_group|(?<!rope)(?<!only)_layers|_dim|_buckets|_distance|_pattern|position_embeddings|^sliding_window|^d_\w+|^n_\w+)$"
 )
 _NUMBERS = re.compile(r"(_eps|_epsilon|_theta|_base_freq|factor|softcapping|_scalar)$")
 

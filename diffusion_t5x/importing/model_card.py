@@ -10,7 +10,10 @@ from diffusion_t5x.checkpointing.record import Record, in_words
 from diffusion_t5x.importing.huggingface import read_json
 
 MASK = "<|mask|>"
-_PUBLISHED_IN = {"sdar": "SDAR", "Dream": "Dream", "llada": "LLaDA"}  # others are dllm's
+_PUBLISHED_IN = {  # others are dllm's
+    "sdar": "SDAR", "sdar_moe": "SDAR", "Dream": "Dream", "llada": "LLaDA", "llada_moe": "LLaDA-MoE",
+    "llada2_moe": "LLaDA2", "llada21_moe": "LLaDA2.1",
+}  # fmt: skip
 
 
 def write(to: pathlib.Path, name: str, checkpoint: OpenCheckpoint, config: Mapping[str, Any]) -> None:

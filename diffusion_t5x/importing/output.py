@@ -28,14 +28,14 @@ _GIN = """\
 from __gin__ import dynamic_registration
 
 from diffusion_t5x.models import config as model_config
-
+{imports}
 include "models/{architecture}.gin"
 {published}
 {macro} = {tokenizer!r}
 {start}
 model_config.ModelConfig:
 {bindings}
-"""
+{experts}"""
 # What the architecture's gin file, the run or the vocabulary decides.
 _LEFT_OUT = {"architecture", "reads_start", "dropout_rate", "dtype", "scan_unroll", "remat", "attention_backend"}
 
@@ -84,6 +84,12 @@ def building(final: pathlib.Path) -> Iterator[pathlib.Path]:
         raise
 
 
+class _Reference(str):
+    """A reference to a gin configurable, whose repr is no string literal."""
+
+    __repr__ = str.__str__
+
+
 def model_gin(
     title: str, model: ModelConfig, macro: str, tokenizer: pathlib.Path, published: Sequence[str] = ()
 ) -> str:
@@ -97,6 +103,11 @@ def model_gin(
     values = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
     title = "".join(character if character.isprintable() else " " for character in title)  # it is a comment, one line
     left_out = _LEFT_OUT if model.vocab_size else {*_LEFT_OUT, "vocab_size"}
+    experts = ""
+    if model.experts:
+        values["experts"] = _Reference("@experts.Experts()")
+        fields = dataclasses.asdict(model.experts).items()
+        experts = "\nexperts.Experts:\n" + "".join(f"  {name} = {value!r}\n" for name, value in fields)
     bindings = "\n".join(f"  {name} = {value!r}" for name, value in values.items() if name not in left_out)
     return _GIN.format(
         title=title,
@@ -106,6 +117,8 @@ def model_gin(
         start=f"READS_START = {model.reads_start}\n" if model.architecture == "decoder_only" else "",
         published="".join(f"{line}\n" for line in published),
         bindings=bindings,
+        imports="from diffusion_t5x.models import experts\n" if model.experts else "",
+        experts=experts,
     )
 
 

@@ -10,7 +10,7 @@ from diffusion_t5x.importing.published import Published, blocks
 from diffusion_t5x.models.config import ModelConfig
 
 # Traces of training, and how attention is computed.
-_HARMLESS = (
+HARMLESS = (
     "attn_implementation", "auto_map", "debug", "ep_size", "fuse_cross_entropy", "mask_token_id", "micro_forward",
     "skip_checkpoint", "use_deepep",
 )  # fmt: skip
@@ -18,7 +18,7 @@ _HARMLESS = (
 
 def config(keys: Keys, tied: bool) -> ModelConfig:
     """Builds the ModelConfig; same rules as `llama.config`."""
-    keys.ignore(*_HARMLESS)
+    keys.ignore(*HARMLESS)
     return dataclasses.replace(qwen3.config(keys, tied), reads_start=False)
 
 

@@ -48,7 +48,7 @@ def to_hf(
     origin = Folder.noted(_origin(path, like))
     shapes, read = restoring.open_params(opened)
     tied = "head" not in shapes
-    kind = formats.chosen(form, opened.record, origin.config["model_type"], str(path))
+    kind = formats.chosen(form, opened.record, families.kind_of(origin.config), str(path))
     source = formats.target(kind, origin, opened.record, tied, dtype)
     described = families.describe(source, tied)
     layers = described.config.num_layers
@@ -66,7 +66,7 @@ def to_hf(
         elif kind == formats.DIFFUSION:
             model_card.add_mask(to, source.config["mask_token_id"])
         files = _Files(to, source)
-        for theirs, parts in itertools.groupby(described.weights, operator.attrgetter("theirs")):
+        for (theirs, _), parts in itertools.groupby(described.weights, operator.attrgetter("theirs", "layers")):
             copies = [copy for copy, name in described.copies.items() if name == theirs and copy in source.tensors]
             for name, tensor in _theirs(list(parts), read, described.vocab_size, layers):
                 for each in (name, *copies):
@@ -101,12 +101,12 @@ def _origin(checkpoint: pathlib.Path, like: str | None) -> pathlib.Path:
 def _check(weight: Weight, shape: tuple[int, ...] | None, source: Folder, layers: int, where: str) -> None:
     """Raises a UserError if a parameter is missing or has another shape than the imported model's."""
     if shape is not None:
-        one = list(shape[1:] if weight.stacked else shape)
+        one, stack = list(shape[weight.stacked_axes :]), tuple(shape[: weight.stacked_axes])
         expected = source.tensors[weight.names(layers)[0]].shape
         if weight.ours in VOCABULARY_AXIS:
             axis = VOCABULARY_AXIS[weight.ours]
             one[axis] = min(one[axis], expected[0])
-        if weight.their_shape(one) == expected and (not weight.stacked or shape[0] == layers):
+        if weight.their_shape(one) == expected and stack == weight.stack(layers):
             return
     raise UserError(
         f"{where}: the checkpoint is of another model than the one that was imported: {weight.ours} is "
@@ -117,13 +117,15 @@ def _check(weight: Weight, shape: tuple[int, ...] | None, source: Folder, layers
 def _theirs(
     parts: Sequence[Weight], read: Callable[[str], np.ndarray], rows: int, layers: int
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the source's tensors, one or one per layer, of which these weights are the parts."""
+    """Yields the source's tensors, see `Weight.names`, of which these weights are the parts."""
     arrays = [read(weight.ours) for weight in parts]
     if parts[0].ours in VOCABULARY_AXIS:
         arrays = [np.take(array, np.arange(rows), axis=VOCABULARY_AXIS[parts[0].ours]) for array in arrays]
     for number, name in enumerate(parts[0].names(layers)):
         pieces = [
-            weight.to_theirs(array[number] if weight.stacked else array)
+            weight.to_theirs(
+                array.reshape(-1, *array.shape[weight.stacked_axes :])[number] if weight.stacked else array
+            )
             for weight, array in zip(parts, arrays, strict=True)
         ]
         yield name, np.concatenate(pieces, axis=parts[0].joined_axis) if len(pieces) > 1 else pieces[0]

@@ -40,16 +40,19 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One parameter, or one per layer.
+    """One parameter, or one per layer, or one per expert of each layer.
 
     Attributes:
-      theirs: its name in the source; `{}` stands for the number of a layer, whose arrays are stacked here.
+      theirs: its name in the source; `{}` stands for the number of a layer and `{expert}` for that of an expert, whose
+        arrays are stacked here.
       ours: its "/"-joined name here.
       inputs: number of leading axes of ours that are a matrix's inputs, the others being its outputs; 0 for a vector,
         which is flat in the source.
       transposed: the matrix is `[out, in]` in the source, not `[in, out]`.
       part: for a source tensor whose last axis concatenates several of ours: index and number of parts.
       rows: for a source tensor whose first axis concatenates several of ours: start and end of this one, and the total.
+      layers: the first of the layers that are stacked, and the one after the last; None: all.
+      experts: number of experts in a layer; None: the parameter is none of experts.
     """
 
     theirs: str
@@ -58,17 +61,36 @@ class Weight:
     transposed: bool = True
     part: tuple[int, int] = (0, 1)
     rows: tuple[int, int, int] | None = None
+    layers: tuple[int, int] | None = None
+    experts: int | None = None
 
     @property
     def stacked(self) -> bool:
         return "{}" in self.theirs
 
+    @property
+    def stacked_axes(self) -> int:
+        """Number of our first axes along which arrays of the source are stacked: layers, experts."""
+        return int(self.stacked) + (self.experts is not None)
+
+    def stack(self, layers: int) -> tuple[int, ...]:
+        """Returns the sizes of these axes, for a model of so many layers."""
+        first, end = self.layers or (0, layers)
+        return (*([end - first] if self.stacked else []), *([] if self.experts is None else [self.experts]))
+
+    def names_in(self, layer: int) -> list[str]:
+        """Returns the names in the source of what lies in one layer, one or one per expert."""
+        experts = [0] if self.experts is None else range(self.experts)
+        return [self.theirs.format(layer, expert=expert) for expert in experts]
+
     def names(self, layers: int) -> list[str]:
-        """Returns the names in the source, one or one per layer."""
-        return [self.theirs.format(i) for i in range(layers)] if self.stacked else [self.theirs]
+        """Returns the names in the source, one, or one per layer, or one per layer and expert."""
+        if not self.stacked:
+            return [self.theirs]
+        return [name for layer in range(*(self.layers or (0, layers))) for name in self.names_in(layer)]
 
     def their_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Returns the shape of one layer's tensor in the source, from our shape."""
+        """Returns the shape of one tensor in the source, from our shape without the stacked axes."""
         *rest, last = self._matrix(shape)
         if self.rows is not None:
             return (self.rows[2], last)
@@ -86,7 +108,7 @@ class Weight:
         return matrix[::-1] if self.transposed else matrix
 
     def to_ours(self, array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-        """Returns one layer's array in our shape, from its tensor."""
+        """Returns one array in our shape without the stacked axes, from its tensor."""
         number, parts = self.part
         array = np.split(array, parts, axis=-1)[number] if self.rows is None else array[slice(*self.rows[:2])]
         return (array.T if self.inputs and self.transposed else array).reshape(shape)

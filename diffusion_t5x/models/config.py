@@ -1,10 +1,12 @@
 """Dimensions and architecture choices of a Transformer."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 from diffusion_t5x.data.batch import Architecture
 from diffusion_t5x.errors import UserError, check_choices
+from diffusion_t5x.models.experts import Experts
 
 Activation = Literal["gelu", "silu"]
 Remat = Literal["none", "dots", "full"]
@@ -37,6 +39,7 @@ class ModelConfig:
       norm: "rms" scales by the root mean square, "layer" (arXiv 1607.06450) subtracts the mean first and adds a bias.
       activation: activation of the feed-forward layer.
       gated: the activation gates a second product; False uses the activation alone.
+      experts: a mixture of experts in place of the feed-forward layer; None: there is none. For decoders alone.
       tie_embeddings: compute logits with the embedding; False adds an output matrix.
       query_key_norm: RMS-normalise queries and keys of each head.
       whole_query_key_norm: RMS-normalise queries, and keys, of all heads as one vector (OLMo 2).
@@ -63,6 +66,7 @@ class ModelConfig:
       causal_buckets: a decoder's relative position bias has T5's own one-sided buckets: all of them for the past, and
         the future counts as distance 0. Ours are two-sided, for bidirectional attention; an encoder's always are.
       rotary_base: base of the rotary wavelengths.
+      rotary_dim: rotary positions rotate so many dimensions of a head, the first ones; None: all.
       rotary_factor: factor on the rotary wavelengths ("linear" scaling).
       rotary_stretched: two wavelengths in tokens; the factor applies in full only above the second and not at all below
         the first, and frequencies are interpolated between them (Llama 3.1, arXiv 2407.21783). None stretches all.
@@ -93,6 +97,7 @@ class ModelConfig:
     norm: Literal["rms", "layer"] = "rms"
     activation: Activation = "gelu"
     gated: bool = True
+    experts: Experts | None = None
     tie_embeddings: bool = True
     query_key_norm: bool = False
     whole_query_key_norm: bool = False
@@ -116,6 +121,7 @@ class ModelConfig:
     relative_max_distance: int = 128
     causal_buckets: bool = False
     rotary_base: float = 10_000.0
+    rotary_dim: int | None = None
     rotary_factor: float = 1.0
     rotary_stretched: tuple[float, float] | None = None
     rotary_ramp: tuple[float, float] | None = None
@@ -137,6 +143,12 @@ class ModelConfig:
             )
         if self.position == "rotary" and self.head_dim % 2:
             raise UserError(f"Rotary positions need an even ModelConfig.head_dim, not {self.head_dim}.")
+        if self.rotary_dim is not None and not (0 < self.rotary_dim <= self.head_dim and self.rotary_dim % 2 == 0):
+            raise UserError(
+                f"ModelConfig.rotary_dim must be even, above 0 and at most head_dim = {self.head_dim}; not "
+                f"{self.rotary_dim}."
+            )
+        self._check_experts()
         near = self.relative_buckets // (2 if self.causal_buckets else 4)  # distances with a bucket of their own
         if self.position == "relative" and not 0 < near < self.relative_max_distance:
             raise UserError(
@@ -170,6 +182,32 @@ class ModelConfig:
                 raise UserError(f"ModelConfig.{name} must be above 0, not {base}.")
         if not 0 <= self.dropout_rate < 1:
             raise UserError(f"ModelConfig.dropout_rate must lie in [0, 1), not {self.dropout_rate}.")
+
+    def _check_experts(self) -> None:
+        if isinstance(self.experts, Mapping):  # as a checkpoint's record has them
+            object.__setattr__(self, "experts", Experts(**self.experts))
+        if self.experts is None:
+            return
+        if self.architecture != "decoder_only" or not self.gated or self.output_bias:
+            raise UserError(
+                'ModelConfig.experts need architecture = "decoder_only", gated = True and output_bias = False; not '
+                f"{self.architecture!r}, {self.gated} and {self.output_bias}."
+            )
+        if self.experts.dense_layers >= self.num_layers:
+            raise UserError(
+                f"Experts.dense_layers = {self.experts.dense_layers} must be below ModelConfig.num_layers = "
+                f"{self.num_layers}. Without experts, set ModelConfig.experts = None."
+            )
+
+    @property
+    def dense_layers(self) -> int:
+        """Number of first layers without experts in a model whose other layers have them; otherwise 0."""
+        return 0 if self.experts is None else self.experts.dense_layers
+
+    @property
+    def rotated_dim(self) -> int:
+        """Dimensions of a head that rotary positions rotate."""
+        return self.rotary_dim or self.head_dim
 
     @property
     def kv_heads(self) -> int:

@@ -16,6 +16,7 @@ from diffusion_t5x.partitioning import pieces_of
 from diffusion_t5x.shapes import FloatBLD, IntScalar, KeyB, KeyScalar
 
 Initializer = Callable[..., jax.Array]
+ACTIVATE = {"gelu": jax.nn.gelu, "silu": jax.nn.silu}
 
 
 def param(key: KeyScalar | None, init: Initializer, **axes: int) -> nnx.Param:
@@ -161,8 +162,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: FloatBLD, dropout_keys: KeyB | None) -> tuple[FloatBLD, Auxiliaries]:
         """Returns the update of the residual stream, and losses of the layer's own, as a mixture of experts has."""
-        activation = {"gelu": jax.nn.gelu, "silu": jax.nn.silu}[self.activation]
-        hidden = activation(add_bias(dense(x, self.wi_0.get_value()), self.wi_0_bias))
+        hidden = ACTIVATE[self.activation](add_bias(dense(x, self.wi_0.get_value()), self.wi_0_bias))
         if self.gated:
             hidden = hidden * add_bias(dense(x, self.wi_1.get_value()), self.wi_1_bias)
         hidden = dropout(hidden, self.dropout_rate, dropout_keys)

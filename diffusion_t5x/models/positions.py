@@ -78,7 +78,7 @@ def rotary_frequencies(
     """Returns the radians per token by which rotary positions rotate each pair.
 
     Args:
-      head_dim: D.
+      head_dim: D, of the dimensions that are rotated.
       base: the frequencies are base^(-2i/D).
       factor, stretched, ramp: `ModelConfig.rotary_factor`, `rotary_stretched` and `rotary_ramp`.
     """
@@ -98,13 +98,17 @@ def rotary_frequencies(
 def rotate(
     x: Float[jax.Array, "batch length heads head_dim"],
     positions: AnyIntBL,
-    frequency: Float[Array, " head_dim//2"],
+    frequency: Float[Array, " half_rotated"],
 ) -> Float[jax.Array, "batch length heads head_dim"]:
-    """Rotary positions (arXiv 2104.09864): rotates the pair (i, i + D/2) of a head by position * frequency[i]."""
+    """Rotary positions (arXiv 2104.09864): rotates the pair (i, i + R/2) of a head by position * frequency[i].
+
+    R is twice the number of frequencies. Dimensions after the first R of a head stay as they are.
+    """
     angle = positions[:, :, None, None].astype(jnp.float32) * frequency
     sin, cos = jnp.sin(angle), jnp.cos(angle)
-    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+    half = frequency.shape[0]
+    x1, x2, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
+    turned = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], axis=-1)
     return turned.astype(x.dtype)
 
 

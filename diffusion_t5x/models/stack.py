@@ -1,18 +1,19 @@
 """The stack of layers in encoders and decoders, in the style of T5 1.1."""
 
-from typing import Self
+from typing import Any, Self
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from diffusion_t5x.models.attention import Attention
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.layers import MLP, LayerNorm, RMSNorm, dropout, fold_in
 from diffusion_t5x.models.low_rank import at_drafts
 from diffusion_t5x.models.masks import Annealed, AttentionKind, Sight, Slots
+from diffusion_t5x.models.mixture import Mixture
 from diffusion_t5x.models.output import Auxiliaries, Output
 from diffusion_t5x.models.positions import LearnedPositions, RelativePositionBias, rotary_frequencies
 from diffusion_t5x.partitioning import constrain, copies
@@ -32,6 +33,8 @@ from diffusion_t5x.shapes import (
 )
 
 ACTIVATIONS = ("batch", "length", "embed")
+# Names of a stack's parts whose parameters have an axis of layers before their own.
+STACKED = frozenset({"dense_blocks", "blocks"})
 
 
 class Encoded(flax.struct.PyTreeNode):
@@ -67,6 +70,7 @@ class View(flax.struct.PyTreeNode):
       frequencies: see `rotary_frequencies`; None without rotary positions.
       write_at: the slot of each row's first query in the cache, or of every query; None without a cache.
       inputs_sight: the encoder's inputs that the queries see; None without an encoder.
+      counted: the queries that count when the use of experts is measured.
     """
 
     positions: Int[Array, "batch queries"]
@@ -75,6 +79,7 @@ class View(flax.struct.PyTreeNode):
     frequencies: Float[Array, " half_head_dim"] | None
     write_at: IntB | IntBQ | None
     inputs_sight: Sight | None
+    counted: Bool[jax.Array, "batch queries"]
 
 
 def norm(config: ModelConfig) -> RMSNorm | LayerNorm:
@@ -90,7 +95,7 @@ class Layer(nnx.Module):
     Each has a norm before it (`pre_norms`), after it (`post_norms`) or both, and is added to the residual stream.
     """
 
-    def __init__(self, key: KeyScalar, config: ModelConfig, cross_attention: bool):
+    def __init__(self, key: KeyScalar, config: ModelConfig, cross_attention: bool, dense: bool):
         attention_key, mlp_key, cross_key = jax.random.split(key, 3)
         if config.pre_norms:
             self.attention_norm = norm(config)
@@ -99,15 +104,13 @@ class Layer(nnx.Module):
         if cross_attention:
             self.cross_attention_norm = norm(config)
             self.cross_attention = Attention(cross_key, config)
-        self.mlp = MLP(
-            mlp_key,
-            config.embed_dim,
-            config.mlp_dim,
-            activation=config.activation,
-            gated=config.gated,
-            bias=config.output_bias,
-            dropout_rate=config.dropout_rate,
-        )
+        options: dict[str, Any] = {"activation": config.activation, "dropout_rate": config.dropout_rate}
+        self.mlp: MLP | Mixture
+        if config.experts is None or dense:
+            options |= {"gated": config.gated, "bias": config.output_bias}
+            self.mlp = MLP(mlp_key, config.embed_dim, config.mlp_dim, **options)
+        else:
+            self.mlp = Mixture(mlp_key, config.embed_dim, config.experts, **options)
         if config.post_norms:
             self.attention_post_norm = norm(config)
             self.mlp_post_norm = norm(config)
@@ -152,19 +155,29 @@ class Layer(nnx.Module):
         if inputs is not None:
             assert view.inputs_sight is not None
             x = add(x, self.cross_attention.cross(self.cross_attention_norm(x), *inputs, view.inputs_sight), 3)
-        branch, auxiliary = self.mlp(self.mlp_norm(x) if self.config.pre_norms else x, keys[1])
+        normed = self.mlp_norm(x) if self.config.pre_norms else x
+        if isinstance(self.mlp, Mixture):
+            branch, auxiliary = self.mlp(normed, keys[1], view.counted)
+        else:
+            branch, auxiliary = self.mlp(normed, keys[1])
         if self.config.post_norms:
             branch = self.mlp_post_norm(branch)
         return add(x, branch, 2), cached, auxiliary
 
 
 class Stack(nnx.Module):
-    """Layers, scanned over their stacked parameters, and the final norm."""
+    """Layers, scanned over their stacked parameters, and the final norm.
+
+    In a mixture of experts, the first layers may have none: they are stacked apart, as `dense_blocks`.
+    """
 
     def __init__(self, key: KeyScalar, config: ModelConfig, cross_attention: bool = False):
         block_key, position_key = jax.random.split(key)
         keys = jax.random.split(block_key, config.num_layers)
-        self.blocks = jax.vmap(lambda k: Layer(k, config, cross_attention))(keys)
+        first = config.dense_layers
+        if first:
+            self.dense_blocks = jax.vmap(lambda k: Layer(k, config, cross_attention, dense=True))(keys[:first])
+        self.blocks = jax.vmap(lambda k: Layer(k, config, cross_attention, dense=False))(keys[first:])
         self.final_norm = norm(config)
         if config.position == "relative":
             self.relative_bias = RelativePositionBias(
@@ -246,7 +259,7 @@ class Stack(nnx.Module):
         sight, frequencies = Sight.of(kind, slots, key_slots, whole=cached is None), None
         if config.position == "rotary":
             stretching = (config.rotary_factor, config.rotary_stretched, config.rotary_ramp)
-            frequencies = rotary_frequencies(config.head_dim, config.rotary_base, *stretching)
+            frequencies = rotary_frequencies(config.rotated_dim, config.rotary_base, *stretching)
         keys = [fold_in(dropout_keys, use) for use in range(3)]
         if config.position == "learned":
             x = self.positions(x, slots.positions)
@@ -256,7 +269,8 @@ class Stack(nnx.Module):
         if encoded is not None:
             inputs = (encoded.keys, encoded.values)
             inputs_sight = Sight.across(slots.segment_ids, encoded.segment_ids, whole=cached is None)
-        view = View(slots.positions, sight, bias, frequencies, write_at, inputs_sight)
+        counted = jnp.asarray(slots.segment_ids > 0) & ~slots.is_input
+        view = View(slots.positions, sight, bias, frequencies, write_at, inputs_sight, counted)
         of_layer, kinds = self._layer_views(view, slots, key_slots)
         drafts = None if slots.seen is None else slots.seen >= 0
 
@@ -270,10 +284,21 @@ class Stack(nnx.Module):
         if config.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
             layer = jax.checkpoint(layer, policy=policy)
-        layers = (self.blocks, cached, inputs, jnp.arange(config.num_layers), kinds)
-        x, (cached, auxiliary) = jax.lax.scan(layer, x, layers, unroll=config.layers_unrolled)
+        x, cached, auxiliary = self._scan(layer, x, (cached, inputs, jnp.arange(config.num_layers), kinds))
         hidden = dropout(self.final_norm(x), config.dropout_rate, keys[2])
         return Output(hidden, jax.tree.map(lambda of_layers: of_layers.sum(axis=0), auxiliary)), cached
+
+    def _scan(self, layer, x, of_layers):
+        """Runs all layers; `of_layers` has an axis of layers. Returns x, and the layers' caches and own losses."""
+        unroll, first = self.config.layers_unrolled, self.config.dense_layers
+        if not first:
+            x, (cached, auxiliary) = jax.lax.scan(layer, x, (self.blocks, *of_layers), unroll=unroll)
+            return x, cached, auxiliary
+        before, after = jax.tree.map(lambda y: y[:first], of_layers), jax.tree.map(lambda y: y[first:], of_layers)
+        x, (cached, _) = jax.lax.scan(layer, x, (self.dense_blocks, *before), unroll=min(unroll, first))
+        rest = self.config.num_layers - first
+        x, (more_cached, auxiliary) = jax.lax.scan(layer, x, (self.blocks, *after), unroll=min(unroll, rest))
+        return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), cached, more_cached), auxiliary
 
     def _layer_views(self, view, slots, key_slots):
         """Returns a function from a layer's kind to its view, and the kinds of all layers, a pytree for the scan."""
@@ -285,7 +310,7 @@ class Stack(nnx.Module):
         near = view.sight.mask & slots.within(key_slots, config.window) if config.local_layers else None
         local_frequencies = view.frequencies
         if config.local_rotary_base is not None:
-            local_frequencies = rotary_frequencies(config.head_dim, config.local_rotary_base)
+            local_frequencies = rotary_frequencies(config.rotated_dim, config.local_rotary_base)
 
         def of_layer(kind):
             seen = view

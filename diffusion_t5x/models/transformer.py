@@ -18,7 +18,7 @@ from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.layers import fold_in, normal, param, softcap
 from diffusion_t5x.models.masks import BIDIRECTIONAL, Annealed, AttentionKind, Slots
 from diffusion_t5x.models.output import Output, merged
-from diffusion_t5x.models.stack import Encoded, Stack
+from diffusion_t5x.models.stack import STACKED, Encoded, Stack
 from diffusion_t5x.partitioning import constrain, copies, pieces_of
 from diffusion_t5x.shapes import AnyIntBL, FloatBLD, FloatBQD, IntB, IntBQ, KeyB, KeyScalar
 
@@ -172,8 +172,11 @@ class Transformer(nnx.Module):
 
 
 def is_matrix(axes: Sequence[str]) -> bool:
-    """True if logical axes belong to a matrix or an embedding, not to a norm, a bias or a table of biases."""
-    return "embed" in axes and len(axes) > 1 + ("layers" in axes)
+    """True if logical axes belong to a matrix or an embedding, not to a norm, a bias, a table of biases or a router.
+
+    A router is small, and computes in float32.
+    """
+    return "embed" in axes and "routes" not in axes and len(axes) > 1 + ("layers" in axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +218,7 @@ class ModelDefinition:
         """Returns the logical axis names of the parameters, a tuple for each, which partitioning maps to the mesh."""
 
         def names(path, variable):
-            stacked = ("layers",) if any(getattr(entry, "key", None) == "blocks" for entry in path) else ()
+            stacked = ("layers",) if any(getattr(entry, "key", None) in STACKED for entry in path) else ()
             return (*stacked, *variable.get_metadata("axes"))
 
         is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731

@@ -27,14 +27,15 @@ def forward_flops(
       encoder_length: number of slots of an encoder-decoder's inputs.
       encodes: the inputs pass through the encoder, which happens once even if the decoder reads several times.
     """
-    layer = length * (_projections(config) + _attention(config, keys or length) + _feed_forward(config))
+    layer, fed_forward = length * (_projections(config) + _attention(config, keys or length)), length
     if encoder_length:
         layer += length * (_cross_queries(config) + _attention(config, encoder_length))
         if encodes:
-            encode = _projections(config) + _attention(config, encoder_length) + _feed_forward(config)
+            encode = _projections(config) + _attention(config, encoder_length)
             layer += encoder_length * (encode + _cross_keys_values(config))
+            fed_forward += encoder_length
     logits = 2 * config.embed_dim * config.num_embeddings * (length if predicted is None else predicted)
-    return config.num_layers * layer + logits
+    return config.num_layers * layer + fed_forward * _feed_forward(config) + logits
 
 
 def _projections(config: ModelConfig) -> int:
@@ -48,8 +49,17 @@ def _attention(config: ModelConfig, keys: int) -> int:
 
 
 def _feed_forward(config: ModelConfig) -> int:
-    """Returns the FLOPs of the feed-forward products, including a gate if there is one, per slot."""
-    return (6 if config.gated else 4) * config.embed_dim * config.mlp_dim
+    """Returns the FLOPs of the feed-forward products of all layers, including a gate if there is one, per slot.
+
+    Of the experts, those count that read the slot.
+    """
+    dense = (6 if config.gated else 4) * config.embed_dim * config.mlp_dim
+    experts = config.experts
+    if experts is None:
+        return config.num_layers * dense
+    active = experts.per_token * experts.mlp_dim + experts.shared_mlp_dim
+    mixture = config.embed_dim * (2 * experts.number + 6 * active)
+    return config.dense_layers * dense + (config.num_layers - config.dense_layers) * mixture
 
 
 def _cross_queries(config: ModelConfig) -> int:

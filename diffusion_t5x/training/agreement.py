@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 _FREE = {"vocab_size", "dropout_rate", "dtype", "scan_unroll", "remat", "attention_backend", "max_length", "shifted"}
 _SIZES = {"embed_dim", "num_layers", "num_heads", "head_dim", "mlp_dim", "num_kv_heads"}
 _ROTARY = {
-    "rotary_base", "rotary_factor", "rotary_stretched", "rotary_ramp", "local_rotary_base", "unrotated_layers",
+    "rotary_base", "rotary_dim", "rotary_factor", "rotary_stretched", "rotary_ramp", "local_rotary_base",
+    "unrotated_layers",
 }  # fmt: skip
 _RELATIVE = {"relative_buckets", "relative_max_distance", "causal_buckets"}
 # The gin files of objectives/ and decoding/ by the attention and noise of a mode.
@@ -158,11 +159,12 @@ def other_settings(trained: Mapping[str, Any], now: ModelConfig) -> dict[str, tu
     """
     known = {field.name: trained[field.name] for field in dataclasses.fields(ModelConfig) if field.name in trained}
     try:
-        before, after = _function(ModelConfig(**known)), _function(now)
+        then = ModelConfig(**known)
+        before, after = _function(then), _function(now)
     except TypeError:  # not even the sizes are known
         return {}
     names = (name for name in before | after if before.get(name, "unused") != after.get(name, "unused"))
-    fields = {name: (known.get(name), getattr(now, name)) for name in names}
+    fields = {name: (getattr(then, name) if name in known else None, getattr(now, name)) for name in names}
     return {name: values for name, values in fields.items() if values[0] != values[1]}  # others follow from these
 
 
@@ -175,7 +177,11 @@ def describe_other(other: Mapping[str, tuple[Any, Any]]) -> str:
 def _function(config: ModelConfig) -> dict[str, Any]:
     """Returns the fields of a model that decide its function, with dependent defaults filled in."""
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
-    values |= {"num_kv_heads": config.kv_heads, "logits_scale": config.readout_scale}
+    values |= {"num_kv_heads": config.kv_heads, "logits_scale": config.readout_scale, "rotary_dim": config.rotated_dim}
+    if config.experts:
+        values["experts"] = dataclasses.replace(config.experts, balance_weight=0)
+        if config.experts.dense_layers == 0:
+            del values["mlp_dim"]
     values["local_layers"] = tuple(config.local_layers or ())
     unused = _RELATIVE if config.position != "relative" else set()
     unused |= _ROTARY if config.position != "rotary" else set()

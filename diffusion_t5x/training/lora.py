@@ -28,7 +28,8 @@ class Lora:
     """LoRA settings: which matrices get low-rank updates and which parameters are trained in full.
 
     A name in `targets` or `whole` is a regular expression for the end of a parameter's name: "query" means the query
-    matrices of every attention, "decoder/blocks/mlp/wo" those of one stack. Each layer has its own factors.
+    matrices of every attention, "decoder/blocks/mlp/wo" those of one stack. Each layer has its own factors, and so has
+    each expert.
 
     Attributes:
       rank: rank of the updates.
@@ -112,6 +113,11 @@ class LoraDefinition(ModelDefinition):
             raise UserError(
                 f"Lora.targets matches {', '.join(odd)}: not a matrix of the layers. Lora.whole trains any parameter."
             )
+        if self.lora.drafts_only and (experts := [x for x in self._targets if "experts" in self._axes[x]]):
+            raise UserError(
+                f"Lora.drafts_only does not reach experts, but Lora.targets matches {', '.join(sorted(experts))}. Set "
+                '--gin.LORA_TARGETS=\'["query", "key", "value", "out"]\'.'
+            )
         if both := self._targets & self._whole:
             raise UserError(f"Both Lora.targets and Lora.whole match {', '.join(sorted(both))}.")
 
@@ -142,8 +148,8 @@ class LoraDefinition(ModelDefinition):
 
     def axes(self) -> Params:
         def of_factors(name: str, axes: Axes) -> LowRank:
-            layers, inputs, outputs = _cut(axes, axes)  # heads are cut, never what is in them
-            return self._low_rank(axes, (*layers, inputs[0], "rank"), (*layers, "rank", outputs[0]))
+            stacked, inputs, outputs = _cut(axes, axes)  # heads are cut, never what is in them
+            return self._low_rank(axes, (*stacked, inputs[0], "rank"), (*stacked, "rank", outputs[0]))
 
         return self._map(of_factors, lambda name, axes: axes, super().axes())
 
@@ -158,10 +164,10 @@ class LoraDefinition(ModelDefinition):
         numbers = {name: number for number, name in enumerate(sorted(self._targets))}
 
         def with_factors(name: str, matrix: jax.Array) -> LowRank:
-            layers, inputs, outputs = _cut(self._axes[name], matrix.shape)
+            stacked, inputs, outputs = _cut(self._axes[name], matrix.shape)
             size = math.prod(inputs)
-            down = normal(1 / size)(jax.random.fold_in(key, numbers[name]), (*layers, size, rank), jnp.float32)
-            up = jnp.zeros((*layers, rank, math.prod(outputs)), jnp.float32)
+            down = normal(1 / size)(jax.random.fold_in(key, numbers[name]), (*stacked, size, rank), jnp.float32)
+            up = jnp.zeros((*stacked, rank, math.prod(outputs)), jnp.float32)
             return self._low_rank(matrix.astype(dtype), down, up)
 
         def without(name: str, array: jax.Array) -> jax.Array:
@@ -195,9 +201,13 @@ class LoraDefinition(ModelDefinition):
 
 
 def _cut(axes: Axes, values: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
-    """Splits a matrix's logical axes into layers, inputs and outputs; one of the last two is `embed`."""
-    first_output = 2 if axes[1] == "embed" else len(axes) - 1
-    return values[:1], values[1:first_output], values[first_output:]
+    """Splits the values of a matrix's logical axes into those of stacked axes (layers, experts), inputs and outputs.
+
+    One of the last two is `embed`.
+    """
+    first = 1 + (axes[1] == "experts")
+    first_output = first + 1 if axes[first] == "embed" else len(axes) - 1
+    return values[:first], values[first:first_output], values[first_output:]
 
 
 def _matching(field: str, patterns: Iterable[str], names: Iterable[str]) -> frozenset[str]:

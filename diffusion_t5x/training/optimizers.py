@@ -9,10 +9,10 @@ import re
 import jax
 import optax
 
+from diffusion_t5x.models.stack import STACKED
 from diffusion_t5x.partitioning import leaf_name
 from diffusion_t5x.training import schedules
 
-_STACKED = "blocks"  # parameters below this name carry a leading `layers` axis
 _NO_DECAY = re.compile(r"norm|bias|scale")
 
 
@@ -117,7 +117,7 @@ def _per_matrix(transform: optax.GradientTransformation) -> optax.GradientTransf
         return new_update.reshape(update.shape), new_state
 
     def over_layers(path, function):
-        return jax.vmap(function) if _STACKED in leaf_name(path).split("/") else function
+        return jax.vmap(function) if STACKED & set(leaf_name(path).split("/")) else function
 
     def init(params):
         return jax.tree_util.tree_map_with_path(lambda path, param: over_layers(path, init_one)(param), params)

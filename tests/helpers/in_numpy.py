@@ -1,4 +1,7 @@
-"""SDAR in plain numpy, float64: its forward pass over exported tensors, and its loop, from the format's description."""
+"""SDAR in plain numpy, float64: its forward pass over exported tensors, and its loop, from the format's description.
+
+Dense and with experts.
+"""
 
 import numpy as np
 
@@ -13,6 +16,24 @@ def rotate(x, base):
     angles = np.arange(len(x))[:, None] * base ** (-np.arange(half) / half)
     cos, sin = (np.concatenate([f(angles)] * 2, axis=-1)[:, None] for f in (np.cos, np.sin))
     return x * cos + np.concatenate([-x[..., half:], x[..., :half]], axis=-1) * sin
+
+
+def swiglu(tensors, name, x):
+    gate, up = (x @ tensors[f"{name}.{part}_proj.weight"].T for part in ("gate", "up"))
+    return (gate / (1 + np.exp(-gate)) * up) @ tensors[f"{name}.down_proj.weight"].T
+
+
+def mixture(config, layer, x):
+    """Qwen3's mixture of experts, token by token."""
+    logits = x @ layer["mlp.gate.weight"].T
+    shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    out = np.zeros_like(x)
+    for token, share in enumerate(shares):
+        chosen = np.argsort(-share, kind="stable")[: config["num_experts_per_tok"]]
+        for expert in chosen:
+            factor = share[expert] / (share[chosen].sum() if config["norm_topk_prob"] else 1)
+            out[token] += factor * swiglu(layer, f"mlp.experts.{expert}", x[token])
+    return out
 
 
 def sdar_logits(config, tensors, tokens):
@@ -33,8 +54,7 @@ def sdar_logits(config, tensors, tokens):
         weights /= weights.sum(-1, keepdims=True)
         x = x + np.einsum("hqk,khd->qhd", weights, v).reshape(len(x), -1) @ layer["self_attn.o_proj.weight"].T
         y = rms_norm(x, layer["post_attention_layernorm.weight"], eps)
-        gate, up = (y @ layer[f"mlp.{n}_proj.weight"].T for n in ("gate", "up"))
-        x = x + (gate / (1 + np.exp(-gate)) * up) @ layer["mlp.down_proj.weight"].T
+        x = x + (mixture(config, layer, y) if "mlp.gate.weight" in layer else swiglu(layer, "mlp", y))
     x = rms_norm(x, tensors["model.norm.weight"], eps)
     return x @ tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"]).T
 

@@ -17,6 +17,22 @@ QWEN3_0_6B = {
     "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
     "vocab_size": 151936,
 }  # fmt: skip
+QWEN3_30B_A3B = QWEN3_0_6B | {
+    "architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 1, "hidden_size": 2048, "intermediate_size": 6144,
+    "max_window_layers": 48, "mlp_only_layers": [], "model_type": "qwen3_moe", "moe_intermediate_size": 768,
+    "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8,
+    "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": False, "router_aux_loss_coef": 0.001,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+MIXTRAL_8X7B = {
+    "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+    "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+    "max_position_embeddings": 32768, "model_type": "mixtral", "num_attention_heads": 32, "num_experts_per_tok": 2,
+    "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8, "output_router_logits": False,
+    "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": None,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.36.0.dev0", "use_cache": True,
+    "vocab_size": 32000,
+}  # fmt: skip
 LLAMA2_7B = {
     "_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1,
     "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
@@ -139,6 +155,8 @@ PUBLISHED = {
         (),
     ),
     "Qwen2.5-0.5B": (QWEN2_5_0_5B, ("use_mrope",)),
+    "Qwen3-30B-A3B": (QWEN3_30B_A3B, ()),
+    "Mixtral-8x7B-v0.1": (MIXTRAL_8X7B, ()),
     "Qwen2.5-7B-Instruct": (
         {name: value for name, value in QWEN2_5_0_5B.items() if name != "use_mrope"}
         | {"hidden_size": 3584, "intermediate_size": 18944, "max_window_layers": 28, "num_attention_heads": 28,
@@ -269,7 +287,28 @@ A2D_QWEN3_0_6B = QWEN3_0_6B | {
     "architectures": ["A2DQwen3LMHeadModel"], "auto_map": {"AutoModel": "modeling_qwen3.A2DQwen3LMHeadModel"},
     "model_type": "a2d-qwen3", "pad_token_id": 151643,
 }  # fmt: skip
+SDAR_30B_A3B = QWEN3_30B_A3B | {  # its keys beside Qwen3's as in the smaller SDARs
+    "architectures": ["SDARMoeForCausalLM"], "block_size": 4, "fuse_cross_entropy": True, "mask_token_id": 151669,
+    "model_type": "sdar_moe",
+}  # fmt: skip
+LLADA2_MINI = {
+    "architectures": ["LLaDA2MoeModelLM"], "attention_dropout": 0.0,
+    "auto_map": {"AutoConfig": "configuration_llada2_moe.LLaDA2MoeConfig"}, "embedding_dropout": 0.0,
+    "first_k_dense_replace": 1, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+    "intermediate_size": 5120, "max_position_embeddings": 16384, "max_window_layers": 28, "model_type": "llada2_moe",
+    "moe_intermediate_size": 512, "moe_router_enable_expert_bias": True, "n_group": 8, "norm_head": False,
+    "norm_softmax": False, "norm_topk_prob": True, "num_attention_heads": 16, "num_experts": 256,
+    "num_experts_per_tok": 8, "num_hidden_layers": 20, "num_key_value_heads": 4, "num_shared_experts": 1,
+    "output_dropout": 0.0, "output_router_logits": False, "pad_token_id": 156892, "partial_rotary_factor": 0.5,
+    "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 600000, "rotary_dim": 64,
+    "routed_scaling_factor": 2.5, "router_dtype": "fp32", "score_function": "sigmoid", "tie_word_embeddings": False,
+    "topk_group": 4, "torch_dtype": "bfloat16", "transformers_version": "4.52.3", "use_bias": False,
+    "use_cache": False, "use_qkv_bias": False, "use_rmsnorm": True, "use_sliding_window": False,
+    "using_split_qkv_in_self_attention": False, "vocab_size": 157184,
+}  # fmt: skip
 PUBLISHED_DIFFUSION = {
+    "SDAR-30B-A3B": (SDAR_30B_A3B, ()),
+    "LLaDA2.0-mini": (LLADA2_MINI, ()),
     "LLaDA-8B-Base": (LLADA_8B, ()),
     "Dream-v0-Instruct-7B": (DREAM_7B, ("use_mrope",)),
     "SDAR-4B-Chat": (SDAR_4B, ()),

@@ -14,7 +14,14 @@ needs_data = pytest.mark.skipif(
     "DIFFUSION_T5X_TEST_DATA" not in os.environ or not DATA.is_dir(),
     reason="no published diffusion models: set DIFFUSION_T5X_TEST_DATA",
 )
-FAMILIES = ("llada", "dream", "sdar", "a2d-qwen3", "a2d-qwen2", "a2d-llama")
+FAMILIES = ("llada", "dream", "sdar", "a2d-qwen3", "a2d-qwen2", "a2d-llama", "llada_moe", "llada2_moe")
+IN_BLOCKS = ("sdar", "llada2_moe")
+UNNAMED_MASKS = {"a2d-qwen3": 157, "a2d-qwen2": 157, "a2d-llama": 157, "llada_moe": 155, "llada2_moe": 155}
+
+
+def mask_flags(family: str) -> list[str]:
+    """The flag that names MASK, where no file of the family does."""
+    return [f"--mask_id={UNNAMED_MASKS[family]}"] if family in UNNAMED_MASKS else []
 
 
 def reference(family: str) -> tuple[dict, dict[str, np.ndarray]]:

@@ -25,6 +25,7 @@ SMALL = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
 }
+SMALL_MOE = {"moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2}
 ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -51,6 +52,8 @@ SMALL_GPT2 = {"vocab_size": IDS + 20, "n_embd": 48, "n_inner": 40, "n_layer": 3,
 MODELS = {
     "qwen3": ("Qwen3", SMALL | {"head_dim": 16, "tie_word_embeddings": True}, {}),
     "qwen2": ("Qwen2", SMALL, {}),
+    "qwen3_moe": ("Qwen3Moe", SMALL | SMALL_MOE | {"head_dim": 16, "norm_topk_prob": True, "mlp_only_layers": [0]}, {}),
+    "mixtral": ("Mixtral", SMALL | {"num_local_experts": 4, "sliding_window": 32}, {}),
     "gemma": ("Gemma", SMALL | {"head_dim": 16}, {}),
     "gemma2": ("Gemma2", SMALL | GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}, {}),
     "gemma3": ("Gemma3", SMALL | GEMMA | {"layer_types": ["sliding_attention"] * 2 + ["full_attention"]}, {}),
@@ -135,6 +138,22 @@ def random_values(name, parameter, rng):
     return scale * values / parameter.shape[-1] ** 0.5
 
 
+def by_expert(tensors, family):
+    """The tensors as they lie in files: an array for each expert, where `transformers` holds all in one."""
+    parts = ("gate_proj", "up_proj", "down_proj") if family != "Mixtral" else ("w1", "w3", "w2")
+    found = {}
+    for name, tensor in tensors.items():
+        layer, joined, kind = name.partition(".experts.")
+        layer = layer.replace(".mlp", ".block_sparse_moe") if family == "Mixtral" else layer
+        for number, matrix in enumerate(tensor if joined else ()):
+            halves = zip(parts[:2], np.split(matrix, 2), strict=True)
+            for part, half in halves if kind == "gate_up_proj" else [(parts[2], matrix)]:
+                found[f"{layer}.experts.{number}.{part}.weight"] = np.ascontiguousarray(half)
+        if not joined:
+            found[name.replace(".mlp", ".block_sparse_moe") if family == "Mixtral" else name] = tensor
+    return found
+
+
 def write_source(folder, name, dtype, shards):
     """A random model of `transformers` in a folder, with a tokenizer."""
     import transformers
@@ -148,6 +167,7 @@ def write_source(folder, name, dtype, shards):
     model = getattr(transformers, family + head)(model_config)
     rng = np.random.default_rng(0)
     tensors = {name: random_values(name, parameter, rng).astype(dtype) for name, parameter in model.named_parameters()}
+    tensors = by_expert(tensors, family)
     if changes.get("tie_word_embeddings") is False:
         table = next(tensors[table] for table in EMBEDDINGS if table in tensors)
         tensors["lm_head.weight"] = (0.3 * rng.standard_normal(table.shape)).astype(dtype)

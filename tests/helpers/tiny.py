@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.experts import Experts
 from diffusion_t5x.models.output import Output
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.training.state import TrainState, abstract_state
@@ -36,6 +37,16 @@ GPT2 = dataclasses.replace(  # everything that neither has
     logits_scale=1.0,
     max_length=32,
 )
+
+EXPERTS = dataclasses.replace(  # all that a mixture may have
+    LLAMA,
+    num_layers=3,
+    rotary_dim=2,
+    experts=Experts(
+        number=8, per_token=3, mlp_dim=5, shared_mlp_dim=6, dense_layers=1, scores="sigmoid", scale=2.5, groups=4,
+        groups_per_token=2, selection_bias=True, balance_weight=0.5,
+    ),
+)  # fmt: skip
 
 ENCODER_DECODER = dataclasses.replace(RELATIVE, architecture="encoder_decoder", tie_embeddings=False)
 

@@ -7,10 +7,12 @@ import re
 import pytest
 from published_configs import LLAMA3_8B, LLAMA3_SCALING, PUBLISHED, PUBLISHED_DIFFUSION
 
+from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.importing import config_keys
 from diffusion_t5x.importing.families import FAMILIES
 from diffusion_t5x.importing.keys import Keys
+from diffusion_t5x.models.transformer import ModelDefinition
 
 DIFFUSION = {kind for kind, family in FAMILIES.items() if family.published}
 
@@ -84,7 +86,7 @@ def test_every_key_that_transformers_reads_is_known(kind):
     if kind in DIFFUSION:
         pytest.skip("transformers does not have it")
     names = {"gemma3_text": ("gemma3", "Gemma3TextConfig"), "gpt2": ("gpt2", "GPT2Config"), "mt5": ("mt5", "MT5Config")}
-    names["smollm3"] = ("smollm3", "SmolLM3Config")
+    names |= {"smollm3": ("smollm3", "SmolLM3Config"), "qwen3_moe": ("qwen3_moe", "Qwen3MoeConfig")}
     module, name = names.get(kind, (kind, f"{kind.capitalize()}Config"))
     theirs = getattr(importlib.import_module(f"transformers.models.{module}.configuration_{module}"), name)
     config = next(config for config, _ in PUBLISHED.values() if config["model_type"] == kind)
@@ -94,7 +96,8 @@ def test_every_key_that_transformers_reads_is_known(kind):
     keys.ignore("vocab_size", "tie_word_embeddings")
     family.config(keys, True)
     fields = {field.name for field in dataclasses.fields(theirs)}
-    unknown = {field for field in fields if field not in keys.asked and not config_keys.is_known(field)}
+    read = keys.asked | family.aliases.keys()
+    unknown = {field for field in fields if field not in read and not config_keys.is_known(field)}
     assert not unknown
 
 
@@ -178,11 +181,26 @@ def test_published_diffusion_models_are_read(name):
         ("LLaDA-8B-Base", {"activation_type": "swiglu"}, 'activation_type = "swiglu" is not supported, only "silu"'),
         ("Dream-v0-Instruct-7B", {"use_mrope": True}, "use_mrope = true"),
         ("SDAR-4B-Chat", {"attention_bias": True}, "attention_bias = true is not supported"),
+        ("SDAR-30B-A3B", {"mlp_only_layers": [1, 2]}, r"by mlp_only_layers, the layers without experts are \[1, 2\]"),
+        ("SDAR-30B-A3B", {"mlp_only_layers": 3}, "mlp_only_layers = 3 should be a list of layers"),
+        ("SDAR-30B-A3B", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported"),
+        ("LLaDA2.0-mini", {"score_function": "softmax"}, 'score_function = "softmax" is not supported'),
+        ("LLaDA2.0-mini", {"use_bias": True}, "use_bias = true is not supported"),
+        ("LLaDA2.0-mini", {"n_group": 7}, "number = 256 must be a multiple of groups = 7"),
     ],
 )
 def test_other_diffusion_models_are_refused(name, changes, message):
     with pytest.raises(UserError, match=message):
         read(PUBLISHED_DIFFUSION[name][0] | changes)
+
+
+@pytest.mark.parametrize(("name", "number"), [("Qwen3-30B-A3B", 30_532_122_624), ("Mixtral-8x7B-v0.1", 46_702_792_704)])
+def test_mixtures_have_the_published_number_of_parameters(name, number):
+    config = PUBLISHED[name][0]
+    family = FAMILIES[config["model_type"]]
+    model = family.config(Keys(config, "config.json", family.aliases), False)
+    ids = TokenIds(size=24, pad_id=0, eos_id=1, mask_id=23, start_id=0, noise_ranges=((2, 23),))
+    assert ModelDefinition(dataclasses.replace(model, vocab_size=config["vocab_size"]), ids).num_params() == number
 
 
 def test_layers_without_positions():

@@ -31,7 +31,11 @@ SIZES = {
     "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0,
     "hidden_act": "silu", "tie_word_embeddings": False, "eos_token_id": 0, "pad_token_id": 1, "torch_dtype": "float32",
 }  # fmt: skip
-BODIES = {"qwen3": {"head_dim": 16}, "qwen2": {}, "llama": {}}
+EXPERTS = {
+    "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True,
+    "mlp_only_layers": [0],
+}  # fmt: skip
+BODIES = {"qwen3": {"head_dim": 16}, "qwen2": {}, "llama": {}, "qwen3_moe": {"head_dim": 16} | EXPERTS}
 
 
 def random_source(folder, kind):
@@ -57,12 +61,17 @@ def random_source(folder, kind):
             if kind == "qwen2":
                 add(f"{layer}self_attn.{name}_proj.bias", rows * wide)
         add(f"{layer}self_attn.o_proj.weight", embed, heads * wide)
-        for name in ("gate", "up"):
-            add(f"{layer}mlp.{name}_proj.weight", inner, embed)
-        add(f"{layer}mlp.down_proj.weight", embed, inner)
+        parts, width = ["mlp"], inner
+        if kind == "qwen3_moe" and layer != "model.layers.0.":
+            add(f"{layer}mlp.gate.weight", EXPERTS["num_experts"], embed)
+            parts, width = [f"mlp.experts.{n}" for n in range(EXPERTS["num_experts"])], EXPERTS["moe_intermediate_size"]
+        for part in parts:
+            for name in ("gate", "up"):
+                add(f"{layer}{part}.{name}_proj.weight", width, embed)
+            add(f"{layer}{part}.down_proj.weight", embed, width)
         for name in ("input_layernorm", "post_attention_layernorm"):
             add(f"{layer}{name}.weight", embed)
-        if kind == "qwen3":
+        if kind.startswith("qwen3"):
             for name in "qk":
                 add(f"{layer}self_attn.{name}_norm.weight", wide)
     open_models.save_shards(folder, tensors)
@@ -96,25 +105,30 @@ DYNAMIC = MaskedDecoder(num_steps=4, counts="index", threshold=0.05, softmax="al
 STATIC = MaskedDecoder(num_steps=2, counts="index", softmax="all")
 
 
-@pytest.mark.parametrize("inner", [DYNAMIC, STATIC], ids=["dynamic", "static"])
-def test_the_published_loop_writes_our_texts_with_what_is_exported(inner, imported, tmp_path):
-    """256 prompts of unequal length; the loop is plain numpy, and reads nothing but the exported files."""
-    folder, tensors = imported["qwen3"]
+@pytest.mark.parametrize(
+    ("kind", "inner", "number"),
+    [("qwen3", DYNAMIC, 256), ("qwen3", STATIC, 256), ("qwen3_moe", DYNAMIC, 64)],
+    ids=["dynamic", "static", "experts"],
+)
+def test_the_published_loop_writes_our_texts_with_what_is_exported(kind, inner, number, imported, tmp_path):
+    """Prompts of unequal length; the loop is plain numpy, and reads nothing but the exported files."""
+    folder, tensors = imported[kind]
     # The settings of the autoregressive model: of these, what ends a text holds for the diffusion model, too.
     (folder / "generation_config.json").write_text('{"eos_token_id": [0, 1], "top_k": 20, "do_sample": true}')
     decoder = BlockDecoder(4, inner, blocks_from="row")
     opened = trained(tmp_path / "run", folder, Block(4, blocks_from="row"), decoder)
     convert(["to_hf", str(tmp_path / "run"), "--like", str(folder), "--output", str(tmp_path / "out")])
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (config["model_type"], config["block_size"], config["mask_token_id"]) == ("sdar", 4, IDS)
-    assert config["auto_map"]["AutoModel"] == "modeling_sdar.SDARModel"
+    name, model = {"qwen3": ("sdar", "SDARModel"), "qwen3_moe": ("sdar_moe", "SDARMoeModel")}[kind]
+    assert (config["model_type"], config["block_size"], config["mask_token_id"]) == (name, 4, IDS)
+    assert config["auto_map"]["AutoModel"] == f"modeling_{name}.{model}"
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [0, 1] and generation["do_sample"] is False and "top_k" not in generation
     exported = open_models.read_shards(tmp_path / "out")
     assert exported.keys() == tensors.keys() and all((exported[name] == tensors[name]).all() for name in tensors)
 
     rng = np.random.default_rng(1)
-    prompts = [rng.integers(3, IDS - 4, 1 + number % 13) for number in range(256)]
+    prompts = [rng.integers(3, IDS - 4, 1 + number % 13) for number in range(number)]
     batch = to_write(prompts, 15, opened.definition.vocabulary.pad_id)
     # The loop writes whole blocks and cuts the text, so rows end where blocks do.
     there = (
@@ -137,6 +151,7 @@ CASES = [
     ("qwen2", Masked(), {}, "a2d-qwen2"),
     ("qwen2", Masked(), {"shifted": True, "reads_start": False}, "Dream"),
     ("llama", Block(8), {}, "a2d-llama"),
+    ("qwen3_moe", Block(4, blocks_from="row"), {}, "sdar_moe"),
 ]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import open_models
 import pytest
 import tokenizers
-from published_diffusion import DATA, FAMILIES, needs_data
+from published_diffusion import DATA, FAMILIES, mask_flags, needs_data
 
 from diffusion_t5x import api, train
 from diffusion_t5x.checkpointing import restoring
@@ -23,8 +23,7 @@ LEARNER = ("a2d-qwen3", "--block_size=4")  # of the shape of OPDLM's students
 
 
 def import_one(folder, family, *flags):
-    mask = ["--mask_id=157"] if family.startswith("a2d") else []
-    convert(["from_hf", str(DATA / family), "--output", str(folder), *mask, *flags])
+    convert(["from_hf", str(DATA / family), "--output", str(folder), *mask_flags(family), *flags])
     return folder
 
 
@@ -54,7 +53,7 @@ def test_what_was_not_trained_comes_back_as_it_was(family, flags, tmp_path):
     out = export(imported, imported)
     assert (out / "model.safetensors").read_bytes() == (DATA / family / "model.safetensors").read_bytes()
     said, theirs = (json.loads((folder / "config.json").read_text()) for folder in (out, DATA / family))
-    added = {"mask_token_id", *(flag.lstrip("-").partition("=")[0] for flag in flags)}
+    added = {"mask_token_id", "block_size", *(flag.lstrip("-").partition("=")[0] for flag in flags)}
     assert {key: value for key, value in said.items() if key not in added - theirs.keys()} == theirs
     assert said["mask_token_id"] == json.loads((imported / "config.json").read_text())["mask_token_id"]
     assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": [3, 4], "top_k": 20}

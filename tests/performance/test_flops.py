@@ -38,6 +38,8 @@ def matrix_products(jaxpr, times: int = 1) -> int:
             left = equation.invars[0].aval.shape
             products = math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
             total += 2 * times * products
+        if equation.primitive.name == "ragged_dot_general":  # each row has one of several matrices
+            total += 2 * times * math.prod(equation.invars[0].aval.shape) * equation.outvars[0].aval.shape[-1]
         assert equation.primitive.name != "while"
         loops = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
         for inner in jax.extend.core.jaxprs_in_params(equation.params):
@@ -53,9 +55,9 @@ OBJECTIVES = [Autoregressive(), Sundae(), Sundae(num_unrolls=2), Masked(), Block
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-@pytest.mark.parametrize("architecture", ["decoder_only", "llama", "gpt2", "encoder_decoder"])
+@pytest.mark.parametrize("architecture", ["decoder_only", "llama", "gpt2", "experts", "encoder_decoder"])
 def test_a_step_is_three_times_its_forward_passes(objective, architecture):
-    configs = {"decoder_only": tiny.RELATIVE, "llama": tiny.LLAMA, "gpt2": tiny.GPT2}
+    configs = {"decoder_only": tiny.RELATIVE, "llama": tiny.LLAMA, "gpt2": tiny.GPT2, "experts": tiny.EXPERTS}
     config = (configs | {"encoder_decoder": tiny.ENCODER_DECODER})[architecture]
     batch, encoder_length = (APART, 6) if architecture == "encoder_decoder" else (BATCH, 0)
     definition, params = tiny.make_model(config)

@@ -107,8 +107,9 @@ def loss_of(definition, objective, params, batch, **settings):
         (tiny.LLAMA, Block(3), BATCH),
         (tiny.ENCODER_DECODER, Sundae(), APART),
         (tiny.GPT2, Autoregressive(), BATCH),
+        (tiny.EXPERTS, Autoregressive(), BATCH),
     ],
-    ids=["autoregressive", "block", "sundae encoder_decoder", "gpt2"],
+    ids=["autoregressive", "block", "sundae encoder_decoder", "gpt2", "experts"],
 )
 def test_it_starts_as_the_base_and_goes_on_as_the_merged_model(config, objective, batch):
     definition, plain, params = make(config)
@@ -308,6 +309,12 @@ def test_another_run_starts_from_the_merged_model(run, tmp_path):
 def test_mistakes_are_answered(settings, message):
     with pytest.raises(UserError, match=message):
         LoraDefinition(tiny.LLAMA, tiny.VOCABULARY, Lora(**settings))
+
+
+def test_drafts_by_experts_are_refused():
+    with pytest.raises(UserError, match=r"drafts_only does not reach experts, but .* decoder/blocks/mlp/wi_0.*Set"):
+        LoraDefinition(tiny.EXPERTS, tiny.VOCABULARY, Lora(drafts_only=True))
+    LoraDefinition(tiny.EXPERTS, tiny.VOCABULARY, Lora(drafts_only=True, targets=["query", "out"]))
 
 
 def test_eight_examples_are_learnt_by_factors_alone():

@@ -1,0 +1,63 @@
+"""Settings of a mixture of experts."""
+
+import dataclasses
+from typing import Literal
+
+from diffusion_t5x.errors import UserError, check_choices
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """Replaces the feed-forward layer by a mixture of experts: each token is read by the few that a router chooses.
+
+    Every chosen expert reads its token: none has a capacity, and no token is dropped. Experts are gated and have no
+    biases and no dropout inside.
+
+    Attributes:
+      number: experts in a layer.
+      per_token: experts that read a token.
+      mlp_dim: inner size of an expert.
+      shared_mlp_dim: inner size of the shared experts together, which read every token; 0: there are none.
+      dense_layers: the first layers, which keep a feed-forward layer of `ModelConfig.mlp_dim`.
+      scores: a token's scores are the "softmax" or the "sigmoid" of its products with the router, in float32. The
+        experts of the highest scores are chosen, and their scores are the factors on what they return.
+      normalize: divide the factors of a token by their sum.
+      scale: factor on all factors.
+      groups: the experts are so many groups of consecutive ones, of which `groups_per_token` are open to a token: those
+        with the highest sum of their two best scores (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+      groups_per_token: see `groups`.
+      selection_bias: each expert has a bias that is added to its scores when experts are chosen, and never to the
+        factors (arXiv 2408.15664). Training leaves it as it is: it has no gradient.
+      balance_weight: factor of the balance loss, see `mixture.balance`, in the minimised loss. 0 only logs it.
+    """
+
+    number: int
+    per_token: int
+    mlp_dim: int
+    shared_mlp_dim: int = 0
+    dense_layers: int = 0
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    normalize: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    groups_per_token: int = 1
+    selection_bias: bool = False
+    balance_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        for name in ("number", "per_token", "mlp_dim", "groups", "groups_per_token"):
+            if getattr(self, name) < 1:
+                raise UserError(f"Experts.{name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("shared_mlp_dim", "dense_layers", "balance_weight"):
+            if getattr(self, name) < 0:
+                raise UserError(f"Experts.{name} must be at least 0, not {getattr(self, name)}.")
+        if self.number % self.groups or self.groups_per_token > self.groups:
+            raise UserError(
+                f"Experts.number = {self.number} must be a multiple of groups = {self.groups}, and groups_per_token = "
+                f"{self.groups_per_token} at most groups."
+            )
+        if self.per_token > (open_to_one := self.number // self.groups * self.groups_per_token):
+            raise UserError(
+                f"Experts.per_token = {self.per_token} is more than the {open_to_one} experts that are open to a token."
+            )
