@@ -19,7 +19,8 @@ from diffusion_t5x.objectives.distillation import Distillation
 from diffusion_t5x.objectives.divergences import divergence
 from diffusion_t5x.objectives.estimators import drawn_now, sampled_kl
 from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.training.rollout import make_rollout_step
+from diffusion_t5x.training.ramps import Ramp
+from diffusion_t5x.training.rollout import Rollout, check_rollout, make_rollout_step
 
 TEACHER, STUDENT, OLDER = jnp.asarray(np.random.default_rng(0).normal(0, 1.5, (3, 7)).astype(np.float32))
 SAMPLED = {"divergence": "reverse_kl", "estimate": "k1"}
@@ -128,6 +129,17 @@ def test_only_free_draws_count_as_samples():
     for changed in ({"order": "confidence"}, {"temperature": 0.9}, {"top_k": 3}, {"top_p": 0.9}, {"ends": "never"}):
         assert not MaskedDecoder(**(free | changed)).samples_model
     assert not EntropyBoundedDecoder().samples_model and not SundaeDecoder().samples_model
+
+
+def test_a_rollout_that_does_not_sample_the_student_is_refused():
+    def check(order="random", **settings):
+        rollout = Rollout(BlockDecoder(4, MaskedDecoder(temperature=1.0, order=order)), **settings)
+        check_rollout(Distillation(4, **SAMPLED), tiny.LLAMA, rollout, None)
+
+    with pytest.raises(UserError, match="an order other than confidence"):
+        check("confidence")
+    with pytest.raises(UserError, match="DATA_SHARE = 0"):
+        check(data_share=Ramp(0.5, 0.0))
 
 
 def test_settings_without_an_estimate_are_refused():
