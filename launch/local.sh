@@ -32,37 +32,57 @@ pipes=$(mktemp -d)
 pids=() filters=() interrupted=
 trap 'rm -rf "$pipes"; [ ${#pids[@]} -eq 0 ] || kill "${pids[@]}" 2>/dev/null || true' EXIT
 
-# The filters ignore the signals, which often go to the whole group: they end when the processes have said all.
-trap '' TERM INT HUP USR1
-for ((i = 0; i < number; i++)); do
-  mkfifo "$pipes/$i.out" "$pipes/$i.err"
-  sed -u "s/^/$i: /" <"$pipes/$i.out" &
-  filters+=($!)
-  sed -u "s/^/$i: /" <"$pipes/$i.err" >&2 &
-  filters+=($!)
-done
+# Makes a pipe with the ends `reader` and `writer`. Opened like this, neither waits for the other.
+make_pipe() {
+  local both
+  mkfifo "$pipes/$1"
+  exec {both}<>"$pipes/$1"
+  exec {reader}<"$pipes/$1"
+  exec {writer}>"$pipes/$1" {both}>&-
+}
+
+# Marks what process $1 says. A signal to the whole group does not end it before the process has said all.
+mark() {
+  trap '' TERM INT HUP USR1
+  exec {writer}>&-
+  exec sed -u "s/^/$1: /"
+}
+
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM HUP USR1
 trap 'interrupted=1; kill -TERM "${pids[@]}" 2>/dev/null || true' INT
 for ((i = 0; i < number; i++)); do
-  JAX_PROCESS_ID=$i "${command[@]}" >"$pipes/$i.out" 2>"$pipes/$i.err" &
+  make_pipe "$i.out"
+  out=$writer
+  mark "$i" <&"$reader" &
+  filters+=($!)
+  exec {reader}<&-
+  make_pipe "$i.err"
+  mark "$i" <&"$reader" >&2 &
+  filters+=($!)
+  JAX_PROCESS_ID=$i "${command[@]}" 1>&"$out" 2>&"$writer" &
   pids+=($!)
+  exec {reader}<&- {writer}>&- {out}>&-
 done
 
+# Looks at each process: `wait -n` misses those that a signal has ended before it is called.
+mkfifo "$pipes/never"
+exec {never}<>"$pipes/never"
 status=0
 while [ ${#pids[@]} -gt 0 ]; do
-  code=0
-  wait -n -p ended "${pids[@]}" || code=$?
-  [ -n "${ended:-}" ] || continue # a signal, handed on
   left=()
-  for pid in "${pids[@]}"; do [ "$pid" = "$ended" ] || left+=("$pid"); done
+  for pid in "${pids[@]}"; do
+    if kill -0 "$pid" 2>/dev/null; then
+      left+=("$pid")
+      continue
+    fi
+    code=0
+    wait "$pid" || code=$?
+    # Being told to stop (75) is no failure: the others have been told, too, and are saving.
+    if [ "$status" -eq 0 ] || { [ "$status" -eq 75 ] && [ "$code" -ne 0 ]; }; then status=$code; fi
+  done
   pids=("${left[@]}")
-  # Being told to stop (75) is no failure: the others have been told, too, and are saving.
-  if [ "$code" -eq 75 ]; then
-    [ "$status" -ne 0 ] || status=75
-  elif [ "$code" -ne 0 ]; then
-    [ "$status" -ne 0 ] && [ "$status" -ne 75 ] || status=$code
-    kill -KILL "${pids[@]}" 2>/dev/null || true
-  fi
+  [ "$status" -eq 0 ] || [ "$status" -eq 75 ] || kill -KILL "${pids[@]}" 2>/dev/null || true
+  read -rt 0.2 -u "$never" || true # a pause in which signals are handed on at once
 done
 # Their last lines. What a process has left behind may hold a pipe open, so not for ever.
 for ((i = 0; i < 20; i++)); do

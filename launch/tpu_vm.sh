@@ -29,7 +29,7 @@ while [ $# -gt 0 ]; do
     --zone) zone=${2:?}; shift 2 ;;
     --project) project=(--project "${2:?}"); shift 2 ;;
     --slices) slices=${2:?}; shift 2 ;;
-    --request) read -ra request <<<"${2:?}"; shift 2 ;;
+    --request) read -rd '' -a request <<<"${2:?}" || true; shift 2 ;; # may have several lines
     --retries) retries=${2:?}; shift 2 ;;
     --) shift; break ;;
     *) usage ;;

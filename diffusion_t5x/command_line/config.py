@@ -32,7 +32,7 @@ from gin import config as gin_config  # gin offers no public way to list what is
 from gin import config_parser
 
 from diffusion_t5x import terminal, user_cache
-from diffusion_t5x.command_line import gin_checks, gin_guard, gin_messages, gin_reading, processes
+from diffusion_t5x.command_line import gin_checks, gin_guard, gin_messages, gin_reading, processes, profiling
 from diffusion_t5x.command_line.flags import parse_flags
 from diffusion_t5x.command_line.gin_messages import explained_errors
 from diffusion_t5x.command_line.gin_reading import AsText, shipped, shipped_text
@@ -255,7 +255,9 @@ def _run(
         first = "" if flags.gin_file else "no --gin_file was given (--help shows examples); "
         raise UserError(first + gin_messages.not_set(missing))
     gin_guard.check_buckets(gin_checks.reached(main))
-    if not flags.print_config:
+    if flags.print_config:
+        return
+    with profiling.profiled(flags.profile, flags.profile_seconds):
         gin.get_configurable(main)(**({"dry_run": dry_run or flags.dry_run} if takes_dry_run else {}))
 
 

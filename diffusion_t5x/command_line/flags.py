@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from diffusion_t5x.command_line import processes
+from diffusion_t5x.command_line import processes, profiling
 from diffusion_t5x.errors import UserError, did_you_mean
 
 ABOUT_OVERRIDES = """
@@ -29,7 +29,8 @@ def parse_flags(
 
     Returns:
       gin_file, gin_bindings (including `--gin.NAME=VALUE`, as `NAME=VALUE`), gin_search_paths, gin_allow, print_config,
-      dry_run (if the verb takes it), tfds_data_dir, and the flags of `processes.join` (if the verb takes a mesh).
+      dry_run (if the verb takes it), tfds_data_dir, profile, profile_seconds, and the flags of `processes.join` (if the
+      verb takes a mesh).
 
     Raises:
       UserError: an unknown or malformed flag.
@@ -80,6 +81,7 @@ def add_gin_flags(parser: argparse._ActionsContainer, takes_dry_run: bool) -> No
     if takes_dry_run:
         add("--dry_run", action="store_true", help="build model, data and shapes, print them and stop")
     add("--tfds_data_dir", metavar="DIR", help="folder of the TensorFlow Datasets")
+    profiling.add_flags(parser)
 
 
 class Parser(argparse.ArgumentParser):

@@ -100,6 +100,11 @@ def are_joined() -> bool:
     return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
 
 
+def is_first() -> bool:
+    """True if this process is alone, or the first of several."""
+    return not are_joined() or sys.modules["jax"].process_index() == 0
+
+
 def leave() -> None:
     """Waits for the other processes to end; a joined process that does not wait would never end."""
     if are_joined():

@@ -302,7 +302,8 @@ class TrainLoop:
             if not log.is_running:
                 goodput.add("input", time.monotonic() - asked)
             # An implicit transfer would make every step wait for it.
-            with _compiling(goodput) if first else contextlib.nullcontext(), jax.transfer_guard("disallow"):
+            compiling = _compiling(goodput) if first else contextlib.nullcontext()
+            with compiling, jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = self.train_step(state, on_devices, limit)
             log.add(step, metrics, batch)
         return state

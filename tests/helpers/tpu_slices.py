@@ -89,11 +89,11 @@ class Cloud:
         self.state("tpu-vm.a", "READY")
 
     def behave(self, script: str) -> None:
-        """What the verb does on each host, in bash."""
+        """Sets what the verb does on each host, in bash."""
         (self.folder / "behaviour").write_text(f"{script}\n")
 
     def meanwhile(self, script: str) -> None:
-        """What happens in the minute in which the launcher waits for slices."""
+        """Sets what happens in the minute in which the launcher waits for slices."""
         (self.folder / "meanwhile").write_text(f"{script}\n")
 
     def state(self, name: str, state: str) -> None:
@@ -122,5 +122,5 @@ class Cloud:
         return path.read_text().splitlines() if path.exists() else []
 
     def times(self, what: str, node: str = "a") -> list[int]:
-        """How many lines `ran` or `installed` has for each host of a slice."""
+        """Number of lines of `ran` or `installed` for each host of a slice."""
         return [len(self.lines(f"{what}.{node}.{host}")) for host in (0, 1)]

@@ -35,6 +35,11 @@ def test_a_failure_counts_more_than_a_process_that_was_told_to_stop(tmp_path):
     assert run(launcher(tmp_path, python), "2", "train").returncode == 3
 
 
+def test_processes_that_signals_end_at_the_same_time_are_all_noticed(tmp_path):
+    """As where the system ends them for want of memory."""
+    assert run(launcher(tmp_path, "kill -KILL $$\n"), "4", "train").returncode == 137
+
+
 # As a joined process: a stop signal is noted, and a second one does nothing.
 SAVING = f"""exec {sys.executable} -S -c '
 import os, signal, sys, time

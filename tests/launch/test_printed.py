@@ -1,4 +1,4 @@
-"""What each launcher prints with --print: the commands that it would run, as golden texts.
+"""Golden texts: the commands that each launcher would run, as --print shows them.
 
 Rewrite them, and read what changed, with
 
@@ -18,7 +18,7 @@ from stand_ins import LAUNCH, run
 ROOT = LAUNCH.parent
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SLICE = ["--name", "a_slice", "--zone", "a_zone"]
-QUEUED = "--accelerator-type=v5p-128 --runtime-version=v2-alpha-tpuv5 --spot"
+QUEUED = "--accelerator-type=v5p-128 --runtime-version=v2-alpha-tpuv5\n  --spot"
 CLUSTER = ["--cluster", "c", "--zone", "z", "--tpu-type", "v5p-128", "--workload", "w"]
 CALLS = {
     "local": ("local.sh", ["2"]),

@@ -15,11 +15,15 @@ if [ -n "${TELL:-}" ]; then # every process of the step, as Slurm's signal does
   until [ "$(ls ready.* 2>/dev/null | wc -l)" = 4 ]; do sleep 0.05; done
   kill -TERM "${pids[@]}" $(cat ready.*)
 fi
-for rank in 0 1 2 3; do
-  wait -n "${pids[@]}"; code=$?
-  [ $code = 127 ] && break
-  [ $code -gt $status ] && status=$code
-  [ $code = 0 ] || kill -KILL "${pids[@]}" $(cat ready.* 2>/dev/null) 2>/dev/null
+while [ ${#pids[@]} -gt 0 ]; do
+  for rank in "${!pids[@]}"; do
+    kill -0 "${pids[rank]}" 2>/dev/null && continue
+    wait "${pids[rank]}"; code=$?
+    unset "pids[$rank]"
+    [ $code -gt $status ] && status=$code
+    [ $code = 0 ] || kill -KILL "${pids[@]}" $(cat ready.* 2>/dev/null) 2>/dev/null
+  done
+  sleep 0.05
 done
 exit $status
 """
