@@ -169,8 +169,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "random_seed": flags.seed,
     }
     bindings = [f"--gin.generate.generate.{name}={value!r}" for name, value in given.items() if value is not None]
-    if flags.tokenizer is not None:  # the task, which may need SeqIO, has nothing left to say
-        bindings += [f"--gin.VOCABULARY_FILE={flags.tokenizer!r}", "--gin.MIXTURE_OR_TASK_NAME=None"]
+    if flags.tokenizer is not None:  # then nothing is left for the task to say, which needs SeqIO; gin flags still win
+        rest = [f"--gin.VOCABULARY_FILE={flags.tokenizer!r}", "--gin.MIXTURE_OR_TASK_NAME=None", *rest]
     config.run(generate, [*rest, *bindings], texts=texts)
 
 
