@@ -30,6 +30,7 @@ _MODULES = {
     "Sundae": "objectives.sundae",
     "SundaeDecoder": "decoding.sundae",
     "UserError": "errors",
+    "WindowDecoder": "decoding.windows",
     "adafactor": "training.optimizers",
     "adamw": "training.optimizers",
     "load": "api",
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from diffusion_t5x.decoding.block import BlockDecoder
     from diffusion_t5x.decoding.masked import MaskedDecoder
     from diffusion_t5x.decoding.sundae import SundaeDecoder
+    from diffusion_t5x.decoding.windows import WindowDecoder
     from diffusion_t5x.errors import UserError
     from diffusion_t5x.evaluation.evaluator import DecodeEval, LossEval
     from diffusion_t5x.models.config import ModelConfig

@@ -66,7 +66,8 @@ def cache_tasks(
             mixtures.append(CachedMixture(whole.name, split, rates))
         for name in rates:
             task = dataclasses.replace(dataset, mixture_or_task_name=name)
-            info = CachedTask(name, split, lengths, task.token_ids(), seed, num_epochs, num_shards)
+            made_by = (task.token_ids(), seed, num_epochs, num_shards)
+            info = CachedTask(name, split, lengths, *made_by, texts=task.texts())
             jobs.append(CacheJob(task, cache.folder(cache_dir, name, split), info, tuple(task_modules)))
 
     missing = [job for job in jobs if not cache.is_done(job.folder, job.info)]

@@ -9,6 +9,8 @@ checkpoint; gin files and --gin.NAME=VALUE change them.
   --length N      maximum number of tokens to write; for diffusion, the canvas
   --samples N     answers to each prompt
   --seed N        random seed
+  --tokenizer FILE
+                  the vocabulary's file, if the checkpoint does not name it or it has moved
 """
 
 import sys
@@ -141,8 +143,8 @@ def _vocabulary(file: str | None, dataset: SeqioDataset | None) -> AnyVocabulary
         if dataset is not None:
             return dataset.vocabulary()
         raise UserError(
-            "The checkpoint names neither a task nor a vocabulary: give its file, --gin.VOCABULARY_FILE=FILE, or the "
-            "task that it was trained on, --gin_file=tasks/... --gin.MIXTURE_OR_TASK_NAME=..."
+            "The checkpoint names neither a task nor a vocabulary: give its file, --tokenizer FILE, or the task that "
+            "it was trained on, --gin_file=tasks/... --gin.MIXTURE_OR_TASK_NAME=..."
         )
     return vocabulary_files.vocabulary(file)
 
@@ -157,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         texts = {"the settings of generate": _GIN}
         if flags.checkpoint:
             checkpoint = checkpoints.open_checkpoint(flags.checkpoint)
-            knows_texts = checkpoint.record.vocabulary_source is not None
+            knows_texts = flags.tokenizer is not None or checkpoint.record.vocabulary_source is not None
             texts[f"the record of {checkpoint}"] = gin_text(checkpoint, with_task=not knows_texts)
     given = {
         "checkpoint_path": flags.checkpoint,
@@ -167,6 +169,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "random_seed": flags.seed,
     }
     bindings = [f"--gin.generate.generate.{name}={value!r}" for name, value in given.items() if value is not None]
+    if flags.tokenizer is not None:  # then nothing is left for the task to say, which needs SeqIO; gin flags still win
+        rest = [f"--gin.VOCABULARY_FILE={flags.tokenizer!r}", "--gin.MIXTURE_OR_TASK_NAME=None", *rest]
     config.run(generate, [*rest, *bindings], texts=texts)
 
 

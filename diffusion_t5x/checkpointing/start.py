@@ -14,7 +14,13 @@ _SAVED_WITH = {"ema": "a moving average (train.train.ema_decay)", "opt_state": "
 
 
 def check_start(
-    path: AnyCheckpoint, vocabulary: TokenIds, abstract_state: Any, rules: Sequence[Rule] = (), resumes: bool = False
+    path: AnyCheckpoint,
+    vocabulary: TokenIds,
+    abstract_state: Any,
+    rules: Sequence[Rule] = (),
+    *,
+    merge: bool = True,
+    resumes: bool = False,
 ) -> str:
     """Describes what happens to each array of a state that starts from a checkpoint; reads only names and shapes.
 
@@ -23,14 +29,16 @@ def check_start(
       vocabulary: the task's vocabulary.
       abstract_state: tree of shapes and dtypes, with the model's parameters as `params`.
       rules: assignment rules.
-      resumes: arrays are restored as they are; otherwise the factors of a LoRA run are merged.
+      merge: the factors of a LoRA run are merged into their matrices, see `restoring.restore_params`; False reads all
+        arrays as they are stored.
+      resumes: the checkpoint is of the run that goes on, so a mismatch asks for its old settings or another MODEL_DIR.
 
     Raises:
       UserError: no checkpoint, or one message with every mismatch, of the vocabulary and of each parameter.
     """
     checkpoint = open_checkpoint(path)
     checkpoint.verify("state/_METADATA")
-    reader = stored if resumes else merging
+    reader = merging if merge else stored
     targets, sources = named_leaves(abstract_state), reader.leaves(checkpoint.path)
     wrong, settings = [], {}
     try:

@@ -14,14 +14,23 @@ PACKAGES = ("diffusion_t5x", "seqio", "t5", "optax")
 # Of these a configuration may also refer to functions: they register tasks and make settings. Classes that stand for
 # themselves, data classes and vocabularies, may be anywhere.
 _SETTINGS = (
-    *("diffusion_t5x.tasks", "diffusion_t5x.training.optimizers", "diffusion_t5x.training.schedules", "optax"),
-    *("diffusion_t5x.evaluation.metrics", "diffusion_t5x.evaluation.evaluator", "diffusion_t5x.data.vocabulary_files"),
+    "diffusion_t5x.data.vocabulary_files",
+    "diffusion_t5x.evaluation.evaluator",
+    "diffusion_t5x.evaluation.metrics",
+    "diffusion_t5x.tasks",
+    "diffusion_t5x.training.optimizers",
+    "diffusion_t5x.training.schedules",
+    "optax",
 )
 _VOCABULARIES = ("seqio.vocabularies.Vocabulary", "diffusion_t5x.data.vocabulary.Vocabulary")
 # And of these, where a user wrote it.
 _OF_OTHERS = (
-    *("seqio.preprocessors", "seqio.metrics", "t5.data.preprocessors", "t5.data.postprocessors"),
-    *("t5.data.utils", "t5.evaluation.metrics"),
+    "seqio.metrics",
+    "seqio.preprocessors",
+    "t5.data.postprocessors",
+    "t5.data.preprocessors",
+    "t5.data.utils",
+    "t5.evaluation.metrics",
 )
 # Parameters that name modules, which are then imported.
 _IMPORTING = (("diffusion_t5x.cache_tasks.cache_tasks", "task_modules"),)

@@ -127,6 +127,10 @@ VERBS: Mapping[str, Verb] = {
             "--length": {"type": int, "metavar": "TOKENS", "help": "maximum length of the answer"},
             "--samples": {"type": int, "metavar": "N", "help": "answers to each prompt"},
             "--seed": {"type": int, "metavar": "N", "help": "random seed"},
+            "--tokenizer": {
+                "metavar": "FILE",
+                "help": "the vocabulary's file, if the checkpoint does not name it or it has moved",
+            },
         },
     ),
     "cache_tasks": Verb(

@@ -51,6 +51,7 @@ class CachedTask:
       num_shards: number of parts in which the data were read, one file each.
       shards: the files, in order.
       versions: versions of the libraries that wrote it.
+      texts: how its texts were tokenized, see `SeqioDataset.texts`; empty in caches of older versions.
     """
 
     name: str
@@ -62,6 +63,7 @@ class CachedTask:
     num_shards: int
     shards: tuple[Shard, ...] = ()
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    texts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,9 +153,9 @@ def is_done(where: pathlib.Path, info: Info) -> bool:
 
 
 def _settings(info: Info) -> dict[str, Any]:
-    """Returns the settings from which a cache is made."""
+    """Returns the settings from which a cache is made; of its vocabulary, what it holds and not where it was read."""
     values = dataclasses.asdict(info)
-    return {name: value for name, value in values.items() if name not in ("shards", "versions")}
+    return {name: value for name, value in values.items() if name not in ("shards", "versions", "texts")}
 
 
 def find(cache_dir: str, name: str, split: str) -> list[tuple[CachedTask, float]]:

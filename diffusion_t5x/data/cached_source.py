@@ -93,8 +93,8 @@ class CachedDataset(LaidOut):
         return self._tasks()[0][0].vocabulary
 
     def texts(self) -> dict[str, Any]:
-        """The same as `SeqioDataset.texts`, but empty: a cache has only tokens."""
-        return {}
+        """The same as `SeqioDataset.texts`, as `cache_tasks` found it; of a mixture, its first task's."""
+        return dict(self._tasks()[0][0].texts)
 
     def train_iterator(self, num_shards: int = 1, shard_index: int = 0) -> "CachedIterator":
         """Returns endless batches of `batch_size / num_shards` rows: every `num_shards`-th example of the global order.

@@ -88,7 +88,7 @@ def load_model(
     vocabulary.check_same(path.metadata["vocabulary"], str(path))
     lora = lora_training.of_drafts(path.record.lora)
     definition = lora_training.define(config, vocabulary, lora)
-    check_start(path, vocabulary, {"params": definition.abstract()}, restore_rules, resumes=lora is not None)
+    check_start(path, vocabulary, {"params": definition.abstract()}, restore_rules, merge=lora is None)
     abstract = abstract_params(mesh, definition)
     return definition, restoring.restore_params(path, abstract, restore_rules, use_ema, merge=lora is None)
 

@@ -96,7 +96,12 @@ class Start:
         else:
             agreement.check_initial(definition.config, objective)
         return check_start(
-            self.checkpoint, definition.vocabulary, abstract, self._rules(definition), resumes=self.resumes
+            self.checkpoint,
+            definition.vocabulary,
+            abstract,
+            self._rules(definition),
+            merge=not self.resumes,
+            resumes=self.resumes,
         )
 
     def begin(

@@ -85,7 +85,7 @@ def test_what_becomes_of_each_array_is_told(tmp_path):
 def test_a_model_dir_of_another_size_is_one_line(tmp_path):
     path = save(tmp_path, TINY)
     with pytest.raises(UserError) as error:
-        check_start(path, tiny.VOCABULARY, abstract(tiny.RELATIVE), resumes=True)
+        check_start(path, tiny.VOCABULARY, abstract(tiny.RELATIVE), merge=False, resumes=True)
     (line,) = str(error.value).splitlines()
     assert "is of another model. The checkpoint's model has ModelConfig.embed_dim = 96 (here 16)" in line
     assert line.endswith(" Or choose another MODEL_DIR.") and error.value.settings["embed_dim"] == 96
@@ -102,6 +102,6 @@ def test_other_settings_than_the_models_are_one_line(changed, said, tmp_path):
     path = save(tmp_path, tiny.RELATIVE, opt_state=[jnp.zeros(3)] * 4)
     state = {**abstract(tiny.RELATIVE), "opt_state": [jnp.zeros(3)] * 4} | changed
     with pytest.raises(UserError) as error:
-        check_start(path, tiny.VOCABULARY, state, resumes=True)
+        check_start(path, tiny.VOCABULARY, state, merge=False, resumes=True)
     (line,) = str(error.value).splitlines()
     assert f"saved with other settings of {said}. Set the same, or start another run" in line

@@ -313,20 +313,21 @@ import sys
 # None stands for what cannot be found.
 sys.modules |= dict.fromkeys(("tensorflow", "tensorflow_datasets", "tensorflow_text", "seqio", "t5"))
 from diffusion_t5x.command_line import config
-from diffusion_t5x import train
+from diffusion_t5x import generate, train
+model_dir, *flags = sys.argv[1:]
 for steps in (2, 3):
-    config.run(train.train, [*sys.argv[1:], f"--gin.TRAIN_STEPS={steps}"])
+    config.run(train.train, [*flags, f"--gin.MODEL_DIR={model_dir}", f"--gin.TRAIN_STEPS={steps}"])
+generate.main(["--checkpoint", model_dir, "--prompt", "001"])
 """
 
 
 @pytest.mark.slow
-def test_a_machine_without_tensorflow_trains_evaluates_and_resumes(folder, tmp_path):
+def test_a_machine_without_tensorflow_trains_evaluates_resumes_and_generates(folder, tmp_path):
     files = [
         *("models/decoder_only.gin", "sizes/tiny.gin", "objectives/masked.gin"),
         *("runs/pretrain.gin", "data/cached_pretrain.gin"),
     ]
     macros = {
-        "MODEL_DIR": str(tmp_path),
         "CACHE_DIR": folder,
         "MIXTURE_OR_TASK_NAME": "cached_mixture",
         "TASK_FEATURE_LENGTHS": LENGTHS,
@@ -334,10 +335,10 @@ def test_a_machine_without_tensorflow_trains_evaluates_and_resumes(folder, tmp_p
         "EVAL_PERIOD": 2,
     }
     arguments = [f"--gin_file={file}" for file in files] + [f"--gin.{name}={value}" for name, value in macros.items()]
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, timeout=300, env=os.environ
-    )
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "tokens in" in done.stderr
     assert "resuming from" in done.stderr and "at step 2 of 3" in done.stderr
     assert (tmp_path / "checkpoints" / "checkpoint_3").is_dir()
     losses = (tmp_path / "training_eval" / "cached_mixture" / "metrics.jsonl").read_text().splitlines()

@@ -42,8 +42,8 @@ CONFIGS = {
 }
 CASES = [("decoder_only", name) for name in DECODERS]
 CASES += [("encoder_decoder", name) for name in ("ar, sampled", "sundae", "masked by threshold", "block")]
-CASES += [("shifted", name) for name in ("ar", "sundae", "masked", "block")] + [("shifted encoder_decoder", "block")]
-CASES += [("gpt2", name) for name in ("ar", "sundae", "masked", "block")]
+CASES += [("shifted", name) for name in ("sundae", "masked", "block")] + [("shifted encoder_decoder", "block")]
+CASES += [("gpt2", name) for name in ("ar", "block")]
 MOST = 6, 7  # tokens of input and of target
 WIDER = 5
 ON_EIGHT = ("ar, sampled", "sundae", "masked by threshold", "block", "uniform block")
@@ -139,12 +139,16 @@ def cached_logits(definition, decoder, params, batch):
     encoded = model.encode(batch)
     first = jnp.argmax(batch.target_mask, axis=1)
     _, cache = model.extend(tokens, kind, KVCache.empty(model.config, slots), jnp.zeros_like(first), encoded)
-    found = jnp.zeros((*tokens.shape, model.config.vocab_size))
-    for block in range(-(-MOST[1] // size)):
+
+    def read_block(carry, block):
+        found, cache = carry
         start = jnp.minimum(first + block * size, length)
         places = start[:, None] + jnp.arange(size)
         hidden, cache = model.extend(tokens[rows, places], kind, cache, start, encoded)
-        found = found.at[rows, places].set(model.logits(hidden))
+        return (found.at[rows, places].set(model.logits(hidden)), cache), None
+
+    nothing = jnp.zeros((*tokens.shape, model.config.vocab_size))
+    (found, _), _ = jax.lax.scan(read_block, (nothing, cache), jnp.arange(-(-MOST[1] // size)))
     return found[:, :length]
 
 

@@ -65,12 +65,22 @@ def decode(name, decoder, batch):
     return jax.device_get(run(definition, decoder, params, batch))
 
 
-CASES = [(name, "steps", False) for name in CONFIGS]
-CASES += [("llama", "threshold", True), ("llama", "guided", False), ("encoder_decoder", "guided", False)]
+EVERY, BY_DRIFT = {"refresh_every": 1}, {"refresh_drift": 0.0, "cached": "prefix"}
+CASES = [
+    ("relative", "steps", False, EVERY),
+    ("relative", "steps", False, BY_DRIFT),
+    ("llama", "steps", False, EVERY),
+    ("shifted", "steps", False, BY_DRIFT),
+    ("shifted without a start", "steps", False, EVERY),
+    ("encoder_decoder", "steps", False, BY_DRIFT),
+    ("llama", "threshold", True, EVERY),
+    ("llama", "threshold", True, BY_DRIFT),
+    ("llama", "guided", False, BY_DRIFT),
+    ("encoder_decoder", "guided", False, EVERY),
+]
 
 
-@pytest.mark.parametrize("how", [{"refresh_every": 1}, {"refresh_drift": 0.0, "cached": "prefix"}], ids=str)
-@pytest.mark.parametrize(("name", "inner", "holes"), CASES)
+@pytest.mark.parametrize(("name", "inner", "holes", "how"), CASES, ids=str)
 def test_reading_whole_rows_at_every_step_is_decoding_without_a_cache(name, inner, holes, how):
     batch = make_batch(name, holes)
     expected = decode(name, MaskedDecoder(window=4, **INNER[inner]), batch)
@@ -176,7 +186,7 @@ def test_a_batch_is_written_as_each_row_alone(name, settings):
 
 
 def test_a_stale_cache_is_not_exact():
-    batch, inner = make_batch("llama"), MaskedDecoder(num_steps=4)
+    batch, inner = make_batch("llama"), MaskedDecoder(num_steps=3)
     exact = decode("llama", WindowDecoder(4, inner, refresh_every=1), batch)
     for cached in ("prefix", "dual"):
         found = decode("llama", WindowDecoder(4, inner, cached), batch)

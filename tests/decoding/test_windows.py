@@ -1,6 +1,7 @@
 """Masked decoding in windows, ends that come last or never, guidance: what tests of published models leave open."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +23,29 @@ LENGTHS = (9, 5, 1)
 BATCH = tiny.one_a_row(tiny.random_examples(3, [(3, length) for length in LENGTHS]), 12)
 
 
-def decode(decoder, config=CONFIG):
+@functools.partial(jax.jit, static_argnums=(0, 1))  # else every operation is compiled alone
+def run(definition, decoder, params, batch):
+    return decoder.decode(definition.bind(params), batch, jax.random.key(1))
+
+
+def decode(decoder, config=CONFIG, batch=BATCH):
     definition, params = tiny.make_model(config)
-    return jax.device_get(decoder.decode(definition.bind(params), BATCH, jax.random.key(1)))
+    return jax.device_get(run(definition, decoder, params, batch))
 
 
-@pytest.mark.parametrize("counts", ["even", "linear", "times"])
-@pytest.mark.parametrize(("window", "steps"), [(4, 2), (4, 9), (3, 3), (20, 4)])
+@pytest.mark.parametrize(
+    ("window", "steps", "counts"),
+    [
+        (4, 2, "even"),
+        (4, 9, "even"),
+        (3, 3, "even"),
+        (20, 4, "even"),
+        (4, 2, "linear"),
+        (20, 4, "linear"),
+        (4, 9, "times"),
+        (3, 3, "times"),
+    ],
+)
 def test_a_window_is_written_in_its_steps_before_the_next_begins(window, steps, counts):
     decoded = decode(MaskedDecoder(num_steps=steps, window=window, counts=counts))
     for row, mask, length, taken in zip(decoded.written_at, BATCH.target_mask, LENGTHS, decoded.row_steps, strict=True):
@@ -74,11 +91,13 @@ def test_guidance_is_that_of_the_logits():
     model, vocabulary = definition.bind(params), definition.vocabulary
     guided = decode(MaskedDecoder(num_steps=1, guidance=2.0))
 
+    @jax.jit
     def logits(tokens):
-        return np.asarray(model.logits(model(tokens, Slots.of(BATCH), BIDIRECTIONAL).hidden))
+        return model.logits(model(tokens, Slots.of(BATCH), BIDIRECTIONAL).hidden)
 
     canvas = np.where(BATCH.target_mask, vocabulary.mask_id, BATCH.tokens)
-    seen, unseen = logits(canvas), logits(np.where(BATCH.input_mask, vocabulary.mask_id, canvas))
+    unread = np.where(BATCH.input_mask, vocabulary.mask_id, canvas)
+    seen, unseen = (np.asarray(logits(tokens)) for tokens in (canvas, unread))
     combined = (unseen + 3 * (seen - unseen))[..., : vocabulary.size]
     combined[..., vocabulary.mask_id] = -np.inf
     np.testing.assert_array_equal(guided.canvas[BATCH.target_mask], combined.argmax(-1)[BATCH.target_mask])
@@ -89,9 +108,8 @@ def test_ancestral_steps_unmask_the_share_of_their_times():
     shares = unmasked_shares(4)
     np.testing.assert_allclose(shares, [0.24975, 0.24975 / 0.75025, 0.24975 / 0.5005, 1], atol=1e-6)
     found = []
-    definition, params = tiny.make_model(CONFIG)
     many = tiny.one_a_row(tiny.random_examples(3, [(1, 40)] * 64), 41)
-    decoded = jax.device_get(AncestralDecoder(num_steps=4).decode(definition.bind(params), many, jax.random.key(0)))
+    decoded = decode(AncestralDecoder(num_steps=4), batch=many)
     when = decoded.written_at[many.target_mask]
     for step in range(3):
         found.append((when == step).sum() / (when >= step).sum())

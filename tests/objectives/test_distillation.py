@@ -1,4 +1,4 @@
-"""Distillation and its SFT baseline: losses against brute force, states and logits as decoded."""
+"""Distillation and its SFT baseline: losses against brute force, logits as decoded."""
 
 import dataclasses
 import functools
@@ -16,13 +16,12 @@ from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import CAUSAL, AttentionKind, Slots
 from diffusion_t5x.models.reading import Reading, start_first
-from diffusion_t5x.models.sampling import Sampling, forbid
+from diffusion_t5x.models.sampling import Sampling
 from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.block import block_starts, noisy_output
 from diffusion_t5x.objectives.block_sft import BlockSft
 from diffusion_t5x.objectives.distillation import Distillation, visited_states
-from diffusion_t5x.objectives.texts import random_states
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training.rollout import make_rollout_step
 
@@ -35,85 +34,11 @@ SHIFTED = dataclasses.replace(tiny.LLAMA, shifted=True)
 LOGITS = np.random.default_rng(0).normal(0, 3, (2, 5, 7, 12)).astype(np.float32)
 
 
-def rollout_batch(written_at, tokens=None):
-    """Two rows, of two inputs and six targets, and of none and five; an EOS in the first."""
-    batch = tiny.one_a_row([([3, 4], [5, 6, 7, 8, EOS, 10]), ([], [11, 12, 13, 14, 15])])
-    return batch.replace(written_at=np.array(written_at, np.int32))
-
-
-BATCH = rollout_batch([[-1, -1, 0, 1, 1, 3, 2, 0], [1, 0, 0, 0, 0, -1, -1, -1]])
-STATES = {  # by block, of three targets: every state with something masked
-    (0, 0): [[MASK, MASK, MASK], [5, MASK, MASK]],
-    (0, 1): [[MASK, MASK, MASK], [MASK, MASK, 10], [MASK, MASK, 10], [MASK, EOS, 10]],
-    (1, 0): [[MASK, MASK, MASK], [MASK, 12, 13]],
-    (1, 1): [[MASK, MASK]],
-}
-
-
-def block_of(noisy, row, block):
-    start = (2 if row == 0 else 0) + 3 * block
-    return noisy[row, start : start + len(STATES[row, block][0])].tolist()
-
-
-def test_visited_states_of_blocks_from_the_row():
-    """The first row's two inputs share a block of three with its first target."""
-    drawn = np.asarray(jax.vmap(lambda key: visited_states(BATCH, VOCABULARY, 3, key, "row"))(
-        jax.random.split(jax.random.key(0), 200)
-    ))  # fmt: skip
-    assert (drawn[:, 0, :2] == [3, 4]).all() and (drawn[:, 0, 2] == MASK).all()
-    found = {tuple(row) for row in drawn[:, 0, 3:6]}
-    # Targets 1, 2 and 3 of the row were written in steps 1, 1 and 3.
-    assert found == {(MASK, MASK, MASK), (6, 7, MASK)}
-    assert {tuple(row) for row in drawn[:, 0, 6:8]} == {(MASK, MASK), (MASK, 10)}
-
-
-def test_visited_states_are_those_of_the_decoder_each_as_likely():
-    draw = jax.jit(lambda key: visited_states(BATCH, VOCABULARY, 3, key))
-    drawn = np.asarray(jax.vmap(draw)(jax.random.split(jax.random.key(0), 4000)))
-    for (row, block), states in STATES.items():
-        found = [tuple(block_of(noisy, row, block)) for noisy in drawn]
-        assert set(found) == set(map(tuple, states))
-        for state in map(tuple, states):
-            share = list(map(tuple, states)).count(state) / len(states)
-            assert found.count(state) / 4000 == pytest.approx(share, abs=0.035)  # over four standard errors
-    # Blocks draw apart: how often both blocks of the first row are wholly masked.
-    together = [block_of(n, 0, 0) == [MASK] * 3 and block_of(n, 0, 1) == [MASK] * 3 for n in drawn]
-    assert np.mean(together) == pytest.approx(1 / 8, abs=0.025)
-    np.testing.assert_array_equal(drawn[:, 0, :2], [[3, 4]] * 4000)
-
-
-def test_a_row_that_nobody_wrote_has_random_masks_among_those_that_the_student_wrote():
-    batch = tiny.one_a_row([([3, 4], [5, 6, 7, 8, 9, 10])] * 2)
-    batch = batch.replace(written_at=np.array([[-1, -1, 0, 0, 0, 0, 0, 0], [-1] * 8], np.int32))
-    definition, _, _ = models()
-    draw = jax.jit(lambda key: Distillation(3).model_inputs(definition, batch, key))
-    drawn = np.stack([draw(jax.random.key(seed)) for seed in range(20)])[:, :, 2:] == MASK
-    assert drawn[:, 0].all()  # written in one step: everything was masked
-    assert 0.3 < drawn[:, 1].mean() < 0.9 and drawn[:, 1].reshape(20, 2, 3).any(axis=2).all()
-
-
-def test_random_states_have_any_number_of_masks_alike_but_none():
-    """The released code draws a share from [0, 1], then each mask, and forces one where there is none.
-
-    Of three targets 0 to 3 are masked with probability 1/4 each, so 1, 2 and 3 with 1/2, 1/4 and 1/4. The forced one is
-    any of them: each is masked with probability 1/2 + 1/12.
-    """
-    batch = tiny.one_a_row([([3, 4], [5, 6, 7])] * 6000)
-    drawn = np.asarray(random_states(batch, VOCABULARY, 3, jax.random.key(0)))
-    assert (drawn[:, :2] == [3, 4]).all() and np.isin(drawn[:, 2:], [5, 6, 7, MASK]).all()
-    masked = drawn[:, 2:] == MASK
-    counts = np.bincount(masked.sum(axis=1), minlength=4) / 6000
-    np.testing.assert_allclose(counts, [0, 1 / 2, 1 / 4, 1 / 4], atol=0.025)  # four standard errors of 1/2
-    np.testing.assert_allclose(masked.mean(axis=0), 7 / 12, atol=0.026)
-    # A last block of two targets, and blocks that begin with inputs.
-    whole = tiny.one_a_row([([3], [5, 6, 7, 8, 9])] * 200)
-    by_targets, by_row = (
-        np.asarray(random_states(whole, VOCABULARY, 3, jax.random.key(1), origin)) == MASK
-        for origin in ("targets", "row")
-    )
-    assert by_targets[:, 1:4].any(axis=1).all() and by_targets[:, 4:6].any(axis=1).all()
-    assert by_row[:, 1:3].any(axis=1).all() and by_row[:, 3:6].any(axis=1).all()
-    assert not by_targets[:, 0].any() and not by_row[:, 0].any()
+# Two rows, of two inputs and six targets, and of none and five; an EOS in the first.
+BATCH = tiny.one_a_row([([3, 4], [5, 6, 7, 8, EOS, 10]), ([], [11, 12, 13, 14, 15])]).replace(
+    written_at=np.array([[-1, -1, 0, 1, 1, 3, 2, 0], [1, 0, 0, 0, 0, -1, -1, -1]], np.int32)
+)
+visited = jax.jit(visited_states, static_argnums=(1, 2, 4))  # else every operation is compiled alone
 
 
 def models(config=tiny.LLAMA):
@@ -121,12 +46,16 @@ def models(config=tiny.LLAMA):
     return definition, student, tiny.random_params(definition, 1)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))  # else every operation is compiled alone, for every length
+@functools.partial(jax.jit, static_argnums=(0, 4))  # else every operation is compiled alone, for every length
+def logits_of(definition, params, tokens, slots, kind):
+    model = definition.bind(params)
+    return model.logits(model(tokens, slots, kind).hidden)
+
+
 def forward(definition, params, tokens, slots, kind, softmax="allowed"):
     """Log-probabilities up to a constant, of a pass over these tokens alone."""
-    model = definition.bind(params)
-    logits = model.logits(model(tokens, slots, kind).hidden)
-    return logits if softmax == "all" else forbid(logits, VOCABULARY)
+    logits = np.asarray(logits_of(definition, params, tokens, slots, kind))
+    return logits if softmax == "all" else np.where(np.arange(32) < MASK, logits, -np.inf)  # MASK is the last id
 
 
 @functools.cache
@@ -162,17 +91,17 @@ def student_logits(noisy, size, config, origin, softmax):
 
 
 @pytest.mark.parametrize(
-    "kind,top_k,score_end,softmax",
+    "kind,top_k,score_end,softmax,size,config,origin",
     [
-        ("forward_kl", None, False, "allowed"),
-        ("forward_kl", 3, True, "allowed"),
-        ("jsd", None, True, "allowed"),
-        ("forward_kl", None, False, "all"),
+        ("forward_kl", None, False, "allowed", 3, tiny.LLAMA, "targets"),
+        ("forward_kl", 3, True, "allowed", 3, tiny.LLAMA, "targets"),
+        ("jsd", None, True, "allowed", 3, tiny.LLAMA, "targets"),
+        ("forward_kl", None, False, "all", 3, tiny.LLAMA, "targets"),
+        ("forward_kl", 3, True, "allowed", 2, tiny.LLAMA, "targets"),
+        ("jsd", None, True, "allowed", 3, SHIFTED, "targets"),
+        ("forward_kl", None, True, "all", 3, SHIFTED, "targets"),
+        ("forward_kl", 3, False, "allowed", 3, tiny.LLAMA, "row"),
     ],
-)
-@pytest.mark.parametrize(
-    ("size", "config", "origin"),
-    [(3, tiny.LLAMA, "targets"), (2, tiny.LLAMA, "targets"), (3, SHIFTED, "targets"), (3, tiny.LLAMA, "row")],
 )
 def test_the_loss_is_what_brute_force_gives(kind, top_k, score_end, softmax, size, config, origin):
     """Two blocks and more, borders included; averaged over a text's masked targets, then over texts."""
@@ -184,7 +113,7 @@ def test_the_loss_is_what_brute_force_gives(kind, top_k, score_end, softmax, siz
             definition.bind(student), BATCH, key, train=False, teacher=definition.bind(teacher)
         )
     )(student, teacher)
-    noisy = np.asarray(visited_states(BATCH, VOCABULARY, size, stream(key, "noise"), origin))
+    noisy = np.asarray(visited(BATCH, VOCABULARY, size, stream(key, "noise"), origin))
     distance = plain(brute_force_parts(), student_logits(noisy, size, config, origin, softmax), kind, top_k)
     means, ends = [], 7 if score_end else 6
     for row, end in ((0, ends), (1, 5)):
@@ -272,26 +201,35 @@ def test_a_text_without_a_scored_token_counts_as_zero():
     assert with_end.loss.mean() > both.loss.mean()
 
 
-@pytest.mark.parametrize("score_end", [False, True])
-@pytest.mark.parametrize(("config", "origin"), [(tiny.LLAMA, "targets"), (SHIFTED, "targets"), (tiny.LLAMA, "row")])
-def test_block_sft_is_the_mean_over_a_texts_masked_tokens(score_end, config, origin):
+@pytest.mark.parametrize(
+    "score_end,mask_probability,config,origin",
+    [
+        (False, 0.5, tiny.LLAMA, "targets"),
+        (True, None, tiny.LLAMA, "targets"),
+        (True, 0.5, SHIFTED, "targets"),
+        (False, None, SHIFTED, "targets"),
+        (False, 0.5, tiny.LLAMA, "row"),
+        (True, None, tiny.LLAMA, "row"),
+    ],
+)
+def test_block_sft_is_the_mean_over_a_texts_masked_tokens(score_end, mask_probability, config, origin):
     """Without weights; tokens after the end, EOS (unless asked for) and padding do not count."""
-    for mask_probability in (0.5, None):
-        objective = BlockSft(3, mask_probability, score_end=score_end, blocks_from=origin)
-        sums, noisy = sums_of(objective, config, seed=5)
-        logits = student_logits(noisy, 3, config, origin, "allowed")[..., :MASK]
-        means = []
-        for row, masked in enumerate(scored_parts(noisy, score_end)):
-            nll = -np.log(softmax(logits.astype(np.float64)))[row, masked, BATCH.tokens[row, masked]]
-            means.append(nll.mean() if len(masked) else 0)
-        assert sum(means) > 0
-        assert sums.loss.mean() == pytest.approx(np.mean(means), rel=2e-5)
+    objective = BlockSft(3, mask_probability, score_end=score_end, blocks_from=origin)
+    sums, noisy = sums_of(objective, config, seed=5)
+    logits = student_logits(noisy, 3, config, origin, "allowed")[..., :MASK]
+    means = []
+    for row, masked in enumerate(scored_parts(noisy, score_end)):
+        nll = -np.log(softmax(logits.astype(np.float64)))[row, masked, BATCH.tokens[row, masked]]
+        means.append(nll.mean() if len(masked) else 0)
+    assert sum(means) > 0
+    assert sums.loss.mean() == pytest.approx(np.mean(means), rel=2e-5)
 
 
 def test_block_sft_masks_tokens_with_its_probability_whatever_their_block():
     batch = tiny.one_a_row([([3], [5, 6, 7])] * 4000)
     definition, _, _ = models()
-    drawn = np.asarray(BlockSft(3).model_inputs(definition, batch, jax.random.key(0)))[:, 1:] == MASK
+    draw = jax.jit(lambda key: BlockSft(3).model_inputs(definition, batch, key))
+    drawn = np.asarray(draw(jax.random.key(0)))[:, 1:] == MASK
     np.testing.assert_allclose(drawn.mean(axis=0), 1 / 2, atol=0.032)  # four standard errors
     counts = np.bincount(drawn.sum(axis=1), minlength=4) / 4000
     np.testing.assert_allclose(counts, [1 / 8, 3 / 8, 3 / 8, 1 / 8], atol=0.031)
@@ -313,7 +251,9 @@ def test_gradients_reach_the_student_alone_and_a_perfect_student_has_no_loss():
     # The same logits for both, whatever is read.
     constant = tiny.TableModel(jnp.tile(jnp.asarray(LOGITS[0, 0, 0]), (24, 1)))
     constant.logits = lambda hidden: hidden
-    sums = Distillation(3).loss(constant, BATCH, jax.random.key(0), train=False, teacher=constant)
+    sums = jax.jit(lambda key: Distillation(3).loss(constant, BATCH, key, train=False, teacher=constant))(
+        jax.random.key(0)
+    )
     assert sums.loss.mean() == 0 and sums.metrics["agreement"].mean() == 1
 
 
@@ -332,10 +272,18 @@ class Recording(MaskedDecoder):
         return super().write(model, hidden, canvas, eligible, positions, keys)
 
 
-@pytest.mark.parametrize("inner", [{"num_steps": 2}, {"num_steps": 3}, {"num_steps": None, "threshold": 0.2}])
+THRESHOLD = {"num_steps": None, "threshold": 0.2}
+
+
 @pytest.mark.parametrize(
-    "config,origin",
-    [(tiny.LLAMA, "targets"), (tiny.RELATIVE, "targets"), (SHIFTED, "targets"), (tiny.LLAMA, "row")],
+    "config,origin,inner",
+    [
+        (tiny.LLAMA, "targets", {"num_steps": 3}),
+        (tiny.LLAMA, "targets", THRESHOLD),
+        (tiny.RELATIVE, "targets", {"num_steps": 2}),
+        (SHIFTED, "targets", THRESHOLD),
+        (tiny.LLAMA, "row", {"num_steps": 2}),
+    ],
 )
 def test_the_training_row_gives_the_logits_that_the_decoder_saw(config, origin, inner):
     """Every state of every block, those of a text that ends inside a block too, to 1e-5 of the largest logit.

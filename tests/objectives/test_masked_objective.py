@@ -197,10 +197,14 @@ BATCH = tiny.pack(
 )
 
 
+# Else every operation is compiled alone.
+model_inputs = jax.jit(Masked.model_inputs, static_argnums=(0, 1))
+
+
 def test_a_masked_first_token_is_read_as_the_start_token():
     """START stands in for MASK in each packed example without inputs, else MASK stays."""
     batch = tiny.pack([[([], [5, 6, 7]), ([8], [9, 10]), ([], [11, 12])]] * 40, length=9)
-    tokens = np.asarray(Masked(epsilon=0.5).model_inputs(DEFINITION, batch, KEY))
+    tokens = np.asarray(model_inputs(Masked(epsilon=0.5), DEFINITION, batch, KEY))
     for place, clean in enumerate([5, 6, 7, 8, 9, 10, 11, 12, 0]):
         read_as = {START} if place in (0, 6) else set() if place in (3, 8) else {23}
         assert set(tokens[:, place].tolist()) == {clean} | read_as
@@ -208,20 +212,20 @@ def test_a_masked_first_token_is_read_as_the_start_token():
 
 @pytest.mark.parametrize("rows", [[3, 0, 6, 1, 7, 5, 4, 2], [0, 2, 5, 7], [6]])
 def test_what_a_row_reads_is_its_own_in_any_batch(rows):
-    whole, part = (Masked().model_inputs(DEFINITION, b, KEY) for b in (BATCH, tiny.rows_of(BATCH, rows)))
+    whole, part = (model_inputs(Masked(), DEFINITION, b, KEY) for b in (BATCH, tiny.rows_of(BATCH, rows)))
     np.testing.assert_array_equal(part, whole[np.array(rows)])
-    other = Masked().model_inputs(DEFINITION, BATCH, jax.random.key(1))
+    other = model_inputs(Masked(), DEFINITION, BATCH, jax.random.key(1))
     assert (other != whole).any(axis=1).sum() > 4
 
 
 @pytest.mark.parametrize("normalize", ["target_tokens", "sequences"])
 def test_loss_of_a_batch_is_that_of_its_parts(normalize):
-    def sums(rows):
-        batch = tiny.rows_of(BATCH, rows)
+    @jax.jit
+    def sums(batch):
         return Masked(normalize=normalize).loss(tiny.TableModel(jnp.asarray(TABLE), VOCABULARY), batch, KEY)
 
-    parts = sums([6, 1, 3, 4]) + sums([0, 2, 5, 7])
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), parts, sums(range(8)))
+    parts = [sums(tiny.rows_of(BATCH, rows)) for rows in ([6, 1, 3, 4], [0, 2, 5, 7])]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), parts[0] + parts[1], sums(BATCH))
 
 
 @pytest.mark.parametrize(("weighting", "softmax"), [("elbo", "allowed"), ("uniform", "allowed"), ("elbo", "all")])
@@ -233,7 +237,7 @@ def test_loss_and_metrics_follow_from_what_is_read(weighting, softmax):
     assert kind == BIDIRECTIONAL and dropout_keys.shape == (8,)
 
     tokens = np.roll(tokens, -1, axis=1)  # it notes the tokens before
-    np.testing.assert_array_equal(tokens, Masked().model_inputs(DEFINITION, BATCH, KEY))
+    np.testing.assert_array_equal(tokens, model_inputs(Masked(), DEFINITION, BATCH, KEY))
     where = (tokens == 23) | (tokens == START)
     of_all = TABLE[np.roll(tokens, 1, axis=1)] + 2 * TABLE[np.roll(tokens, -1, axis=1)]
     logits = of_all[..., :23]
@@ -255,8 +259,8 @@ def test_gradient_lives_on_masked_targets_and_on_what_may_be_written():
             Masked().loss(tiny.TableModel(jnp.asarray(TABLE), VOCABULARY, added), BATCH, KEY, train=False).loss.mean()
         )
 
-    gradient = np.asarray(jax.grad(loss)(jnp.zeros((1, *BATCH.tokens.shape, 32)))[0])
-    where = np.isin(Masked().model_inputs(DEFINITION, BATCH, KEY), [23, START])
+    gradient = np.asarray(jax.jit(jax.grad(loss))(jnp.zeros((1, *BATCH.tokens.shape, 32)))[0])
+    where = np.isin(model_inputs(Masked(), DEFINITION, BATCH, KEY), [23, START])
     assert where.any() and (where != BATCH.target_mask).any()
     assert (gradient[~where] == 0).all() and (gradient[..., 23:] == 0).all()
     assert (np.abs(gradient[where]).max(axis=-1) > 1e-4).all()
@@ -264,7 +268,7 @@ def test_gradient_lives_on_masked_targets_and_on_what_may_be_written():
 
 def test_dropout_is_of_training_alone():
     model = tiny.TableModel(jnp.asarray(TABLE), VOCABULARY)
-    Masked().loss(model, BATCH, KEY, train=False)
+    jax.eval_shape(lambda: Masked().loss(model, BATCH, KEY, train=False))
     assert model.calls[0][-1] is None
 
 

@@ -54,8 +54,14 @@ def cost(function, *args) -> int:
 OBJECTIVES = [Autoregressive(), Sundae(), Sundae(num_unrolls=2), Masked(), Block(4), Joint(Block(4)), Joint(Sundae())]
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-@pytest.mark.parametrize("architecture", ["decoder_only", "llama", "gpt2", "experts", "encoder_decoder"])
+@pytest.mark.parametrize(
+    ("objective", "architecture"),
+    [
+        *((objective, name) for name in ("llama", "encoder_decoder") for objective in OBJECTIVES),
+        *((objective, name) for name in ("decoder_only", "gpt2", "experts") for objective in (Sundae(), Block(4))),
+    ],
+    ids=str,
+)
 def test_a_step_is_three_times_its_forward_passes(objective, architecture):
     configs = {"decoder_only": tiny.RELATIVE, "llama": tiny.LLAMA, "gpt2": tiny.GPT2, "experts": tiny.EXPERTS}
     config = (configs | {"encoder_decoder": tiny.ENCODER_DECODER})[architecture]

@@ -114,9 +114,9 @@ def test_mixture_holds_its_rates():
     pairs = {(pair.english, pair.french) for pair in cldr_pairs.pairs("train")}
     decode = mixture.output_features["targets"].vocabulary.decode
     drawn = 0
-    for example in ds.take(10_000).as_numpy_iterator():
+    for example in ds.take(4000).as_numpy_iterator():
         drawn += (decode(example["inputs"].tolist()), decode(example["targets"].tolist())) in pairs
-    assert abs(drawn / 10_000 - 0.2) < 0.02
+    assert abs(drawn / 4000 - 0.2) < 0.02  # three standard errors
 
 
 @pytest.mark.parametrize(
