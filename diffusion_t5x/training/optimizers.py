@@ -55,8 +55,8 @@ def adafactor(
 ) -> optax.GradientTransformation:
     """Adafactor (Shazeer & Stern, arXiv 1804.04235) with T5X's defaults and no momentum.
 
-    Second moments, clipping and scale are those of each layer's own matrix, as in T5X: optax alone would factor the
-    two largest axes of a stacked parameter, layers and heads included, and clip all layers together.
+    Second moments, clipping and scale are those of each layer's own matrix, and each expert's, as in T5X: optax alone
+    would factor the two largest axes of a stacked parameter, layers and heads included, and clip all layers together.
 
     Args:
       learning_rate: a number, or a schedule. It is relative to the parameter's scale, so much larger than Adam's.
@@ -107,7 +107,7 @@ def _decay_mask(params: optax.Params) -> optax.Params:
 
 
 def _per_matrix(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Applies a transformation to each parameter alone and, if layers are stacked, to each layer's matrix alone."""
+    """Applies a transformation to each matrix alone, also where those of layers and of experts are stacked."""
 
     def init_one(param):
         return transform.init(_as_matrix(param))
@@ -116,15 +116,20 @@ def _per_matrix(transform: optax.GradientTransformation) -> optax.GradientTransf
         new_update, new_state = transform.update(_as_matrix(update), state, _as_matrix(param))
         return new_update.reshape(update.shape), new_state
 
-    def over_layers(path, function):
-        return jax.vmap(function) if STACKED & set(leaf_name(path).split("/")) else function
+    def over_stacked(path, param, function):
+        names = set(leaf_name(path).split("/"))
+        if not STACKED & names:
+            return function
+        # A feed-forward layer's matrix has two axes, and its layers' a third one: the fourth is that of experts.
+        of_experts = "mlp" in names and param.ndim == 4
+        return jax.vmap(jax.vmap(function)) if of_experts else jax.vmap(function)
 
     def init(params):
-        return jax.tree_util.tree_map_with_path(lambda path, param: over_layers(path, init_one)(param), params)
+        return jax.tree_util.tree_map_with_path(lambda path, param: over_stacked(path, param, init_one)(param), params)
 
     def update(updates, state, params):
         pairs = jax.tree_util.tree_map_with_path(
-            lambda path, *args: over_layers(path, update_one)(*args), updates, state, params
+            lambda path, update, *args: over_stacked(path, update, update_one)(update, *args), updates, state, params
         )
         # The pairs hang where the parameters hung: take them apart into two such trees.
         new_updates = jax.tree.map(lambda _, pair: pair[0], updates, pairs)

@@ -100,7 +100,14 @@ def trained_params(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "more"), [("sdar", ()), ("dream", ()), ("llada", ("runs/lora.gin",)), ("a2d-qwen3", ("runs/lora.gin",))]
+    ("family", "more"),
+    [
+        ("sdar", ()),
+        ("dream", ()),
+        ("llada", ("runs/lora.gin",)),
+        ("a2d-qwen3", ("runs/lora.gin",)),
+        ("llada2_moe", ()),
+    ],
 )
 def test_what_was_trained_comes_back_bit_for_bit(family, more, texts, tmp_path):
     imported = import_one(tmp_path / "here", family)

@@ -102,6 +102,19 @@ def test_adafactor_factors_attention_as_matrices():
     assert shapes == {"query": ((4, 96), (4, 96)), "out": ((4, 96), (4, 96)), "key": ((4, 32), (4, 96))}
 
 
+def test_adafactor_of_experts_is_that_of_each_experts_matrix():
+    rng = np.random.default_rng(0)
+    scale = 10.0 ** np.arange(6).reshape(2, 3, 1, 1)  # of two layers and three experts
+    params, *gradients = [jnp.array(scale * rng.normal(size=(2, 3, 12, 20)), jnp.float32) for _ in range(4)]
+    in_stack = [{"blocks": {"mlp": {"wi_0": x}}} for x in (params, *gradients)]
+    apart = [{f"{i}": x.reshape(6, 12, 20)[i] for i in range(6)} for x in (params, *gradients)]
+    hyperparameters = {"min_dim_size_to_factor": 8}
+    found = train(optimizers.adafactor(0.05, **hyperparameters), in_stack[1:], in_stack[0])["blocks"]["mlp"]["wi_0"]
+    expected = train(optax.adafactor(0.05, **hyperparameters), apart[1:], apart[0])
+    for number, matrix in enumerate(found.reshape(6, 12, 20)):
+        np.testing.assert_allclose(matrix, expected[f"{number}"], rtol=2e-5)
+
+
 def test_adamw_is_the_papers_and_leaves_norms_and_biases_undecayed():
     params = random_tree(0, layers=2) | {"relative_bias": {"embedding": jnp.full((32, 2), 2.0)}}
     gradients = [jax.tree.map(lambda x, s=s: jnp.cos(x * s), params) for s in (1.0, 2.0, 3.0)]
