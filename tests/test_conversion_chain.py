@@ -68,6 +68,9 @@ def test_nats_of_texts_by_hand(launch):
 def test_texts_are_the_chain_s_and_the_same_each_time(launch):
     chain = launch.chain.Chain.draw()
     assert chain.entropy_rate == pytest.approx(1.0333, abs=1e-4)  # what docs/distillation.md says
+    two_places_on = np.einsum("ijk,jkl->ijl", chain.next_symbol, chain.next_symbol)
+    assert two_places_on.max() == pytest.approx(0.861, abs=1e-3)  # likewise: below the threshold of 0.9
+    assert -np.log(chain.next_symbol).mean() == pytest.approx(4.71, abs=5e-3)  # likewise: of uniform symbols
     texts = chain.sample(20_000, 12, seed=0)
     np.testing.assert_array_equal(texts, chain.sample(20_000, 12, seed=0))
     assert (texts != chain.sample(20_000, 12, seed=1)).any()
