@@ -13,6 +13,10 @@ judges the stories that the routes write. In both, the model is the start of all
     opdlm          the same in the states of the student's own decoding
     joint          ar2diff_0 plus the autoregressive loss: decodes either way, and by self-speculation (quickstart)
 
+chain: a small model learns a second-order Markov chain, which says what each symbol costs. Its routes are off_policy,
+opdlm and sft (mean cross-entropy of masked tokens), each in place and shifted, cold and warmed by a short off-policy
+distillation; learning rates are chosen for each on another seed.
+
 Every route has the same optimizer, steps, batches and seeds. Stages are ordinary runs of the verbs; those that are done
 are not run again. The report is DIR/report.md and the charts beside it.
 """
@@ -23,20 +27,20 @@ import functools
 import json
 import os
 import pathlib
-import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import conversion_chain
 import conversion_report
 from conversion_report import Point, Score
+from conversion_verbs import run, settings
 
 from diffusion_t5x import convert, infer, train
 from diffusion_t5x import eval as evaluation
 from diffusion_t5x.checkpointing import merging
 from diffusion_t5x.checkpointing.checkpoints import find_checkpoint
 from diffusion_t5x.checkpointing.start import model_settings
-from diffusion_t5x.command_line import config
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.models.config import ModelConfig
@@ -98,15 +102,6 @@ AUTOREGRESSIVE_TOO = dict(
 )
 
 
-def run(verb: Callable[..., None], flags: list[str]) -> None:
-    print("python -m", verb.__module__, shlex.join(flags), flush=True)
-    config.run(verb, flags)
-
-
-def settings(**values: object) -> list[str]:
-    return [f"--gin.{name}={value}" for name, value in values.items()]
-
-
 @dataclasses.dataclass(frozen=True)
 class Ground:
     """The task to learn, and its scoring.
@@ -119,6 +114,7 @@ class Ground:
       routes: routes to train.
       batch_size, num_inputs, num_targets: settings of the recipe, for counting the cost of a step.
       rollout: rollout of the recipe, likewise.
+      lower_is_better: of the first metric.
     """
 
     recipe: list[str]
@@ -131,6 +127,7 @@ class Ground:
     num_inputs: int
     num_targets: int
     rollout: Rollout
+    lower_is_better: bool = False
 
     @functools.cached_property
     def model(self) -> ModelConfig:
@@ -193,6 +190,7 @@ def stories(output: pathlib.Path, args: argparse.Namespace) -> Ground:
         num_inputs=16,
         num_targets=48,
         rollout=rollout(Ramp(16, 48, 30), num_buckets=2),
+        lower_is_better=True,
     )
 
 
@@ -246,14 +244,16 @@ def main() -> None:
         epilog="--gin.NAME=VALUE overrides a setting in training.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("ground", choices=["quickstart", "stories"])
+    parser.add_argument("ground", choices=["quickstart", "stories", "chain"])
     parser.add_argument("--output", required=True, type=pathlib.Path, help="a folder; a second run goes on in it")
     parser.add_argument("--checkpoint", help="stories260K.bin, for stories")
     parser.add_argument("--tokenizer", help="tok512.bin, for stories")
-    parser.add_argument("--routes", nargs="+", choices=ROUTES, help="by default all that there are")
+    parser.add_argument("--routes", nargs="+", choices=[*ROUTES, "sft"], help="by default all that there are")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400, help="of training, for each route")
     parser.add_argument("--split", default="test", help="to evaluate on; choose settings on validation")
+    parser.add_argument("--budget", type=float, help="TFLOP of training: which route to take within it")
+    parser.add_argument("--tokens_per_pass", type=float, help="in decoding: which route to take at this speed")
     args, overrides = parser.parse_known_args()
     if wrong := [flag for flag in overrides if not flag.startswith("--gin.")]:
         parser.error(f"unknown: {' '.join(wrong)}")
@@ -261,9 +261,13 @@ def main() -> None:
         parser.error("stories needs --checkpoint stories260K.bin and --tokenizer tok512.bin (docs/convert.md)")
     if args.steps % NUM_EVALUATIONS:
         parser.error(f"--steps must be a multiple of {NUM_EVALUATIONS}")
-    # Students of one kind are the same program.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.output / "compiled"))
     args.output.mkdir(parents=True, exist_ok=True)
+    if args.ground == "chain":
+        if wrong := set(args.routes or ()) - set(conversion_chain.ROUTES):
+            parser.error(f"chain has no route {', '.join(sorted(wrong))}")
+        conversion_chain.compare(args, overrides)
+        print((args.output / "report.md").read_text(encoding="utf-8"))
+        return
     ground = {"quickstart": quickstart, "stories": stories}[args.ground](args.output, args)
     routes = args.routes or list(ground.routes)
     if wrong := set(routes) - set(ground.routes):
@@ -290,7 +294,12 @@ def main() -> None:
             for decoder, flags in (DECODERS | (AUTOREGRESSIVE_TOO if route == "joint" else {})).items():
                 shifted = SHIFTED if route == "shifted" else []
                 scores.append(evaluate(student, route, seed, decoder, [*flags, *shifted]))
-        conversion_report.write(args.output, ground.metrics, scores, points)  # after each seed: what there is so far
+        conversion_report.write(  # after each seed: what there is so far
+            *(args.output, ground.metrics, scores, points),
+            lower_is_better=ground.lower_is_better,
+            budget=args.budget,
+            tokens_per_pass=args.tokens_per_pass,
+        )
     print((args.output / "report.md").read_text(encoding="utf-8"))
 
 

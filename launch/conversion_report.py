@@ -7,7 +7,9 @@ import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from scipy import stats
+import route_advisor
+from intervals import interval
+from route_advisor import Candidate
 
 from diffusion_t5x.reporting import charts
 from diffusion_t5x.reporting.charts import Line
@@ -50,17 +52,26 @@ def tokens_a_step(model_dir: pathlib.Path) -> float:
     return statistics.mean(line["tokens_per_second"] * line["seconds_per_step"] for line in lines)
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Returns the mean and the ends of its 95 % interval by Student's t; for a single value, both are the mean."""
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return mean, mean, mean
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return mean, mean - half, mean + half
+def write(
+    output: pathlib.Path,
+    metrics: Sequence[str],
+    scores: Sequence[Score],
+    points: Sequence[Point],
+    *,
+    lower_is_better: bool = False,
+    budget: float | None = None,
+    tokens_per_pass: float | None = None,
+) -> None:
+    """Writes report.md and its charts.
 
-
-def write(output: pathlib.Path, metrics: Sequence[str], scores: Sequence[Score], points: Sequence[Point]) -> None:
-    """Writes report.md and its charts; `metrics` are the table's columns, the first one is drawn."""
+    Args:
+      output: the folder.
+      metrics: the table's columns; the first one is drawn, and advice is by it.
+      scores: of finished students.
+      points: on the way there.
+      lower_is_better: of the first metric.
+      budget, tokens_per_pass: as `route_advisor.table` takes them.
+    """
     costs = {}
     for route, found in _grouped(points, lambda point: point.route).items():
         last = max(found, key=lambda point: point.tokens)
@@ -80,9 +91,29 @@ def write(output: pathlib.Path, metrics: Sequence[str], scores: Sequence[Score],
     if drafts := [score.metrics["acceptance"] for score in scores if "acceptance" in score.metrics]:
         mean, low, _ = interval(drafts)
         text += f"\nOf the tokens that self-speculation drafted, {mean:.1%} ± {mean - low:.1%} were accepted.\n"
+    if candidates := _candidates(metrics[0], scores, points):
+        limits = {"budget": budget, "tokens_per_pass": tokens_per_pass}
+        advice = route_advisor.table(candidates, lower_is_better=lower_is_better, **limits)
+        text += f"\nWhich route to take, by {metrics[0]}:\n\n{advice}"
     (output / "report.md").write_text(text, encoding="utf-8")
     for name, svg in drawn(metrics[0], scores, points).items():
         (output / f"{name}.svg").write_text(charts.standalone(svg), encoding="utf-8")
+
+
+def _candidates(metric: str, scores: Sequence[Score], points: Sequence[Point]) -> list[Candidate]:
+    """Returns what the advice chooses from: every route whose cost is known, with each decoding setting."""
+    flops = {route: max(point.flops for point in found) for route, found in _grouped(points, lambda p: p.route).items()}
+    return [
+        Candidate(
+            route,
+            decoder,
+            flops[route] / 1e12,
+            statistics.mean(score.metrics["tokens_per_step"] for score in found),
+            {score.seed: score.metrics[metric] for score in found},
+        )
+        for (route, decoder), found in _grouped(scores, lambda score: (score.route, score.decoder)).items()
+        if route in flops
+    ]
 
 
 def drawn(metric: str, scores: Sequence[Score], points: Sequence[Point]) -> dict[str, str]:

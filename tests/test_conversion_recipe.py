@@ -51,7 +51,10 @@ def test_the_table_has_a_line_for_each_route_and_decoder(report, tmp_path):
     assert table[2] == "| a | static | 20.0 ± 24.8 | 0.500 ± 0.000 | 0.20 | 2.0 |"
     assert table[3] == "| a | threshold | 1.000 ± 0.000 | 0.500 ± 0.000 | 0.20 | 2.0 |"
     assert table[4] == "| b | static | 5.000 | 2.000 |  |  |"
-    assert "25.0% ± 0.0% were accepted" in table[-1]
+    assert "25.0% ± 0.0% were accepted" in table[6]
+    # b has no cost, so no advice is on it.
+    assert table[8] == "Which route to take, by exact_match:"
+    assert table[12:] == ["| 0.5 | 2 | a | static | 20.000 ± 24.841 | none |"]
     for name in ("tokens", "flops", "passes"):
         assert "<svg" in (tmp_path / f"{name}.svg").read_text()
     assert not (tmp_path / "adapted.svg").exists()
@@ -115,7 +118,7 @@ def test_the_comparison_runs_and_goes_on(conversion, tmp_path, monkeypatch, caps
     conversion.main()
     assert capsys.readouterr().out.count("python -m diffusion_t5x.train ") == 2
     table = (tmp_path / "report.md").read_text()
-    rows = [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:-2]]
+    rows = [line.split(" | ")[0].strip("| ") for line in table.split("\n\n")[0].splitlines()[2:]]
     assert rows == ["the start itself", "shifted", "off_policy", "joint", "joint", "joint"]
     assert first.splitlines()[3] in table.splitlines()
     written = tmp_path / "scores" / "test"

@@ -1,6 +1,7 @@
 """Makes on-policy batches: the student itself writes the texts that it is trained on (OPDLM, arXiv 2606.06712)."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -133,10 +134,10 @@ def make_rollout_step(
     targets, `[B, L]` bool, keeps these and is not written.
     """
 
-    base = stream(jax.random.key(seed), "rollouts")
-
-    def write(params: Params, batch: Batch, step: int | jax.Array, given: AnyBoolBL | None = None) -> Batch:
-        key = jax.random.fold_in(base, step)
+    def write(
+        seed: jax.Array, params: Params, batch: Batch, step: int | jax.Array, given: AnyBoolBL | None = None
+    ) -> Batch:
+        key = jax.random.fold_in(stream(jax.random.key(seed), "rollouts"), step)
         asked = batch
         if given is not None:
             asked = batch.replace(target_mask=batch.target_mask & ~jnp.any(given, axis=-1, keepdims=True))
@@ -153,7 +154,9 @@ def make_rollout_step(
             written_log_probability=decoded.log_probability,
         )
 
-    return jax.jit(write, out_shardings=partitioning.batch_sharding(mesh))
+    # The seed is an argument, as in a training step: another one needs no other program.
+    jitted = jax.jit(write, out_shardings=partitioning.batch_sharding(mesh))
+    return functools.partial(jitted, partitioning.put_whole(mesh, np.uint32(seed % 2**32)))
 
 
 class OnPolicyBatches:

@@ -94,7 +94,7 @@ def _summed(function: Callable[[Any], Any], pieces: Any) -> Any:
     return jax.lax.scan(lambda total, piece: (jax.tree.map(jnp.add, total, function(piece)), None), zeros, pieces)[0]
 
 
-def step_key(seed: int, step: int | jax.Array) -> jax.Array:
+def step_key(seed: int | jax.Array, step: int | jax.Array) -> jax.Array:
     """Returns the key of noise and dropout for a step; the first step is 0."""
     return jax.random.fold_in(stream(jax.random.key(seed), "steps"), step)
 
@@ -107,10 +107,18 @@ def means(sums: LossSums) -> Metrics:
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
-    """A jitted training step."""
+    """A jitted training step. Its seed is an argument of the program: another seed needs no other program."""
 
     jitted: jax.stages.Wrapped
     teacher_params: Params | None
+    mesh: Mesh
+    seed: int
+
+    @functools.cached_property
+    def _seed(self) -> jax.Array:
+        """The seed on the mesh, modulo 2**32, as `jax.random.key` takes it."""
+        with jax.transfer_guard("allow"):  # once a run
+            return partitioning.put_whole(self.mesh, np.uint32(self.seed % 2**32))
 
     def __call__(
         self, state: TrainState, batch: Batch, loss_limit: jax.Array | float = np.inf
@@ -120,12 +128,12 @@ class TrainStep:
         If the loss or the gradient's norm is not finite, or the loss is above the limit, the state is unchanged except
         for its `step`, and the metric "bad" is 1. "clipped" is 1 if the optimizer clips the gradient's norm.
         """
-        return self.jitted(self.teacher_params, state, batch, jnp.asarray(loss_limit, jnp.float32))
+        return self.jitted(self.teacher_params, state, batch, jnp.asarray(loss_limit, jnp.float32), self._seed)
 
     def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
         """Lowers the step for compilation ahead of time, for shapes with shardings or for arrays."""
-        limit = jax.ShapeDtypeStruct((), np.float32)
-        return self.jitted.lower(self.teacher_params, state, batch, limit)
+        limit, seed = (jax.ShapeDtypeStruct((), dtype) for dtype in (np.float32, np.uint32))
+        return self.jitted.lower(self.teacher_params, state, batch, limit, seed)
 
 
 def make_train_step(
@@ -149,7 +157,7 @@ def make_train_step(
     max_grad_norm = optimizers.max_grad_norm(optimizer)
 
     def step(
-        teacher_params: Params | None, state: TrainState, batch: Batch, loss_limit: jax.Array
+        teacher_params: Params | None, state: TrainState, batch: Batch, loss_limit: jax.Array, seed: jax.Array
     ) -> tuple[TrainState, Metrics]:
         sums, grads = loss_and_gradients(
             definition,
@@ -186,11 +194,11 @@ def make_train_step(
     shardings, teacher_params = shardings_of(abstract), teacher and teacher.params
     jitted = jax.jit(
         step,
-        in_shardings=(shardings_of(teacher_params), shardings, partitioning.batch_sharding(mesh), None),
+        in_shardings=(shardings_of(teacher_params), shardings, partitioning.batch_sharding(mesh), None, None),
         out_shardings=(shardings, partitioning.replicated(mesh)),
         donate_argnums=1,
     )
-    return TrainStep(jitted, teacher_params)
+    return TrainStep(jitted, teacher_params, mesh, seed)
 
 
 def make_loss_step(

@@ -109,6 +109,23 @@ def test_noise_is_another_at_each_step_and_the_same_when_a_step_is_repeated(run)
     jax.tree.map(np.testing.assert_array_equal, state, run["states"][2])
 
 
+def test_another_seed_is_the_same_program():
+    """So that it comes from the cache of compiled programs."""
+    mesh, optimizer = MeshConfig().make(), optax.sgd(0.1)
+    definition = ModelDefinition(DROPOUT, tiny.VOCABULARY)
+    abstract, state = tiny.fresh_state(mesh, definition, optimizer)
+    steps = [make_train_step(mesh, abstract, definition, AR, optimizer, seed=seed) for seed in (0, 2**33 + 7)]
+    with jax.set_mesh(mesh):
+        first, second = (step.lower(state, BATCH).as_text() for step in steps)
+    assert first == second
+
+
+@pytest.mark.parametrize("seed", [0, 3, -1, 2**32 - 1, 2**33 + 7])
+def test_a_seed_in_an_argument_gives_the_same_keys(seed):
+    found = step_key(jnp.uint32(seed % 2**32), 5)
+    assert (jax.random.key_data(found) == jax.random.key_data(step_key(seed, 5))).all()
+
+
 def test_moving_average_is_the_closed_form(run):
     start, *after = [state.params for state in run["states"]]
 
