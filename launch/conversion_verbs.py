@@ -1,4 +1,4 @@
-"""How the comparisons of routes call the verbs."""
+"""Calls of the verbs by the comparisons of routes."""
 
 import shlex
 from collections.abc import Callable

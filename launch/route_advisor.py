@@ -1,4 +1,4 @@
-"""Which route to take, for a training budget and a wanted speed of decoding: read off measured results."""
+"""Advice on the route to take, for a training budget and a wanted speed of decoding: read off measured results."""
 
 import dataclasses
 import math
