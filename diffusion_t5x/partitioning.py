@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -127,13 +127,13 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
-def cut_on(mesh: AbstractMesh, axes: Sequence[str], shape: Sequence[int]) -> PartitionSpec:
-    """Returns the sharding of an activation with these logical axes.
+def cut_on(mesh: AbstractMesh, axes: Sequence[str], shape: Sequence[int], taken: Collection[str] = ()) -> PartitionSpec:
+    """Returns the sharding of an activation with these logical axes, over no mesh axis that is `taken`.
 
     Its `embed` axis stays whole, because the batch axis already uses the mesh axes that shard a parameter's. So does an
     axis that does not divide, such as the single token of a decoding step.
     """
-    rules, free, cuts = rules_of(mesh), set(MESH_AXES), []
+    rules, free, cuts = rules_of(mesh), set(MESH_AXES) - set(taken), []
     for axis, size in zip(axes, shape, strict=True):
         cut = tuple(name for name in rules.get(axis, ()) if name in free and axis != "embed")
         pieces = math.prod(mesh.shape[name] for name in cut)

@@ -124,6 +124,7 @@ def routed(
     """Returns the sum over a token's experts of `factor * wo(activation(wi_0 x) * wi_1 x)`.
 
     Each device sends its own tokens to the experts that it holds; what the experts of all devices return is summed.
+    Over an axis that spreads experts and tokens alike (`MeshConfig.rules`), tokens are gathered first.
 
     Args:
       x: the tokens.
@@ -135,7 +136,7 @@ def routed(
     if mesh.empty or mesh.size == 1:
         return _on_device(x, chosen, factors, kernels, activation, 0)
     of_experts = tuple(axis for axis in rules_of(mesh)["experts"] if mesh.shape[axis] > 1)
-    of_tokens = cut_on(mesh, ("batch", "length", "embed"), x.shape)
+    of_tokens = cut_on(mesh, ("batch", "length", "embed"), x.shape, taken=of_experts)
 
     def run(x, chosen, factors, kernels):
         held = kernels[0].base.shape[0] if isinstance(kernels[0], LowRank) else kernels[0].shape[0]
