@@ -31,6 +31,17 @@ class MyObjective(Masked):
 class MyDecoder(MaskedDecoder):
     patience: int = 3
 """
+EXPERTS_GIN = """
+from __gin__ import dynamic_registration
+from diffusion_t5x.models import config
+from diffusion_t5x.models import experts
+
+config.ModelConfig.experts = @experts.Experts()
+experts.Experts:
+  number = 4
+  per_token = 2
+  mlp_dim = 8
+"""
 MINE_GIN = """
 from __gin__ import dynamic_registration
 import {module}
@@ -142,6 +153,15 @@ def test_infer_and_its_score(block, capsys):
 
 def test_generate(block, capsys):
     generate.main(["--checkpoint", str(block), "--prompt", "7"])
+    assert "BlockDecoder(block_size=3, " in capsys.readouterr().err
+
+
+def test_generate_with_experts(folder, capsys):
+    (folder / "experts.gin").write_text(EXPERTS_GIN)
+    files = ("objectives/block.gin", "decoding/block.gin", str(folder / "experts.gin"))
+    config.run(train.train, flags(folder, *files, BLOCK_SIZE=3, MODEL_DIR=str(folder / "experts")))
+    capsys.readouterr()
+    generate.main(["--checkpoint", str(folder / "experts"), "--prompt", "3", "--length", "6"])
     assert "BlockDecoder(block_size=3, " in capsys.readouterr().err
 
 

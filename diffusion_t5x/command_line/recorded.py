@@ -15,6 +15,7 @@ from diffusion_t5x.checkpointing.record import CLASS, Record, is_plain
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.experts import Experts
 
 _NAME = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
 _SCOPED_NAME = re.compile(rf"(?:[A-Za-z_]\w*/)*{_NAME.pattern}")
@@ -85,6 +86,8 @@ def gin_text(checkpoint: OpenCheckpoint, with_task: bool = True) -> str:
         model["architecture"] = {"%": "ARCHITECTURE"}
         text.bind("READS_START", model.get("reads_start", True))
         model["reads_start"] = {"%": "READS_START"}
+        if isinstance(experts := model.get("experts"), Mapping):
+            model["experts"] = {**experts, CLASS: f"{Experts.__module__}.{Experts.__qualname__}"}
         text.bind("MODEL", {CLASS: f"{ModelConfig.__module__}.{ModelConfig.__qualname__}"} | model)
     blocks = next((mode for mode in record.modes if mode.block_size), None)
     if blocks:
