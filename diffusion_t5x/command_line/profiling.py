@@ -36,7 +36,7 @@ def _seconds(text: str) -> tuple[float, float]:
         first, last = map(float, text.split(":"))
     except ValueError:
         first, last = 0.0, 0.0
-    if not 0 <= first < last:
+    if not 0 <= first < last <= threading.TIMEOUT_MAX:
         raise argparse.ArgumentTypeError(f"{text!r} is not FROM:TO, two numbers of seconds such as 60:70")
     return first, last
 
