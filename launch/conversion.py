@@ -237,6 +237,18 @@ def stage_flops(ground: Ground, stage: Stage, step: int) -> float:
     return learning + rollout_flops(ground.model, ground.rollout, ground.batch_size, ground.num_inputs, step)
 
 
+def keep_settings(output: pathlib.Path, **values: object) -> str:
+    """Notes the settings that everything in a folder is made with. Returns what is wrong if it has others, or "".
+
+    Finished runs and scores are found by their names, which do not say these settings.
+    """
+    file, now = output / "comparison.json", json.loads(json.dumps(values))
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else now
+    file.write_text(json.dumps(before, indent=1), encoding="utf-8")
+    other = [f"{name} = {before[name]!r}, not {value!r}" for name, value in now.items() if before[name] != value]
+    return f"{output} holds a comparison with {'; '.join(other)}. Name another --output." if other else ""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="bash launch/conversion.sh",
@@ -262,6 +274,9 @@ def main() -> None:
     if args.steps % NUM_EVALUATIONS:
         parser.error(f"--steps must be a multiple of {NUM_EVALUATIONS}")
     args.output.mkdir(parents=True, exist_ok=True)
+    kept = {"ground": args.ground, "steps": args.steps, "checkpoint": args.checkpoint, "overrides": overrides}
+    if different := keep_settings(args.output, **kept):
+        parser.error(different)
     if args.ground == "chain":
         if wrong := set(args.routes or ()) - set(conversion_chain.ROUTES):
             parser.error(f"chain has no route {', '.join(sorted(wrong))}")

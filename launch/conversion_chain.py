@@ -46,6 +46,7 @@ from diffusion_t5x.training.rollout import Rollout
 BLOCK_SIZE, BATCH_SIZE = 4, 16
 NUM_INPUTS, NUM_TARGETS = 4, 16  # TASK_FEATURE_LENGTHS of recipes/conversion/chain_common.gin
 PAD_ID, EOS_ID, FIRST_SYMBOL = 0, 1, 2
+START_STEPS = 1000  # TRAIN_STEPS of recipes/conversion/chain_start.gin
 NUM_TEXTS = {"train": 16_384, "validation": 512, "test": 512}
 RATES = (2e-3, 6e-3)
 TUNING_SEED = 100
@@ -140,15 +141,14 @@ class Comparison:
             rows = self.texts(split).tolist()
             lines = (json.dumps({"inputs": row[:NUM_INPUTS], "targets": row[NUM_INPUTS:]}) for row in rows)
             self._file(split).write_text("\n".join(lines) + "\n", encoding="utf-8")
-        self._train(self.start, None, ["--gin_file=recipes/conversion/chain_start.gin"])
+        self._train(self.start, START_STEPS, ["--gin_file=recipes/conversion/chain_start.gin"])
 
-    def _train(self, model_dir: pathlib.Path, steps: int | None, flags: Sequence[str]) -> None:
-        done = f"checkpoint_{steps}" if steps else "checkpoint_*"
-        if any((model_dir / "checkpoints").glob(done)):
+    def _train(self, model_dir: pathlib.Path, steps: int, flags: Sequence[str]) -> None:
+        if (model_dir / "checkpoints" / f"checkpoint_{steps}").exists():
             return
         files = settings(PROMPTS_FILE=self._file("train"), VALIDATION_FILE=self._file("validation"))
-        length = settings(TRAIN_STEPS=steps) if steps else []
-        run(train.train, [*flags, *files, *settings(MODEL_DIR=model_dir), *self.overrides, *length])
+        places = settings(MODEL_DIR=model_dir)
+        run(train.train, [*flags, *files, *places, *self.overrides, *settings(TRAIN_STEPS=steps)])
 
     def train(self, student: Student, rate: float, warm_rate: float) -> pathlib.Path:
         """Trains a student, and what warms it; returns its folder."""

@@ -166,8 +166,7 @@ def planned(launch, tmp_path, monkeypatch):
     def run(verb, flags):
         named = dict(flag.removeprefix("--gin.").split("=", 1) for flag in flags if flag.startswith("--gin."))
         runs.append(flags)
-        steps = named.get("TRAIN_STEPS", "1000")
-        (pathlib.Path(named["MODEL_DIR"]) / "checkpoints" / f"checkpoint_{steps}").mkdir(parents=True)
+        (pathlib.Path(named["MODEL_DIR"]) / "checkpoints" / f"checkpoint_{named['TRAIN_STEPS']}").mkdir(parents=True)
 
     def scores(self, model_dir, split, route, seed, shifted, autoregressive=False):
         better = 1.0 if model_dir.name.endswith("_0.006") == (route.startswith("sft") or shifted) else 2.0
@@ -216,6 +215,23 @@ def test_a_route_of_another_ground_is_refused(planned, capsys):
     assert "chain has no route annealed" in capsys.readouterr().err
 
 
+def test_a_start_that_was_stopped_goes_on(planned, tmp_path):
+    (tmp_path / "start" / "checkpoints" / "checkpoint_7").mkdir(parents=True)
+    assert f"--gin.MODEL_DIR={tmp_path}/start" in planned("--seeds", "0", "--steps", "40")[0]
+
+
+def test_a_folder_holds_one_comparison(planned, tmp_path, capsys):
+    assert planned("--routes", "sft", "--seeds", "0", "--steps", "40")
+    assert planned("--routes", "opdlm", "--seeds", "0", "--steps", "40")
+    for flags, message in (
+        (["--steps", "80"], f"{tmp_path} holds a comparison with steps = 40, not 80. Name another --output."),
+        (["--steps", "40", "--gin.BATCH_SIZE=4"], "overrides = [], not ['--gin.BATCH_SIZE=4']"),
+    ):
+        with pytest.raises(SystemExit):
+            planned("--routes", "sft", "--seeds", "0", *flags)
+        assert message in capsys.readouterr().err
+
+
 def test_what_students_cost(launch, tmp_path):
     comparison = launch.comparison.Comparison(tmp_path, 40)
     sizes = {"embed_dim": 48, "num_layers": 2, "num_heads": 2, "head_dim": 24, "mlp_dim": 96, "vocab_size": 16}
@@ -237,8 +253,9 @@ def test_the_comparison_runs(launch, tmp_path, monkeypatch):
     monkeypatch.setattr(launch.comparison, "RATES", (1e-3,))
     monkeypatch.setattr(launch.comparison, "NUM_TEXTS", {"train": 640, "validation": 8, "test": 8})
     monkeypatch.setattr(launch.comparison, "STEPS", {"2 steps": (2, None)})
+    monkeypatch.setattr(launch.comparison, "START_STEPS", 4)
     command = ["conversion.py", "chain", "--output", str(tmp_path), "--seeds", "0", "--steps", "4", "--routes", "opdlm"]
-    monkeypatch.setattr(sys, "argv", [*command, "--gin.TRAIN_STEPS=4", "--gin.ModelConfig.embed_dim=16"])
+    monkeypatch.setattr(sys, "argv", [*command, "--gin.ModelConfig.embed_dim=16"])
     launch.main.main()
     text = (tmp_path / "report.md").read_text()
     assert "The chain's entropy rate is 1.0333 nats" in text
