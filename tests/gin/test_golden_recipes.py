@@ -75,6 +75,11 @@ RUNS["quickstart/adapt+all_conversions"] = [
     "objectives/block.gin",
     *(f"adaptation/{name}.gin" for name in ("shifted", "annealed", "block_growth", "joint")),
 ]
+RUNS["quickstart/adapt+aligned_conversions"] = [
+    f"{QUICKSTART}/adapt.gin",
+    "objectives/block.gin",
+    *(f"adaptation/{name}.gin" for name in ("shifted", "annealed", "aligned", "block_growth")),
+]
 AR2DIFF = "recipes/ar2diff"
 RUNS |= {
     f"ar2diff/shifted+{data}": [f"{AR2DIFF}/shifted.gin", f"{AR2DIFF}/shared/{data}.gin"]
