@@ -94,7 +94,7 @@ class StepWatch:
         length: int,
         seed: int,
     ):
-        self._mesh = mesh
+        self._mesh, self._seed = mesh, np.uint32(seed % 2**32)
         definition = ModelDefinition(case.model, stopwatch.endless_vocabulary(vocabulary_size))
         batch = stopwatch.random_batch(definition, case.batch_size, input_length, length, seed)
         targets = np.random.default_rng(seed + 1).integers(0, vocabulary_size - 1, batch.tokens.shape, np.int32)
@@ -126,7 +126,7 @@ class StepWatch:
         with jax.set_mesh(self._mesh):
             start = time.perf_counter()
             for _ in range(num_steps):
-                self._state, metrics = self._step(None, self._state, self._batch, np.float32(np.inf))
+                self._state, metrics = self._step(None, self._state, self._batch, np.float32(np.inf), self._seed)
             jax.block_until_ready(metrics)
             return (time.perf_counter() - start) / num_steps
 

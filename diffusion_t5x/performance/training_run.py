@@ -126,7 +126,7 @@ class Trial:
             placed = partitioning.put_batch(mesh, batch)
             for _ in range(1 + num_steps):
                 start = time.perf_counter()
-                state, metrics = self._compiled(zeros, state, placed, np.float32(np.inf))
+                state, metrics = self._compiled(zeros, state, placed, np.float32(np.inf), np.uint32(0))
                 jax.block_until_ready(metrics)
                 seconds.append(time.perf_counter() - start)
         return min(seconds[1:]) + writing

@@ -131,7 +131,10 @@ class TrainStep:
         return self.jitted(self.teacher_params, state, batch, jnp.asarray(loss_limit, jnp.float32), self._seed)
 
     def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
-        """Lowers the step for compilation ahead of time, for shapes with shardings or for arrays."""
+        """Lowers the step for compilation ahead of time, for shapes with shardings or for arrays.
+
+        What is compiled takes `(teacher's parameters, state, batch, loss limit, seed)`.
+        """
         limit, seed = (jax.ShapeDtypeStruct((), dtype) for dtype in (np.float32, np.uint32))
         return self.jitted.lower(self.teacher_params, state, batch, limit, seed)
 

@@ -9,14 +9,17 @@ import pytest
 import tiny
 
 from diffusion_t5x import benchmark
+from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.distillation import Distillation
 from diffusion_t5x.objectives.sundae import Sundae
+from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.performance import train_speed
 from diffusion_t5x.performance.step_flops import step_flops
 from diffusion_t5x.performance.train_speed import Case, Speed
+from diffusion_t5x.performance.training_run import TrainingRun, Trial
 from diffusion_t5x.training import optimizers
 
 SMALL = dataclasses.replace(tiny.RELATIVE, num_layers=1, vocab_size=None, max_length=16)
@@ -52,6 +55,22 @@ def test_cases_side_by_side(tmp_path, capsys):
     assert report["settings"]["cases"]["SUNDAE"]["num_microbatches"] == 2
     out = capsys.readouterr().out
     assert out.count("unknown") == 2 and "tokens/s/device" in out
+
+
+def test_steps_are_timed():
+    mesh = MeshConfig().make(jax.devices()[:1])
+    watch = train_speed.StepWatch(mesh, Case(SMALL, Autoregressive(), 2), optimizers.adafactor(1e-3), 12, 3, 5, seed=0)
+    assert 0 < watch.seconds(1) < 5
+
+
+def test_a_trial_times_steps_on_real_data():
+    pytest.importorskip("seqio")
+    from diffusion_t5x.tasks import quickstart  # noqa: F401  (registers the task)
+
+    dataset = SeqioDataset("quickstart_pairs", {"inputs": 24, "targets": 16}, batch_size=2)
+    model = dataclasses.replace(SMALL, max_length=64)
+    trial = Trial(TrainingRun(MeshConfig(), model, Autoregressive(), dataset, optimizers.adafactor(1e-3)))
+    assert 0 < trial.seconds_per_step(num_steps=1) < 5
 
 
 def test_utilization_is_of_all_devices_peak():
