@@ -104,8 +104,8 @@ def search_times(
         every = np.concatenate(drawn)
         variances[low, high] = float(every.var())
         found |= {
-            f"mean_{low:.2f}_{high:.2f}": float(every.mean()),
-            f"variance_{low:.2f}_{high:.2f}": variances[low, high],
+            f"mean_{low:g}_{high:g}": float(every.mean()),
+            f"variance_{low:g}_{high:g}": variances[low, high],
         }
     low, high = min(variances, key=lambda times: variances[times])
     return found | {"times_low": low, "times_high": high}
