@@ -71,6 +71,13 @@ class Keys:
         """Returns a key's value; None if it is null, the default if it is absent."""
         return self.get(name, None if name in self._nulls else default)
 
+    def count(self, name: str) -> int:
+        """Returns a whole number that may be 0. Raises a UserError if the value is not one."""
+        value = self.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise UserError(f"{self.where}: {name} = {_show(value)} should be a whole number of at least 0.")
+        return value
+
     def layers(self, name: str) -> int:
         """Returns a number of layers, each of which has tensors of its own in the files.
 

@@ -35,13 +35,13 @@ def config(keys: Keys, tied: bool) -> ModelConfig:
     keys.require("rope_scaling", None)
     keys.require("use_bias", False, default=True)
     fields = llama.dimensions(keys)
-    inner, shared = keys.get("moe_intermediate_size"), keys.get("num_shared_experts")
+    inner, shared = keys.get("moe_intermediate_size"), keys.count("num_shared_experts")
     experts = Experts(
         number=keys.get("num_experts"),
         per_token=keys.get("num_experts_per_tok"),
         mlp_dim=inner,
         shared_mlp_dim=inner * shared,
-        dense_layers=keys.get("first_k_dense_replace"),
+        dense_layers=keys.count("first_k_dense_replace"),
         scores="sigmoid",
         scale=float(keys.get("routed_scaling_factor")),
         groups=keys.get("n_group"),

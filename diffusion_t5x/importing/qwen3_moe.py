@@ -21,14 +21,16 @@ def config(keys: Keys, tied: bool) -> ModelConfig:
     fields = llama.shared(keys, kv_heads=4)
     layers = fields["num_layers"]
     dense = keys.get("mlp_only_layers", [])
-    if not isinstance(dense, list):
-        raise UserError(f"{keys.where}: mlp_only_layers = {dense!r} should be a list of layers.")
+    if not isinstance(dense, list) or not all(isinstance(layer, int) and 0 <= layer < layers for layer in dense):
+        raise UserError(
+            f"{keys.where}: mlp_only_layers = {dense!r} should be a list of layers, from 0 to {layers - 1}."
+        )
     experts = Experts(
         number=keys.get("num_local_experts", 128),
         per_token=keys.get("num_experts_per_tok", 8),
         mlp_dim=keys.get("moe_intermediate_size", 768),
         dense_layers=mixtures.first_dense(keys, "mlp_only_layers", [layer in dense for layer in range(layers)]),
-        normalize=keys.get("norm_topk_prob", False),
+        normalize=keys.require("norm_topk_prob", False, True),
     )
     keys.list_of("layer_types", layers, "full_attention")
     return ModelConfig(tie_embeddings=tied, query_key_norm=True, experts=experts, **fields)

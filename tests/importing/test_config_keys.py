@@ -183,9 +183,17 @@ def test_published_diffusion_models_are_read(name):
         ("SDAR-4B-Chat", {"attention_bias": True}, "attention_bias = true is not supported"),
         ("SDAR-30B-A3B", {"mlp_only_layers": [1, 2]}, r"by mlp_only_layers, the layers without experts are \[1, 2\]"),
         ("SDAR-30B-A3B", {"mlp_only_layers": 3}, "mlp_only_layers = 3 should be a list of layers"),
+        ("SDAR-30B-A3B", {"mlp_only_layers": [0, 48]}, r"\[0, 48\] should be a list of layers, from 0 to 47"),
+        ("SDAR-30B-A3B", {"norm_topk_prob": "no"}, 'norm_topk_prob = "no" is not supported, only false or true'),
         ("SDAR-30B-A3B", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported"),
         ("LLaDA2.0-mini", {"score_function": "softmax"}, 'score_function = "softmax" is not supported'),
         ("LLaDA2.0-mini", {"use_bias": True}, "use_bias = true is not supported"),
+        (
+            "LLaDA2.0-mini",
+            {"num_shared_experts": "1"},
+            'num_shared_experts = "1" should be a whole number of at least 0',
+        ),
+        ("LLaDA2.0-mini", {"first_k_dense_replace": -1}, "first_k_dense_replace = -1 should be a whole number"),
         ("LLaDA2.0-mini", {"n_group": 7}, "number = 256 must be a multiple of groups = 7"),
     ],
 )
