@@ -201,7 +201,7 @@ def describe(folder: Folder, tied: bool | None = None) -> Described:
 def kind_of(config: Mapping[str, Any]) -> str:
     """Returns the key of a model's family, by its config.json; it may not be in FAMILIES."""
     kind, architectures = config.get("model_type", ""), config.get("architectures")
-    names = architectures if isinstance(architectures, list) else []
+    names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
     return next((_BY_ARCHITECTURE[name] for name in names if name in _BY_ARCHITECTURE), str(kind))
 
 

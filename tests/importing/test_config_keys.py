@@ -10,7 +10,7 @@ from published_configs import LLAMA3_8B, LLAMA3_SCALING, PUBLISHED, PUBLISHED_DI
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.importing import config_keys
-from diffusion_t5x.importing.families import FAMILIES
+from diffusion_t5x.importing.families import FAMILIES, kind_of
 from diffusion_t5x.importing.keys import Keys
 from diffusion_t5x.models.transformer import ModelDefinition
 
@@ -219,3 +219,8 @@ def test_layers_without_positions():
     assert read(smollm3 | {"no_rope_layers": [1] * 36})[0].unrotated_layers is None
     with pytest.raises(UserError, match="2 in no_rope_layers is not supported, only 0 or 1"):
         read(smollm3 | {"no_rope_layers": [2] * 36})
+
+
+@pytest.mark.parametrize("architectures", [[[]], [None, {}], "LlamaForCausalLM", None])
+def test_architectures_of_any_kind_leave_the_model_type(architectures):
+    assert kind_of({"model_type": "llama", "architectures": architectures}) == "llama"
