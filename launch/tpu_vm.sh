@@ -141,7 +141,7 @@ run_verb() {
 
 end() { on_hosts "$1" "bash $folder/code/launch/tpu_vm_host.sh end"; }
 
-# Whether another attempt may go better. gcloud's code is that of the first host that failed; its words name all.
+# True if another attempt may go better. gcloud's code is that of the first host that failed; its words name all.
 is_worth_a_retry() {
   [ "$status" -eq 75 ] || [ "$status" -eq 255 ] ||
     grep -qsE 'failed with exit status 75\.|return code \[255\]' "$logs"/*.log || ! are_ready

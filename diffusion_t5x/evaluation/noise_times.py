@@ -13,7 +13,8 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.dataset import Dataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.transformer import ModelDefinition, Params
-from diffusion_t5x.objectives.block import ALL_TIMES, Block, Times, check_times
+from diffusion_t5x.objectives.block import Block
+from diffusion_t5x.objectives.masked import ALL_TIMES, Times, check_times
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.shapes import AnyBoolBL, FloatBL
 

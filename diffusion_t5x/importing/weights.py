@@ -74,7 +74,7 @@ class Weight:
         return int(self.stacked) + (self.experts is not None)
 
     def stack(self, layers: int) -> tuple[int, ...]:
-        """Returns the sizes of these axes, for a model of so many layers."""
+        """Returns the sizes of these axes, for a model with this number of layers."""
         first, end = self.layers or (0, layers)
         return (*([end - first] if self.stacked else []), *([] if self.experts is None else [self.experts]))
 

@@ -66,7 +66,7 @@ class ModelConfig:
       causal_buckets: a decoder's relative position bias has T5's own one-sided buckets: all of them for the past, and
         the future counts as distance 0. Ours are two-sided, for bidirectional attention; an encoder's always are.
       rotary_base: base of the rotary wavelengths.
-      rotary_dim: rotary positions rotate so many dimensions of a head, the first ones; None: all.
+      rotary_dim: the number of a head's first dimensions that rotary positions rotate; None: all.
       rotary_factor: factor on the rotary wavelengths ("linear" scaling).
       rotary_stretched: two wavelengths in tokens; the factor applies in full only above the second and not at all below
         the first, and frequencies are interpolated between them (Llama 3.1, arXiv 2407.21783). None stretches all.

@@ -23,7 +23,7 @@ class Experts:
         experts of the highest scores are chosen, and their scores are the factors on what they return.
       normalize: divide the factors of a token by their sum.
       scale: factor on all factors.
-      groups: the experts are so many groups of consecutive ones, of which `groups_per_token` are open to a token: those
+      groups: number of groups of consecutive experts. `groups_per_token` of them are open to a token: those
         with the highest sum of their two best scores (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
       groups_per_token: see `groups`.
       selection_bias: each expert has a bias that is added to its scores when experts are chosen, and never to the

@@ -72,7 +72,7 @@ def choose(
 ) -> tuple[IntBLC, FloatBLC]:
     """Returns the experts of each token, the best first, and the factors on what they return.
 
-    Of equal scores, that of the lower number is the better. The choice has no gradient.
+    Ties go to the expert of lower number. The choice has no gradient.
     """
     judged = jax.lax.stop_gradient(scores if bias is None else scores + bias)
     if experts.groups > 1:
@@ -160,7 +160,7 @@ def _on_device(x, chosen, factors, kernels, activation, first):
     tokens = x.reshape(-1, x.shape[-1])[order // per_token]
     product = functools.partial(_grouped, sizes=sizes)
     returned = product(activation(product(tokens, wi_0)) * product(tokens, wi_1), wo)
-    # What a kernel leaves in the rows of no group is not defined.
+    # Rows that belong to no group are undefined in the kernel's output.
     returned = jnp.where((expert[order] < held)[:, None], returned, 0)[jnp.argsort(order)]
     returned = returned.reshape(*chosen.shape, -1).astype(jnp.float32)
     return jnp.sum(returned * factors[..., None], axis=2).astype(x.dtype)

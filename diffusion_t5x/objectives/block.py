@@ -1,5 +1,6 @@
 """Block diffusion: autoregressive over blocks, diffusion inside a block (BD3-LM, arXiv 2503.09573, section 3)."""
 
+import abc
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
@@ -22,13 +23,10 @@ from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.annealing import annealed, check_anneal_steps
 from diffusion_t5x.objectives.likelihood import masked_bound
-from diffusion_t5x.objectives.masked import SCHEDULES, Schedule, Weighting, mask_targets
+from diffusion_t5x.objectives.masked import ALL_TIMES, SCHEDULES, Schedule, Times, Weighting, check_times, mask_targets
 from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass, normalized, stratified
 from diffusion_t5x.objectives.uniform_bound import uniform_bound
 from diffusion_t5x.shapes import AnyBoolBL, FloatBL, FloatBLD, FloatScalar, IntBL, IntScalar, KeyB, KeyScalar
-
-Times = tuple[float, float]
-ALL_TIMES: Times = (0.0, 1.0)
 
 
 def first_targets(batch: Batch) -> IntBL:
@@ -136,14 +134,6 @@ class Read(NamedTuple):
     clean: FloatBLD
 
 
-def check_times(times: Times) -> None:
-    if not (isinstance(times, tuple | list) and len(times) == 2 and 0 <= times[0] <= times[1] <= 1 and times[1] > 0):
-        raise UserError(
-            f"Block.times must be (low, high) with 0 <= low <= high <= 1 and high > 0; got {times}. "
-            "(0.0, 1.0) draws from all times."
-        )
-
-
 @dataclasses.dataclass(frozen=True)
 class InBlocks(Objective):
     """The common part of objectives that predict the noisy targets of a block given everything before it, clean.
@@ -174,9 +164,9 @@ class InBlocks(Objective):
     def passes(self) -> Sequence[Pass]:
         return (Pass(slots=2),)
 
+    @abc.abstractmethod
     def noisy(self, vocabulary: TokenIds, batch: Batch, key: KeyScalar) -> IntBL:
         """Returns the tokens with noise in place of some targets, as `loss` has them with this key."""
-        raise NotImplementedError
 
     def model_inputs(self, model: ModelDefinition, batch: Batch, key: KeyScalar) -> IntBL:
         """Returns the noisy targets among their clean inputs; the model reads the clean targets as well."""
@@ -245,7 +235,7 @@ class Block(InBlocks):
 
     Training may draw times from a part of [0, 1] alone, in which the loss varies less (clipped schedules: BD3-LM,
     section 5.2). The weights stay, so it is a weighted loss and no bound; evaluation draws from all of [0, 1], and
-    likelihoods do as ever. Blocks of one target are the exception: their loss has the same mean for any times.
+    so do likelihoods. Blocks of one target are the exception: their loss has the same mean for any times.
 
     Attributes:
       block_size: number of targets per block. 1 is autoregressive (but reads MASK where an autoregressive model reads

@@ -56,6 +56,18 @@ def mask_targets(batch: Batch, vocabulary: TokenIds, probability: FloatBL, keys:
     return jnp.where(masked & batch.target_mask, vocabulary.mask_id, batch.tokens)
 
 
+Times = tuple[float, float]  # the part of [0, 1] that times are drawn from
+ALL_TIMES: Times = (0.0, 1.0)
+
+
+def check_times(times: Times) -> None:
+    if not (isinstance(times, tuple | list) and len(times) == 2 and 0 <= times[0] <= times[1] <= 1 and times[1] > 0):
+        raise UserError(
+            f"Block.times must be (low, high) with 0 <= low <= high <= 1 and high > 0; got {times}. "
+            "(0.0, 1.0) draws from all times."
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Masked(Objective):
     """Cross-entropy of masked targets given all others.
