@@ -15,9 +15,15 @@ def program(path: pathlib.Path, script: str) -> pathlib.Path:
     return path
 
 
-def environment(folder: pathlib.Path, **variables: str) -> dict[str, str]:
-    """This process's environment with the programs of `folder` before all others."""
-    return {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", **variables}
+def environment(folder: pathlib.Path | None = None, **variables: str) -> dict[str, str]:
+    """This process's environment, with the programs of `folder` before all others.
+
+    Settings of the launchers and of a surrounding Slurm job are left out: DIFFUSION_T5X_VENV would run the real Python.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DIFFUSION_T5X_", "SLURM_"))}
+    if folder is not None:
+        kept["PATH"] = f"{folder}{os.pathsep}{kept['PATH']}"
+    return kept | variables
 
 
 def run(script: pathlib.Path, *arguments: str, **options) -> subprocess.CompletedProcess:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 import pytest
-from stand_ins import LAUNCH, run
+from stand_ins import LAUNCH, environment, run
 
 ROOT = LAUNCH.parent
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -36,8 +36,7 @@ VERB = ["train", "--gin_file=recipes/quickstart/pretrain_ar.gin", LENGTHS]
 
 def printed(name: str) -> str:
     script, arguments = CALLS[name]
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "DIFFUSION_T5X_VENV"))}
-    process = run(LAUNCH / script, "--print", *arguments, *VERB, env={**clean, "TMPDIR": "/tmp"})
+    process = run(LAUNCH / script, "--print", *arguments, *VERB, env=environment(TMPDIR="/tmp"))
     assert process.returncode == 0, process.stderr
     return process.stdout.replace(str(ROOT), "ROOT")
 
