@@ -1,6 +1,6 @@
-"""Readers of text files: JSON lines, TSV, plain text and parallel text, also as .gz, as sequences of records.
+"""Readers of files: JSON lines, TSV, plain text and parallel text, also as .gz, and Parquet, as sequences of records.
 
-`data.text_files` opens, unpacks and splits files.
+`data.text_files` opens, unpacks and splits text files.
 """
 
 import abc
@@ -8,17 +8,22 @@ import bisect
 import dataclasses
 import itertools
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusion_t5x import json_lines
 from diffusion_t5x.data import text_files
 from diffusion_t5x.data.text_files import Indexed, Pieces, T
 from diffusion_t5x.errors import UserError
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 logger = logging.getLogger(__name__)
 Fields = Mapping[str, Any]
 
+PARQUET = ".parquet"
 _DOCUMENTS = {"line": text_files.LINE, "paragraphs": text_files.PARAGRAPHS, "file": text_files.WHOLE}
 
 
@@ -81,11 +86,50 @@ class Jsonl(Reader):
     """One JSON object per line, whose fields are texts or numbers. Duplicate fields are refused."""
 
     def read(self, files: Sequence[str]) -> Records:
-        def records(file: str) -> Records:
-            pieces = Pieces(file)
-            return Records(len(pieces), lambda i: json_lines.parse_object(pieces[i]), pieces.where)
+        return _read_each(files, _read_jsonl)
 
-        return _read_each(files, records)
+
+def _read_jsonl(file: str) -> Records:
+    pieces = Pieces(file)
+    return Records(len(pieces), lambda i: json_lines.parse_object(pieces[i]), pieces.where)
+
+
+@dataclasses.dataclass(frozen=True)
+class Structured(Reader):
+    """Parquet from files whose names end in .parquet, and JSON lines from all others.
+
+    A Parquet file is held in memory, as Arrow has it. Its columns of bytes, such as images, are left out.
+    """
+
+    def read(self, files: Sequence[str]) -> Records:
+        return _read_each(files, lambda file: _read_parquet(file) if file.endswith(PARQUET) else _read_jsonl(file))
+
+
+def _read_parquet(file: str) -> Records:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(os.path.expanduser(file)) as opened:
+            names = [field.name for field in opened.schema_arrow if not _holds_bytes(field.type)]
+            table = opened.read(names)
+    except OSError as error:
+        raise UserError(f"Cannot read {file}: {error.strerror or error}.") from error
+    except pa.ArrowException as error:
+        raise UserError(f"{file} is not a Parquet file that can be read: {error}.") from error
+    if left_out := set(opened.schema_arrow.names) - set(names):
+        logger.info("%s: columns of bytes are left out: %s", file, ", ".join(sorted(left_out)))
+    return Records(
+        table.num_rows, lambda i: table.slice(i, 1).to_pylist()[0], lambda i: f"{file}: row {i + 1}"
+    )
+
+
+def _holds_bytes(kind: "pa.DataType") -> bool:
+    """True for a type of Arrow that holds bytes, directly or in lists and objects."""
+    from pyarrow import types
+
+    inner = [kind.field(i).type for i in range(kind.num_fields)]
+    return types.is_binary(kind) or types.is_large_binary(kind) or any(map(_holds_bytes, inner))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from diffusion_t5x.errors import UserError
 
 Message = Mapping[str, Any]
 
+_FILE, _KEY = "chat_template.jinja", "chat_template"  # where a template stands: a file, or in tokenizer_config.json
 _MARK = "\U0010ffff"  # Unicode keeps it for a program's own use
 # What asks for an answer may begin it with a thought, as DeepSeek-R1's template does.
 _OPEN_THOUGHT = re.compile(r"<([\w:]+)>\s*\Z")
@@ -72,9 +73,9 @@ class ChatTemplate:
         Raises:
           UserError: there is none, or it cannot be read.
         """
-        file, config_file = folder / "chat_template.jinja", folder / tokenizer_files.CONFIG
+        file, config_file = folder / _FILE, folder / tokenizer_files.CONFIG
         config = tokenizer_files.read(config_file)
-        text, tool_use = config.get("chat_template"), None
+        text, tool_use = config.get(_KEY), None
         if isinstance(text, list):  # several by name
             if not all(isinstance(each, dict) and {"name", "template"} <= each.keys() for each in text):
                 raise UserError(f'{config_file}: each chat_template of a list has a "name" and a "template".')
@@ -180,6 +181,11 @@ class ChatTemplate:
         if isinstance(value, dict):
             return {self._mark(name): self._mark(inner) for name, inner in value.items()}
         return [self._mark(inner) for inner in value] if isinstance(value, list) else value
+
+
+def is_in(folder: pathlib.Path) -> bool:
+    """True if a tokenizer's folder has a chat template."""
+    return (folder / _FILE).exists() or tokenizer_files.read(folder / tokenizer_files.CONFIG).get(_KEY) is not None
 
 
 def parts(text: str) -> list[str]:
