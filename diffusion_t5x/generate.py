@@ -9,12 +9,20 @@ checkpoint; gin files and --gin.NAME=VALUE change them.
   --length N      maximum number of tokens to write; for diffusion, the canvas
   --samples N     answers to each prompt
   --seed N        random seed
+  --chat, --no-chat
+                  format prompts with the chat template that comes with the tokenizer, or leave them as they are. Without
+                  either, the template is used if there is one and the model may have learned it. In a terminal, a chat
+                  is one conversation (/help lists its commands); in a pipe, each line is the only turn of its own
+  --system TEXT   system prompt of a chat
+  --stop TEXT     end answers before this text; repeatable
   --tokenizer FILE
                   the vocabulary's file, if the checkpoint does not name it or it has moved
 """
 
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -22,12 +30,15 @@ from diffusion_t5x.chat.answers import Answers
 from diffusion_t5x.chat.conversation import Plain, Terminal, ended_by_signals, say
 from diffusion_t5x.chat.live_canvas import LiveCanvas
 from diffusion_t5x.chat.prompts import Prompts, prompt_lengths
+from diffusion_t5x.chat.talk import Talk
 from diffusion_t5x.checkpointing import checkpoints
+from diffusion_t5x.checkpointing.checkpoints import OpenCheckpoint
 from diffusion_t5x.command_line import config
 from diffusion_t5x.command_line.recorded import gin_text
 from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.console import Console
-from diffusion_t5x.data import vocabulary_files
+from diffusion_t5x.data import stop_strings, vocabulary_files
+from diffusion_t5x.data.chats import Chat
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.data.vocabulary import AnyVocabulary
@@ -49,6 +60,7 @@ TASK_FEATURE_LENGTHS = None
 CONTEXT_EOS = None
 VOCABULARY = None
 VOCABULARY_FILE = None
+TEMPLATE_VARIABLES = None
 
 generate.generate:
   model = %MODEL
@@ -58,6 +70,7 @@ generate.generate:
   context_eos = %CONTEXT_EOS
   task = %MIXTURE_OR_TASK_NAME
   task_feature_lengths = %TASK_FEATURE_LENGTHS
+  template_variables = %TEMPLATE_VARIABLES
 """
 
 
@@ -75,6 +88,10 @@ def generate(
     length: int | None = None,
     samples: int = 1,
     random_seed: int = 0,
+    chat: bool | None = None,
+    system: str | None = None,
+    stop: Sequence[str] = (),
+    template_variables: Mapping[str, Any] | None = None,
     allow_mismatch: bool = False,
 ) -> None:
     """Answers prompts, the decoder's `inputs`, on one device, one row at a time.
@@ -96,6 +113,11 @@ def generate(
       length: number of tokens to write, instead of the targets' length.
       samples: number of answers to each prompt.
       random_seed: seed of the decoder.
+      chat: format prompts with the chat template beside the vocabulary. None does so if there is one and the checkpoint
+        does not say that the model was trained on something else.
+      system: the system prompt of a chat.
+      stop: strings before which an answer ends.
+      template_variables: other variables of the chat template, such as {"enable_thinking": False}.
       allow_mismatch: use the model other than as it was trained, according to the checkpoint's record.
 
     Raises:
@@ -106,16 +128,21 @@ def generate(
     for name, value in (("length", length), ("samples", samples)):
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, not {value}.")
+    stops = stop_strings.check(stop, "--stop")
     max_inputs, length = prompt_lengths(task_feature_lengths, length, model)
     dataset = None if task is None else SeqioDataset(task, task_feature_lengths or {})
     vocabulary = vocabulary or _vocabulary(vocabulary_file, dataset)
-    if context_eos is None and dataset:
+    template = _chat(checkpoint, vocabulary, template_variables, chat, system)
+    if template:
+        context_eos = False  # the chat template ends the turns
+    elif context_eos is None and dataset:
         context_eos = "inputs" in dataset.task_feature_lengths and dataset.adds_eos("inputs")
     elif context_eos is None:
         context_eos = model.architecture == "encoder_decoder"
-    prompts = Prompts(vocabulary, context_eos, max_inputs, length, model.architecture)
+    prompts = Prompts(vocabulary, context_eos, max_inputs, length, model.architecture, template, system, stops)
     mesh = MeshConfig().make(jax.devices()[:1])
-    definition, params = load_model(checkpoint, model, token_ids(vocabulary), mesh)
+    ids = dataclasses.replace(token_ids(vocabulary), end_ids=prompts.end_ids)
+    definition, params = load_model(checkpoint, model, ids, mesh)
 
     how = checkpoint.record.trained_by or "imported"
     device = jax.devices()[0].device_kind
@@ -123,7 +150,7 @@ def generate(
     say(f"{checkpoint_path}, step {step}, {how}: {size:,} parameters on {device}")
     each = f"{samples} × {length}" if samples > 1 else str(length)
     most = "any number" if max_inputs is None else f"at most {max_inputs}"
-    say(f"{decoder}, {each} tokens after {most} of a prompt, seed {random_seed}")
+    say(f"{decoder}, {each} tokens after {most} of a prompt, seed {random_seed}{', chat' if template else ''}")
     canvas = None
     if sys.stdout.isatty() and (prompt is not None or sys.stdin.isatty()):
         canvas = LiveCanvas(Console(), prompts.cells, decoder.left_to_right)
@@ -133,7 +160,7 @@ def generate(
             Plain(prompts, answers, samples).run(prompt)
         return
     try:
-        Terminal(prompts, answers, samples, canvas).run(prompt)
+        (Talk if template else Terminal)(prompts, answers, samples, canvas).run(prompt)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -147,6 +174,28 @@ def _vocabulary(file: str | None, dataset: SeqioDataset | None) -> AnyVocabulary
             "it was trained on, --gin_file=tasks/... --gin.MIXTURE_OR_TASK_NAME=..."
         )
     return vocabulary_files.vocabulary(file)
+
+
+def _chat(
+    checkpoint: OpenCheckpoint,
+    vocabulary: AnyVocabulary,
+    variables: Mapping[str, Any] | None,
+    wanted: bool | None,
+    system: str | None,
+) -> Chat | None:
+    """Returns the chat format to use; None to leave prompts as they are."""
+    is_asked_for = wanted or system is not None
+    if wanted is False and system is not None:
+        raise UserError("--system is for a chat: leave out --no-chat.")
+    if wanted is False or not (is_asked_for or checkpoint.record.may_chat):
+        return None
+    chat = Chat.of(vocabulary, variables)
+    if is_asked_for and chat is None:
+        raise UserError(
+            f"{checkpoint} has no chat template: there is neither chat_template.jinja nor a chat_template in "
+            "tokenizer_config.json beside a tokenizer.json. Leave out --chat and --system."
+        )
+    return chat
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -167,6 +216,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "length": flags.length,
         "samples": flags.samples,
         "random_seed": flags.seed,
+        "chat": flags.chat,
+        "system": flags.system,
+        "stop": flags.stop,
     }
     bindings = [f"--gin.generate.generate.{name}={value!r}" for name, value in given.items() if value is not None]
     if flags.tokenizer is not None:  # then nothing is left for the task to say, which needs SeqIO; gin flags still win

@@ -127,6 +127,12 @@ VERBS: Mapping[str, Verb] = {
             "--length": {"type": int, "metavar": "TOKENS", "help": "maximum length of the answer"},
             "--samples": {"type": int, "metavar": "N", "help": "answers to each prompt"},
             "--seed": {"type": int, "metavar": "N", "help": "random seed"},
+            "--chat": {
+                "action": argparse.BooleanOptionalAction,
+                "help": "format prompts with the model's chat template (default: if it has one)",
+            },
+            "--system": {"metavar": "TEXT", "help": "system prompt of a chat"},
+            "--stop": {"action": "append", "metavar": "TEXT", "help": "end answers before this text; repeatable"},
             "--tokenizer": {
                 "metavar": "FILE",
                 "help": "the vocabulary's file, if the checkpoint does not name it or it has moved",

@@ -2,11 +2,12 @@
 
 import codecs
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Self
 
 import jax
@@ -39,6 +40,7 @@ class TokenIds:
       fingerprint: hash of its contents; a checkpoint trained with another one is refused.
       noise_only: a model may write what is in the noise vocabulary, and nothing else.
       reads_start: see `ModelConfig.reads_start`, which `ModelDefinition` copies here.
+      end_ids: other ids that end a text, such as the end of a turn in a chat (see `chats.Chat.end_ids`).
     """
 
     size: int
@@ -51,6 +53,7 @@ class TokenIds:
     fingerprint: str = ""
     noise_only: bool = False
     reads_start: bool = True
+    end_ids: tuple[int, ...] = ()
 
     def for_infilling(self) -> Self:
         """Returns the ids as they apply in the holes of a text: a hole takes pieces of text, and nothing ends it.
@@ -61,12 +64,13 @@ class TokenIds:
         in_holes[self.noise_ids()] = True
         in_holes[[self.eos_id, self.pad_id]] = False
         return dataclasses.replace(
-            self, pad_id=self.mask_id, eos_id=self.mask_id, noise_ranges=_ranges(in_holes), noise_only=True
+            self, pad_id=self.mask_id, eos_id=self.mask_id, noise_ranges=_ranges(in_holes), noise_only=True, end_ids=()
         )
 
     def is_end(self, tokens: Int[Array, "*shape"]) -> Bool[jax.Array, "*shape"]:
-        """Returns True for tokens that are EOS or pad, either of which ends a text."""
-        return (tokens == self.eos_id) | (tokens == self.pad_id)
+        """Returns True for tokens that end a text: EOS, pad and `end_ids`."""
+        is_end = (tokens == self.eos_id) | (tokens == self.pad_id)
+        return functools.reduce(lambda found, end: found | (tokens == end), self.end_ids, is_end)
 
     def noise_ids(self) -> np.ndarray:
         """Returns int32 `[number of noise ids]`: the noise vocabulary in ascending order."""
@@ -235,9 +239,9 @@ def signs(vocabulary: AnyVocabulary) -> dict[int, str]:
     return {vocabulary.eos_id: "¶", vocabulary.pad_id: "·", mask_id_of(vocabulary): "▢"}
 
 
-def to_text(vocabulary: AnyVocabulary, tokens: Iterable[int]) -> str:
-    """Returns the text of target tokens, up to EOS or the first pad."""
-    ends = (vocabulary.eos_id, vocabulary.pad_id)
+def to_text(vocabulary: AnyVocabulary, tokens: Iterable[int], end_ids: Collection[int] = ()) -> str:
+    """Returns the text of target tokens, up to EOS, the first pad or the first of `end_ids`."""
+    ends = {vocabulary.eos_id, vocabulary.pad_id, *end_ids}
     text = vocabulary.decode(list(itertools.takewhile(lambda token: token not in ends, tokens)))
     return text if isinstance(text, str) else " ".join(map(str, text))  # a PassThroughVocabulary has no texts
 
