@@ -106,9 +106,10 @@ VERBS: Mapping[str, Verb] = {
         f"infer --trace {_QUICKSTART_DECODED} --gin_file=runs/infer.gin --gin.CHECKPOINT_PATH=/tmp/finetuned "
         f"--gin.INFER_OUTPUT_DIR=/tmp/predictions {_QUICKSTART_TASK}",
         "diffusion_t5x.infer",
-        ("runs/infer.gin", "runs/infer_score.gin"),
+        ("runs/infer.gin", "runs/infer_score.gin", "runs/infer_chat.gin"),
         {
             **CHECKPOINT,
+            "--messages": {"metavar": "FILE", "help": "answer these conversations, JSON lines or Parquet"},
             "--templates": {"metavar": "FILE", "help": "fill the holes of these texts, JSON lines"},
             "--trace": {"action": "store_true", "help": "keep every step, and write a page that plays them"},
             **SLICE_FLAGS,
