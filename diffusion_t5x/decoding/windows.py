@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.decoding.block import end_rows, start_row
 from diffusion_t5x.decoding.canvas import Canvas, StepRule, Written, denoise
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace
 from diffusion_t5x.decoding.masked import MaskedDecoder
+from diffusion_t5x.decoding.rows import end_rows, start_row
 from diffusion_t5x.decoding.stale_cache import Cached, StaleReader
 from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.modes import Mode
@@ -19,8 +19,6 @@ from diffusion_t5x.models.slots import put_slots, slots_where, take_slots
 from diffusion_t5x.models.streams import row_keys
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.shapes import BoolBL, FloatBLD, IntBL, IntScalar, KeyB, KeyScalar
-
-Carry = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,12 +124,12 @@ class WindowDecoder(Decoder):
 
         most_steps = -(-length // size) * (size if self.first_alone else self.inner.most_steps(size))
         carry = {
-            **start_row(canvas, num_targets == 0, start_trace(trace, canvas, most_steps)),
+            **start_row(batch, keys, None, canvas, start_trace(trace, canvas, most_steps)),
             "window": jnp.int32(0),
             "memory": reader.start(),
         }
         carry = jax.lax.while_loop(lambda carry: jnp.any(carry["window"] * size < num_targets), write_window, carry)
-        decoded = end_rows(carry, batch, vocabulary)
+        decoded = end_rows(carry, vocabulary)
         return decoded.replace(scores=decoded.scores / jnp.maximum(num_targets, 1))
 
 

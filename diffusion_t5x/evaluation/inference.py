@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -14,6 +13,7 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch
 from diffusion_t5x.evaluation import traces
 from diffusion_t5x.evaluation.teacher import Judge
+from diffusion_t5x.models.streams import sample_key
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.records import write_json_lines
 
@@ -31,9 +31,7 @@ def make_decode_step(
     """
 
     def step(params: Params, batch: Batch, sample: jax.Array | int = 0) -> Decoded:
-        key = jax.random.key(seed)
-        # Rows fold in their ids, which are not negative: no sample's key is a row's.
-        key = jnp.where(sample == 0, key, jax.random.fold_in(key, -sample))
+        key = sample_key(jax.random.key(seed), sample)
         return decoder.decode(definition.bind(params), batch, key, trace)
 
     return jax.jit(step, out_shardings=partitioning.replicated(mesh))

@@ -1,0 +1,327 @@
+"""Decoding in slots ("continuous batching"): a row leaves when its text ends, and the next one takes its slot."""
+
+import collections
+import dataclasses
+import functools
+import itertools
+from collections.abc import Hashable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int
+
+from diffusion_t5x import partitioning
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.decoding.decoder import Decoded, Decoder
+from diffusion_t5x.decoding.rows import Carry, RowDecoder
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.streams import sample_key
+from diffusion_t5x.models.transformer import ModelDefinition, Params
+from diffusion_t5x.shapes import IntB
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """A row that is not finished.
+
+    Attributes:
+      ident: the row's.
+      tokens: the row as it is; see `Decoded.canvas`.
+      num_written: number of its targets that are written.
+    """
+
+    ident: Hashable
+    tokens: Int[np.ndarray, " length"]
+    num_written: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A row that has left its slot.
+
+    Attributes:
+      ident: the row's.
+      decoded: the output of this one row, numpy.
+    """
+
+    ident: Hashable
+    decoded: Decoded
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """A row of `width` slots, padded to those of the engine, and what it draws from."""
+
+    ident: Hashable
+    row: Batch
+    width: int
+    seed: int
+    sample: int
+
+
+class SlotEngine:
+    """Decodes rows in a fixed number of slots; each text is the one that its row has alone.
+
+    All rows are written together, piece by piece (`RowDecoder.advance`). Between two pieces, finished rows leave and
+    waiting ones are read into the free slots, in the order in which they came.
+
+    A program is compiled for each of a few numbers of rows that are read at once (all slots; 1, 4, 16, ...), one for a
+    piece and one for the output.
+
+    Args:
+      mesh: the mesh for the rows.
+      definition: the model.
+      params: its parameters.
+      decoder: writes the texts.
+      num_slots: number of rows that are written at once.
+      length: number of slots of a row, in tokens: at most so many inputs and targets.
+      encoder_length: maximum number of an encoder's inputs; None for a decoder-only model.
+      seed: seed of all draws; rows draw from it by `example_ids`.
+      piece: number of input tokens of a row that are read at once.
+      stride: number of calls of `RowDecoder.advance` between two looks at which rows have finished. More save time on
+        the host; a finished row waits for up to so many.
+
+    Raises:
+      UserError: the decoder cannot write rows that do not begin together, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        definition: ModelDefinition,
+        params: Params,
+        decoder: Decoder,
+        *,
+        num_slots: int,
+        length: int,
+        encoder_length: int | None = None,
+        seed: int = 0,
+        piece: int = 128,
+        stride: int = 1,
+    ):
+        self._decoder = _checked(decoder)
+        for name, value in {"num_slots": num_slots, "length": length, "piece": piece, "stride": stride}.items():
+            if value < 1:
+                raise UserError(f"SlotEngine.{name} must be at least 1, not {value}.")
+        if (definition.config.architecture == "encoder_decoder") != (encoder_length is not None):
+            raise UserError("SlotEngine.encoder_length belongs to encoder-decoder models, and only to them.")
+        partitioning.check_batch(mesh, num_slots, length)
+        self._mesh, self._definition, self._params = mesh, definition, params
+        self._length, self._encoder_length = length, encoder_length
+        self._seed, self._piece, self._stride = seed, piece, stride
+        self._slots: list[_Request | None] = [None] * num_slots
+        self._waiting: collections.deque[_Request] = collections.deque()
+        self._carry: Carry | None = None
+        whole = partitioning.replicated(mesh)
+        self._begin = jax.jit(self._begin_rows)
+        self._admit = jax.jit(self._admit_rows, donate_argnums=1)
+        self._advance = jax.jit(self._advance_rows, donate_argnums=1, out_shardings=(None, whole))
+        self._finish = jax.jit(self._finish_rows, out_shardings=whole)
+
+    @property
+    def num_slots(self) -> int:
+        return len(self._slots)
+
+    @property
+    def num_running(self) -> int:
+        """Number of slots that are taken."""
+        return sum(request is not None for request in self._slots)
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of rows that wait for a slot."""
+        return len(self._waiting)
+
+    def submit(self, ident: Hashable, row: Batch, *, seed: int | None = None, sample: int = 0) -> None:
+        """Lets a row wait for a slot.
+
+        Args:
+          ident: the row's name in events; no row that waits or runs may have the same one.
+          row: numpy, a batch of this one row.
+          seed: seed of its draws; None takes the engine's.
+          sample: number of the sample, for several texts of one example; see `sample_key`.
+
+        Raises:
+          UserError: the row is longer than those of the engine, or there is a row of that name.
+        """
+        if any(other is not None and other.ident == ident for other in (*self._slots, *self._waiting)):
+            raise UserError(f"A row {ident!r} is already being decoded: give each row another name.")
+        width = row.tokens.shape[1]
+        padded = _padded(row, self._length, self._encoder_length)
+        self._waiting.append(_Request(ident, padded, width, self._seed if seed is None else seed, sample))
+
+    def cancel(self, ident: Hashable) -> None:
+        """Forgets a row, and frees its slot if it has one. A row that is not there was finished before."""
+        self._waiting = collections.deque(request for request in self._waiting if request.ident != ident)
+        for slot, request in enumerate(self._slots):
+            if request is not None and request.ident == ident:
+                assert self._carry is not None
+                self._slots[slot] = None
+                self._carry["finished"] = self._carry["finished"].at[slot].set(True)  # takes no more steps
+
+    def advance(self) -> list[Progress | Finished]:
+        """Reads waiting rows into free slots, writes the next piece of all rows, and returns what became of each."""
+        finished = self._write_pieces()
+        if self._carry is None or not self.num_running:
+            return []
+        decoded = jax.device_get(self._finish(self._carry))
+        number = np.sum(decoded.written_at >= 0, axis=-1)
+        return [
+            Finished(request.ident, self._leave(slot, request, decoded))
+            if finished[slot]
+            else Progress(request.ident, decoded.canvas[slot, : request.width], int(number[slot]))
+            for slot, request in enumerate(self._slots)
+            if request is not None
+        ]
+
+    def decode(self, rows: Iterable[tuple[Hashable, Batch]]) -> Iterator[tuple[Hashable, Decoded]]:
+        """Yields the output of each row, numpy, as soon as it is finished; takes rows as slots become free."""
+        rows = iter(rows)
+        while True:
+            for ident, row in itertools.islice(rows, self.num_slots - self.num_running - self.num_waiting):
+                self.submit(ident, row)
+            if not self.num_waiting + self.num_running:
+                return
+            finished = self._write_pieces()
+            if any(finished):
+                decoded = jax.device_get(self._finish(self._carry))
+                ended = [(slot, request) for slot, request in enumerate(self._slots) if request and finished[slot]]
+                yield from [(request.ident, self._leave(slot, request, decoded)) for slot, request in ended]
+
+    def _leave(self, slot: int, request: _Request, decoded: Decoded) -> Decoded:
+        """Frees a slot; returns the output of its row."""
+        self._slots[slot] = None
+        return _row_of(decoded, slot, request.width)
+
+    def _write_pieces(self) -> np.ndarray:
+        """Reads waiting rows into free slots and writes the next piece of all rows; returns which are finished."""
+        with jax.set_mesh(self._mesh):
+            self._read_waiting()
+            if not self.num_running:
+                return np.zeros(self.num_slots, bool)
+            self._carry, finished = self._advance(self._params, self._carry)
+        return np.asarray(finished)
+
+    def _read_waiting(self) -> None:
+        free = [slot for slot, request in enumerate(self._slots) if request is None]
+        taken = [(slot, self._waiting.popleft()) for slot in free[: self.num_waiting]]
+        for slot, request in taken:
+            self._slots[slot] = request
+        if len(free) == self.num_slots and taken and (self._carry is None or 2 * len(taken) > self.num_slots):
+            requests = [request for _, request in taken]
+            requests += [_nobody(requests[0])] * (self.num_slots - len(taken))
+            self._carry = self._begin(self._params, *self._put(requests, partitioning.put_batch))
+            return
+        while taken:
+            size = 4 ** int(np.log2(len(taken)) // 2)
+            group, taken = taken[:size], taken[size:]
+            rows = self._put([request for _, request in group], partitioning.put_whole)
+            at = np.array([slot for slot, _ in group], np.int32)
+            self._carry = self._admit(self._params, self._carry, *rows, at)
+
+    def _put(self, requests: list[_Request], put: Any) -> Any:
+        """Puts rows, their keys and the numbers of their samples on the mesh."""
+        batch = jax.tree.map(lambda *x: np.concatenate(x), *(request.row for request in requests))
+        keys = np.stack([_key_data(request.seed) for request in requests])
+        samples = np.array([request.sample for request in requests], np.int32)
+        return put(self._mesh, (batch, keys, samples))
+
+    # The programs.
+
+    def _begin_rows(self, params: Params, batch: Batch, keys: jax.Array, samples: IntB) -> Carry:
+        """Returns the state of new rows."""
+        row_keys = jax.vmap(sample_key)(jax.random.wrap_key_data(keys), samples)
+        return self._decoder.start(self._definition.bind(params), batch, row_keys, piece=self._piece)
+
+    def _admit_rows(
+        self, params: Params, carry: Carry, batch: Batch, keys: jax.Array, samples: IntB, at: IntB
+    ) -> Carry:
+        """Returns the state with new rows in the slots `at`."""
+        new = self._begin_rows(params, batch, keys, samples)
+        axes = self._axes(params, batch, keys, samples)
+
+        def put(old, new, axis):
+            if axis is None:
+                return old
+            times = old.shape[axis] // self.num_slots  # canvases of a row
+            places = (at[:, None] * times + jnp.arange(times)).reshape(-1)
+            return old.at[(slice(None),) * axis + (places,)].set(new)
+
+        return jax.tree.map(put, carry, new, axes)
+
+    def _axes(self, *rows: Any) -> Any:
+        """Returns the axis of rows of each array of the state; None for scalars."""
+
+        def shapes(number):
+            params, *others = rows
+            more = [jax.tree.map(lambda x: jax.ShapeDtypeStruct((number, *x.shape[1:]), x.dtype), x) for x in others]
+            return jax.eval_shape(self._begin_rows, params, *more)
+
+        def axis(one, other):
+            differing = [i for i, (x, y) in enumerate(zip(one.shape, other.shape, strict=True)) if x != y]
+            return differing[0] if differing else None
+
+        return jax.tree.map(axis, shapes(2), shapes(3))
+
+    def _advance_rows(self, params: Params, carry: Carry) -> tuple[Carry, jax.Array]:
+        """Returns the state after a stride, and which rows are finished."""
+        model = self._definition.bind(params)
+
+        def unfinished(state):
+            number, carry = state
+            return (number < self._stride) & ~jnp.all(carry["finished"])
+
+        def write(state):
+            return state[0] + 1, self._decoder.advance(model, state[1])
+
+        _, carry = jax.lax.while_loop(unfinished, write, (jnp.int32(0), carry))
+        return carry, carry["finished"]
+
+    def _finish_rows(self, carry: Carry) -> Decoded:
+        return self._decoder.finish(self._definition.vocabulary, carry)
+
+
+def _checked(decoder: Decoder) -> RowDecoder:
+    if not isinstance(decoder, RowDecoder):
+        raise UserError(
+            f"{type(decoder).__name__} cannot decode in slots: its rows must begin together. Decode whole batches, or "
+            "take another decoder, such as decoding/autoregressive.gin or decoding/block.gin."
+        )
+    return decoder
+
+
+@functools.lru_cache(maxsize=1024)
+def _key_data(seed: int) -> np.ndarray:
+    return np.asarray(jax.random.key_data(jax.random.key(seed)))
+
+
+def _padded(row: Batch, length: int, encoder_length: int | None) -> Batch:
+    """Returns a batch of one row with so many slots; raises a UserError if it has more."""
+
+    def pad(name, x):
+        if x.ndim == 1:
+            return np.asarray(x)
+        room = (encoder_length or 0 if name.startswith("encoder") else length) - x.shape[1]
+        if room < 0:
+            raise UserError(f"A row has {x.shape[1]} slots, but the engine's have {x.shape[1] + room}: cut the text.")
+        return np.pad(x, ((0, 0), (0, room)))
+
+    return row.replace(**{name: pad(name, x) for name, x in vars(row).items() if x is not None})
+
+
+def _nobody(request: _Request) -> _Request:
+    """Returns a row without anything to write, in the shapes of another."""
+    return dataclasses.replace(request, row=jax.tree.map(np.zeros_like, request.row))
+
+
+def _row_of(decoded: Decoded, row: int, width: int) -> Decoded:
+    """Returns the output of one row, without the slots after its own."""
+    fields = {
+        name: x[row : row + 1, :width] if x.ndim == 2 else x[row : row + 1]
+        for name, x in vars(decoded).items()
+        if x is not None and name != "steps"
+    }
+    return decoded.replace(**fields, steps=np.asarray(decoded.row_steps[row]))
