@@ -29,17 +29,15 @@ import jax
 from diffusion_t5x.chat.answers import Answers
 from diffusion_t5x.chat.conversation import Plain, Terminal, ended_by_signals, say
 from diffusion_t5x.chat.live_canvas import LiveCanvas
+from diffusion_t5x.chat.opening import open_vocabulary
 from diffusion_t5x.chat.prompts import Prompts, prompt_lengths
 from diffusion_t5x.chat.talk import Talk
 from diffusion_t5x.checkpointing import checkpoints
 from diffusion_t5x.checkpointing.checkpoints import OpenCheckpoint
-from diffusion_t5x.command_line import config
-from diffusion_t5x.command_line.recorded import gin_text
-from diffusion_t5x.command_line.verbs import own_flags
+from diffusion_t5x.command_line import answering
 from diffusion_t5x.console import Console
-from diffusion_t5x.data import stop_strings, vocabulary_files
+from diffusion_t5x.data import stop_strings
 from diffusion_t5x.data.chats import Chat
-from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.data.vocabulary import AnyVocabulary
 from diffusion_t5x.decoding.decoder import Decoder
@@ -48,30 +46,6 @@ from diffusion_t5x.evaluation.loading import load_model
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training.agreement import Agreement
-
-# Read before what the checkpoint says, which sets the macros.
-_GIN = """\
-from __gin__ import dynamic_registration
-
-from diffusion_t5x import generate
-
-MIXTURE_OR_TASK_NAME = None
-TASK_FEATURE_LENGTHS = None
-CONTEXT_EOS = None
-VOCABULARY = None
-VOCABULARY_FILE = None
-TEMPLATE_VARIABLES = None
-
-generate.generate:
-  model = %MODEL
-  decoder = %DECODER
-  vocabulary = %VOCABULARY
-  vocabulary_file = %VOCABULARY_FILE
-  context_eos = %CONTEXT_EOS
-  task = %MIXTURE_OR_TASK_NAME
-  task_feature_lengths = %TASK_FEATURE_LENGTHS
-  template_variables = %TEMPLATE_VARIABLES
-"""
 
 
 def generate(
@@ -130,15 +104,11 @@ def generate(
             raise UserError(f"--{name} must be at least 1, not {value}.")
     stops = stop_strings.check(stop, "--stop")
     max_inputs, length = prompt_lengths(task_feature_lengths, length, model)
-    dataset = None if task is None else SeqioDataset(task, task_feature_lengths or {})
-    vocabulary = vocabulary or _vocabulary(vocabulary_file, dataset)
+    vocabulary, context_eos = open_vocabulary(
+        vocabulary, vocabulary_file, context_eos, task, task_feature_lengths, model
+    )
     template = _chat(checkpoint, vocabulary, template_variables, chat, system)
-    if template:
-        context_eos = False  # the chat template ends the turns
-    elif context_eos is None and dataset:
-        context_eos = "inputs" in dataset.task_feature_lengths and dataset.adds_eos("inputs")
-    elif context_eos is None:
-        context_eos = model.architecture == "encoder_decoder"
+    context_eos = context_eos and not template  # the chat template ends the turns
     prompts = Prompts(vocabulary, context_eos, max_inputs, length, model.architecture, template, system, stops)
     mesh = MeshConfig().make(jax.devices()[:1])
     ids = dataclasses.replace(token_ids(vocabulary), end_ids=prompts.end_ids)
@@ -165,17 +135,6 @@ def generate(
         sys.exit(130)
 
 
-def _vocabulary(file: str | None, dataset: SeqioDataset | None) -> AnyVocabulary:
-    if file is None:
-        if dataset is not None:
-            return dataset.vocabulary()
-        raise UserError(
-            "The checkpoint names neither a task nor a vocabulary: give its file, --tokenizer FILE, or the task that "
-            "it was trained on, --gin_file=tasks/... --gin.MIXTURE_OR_TASK_NAME=..."
-        )
-    return vocabulary_files.vocabulary(file)
-
-
 def _chat(
     checkpoint: OpenCheckpoint,
     vocabulary: AnyVocabulary,
@@ -200,30 +159,8 @@ def _chat(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the flags and runs `generate`."""
-    argv = sys.argv[1:] if argv is None else argv
-    with config.program():
-        flags, rest = own_flags("generate").parse_known_args(argv)
-        if flags.checkpoint is None and not {"-h", "--help"} & set(rest):
-            raise UserError("No model. Give --checkpoint DIR: a MODEL_DIR, a checkpoint or what convert wrote.")
-        texts = {"the settings of generate": _GIN}
-        if flags.checkpoint:
-            checkpoint = checkpoints.open_checkpoint(flags.checkpoint)
-            knows_texts = flags.tokenizer is not None or checkpoint.record.vocabulary_source is not None
-            texts[f"the record of {checkpoint}"] = gin_text(checkpoint, with_task=not knows_texts)
-    given = {
-        "checkpoint_path": flags.checkpoint,
-        "prompt": flags.prompt,
-        "length": flags.length,
-        "samples": flags.samples,
-        "random_seed": flags.seed,
-        "chat": flags.chat,
-        "system": flags.system,
-        "stop": flags.stop,
-    }
-    bindings = [f"--gin.generate.generate.{name}={value!r}" for name, value in given.items() if value is not None]
-    if flags.tokenizer is not None:  # then nothing is left for the task to say, which needs SeqIO; gin flags still win
-        rest = [f"--gin.VOCABULARY_FILE={flags.tokenizer!r}", "--gin.MIXTURE_OR_TASK_NAME=None", *rest]
-    config.run(generate, [*rest, *bindings], texts=texts)
+    names = ("prompt", "length", "samples", "chat", "system", "stop")
+    answering.run(generate, argv, {**{name: name for name in names}, "seed": "random_seed"})
 
 
 if __name__ == "__main__":

@@ -140,6 +140,30 @@ VERBS: Mapping[str, Verb] = {
             },
         },
     ),
+    "serve": Verb(
+        "serve a model over HTTP, to clients of OpenAI's API",
+        "serve --checkpoint /tmp/finetuned --port 8000",
+        "diffusion_t5x.serve",
+        flags={
+            **CHECKPOINT,
+            "--host": {"metavar": "ADDRESS", "help": "where to listen (default: 127.0.0.1, this machine alone)"},
+            "--port": {"type": int, "metavar": "N", "help": "port (default: 8000; 0 takes a free one)"},
+            "--api_key": {
+                "metavar": "KEY",
+                "help": "key that clients must send; better in the environment: DIFFUSION_T5X_API_KEY",
+            },
+            "--slots": {"type": int, "metavar": "N", "help": "texts written at the same time (default: 8)"},
+            "--queue": {"type": int, "metavar": "N", "help": "texts that may wait (default: 64)"},
+            "--length": {"type": int, "metavar": "TOKENS", "help": "length of an answer if a request names none"},
+            "--context": {"type": int, "metavar": "TOKENS", "help": "tokens of a prompt and its answer together"},
+            "--most_bytes": {"type": int, "metavar": "N", "help": "maximum size of a request (default: 1000000)"},
+            "--grace": {"type": int, "metavar": "SECONDS", "help": "time to end requests after SIGTERM (default: 60)"},
+            "--tokenizer": {
+                "metavar": "FILE",
+                "help": "the vocabulary's file, if the checkpoint does not name it or it has moved",
+            },
+        },
+    ),
     "cache_tasks": Verb(
         "tokenize a task once; training then reads it without TensorFlow",
         "cache_tasks --gin_file=tasks/quickstart.gin --gin_file=runs/cache_tasks.gin --gin.CACHE_DIR=/tmp/cache "
