@@ -100,7 +100,7 @@ def serve(
         raise UserError(f"--queue must not be negative; got {queue}.")
     if importlib.util.find_spec("uvicorn") is None or importlib.util.find_spec("starlette") is None:
         raise UserError("serve needs the extra of that name: pip install 'diffusion_t5x[serve]'.")
-    from diffusion_t5x.serving.assembly import Loaded, run
+    from diffusion_t5x.serving.assembly import Loaded, application
     from diffusion_t5x.serving.server import Server
     from diffusion_t5x.serving.service import Limits
 
@@ -120,7 +120,8 @@ def serve(
     api_key = api_key or os.environ.get(_API_KEY) or None
     if api_key is None and not server.is_local:
         say(f"Anyone who reaches {host} can use this server: set {_API_KEY}.")
-    run(loaded, Limits(context, most_inputs, slots, queue, most_bytes), server, api_key, say)
+    limits = Limits(context, most_inputs, slots, queue, most_bytes)
+    server.run(application(loaded, limits, api_key, server.fail), say)
 
 
 def _lengths(

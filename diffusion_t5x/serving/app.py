@@ -129,8 +129,9 @@ class App:
     def _check_key(self, request: Request) -> None:
         if self._api_key is None:
             return
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        if not hmac.compare_digest(given, self._api_key.encode()):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        # Headers are read as Latin-1; the bytes are the key's.
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode("latin-1"), self._api_key.encode()):
             raise Refusal(
                 "The API key is missing or wrong: send it as the header Authorization: Bearer KEY.",
                 status=401,

@@ -18,7 +18,6 @@ from diffusion_t5x.serving.engine import Engine, OneByOne
 from diffusion_t5x.serving.metrics import Metrics
 from diffusion_t5x.serving.requests import MOST_ALTERNATIVES
 from diffusion_t5x.serving.scores import Scorer
-from diffusion_t5x.serving.server import Server
 from diffusion_t5x.serving.service import Limits, Service
 from diffusion_t5x.serving.worker import Engines, Text, Worker
 
@@ -70,11 +69,18 @@ class Loaded:
                 texts -= {event.ident for event in engines.advance() if isinstance(event, Finished)}
 
 
-def run(loaded: Loaded, limits: Limits, server: Server, api_key: str | None, say: Callable[[str], None]) -> None:
-    """Serves a model until a signal ends the server."""
+def application(loaded: Loaded, limits: Limits, api_key: str | None, on_failure: Callable[[], None]) -> Starlette:
+    """Returns the application that serves a model; its thread runs while the application does.
+
+    Args:
+      loaded: the model; its programs are compiled before this returns.
+      limits: limits of the server.
+      api_key: the key that clients must send; None asks for none.
+      on_failure: called when decoding has failed, after which every request is refused.
+    """
     engines = Engines(lambda decoder: loaded.engine(decoder, limits))
     loaded.warm_up(engines, limits)
-    worker, metrics = Worker(engines, loaded.scorer(), server.fail), Metrics()
+    worker, metrics = Worker(engines, loaded.scorer(), on_failure), Metrics()
     service = Service(loaded.name, loaded.prompts, loaded.decoder, limits, worker, metrics)
 
     @contextlib.asynccontextmanager
@@ -83,4 +89,4 @@ def run(loaded: Loaded, limits: Limits, server: Server, api_key: str | None, say
         yield
         worker.close()
 
-    server.run(App(service, metrics, api_key).asgi(lifespan), say)
+    return App(service, metrics, api_key).asgi(lifespan)

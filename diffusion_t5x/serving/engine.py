@@ -51,7 +51,7 @@ class OneByOne:
         self._step = jax.jit(step, out_shardings=partitioning.replicated(mesh))
 
     def submit(self, ident: Hashable, row: Batch, *, seed: int, sample: int) -> None:
-        self._waiting[ident] = jax.tree.map(_padded, row), sample_key(jax.random.key(seed), sample)
+        self._waiting[ident] = row, sample_key(jax.random.key(seed), sample)
 
     def cancel(self, ident: Hashable) -> None:
         self._waiting.pop(ident, None)
@@ -59,11 +59,12 @@ class OneByOne:
     def advance(self) -> Iterable[Event]:
         if self._waiting:
             ident, (row, key) = next(iter(self._waiting.items()))
+            width, row = row.tokens.shape[1], jax.tree.map(_padded, row)
             with jax.set_mesh(self._mesh):
                 decoded = self._step(self._params, partitioning.put_batch(self._mesh, row), key)
                 decoded = jax.device_get(decoded)
             del self._waiting[ident]
-            yield Finished(ident, decoded)
+            yield Finished(ident, jax.tree.map(lambda x: x[:, :width] if x.ndim == 2 else x, decoded))
 
 
 def _padded(x: np.ndarray) -> np.ndarray:

@@ -202,7 +202,7 @@ def _message(given: Any, where: str) -> dict[str, Any]:
     if not isinstance(given, dict) or not isinstance(given.get("role"), str):
         raise Refusal(f'{where} must be an object with a "role".', "messages")
     content = given.get("content")
-    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    parts: list[Any] = content if isinstance(content, list) else [{"type": "text", "text": content}]
     if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
         raise Refusal(f'{where}.content has a part that is not {{"type": "text"}}: this server reads text.', "messages")
     if not all(isinstance(part.get("text"), str) for part in parts) or given.get("tool_calls"):
