@@ -96,6 +96,8 @@ def serve(
     for name, value in numbers.items():
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, not {value}.")
+    if not 0 <= port < 2**16:
+        raise UserError(f"--port must be at least 0 and at most {2**16 - 1}; got {port}.")
     if queue < 0:
         raise UserError(f"--queue must not be negative; got {queue}.")
     if importlib.util.find_spec("uvicorn") is None or importlib.util.find_spec("starlette") is None:

@@ -36,7 +36,7 @@ class Server:
         try:
             family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
             self._socket = socket.create_server(address[:2], family=family, backlog=2048)
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             hint = " Choose another --port." if getattr(error, "errno", None) == errno.EADDRINUSE else ""
             raise UserError(f"Cannot listen at --host {host} --port {port}: {error}.{hint}") from error
         name, port = self._socket.getsockname()[:2]

@@ -29,9 +29,18 @@ def loaded(model: dt.Model, decoder: Decoder | None = None, length: int = 24) ->
 
 
 @contextlib.contextmanager
-def live(given: Loaded, limits: Limits = LIMITS, api_key: str | None = None) -> Iterator[str]:
-    """Serves a model; gives the URL of the server."""
-    app = application(given, limits, api_key, on_failure=lambda: None)
+def live(
+    given: Loaded,
+    limits: Limits = LIMITS,
+    api_key: str | None = None,
+    on_failure: Callable[[], None] = lambda: None,
+    scorer: Callable | None = None,
+) -> Iterator[str]:
+    """Serves a model; gives the URL of the server. A `scorer` stands in for the model's own."""
+    if scorer is not None:
+        given = _Scored(**vars(given))
+        _Scored.scorer = lambda self: scorer
+    app = application(given, limits, api_key, on_failure)
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none", timeout_graceful_shutdown=20))
     thread = threading.Thread(target=server.run, args=([listening],))
