@@ -35,6 +35,7 @@ class ChatTemplate:
       tool_use: a template for conversations with tools; None uses `text` for them, too.
 
     Attributes:
+      text: the template.
       names: the variables that the templates read.
 
     Raises:
@@ -49,10 +50,10 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
         tool_use: str | None = None,
     ):
-        self._text, self._tool_use = text, text if tool_use is None else tool_use
+        self.text, self._tool_use = text, text if tool_use is None else tool_use
         try:
             json.dumps(variables)
-            known = map(template_process.shared().names, (self._text, self._tool_use))
+            known = map(template_process.shared().names, (self.text, self._tool_use))
             self.names = frozenset(itertools.chain.from_iterable(known))
         except TypeError as error:
             raise UserError(f"TEMPLATE_VARIABLES are plain values, not {variables!r}.") from error
@@ -112,6 +113,19 @@ class ChatTemplate:
         """
         return self._render([(messages, add_generation_prompt)], variables)[0]
 
+    def unfinished(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> str:
+        """Returns the text of a conversation up to the end of its last message, which the model is to go on with.
+
+        Raises:
+          ValueError: as `render`, or the template writes the last message otherwise.
+        """
+        text, content = self.render(messages, variables=variables), self._mark(messages[-1]["content"])
+        start = text.rfind(content.strip())
+        if start < 0 or not content.strip():
+            raise ValueError("the chat template does not write the last message as it is, so nothing can go on with it.")
+        is_whole = text.startswith(content.lstrip(), start)
+        return text[: start + len(content.lstrip() if is_whole else content.strip())]
+
     def turn(
         self, messages: Sequence[Message], number: int, variables: Mapping[str, Any] | None = None
     ) -> tuple[str, str]:
@@ -160,7 +174,7 @@ class ChatTemplate:
         wanted = [*enumerate(marked), *((number, said[number]) for number in cut)]
         renders = [{**self._known, **each, "add_generation_prompt": asked[number][1]} for number, each in wanted]
         try:
-            text = self._text if (variables or {}).get("tools") is None else self._tool_use
+            text = self.text if (variables or {}).get("tools") is None else self._tool_use
             texts = template_process.shared().render(text, renders)
         except ValueError as error:
             raise ValueError(f"the chat template refuses it: {error}") from error
