@@ -145,12 +145,12 @@ class HarnessEvaluation(CheckpointSettings):
         """Returns the chat format; raises a UserError if there is none, or the model's inputs end otherwise."""
         if not self.apply_chat_template:
             if self._has_turns:
-                raise UserError("--fewshot_as_multiturn makes turns of a conversation: give --apply_chat_template, too.")
+                raise UserError("--fewshot_as_multiturn makes turns of a chat: give --apply_chat_template, too.")
             return None
         if self.rows.context_eos:
             raise UserError(
-                "With --apply_chat_template, the template ends the turns, but this model's inputs end in EOS. If it has "
-                "learned conversations, give --gin.CONTEXT_EOS=False."
+                "--apply_chat_template is for models that have learned conversations, but this one's inputs end in EOS. "
+                "If it has learned them all the same, give --gin.CONTEXT_EOS=False."
             )
         if chat := Chat.of(self.vocabulary, self.template_variables):
             return chat

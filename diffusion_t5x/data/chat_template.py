@@ -122,7 +122,7 @@ class ChatTemplate:
         text, content = self.render(messages, variables=variables), self._mark(messages[-1]["content"])
         start = text.rfind(content.strip())
         if start < 0 or not content.strip():
-            raise ValueError("the chat template does not write the last message as it is, so nothing can go on with it.")
+            raise ValueError("the chat template changes the last message, which the model is to go on with.")
         is_whole = text.startswith(content.lstrip(), start)
         return text[: start + len(content.lstrip() if is_whole else content.strip())]
 

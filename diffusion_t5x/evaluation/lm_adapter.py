@@ -21,9 +21,7 @@ _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_token
 _DEFAULT_LIMIT = 256  # the harness's own
 
 
-def adapt(
-    harness: Harness, vocabulary: AnyVocabulary, rows: Rows, chat: Chat | None = None
-) -> "lm_eval.api.model.LM":
+def adapt(harness: Harness, vocabulary: AnyVocabulary, rows: Rows, chat: Chat | None = None) -> "lm_eval.api.model.LM":
     """Returns the model as an object that `lm_eval.simple_evaluate` takes.
 
     Args:
