@@ -149,8 +149,8 @@ class HarnessEvaluation(CheckpointSettings):
             return None
         if self.rows.context_eos:
             raise UserError(
-                "--apply_chat_template is for models that have learned conversations, but this one's inputs end in EOS. "
-                "If it has learned them all the same, give --gin.CONTEXT_EOS=False."
+                "--apply_chat_template is for models that have learned conversations, but this one's inputs end in "
+                "EOS. If it has learned them all the same, give --gin.CONTEXT_EOS=False."
             )
         if chat := Chat.of(self.vocabulary, self.template_variables):
             return chat

@@ -20,7 +20,7 @@ _FILE, _KEY = "chat_template.jinja", "chat_template"  # where a template stands:
 _MARK = "\U0010ffff"  # Unicode keeps it for a program's own use
 # What asks for an answer may begin it with a thought, as DeepSeek-R1's template does.
 _OPEN_THOUGHT = re.compile(r"<([\w:]+)>\s*\Z")
-_THOUGHTS = ("reasoning_content", "reasoning")
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of a message's thought, the most usual one first
 _TOKENS = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
@@ -168,7 +168,7 @@ class ChatTemplate:
         self, asked: Sequence[tuple[Sequence[Message], bool]], variables: Mapping[str, Any] | None
     ) -> list[str]:
         """Renders conversations as marked texts; each comes with True if it asks for an answer."""
-        said = [{**(variables or {}), "messages": list(messages)} for messages, _ in asked]
+        said = [{**(variables or {}), "messages": list(map(_normal, messages))} for messages, _ in asked]
         marked = [self._mark(each) for each in said]
         cut = [number for number, each in enumerate(said) if each != marked[number]]
         wanted = [*enumerate(marked), *((number, said[number]) for number in cut)]
@@ -195,6 +195,17 @@ class ChatTemplate:
         if isinstance(value, dict):
             return {self._mark(name): self._mark(inner) for name, inner in value.items()}
         return [self._mark(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _normal(message: Message) -> Message:
+    """Returns a message without null fields, and with its thought under the names that templates read.
+
+    As `transformers` does since version 5: templates fail on null, or write "None".
+    """
+    fields = {name: value for name, value in message.items() if value is not None}
+    if thought := [fields[name] for name in _THOUGHTS if name in fields]:
+        fields = {"thinking": thought[0], **fields, "reasoning_content": thought[0]}
+    return fields
 
 
 def is_in(folder: pathlib.Path) -> bool:
