@@ -57,6 +57,7 @@ setuptools.setup(
         # the nightly tensorflow-datasets cannot read anything.
         "protobuf>=6.31.1,<7",
         "sentencepiece>=0.2.1,<0.2.3",  # 0.2.3 needs protobuf 7
+        "pyarrow>=20,<27",  # reads Parquet; tensorflow-datasets brings it
         "tokenizers>=0.22,<0.24",  # t5 brings it, and safetensors, by way of transformers
         "safetensors>=0.6,<0.9",
         "gguf>=0.18,<0.20",  # reads llama.cpp's files

@@ -10,9 +10,9 @@ checkpoint; gin files and --gin.NAME=VALUE change them.
   --samples N     answers to each prompt
   --seed N        random seed
   --chat, --no-chat
-                  format prompts with the chat template that comes with the tokenizer, or leave them as they are. Without
-                  either, the template is used if there is one and the model may have learned it. In a terminal, a chat
-                  is one conversation (/help lists its commands); in a pipe, each line is the only turn of its own
+                  format prompts with the chat template that comes with the tokenizer, or leave them as they are.
+                  Without either, a template is used if the model may have learned it. In a terminal, a chat is one
+                  conversation (/help lists its commands); in a pipe, each line begins a conversation of its own
   --system TEXT   system prompt of a chat
   --stop TEXT     end answers before this text; repeatable
   --tokenizer FILE

@@ -2,8 +2,9 @@
 
 With --checkpoint DIR (a MODEL_DIR, a checkpoint or a folder that convert wrote) model, vocabulary, decoder, objective,
 task and lengths come from the checkpoint; gin files and --gin.NAME=VALUE change them. The lines go to infer/ in the
-MODEL_DIR. With --messages FILE (JSON lines or Parquet) the model answers conversations. With --templates FILE.jsonl the model fills the holes of texts: lines such as {"template": "x =<hole:4> +
-1"}, with "inputs" for a task that has some. With --trace a page beside the predictions shows every step.
+MODEL_DIR. With --messages FILE, JSON lines or Parquet, the model answers conversations. With --templates FILE.jsonl it
+fills the holes of texts: lines such as {"template": "x =<hole:4> + 1"}, with "inputs" for a task that has some. With
+--trace a page beside the predictions shows every step.
 """
 
 import dataclasses

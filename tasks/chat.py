@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-
 def task(
     name: str,
     files: Mapping[str, local_files.Patterns],

@@ -30,8 +30,8 @@ class ChatQuestions(OfTexts, LaidOut):
     Attributes:
       files: a path or pattern, or several; see `conversations.read` for the fields.
       tokenizer: the model's vocabulary, a tokenizer.json with its chat template beside it.
-      task_feature_lengths: maximum number of tokens of a conversation, `inputs`, and of an answer, `targets`. Nothing is
-        cut.
+      task_feature_lengths: maximum number of tokens of a conversation, `inputs`, and of an answer, `targets`. No
+        conversation is cut.
       template_variables: other variables of the template, such as {"enable_thinking": False}.
       architecture: the model's architecture.
       batch_size: number of rows in a batch.

@@ -119,9 +119,7 @@ def _read_parquet(file: str) -> Records:
         raise UserError(f"{file} is not a Parquet file that can be read: {error}.") from error
     if left_out := set(opened.schema_arrow.names) - set(names):
         logger.info("%s: columns of bytes are left out: %s", file, ", ".join(sorted(left_out)))
-    return Records(
-        table.num_rows, lambda i: table.slice(i, 1).to_pylist()[0], lambda i: f"{file}: row {i + 1}"
-    )
+    return Records(table.num_rows, lambda i: table.slice(i, 1).to_pylist()[0], lambda i: f"{file}: row {i + 1}")
 
 
 def _holds_bytes(kind: "pa.DataType") -> bool:

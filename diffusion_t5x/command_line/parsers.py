@@ -16,9 +16,14 @@ def add_ar2diff(parser: Parser) -> None:
     """Adds the model, the data, and what is made of them."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="of the hub, a folder, a GGUF file, a T5X checkpoint or one of ours")
-    add("--data", nargs="+", metavar="FILE", help="text: .txt, .md or .jsonl, also as .gz; or a pattern")
-    add("--prompts", nargs="+", metavar="FILE", help='in its place: JSON lines {"inputs": ..., "targets": ...}')
-    add("--chat", nargs="+", metavar="FILE", help='in its place: JSON lines {"messages": [...]}')
+    add("--data", nargs="+", metavar="FILE", help="text: .txt, .md, .jsonl (also as .gz) or .parquet; or a pattern")
+    add(
+        "--prompts",
+        nargs="+",
+        metavar="FILE",
+        help='in its place: {"inputs": ..., "targets": ...}, JSON lines or Parquet',
+    )
+    add("--chat", nargs="+", metavar="FILE", help='in its place: {"messages": [...]}, JSON lines or Parquet')
     add("--output", required=True, metavar="DIR", help="folder that gets everything")
     add("--tokens", type=int, metavar="N", help="tokens to train on")
     add("--minutes", type=float, metavar="N", help="in their place: minutes of training (default: 60)")

@@ -99,6 +99,16 @@ VERBS: Mapping[str, Verb] = {
             "--include_path": {"metavar": "DIR", "help": "folder with tasks of your own"},
             "--limit": {"type": int, "metavar": "N", "help": "only the first N documents of each task"},
             "--num_fewshot": {"type": int, "metavar": "N", "help": "examples in the prompt (default: the task's own)"},
+            "--apply_chat_template": {
+                "action": "store_const",
+                "const": True,
+                "help": "ask in the model's chat template",
+            },
+            "--fewshot_as_multiturn": {
+                "action": argparse.BooleanOptionalAction,
+                "help": "examples are turns of the conversation (default: with the chat template)",
+            },
+            "--system_instruction": {"metavar": "TEXT", "help": "system prompt"},
         },
     ),
     "infer": Verb(

@@ -67,6 +67,16 @@ class Chat:
             return ids[1:], text.removeprefix(self.vocabulary.piece(ids[0]).decode())
         return ids, text
 
+    def encode_continued(self, rendered: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Returns the ids of a rendered prompt, and those of a text that goes on from there.
+
+        The latter are what the whole text has after the prompt, unless a token would reach over the border.
+        """
+        before, whole = (self.encode_prompt(text)[0] for text in (rendered, rendered + continuation))
+        if whole[: len(before)] == before:
+            return before, whole[len(before) :]
+        return before, self._encode(continuation, begins=False)
+
     def encode_answer(self, rendered: str) -> list[int]:
         """Returns the ids of a rendered answer (see `ChatTemplate.turn`), without EOS at its end."""
         ids = self._encode(rendered, begins=False)

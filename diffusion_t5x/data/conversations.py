@@ -124,5 +124,4 @@ def _checked(messages: Sequence[Any]) -> list[Message]:
         is_call = content is None and role == "assistant" and message.get("tool_calls")
         if not isinstance(content, str) and not is_call:
             raise ValueError(f"message {number} has the content {json.dumps(content)[:40]}, not text.")
-    # A call's content may be null, which templates tell from none.
-    return [{key: x for key, x in message.items() if x is not None or key == "content"} for message in messages]
+    return [{key: x for key, x in message.items() if x is not None} for message in messages]

@@ -22,8 +22,8 @@ class Trimmed:
 def trim(text: str, stops: Sequence[str], partial: bool = False) -> Trimmed:
     """Cuts a text before the stop string that is complete first, read from left to right.
 
-    Of two that are complete at the same character, the longer one counts. So the result does not depend on the pieces in
-    which a text arrives: the `text` of a partial text is always the beginning of that of the whole.
+    Of two that are complete at the same character, the longer one counts. So the result does not depend on the pieces
+    in which a text arrives: the `text` of a partial text is always the beginning of that of the whole.
 
     Args:
       text: the whole text, or its beginning.

@@ -134,7 +134,7 @@ class Harness:
         blanks = ([] if self._rows.canvas else [self._ids.pad_id] * size for _, size in requests)
         examples = [(context, blank) for (context, _), blank in zip(requests, blanks, strict=True)]
         found = self._run("texts", lambda params, batch: self._decode(params, batch).tokens, examples)
-        ends = (self._ids.eos_id, self._ids.pad_id)
+        ends = (self._ids.eos_id, self._ids.pad_id, *self._ids.end_ids)
         texts = (itertools.takewhile(lambda token: token not in ends, row[mask].tolist()) for row, mask in found)
         return [list(text)[:size] for text, (_, size) in zip(texts, requests, strict=True)]
 

@@ -191,7 +191,7 @@ def test_tools_and_calls_without_content(absent, as_text, tmp_path, caplog):
         del call["content"]
     line = {"messages": [TALK[0], call], "tools": json.dumps(tools) if as_text else tools, "id": 1}
     (tmp_path / "a.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(line | {"tools": None}))
-    template = TOOLS.replace("m['content'] is none", "not m['content']")
+    template = TOOLS.replace("m['content'] is not defined or m['content'] is none", "not m['content']")
     with caplog.at_level("INFO"):
         first, second = turns(dataset_of(chats.save(tmp_path, "chatml", template), str(tmp_path / "a.jsonl")))
     assert "get_weather" in first[2]["inputs_pretokenized"] and "tools" not in second[2]["inputs_pretokenized"]
