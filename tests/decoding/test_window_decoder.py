@@ -104,7 +104,7 @@ def passes(name, inner):
 
     @jax.jit
     def write(params, hidden, canvas, eligible, positions, keys):
-        step_keys = fold_in(stream(keys, "steps"), canvas.step)
+        step_keys = fold_in(stream(keys, "steps"), canvas.step[:, 0])
         written = inner.write(definition.bind(params), hidden, canvas, eligible, positions, step_keys)
         return canvas.after(written, jnp.any(eligible, axis=-1))
 
