@@ -111,7 +111,7 @@ class SlotEngine:
         partitioning.check_batch(mesh, num_slots, length)
         self._mesh, self._params, self._seed = mesh, params, seed
         self._length, self._encoder_length = length, encoder_length
-        self._programs = SlotPrograms(mesh, definition, _checked(decoder), num_slots, piece, stride)
+        self._programs = SlotPrograms(mesh, definition, check_slots(decoder), num_slots, piece, stride)
         self._forget()
 
     def with_params(self, params: Params) -> Self:
@@ -241,7 +241,8 @@ class SlotEngine:
         return put(self._mesh, (batch, keys, samples))
 
 
-def _checked(decoder: Decoder) -> RowDecoder:
+def check_slots(decoder: Decoder) -> RowDecoder:
+    """Returns a decoder that can run in slots; raises a UserError for others."""
     if not isinstance(decoder, RowDecoder):
         raise UserError(
             f"{type(decoder).__name__} cannot decode in slots: its rows must begin together. Decode whole batches, or "

@@ -132,7 +132,13 @@ def numbered(rows):
     return ((ident, row, 0) for ident, row in rows)
 
 
-@pytest.mark.parametrize(("config", "name"), CASES)
+# Every case is three programs or more to compile.
+QUICK = [("rotary", name) for name in ("ar, sampled", "block, sampled", "masked by threshold", "sundae")]
+
+
+@pytest.mark.parametrize(
+    ("config", "name"), [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_every_text_is_that_of_its_row_alone(config, name):
     engine = make_engine(config, DECODERS[name])
     rows = list(make_rows(CONFIGS[config].architecture).items())
@@ -190,6 +196,7 @@ def test_cancelled_rows_leave_and_no_other_notices():
     assert check("rotary", "ar, sampled", {"row 1": run(engine)["row 1"][-1].decoded}) == 0
 
 
+@pytest.mark.slow
 def test_longer_strides_and_other_pieces_write_the_same():
     for settings in ({"stride": 5, "piece": 1}, {"num_slots": 11, "piece": 100}, {"num_slots": 1}):
         engine = make_engine("rotary", DECODERS["ar, sampled"], **settings)
@@ -205,8 +212,10 @@ def test_rows_have_seeds_and_samples_of_their_own():
     found = {number: events[-1].decoded for number, events in run(engine).items()}
     assert len({decoded.tokens.tobytes() for decoded in found.values()}) == len(settings)
     definition, params = tiny.make_model(CONFIGS["rotary"])
+    mesh, decoder = MeshConfig().make(), DECODERS["ar, sampled"]
+    steps = {seed: make_decode_step(mesh, definition, decoder, seed=seed) for seed in (0, 7)}
     for number, setting in enumerate(settings):
-        step = make_decode_step(MeshConfig().make(), definition, DECODERS["ar, sampled"], seed=setting.get("seed", 0))
+        step = steps[setting.get("seed", 0)]
         expected = step(params, padded(row, INPUTS + TARGETS), np.int32(setting.get("sample", 0)))
         np.testing.assert_array_equal(found[number].tokens, expected.tokens[:, : row.tokens.shape[1]])
 
