@@ -1,4 +1,4 @@
-"""Time decoders over text lengths (`decode`), or training steps (`train`).
+"""Time decoders over text lengths (`decode`), training steps (`train`), or decoding in slots (`slots`).
 
 No task, no checkpoint and no TensorFlow is needed.
 
@@ -35,6 +35,7 @@ from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.performance import stopwatch, train_speed
 from diffusion_t5x.performance.decode_times import DecodeTime, Measurements, show
+from diffusion_t5x.performance.slot_speed import SlotBenchmark
 from diffusion_t5x.performance.stopwatch import OutOfMemory, Stopwatch
 from diffusion_t5x.performance.train_speed import Case, StepWatch
 from diffusion_t5x.reporting import charts
@@ -224,7 +225,10 @@ def train(
     logger.info("wrote %s", train_speed.write(benchmark_output_dir, describe(settings), machine, speeds))
 
 
-SUBCOMMANDS: dict[str, Callable[..., Any]] = {"decode": decode, "train": train}
+slots = verb("slots", SlotBenchmark)
+slots.__module__ = __name__  # which gin files name
+
+SUBCOMMANDS: dict[str, Callable[..., Any]] = {"decode": decode, "train": train, "slots": slots}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,7 +313,7 @@ class _Comparison:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs `decode` or `train`, whichever the command line names first."""
+    """Runs `decode`, `train` or `slots`, whichever the command line names first."""
     words = list(sys.argv[1:] if argv is None else argv)
     name = words[0] if words else ""
     with config.program():

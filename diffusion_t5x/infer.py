@@ -32,6 +32,7 @@ from diffusion_t5x.data.templates import Templates
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.evaluation import traces
+from diffusion_t5x.evaluation.in_slots import SlotDecoding
 from diffusion_t5x.evaluation.inference import make_decode_step, predict
 from diffusion_t5x.evaluation.likelihood import likelihoods, make_likelihood_step
 from diffusion_t5x.evaluation.loading import CheckpointSettings, check_datasets
@@ -174,7 +175,8 @@ class Inference(CheckpointSettings):
             def to_text(tokens: Sequence[int]) -> str:
                 return stop_strings.trim(data.to_text(tokens), self.stop).text
 
-            records = predict(decode, params, batches, mesh, to_text, data.cells, text_mask=text_mask)
+            slots = None if self.trace else SlotDecoding(mesh, definition, self.decoder, seed)
+            records = predict(decode, params, batches, mesh, to_text, data.cells, text_mask=text_mask, slots=slots)
         output.write(records, total, f"infer {self.dataset.name}")
         logger.info("wrote %s", output.path)
 

@@ -205,6 +205,13 @@ VERBS: Mapping[str, Verb] = {
         "diffusion_t5x.benchmark",
         ("runs/benchmark_train.gin",),
     ),
+    "benchmark slots": Verb(
+        "time decoding in slots beside whole batches",
+        "benchmark slots --gin_file=recipes/slot_speed.gin --gin.TEXT_FILE=/data/mbpp.jsonl.gz "
+        "--gin.BENCHMARK_OUTPUT_DIR=/tmp/slot_speed",
+        "diffusion_t5x.benchmark",
+        ("runs/benchmark_slots.gin",),
+    ),
     "report": _without_gin(
         "show runs in one page: curves, scores, examples, canvases",
         "report /tmp/finetuned /tmp/scores --output report.html",

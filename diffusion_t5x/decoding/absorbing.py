@@ -11,7 +11,7 @@ from diffusion_t5x.decoding.canvas import Canvas, StepRule, Written
 from diffusion_t5x.models.masks import BIDIRECTIONAL
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.sampling import Sampling
-from diffusion_t5x.shapes import BoolBL, FloatBL, IntBL, IntScalar, KeyB
+from diffusion_t5x.shapes import BoolBL, FloatBL, IntB1, IntBL, KeyB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class AbsorbingRule(StepRule):
         """Returns the rows with MASK for targets."""
         return jnp.where(batch.target_mask, vocabulary.mask_id, batch.tokens)
 
-    def eligible(self, tokens: IntBL, target_mask: BoolBL, vocabulary: TokenIds, step: IntScalar) -> BoolBL:
+    def eligible(self, tokens: IntBL, target_mask: BoolBL, vocabulary: TokenIds, step: IntB1) -> BoolBL:
         """The targets that are still masked."""
         return target_mask & (tokens == vocabulary.mask_id)
 

@@ -11,7 +11,7 @@ from diffusion_t5x.decoding.canvas import Canvas, Written
 from diffusion_t5x.decoding.commit import Softmax, choose, propose
 from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.shapes import BoolBL, FloatBLD, IntB, IntBL, IntScalar, KeyB
+from diffusion_t5x.shapes import BoolBL, FloatBLD, IntB, IntB1, IntBL, KeyB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class EditingDecoder(AbsorbingRule):
             if getattr(self, name) < 1:
                 raise UserError(f"EditingDecoder.{name} must be at least 1; got {getattr(self, name)}.")
 
-    def eligible(self, tokens: IntBL, target_mask: BoolBL, vocabulary: TokenIds, step: IntScalar) -> BoolBL:
+    def eligible(self, tokens: IntBL, target_mask: BoolBL, vocabulary: TokenIds, step: IntB1) -> BoolBL:
         """All targets: a step says itself when a row is finished."""
         return target_mask
 

@@ -145,7 +145,7 @@ def read_inputs(
     """
     length, last = tokens.shape[1], jnp.maximum(end - 1, 0)
     unit = {"causal": 1, "block_causal": kind.block_size}.get(kind.name)
-    if piece is None or unit is None or piece >= length:
+    if piece is None or not isinstance(unit, int) or piece >= length:
         hidden, cache = model.extend(tokens, kind, cache, jnp.zeros_like(end), encoded)
         return jnp.take_along_axis(hidden, last[:, None, None], axis=1), cache
     size = min(-(-piece // unit) * unit, length)

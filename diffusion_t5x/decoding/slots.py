@@ -1,14 +1,14 @@
 """Decoding in slots ("continuous batching"): a row leaves when its text ends, and the next one takes its slot."""
 
 import collections
+import copy
 import dataclasses
 import functools
 import itertools
 from collections.abc import Hashable, Iterable, Iterator
-from typing import Any
+from typing import Any, Self, TypeVar, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
@@ -17,10 +17,11 @@ from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.decoding.decoder import Decoded, Decoder
 from diffusion_t5x.decoding.rows import Carry, RowDecoder
+from diffusion_t5x.decoding.slot_programs import SlotPrograms
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.models.streams import sample_key
 from diffusion_t5x.models.transformer import ModelDefinition, Params
-from diffusion_t5x.shapes import IntB
+
+Ident = TypeVar("Ident", bound=Hashable)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,24 +103,28 @@ class SlotEngine:
         piece: int = 128,
         stride: int = 1,
     ):
-        self._decoder = _checked(decoder)
         for name, value in {"num_slots": num_slots, "length": length, "piece": piece, "stride": stride}.items():
             if value < 1:
                 raise UserError(f"SlotEngine.{name} must be at least 1, not {value}.")
         if (definition.config.architecture == "encoder_decoder") != (encoder_length is not None):
             raise UserError("SlotEngine.encoder_length belongs to encoder-decoder models, and only to them.")
         partitioning.check_batch(mesh, num_slots, length)
-        self._mesh, self._definition, self._params = mesh, definition, params
+        self._mesh, self._params, self._seed = mesh, params, seed
         self._length, self._encoder_length = length, encoder_length
-        self._seed, self._piece, self._stride = seed, piece, stride
-        self._slots: list[_Request | None] = [None] * num_slots
+        self._programs = SlotPrograms(mesh, definition, check_slots(decoder), num_slots, piece, stride)
+        self._forget()
+
+    def with_params(self, params: Params) -> Self:
+        """Returns an engine without rows that has other parameters and the same compiled programs."""
+        engine = copy.copy(self)
+        engine._params = params
+        engine._forget()
+        return engine
+
+    def _forget(self) -> None:
+        self._slots: list[_Request | None] = [None] * self._programs.num_slots
         self._waiting: collections.deque[_Request] = collections.deque()
         self._carry: Carry | None = None
-        whole = partitioning.replicated(mesh)
-        self._begin = jax.jit(self._begin_rows)
-        self._admit = jax.jit(self._admit_rows, donate_argnums=1)
-        self._advance = jax.jit(self._advance_rows, donate_argnums=1, out_shardings=(None, whole))
-        self._finish = jax.jit(self._finish_rows, out_shardings=whole)
 
     @property
     def num_slots(self) -> int:
@@ -167,7 +172,7 @@ class SlotEngine:
         finished = self._write_pieces()
         if self._carry is None or not self.num_running:
             return []
-        decoded = jax.device_get(self._finish(self._carry))
+        decoded = jax.device_get(self._programs.finish(self._carry))
         number = np.sum(decoded.written_at >= 0, axis=-1)
         return [
             Finished(request.ident, self._leave(slot, request, decoded))
@@ -177,19 +182,25 @@ class SlotEngine:
             if request is not None
         ]
 
-    def decode(self, rows: Iterable[tuple[Hashable, Batch]]) -> Iterator[tuple[Hashable, Decoded]]:
-        """Yields the output of each row, numpy, as soon as it is finished; takes rows as slots become free."""
+    def decode(self, rows: Iterable[tuple[Ident, Batch, int]]) -> Iterator[tuple[Ident, Decoded]]:
+        """Yields the output of each row, numpy, as soon as it is finished; takes rows as slots become free.
+
+        Args:
+          rows: name, row and number of the sample of each; see `submit`.
+        """
         rows = iter(rows)
         while True:
-            for ident, row in itertools.islice(rows, self.num_slots - self.num_running - self.num_waiting):
-                self.submit(ident, row)
+            for ident, row, sample in itertools.islice(rows, self.num_slots - self.num_running - self.num_waiting):
+                self.submit(ident, row, sample=sample)
             if not self.num_waiting + self.num_running:
                 return
             finished = self._write_pieces()
             if any(finished):
-                decoded = jax.device_get(self._finish(self._carry))
+                decoded = jax.device_get(self._programs.finish(self._carry))
                 ended = [(slot, request) for slot, request in enumerate(self._slots) if request and finished[slot]]
-                yield from [(request.ident, self._leave(slot, request, decoded)) for slot, request in ended]
+                yield from [
+                    (cast(Ident, request.ident), self._leave(slot, request, decoded)) for slot, request in ended
+                ]
 
     def _leave(self, slot: int, request: _Request, decoded: Decoded) -> Decoded:
         """Frees a slot; returns the output of its row."""
@@ -202,7 +213,7 @@ class SlotEngine:
             self._read_waiting()
             if not self.num_running:
                 return np.zeros(self.num_slots, bool)
-            self._carry, finished = self._advance(self._params, self._carry)
+            self._carry, finished = self._programs.advance(self._params, self._carry)
         return np.asarray(finished)
 
     def _read_waiting(self) -> None:
@@ -213,14 +224,14 @@ class SlotEngine:
         if len(free) == self.num_slots and taken and (self._carry is None or 2 * len(taken) > self.num_slots):
             requests = [request for _, request in taken]
             requests += [_nobody(requests[0])] * (self.num_slots - len(taken))
-            self._carry = self._begin(self._params, *self._put(requests, partitioning.put_batch))
+            self._carry = self._programs.begin(self._params, *self._put(requests, partitioning.put_batch))
             return
         while taken:
             size = 4 ** int(np.log2(len(taken)) // 2)
             group, taken = taken[:size], taken[size:]
             rows = self._put([request for _, request in group], partitioning.put_whole)
             at = np.array([slot for slot, _ in group], np.int32)
-            self._carry = self._admit(self._params, self._carry, *rows, at)
+            self._carry = self._programs.admit(self._params, self._carry, *rows, at)
 
     def _put(self, requests: list[_Request], put: Any) -> Any:
         """Puts rows, their keys and the numbers of their samples on the mesh."""
@@ -229,62 +240,9 @@ class SlotEngine:
         samples = np.array([request.sample for request in requests], np.int32)
         return put(self._mesh, (batch, keys, samples))
 
-    # The programs.
 
-    def _begin_rows(self, params: Params, batch: Batch, keys: jax.Array, samples: IntB) -> Carry:
-        """Returns the state of new rows."""
-        row_keys = jax.vmap(sample_key)(jax.random.wrap_key_data(keys), samples)
-        return self._decoder.start(self._definition.bind(params), batch, row_keys, piece=self._piece)
-
-    def _admit_rows(
-        self, params: Params, carry: Carry, batch: Batch, keys: jax.Array, samples: IntB, at: IntB
-    ) -> Carry:
-        """Returns the state with new rows in the slots `at`."""
-        new = self._begin_rows(params, batch, keys, samples)
-        axes = self._axes(params, batch, keys, samples)
-
-        def put(old, new, axis):
-            if axis is None:
-                return old
-            times = old.shape[axis] // self.num_slots  # canvases of a row
-            places = (at[:, None] * times + jnp.arange(times)).reshape(-1)
-            return old.at[(slice(None),) * axis + (places,)].set(new)
-
-        return jax.tree.map(put, carry, new, axes)
-
-    def _axes(self, *rows: Any) -> Any:
-        """Returns the axis of rows of each array of the state; None for scalars."""
-
-        def shapes(number):
-            params, *others = rows
-            more = [jax.tree.map(lambda x: jax.ShapeDtypeStruct((number, *x.shape[1:]), x.dtype), x) for x in others]
-            return jax.eval_shape(self._begin_rows, params, *more)
-
-        def axis(one, other):
-            differing = [i for i, (x, y) in enumerate(zip(one.shape, other.shape, strict=True)) if x != y]
-            return differing[0] if differing else None
-
-        return jax.tree.map(axis, shapes(2), shapes(3))
-
-    def _advance_rows(self, params: Params, carry: Carry) -> tuple[Carry, jax.Array]:
-        """Returns the state after a stride, and which rows are finished."""
-        model = self._definition.bind(params)
-
-        def unfinished(state):
-            number, carry = state
-            return (number < self._stride) & ~jnp.all(carry["finished"])
-
-        def write(state):
-            return state[0] + 1, self._decoder.advance(model, state[1])
-
-        _, carry = jax.lax.while_loop(unfinished, write, (jnp.int32(0), carry))
-        return carry, carry["finished"]
-
-    def _finish_rows(self, carry: Carry) -> Decoded:
-        return self._decoder.finish(self._definition.vocabulary, carry)
-
-
-def _checked(decoder: Decoder) -> RowDecoder:
+def check_slots(decoder: Decoder) -> RowDecoder:
+    """Returns a decoder that can run in slots; raises a UserError for others."""
     if not isinstance(decoder, RowDecoder):
         raise UserError(
             f"{type(decoder).__name__} cannot decode in slots: its rows must begin together. Decode whole batches, or "

@@ -18,7 +18,7 @@ from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.slots import put_slots, slots_where, take_slots
 from diffusion_t5x.models.streams import row_keys
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.shapes import BoolBL, FloatBLD, IntBL, IntScalar, KeyB, KeyScalar
+from diffusion_t5x.shapes import BoolBL, FloatBLD, IntB1, IntBL, KeyB, KeyScalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +143,7 @@ class _FirstAlone(StepRule):
     def blank(self, batch: Batch, vocabulary: TokenIds, keys: KeyB) -> IntBL:
         return self.inner.blank(batch, vocabulary, keys)
 
-    def eligible(self, tokens: IntBL, target_mask: BoolBL, vocabulary: TokenIds, step: IntScalar) -> BoolBL:
+    def eligible(self, tokens: IntBL, target_mask: BoolBL, vocabulary: TokenIds, step: IntB1) -> BoolBL:
         eligible = self.inner.eligible(tokens, target_mask, vocabulary, step)
         return eligible & ((step > 0) | (jnp.cumsum(eligible, axis=-1) == 1))
 

@@ -64,7 +64,8 @@ def read(definition, attention, params, canvas, batch):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def write(definition, inner, params, hidden, canvas, eligible, step, batch):
     keys = fold_in(stream(row_keys(jax.random.key(0), batch.example_ids), "steps"), step)
-    before = Canvas.start(canvas, eligible).replace(step=step)
+    before = Canvas.start(canvas, eligible)
+    before = before.replace(step=jnp.full_like(before.step, step))
     return inner.write(definition.bind(params), hidden, before, eligible, batch.positions, keys)
 
 

@@ -7,12 +7,16 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from my_remasking import RemaskingDecoder
 from plain_decoding import PlainDecoding, is_tie
 
+from diffusion_t5x.decoding.ancestral import AncestralDecoder
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding.beam_search import BeamSearchDecoder
 from diffusion_t5x.decoding.block import BlockDecoder
+from diffusion_t5x.decoding.credit import CreditDecoder
 from diffusion_t5x.decoding.drafts import DraftingDecoder
+from diffusion_t5x.decoding.editing import EditingDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.decoding.self_speculation import SelfSpeculationDecoder
 from diffusion_t5x.decoding.slots import Finished, Progress, SlotEngine
@@ -31,6 +35,16 @@ DECODERS = {
     "uniform block": BlockDecoder(4, SundaeDecoder(num_steps=2, num_samples=1, temperature=0.5)),
     "self-speculation": SelfSpeculationDecoder(BlockDecoder(3, MaskedDecoder(num_steps=1))),
     "drafts": DraftingDecoder(3, temperature=1.0),
+    "masked": MaskedDecoder(num_steps=3, temperature=1.0),
+    "masked by threshold": MaskedDecoder(num_steps=None, threshold=0.3, window=4),
+    "masked, guided": MaskedDecoder(num_steps=3, guidance=0.5),
+    "sundae": SundaeDecoder(num_steps=3, num_samples=2, temperature=0.5),
+    "sundae, until unchanged": SundaeDecoder(9, 2, 0.0, update_share=0.5, stop_when_unchanged=True),
+    "argmax unrolled": SundaeDecoder(4, 1, 0.0, "argmax_unrolled", 0.5),
+    "ancestral": AncestralDecoder(num_steps=4),
+    "editing": EditingDecoder(0.3, 0.1, extra_steps=3),
+    "credit": CreditDecoder(0.3),
+    "remasking": RemaskingDecoder(num_steps=6, cap=0.3),
 }
 CONFIGS = {
     "relative": tiny.RELATIVE,
@@ -41,10 +55,12 @@ CONFIGS = {
     "shifted encoder-decoder": dataclasses.replace(tiny.ENCODER_DECODER, shifted=True),
 }
 CASES = [("rotary", name) for name in DECODERS]
-CASES += [("relative", "ar"), ("relative", "block, sampled")]
+CASES += [("relative", "ar"), ("relative", "block, sampled"), ("shifted", "masked")]
 CASES += [("shifted", name) for name in ("block, sampled", "self-speculation")]
 CASES += [("no start token", name) for name in ("ar", "block")]
-CASES += [("encoder-decoder", name) for name in ("ar, sampled", "block")] + [("shifted encoder-decoder", "block")]
+CASES += [("encoder-decoder", name) for name in ("ar, sampled", "block", "masked, guided", "sundae")] + [
+    ("shifted encoder-decoder", "block")
+]
 # Numbers of inputs and targets; one row has nothing to write.
 SIZES = [(2, 7), (9, 5), (0, 8), (4, 7), (11, 2), (5, 0), (3, 7), (8, 8), (1, 1), (7, 6), (6, 3)]
 INPUTS, TARGETS = 11, 8
@@ -111,13 +127,24 @@ def check(config, name, found, seed=0):
     return ties
 
 
-@pytest.mark.parametrize(("config", "name"), CASES)
+def numbered(rows):
+    """Names, rows and numbers of samples."""
+    return ((ident, row, 0) for ident, row in rows)
+
+
+# Every case is three programs or more to compile.
+QUICK = [("rotary", name) for name in ("ar, sampled", "block, sampled", "masked by threshold", "sundae")]
+
+
+@pytest.mark.parametrize(
+    ("config", "name"), [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_every_text_is_that_of_its_row_alone(config, name):
     engine = make_engine(config, DECODERS[name])
     rows = list(make_rows(CONFIGS[config].architecture).items())
     ties = 0
     for order in (rows, rows[::-1]):
-        found = dict(engine.decode(iter(order)))
+        found = dict(engine.decode(numbered(order)))
         assert found.keys() == dict(rows).keys()
         ties += check(config, name, found)
     assert ties <= 1
@@ -169,10 +196,11 @@ def test_cancelled_rows_leave_and_no_other_notices():
     assert check("rotary", "ar, sampled", {"row 1": run(engine)["row 1"][-1].decoded}) == 0
 
 
+@pytest.mark.slow
 def test_longer_strides_and_other_pieces_write_the_same():
     for settings in ({"stride": 5, "piece": 1}, {"num_slots": 11, "piece": 100}, {"num_slots": 1}):
         engine = make_engine("rotary", DECODERS["ar, sampled"], **settings)
-        found = dict(engine.decode(make_rows("decoder_only").items()))
+        found = dict(engine.decode(numbered(make_rows("decoder_only").items())))
         assert len(found) == len(SIZES) and check("rotary", "ar, sampled", found) <= 1
 
 
@@ -184,8 +212,10 @@ def test_rows_have_seeds_and_samples_of_their_own():
     found = {number: events[-1].decoded for number, events in run(engine).items()}
     assert len({decoded.tokens.tobytes() for decoded in found.values()}) == len(settings)
     definition, params = tiny.make_model(CONFIGS["rotary"])
+    mesh, decoder = MeshConfig().make(), DECODERS["ar, sampled"]
+    steps = {seed: make_decode_step(mesh, definition, decoder, seed=seed) for seed in (0, 7)}
     for number, setting in enumerate(settings):
-        step = make_decode_step(MeshConfig().make(), definition, DECODERS["ar, sampled"], seed=setting.get("seed", 0))
+        step = steps[setting.get("seed", 0)]
         expected = step(params, padded(row, INPUTS + TARGETS), np.int32(setting.get("sample", 0)))
         np.testing.assert_array_equal(found[number].tokens, expected.tokens[:, : row.tokens.shape[1]])
 

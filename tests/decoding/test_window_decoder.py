@@ -104,7 +104,7 @@ def passes(name, inner):
 
     @jax.jit
     def write(params, hidden, canvas, eligible, positions, keys):
-        step_keys = fold_in(stream(keys, "steps"), canvas.step)
+        step_keys = fold_in(stream(keys, "steps"), canvas.step[:, 0])
         written = inner.write(definition.bind(params), hidden, canvas, eligible, positions, step_keys)
         return canvas.after(written, jnp.any(eligible, axis=-1))
 
@@ -148,7 +148,7 @@ class OneRow:
             written = Canvas.start(jnp.asarray(canvas), jnp.isin(jnp.arange(canvas.shape[1]), window)[None])
             while (eligible := written.target_mask & (written.tokens == MASK)).any():
                 canvas = np.asarray(written.tokens)
-                if int(written.step) % (decoder.refresh_every or 99) == 0:
+                if int(written.step[0, 0]) % (decoder.refresh_every or 99) == 0:
                     self.whole(canvas)
                 else:
                     self.extend(canvas, window[0], window[-1] + 1 if decoder.cached == "dual" else canvas.shape[1])

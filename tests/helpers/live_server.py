@@ -1,11 +1,12 @@
 """Servers that run in a thread of the tests, and their clients."""
 
 import contextlib
+import dataclasses
 import pathlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import openai
 import uvicorn
@@ -28,6 +29,16 @@ def loaded(model: dt.Model, decoder: Decoder | None = None, length: int = 24) ->
     return Loaded(name, model.mesh, model.definition, model.params, prompts, decoder or model.decoder)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Scored(Loaded):
+    """A model with another scorer."""
+
+    stand_in: Callable | None = None
+
+    def scorer(self):
+        return self.stand_in
+
+
 @contextlib.contextmanager
 def live(
     given: Loaded,
@@ -38,8 +49,7 @@ def live(
 ) -> Iterator[str]:
     """Serves a model; gives the URL of the server. A `scorer` stands in for the model's own."""
     if scorer is not None:
-        given = _Scored(**vars(given))
-        _Scored.scorer = lambda self: scorer
+        given = _Scored(**vars(given), stand_in=scorer)
     app = application(given, limits, api_key, on_failure)
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none", timeout_graceful_shutdown=20))
