@@ -200,12 +200,12 @@ class Worker(threading.Thread):
         if isinstance(event, Progress):
             listener(Writing(event.tokens[targets].tolist(), event.num_written))
             return
-        del self._listeners[text]
         scores = None
         if text.scored:
             assert self._scorer is not None
             scores = self._scorer(text.row, event.decoded)
         num_tokens = int(event.decoded.num_tokens[0])
+        del self._listeners[text]  # not before: if anything fails above, it must hear of it
         listener(Written(event.decoded.tokens[0, targets].tolist()[:num_tokens], scores))
 
     def _fail(self) -> None:

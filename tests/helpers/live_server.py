@@ -2,10 +2,15 @@
 
 import contextlib
 import dataclasses
+import os
 import pathlib
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 
 import openai
@@ -72,3 +77,30 @@ def wait_for(condition, seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < end, "the condition has not come true"
         time.sleep(0.02)
+
+
+def numbers(url):
+    """The numbers of a server's /metrics, by name."""
+    text = urllib.request.urlopen(f"{url}/metrics").read().decode()
+    return {name: float(value) for name, value in re.findall(r"^(\w+(?:{.*?})?) (\S+)$", text, re.MULTILINE)}
+
+
+class Verb:
+    """`diffusion-t5x serve` in a process of its own."""
+
+    def __init__(self, folder, *flags, **environment):
+        command = [sys.executable, "-m", "diffusion_t5x", "serve", "--checkpoint", str(folder), "--port", "0", *flags]
+        self.process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}, cwd=folder
+        )
+        self.said = []
+        while not self.said or "Serving at" not in self.said[-1]:
+            line = self.process.stderr.readline()
+            assert line, self.said
+            self.said.append(line)
+        self.url = self.said[-1].split()[-1]
+
+    def end(self):
+        """Waits for the end; gives the status."""
+        self.said += self.process.communicate(timeout=60)[1].splitlines()
+        return self.process.returncode

@@ -3,12 +3,8 @@
 import dataclasses
 import http.client
 import json
-import os
-import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -18,19 +14,13 @@ import urllib.request
 import live_server
 import openai
 import pytest
-from live_server import wait_for
+from live_server import Verb, numbers, wait_for
 
 from diffusion_t5x import serve
 
 TAKEN = socket.create_server(("127.0.0.1", 0))
 PROMPT = "Once upon a time"
 BODY = {"prompt": PROMPT, "max_tokens": 400}
-
-
-def numbers(url):
-    """The numbers of a server's /metrics, by name."""
-    text = urllib.request.urlopen(f"{url}/metrics").read().decode()
-    return {name: float(value) for name, value in re.findall(r"^(\w+(?:{.*?})?) (\S+)$", text, re.MULTILINE)}
 
 
 def begin(url, **body):
@@ -88,27 +78,6 @@ def test_when_decoding_fails_every_request_ends_and_health_says_so(stories):
         with pytest.raises(openai.InternalServerError):
             client.completions.create(model="stories", prompt=PROMPT)
     assert failed
-
-
-class Verb:
-    """`diffusion-t5x serve` in a process of its own."""
-
-    def __init__(self, folder, *flags, **environment):
-        command = [sys.executable, "-m", "diffusion_t5x", "serve", "--checkpoint", str(folder), "--port", "0", *flags]
-        self.process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}, cwd=folder
-        )
-        self.said = []
-        while not self.said or "Serving at" not in self.said[-1]:
-            line = self.process.stderr.readline()
-            assert line, self.said
-            self.said.append(line)
-        self.url = self.said[-1].split()[-1]
-
-    def end(self):
-        """Waits for the end; gives the status."""
-        self.said += self.process.communicate(timeout=60)[1].splitlines()
-        return self.process.returncode
 
 
 def test_the_verb_serves_until_a_signal_and_answers_what_runs(stories_folder, stories):

@@ -44,7 +44,8 @@ def test_the_page_shows_the_canvas_as_it_is_written(stories, browser, tmp_path):
         page.goto(url)
         page.evaluate("""() => {
           window.canvases = [];
-          const note = () => window.canvases.push([...document.querySelectorAll("#canvas .cell")].map(c => c.textContent));
+          const cells = () => [...document.querySelectorAll("#canvas .cell")].map((cell) => cell.textContent);
+          const note = () => window.canvases.push(cells());
           new MutationObserver(note).observe(document.getElementById("canvas"), {childList: true, subtree: true});
         }""")
         page.fill("#prompt", PROMPT)
