@@ -18,7 +18,7 @@ from diffusion_t5x.chat.prompts import Prompts
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.evaluation.inference import make_decode_step
 
-CLIENTS, SLOTS, CONTEXT = 64, 8, 160
+CLIENTS, SLOTS, CONTEXT = 64, 8, 192
 PROMPTS = ["Once upon a time", "Lily and Tom", "The dog", "It was a sunny day", "One day, a bird", "Mom said"]
 LENGTHS = [8, 8, 16, 16, 24, 32, 48, 120]  # most texts are short, few are long
 DECODER = AutoregressiveDecoder(temperature=1.0)
@@ -37,7 +37,6 @@ REQUESTS = [Request(prompt, length, seed) for prompt in PROMPTS for length in so
 
 def alone(model):
     """The text of each request, written by itself."""
-    longest = max(LENGTHS)
     texts = {}
     for seed in {request.seed for request in REQUESTS}:
         step = make_decode_step(model.mesh, model.definition, DECODER, seed=seed)
@@ -45,7 +44,7 @@ def alone(model):
             row = Prompts(model.tokenizer, False, None, request.length, "decoder_only").row(
                 list(model.tokenizer.encode(request.prompt)), 0
             )
-            row = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, longest + 32 - x.shape[1]))) if x.ndim == 2 else x, row)
+            row = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, CONTEXT - x.shape[1]))) if x.ndim == 2 else x, row)
             with jax.set_mesh(model.mesh):
                 decoded = jax.device_get(step(model.params, row))
             texts[request] = model.tokenizer.decode(
@@ -74,7 +73,7 @@ def ask_until(url, end, number):
 
 def static_tokens_per_second(model):
     """The same kind of requests in whole batches, each as long as its longest text."""
-    rng, rows = random.Random(0), Prompts(model.tokenizer, False, 32, 1, "decoder_only")
+    rng, rows = random.Random(0), Prompts(model.tokenizer, False, None, 1, "decoder_only")
     step = make_decode_step(model.mesh, model.definition, DECODER, seed=0)
     tokens, start, end = 0, None, None
     while end is None or time.monotonic() < end:

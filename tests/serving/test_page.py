@@ -56,7 +56,7 @@ def test_the_page_shows_the_canvas_as_it_is_written(stories, browser, tmp_path):
         page.fill("#key", "secret")
         page.fill("#seed", "3")
         page.click("#send")
-        page.wait_for_function("document.getElementById('figures').textContent.includes('tokens in')")
+        page.locator("#figures", has_text="tokens in").wait_for()
         expected = trained_otherwise.generate(PROMPT, decoder=decoder, seed=3, length=24)
         assert page.text_content(".turn.answer") == expected
         canvases = page.evaluate("window.canvases")
@@ -75,7 +75,7 @@ def test_stop_ends_an_answer(stories, browser):
         page.click("#send")
         page.wait_for_selector("#canvas .cell")
         page.click("#stop")
-        page.wait_for_function("document.getElementById('figures').textContent === 'stopped'")
+        page.locator("#figures", has_text="stopped").wait_for()
         text = page.text_content(".turn.answer")
         assert stories.generate(PROMPT, length=480).startswith(text)
         live_server.wait_for(
