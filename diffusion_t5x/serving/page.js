@@ -90,6 +90,7 @@ element("form").addEventListener("submit", async (event) => {
   const asked = add("asked", prompt);
   try {
     const text = await ask(prompt);
+    show(shown); // nothing is new any more
     messages = [...messages, { role: "assistant", content: text }];
     element("prompt").value = "";
   } catch (error) {

@@ -55,7 +55,7 @@ def render(
         script=markupsafe.Markup(script),
     )
     policy = (
-        f"default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; script-src '{script_hash}'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
+        f"form-action 'none'; frame-ancestors 'none'; script-src '{script_hash}'"
     )
     return Page(html, {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"})

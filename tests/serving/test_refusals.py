@@ -75,8 +75,8 @@ def test_what_is_wrong_is_said(url, given, status, message):
 
 def test_fields_that_change_nothing_are_accepted(url):
     given = {
-        "prompt": PROMPT, "user": "me", "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "echo": False,
-        "best_of": 1, "suffix": None, "n": None, "logprobs": None, "max_tokens": 24,
+        "prompt": PROMPT, "user": "me", "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "n": None,
+        "echo": False, "best_of": 1, "suffix": None, "logprobs": None, "max_tokens": 24,
     }  # fmt: skip
     assert ask(url, body=given)[0] == 200
 
