@@ -64,7 +64,9 @@ def files(values: Mapping[str, Any], where: str) -> dict[str, str]:
         "add_bos_token": adds_bos,
         **{f"{role}_token": token for role, token in roles.items() if token is not None},
     }
-    ends = sorted({number for name in _ENDS if isinstance(number := values.get(f"tokenizer.ggml.{name}_token_id"), int)})
+    ends = sorted(
+        {number for name in _ENDS if isinstance(number := values.get(f"tokenizer.ggml.{name}_token_id"), int)}
+    )
     said = {
         tokenizer_files.TOKENIZER: tokenizer.to_str(),
         tokenizer_files.CONFIG: json.dumps(config, indent=2, ensure_ascii=False),
