@@ -31,8 +31,9 @@ class _Kind(enum.IntEnum):
 
 
 def files(values: Mapping[str, Any], where: str) -> dict[str, str]:
-    """The contents of tokenizer.json and tokenizer_config.json; of chat_template.jinja and generation_config.json, too, if
-    there is a chat template, and if more tokens than EOS end a text.
+    """The contents of tokenizer.json and tokenizer_config.json.
+
+    Also of chat_template.jinja if there is a chat template, and of generation_config.json if more than EOS ends a text.
 
     Raises:
       UserError: no tokenizer, or of an unsupported kind.
