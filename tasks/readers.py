@@ -110,14 +110,15 @@ def _read_parquet(file: str) -> Records:
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(os.path.expanduser(file)) as opened:
-            names = [field.name for field in opened.schema_arrow if not _holds_bytes(field.type)]
-            table = opened.read(names)
-    except OSError as error:
-        raise UserError(f"Cannot read {file}: {error.strerror or error}.") from error
+        with open(os.path.expanduser(file), "rb") as opened:
+            content = parquet.ParquetFile(opened)
+            names = [field.name for field in content.schema_arrow if not _holds_bytes(field.type)]
+            table = content.read(names)
     except pa.ArrowException as error:
         raise UserError(f"{file} is not a Parquet file that can be read: {error}.") from error
-    if left_out := set(opened.schema_arrow.names) - set(names):
+    except OSError as error:
+        raise UserError(f"Cannot read {file}: {error.strerror or error}.") from error
+    if left_out := set(content.schema_arrow.names) - set(names):
         logger.info("%s: columns of bytes are left out: %s", file, ", ".join(sorted(left_out)))
     return Records(table.num_rows, lambda i: table.slice(i, 1).to_pylist()[0], lambda i: f"{file}: row {i + 1}")
 

@@ -31,8 +31,9 @@ class _Kind(enum.IntEnum):
 
 
 def files(values: Mapping[str, Any], where: str) -> dict[str, str]:
-    """The contents of tokenizer.json and tokenizer_config.json; of chat_template.jinja and generation_config.json, too, if
-    there is a chat template, and if more tokens than EOS end a text.
+    """The contents of tokenizer.json and tokenizer_config.json.
+
+    Also of chat_template.jinja if there is a chat template, and of generation_config.json if more than EOS ends a text.
 
     Raises:
       UserError: no tokenizer, or of an unsupported kind.
@@ -64,7 +65,9 @@ def files(values: Mapping[str, Any], where: str) -> dict[str, str]:
         "add_bos_token": adds_bos,
         **{f"{role}_token": token for role, token in roles.items() if token is not None},
     }
-    ends = sorted({number for name in _ENDS if isinstance(number := values.get(f"tokenizer.ggml.{name}_token_id"), int)})
+    ends = sorted(
+        {number for name in _ENDS if isinstance(number := values.get(f"tokenizer.ggml.{name}_token_id"), int)}
+    )
     said = {
         tokenizer_files.TOKENIZER: tokenizer.to_str(),
         tokenizer_files.CONFIG: json.dumps(config, indent=2, ensure_ascii=False),

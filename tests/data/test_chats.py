@@ -59,7 +59,10 @@ def conversations(test_data, count):
         for turn in range(rng.randint(1, 3)):
             messages.append(message("user", rng.choice(said)))
             if tools and rng.random() < 0.6:
-                call = {"name": "weather", "arguments": {"city": rng.choice(["Orléans", "Łódź"]), "days": rng.randint(1, 9)}}
+                call = {
+                    "name": "weather",
+                    "arguments": {"city": rng.choice(["Orléans", "Łódź"]), "days": rng.randint(1, 9)},
+                }
                 called = {"role": "assistant", "content": rng.choice(["", None, "Let me look."])}
                 messages.append(called | {"tool_calls": [{"type": "function", "id": "abcdefghi", "function": call}]})
                 messages.append(message("tool", rng.choice(['{"°C": 21}', "none"]), tool_call_id="abcdefghi"))

@@ -113,7 +113,8 @@ DATED = r"""{{- bos_token }}
 {%- else %}
     {%- set rules = '' %}
 {%- endif %}
-{{- '<|start_header_id|>system<|end_header_id|>\n\nToday: ' + strftime_now('%d %b %Y') + '\n\n' + rules + '<|eot_id|>' }}
+{{- '<|start_header_id|>system<|end_header_id|>\n\nToday: ' + strftime_now('%d %b %Y') + '\n\n' }}
+{{- rules + '<|eot_id|>' }}
 {%- for m in messages %}
     {%- if 'tool_calls' in m %}
         {%- if not m.tool_calls | length == 1 %}{{ raise_exception('One call at a time.') }}{% endif %}

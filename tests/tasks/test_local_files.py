@@ -320,3 +320,30 @@ def test_inputs_end_in_eos_unless_told_otherwise(write):
         vocabulary = task.output_features["targets"].vocabulary
         assert (x["inputs"][-1] == vocabulary.eos_id) == inputs_end and x["targets"][-1] == vocabulary.eos_id
         assert SeqioDataset("ends", {"inputs": 8, "targets": 8}).texts()["inputs_end"] == inputs_end
+
+
+def test_parquet_gives_the_records_of_json_lines(write, tmp_path, caplog):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    lines = '{"inputs": "one", "targets": "un", "n": null}\n{"inputs": "été ☃", "targets": "deux", "n": {"x": [1.5]}}'
+    first = [{"inputs": "one", "targets": "un", "n": None}, {"inputs": "été ☃", "targets": "deux", "n": {"x": [1.5]}}]
+    table = pa.Table.from_pylist([row | {"image": {"bytes": b"\xff"}} for row in first])
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1)
+    more = write("b.jsonl", '{"inputs": "3", "targets": "trois"}')
+    both = [str(tmp_path / "a.parquet"), more]
+    with caplog.at_level("INFO"):
+        records = readers.Structured().read(both)
+    assert list(records)[:2] == list(readers.Jsonl().read([write("a.jsonl", lines)])) == first
+    assert "a.parquet: columns of bytes are left out: image" in caplog.text
+    assert [records.where(0).rpartition("/")[2], records.where(2).rpartition("/")[2]] == [
+        "a.parquet: row 1",
+        "b.jsonl:1",
+    ]
+    assert read({"train": both}, readers.Structured()) == PAIRS
+    with pytest.raises(UserError, match=r"a\.parquet: row 1: the field 'n' holds"):
+        read({"train": str(tmp_path / "a.parquet")}, readers.Structured(), inputs="{inputs}{n}", targets="x")
+    with pytest.raises(UserError, match="is not a Parquet file that can be read"):
+        readers.Structured().read([write("c.parquet", "{}")])
+    with pytest.raises(UserError, match=r"Cannot read .*no\.parquet: No such file"):
+        readers.Structured().read([str(tmp_path / "no.parquet")])
