@@ -82,8 +82,8 @@ class SlotEngine:
       encoder_length: maximum number of an encoder's inputs; None for a decoder-only model.
       seed: seed of all draws; rows draw from it by `example_ids`.
       piece: number of input tokens of a row that are read at once.
-      stride: number of calls of `RowDecoder.advance` between two looks at which rows have finished. More save time on
-        the host; a finished row waits for up to so many.
+      stride: number of calls of `RowDecoder.advance` between two looks at which rows have finished; None takes the
+        decoder's. More save time on the host; a finished row waits for up to so many.
 
     Raises:
       UserError: the decoder cannot write rows that do not begin together, or a number is out of range.
@@ -101,8 +101,10 @@ class SlotEngine:
         encoder_length: int | None = None,
         seed: int = 0,
         piece: int = 128,
-        stride: int = 1,
+        stride: int | None = None,
     ):
+        row_decoder = check_slots(decoder)
+        stride = row_decoder.stride if stride is None else stride
         for name, value in {"num_slots": num_slots, "length": length, "piece": piece, "stride": stride}.items():
             if value < 1:
                 raise UserError(f"SlotEngine.{name} must be at least 1, not {value}.")
@@ -111,7 +113,7 @@ class SlotEngine:
         partitioning.check_batch(mesh, num_slots, length)
         self._mesh, self._params, self._seed = mesh, params, seed
         self._length, self._encoder_length = length, encoder_length
-        self._programs = SlotPrograms(mesh, definition, check_slots(decoder), num_slots, piece, stride)
+        self._programs = SlotPrograms(mesh, definition, row_decoder, num_slots, piece, stride)
         self._forget()
 
     def with_params(self, params: Params) -> Self:
