@@ -124,6 +124,7 @@ class SlotEngine:
         return engine
 
     def _forget(self) -> None:
+        """Drops all rows and their state."""
         self._slots: list[_Request | None] = [None] * self._programs.num_slots
         self._waiting: collections.deque[_Request] = collections.deque()
         self._carry: Carry | None = None
@@ -197,9 +198,9 @@ class SlotEngine:
             if not self.num_waiting + self.num_running:
                 return
             finished = self._write_pieces()
-            if any(finished):
+            ended = [(slot, request) for slot, request in enumerate(self._slots) if request and finished[slot]]
+            if ended:
                 decoded = jax.device_get(self._programs.finish(self._carry))
-                ended = [(slot, request) for slot, request in enumerate(self._slots) if request and finished[slot]]
                 yield from [
                     (cast(Ident, request.ident), self._leave(slot, request, decoded)) for slot, request in ended
                 ]
@@ -219,6 +220,7 @@ class SlotEngine:
         return np.asarray(finished)
 
     def _read_waiting(self) -> None:
+        """Gives free slots to waiting rows and reads their inputs."""
         free = [slot for slot, request in enumerate(self._slots) if request is None]
         taken = [(slot, self._waiting.popleft()) for slot in free[: self.num_waiting]]
         for slot, request in taken:
