@@ -58,6 +58,7 @@ class AutoregressiveDecoder(LeftToRight, RowDecoder):
 
     autoregressive: ClassVar[bool] = True
     left_to_right: ClassVar[bool] = True
+    stride: ClassVar[int] = 4
 
     temperature: float = 0.0
     top_k: int | None = None

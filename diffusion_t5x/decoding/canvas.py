@@ -288,7 +288,7 @@ def check_guidance(rule: StepRule, model: Transformer) -> None:
 
 
 class CanvasInputs(flax.struct.PyTreeNode):
-    """What every step reads beside the canvases.
+    """The inputs that every step reads beside the canvases.
 
     Attributes:
       reading: how rows are read.

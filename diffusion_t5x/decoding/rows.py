@@ -1,6 +1,6 @@
 """Decoders that write rows piece by piece, and the state of rows between two pieces."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,13 @@ Carry = dict[str, Any]
 
 @runtime_checkable
 class RowDecoder(Decoder, Protocol):
-    """A decoder whose rows need not begin together: they may join and leave between two calls of `advance`."""
+    """A decoder whose rows need not begin together: they may join and leave between two calls of `advance`.
+
+    Attributes:
+      stride: number of calls after which it pays to look which rows have finished.
+    """
+
+    stride: ClassVar[int] = 1
 
     def start(
         self,

@@ -82,8 +82,8 @@ class SlotEngine:
       encoder_length: maximum number of an encoder's inputs; None for a decoder-only model.
       seed: seed of all draws; rows draw from it by `example_ids`.
       piece: number of input tokens of a row that are read at once.
-      stride: number of calls of `RowDecoder.advance` between two looks at which rows have finished. More save time on
-        the host; a finished row waits for up to so many.
+      stride: number of calls of `RowDecoder.advance` between two looks at which rows have finished; None takes the
+        decoder's. More save time on the host; a finished row waits for up to so many.
 
     Raises:
       UserError: the decoder cannot write rows that do not begin together, or a number is out of range.
@@ -101,8 +101,10 @@ class SlotEngine:
         encoder_length: int | None = None,
         seed: int = 0,
         piece: int = 128,
-        stride: int = 1,
+        stride: int | None = None,
     ):
+        row_decoder = check_slots(decoder)
+        stride = row_decoder.stride if stride is None else stride
         for name, value in {"num_slots": num_slots, "length": length, "piece": piece, "stride": stride}.items():
             if value < 1:
                 raise UserError(f"SlotEngine.{name} must be at least 1, not {value}.")
@@ -111,7 +113,7 @@ class SlotEngine:
         partitioning.check_batch(mesh, num_slots, length)
         self._mesh, self._params, self._seed = mesh, params, seed
         self._length, self._encoder_length = length, encoder_length
-        self._programs = SlotPrograms(mesh, definition, check_slots(decoder), num_slots, piece, stride)
+        self._programs = SlotPrograms(mesh, definition, row_decoder, num_slots, piece, stride)
         self._forget()
 
     def with_params(self, params: Params) -> Self:
@@ -122,6 +124,7 @@ class SlotEngine:
         return engine
 
     def _forget(self) -> None:
+        """Drops all rows and their state."""
         self._slots: list[_Request | None] = [None] * self._programs.num_slots
         self._waiting: collections.deque[_Request] = collections.deque()
         self._carry: Carry | None = None
@@ -195,9 +198,9 @@ class SlotEngine:
             if not self.num_waiting + self.num_running:
                 return
             finished = self._write_pieces()
-            if any(finished):
+            ended = [(slot, request) for slot, request in enumerate(self._slots) if request and finished[slot]]
+            if ended:
                 decoded = jax.device_get(self._programs.finish(self._carry))
-                ended = [(slot, request) for slot, request in enumerate(self._slots) if request and finished[slot]]
                 yield from [
                     (cast(Ident, request.ident), self._leave(slot, request, decoded)) for slot, request in ended
                 ]
@@ -217,6 +220,7 @@ class SlotEngine:
         return np.asarray(finished)
 
     def _read_waiting(self) -> None:
+        """Gives free slots to waiting rows and reads their inputs."""
         free = [slot for slot, request in enumerate(self._slots) if request is None]
         taken = [(slot, self._waiting.popleft()) for slot in free[: self.num_waiting]]
         for slot, request in taken:

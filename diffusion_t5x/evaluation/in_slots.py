@@ -19,8 +19,6 @@ from diffusion_t5x.models.transformer import ModelDefinition, Params
 
 Example = Mapping[str, Any]
 Place = tuple[int, int]  # row of a batch, and number of its sample
-_PIECE = 128  # input tokens read at once
-_STRIDE = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +53,7 @@ class SlotDecoding:
         if shape not in self._engines:  # without parameters, which it would keep in memory
             self._engines[shape] = SlotEngine(
                 self.mesh, self.definition, {}, self.decoder, num_slots=num_slots, length=length,
-                encoder_length=encoder_length, seed=self.seed, piece=_PIECE, stride=_STRIDE,
+                encoder_length=encoder_length, seed=self.seed,
             )  # fmt: skip
         return self._engines[shape].with_params(params)
 
