@@ -123,7 +123,7 @@ class App:
             raise
         except ClientDisconnect:
             ended(_CLIENT_LEFT)
-            raise
+            return Response(status_code=_CLIENT_LEFT)  # to nobody
         return _Answering(reply, form(self._service.name), ask, first_text, ended, self._service.prompts.cells)
 
     def _check_key(self, request: Request) -> None:

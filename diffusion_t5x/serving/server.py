@@ -15,7 +15,7 @@ from diffusion_t5x.errors import UserError
 
 
 class Server:
-    """A listening socket, and the server behind it.
+    """An address, taken at once, and the server that listens there later.
 
     Args:
       host: address or name to listen at.
@@ -35,7 +35,9 @@ class Server:
         self._server: uvicorn.Server | None = None
         try:
             family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-            self._socket = socket.create_server(address[:2], family=family, backlog=2048)
+            self._socket = socket.socket(family)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._socket.bind(address)  # uvicorn listens; until then, clients are refused
         except OSError as error:
             hint = " Choose another --port." if getattr(error, "errno", None) == errno.EADDRINUSE else ""
             raise UserError(f"Cannot listen at --host {host} --port {port}: {error}.{hint}") from error

@@ -157,6 +157,7 @@ class Service:
 
     def _rows(self, ask: Ask, length: int) -> list[Batch]:
         """Returns a row for each prompt."""
+        self._check_length(0, length)  # before room is made for them
         prompts = dataclasses.replace(self.prompts, max_inputs=None, length=length)
         try:
             if ask.messages is None:

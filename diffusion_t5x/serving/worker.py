@@ -110,7 +110,8 @@ class Engines:
     def advance(self) -> Iterator[Event]:
         """Advances each engine that has texts."""
         for decoder in set(self._texts.values()):
-            for event in self._engines[decoder].advance():
+            engine = self._engines.get(decoder)  # it may have become idle, and made room, since the last event
+            for event in engine.advance() if engine else ():
                 if event.ident in self._texts:
                     if isinstance(event, Finished):
                         del self._texts[event.ident]

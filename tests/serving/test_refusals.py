@@ -45,6 +45,8 @@ def refusal(url, body, **options):
         ({"model": 3}, 400, "model must be a string"),
         ({"max_tokens": 0}, 400, "max_tokens must be an integer, at least 1"),
         ({"max_tokens": 97}, 400, "the answer may have 97"),
+        ({"max_tokens": 10**12}, 400, "the answer may have 1000000000000"),
+        ({"max_tokens": 2**70}, 400, "the answer may have 1180591620717411303424"),
         ({"max_tokens": 1e400}, 400, "not JSON|max_tokens must be an integer"),
         ({"n": 1.5}, 400, "n must be an integer"),
         ({"n": 129}, 400, "129 texts; 128 are allowed"),
