@@ -3,6 +3,9 @@
 import dataclasses
 import http.client
 import json
+import pathlib
+import re
+import shlex
 import signal
 import socket
 import threading
@@ -15,9 +18,11 @@ import live_server
 import openai
 import pytest
 from live_server import Verb, numbers, wait_for
+from pages import by_module
 
 from diffusion_t5x import serve
 
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "serving.md"
 TAKEN = socket.create_server(("127.0.0.1", 0))
 PROMPT = "Once upon a time"
 BODY = {"prompt": PROMPT, "max_tokens": 400}
@@ -127,3 +132,13 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(stories_folder, flags,
     with pytest.raises(SystemExit) as ended:
         serve.main(["--checkpoint", str(stories_folder), "--port", "0", *flags])
     assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_commands_of_the_page_resolve(stories_folder, capsys):
+    commands = re.findall(r"diffusion_t5x\.serve ([^\n]+)", by_module(PAGE.read_text(encoding="utf-8")))
+    assert len(commands) == 2
+    for command in commands:
+        flags = shlex.split(command.replace("SundaeDecoder.num_steps", "AutoregressiveDecoder.top_k"))
+        flags[flags.index("--checkpoint") + 1] = str(stories_folder)
+        serve.main([*flags, "--print_config"])
+        assert "Parameters for serve.serve" in capsys.readouterr().out
