@@ -13,6 +13,8 @@ from starlette.types import ASGIApp
 
 from diffusion_t5x.errors import UserError
 
+_BACKLOG = 2048
+
 
 class Server:
     """An address, taken at once, and the server that listens there later.
@@ -37,7 +39,7 @@ class Server:
             family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
             self._socket = socket.socket(family)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self._socket.bind(address)  # uvicorn listens; until then, clients are refused
+            self._socket.bind(address)
         except OSError as error:
             hint = " Choose another --port." if getattr(error, "errno", None) == errno.EADDRINUSE else ""
             raise UserError(f"Cannot listen at --host {host} --port {port}: {error}.{hint}") from error
@@ -59,6 +61,7 @@ class Server:
         )  # fmt: skip
         server = self._server = uvicorn.Server(config)
         with _signals_end_quietly():
+            self._socket.listen(_BACKLOG)  # not before: clients would wait while the model is loaded
             say(f"Serving at {self.url}")
             server.run(sockets=[self._socket])
         if self._has_failed:
