@@ -34,7 +34,7 @@ class Token:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """What is new of an answer.
+    """The new part of an answer.
 
     Attributes:
       index: number of the answer in its request.
