@@ -44,6 +44,7 @@ from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.loading import load_model
 from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training.agreement import Agreement
 
@@ -114,13 +115,7 @@ def generate(
     ids = dataclasses.replace(token_ids(vocabulary), end_ids=prompts.end_ids)
     definition, params = load_model(checkpoint, model, ids, mesh)
 
-    how = checkpoint.record.trained_by or "imported"
-    device = jax.devices()[0].device_kind
-    step, size = checkpoint.metadata["step"], definition.num_params()
-    say(f"{checkpoint_path}, step {step}, {how}: {size:,} parameters on {device}")
-    each = f"{samples} × {length}" if samples > 1 else str(length)
-    most = "any number" if max_inputs is None else f"at most {max_inputs}"
-    say(f"{decoder}, {each} tokens after {most} of a prompt, seed {random_seed}{', chat' if template else ''}")
+    _say_settings(checkpoint, definition, decoder, prompts, samples, random_seed)
     canvas = None
     if sys.stdout.isatty() and (prompt is not None or sys.stdin.isatty()):
         canvas = LiveCanvas(Console(), prompts.cells, decoder.left_to_right)
@@ -133,6 +128,24 @@ def generate(
         (Talk if template else Terminal)(prompts, answers, samples, canvas).run(prompt)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _say_settings(
+    checkpoint: OpenCheckpoint,
+    definition: ModelDefinition,
+    decoder: Decoder,
+    prompts: Prompts,
+    samples: int,
+    random_seed: int,
+) -> None:
+    how = checkpoint.record.trained_by or "imported"
+    device = jax.devices()[0].device_kind
+    step, size = checkpoint.metadata["step"], definition.num_params()
+    say(f"{checkpoint.named}, step {step}, {how}: {size:,} parameters on {device}")
+    each = f"{samples} × {prompts.length}" if samples > 1 else str(prompts.length)
+    most = "any number" if prompts.max_inputs is None else f"at most {prompts.max_inputs}"
+    chat = ", chat" if prompts.chat else ""
+    say(f"{decoder}, {each} tokens after {most} of a prompt, seed {random_seed}{chat}")
 
 
 def _chat(
