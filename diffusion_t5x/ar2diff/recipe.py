@@ -73,7 +73,7 @@ class Recipe:
         }
         return "\n".join(
             [
-                f"# {self._command.model} becomes a diffusion model: written by diffusion-t5x ar2diff. To train only:",
+                f"# {self._command.model} by route {self.route}: written by diffusion-t5x ar2diff. To train only:",
                 f"# diffusion-t5x train --gin_file={self.path}",
                 "from __gin__ import dynamic_registration",
                 "",

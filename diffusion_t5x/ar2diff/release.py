@@ -88,6 +88,8 @@ def write_card(
 ) -> None:
     """Writes README.md: where the model comes from, its scores before and after, how it is used, and if it drafts."""
     heads = {"start": "start, autoregressive", "untrained": "start, as diffusion", "trained": "trained"}
+    heads = {name: head for name, head in heads.items() if name in scores}
+    diffuses = "untrained" in heads
     table = [
         f"| | {' | '.join(heads.values())} |",
         "| --- |" + " ---: |" * len(heads),
@@ -96,19 +98,19 @@ def write_card(
             for what, metric, form in _ROWS
         ),
     ]
-    about = "Bits of a diffusion model are an upper bound."
+    about = "Bits of a diffusion model are an upper bound. " if diffuses else ""
     if drafts:
-        about = "Text and likelihood are the start's own: a draft is kept if it is what the start writes."
+        about = "Text and likelihood are the start's own: a draft is kept if it is what the start writes. "
     export_line = ["", "`export/` holds the weights in Hugging Face's format."] if exported else []
     text = [
-        f"# {pathlib.PurePath(model).name}, converted to diffusion",
+        f"# {pathlib.PurePath(model).name}, {'converted to diffusion' if diffuses else 'trained further'}",
         "",
         f"Made from `{model}` by diffusion_t5x: route `{recipe.route}`, {tokens:,} tokens of training.",
         f"The recipe is `{recipe.path.name}`.",
         "",
         *table,
         "",
-        f"{about} Brackets: 95 % intervals over the held-out examples. The page `report.html` shows learning curves, "
+        f"{about}Brackets: 95 % intervals over the held-out examples. The page `report.html` shows learning curves, "
         "examples and canvases.",
         "",
         "```bash",

@@ -55,6 +55,11 @@ class Scores:
             run.dataset, split="validation", batch_size=self._budget.rows, pack=False, shuffle=False
         )
 
+    @property
+    def diffuses(self) -> bool:
+        """False for the baseline, which is trained as the autoregressive model that the start is."""
+        return self._decoder != AutoregressiveDecoder()
+
     def of_start(self) -> dict[str, float]:
         """The start as what it is, an autoregressive model."""
         return self._evaluate("start", self._start, Autoregressive(), AutoregressiveDecoder())

@@ -79,10 +79,9 @@ class _Conversion:
         folder = self.command.output
         scores = Scores(folder / "scores", self.training, self.start.named)
         trained, checkpoint = str(folder / "train"), folder / "checkpoint"
-        table = {
-            "start": self._stage("score start", scores.of_start),
-            "untrained": self._stage("score untrained", scores.of_untrained),
-        }
+        table = {"start": self._stage("score start", scores.of_start)}
+        if scores.diffuses:
+            table["untrained"] = self._stage("score untrained", scores.of_untrained)
         self._stage("train", self.recipe.run_train)
         self._stage("checkpoint", lambda: release.write_checkpoint(trained, checkpoint))
         table["trained"] = self._stage("score trained", lambda: scores.of_trained(str(checkpoint)))
