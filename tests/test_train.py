@@ -121,7 +121,7 @@ def test_adaptation_starts_from_the_parameters_with_a_fresh_optimizer(pretrained
     assert f"initialised from {pretrained}" in log and "at step 0 of 4" in log
     assert re.search(r"^  params/ \(12 arrays\) as in the checkpoint$", log, re.MULTILINE)
     assert re.search(
-        r"^  opt_state/ \(\d+ arrays\), step start anew, by the rule \('step\|opt_state", log, re.MULTILINE
+        r"^  opt_state/ \(\d+ arrays\), step start fresh, by the rule \('step\|opt_state", log, re.MULTILINE
     )
     assert "compiling the training step …" in log and "evaluation at step 4" in log and "\x1b" not in log
     assert log.endswith(f"trained: {tmp_path}\nnext:\n  diffusion-t5x generate --checkpoint {tmp_path}\n")  # a mixture

@@ -61,7 +61,7 @@ def look(kind: DataKind, patterns: tuple[str, ...], vocabulary: "seqio.Vocabular
             raise UserError(f"{records.where(0)}: --{kind} needs a field {name!r} in each line; it has {has}.")
     if len(records) < 8:
         raise UserError(
-            f"{', '.join(patterns)}: {len(records)} records are too few to hold some out. Give at least 8 paragraphs "
+            f"{', '.join(patterns)}: {len(records)} records are too few to hold any out. Give at least 8 paragraphs "
             "(between empty lines) or lines."
         )
     texts = [text for record in first for text in _texts(record[name] for name in fields)]

@@ -27,7 +27,7 @@ class Journal:
         if self._path.exists():
             self._read()
         elif folder.is_dir() and any(entry.name != ".lock" for entry in folder.iterdir()):
-            raise UserError(f"{folder} is not empty, and no ar2diff has begun there: give another --output.")
+            raise UserError(f"{folder} is not empty, and was not created by ar2diff: give another --output.")
 
     def _read(self) -> None:
         try:
@@ -41,7 +41,7 @@ class Journal:
         if changed and (stages.keys() - _EARLY or "MODEL" in changed):
             told = (f"{key} was {_said(before.get(key))}, now it is {_said(self._command.get(key))}" for key in changed)
             raise UserError(
-                f"{self._path.parent} was begun by another command: {'; '.join(told)}. Repeat that one, or give "
+                f"{self._path.parent} was started by another command: {'; '.join(told)}. Repeat that one, or give "
                 "another --output."
             )
         self._stages = {name: found for name, found in stages.items() if not changed or name == "import"}

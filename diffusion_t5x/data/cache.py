@@ -119,7 +119,7 @@ def read_info(where: pathlib.Path) -> Info | None:
     path = where / "info.json"
     if not path.is_file():
         if where.is_dir() and any(where.iterdir()):
-            raise UserError(f"The cache in {where} was not finished: run cache_tasks again, which starts it anew.")
+            raise UserError(f"The cache in {where} was not finished: run cache_tasks again, which starts over.")
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -146,7 +146,7 @@ def is_done(where: pathlib.Path, info: Info) -> bool:
     wanted, there = _settings(info), _settings(found)
     if differences := [f"{key} {there.get(key)}, not {wanted[key]}" for key in wanted if there.get(key) != wanted[key]]:
         raise UserError(
-            f"{where} holds a cache made with other settings: {'; '.join(differences)}. Nothing is overwritten: give "
+            f"{where} has a cache made with different settings: {'; '.join(differences)}. Nothing is overwritten: give "
             "another CACHE_DIR, or delete that folder."
         )
     return True

@@ -54,7 +54,7 @@ class ChatTemplate:
             known = map(template_process.shared().names, (self._text, self._tool_use))
             self.names = frozenset(itertools.chain.from_iterable(known))
         except TypeError as error:
-            raise UserError(f"TEMPLATE_VARIABLES are plain values, not {variables!r}.") from error
+            raise UserError(f"TEMPLATE_VARIABLES must be plain values, not {variables!r}.") from error
         except ValueError as error:
             raise UserError(f"The chat template is not valid Jinja: {error}.") from error
         self._known = {"tools": None, "documents": None, **tokens, **(variables or {})}
@@ -131,7 +131,7 @@ class ChatTemplate:
             answer = self._behind_thought(text[thought.start() :], messages[number], thought[1])
         else:
             raise ValueError(
-                f"the chat template asks for message {number + 1} with {prompt[-40:]!r}, but writes it otherwise."
+                f"the chat template asks for message {number + 1} with {prompt[-40:]!r}, but writes it differently."
             )
         ends = [special.end() for special in self._special.finditer(answer)]
         return prompt, answer[: ends[-1]] if ends else answer

@@ -195,14 +195,14 @@ def with_added_tokens(own: SentencePieceVocabulary, extra_ids: int) -> SentenceP
     for number, token in tokens.items():
         if number < size and token.content not in (piece := model.IdToPiece(number), piece.removeprefix("▁")):
             raise UserError(
-                f"{token.file}: {token.content!r} has the id {number}, which is {piece!r} in {path}: take out the file "
-                "that is wrong."
+                f"{token.file}: {token.content!r} has the id {number}, which is {piece!r} in {path}: remove the wrong "
+                "file."
             )
     behind = {number: token for number, token in sorted(tokens.items()) if number >= size}
     for token in behind.values():
         there = model.PieceToId(token.content)
         if model.IdToPiece(there) == token.content and (model.IsControl(there) or model.IsUnknown(there)):
-            raise UserError(f"{token.file}: {token.content!r} is a special piece of {path} already: take it out.")
+            raise UserError(f"{token.file}: {token.content!r} is a special piece of {path} already: remove it.")
     sentinels = {size + extra_ids - 1 - number: f"<extra_id_{number}>" for number in range(extra_ids)}
     if any(number in sentinels and sentinels[number] != token.content for number, token in behind.items()):
         sentinels = {}

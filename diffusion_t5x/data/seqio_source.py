@@ -119,7 +119,7 @@ class SeqioDataset(OfTexts, LaidOut):
         if own(vocabularies[0]) != own(vocabularies[-1]):
             raise UserError(
                 f"inputs and targets of {where} must share one vocabulary, as they share an embedding: "
-                f"{difference(vocabularies[0], vocabularies[-1])}. Give both features the same."
+                f"{difference(vocabularies[0], vocabularies[-1])}. Give both features the same one."
             )
         if self.use_cached:
             tasks = libraries()[0].get_subtasks(provider)
@@ -349,7 +349,7 @@ class SeqioDataset(OfTexts, LaidOut):
 
     def _check_split(self, splits: Collection[str]) -> None:
         if self.split not in splits:
-            hint = f' HELD_OUT = {{"{self.split}": 1.0}} takes 1 % of "train" for it, in a task over files of yours.'
+            hint = f' HELD_OUT = {{"{self.split}": 1.0}} takes 1 % of "train" for it, in a task over your own files.'
             raise UserError(
                 f"{self.mixture_or_task_name!r} has no split {self.split!r}, only {', '.join(sorted(splits))}."
                 f"{hint if 'train' in splits else ''}"

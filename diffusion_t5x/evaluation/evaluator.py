@@ -147,7 +147,7 @@ def for_tasks(
       decode_eval: makes the evaluation for a `dataset`.
     """
     if isinstance(tasks, str) or not tasks:
-        raise UserError(f'EVAL_TASKS is a list of tasks\' names, such as ["my_task"], not {tasks!r}.')
+        raise UserError(f'EVAL_TASKS must be a list of task names, such as ["my_task"], not {tasks!r}.')
     return [decode_eval(dataset=dataset(mixture_or_task_name=task)) for task in tasks]
 
 

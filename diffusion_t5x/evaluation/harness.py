@@ -67,7 +67,7 @@ class Rows(LaidOut):
             )
         check_rows(self.task_feature_lengths, self.batch_size, pack=False, canvas=self.canvas)
         if self.architecture == "encoder_decoder" and not self.context_eos:
-            raise UserError("An encoder's inputs end in EOS: set CONTEXT_EOS = True.")
+            raise UserError("An encoder's inputs end with EOS: set CONTEXT_EOS = True.")
 
     @property
     def are_free(self) -> bool:
@@ -126,7 +126,7 @@ class Harness:
         limit = self._rows.task_feature_lengths["targets"]
         if longer := sum(size > limit for _, size in requests):
             logger.warning(
-                "%d of %d texts may be longer than %d tokens; they are cut there", longer, len(requests), limit
+                "%d of %d texts may be longer than %d tokens; they are truncated", longer, len(requests), limit
             )
         return self._write([(context, min(size, limit)) for context, size in requests])
 

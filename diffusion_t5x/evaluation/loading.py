@@ -40,7 +40,7 @@ def check_datasets(datasets: Iterable[Dataset], model: ModelConfig, mesh: Mesh) 
         dataset.check()
         if dataset.architecture != model.architecture:
             raise UserError(
-                f"{dataset.name} is laid out for a model that is {dataset.architecture}, but ModelConfig.architecture "
+                f"{dataset.name} is laid out for the architecture {dataset.architecture}, but ModelConfig.architecture "
                 f"is {model.architecture}: set both by including models/{model.architecture}.gin."
             )
         model.check_length(dataset.row_length, f"task_feature_lengths of {dataset.name}")

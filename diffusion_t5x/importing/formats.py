@@ -74,7 +74,7 @@ def chosen(asked: str, record: Record, kind: str, where: str) -> str:
     mode = next((mode for mode in record.modes if mode.noise), None)
     if asked != CAUSAL and record.lora and record.lora.get("drafts_only"):
         raise UserError(
-            f"{where} drafts by parameters that no format holds; without them it is the model that it was before: "
+            f"{where} has draft parameters, which no format can store; without them it is the original model: "
             "--as causal writes that."
         )
     if asked == CAUSAL or (asked == AUTO and mode is None):

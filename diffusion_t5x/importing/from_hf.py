@@ -106,7 +106,7 @@ def _opened(
     described = families.describe(folder)
     objective = described.published.objective
     if "block_size" in said and not isinstance(objective, Block):
-        raise UserError(f"--block_size: {folder.path} is not a model of block diffusion.")
+        raise UserError(f"--block_size: {folder.path} is not a block diffusion model.")
     tokenizer = folder.tokenizer(described.tokenizers)
     read = vocabulary(str(tokenizer), mask_id=said.get("mask_token_id"))
     ids = token_ids(read)

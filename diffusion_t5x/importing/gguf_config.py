@@ -236,7 +236,7 @@ def _llama3(factors: np.ndarray, head_dim: int, base: float, where: str) -> dict
     low, high, length = _LLAMA3.values()
     smooth = np.clip((length / wavelengths - low) / (high - low), 0, 1)
     if factors.shape != wavelengths.shape or not np.allclose(factors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-4):
-        raise UserError(f"{where}: {ROTARY_FACTORS} stretches rotary wavelengths otherwise than Llama 3 does.")
+        raise UserError(f"{where}: {ROTARY_FACTORS} stretches rotary wavelengths differently from Llama 3.")
     return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
 
 

@@ -133,7 +133,7 @@ class Folder:
         """
         spiece, tokenizer = self.path / TOKENIZERS[0], self.path / TOKENIZERS[1]
         if spiece.exists() and tokenizer.exists() and not _same_pieces(spiece, tokenizer):
-            print(f"{spiece} is ignored, as in transformers: {tokenizer.name} has other pieces.")
+            print(f"{spiece} is ignored, as in transformers: {tokenizer.name} has different pieces.")
             return tokenizer
         for name in (*TOKENIZERS, *others):
             if (self.path / name).exists():

@@ -47,7 +47,7 @@ class Keys:
                 if self._values.setdefault(name, value) != value:
                     raise UserError(
                         f"{where}: {alias} = {_show(value)} and {name} = {_show(self._values[name])} are two names of "
-                        "one size: take out the wrong one."
+                        "one size: remove the wrong one."
                     )
 
     def get(self, name: str, default: Any = REQUIRED) -> Any:

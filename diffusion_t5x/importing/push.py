@@ -25,7 +25,7 @@ def push(folder: str, name: str, public: bool = False) -> None:
             f"{folder} has no {CONFIG} with safetensors beside it: give a folder that `convert to_hf` wrote."
         )
     if name.count("/") != 1:
-        raise UserError(f"{name!r} is no name of a model on the hub: give ORG/NAME.")
+        raise UserError(f"{name!r} is not a model name for the Hub: give ORG/NAME.")
     import huggingface_hub
     from huggingface_hub import errors
 

@@ -148,7 +148,7 @@ def _check_room(folder: pathlib.Path, name: str, array: tensorstore.TensorStore,
     for shape, stored in ((array.shape, sum(sizes)), (chunk, max(sizes, default=0))):
         if (held := math.prod(shape) * array.dtype.numpy_dtype.itemsize) > max(_ALWAYS, _DENSEST * stored):
             raise UserError(
-                f"{folder}: {name} is said to have {held:,} bytes, which files of {stored:,} bytes cannot hold."
+                f"{folder}: {name} should have {held:,} bytes, which files of {stored:,} bytes cannot contain."
             )
 
 

@@ -100,7 +100,7 @@ class Measurements:
       machine: the machine, see `stopwatch.describe_machine`.
 
     Raises:
-      UserError: the file has measurements with other settings or of another machine, or is broken.
+      UserError: the file has measurements with different settings or of another machine, or is broken.
     """
 
     def __init__(self, folder: str, settings: Mapping[str, Any], machine: Mapping[str, Any]):
@@ -119,7 +119,7 @@ class Measurements:
             before = {}
         if changed := list(differences(before, self._head)):
             raise UserError(
-                f"{self.path} has measurements with other settings ({', '.join(changed[:5])}). Choose another "
+                f"{self.path} has measurements with different settings ({', '.join(changed[:5])}). Choose another "
                 "BENCHMARK_OUTPUT_DIR, or remove that file."
             )
 

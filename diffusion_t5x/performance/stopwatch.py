@@ -99,7 +99,7 @@ class Stopwatch:
                 raise
         ends = decoded.tokens[batch.target_mask] == definition.vocabulary.eos_id
         if np.any(ends):
-            raise RuntimeError(f"{np.sum(ends)} of {np.size(ends)} targets were left out: this time is no measure.")
+            raise RuntimeError(f"{np.sum(ends)} of {np.size(ends)} targets were left out: this time is not meaningful.")
         self.forwards = int(decoded.steps)
 
     def seconds(self) -> float:

@@ -43,9 +43,9 @@ class Agreement:
     Attributes:
       path: the checkpoint's path, for messages.
       record: how it was trained. Unknown values are not compared.
-      setting: the setting that allows a mismatch: a gin setting such as "infer.infer.allow_mismatch", or an argument in
-        Python.
-      allowed: its value: mismatches are logged and not errors.
+      setting: the name of the setting that allows a mismatch: a gin setting such as "infer.infer.allow_mismatch", or an
+        argument in Python.
+      allowed: its value; if True, mismatches are logged instead of raised.
     """
 
     path: str
@@ -72,7 +72,7 @@ class Agreement:
         self._judge([fault for user in users if user is not None for fault in self._misuses(model, user)])
 
     def check_model(self, model: ModelConfig) -> None:
-        """Raises a UserError if the checkpoint's parameters would compute another function than the trained one."""
+        """Raises a UserError if the checkpoint's parameters would compute a different function from the trained one."""
         if other := other_settings(self.record.model, model):
             message = describe_other(other)
             if not self.allowed:

@@ -169,7 +169,7 @@ def test_other_mistakes(write, tmp_path, caplog):
         read({"train": write("a.tsv", "a\tb\nc\n")}, readers.Tsv(("inputs", "targets")))
     with pytest.raises(UserError, match=r"one has 2 lines, .*two has 1: they must be equal"):
         read({"train": (write("one", "a\nb\n"), write("two", "a\n"))}, readers.Parallel())
-    with pytest.raises(UserError, match="Parallel text is two files, not 1"):
+    with pytest.raises(UserError, match="Parallel text needs two files, not 1"):
         read({"train": write("one", "a\nb\n")}, readers.Parallel())
     with pytest.raises(UserError, match="must be one of line, paragraphs, file, not 'book'"):
         read({"train": write("one", "a\nb\n")}, readers.Text("book"))
@@ -257,7 +257,7 @@ def test_more_shots_than_records_are_refused(write):
     assert len(read(files, readers.Tsv(("inputs", "targets")), "test", num_shots=2)) == 1
     with pytest.raises(UserError, match="There are 2 training examples for 3 shots: lower NUM_SHOTS"):
         read(files, readers.Tsv(("inputs", "targets")), "test", num_shots=3)
-    with pytest.raises(UserError, match="NUM_SHOTS is a number of examples"):
+    with pytest.raises(UserError, match="NUM_SHOTS must be a number of examples"):
         read(files, readers.Tsv(("inputs", "targets")), "test", num_shots=-1)
 
 
