@@ -41,7 +41,7 @@ class MeshConfig:
     """Number of devices of each mesh axis.
 
     Attributes:
-      replica: number of slices joined by a data-centre network; each holds all parameters, and only gradients pass
+      replica: number of slices joined by a data-centre network; each has all parameters, and only gradients pass
         between them.
       data: replicas of the parameters in a slice; -1 takes all devices that the other axes leave.
       fsdp: shards the batch, and parameters and optimizer state along `embed`.
@@ -155,7 +155,7 @@ def pieces_of(axis: str, mesh: Mesh | AbstractMesh | None = None) -> int:
 
 
 def copies(x: jax.Array, axes: Sequence[str], rows: int) -> jax.Array:
-    """Returns a copy of x for each shard of `rows`, `[shards, ...]`; each device holds one copy, which costs nothing.
+    """Returns a copy of x for each shard of `rows`, `[shards, ...]`; each device has one copy, which costs nothing.
 
     For arrays that all rows read inside a loop: gradients add up in each copy and are summed over the devices once,
     after the loop. Gradients of x itself would be summed in every iteration.
@@ -202,7 +202,7 @@ def param_shardings(mesh: Mesh, abstract: Any, axes: Any) -> Any:
 
 
 def like_params(mesh: Mesh, tree: Any, params: Any, shardings: Any) -> Any:
-    """Returns shardings of a tree that holds arrays shaped like parameters under the parameters' paths.
+    """Returns shardings of a tree of arrays shaped like parameters under the parameters' paths.
 
     Optimizer states are such trees: a leaf whose path ends in a parameter's path and that has its shape is sharded like
     the parameter; anything else (counts, factored moments) is replicated.
@@ -247,7 +247,7 @@ def check_batch(mesh: Mesh, batch_size: int, length: int) -> None:
 def share_of_rows(mesh: Mesh) -> tuple[int, int]:
     """Returns the index of this process's share of a batch's rows, and the number of shares.
 
-    Processes that hold the same rows, as when `tensor` spans several processes, have the same share.
+    Processes with the same rows, as when `tensor` spans several processes, have the same share.
 
     Raises:
       UserError: processes share some rows but not others.

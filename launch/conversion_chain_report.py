@@ -92,7 +92,7 @@ def _orders(nats: Mapping[tuple[str, str], Mapping[int, float]], decoders: Seque
                 if cells:
                     rows.append([f"{first} − {second}", READINGS[shifted], STARTS[warmed], *cells])
     table = _table(["difference", "reading", "start", *decoders], rows, left=3)
-    return f"{table}\nIn brackets: the number of seeds in which the first route has fewer nats. *: the interval excludes 0.\n"
+    return f"{table}\nIn brackets: seeds in which the first route has fewer nats. *: the interval excludes 0.\n"
 
 
 def _rates(rates: Mapping[tuple[str, bool], Mapping[float, float]]) -> str:

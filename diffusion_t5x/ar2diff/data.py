@@ -25,8 +25,8 @@ class TrainingData:
       files: as they were named.
       gin_file: reads them.
       unit: what a record is, in the plural.
-      num_records: of all files.
-      num_tokens: of all records, estimated from the first ones.
+      num_records: number of records in all files.
+      num_tokens: number of tokens in all records, estimated from the first ones.
       held_out: percentage that is not trained on.
     """
 

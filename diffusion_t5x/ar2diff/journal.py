@@ -17,7 +17,7 @@ class Journal:
     """The stages that are done, each with what it found. The file is replaced atomically.
 
     Raises:
-      UserError: the folder holds something else, or another command has gone further there than its plan.
+      UserError: the folder holds something else, or another command has passed the planning stage there.
     """
 
     def __init__(self, folder: pathlib.Path, command: Mapping[str, Any]):

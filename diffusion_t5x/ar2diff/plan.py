@@ -1,4 +1,4 @@
-"""The plan of a conversion: what will be trained and what it takes, measured on the step itself."""
+"""The plan of a conversion: what will be trained and what it costs, measured on the step itself."""
 
 import dataclasses
 import pathlib
@@ -25,14 +25,14 @@ class Plan:
     """The work and needs of a conversion. Sizes are in bytes, times in seconds.
 
     Attributes:
-      steps: of training.
+      steps: number of training steps.
       microbatches: pieces in which a step goes through its batch.
       eval_period: steps between checkpoints.
       tokens_per_step: positions of all rows.
       seconds_per_step: measured.
       num_parameters, num_trained: of the model.
-      memory, free_memory: of one device.
-      disk, free_disk: of the output folder.
+      memory, free_memory: bytes needed and free on one device.
+      disk, free_disk: bytes needed and free for the output folder.
     """
 
     steps: int

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def convert(command: Command, only_plan: bool) -> None:
-    """Does what the command line asks for, or goes on where an earlier process was stopped.
+    """Runs the conversion, or resumes where an earlier process stopped.
 
     Args:
       command: what to do.

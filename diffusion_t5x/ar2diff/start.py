@@ -22,7 +22,7 @@ def begin(model: str, tokenizer: str | None, folder: pathlib.Path, journal: Jour
       journal: remembers the path.
 
     Raises:
-      UserError: no such model, or one that cannot be imported.
+      UserError: the model does not exist or cannot be imported.
     """
     path = journal.done("import")
     if path is None:

@@ -1,6 +1,6 @@
 """A model's chat template, the Jinja file that comes with its tokenizer: renders conversations turn by turn.
 
-A template is somebody else's program, so it runs in Jinja's sandbox, in a process of its own with limits on time and
+A template is somebody else's program, so it runs in Jinja's sandbox, in a separate process with limits on time and
 memory, and sees plain JSON.
 """
 
@@ -31,7 +31,7 @@ class ChatTemplate:
       tokens: the special tokens that it may name: "bos_token", "eos_token" ...
       special: texts that the tokenizer turns into special tokens wherever they appear.
       variables: more variables that it may name, such as {"enable_thinking": False}.
-      tool_use: a template for conversations with tools; None uses `text` for them, too.
+      tool_use: a template for conversations with tools; None uses `text` for them as well.
 
     Attributes:
       names: the variables that the templates read.

@@ -26,7 +26,7 @@ class SentencePieceVocabulary(Vocabulary):
     Args:
       path: the model's file.
       extra_ids: number of sentinels.
-      added: by id, the added tokens' contents, and True for special ones. Ids between them stand for nothing.
+      added: by id, the added tokens' contents, and True for special ones. Ids between them are unused.
     """
 
     def __init__(self, path: str, extra_ids: int = 0, added: tuple[tuple[int, AddedToken], ...] = ()):
@@ -180,7 +180,7 @@ def with_added_tokens(own: SentencePieceVocabulary, extra_ids: int) -> SentenceP
     An added token in place of a sentinel means that there are no sentinels.
 
     Args:
-      own: the model alone.
+      own: only the model.
       extra_ids: number of sentinels after its pieces, if any.
 
     Raises:

@@ -55,7 +55,7 @@ class SeqioDataset(OfTexts, LaidOut):
         any split. A decoder-only model's rows have the length of both together.
       split: the split to read.
       batch_size: number of rows in the global batch, over all shards.
-      shuffle: shuffle training data anew each epoch. Evaluation never shuffles.
+      shuffle: reshuffle training data each epoch. Evaluation never shuffles.
       seed: seed of the shuffling and of the preprocessors' random choices.
       pack: pack several examples into a training row, kept apart by `segment_ids`. Excludes `canvas`.
       canvas: pad every target to the targets' length with pad tokens that the model learns to write, too. This is how
@@ -261,7 +261,7 @@ class SeqioDataset(OfTexts, LaidOut):
         )
 
     def eval_examples(self, num_examples: int | None = None) -> Iterator[dict[str, Any]]:
-        """Yields the dictionaries of `eval_batches` without rows for a model; features without a length are not cut."""
+        """Yields the dictionaries of `eval_batches`, without rows; features without a length are not truncated."""
         self._provider_with_split()
         examples = self._eval_dataset(num_examples).with_options(_without_autotuning()).as_numpy_iterator()
         return (self._describe(number, example) for number, example in enumerate(examples))

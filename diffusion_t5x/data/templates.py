@@ -34,7 +34,7 @@ class Template:
     """A text with holes.
 
     Attributes:
-      text: the text as it stands in the file.
+      text: the text as written in the file.
       inputs: the inputs that the text is written for; None for none.
       parts: the texts before, between and after the holes: one more than there are holes.
       holes: number of tokens in each hole. Adjacent holes are one hole.

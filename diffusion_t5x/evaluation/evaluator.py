@@ -121,7 +121,7 @@ def prepared(evals: Sequence[AnyEval]) -> list[AnyEval]:
 
 
 def check_decoders(mesh: Mesh, definition: ModelDefinition, evals: Sequence[DecodeEval], params: Params) -> None:
-    """Traces the decoding of each evaluation with the shapes of its batches alone. Nothing is compiled or run.
+    """Traces the decoding of each evaluation with only the shapes of its batches. Nothing is compiled or run.
 
     A decoder that does not fit the model or the lengths raises here what it would raise in the first evaluation.
     """
@@ -164,7 +164,7 @@ class Evaluator:
       times_evals: searches to run.
 
     Raises:
-      UserError: two evaluations of one kind on one data set, whose results could not be told apart.
+      UserError: two evaluations of one kind on one data set, whose results could not be distinguished.
     """
 
     def __init__(

@@ -121,7 +121,7 @@ class Harness:
     def write(self, requests: Sequence[tuple[Tokens, int]]) -> list[Tokens]:
         """Returns the decoder's output after each context, up to the end of the text, within the requested length.
 
-        A canvas is written whole and then cut.
+        A canvas is written whole and then truncated.
         """
         limit = self._rows.task_feature_lengths["targets"]
         if longer := sum(size > limit for _, size in requests):
@@ -171,7 +171,7 @@ class Harness:
         return found
 
     def _fitted(self, examples: Sequence[tuple[Tokens, Tokens]]) -> Iterator[tuple[Tokens, Tokens]]:
-        """Yields the examples cut to the row lengths."""
+        """Yields the examples truncated to the row lengths."""
         rows, lengths, cut = self._rows, self._rows.task_feature_lengths, 0
         end = [self._ids.eos_id] if rows.context_eos else []
         # Where a model reads no start token by itself, it is an empty context, as in the harness's own models.

@@ -21,7 +21,7 @@ _EXAMPLE = ("inputs_pretokenized", "targets_pretokenized", "template")
 
 
 class RecordFile:
-    """A file of records, with a note beside it of the settings that made them.
+    """A file of records, with a file next to it that notes the settings that made them.
 
     Args:
       path: the file, which need not exist.

@@ -9,7 +9,8 @@ from diffusion_t5x.importing.huggingface import CONFIG, INDEX, SINGLE
 def push(folder: str, name: str, public: bool = False) -> None:
     """Uploads a folder that `to_hf` wrote as a model of the hub, in one commit.
 
-    The repository is made if there is none. The environment variables of `huggingface_hub` hold, such as `HF_TOKEN`.
+    The repository is created if it does not exist. The environment variables of `huggingface_hub` hold, such as
+    `HF_TOKEN`.
 
     Args:
       folder: with config.json and safetensors.

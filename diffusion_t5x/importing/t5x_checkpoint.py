@@ -139,7 +139,7 @@ def _open_zarr(folder: pathlib.Path, name: str, spec: dict[str, Any]) -> tensors
 
 
 def _check_room(folder: pathlib.Path, name: str, array: tensorstore.TensorStore, path: pathlib.Path, said: str) -> None:
-    """Raises a UserError if an array is larger than its files can hold, before its chunks are visited."""
+    """Raises a UserError if an array is larger than its files can contain, before its chunks are visited."""
     sizes = [file.stat().st_size for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
     chunk = cast("tuple[int, ...]", array.chunk_layout.read_chunk.shape)  # Zarr always says it
     chunks = math.prod(-(-size // max(1, part)) for size, part in zip(array.shape, chunk, strict=True))

@@ -38,8 +38,8 @@ class ModelConfig:
         a vector for each of `max_length` positions to the embedded tokens.
       norm: "rms" scales by the root mean square, "layer" (arXiv 1607.06450) subtracts the mean first and adds a bias.
       activation: activation of the feed-forward layer.
-      gated: the activation gates a second product; False uses the activation alone.
-      experts: a mixture of experts in place of the feed-forward layer; None: there is none. For decoders alone.
+      gated: the activation gates a second product; False uses only the activation.
+      experts: a mixture of experts in place of the feed-forward layer; None: no experts. Only for decoder-only models.
       tie_embeddings: compute logits with the embedding; False adds an output matrix.
       query_key_norm: RMS-normalise queries and keys of each head.
       whole_query_key_norm: RMS-normalise queries, and keys, of all heads as one vector (OLMo 2).

@@ -52,7 +52,7 @@ class Slots(flax.struct.PyTreeNode):
 
     @classmethod
     def of(cls, batch: Batch) -> Self:
-        """Returns the slots of a batch whose tokens stand in their own places (no shift)."""
+        """Returns the slots of a batch whose tokens are in their own slots (no shift)."""
         return cls(segment_ids=batch.segment_ids, positions=batch.positions, is_input=batch.input_mask)
 
     def take(self, start: IntB, length: int) -> Self:

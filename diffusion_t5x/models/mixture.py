@@ -123,7 +123,7 @@ def routed(
 ) -> FloatBLD:
     """Returns the sum over a token's experts of `factor * wo(activation(wi_0 x) * wi_1 x)`.
 
-    Each device sends its own tokens to the experts that it holds; what the experts of all devices return is summed.
+    Each device applies its own experts to the tokens; the outputs of all devices' experts are summed.
     Over an axis that spreads experts and tokens alike (`MeshConfig.rules`), tokens are gathered first.
 
     Args:

@@ -33,7 +33,7 @@ class DecodeTime:
       length: number of tokens in a text.
       batch_size: number of texts written at once.
       saturating: the batch size was searched: doubling it would hardly raise the tokens per second.
-      forwards: number of model passes, not counting one over the prompt alone.
+      forwards: number of model passes, not counting one that reads only the prompt.
       device: the device, and JAX's version.
       seconds: seconds of each run.
     """

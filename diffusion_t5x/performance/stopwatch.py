@@ -121,7 +121,7 @@ def saturating_batch(seconds_of: Callable[[int], float | None], start: int, most
     """Returns the batch size beyond which doubling raises the texts per second by less than a tenth.
 
     Args:
-      seconds_of: returns the time of a batch of this size; None if memory does not hold it.
+      seconds_of: returns the time of a batch of this size; None if it does not fit into memory.
       start: first batch size, then doubled; it must fit.
       most: maximum batch size.
     """

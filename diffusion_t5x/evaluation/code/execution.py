@@ -97,7 +97,7 @@ class Verdict:
     """Result of a program's tests.
 
     Attributes:
-      status: "pass": every test ran and held. "wrong": a test did not hold. "error": an exception, or the process
+      status: "pass": every test ran and passed. "wrong": a test failed. "error": an exception, or the process
         ended. "timeout" and "memory": a limit. "refused": not run at all.
       detail: the test, and what happened.
       output: the beginning of the program's output.
