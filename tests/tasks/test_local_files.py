@@ -123,7 +123,7 @@ def test_shots_are_training_examples_the_same_for_all(write):
         local_files.task("mine", {"test": test}, readers.Tsv(("inputs", "targets")), None, num_shots=1)
 
 
-@pytest.mark.parametrize("objective", ["full_lm", "ul2"])
+@pytest.mark.parametrize("objective", ["full_lm", pytest.param("ul2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("architecture", ["decoder_only", "encoder_decoder"])
 def test_documents_are_packed_apart_for_both_architectures(write, objective, architecture):
     file = write("a.txt", "\n\n".join(character * 14 for character in "abcdefghij"))
