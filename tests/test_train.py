@@ -63,7 +63,7 @@ def test_a_broken_newest_checkpoint_stops_a_run_unless_an_older_one_is_allowed(p
         config.run(train.train, [*flags, "--gin.TRAIN_STEPS=22"])
     message = capsys.readouterr().err
     assert stopped.value.code == 2 and f"checkpoint_20 is broken: state/d/{file.name} has" in message
-    assert "newest whole one beside it is" in message and "checkpoint_15" in message
+    assert "newest intact one is" in message and "checkpoint_15" in message
     (model_dir / LOCK).unlink()
     assert sorted((path, path.stat().st_mtime_ns) for path in model_dir.rglob("*") if path.is_file()) == before
 

@@ -114,7 +114,7 @@ class Plan:
             "steps": f"{self.steps:,}: {self.tokens:,} tokens; a checkpoint every {self.eval_period:,} steps",
             "memory": f"{_size(self.memory)} of {_size(self.free_memory)} per device",
             "disk": f"about {_size(self.disk)} of {_size(self.free_disk)}",
-            "time": f"about {minutes:.0f} min of training ({self.seconds_per_step:.2g} s a step on {device})",
+            "time": f"about {minutes:.0f} min of training ({self.seconds_per_step:.2g} s per step on {device})",
             "output": f"{command.output}: recipe.gin, train, checkpoint, export, report.html, README.md",
         }
         return "\n".join(f"  {name:<9}{text}" for name, text in told.items())

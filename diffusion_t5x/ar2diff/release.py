@@ -101,7 +101,7 @@ def write_card(
     about = "Bits of a diffusion model are an upper bound. " if diffuses else ""
     if drafts:
         about = "Text and likelihood are the start's own: a draft is kept if it is what the start writes. "
-    export_line = ["", "`export/` holds the weights in Hugging Face's format."] if exported else []
+    export_line = ["", "`export/` has the weights in Hugging Face format."] if exported else []
     text = [
         f"# {pathlib.PurePath(model).name}, {'converted to diffusion' if diffuses else 'trained further'}",
         "",

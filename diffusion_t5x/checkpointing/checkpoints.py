@@ -287,7 +287,7 @@ def find_checkpoints(path: str) -> list[epath.Path]:
         if found := stored.find_all(folder):
             return [checkpoint.path for checkpoint in found]
     beside = ", ".join(map(str, steps(given.parent)))
-    there = f" Beside it are the steps {beside}." if beside else ""
+    there = f" The folder has the steps {beside}." if beside else ""
     state = "holds no finished checkpoint" if given.exists() else "does not exist"
     raise UserError(
         f"No checkpoint at {path}: it {state}.{there} Give a folder checkpoint_<step>, a folder of such folders, or a "

@@ -159,7 +159,7 @@ def check_macros_used() -> None:
                 if re.search(rf"^{re.escape(scope)} = ", gin_reading.shipped_text(file), re.MULTILINE)
             ]
             hint = did_you_mean(scope, used) or (
-                f" It goes with {', '.join(list(dict.fromkeys(with_it))[:3])}." if with_it else ""
+                f" It is used by {', '.join(list(dict.fromkeys(with_it))[:3])}." if with_it else ""
             )
             raise UserError(f"{flag}: nothing in this configuration uses a macro {scope!r}.{hint}")
 

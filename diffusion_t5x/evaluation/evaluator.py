@@ -114,7 +114,7 @@ def prepared(evals: Sequence[AnyEval]) -> list[AnyEval]:
     found = []
     for ev in evals:
         if 0 in (getattr(ev, "num_batches", None), getattr(ev, "num_examples", None)):
-            logger.info("%s of %s is skipped: it was asked for 0 examples", type(ev).__name__, ev.dataset.name)
+            logger.info("%s of %s is skipped: 0 examples were requested", type(ev).__name__, ev.dataset.name)
             continue
         found.append(ev)
     return found

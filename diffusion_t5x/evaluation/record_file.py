@@ -95,7 +95,7 @@ class RecordFile:
             content = self.path.read_bytes()
             locked.truncate(content.rfind(b"\n") + 1)  # a line that was cut short
             if content.count(b"\n") != self.done:
-                self._refuse("was written to by another process since this one began")
+                self._refuse("was written to by another process since this one started")
             write_json(self._note, self._settings)
             with self.path.open("a", encoding="utf-8") as file, Progress(total, self.done, title, "example") as bar:
                 for record in records:

@@ -113,4 +113,4 @@ def _scores(folder: pathlib.Path) -> list[str]:
                 if None not in interval:
                     low, high = interval
                     lines.append(f"* {task}, {metric}: {value:.4g}, 95 % interval {low:.4g} to {high:.4g}")
-    return lines or ["No evaluation lies in the folder of the run."]
+    return lines or ["The run's folder has no evaluation."]

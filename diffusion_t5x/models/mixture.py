@@ -123,8 +123,8 @@ def routed(
 ) -> FloatBLD:
     """Returns the sum over a token's experts of `factor * wo(activation(wi_0 x) * wi_1 x)`.
 
-    Each device applies its own experts to the tokens; the outputs of all devices' experts are summed.
-    Over an axis that spreads experts and tokens alike (`MeshConfig.rules`), tokens are gathered first.
+    Each device applies its own experts to the tokens; the outputs of all devices' experts are summed. Over an axis that
+    shards both experts and tokens (`MeshConfig.rules`), tokens are gathered first.
 
     Args:
       x: the tokens.

@@ -93,7 +93,7 @@ class Agreement:
         if trained and (class_name(trained) != class_name(now) or other_modes):
             faults.append(
                 f"{self.path} was trained by {class_name(trained)} ({_in_words(self.record.modes)}), but here "
-                f"train.objective is {class_name(now)} ({_in_words(modes_of(objective))}). Go on with the same one, or "
+                f"train.objective is {class_name(now)} ({_in_words(modes_of(objective))}). Continue with the same one, or "
                 f"start another run from it: another MODEL_DIR and --gin.INITIAL_CHECKPOINT_PATH={self.path}."
             )
         else:
@@ -144,7 +144,7 @@ class Agreement:
 
     def _force(self) -> str:
         flag = f"--gin.{self.setting}" if "." in self.setting else self.setting
-        return f"(To do it all the same: {flag}=True.)"
+        return f"(To do it anyway:  {flag}=True.)"
 
 
 def other_settings(trained: Mapping[str, Any], now: ModelConfig) -> dict[str, tuple[Any, Any]]:
@@ -213,4 +213,4 @@ def _remedy(user: object, mode: Mode, learned: Mode) -> str:
     file = _FILES.get((learned.attention, learned.noise))
     prefix = "--gin.AutoregressiveDecoder.prefix=True" if learned.attention == "prefix" and folder == "decoding" else ""
     flags = " ".join(filter(None, [f"--gin_file={folder}/{file}.gin", block, prefix]))
-    return f"Give {flags}." if file else f"Take what goes with {learned}."
+    return f"Give {flags}." if file else f"Use an objective or decoder for {learned}."

@@ -127,7 +127,7 @@ class Protections:
     def __str__(self) -> str:
         limits = "limits on time, memory, files, processes and system calls; all processes killed; clean environment"
         if self.isolation:
-            return f"{limits}; no files but an empty folder, no network, no sight of other processes, no privileges"
+            return f"{limits}; no files but an empty folder, no network, no view of other processes, no privileges"
         return f"{limits}; NO protection of files, network and other processes ({self.reason})"
 
 
