@@ -209,7 +209,7 @@ def test_a_model_of_the_hub(offline, published, tmp_path):
     assert dt.load(folder).generate("Once", length=8) == model.generate("Once", length=8)
     with pytest.raises(UserError, match=r"There is no folder someone/other, .*HF_HUB_OFFLINE is set"):
         dt.load("someone/other")
-    with pytest.raises(UserError, match=r"There is no folder someone/tiny-llama@old, .* lacks the model"):
+    with pytest.raises(UserError, match=r"There is no folder someone/tiny-llama@old, .* does not have the model"):
         from_hf("someone/tiny-llama@old", str(tmp_path / "old"))
 
 

@@ -152,8 +152,8 @@ class Report:
             lines.append(f"  no reduce-scatter: {how}")
         if cost.unknown_loops:
             lines.append(
-                f"  {cost.unknown_loops} loops end depending on the data: each counts as one iteration, so times are for "
-                "one iteration"
+                f"  {cost.unknown_loops} loops end depending on the data: each counts as one iteration, so times are "
+                "for one iteration"
             )
         return "\n".join(lines)
 

@@ -93,8 +93,8 @@ class Agreement:
         if trained and (class_name(trained) != class_name(now) or other_modes):
             faults.append(
                 f"{self.path} was trained by {class_name(trained)} ({_in_words(self.record.modes)}), but here "
-                f"train.objective is {class_name(now)} ({_in_words(modes_of(objective))}). Continue with the same one, or "
-                f"start another run from it: another MODEL_DIR and --gin.INITIAL_CHECKPOINT_PATH={self.path}."
+                f"train.objective is {class_name(now)} ({_in_words(modes_of(objective))}). Continue with the same one, "
+                f"or start another run from it: another MODEL_DIR and --gin.INITIAL_CHECKPOINT_PATH={self.path}."
             )
         else:
             faults += self._shifts(model, objective)
