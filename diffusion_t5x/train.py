@@ -37,7 +37,7 @@ from diffusion_t5x.evaluation.screen import evaluation_block, next_commands
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.distillation import Teacher
-from diffusion_t5x.objectives.objective import Objective
+from diffusion_t5x.objectives.objective import Objective, no_teacher
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.performance.training_run import StepReader, TrainingRun
 from diffusion_t5x.training import lora as lora_training
@@ -186,7 +186,7 @@ class Training:
         folder = os.path.join(self.model_dir, "checkpoints")
         start = Start.find(folder, self.initial_checkpoint_path, self.restore_rules, self.allow_older_checkpoint)
         if self.objective.needs_teacher and not self.teacher_checkpoint_path and not self.dry_run:
-            raise UserError(f"{type(self.objective).__name__} needs a teacher. Set TEACHER_CHECKPOINT_PATH.")
+            raise no_teacher(self.objective)
         teacher_path = str(find_checkpoint(path)) if (path := self.teacher_checkpoint_path) else None
         self._check_data(mesh, [*(ev.dataset for ev in loss_evals), *(ev.dataset for ev in decode_evals)])
         for ev in decode_evals:

@@ -17,7 +17,7 @@ from diffusion_t5x.models.output import Ratio
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block
-from diffusion_t5x.objectives.objective import LossSums, Pass, normalized
+from diffusion_t5x.objectives.objective import LossSums, Pass, no_teacher, normalized
 from diffusion_t5x.shapes import FloatBL, FloatBLD, IntScalar, KeyScalar
 
 
@@ -74,7 +74,7 @@ class Aligned(Block):
     ) -> LossSums:
         """Returns the loss of the student `model`."""
         if teacher is None:
-            raise UserError("Aligned needs a teacher. Set TEACHER_CHECKPOINT_PATH.")
+            raise no_teacher(self)
         if (there := teacher.config.embed_dim) != (here := model.config.embed_dim):
             raise UserError(
                 f"Aligned compares hidden states: the teacher's have {there} dimensions, the model's {here}. Set "

@@ -28,7 +28,7 @@ from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import InBlocks, block_starts, noisy_output
 from diffusion_t5x.objectives.divergences import Divergence, divergence
 from diffusion_t5x.objectives.estimators import Estimate, drawn_now, sampled_kl
-from diffusion_t5x.objectives.objective import LossSums, Normalize, Pass
+from diffusion_t5x.objectives.objective import LossSums, Normalize, Pass, no_teacher
 from diffusion_t5x.objectives.texts import over_texts, random_states, scored_tokens
 from diffusion_t5x.shapes import AnyBoolBL, IntBL, IntScalar, KeyScalar
 
@@ -170,7 +170,7 @@ class Distillation(InBlocks):
     ) -> LossSums:
         """Returns the loss of the student `model`."""
         if teacher is None:
-            raise UserError("Distillation needs a teacher. Set TEACHER_CHECKPOINT_PATH.")
+            raise no_teacher(self)
         vocabulary = model.vocabulary
         dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids) if train else None
         noisy = self.noisy(vocabulary, batch, key)

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import AttentionKind
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.output import Auxiliaries, Ratio, merged
@@ -176,6 +177,11 @@ class Objective(Protocol):
           key: key of the draws.
           num_draws: number of draws, an even number; exact objectives ignore it and take one pass.
         """
+
+
+def no_teacher(objective: Objective) -> UserError:
+    """Returns the error of an objective that lacks the teacher it needs."""
+    return UserError(f"{type(objective).__name__} needs a teacher. Set TEACHER_CHECKPOINT_PATH.")
 
 
 def stratified(key: KeyScalar, rows: Int[Array, " batch"], columns: AnyIntBL) -> FloatBL:
