@@ -54,7 +54,7 @@ class RecordFile:
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise UserError(
-                f"{self.path} exists, but {self._note}, which records its settings,  cannot be read ({reason}): "
+                f"{self.path} exists, but {self._note}, which records its settings, cannot be read ({reason}): "
                 "remove both, or choose another INFER_OUTPUT_DIR."
             ) from error
         return before if isinstance(before, dict) else {}

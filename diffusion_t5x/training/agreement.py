@@ -144,7 +144,7 @@ class Agreement:
 
     def _force(self) -> str:
         flag = f"--gin.{self.setting}" if "." in self.setting else self.setting
-        return f"(To do it anyway:  {flag}=True.)"
+        return f"(To do it anyway: {flag}=True.)"
 
 
 def other_settings(trained: Mapping[str, Any], now: ModelConfig) -> dict[str, tuple[Any, Any]]:

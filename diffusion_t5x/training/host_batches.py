@@ -75,9 +75,7 @@ class HostBatches:
           UserError: the position belongs to other data.
         """
         if not state:
-            logger.info(
-                "the checkpoint has no position in the training data: it is read from the start, so examples may repeat"
-            )
+            logger.info("the checkpoint has no position in the training data: these start over, so examples may repeat")
             return
         if "num_shards" not in state:
             raise UserError("The checkpoint's data position has a format that is no longer supported: start a new run.")
