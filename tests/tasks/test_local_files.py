@@ -150,7 +150,7 @@ def test_documents_are_packed_apart_for_both_architectures(write, objective, arc
         ('["a"]\n', r"a\.jsonl:1: not a JSON object"),
         ('{"inputs": "a", "target": "b"}', r"a\.jsonl:1: no field 'targets'\. Did you mean 'target'\?"),
         ('{"inputs": "a", "xyz": "b"}', r"a\.jsonl:1: no field 'targets'\. There are 'inputs', 'xyz'\."),
-        ('{"inputs": null, "targets": "b"}', r"a\.jsonl:1: the field 'inputs' holds null, not text"),
+        ('{"inputs": null, "targets": "b"}', r"a\.jsonl:1: the field 'inputs' is null, not text"),
         (b'{"inputs": "\xe9"}', r"a\.jsonl:1: not UTF-8"),
         ("\n \n", r"a\.jsonl is empty"),
         ("", r"a\.jsonl is empty"),
