@@ -63,7 +63,7 @@ def test_eval_writes_scores_and_all_it_takes_to_repeat_them(finetuned, tmp_path,
     assert [run.scores[0].step for run in read_runs([tmp_path, tmp_path / "again"])] == [3, None]
     with pytest.raises(SystemExit):  # other settings: the first results stay
         evaluation.main([*flags, "--gin.RANDOM_SEED=1"])
-    assert "other settings (evaluations[0].seed)" in capsys.readouterr().err
+    assert "different settings (evaluations[0].seed)" in capsys.readouterr().err
 
 
 def test_eval_of_all_checkpoints_and_several_tasks_goes_on_where_it_stopped(pretrained, tmp_path, capsys):
