@@ -134,13 +134,8 @@ def generate(
     dataset = None if task is None else SeqioDataset(task, task_feature_lengths or {})
     vocabulary = vocabulary or _vocabulary(vocabulary_file, dataset)
     template = _chat(checkpoint, vocabulary, template_variables, chat, system)
-    if template:
-        context_eos = False  # the chat template ends the turns
-    elif context_eos is None and dataset:
-        context_eos = "inputs" in dataset.task_feature_lengths and dataset.adds_eos("inputs")
-    elif context_eos is None:
-        context_eos = model.architecture == "encoder_decoder"
-    prompts = Prompts(vocabulary, context_eos, max_inputs, length, model.architecture, template, system, stops)
+    ends = not template and _adds_eos(context_eos, dataset, model)  # a chat template ends turns in its own way
+    prompts = Prompts(vocabulary, ends, max_inputs, length, model.architecture, template, system, stops)
     mesh = MeshConfig().make(jax.devices()[:1])
     ids = dataclasses.replace(token_ids(vocabulary), end_ids=prompts.end_ids)
     definition, params = load_model(checkpoint, model, ids, mesh)
@@ -176,6 +171,15 @@ def _say_settings(
     most = "any number" if prompts.max_inputs is None else f"at most {prompts.max_inputs}"
     chat = ", chat" if prompts.chat else ""
     say(f"{decoder}, {each} tokens after {most} of a prompt, seed {random_seed}{chat}")
+
+
+def _adds_eos(given: bool | None, dataset: SeqioDataset | None, model: ModelConfig) -> bool:
+    """True if prompts end in EOS; see `generate`."""
+    if given is not None:
+        return given
+    if dataset:
+        return "inputs" in dataset.task_feature_lengths and dataset.adds_eos("inputs")
+    return model.architecture == "encoder_decoder"
 
 
 def _vocabulary(file: str | None, dataset: SeqioDataset | None) -> AnyVocabulary:
