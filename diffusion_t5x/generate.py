@@ -29,7 +29,7 @@ import jax
 from diffusion_t5x.chat.answers import Answers
 from diffusion_t5x.chat.conversation import Plain, Terminal, ended_by_signals, say
 from diffusion_t5x.chat.live_canvas import LiveCanvas
-from diffusion_t5x.chat.opening import open_vocabulary
+from diffusion_t5x.chat.opening import adds_eos, open_vocabulary
 from diffusion_t5x.chat.prompts import Prompts, prompt_lengths
 from diffusion_t5x.chat.talk import Talk
 from diffusion_t5x.checkpointing import checkpoints
@@ -38,6 +38,7 @@ from diffusion_t5x.command_line import answering
 from diffusion_t5x.console import Console
 from diffusion_t5x.data import stop_strings
 from diffusion_t5x.data.chats import Chat
+from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.data.vocabulary import AnyVocabulary
 from diffusion_t5x.decoding.decoder import Decoder
@@ -105,12 +106,11 @@ def generate(
             raise UserError(f"--{name} must be at least 1, not {value}.")
     stops = stop_strings.check(stop, "--stop")
     max_inputs, length = prompt_lengths(task_feature_lengths, length, model)
-    vocabulary, context_eos = open_vocabulary(
-        vocabulary, vocabulary_file, context_eos, task, task_feature_lengths, model
-    )
+    dataset = None if task is None else SeqioDataset(task, task_feature_lengths or {})
+    vocabulary = open_vocabulary(vocabulary, vocabulary_file, dataset)
     template = _chat(checkpoint, vocabulary, template_variables, chat, system)
-    context_eos = context_eos and not template  # the chat template ends the turns
-    prompts = Prompts(vocabulary, context_eos, max_inputs, length, model.architecture, template, system, stops)
+    ends = not template and adds_eos(context_eos, dataset, model)  # a chat template ends turns in its own way
+    prompts = Prompts(vocabulary, ends, max_inputs, length, model.architecture, template, system, stops)
     mesh = MeshConfig().make(jax.devices()[:1])
     ids = dataclasses.replace(token_ids(vocabulary), end_ids=prompts.end_ids)
     definition, params = load_model(checkpoint, model, ids, mesh)

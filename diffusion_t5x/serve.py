@@ -28,11 +28,12 @@ from typing import Any
 import jax
 
 from diffusion_t5x.chat.conversation import say
-from diffusion_t5x.chat.opening import open_vocabulary
+from diffusion_t5x.chat.opening import adds_eos, open_vocabulary
 from diffusion_t5x.chat.prompts import Prompts, prompt_lengths
 from diffusion_t5x.checkpointing import checkpoints
 from diffusion_t5x.command_line import answering
 from diffusion_t5x.data.chats import Chat
+from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.data.vocabulary import AnyVocabulary
 from diffusion_t5x.decoding.decoder import Decoder
@@ -110,11 +111,11 @@ def serve(
     checkpoint = checkpoints.open_checkpoint(checkpoint_path)
     Agreement.of(checkpoint, "serve.serve.allow_mismatch", allow_mismatch).check(model, [decoder])
     context, most_inputs, length = _lengths(task_feature_lengths, context, length, model)
-    vocabulary, context_eos = open_vocabulary(
-        vocabulary, vocabulary_file, context_eos, task, task_feature_lengths, model
-    )
+    dataset = None if task is None else SeqioDataset(task, task_feature_lengths or {})
+    vocabulary = open_vocabulary(vocabulary, vocabulary_file, dataset)
+    ends = adds_eos(context_eos, dataset, model)
     chat = Chat.of(vocabulary, template_variables)
-    prompts = Prompts(vocabulary, context_eos, None, length, model.architecture, chat)
+    prompts = Prompts(vocabulary, ends, None, length, model.architecture, chat)
     ids = dataclasses.replace(token_ids(vocabulary), end_ids=prompts.end_ids)
     mesh = MeshConfig().make(jax.devices()[:1])
     definition, params = load_model(checkpoint, model, ids, mesh)

@@ -55,7 +55,7 @@ def task(
     """
     vocabulary = vocabulary_files.vocabulary(vocabulary_file)
     if not isinstance(vocabulary, HuggingFaceVocabulary):
-        raise UserError(f"A chat template goes with a tokenizer.json, and VOCABULARY_FILE is {vocabulary_file}.")
+        raise UserError(f"A chat template needs a tokenizer.json, but VOCABULARY_FILE is {vocabulary_file}.")
     template = ChatTemplate.read(vocabulary.folder, vocabulary.special_tokens(), template_variables)
     chat = Chat(vocabulary, template)
     source = local_files.source_of(

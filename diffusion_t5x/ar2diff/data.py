@@ -25,8 +25,8 @@ class TrainingData:
       files: as they were named.
       gin_file: reads them.
       unit: what a record is, in the plural.
-      num_records: of all files.
-      num_tokens: of all records, estimated from the first ones.
+      num_records: number of records in all files.
+      num_tokens: number of tokens in all records, estimated from the first ones.
       held_out: percentage that is not trained on.
     """
 
@@ -59,7 +59,7 @@ def look(kind: DataKind, patterns: tuple[str, ...], vocabulary: "seqio.Vocabular
     texts = [text for values in first for text in _texts(values)]
     if len(records) < 8:
         raise UserError(
-            f"{', '.join(patterns)}: {len(records)} records are too few to hold some out. Give at least 8 paragraphs "
+            f"{', '.join(patterns)}: {len(records)} records are too few to hold any out. Give at least 8 paragraphs "
             "(between empty lines) or lines."
         )
     counted = sum(len(vocabulary.encode(text)) + 1 for text in texts)
