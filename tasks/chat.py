@@ -58,7 +58,7 @@ def task(
     """
     vocabulary = vocabulary_files.vocabulary(vocabulary_file)
     if not isinstance(vocabulary, HuggingFaceVocabulary):
-        raise UserError(f"A chat template goes with a tokenizer.json, and VOCABULARY_FILE is {vocabulary_file}.")
+        raise UserError(f"A chat template needs a tokenizer.json, but VOCABULARY_FILE is {vocabulary_file}.")
     folder = pathlib.Path(vocabulary_file).expanduser().parent
     template = ChatTemplate.read(folder, vocabulary.special_tokens(), template_variables)
     source = local_files.source_of(

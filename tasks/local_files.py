@@ -69,7 +69,7 @@ class _Template:
             name = short
         value = record[name]
         if value is None or isinstance(value, list | dict):
-            raise ValueError(f"the field {name!r} holds {json.dumps(value)[:40]}, not text.")
+            raise ValueError(f"the field {name!r} is {json.dumps(value)[:40]}, not text.")
         return format(_CONVERSIONS[conversion](value), form or "")
 
 

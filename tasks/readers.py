@@ -109,7 +109,7 @@ class Tsv(Reader):
         columns = pieces[0].split("\t") if self.columns is None else self.columns
         if twice := [name for number, name in enumerate(columns) if name in columns[:number]]:
             place = f"{pieces.where(0)}: the header" if self.columns is None else "Tsv.columns"
-            raise UserError(f"{place} names the column {twice[0]!r} twice: give each column a name of its own.")
+            raise UserError(f"{place} names the column {twice[0]!r} twice: give each column its own name.")
 
         def parse(index: int) -> Fields:
             values = pieces[first + index].split("\t")
@@ -153,9 +153,9 @@ class Parallel(Reader):
 
     def read(self, files: Sequence[str]) -> Records:
         if len(files) != 2:
-            raise UserError(f"Parallel text is two files, not {len(files)}: {', '.join(files)}.")
+            raise UserError(f"Parallel text needs two files, not {len(files)}: {', '.join(files)}.")
         if len(self.fields) != 2 or self.fields[0] == self.fields[1]:
-            raise UserError(f"Parallel.fields are two different names, not {self.fields!r}.")
+            raise UserError(f"Parallel.fields must be two different names, not {self.fields!r}.")
         first, second = (Pieces(file, text_files.ANY_LINE) for file in files)
         if len(first) != len(second):
             raise UserError(f"{files[0]} has {len(first)} lines, {files[1]} has {len(second)}: they must be equal.")

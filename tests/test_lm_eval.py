@@ -148,7 +148,7 @@ def test_the_pages_command_gives_our_own_numbers(folder, offline, tmp_path, caps
     assert (tmp_path / "out" / "results.json").read_bytes() == before
     with pytest.raises(SystemExit):
         lm_eval.main([*flags, "--limit=1"])
-    assert "has results with other settings ( limit)" in capsys.readouterr().err
+    assert "has results with different settings ( limit)" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -175,7 +175,7 @@ def test_a_diffusion_model(folder, offline, tmp_path, capsys):
         (["--limit=two"], "invalid int value: 'two'"),
         (["--tasks=my_choises"], "knows no task 'my_choises'. Did you mean 'my_choices'"),
         (["--include_path=/no/such"], "There is no folder /no/such"),
-        (["--gin.ARCHITECTURE='encoder_decoder'"], "An encoder's inputs end in EOS"),
+        (["--gin.ARCHITECTURE='encoder_decoder'"], "An encoder's inputs end with EOS"),
         (['--gin.TASK_FEATURE_LENGTHS={"inputs": 480, "targets": 16}'], "max_length is 256"),
     ],
 )

@@ -25,8 +25,8 @@ class TrainingData:
       files: as they were named.
       gin_file: reads them.
       unit: what a record is, in the plural.
-      num_records: of all files.
-      num_tokens: of all records, estimated from the first ones.
+      num_records: number of records in all files.
+      num_tokens: number of tokens in all records, estimated from the first ones.
       held_out: percentage that is not trained on.
     """
 
@@ -61,7 +61,7 @@ def look(kind: DataKind, patterns: tuple[str, ...], vocabulary: "seqio.Vocabular
             raise UserError(f"{records.where(0)}: --{kind} needs a field {name!r} in each line; it has {has}.")
     if len(records) < 8:
         raise UserError(
-            f"{', '.join(patterns)}: {len(records)} records are too few to hold some out. Give at least 8 paragraphs "
+            f"{', '.join(patterns)}: {len(records)} records are too few to hold any out. Give at least 8 paragraphs "
             "(between empty lines) or lines."
         )
     texts = [text for record in first for text in _texts(record[name] for name in fields)]

@@ -35,7 +35,7 @@ class Recipe:
         self._command, self._start, self._vocabulary_file, self._data = command, start, vocabulary_file, data
 
     def write(self, settings: Mapping[str, Any]) -> TrainingRun:
-        """Writes the file, with these macros beside those that the command and the device decide.
+        """Writes the file, with these macros and those that the command and the device decide.
 
         Returns:
           The run that it describes.
@@ -73,7 +73,7 @@ class Recipe:
         }
         return "\n".join(
             [
-                f"# {self._command.model} becomes a diffusion model: written by diffusion-t5x ar2diff. To train only:",
+                f"# {self._command.model} by route {self.route}: written by diffusion-t5x ar2diff. To train only:",
                 f"# diffusion-t5x train --gin_file={self.path}",
                 "from __gin__ import dynamic_registration",
                 "",

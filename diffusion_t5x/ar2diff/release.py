@@ -27,10 +27,10 @@ _ROWS = (  # of the table, with a metric's name and how it is written
 
 
 def write_checkpoint(trained: str, folder: pathlib.Path) -> None:
-    """Writes the newest checkpoint of a run, without the optimizer, with its tokenizer beside it.
+    """Writes the newest checkpoint of a run, without the optimizer, with its tokenizer.
 
-    LoRA is merged, unless it is of drafts alone. An existing folder is left alone: it is complete, for only then it is
-    moved to its place.
+    LoRA is merged, unless it applies only to drafts. An existing folder is not changed: it is complete, for only then
+    it is moved to its place.
     """
     if folder.exists():
         return
@@ -65,7 +65,7 @@ def _with_tokenizer(record: Record, opened: OpenCheckpoint, to: pathlib.Path, fi
 def export(checkpoint: pathlib.Path, start: OpenCheckpoint, folder: pathlib.Path) -> bool:
     """Writes the model in Hugging Face's format, if it was imported from that; returns whether it was.
 
-    Not if it drafts: no such format holds drafts, and without them it is the start.
+    Not if it drafts: no such format stores drafts, and without them it is the start.
     """
     if lora.of_drafts(checkpoints.open_checkpoint(str(checkpoint)).record.lora):
         return False
@@ -88,6 +88,8 @@ def write_card(
 ) -> None:
     """Writes README.md: where the model comes from, its scores before and after, how it is used, and if it drafts."""
     heads = {"start": "start, autoregressive", "untrained": "start, as diffusion", "trained": "trained"}
+    heads = {name: head for name, head in heads.items() if name in scores}
+    diffuses = "untrained" in heads
     table = [
         f"| | {' | '.join(heads.values())} |",
         "| --- |" + " ---: |" * len(heads),
@@ -96,19 +98,19 @@ def write_card(
             for what, metric, form in _ROWS
         ),
     ]
-    about = "Bits of a diffusion model are an upper bound."
+    about = "Bits of a diffusion model are an upper bound. " if diffuses else ""
     if drafts:
-        about = "Text and likelihood are the start's own: a draft is kept if it is what the start writes."
-    export_line = ["", "`export/` holds the weights in Hugging Face's format."] if exported else []
+        about = "Text and likelihood are the start's own: a draft is kept if it is what the start writes. "
+    export_line = ["", "`export/` has the weights in Hugging Face format."] if exported else []
     text = [
-        f"# {pathlib.PurePath(model).name}, converted to diffusion",
+        f"# {pathlib.PurePath(model).name}, {'converted to diffusion' if diffuses else 'trained further'}",
         "",
         f"Made from `{model}` by diffusion_t5x: route `{recipe.route}`, {tokens:,} tokens of training.",
         f"The recipe is `{recipe.path.name}`.",
         "",
         *table,
         "",
-        f"{about} Brackets: 95 % intervals over the held-out examples. The page `report.html` shows learning curves, "
+        f"{about}Brackets: 95 % intervals over the held-out examples. The page `report.html` shows learning curves, "
         "examples and canvases.",
         "",
         "```bash",

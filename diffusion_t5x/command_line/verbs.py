@@ -17,7 +17,7 @@ Flags = Mapping[str, Mapping[str, Any]]
 
 SLICE_FLAGS: Flags = {
     "--topology": {"metavar": "CHIP:SHAPE", "help": "with --dry_run: compile for this TPU slice, such as v5p:4x4x8"},
-    "--dry_run_output": {"metavar": "FILE", "help": "with --topology: write the report as JSON, too"},
+    "--dry_run_output": {"metavar": "FILE", "help": "with --topology: also write the report as JSON"},
     "--fit": {"action": "store_true", "help": "with --topology: find the largest batch that fits"},
 }
 CHECKPOINT: Flags = {"--checkpoint": {"metavar": "DIR", "help": "a MODEL_DIR, a checkpoint, or what convert wrote"}}
@@ -81,7 +81,7 @@ VERBS: Mapping[str, Verb] = {
         {
             **CHECKPOINT,
             "--predictions": {"metavar": "FILE", "help": "score these predictions, made elsewhere; no model is needed"},
-            "--task": {"metavar": "NAME", "help": "with --predictions: the task that they answer"},
+            "--task": {"metavar": "NAME", "help": "with --predictions: their task"},
         },
     ),
     "lm_eval": Verb(
@@ -96,7 +96,7 @@ VERBS: Mapping[str, Verb] = {
                 "metavar": "NAME,NAME",
                 "help": "tasks or groups of the harness",
             },
-            "--include_path": {"metavar": "DIR", "help": "folder with tasks of your own"},
+            "--include_path": {"metavar": "DIR", "help": "folder with your own tasks"},
             "--limit": {"type": int, "metavar": "N", "help": "only the first N documents of each task"},
             "--num_fewshot": {"type": int, "metavar": "N", "help": "examples in the prompt (default: the task's own)"},
         },
@@ -109,7 +109,7 @@ VERBS: Mapping[str, Verb] = {
         ("runs/infer.gin", "runs/infer_score.gin"),
         {
             **CHECKPOINT,
-            "--templates": {"metavar": "FILE", "help": "fill the holes of these texts, JSON lines"},
+            "--templates": {"metavar": "FILE", "help": "fill the holes in these texts (JSON lines)"},
             "--trace": {"action": "store_true", "help": "keep every step, and write a page that plays them"},
             **SLICE_FLAGS,
         },
@@ -142,7 +142,7 @@ VERBS: Mapping[str, Verb] = {
         takes_mesh=False,
     ),
     "inspect_data": Verb(
-        "show rows of a training batch, and what the objective makes of them",
+        "show rows of a training batch, and how the objective corrupts them",
         "inspect_data --gin_file=recipes/quickstart/adapt.gin --gin_file=runs/inspect_data.gin",
         "diffusion_t5x.inspect_data",
         ("runs/inspect_data.gin",),
@@ -172,7 +172,7 @@ VERBS: Mapping[str, Verb] = {
         ("runs/benchmark_slots.gin",),
     ),
     "report": _without_gin(
-        "show runs in one page: curves, scores, examples, canvases",
+        "show runs on one page: curves, scores, examples, canvases",
         "report /tmp/finetuned /tmp/scores --output report.html",
         "diffusion_t5x.report",
         parsers.add_report,

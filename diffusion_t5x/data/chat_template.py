@@ -1,6 +1,6 @@
 """A model's chat template, the Jinja file that comes with its tokenizer: renders conversations turn by turn.
 
-A template is somebody else's program, so it runs in Jinja's sandbox, in a process of its own with limits on time and
+A template is somebody else's program, so it runs in Jinja's sandbox, in a separate process with limits on time and
 memory, and sees plain JSON.
 """
 
@@ -31,7 +31,7 @@ class ChatTemplate:
       tokens: the special tokens that it may name: "bos_token", "eos_token" ...
       special: texts that the tokenizer turns into special tokens wherever they appear.
       variables: more variables that it may name, such as {"enable_thinking": False}.
-      tool_use: a template for conversations with tools; None uses `text` for them, too.
+      tool_use: a template for conversations with tools; None uses `text` for them as well.
 
     Attributes:
       names: the variables that the templates read.
@@ -54,7 +54,7 @@ class ChatTemplate:
             known = map(template_process.shared().names, (self._text, self._tool_use))
             self.names = frozenset(itertools.chain.from_iterable(known))
         except TypeError as error:
-            raise UserError(f"TEMPLATE_VARIABLES are plain values, not {variables!r}.") from error
+            raise UserError(f"TEMPLATE_VARIABLES must be plain values, not {variables!r}.") from error
         except ValueError as error:
             raise UserError(f"The chat template is not valid Jinja: {error}.") from error
         self._known = {"tools": None, "documents": None, **tokens, **(variables or {})}
@@ -131,7 +131,7 @@ class ChatTemplate:
             answer = self._behind_thought(text[thought.start() :], messages[number], thought[1])
         else:
             raise ValueError(
-                f"the chat template asks for message {number + 1} with {prompt[-40:]!r}, but writes it otherwise."
+                f"the chat template asks for message {number + 1} with {prompt[-40:]!r}, but writes it differently."
             )
         ends = [special.end() for special in self._special.finditer(answer)]
         return prompt, answer[: ends[-1]] if ends else answer

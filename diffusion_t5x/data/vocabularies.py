@@ -33,7 +33,7 @@ class TokenIds:
       mask_id: the absorbing token of masked diffusion: an id of its own that no text encodes to.
       start_id: the id that an autoregressive model reads before the first token (pad in T5 vocabularies).
       noise_ranges: half-open, disjoint, ascending id ranges `((first, last + 1), ...)` of the noise vocabulary:
-        everything that a target may hold (real pieces, pad, EOS) and nothing else (no sentinel, MASK, BOS, unknown,
+        everything that a target may contain (real pieces, pad, EOS) and nothing else (no sentinel, MASK, BOS, unknown,
         unused id).
       name: name of the vocabulary, for messages.
       fingerprint: hash of its contents; a checkpoint trained with another one is refused.
@@ -130,7 +130,7 @@ def difference(one: AnyVocabulary, other: AnyVocabulary) -> str:
 def token_ids(vocabulary: AnyVocabulary) -> TokenIds:
     """Returns the special ids of a vocabulary, for diffusion; see `mask_id_of` for MASK.
 
-    The noise vocabulary is everything that a target may hold: pieces (byte-fallback pieces too), pad and EOS.
+    The noise vocabulary is everything that a target may contain: pieces (byte-fallback pieces too), pad and EOS.
     Sentinels, unknown, control and unused ids are not in it. Autoregressive models start from BOS if the vocabulary has
     one, otherwise from pad, as T5 does.
 
@@ -190,7 +190,7 @@ def sentinels(vocabulary: AnyVocabulary) -> range:
 def piece(vocabulary: AnyVocabulary, token: int) -> bytes:
     """Returns the UTF-8 bytes of one token; a byte may be only part of a character.
 
-    Ids that stand for no text have their SentencePiece names: "<unk>", "<extra_id_0>".
+    Ids that represent no text have their SentencePiece names: "<unk>", "<extra_id_0>".
     """
     return own(vocabulary).piece(token)
 

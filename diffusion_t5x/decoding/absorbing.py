@@ -1,4 +1,4 @@
-"""The common part of step rules whose canvas is MASK at first, and whose written tokens stay."""
+"""The common part of step rules whose canvas is all MASK at first, and whose written tokens stay."""
 
 import dataclasses
 from typing import ClassVar
@@ -19,8 +19,8 @@ class AbsorbingRule(StepRule):
     """Writes masked targets. A written token stays, unless the rule says otherwise (`keeps_written`).
 
     Attributes:
-      temperature: of sampling; 0 takes the most likely token. Whether texts are distributed as the model has them
-        depends on how positions are chosen, too: see `MaskedDecoder`.
+      temperature: sampling temperature; 0 takes the most likely token. Whether texts follow the model's own
+        distribution also depends on how positions are chosen: see `MaskedDecoder`.
       top_k, top_p: see `Sampling`.
     """
 

@@ -26,20 +26,20 @@ from diffusion_t5x.shapes import FloatBL, FloatBLV, IntB, IntBL, KeyB, KeyScalar
 
 @dataclasses.dataclass(frozen=True)
 class DraftingDecoder(RowDecoder):
-    """Autoregressive decoding, several tokens a pass, for a model that was trained by `Drafts`.
+    """Autoregressive decoding, several tokens per pass, for a model trained with `Drafts`.
 
-    Each pass reads the drafts of the last one, one after another, and predicts from each what comes next: it accepts
-    the drafts that are what the model writes there, and one token more. The same pass drafts on from every place where
-    the text may end, `block_size - 1` tokens each (TiDAR, arXiv 2511.08923); the drafts at the place where it does end
-    are kept. A pass reads `block_size ** 2` slots and writes between one and `block_size` tokens.
+    Each pass reads the last pass's drafts from left to right and predicts the token after each: it accepts the drafts
+    that equal what the model writes there, and one more token. The same pass makes new drafts, `block_size - 1` tokens
+    after each place where the accepted text may end (TiDAR, arXiv 2511.08923); those after its actual end are kept. A
+    pass reads `block_size ** 2` slots and writes between one and `block_size` tokens.
 
     The text is that of `AutoregressiveDecoder` with the same settings and key, at any temperature, whatever the drafts:
-    what is drawn for a token depends on its place alone, and a draft is kept if it is what was drawn. A draft d is so
+    the draw for a token depends only on its position, and a draft is kept if it equals the drawn token. So a draft d is
     accepted with the probability p(d) that the model gives it. Ties are the exception: a pass over several tokens
-    rounds differently from a pass over one. The score is that decoder's too.
+    rounds differently from a pass over one. The score is that decoder's score.
 
     Attributes:
-      block_size: that of the training.
+      block_size: as in training.
       temperature, top_k, top_p: see `AutoregressiveDecoder`. Drafts are always the most likely tokens.
     """
 
@@ -142,9 +142,9 @@ class DraftingDecoder(RowDecoder):
 
 
 def _with_drafts(slots: Slots, start: IntB, size: int) -> Slots:
-    """Returns the slots of a pass: each row has from its start on `size` clean ones, and the drafts after each of them.
+    """Returns the slots of a pass: each row has `size` clean ones from its start on, and the drafts after each of them.
 
-    Clean slots are left where they are. The drafts take the places behind, which later passes write anew, and have the
+    Clean slots stay where they are. The drafts come after them, in slots that later passes overwrite, and have the
     positions of the tokens that they predict.
     """
     clean = np.repeat(np.arange(size), size - 1)
@@ -169,7 +169,7 @@ def _with_drafts(slots: Slots, start: IntB, size: int) -> Slots:
 def _write(
     vocabulary: TokenIds, sampling: Sampling, keys: KeyB, logits: FloatBLV, place: IntBL
 ) -> tuple[IntBL, FloatBL]:
-    """Returns the token of each place, as `AutoregressiveDecoder` draws it, and its log-probability."""
+    """Returns the token at each position, as `AutoregressiveDecoder` draws it, and its log-probability."""
     logits = forbid(logits, vocabulary)
     tokens = sample(logits, keys, place, sampling)
     return tokens, -cross_entropy(logits, tokens)[1]

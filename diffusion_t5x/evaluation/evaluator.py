@@ -115,14 +115,14 @@ def prepared(evals: Sequence[AnyEval]) -> list[AnyEval]:
     found = []
     for ev in evals:
         if 0 in (getattr(ev, "num_batches", None), getattr(ev, "num_examples", None)):
-            logger.info("%s of %s is skipped: it was asked for 0 examples", type(ev).__name__, ev.dataset.name)
+            logger.info("%s of %s is skipped: 0 examples were requested", type(ev).__name__, ev.dataset.name)
             continue
         found.append(ev)
     return found
 
 
 def check_decoders(mesh: Mesh, definition: ModelDefinition, evals: Sequence[DecodeEval], params: Params) -> None:
-    """Traces the decoding of each evaluation with the shapes of its batches alone. Nothing is compiled or run.
+    """Traces the decoding of each evaluation with only the shapes of its batches. Nothing is compiled or run.
 
     A decoder that does not fit the model or the lengths raises here what it would raise in the first evaluation.
     """
@@ -148,7 +148,7 @@ def for_tasks(
       decode_eval: makes the evaluation for a `dataset`.
     """
     if isinstance(tasks, str) or not tasks:
-        raise UserError(f'EVAL_TASKS is a list of tasks\' names, such as ["my_task"], not {tasks!r}.')
+        raise UserError(f'EVAL_TASKS must be a list of task names, such as ["my_task"], not {tasks!r}.')
     return [decode_eval(dataset=dataset(mixture_or_task_name=task)) for task in tasks]
 
 
@@ -165,7 +165,7 @@ class Evaluator:
       times_evals: searches to run.
 
     Raises:
-      UserError: two evaluations of one kind on one data set, whose results could not be told apart.
+      UserError: two evaluations of one kind on one data set, whose results could not be distinguished.
     """
 
     def __init__(

@@ -68,7 +68,7 @@ class Rows(LaidOut):
             )
         check_rows(self.task_feature_lengths, self.batch_size, pack=False, canvas=self.canvas)
         if self.architecture == "encoder_decoder" and not self.context_eos:
-            raise UserError("An encoder's inputs end in EOS: set CONTEXT_EOS = True.")
+            raise UserError("An encoder's inputs end with EOS: set CONTEXT_EOS = True.")
 
     @property
     def are_free(self) -> bool:
@@ -123,12 +123,12 @@ class Harness:
     def write(self, requests: Sequence[tuple[Tokens, int]]) -> list[Tokens]:
         """Returns the decoder's output after each context, up to the end of the text, within the requested length.
 
-        A canvas is written whole and then cut.
+        A canvas is written whole and then truncated.
         """
         limit = self._rows.task_feature_lengths["targets"]
         if longer := sum(size > limit for _, size in requests):
             logger.warning(
-                "%d of %d texts may be longer than %d tokens; they are cut there", longer, len(requests), limit
+                "%d of %d texts may be longer than %d tokens; they are truncated", longer, len(requests), limit
             )
         return self._write([(context, min(size, limit)) for context, size in requests])
 
@@ -198,7 +198,7 @@ class Harness:
                 yield batch, group, jax.device_get(step(self._params, partitioning.put_batch(self._mesh, batch)))
 
     def _fitted(self, examples: Sequence[tuple[Tokens, Tokens]]) -> Iterator[tuple[Tokens, Tokens]]:
-        """Yields the examples cut to the row lengths."""
+        """Yields the examples truncated to the row lengths."""
         rows, lengths, cut = self._rows, self._rows.task_feature_lengths, 0
         end = [self._ids.eos_id] if rows.context_eos else []
         # Where a model reads no start token by itself, it is an empty context, as in the harness's own models.

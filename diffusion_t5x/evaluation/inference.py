@@ -27,7 +27,7 @@ def make_decode_step(
 ) -> jax.stages.Wrapped:
     """Returns the jitted `(params, batch, sample=0) -> Decoded`.
 
-    Examples draw from `(seed, example_ids)`, and each sample from a key of its own; a single sample is the 0th. `trace`
+    Examples draw from `(seed, example_ids)`, and each sample from its own key; a single sample is the 0th. `trace`
     is as in `Decoder.decode`.
     """
 

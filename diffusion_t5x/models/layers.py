@@ -162,7 +162,7 @@ class MLP(nnx.Module):
         self.dropout_rate = dropout_rate
 
     def __call__(self, x: FloatBLD, dropout_keys: KeyB | None) -> tuple[FloatBLD, Auxiliaries]:
-        """Returns the update of the residual stream, and losses of the layer's own, as a mixture of experts has."""
+        """Returns the update of the residual stream, and the layer's own losses, such as a mixture's balance loss."""
         hidden = ACTIVATE[self.activation](add_bias(dense(x, self.wi_0.get_value()), self.wi_0_bias))
         if self.gated:
             hidden = hidden * add_bias(dense(x, self.wi_1.get_value()), self.wi_1_bias)

@@ -36,9 +36,9 @@ class Rollout:
     Attributes:
       decoder: writes the texts, in the objective's blocks.
       num_batches: number of training batches decoded at once, with the same parameters.
-      passes: number of times that each of these batches is trained on. The states are drawn anew in each.
+      passes: number of times that each of these batches is trained on. The states are redrawn in each.
       lengths: maximum tokens of a text, in whole blocks.
-      data_share: probability that a text is the data's own targets, cut to that length, in place of the student's. Its
+      data_share: probability that the data's own targets, truncated to that length, replace a text of the student. Its
         states are random masks.
       num_buckets: number of row lengths: the longest text, half of it, a quarter and so on; each is compiled once.
     """
@@ -109,7 +109,7 @@ def prompts(batch: Batch, num_inputs: int, length: int, bucket: int) -> Batch:
 def own_targets(
     batch: Batch, asked: Batch, rows: Bool[np.ndarray, " batch"]
 ) -> tuple[Batch, Bool[np.ndarray, "batch length"]]:
-    """Returns the prompts with the data's own targets in some rows, cut to the canvas, and where these are.
+    """Returns the prompts with the data's own targets in some rows, truncated to the canvas, and where these are.
 
     Args:
       batch: numpy, as in `prompts`.
@@ -127,7 +127,7 @@ def own_targets(
 def make_rollout_step(
     mesh: Mesh, definition: ModelDefinition, decoder: BlockDecoder, *, seed: int
 ) -> Callable[..., Batch]:
-    """Returns the jitted `(params, prompts, step, given=None) -> texts`; texts know when each token was written.
+    """Returns the jitted `(params, prompts, step, given=None) -> texts`; texts record when each token was written.
 
     A text extends to the end of the block in which it ended, as its decoder did. The tokens after its end are those
     that the student saw as it wrote the block. Draws are keyed by `(seed, step, example_ids)`. A row with `given`
@@ -243,7 +243,7 @@ def check_rollout(objective: Objective, model: ModelConfig, rollout: Rollout | N
         if objective.needs_rollouts:
             raise UserError(
                 f"{name} needs texts that the model writes: set train.rollout. (Distillation with "
-                'states = "random" takes the data\'s own.)'
+                'states = "random" uses the data\'s texts.)'
             )
         return
     if not objective.takes_rollouts:
@@ -262,13 +262,13 @@ def check_rollout(objective: Objective, model: ModelConfig, rollout: Rollout | N
     if objective.needs_samples:
         _check_samples(name, rollout)
     if dataset.pack or "inputs" not in dataset.task_feature_lengths:
-        raise UserError(f"A rollout needs prompts, one a row: {dataset.name} with a feature 'inputs' and pack = False.")
+        raise UserError(f"A rollout needs one prompt per row: {dataset.name} with a feature 'inputs' and pack = False.")
     rows = dataset.task_feature_lengths["inputs"] + rollout.max_length
     model.check_length(rows, f"the inputs of {dataset.name} with Rollout.max_length")
 
 
 def _check_samples(name: str, rollout: Rollout) -> None:
-    """Raises a UserError if tokens of the texts are no draws from the student's distributions."""
+    """Raises a UserError if the texts' tokens are not samples from the student's distributions."""
     if not rollout.decoder.inner.samples_model:
         raise UserError(
             f"{name} estimates its divergence from tokens that the student drew, but the rollout's decoder draws "

@@ -17,6 +17,7 @@ import diffusion_t5x
 from diffusion_t5x.checkpointing.checkpoints import open_checkpoint
 from diffusion_t5x.command_line import config
 from diffusion_t5x.importing.from_hf import from_hf
+from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block
 from diffusion_t5x.objectives.sundae import Sundae
 from diffusion_t5x.train import train
@@ -99,12 +100,15 @@ def test_a_conversion_leaves_a_model_a_page_and_a_card(qwen2, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("route", ["aligned", "in_place", "joint", "lossless", "off_policy", "opdlm"])
+@pytest.mark.parametrize("route", ["aligned", "autoregressive", "in_place", "joint", "lossless", "off_policy", "opdlm"])
 def test_every_route_of_decoder_only_models_runs(qwen2, tmp_path, route):
     rollouts = ["--gin.MIN_ROLLOUT_LENGTH=16", "--gin.MAX_ROLLOUT_LENGTH=16"] if route == "opdlm" else []
     done = run(*arguments(qwen2, tmp_path, "--route", route, *rollouts))
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"route `{route}`" in (tmp_path / "README.md").read_text()
+    if route == "autoregressive":
+        assert isinstance(diffusion_t5x.load(tmp_path / "checkpoint").objective, Autoregressive)
+        assert "untrained" not in (tmp_path / "report.html").read_text()
     if route == "lossless":
         start, drafting = (diffusion_t5x.load(tmp_path / name) for name in ("start", "checkpoint"))
         assert drafting.generate("Once", length=12) == start.generate("Once", length=12)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from variants import quick
 
 from diffusion_t5x.decoding.canvas import Canvas
 from diffusion_t5x.decoding.masked import MaskedDecoder
@@ -80,7 +81,15 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "inner", "holes", "how"), CASES, ids=str)
+QUICK = [
+    ("llama", "steps", False, EVERY),
+    ("relative", "steps", False, BY_DRIFT),
+    ("shifted without a start", "steps", False, EVERY),
+    ("llama", "threshold", True, EVERY),
+]
+
+
+@pytest.mark.parametrize(("name", "inner", "holes", "how"), quick(CASES, QUICK), ids=str)
 def test_reading_whole_rows_at_every_step_is_decoding_without_a_cache(name, inner, holes, how):
     batch = make_batch(name, holes)
     expected = decode(name, MaskedDecoder(window=4, **INNER[inner]), batch)
@@ -163,9 +172,9 @@ class OneRow:
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("relative", {"cached": "dual"}),
+        pytest.param("relative", {"cached": "dual"}, marks=pytest.mark.slow),
         ("llama", {"cached": "dual", "refresh_every": 2}),
-        ("llama", {"cached": "prefix"}),
+        pytest.param("llama", {"cached": "prefix"}, marks=pytest.mark.slow),
         ("llama", {"cached": "prefix", "refresh_drift": 0.02}),
     ],
     ids=str,

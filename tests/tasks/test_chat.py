@@ -231,7 +231,7 @@ def test_other_mistakes(tmp_path):
     silent = chats.write_lines(tmp_path / "a.jsonl", [TALK[:1]])
     with pytest.raises(UserError, match=r"No record of .* belongs to the split 'train'"):
         turns(dataset_of(chats.save(tmp_path, "chatml"), silent))
-    with pytest.raises(UserError, match=r"goes with a tokenizer\.json, and VOCABULARY_FILE is None"):
+    with pytest.raises(UserError, match=r"needs a tokenizer\.json, but VOCABULARY_FILE is None"):
         chat.task("talks", {"train": silent}, None)
     bare = open_models.save_tokenizer(tmp_path / "bare", open_models.byte_level(), eos_token="<|end|>")
     with pytest.raises(UserError, match="has no chat template"):
