@@ -4,8 +4,8 @@ import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from diffusion_t5x.decoding.rows import RowDecoder
 from diffusion_t5x.decoding.slots import SlotEngine
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 
-Example = Mapping[str, Any]
+Marked = TypeVar("Marked", bound=tuple[Batch, Sequence[Any]])
 Place = tuple[int, int]  # row of a batch, and number of its sample
 
 
@@ -37,9 +37,11 @@ class SlotDecoding:
     decoder: Decoder
     seed: int
 
-    @property
-    def possible(self) -> bool:
-        return isinstance(self.decoder, RowDecoder)
+    def pays(self, batches: Iterable[Marked]) -> tuple[bool, Iterator[Marked]]:
+        """Returns whether the decoder can decode these batches in slots and there are several, and the batches."""
+        batches = iter(batches)
+        first = list(itertools.islice(batches, 2))
+        return isinstance(self.decoder, RowDecoder) and len(first) > 1, itertools.chain(first, batches)
 
     @functools.cached_property
     def _engines(self) -> dict[tuple[int, int, int | None], SlotEngine]:
@@ -58,8 +60,8 @@ class SlotDecoding:
         return self._engines[shape].with_params(params)
 
     def decode(
-        self, params: Params, batches: Iterable[tuple[Batch, Sequence[Example]]], samples: int
-    ) -> Iterator[tuple[Batch, Sequence[Example], list[Decoded]]]:
+        self, params: Params, batches: Iterable[tuple[Batch, Sequence[Any]]], samples: int = 1
+    ) -> Iterator[tuple[Batch, Sequence[Any], list[Decoded]]]:
         """Yields each batch, in order, with its output for each sample, numpy.
 
         Args:
@@ -71,7 +73,7 @@ class SlotDecoding:
         first = next(batches, None)
         if first is None:
             return
-        done, begun = 0, collections.deque[tuple[Batch, Sequence[Example], dict[Place, Decoded]]]()
+        done, begun = 0, collections.deque[tuple[Batch, Sequence[Any], dict[Place, Decoded]]]()
 
         def rows() -> Iterator[tuple[tuple[int, Place], Batch, int]]:
             for number, (batch, examples) in enumerate(itertools.chain([first], batches)):

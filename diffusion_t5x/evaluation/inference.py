@@ -73,9 +73,8 @@ def predict(
       `traces.compact`). With several samples these describe the first, and "predictions" has the texts of all. If only
       parts of a text were written, "holes" has these parts.
     """
-    first = list(itertools.islice(batches := iter(batches), 2))
-    batches = itertools.chain(first, batches)
-    if slots is not None and slots.possible and len(first) > 1:
+    pays, batches = (False, batches) if slots is None else slots.pays(batches)
+    if slots is not None and pays:
         outputs = slots.decode(params, batches, samples_per_example)
     else:
         outputs = decode_whole(decode_step, params, batches, mesh, samples_per_example)
