@@ -28,7 +28,7 @@ from typing import Any
 import jax
 
 from diffusion_t5x.chat.conversation import say
-from diffusion_t5x.chat.opening import adds_eos, open_vocabulary
+from diffusion_t5x.chat.opening import about, adds_eos, open_vocabulary
 from diffusion_t5x.chat.prompts import Prompts, prompt_lengths
 from diffusion_t5x.checkpointing import checkpoints
 from diffusion_t5x.command_line import answering
@@ -124,6 +124,8 @@ def serve(
     if api_key is None and not server.is_local:
         say(f"Anyone who reaches {host} can use this server: set {_API_KEY}.")
     limits = Limits(context, most_inputs, slots, queue, most_bytes)
+    say(about(checkpoint, definition))
+    say(f"{decoder}, {slots} slots of {context} tokens; compiling…")
     server.run(application(loaded, limits, api_key, server.fail), say)
 
 
