@@ -47,6 +47,10 @@ class Limits:
     queue: int
     body: int
 
+    def fitted(self, row: Batch) -> Batch:
+        """Returns a row without the empty slots behind it that are more than the context."""
+        return jax.tree.map(lambda x: x[:, : self.context] if x.ndim == 2 else x, row)
+
 
 class Service:
     """The model, as requests see it.
@@ -171,8 +175,7 @@ class Service:
             raise Refusal(str(error), "prompt" if ask.messages is None else "messages") from error
         for row in rows:
             self._check_length(_num_inputs(row), length)
-        # Empty slots behind a row may be more than the context.
-        return [jax.tree.map(lambda x: x[:, : self.limits.context] if x.ndim == 2 else x, row) for row in rows]
+        return [self.limits.fitted(row) for row in rows]
 
     def _row(self, prompt: Prompt, number: int, prompts: Prompts) -> Batch:
         if isinstance(prompt, str):

@@ -138,6 +138,13 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(stories_folder, flags,
     assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_a_context_may_be_shorter_than_the_rows_of_prompts(stories):
+    with live_server.live(live_server.loaded(stories), dataclasses.replace(live_server.LIMITS, context=12)) as url:
+        done = live_server.client(url).completions.create(model="stories", prompt=PROMPT, max_tokens=8)
+        assert done.choices[0].text == stories.generate(PROMPT, length=8)
+        assert done.usage.prompt_tokens == 4
+
+
 def test_a_server_that_has_begun_to_listen_meanwhile_is_named():
     first = Server("127.0.0.1", 0, grace=1)
     port = int(first.url.rpartition(":")[2])
