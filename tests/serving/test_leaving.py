@@ -119,6 +119,14 @@ def test_the_verb_serves_until_a_signal_and_answers_what_runs(stories_folder, st
     assert "secret" not in "".join(verb.said) and "Traceback" not in "".join(verb.said)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_verb_while_it_compiles(stories_folder, number):
+    verb = Verb(stories_folder, until="compiling")
+    verb.process.send_signal(number)
+    assert verb.end() == -number and "Traceback" not in "".join(verb.said)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
