@@ -3,6 +3,7 @@
 import inspect
 import logging
 import re
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -243,9 +244,8 @@ def check_files_used(verb: Callable[..., Any]) -> None:
 
 
 def _is_objective(selector: str) -> bool:
-    from diffusion_t5x.objectives.objective import Objective  # brings JAX, which --help does without
-
-    return Objective in getattr(gin_config._REGISTRY[selector].wrapped, "__mro__", ())
+    module = sys.modules.get("diffusion_t5x.objectives.objective")  # whoever names an objective has imported it
+    return module is not None and module.Objective in getattr(gin_config._REGISTRY[selector].wrapped, "__mro__", ())
 
 
 def _users(macro: str) -> Iterator[gin_reading.Key]:

@@ -183,14 +183,16 @@ class _Answering(Response):
             self._ended(status)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> int:
-        answers: dict[int, list[Piece]] = {}
+        texts: list[list[str]] = [[] for _ in range(self._reply.num_answers)]
+        last: dict[int, Piece] = {}
         try:
             async for piece in self._pieces():
-                answers.setdefault(piece.index, []).append(piece)
+                texts[piece.index].append(piece.text)
+                last[piece.index] = piece
         except Refusal as refusal:
             response = _refusal(refusal)
         else:
-            whole = [_joined(answers[index]) for index in sorted(answers)]
+            whole = [dataclasses.replace(last[index], text="".join(text)) for index, text in enumerate(texts)]
             response = _json(self._form.whole(whole, self._reply.usage))
         await response(scope, receive, send)
         return response.status_code
@@ -230,13 +232,6 @@ class _Answering(Response):
                 waits = False
                 self._first_text()
             yield piece
-
-
-def _joined(pieces: list[Piece]) -> Piece:
-    """Returns an answer's last piece with the text of all."""
-    last = pieces[-1]
-    text = "".join(piece.text for piece in pieces)
-    return dataclasses.replace(last, text=text)
 
 
 async def _while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:

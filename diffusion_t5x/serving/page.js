@@ -18,7 +18,7 @@ function add(kind, text) {
 let shown = [];
 function show(cells) {
   const canvas = element("canvas");
-  canvas.hidden = false;
+  canvas.hidden = cells.length === 0;
   while (canvas.children.length > cells.length) canvas.lastChild.remove();
   cells.forEach((text, place) => {
     const cell = canvas.children[place] || canvas.appendChild(document.createElement("span"));
@@ -84,7 +84,7 @@ element("form").addEventListener("submit", async (event) => {
   element("wrong").textContent = element("figures").textContent = "";
   element("send").disabled = true;
   element("stop").disabled = false;
-  shown = [];
+  show([]);
   const before = messages;
   messages = [...messages, { role: "user", content: prompt }];
   const asked = add("asked", prompt);
@@ -119,6 +119,6 @@ if (element("reset")) {
   element("reset").addEventListener("click", () => {
     messages = [];
     element("talk").replaceChildren();
-    element("canvas").hidden = true;
+    show([]);
   });
 }

@@ -115,3 +115,21 @@ def test_a_model_without_a_template_takes_no_chats(stories):
         client = live_server.client(url)
         with pytest.raises(openai.BadRequestError, match="has no chat template"):
             client.chat.completions.create(model="stories", messages=TALK)
+
+
+def test_an_encoder_decoder_reads_prompts_apart(talker):
+    config = dataclasses.replace(talker.definition.config, architecture="encoder_decoder", tie_embeddings=False)
+    definition = ModelDefinition(config, talker.definition.vocabulary)
+    prompts = dataclasses.replace(talker.prompts, architecture="encoder_decoder", chat=None, adds_eos=True)
+    model = dataclasses.replace(
+        talker, definition=definition, params=tiny.random_params(definition), prompts=prompts, name="apart"
+    )
+    answers = Answers(model.mesh, definition, model.params, model.decoder, seed=5)
+    expected = [prompts.to_text(answers.write(prompts.batch("It learned", 0), n).tokens) for n in range(2)]
+    with live_server.live(model) as url:
+        client = live_server.client(url)
+        done = client.completions.create(model="apart", prompt="It learned", seed=5, n=2, logprobs=0)
+        assert [choice.text for choice in done.choices] == expected and len({*expected}) == 2
+        assert done.usage.prompt_tokens == len(prompts.vocabulary.encode("It learned")) + 1
+        with pytest.raises(openai.BadRequestError, match="takes 96 tokens of each, and 96 of the prompt"):
+            client.completions.create(model="apart", prompt="a" * 300)

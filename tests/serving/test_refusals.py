@@ -190,10 +190,3 @@ def test_200_broken_requests_end_in_4xx_and_none_in_500(url):
     assert {status // 100 for status in statuses} == {4}, sorted(set(statuses))
     assert ask(url, body={"prompt": PROMPT, "max_tokens": 24})[0] == 200
     assert b"diffusion_t5x_texts_running 0.0" in ask(url, "/metrics", method="GET")[2]
-
-
-def test_settings_of_many_requests_make_room_for_each_other(url):
-    client = live_server.client(url)
-    for n in range(6):
-        done = client.completions.create(model="stories", prompt=PROMPT, max_tokens=2, extra_body={"top_k": n + 1})
-        assert done.choices[0].text
