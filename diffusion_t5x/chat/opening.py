@@ -1,4 +1,4 @@
-"""What the verbs that answer prompts say of a checkpoint, and take from it: vocabulary, EOS or not."""
+"""Describes a checkpoint, and finds its vocabulary for prompts, without its task where it says enough."""
 
 import jax
 
