@@ -1,14 +1,16 @@
 """Autoregressive decoding, token by token, over a cache of keys and values."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.decoding.allowed_texts import Span
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace, target_range
+from diffusion_t5x.decoding.language import Language
 from diffusion_t5x.models.attention import KVCache, write_rows
 from diffusion_t5x.models.masks import AttentionKind
 from diffusion_t5x.models.modes import LeftToRight
@@ -55,6 +57,8 @@ class AutoregressiveDecoder(LeftToRight, Decoder):
       temperature: 0 is greedy.
       top_k, top_p: see `Sampling`.
       prefix: the model was trained with bidirectional attention over the inputs.
+      language: what it may write, by `within`: of the tokens after which a text of the language still fits, each is
+        chosen as if there were no others. Scores stay those of the model.
     """
 
     autoregressive: ClassVar[bool] = True
@@ -64,6 +68,7 @@ class AutoregressiveDecoder(LeftToRight, Decoder):
     top_k: int | None = None
     top_p: float | None = None
     prefix: bool = False
+    language: Language | None = None
 
     def __post_init__(self) -> None:
         Sampling(self.temperature, self.top_k, self.top_p)  # raises on bad values now, not in the middle of a run
@@ -71,6 +76,9 @@ class AutoregressiveDecoder(LeftToRight, Decoder):
     @property
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_k, self.top_p)
+
+    def within(self, language: Language) -> Self:
+        return dataclasses.replace(self, language=language)
 
     def decode(self, model: Transformer, batch: Batch, key: KeyScalar, trace: bool | Watch = False) -> Decoded:
         vocabulary, length = model.vocabulary, batch.tokens.shape[1]
@@ -86,11 +94,12 @@ class AutoregressiveDecoder(LeftToRight, Decoder):
             return (step < length) & ~jnp.all(finished)
 
         def write_next(carry):
-            step, canvas, cache, finished, scores, written, history = carry
+            step, canvas, cache, finished, scores, written, history, text = carry
             slot = jnp.minimum(first_target + step, length - 1)
             logits, cache = read_next(model, canvas, cache, slot, self.attention, encoded)
             step_of_row = jnp.broadcast_to(step, (len(rows), 1))
-            token = sample(logits[:, None], keys, step_of_row, self.sampling)[:, 0]
+            allowed = logits if text is None else text.only_fitting(self.language, logits, num_targets - step - 1)
+            token = sample(allowed[:, None], keys, step_of_row, self.sampling)[:, 0]
             token = jnp.where(finished, canvas[rows, slot], token)
             log_probability = jax.nn.log_softmax(logits)[rows, token]
             scores += jnp.where(finished, 0, log_probability)
@@ -98,16 +107,18 @@ class AutoregressiveDecoder(LeftToRight, Decoder):
             if trace:
                 here = (jnp.arange(length) == slot[:, None]) & ~finished[:, None]
                 history = history.record(step, canvas, here, log_probability[:, None])
+            text = text and text.advance(self.language, token[:, None], ~finished[:, None])
             written += ~finished
             # A row is done after EOS (or pad), and where its canvas ends.
             finished |= vocabulary.is_end(token) | is_last[rows, slot]
-            return step + 1, canvas, cache, finished, scores, written, history
+            return step + 1, canvas, cache, finished, scores, written, history, text
 
         finished = num_targets == 0
         history = start_trace(trace, canvas, length)
         scores = jnp.zeros(len(rows), jnp.float32)
-        carry = (jnp.int32(0), canvas, cache, finished, scores, jnp.zeros_like(first_target), history)
-        steps, canvas, _, _, scores, written, history = jax.lax.while_loop(unfinished, write_next, carry)
+        text = self.language and Span.whole(self.language, len(rows))
+        carry = (jnp.int32(0), canvas, cache, finished, scores, jnp.zeros_like(first_target), history, text)
+        steps, canvas, _, _, scores, written, history, _ = jax.lax.while_loop(unfinished, write_next, carry)
         step_of_slot = jnp.arange(length, dtype=jnp.int32) - first_target[:, None]
         is_written = batch.target_mask & (step_of_slot < written[:, None])
         return Decoded.of(

@@ -1,13 +1,14 @@
 """Block decoding: diffusion inside a block, over an exact cache of earlier blocks (arXiv 2503.09573, section 3.2)."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.decoding.allowed_texts import Span
 from diffusion_t5x.decoding.canvas import Canvas, StepRule, Written, denoise
 from diffusion_t5x.decoding.decoder import (
     Decoded,
@@ -19,6 +20,7 @@ from diffusion_t5x.decoding.decoder import (
     start_trace,
     target_range,
 )
+from diffusion_t5x.decoding.language import Language
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.attention import KVCache, write_rows
@@ -61,6 +63,9 @@ class BlockDecoder(Decoder):
             raise UserError(f"BlockDecoder.inner must have num_samples = 1: a block is written once; got {self.inner}.")
         if self.inner.guidance:
             raise UserError(f"BlockDecoder.inner must have guidance = 0: its inputs are read once; got {self.inner}.")
+
+    def within(self, language: Language) -> Self:
+        return dataclasses.replace(self, inner=self.inner.within(language))
 
     @property
     def attention(self) -> AttentionKind:
@@ -116,15 +121,17 @@ class BlockDecoder(Decoder):
                 first = jnp.where((start + ahead == 0)[:, None, None], hidden[:, :1], carry["before"])
                 return jnp.concatenate([first, hidden[:, :-1]], axis=1), carry
 
-            block = Canvas.start(cut(carry["canvas"], start), is_target, carry["score"])
+            number = carry["block"] + 1
+            span = carry["text"] and carry["text"].replace(left=jnp.maximum(num_targets + tail - number * size, 0))
+            block = Canvas.start(cut(carry["canvas"], start), is_target, carry["score"], span)
             block, carry = denoise(inner, model, block, positions, keys, read, show, carry)
             tokens = block.tokens
             hidden, carry = extend(tokens, carry)
             carry = show(carry, Written(tokens, jnp.zeros(tokens.shape, bool), block.log_probability, block.score))
             ends = is_target & vocabulary.is_end(tokens)
-            number = carry["block"] + 1
             return carry | {
                 "block": number,
+                "text": span and span.advance(inner.language, tokens, is_target),
                 "canvas": write_rows(carry["canvas"], tokens, start),
                 "written_at": write_rows(carry["written_at"], block.written_at, start),
                 "log_probability": write_rows(carry["log_probability"], block.log_probability, start),
@@ -138,6 +145,7 @@ class BlockDecoder(Decoder):
         carry = {
             **start_row(canvas, num_targets == 0, start_trace(trace, canvas, num_steps, length=length)),
             "block": jnp.int32(0),
+            "text": inner.language and Span.whole(inner.language, len(canvas)),
             "log_probability": jnp.zeros(canvas.shape, jnp.float32),
             "cache": cache,
             "before": before,

@@ -12,6 +12,8 @@ from jaxtyping import Float, Int
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.ends import after_end
 from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.decoding.language import Language
+from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import AttentionKind
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.transformer import Transformer
@@ -183,6 +185,17 @@ class Decoder(Protocol):
     def modes(self) -> tuple[Mode, ...]:
         """The modes in which it uses a model; the model must have learned all. () if it does not declare them."""
         return ()
+
+    def within(self, language: Language) -> Self:
+        """Returns this decoder, writing only texts of a language.
+
+        Raises:
+          UserError: it cannot, by its kind or its settings.
+        """
+        raise UserError(
+            f"{type(self).__name__} takes neither --regex nor --json_schema. These take them: MaskedDecoder, "
+            "SundaeDecoder, BlockDecoder of one of the two, and AutoregressiveDecoder."
+        )
 
     def decode(self, model: Transformer, batch: Batch, key: KeyScalar, trace: bool | Watch = False) -> Decoded:
         """Writes the batch's targets. Rows draw from the key by `example_ids`, so neighbours do not matter.
