@@ -23,6 +23,8 @@ from diffusion_t5x.data.text_rows import TextRows, room_for
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.data.vocabulary import AnyVocabulary
 from diffusion_t5x.decoding.decoder import Decoder
+from diffusion_t5x.decoding.language import Language
+from diffusion_t5x.decoding.structured import checked, language_of
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import traces
 from diffusion_t5x.evaluation.inference import make_decode_step, predict
@@ -83,6 +85,8 @@ class Model:
         length: int | None = ...,
         samples: Literal[1] = ...,
         seed: int = ...,
+        regex: str | None = ...,
+        json_schema: str | Mapping[str, Any] | None = ...,
     ) -> str: ...
 
     @overload
@@ -94,6 +98,8 @@ class Model:
         length: int | None = ...,
         samples: Literal[1] = ...,
         seed: int = ...,
+        regex: str | None = ...,
+        json_schema: str | Mapping[str, Any] | None = ...,
     ) -> list[str]: ...
 
     @overload
@@ -105,6 +111,8 @@ class Model:
         length: int | None = ...,
         samples: int,
         seed: int = ...,
+        regex: str | None = ...,
+        json_schema: str | Mapping[str, Any] | None = ...,
     ) -> Any: ...
 
     def generate(
@@ -115,6 +123,8 @@ class Model:
         length: int | None = None,
         samples: int = 1,
         seed: int = 0,
+        regex: str | None = None,
+        json_schema: str | Mapping[str, Any] | None = None,
     ) -> Any:
         """Answers prompts, one at a time. The same seed gives the same texts as the verb `generate`.
 
@@ -125,27 +135,40 @@ class Model:
             training targets, or at most 256.
           samples: number of answers to each prompt.
           seed: random seed. A new seed compiles again; more `samples` do not.
+          regex: answers are texts of this regular expression, whole: see docs/structured.md.
+          json_schema: answers are JSON of this schema, or of the one in this file.
 
         Returns:
           The answer to one prompt, or a list of answers in the order of the prompts. With several samples, each answer
           is a list of texts.
 
         Raises:
-          UserError: a prompt is too long, or the model was not trained for this decoder.
+          UserError: a prompt is too long, the model was not trained for this decoder, or no text of the expression or
+            the schema fits the length.
         """
         texts = as_texts(prompts)
         if not isinstance(samples, int) or samples < 1:
             raise UserError(f"samples must be at least 1, not {samples!r}.")
-        records = self._decode(self._prompts(texts, length), decoder, seed, samples=samples)
+        language = language_of(regex, json_schema, self.tokenizer)
+        batches = list(checked(language, self._prompts(texts, length)))
+        records = self._decode(batches, self._within(decoder, language), seed, samples=samples)
         found = [record["predictions"] if samples > 1 else record["prediction"] for record in records]
         return found[0] if isinstance(prompts, str) else found
 
     @overload
-    def fill(self, texts: str, inputs: str = ..., *, decoder: Decoder | None = ..., seed: int = ...) -> str: ...  # type: ignore[overload-overlap]  # a str is a sequence of them
+    def fill(  # type: ignore[overload-overlap]  # a str is a sequence of them
+        self, texts: str, inputs: str = ..., *, decoder: Decoder | None = ..., seed: int = ..., regex: str | None = ...
+    ) -> str: ...
 
     @overload
     def fill(
-        self, texts: Sequence[str], inputs: str | Sequence[str] = ..., *, decoder: Decoder | None = ..., seed: int = ...
+        self,
+        texts: Sequence[str],
+        inputs: str | Sequence[str] = ...,
+        *,
+        decoder: Decoder | None = ...,
+        seed: int = ...,
+        regex: str | None = ...,
     ) -> list[str]: ...
 
     def fill(
@@ -155,6 +178,7 @@ class Model:
         *,
         decoder: Decoder | None = None,
         seed: int = 0,
+        regex: str | None = None,
     ) -> str | list[str]:
         """Fills the holes of texts, such as "x =<hole:4> + 1": `<hole:N>` is a hole of N tokens.
 
@@ -165,13 +189,14 @@ class Model:
           inputs: for a model that was trained with inputs: one input for all texts, or one for each.
           decoder: the decoder; None takes the model's own.
           seed: random seed.
+          regex: what stands in each hole is a text of this regular expression, as long as the hole.
 
         Returns:
           The whole text with its holes filled, or a list of such texts.
 
         Raises:
           UserError: a text has no hole or is too long, inputs for a model that takes none, or a decoder that cannot
-            fill holes (autoregressive decoders cannot).
+            fill holes (autoregressive decoders cannot), or no text of the expression is as long as a hole.
         """
         pairs = as_pairs(texts, inputs)
         decoder = self._use(decoder, self.decoder, "decoder")
@@ -185,7 +210,9 @@ class Model:
             [Template.of(text, given or None, f"Text {n}") for n, (text, given) in enumerate(pairs)], rows
         )
         templates.check()
-        records = self._decode(templates.eval_batches(), decoder, seed, text_mask=templates.text_mask)
+        language = language_of(regex, None, self.tokenizer, begins=False)
+        batches = list(checked(language, templates.eval_batches(), in_holes=True))
+        records = self._decode(batches, self._within(decoder, language), seed, text_mask=templates.text_mask)
         found = [record["prediction"] for record in records]
         return found[0] if isinstance(texts, str) else found
 
@@ -266,6 +293,11 @@ class Model:
         prompts = Prompts(self.tokenizer, self._inputs_end, most, length, self.config.architecture)
         # All at once, so that one that is too long is refused before the first is answered.
         return [(prompts.batch(text, number), [as_example(text)]) for number, text in enumerate(texts)]
+
+    def _within(self, decoder: Decoder | None, language: Language | None) -> Decoder | None:
+        if language is None:
+            return decoder
+        return self._use(decoder, self.decoder, "decoder").within(language)
 
     def _decode(
         self,

@@ -9,6 +9,10 @@ checkpoint; gin files and --gin.NAME=VALUE change them.
   --length N      maximum number of tokens to write; for diffusion, the canvas
   --samples N     answers to each prompt
   --seed N        random seed
+  --regex PATTERN
+                  answers are texts of this regular expression
+  --json_schema FILE
+                  answers are JSON of this schema
   --tokenizer FILE
                   the vocabulary's file, if the checkpoint does not name it or it has moved
 """
@@ -32,6 +36,7 @@ from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.data.vocabulary import AnyVocabulary
 from diffusion_t5x.decoding.decoder import Decoder
+from diffusion_t5x.decoding.structured import language_of
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.loading import load_model
 from diffusion_t5x.models.config import ModelConfig
@@ -73,6 +78,8 @@ def generate(
     task_feature_lengths: Mapping[str, int] | None = None,
     prompt: str | None = None,
     length: int | None = None,
+    regex: str | None = None,
+    json_schema: str | None = None,
     samples: int = 1,
     random_seed: int = 0,
     allow_mismatch: bool = False,
@@ -94,6 +101,8 @@ def generate(
         both share the targets' tokens; None: all that the model's `max_length` allows.
       prompt: the only prompt; None reads standard input.
       length: number of tokens to write, instead of the targets' length.
+      regex, json_schema: what an answer may be: a regular expression, or the path of a JSON schema; see
+        `decoding.structured.language_of`.
       samples: number of answers to each prompt.
       random_seed: seed of the decoder.
       allow_mismatch: use the model other than as it was trained, according to the checkpoint's record.
@@ -114,6 +123,10 @@ def generate(
     elif context_eos is None:
         context_eos = model.architecture == "encoder_decoder"
     prompts = Prompts(vocabulary, context_eos, max_inputs, length, model.architecture)
+    language = language_of(regex, json_schema, vocabulary)
+    if language is not None:
+        language.check_fits([length], "Give it more tokens: --length.")
+        decoder = decoder.within(language)
     mesh = MeshConfig().make(jax.devices()[:1])
     definition, params = load_model(checkpoint, model, token_ids(vocabulary), mesh)
 
@@ -165,6 +178,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "checkpoint_path": flags.checkpoint,
         "prompt": flags.prompt,
         "length": flags.length,
+        "regex": flags.regex,
+        "json_schema": flags.json_schema,
         "samples": flags.samples,
         "random_seed": flags.seed,
     }

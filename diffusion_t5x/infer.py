@@ -28,6 +28,8 @@ from diffusion_t5x.console import Console
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.templates import Templates
 from diffusion_t5x.decoding.decoder import Decoder
+from diffusion_t5x.decoding.language import Language
+from diffusion_t5x.decoding.structured import checked, language_of
 from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.evaluation import traces
 from diffusion_t5x.evaluation.inference import make_decode_step, predict
@@ -67,6 +69,8 @@ class Inference(CheckpointSettings):
       num_draws: number of draws for estimated scores; an even number.
       templates: a file of texts with holes to fill, in place of the task's examples (see `data.templates`).
       num_examples: number of examples, from the start; None takes all.
+      regex, json_schema: what a prediction may be, or with templates what stands in each hole: see
+        `decoding.structured.language_of`.
       trace: keep every decoding step: in the lines, on a page beside them (`<task>-<split>.trace.html`) and, for the
         first examples, in the terminal.
       random_seed: seed of the decoder or the draws.
@@ -84,6 +88,8 @@ class Inference(CheckpointSettings):
     num_draws: int = 128
     templates: str | None = None
     num_examples: int | None = None
+    regex: str | None = None
+    json_schema: str | None = None
     trace: bool = False
     random_seed: int = 0
     dry_run: bool | SliceDryRun = False
@@ -96,8 +102,11 @@ class Inference(CheckpointSettings):
             overwritten.
         """
         if isinstance(self.dry_run, SliceDryRun):
-            if self.mode != "predict" or self.templates or self.decoder is None:
-                raise UserError("--topology is for decoding a task: set infer.decoder; leave out mode and templates.")
+            if self.mode != "predict" or self.templates or self.decoder is None or self.regex or self.json_schema:
+                raise UserError(
+                    "--topology is for decoding a task: set infer.decoder; leave out mode, templates and REGEX or "
+                    "JSON_SCHEMA."
+                )
             self.dry_run.infer(mesh=self.mesh, model=self.model, decoder=self.decoder, dataset=self.dataset)
             return
         if self.checkpoint_path is None:
@@ -110,6 +119,8 @@ class Inference(CheckpointSettings):
         how = self._how(data)
         check_datasets([data], self.model, mesh)
         self.check_use(checkpoint, self.objective if self.mode == "score" else self.decoder)
+        if (language := self._language(data)) is not None:
+            how["language"] = repr(language)
         name = f"infill-{data.name}" if isinstance(data, Templates) else f"{data.name}-{data.split}"
         name += "-score" if self.mode == "score" else ""
         output = RecordFile(pathlib.Path(folder, f"{name}.jsonl"), self._describe(checkpoint, how))
@@ -118,7 +129,7 @@ class Inference(CheckpointSettings):
         if self.dry_run:
             print(f"Would {self.mode} {name} with {how} from {checkpoint} to {output.path}; {output.done} done.")
             return
-        self._write(checkpoint, mesh, data, output)
+        self._write(checkpoint, mesh, data, language, output)
         if self.trace and jax.process_index() == 0:
             page = output.path.with_suffix(".trace.html")
             write_trace_page(page, output.read(), data.num_eval_examples(self.num_examples), name, repr(self.decoder))
@@ -137,8 +148,21 @@ class Inference(CheckpointSettings):
             "task_feature_lengths": dict(self.dataset.task_feature_lengths),
         }
 
+    def _language(self, data: SeqioDataset | Templates) -> Language | None:
+        """Compiles what a prediction may be, and checks that the decoder can keep to it."""
+        begins = not isinstance(data, Templates)
+        language = language_of(self.regex, self.json_schema, data.vocabulary(), begins=begins)
+        if language is not None and self.decoder is not None:
+            self.decoder.within(language)
+        return language
+
     def _write(
-        self, checkpoint: OpenCheckpoint, mesh: Mesh, data: SeqioDataset | Templates, output: RecordFile
+        self,
+        checkpoint: OpenCheckpoint,
+        mesh: Mesh,
+        data: SeqioDataset | Templates,
+        language: Language | None,
+        output: RecordFile,
     ) -> None:
         """Decodes or scores the examples that are missing."""
         definition, params = self.load(checkpoint, data.token_ids(), mesh)
@@ -156,8 +180,10 @@ class Inference(CheckpointSettings):
             records = likelihoods(step, params, batches, mesh, data.to_text)
         else:
             assert self.decoder is not None  # see `_how`
-            decode = make_decode_step(mesh, definition, self.decoder, seed=seed, trace=self.trace)
+            decoder = self.decoder if language is None else self.decoder.within(language)
+            decode = make_decode_step(mesh, definition, decoder, seed=seed, trace=self.trace)
             text_mask = data.text_mask if isinstance(data, Templates) else None
+            batches = checked(language, batches, in_holes=isinstance(data, Templates))
             records = predict(decode, params, batches, mesh, data.to_text, data.cells, text_mask=text_mask)
         output.write(records, total, f"infer {self.dataset.name}")
         logger.info("wrote %s", output.path)
@@ -170,8 +196,10 @@ class Inference(CheckpointSettings):
                 raise UserError(
                     "To score, set infer.objective: include the file of objectives/ that the model was trained by."
                 )
-            if isinstance(data, Templates) or self.trace:
-                raise UserError("Scores are of whole texts as they are: leave out --templates and --trace.")
+            if isinstance(data, Templates) or self.trace or self.regex or self.json_schema:
+                raise UserError(
+                    "Scores are of whole texts as they are: leave out --templates, --trace, REGEX and JSON_SCHEMA."
+                )
             check_num_draws(self.num_draws)
             scored = {"mode": self.mode, "objective": repr(self.objective), "num_draws": self.num_draws}
             return scored | {"canvas": data.canvas}

@@ -127,6 +127,8 @@ VERBS: Mapping[str, Verb] = {
             "--length": {"type": int, "metavar": "TOKENS", "help": "maximum length of the answer"},
             "--samples": {"type": int, "metavar": "N", "help": "answers to each prompt"},
             "--seed": {"type": int, "metavar": "N", "help": "random seed"},
+            "--regex": {"metavar": "PATTERN", "help": "answers are texts of this regular expression"},
+            "--json_schema": {"metavar": "FILE", "help": "answers are JSON of this schema"},
             "--tokenizer": {
                 "metavar": "FILE",
                 "help": "the vocabulary's file, if the checkpoint does not name it or it has moved",

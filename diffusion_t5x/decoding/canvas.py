@@ -73,9 +73,7 @@ class Canvas(flax.struct.PyTreeNode):
     span: Span | None = None
 
     @classmethod
-    def start(
-        cls, tokens: IntBL, target_mask: BoolBL, score: FloatB | None = None, span: Span | None = None
-    ) -> Self:
+    def start(cls, tokens: IntBL, target_mask: BoolBL, score: FloatB | None = None, span: Span | None = None) -> Self:
         """Before the first step, with a score that steps add to; None is 0."""
         rows = len(tokens)
         return cls(

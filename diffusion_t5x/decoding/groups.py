@@ -59,10 +59,9 @@ class Groups:
         places = None
         for level in self.levels:
             taken = _take(values, level)
-            values = jnp.max(taken, axis=-1)
-            own = jnp.asarray(level) if places is None else places[..., level]
-            is_best = (taken == values[..., None]) & (level >= 0)
-            places = jnp.min(jnp.where(is_best, own, np.iinfo(np.int32).max), axis=-1)
+            best = jnp.argmax(taken, axis=-1)[..., None]
+            own = jnp.broadcast_to(level, taken.shape) if places is None else places[..., level]
+            values, places = (jnp.take_along_axis(x, best, axis=-1)[..., 0] for x in (taken, own))
         return values, places
 
 

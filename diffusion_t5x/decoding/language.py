@@ -1,9 +1,9 @@
 """The texts that a decoder may write, given by a regular expression, as an automaton over a vocabulary's tokens."""
 
+import types
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-from jaxtyping import Int
 
 from diffusion_t5x.data.plain_vocabularies import Ids
 from diffusion_t5x.data.vocabularies import TokenIds, token_ids
@@ -51,6 +51,7 @@ class Language:
                 f"The vocabulary is a {type(vocabulary).__name__}, which has ids and no texts: neither --regex nor "
                 "--json_schema can be met. Give the model's tokenizer."
             )
+        pattern = _without_anchors(pattern)
         self.pattern, self._identity = pattern, (pattern, ids.fingerprint, begins)
         start, accepting, moves = _compile(pattern, known, ids, begins and known.puts_space)
         for state in accepting:
@@ -134,16 +135,23 @@ class Language:
         return f"Language({self.pattern!r})"
 
 
-def _compile(
-    pattern: str, vocabulary: Vocabulary, ids: TokenIds, after_space: bool
-) -> tuple[int, set[int], dict[int, dict[int, int]]]:
-    """Returns the first state, the accepting ones, and the next state by state and id; EOS and pad lead nowhere."""
+def library() -> types.ModuleType:
+    """Returns the library outlines-core; raises a UserError if it is not installed."""
     try:
         import outlines_core
+        import outlines_core.json_schema
     except ImportError as error:
         raise UserError(
             "--regex and --json_schema need the library outlines-core: pip install 'diffusion_t5x[structured]'."
         ) from error
+    return outlines_core
+
+
+def _compile(
+    pattern: str, vocabulary: Vocabulary, ids: TokenIds, after_space: bool
+) -> tuple[int, set[int], dict[int, dict[int, int]]]:
+    """Returns the first state, the accepting ones, and the next state by state and id; EOS and pad lead nowhere."""
+    outlines_core = library()
     ids_of: dict[bytes, list[int]] = {}
     for token in set(ids.noise_ids().tolist()) - {ids.eos_id, ids.pad_id}:
         piece = vocabulary.piece(token)
@@ -154,7 +162,7 @@ def _compile(
     # All bytes are tokens, for it refuses a pattern with any character that the vocabulary cannot spell.
     mark, unused, byte = ids.size, ids.size + 1, ids.size + 2
     others = {bytes([value]): [byte + value] for value in range(256) if bytes([value]) not in ids_of}
-    whole = f"{' ' if after_space else ''}(?:{_without_anchors(pattern)}){_MARK}"
+    whole = f"{' ' if after_space else ''}(?:{pattern}){_MARK}"
     try:
         spelled = outlines_core.Vocabulary(unused, {**ids_of, **others, _MARK.encode(): [mark]})
         index = outlines_core.Index(whole, spelled)

@@ -84,13 +84,15 @@ class MaskedDecoder(AbsorbingRule):
     @property
     def samples_model(self) -> bool:
         """False for the order of confidence: that is the probability of the token drawn."""
-        return self.sampling == Sampling(1.0) and self.order != "confidence" and self.ends == "free" and not self.language
+        return (
+            self.sampling == Sampling(1.0) and self.order != "confidence" and self.ends == "free" and not self.language
+        )
 
     def within(self, language: Language) -> Self:
         if self.ends != "free" or self.softmax != "allowed" or self.top_k is not None or self.top_p is not None:
             raise UserError(
-                "With --regex or --json_schema, MaskedDecoder needs ends = 'free', softmax = 'allowed', top_k = None and "
-                f"top_p = None: the others may leave no text of the language to write; got {self}."
+                "With --regex or --json_schema, MaskedDecoder needs ends = 'free', softmax = 'allowed', top_k = None "
+                f"and top_p = None: the others may leave no text of the language to write; got {self}."
             )
         return dataclasses.replace(self, language=language)
 

@@ -119,9 +119,7 @@ class SundaeDecoder(StepRule):
         proposed, wish = model.map_logits(read_out, hidden, canvas.tokens, positions)
         if self.language is not None:
             draw, kept = (keys, positions) if self.temperature else None, jnp.zeros_like(eligible)
-            proposed = choose_text(
-                self.language, proposed, canvas.tokens, kept, canvas.target_mask, canvas.span, draw
-            )
+            proposed = choose_text(self.language, proposed, canvas.tokens, kept, canvas.target_mask, canvas.span, draw)
         tokens, log_probability = proposed
         chosen = self._choose(canvas, eligible, positions, keys)
         is_last = canvas.step == self.num_steps - 1

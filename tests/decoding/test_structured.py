@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import spelled
 import tiny
+from scipy import stats
 
 from diffusion_t5x.decoding.allowed_texts import Span
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
@@ -27,7 +28,7 @@ language = functools.cache(lambda pattern: Language(pattern, spelled.SHORT))
 allowed = functools.cache(functools.partial(spelled.allowed, vocabulary=spelled.SHORT))
 
 
-DEFINITION, PARAMS = spelled.make_model(spelled.SHORT)
+DEFINITION, PARAMS = spelled.make_model(spelled.SHORT, dataclasses.replace(tiny.RELATIVE, num_layers=1))
 MODEL = DEFINITION.bind(PARAMS)
 MASK = DEFINITION.vocabulary.mask_id
 
@@ -76,8 +77,17 @@ def plain_decode(batch, row, pattern, num_steps):
     return tokens[row, at]
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 4])
-@pytest.mark.parametrize("pattern", PATTERNS)
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("pattern", "num_steps"),
+    [
+        (PATTERNS[0], 2),
+        (PATTERNS[2], 1),
+        *(pytest.param(pattern, steps, marks=slow) for pattern in PATTERNS for steps in (1, 2, 4)),
+    ],
+)
 def test_masked_decoding_is_that_by_enumeration(pattern, num_steps):
     batch = make_batch()
     decoded = decode(MaskedDecoder(num_steps).within(language(pattern)), batch)
@@ -85,25 +95,25 @@ def test_masked_decoding_is_that_by_enumeration(pattern, num_steps):
         np.testing.assert_array_equal(found, plain_decode(batch, row, pattern, num_steps))
 
 
-@pytest.mark.parametrize("pattern", PATTERNS[:3])
+@pytest.mark.parametrize("pattern", [PATTERNS[0], *(pytest.param(pattern, marks=slow) for pattern in PATTERNS[1:3])])
 def test_draws_are_in_proportion_to_the_products(pattern):
+    """By a chi-square test with all texts that are expected five times, and the others together."""
     rows = 4000
     batch = tiny.one_a_row([([3, 4], [3] * LENGTH)] * rows)
     candidates = allowed(pattern, length=LENGTH)
     p = np.asarray(log_probabilities(masked(batch)[:1], tiny.rows_of(batch, [0])))[0, 2:]
-    for temperature in (1.0, 0.5):
-        weights = np.exp(p[np.arange(LENGTH), candidates].sum(axis=1) / temperature)
-        expected = rows * weights / weights.sum()
-        decoder = MaskedDecoder(1, order="random", temperature=temperature).within(language(pattern))
-        found = np.stack(texts(decode(decoder, batch), batch))
-        counts = (found[:, None] == candidates).all(axis=-1).sum(axis=0)
-        assert counts.sum() == rows
-        common = expected >= 5
-        rare = expected[~common].sum(), counts[~common].sum()
-        expected, counts = np.append(expected[common], rare[0]), np.append(counts[common], rare[1])
-        statistic = ((counts - expected) ** 2 / np.maximum(expected, 1e-9))[expected > 0.5].sum()
-        freedom = len(expected) - 1
-        assert statistic < freedom + 4 * np.sqrt(2 * freedom) + 4, (statistic, freedom)
+    temperature = 0.7
+    weights = np.exp(p[np.arange(LENGTH), candidates].sum(axis=1) / temperature)
+    expected = rows * weights / weights.sum()
+    decoder = MaskedDecoder(1, order="random", temperature=temperature).within(language(pattern))
+    found = np.stack(texts(decode(decoder, batch), batch))
+    counts = (found[:, None] == candidates).all(axis=-1).sum(axis=0)
+    assert counts.sum() == rows
+    common = expected >= 5
+    counts, expected = (np.append(x[common], x[~common].sum()) for x in (counts, expected))
+    if expected[-1] < 1e-6:
+        counts, expected = counts[:-1], expected[:-1]
+    assert len(expected) > 2 and stats.chisquare(counts, expected, sum_check=False).pvalue > 1e-4
 
 
 DECODERS = {
@@ -124,21 +134,19 @@ DECODERS = {
 }
 
 
-@pytest.mark.parametrize("name", DECODERS)
+QUICK = ("masked", "blocks", "sundae", "autoregressive, drawn")
+
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=slow) for name in DECODERS if name not in QUICK)])
 def test_all_decoders_write_only_texts_of_the_language(name):
     batch = make_batch(rows=12)
-    for pattern in (PATTERNS[1], PATTERNS[3]):
-        decoder = DECODERS[name].within(language(pattern))
-        decoded = decode(decoder, batch)
-        possible = {tuple(row) for row in allowed(pattern, length=LENGTH)}
-        for row, (tokens, count) in enumerate(zip(texts(decoded, batch), decoded.num_tokens, strict=True)):
-            # What is behind the end is written only by decoders of whole canvases and blocks.
-            assert tuple(np.where(np.arange(LENGTH) < count, tokens, 0)) in possible
-            assert (tokens != MASK).all()
-            alone = decode(decoder, tiny.rows_of(batch, [row])) if row in (1, 5) else None
-            if alone is not None:
-                np.testing.assert_array_equal(alone.canvas[0], decoded.canvas[row])
-        assert np.isfinite(decoded.scores).all()
+    decoder = DECODERS[name].within(language(PATTERNS[3]))
+    decoded = decode(decoder, batch)
+    possible = {tuple(row) for row in allowed(PATTERNS[3], length=LENGTH)}
+    assert {tuple(row) for row in decoded.tokens[batch.target_mask].reshape(12, LENGTH)} <= possible
+    assert np.isfinite(decoded.scores).all()
+    alone = decode(decoder, tiny.rows_of(batch, [5]))
+    np.testing.assert_array_equal(alone.tokens[0], decoded.tokens[5])
 
 
 def test_sundae_writes_the_best_text_of_its_noise():
@@ -158,7 +166,7 @@ def test_holes_are_texts_of_their_own_and_take_all_their_tokens():
     in_holes = DEFINITION.vocabulary.for_infilling()
     model = dataclasses.replace(DEFINITION, vocabulary=in_holes).bind(PARAMS)
     within = Language(pattern, spelled.SHORT, begins=False)
-    for decoder in (MaskedDecoder(1), MaskedDecoder(3), SundaeDecoder(2, 2)):
+    for decoder in (MaskedDecoder(3), SundaeDecoder(2, 2)):
         decoded = decode(decoder.within(within), batch, model=model)
         for hole in ([1, 2], [4, 5, 6]):
             assert tuple(decoded.canvas[0, hole]) in set(map(tuple, allowed(pattern, length=len(hole), ends=False)))
@@ -167,22 +175,22 @@ def test_holes_are_texts_of_their_own_and_take_all_their_tokens():
 
 def test_a_text_over_several_blocks_ends_within_the_row():
     # The model's own text would go on to the end of the row; only the last places have room for the end.
-    model, pattern = MODEL, "(ab1)+ba"
-    for length in (4, 5, 7):
-        batch = make_batch(rows=6, length=length)
-        for size in (1, 2, 3):
-            decoder = BlockDecoder(size, MaskedDecoder(size)).within(Language(pattern, spelled.SHORT))
-            decoded = decode(decoder, batch, model=model)
-            for tokens in decoded.tokens[batch.target_mask].reshape(6, length):
-                text = spelled.SHORT.decode([token for token in tokens if token > 1])
-                assert re.fullmatch(pattern, text), text
+    pattern = "(ab1)+ba"
+    batch = make_batch(rows=6, length=7)
+    decoder = BlockDecoder(3, MaskedDecoder(2)).within(Language(pattern, spelled.SHORT))
+    for tokens in decode(decoder, batch).tokens[batch.target_mask].reshape(6, 7):
+        text = spelled.SHORT.decode([token for token in tokens if token > 1])
+        assert re.fullmatch(pattern, text), text
 
 
 def test_a_span_moves_on_over_targets_alone():
     within = language("ab1|ba|ä+")
     row, mask = np.array([[3, 7, 6]], np.int32), np.array([[True, False, False]])
     span = Span.whole(within, 1).advance(within, row, mask)
-    assert span.state[0] != within.start and span.state == Span.whole(within, 1).advance(within, row[:, :1], mask[:, :1]).state
+    assert (
+        span.state[0] != within.start
+        and span.state == Span.whole(within, 1).advance(within, row[:, :1], mask[:, :1]).state
+    )
 
 
 @pytest.mark.parametrize(
