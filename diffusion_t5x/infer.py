@@ -183,8 +183,8 @@ class Inference(CheckpointSettings):
             decoder = self.decoder if language is None else self.decoder.within(language)
             decode = make_decode_step(mesh, definition, decoder, seed=seed, trace=self.trace)
             text_mask = data.text_mask if isinstance(data, Templates) else None
-            batches = checked(language, batches, in_holes=isinstance(data, Templates))
-            records = predict(decode, params, batches, mesh, data.to_text, data.cells, text_mask=text_mask)
+            fitting = checked(language, batches, in_holes=isinstance(data, Templates))
+            records = predict(decode, params, fitting, mesh, data.to_text, data.cells, text_mask=text_mask)
         output.write(records, total, f"infer {self.dataset.name}")
         logger.info("wrote %s", output.path)
 

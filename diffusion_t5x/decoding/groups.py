@@ -30,7 +30,7 @@ class Groups:
         places = np.argsort(group_of, kind="stable")
         places = places[group_of[places] >= 0]
         groups = group_of[places]
-        levels = []
+        levels: list[np.ndarray] = []
         while not levels or len(groups) > number:
             sizes = np.bincount(groups, minlength=number)
             assert sizes.min() > 0, "an empty group"
@@ -56,11 +56,11 @@ class Groups:
         self, values: Float[jax.Array, "*shape places"]
     ) -> tuple[Float[jax.Array, "*shape groups"], Int[jax.Array, "*shape groups"]]:
         """Returns the largest value of each group, and its place; of equals, the first."""
-        places = None
+        places: jax.Array = jnp.arange(values.shape[-1])
         for level in self.levels:
             taken = _take(values, level)
             best = jnp.argmax(taken, axis=-1)[..., None]
-            own = jnp.broadcast_to(level, taken.shape) if places is None else places[..., level]
+            own = jnp.broadcast_to(places[..., level], taken.shape)
             values, places = (jnp.take_along_axis(x, best, axis=-1)[..., 0] for x in (taken, own))
         return values, places
 

@@ -26,7 +26,14 @@ _FORMATS = {
     "date-time": f"(?:{_DATE})T{_TIME}",
     "uuid": "[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}",
 }
-_TYPES = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None), "number": (int, float)}
+_TYPES: Mapping[str, Any] = {
+    "object": dict,
+    "array": list,
+    "string": str,
+    "boolean": bool,
+    "null": type(None),
+    "number": (int, float),
+}
 
 
 def pattern_of(schema: Any, name: str) -> str:
@@ -80,7 +87,7 @@ def _kept(says: dict[str, Any], where: str) -> dict[str, Any]:
         parts = [{k: v for k, v in says.items() if k in _KEYWORDS.get(one, ())} | {"type": one} for one in kind]
         _refuse_others(says, {"type"}.union(*parts), where)
         return {"anyOf": [_kept(part, where) for part in parts]}
-    if kind not in _KEYWORDS:
+    if not isinstance(kind, str) or kind not in _KEYWORDS:
         raise UserError(f'{where}: give a "type", one of {", ".join(_KEYWORDS)}; got {json.dumps(kind)}.')
     _refuse_others(says, {"type", *_KEYWORDS[kind]}, where)
     return _kept_of_type(says | {"type": kind}, where)
