@@ -1,4 +1,4 @@
-"""What a user asks of the form of a text: a regular expression or a JSON schema."""
+"""Languages from what a user asks for: a regular expression or a JSON schema."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
