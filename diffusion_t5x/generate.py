@@ -130,12 +130,17 @@ def generate(
     if sys.stdout.isatty() and (prompt is not None or sys.stdin.isatty()):
         canvas = LiveCanvas(Console(), prompts.cells, decoder.left_to_right)
     answers = Answers(mesh, definition, params, decoder, random_seed, canvas)
+    _answer(prompts, answers, samples, canvas, prompt)
+
+
+def _answer(prompts: Prompts, answers: Answers, samples: int, canvas: LiveCanvas | None, prompt: str | None) -> None:
+    """Answers one prompt, or all of standard input: in a terminal on a canvas, otherwise line by line."""
     if canvas is None:
         with ended_by_signals():
             Plain(prompts, answers, samples).run(prompt)
         return
     try:
-        (Talk if template else Terminal)(prompts, answers, samples, canvas).run(prompt)
+        (Talk if prompts.chat else Terminal)(prompts, answers, samples, canvas).run(prompt)
     except KeyboardInterrupt:
         sys.exit(130)
 
