@@ -2,14 +2,24 @@
 
 import json
 
-import jsonschema
+import jax
 import numpy as np
 import pytest
+import spelled
+import tiny
 
 from diffusion_t5x.data.plain_vocabularies import ByteVocabulary
+from diffusion_t5x.data.vocabularies import to_text
+from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
+from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.json_schema import pattern_of
 from diffusion_t5x.decoding.language import Language
+from diffusion_t5x.decoding.masked import MaskedDecoder
+from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.errors import UserError
+
+jsonschema = pytest.importorskip("jsonschema")
+pytest.importorskip("outlines_core")
 
 POINT = {"type": "object", "properties": {"x": {"type": "number"}, "y": {"type": "number"}}, "required": ["x", "y"]}
 SCHEMAS = [
@@ -61,16 +71,44 @@ def draw(language, rng, most):
         text.append(int(rng.choice(ids[label])) - 3)
 
 
+def check(schema, texts):
+    """All are valid, and not all the same if they need not be."""
+    judge = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER)
+    for text in texts:
+        judge.validate(json.loads(text))
+    assert len(set(texts)) > 1 or schema in ({"type": "null"}, {"const": "a+b"})
+
+
 @pytest.mark.parametrize("schema", SCHEMAS, ids=json.dumps)
 def test_all_texts_are_valid(schema):
     language = Language(pattern_of(schema, "schema"), ByteVocabulary())
-    judge = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER)
-    rng, found = np.random.default_rng(0), set()
-    for _ in range(20):
-        text = draw(language, rng, most=120)
-        judge.validate(json.loads(text))
-        found.add(text)
-    assert len(found) > 1 or schema in ({"type": "null"}, {"const": "a+b"})
+    rng = np.random.default_rng(0)
+    check(schema, [draw(language, rng, most=120) for _ in range(20)])
+
+
+WRITERS = [
+    MaskedDecoder(6, temperature=1.0, order="random"),
+    BlockDecoder(16, MaskedDecoder(2, temperature=1.0)),
+    SundaeDecoder(2, 2, temperature=1.0),
+    AutoregressiveDecoder(temperature=1.0),
+]
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("number", "rows"), [(19, 8), *(pytest.param(number, 50, marks=slow) for number in range(len(SCHEMAS)))]
+)
+def test_what_a_model_writes_is_valid(number, rows):
+    """A thousand texts of a model with random parameters, 50 by each schema."""
+    schema, vocabulary = SCHEMAS[number], ByteVocabulary()
+    definition, params = spelled.make_model(vocabulary)
+    decoder = WRITERS[number % len(WRITERS)].within(Language(pattern_of(schema, "schema"), vocabulary))
+    batch = tiny.one_a_row([([3 + row, 5] * (row % 3), [3] * 64) for row in range(rows)], 68)
+    run = jax.jit(lambda batch: decoder.decode(definition.bind(params), batch, jax.random.key(0)))
+    tokens = jax.device_get(run(batch).tokens)
+    check(
+        schema, [to_text(vocabulary, row[mask].tolist()) for row, mask in zip(tokens, batch.target_mask, strict=True)]
+    )
 
 
 @pytest.mark.parametrize(

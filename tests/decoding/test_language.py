@@ -1,5 +1,7 @@
 """Languages as automata over tokens, against enumeration, and what is refused."""
 
+import itertools
+
 import numpy as np
 import pytest
 import spelled
@@ -8,6 +10,8 @@ from diffusion_t5x.data.plain_vocabularies import ByteVocabulary, TokenIdVocabul
 from diffusion_t5x.decoding.language import Language
 from diffusion_t5x.decoding.structured import checked, language_of
 from diffusion_t5x.errors import UserError
+
+pytest.importorskip("outlines_core")
 
 PATTERNS = ["(ab){1,2}", "ab1|ba|ä+", "(a|b)*1?", "a*b[1ä]", ".*", "^(ab)+$", "(aab|a)*", "a|", "", "a|c|1[b-f]*"]
 
@@ -45,6 +49,14 @@ def test_it_knows_which_lengths_it_fits(pattern):
             else:
                 with pytest.raises(UserError, match="No text of"):
                     language.check_fits([length], "", exactly=exactly)
+
+
+def test_other_tokens_may_end_a_text_and_are_none_of_it():
+    one = 6  # the token "1", as if it ended a turn
+    language = Language("ab1?", spelled.SHORT, end_ids=(one,))
+    assert rows_of(language, 2) == {(3, 4), (3, 9), (5, 0), (5, 1), (5, one)}
+    assert {row[1:] for row in rows_of(language, 3) if row[0] == 5} == set(itertools.product((0, 1, one), repeat=2))
+    assert language != Language("ab1?", spelled.SHORT) and language == Language("ab1?", spelled.SHORT, end_ids=[one])
 
 
 def test_languages_are_equal_by_pattern_and_vocabulary():

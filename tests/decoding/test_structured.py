@@ -13,14 +13,22 @@ from scipy import stats
 
 from diffusion_t5x.decoding.allowed_texts import Span
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
+from diffusion_t5x.decoding.beam_search import BeamSearchDecoder
 from diffusion_t5x.decoding.block import BlockDecoder
+from diffusion_t5x.decoding.drafts import DraftingDecoder
 from diffusion_t5x.decoding.language import Language
 from diffusion_t5x.decoding.masked import MaskedDecoder
+from diffusion_t5x.decoding.self_speculation import SelfSpeculationDecoder
+from diffusion_t5x.decoding.slots import SlotEngine
 from diffusion_t5x.decoding.sundae import SundaeDecoder
+from diffusion_t5x.decoding.windows import WindowDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import BIDIRECTIONAL
 from diffusion_t5x.models.reading import Reading
 from diffusion_t5x.models.sampling import forbid
+from diffusion_t5x.partitioning import MeshConfig
+
+pytest.importorskip("outlines_core")
 
 PATTERNS = ["(a|b)*1?", "ab1|ba|ä+", "(ab){1,2}", "a*b[1ä]", ".*"]
 LENGTH = 4
@@ -134,7 +142,7 @@ DECODERS = {
 }
 
 
-QUICK = ("masked", "blocks", "sundae", "autoregressive, drawn")
+QUICK = ("masked", "blocks", "autoregressive, drawn")
 
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=slow) for name in DECODERS if name not in QUICK)])
@@ -147,6 +155,23 @@ def test_all_decoders_write_only_texts_of_the_language(name):
     assert np.isfinite(decoded.scores).all()
     alone = decode(decoder, tiny.rows_of(batch, [5]))
     np.testing.assert_array_equal(alone.tokens[0], decoded.tokens[5])
+
+
+@pytest.mark.parametrize("name", ["blocks", *(pytest.param(name, marks=slow) for name in DECODERS if name != "blocks")])
+def test_rows_in_slots_write_what_each_does_alone(name):
+    """Rows of different lengths, one of them with nothing to write; a row takes the slot of another."""
+    sizes = [(2, 4), (0, 7), (1, 1), (3, 0), (0, 3), (2, 5), (1, 6)]
+    rows = [tiny.one_a_row([([3] * inputs, [3] * size)], 8, first_id=n) for n, (inputs, size) in enumerate(sizes)]
+    decoder = DECODERS[name].within(language(PATTERNS[3]))
+    engine = SlotEngine(MeshConfig().make(), DEFINITION, PARAMS, decoder, num_slots=3, length=8)
+    found = dict(engine.decode((number, row, 0) for number, row in enumerate(rows)))
+    run = jax.jit(lambda batch: decoder.decode(MODEL, batch, jax.random.key(0)))
+    for number, row in enumerate(rows):
+        np.testing.assert_array_equal(found[number].tokens, run(row).tokens)
+        (text,) = texts(found[number], row)
+        assert not len(text) or tuple(found[number].tokens[row.target_mask]) in set(
+            map(tuple, allowed(PATTERNS[3], length=len(text)))
+        )
 
 
 def test_sundae_writes_the_best_text_of_its_noise():
@@ -204,3 +229,18 @@ def test_a_span_moves_on_over_targets_alone():
 def test_settings_that_leave_no_text_are_refused(decoder, named):
     with pytest.raises(UserError, match=named):
         decoder.within(language("a"))
+
+
+@pytest.mark.parametrize(
+    "decoder", [WindowDecoder(4), SelfSpeculationDecoder(), DraftingDecoder(), BeamSearchDecoder()]
+)
+def test_decoders_that_keep_to_no_language_refuse_one(decoder):
+    with pytest.raises(UserError, match=f"{type(decoder).__name__} takes neither --regex nor --json_schema"):
+        decoder.within(language("a"))
+
+
+def test_nor_do_they_take_an_inner_decoder_that_has_one():
+    inner = MaskedDecoder(2).within(language("a"))
+    for make in (lambda: WindowDecoder(4, inner), lambda: SelfSpeculationDecoder(BlockDecoder(4, inner))):
+        with pytest.raises(UserError, match="an inner decoder that may write any text, not one within Language"):
+            make()
