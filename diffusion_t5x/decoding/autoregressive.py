@@ -1,7 +1,7 @@
 """Autoregressive decoding, token by token, over a cache of keys and values."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,9 @@ from jaxtyping import Float
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.decoding.allowed_texts import Span
 from diffusion_t5x.decoding.decoder import Decoded, Watch, start_trace, target_range
+from diffusion_t5x.decoding.language import Language
 from diffusion_t5x.decoding.rows import Carry, RowDecoder, end_rows, read_inputs, show_rows, start_row
 from diffusion_t5x.models.attention import KVCache, write_rows
 from diffusion_t5x.models.masks import AttentionKind
@@ -54,6 +56,8 @@ class AutoregressiveDecoder(LeftToRight, RowDecoder):
       temperature: 0 is greedy.
       top_k, top_p: see `Sampling`.
       prefix: the model was trained with bidirectional attention over the inputs.
+      language: what it may write, by `within`: of the tokens after which a text of the language still fits, each is
+        chosen as if there were no others. Scores stay those of the model.
     """
 
     autoregressive: ClassVar[bool] = True
@@ -64,6 +68,7 @@ class AutoregressiveDecoder(LeftToRight, RowDecoder):
     top_k: int | None = None
     top_p: float | None = None
     prefix: bool = False
+    language: Language | None = None
 
     def __post_init__(self) -> None:
         Sampling(self.temperature, self.top_k, self.top_p)  # raises on bad values now, not in the middle of a run
@@ -71,6 +76,9 @@ class AutoregressiveDecoder(LeftToRight, RowDecoder):
     @property
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_k, self.top_p)
+
+    def within(self, language: Language) -> Self:
+        return dataclasses.replace(self, language=language)
 
     def start(
         self,
@@ -87,6 +95,7 @@ class AutoregressiveDecoder(LeftToRight, RowDecoder):
             **start_row(batch, row_keys(key, batch.example_ids), encoded, canvas, history),
             "first_target": target_range(batch.target_mask)[0],
             "cache": cache,
+            "text": self.language and Span.whole(self.language, len(canvas)),
         }
 
     def advance(self, model: Transformer, carry: Carry) -> Carry:
@@ -95,7 +104,10 @@ class AutoregressiveDecoder(LeftToRight, RowDecoder):
         rows, target_mask = jnp.arange(len(canvas)), carry["batch"].target_mask
         slot = jnp.minimum(carry["first_target"] + step, canvas.shape[1] - 1)
         logits, cache = read_next(model, canvas, carry["cache"], slot, self.attention, carry["encoded"])
-        token = sample(logits[:, None], carry["keys"], step[:, None], self.sampling)[:, 0]
+        text, allowed = carry["text"], logits
+        if text is not None:
+            allowed = text.only_fitting(self.language, logits, target_range(target_mask)[1] - step - 1)
+        token = sample(allowed[:, None], carry["keys"], step[:, None], self.sampling)[:, 0]
         token = jnp.where(finished, canvas[rows, slot], token)
         log_probability = jax.nn.log_softmax(logits)[rows, token]
         carry = show_rows(carry, slot, token[:, None], ~finished[:, None], log_probability[:, None])
@@ -109,6 +121,7 @@ class AutoregressiveDecoder(LeftToRight, RowDecoder):
             "written_at": write_rows(carry["written_at"], written_at[:, None], slot),
             "row_steps": step + ~finished,
             "finished": finished | model.vocabulary.is_end(token) | is_last,
+            "text": text and text.advance(self.language, token[:, None], ~finished[:, None]),
         }
 
     def finish(self, vocabulary: TokenIds, carry: Carry) -> Decoded:

@@ -1,14 +1,17 @@
 """Block decoding: diffusion inside a block, over an exact cache of earlier blocks (arXiv 2503.09573, section 3.2)."""
 
 import dataclasses
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.decoding.allowed_texts import Span
 from diffusion_t5x.decoding.canvas import Canvas, StepRule, Written, denoise
 from diffusion_t5x.decoding.decoder import Decoded, Watch, into_block, start_trace, target_range
+from diffusion_t5x.decoding.language import Language
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.decoding.rows import Carry, RowDecoder, cut, end_rows, read_inputs, show_rows, start_row
 from diffusion_t5x.errors import UserError
@@ -50,6 +53,9 @@ class BlockDecoder(RowDecoder):
             raise UserError(f"BlockDecoder.inner must have num_samples = 1: a block is written once; got {self.inner}.")
         if self.inner.guidance:
             raise UserError(f"BlockDecoder.inner must have guidance = 0: its inputs are read once; got {self.inner}.")
+
+    def within(self, language: Language) -> Self:
+        return dataclasses.replace(self, inner=self.inner.within(language))
 
     @property
     def attention(self) -> AttentionKind:
@@ -96,6 +102,7 @@ class BlockDecoder(RowDecoder):
             "log_probability": jnp.zeros(canvas.shape, jnp.float32),
             "cache": cache,
             "before": before if shifted else None,
+            "text": self.inner.language and Span.whole(self.inner.language, len(canvas)),
         }
 
     def advance(self, model: Transformer, carry: Carry) -> Carry:
@@ -121,7 +128,9 @@ class BlockDecoder(RowDecoder):
             first = jnp.where((start + ahead == 0)[:, None, None], hidden[:, :1], carry["before"])
             return jnp.concatenate([first, hidden[:, :-1]], axis=1), carry
 
-        block = Canvas.start(cut(carry["canvas"], start, size), is_target, carry["score"])
+        text = carry["text"]
+        span = text and text.replace(left=jnp.maximum(carry["end"] - start - size, 0))
+        block = Canvas.start(cut(carry["canvas"], start, size), is_target, carry["score"], span)
         block, carry = denoise(self.inner, model, block, positions, carry["keys"], read, show, carry)
         tokens = block.tokens
         hidden, carry = extend(tokens, carry)
@@ -136,6 +145,7 @@ class BlockDecoder(RowDecoder):
             "before": hidden[:, -1:] if shifted else None,
             "finished": carry["finished"] | jnp.any(ends, axis=-1) | (start + size >= carry["end"]),
             "row_steps": carry["row_steps"] + block.row_steps + ~carry["finished"],
+            "text": span and span.advance(self.inner.language, tokens, is_target),
         }
 
     def finish(self, vocabulary: TokenIds, carry: Carry) -> Decoded:

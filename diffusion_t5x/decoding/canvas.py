@@ -13,7 +13,9 @@ import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.decoding.allowed_texts import Span
 from diffusion_t5x.decoding.decoder import Decoded, Watch, start_trace
+from diffusion_t5x.decoding.language import Language
 from diffusion_t5x.decoding.rows import Carry, RowDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.layers import fold_in
@@ -58,6 +60,7 @@ class Canvas(flax.struct.PyTreeNode):
       row_steps: steps that a row took part in.
       finished: rows that take no more steps.
       memory: what the rule has kept from the step before.
+      span: where a block is in its text, for a rule with a language; None: the rows are whole.
     """
 
     step: IntB1
@@ -69,9 +72,10 @@ class Canvas(flax.struct.PyTreeNode):
     row_steps: IntB
     finished: BoolB
     memory: Any = None
+    span: Span | None = None
 
     @classmethod
-    def start(cls, tokens: IntBL, target_mask: BoolBL, score: FloatB | None = None) -> Self:
+    def start(cls, tokens: IntBL, target_mask: BoolBL, score: FloatB | None = None, span: Span | None = None) -> Self:
         """Before the first step, with a score that steps add to; None is 0."""
         rows = len(tokens)
         return cls(
@@ -83,6 +87,7 @@ class Canvas(flax.struct.PyTreeNode):
             score=jnp.zeros(rows, jnp.float32) if score is None else score,
             row_steps=jnp.zeros(rows, jnp.int32),
             finished=jnp.zeros(rows, bool),
+            span=span,
         )
 
     def after(self, written: Written, takes_part: BoolB) -> Self:
@@ -112,12 +117,14 @@ class StepRule(RowDecoder, Protocol):
       num_samples: canvases for each example, of which the one of best score is kept.
       guidance: g of classifier-free guidance (arXiv 2207.12598): each step reads the canvas once more with all inputs
         masked, and its logits are `u + (1 + g) (c - u)` of those without inputs, u, and with them, c. 0 reads once.
+      language: what it may write; None: any text. See `Decoder.within`.
     """
 
     fills_holes: ClassVar[bool] = True
     keeps_written: ClassVar[bool] = False
     num_samples: int = 1
     guidance: float = 0.0
+    language: Language | None = None
 
     @property
     def samples_model(self) -> bool:

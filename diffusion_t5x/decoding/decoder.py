@@ -12,6 +12,8 @@ from jaxtyping import Float, Int
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.ends import after_end
 from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.decoding.language import Language
+from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import AttentionKind
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.transformer import Transformer
@@ -184,6 +186,17 @@ class Decoder(Protocol):
         """The modes in which it uses a model; the model must have learned all of them. () if not declared."""
         return ()
 
+    def within(self, language: Language) -> Self:
+        """Returns this decoder, writing only texts of a language.
+
+        Raises:
+          UserError: it cannot, by its kind or its settings.
+        """
+        raise UserError(
+            f"{type(self).__name__} takes neither --regex nor --json_schema. These take them: MaskedDecoder, "
+            "SundaeDecoder, BlockDecoder of one of the two, and AutoregressiveDecoder."
+        )
+
     def decode(self, model: Transformer, batch: Batch, key: KeyScalar, trace: bool | Watch = False) -> Decoded:
         """Writes the batch's targets. Rows draw from the key by `example_ids`, so neighbours have no effect.
 
@@ -193,6 +206,14 @@ class Decoder(Protocol):
           key: random key for all draws.
           trace: keep every step, or show it to a `Watch` during decoding.
         """
+
+
+def check_free(decoder: Decoder, language: Language | None) -> None:
+    """Raises a UserError if the inner decoder of one that keeps to no language has one."""
+    if language is not None:
+        raise UserError(
+            f"{type(decoder).__name__} takes an inner decoder that may write any text, not one within {language}."
+        )
 
 
 def target_range(target_mask: AnyBoolBL) -> tuple[IntB, IntB]:

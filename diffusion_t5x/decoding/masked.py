@@ -1,15 +1,17 @@
 """Masked decoding: from a canvas of MASK, keeps the most confident tokens of each step until none is masked."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, Self
 
 import jax.numpy as jnp
 
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.absorbing import AbsorbingRule
+from diffusion_t5x.decoding.allowed_texts import Choices, choose_text
 from diffusion_t5x.decoding.canvas import Canvas, Written
 from diffusion_t5x.decoding.commit import Order, Softmax, choose, propose
 from diffusion_t5x.decoding.counts import Counts, step_count
+from diffusion_t5x.decoding.language import Language
 from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.sampling import Sampling
 from diffusion_t5x.models.transformer import Transformer
@@ -47,6 +49,9 @@ class MaskedDecoder(AbsorbingRule):
         one token per step and in another order than "confidence": that is the probability of the token drawn, so likely
         tokens win twice. Tokens written in the same step are independent of each other.
       top_k, top_p: see `Sampling`.
+      language: what it may write, by `within`. Each step finds the best text of the language that has the tokens
+        written so far, or at a temperature above 0 draws one (see `allowed_texts`), and writes that text's tokens at
+        the positions that `order` picks.
     """
 
     num_steps: int | None = 10
@@ -59,6 +64,7 @@ class MaskedDecoder(AbsorbingRule):
     ends: Literal["free", "last", "never"] = "free"
     end_ids: tuple[int, ...] = ()
     guidance: float = 0.0
+    language: Language | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,7 +84,17 @@ class MaskedDecoder(AbsorbingRule):
     @property
     def samples_model(self) -> bool:
         """False for the order of confidence: that is the probability of the token drawn."""
-        return self.sampling == Sampling(1.0) and self.order != "confidence" and self.ends == "free"
+        return (
+            self.sampling == Sampling(1.0) and self.order != "confidence" and self.ends == "free" and not self.language
+        )
+
+    def within(self, language: Language) -> Self:
+        if self.ends != "free" or self.softmax != "allowed" or self.top_k is not None or self.top_p is not None:
+            raise UserError(
+                "With --regex or --json_schema, MaskedDecoder needs ends = 'free', softmax = 'allowed', top_k = None "
+                f"and top_p = None: the others may leave no text of the language to write; got {self}."
+            )
+        return dataclasses.replace(self, language=language)
 
     def eligible(self, tokens: IntBL, target_mask: BoolBL, vocabulary: TokenIds, step: IntB1) -> BoolBL:
         """The targets that are still masked; with windows, in the first window that has any."""
@@ -114,9 +130,19 @@ class MaskedDecoder(AbsorbingRule):
         def read_out(logits, positions):
             logits = jnp.where(is_end, -jnp.inf, logits) if self.ends == "never" else logits
             last = is_end if self.ends == "last" else None
-            return propose(logits, keys, positions, model.vocabulary, self.sampling, self.order, self.softmax, last)
+            own = propose(logits, keys, positions, model.vocabulary, self.sampling, self.order, self.softmax, last)
+            if self.language is None:
+                return own, None
+            return own, Choices.of(self.language, logits, model.vocabulary, self.sampling, keys, positions)
 
-        tokens, log_probability, certainty = model.map_logits(read_out, hidden, positions)
+        (tokens, log_probability, certainty), choices = model.map_logits(read_out, hidden, positions)
+        if self.language is not None:
+            draw = (keys, positions) if self.temperature else None
+            kept = canvas.target_mask & (canvas.tokens != model.vocabulary.mask_id)
+            tokens, log_probability = choose_text(
+                self.language, choices, canvas.tokens, kept, canvas.target_mask, canvas.span, draw
+            )
+            certainty = jnp.exp(log_probability) if self.order == "confidence" else certainty
         chosen = choose(certainty, eligible, self._count(canvas, eligible), self.threshold, self.threshold_included)
         return self.written(canvas, chosen, tokens, log_probability)
 

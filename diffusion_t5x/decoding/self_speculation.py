@@ -16,7 +16,7 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.autoregressive import read_prompt
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.canvas import Canvas, denoise
-from diffusion_t5x.decoding.decoder import Decoded, Watch, into_block, start_trace, target_range
+from diffusion_t5x.decoding.decoder import Decoded, Watch, check_free, into_block, start_trace, target_range
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.decoding.rows import Carry, RowDecoder, cut, end_rows, read_inputs, show_rows, start_row
 from diffusion_t5x.models.attention import KVCache, write_rows
@@ -56,6 +56,9 @@ class SelfSpeculationDecoder(LeftToRight, RowDecoder):
 
     draft: BlockDecoder = BlockDecoder(4, MaskedDecoder(num_steps=1))  # noqa: RUF009  (frozen)
     prefix: bool = False
+
+    def __post_init__(self) -> None:
+        check_free(self, self.draft.inner.language)
 
     @property
     def modes(self) -> tuple[Mode, ...]:

@@ -1,16 +1,18 @@
 """SUNDAE decoding: denoise whole canvases of random tokens, many at once, and keep the best."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.decoding.allowed_texts import Choices, choose_text
 from diffusion_t5x.decoding.canvas import Canvas, StepRule, Written
 from diffusion_t5x.decoding.commit import choose
 from diffusion_t5x.decoding.decoder import Decoded
+from diffusion_t5x.decoding.language import Language
 from diffusion_t5x.decoding.rows import Carry
 from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.masks import BIDIRECTIONAL
@@ -45,6 +47,8 @@ class SundaeDecoder(StepRule):
       stop_when_unchanged: a canvas is finished after a step that would have changed nothing had it written all targets,
         and its score is of that step; decoding stops when all are. At temperature 0 the result is the same, in less
         steps.
+      language: what it may write, by `within`. Each step writes the best text of the language, or at a temperature
+        above 0 draws one (see `allowed_texts`).
     """
 
     num_steps: int = 10
@@ -53,6 +57,7 @@ class SundaeDecoder(StepRule):
     method: Literal["sample", "argmax_unrolled"] = "sample"
     update_share: float = 1.0
     stop_when_unchanged: bool = False
+    language: Language | None = None
 
     def __post_init__(self) -> None:
         if self.num_steps < 1 or self.num_samples < 1:
@@ -70,6 +75,14 @@ class SundaeDecoder(StepRule):
     @property
     def modes(self) -> tuple[Mode, ...]:
         return (Mode.of(BIDIRECTIONAL, "uniform"),)
+
+    def within(self, language: Language) -> Self:
+        if self.update_share != 1:
+            raise UserError(
+                "With --regex or --json_schema, SundaeDecoder needs update_share = 1: what a step leaves is no part of "
+                f"a text of the language; got {self}."
+            )
+        return dataclasses.replace(self, language=language)
 
     def blank(self, batch: Batch, vocabulary: TokenIds, keys: KeyB) -> IntBL:
         """Returns the rows with noise for targets."""
@@ -96,10 +109,17 @@ class SundaeDecoder(StepRule):
         def read_out(logits, tokens, positions):
             logits = forbid(logits, model.vocabulary)
             wish, _ = cross_entropy(logits, tokens)
+            if self.language is not None:
+                sampling = Sampling(self.temperature)
+                return Choices.of(self.language, logits, model.vocabulary, sampling, keys, positions), wish
             proposed = sample(logits, stream(keys, "tokens"), positions, Sampling(self.temperature))
-            return proposed, cross_entropy(logits, proposed)[1], wish
+            return (proposed, -cross_entropy(logits, proposed)[1]), wish
 
-        tokens, surprise, wish = model.map_logits(read_out, hidden, canvas.tokens, positions)
+        proposed, wish = model.map_logits(read_out, hidden, canvas.tokens, positions)
+        if self.language is not None:
+            draw, kept = (keys, positions) if self.temperature else None, jnp.zeros_like(eligible)
+            proposed = choose_text(self.language, proposed, canvas.tokens, kept, canvas.target_mask, canvas.span, draw)
+        tokens, log_probability = proposed
         chosen = self._choose(canvas, eligible, positions, keys)
         is_last = canvas.step[:, 0] == self.num_steps - 1
         if self.stop_when_unchanged:
@@ -107,7 +127,7 @@ class SundaeDecoder(StepRule):
         return Written(
             tokens=jnp.where(chosen, tokens, canvas.tokens),
             mask=chosen,
-            log_probability=-surprise,
+            log_probability=log_probability,
             score=jnp.where(is_last, -jnp.sum(jnp.where(eligible, wish, 0), axis=-1), 0),
             finished=is_last,
         )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.canvas import Canvas, StepRule, Written, denoise
-from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace
+from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, check_free, start_trace
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.decoding.rows import end_rows, start_row
 from diffusion_t5x.decoding.stale_cache import Cached, StaleReader
@@ -70,6 +70,7 @@ class WindowDecoder(Decoder):
             raise UserError(
                 f"WindowDecoder.inner must have num_samples = 1: a window is written once; got {self.inner}."
             )
+        check_free(self, self.inner.language)
         if self.first_alone and not self.inner.keeps_written:
             raise UserError(
                 f"WindowDecoder.first_alone must be False for an inner decoder that rewrites tokens; got {self.inner}."

@@ -105,6 +105,12 @@ def uniform(keys: KeyB, positions: AnyIntBL) -> FloatBL:
     return jax.vmap(jax.vmap(draw))(_position_keys(keys, positions))
 
 
+def gumbel(keys: KeyB, positions: AnyIntBL, number: int) -> Float[jax.Array, "batch length number"]:
+    """Draws `number` standard Gumbel variables for each position; see `uniform`."""
+    draw = functools.partial(jax.random.gumbel, shape=(number,), dtype=jnp.float32)
+    return jax.vmap(jax.vmap(draw))(_position_keys(keys, positions))
+
+
 def _position_keys(keys: KeyB, positions: AnyIntBL) -> Key[jax.Array, "batch length"]:
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, positions)
 

@@ -1,0 +1,144 @@
+"""JSON schemas as regular expressions, of the part of JSON Schema that a regular expression can hold exactly."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from diffusion_t5x.data.plain_vocabularies import ByteVocabulary
+from diffusion_t5x.decoding.language import Language, library
+from diffusion_t5x.errors import UserError
+
+_SAYS_NOTHING = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"}
+_SAYS_NOTHING |= {"$schema", "$id", "$comment", "$defs", "definitions"}
+_KEYWORDS: Mapping[str, set[str]] = {
+    "object": {"properties", "required", "additionalProperties"},
+    "array": {"items", "minItems", "maxItems"},
+    "string": {"minLength", "maxLength", "pattern", "format"},
+    **{name: set() for name in ("integer", "number", "boolean", "null")},
+}
+# Those of outlines-core 0.2 allow more than the formats do. These have no year before 1000, and no 29 February.
+_DAY = "(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31"
+_DATE = f"[1-9][0-9]{{3}}-(?:{_DAY})"
+_TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
+_FORMATS = {
+    "date": _DATE,
+    "time": _TIME,
+    "date-time": f"(?:{_DATE})T{_TIME}",
+    "uuid": "[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}",
+}
+_TYPES: Mapping[str, Any] = {
+    "object": dict,
+    "array": list,
+    "string": str,
+    "boolean": bool,
+    "null": type(None),
+    "number": (int, float),
+}
+
+
+def pattern_of(schema: Any, name: str) -> str:
+    """Returns a regular expression whose texts are JSON that is valid by a schema.
+
+    Objects have their properties in the schema's order, at most one space is between two signs, and a `pattern` holds
+    for the whole string. What the schema leaves open may be left out: an object has no properties but those listed.
+
+    Args:
+      schema: the schema, as parsed JSON.
+      name: what it is called in messages.
+
+    Raises:
+      UserError: a keyword that cannot be kept exactly, or a schema that outlines-core refuses.
+    """
+    try:
+        return library().json_schema.build_regex_from_schema(json.dumps(_checked(schema, f"{name}, at $")))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{name} is refused: {error}") from error
+
+
+def _checked(schema: Any, where: str) -> dict[str, Any]:
+    """Returns a schema in the form that outlines-core keeps; raises a UserError for what it would ignore."""
+    if not isinstance(schema, Mapping):
+        raise UserError(f"{where}: a schema is an object, not {json.dumps(schema)}.")
+    says = {name: value for name, value in schema.items() if name not in _SAYS_NOTHING}
+    definitions = {
+        name: {inner: _checked(value, f"{where}.{name}.{inner}") for inner, value in schema[name].items()}
+        for name in ("$defs", "definitions")
+        if isinstance(schema.get(name), Mapping)
+    }
+    return definitions | _kept(says, where)
+
+
+def _kept(says: dict[str, Any], where: str) -> dict[str, Any]:
+    kind = says.get("type", "object" if "properties" in says else None)
+    for alone in ("$ref", "anyOf", "const", "enum"):
+        if alone in says:
+            _refuse_others(says, {alone, "type"} if alone in ("const", "enum") else {alone}, where)
+    if "anyOf" in says:
+        return {"anyOf": [_checked(each, f"{where}.anyOf[{at}]") for at, each in enumerate(says["anyOf"])]}
+    if "const" in says or "enum" in says:
+        values = says["enum"] if "enum" in says else [says["const"]]
+        found = [value for value in values if kind is None or _is_of(value, kind)]
+        if not found:
+            raise UserError(f"{where}: no value is of the type {json.dumps(kind)}.")
+        return {"enum": found}
+    if "$ref" in says or not says:
+        return says
+    if isinstance(kind, list):
+        parts = [{k: v for k, v in says.items() if k in _KEYWORDS.get(one, ())} | {"type": one} for one in kind]
+        _refuse_others(says, {"type"}.union(*parts), where)
+        return {"anyOf": [_kept(part, where) for part in parts]}
+    if not isinstance(kind, str) or kind not in _KEYWORDS:
+        raise UserError(f'{where}: give a "type", one of {", ".join(_KEYWORDS)}; got {json.dumps(kind)}.')
+    _refuse_others(says, {"type", *_KEYWORDS[kind]}, where)
+    return _kept_of_type(says | {"type": kind}, where)
+
+
+def _kept_of_type(says: dict[str, Any], where: str) -> dict[str, Any]:
+    properties = says.get("properties", {})
+    if lacking := set(says.get("required", ())) - set(properties):
+        raise UserError(f"{where}: {sorted(lacking)[0]!r} is required, but not among the properties.")
+    if "properties" in says:
+        says["properties"] = {name: _checked(value, f"{where}.{name}") for name, value in properties.items()}
+        says.pop("additionalProperties", None)
+    elif isinstance(says.get("additionalProperties"), Mapping):
+        says["additionalProperties"] = _checked(says["additionalProperties"], f"{where}.*")
+    if "items" in says:
+        says["items"] = _checked(says["items"], f"{where}[]")
+    if "pattern" in says:
+        _refuse_others(says, {"type", "pattern"}, where)
+        says["pattern"] = f"^(?:{_unescaped(says['pattern'], where)})$"
+    if "format" in says:
+        _refuse_others(says, {"type", "format"}, where)
+        if says["format"] not in _FORMATS:
+            raise UserError(f"{where}: the format must be one of {', '.join(_FORMATS)}, not {says['format']!r}.")
+        says["pattern"] = f"^(?:{_FORMATS[says.pop('format')]})$"
+    return says
+
+
+def _unescaped(pattern: str, where: str) -> str:
+    """Returns a string's pattern without anchors, if its texts stand in JSON as they are."""
+    language = Language(pattern, ByteVocabulary())
+    used = [byte for byte in (*range(32), ord('"'), ord("\\")) if language.class_of[byte + 3] >= 0]
+    if used:
+        raise UserError(
+            f"{where}: the pattern {pattern!r} allows the character {chr(used[0])!r}, which JSON escapes. Name the "
+            "characters that it may have, such as [a-z ], in place of '.' or [^...]."
+        )
+    return language.pattern
+
+
+def _refuse_others(says: Mapping[str, Any], known: set[str], where: str) -> None:
+    if others := sorted(says.keys() - known):
+        raise UserError(
+            f"{where}: {others[0]!r} cannot be kept exactly here. Leave it out, or write the text's form with --regex."
+        )
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    if isinstance(kind, list):
+        return any(_is_of(value, one) for one in kind)
+    if isinstance(value, bool) or kind == "boolean":
+        return isinstance(value, bool) and kind == "boolean"
+    if kind == "integer":
+        return isinstance(value, int | float) and value == int(value)
+    return isinstance(value, _TYPES.get(kind, ()))
