@@ -33,7 +33,7 @@ import jax
 from diffusion_t5x.chat.answers import Answers
 from diffusion_t5x.chat.conversation import Plain, Terminal, ended_by_signals, say
 from diffusion_t5x.chat.live_canvas import LiveCanvas
-from diffusion_t5x.chat.opening import adds_eos, open_vocabulary
+from diffusion_t5x.chat.opening import about, adds_eos, open_vocabulary
 from diffusion_t5x.chat.prompts import Prompts, prompt_lengths
 from diffusion_t5x.chat.talk import Talk
 from diffusion_t5x.checkpointing import checkpoints
@@ -153,10 +153,7 @@ def _say_settings(
     samples: int,
     random_seed: int,
 ) -> None:
-    how = checkpoint.record.trained_by or "imported"
-    device = jax.devices()[0].device_kind
-    step, size = checkpoint.metadata["step"], definition.num_params()
-    say(f"{checkpoint.named}, step {step}, {how}: {size:,} parameters on {device}")
+    say(about(checkpoint, definition))
     each = f"{samples} × {prompts.length}" if samples > 1 else str(prompts.length)
     most = "any number" if prompts.max_inputs is None else f"at most {prompts.max_inputs}"
     chat = ", chat" if prompts.chat else ""

@@ -27,8 +27,8 @@ from typing import Any
 
 import jax
 
-from diffusion_t5x.chat.conversation import say
-from diffusion_t5x.chat.opening import adds_eos, open_vocabulary
+from diffusion_t5x.chat.conversation import ended_by_signals, say
+from diffusion_t5x.chat.opening import about, adds_eos, open_vocabulary
 from diffusion_t5x.chat.prompts import Prompts, prompt_lengths
 from diffusion_t5x.checkpointing import checkpoints
 from diffusion_t5x.command_line import answering
@@ -118,13 +118,17 @@ def serve(
     prompts = Prompts(vocabulary, ends, None, length, model.architecture, chat)
     ids = dataclasses.replace(token_ids(vocabulary), end_ids=prompts.end_ids)
     mesh = MeshConfig().make(jax.devices()[:1])
-    definition, params = load_model(checkpoint, model, ids, mesh)
-    loaded = Loaded(_name(checkpoint_path), mesh, definition, params, prompts, decoder)
+    limits = Limits(context, most_inputs, slots, queue, most_bytes)
     api_key = api_key or os.environ.get(_API_KEY) or None
     if api_key is None and not server.is_local:
         say(f"Anyone who reaches {host} can use this server: set {_API_KEY}.")
-    limits = Limits(context, most_inputs, slots, queue, most_bytes)
-    server.run(application(loaded, limits, api_key, server.fail), say)
+    with ended_by_signals():
+        definition, params = load_model(checkpoint, model, ids, mesh)
+        loaded = Loaded(_name(checkpoint_path), mesh, definition, params, prompts, decoder)
+        say(about(checkpoint, definition))
+        say(f"{decoder}, {slots} slots of {context} tokens; compiling…")
+        app = application(loaded, limits, api_key, server.fail)
+    server.run(app, say)
 
 
 def _lengths(

@@ -1,4 +1,4 @@
-"""Writes an untrained Qwen3 of half a million parameters in Hugging Face's format, with a tokenizer made of your text.
+"""Writes an untrained Qwen3 of half a million parameters in Hugging Face format, with a tokenizer made of your text.
 
     python launch/tiny_qwen3.py TEXT_FILE... --output DIR
 

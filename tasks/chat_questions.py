@@ -120,7 +120,7 @@ class ChatQuestions(OfTexts, LaidOut):
         talk = conversations.read(record)
         messages, answer = talk.question()
         if not messages or messages[-1]["role"] not in ("user", "tool"):
-            raise ValueError("its last turn but the answer is not the user's.")
+            raise ValueError("apart from the answer, its last turn is not the user's.")
         ids, text = chat.encode_prompt(chat.template.render(messages, True, talk.variables))
         if len(ids) > (most := self.task_feature_lengths["inputs"]):
             raise ValueError(

@@ -267,7 +267,8 @@ def test_mistakes(masked, tmp_path, refused):
     assert "does not exist" in says(tmp_path / "nowhere", "--prompt", "a")
     long = says(masked, "--prompt", "x" * 20)
     assert (
-        "refused: it has 21 tokens (the EOS behind it is one of them), and the model takes 20. Nothing is cut" in long
+        "refused: it has 21 tokens (the EOS behind it is one of them), and the model takes 20. Nothing is truncated"
+        in long
     )
     assert "error: Line 1: The prompt is refused" in says(masked, lines=["x" * 40])
     assert "--length must be at least 1, not 0" in says(masked, "--prompt", "a", "--length", "0")

@@ -62,7 +62,7 @@ def test_answers_to_the_last_user_turn(imported, tmp_path):
     ("messages", "flags", "reason"),
     [
         ([message("user", "the a? " * 30)], [], r"a.jsonl:1: the conversation has "),
-        ([message("system", "a")], [], "its last turn but the answer is not the user's"),
+        ([message("system", "a")], [], "apart from the answer, its last turn is not the user's"),
         ([message("user", "a")], ["--templates", "b.jsonl"], "--messages and --templates exclude each other"),
         ([message("user", "a")], ["--gin.STOP=('',)"], "STOP takes texts of at least one character"),
     ],

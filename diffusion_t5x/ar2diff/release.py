@@ -1,4 +1,4 @@
-"""Results of a conversion: a checkpoint without the optimizer, a folder in Hugging Face's format, a model card."""
+"""Results of a conversion: a checkpoint without the optimizer, a folder in Hugging Face format, a model card."""
 
 import dataclasses
 import pathlib
@@ -63,7 +63,7 @@ def _with_tokenizer(record: Record, opened: OpenCheckpoint, to: pathlib.Path, fi
 
 
 def export(checkpoint: pathlib.Path, start: OpenCheckpoint, folder: pathlib.Path) -> bool:
-    """Writes the model in Hugging Face's format, if it was imported from that; returns whether it was.
+    """Writes the model in Hugging Face format, if it was imported from that; returns whether it was.
 
     Not if it drafts: no such format stores drafts, and without them it is the start.
     """

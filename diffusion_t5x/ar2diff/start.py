@@ -16,7 +16,7 @@ def begin(model: str, tokenizer: str | None, folder: pathlib.Path, journal: Jour
     """The checkpoint to start from; an import is written to `folder`, once.
 
     Args:
-      model: a model of the hub, a folder in Hugging Face's format, a GGUF file, a T5X checkpoint or one of ours.
+      model: a model of the hub, a folder in Hugging Face format, a GGUF file, a T5X checkpoint or one of ours.
       tokenizer: SentencePiece model of a T5X checkpoint.
       folder: for the import.
       journal: remembers the path.

@@ -1,10 +1,14 @@
-"""Finds a model's vocabulary for prompts, without its task where the checkpoint says enough."""
+"""What the verbs that answer prompts say of a checkpoint, and take from it: vocabulary, EOS or not."""
 
+import jax
+
+from diffusion_t5x.checkpointing.checkpoints import OpenCheckpoint
 from diffusion_t5x.data import vocabulary_files
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.vocabulary import AnyVocabulary
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.transformer import ModelDefinition
 
 
 def open_vocabulary(
@@ -30,6 +34,13 @@ def open_vocabulary(
         "The checkpoint names neither a task nor a vocabulary: give its file, --tokenizer FILE, or the task that "
         "it was trained on, --gin_file=tasks/... --gin.MIXTURE_OR_TASK_NAME=..."
     )
+
+
+def about(checkpoint: OpenCheckpoint, definition: ModelDefinition) -> str:
+    """Returns a line about a model: its checkpoint and step, how it was trained, its size, the device."""
+    how = checkpoint.record.trained_by or "imported"
+    step, size = checkpoint.metadata["step"], definition.num_params()
+    return f"{checkpoint.named}, step {step}, {how}: {size:,} parameters on {jax.devices()[0].device_kind}"
 
 
 def adds_eos(given: bool | None, dataset: SeqioDataset | None, model: ModelConfig) -> bool:

@@ -92,7 +92,7 @@ class Prompts:
         if self.max_inputs is not None and len(tokens) > self.max_inputs:
             raise UserError(
                 f"The conversation is too long: with the chat template it has {len(tokens)} tokens, and the model "
-                f"takes {self.max_inputs} before an answer of {self.length}. Nothing is cut: shorten it (/undo, "
+                f"takes {self.max_inputs} before an answer of {self.length}. Nothing is truncated: shorten it (/undo, "
                 "/reset), or set a smaller --length."
             )
         return self.row(tokens, number)
@@ -107,7 +107,7 @@ class Prompts:
             eos = " (the EOS behind it is one of them)" if self.adds_eos else ""
             raise UserError(
                 f"The prompt is refused: it has {len(tokens)} tokens{eos}, and the model takes {self.max_inputs}. "
-                "Nothing is cut: shorten it, or set other lengths with --gin.TASK_FEATURE_LENGTHS."
+                "Nothing is truncated: shorten it, or set other lengths with --gin.TASK_FEATURE_LENGTHS."
             )
         if self.architecture == "encoder_decoder" and not tokens:
             raise UserError("The prompt is refused: it is empty, and the encoder would have nothing to read.")

@@ -1,4 +1,4 @@
-"""Reads special and added tokens from the files beside a tokenizer in Hugging Face's format."""
+"""Reads special and added tokens from the files beside a tokenizer in Hugging Face format."""
 
 import dataclasses
 import pathlib

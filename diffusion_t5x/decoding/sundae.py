@@ -60,11 +60,9 @@ class SundaeDecoder(StepRule):
     language: Language | None = None
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1 or self.num_samples < 1 or self.temperature < 0:
-            raise UserError(
-                f"SundaeDecoder needs num_steps and num_samples of at least 1 and a temperature of at least 0; "
-                f"got {self}."
-            )
+        if self.num_steps < 1 or self.num_samples < 1:
+            raise UserError(f"SundaeDecoder needs num_steps and num_samples of at least 1; got {self}.")
+        Sampling(self.temperature)  # raises on bad values now, not in the middle of a run
         if not 0 < self.update_share <= 1:
             raise UserError(f"SundaeDecoder.update_share must lie in (0, 1]; got {self.update_share}.")
         check_choices(self)

@@ -1,4 +1,4 @@
-"""Imports models in Hugging Face's format or GGUF, from a folder, a file or the hub, to a checkpoint or to memory."""
+"""Imports models in Hugging Face format or GGUF, from a folder, a file or the hub, to a checkpoint or to memory."""
 
 import dataclasses
 import pathlib
@@ -28,7 +28,7 @@ def from_hf(
     block_size: int | None = None,
     config_only: bool = False,
 ) -> None:
-    """Imports a model in Hugging Face's format.
+    """Imports a model in Hugging Face format.
 
     `output_folder` gets checkpoints/checkpoint_0 (step and parameters), unchanged copies of config.json and the
     tokenizer's files, and model.gin.
@@ -66,7 +66,7 @@ def from_hf(
 
 
 def is_foreign(path: str) -> bool:
-    """True for a GGUF file, and for a folder with a model in Hugging Face's format and no checkpoint of ours."""
+    """True for a GGUF file, and for a folder with a model in Hugging Face format and no checkpoint of ours."""
     folder = pathlib.Path(path).expanduser()
     return _is_gguf(path) or ((folder / CONFIG).exists() and not (folder / "checkpoints").exists())
 

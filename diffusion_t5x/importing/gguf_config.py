@@ -1,4 +1,4 @@
-"""The settings and tensor names of a GGUF file, as those of Hugging Face's format.
+"""The settings and tensor names of a GGUF file, as those of the Hugging Face format.
 
 Names of keys and tensors are those of llama.cpp's `gguf-py/gguf/constants.py`; how tensors are changed on the way into
 a GGUF file is what its `convert_hf_to_gguf.py` does.
@@ -76,11 +76,11 @@ class Architecture:
     """GGUF's storage of the models of one `general.architecture`.
 
     Attributes:
-      model_type: in Hugging Face's format.
+      model_type: in Hugging Face format.
       norms: names of a layer's norms in addition to those that all have.
       keys: names of keys in addition to those that all have.
       permuted: the rows of query and key matrices have another order.
-      norm_offset: the weights of norms are 1 more than in Hugging Face's format.
+      norm_offset: the weights of norms are 1 more than in Hugging Face format.
       settings: settings in config.json that are the same in all models.
       largest: number of layers of the one size whose attention scale is by `hidden_size / num_attention_heads`, not by
         `head_dim` (27B).
@@ -123,7 +123,7 @@ class Layout:
     kv_heads: int = 1
 
     def name(self, stored: str) -> str:
-        """The name in Hugging Face's format; a tensor that is not known keeps its own."""
+        """The name in Hugging Face format; a tensor that is not known keeps its own."""
         if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", stored):
             layer, part, kind = match.groups()
             part = (_PARTS | dict(ARCHITECTURES[self.architecture].norms)).get(part, "")
@@ -133,7 +133,7 @@ class Layout:
     def rows(self, name: str, count: int) -> np.ndarray:
         """Returns the index of the file's row for each row of a tensor, int `[rows]`.
 
-        llama.cpp rotates neighbours where Hugging Face's format rotates the halves of a head, so the rows of each
+        llama.cpp rotates neighbours where the Hugging Face format rotates the halves of a head, so the rows of each
         query and key head come as first of one half, first of the other, second of one half, ...
         """
         rows = np.arange(count)
@@ -143,7 +143,7 @@ class Layout:
         return rows.reshape(heads, -1, 2).swapaxes(1, 2).ravel()
 
     def values(self, name: str, stored: np.ndarray) -> np.ndarray:
-        """Numbers in Hugging Face's format, from those that are stored."""
+        """Numbers in Hugging Face format, from those that are stored."""
         if ARCHITECTURES[self.architecture].norm_offset and name.endswith("norm.weight"):
             return stored - np.float32(1)
         return stored

@@ -1,4 +1,4 @@
-"""A GGUF file (llama.cpp's format) read as a folder in Hugging Face's format."""
+"""A GGUF file (llama.cpp's format) read as a folder in Hugging Face format."""
 
 import dataclasses
 import hashlib
@@ -19,12 +19,12 @@ from diffusion_t5x.user_cache import user_cache
 
 @dataclasses.dataclass(frozen=True)
 class GgufFile(Folder):
-    """A GGUF file with the names, settings and tokenizer of the model in Hugging Face's format.
+    """A GGUF file with the names, settings and tokenizer of the model in Hugging Face format.
 
     `path` is a folder in the user's cache that holds the rebuilt config.json and tokenizer files.
 
     Attributes:
-      stored: the file's tensors, under the names of Hugging Face's format.
+      stored: the file's tensors, under the names of the Hugging Face format.
       layout: says how their numbers are laid out.
     """
 

@@ -1,4 +1,4 @@
-"""The tokenizer files of Hugging Face's format, rebuilt from a GGUF file's metadata."""
+"""The tokenizer files of the Hugging Face format, rebuilt from a GGUF file's metadata."""
 
 import enum
 import itertools

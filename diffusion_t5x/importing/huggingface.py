@@ -1,4 +1,4 @@
-"""A model folder in Hugging Face's format: its config.json, its safetensors files, its tokenizer."""
+"""A model folder in Hugging Face format: its config.json, its safetensors files, its tokenizer."""
 
 import dataclasses
 import pathlib

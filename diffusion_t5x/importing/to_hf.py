@@ -1,4 +1,4 @@
-"""Exports a checkpoint to Hugging Face's format: as an autoregressive model, or as a published diffusion model."""
+"""Exports a checkpoint to Hugging Face format: as an autoregressive model, or as a published diffusion model."""
 
 import itertools
 import operator
@@ -24,7 +24,7 @@ MAX_FILE_BYTES = 2 << 30
 def to_hf(
     checkpoint: str, output_folder: str, like: str | None = None, form: str = AUTO, dtype: str | None = None
 ) -> None:
-    """Writes a model that was once imported from Hugging Face's format, and perhaps trained since, as what it is now.
+    """Writes a model that was once imported from Hugging Face format, and perhaps trained since, as what it is now.
 
     Tensors have the shapes and dtypes that they came with. Rows of ids that the model came without are left out, but
     for those of a diffusion model whose MASK is one of them. What was not trained comes back bit for bit. A diffusion

@@ -12,13 +12,15 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.shapes import AnyIntBL, Array, FloatBL, FloatBLV, IntBL, KeyB
 
+_LEAST_TEMPERATURE = 1e-6  # logits over much less would overflow
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """Settings for sampling a token.
 
     Attributes:
-      temperature: logits are divided by it; 0 takes the most likely token.
+      temperature: logits are divided by it; 0 takes the most likely token, otherwise at least 1e-6.
       top_k: only the k most likely tokens (arXiv 1805.04833); None allows all.
       top_p: only the smallest set of most likely tokens whose probabilities (at this temperature) sum to at least p
         (arXiv 1904.09751, section 3.1).
@@ -31,8 +33,10 @@ class Sampling:
     min_p: float | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError(f"A sampling temperature must not be negative; got {self.temperature}.")
+        if not (self.temperature == 0 or self.temperature >= _LEAST_TEMPERATURE):
+            raise UserError(
+                f"A sampling temperature must be 0, or at least {_LEAST_TEMPERATURE:g}; got {self.temperature}."
+            )
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k must be at least 1; got {self.top_k}.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -63,7 +67,9 @@ def filter_logits(logits: Float[jax.Array, "*shape vocab"], sampling: Sampling) 
     if sampling.top_p is not None and sampling.top_p < 1:
         ordered = jnp.sort(logits, axis=-1, descending=True)
         probabilities = jax.nn.softmax(ordered, axis=-1)
-        kept = jnp.cumsum(probabilities, axis=-1) - probabilities < sampling.top_p
+        # The first one is always kept, even if p is 0 in float32.
+        least_p = max(sampling.top_p, float(jnp.finfo(jnp.float32).tiny))
+        kept = jnp.cumsum(probabilities, axis=-1) - probabilities < least_p
         least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < least, -jnp.inf, logits)
     if sampling.min_p:

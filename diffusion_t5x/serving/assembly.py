@@ -58,7 +58,7 @@ class Loaded:
         """Compiles the programs that texts need, by writing some."""
         in_slots = isinstance(self.decoder, RowDecoder)
         prompts = dataclasses.replace(self.prompts, length=1 if in_slots else self.prompts.length)
-        row = prompts.row([prompts.vocabulary.eos_id], 0)
+        row = limits.fitted(prompts.row([prompts.vocabulary.eos_id], 0))
         # An engine with slots reads 1, 4, 16 ... rows at once, and all slots when it is new.
         groups = [1, *(4**power for power in range(8) if 4**power <= limits.slots)] if in_slots else [1]
         for size in groups:

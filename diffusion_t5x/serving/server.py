@@ -33,7 +33,7 @@ class Server:
     """
 
     def __init__(self, host: str, port: int, grace: int):
-        self._grace, self._has_failed = grace, False
+        self._place, self._grace, self._has_failed = f"--host {host} --port {port}", grace, False
         self._server: uvicorn.Server | None = None
         try:
             family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -41,8 +41,7 @@ class Server:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._socket.bind(address)
         except OSError as error:
-            hint = " Choose another --port." if getattr(error, "errno", None) == errno.EADDRINUSE else ""
-            raise UserError(f"Cannot listen at --host {host} --port {port}: {error}.{hint}") from error
+            raise self._refused(error) from error
         name, port = self._socket.getsockname()[:2]
         self.url = f"http://{f'[{name}]' if ':' in name else name}:{port}"
         self.is_local = ipaddress.ip_address(name).is_loopback
@@ -61,11 +60,18 @@ class Server:
         )  # fmt: skip
         server = self._server = uvicorn.Server(config)
         with _signals_end_quietly():
-            self._socket.listen(_BACKLOG)  # not before: clients would wait while the model is loaded
+            try:
+                self._socket.listen(_BACKLOG)  # not before: clients would wait while the model is loaded
+            except OSError as error:  # another server has begun to listen meanwhile
+                raise self._refused(error) from error
             say(f"Serving at {self.url}")
             server.run(sockets=[self._socket])
         if self._has_failed:
             sys.exit(1)
+
+    def _refused(self, error: OSError) -> UserError:
+        hint = " Choose another --port." if error.errno == errno.EADDRINUSE else ""
+        return UserError(f"Cannot listen at {self._place}: {error.strerror or error}.{hint}")
 
 
 @contextlib.contextmanager

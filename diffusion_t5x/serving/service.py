@@ -47,6 +47,10 @@ class Limits:
     queue: int
     body: int
 
+    def fitted(self, row: Batch) -> Batch:
+        """Returns a row without the empty slots behind it that are more than the context."""
+        return jax.tree.map(lambda x: x[:, : self.context] if x.ndim == 2 else x, row)
+
 
 class Service:
     """The model, as requests see it.
@@ -110,7 +114,8 @@ class Service:
         if len(texts) > room:
             raise Refusal(f"The request asks for {len(texts)} texts; this server holds {room} at a time.", "n")
         if self._in_flight + len(texts) > room:
-            raise busy(f"{self._num_waiting()} texts are waiting. Try again later.", self._seconds_to_wait())
+            message = f"{self._in_flight} texts are running or waiting, of at most {room}. Try again later."
+            raise busy(message, self._seconds_to_wait())
         left_to_right = StepRule not in type(self.decoder).__mro__
         answers = [Answer(n, self.prompts, ask.stop, ask.alternatives, left_to_right) for n in range(len(texts))]
         self._in_flight += len(texts)
@@ -170,8 +175,7 @@ class Service:
             raise Refusal(str(error), "prompt" if ask.messages is None else "messages") from error
         for row in rows:
             self._check_length(_num_inputs(row), length)
-        # Empty slots behind a row may be more than the context.
-        return [jax.tree.map(lambda x: x[:, : self.limits.context] if x.ndim == 2 else x, row) for row in rows]
+        return [self.limits.fitted(row) for row in rows]
 
     def _row(self, prompt: Prompt, number: int, prompts: Prompts) -> Batch:
         if isinstance(prompt, str):
@@ -182,17 +186,18 @@ class Service:
         return prompts.row(prompt, number)
 
     def _check_length(self, num_inputs: int, length: int) -> None:
-        limits, is_apart = self.limits, self.prompts.architecture == "encoder_decoder"
+        limits, is_apart, code = self.limits, self.prompts.architecture == "encoder_decoder", "context_length_exceeded"
+        takes = f"This server takes {limits.context} tokens of {'each' if is_apart else 'prompt and answer together'}"
+        if length > limits.context:
+            raise Refusal(f"The answer may have {length} tokens (max_tokens). {takes}.", "max_tokens", code=code)
         most = limits.context if is_apart else limits.context - length
         most = most if limits.most_inputs is None else min(most, limits.most_inputs)
-        if num_inputs > most or length > limits.context:
-            raise Refusal(
-                f"The prompt has {num_inputs} tokens and the answer may have {length} (max_tokens). This server takes "
-                f"{limits.context} tokens {'of each' if is_apart else 'of both together'}, "
-                f"and {max(0, most)} of the prompt. Nothing is cut: shorten the prompt or set a smaller max_tokens.",
-                "prompt",
-                code="context_length_exceeded",
+        if num_inputs > most:
+            message = (
+                f"The prompt has {num_inputs} tokens and the answer may have {length} (max_tokens). {takes}, and "
+                f"{most} of the prompt. Nothing is truncated: shorten the prompt or set a smaller max_tokens."
             )
+            raise Refusal(message, "prompt", code=code)
 
 
 def _holder(decoder: Any, name: str) -> Any:

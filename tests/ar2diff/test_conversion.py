@@ -37,7 +37,7 @@ def run(*words: object) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def qwen2(tmp_path_factory) -> pathlib.Path:
-    """A random Qwen2 of one layer in Hugging Face's format, and a text of 60 paragraphs beside it."""
+    """A random Qwen2 of one layer in Hugging Face format, and a text of 60 paragraphs beside it."""
     folder = tmp_path_factory.mktemp("model")
     open_models.write_qwen2(folder / "qwen2")
     open_models.save_tokenizer(folder / "qwen2", open_models.byte_level(), eos_token="<|end|>", pad_token="<|pad|>")
@@ -141,7 +141,7 @@ def test_a_checkpoint_of_t5x_becomes_a_sundae_model(qwen2, test_data, tmp_path):
     done = run(*words, "--tokenizer", test_data / "t5_sentencepiece" / "t5_vocab.model")
     assert done.returncode == 0, done.stderr[-3000:]
     assert isinstance(diffusion_t5x.load(tmp_path / "out" / "checkpoint").objective, Sundae)
-    assert not (tmp_path / "out" / "export").exists()  # it did not come in Hugging Face's format
+    assert not (tmp_path / "out" / "export").exists()  # it did not come in Hugging Face format
 
 
 def a_gguf() -> pathlib.Path:

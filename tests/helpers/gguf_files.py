@@ -1,4 +1,4 @@
-"""Writes small random models as GGUF files, and the same as folders in Hugging Face's format, by llama.cpp's rules."""
+"""Writes small random models as GGUF files, and the same as folders in Hugging Face format, by llama.cpp's rules."""
 
 import json
 import pathlib
@@ -69,7 +69,7 @@ def _norms(family: str) -> dict[str, tuple[str, int]]:
 
 
 def random_tensors(family: str) -> dict[str, tuple[str, np.ndarray]]:
-    """Tensors by their names in GGUF: the name and the values in Hugging Face's format."""
+    """Tensors by their names in GGUF: the name and the values in Hugging Face format."""
     rng = np.random.default_rng(0)
     table = {"token_embd.weight": ("model.embed_tokens.weight", 0.3 * rng.standard_normal((IDS, WIDTH)))}
     table |= {"output_norm.weight": ("model.norm.weight", 1 + 0.2 * rng.standard_normal(WIDTH))}
@@ -160,7 +160,7 @@ def write(
 
 
 def write_folder(folder: pathlib.Path, family: str, rows: int = IDS) -> None:
-    """The same model in Hugging Face's format, with the first `rows` rows for ids."""
+    """The same model in Hugging Face format, with the first `rows` rows for ids."""
     folder.mkdir()
     open_models.save_tokenizer(folder, open_models.byte_level(300), eos_token="<|end|>", pad_token="<|pad|>")
     tables = ("model.embed_tokens.weight", "lm_head.weight")

@@ -86,15 +86,15 @@ def numbers(url):
 
 
 class Verb:
-    """`diffusion-t5x serve` in a process of its own."""
+    """`diffusion-t5x serve` in a process of its own, which has said a text."""
 
-    def __init__(self, folder, *flags, **environment):
+    def __init__(self, folder, *flags, until="Serving at", **environment):
         command = [sys.executable, "-m", "diffusion_t5x", "serve", "--checkpoint", str(folder), "--port", "0", *flags]
         self.process = subprocess.Popen(
             command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}, cwd=folder
         )
         self.said = []
-        while not self.said or "Serving at" not in self.said[-1]:
+        while not self.said or until not in self.said[-1]:
             line = self.process.stderr.readline()
             assert line, self.said
             self.said.append(line)

@@ -1,4 +1,4 @@
-"""Models imported from Hugging Face's format, against `transformers` itself: their logits, and the way back."""
+"""Models imported from Hugging Face format, against `transformers` itself: their logits, and the way back."""
 
 import importlib.util
 

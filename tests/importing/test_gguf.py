@@ -1,4 +1,4 @@
-"""GGUF files: the same model as in Hugging Face's format, every quantization, tokenizers, and what is refused."""
+"""GGUF files: the same model as in Hugging Face format, every quantization, tokenizers, and what is refused."""
 
 import dataclasses
 import io

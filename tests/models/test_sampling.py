@@ -1,5 +1,7 @@
 """Sampling filters against loops, and frequencies against probabilities."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,7 +109,24 @@ def test_mask_and_rows_that_mean_nothing_cannot_be_written():
     assert (np.isneginf(logits) == ~np.isin(np.arange(32), range(*tiny.PIECES))).all()
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -0.1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}])
+def test_the_most_likely_token_is_kept_however_small_the_settings_are():
+    logits = jnp.array([1e4, 0.0, -1e4])
+    for sampling in (Sampling(1.0, top_p=1e-300), Sampling(1e-6), Sampling(1e-6, top_p=1e-300)):
+        filtered = filter_logits(logits, sampling)
+        assert jnp.argmax(jax.nn.softmax(filtered)) == 0 and jnp.isfinite(filtered[0])
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -0.1},
+        {"temperature": 1e-7},
+        {"temperature": math.nan},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+    ],
+)
 def test_bad_settings_are_refused(bad):
     with pytest.raises(UserError):
         Sampling(**bad)

@@ -97,7 +97,7 @@ def test_log_probabilities_of_an_answer(client, expected, talker):
         ({"messages": [{"content": "no role"}]}, 'object with a "role"'),
         ({"messages": [{"role": "user", "content": None}]}, "must be a text"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "reads text"),
-        ({"messages": [{"role": "user", "content": "a" * 3000}]}, "Nothing is cut"),
+        ({"messages": [{"role": "user", "content": "a" * 3000}]}, "Nothing is truncated"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
         ({"top_logprobs": 2}, "needs logprobs"),

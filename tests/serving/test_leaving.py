@@ -19,8 +19,11 @@ import openai
 import pytest
 from live_server import Verb, numbers, wait_for
 from pages import by_module
+from starlette.applications import Starlette
 
 from diffusion_t5x import serve
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.serving.server import Server
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "serving.md"
 TAKEN = socket.create_server(("127.0.0.1", 0))
@@ -112,7 +115,16 @@ def test_the_verb_serves_until_a_signal_and_answers_what_runs(stories_folder, st
         assert verb.end() == 0
     finally:
         verb.process.kill()
+    assert "stories, step 0, imported: 268,224 parameters" in verb.said[0] and "compiling" in verb.said[1]
     assert "secret" not in "".join(verb.said) and "Traceback" not in "".join(verb.said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_verb_while_it_compiles(stories_folder, number):
+    verb = Verb(stories_folder, until="compiling")
+    verb.process.send_signal(number)
+    assert verb.end() == -number and "Traceback" not in "".join(verb.said)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +144,23 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(stories_folder, flags,
     with pytest.raises(SystemExit) as ended:
         serve.main(["--checkpoint", str(stories_folder), "--port", "0", *flags])
     assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_context_may_be_shorter_than_the_rows_of_prompts(stories):
+    with live_server.live(live_server.loaded(stories), dataclasses.replace(live_server.LIMITS, context=12)) as url:
+        done = live_server.client(url).completions.create(model="stories", prompt=PROMPT, max_tokens=8)
+        assert done.choices[0].text == stories.generate(PROMPT, length=8)
+        assert done.usage.prompt_tokens == 4
+
+
+def test_a_server_that_has_begun_to_listen_meanwhile_is_named():
+    first = Server("127.0.0.1", 0, grace=1)
+    port = int(first.url.rpartition(":")[2])
+    second = Server("127.0.0.1", port, grace=1)  # possible as long as the first one does not listen
+    first._socket.listen()
+    with pytest.raises(UserError, match=f"--port {port}: Address already in use. Choose another --port"):
+        second.run(Starlette(), print)
+    first._socket.close()
 
 
 def test_the_commands_of_the_page_resolve(stories_folder, capsys):
