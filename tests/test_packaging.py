@@ -124,7 +124,20 @@ def asked(metadata):
 def test_metadata(metadata):
     assert {line for line in metadata if line.startswith("Provides-Extra: ")} == {
         f"Provides-Extra: {extra}"
-        for extra in ("test", "wandb", "serve", "beam", "math", "hf", "lm-eval", "docs", "tpu", "pathways", "cuda")
+        for extra in (
+            "test",
+            "wandb",
+            "serve",
+            "structured",
+            "beam",
+            "math",
+            "hf",
+            "lm-eval",
+            "docs",
+            "tpu",
+            "pathways",
+            "cuda",
+        )
     }
     assert "Name: diffusion_t5x" in metadata or "Name: diffusion-t5x" in metadata
     assert any(line.startswith("Requires-Python: ") and "3.11" in line and "3.14" in line for line in metadata)

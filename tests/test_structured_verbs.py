@@ -73,7 +73,7 @@ def test_generate_and_the_model_write_the_same_json(masked, model, ask, schema):
 
 
 def test_a_turn_of_a_chat_is_a_whole_text(tmp_path, ask):
-    """Where EOS is not what ends a turn."""
+    """EOS is not what ends a turn here."""
     chats.save(tmp_path / "model", "turns")
     open_models.write_qwen2(tmp_path / "model")
     convert(["from_hf", str(tmp_path / "model"), "--output", str(tmp_path / "imported")])
