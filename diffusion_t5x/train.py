@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from typing import Any
 
@@ -28,6 +28,7 @@ from diffusion_t5x.command_line.runnable import verb
 from diffusion_t5x.command_line.slice_flags import slice_dry_run
 from diffusion_t5x.data.cached_source import CachedDataset
 from diffusion_t5x.data.dataset import Dataset
+from diffusion_t5x.data.examples import Examples
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval, check_decoders, prepared
@@ -49,6 +50,7 @@ from diffusion_t5x.training.host_batches import HostBatches
 from diffusion_t5x.training.lock import locked
 from diffusion_t5x.training.loop import Periods, Reporting, Saving, TrainLoop
 from diffusion_t5x.training.metrics import Writer, check_writers, make_writer
+from diffusion_t5x.training.rewards import Grader
 from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout, check_rollout
 from diffusion_t5x.training.run_config import write_config
 from diffusion_t5x.training.state import TrainState, abstract_state, split
@@ -272,14 +274,14 @@ class Training:
         if jax.process_index() == 0:
             write_config(os.path.join(self.model_dir, "config.gin"), config.operative_text(), step)
             records.write_text(os.path.join(self.model_dir, "model-info.txt"), plan.describe() + "\n")
-        batches = self._batches(plan)
+        writer = make_writer(self.model_dir, self.metric_writers, step, config.operative_values())
+        batches = self._batches(plan, writer)
         if begun.data_state is not None:
             batches.load_state_dict(begun.data_state)
         on_mesh = (plan.mesh, plan.abstract, plan.definition)
         train_step = make_train_step(*on_mesh, seed=self.random_seed, teacher=teacher, **self._of_step())
         evals = (plan.loss_evals, plan.decode_evals)
         evaluator = Evaluator(plan.mesh, plan.definition, self.objective, *evals, teacher)
-        writer = make_writer(self.model_dir, self.metric_writers, step, config.operative_values())
         judge = Judge(self.bad_numbers, self.model_dir, begun.losses)
         description = f"{type(self.objective).__name__} on {self.train_dataset.name}"
         loop = TrainLoop(
@@ -296,15 +298,21 @@ class Training:
         with goodput, explained(plan.abstract, rows, self.model_dir), closing(writer), closing(checkpoints):
             loop.run(begun.state, begun.evaluation_due)
 
-    def _batches(self, plan: "_Plan") -> HostBatches | OnPolicyBatches:
+    def _batches(self, plan: "_Plan", writer: Writer) -> HostBatches | OnPolicyBatches:
         """Returns this process's batches, from the data or written by the model."""
-        data = self.train_dataset
+        data, rollout = self.train_dataset, self.rollout
+        if rollout is not None:
+            data = dataclasses.replace(data, batch_size=data.batch_size // rollout.group_size)
         batches = HostBatches(data.train_iterator, data.batch_size, partitioning.share_of_rows(plan.mesh))
-        if self.rollout is None:
+        if rollout is None:
             return batches
-        num_inputs = data.task_feature_lengths["inputs"]
-        prompts = (self.rollout, batches, num_inputs, data.batch_size)
-        return OnPolicyBatches(plan.mesh, plan.definition, *prompts, self.random_seed)
+        asked = (batches, data.task_feature_lengths["inputs"], self.train_dataset.batch_size, self.random_seed)
+        grader = None
+        if rollout.rewards is not None:
+            grader = Grader(rollout.rewards, Examples(data).of, data.to_text, plan.definition.vocabulary)
+        report = functools.partial(_report_rollout, writer)
+        prepare = self.objective.prepare_rollout
+        return OnPolicyBatches(plan.mesh, plan.definition, rollout, *asked, prepare, grader, report)
 
 
 train = verb("train", Training)
@@ -369,6 +377,11 @@ def _evaluate(evaluator: Evaluator, writer: Writer, model_dir: str, state: Train
         scores = [(task, metrics) for _, task, metrics in results]
         logger.info("%s", evaluation_block(f"evaluation at step {step:,} [95 % interval]", scores, samples))
     return found
+
+
+def _report_rollout(writer: Writer, step: int, metrics: Mapping[str, float]) -> None:
+    writer.write(step, "rollout", metrics)
+    logger.info("rollout: %s", ", ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
 
 
 class _CallableModule(types.ModuleType):
