@@ -74,8 +74,8 @@ class PolicyGradient(InBlocks):
             )
         if self.surrogate == "trajectory" and self.softmax != "allowed":
             raise UserError(
-                'PolicyGradient.softmax must be "allowed" for the surrogate "trajectory": decoders draw from what may be '
-                "written. Set LOSS_SOFTMAX."
+                'PolicyGradient.softmax must be "allowed" for the surrogate "trajectory": decoders draw from nothing '
+                "else. Set LOSS_SOFTMAX."
             )
 
     @property
