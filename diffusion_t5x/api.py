@@ -1,4 +1,4 @@
-"""The Python API: `load` opens a model; its methods write, fill holes, score and show every step."""
+"""The Python API: `load` opens a model; its methods generate text, fill holes, score texts and show every step."""
 
 import dataclasses
 import functools
@@ -44,7 +44,7 @@ class Model:
     """A model for inference on one device. Made by `load`.
 
     Attributes:
-      name: the path or hub id that it was loaded from.
+      name: the path or Hub id that it was loaded from.
       record: how it was trained.
       params: nested dictionaries of arrays; matrices and embeddings in `config.dtype`.
       tokenizer: encodes texts to token ids, and decodes them.
@@ -285,7 +285,7 @@ class Model:
 
     @functools.cached_property
     def _decode_step(self) -> Callable[..., jax.stages.Wrapped]:
-        """Makes a decoding program, once for each of its settings."""
+        """Returns the decoding program for these settings, compiled once."""
 
         @functools.cache
         def make(decoder: Decoder, seed: int, trace: bool, in_holes: bool) -> jax.stages.Wrapped:

@@ -1,4 +1,4 @@
-"""Time decoders over text lengths (`decode`), or training steps (`train`).
+"""Time decoders over text lengths (`decode`), training steps (`train`), or decoding in slots (`slots`).
 
 No task, no checkpoint and no TensorFlow is needed.
 
@@ -35,6 +35,7 @@ from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.performance import stopwatch, train_speed
 from diffusion_t5x.performance.decode_times import DecodeTime, Measurements, show
+from diffusion_t5x.performance.slot_speed import SlotBenchmark
 from diffusion_t5x.performance.stopwatch import OutOfMemory, Stopwatch
 from diffusion_t5x.performance.train_speed import Case, StepWatch
 from diffusion_t5x.reporting import charts
@@ -49,14 +50,14 @@ class DecodeBenchmark:
     """Times decoders side by side: a table, `decode_time.json`, `.html` and `.svg` in `benchmark_output_dir`.
 
     The model has fresh random parameters and reads random inputs. No token ends a text, so every target position is
-    written: the time is that of the whole length, without compilation. At each length the decoders take turns, so
+    written: the time is that of the full length, without compilation. At each length the decoders take turns, so
     that a machine that slows down affects all of them. Each time is saved as soon as it is measured; the same command
     continues from there.
 
     Attributes:
       model: the model's dimensions.
       decoders: the decoders to time, by names of your choice.
-      benchmark_output_dir: made if it is not there.
+      benchmark_output_dir: created if missing.
       vocabulary_size: number of ids, MASK included.
       lengths: numbers of target tokens.
       input_length: number of input tokens.
@@ -86,8 +87,8 @@ class DecodeBenchmark:
         """Runs the measurements that are missing; a dry run lists them.
 
         Raises:
-          UserError: anything that does not fit, or measurements with other settings in `benchmark_output_dir`, before
-            anything is compiled; or `batch_size` texts do not fit into memory.
+          UserError: anything that does not fit, or measurements with different settings in `benchmark_output_dir`,
+            before anything is compiled; or `batch_size` texts do not fit into memory.
         """
         if jax.process_count() > 1:
             raise UserError("benchmark.decode measures a single host: start it on one host.")
@@ -184,7 +185,7 @@ def train(
     Args:
       cases: the cases to train, by names of your choice.
       optimizer: the optimizer of every case.
-      benchmark_output_dir: made if it is not there.
+      benchmark_output_dir: created if missing.
       vocabulary_size: number of ids, MASK included.
       input_length, target_length: tokens of a row.
       num_steps: number of consecutive steps in a turn.
@@ -224,7 +225,10 @@ def train(
     logger.info("wrote %s", train_speed.write(benchmark_output_dir, describe(settings), machine, speeds))
 
 
-SUBCOMMANDS: dict[str, Callable[..., Any]] = {"decode": decode, "train": train}
+slots = verb("slots", SlotBenchmark)
+slots.__module__ = __name__  # which gin files name
+
+SUBCOMMANDS: dict[str, Callable[..., Any]] = {"decode": decode, "train": train, "slots": slots}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,23 +313,23 @@ class _Comparison:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs `decode` or `train`, whichever the command line names first."""
+    """Runs `decode`, `train` or `slots`, whichever the command line names first."""
     words = list(sys.argv[1:] if argv is None else argv)
     name = words[0] if words else ""
     with config.program():
         if name in ("-h", "--help"):
-            print(f"{__doc__}\nTo be measured: {', '.join(SUBCOMMANDS)}; each has its own --help.")
+            print(f"{__doc__}\nSubcommands: {', '.join(SUBCOMMANDS)}; each has its own --help.")
             return
         if name not in SUBCOMMANDS:
             given = f"not {name!r}" if words else "but there is none"
             raise UserError(
-                f"The first argument says what is measured: {' or '.join(SUBCOMMANDS)}, {given}."
+                f"The first argument must be {' or '.join(SUBCOMMANDS)}, {given}."
                 f"{did_you_mean(name, SUBCOMMANDS)} Write python -m diffusion_t5x.benchmark {next(iter(SUBCOMMANDS))} "
                 "--gin_file=..."
             )
         flags, rest = own_flags("benchmark decode").parse_known_args(words[1:])
         if flags.checkpoint and name != "decode":
-            raise UserError(f"--checkpoint goes with decode: {name} takes its models from gin files.")
+            raise UserError(f"--checkpoint is for decode only: {name} takes its models from gin files.")
         checkpoint = flags.checkpoint and checkpoints.open_checkpoint(flags.checkpoint)
         rest, texts = checkpoint_texts(checkpoint, rest, "runs/benchmark_decode.gin", _of_checkpoint(checkpoint))
     config.run(SUBCOMMANDS[name], rest, subcommand=name, texts=texts)

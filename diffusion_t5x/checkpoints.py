@@ -65,7 +65,7 @@ def verify(path: str) -> bool:
         faults = inspection.faults(checkpoint)
         fine = fine and not faults
         if faults is None:
-            table.add_row(checkpoint.name, "no manifest: written before there were checksums; all of it can be read")
+            table.add_row(checkpoint.name, "no manifest: written before there were checksums; every file can be read")
         else:
             table.add_row(checkpoint.name, "broken: " + "; ".join(faults) if faults else "whole")
     _print(table)

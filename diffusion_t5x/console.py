@@ -16,7 +16,7 @@ class Console(rich.console.Console):
 
 
 def one_line(text: str, width: int) -> str:
-    """Returns safe text (see `terminal.safe`) on one line, cut to `width` cells; line breaks and tabs become signs."""
+    """Returns safe text (see `terminal.safe`) on one line of at most `width` cells; line breaks and tabs are signs."""
     line = rich.text.Text(terminal.safe(text).replace("\n", "␊").replace("\t", "␉"))
     line.truncate(width, overflow="ellipsis")
     return line.plain

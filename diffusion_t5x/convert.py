@@ -27,7 +27,7 @@ def from_llama2c(model_file: str, tokenizer_file: str, output_folder: str) -> No
     Args:
       model_file: the model's .bin.
       tokenizer_file: its tokenizer's .bin.
-      output_folder: a folder that is empty or not there.
+      output_folder: a folder that is empty or does not exist.
 
     Raises:
       UserError: before anything is written: invalid files, files that do not belong together, or an output folder that

@@ -1,4 +1,4 @@
-"""Evaluate checkpoints: decode tasks' examples and score them, measure losses and likelihoods.
+"""Evaluate checkpoints: decode examples of tasks and score them, measure losses and likelihoods.
 
 With --checkpoint DIR (a MODEL_DIR, a checkpoint or what convert wrote) model, vocabulary, decoder, objective, task and
 lengths come from the checkpoint; gin files and --gin.NAME=VALUE change them. Results go to eval/ in the MODEL_DIR.
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation(CheckpointSettings):
-    """Scores one checkpoint, or all of a run.
+    """Scores one checkpoint, or all checkpoints of a run.
 
     `eval_output_dir` gets results.json (metrics, and everything needed to repeat them) and, for each decoded task,
     `<task>_predictions.jsonl`; with `all_checkpoints` a folder `checkpoint_<step>` for each, with the same in it.
@@ -50,7 +50,7 @@ class Evaluation(CheckpointSettings):
     See `CheckpointSettings` for what the verbs share.
 
     Attributes:
-      eval_output_dir: made if needed; None is eval/ in the checkpoint's MODEL_DIR (likelihood/, loss/ or times/ if
+      eval_output_dir: created if missing; None is eval/ in the checkpoint's MODEL_DIR (likelihood/, loss/ or times/ if
         nothing is decoded), with a folder for each checkpoint.
       all_checkpoints: evaluate all checkpoints at the path; otherwise the newest.
       decode_evals: what to decode and score.
@@ -59,7 +59,7 @@ class Evaluation(CheckpointSettings):
       likelihood_evals: likelihoods to measure; their metrics are listed beside those of decoding.
       times_evals: searches for the times of least variance; see `Block.times`.
       teacher_checkpoint_path: checkpoint of an autoregressive model that scores decoded texts ("teacher_nll",
-        "teacher_agreement"), and that a distillation's loss needs.
+        "teacher_agreement"), and that a distillation loss needs.
       teacher_model: the teacher's dimensions; None takes the model's.
       dry_run: check everything, print what would be done, and evaluate nothing.
     """
@@ -82,8 +82,8 @@ class Evaluation(CheckpointSettings):
         """Evaluates the checkpoints that have no results yet; a dry run lists them.
 
         Raises:
-          UserError: a mismatch of any kind, before anything is compiled; or the output has results of other settings,
-            which are never overwritten.
+          UserError: a mismatch of any kind, before anything is compiled; or the output has results with different
+            settings, which are never overwritten.
         """
         mesh = self.mesh.make()
         found = [OpenCheckpoint(path) for path in checkpoints.find_checkpoints(self.checkpoint_path)]
@@ -103,7 +103,7 @@ class Evaluation(CheckpointSettings):
         for checkpoint in folders:
             self.check_use(checkpoint, self.objective, *(ev.decoder for ev in evals.decode))
         todo = {at: folder for at, folder in folders.items() if not results.is_done(folder, str(at), settings)}
-        logger.info("%s: %d of %d checkpoints are evaluated", output, len(folders) - len(todo), len(folders))
+        logger.info("%s: %d of %d checkpoints are already evaluated", output, len(folders) - len(todo), len(folders))
         if self.dry_run and not todo:
             print(f"Would evaluate nothing: all results are in {output}.")
             return
@@ -224,10 +224,10 @@ def score(
       task: the task's name.
       mixture_or_task_name: the name as gin files set it, used if `task` is None.
       num_examples: number of examples in the file, from the start of the split; None: all.
-      eval_output_dir: made if needed; None writes nothing.
+      eval_output_dir: created if missing; None writes nothing.
 
     Raises:
-      UserError: unknown task or split, predictions that do not fit, or an output with results of other settings.
+      UserError: unknown task or split, predictions that do not fit, or an output with results of different settings.
     """
     name = task or mixture_or_task_name
     if not name:
@@ -268,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError("--predictions are scored without a model: leave out --checkpoint.")
         checkpoint = flags.checkpoint and checkpoints.open_checkpoint(flags.checkpoint)
         if flags.task and not flags.predictions:
-            raise UserError("--task goes with --predictions; to evaluate a model, set --gin.MIXTURE_OR_TASK_NAME=...")
+            raise UserError("--task is for --predictions; to evaluate a model, set --gin.MIXTURE_OR_TASK_NAME=...")
     if flags.predictions:
         names = {"PREDICTIONS": flags.predictions, "TASK": flags.task}
         bindings = [f"--gin.{name}={value!r}" for name, value in names.items()]

@@ -9,25 +9,35 @@ checkpoint; gin files and --gin.NAME=VALUE change them.
   --length N      maximum number of tokens to write; for diffusion, the canvas
   --samples N     answers to each prompt
   --seed N        random seed
+  --chat, --no-chat
+                  format prompts with the chat template that comes with the tokenizer, or leave them as they are.
+                  Without either, a template is used if the model may have learned it. In a terminal, a chat is one
+                  conversation (/help lists its commands); in a pipe, each line begins a conversation of its own
+  --system TEXT   system prompt of a chat
+  --stop TEXT     end answers before this text; repeatable
   --tokenizer FILE
                   the vocabulary's file, if the checkpoint does not name it or it has moved
 """
 
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 
 from diffusion_t5x.chat.answers import Answers
 from diffusion_t5x.chat.conversation import Plain, Terminal, ended_by_signals, say
 from diffusion_t5x.chat.live_canvas import LiveCanvas
+from diffusion_t5x.chat.opening import adds_eos, open_vocabulary
 from diffusion_t5x.chat.prompts import Prompts, prompt_lengths
+from diffusion_t5x.chat.talk import Talk
 from diffusion_t5x.checkpointing import checkpoints
-from diffusion_t5x.command_line import config
-from diffusion_t5x.command_line.recorded import gin_text
-from diffusion_t5x.command_line.verbs import own_flags
+from diffusion_t5x.checkpointing.checkpoints import OpenCheckpoint
+from diffusion_t5x.command_line import answering
 from diffusion_t5x.console import Console
-from diffusion_t5x.data import vocabulary_files
+from diffusion_t5x.data import stop_strings
+from diffusion_t5x.data.chats import Chat
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.data.vocabulary import AnyVocabulary
@@ -35,30 +45,9 @@ from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.loading import load_model
 from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training.agreement import Agreement
-
-# Read before what the checkpoint says, which sets the macros.
-_GIN = """\
-from __gin__ import dynamic_registration
-
-from diffusion_t5x import generate
-
-MIXTURE_OR_TASK_NAME = None
-TASK_FEATURE_LENGTHS = None
-CONTEXT_EOS = None
-VOCABULARY = None
-VOCABULARY_FILE = None
-
-generate.generate:
-  model = %MODEL
-  decoder = %DECODER
-  vocabulary = %VOCABULARY
-  vocabulary_file = %VOCABULARY_FILE
-  context_eos = %CONTEXT_EOS
-  task = %MIXTURE_OR_TASK_NAME
-  task_feature_lengths = %TASK_FEATURE_LENGTHS
-"""
 
 
 def generate(
@@ -75,6 +64,10 @@ def generate(
     length: int | None = None,
     samples: int = 1,
     random_seed: int = 0,
+    chat: bool | None = None,
+    system: str | None = None,
+    stop: Sequence[str] = (),
+    template_variables: Mapping[str, Any] | None = None,
     allow_mismatch: bool = False,
 ) -> None:
     """Answers prompts, the decoder's `inputs`, on one device, one row at a time.
@@ -96,6 +89,11 @@ def generate(
       length: number of tokens to write, instead of the targets' length.
       samples: number of answers to each prompt.
       random_seed: seed of the decoder.
+      chat: format prompts with the chat template beside the vocabulary. None does so if there is one and the checkpoint
+        does not say that the model was trained on something else.
+      system: the system prompt of a chat.
+      stop: strings before which an answer ends.
+      template_variables: other variables of the chat template, such as {"enable_thinking": False}.
       allow_mismatch: use the model other than as it was trained, according to the checkpoint's record.
 
     Raises:
@@ -106,24 +104,18 @@ def generate(
     for name, value in (("length", length), ("samples", samples)):
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, not {value}.")
+    stops = stop_strings.check(stop, "--stop")
     max_inputs, length = prompt_lengths(task_feature_lengths, length, model)
     dataset = None if task is None else SeqioDataset(task, task_feature_lengths or {})
-    vocabulary = vocabulary or _vocabulary(vocabulary_file, dataset)
-    if context_eos is None and dataset:
-        context_eos = "inputs" in dataset.task_feature_lengths and dataset.adds_eos("inputs")
-    elif context_eos is None:
-        context_eos = model.architecture == "encoder_decoder"
-    prompts = Prompts(vocabulary, context_eos, max_inputs, length, model.architecture)
+    vocabulary = open_vocabulary(vocabulary, vocabulary_file, dataset)
+    template = _chat(checkpoint, vocabulary, template_variables, chat, system)
+    ends = not template and adds_eos(context_eos, dataset, model)  # a chat template ends turns in its own way
+    prompts = Prompts(vocabulary, ends, max_inputs, length, model.architecture, template, system, stops)
     mesh = MeshConfig().make(jax.devices()[:1])
-    definition, params = load_model(checkpoint, model, token_ids(vocabulary), mesh)
+    ids = dataclasses.replace(token_ids(vocabulary), end_ids=prompts.end_ids)
+    definition, params = load_model(checkpoint, model, ids, mesh)
 
-    how = checkpoint.record.trained_by or "imported"
-    device = jax.devices()[0].device_kind
-    step, size = checkpoint.metadata["step"], definition.num_params()
-    say(f"{checkpoint_path}, step {step}, {how}: {size:,} parameters on {device}")
-    each = f"{samples} × {length}" if samples > 1 else str(length)
-    most = "any number" if max_inputs is None else f"at most {max_inputs}"
-    say(f"{decoder}, {each} tokens after {most} of a prompt, seed {random_seed}")
+    _say_settings(checkpoint, definition, decoder, prompts, samples, random_seed)
     canvas = None
     if sys.stdout.isatty() and (prompt is not None or sys.stdin.isatty()):
         canvas = LiveCanvas(Console(), prompts.cells, decoder.left_to_right)
@@ -133,45 +125,55 @@ def generate(
             Plain(prompts, answers, samples).run(prompt)
         return
     try:
-        Terminal(prompts, answers, samples, canvas).run(prompt)
+        (Talk if template else Terminal)(prompts, answers, samples, canvas).run(prompt)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _vocabulary(file: str | None, dataset: SeqioDataset | None) -> AnyVocabulary:
-    if file is None:
-        if dataset is not None:
-            return dataset.vocabulary()
+def _say_settings(
+    checkpoint: OpenCheckpoint,
+    definition: ModelDefinition,
+    decoder: Decoder,
+    prompts: Prompts,
+    samples: int,
+    random_seed: int,
+) -> None:
+    how = checkpoint.record.trained_by or "imported"
+    device = jax.devices()[0].device_kind
+    step, size = checkpoint.metadata["step"], definition.num_params()
+    say(f"{checkpoint.named}, step {step}, {how}: {size:,} parameters on {device}")
+    each = f"{samples} × {prompts.length}" if samples > 1 else str(prompts.length)
+    most = "any number" if prompts.max_inputs is None else f"at most {prompts.max_inputs}"
+    chat = ", chat" if prompts.chat else ""
+    say(f"{decoder}, {each} tokens after {most} of a prompt, seed {random_seed}{chat}")
+
+
+def _chat(
+    checkpoint: OpenCheckpoint,
+    vocabulary: AnyVocabulary,
+    variables: Mapping[str, Any] | None,
+    wanted: bool | None,
+    system: str | None,
+) -> Chat | None:
+    """Returns the chat format to use; None to leave prompts as they are."""
+    is_asked_for = wanted or system is not None
+    if wanted is False and system is not None:
+        raise UserError("--system is for a chat: leave out --no-chat.")
+    if wanted is False or not (is_asked_for or checkpoint.record.may_chat):
+        return None
+    chat = Chat.of(vocabulary, variables)
+    if is_asked_for and chat is None:
         raise UserError(
-            "The checkpoint names neither a task nor a vocabulary: give its file, --tokenizer FILE, or the task that "
-            "it was trained on, --gin_file=tasks/... --gin.MIXTURE_OR_TASK_NAME=..."
+            f"{checkpoint} has no chat template: there is neither chat_template.jinja nor a chat_template in "
+            "tokenizer_config.json beside a tokenizer.json. Leave out --chat and --system."
         )
-    return vocabulary_files.vocabulary(file)
+    return chat
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the flags and runs `generate`."""
-    argv = sys.argv[1:] if argv is None else argv
-    with config.program():
-        flags, rest = own_flags("generate").parse_known_args(argv)
-        if flags.checkpoint is None and not {"-h", "--help"} & set(rest):
-            raise UserError("No model. Give --checkpoint DIR: a MODEL_DIR, a checkpoint or what convert wrote.")
-        texts = {"the settings of generate": _GIN}
-        if flags.checkpoint:
-            checkpoint = checkpoints.open_checkpoint(flags.checkpoint)
-            knows_texts = flags.tokenizer is not None or checkpoint.record.vocabulary_source is not None
-            texts[f"the record of {checkpoint}"] = gin_text(checkpoint, with_task=not knows_texts)
-    given = {
-        "checkpoint_path": flags.checkpoint,
-        "prompt": flags.prompt,
-        "length": flags.length,
-        "samples": flags.samples,
-        "random_seed": flags.seed,
-    }
-    bindings = [f"--gin.generate.generate.{name}={value!r}" for name, value in given.items() if value is not None]
-    if flags.tokenizer is not None:  # then nothing is left for the task to say, which needs SeqIO; gin flags still win
-        rest = [f"--gin.VOCABULARY_FILE={flags.tokenizer!r}", "--gin.MIXTURE_OR_TASK_NAME=None", *rest]
-    config.run(generate, [*rest, *bindings], texts=texts)
+    names = ("prompt", "length", "samples", "chat", "system", "stop")
+    answering.run(generate, argv, {**{name: name for name in names}, "seed": "random_seed"})
 
 
 if __name__ == "__main__":

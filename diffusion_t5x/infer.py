@@ -2,8 +2,9 @@
 
 With --checkpoint DIR (a MODEL_DIR, a checkpoint or a folder that convert wrote) model, vocabulary, decoder, objective,
 task and lengths come from the checkpoint; gin files and --gin.NAME=VALUE change them. The lines go to infer/ in the
-MODEL_DIR. With --templates FILE.jsonl the model fills the holes of texts: lines such as {"template": "x =<hole:4> +
-1"}, with "inputs" for a task that has some. With --trace a page beside the predictions shows every step.
+MODEL_DIR. With --messages FILE, JSON lines or Parquet, the model answers conversations. With --templates FILE.jsonl it
+fills the holes of texts: lines such as {"template": "x =<hole:4> + 1"}, with "inputs" for a task that has some. With
+--trace a page beside the predictions shows every step.
 """
 
 import dataclasses
@@ -25,11 +26,13 @@ from diffusion_t5x.command_line.runnable import verb
 from diffusion_t5x.command_line.slice_flags import slice_dry_run
 from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.console import Console
+from diffusion_t5x.data import stop_strings
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.templates import Templates
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.evaluation import traces
+from diffusion_t5x.evaluation.in_slots import SlotDecoding
 from diffusion_t5x.evaluation.inference import make_decode_step, predict
 from diffusion_t5x.evaluation.likelihood import likelihoods, make_likelihood_step
 from diffusion_t5x.evaluation.loading import CheckpointSettings, check_datasets
@@ -38,10 +41,12 @@ from diffusion_t5x.objectives.likelihood import check_num_draws
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.performance.dry_run import SliceDryRun
 from diffusion_t5x.reporting.trace_page import write_trace_page
+from diffusion_t5x.tasks.chat_questions import ChatQuestions
 
 logger = logging.getLogger(__name__)
 
 _SHOWN_TRACES = 3
+_Data = SeqioDataset | ChatQuestions | Templates
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +64,7 @@ class Inference(CheckpointSettings):
 
     Attributes:
       checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR; None for a TPU slice, which needs none.
-      dataset: the task, with split, lengths and batch size.
+      dataset: the task, with split, lengths and batch size; or conversations to answer.
       infer_output_dir: made if needed; None is infer/checkpoint_<step>/ in the checkpoint's MODEL_DIR.
       mode: "predict" decodes, "score" computes log-likelihoods of the task's targets.
       decoder: writes the texts.
@@ -69,6 +74,7 @@ class Inference(CheckpointSettings):
       num_examples: number of examples, from the start; None takes all.
       trace: keep every decoding step: in the lines, on a page beside them (`<task>-<split>.trace.html`) and, for the
         first examples, in the terminal.
+      stop: strings before which a prediction ends.
       random_seed: seed of the decoder or the draws.
       dry_run: check everything, print what would be done, and do nothing. For a TPU slice: compile the decoding of a
         batch for it and print its cost.
@@ -76,7 +82,7 @@ class Inference(CheckpointSettings):
 
     ALLOW_MISMATCH = "infer.infer.allow_mismatch"
 
-    dataset: SeqioDataset
+    dataset: SeqioDataset | ChatQuestions
     infer_output_dir: str | None = None
     mode: Literal["predict", "score"] = "predict"
     decoder: Decoder | None = None
@@ -85,6 +91,7 @@ class Inference(CheckpointSettings):
     templates: str | None = None
     num_examples: int | None = None
     trace: bool = False
+    stop: Sequence[str] = ()
     random_seed: int = 0
     dry_run: bool | SliceDryRun = False
 
@@ -106,7 +113,7 @@ class Inference(CheckpointSettings):
         checkpoint = checkpoints.open_checkpoint(self.checkpoint_path)
         folder = self.infer_output_dir or str(checkpoint.model_dir / "infer" / checkpoint.path.name)
         checkpoints.ensure_writable(folder, bool(self.dry_run))
-        data = self.dataset if self.templates is None else Templates.read(self.templates, self.dataset)
+        data = self._data()
         how = self._how(data)
         check_datasets([data], self.model, mesh)
         self.check_use(checkpoint, self.objective if self.mode == "score" else self.decoder)
@@ -125,6 +132,14 @@ class Inference(CheckpointSettings):
             traces.show(itertools.islice(output.read(), _SHOWN_TRACES), Console())
             logger.info("wrote %s", page)
 
+    def _data(self) -> _Data:
+        """Returns what is decoded or scored."""
+        if self.templates is None:
+            return self.dataset
+        if isinstance(self.dataset, ChatQuestions):
+            raise UserError("--messages and --templates exclude each other: give one of them.")
+        return Templates.read(self.templates, self.dataset)
+
     def _describe(self, checkpoint: OpenCheckpoint, how: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the settings that the lines depend on."""
         return {
@@ -137,9 +152,7 @@ class Inference(CheckpointSettings):
             "task_feature_lengths": dict(self.dataset.task_feature_lengths),
         }
 
-    def _write(
-        self, checkpoint: OpenCheckpoint, mesh: Mesh, data: SeqioDataset | Templates, output: RecordFile
-    ) -> None:
+    def _write(self, checkpoint: OpenCheckpoint, mesh: Mesh, data: _Data, output: RecordFile) -> None:
         """Decodes or scores the examples that are missing."""
         definition, params = self.load(checkpoint, data.token_ids(), mesh)
         total = data.num_eval_examples(self.num_examples)
@@ -158,13 +171,21 @@ class Inference(CheckpointSettings):
             assert self.decoder is not None  # see `_how`
             decode = make_decode_step(mesh, definition, self.decoder, seed=seed, trace=self.trace)
             text_mask = data.text_mask if isinstance(data, Templates) else None
-            records = predict(decode, params, batches, mesh, data.to_text, data.cells, text_mask=text_mask)
+
+            def to_text(tokens: Sequence[int]) -> str:
+                return stop_strings.trim(data.to_text(tokens), self.stop).text
+
+            slots = None if self.trace else SlotDecoding(mesh, definition, self.decoder, seed)
+            records = predict(decode, params, batches, mesh, to_text, data.cells, text_mask=text_mask, slots=slots)
         output.write(records, total, f"infer {self.dataset.name}")
         logger.info("wrote %s", output.path)
 
-    def _how(self, data: SeqioDataset | Templates) -> dict[str, Any]:
+    def _how(self, data: _Data) -> dict[str, Any]:
         """Returns the settings of the mode; raises a UserError if they do not go together."""
         check_choices(self)
+        stops = stop_strings.check(self.stop, "STOP")
+        if stops and (self.mode == "score" or isinstance(data, Templates)):
+            raise UserError("STOP ends predictions: leave it out with scores and --templates.")
         if self.mode == "score":
             if self.objective is None:
                 raise UserError(
@@ -172,13 +193,15 @@ class Inference(CheckpointSettings):
                 )
             if isinstance(data, Templates) or self.trace:
                 raise UserError("Scores are of whole texts as they are: leave out --templates and --trace.")
+            if isinstance(data, ChatQuestions):
+                raise UserError("Conversations are scored as a task: see tasks/local_chat.gin. Leave out --messages.")
             check_num_draws(self.num_draws)
             scored = {"mode": self.mode, "objective": repr(self.objective), "num_draws": self.num_draws}
             return scored | {"canvas": data.canvas}
         if self.decoder is None:
             raise UserError("To predict, set infer.decoder: include a file of decoding/.")
         if not isinstance(data, Templates):
-            return {"decoder": repr(self.decoder), "trace": self.trace}
+            return {"decoder": repr(self.decoder), "trace": self.trace, **({"stop": list(stops)} if stops else {})}
         if not self.decoder.fills_holes:
             raise UserError(
                 f"{type(self.decoder).__name__} writes from left to right and cannot fill holes, whose ends are given: "
@@ -196,7 +219,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         dry_run, rest = slice_dry_run(sys.argv[1:] if argv is None else argv)
         flags, rest = own_flags("infer").parse_known_args(rest)
         checkpoint = flags.checkpoint and checkpoints.open_checkpoint(flags.checkpoint)
-        rest, texts = checkpoint_texts(checkpoint, rest, "runs/infer.gin")
+        run = "runs/infer_chat.gin" if flags.messages else "runs/infer.gin"
+        rest, texts = checkpoint_texts(checkpoint, rest, run)
+    if flags.messages:
+        rest.append(f"--gin.MESSAGES={flags.messages!r}")
     if flags.templates:
         rest.append(f"--gin.infer.infer.templates={flags.templates!r}")
     if flags.trace:

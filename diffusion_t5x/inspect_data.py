@@ -88,15 +88,15 @@ def inspect_data(
 ) -> None:
     """Prints the first batch of a run that starts at step 0 on one host, and the model's view of it in that step.
 
-    Each row is shown as text, with inputs and targets apart, then position by position. Control characters of the data
-    are shown as symbols and never printed.
+    Each row is shown as text, with inputs and targets separate, then position by position. Control characters of the
+    data are shown as symbols and never printed.
 
     Args:
       dataset: the training data set.
       model: the model to train.
       objective: the training objective.
       num_rows: number of rows of the batch to show.
-      positions: show the table of single positions, too.
+      positions: also show the table of positions.
       random_seed: seed of the run.
       dry_run: print only the summary of the batch.
 
@@ -162,14 +162,14 @@ def _summary(dataset: SeqioDataset, objective: Objective, batch: Batch, changed:
         "architecture": dataset.architecture,
         "objective": repr(objective),
         "attention": objective.attention.name,
-        "batch": f"{len(examples)} rows, {examples.sum()} examples, {examples.mean():.1f} a row ({layout})",
+        "batch": f"{len(examples)} rows, {examples.sum()} examples, {examples.mean():.1f} per row ({layout})",
     }.items():
         table.add_row(Text(name, "bold"), Text(value))
     for name, ids in segments.items():
         is_target = batch.target_mask if name == "decoder" else np.zeros_like(ids, bool)
         shares = {"inputs": (ids > 0) & ~is_target, "targets (in the loss)": is_target, "empty": ids == 0}
         shown = ", ".join(f"{share.mean():.1%} {role}" for role, share in shares.items() if share.any())
-        table.add_row(Text(name if len(segments) > 1 else "positions", "bold"), f"{ids.shape[1]} a row: {shown}")
+        table.add_row(Text(name if len(segments) > 1 else "positions", "bold"), f"{ids.shape[1]} per row: {shown}")
     counter = dataset.count_cut(_COUNTED_EXAMPLES)
     cut = (f"{count} {name} beyond {dataset.task_feature_lengths[name]} tokens" for name, count in counter.cut.items())
     table.add_row(Text("cut off", "bold"), f"{', '.join(cut)}, of {counter.examples} examples")

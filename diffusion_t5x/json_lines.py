@@ -26,7 +26,7 @@ def parse(text: str | bytes, distinct: bool = False) -> Any:
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
     except RecursionError:
-        raise ValueError("JSON that is nested too deep") from None
+        raise ValueError("JSON that is nested too deeply") from None
     except (UnicodeEncodeError, UnicodeDecodeError) as error:
         raise ValueError(f"text that is not Unicode ({error.reason})") from error
     return value

@@ -3,7 +3,8 @@
 With --checkpoint DIR (a MODEL_DIR, a checkpoint or a folder that convert wrote) model, vocabulary, objective, decoder
 and lengths come from the checkpoint; gin files and --gin.NAME=VALUE change them. Results go to lm_eval/ in the
 MODEL_DIR. --tasks=NAME,NAME ...; --include_path=DIR adds your own task files; --limit=N takes the first N examples of
-each task; --num_fewshot=N puts N examples before each.
+each task; --num_fewshot=N puts N examples before each. --apply_chat_template asks in the model's chat template;
+--system_instruction=TEXT is its system prompt, and examples are turns unless --no-fewshot_as_multiturn is given.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from diffusion_t5x.command_line import config
 from diffusion_t5x.command_line.recorded import checkpoint_texts
 from diffusion_t5x.command_line.runnable import verb
 from diffusion_t5x.command_line.verbs import own_flags
+from diffusion_t5x.data.chats import Chat
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.data.vocabulary import AnyVocabulary
 from diffusion_t5x.decoding.decoder import Decoder
@@ -63,6 +65,10 @@ class HarnessEvaluation(CheckpointSettings):
       include_path: a folder with your own task files.
       num_fewshot: number of examples before each, unless a task says 0; None leaves it to the task.
       limit: number of examples of each task, from the start.
+      apply_chat_template: ask in conversations, in the chat template that comes with the tokenizer.
+      fewshot_as_multiturn: examples are turns of the conversation, and not all in one; None: in a conversation.
+      system_instruction: the system prompt of each conversation; without the template, the text before each context.
+      template_variables: other variables of the template, such as {"enable_thinking": False}.
       num_draws: number of draws for estimated likelihoods; an even number.
       random_seed: seed of draws and decoder.
       dry_run: check everything, print what would be done, and evaluate nothing.
@@ -80,6 +86,10 @@ class HarnessEvaluation(CheckpointSettings):
     include_path: str | None = None
     num_fewshot: int | None = None
     limit: int | None = None
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool | None = None
+    system_instruction: str | None = None
+    template_variables: Mapping[str, Any] | None = None
     num_draws: int = 128
     random_seed: int = 0
     dry_run: bool = False
@@ -103,7 +113,9 @@ class HarnessEvaluation(CheckpointSettings):
         if results.is_done(folder, str(checkpoint), settings):
             logger.info("%s has these results already", folder)
             return
-        definition, params = self.load(checkpoint, token_ids(self.vocabulary), mesh)
+        chat = self._chat()
+        ids = dataclasses.replace(token_ids(self.vocabulary), end_ids=chat.end_ids if chat else ())
+        definition, params = self.load(checkpoint, ids, mesh)
         if self.dry_run:
             tasks = ", ".join(self.tasks)
             count = f"{definition.num_params():,} parameters"
@@ -112,14 +124,40 @@ class HarnessEvaluation(CheckpointSettings):
         rows, draws = self.rows, self.num_draws
         harness = Harness(mesh, definition, params, self.objective, self.decoder, rows, draws, self.random_seed)
         found = lm_eval.simple_evaluate(
-            adapt(harness, self.vocabulary, rows),
+            adapt(harness, self.vocabulary, rows, chat),
             tasks=list(self.tasks),
             num_fewshot=self.num_fewshot,
             limit=self.limit,
             task_manager=manager,
+            system_instruction=self.system_instruction,
+            apply_chat_template=self.apply_chat_template,
+            fewshot_as_multiturn=self._has_turns,
             torch_random_seed=None,  # there need be no torch
         )
         self._write(folder, checkpoint, definition, settings, json.loads(json.dumps(found, default=str)))
+
+    @property
+    def _has_turns(self) -> bool:
+        """True if examples are turns of a conversation."""
+        return self.apply_chat_template if self.fewshot_as_multiturn is None else self.fewshot_as_multiturn
+
+    def _chat(self) -> Chat | None:
+        """Returns the chat format; raises a UserError if there is none, or the model's inputs end otherwise."""
+        if not self.apply_chat_template:
+            if self._has_turns:
+                raise UserError("--fewshot_as_multiturn makes turns of a chat: give --apply_chat_template, too.")
+            return None
+        if self.rows.context_eos:
+            raise UserError(
+                "--apply_chat_template is for models that have learned conversations, but this one's inputs end in "
+                "EOS. If it has learned them all the same, give --gin.CONTEXT_EOS=False."
+            )
+        if chat := Chat.of(self.vocabulary, self.template_variables):
+            return chat
+        raise UserError(
+            "--apply_chat_template finds no chat template: there is neither chat_template.jinja nor a chat_template in "
+            "tokenizer_config.json beside a tokenizer.json."
+        )
 
     def _check(self, mesh: Mesh) -> None:
         """Raises a UserError if rows, model, mesh and draws do not fit together."""
@@ -145,7 +183,11 @@ class HarnessEvaluation(CheckpointSettings):
             "restore_rules",
             "use_ema",
         ]
+        if self.apply_chat_template or self.system_instruction is not None:
+            names += ["apply_chat_template", "system_instruction", "template_variables"]
         given = {name: getattr(self, name) for name in names}
+        if self.apply_chat_template:
+            given["fewshot_as_multiturn"] = self._has_turns
         return results.describe({"tasks": self.tasks, "task_files": task_files, **given})
 
     def _write(

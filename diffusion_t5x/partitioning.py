@@ -41,7 +41,7 @@ class MeshConfig:
     """Number of devices of each mesh axis.
 
     Attributes:
-      replica: number of slices joined by a data-centre network; each holds all parameters, and only gradients pass
+      replica: number of slices joined by a data-centre network; each has all parameters, and only gradients pass
         between them.
       data: replicas of the parameters in a slice; -1 takes all devices that the other axes leave.
       fsdp: shards the batch, and parameters and optimizer state along `embed`.
@@ -78,7 +78,7 @@ class MeshConfig:
             sizes["data"] = max(1, len(devices) // math.prod(others))
         if math.prod(sizes.values()) != len(devices):
             raise UserError(
-                f"The mesh {' × '.join(MESH_AXES)} = {' × '.join(map(str, sizes.values()))} does not make "
+                f"The mesh {' × '.join(MESH_AXES)} = {' × '.join(map(str, sizes.values()))} does not match "
                 f"{len(devices)} devices. Set the axes of MeshConfig so that their product divides that number; "
                 "data = -1 takes the rest."
             )
@@ -89,7 +89,7 @@ class MeshConfig:
         if slices == 1:
             return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices)
         if self.replica != slices:
-            raise UserError(f"The devices are {slices} slices: set MeshConfig.replica = {slices}, not {self.replica}.")
+            raise UserError(f"The devices form {slices} slices: set MeshConfig.replica = {slices}, not {self.replica}.")
         within = [1, *list(sizes.values())[1:]]
         across = [slices] + [1] * len(within[1:])
         return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), tuple(sizes), axis_types=axis_types)
@@ -99,7 +99,7 @@ def _name(overrides: Mapping[str, Sequence[str]]) -> str:
     """Returns the axis name for these rules, such as "rules:embed=fsdp+sequence;vocab="; "" for no rules."""
     for axis, mesh_axes in overrides.items():
         if axis not in LOGICAL_AXIS_RULES:
-            raise UserError(f"MeshConfig.rules: no axis {axis!r} is cut.{did_you_mean(axis, LOGICAL_AXIS_RULES)}")
+            raise UserError(f"MeshConfig.rules: no logical axis {axis!r}.{did_you_mean(axis, LOGICAL_AXIS_RULES)}")
         if isinstance(mesh_axes, str) or not set(mesh_axes) <= set(MESH_AXES):
             raise UserError(
                 f"MeshConfig.rules[{axis!r}] must be a tuple of mesh axes ({', '.join(MESH_AXES)}), not {mesh_axes!r}."
@@ -155,7 +155,7 @@ def pieces_of(axis: str, mesh: Mesh | AbstractMesh | None = None) -> int:
 
 
 def copies(x: jax.Array, axes: Sequence[str], rows: int) -> jax.Array:
-    """Returns a copy of x for each shard of `rows`, `[shards, ...]`; each device holds one copy, which costs nothing.
+    """Returns a copy of x for each shard of `rows`, `[shards, ...]`; each device has one copy, which costs nothing.
 
     For arrays that all rows read inside a loop: gradients add up in each copy and are summed over the devices once,
     after the loop. Gradients of x itself would be summed in every iteration.
@@ -186,14 +186,14 @@ def param_shardings(mesh: Mesh, abstract: Any, axes: Any) -> Any:
             if len(cut := [name for name in names if mesh_axis in rules.get(name, ())]) > 1:
                 raise UserError(
                     f"Parameter {parameter} of shape {leaf.shape}: its axes {' and '.join(map(repr, cut))} cannot both "
-                    f"be cut over the mesh axis {mesh_axis}. Change MeshConfig.rules."
+                    f"be sharded over the mesh axis {mesh_axis}. Change MeshConfig.rules."
                 )
         for name, size, mesh_axes in zip(names, leaf.shape, cuts, strict=True):
             pieces = pieces_of(name, mesh)
             if size % pieces:
                 raise UserError(
                     f"Parameter {parameter} of shape {leaf.shape}: its axis {name!r} of size "
-                    f"{size} does not divide into {pieces} pieces (mesh axes {', '.join(mesh_axes)}). "
+                    f"{size} does not divide evenly over {pieces} devices (mesh axes {', '.join(mesh_axes)}). "
                     "Change MeshConfig or the model's size."
                 )
         return NamedSharding(mesh, PartitionSpec(*cuts))
@@ -202,7 +202,7 @@ def param_shardings(mesh: Mesh, abstract: Any, axes: Any) -> Any:
 
 
 def like_params(mesh: Mesh, tree: Any, params: Any, shardings: Any) -> Any:
-    """Returns shardings of a tree that holds arrays shaped like parameters under the parameters' paths.
+    """Returns shardings of a tree of arrays shaped like parameters under the parameters' paths.
 
     Optimizer states are such trees: a leaf whose path ends in a parameter's path and that has its shape is sharded like
     the parameter; anything else (counts, factored moments) is replicated.
@@ -247,7 +247,7 @@ def check_batch(mesh: Mesh, batch_size: int, length: int) -> None:
 def share_of_rows(mesh: Mesh) -> tuple[int, int]:
     """Returns the index of this process's share of a batch's rows, and the number of shares.
 
-    Processes that hold the same rows, as when `tensor` spans several processes, have the same share.
+    Processes with the same rows, as when `tensor` spans several processes, have the same share.
 
     Raises:
       UserError: processes share some rows but not others.

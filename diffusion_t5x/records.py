@@ -19,14 +19,14 @@ _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 def replacing(path: str | os.PathLike, mode: str = "w", errors: str = "strict") -> Iterator[IO[Any]]:
     """Context with a file that becomes `path` at the end; after an exception `path` is unchanged.
 
-    It lies beside `path`, whose folder is made if needed, is flushed to disk and then renamed; its permissions are
+    It is next to `path`, whose folder is created if missing, is flushed to disk and then renamed; its permissions are
     those of any new file (umask). A symbolic link stays one. A device or pipe, such as /dev/stdout, is written to
     directly.
 
     Args:
       path: path of the finished file.
       mode: "w" for text (UTF-8, "\\n" stays "\\n"), "wb" for bytes.
-      errors: how to treat text that UTF-8 cannot hold, as in `open`.
+      errors: how to treat text that UTF-8 cannot encode, as in `open`.
 
     Raises:
       UserError: the file cannot be written.

@@ -20,6 +20,9 @@ IntB = Int[jax.Array, "batch"]
 FloatB = Float[jax.Array, "batch"]
 BoolB = Bool[jax.Array, "batch"]
 
+# A number for each row that meets all slots of the row.
+IntB1 = Int[jax.Array, "batch 1"]
+
 IntBL = Int[jax.Array, "batch length"]
 FloatBL = Float[jax.Array, "batch length"]
 BoolBL = Bool[jax.Array, "batch length"]

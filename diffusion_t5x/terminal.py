@@ -1,7 +1,7 @@
 """Makes text safe for a terminal, and standard streams safe for any text.
 
-Model outputs, metadata, file names and contents, and messages that quote them may hold control characters: a terminal
-would move its cursor, change its title or type into the command line.
+Model outputs, metadata, file names and contents, and messages that quote them may contain control characters: a
+terminal would move its cursor, change its title or type into the command line.
 """
 
 import contextlib
@@ -47,7 +47,8 @@ def standard_streams() -> Iterator[None]:
 
     Characters that an encoding lacks are written as escapes such as `\\xe9`. If the reader of standard output goes
     away, as `head` does, the process ends quietly; other failures of standard output end it with one line and status 1.
-    Messages that cannot be written are dropped and the run goes on: it outlives its terminal. A closed stream is empty.
+    Messages that cannot be written are dropped and the run continues: it outlives its terminal. A closed stream is
+    empty.
     """
     before = sys.stdin, sys.stdout, sys.stderr
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):

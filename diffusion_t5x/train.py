@@ -1,6 +1,6 @@
 """Pretrain, adapt or fine-tune: trains a model with an objective on a SeqIO task or mixture.
 
-With --dry_run --topology=v5p:4x4x8 it compiles the step for that TPU slice, which you need not have, and prints its
+With --dry_run --topology=v5p:4x4x8 it compiles the step for that TPU slice, even if you don't have one, and prints its
 memory and minimum time; --dry_run_output=FILE writes them as JSON, --fit searches for the largest batch that fits.
 """
 
@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from typing import Any
 
@@ -38,7 +38,7 @@ from diffusion_t5x.evaluation.screen import evaluation_block, next_commands
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.distillation import Teacher
-from diffusion_t5x.objectives.objective import Objective
+from diffusion_t5x.objectives.objective import Objective, no_teacher
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.performance.training_run import StepReader, TrainingRun
 from diffusion_t5x.training import lora as lora_training
@@ -68,7 +68,7 @@ class CheckpointPolicy:
 
     Attributes:
       keep_last: number of newest checkpoints to keep.
-      keep_best: number of best checkpoints to keep besides, by `best_metric`.
+      keep_best: number of best checkpoints to keep in addition, by `best_metric`.
       best_metric: a metric of the checkpoint's evaluation, such as "my_task/exact_match" or "my_task/loss".
       best_mode: "max" if higher is better, "min" if lower is better.
     """
@@ -81,7 +81,7 @@ class CheckpointPolicy:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
-    """Trains up to `train_steps` steps and leaves everything in `model_dir`.
+    """Trains up to `train_steps` steps and writes everything to `model_dir`.
 
     It continues from the latest checkpoint in `model_dir`; if there is none, it starts from `initial_checkpoint_path`
     by the assignment rules; without that, from scratch. The log says which.
@@ -94,27 +94,28 @@ class Training:
       optimizer: the optimizer, see `training.optimizers`.
       train_steps: total number of steps, including those before a resumption (or in the initial checkpoint).
       lora: train low-rank updates, with the model frozen; None trains the whole model.
-      random_seed: seed of initialisation, noise and dropout. The data have a seed of their own.
+      random_seed: seed of initialisation, noise and dropout. The data have their own seed.
       initial_checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
       restore_rules: `(target regex, source template or None)`, as in T5X; only for `initial_checkpoint_path`.
-      teacher_checkpoint_path: checkpoint of the autoregressive model that a distillation learns from; it also judges
-        decoded texts ("teacher_nll", "teacher_agreement").
+      teacher_checkpoint_path: checkpoint of the autoregressive teacher for distillation, which also scores decoded
+        texts ("teacher_nll", "teacher_agreement").
       teacher_model: the teacher's dimensions; None takes the student's.
       rollout: train on texts that the model itself writes to the inputs of `train_dataset`; None trains on the data's
         targets.
       mesh: the arrangement of devices.
-      num_microbatches: number of pieces in which a step processes its batch.
+      num_microbatches: number of parts in which a step processes its batch.
       loss_normalizing_factor: denominator of the summed loss, instead of the objective's own.
       ema_decay: decay of a moving average of the parameters, which evaluation uses; None keeps none.
       periods: periods of logging, evaluation and saving.
       loss_evals: losses measured at each evaluation.
       decode_evals: decoding and scoring at each evaluation.
-      checkpoint_policy: which checkpoints stay.
-      allow_older_checkpoint: where the latest checkpoint in `model_dir` is broken, go on from the newest whole one.
-      allow_mismatch: go on, or start, from a checkpoint whose record says that it is of another model or was trained
-        otherwise; decode by decoders that do not suit the objective.
+      checkpoint_policy: which checkpoints are kept.
+      allow_older_checkpoint: if the latest checkpoint in `model_dir` is broken, continue from the newest intact one.
+      allow_mismatch: continue or start from a checkpoint whose record names another model or training; decode with
+        decoders that do not suit the objective.
       bad_numbers: which steps are not applied, and how many of them end the run.
-      hang_timeout: seconds; a step that takes longer ends the run, with where every thread stands; None waits for ever.
+      hang_timeout: seconds; a step that takes longer ends the run with a stack trace of every thread; None waits
+        forever.
       metric_writers: "jsonl", "tensorboard", "wandb" (Weights & Biases, an extra).
       dry_run: build model, data and shapes, check the checkpoint, print what it would start with, and train nothing.
         A reader of the step, such as `SliceDryRun`, gets the settings of the step instead.
@@ -176,7 +177,7 @@ class Training:
             if plan.assignment:
                 logger.info("it starts with:\n%s", plan.assignment)
             if step >= self.train_steps and not begun.evaluation_due:
-                logger.info("%s: all %d steps are taken already, nothing to do", self.model_dir, self.train_steps)
+                logger.info("%s: all %d steps are done already, nothing to do", self.model_dir, self.train_steps)
                 return
             self._train(plan, begun, teacher, goodput, check_folder)
             scored = isinstance(self.train_dataset, SeqioDataset) and self.train_dataset.has_metrics
@@ -187,7 +188,7 @@ class Training:
         folder = os.path.join(self.model_dir, "checkpoints")
         start = Start.find(folder, self.initial_checkpoint_path, self.restore_rules, self.allow_older_checkpoint)
         if self.objective.needs_teacher and not self.teacher_checkpoint_path and not self.dry_run:
-            raise UserError(f"{type(self.objective).__name__} needs a teacher. Set TEACHER_CHECKPOINT_PATH.")
+            raise no_teacher(self.objective)
         teacher_path = str(find_checkpoint(path)) if (path := self.teacher_checkpoint_path) else None
         self._check_data(mesh, [*(ev.dataset for ev in loss_evals), *(ev.dataset for ev in decode_evals)])
         for ev in decode_evals:
@@ -224,7 +225,7 @@ class Training:
         data, pieces = self.train_dataset, self.num_microbatches
         check_datasets([data, *evaluated], self.model, mesh)
         if pieces < 1 or data.batch_size % pieces:
-            raise UserError(f"A batch of {data.batch_size} rows cannot be cut into num_microbatches = {pieces}.")
+            raise UserError(f"A batch of {data.batch_size} rows cannot be split into num_microbatches = {pieces}.")
         partitioning.check_batch(mesh, data.batch_size // pieces, data.row_length)
 
     def _record(self, definition: ModelDefinition, decode_evals: Sequence[DecodeEval]) -> Record:
@@ -310,9 +311,8 @@ class Training:
         grader = None
         if rollout.rewards is not None:
             grader = Grader(rollout.rewards, Examples(data).of, data.to_text, plan.definition.vocabulary)
-        report = functools.partial(_report_rollout, writer)
-        prepare = self.objective.prepare_rollout
-        return OnPolicyBatches(plan.mesh, plan.definition, rollout, *asked, prepare, grader, report)
+        settings = {"prepare": self.objective.prepare_rollout, "grader": grader, "writer": writer}
+        return OnPolicyBatches(plan.mesh, plan.definition, rollout, *asked, **settings)
 
 
 train = verb("train", Training)
@@ -359,7 +359,7 @@ class _Plan:
 def _evaluate(evaluator: Evaluator, writer: Writer, model_dir: str, state: TrainState, step: int) -> dict[str, float]:
     """Returns metrics of a state by "<task>/<name>".
 
-    They are written when all are known: an interrupted evaluation is repeated."""
+    They are written once all are known: an interrupted evaluation is repeated."""
     losses = evaluator.losses(state.eval_params)
     results = [("training_eval", task, metrics) for task, metrics in losses.items()]
 
@@ -377,11 +377,6 @@ def _evaluate(evaluator: Evaluator, writer: Writer, model_dir: str, state: Train
         scores = [(task, metrics) for _, task, metrics in results]
         logger.info("%s", evaluation_block(f"evaluation at step {step:,} [95 % interval]", scores, samples))
     return found
-
-
-def _report_rollout(writer: Writer, step: int, metrics: Mapping[str, float]) -> None:
-    writer.write(step, "rollout", metrics)
-    logger.info("rollout: %s", ", ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
 
 
 class _CallableModule(types.ModuleType):

@@ -16,7 +16,7 @@ def user_cache() -> pathlib.Path:
 def keep_compiled() -> None:
     """Lets JAX keep compiled programs in the user's cache, where JAX_COMPILATION_CACHE_DIR names no other folder.
 
-    Each machine has a folder of its own: a CPU's programs may not run on another. The least recently used programs go.
+    Each machine has its own folder: a CPU's programs may not run on another. The least recently used programs go.
     JAX_ENABLE_COMPILATION_CACHE=false keeps none. With several CPU devices none are kept either: once loaded, programs
     of jaxlib 0.10.2 may run independent collectives in different orders on different devices, and wait forever.
     """

@@ -5,11 +5,11 @@
 # --rehearse  tiny sizes, to try everything on a CPU
 # PACK        the folder that launch/accelerator_pack.sh made
 # OUTPUT      gets the results: JSON, logs, and checkpoints in OUTPUT/runs
-# PART        smoke    every objective and decoder, beside the CPU
+# PART        smoke    every objective and decoder, compared with the CPU
 #             attention  the fused attention of a GPU against XLA's
 #             train    speed of training steps: Base, Large, XL of the paper, and SmolLM2-135M
 #             decode   decode times of Figure 3
-#             convert  SmolLM2-135M on books: the start fine-tuned as it is, and converted in three ways, on equal tokens
+#             convert  SmolLM2-135M on books: the start fine-tuned autoregressively, and converted in three ways, with equal tokens
 #
 # PYTHON names the interpreter (default: python3). It is not changed: the wheels go to OUTPUT/site.
 set -euo pipefail

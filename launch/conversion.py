@@ -238,7 +238,7 @@ def stage_flops(ground: Ground, stage: Stage, step: int) -> float:
 
 
 def keep_settings(output: pathlib.Path, **values: object) -> str:
-    """Notes the settings that everything in a folder is made with. Returns what is wrong if it has others, or "".
+    """Records the settings that everything in a folder is made with. Returns an error if they differ, or "".
 
     Finished runs and scores are found by their names, which do not say these settings.
     """
@@ -257,15 +257,15 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("ground", choices=["quickstart", "stories", "chain"])
-    parser.add_argument("--output", required=True, type=pathlib.Path, help="a folder; a second run goes on in it")
+    parser.add_argument("--output", required=True, type=pathlib.Path, help="a folder; a second run continues in it")
     parser.add_argument("--checkpoint", help="stories260K.bin, for stories")
     parser.add_argument("--tokenizer", help="tok512.bin, for stories")
-    parser.add_argument("--routes", nargs="+", choices=[*ROUTES, "sft"], help="by default all that there are")
+    parser.add_argument("--routes", nargs="+", choices=[*ROUTES, "sft"], help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=400, help="of training, for each route")
-    parser.add_argument("--split", default="test", help="to evaluate on; choose settings on validation")
-    parser.add_argument("--budget", type=float, help="TFLOP of training: which route to take within it")
-    parser.add_argument("--tokens_per_pass", type=float, help="in decoding: which route to take at this speed")
+    parser.add_argument("--steps", type=int, default=400, help="training steps of each route")
+    parser.add_argument("--split", default="test", help="split to evaluate on; choose settings on validation")
+    parser.add_argument("--budget", type=float, help="training budget in TFLOP for the advice on routes")
+    parser.add_argument("--tokens_per_pass", type=float, help="decoding speed for the advice on routes")
     args, overrides = parser.parse_known_args()
     if wrong := [flag for flag in overrides if not flag.startswith("--gin.")]:
         parser.error(f"unknown: {' '.join(wrong)}")

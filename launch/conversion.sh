@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compares ways from an autoregressive model to block diffusion; sets up .venv first. Usage, from any folder:
+# Compares routes from an autoregressive model to block diffusion; sets up .venv first. Usage, from any folder:
 # bash launch/conversion.sh quickstart --output DIR   (--help says more)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"

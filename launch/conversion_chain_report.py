@@ -76,7 +76,7 @@ def _students(
 
 
 def _orders(nats: Mapping[tuple[str, str], Mapping[int, float]], decoders: Sequence[str]) -> str:
-    """Differences of routes, seed by seed; negative: the first has fewer nats."""
+    """Differences between routes, paired by seed; negative: the first has fewer nats."""
     rows = []
     for first, second in PAIRS:
         for shifted in READINGS:
@@ -92,7 +92,7 @@ def _orders(nats: Mapping[tuple[str, str], Mapping[int, float]], decoders: Seque
                 if cells:
                     rows.append([f"{first} − {second}", READINGS[shifted], STARTS[warmed], *cells])
     table = _table(["difference", "reading", "start", *decoders], rows, left=3)
-    return f"{table}\nIn brackets: seeds in which the first route has fewer nats. *: the interval leaves out 0.\n"
+    return f"{table}\nIn brackets: seeds in which the first route has fewer nats. *: the interval excludes 0.\n"
 
 
 def _rates(rates: Mapping[tuple[str, bool], Mapping[float, float]]) -> str:

@@ -84,7 +84,7 @@ while [ ${#pids[@]} -gt 0 ]; do
   [ "$status" -eq 0 ] || [ "$status" -eq 75 ] || kill -KILL "${pids[@]}" 2>/dev/null || true
   read -rt 0.2 -u "$never" || true # a pause in which signals are handed on at once
 done
-# Their last lines. A process left behind may hold a pipe open: do not wait for ever.
+# Their last lines. A process left behind may hold a pipe open: do not wait forever.
 for ((i = 0; i < 20; i++)); do
   kill -0 "${filters[@]}" 2>/dev/null || break
   sleep 0.1

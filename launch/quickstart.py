@@ -141,8 +141,8 @@ def main() -> None:
     length.add_argument("--full", action="store_true", help="AR2Diff_0 and diffusion from scratch as well")
     parser.add_argument("--architecture", choices=("decoder_only", "encoder_decoder"), default="decoder_only")
     parser.add_argument("--pretraining", choices=("prefix_lm", "span_corruption"), default="prefix_lm")
-    parser.add_argument("--output", type=pathlib.Path, help="folder for all runs (default: one below runs/)")
-    parser.add_argument("--fresh", action="store_true", help="remove what is in that folder first")
+    parser.add_argument("--output", type=pathlib.Path, help="folder for all runs (default: a folder in runs/)")
+    parser.add_argument("--fresh", action="store_true", help="empty that folder first")
     args = parser.parse_args()
     choices = {name: getattr(args, name) for name in ("architecture", "pretraining")}
     variant = [choice for name, choice in choices.items() if choice != parser.get_default(name)]
@@ -174,7 +174,7 @@ def main() -> None:
     report = {"scores": scores, "seconds": quickstart.seconds, "examples": examples}
     results.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{sum(quickstart.seconds.values()):.0f} s in all. Scores, times and examples: {results}")
-    print(f"All of it in one page: {write_report([folder], folder / 'report.html')}")
+    print(f"Everything on one page: {write_report([folder], folder / 'report.html')}")
     print(f"Checkpoints, logs and predictions of each stage: {folder}{os.sep}")
 
 

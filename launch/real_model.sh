@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Turns a real model of 135 million parameters (SmolLM2-135M-Instruct, Apache 2.0) into a diffusion model on this machine,
-# with 40 minutes of training. Its text is the Python manual's topics, which come with Python. Sets up .venv first; the same
-# command goes on after an interruption. Usage, from any folder: bash launch/real_model.sh [--smoke] [DIR]
+# with 40 minutes of training. The text is the Python manual's topics, which come with Python. Sets up .venv first; repeat
+# the command to resume after an interruption. Usage, from any folder: bash launch/real_model.sh [--smoke] [DIR]
 #
 # --smoke  two steps on short texts: does everything run?
 # DIR      folder for all output (default: runs/real_model below the checkout, or runs/real_model_smoke)

@@ -32,7 +32,7 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """The best route in mean, and the best decoding of each other route that is not told apart from it."""
+    """The route with the best mean, and the best decoding of each route that cannot be distinguished from it."""
 
     best: Candidate
     alike: Sequence[Candidate]
@@ -41,16 +41,16 @@ class Advice:
 def advise(
     candidates: Sequence[Candidate], budget: float, tokens_per_pass: float, *, lower_is_better: bool
 ) -> Advice | None:
-    """Returns the best route within the budget and at least that fast; None if there is none.
+    """Returns the best route within the budget that is at least that fast; None if there is none.
 
-    A route is told apart if the 95 % interval of its differences to the best, seed by seed, leaves out 0. That takes at
-    least two seeds in common. Each interval stands alone: with many routes, one of 20 may miss.
+    A route is distinguished if the 95 % interval of its differences from the best, paired by seed, excludes 0. That
+    takes at least two common seeds. Intervals are not corrected for the number of routes: one of 20 may miss.
 
     Args:
       candidates: everything measured.
       budget: the most that training may cost, in TFLOP.
       tokens_per_pass: the least number of tokens per pass in decoding.
-      lower_is_better: of the quality.
+      lower_is_better: True if a lower quality value is better.
     """
     sign = 1 if lower_is_better else -1
     fit = [x for x in candidates if x.cost <= budget and x.tokens_per_pass >= tokens_per_pass]
@@ -60,10 +60,10 @@ def advise(
     if not by_route:
         return None
     best, *others = by_route.values()
-    return Advice(best, [other for other in others if not _told_apart(best, other)])
+    return Advice(best, [other for other in others if not _distinguished(best, other)])
 
 
-def _told_apart(first: Candidate, second: Candidate) -> bool:
+def _distinguished(first: Candidate, second: Candidate) -> bool:
     found = differences(first.values, second.values)
     if len(found) < 2:
         return False
@@ -78,13 +78,13 @@ def table(
     budget: float | None = None,
     tokens_per_pass: float | None = None,
 ) -> str:
-    """Returns the advice as a table in Markdown: for each speed, the budgets from which on another route is the best.
+    """Returns the advice as a table in Markdown: for each speed, the budgets from which another route is the best.
 
-    With a budget or a speed given, for that alone.
+    If a budget or a speed is given, only for that one.
     """
     budgets = [budget] if budget is not None else sorted({x.cost for x in candidates})
     speeds = [tokens_per_pass] if tokens_per_pass is not None else _speeds(candidates)
-    head = ["at least tokens per pass", "TFLOP at most", "route", "decoding", "quality", "not told apart"]
+    head = ["tokens per pass, at least", "TFLOP, at most", "route", "decoding", "quality", "not distinguishable"]
     rows = []
     for speed in speeds:
         before: object = None

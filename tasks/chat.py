@@ -9,17 +9,17 @@ import collections
 import dataclasses
 import json
 import logging
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffusion_t5x import json_lines
-from diffusion_t5x.data import chat_template, libraries, vocabulary_files
-from diffusion_t5x.data.chat_template import ChatTemplate, Message
+from diffusion_t5x.data import conversations, libraries, vocabulary_files
+from diffusion_t5x.data.chat_template import ChatTemplate
+from diffusion_t5x.data.chats import Chat
+from diffusion_t5x.data.conversations import Conversation
 from diffusion_t5x.data.huggingface_vocabulary import HuggingFaceVocabulary
-from diffusion_t5x.errors import UserError, did_you_mean
+from diffusion_t5x.errors import UserError
 from diffusion_t5x.tasks import local_files, readers, registration
 from diffusion_t5x.tasks.readers import Fields, Records
 from diffusion_t5x.tasks.sources import Record
@@ -28,10 +28,6 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 logger = logging.getLogger(__name__)
-
-_LISTS = ("tools", "documents")
-_FIELDS = ("messages", "chat_template_kwargs", *_LISTS)
-ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def task(
@@ -46,8 +42,9 @@ def task(
 
     Args:
       name: name of the task.
-      files: paths or glob patterns for each split, of JSON lines `{"messages": [{"role": ..., "content": ...}, ...]}`,
-        optionally with "tools", "documents" or "chat_template_kwargs" for the template.
+      files: paths or glob patterns for each split, of JSON lines or Parquet: `{"messages": [{"role": ..., "content":
+        ...}, ...]}`, or a conversation in other fields that `data.conversations` reads, optionally with "tools",
+        "documents" or "chat_template_kwargs" for the template.
       vocabulary_file: a tokenizer.json, with its chat template beside it.
       template_variables: other variables of the template, such as {"enable_thinking": False}.
       held_out: as in `local_files.task`; the messages before the first answer decide, so a conversation stays together.
@@ -58,11 +55,11 @@ def task(
     """
     vocabulary = vocabulary_files.vocabulary(vocabulary_file)
     if not isinstance(vocabulary, HuggingFaceVocabulary):
-        raise UserError(f"A chat template goes with a tokenizer.json, and VOCABULARY_FILE is {vocabulary_file}.")
-    folder = pathlib.Path(vocabulary_file).expanduser().parent
-    template = ChatTemplate.read(folder, vocabulary.special_tokens(), template_variables)
+        raise UserError(f"A chat template needs a tokenizer.json, but VOCABULARY_FILE is {vocabulary_file}.")
+    template = ChatTemplate.read(vocabulary.folder, vocabulary.special_tokens(), template_variables)
+    chat = Chat(vocabulary, template)
     source = local_files.source_of(
-        files, lambda names: _turns(names, template), held_out, lambda turn: _encode(turn, vocabulary)
+        files, lambda names: _turns(names, template), held_out, lambda turn: _encode(turn, chat)
     )
 
     def make() -> dict[str, Any]:
@@ -84,99 +81,41 @@ def task(
 
 def _turns(files: Sequence[str], template: ChatTemplate) -> Records:
     """Returns the assistant's turns: "opening" (the text before the first), "prompt" and "answer", rendered."""
-    lines = readers.Jsonl().read(files)
-    conversations = dataclasses.replace(lines, parse=lambda i: _conversation(lines.parse(i)))
+    lines = readers.Structured().read(files)
+    talks: Records[Conversation] = dataclasses.replace(lines, parse=lambda i: conversations.read(lines.parse(i)))
     turns: list[tuple[int, int]] = []
     unread: collections.Counter[str] = collections.Counter()
     names = ", ".join(files)
-    for line, conversation in enumerate(conversations):
-        turns += [(line, n) for n, message in enumerate(conversation["messages"]) if message["role"] == "assistant"]
-        unread.update(name for name, value in conversation["variables"].items() if value and name not in template.names)
-    if silent := len(conversations) - len({line for line, _ in turns}):
-        logger.warning(
-            "%s: %d of %d conversations have no assistant turn and are left out", names, silent, len(conversations)
-        )
+    for line, talk in enumerate(talks):
+        turns += [(line, n) for n, message in enumerate(talk.messages) if message["role"] == "assistant"]
+        unread.update(name for name, value in talk.variables.items() if value and name not in template.names)
+    if silent := len(talks) - len({line for line, _ in turns}):
+        logger.warning("%s: %d of %d conversations have no assistant turn and are left out", names, silent, len(talks))
     for name, count in unread.items():
-        logger.warning(
-            "%s: %d of %d conversations have %s, which the chat template does not read",
-            names,
-            count,
-            len(conversations),
-            name,
-        )
-    if unused := [name for name in lines[0] if name not in _FIELDS]:
+        said = "%s: %d of %d conversations have %s, which the chat template does not read"
+        logger.warning(said, names, count, len(talks), name)
+    if unused := [name for name in lines[0] if name not in conversations.FIELDS]:
         logger.info("%s: fields that are not read: %s", names, ", ".join(unused))
 
     def parse(index: int) -> Fields:
         line, number = turns[index]
-        conversation = conversations.parse(line)
-        messages = conversation["messages"]
-        first = [message["role"] for message in messages].index("assistant")
-        prompt, answer = template.turn(messages, number, conversation["variables"])
-        return {"opening": json.dumps(messages[:first]), "prompt": prompt, "answer": answer}
+        talk = talks.parse(line)
+        first = [message["role"] for message in talk.messages].index("assistant")
+        prompt, answer = template.turn(talk.messages, number, talk.variables)
+        return {"opening": json.dumps(talk.messages[:first]), "prompt": prompt, "answer": answer}
 
     return Records(len(turns), parse, lambda index: lines.where(turns[index][0]))
 
 
-def _conversation(record: Fields) -> Fields:
-    """Returns the messages of a line, and its other template variables; raises a ValueError if they are invalid."""
-    variables = {}
-    for name in _LISTS:
-        value = record.get(name)
-        value = (
-            json_lines.parse(value) if isinstance(value, str) else value
-        )  # as data sets of one type a column have it
-        if value is not None:
-            if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
-                raise ValueError(f'"{name}" is {json.dumps(value)[:40]}, not a list of objects.')
-            variables[name] = value
-    if record.get("functions"):
-        raise ValueError('"functions" is not read: name them as "tools", {"type": "function", "function": {…}}.')
-    kwargs = record.get("chat_template_kwargs") or {}
-    if not isinstance(kwargs, dict) or {"messages", "add_generation_prompt"} & kwargs.keys():
-        raise ValueError(f'"chat_template_kwargs" is {json.dumps(kwargs)[:40]}, not an object of variables.')
-    return {"messages": _messages(record), "variables": {**variables, **kwargs}}
-
-
-def _messages(record: Fields) -> list[Message]:
-    """Returns the messages of a line, without null fields; raises a ValueError if they are invalid."""
-    messages = record.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f'no "messages", a list of {{"role": …, "content": …}}.{did_you_mean("messages", record)}')
-    for number, message in enumerate(messages, 1):
-        role, content = (message.get(key) if isinstance(message, dict) else None for key in ("role", "content"))
-        if role not in ROLES:
-            hint = did_you_mean(role, ROLES) if isinstance(role, str) else ""
-            raise ValueError(f"message {number} has the role {json.dumps(role)}, not {', '.join(ROLES)}.{hint}")
-        is_call = content is None and role == "assistant" and message.get("tool_calls")
-        if not isinstance(content, str) and not is_call:
-            raise ValueError(f"message {number} has the content {json.dumps(content)[:40]}, not text.")
-    # A call's content may be null, which templates tell from none.
-    return [{key: x for key, x in message.items() if x is not None or key == "content"} for message in messages]
-
-
-def _encode(turn: Fields, vocabulary: HuggingFaceVocabulary) -> Record:
-    """Returns the ids of a turn, without the BOS that the tokenizer adds to any text, and without EOS at the end.
-
-    A model reads the start token in place of BOS, and the task adds EOS.
-    """
-    prompt, answer = (chat_template.parts(turn[name]) for name in ("prompt", "answer"))
-
-    def ids(parts: Sequence[str], begins: bool) -> list[int]:
-        encoded = (vocabulary.encode_part(part, begins and not number) for number, part in enumerate(parts))
-        return [token for tokens in encoded for token in tokens]
-
-    inputs, targets = ids(prompt, begins=True), ids(answer, begins=False)
-    text = "".join(prompt)
-    if vocabulary.adds_bos and inputs[:1] == [vocabulary.bos_id]:
-        inputs, text = inputs[1:], text.removeprefix(vocabulary.piece(inputs[0]).decode())
-    if targets[-1:] == [vocabulary.eos_id]:
-        targets = targets[:-1]
+def _encode(turn: Fields, chat: Chat) -> Record:
+    """Returns the ids of a turn, without EOS at the end, which the task adds."""
+    inputs, text = chat.encode_prompt(turn["prompt"])
+    targets = chat.encode_answer(turn["answer"])
     return {
         "inputs": np.array(inputs, np.int32),
         "targets": np.array(targets, np.int32),
         "inputs_pretokenized": text,
-        "targets_pretokenized": vocabulary.decode(targets),
+        "targets_pretokenized": chat.vocabulary.decode(targets),
     }
 
 

@@ -69,7 +69,7 @@ class _Template:
             name = short
         value = record[name]
         if value is None or isinstance(value, list | dict):
-            raise ValueError(f"the field {name!r} holds {json.dumps(value)[:40]}, not text.")
+            raise ValueError(f"the field {name!r} is {json.dumps(value)[:40]}, not text.")
         return format(_CONVERSIONS[conversion](value), form or "")
 
 
@@ -162,7 +162,7 @@ def task(
     Args:
       name: name of the task.
       files: paths or glob patterns for each split.
-      reader: `readers.Jsonl`, `Tsv`, `Text` or `Parallel`.
+      reader: `readers.Structured`, `Jsonl`, `Tsv`, `Text` or `Parallel`.
       vocabulary_file: a SentencePiece model; None for bytes.
       inputs, targets: templates, such as "translate English to French: {english}". Without inputs every token is a
         target.

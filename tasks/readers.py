@@ -1,6 +1,6 @@
-"""Readers of text files: JSON lines, TSV, plain text and parallel text, also as .gz, as sequences of records.
+"""Readers of files: JSON lines, TSV, plain text and parallel text, also as .gz, and Parquet, as sequences of records.
 
-`data.text_files` opens, unpacks and splits files.
+`data.text_files` opens, unpacks and splits text files.
 """
 
 import abc
@@ -8,17 +8,22 @@ import bisect
 import dataclasses
 import itertools
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusion_t5x import json_lines
 from diffusion_t5x.data import text_files
 from diffusion_t5x.data.text_files import Indexed, Pieces, T
 from diffusion_t5x.errors import UserError
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 logger = logging.getLogger(__name__)
 Fields = Mapping[str, Any]
 
+PARQUET = ".parquet"
 _DOCUMENTS = {"line": text_files.LINE, "paragraphs": text_files.PARAGRAPHS, "file": text_files.WHOLE}
 
 
@@ -81,11 +86,49 @@ class Jsonl(Reader):
     """One JSON object per line, whose fields are texts or numbers. Duplicate fields are refused."""
 
     def read(self, files: Sequence[str]) -> Records:
-        def records(file: str) -> Records:
-            pieces = Pieces(file)
-            return Records(len(pieces), lambda i: json_lines.parse_object(pieces[i]), pieces.where)
+        return _read_each(files, _read_jsonl)
 
-        return _read_each(files, records)
+
+def _read_jsonl(file: str) -> Records:
+    pieces = Pieces(file)
+    return Records(len(pieces), lambda i: json_lines.parse_object(pieces[i]), pieces.where)
+
+
+@dataclasses.dataclass(frozen=True)
+class Structured(Reader):
+    """Parquet from files whose names end in .parquet, and JSON lines from all others.
+
+    A Parquet file is held in memory, as Arrow has it. Its columns of bytes, such as images, are left out.
+    """
+
+    def read(self, files: Sequence[str]) -> Records:
+        return _read_each(files, lambda file: _read_parquet(file) if file.endswith(PARQUET) else _read_jsonl(file))
+
+
+def _read_parquet(file: str) -> Records:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with open(os.path.expanduser(file), "rb") as opened:
+            content = parquet.ParquetFile(opened)
+            names = [field.name for field in content.schema_arrow if not _holds_bytes(field.type)]
+            table = content.read(names)
+    except pa.ArrowException as error:
+        raise UserError(f"{file} is not a Parquet file that can be read: {error}.") from error
+    except OSError as error:
+        raise UserError(f"Cannot read {file}: {error.strerror or error}.") from error
+    if left_out := set(content.schema_arrow.names) - set(names):
+        logger.info("%s: columns of bytes are left out: %s", file, ", ".join(sorted(left_out)))
+    return Records(table.num_rows, lambda i: table.slice(i, 1).to_pylist()[0], lambda i: f"{file}: row {i + 1}")
+
+
+def _holds_bytes(kind: "pa.DataType") -> bool:
+    """True for a type of Arrow that holds bytes, directly or in lists and objects."""
+    from pyarrow import types
+
+    inner = [kind.field(i).type for i in range(kind.num_fields)]
+    return types.is_binary(kind) or types.is_large_binary(kind) or any(map(_holds_bytes, inner))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +152,7 @@ class Tsv(Reader):
         columns = pieces[0].split("\t") if self.columns is None else self.columns
         if twice := [name for number, name in enumerate(columns) if name in columns[:number]]:
             place = f"{pieces.where(0)}: the header" if self.columns is None else "Tsv.columns"
-            raise UserError(f"{place} names the column {twice[0]!r} twice: give each column a name of its own.")
+            raise UserError(f"{place} names the column {twice[0]!r} twice: give each column its own name.")
 
         def parse(index: int) -> Fields:
             values = pieces[first + index].split("\t")
@@ -153,9 +196,9 @@ class Parallel(Reader):
 
     def read(self, files: Sequence[str]) -> Records:
         if len(files) != 2:
-            raise UserError(f"Parallel text is two files, not {len(files)}: {', '.join(files)}.")
+            raise UserError(f"Parallel text needs two files, not {len(files)}: {', '.join(files)}.")
         if len(self.fields) != 2 or self.fields[0] == self.fields[1]:
-            raise UserError(f"Parallel.fields are two different names, not {self.fields!r}.")
+            raise UserError(f"Parallel.fields must be two different names, not {self.fields!r}.")
         first, second = (Pieces(file, text_files.ANY_LINE) for file in files)
         if len(first) != len(second):
             raise UserError(f"{files[0]} has {len(first)} lines, {files[1]} has {len(second)}: they must be equal.")

@@ -61,7 +61,7 @@ def task(
         more shots than training examples.
     """
     if not isinstance(num_shots, int) or num_shots < 0:
-        raise UserError(f"NUM_SHOTS is a number of examples, 0 or more, not {num_shots!r}.")
+        raise UserError(f"NUM_SHOTS must be a number of examples, 0 or more, not {num_shots!r}.")
     if num_shots and (not has_inputs or "train" not in source.splits):
         raise UserError(f"{name} cannot have shots: they take inputs and targets of a split 'train'.")
     known = vocabulary(vocabulary_file)

@@ -78,7 +78,7 @@ class PreparedTfds:
     def __post_init__(self) -> None:
         if not _TFDS_NAME.fullmatch(self.tfds_name):
             # A namespace, as in "huggingface:x", would be looked up in the net; arguments could name another folder.
-            raise UserError(f"{self.tfds_name!r} is no data set of TFDS: write its name as in 'squad/v1.1:3.0.0'.")
+            raise UserError(f"{self.tfds_name!r} is not a TFDS data set: write its name as in 'squad/v1.1:3.0.0'.")
 
     @property
     def splits(self) -> Sequence[str]:

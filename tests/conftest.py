@@ -37,6 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=30, help="how often tests/faults/test_kills.py kills")
     parser.addoption("--kill_seed", type=int, default=0, help="decides when it does")
     parser.addoption("--soak_minutes", type=float, default=2, help="how long tests/faults/test_soak.py trains")
+    parser.addoption("--load_minutes", type=float, default=0.5, help="how long tests/serving/test_load.py asks")
     parser.addoption("--update-golden", action="store_true", help="rewrite the texts in tests/gin/golden")
 
 

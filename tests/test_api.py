@@ -143,9 +143,9 @@ def test_what_a_checkpoint_may_name(masked, tmp_path):
     for described, said in (
         ({"class": "subprocess.Popen", "args": ["true"]}, r"give allow=\['subprocess'\]"),
         ({"class": "diffusion_t5x.__main__.Main"}, "not a part of diffusion_t5x"),
-        ({"class": "diffusion_t5x.decoding.masked.nothing"}, "which is not there"),
+        ({"class": "diffusion_t5x.decoding.masked.nothing"}, "which does not exist"),
         ({"class": "diffusion_t5x.decoding.masked.UserError"}, "no dataclass of"),
-        ({"class": "diffusion_t5x.decoding.masked.MaskedDecoder", "other": 1}, "with other settings of MaskedDecoder"),
+        ({"class": "diffusion_t5x.decoding.masked.MaskedDecoder", "other": 1}, "different settings of MaskedDecoder"),
     ):
         with pytest.raises(UserError, match=said):
             rebuild(described, "A record")
@@ -209,7 +209,7 @@ def test_a_model_of_the_hub(offline, published, tmp_path):
     assert dt.load(folder).generate("Once", length=8) == model.generate("Once", length=8)
     with pytest.raises(UserError, match=r"There is no folder someone/other, .*HF_HUB_OFFLINE is set"):
         dt.load("someone/other")
-    with pytest.raises(UserError, match=r"There is no folder someone/tiny-llama@old, .* lacks the model"):
+    with pytest.raises(UserError, match=r"There is no folder someone/tiny-llama@old, .* does not have the model"):
         from_hf("someone/tiny-llama@old", str(tmp_path / "old"))
 
 

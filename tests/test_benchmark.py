@@ -152,7 +152,7 @@ def test_measurements_of_something_else_stay(change, name, tmp_path, monkeypatch
         decode(tmp_path)
     assert json.loads((tmp_path / "decode_time.json").read_text()) == report
     (tmp_path / "decode_time.json").write_text("mine")
-    with pytest.raises(UserError, match="other settings"):
+    with pytest.raises(UserError, match="different settings"):
         decode(tmp_path)
     assert (tmp_path / "decode_time.json").read_text() == "mine"
 

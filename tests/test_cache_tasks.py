@@ -110,7 +110,7 @@ def test_what_is_there_stays(written):
     before = times(written)
     write(written, num_shards=4)
     assert times(written) == before
-    with pytest.raises(UserError, match=r"holds a cache made with other settings: num_shards 4, not 2\. Nothing"):
+    with pytest.raises(UserError, match=r"has a cache made with different settings: num_shards 4, not 2\. Nothing"):
         write(written, num_shards=2)
     with pytest.raises(UserError, match=r"task_feature_lengths \{'inputs': 8, 'targets': 6\}, not"):
         write(written, num_shards=4, lengths={"inputs": 8, "targets": 7})

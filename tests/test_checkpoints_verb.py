@@ -153,7 +153,7 @@ def test_verify_of_a_checkpoint_without_manifest(run, capsys, damage):
     notes = json.loads((path / "_CHECKPOINT_METADATA").read_text())
     (path / "_CHECKPOINT_METADATA").write_text(json.dumps(notes | {"custom_metadata": {}}))
     code, printed = call(capsys, "verify", path)
-    assert code == 0 and "written before there were checksums; all of it can be read" in printed
+    assert code == 0 and "written before there were checksums; every file can be read" in printed
     if damage == "empty":
         shutil.rmtree(path)
         path.mkdir()

@@ -21,7 +21,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Modules that a reader is told to write, places that a reader's own text goes into, what knows no gin (and is run with
 # its page's other commands in tests/importing), what reads a checkpoint first (see test_generate.py), and what another
 # command writes (see test_walkthrough.py).
-NOT_RUN_AS_IT_STANDS = re.compile(r"my_\w+|…|FILE|diffusion_t5x\.(convert|generate|ar2diff)|/tmp/walk/|/model\.gin")
+NOT_RUN_AS_IT_STANDS = re.compile(
+    r"my_\w+|…|FILE|diffusion_t5x\.(convert|generate|serve|ar2diff)|/tmp/walk/|/model\.gin"
+)
 
 
 def commands() -> list[str]:

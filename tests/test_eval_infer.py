@@ -63,7 +63,7 @@ def test_eval_writes_scores_and_all_it_takes_to_repeat_them(finetuned, tmp_path,
     assert [run.scores[0].step for run in read_runs([tmp_path, tmp_path / "again"])] == [3, None]
     with pytest.raises(SystemExit):  # other settings: the first results stay
         evaluation.main([*flags, "--gin.RANDOM_SEED=1"])
-    assert "other settings (evaluations[0].seed)" in capsys.readouterr().err
+    assert "different settings (evaluations[0].seed)" in capsys.readouterr().err
 
 
 def test_eval_of_all_checkpoints_and_several_tasks_goes_on_where_it_stopped(pretrained, tmp_path, capsys):
@@ -88,7 +88,7 @@ def test_eval_of_all_checkpoints_and_several_tasks_goes_on_where_it_stopped(pret
     capsys.readouterr()
     evaluation.main(flags)
     log = capsys.readouterr().err
-    assert "2 of 3 checkpoints are evaluated" in log and log.count("results.json") == 1
+    assert "2 of 3 checkpoints are already evaluated" in log and log.count("results.json") == 1
     assert (tmp_path / "checkpoint_15" / "results.json").exists()
     assert (tmp_path / "checkpoint_10" / "results.json").stat().st_mtime_ns == kept
 
@@ -130,7 +130,7 @@ def test_infer_goes_on_where_it_stopped_and_refuses_other_settings(finetuned, tm
     assert [(r["example_id"], r["prediction"]) for r in again] == [(r["example_id"], r["prediction"]) for r in records]
     with pytest.raises(SystemExit):
         config.run(infer.infer, [*flags, f"--gin.INFER_OUTPUT_DIR={cut}", "--gin.RANDOM_SEED=1"])
-    assert "started with other settings (random_seed" in capsys.readouterr().err
+    assert "started with different settings (random_seed" in capsys.readouterr().err
     assert len((cut / name).read_text().splitlines()) == 20
 
 
@@ -195,7 +195,7 @@ def test_likelihoods_of_a_set_and_of_each_example_are_the_same(finetuned, tmp_pa
     assert len(again) == 10
     with pytest.raises(SystemExit):
         config.run(infer.infer, [*score, "--gin.NUM_DRAWS=8"])
-    assert "started with other settings (num_draws" in capsys.readouterr().err
+    assert "started with different settings (num_draws" in capsys.readouterr().err
 
     output = tmp_path / "set"
     evaluation.main([*flags, "--gin_file=runs/eval_likelihood.gin", f"--gin.EVAL_OUTPUT_DIR={output}"])

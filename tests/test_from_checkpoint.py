@@ -128,7 +128,7 @@ def test_eval_of_all_checkpoints(block, tmp_path, capsys):
     run = shutil.copytree(block, tmp_path / "run")
     shutil.rmtree(run / "eval", ignore_errors=True)
     evaluation.main(["--checkpoint", str(run), "--gin.ALL_CHECKPOINTS=True", "--dry_run"])
-    assert f"{run}/eval: 0 of 1 checkpoints are evaluated" in capsys.readouterr().err
+    assert f"{run}/eval: 0 of 1 checkpoints are already evaluated" in capsys.readouterr().err
     evaluation.main(["--checkpoint", str(run), "--dry_run", "--print_config"])
     assert f"CHECKPOINT_PATH = '{run}'" in capsys.readouterr().out
 

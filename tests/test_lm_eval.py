@@ -1,5 +1,6 @@
 """The verb lm_eval: the harness's tasks over local files give the numbers of our own likelihood and decoder."""
 
+import functools
 import json
 import pathlib
 import re
@@ -38,6 +39,8 @@ task: {task}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {file}}}}}
 test_split: test
+fewshot_split: test
+fewshot_config: {{sampler: first_n}}
 output_type: {output_type}
 doc_to_text: "{text}"
 doc_to_target: "{target}"
@@ -88,6 +91,20 @@ def flags_of(folder, **settings):
     return flags + [f"--gin.{name}={value}" for name, value in settings.items()]
 
 
+def model_of(folder, vocabulary):
+    gin = (folder / "qwen3" / "model.gin").read_text()
+    fields = dict(re.findall(r"^  (\w+) = (.+)$", gin, re.MULTILINE))
+    reads_start = "READS_START = True" in gin
+    config = ModelConfig(**{name: eval(x) for name, x in fields.items()}, reads_start=reads_start, scan_unroll=1)
+    definition, params = load_model(str(folder / "qwen3"), config, token_ids(vocabulary), MeshConfig().make())
+    return definition.bind(params)
+
+
+def log_likelihood_of(model, context, continuation):
+    batch = tiny.one_a_row([(context, continuation)])
+    return float(Autoregressive().log_likelihood(model, batch, None, 0).log_likelihood[0])
+
+
 def samples(folder, task):
     lines = (folder / f"{task}_samples.jsonl").read_text().splitlines()
     return sorted(map(json.loads, lines), key=lambda record: record["doc_id"])
@@ -105,16 +122,8 @@ def test_the_pages_command_gives_our_own_numbers(folder, offline, tmp_path, caps
     flags = [flag + ",my_texts" if flag.startswith("--tasks") else flag for flag in flags]
     lm_eval.main(flags)
     vocabulary = vocabulary_files.vocabulary(str(folder / "qwen3" / "tokenizer.json"))
-    gin = (folder / "qwen3" / "model.gin").read_text()
-    fields = dict(re.findall(r"^  (\w+) = (.+)$", gin, re.MULTILINE))
-    config = ModelConfig(**{name: eval(value) for name, value in fields.items()}, scan_unroll=1)
-    model_definition, params = load_model(str(folder / "qwen3"), config, token_ids(vocabulary), MeshConfig().make())
-    model = model_definition.bind(params)
-
-    def log_likelihood(context, continuation):
-        batch = tiny.one_a_row([(context, continuation)])
-        return float(Autoregressive().log_likelihood(model, batch, None, 0).log_likelihood[0])
-
+    model = model_of(folder, vocabulary)
+    log_likelihood = functools.partial(log_likelihood_of, model)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     right = []
     for (begins, ends, answer), record in zip(CHOICES, samples(tmp_path / "out", "my_choices"), strict=True):
@@ -127,15 +136,15 @@ def test_the_pages_command_gives_our_own_numbers(folder, offline, tmp_path, caps
         batch = tiny.one_a_row([(context := vocabulary.encode(asked), [3] * 6)])
         tokens = AutoregressiveDecoder().decode(model, batch, jax.random.key(0)).tokens[0, len(context) :].tolist()
         assert record["resps"] == [[vocabulary.decode(tokens).partition("e")[0]]]
-    bits = 0.0
+    bits, begin = 0.0, [token_ids(vocabulary).start_id]  # before a text, where the model reads none by itself
     for text, record in zip(TEXTS, samples(tmp_path / "out", "my_texts"), strict=True):
         tokens = vocabulary.encode(text)
         if len(tokens) <= 63:
-            expected = log_likelihood([], tokens)
+            expected = log_likelihood(begin, tokens)
         else:  # a window, and one that begins with as much as it can read of the text before
             rest = len(tokens) - 63
             assert rest < 63
-            expected = log_likelihood([], tokens[:63]) + log_likelihood(tokens[-64:-rest], tokens[-rest:])
+            expected = log_likelihood(begin, tokens[:63]) + log_likelihood(tokens[-64:-rest], tokens[-rest:])
         np.testing.assert_allclose(record["resps"][0][0], expected, rtol=1e-4)
         bits -= expected / np.log(2)
     size = sum(len(text.encode()) for text in TEXTS)
@@ -148,7 +157,43 @@ def test_the_pages_command_gives_our_own_numbers(folder, offline, tmp_path, caps
     assert (tmp_path / "out" / "results.json").read_bytes() == before
     with pytest.raises(SystemExit):
         lm_eval.main([*flags, "--limit=1"])
-    assert "has results with other settings ( limit)" in capsys.readouterr().err
+    assert "has results with different settings (limit)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("as_turns", [True, False])
+def test_chats_are_those_of_transformers_with_our_own_numbers(as_turns, folder, offline, tmp_path):
+    """Few-shot examples as turns or in one, a system prompt, choices and generated texts."""
+    transformers = pytest.importorskip("transformers")
+    flags = flags_of(folder, EVAL_OUTPUT_DIR=tmp_path / "out", TASK_FEATURE_LENGTHS='{"inputs": 240, "targets": 16}')
+    flags += ["--apply_chat_template", "--system_instruction", "Be brief.", "--num_fewshot=1"]
+    lm_eval.main([*flags, *([] if as_turns else ["--no-fewshot_as_multiturn"])])
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder / "qwen3")
+    vocabulary = vocabulary_files.vocabulary(str(folder / "qwen3" / "tokenizer.json"))
+    model = model_of(folder, vocabulary)
+
+    def context(shot, shown, asked):
+        turns = [chats.message("user", shot), chats.message("assistant", shown), chats.message("user", asked)]
+        turns = turns if as_turns else [chats.message("user", f"{shot}{shown}\n\n{asked}")]
+        messages = [chats.message("system", "Be brief."), *turns]
+        return theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+    def ids(text):
+        return theirs.encode(text, add_special_tokens=False)
+
+    for number, record in enumerate(samples(tmp_path / "out", "my_choices")):
+        (shot, ends, right), (asked, choices, _) = CHOICES[1 - number], CHOICES[number]
+        expected = context(shot, ends[right], asked)
+        assert record["arguments"] == [[expected, choice] for choice in choices]
+        numbers = [log_likelihood_of(model, ids(expected), ids(expected + x)[len(ids(expected)) :]) for x in choices]
+        np.testing.assert_allclose([found for ((found, _),) in record["resps"]], numbers, rtol=1e-4)
+    for record in samples(tmp_path / "out", "my_answers"):
+        ((text, _),) = record["arguments"]
+        assert text.endswith("<|im_end|>\n<|im_start|>assistant\n") and "Be brief.<|im_end|>" in text
+        batch = tiny.one_a_row([(ids(text), [3] * 6)])
+        tokens = AutoregressiveDecoder().decode(model, batch, jax.random.key(0)).tokens[0, len(ids(text)) :].tolist()
+        assert record["resps"] == [[vocabulary.decode(tokens).partition("e")[0]]]
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["settings"]["fewshot_as_multiturn"] is as_turns
 
 
 @pytest.mark.slow
@@ -175,7 +220,9 @@ def test_a_diffusion_model(folder, offline, tmp_path, capsys):
         (["--limit=two"], "invalid int value: 'two'"),
         (["--tasks=my_choises"], "knows no task 'my_choises'. Did you mean 'my_choices'"),
         (["--include_path=/no/such"], "There is no folder /no/such"),
-        (["--gin.ARCHITECTURE='encoder_decoder'"], "An encoder's inputs end in EOS"),
+        (["--gin.ARCHITECTURE='encoder_decoder'"], "An encoder's inputs end with EOS"),
+        (["--fewshot_as_multiturn"], "give --apply_chat_template, too"),
+        (["--apply_chat_template", "--gin.CONTEXT_EOS=True"], "this one's inputs end in EOS"),
         (['--gin.TASK_FEATURE_LENGTHS={"inputs": 480, "targets": 16}'], "max_length is 256"),
     ],
 )

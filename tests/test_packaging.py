@@ -70,6 +70,7 @@ def files_of(source):
         pathlib.Path("diffusion_t5x/reporting") / name
         for name in ("report.html", "report.md", "trace_page.html", "trace_page.js")
     }
+    templates |= {pathlib.Path("diffusion_t5x/serving") / name for name in ("page.html", "page.js")}
     return {path.as_posix() for path in modules | tasks | gin_files | templates}
 
 
@@ -123,7 +124,7 @@ def asked(metadata):
 def test_metadata(metadata):
     assert {line for line in metadata if line.startswith("Provides-Extra: ")} == {
         f"Provides-Extra: {extra}"
-        for extra in ("test", "wandb", "beam", "math", "hf", "lm-eval", "docs", "tpu", "pathways", "cuda")
+        for extra in ("test", "wandb", "serve", "beam", "math", "hf", "lm-eval", "docs", "tpu", "pathways", "cuda")
     }
     assert "Name: diffusion_t5x" in metadata or "Name: diffusion-t5x" in metadata
     assert any(line.startswith("Requires-Python: ") and "3.11" in line and "3.14" in line for line in metadata)

@@ -34,12 +34,12 @@ def test_the_data_axis_takes_what_is_left():
 @pytest.mark.parametrize(
     "config,message",
     [
-        (MeshConfig(fsdp=3), "1 × 2 × 3 × 1 × 1 does not make 8 devices"),
-        (MeshConfig(data=4), "1 × 4 × 1 × 1 × 1 does not make 8 devices"),
-        (MeshConfig(fsdp=16), "1 × 1 × 16 × 1 × 1 does not make 8 devices"),
+        (MeshConfig(fsdp=3), "1 × 2 × 3 × 1 × 1 does not match 8 devices"),
+        (MeshConfig(data=4), "1 × 4 × 1 × 1 × 1 does not match 8 devices"),
+        (MeshConfig(fsdp=16), "1 × 1 × 16 × 1 × 1 does not match 8 devices"),
         (MeshConfig(fsdp=0), "at least 1"),
         (MeshConfig(data=-8, fsdp=-1), "at least 1"),
-        (MeshConfig(rules={"embeds": ("fsdp",)}), "no axis 'embeds' is cut. Did you mean"),
+        (MeshConfig(rules={"embeds": ("fsdp",)}), "no logical axis 'embeds'. Did you mean"),
         (MeshConfig(rules={"embed": ("fspd",)}), "must be a tuple of mesh axes"),
         (MeshConfig(rules={"embed": "fsdp"}), "must be a tuple of mesh axes"),
     ],

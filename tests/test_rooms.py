@@ -11,7 +11,7 @@ import pytest
 import diffusion_t5x
 
 PACKAGE = pathlib.Path(diffusion_t5x.__file__).parent
-VERBS = "train eval infer generate lm_eval cache_tasks inspect_data benchmark report checkpoints convert __main__"
+VERBS = "train eval infer generate serve lm_eval cache_tasks inspect_data benchmark report checkpoints convert __main__"
 # Lowest first. Rooms on one floor do not import each other, but for the single files of the lowest.
 FLOORS = [
     (
@@ -34,7 +34,7 @@ FLOORS = [
     ("evaluation", "importing"),
     ("tasks",),
     ("performance", "chat"),
-    ("reporting",),
+    ("reporting", "serving"),
     ("command_line",),
     tuple(VERBS.split()),
     ("api_values",),

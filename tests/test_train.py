@@ -63,7 +63,7 @@ def test_a_broken_newest_checkpoint_stops_a_run_unless_an_older_one_is_allowed(p
         config.run(train.train, [*flags, "--gin.TRAIN_STEPS=22"])
     message = capsys.readouterr().err
     assert stopped.value.code == 2 and f"checkpoint_20 is broken: state/d/{file.name} has" in message
-    assert "newest whole one beside it is" in message and "checkpoint_15" in message
+    assert "newest intact one is" in message and "checkpoint_15" in message
     (model_dir / LOCK).unlink()
     assert sorted((path, path.stat().st_mtime_ns) for path in model_dir.rglob("*") if path.is_file()) == before
 
@@ -121,7 +121,7 @@ def test_adaptation_starts_from_the_parameters_with_a_fresh_optimizer(pretrained
     assert f"initialised from {pretrained}" in log and "at step 0 of 4" in log
     assert re.search(r"^  params/ \(12 arrays\) as in the checkpoint$", log, re.MULTILINE)
     assert re.search(
-        r"^  opt_state/ \(\d+ arrays\), step start anew, by the rule \('step\|opt_state", log, re.MULTILINE
+        r"^  opt_state/ \(\d+ arrays\), step start fresh, by the rule \('step\|opt_state", log, re.MULTILINE
     )
     assert "compiling the training step …" in log and "evaluation at step 4" in log and "\x1b" not in log
     assert log.endswith(f"trained: {tmp_path}\nnext:\n  diffusion-t5x generate --checkpoint {tmp_path}\n")  # a mixture

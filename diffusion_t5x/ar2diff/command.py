@@ -35,8 +35,8 @@ class Command:
       kind: the flag that named the data.
       files: absolute paths or patterns of the data.
       route: name of a file in recipes/ar2diff; None takes the default of the model's architecture.
-      tokens: to train on; None goes by `minutes`.
-      minutes: of training.
+      tokens: number of tokens to train on; None uses `minutes`.
+      minutes: minutes of training.
       tokenizer: SentencePiece model of a T5X checkpoint.
       bindings: gin, "NAME=VALUE" each.
     """

@@ -2,18 +2,18 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from diffusion_t5x.ar2diff.command import DataKind
-from diffusion_t5x.data import text_files
+from diffusion_t5x.data import conversations, text_files
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.tasks import readers
 
 if TYPE_CHECKING:
     import seqio
 
-_ENDS = {".txt": "texts", ".md": "texts", ".jsonl": "jsonl_texts"}
+_ENDS = {".txt": "texts", ".md": "texts", ".jsonl": "jsonl_texts", readers.PARQUET: "jsonl_texts"}
 _SAMPLE = 1000  # records that are tokenized to estimate all
 
 
@@ -25,8 +25,8 @@ class TrainingData:
       files: as they were named.
       gin_file: reads them.
       unit: what a record is, in the plural.
-      num_records: of all files.
-      num_tokens: of all records, estimated from the first ones.
+      num_records: number of records in all files.
+      num_tokens: number of tokens in all records, estimated from the first ones.
       held_out: percentage that is not trained on.
     """
 
@@ -51,20 +51,17 @@ def look(kind: DataKind, patterns: tuple[str, ...], vocabulary: "seqio.Vocabular
     """
     files = text_files.expand(patterns)
     form = _form(files) if kind == "data" else ""
-    reader = readers.Text("paragraphs") if form == "texts" else readers.Jsonl()
+    reader = readers.Text("paragraphs") if form == "texts" else readers.Structured()
     records = reader.read(files)
-    first = list(itertools.islice(records, _SAMPLE))
-    fields = {"data": ["text"], "prompts": ["inputs", "targets"], "chat": ["messages"]}[kind]
-    for name in fields:
-        if name not in first[0]:
-            has = ", ".join(first[0])
-            raise UserError(f"{records.where(0)}: --{kind} needs a field {name!r} in each line; it has {has}.")
+    first = list(
+        itertools.islice(dataclasses.replace(records, parse=lambda i: _fields(kind, records.parse(i))), _SAMPLE)
+    )
+    texts = [text for values in first for text in _texts(values)]
     if len(records) < 8:
         raise UserError(
-            f"{', '.join(patterns)}: {len(records)} records are too few to hold some out. Give at least 8 paragraphs "
+            f"{', '.join(patterns)}: {len(records)} records are too few to hold any out. Give at least 8 paragraphs "
             "(between empty lines) or lines."
         )
-    texts = [text for record in first for text in _texts(record[name] for name in fields)]
     counted = sum(len(vocabulary.encode(text)) + 1 for text in texts)
     return TrainingData(
         files=patterns,
@@ -74,6 +71,17 @@ def look(kind: DataKind, patterns: tuple[str, ...], vocabulary: "seqio.Vocabular
         num_tokens=round(counted * len(records) / len(first)),
         held_out=round(max(1.0, min(20.0, 2400 / len(records)), min(50.0, 400 / len(records))), 1),
     )
+
+
+def _fields(kind: DataKind, record: Mapping[str, Any]) -> list[Any]:
+    """The values of a record that are trained on; raises a ValueError if one is missing."""
+    if kind == "chat" and conversations.has_messages(record):
+        return [message.get("content") for message in conversations.read(record).messages]
+    names = {"data": ["text"], "prompts": ["inputs", "targets"], "chat": ["messages"]}[kind]
+    for name in names:
+        if name not in record:
+            raise ValueError(f"--{kind} needs a field {name!r} in each line; it has {', '.join(record)}.")
+    return [record[name] for name in names]
 
 
 def _form(files: list[str]) -> str:

@@ -17,7 +17,7 @@ class Journal:
     """The stages that are done, each with what it found. The file is replaced atomically.
 
     Raises:
-      UserError: the folder holds something else, or another command has gone further there than its plan.
+      UserError: the folder holds something else, or another command has passed the planning stage there.
     """
 
     def __init__(self, folder: pathlib.Path, command: Mapping[str, Any]):
@@ -27,7 +27,7 @@ class Journal:
         if self._path.exists():
             self._read()
         elif folder.is_dir() and any(entry.name != ".lock" for entry in folder.iterdir()):
-            raise UserError(f"{folder} is not empty, and no ar2diff has begun there: give another --output.")
+            raise UserError(f"{folder} is not empty, and was not created by ar2diff: give another --output.")
 
     def _read(self) -> None:
         try:
@@ -41,7 +41,7 @@ class Journal:
         if changed and (stages.keys() - _EARLY or "MODEL" in changed):
             told = (f"{key} was {_said(before.get(key))}, now it is {_said(self._command.get(key))}" for key in changed)
             raise UserError(
-                f"{self._path.parent} was begun by another command: {'; '.join(told)}. Repeat that one, or give "
+                f"{self._path.parent} was started by another command: {'; '.join(told)}. Repeat that one, or give "
                 "another --output."
             )
         self._stages = {name: found for name, found in stages.items() if not changed or name == "import"}

@@ -1,4 +1,4 @@
-"""The plan of a conversion: what will be trained and what it takes, measured on the step itself."""
+"""The plan of a conversion: what will be trained and what it costs, measured on the step itself."""
 
 import dataclasses
 import pathlib
@@ -25,14 +25,14 @@ class Plan:
     """The work and needs of a conversion. Sizes are in bytes, times in seconds.
 
     Attributes:
-      steps: of training.
+      steps: number of training steps.
       microbatches: pieces in which a step goes through its batch.
       eval_period: steps between checkpoints.
       tokens_per_step: positions of all rows.
       seconds_per_step: measured.
       num_parameters, num_trained: of the model.
-      memory, free_memory: of one device.
-      disk, free_disk: of the output folder.
+      memory, free_memory: bytes needed and free on one device.
+      disk, free_disk: bytes needed and free for the output folder.
     """
 
     steps: int
@@ -114,7 +114,7 @@ class Plan:
             "steps": f"{self.steps:,}: {self.tokens:,} tokens; a checkpoint every {self.eval_period:,} steps",
             "memory": f"{_size(self.memory)} of {_size(self.free_memory)} per device",
             "disk": f"about {_size(self.disk)} of {_size(self.free_disk)}",
-            "time": f"about {minutes:.0f} min of training ({self.seconds_per_step:.2g} s a step on {device})",
+            "time": f"about {minutes:.0f} min of training ({self.seconds_per_step:.2g} s per step on {device})",
             "output": f"{command.output}: recipe.gin, train, checkpoint, export, report.html, README.md",
         }
         return "\n".join(f"  {name:<9}{text}" for name, text in told.items())

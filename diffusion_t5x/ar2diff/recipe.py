@@ -35,7 +35,7 @@ class Recipe:
         self._command, self._start, self._vocabulary_file, self._data = command, start, vocabulary_file, data
 
     def write(self, settings: Mapping[str, Any]) -> TrainingRun:
-        """Writes the file, with these macros beside those that the command and the device decide.
+        """Writes the file, with these macros and those that the command and the device decide.
 
         Returns:
           The run that it describes.

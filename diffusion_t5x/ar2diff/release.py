@@ -27,10 +27,10 @@ _ROWS = (  # of the table, with a metric's name and how it is written
 
 
 def write_checkpoint(trained: str, folder: pathlib.Path) -> None:
-    """Writes the newest checkpoint of a run, without the optimizer, with its tokenizer beside it.
+    """Writes the newest checkpoint of a run, without the optimizer, with its tokenizer.
 
-    LoRA is merged, unless it is of drafts alone. An existing folder is left alone: it is complete, for only then it is
-    moved to its place.
+    LoRA is merged, unless it applies only to drafts. An existing folder is not changed: it is complete, for only then
+    it is moved to its place.
     """
     if folder.exists():
         return
@@ -65,7 +65,7 @@ def _with_tokenizer(record: Record, opened: OpenCheckpoint, to: pathlib.Path, fi
 def export(checkpoint: pathlib.Path, start: OpenCheckpoint, folder: pathlib.Path) -> bool:
     """Writes the model in Hugging Face's format, if it was imported from that; returns whether it was.
 
-    Not if it drafts: no such format holds drafts, and without them it is the start.
+    Not if it drafts: no such format stores drafts, and without them it is the start.
     """
     if lora.of_drafts(checkpoints.open_checkpoint(str(checkpoint)).record.lora):
         return False
@@ -101,7 +101,7 @@ def write_card(
     about = "Bits of a diffusion model are an upper bound. " if diffuses else ""
     if drafts:
         about = "Text and likelihood are the start's own: a draft is kept if it is what the start writes. "
-    export_line = ["", "`export/` holds the weights in Hugging Face's format."] if exported else []
+    export_line = ["", "`export/` has the weights in Hugging Face format."] if exported else []
     text = [
         f"# {pathlib.PurePath(model).name}, {'converted to diffusion' if diffuses else 'trained further'}",
         "",

@@ -39,7 +39,7 @@ class Budget:
 
 
 class Scores:
-    """Scores of one model after another, each in a folder of its own that `report` reads.
+    """Scores of one model after another, each in its own folder for `report`.
 
     Args:
       folder: for these folders.
@@ -61,7 +61,7 @@ class Scores:
         return self._decoder != AutoregressiveDecoder()
 
     def of_start(self) -> dict[str, float]:
-        """The start as what it is, an autoregressive model."""
+        """Scores the start as it is, an autoregressive model."""
         return self._evaluate("start", self._start, Autoregressive(), AutoregressiveDecoder())
 
     def of_untrained(self) -> dict[str, float]:
@@ -74,7 +74,7 @@ class Scores:
         return self._evaluate("trained", checkpoint, self._run.objective, self._decoder)
 
     def samples(self, checkpoint: str) -> None:
-        """Decodes the first held-out examples and keeps every step; the canvases go to the terminal, too."""
+        """Decodes the first held-out examples and keeps every step; also shows the canvases in the terminal."""
         infer_verb.infer(
             model=self._run.model,
             checkpoint_path=checkpoint,

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def convert(command: Command, only_plan: bool) -> None:
-    """Does what the command line asks for, or goes on where an earlier process was stopped.
+    """Runs the conversion, or resumes where an earlier process stopped.
 
     Args:
       command: what to do.
@@ -91,7 +91,7 @@ class _Conversion:
         release.write_card(folder, self.command.model, self.recipe, tokens, table, exported, drafts)
         page = write_report([folder / "train", folder / "scores"], folder / "report.html")
         card = (folder / "README.md").read_text(encoding="utf-8")
-        print(terminal.safe(f"\n{card}\nAll in one page: {page}"))
+        print(terminal.safe(f"\n{card}\nAll on one page: {page}"))
 
     def _stage(self, name: str, work: Callable[[], Any]) -> Any:
         """Returns the result of a stage, from this process or an earlier one; True if it has none."""

@@ -22,7 +22,7 @@ def begin(model: str, tokenizer: str | None, folder: pathlib.Path, journal: Jour
       journal: remembers the path.
 
     Raises:
-      UserError: no such model, or one that cannot be imported.
+      UserError: the model does not exist or cannot be imported.
     """
     path = journal.done("import")
     if path is None:
@@ -51,6 +51,6 @@ def _import(model: str, tokenizer: str | None, folder: pathlib.Path) -> str:
         return str(checkpoints.find_checkpoint(local))
     except UserError as error:
         raise UserError(
-            f"{model} is no model: neither a folder in Hugging Face's format, a GGUF file, a T5X checkpoint nor a "
+            f"{model} is not a model: neither a folder in Hugging Face format, a GGUF file, a T5X checkpoint nor a "
             f"checkpoint of diffusion_t5x. ({error})"
         ) from error

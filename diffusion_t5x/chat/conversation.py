@@ -56,17 +56,19 @@ class Terminal(Plain):
     canvas: LiveCanvas
 
     def run(self, prompt: str | None) -> None:
-        """Answers the prompt; without one, asks the user for prompts."""
+        """Answers the prompt; without one, asks the user for prompts, which do not depend on each other."""
         if prompt is not None:
             self._answer(self.prompts.batch(prompt, 0))
             return
-        for number, text in enumerate(_typed()):
+        for number, text in enumerate(iter(ask, None)):
             try:
                 self._answer(self.prompts.batch(text, number))
             except UserError as error:
                 say(str(error))
 
-    def _answer(self, batch: Batch) -> None:
+    def _answer(self, batch: Batch) -> str | None:
+        """Shows the answers to a batch's row, and returns the first; None if the user has stopped one."""
+        texts = []
         for sample in range(self.samples):
             # The main thread is free to hear Ctrl-C.
             with self.canvas.shown(batch), concurrent.futures.ThreadPoolExecutor(1) as worker:
@@ -80,9 +82,11 @@ class Terminal(Plain):
             if answer is None:
                 print(self.canvas.picture().plain)
                 say(f"stopped after {self.canvas.num_steps} passes of the model")
-                return
-            print(terminal.safe(self.prompts.to_text(answer.tokens)))
+                return None
+            texts.append(self.prompts.to_text(answer.tokens))
+            print(terminal.safe(texts[-1]))
             say(answer.figures())
+        return texts[0]
 
 
 def one_line(text: str) -> str:
@@ -98,21 +102,24 @@ def _lines() -> Iterator[str]:
         raise UserError(f"Standard input is not UTF-8: {error}.") from error
 
 
-def _typed() -> Iterator[str]:
+def ask(prefilled: str = "") -> str | None:
+    """Returns a line that the user types in the terminal; None after an empty one or Ctrl-D. Ctrl-C begins it anew.
+
+    Args:
+      prefilled: what the line holds at first, where Python has readline.
+    """
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (lets a line be edited, and brings earlier ones back)
+        import readline  # lets a line be edited, and brings earlier ones back
+
+        readline.set_startup_hook(lambda: readline.insert_text(prefilled))
     while True:
         try:
-            text = input("> ")
+            return input("> ") or None
         except EOFError:
             print()
-            return
+            return None
         except KeyboardInterrupt:
             print()
-            continue
-        if not text:
-            return
-        yield text
 
 
 @contextlib.contextmanager

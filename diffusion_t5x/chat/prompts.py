@@ -5,7 +5,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from diffusion_t5x.data import stop_strings
 from diffusion_t5x.data.batch import Architecture, Batch
+from diffusion_t5x.data.chat_template import Message
+from diffusion_t5x.data.chats import Chat
 from diffusion_t5x.data.plain_vocabularies import TokenIdVocabulary
 from diffusion_t5x.data.rows import RowLayout, fill_batches
 from diffusion_t5x.data.text_rows import room_for
@@ -27,6 +30,9 @@ class Prompts:
       max_inputs: maximum number of tokens in a prompt, including EOS; None sets no limit.
       length: number of tokens in the canvas.
       architecture: the model's architecture.
+      chat: the model's chat format; None encodes prompts as they are.
+      system: the system prompt that opens each conversation; None for none.
+      stops: strings before which an answer ends, see `stop_strings.trim`.
     """
 
     vocabulary: AnyVocabulary
@@ -34,6 +40,9 @@ class Prompts:
     max_inputs: int | None
     length: int
     architecture: Architecture
+    chat: Chat | None = None
+    system: str | None = None
+    stops: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(own(self.vocabulary), TokenIdVocabulary):
@@ -42,21 +51,58 @@ class Prompts:
                 "cannot be encoded with it. Use infer with a task of token ids."
             )
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer, besides EOS and pad."""
+        return self.chat.end_ids if self.chat else ()
+
     def batch(self, prompt: str, number: int) -> Batch:
         """Returns a batch of one row: the prompt and a canvas.
 
         Args:
-          prompt: text; it is encoded as it is.
+          prompt: text; it is encoded as it is, or in a chat as the first turn of a conversation.
           number: the row's example id, which its random draws depend on.
 
         Raises:
           UserError: the prompt is too long, is not text, or leaves an encoder nothing to read.
         """
+        if self.chat:
+            return self.answering(self.opening(prompt), number)
+        _check_text(prompt)
+        return self.row(list(self.vocabulary.encode(prompt)) + [self.vocabulary.eos_id] * self.adds_eos, number)
+
+    def opening(self, prompt: str) -> list[Message]:
+        """Returns the first messages of a conversation: the system prompt, if there is one, and the user's."""
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, {"role": "user", "content": prompt}]
+
+    def answering(self, messages: Sequence[Message], number: int) -> Batch:
+        """Returns a batch of one row: a conversation that asks for an answer, and a canvas.
+
+        Raises:
+          UserError: the conversation is too long or not text, or the chat template refuses it.
+        """
+        assert self.chat is not None, "conversations need a chat format"
+        for message in messages:
+            _check_text(message["content"])
         try:
-            prompt.encode()
-        except UnicodeEncodeError as error:  # bytes that a terminal or a pipe gave, in Python's disguise
-            raise UserError("The prompt is refused: it is not UTF-8.") from error
-        tokens = list(self.vocabulary.encode(prompt)) + [self.vocabulary.eos_id] * self.adds_eos
+            tokens = self.chat.prompt_ids(messages)
+        except ValueError as error:
+            raise UserError(f"The conversation is refused: {error}") from error
+        if self.max_inputs is not None and len(tokens) > self.max_inputs:
+            raise UserError(
+                f"The conversation is too long: with the chat template it has {len(tokens)} tokens, and the model "
+                f"takes {self.max_inputs} before an answer of {self.length}. Nothing is cut: shorten it (/undo, "
+                "/reset), or set a smaller --length."
+            )
+        return self.row(tokens, number)
+
+    def row(self, tokens: Sequence[int], number: int) -> Batch:
+        """Returns a batch of one row: a prompt's tokens and a canvas.
+
+        Raises:
+          UserError: as `batch`.
+        """
         if self.max_inputs is not None and len(tokens) > self.max_inputs:
             eos = " (the EOS behind it is one of them)" if self.adds_eos else ""
             raise UserError(
@@ -72,12 +118,20 @@ class Prompts:
         return batch.replace(example_ids=np.array([number], np.int32))
 
     def to_text(self, tokens: Sequence[int]) -> str:
-        """Returns the text of a canvas, up to EOS or the first pad."""
-        return to_text(self.vocabulary, tokens)
+        """Returns the text of a canvas, up to the token that ends it or before the first stop string."""
+        return stop_strings.trim(to_text(self.vocabulary, tokens, self.end_ids), self.stops).text
 
     def cells(self, tokens: Sequence[int]) -> list[str]:
         """Returns the texts of a canvas's tokens, one each; see `vocabularies.cells`."""
         return cells(self.vocabulary, tokens, signs(self.vocabulary))
+
+
+def _check_text(text: str) -> None:
+    """Raises a UserError for bytes that a terminal or a pipe gave, in Python's disguise."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError("The prompt is refused: it is not UTF-8.") from error
 
 
 def prompt_lengths(

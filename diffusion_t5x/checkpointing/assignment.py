@@ -89,12 +89,12 @@ def describe_assignment(targets: Mapping[str, Any], sources: Mapping[str, Any], 
     lines = []
     for i, (pattern, template) in enumerate(rules):
         if i in by_rule:
-            how = "start anew" if template is None else f"come from {template}"
+            how = "start fresh" if template is None else f"come from {template}"
             lines.append(f"{_in_short(by_rule[i])} {how}, by the rule {(pattern, template)!r}")
     if None in by_rule:
         lines.insert(0, f"{_in_short(by_rule[None])} as in the checkpoint")
     if unread := [name for name in sources if name not in set(assignment.values())]:
-        lines.append(f"{_in_short(unread)} of the checkpoint stay unread")
+        lines.append(f"{_in_short(unread)} of the checkpoint are not read")
     return "\n".join(f"  {line}" for line in lines)
 
 

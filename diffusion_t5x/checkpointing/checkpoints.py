@@ -6,7 +6,7 @@ A checkpoint is a folder `checkpoint_<step>` with three items:
   data: the position of the data iterator.
   metadata: JSON, written by the caller: step, tokenizer, operative gin, metrics.
 and a manifest of all its files (see `manifest.py`), by which each item is checked before it is read. The metrics of an
-evaluation that follows the save are added later, in a file of their own.
+evaluation that follows the save are added later, in a separate file.
 It gets its name when all of it is written; what a killed process leaves behind is not a checkpoint.
 """
 
@@ -37,7 +37,7 @@ class Checkpoints:
     """The checkpoints of one run. Saves in the background; keeps the newest and, if asked to, the best.
 
     Args:
-      directory: folder of the `checkpoint_<step>` folders; made if it is not there. Left-overs of killed saves are
+      directory: folder of the `checkpoint_<step>` folders; created if missing. Left-overs of killed saves are
         removed, so a folder has one writer at a time.
       keep_last: number of newest checkpoints to keep.
       keep_best: number of best checkpoints to keep as well, by `best_metric`.
@@ -287,7 +287,7 @@ def find_checkpoints(path: str) -> list[epath.Path]:
         if found := stored.find_all(folder):
             return [checkpoint.path for checkpoint in found]
     beside = ", ".join(map(str, steps(given.parent)))
-    there = f" Beside it are the steps {beside}." if beside else ""
+    there = f" The folder has the steps {beside}." if beside else ""
     state = "holds no finished checkpoint" if given.exists() else "does not exist"
     raise UserError(
         f"No checkpoint at {path}: it {state}.{there} Give a folder checkpoint_<step>, a folder of such folders, or a "

@@ -24,7 +24,7 @@ class Listed:
       step: number of training steps.
       size: size of all its files, in bytes.
       written: when it was complete; None if unknown.
-      faults: what is wrong with its files, by size alone; None if it has no manifest to compare with.
+      faults: what is wrong with its files, judged only by size; None if it has no manifest to compare with.
       metrics: metrics of the checkpoint's evaluation.
       newest, best: True if it is the newest or best checkpoint without faults; best by the metric that the run keeps
         the best by.

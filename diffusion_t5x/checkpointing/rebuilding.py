@@ -38,7 +38,7 @@ def rebuild(described: Any, where: str, allow: Sequence[str] = ()) -> Any:
         return cls(**fields)
     except TypeError as error:
         raise UserError(
-            f"{where} was written with other settings of {cls.__name__} than this version has: {error}."
+            f"{where} was written with different settings of {cls.__name__} than this version has: {error}."
         ) from error
 
 
@@ -63,7 +63,7 @@ def _class(name: Any, where: str, trusted: Sequence[str]) -> type:
     try:
         cls = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"{where} names {name}, which is not there: {error}.") from error
+        raise UserError(f"{where} names {name}, which does not exist: {error}.") from error
     if not dataclasses.is_dataclass(cls) or not isinstance(cls, type) or cls.__module__ != module:
         raise UserError(f"{where} names {name}, which is no dataclass of {module}.")
     return cls

@@ -19,6 +19,7 @@ from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.objective import Objective
 
 PACKAGES = ("diffusion_t5x", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+_CHATS = "diffusion_t5x.tasks.chat"  # registers tasks of conversations
 CLASS = "class"  # the key of an object's class among its fields
 
 
@@ -212,6 +213,11 @@ class Record:
         """`ModelConfig.shifted` of a diffusion model; None if unknown or irrelevant."""
         left_to_right = self.modes and not any(mode.noise for mode in self.modes)
         return None if left_to_right or self.objective is None else self.model.get("shifted")
+
+    @property
+    def may_chat(self) -> bool:
+        """True if the model was trained on conversations here, or elsewhere on what is not known."""
+        return self.imported or _CHATS in (self.task or {}).get("imports", ())
 
     @property
     def trained_by(self) -> str | None:

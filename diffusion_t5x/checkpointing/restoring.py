@@ -1,4 +1,4 @@
-"""Reads a checkpoint's arrays: a whole state, a state that starts from another run's, or parameters alone."""
+"""Reads a checkpoint's arrays: a whole state, a state that starts from another run's, or only parameters."""
 
 from collections.abc import Callable, Sequence
 from types import ModuleType

@@ -56,8 +56,8 @@ def check_start(
         elif others and resumes:
             what = " and ".join(_SAVED_WITH[part] for part in sorted(others))
             wrong.append(
-                f"{checkpoint} was saved with other settings of {what}. Set the same, or start another run from it: "
-                f"another MODEL_DIR and --gin.INITIAL_CHECKPOINT_PATH={checkpoint}."
+                f"{checkpoint} was saved with different settings of {what}. Set the same, or start another run "
+                f"from it: another MODEL_DIR and --gin.INITIAL_CHECKPOINT_PATH={checkpoint}."
             )
         else:
             wrong += filter(None, [f"{checkpoint}: {error}", advice])

@@ -76,10 +76,10 @@ def check(checkpoint: epath.Path, *items: str, found: tuple[manifest.Entries, st
     others = [found.path for found in reversed(find_all(checkpoint.parent)) if found.path != checkpoint]
     whole = next((other for other in others if is_whole(other)), None)
     remedy = (
-        f"The newest whole one beside it is {whole}: give its path, or let a training run go on from it with "
+        f"The newest intact one is {whole}: give its path, or let a training run continue from it with "
         "--gin.train.train.allow_older_checkpoint=True."
         if whole
-        else "No whole one is beside it."
+        else "There is no intact one."
     )
     raise BrokenCheckpoint(f"{checkpoint} is broken: {'; '.join(wrong[:_MAX_FAULTS])}{more}. {remedy}")
 

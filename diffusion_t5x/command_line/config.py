@@ -249,6 +249,7 @@ def _run(
     gin_config._CONFIG.setdefault(("", selector), {})  # so that `operative_text` shows it where nothing is bound
     gin_checks.check_types(main)
     gin_checks.check_flags_used(main)
+    gin_checks.check_files_used(main)
     if flags.print_config:
         print(operative_text())
     if missing := list(dict.fromkeys(gin_checks.unset(selector, [], {"dry_run"}))):

@@ -3,6 +3,7 @@
 import inspect
 import logging
 import re
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -159,7 +160,7 @@ def check_macros_used() -> None:
                 if re.search(rf"^{re.escape(scope)} = ", gin_reading.shipped_text(file), re.MULTILINE)
             ]
             hint = did_you_mean(scope, used) or (
-                f" It goes with {', '.join(list(dict.fromkeys(with_it))[:3])}." if with_it else ""
+                f" It is used by {', '.join(list(dict.fromkeys(with_it))[:3])}." if with_it else ""
             )
             raise UserError(f"{flag}: nothing in this configuration uses a macro {scope!r}.{hint}")
 
@@ -219,6 +220,32 @@ def check_flags_used(verb: Callable[..., Any]) -> None:
             f"{flag}: it would change nothing: this configuration does not use {name}. Include the gin file that does, "
             "or see --print_config for what is used."
         )
+
+
+def check_files_used(verb: Callable[..., Any]) -> None:
+    """Raises a UserError if the command line names a gin file that only adapts objectives, and none that the run uses.
+
+    Other files may set what goes unused: commands name the decoder's file in training, and the objective's in decoding.
+    """
+    in_use = reached(verb)
+    used, unused = set(), dict[str, list[str]]()
+    for (scope, selector, parameter), found in gin_reading.set_by_files().items():
+        if any(other == selector and _applies(scope, other_scope) for other, other_scope in in_use):
+            used.add(found.given)
+        elif selector != _MACRO:
+            used |= set() if _is_objective(selector) else {found.given}
+            unused.setdefault(found.given, []).append(name_of(scope, selector, parameter))
+    objectives = [selector.rpartition(".")[2] for selector, _ in in_use if _is_objective(selector)]
+    for file in unused.keys() - used if objectives else ():
+        raise UserError(
+            f"--gin_file={file}: it would change nothing: it sets {', '.join(unused[file])}, and this run's objective "
+            f"is {' with '.join(dict.fromkeys(objectives))}. Leave the file out, or choose an objective that it adapts."
+        )
+
+
+def _is_objective(selector: str) -> bool:
+    module = sys.modules.get("diffusion_t5x.objectives.objective")  # whoever names an objective has imported it
+    return module is not None and module.Objective in getattr(gin_config._REGISTRY[selector].wrapped, "__mro__", ())
 
 
 def _users(macro: str) -> Iterator[gin_reading.Key]:

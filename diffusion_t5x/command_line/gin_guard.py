@@ -62,7 +62,7 @@ def check_references(allowed: Sequence[str]) -> None:
                 continue
             if name in _DANGEROUS and value is not False and not place.is_vouched:
                 raise PermissionError(
-                    f"{place}: it sets {name}, which only you may. If you trust it, add --gin.{selector}.{name}=..."
+                    f"{place}: it sets {name}, which only you may set. If you trust it, add --gin.{selector}.{name}=..."
                 )
             functions = (*_SETTINGS, *trusted, *(_OF_OTHERS if place.is_vouched else ()))
             for reference in gin_config.iterate_references({name: value}):

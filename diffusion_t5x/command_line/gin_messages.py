@@ -87,7 +87,7 @@ def _shipped_values(name: str) -> str:
     if name == "DECODER" and (objective := _objective()):
         return f"; DECODER is set in decoding/{objective}.gin, which goes with the objective"
     if name == "MIXTURE_OR_TASK_NAME":
-        return "; tasks over files of yours are in tasks/local_jsonl.gin, local_text.gin, local_tsv.gin, local_chat.gin"
+        return "; tasks over your own files are in tasks/local_jsonl.gin, local_text.gin, local_tsv.gin, local_chat.gin"
     files = [file for file in shipped() if re.search(rf"^{name} = @", shipped_text(file), re.MULTILINE)]
     return f"; {name} is set in {', '.join(files[:3])}" if files else ""
 

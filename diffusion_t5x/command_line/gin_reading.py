@@ -133,6 +133,11 @@ def set_by_flags() -> dict[Key, Place]:
     }
 
 
+def set_by_files() -> dict[Key, Place]:
+    """Returns the values that stand as gin files set them, those of the command line and what they include."""
+    return {key: found for key, found in _reading.places.items() if found.kind == "file"}
+
+
 def replaced_by_flags() -> dict[Key, Any]:
     """Returns the values that files set and the command line replaced."""
     return dict(_reading.replaced)

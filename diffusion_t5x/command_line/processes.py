@@ -54,7 +54,7 @@ def join(flags: argparse.Namespace) -> None:
     known = [value is not None for value in given.values()]
     if any(known) and not all(known):
         missing = [f"--{name} ({_VARIABLES[name]})" for name, value in given.items() if value is None]
-        raise UserError(f"--distributed by address needs {', '.join(missing)}, too.")
+        raise UserError(f"--distributed with an address also needs {', '.join(missing)}.")
     if all(known) and not 0 <= given["process_id"] < given["num_processes"]:
         raise UserError(f"--process_id {given['process_id']} must be below --num_processes {given['num_processes']}.")
     import jax  # `--help` and mistakes in gin files need not wait for it

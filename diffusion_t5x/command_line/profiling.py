@@ -37,7 +37,7 @@ def _seconds(text: str) -> tuple[float, float]:
     except ValueError:
         first, last = 0.0, 0.0
     if not 0 <= first < last <= threading.TIMEOUT_MAX:
-        raise argparse.ArgumentTypeError(f"{text!r} is not FROM:TO, two numbers of seconds such as 60:70")
+        raise argparse.ArgumentTypeError(f"{text!r} is not FROM:TO, two times in seconds such as 60:70")
     return first, last
 
 

@@ -22,6 +22,7 @@ _SCOPED_NAME = re.compile(rf"(?:[A-Za-z_]\w*/)*{_NAME.pattern}")
 _RUN_FILE = re.compile(r"--gin_file=(?:.*/)?runs/[^/]+\.gin")
 _HEADER = "from __gin__ import dynamic_registration"
 _TASK = "MIXTURE_OR_TASK_NAME"
+_VARIABLES = "TEMPLATE_VARIABLES"
 _VOCABULARY = "diffusion_t5x.data.vocabulary_files.vocabulary"
 
 
@@ -66,8 +67,8 @@ def gin_text(checkpoint: OpenCheckpoint, with_task: bool = True) -> str:
     """Returns gin text that binds a checkpoint's record to the macros that the files of runs/ use.
 
     These are MODEL, ARCHITECTURE, READS_START, OBJECTIVE, DECODER, BLOCK_SIZE, BLOCKS_FROM, CANVAS,
-    TASK_FEATURE_LENGTHS, MIXTURE_OR_TASK_NAME, CONTEXT_EOS, VOCABULARY, VOCABULARY_FILE and VOCABULARY_SIZE. What is
-    not known is not bound.
+    TASK_FEATURE_LENGTHS, MIXTURE_OR_TASK_NAME, CONTEXT_EOS, VOCABULARY, VOCABULARY_FILE, VOCABULARY_SIZE and
+    TEMPLATE_VARIABLES. What is not known is not bound.
 
     Args:
       checkpoint: its metadata is read.
@@ -100,6 +101,8 @@ def gin_text(checkpoint: OpenCheckpoint, with_task: bool = True) -> str:
                 described = _with_macro(described, "blocks_from", blocks.blocks_from, "BLOCKS_FROM")
             text.bind(macro, described)
     _bind_data(text, record.dataset or {}, (record.task or {}) if with_task else {})
+    if variables := (record.task or {}).get("bindings", {}).get(_VARIABLES):
+        text.bind(_VARIABLES, variables)
     if record.imported:
         text.bind("CANVAS", False)
     if record.inputs_end is not None:

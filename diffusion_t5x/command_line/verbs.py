@@ -17,7 +17,7 @@ Flags = Mapping[str, Mapping[str, Any]]
 
 SLICE_FLAGS: Flags = {
     "--topology": {"metavar": "CHIP:SHAPE", "help": "with --dry_run: compile for this TPU slice, such as v5p:4x4x8"},
-    "--dry_run_output": {"metavar": "FILE", "help": "with --topology: write the report as JSON, too"},
+    "--dry_run_output": {"metavar": "FILE", "help": "with --topology: also write the report as JSON"},
     "--fit": {"action": "store_true", "help": "with --topology: find the largest batch that fits"},
 }
 CHECKPOINT: Flags = {"--checkpoint": {"metavar": "DIR", "help": "a MODEL_DIR, a checkpoint, or what convert wrote"}}
@@ -81,7 +81,7 @@ VERBS: Mapping[str, Verb] = {
         {
             **CHECKPOINT,
             "--predictions": {"metavar": "FILE", "help": "score these predictions, made elsewhere; no model is needed"},
-            "--task": {"metavar": "NAME", "help": "with --predictions: the task that they answer"},
+            "--task": {"metavar": "NAME", "help": "with --predictions: their task"},
         },
     ),
     "lm_eval": Verb(
@@ -96,9 +96,19 @@ VERBS: Mapping[str, Verb] = {
                 "metavar": "NAME,NAME",
                 "help": "tasks or groups of the harness",
             },
-            "--include_path": {"metavar": "DIR", "help": "folder with tasks of your own"},
+            "--include_path": {"metavar": "DIR", "help": "folder with your own tasks"},
             "--limit": {"type": int, "metavar": "N", "help": "only the first N documents of each task"},
             "--num_fewshot": {"type": int, "metavar": "N", "help": "examples in the prompt (default: the task's own)"},
+            "--apply_chat_template": {
+                "action": "store_const",
+                "const": True,
+                "help": "ask in the model's chat template",
+            },
+            "--fewshot_as_multiturn": {
+                "action": argparse.BooleanOptionalAction,
+                "help": "examples are turns of the conversation (default: with the chat template)",
+            },
+            "--system_instruction": {"metavar": "TEXT", "help": "system prompt"},
         },
     ),
     "infer": Verb(
@@ -106,10 +116,11 @@ VERBS: Mapping[str, Verb] = {
         f"infer --trace {_QUICKSTART_DECODED} --gin_file=runs/infer.gin --gin.CHECKPOINT_PATH=/tmp/finetuned "
         f"--gin.INFER_OUTPUT_DIR=/tmp/predictions {_QUICKSTART_TASK}",
         "diffusion_t5x.infer",
-        ("runs/infer.gin", "runs/infer_score.gin"),
+        ("runs/infer.gin", "runs/infer_score.gin", "runs/infer_chat.gin"),
         {
             **CHECKPOINT,
-            "--templates": {"metavar": "FILE", "help": "fill the holes of these texts, JSON lines"},
+            "--messages": {"metavar": "FILE", "help": "answer these conversations (JSON lines or Parquet)"},
+            "--templates": {"metavar": "FILE", "help": "fill the holes in these texts (JSON lines)"},
             "--trace": {"action": "store_true", "help": "keep every step, and write a page that plays them"},
             **SLICE_FLAGS,
         },
@@ -127,6 +138,36 @@ VERBS: Mapping[str, Verb] = {
             "--length": {"type": int, "metavar": "TOKENS", "help": "maximum length of the answer"},
             "--samples": {"type": int, "metavar": "N", "help": "answers to each prompt"},
             "--seed": {"type": int, "metavar": "N", "help": "random seed"},
+            "--chat": {
+                "action": argparse.BooleanOptionalAction,
+                "help": "format prompts with the model's chat template (default: if it has one)",
+            },
+            "--system": {"metavar": "TEXT", "help": "system prompt of a chat"},
+            "--stop": {"action": "append", "metavar": "TEXT", "help": "end answers before this text; repeatable"},
+            "--tokenizer": {
+                "metavar": "FILE",
+                "help": "the vocabulary's file, if the checkpoint does not name it or it has moved",
+            },
+        },
+    ),
+    "serve": Verb(
+        "serve a model over HTTP, to clients of OpenAI's API",
+        "serve --checkpoint /tmp/finetuned --port 8000",
+        "diffusion_t5x.serve",
+        flags={
+            **CHECKPOINT,
+            "--host": {"metavar": "ADDRESS", "help": "where to listen (default: 127.0.0.1, this machine alone)"},
+            "--port": {"type": int, "metavar": "N", "help": "port (default: 8000; 0 takes a free one)"},
+            "--api_key": {
+                "metavar": "KEY",
+                "help": "key that clients must send; better in the environment: DIFFUSION_T5X_API_KEY",
+            },
+            "--slots": {"type": int, "metavar": "N", "help": "texts written at the same time (default: 8)"},
+            "--queue": {"type": int, "metavar": "N", "help": "texts that may wait (default: 64)"},
+            "--length": {"type": int, "metavar": "TOKENS", "help": "length of an answer if a request names none"},
+            "--context": {"type": int, "metavar": "TOKENS", "help": "tokens of a prompt and its answer together"},
+            "--most_bytes": {"type": int, "metavar": "N", "help": "maximum size of a request (default: 1000000)"},
+            "--grace": {"type": int, "metavar": "SECONDS", "help": "time to end requests after SIGTERM (default: 60)"},
             "--tokenizer": {
                 "metavar": "FILE",
                 "help": "the vocabulary's file, if the checkpoint does not name it or it has moved",
@@ -142,7 +183,7 @@ VERBS: Mapping[str, Verb] = {
         takes_mesh=False,
     ),
     "inspect_data": Verb(
-        "show rows of a training batch, and what the objective makes of them",
+        "show rows of a training batch, and how the objective corrupts them",
         "inspect_data --gin_file=recipes/quickstart/adapt.gin --gin_file=runs/inspect_data.gin",
         "diffusion_t5x.inspect_data",
         ("runs/inspect_data.gin",),
@@ -164,8 +205,15 @@ VERBS: Mapping[str, Verb] = {
         "diffusion_t5x.benchmark",
         ("runs/benchmark_train.gin",),
     ),
+    "benchmark slots": Verb(
+        "time decoding in slots beside whole batches",
+        "benchmark slots --gin_file=recipes/slot_speed.gin --gin.TEXT_FILE=/data/mbpp.jsonl.gz "
+        "--gin.BENCHMARK_OUTPUT_DIR=/tmp/slot_speed",
+        "diffusion_t5x.benchmark",
+        ("runs/benchmark_slots.gin",),
+    ),
     "report": _without_gin(
-        "show runs in one page: curves, scores, examples, canvases",
+        "show runs on one page: curves, scores, examples, canvases",
         "report /tmp/finetuned /tmp/scores --output report.html",
         "diffusion_t5x.report",
         parsers.add_report,

@@ -5,7 +5,7 @@
     CACHE_DIR/<mixture>/<split>/info.json
 
 A record is one example: msgpack of its features, arrays of unsigned integers. info.json is written last, so a split
-without it was not finished. A mixture's info.json has only the rates of its tasks, which are cached beside it.
+without it was not finished. A mixture's info.json has only the rates of its tasks, which are cached next to it.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ class CachedTask:
     Attributes:
       name: name of the task.
       split: the split of the task.
-      task_feature_lengths: the lengths that features were cut to and that preprocessors worked for.
+      task_feature_lengths: the lengths that features were truncated to and that preprocessors used.
       vocabulary: the vocabulary of the token ids.
       seed: seed of the preprocessors' random choices.
       num_epochs: number of passes over the data.
@@ -95,7 +95,7 @@ def shard_file(where: pathlib.Path, index: int, num_shards: int) -> pathlib.Path
 
 
 def to_record(example: Mapping[str, np.ndarray], vocabulary_size: int) -> bytes:
-    """Returns an example's record: its features in the smallest unsigned integers that hold the vocabulary."""
+    """Returns an example's record: its features in the smallest unsigned integers that fit the vocabulary."""
     dtype = np.min_scalar_type(vocabulary_size - 1)
     return serialization.msgpack_serialize({name: tokens.astype(dtype) for name, tokens in example.items()})
 
@@ -119,7 +119,7 @@ def read_info(where: pathlib.Path) -> Info | None:
     path = where / "info.json"
     if not path.is_file():
         if where.is_dir() and any(where.iterdir()):
-            raise UserError(f"The cache in {where} was not finished: run cache_tasks again, which starts it anew.")
+            raise UserError(f"The cache in {where} was not finished: run cache_tasks again, which starts over.")
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -146,14 +146,14 @@ def is_done(where: pathlib.Path, info: Info) -> bool:
     wanted, there = _settings(info), _settings(found)
     if differences := [f"{key} {there.get(key)}, not {wanted[key]}" for key in wanted if there.get(key) != wanted[key]]:
         raise UserError(
-            f"{where} holds a cache made with other settings: {'; '.join(differences)}. Nothing is overwritten: give "
+            f"{where} has a cache made with different settings: {'; '.join(differences)}. Nothing is overwritten: give "
             "another CACHE_DIR, or delete that folder."
         )
     return True
 
 
 def _settings(info: Info) -> dict[str, Any]:
-    """Returns the settings from which a cache is made; of its vocabulary, what it holds and not where it was read."""
+    """Returns the settings from which a cache is made; of its vocabulary, the contents and not the path."""
     values = dataclasses.asdict(info)
     return {name: value for name, value in values.items() if name not in ("shards", "versions", "texts")}
 

@@ -39,7 +39,7 @@ class CachedDataset(LaidOut):
       cache_dir: as given to `cache_tasks`.
       split: the split to read.
       batch_size: number of rows in the global batch, over all shards.
-      shuffle: shuffle training data anew each epoch. Evaluation never shuffles.
+      shuffle: reshuffle training data each epoch. Evaluation never shuffles.
       seed: seed of the shuffling. Preprocessors have made their random choices already.
       pack: pack several examples into a training row, kept apart by `segment_ids`. Excludes `canvas`.
       canvas: pad every target to the targets' length with pad tokens that the model learns to write, too.

@@ -1,6 +1,6 @@
 """A model's chat template, the Jinja file that comes with its tokenizer: renders conversations turn by turn.
 
-A template is somebody else's program, so it runs in Jinja's sandbox, in a process of its own with limits on time and
+A template is somebody else's program, so it runs in Jinja's sandbox, in a separate process with limits on time and
 memory, and sees plain JSON.
 """
 
@@ -16,10 +16,11 @@ from diffusion_t5x.errors import UserError
 
 Message = Mapping[str, Any]
 
+_FILE, _KEY = "chat_template.jinja", "chat_template"  # where a template stands: a file, or in tokenizer_config.json
 _MARK = "\U0010ffff"  # Unicode keeps it for a program's own use
 # What asks for an answer may begin it with a thought, as DeepSeek-R1's template does.
 _OPEN_THOUGHT = re.compile(r"<([\w:]+)>\s*\Z")
-_THOUGHTS = ("reasoning_content", "reasoning")
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of a message's thought, the most usual one first
 _TOKENS = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
@@ -31,9 +32,10 @@ class ChatTemplate:
       tokens: the special tokens that it may name: "bos_token", "eos_token" ...
       special: texts that the tokenizer turns into special tokens wherever they appear.
       variables: more variables that it may name, such as {"enable_thinking": False}.
-      tool_use: a template for conversations with tools; None uses `text` for them, too.
+      tool_use: a template for conversations with tools; None uses `text` for them as well.
 
     Attributes:
+      text: the template.
       names: the variables that the templates read.
 
     Raises:
@@ -48,13 +50,13 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
         tool_use: str | None = None,
     ):
-        self._text, self._tool_use = text, text if tool_use is None else tool_use
+        self.text, self._tool_use = text, text if tool_use is None else tool_use
         try:
             json.dumps(variables)
-            known = map(template_process.shared().names, (self._text, self._tool_use))
+            known = map(template_process.shared().names, (self.text, self._tool_use))
             self.names = frozenset(itertools.chain.from_iterable(known))
         except TypeError as error:
-            raise UserError(f"TEMPLATE_VARIABLES are plain values, not {variables!r}.") from error
+            raise UserError(f"TEMPLATE_VARIABLES must be plain values, not {variables!r}.") from error
         except ValueError as error:
             raise UserError(f"The chat template is not valid Jinja: {error}.") from error
         self._known = {"tools": None, "documents": None, **tokens, **(variables or {})}
@@ -72,9 +74,9 @@ class ChatTemplate:
         Raises:
           UserError: there is none, or it cannot be read.
         """
-        file, config_file = folder / "chat_template.jinja", folder / tokenizer_files.CONFIG
+        file, config_file = folder / _FILE, folder / tokenizer_files.CONFIG
         config = tokenizer_files.read(config_file)
-        text, tool_use = config.get("chat_template"), None
+        text, tool_use = config.get(_KEY), None
         if isinstance(text, list):  # several by name
             if not all(isinstance(each, dict) and {"name", "template"} <= each.keys() for each in text):
                 raise UserError(f'{config_file}: each chat_template of a list has a "name" and a "template".')
@@ -111,6 +113,19 @@ class ChatTemplate:
         """
         return self._render([(messages, add_generation_prompt)], variables)[0]
 
+    def unfinished(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> str:
+        """Returns the text of a conversation up to the end of its last message, which the model is to go on with.
+
+        Raises:
+          ValueError: as `render`, or the template writes the last message otherwise.
+        """
+        text, content = self.render(messages, variables=variables), self._mark(messages[-1]["content"])
+        start = text.rfind(content.strip())
+        if start < 0 or not content.strip():
+            raise ValueError("the chat template changes the last message, which the model is to go on with.")
+        is_whole = text.startswith(content.lstrip(), start)
+        return text[: start + len(content.lstrip() if is_whole else content.strip())]
+
     def turn(
         self, messages: Sequence[Message], number: int, variables: Mapping[str, Any] | None = None
     ) -> tuple[str, str]:
@@ -131,7 +146,7 @@ class ChatTemplate:
             answer = self._behind_thought(text[thought.start() :], messages[number], thought[1])
         else:
             raise ValueError(
-                f"the chat template asks for message {number + 1} with {prompt[-40:]!r}, but writes it otherwise."
+                f"the chat template asks for message {number + 1} with {prompt[-40:]!r}, but writes it differently."
             )
         ends = [special.end() for special in self._special.finditer(answer)]
         return prompt, answer[: ends[-1]] if ends else answer
@@ -153,13 +168,13 @@ class ChatTemplate:
         self, asked: Sequence[tuple[Sequence[Message], bool]], variables: Mapping[str, Any] | None
     ) -> list[str]:
         """Renders conversations as marked texts; each comes with True if it asks for an answer."""
-        said = [{**(variables or {}), "messages": list(messages)} for messages, _ in asked]
+        said = [{**(variables or {}), "messages": list(map(_normal, messages))} for messages, _ in asked]
         marked = [self._mark(each) for each in said]
         cut = [number for number, each in enumerate(said) if each != marked[number]]
         wanted = [*enumerate(marked), *((number, said[number]) for number in cut)]
         renders = [{**self._known, **each, "add_generation_prompt": asked[number][1]} for number, each in wanted]
         try:
-            text = self._text if (variables or {}).get("tools") is None else self._tool_use
+            text = self.text if (variables or {}).get("tools") is None else self._tool_use
             texts = template_process.shared().render(text, renders)
         except ValueError as error:
             raise ValueError(f"the chat template refuses it: {error}") from error
@@ -180,6 +195,22 @@ class ChatTemplate:
         if isinstance(value, dict):
             return {self._mark(name): self._mark(inner) for name, inner in value.items()}
         return [self._mark(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _normal(message: Message) -> Message:
+    """Returns a message without null fields, and with its thought under the names that templates read.
+
+    As `transformers` does since version 5: templates fail on null, or write "None".
+    """
+    fields = {name: value for name, value in message.items() if value is not None}
+    if thought := [fields[name] for name in _THOUGHTS if name in fields]:
+        fields = {"thinking": thought[0], **fields, "reasoning_content": thought[0]}
+    return fields
+
+
+def is_in(folder: pathlib.Path) -> bool:
+    """True if a tokenizer's folder has a chat template."""
+    return (folder / _FILE).exists() or tokenizer_files.read(folder / tokenizer_files.CONFIG).get(_KEY) is not None
 
 
 def parts(text: str) -> list[str]:

@@ -24,7 +24,7 @@ class HuggingFaceVocabulary(ReadVocabulary):
     in `transformers`: tokenizer_config.json where it has `added_tokens_decoder`, else special_tokens_map.json before
     it; config.json comes last. Where none names a pad token, EOS pads. Tokens that these files add are added.
     MASK is config.json's `mask_token_id`, which may lie behind the tokenizer's ids, or else the mask token that the
-    other files name. `contents` are the tokenizer's file and these ids.
+    other files name. `contents` are the tokenizer's file and these ids, `folder` is where they come from.
 
     Args:
       path: a tokenizer.json; or merges.txt, with a vocab.json beside it, which are read as Qwen2's.
@@ -37,7 +37,7 @@ class HuggingFaceVocabulary(ReadVocabulary):
     def __init__(self, path: str, mask_id: int | None = None):
         self.file = path
         file = pathlib.Path(path).expanduser()
-        self._folder = file.parent
+        self.folder = file.parent
         text = qwen2_tokenizer.text(file) if file.name == qwen2_tokenizer.MERGES else tokenizer_files.read_text(file)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
@@ -68,7 +68,7 @@ class HuggingFaceVocabulary(ReadVocabulary):
     @functools.cached_property
     def adds_bos(self) -> bool:
         """True if the tokenizer puts BOS before a text: as `add_bos_token` beside it says, else as it does itself."""
-        said = tokenizer_files.read(self._folder / tokenizer_files.CONFIG)
+        said = tokenizer_files.read(self.folder / tokenizer_files.CONFIG)
         if isinstance(adds := said.get("add_bos_token"), bool):
             return adds and self.bos_id is not None
         return self._tokenizer.encode("").ids[:1] == [self.bos_id]

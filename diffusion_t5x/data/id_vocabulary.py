@@ -28,7 +28,7 @@ class IdVocabulary(Ids):
         eos_id = pad_id if said.get("eos_token_id") is None else _first(said["eos_token_id"])
         if not isinstance(size, int) or eos_id is None:
             raise UserError(
-                f"{path} does not serve as a vocabulary: it needs vocab_size and eos_token_id. Put the model's "
+                f"{path} cannot be used as a vocabulary: it needs vocab_size and eos_token_id. Put the model's "
                 "tokenizer beside it."
             )
         self.file = path

@@ -60,7 +60,7 @@ def _imported() -> tuple[types.ModuleType, types.ModuleType]:
 
 @contextlib.contextmanager
 def _without(*modules: str) -> Iterator[None]:
-    """Lets imports go on as if these modules, where nothing has imported them yet, were not installed."""
+    """Lets imports continue as if these modules, where nothing has imported them yet, were not installed."""
     hidden = [name for name in modules if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None is how Python marks them
     try:

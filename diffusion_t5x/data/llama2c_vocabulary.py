@@ -122,5 +122,5 @@ def _parse(contents: bytes, path: str) -> tuple[list[bytes], list[float]]:
     if pieces[_FIRST_BYTE:_FIRST_PIECE] != [f"<0x{byte:02X}>".encode() for byte in range(256)]:
         raise UserError(f"{path} is not a llama2.c tokenizer file: ids 3 to 258 are not the bytes <0x00> to <0xFF>.")
     if at != len(contents):
-        raise UserError(f"{path} is cut short, or not a tokenizer file: piece {len(pieces)} does not end in it.")
+        raise UserError(f"{path} is truncated, or not a tokenizer file: piece {len(pieces)} does not end in it.")
     return pieces, scores

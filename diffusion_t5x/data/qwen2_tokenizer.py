@@ -27,7 +27,7 @@ def text(merges: pathlib.Path) -> str:
     try:
         tokenizer = tokenizers.Tokenizer(models.BPE(ids, [(first, second) for first, _, second in merged]))
     except Exception as error:  # the library raises no class of its own
-        raise UserError(f"{merges} and {VOCAB} beside it make no BPE tokenizer: {error}.") from error
+        raise UserError(f"{merges} and {VOCAB} beside it are not a BPE tokenizer: {error}.") from error
     tokenizer.normalizer = normalizers.NFC()
     words = pre_tokenizers.Split(tokenizers.Regex(_WORDS), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

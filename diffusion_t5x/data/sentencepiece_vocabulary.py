@@ -26,7 +26,7 @@ class SentencePieceVocabulary(Vocabulary):
     Args:
       path: the model's file.
       extra_ids: number of sentinels.
-      added: by id, the added tokens' contents, and True for special ones. Ids between them stand for nothing.
+      added: by id, the added tokens' contents, and True for special ones. Ids between them are unused.
     """
 
     def __init__(self, path: str, extra_ids: int = 0, added: tuple[tuple[int, AddedToken], ...] = ()):
@@ -180,7 +180,7 @@ def with_added_tokens(own: SentencePieceVocabulary, extra_ids: int) -> SentenceP
     An added token in place of a sentinel means that there are no sentinels.
 
     Args:
-      own: the model alone.
+      own: only the model.
       extra_ids: number of sentinels after its pieces, if any.
 
     Raises:
@@ -195,14 +195,14 @@ def with_added_tokens(own: SentencePieceVocabulary, extra_ids: int) -> SentenceP
     for number, token in tokens.items():
         if number < size and token.content not in (piece := model.IdToPiece(number), piece.removeprefix("▁")):
             raise UserError(
-                f"{token.file}: {token.content!r} has the id {number}, which is {piece!r} in {path}: take out the file "
-                "that is wrong."
+                f"{token.file}: {token.content!r} has the id {number}, which is {piece!r} in {path}: remove the wrong "
+                "file."
             )
     behind = {number: token for number, token in sorted(tokens.items()) if number >= size}
     for token in behind.values():
         there = model.PieceToId(token.content)
         if model.IdToPiece(there) == token.content and (model.IsControl(there) or model.IsUnknown(there)):
-            raise UserError(f"{token.file}: {token.content!r} is a special piece of {path} already: take it out.")
+            raise UserError(f"{token.file}: {token.content!r} is a special piece of {path} already: remove it.")
     sentinels = {size + extra_ids - 1 - number: f"<extra_id_{number}>" for number in range(extra_ids)}
     if any(number in sentinels and sentinels[number] != token.content for number, token in behind.items()):
         sentinels = {}

@@ -55,7 +55,7 @@ class SeqioDataset(OfTexts, LaidOut):
         any split. A decoder-only model's rows have the length of both together.
       split: the split to read.
       batch_size: number of rows in the global batch, over all shards.
-      shuffle: shuffle training data anew each epoch. Evaluation never shuffles.
+      shuffle: reshuffle training data each epoch. Evaluation never shuffles.
       seed: seed of the shuffling and of the preprocessors' random choices.
       pack: pack several examples into a training row, kept apart by `segment_ids`. Excludes `canvas`.
       canvas: pad every target to the targets' length with pad tokens that the model learns to write, too. This is how
@@ -119,7 +119,7 @@ class SeqioDataset(OfTexts, LaidOut):
         if own(vocabularies[0]) != own(vocabularies[-1]):
             raise UserError(
                 f"inputs and targets of {where} must share one vocabulary, as they share an embedding: "
-                f"{difference(vocabularies[0], vocabularies[-1])}. Give both features the same."
+                f"{difference(vocabularies[0], vocabularies[-1])}. Give both features the same one."
             )
         if self.use_cached:
             tasks = libraries()[0].get_subtasks(provider)
@@ -270,7 +270,7 @@ class SeqioDataset(OfTexts, LaidOut):
         )
 
     def eval_examples(self, num_examples: int | None = None) -> Iterator[dict[str, Any]]:
-        """Yields the dictionaries of `eval_batches` without rows for a model; features without a length are not cut."""
+        """Yields the dictionaries of `eval_batches`, without rows; features without a length are not truncated."""
         self._provider_with_split()
         examples = self._eval_dataset(num_examples).with_options(_without_autotuning()).as_numpy_iterator()
         return (self._describe(number, example) for number, example in enumerate(examples))
@@ -358,7 +358,7 @@ class SeqioDataset(OfTexts, LaidOut):
 
     def _check_split(self, splits: Collection[str]) -> None:
         if self.split not in splits:
-            hint = f' HELD_OUT = {{"{self.split}": 1.0}} takes 1 % of "train" for it, in a task over files of yours.'
+            hint = f' HELD_OUT = {{"{self.split}": 1.0}} takes 1 % of "train" for it, in a task over your own files.'
             raise UserError(
                 f"{self.mixture_or_task_name!r} has no split {self.split!r}, only {', '.join(sorted(splits))}."
                 f"{hint if 'train' in splits else ''}"

@@ -19,7 +19,7 @@ def own(vocabulary: seqio.Vocabulary) -> Vocabulary:
     if isinstance(vocabulary, seqio.PassThroughVocabulary):
         return TokenIdVocabulary(vocabulary.vocab_size, vocabulary.eos_id, vocabulary.pad_id)
     raise UserError(
-        f"{type(vocabulary).__name__} is not known here: use SeqIO's SentencePiece, Byte or PassThroughVocabulary, "
+        f"{type(vocabulary).__name__} is not supported: use SeqIO's SentencePiece, Byte or PassThroughVocabulary, "
         "HuggingFaceVocabulary or Llama2cVocabulary."
     )
 

@@ -34,7 +34,7 @@ class Template:
     """A text with holes.
 
     Attributes:
-      text: the text as it stands in the file.
+      text: the text as written in the file.
       inputs: the inputs that the text is written for; None for none.
       parts: the texts before, between and after the holes: one more than there are holes.
       holes: number of tokens in each hole. Adjacent holes are one hole.
@@ -193,7 +193,7 @@ def _parse(line: str, place: str) -> Template:
         what = unknown[0] if unknown else "no template."
         raise UserError(f"{place}: {what} {_WHAT_A_LINE_HAS.capitalize()}.")
     if not all(isinstance(text, str) for text in parsed.values()):
-        raise UserError(f"{place}: template and inputs are text; {_WHAT_A_LINE_HAS}.")
+        raise UserError(f"{place}: template and inputs must be text; {_WHAT_A_LINE_HAS}.")
     return Template.of(parsed["template"], parsed.get("inputs"), place)
 
 
@@ -210,8 +210,8 @@ def _split(text: str, place: str) -> tuple[list[str], list[int]]:
             continue
         if not re.fullmatch("0*[1-9][0-9]{0,8}", size or "", re.ASCII):
             raise UserError(
-                f"{place}: {match[0][len(backslashes) :]} is not a hole: <hole:N> has N tokens, at least one. As plain "
-                "text it has a backslash before it (in JSON two)."
+                f"{place}: {match[0][len(backslashes) :]} is not a hole: <hole:N> has N tokens, at least one. To "
+                "write it as plain text, put a backslash before it (two in JSON)."
             )
         if holes and not parts[-1]:
             holes[-1] += int(size)

@@ -66,7 +66,7 @@ class TextRows(OfTexts, LaidOut):
                 counted = ", EOS included" if eos else ""
                 raise UserError(
                     f"The {name} of text {number} have {len(tokens)} tokens{counted}; {self.name} takes {most}. "
-                    "Nothing is cut: shorten them."
+                    "Nothing is truncated: shorten them."
                 )
             features[name] = np.array(tokens, np.int32)
         pad_id = self.tokenizer.pad_id

@@ -21,7 +21,7 @@ class AddedToken:
 
     Attributes:
       content: its text.
-      is_special: it does not stand for text.
+      is_special: it does not represent text.
       file: the file that defines it.
       options: options of the library `tokenizers`, such as ("lstrip", True).
     """

@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class CutCounter:
-    """Counts, in the examples it sees, the features that were cut to their first tokens (and EOS).
+    """Counts, in the examples it sees, the features that were truncated to their first tokens (and EOS).
 
     Features without a pretokenized text, such as chunks of documents, count as whole.
 
@@ -41,7 +41,7 @@ class CutCounter:
                 self.cut[name] += len(feature.vocabulary.encode(text.decode())) + feature.add_eos > length
 
     def watch(self, examples: Iterable[tuple[Any, Mapping[str, Any]]], name: str) -> Iterator[tuple[Any, Any]]:
-        """Yields (row, example) pairs unchanged; after the last one, logs how much was cut from the data set `name`."""
+        """Yields (row, example) pairs unchanged; after the last one, logs what was truncated in the data set `name`."""
         for row, example in examples:
             self.add(example)
             yield row, example

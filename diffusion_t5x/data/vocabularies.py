@@ -2,11 +2,12 @@
 
 import codecs
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Self
 
 import jax
@@ -33,12 +34,13 @@ class TokenIds:
       mask_id: the absorbing token of masked diffusion: an id of its own that no text encodes to.
       start_id: the id that an autoregressive model reads before the first token (pad in T5 vocabularies).
       noise_ranges: half-open, disjoint, ascending id ranges `((first, last + 1), ...)` of the noise vocabulary:
-        everything that a target may hold (real pieces, pad, EOS) and nothing else (no sentinel, MASK, BOS, unknown,
+        everything that a target may contain (real pieces, pad, EOS) and nothing else (no sentinel, MASK, BOS, unknown,
         unused id).
       name: name of the vocabulary, for messages.
       fingerprint: hash of its contents; a checkpoint trained with another one is refused.
       noise_only: a model may write what is in the noise vocabulary, and nothing else.
       reads_start: see `ModelConfig.reads_start`, which `ModelDefinition` copies here.
+      end_ids: other ids that end a text, such as the end of a turn in a chat (see `chats.Chat.end_ids`).
     """
 
     size: int
@@ -51,6 +53,7 @@ class TokenIds:
     fingerprint: str = ""
     noise_only: bool = False
     reads_start: bool = True
+    end_ids: tuple[int, ...] = ()
 
     def for_infilling(self) -> Self:
         """Returns the ids as they apply in the holes of a text: a hole takes pieces of text, and nothing ends it.
@@ -61,12 +64,13 @@ class TokenIds:
         in_holes[self.noise_ids()] = True
         in_holes[[self.eos_id, self.pad_id]] = False
         return dataclasses.replace(
-            self, pad_id=self.mask_id, eos_id=self.mask_id, noise_ranges=_ranges(in_holes), noise_only=True
+            self, pad_id=self.mask_id, eos_id=self.mask_id, noise_ranges=_ranges(in_holes), noise_only=True, end_ids=()
         )
 
     def is_end(self, tokens: Int[Array, "*shape"]) -> Bool[jax.Array, "*shape"]:
-        """Returns True for tokens that are EOS or pad, either of which ends a text."""
-        return (tokens == self.eos_id) | (tokens == self.pad_id)
+        """Returns True for tokens that end a text: EOS, pad and `end_ids`."""
+        is_end = (tokens == self.eos_id) | (tokens == self.pad_id)
+        return functools.reduce(lambda found, end: found | (tokens == end), self.end_ids, is_end)
 
     def noise_ids(self) -> np.ndarray:
         """Returns int32 `[number of noise ids]`: the noise vocabulary in ascending order."""
@@ -130,7 +134,7 @@ def difference(one: AnyVocabulary, other: AnyVocabulary) -> str:
 def token_ids(vocabulary: AnyVocabulary) -> TokenIds:
     """Returns the special ids of a vocabulary, for diffusion; see `mask_id_of` for MASK.
 
-    The noise vocabulary is everything that a target may hold: pieces (byte-fallback pieces too), pad and EOS.
+    The noise vocabulary is everything that a target may contain: pieces (byte-fallback pieces too), pad and EOS.
     Sentinels, unknown, control and unused ids are not in it. Autoregressive models start from BOS if the vocabulary has
     one, otherwise from pad, as T5 does.
 
@@ -190,7 +194,7 @@ def sentinels(vocabulary: AnyVocabulary) -> range:
 def piece(vocabulary: AnyVocabulary, token: int) -> bytes:
     """Returns the UTF-8 bytes of one token; a byte may be only part of a character.
 
-    Ids that stand for no text have their SentencePiece names: "<unk>", "<extra_id_0>".
+    Ids that represent no text have their SentencePiece names: "<unk>", "<extra_id_0>".
     """
     return own(vocabulary).piece(token)
 
@@ -235,9 +239,9 @@ def signs(vocabulary: AnyVocabulary) -> dict[int, str]:
     return {vocabulary.eos_id: "¶", vocabulary.pad_id: "·", mask_id_of(vocabulary): "▢"}
 
 
-def to_text(vocabulary: AnyVocabulary, tokens: Iterable[int]) -> str:
-    """Returns the text of target tokens, up to EOS or the first pad."""
-    ends = (vocabulary.eos_id, vocabulary.pad_id)
+def to_text(vocabulary: AnyVocabulary, tokens: Iterable[int], end_ids: Collection[int] = ()) -> str:
+    """Returns the text of target tokens, up to EOS, the first pad or the first of `end_ids`."""
+    ends = {vocabulary.eos_id, vocabulary.pad_id, *end_ids}
     text = vocabulary.decode(list(itertools.takewhile(lambda token: token not in ends, tokens)))
     return text if isinstance(text, str) else " ".join(map(str, text))  # a PassThroughVocabulary has no texts
 

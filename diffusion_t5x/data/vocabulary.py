@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Vocabulary(abc.ABC):
-    """A vocabulary that a `seqio.Feature` takes as one of SeqIO's, with the methods that the framework needs beside.
+    """A vocabulary that a `seqio.Feature` takes as one of SeqIO's, plus the methods that the framework needs.
 
     Attributes:
       contents: bytes that tell it from others.

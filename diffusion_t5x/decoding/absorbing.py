@@ -1,4 +1,4 @@
-"""The common part of step rules whose canvas is MASK at first, and whose written tokens stay."""
+"""The common part of step rules whose canvas is all MASK at first, and whose written tokens stay."""
 
 import dataclasses
 from typing import ClassVar
@@ -11,7 +11,7 @@ from diffusion_t5x.decoding.canvas import Canvas, StepRule, Written
 from diffusion_t5x.models.masks import BIDIRECTIONAL
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.sampling import Sampling
-from diffusion_t5x.shapes import BoolBL, FloatBL, IntBL, IntScalar, KeyB
+from diffusion_t5x.shapes import BoolBL, FloatBL, IntB1, IntBL, KeyB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,8 +19,8 @@ class AbsorbingRule(StepRule):
     """Writes masked targets. A written token stays, unless the rule says otherwise (`keeps_written`).
 
     Attributes:
-      temperature: of sampling; 0 takes the most likely token. Whether texts are distributed as the model has them
-        depends on how positions are chosen, too: see `MaskedDecoder`.
+      temperature: sampling temperature; 0 takes the most likely token. Whether texts follow the model's own
+        distribution also depends on how positions are chosen: see `MaskedDecoder`.
       top_k, top_p: see `Sampling`.
     """
 
@@ -45,7 +45,7 @@ class AbsorbingRule(StepRule):
         """Returns the rows with MASK for targets."""
         return jnp.where(batch.target_mask, vocabulary.mask_id, batch.tokens)
 
-    def eligible(self, tokens: IntBL, target_mask: BoolBL, vocabulary: TokenIds, step: IntScalar) -> BoolBL:
+    def eligible(self, tokens: IntBL, target_mask: BoolBL, vocabulary: TokenIds, step: IntB1) -> BoolBL:
         """The targets that are still masked."""
         return target_mask & (tokens == vocabulary.mask_id)
 

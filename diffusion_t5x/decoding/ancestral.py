@@ -1,4 +1,4 @@
-"""Ancestral sampling of masked diffusion: each step unmasks positions at random, as the process in reverse does."""
+"""Ancestral sampling of masked diffusion: each step unmasks positions at random, as in the reverse process."""
 
 import dataclasses
 
@@ -21,8 +21,8 @@ class AncestralDecoder(AbsorbingRule):
     The score is that of `MaskedDecoder`.
 
     Attributes:
-      num_steps: the last one unmasks all that is left.
-      temperature: of sampling; 0 takes the most likely token. Positions are random at any temperature.
+      num_steps: number of steps; the last one unmasks all remaining targets.
+      temperature: sampling temperature; 0 takes the most likely token. Positions are random at any temperature.
       top_k, top_p: see `Sampling`.
     """
 

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace, target_range
+from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.decoding.decoder import Decoded, Watch, start_trace, target_range
+from diffusion_t5x.decoding.rows import Carry, RowDecoder, end_rows, read_inputs, show_rows, start_row
 from diffusion_t5x.models.attention import KVCache, write_rows
 from diffusion_t5x.models.masks import AttentionKind
 from diffusion_t5x.models.modes import LeftToRight
@@ -17,20 +19,17 @@ from diffusion_t5x.models.sampling import Sampling, forbid, sample
 from diffusion_t5x.models.stack import Encoded
 from diffusion_t5x.models.streams import row_keys
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.shapes import IntB, IntBL, KeyScalar
+from diffusion_t5x.shapes import IntB, IntBL, KeyB, KeyScalar
 
 
 def read_prompt(
-    model: Transformer, batch: Batch, kind: AttentionKind, encoded: Encoded | None
+    model: Transformer, batch: Batch, kind: AttentionKind, encoded: Encoded | None, piece: int | None = None
 ) -> tuple[IntBL, KVCache]:
-    """Returns the rows with pad for targets, and a cache with their inputs, read in one pass.
-
-    The pass fills the slots of the targets too, but no query sees those before they are written again.
-    """
+    """Returns the rows with pad for targets, and a cache with their inputs; for `piece`, see `read_inputs`."""
     canvas = jnp.where(batch.target_mask, model.vocabulary.pad_id, batch.tokens)
     prompt = shift_right(canvas, batch.positions, model.vocabulary.start_id)
     cache = KVCache.empty(model.config, shifted_slots(batch, model.vocabulary))
-    _, cache = model.extend(prompt, kind, cache, jnp.zeros(len(canvas), jnp.int32), encoded)
+    _, cache = read_inputs(model, prompt, kind, cache, target_range(batch.target_mask)[0], encoded, piece)
     return canvas, cache
 
 
@@ -45,7 +44,7 @@ def read_next(
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoregressiveDecoder(LeftToRight, Decoder):
+class AutoregressiveDecoder(LeftToRight, RowDecoder):
     """Greedy decoding, or sampling with temperature, top-k and top-p.
 
     The score is the log-probability of the output up to and including EOS under the model at temperature 1: higher
@@ -59,6 +58,7 @@ class AutoregressiveDecoder(LeftToRight, Decoder):
 
     autoregressive: ClassVar[bool] = True
     left_to_right: ClassVar[bool] = True
+    stride: ClassVar[int] = 4
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -72,51 +72,44 @@ class AutoregressiveDecoder(LeftToRight, Decoder):
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_k, self.top_p)
 
-    def decode(self, model: Transformer, batch: Batch, key: KeyScalar, trace: bool | Watch = False) -> Decoded:
-        vocabulary, length = model.vocabulary, batch.tokens.shape[1]
-        keys = row_keys(key, batch.example_ids)
-        rows = jnp.arange(batch.tokens.shape[0])
-        first_target, num_targets = target_range(batch.target_mask)
-        is_last = batch.target_mask & ~jnp.pad(batch.target_mask[:, 1:], ((0, 0), (0, 1)))
+    def start(
+        self,
+        model: Transformer,
+        batch: Batch,
+        key: KeyScalar | KeyB,
+        trace: bool | Watch = False,
+        piece: int | None = None,
+    ) -> Carry:
         encoded = model.encode(batch)
-        canvas, cache = read_prompt(model, batch, self.attention, encoded)
+        canvas, cache = read_prompt(model, batch, self.attention, encoded, piece)
+        history = start_trace(trace, canvas, canvas.shape[1])
+        return {
+            **start_row(batch, row_keys(key, batch.example_ids), encoded, canvas, history),
+            "first_target": target_range(batch.target_mask)[0],
+            "cache": cache,
+        }
 
-        def unfinished(carry):
-            step, _, _, finished, *_ = carry
-            return (step < length) & ~jnp.all(finished)
+    def advance(self, model: Transformer, carry: Carry) -> Carry:
+        """Writes a token of each row."""
+        canvas, finished, step = carry["canvas"], carry["finished"], carry["row_steps"]
+        rows, target_mask = jnp.arange(len(canvas)), carry["batch"].target_mask
+        slot = jnp.minimum(carry["first_target"] + step, canvas.shape[1] - 1)
+        logits, cache = read_next(model, canvas, carry["cache"], slot, self.attention, carry["encoded"])
+        token = sample(logits[:, None], carry["keys"], step[:, None], self.sampling)[:, 0]
+        token = jnp.where(finished, canvas[rows, slot], token)
+        log_probability = jax.nn.log_softmax(logits)[rows, token]
+        carry = show_rows(carry, slot, token[:, None], ~finished[:, None], log_probability[:, None])
+        written_at = jnp.where(finished, carry["written_at"][rows, slot], step)
+        # A row is done after EOS (or pad), and where its canvas ends.
+        is_last = ~jnp.pad(target_mask, ((0, 0), (0, 1)))[rows, slot + 1]
+        return carry | {
+            "canvas": write_rows(canvas, token[:, None], slot),
+            "cache": cache,
+            "score": carry["score"] + jnp.where(finished, 0, log_probability),
+            "written_at": write_rows(carry["written_at"], written_at[:, None], slot),
+            "row_steps": step + ~finished,
+            "finished": finished | model.vocabulary.is_end(token) | is_last,
+        }
 
-        def write_next(carry):
-            step, canvas, cache, finished, scores, written, history = carry
-            slot = jnp.minimum(first_target + step, length - 1)
-            logits, cache = read_next(model, canvas, cache, slot, self.attention, encoded)
-            step_of_row = jnp.broadcast_to(step, (len(rows), 1))
-            token = sample(logits[:, None], keys, step_of_row, self.sampling)[:, 0]
-            token = jnp.where(finished, canvas[rows, slot], token)
-            log_probability = jax.nn.log_softmax(logits)[rows, token]
-            scores += jnp.where(finished, 0, log_probability)
-            canvas = write_rows(canvas, token[:, None], slot)
-            if trace:
-                here = (jnp.arange(length) == slot[:, None]) & ~finished[:, None]
-                history = history.record(step, canvas, here, log_probability[:, None])
-            written += ~finished
-            # A row is done after EOS (or pad), and where its canvas ends.
-            finished |= vocabulary.is_end(token) | is_last[rows, slot]
-            return step + 1, canvas, cache, finished, scores, written, history
-
-        finished = num_targets == 0
-        history = start_trace(trace, canvas, length)
-        scores = jnp.zeros(len(rows), jnp.float32)
-        carry = (jnp.int32(0), canvas, cache, finished, scores, jnp.zeros_like(first_target), history)
-        steps, canvas, _, _, scores, written, history = jax.lax.while_loop(unfinished, write_next, carry)
-        step_of_slot = jnp.arange(length, dtype=jnp.int32) - first_target[:, None]
-        is_written = batch.target_mask & (step_of_slot < written[:, None])
-        return Decoded.of(
-            canvas,
-            batch,
-            vocabulary,
-            scores=scores,
-            steps=steps,
-            row_steps=written,
-            written_at=jnp.where(is_written, step_of_slot, -1),
-            trace=None if history is None else history.end(steps),
-        )
+    def finish(self, vocabulary: TokenIds, carry: Carry) -> Decoded:
+        return end_rows(carry, vocabulary)

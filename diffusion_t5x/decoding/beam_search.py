@@ -20,7 +20,7 @@ from diffusion_t5x.shapes import BoolB, IntB, IntBL, KeyScalar
 
 
 class Beams(flax.struct.PyTreeNode):
-    """Several texts per example, best first, or one without an axis of its own.
+    """Several texts per example, best first, or one without a beam axis.
 
     Attributes:
       tokens: rows like the batch's.
@@ -55,21 +55,21 @@ class Beams(flax.struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class BeamSearchDecoder(LeftToRight, Decoder):
-    """Beam search: writes the text of greatest score among those that `num_beams` beams find.
+    """Beam search: writes the text with the highest score among those that `num_beams` beams find.
 
     A text's score is its log-probability, up to and including the EOS or pad that ends it, divided by
-    `((5 + length) / 6) ** length_penalty` (arXiv 1609.08144, section 7; length in tokens, with the ending
-    one). Higher is better.
+    `((5 + length) / 6) ** length_penalty` (arXiv 1609.08144, section 7; length in tokens, including
+    the last one). Higher is better.
 
     As in T5X, each step extends the live beams by one token. Of the `2 * num_beams` most likely extensions, those that
-    end a text compete for the `num_beams` finished texts, and the most likely others live on. An example is done when
-    no live beam can still beat the worst of its finished texts, or when its canvas ends. If it has finished none by
-    then, its output is the most likely live beam.
+    end a text compete for the `num_beams` finished texts, and the most likely of the others stay alive. An example is
+    done when no live beam can still beat the worst of its finished texts, or when its canvas ends. If it has finished
+    none by then, its output is the most likely live beam.
 
     Attributes:
       num_beams: number of beams per example; one beam is greedy, except that it prefers a text that ends earlier if
         that scores higher.
-      length_penalty: 0 is none; greater values favour longer texts.
+      length_penalty: 0 means none; greater values favour longer texts.
       prefix: the model was trained with bidirectional attention over the inputs.
     """
 
@@ -87,7 +87,7 @@ class BeamSearchDecoder(LeftToRight, Decoder):
             )
 
     def decode(self, model: Transformer, batch: Batch, key: KeyScalar, trace: bool | Watch = False) -> Decoded:
-        """Nothing is drawn. The trace shows the most likely live beam and, once an example is done, its output."""
+        """Deterministic. The trace shows the most likely live beam and, once an example is done, its output."""
         vocabulary, beams = model.vocabulary, self.num_beams
         rows, length = batch.tokens.shape
         first_target, num_targets = target_range(batch.target_mask)

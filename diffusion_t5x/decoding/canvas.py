@@ -1,7 +1,7 @@
 """The loop of all denoising decoders.
 
-A `StepRule` defines what one step may write, and writes it. `decode_canvas` runs a rule over whole rows; `BlockDecoder`
-and `SelfSpeculationDecoder` run it over blocks, and `WindowDecoder` over windows, which they read through a cache.
+A `StepRule` defines what one step may write, and writes it. Alone it decodes whole rows; `BlockDecoder` and
+`SelfSpeculationDecoder` run it over blocks, and `WindowDecoder` over windows, which they read through a cache.
 """
 
 from collections.abc import Callable
@@ -13,14 +13,16 @@ import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace
+from diffusion_t5x.decoding.decoder import Decoded, Watch, start_trace
+from diffusion_t5x.decoding.rows import Carry, RowDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.masks import BIDIRECTIONAL
 from diffusion_t5x.models.reading import Reading
+from diffusion_t5x.models.stack import Encoded
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.shapes import BoolB, BoolBL, FloatB, FloatBL, FloatBLD, IntB, IntBL, IntScalar, KeyB, KeyScalar
+from diffusion_t5x.shapes import BoolB, BoolBL, FloatB, FloatBL, FloatBLD, IntB, IntB1, IntBL, KeyB, KeyScalar
 
 
 class Written(flax.struct.PyTreeNode):
@@ -47,7 +49,7 @@ class Canvas(flax.struct.PyTreeNode):
     """Rows, or a block of each, between two steps.
 
     Attributes:
-      step: number of steps taken.
+      step: number of steps that a row has taken.
       tokens: as they are.
       target_mask: what is to be written.
       log_probability: of each token in the step that wrote it; 0 where none has.
@@ -58,7 +60,7 @@ class Canvas(flax.struct.PyTreeNode):
       memory: what the rule has kept from the step before.
     """
 
-    step: IntScalar
+    step: IntB1
     tokens: IntBL
     target_mask: BoolBL
     log_probability: FloatBL
@@ -73,7 +75,7 @@ class Canvas(flax.struct.PyTreeNode):
         """Before the first step, with a score that steps add to; None is 0."""
         rows = len(tokens)
         return cls(
-            step=jnp.int32(0),
+            step=jnp.zeros((rows, 1), jnp.int32),
             tokens=tokens,
             target_mask=target_mask,
             log_probability=jnp.zeros(tokens.shape, jnp.float32),
@@ -97,11 +99,11 @@ class Canvas(flax.struct.PyTreeNode):
         )
 
 
-class StepRule(Decoder, Protocol):
+class StepRule(RowDecoder, Protocol):
     """A frozen dataclass that defines what one denoising step may write, and writes it.
 
-    On its own it decodes whole canvases, see `decode_canvas`; `BlockDecoder` writes blocks with it. Random draws at a
-    position depend only on the row's key, the step and the position's number.
+    On its own it decodes whole canvases, each target seeing all others; `BlockDecoder` writes blocks with it. Random
+    draws at a position depend only on the row's key, the step and the position's number.
 
     Attributes:
       keeps_written: a target is MASK until a step writes it, and keeps what that step wrote.
@@ -124,7 +126,7 @@ class StepRule(Decoder, Protocol):
     def blank(self, batch: Batch, vocabulary: TokenIds, keys: KeyB) -> IntBL:
         """Returns the rows with the targets as they are before the first step."""
 
-    def eligible(self, tokens: IntBL, target_mask: BoolBL, vocabulary: TokenIds, step: IntScalar) -> BoolBL:
+    def eligible(self, tokens: IntBL, target_mask: BoolBL, vocabulary: TokenIds, step: IntB1) -> BoolBL:
         """Returns the targets that a step may write. A row without any is done."""
 
     def most_steps(self, num_targets: int) -> int:
@@ -154,8 +156,99 @@ class StepRule(Decoder, Protocol):
           keys: a key for each row and step, a source of named streams (see `models.streams`).
         """
 
-    def decode(self, model: Transformer, batch: Batch, key: KeyScalar, trace: bool | Watch = False) -> Decoded:
-        return decode_canvas(self, model, batch, key, trace)
+    def start(
+        self,
+        model: Transformer,
+        batch: Batch,
+        key: KeyScalar | KeyB,
+        trace: bool | Watch = False,
+        piece: int | None = None,
+    ) -> Carry:
+        """Each example's canvases stand together; every step reads the inputs anew, hence not in pieces."""
+        samples, keys = self.num_samples, row_keys(key, batch.example_ids)
+        rows = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), batch)
+        if samples > 1:
+            numbers = jnp.tile(jnp.arange(samples), len(batch.tokens))
+            others = jax.vmap(jax.random.fold_in)(jnp.repeat(stream(keys, "samples"), samples), numbers)
+            # The first is the one of a single canvas.
+            keys = jnp.where(numbers == 0, jnp.repeat(keys, samples), others)
+        blank = self.blank(rows, model.vocabulary, keys)
+        canvas = Canvas.start(blank, rows.target_mask).replace(memory=self.start_memory(model, blank))
+        carry = {
+            "batch": batch,
+            "rows": rows,
+            "keys": keys,
+            "inputs": CanvasInputs.of(self, model, batch, rows),
+            "canvas": canvas,
+            "steps": jnp.int32(0),
+            "trace": start_trace(trace, blank, self.most_steps(blank.shape[1])),
+        }
+        return carry | {"finished": self._finished(canvas, model.vocabulary)}
+
+    def advance(self, model: Transformer, carry: Carry) -> Carry:
+        """Takes a step on each row's canvases."""
+
+        def read(tokens, carry):
+            return carry["inputs"].read(self, model, tokens, carry["rows"]), carry
+
+        def show(carry, written):
+            history = carry["trace"]
+            history = history and history.record(carry["steps"], written.tokens, written.mask, written.log_probability)
+            return carry | {"trace": history, "steps": carry["steps"] + 1}
+
+        positions = jnp.asarray(carry["rows"].positions)
+        canvas, carry = take_step(self, model, carry["canvas"], positions, carry["keys"], read, show, carry)
+        return carry | {"canvas": canvas, "finished": self._finished(canvas, model.vocabulary)}
+
+    def _finished(self, canvas: Canvas, vocabulary: TokenIds) -> BoolB:
+        """Returns True for rows none of whose canvases takes another step."""
+        may_write = jnp.any(eligible_now(self, canvas, vocabulary), axis=-1)
+        return ~jnp.any(may_write.reshape(-1, self.num_samples), axis=-1)
+
+    def finish(self, vocabulary: TokenIds, carry: Carry) -> Decoded:
+        """The score is the sum of the steps' scores, averaged over the targets, of the best canvas."""
+        samples, canvas, batch, history = self.num_samples, carry["canvas"], carry["batch"], carry["trace"]
+        num_targets = jnp.sum(canvas.target_mask, axis=-1)
+        scores = (canvas.score / jnp.maximum(num_targets, 1)).reshape(-1, samples)
+        best = jnp.argmax(scores, axis=-1)
+
+        def keep(x):  # [..., B * samples, L] -> [..., B, L]
+            x = x.reshape(*x.shape[:-2], -1, samples, x.shape[-1])
+            return x[..., jnp.arange(len(best)), best, :]
+
+        return Decoded.of(
+            keep(canvas.tokens),
+            batch,
+            vocabulary,
+            scores=jnp.max(scores, axis=-1),
+            steps=carry["steps"],
+            row_steps=jnp.max(canvas.row_steps.reshape(-1, samples), axis=-1),
+            written_at=keep(canvas.written_at),
+            trace=jax.tree.map(keep, history and history.end(carry["steps"])),
+        )
+
+
+def eligible_now(rule: StepRule, canvas: Canvas, vocabulary: TokenIds) -> BoolBL:
+    """Returns the targets that the next step may write."""
+    return rule.eligible(canvas.tokens, canvas.target_mask, vocabulary, canvas.step) & ~canvas.finished[:, None]
+
+
+def take_step(
+    rule: StepRule,
+    model: Transformer,
+    canvas: Canvas,
+    positions: IntBL,
+    keys: KeyB,
+    read: Callable[[IntBL, Any], tuple[FloatBLD, Any]],
+    show: Callable[[Any, Written], Any],
+    carry: Any,
+) -> tuple[Canvas, Any]:
+    """Takes one step; rows without a target that may be written stay as they are. Arguments as in `denoise`."""
+    may_write = eligible_now(rule, canvas, model.vocabulary)
+    hidden, carry = read(canvas.tokens, carry)
+    step_keys = fold_in(stream(keys, "steps"), canvas.step[:, 0])
+    written = rule.write(model, hidden, canvas, may_write, positions, step_keys)
+    return canvas.after(written, jnp.any(may_write, axis=-1)), show(carry, written)
 
 
 def denoise(
@@ -180,63 +273,11 @@ def denoise(
       show: returns the carry after a step that wrote this.
       carry: any tree of arrays, the caller's own.
     """
-
-    def eligible(canvas):
-        may_write = rule.eligible(canvas.tokens, canvas.target_mask, model.vocabulary, canvas.step)
-        return may_write & ~canvas.finished[:, None]
-
-    def take_step(state):
-        canvas, carry = state
-        may_write = eligible(canvas)
-        hidden, carry = read(canvas.tokens, carry)
-        step_keys = fold_in(stream(keys, "steps"), canvas.step)
-        written = rule.write(model, hidden, canvas, may_write, positions, step_keys)
-        return canvas.after(written, jnp.any(may_write, axis=-1)), show(carry, written)
-
     canvas = canvas.replace(memory=rule.start_memory(model, canvas.tokens))
-    return jax.lax.while_loop(lambda state: jnp.any(eligible(state[0])), take_step, (canvas, carry))
-
-
-def decode_canvas(rule: StepRule, model: Transformer, batch: Batch, key: KeyScalar, trace: bool | Watch) -> Decoded:
-    """Writes all targets at once, each seeing all others. The score is the rule's, averaged over the targets."""
-    samples, keys = rule.num_samples, row_keys(key, batch.example_ids)
-    rows = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), batch)  # each example's samples together
-    if samples > 1:
-        numbers = jnp.tile(jnp.arange(samples), len(batch.tokens))
-        others = jax.vmap(jax.random.fold_in)(jnp.repeat(stream(keys, "samples"), samples), numbers)
-        keys = jnp.where(numbers == 0, jnp.repeat(keys, samples), others)  # the first is the one of a single canvas
-    reader = _reader(rule, model, batch, rows)
-
-    def read(tokens, carry):
-        return reader(tokens), carry
-
-    def show(carry, written):
-        step, history = carry
-        history = history and history.record(step, written.tokens, written.mask, written.log_probability)
-        return step + 1, history
-
-    blank = rule.blank(rows, model.vocabulary, keys)
-    carry = jnp.int32(0), start_trace(trace, blank, rule.most_steps(blank.shape[1]))
-    canvas, (steps, history) = denoise(
-        rule, model, Canvas.start(blank, rows.target_mask), rows.positions, keys, read, show, carry
-    )
-    num_targets = jnp.sum(rows.target_mask, axis=-1)
-    scores = (canvas.score / jnp.maximum(num_targets, 1)).reshape(-1, samples)
-    best = jnp.argmax(scores, axis=-1)
-
-    def keep(x):  # [..., B * samples, L] -> [..., B, L]
-        x = x.reshape(*x.shape[:-2], -1, samples, x.shape[-1])
-        return x[..., jnp.arange(len(best)), best, :]
-
-    return Decoded.of(
-        keep(canvas.tokens),
-        batch,
-        model.vocabulary,
-        scores=jnp.max(scores, axis=-1),
-        steps=steps,
-        row_steps=jnp.max(canvas.row_steps.reshape(-1, samples), axis=-1),
-        written_at=keep(canvas.written_at),
-        trace=jax.tree.map(keep, history and history.end(steps)),
+    return jax.lax.while_loop(
+        lambda state: jnp.any(eligible_now(rule, state[0], model.vocabulary)),
+        lambda state: take_step(rule, model, state[0], positions, keys, read, show, state[1]),
+        (canvas, carry),
     )
 
 
@@ -246,34 +287,41 @@ def check_guidance(rule: StepRule, model: Transformer) -> None:
         raise UserError(f"{type(rule).__name__}.guidance must be 0 for a model with ModelConfig.logits_softcap.")
 
 
-def _reader(rule: StepRule, model: Transformer, batch: Batch, rows: Batch) -> Callable[[IntBL], FloatBLD]:
-    """A function from tokens of all samples to the hidden states that predict them, with the rule's guidance.
+class CanvasInputs(flax.struct.PyTreeNode):
+    """The inputs that every step reads beside the canvases.
 
-    Args:
-      rule, model: as in `denoise`.
-      batch: each example once.
-      rows: each row of the batch `num_samples` times.
+    Attributes:
+      reading: how rows are read.
+      encoded: an encoder's inputs.
+      unguided: an encoder's inputs, all masked, for guidance.
     """
-    reading = Reading.of(rows, model.vocabulary, model.config.shifted)
 
-    def encode(batch):
-        encoded = model.encode(batch)
-        return encoded and encoded.repeat(rule.num_samples)
+    reading: Reading
+    encoded: Encoded | None
+    unguided: Encoded | None = None
 
-    encoded = encode(batch)
-    if not rule.guidance:
-        return lambda tokens: reading.output(model, tokens, BIDIRECTIONAL, encoded).hidden
-    check_guidance(rule, model)
-    blind = batch
-    if batch.encoder_tokens is not None:
-        blind = batch.replace(encoder_tokens=jnp.full_like(batch.encoder_tokens, model.vocabulary.mask_id))
-    without = encode(blind)
+    @classmethod
+    def of(cls, rule: StepRule, model: Transformer, batch: Batch, rows: Batch) -> Self:
+        """Returns the inputs of a batch, of which `rows` have each row `num_samples` times."""
 
-    def guided(tokens):
+        def encode(batch):
+            encoded = model.encode(batch)
+            return encoded and encoded.repeat(rule.num_samples)
+
+        inputs = cls(Reading.of(rows, model.vocabulary, model.config.shifted), encode(batch))
+        if not rule.guidance:
+            return inputs
+        check_guidance(rule, model)
+        if batch.encoder_tokens is not None:
+            batch = batch.replace(encoder_tokens=jnp.full_like(batch.encoder_tokens, model.vocabulary.mask_id))
+        return inputs.replace(unguided=encode(batch))
+
+    def read(self, rule: StepRule, model: Transformer, tokens: IntBL, rows: Batch) -> FloatBLD:
+        """Returns the hidden states that predict the tokens, with the rule's guidance."""
+        seen = self.reading.output(model, tokens, BIDIRECTIONAL, self.encoded).hidden
+        if not rule.guidance:
+            return seen
         # Logits are linear in these hidden states, so theirs may be put together in place of the logits.
-        seen = reading.output(model, tokens, BIDIRECTIONAL, encoded).hidden
         masked = jnp.where(rows.input_mask, model.vocabulary.mask_id, tokens)
-        unseen = reading.output(model, masked, BIDIRECTIONAL, without).hidden
+        unseen = self.reading.output(model, masked, BIDIRECTIONAL, self.unguided).hidden
         return unseen + (1 + rule.guidance) * (seen - unseen)
-
-    return guided

@@ -27,22 +27,23 @@ def propose(
 ) -> tuple[IntBL, FloatBL, FloatBL]:
     """Returns a token for every position, its log-probability, and the position's certainty.
 
-    The log-probability is the model's at temperature 1 over what may be written (not MASK), however the token is drawn.
+    The log-probability is the model's at temperature 1 over all ids that may be written (not MASK), however the token
+    is drawn.
 
     Args:
       logits: of every position.
       keys: a key for each row and step.
-      positions: a draw at a position depends only on its number.
+      positions: position numbers; a draw depends only on its position's number.
       vocabulary: defines the ids that may be written.
       sampling: how to draw.
-      order: what certainty is. "confidence": the probability of the proposed token (MaskGIT, arXiv 2202.04200, section
-        3.2). "entropy": minus the entropy, in nats. "margin": the most likely token's probability minus the next one's
-        (arXiv 2502.06768). "random": a number drawn from [0, 1). "sequential": less and less from the left to the
+      order: definition of certainty. "confidence": the probability of the proposed token (MaskGIT, arXiv 2202.04200,
+        section 3.2). "entropy": minus the entropy, in nats. "margin": the most likely token's probability minus the
+        next one's (arXiv 2502.06768). "random": a number drawn from [0, 1). "sequential": decreasing from left to
         right.
-      softmax: whose probabilities certainty is of. "allowed": those of the log-probability. "all": of all rows of the
-        embedding, MASK too, as in published code. "filtered": of all rows, as they are drawn from: at the temperature,
-        within top-k and top-p.
-      last: tokens whose positions are the least certain; the certainty of others is without them.
+      softmax: the distribution that certainty is computed from. "allowed": ids that may be written. "all": all rows of
+        the embedding, including MASK, as in published code. "filtered": all rows, with the temperature, top-k and
+        top-p of sampling.
+      last: tokens whose positions come last; they are left out of the certainty of other positions.
     """
     allowed = forbid(logits, vocabulary)
     tokens = sample(allowed, stream(keys, "tokens"), positions, sampling)
@@ -75,14 +76,14 @@ def choose(
     threshold: float | None = None,
     threshold_included: bool = False,
 ) -> BoolBL:
-    """The `count` most certain eligible positions of each row; of equal ones, the earlier first.
+    """Returns the `count` most certain eligible positions of each row; ties go to the earlier position.
 
     Args:
       certainty: of every position.
       eligible: if a row has at most `count`, all are chosen.
       count: a whole number for each row.
-      threshold: eligible positions of a greater certainty are chosen as well, however many.
-      threshold_included: those of just this certainty, too.
+      threshold: all eligible positions with a greater certainty are chosen as well.
+      threshold_included: also choose positions with exactly this certainty.
     """
     # Eligibility is a key of its own: even if certainty is NaN, as many positions are chosen, and decoding ends.
     order = jnp.lexsort((-certainty, ~eligible), axis=-1)

@@ -12,14 +12,14 @@ Counts = Literal["even", "index", "times", "linear"]
 
 
 def counts_table(kind: Counts, most: int, num_steps: int) -> Int[np.ndarray, "{most}+1 steps"]:
-    """Tokens that each step writes, for any number of masked ones; steps of none left out.
+    """Returns the number of tokens that each step writes, for any number of masked ones, without empty steps.
 
     Args:
       kind: "times" are Dream's counts (arXiv 2508.15487): int(n (1 - s / t)) of n masked tokens in the step from time t
         to s, of evenly spaced times from 1 to 0.001, in float32. "linear" are dllm's: n (1 - s / t) with times from 1
         to 0, rounded half to even, of a ratio in float32.
-      most: masked tokens.
-      num_steps: before those of no tokens are left out.
+      most: largest number of masked tokens.
+      num_steps: number of steps, including empty ones.
     """
     left = np.arange(most + 1)
     counts = np.zeros((most + 1, num_steps), np.int32)
@@ -37,7 +37,7 @@ def counts_table(kind: Counts, most: int, num_steps: int) -> Int[np.ndarray, "{m
 
 
 def unmasked_shares(num_steps: int) -> Float[np.ndarray, " {num_steps}"]:
-    """Dream's share of masked tokens that each step unmasks, 1 - s / t; all in the last one."""
+    """Returns Dream's share of masked tokens that each step unmasks: 1 - s / t, and all in the last step."""
     number = np.arange(num_steps + 1, dtype=np.float32)
     first, last = np.float32(1), np.float32(1e-3)
     step = (last - first) / np.float32(num_steps)
@@ -60,12 +60,12 @@ def step_count(
     """Returns the number of tokens that the next step writes in each row.
 
     Args:
-      kind: "even": the share of this step, rounded up, of what is left for all, so that shares differ by one at most.
-        "index": the share of `most`, whatever is left (SDAR). For others, see `counts_table`.
-      num_steps: of all; None writes one token per step.
+      kind: "even": the remaining tokens divided by the remaining steps, rounded up, so that steps differ by at most one
+        token. "index": a share of `most`, whatever is left (SDAR). For others, see `counts_table`.
+      num_steps: total number of steps; None writes one token per step.
       most: `total` is at most this.
       total: tokens that were masked before the first step.
-      left: those that still are.
+      left: tokens that still are masked.
       taken: steps taken, each of which wrote at least one.
     """
     if num_steps is None:

@@ -1,4 +1,4 @@
-"""Masked decoding with credit: a token that stays the likeliest one is written sooner."""
+"""Masked decoding with credit: a token that stays the most likely one is written sooner."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ from diffusion_t5x.shapes import BoolBL, FloatBLD, IntBL, KeyB
 class CreditDecoder(AbsorbingRule):
     """Writes every token whose probability exceeds a threshold once its credit is added (CreditDecoding, 2510.06133).
 
-    At each step, the credit of all ids in a masked slot shrinks by `beta`, and the likeliest id gains its probability
+    At each step, the credit of all ids in a masked slot shrinks by `beta`, and the most likely id gains its probability
     to the power `gamma`. Tokens and confidences are those of the logits plus `alpha` log(1 + credit). The score is that
     of `MaskedDecoder`, of the model's own probabilities.
 
@@ -29,11 +29,11 @@ class CreditDecoder(AbsorbingRule):
     Attributes:
       threshold: a step writes every token whose probability exceeds it, at least one.
       alpha: weight of credit in the logits; 0 is `MaskedDecoder` with a threshold.
-      beta: in [0, 1], what is left of credit after a step.
-      gamma: power of the probability that is gained.
-      softmax: of what these are the probabilities: see `commit.propose`.
+      beta: in [0, 1], share of credit that is left after a step.
+      gamma: exponent of the probability that is gained.
+      softmax: distribution of these probabilities, see `commit.propose`.
       guidance: see `StepRule`.
-      temperature: of sampling; 0 takes the most likely token.
+      temperature: sampling temperature; 0 takes the most likely token.
       top_k, top_p: see `Sampling`.
     """
 
@@ -56,7 +56,7 @@ class CreditDecoder(AbsorbingRule):
         return num_targets
 
     def start_memory(self, model: Transformer, tokens: IntBL) -> Float[jax.Array, "batch length vocab"]:
-        """Credit of every id in every slot."""
+        """Returns the credit of every id in every slot."""
         return jnp.zeros((*tokens.shape, model.config.num_embeddings), jnp.float32)
 
     def write(

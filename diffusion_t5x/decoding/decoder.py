@@ -118,7 +118,7 @@ class Decoded(flax.struct.PyTreeNode):
       trace: the rows before the first step and after each one; None unless asked for.
       num_drafted, num_accepted: numbers of tokens that a speculating decoder drafted and accepted; otherwise None.
       log_probability: of each written token in the step that wrote it, at temperature 1 over all ids that may be
-        written; 0 where none was. Of `BlockDecoder` alone; otherwise None.
+        written; 0 where none was. Only from `BlockDecoder`; otherwise None.
     """
 
     tokens: IntBL
@@ -181,11 +181,11 @@ class Decoder(Protocol):
 
     @property
     def modes(self) -> tuple[Mode, ...]:
-        """The modes in which it uses a model; the model must have learned all. () if it does not declare them."""
+        """The modes in which it uses a model; the model must have learned all of them. () if not declared."""
         return ()
 
     def decode(self, model: Transformer, batch: Batch, key: KeyScalar, trace: bool | Watch = False) -> Decoded:
-        """Writes the batch's targets. Rows draw from the key by `example_ids`, so neighbours do not matter.
+        """Writes the batch's targets. Rows draw from the key by `example_ids`, so neighbours have no effect.
 
         Args:
           model: reads and predicts.

@@ -11,7 +11,7 @@ from diffusion_t5x.decoding.canvas import Canvas, Written
 from diffusion_t5x.decoding.commit import Softmax, choose, propose
 from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.shapes import BoolBL, FloatBLD, IntB, IntBL, IntScalar, KeyB
+from diffusion_t5x.shapes import BoolBL, FloatBLD, IntB, IntB1, IntBL, KeyB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +23,11 @@ class EditingDecoder(AbsorbingRule):
 
     Attributes:
       threshold: a step writes every masked target whose token's probability exceeds it.
-      editing_threshold: a step replaces a written token where the probability of another one exceeds this; 1: never.
-      min_tokens: a step writes at least so many masked targets, the most confident first, or all that are left.
-      extra_steps: at most so many steps after the one that wrote the last mask; at least 1.
-      softmax: of what these are the probabilities: see `commit.propose`.
-      temperature: of sampling; 0 takes the most likely token.
+      editing_threshold: a step replaces a written token if the probability of another one exceeds this; 1: never.
+      min_tokens: a step writes at least this many masked targets, the most confident first, or all that are left.
+      extra_steps: maximum number of steps after the one that wrote the last mask; at least 1.
+      softmax: distribution of these probabilities, see `commit.propose`.
+      temperature: sampling temperature; 0 takes the most likely token.
       top_k, top_p: see `Sampling`.
     """
 
@@ -49,15 +49,15 @@ class EditingDecoder(AbsorbingRule):
             if getattr(self, name) < 1:
                 raise UserError(f"EditingDecoder.{name} must be at least 1; got {getattr(self, name)}.")
 
-    def eligible(self, tokens: IntBL, target_mask: BoolBL, vocabulary: TokenIds, step: IntScalar) -> BoolBL:
-        """All targets: a step says itself when a row is finished."""
+    def eligible(self, tokens: IntBL, target_mask: BoolBL, vocabulary: TokenIds, step: IntB1) -> BoolBL:
+        """Returns all targets: each step decides whether a row is finished."""
         return target_mask
 
     def most_steps(self, num_targets: int) -> int:
         return -(-num_targets // self.min_tokens) + self.extra_steps
 
     def start_memory(self, model: Transformer, tokens: IntBL) -> IntB:
-        """Steps that a row has taken without a mask."""
+        """Returns the number of steps that each row has taken without a mask."""
         return jnp.zeros(len(tokens), jnp.int32)
 
     def write(

@@ -1,4 +1,4 @@
-"""Masked decoding by entropy: a step writes as many tokens as depend on each other little enough."""
+"""Masked decoding by entropy: a step writes as many tokens as can be nearly independent."""
 
 import dataclasses
 
@@ -16,19 +16,20 @@ from diffusion_t5x.shapes import BoolBL, FloatBL, FloatBLD, IntB, IntBL, KeyB
 
 @dataclasses.dataclass(frozen=True)
 class EntropyBoundedDecoder(AbsorbingRule):
-    """Writes the largest set of tokens, most certain first, whose entropies sum to little (arXiv 2505.24857).
+    """Writes the largest set of tokens, most certain first, within an entropy bound (arXiv 2505.24857).
 
-    Tokens of one step are drawn independently. What that gets wrong is at most the sum of their entropies less the
-    largest one, in nats: that much is allowed per step. The score is that of `MaskedDecoder`.
+    Tokens of one step are drawn independently. The error of that is at most the sum of their entropies minus the
+    largest one, in nats, which `bound` limits per step. The score is that of `MaskedDecoder`.
 
     Attributes:
-      bound: at most so many nats per step (the paper's gamma); 0 writes one token per step, unless others are certain.
-      counts_largest: the largest entropy counts in the sum, too, as in OPDLM's code (github.com/divelab/OPDLM at
+      bound: maximum number of nats per step (the paper's gamma); 0 writes one token per step, unless others are
+        certain.
+      counts_largest: include the largest entropy in the sum, as in OPDLM's code (github.com/divelab/OPDLM at
         3bb8bf6, where the bound is 0.35): fewer tokens per step.
       order: which positions come first: see `commit.propose`.
-      softmax: of what entropy and certainty are: see `commit.propose`.
+      softmax: distribution of entropy and certainty, see `commit.propose`.
       guidance: see `StepRule`.
-      temperature: of sampling; 0 takes the most likely token.
+      temperature: sampling temperature; 0 takes the most likely token.
       top_k, top_p: see `Sampling`.
     """
 
@@ -76,14 +77,14 @@ class EntropyBoundedDecoder(AbsorbingRule):
 def within_bound(
     certainty: FloatBL, entropy: FloatBL, eligible: BoolBL, bound: float, counts_largest: bool = False
 ) -> IntB:
-    """Returns how many eligible positions, most certain first, have a sum of entropies less the largest within a bound.
+    """Returns how many eligible positions, most certain first, have entropies whose sum minus the largest is bounded.
 
     Args:
       certainty: of every position.
       entropy: of every position, in nats.
       eligible: positions that count; a row with any gets at least 1.
       bound: in nats.
-      counts_largest: of the sum itself.
+      counts_largest: bound the sum including the largest.
     """
     order = jnp.lexsort((-certainty, ~eligible), axis=-1)
     entropy = jnp.take_along_axis(entropy, order, axis=-1)

@@ -13,7 +13,7 @@ from diffusion_t5x.decoding.counts import Counts, step_count
 from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.sampling import Sampling
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.shapes import BoolBL, FloatBLD, IntB, IntBL, IntScalar, KeyB
+from diffusion_t5x.shapes import BoolBL, FloatBLD, IntB, IntB1, IntBL, KeyB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class MaskedDecoder(AbsorbingRule):
         """False for the order of confidence: that is the probability of the token drawn."""
         return self.sampling == Sampling(1.0) and self.order != "confidence" and self.ends == "free"
 
-    def eligible(self, tokens: IntBL, target_mask: BoolBL, vocabulary: TokenIds, step: IntScalar) -> BoolBL:
+    def eligible(self, tokens: IntBL, target_mask: BoolBL, vocabulary: TokenIds, step: IntB1) -> BoolBL:
         """The targets that are still masked; with windows, in the first window that has any."""
         masked = super().eligible(tokens, target_mask, vocabulary, step)
         return masked & self._in_window(masked, target_mask)
@@ -122,7 +122,7 @@ class MaskedDecoder(AbsorbingRule):
 
     def _count(self, canvas: Canvas, eligible: BoolBL) -> IntB:
         """Returns the minimum number of eligible positions that this step writes."""
-        in_window, taken = self._in_window(eligible, canvas.target_mask), canvas.step
+        in_window, taken = self._in_window(eligible, canvas.target_mask), canvas.step[:, 0]
         if self.window is not None:
             first = jnp.where(in_window & (canvas.written_at >= 0), canvas.written_at, canvas.step)
             taken -= jnp.min(first, axis=-1)

@@ -1,4 +1,4 @@
-"""Passes over a window of a row that all of its slots see: the others stay as they were when the row was last read."""
+"""Passes over a window of a row with bidirectional attention; other slots stay as when the row was last read."""
 
 import dataclasses
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class Memory(flax.struct.PyTreeNode):
     Attributes:
       cache: keys and values.
       hidden: hidden states from the pass that read a slot last.
-      age: steps since all rows were read whole; 0: the next pass must be one.
+      age: steps since all rows were read whole; 0: the next pass must read them whole.
       read, seen: tokens and hidden states of the pass that read the row whole, where drift is measured; otherwise None.
     """
 
@@ -38,7 +38,7 @@ class Memory(flax.struct.PyTreeNode):
     seen: FloatBLD | None
 
     def where(self, rows: BoolB, other: Self) -> Self:
-        """Returns this for rows where the mask is True, and the other for the rest."""
+        """Returns this memory for rows where the mask is True, and the other for the rest."""
 
         def choose(one, another, axis=0):
             return jnp.where(rows.reshape(-1, *[1] * (one.ndim - axis - 1)), one, another)
@@ -181,7 +181,7 @@ class StaleReader:
     def _drift(self, read: IntBL, is_in: BoolBL, memory: Memory) -> FloatB:
         """Returns 1 - cosine between the hidden states now and when the row was read whole.
 
-        It is the mean over the window's slots whose tokens are as they were then; 0 without any.
+        It is the mean over the window's slots whose tokens are unchanged since then; 0 without any.
         """
         assert memory.read is not None and memory.seen is not None
         same = is_in & (read == memory.read)

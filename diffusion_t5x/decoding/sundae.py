@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.decoding.canvas import Canvas, StepRule, Written, decode_canvas
+from diffusion_t5x.decoding.canvas import Canvas, StepRule, Written
 from diffusion_t5x.decoding.commit import choose
-from diffusion_t5x.decoding.decoder import Decoded, Watch
+from diffusion_t5x.decoding.decoder import Decoded
+from diffusion_t5x.decoding.rows import Carry
 from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.masks import BIDIRECTIONAL
 from diffusion_t5x.models.modes import Mode
@@ -18,7 +19,7 @@ from diffusion_t5x.models.readout import cross_entropy
 from diffusion_t5x.models.sampling import Sampling, forbid, sample, uniform
 from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.shapes import BoolBL, FloatBLD, IntBL, IntScalar, KeyB, KeyScalar
+from diffusion_t5x.shapes import BoolBL, FloatBLD, IntB1, IntBL, KeyB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,7 @@ class SundaeDecoder(StepRule):
         noise = jax.vmap(vocabulary.sample_noise, (0, None))(stream(keys, "blank"), batch.tokens.shape[1:])
         return jnp.where(batch.target_mask, noise, batch.tokens)
 
-    def eligible(self, tokens: IntBL, target_mask: BoolBL, vocabulary: TokenIds, step: IntScalar) -> BoolBL:
+    def eligible(self, tokens: IntBL, target_mask: BoolBL, vocabulary: TokenIds, step: IntB1) -> BoolBL:
         return target_mask & (step < self.num_steps)
 
     def most_steps(self, num_targets: int) -> int:
@@ -102,7 +103,7 @@ class SundaeDecoder(StepRule):
 
         tokens, surprise, wish = model.map_logits(read_out, hidden, canvas.tokens, positions)
         chosen = self._choose(canvas, eligible, positions, keys)
-        is_last = canvas.step == self.num_steps - 1
+        is_last = canvas.step[:, 0] == self.num_steps - 1
         if self.stop_when_unchanged:
             is_last |= jnp.all((tokens == canvas.tokens) | ~eligible, axis=-1)
         return Written(
@@ -110,7 +111,7 @@ class SundaeDecoder(StepRule):
             mask=chosen,
             log_probability=-surprise,
             score=jnp.where(is_last, -jnp.sum(jnp.where(eligible, wish, 0), axis=-1), 0),
-            finished=jnp.broadcast_to(is_last, len(eligible)),
+            finished=is_last,
         )
 
     def _choose(self, canvas: Canvas, eligible: BoolBL, positions: IntBL, keys: KeyB) -> BoolBL:
@@ -122,6 +123,6 @@ class SundaeDecoder(StepRule):
             return choose(uniform(stream(keys, "order"), positions), eligible, count)
         return jnp.where(canvas.step % 2 == 0, eligible, choose(-canvas.log_probability, eligible, count))
 
-    def decode(self, model: Transformer, batch: Batch, key: KeyScalar, trace: bool | Watch = False) -> Decoded:
-        decoded = decode_canvas(self, model, batch, key, trace)
+    def finish(self, vocabulary: TokenIds, carry: Carry) -> Decoded:
+        decoded = super().finish(vocabulary, carry)
         return decoded.replace(scores=-decoded.scores)

@@ -8,32 +8,30 @@ import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
-from diffusion_t5x.decoding.block import end_rows, start_row
 from diffusion_t5x.decoding.canvas import Canvas, StepRule, Written, denoise
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch, start_trace
 from diffusion_t5x.decoding.masked import MaskedDecoder
+from diffusion_t5x.decoding.rows import end_rows, start_row
 from diffusion_t5x.decoding.stale_cache import Cached, StaleReader
 from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.slots import put_slots, slots_where, take_slots
 from diffusion_t5x.models.streams import row_keys
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.shapes import BoolBL, FloatBLD, IntBL, IntScalar, KeyB, KeyScalar
-
-Carry = dict[str, Any]
+from diffusion_t5x.shapes import BoolBL, FloatBLD, IntB1, IntBL, KeyB, KeyScalar
 
 
 @dataclasses.dataclass(frozen=True)
 class WindowDecoder(Decoder):
-    """Writes windows of targets one after another, reading a window alone over cached keys and values of the rest.
+    """Writes windows of targets one after another, reading only a window over cached keys and values of the rest.
 
-    The first step of a window reads the whole rows. Later ones read the window, and take the keys and values of all
-    other slots as they were then, though what they see has changed: a text differs from one without a cache
-    (`MaskedDecoder.window`), the less the more often rows are read whole. Read so at every step, it is the same. The
-    score is the inner decoder's, averaged over the targets. Rows wait for each other at the end of a window.
+    The first step of a window reads the whole rows. Later steps read the window, and reuse the keys and values of all
+    other slots from that step, though what these attend to has changed. So a text differs from one without a cache
+    (`MaskedDecoder.window`), but less so the more often rows are read whole; if they are at every step, it is the same.
+    The score is the inner decoder's, averaged over the targets. Rows wait for each other at the end of a window.
 
-    A shifted model (`ModelConfig.shifted`) predicts a window's first target in the slot before the window, hence from
-    the last pass over the whole row.
+    A shifted model (`ModelConfig.shifted`) predicts a window's first target in the slot before the window, so from the
+    last pass over the whole row.
 
     With n windows of S steps, P inputs and T targets, a text takes n (F(P + T) + (S - 1) F(q)) FLOPs, where F(q) is
     `performance.model_flops.forward_flops(config, q, keys=P + T, predicted=window)` and q is `window` for "dual" and,
@@ -44,11 +42,11 @@ class WindowDecoder(Decoder):
       window: targets in a window, counted from the first target.
       inner: how a window is written; its `num_steps` are those of a window. Its guidance reads the rows twice.
       cached: "prefix": what comes before the window; what comes after it is read with it. "dual": both.
-      refresh_every: the rows are read whole at every so many steps of a window; None: at its first one alone.
-      refresh_drift: a row is read whole where the hidden states of the window's unchanged tokens have turned by this
-        much since it last was: mean of 1 - cosine, from 0 (at every step) to 2. That costs a pass over the window
-        more. None: never for that reason.
-      first_alone: a window's first step writes the first target and no other, as Fast-dLLM does for shifted models.
+      refresh_every: steps of a window after which the rows are read whole again; None: only at its first step.
+      refresh_drift: a row is read whole if the hidden states of the window's unchanged tokens have changed by this
+        much since it last was: mean of 1 - cosine, from 0 (at every step) to 2. That costs one more pass over the
+        window. None: never for that reason.
+      first_alone: a window's first step writes only the first target, as Fast-dLLM does for shifted models.
     """
 
     fills_holes: ClassVar[bool] = True
@@ -126,18 +124,18 @@ class WindowDecoder(Decoder):
 
         most_steps = -(-length // size) * (size if self.first_alone else self.inner.most_steps(size))
         carry = {
-            **start_row(canvas, num_targets == 0, start_trace(trace, canvas, most_steps)),
+            **start_row(batch, keys, None, canvas, start_trace(trace, canvas, most_steps)),
             "window": jnp.int32(0),
             "memory": reader.start(),
         }
         carry = jax.lax.while_loop(lambda carry: jnp.any(carry["window"] * size < num_targets), write_window, carry)
-        decoded = end_rows(carry, batch, vocabulary)
+        decoded = end_rows(carry, vocabulary)
         return decoded.replace(scores=decoded.scores / jnp.maximum(num_targets, 1))
 
 
 @dataclasses.dataclass(frozen=True)
 class _FirstAlone(StepRule):
-    """A rule whose first step writes the first eligible target alone."""
+    """A rule whose first step writes only the first eligible target."""
 
     inner: StepRule
     guidance: float = 0.0
@@ -145,7 +143,7 @@ class _FirstAlone(StepRule):
     def blank(self, batch: Batch, vocabulary: TokenIds, keys: KeyB) -> IntBL:
         return self.inner.blank(batch, vocabulary, keys)
 
-    def eligible(self, tokens: IntBL, target_mask: BoolBL, vocabulary: TokenIds, step: IntScalar) -> BoolBL:
+    def eligible(self, tokens: IntBL, target_mask: BoolBL, vocabulary: TokenIds, step: IntB1) -> BoolBL:
         eligible = self.inner.eligible(tokens, target_mask, vocabulary, step)
         return eligible & ((step > 0) | (jnp.cumsum(eligible, axis=-1) == 1))
 

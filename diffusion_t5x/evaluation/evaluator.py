@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from diffusion_t5x.data.dataset import Dataset
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.evaluation.in_slots import SlotDecoding
 from diffusion_t5x.evaluation.inference import Example, make_decode_step, predict
 from diffusion_t5x.evaluation.likelihood import likelihoods, make_likelihood_step, summarize
 from diffusion_t5x.evaluation.loading import abstract_batch
@@ -114,14 +115,14 @@ def prepared(evals: Sequence[AnyEval]) -> list[AnyEval]:
     found = []
     for ev in evals:
         if 0 in (getattr(ev, "num_batches", None), getattr(ev, "num_examples", None)):
-            logger.info("%s of %s is skipped: it was asked for 0 examples", type(ev).__name__, ev.dataset.name)
+            logger.info("%s of %s is skipped: 0 examples were requested", type(ev).__name__, ev.dataset.name)
             continue
         found.append(ev)
     return found
 
 
 def check_decoders(mesh: Mesh, definition: ModelDefinition, evals: Sequence[DecodeEval], params: Params) -> None:
-    """Traces the decoding of each evaluation with the shapes of its batches alone. Nothing is compiled or run.
+    """Traces the decoding of each evaluation with only the shapes of its batches. Nothing is compiled or run.
 
     A decoder that does not fit the model or the lengths raises here what it would raise in the first evaluation.
     """
@@ -147,7 +148,7 @@ def for_tasks(
       decode_eval: makes the evaluation for a `dataset`.
     """
     if isinstance(tasks, str) or not tasks:
-        raise UserError(f'EVAL_TASKS is a list of tasks\' names, such as ["my_task"], not {tasks!r}.')
+        raise UserError(f'EVAL_TASKS must be a list of task names, such as ["my_task"], not {tasks!r}.')
     return [decode_eval(dataset=dataset(mixture_or_task_name=task)) for task in tasks]
 
 
@@ -164,7 +165,7 @@ class Evaluator:
       times_evals: searches to run.
 
     Raises:
-      UserError: two evaluations of one kind on one data set, whose results could not be told apart.
+      UserError: two evaluations of one kind on one data set, whose results could not be distinguished.
     """
 
     def __init__(
@@ -184,7 +185,14 @@ class Evaluator:
                 raise UserError(f"Two evaluations of the same kind on {twice.pop()!r}: run them separately.")
         self._mesh = mesh
         self._judge = teacher and make_judge(mesh, teacher)
-        self._decode_evals = [(ev, make_decode_step(mesh, definition, ev.decoder, seed=ev.seed)) for ev in decode_evals]
+        self._decode_evals = [
+            (
+                ev,
+                make_decode_step(mesh, definition, ev.decoder, seed=ev.seed),
+                SlotDecoding(mesh, definition, ev.decoder, ev.seed),
+            )
+            for ev in decode_evals
+        ]
         self._times_evals = [(ev, make_times_step(mesh, definition, objective, seed=ev.seed)) for ev in times_evals]
         self._loss_evals, self._likelihood_evals = [], []
         if loss_evals or likelihood_evals:
@@ -232,12 +240,12 @@ class Evaluator:
         speculates (the share of drafted tokens that it accepted), "decode_seconds" including compilation and reading,
         and with a teacher "teacher_nll" (nats per token) and "teacher_agreement" (share of tokens).
         """
-        for ev, step in self._decode_evals:
+        for ev, step, slots in self._decode_evals:
             start = time.monotonic()
             dataset = ev.dataset
             batches = dataset.eval_batches(ev.num_examples)
-            texts = dataset.to_text, dataset.cells
-            records = list(predict(step, params, batches, self._mesh, *texts, self._judge, ev.samples_per_example))
+            texts, samples = (dataset.to_text, dataset.cells), ev.samples_per_example
+            records = list(predict(step, params, batches, self._mesh, *texts, self._judge, samples, slots=slots))
             seconds = time.monotonic() - start
             keep(dataset.name, records)
             yield dataset.name, {**dataset.score(records), **_totals(records), "decode_seconds": seconds}, records

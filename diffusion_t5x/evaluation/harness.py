@@ -24,6 +24,7 @@ from diffusion_t5x.data.rows import LaidOut, Row, RowLayout, check_rows, fill_ba
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.evaluation.in_slots import SlotDecoding
 from diffusion_t5x.evaluation.inference import make_decode_step
 from diffusion_t5x.evaluation.likelihood import make_likelihood_step
 from diffusion_t5x.models.masks import PREFIX
@@ -67,7 +68,7 @@ class Rows(LaidOut):
             )
         check_rows(self.task_feature_lengths, self.batch_size, pack=False, canvas=self.canvas)
         if self.architecture == "encoder_decoder" and not self.context_eos:
-            raise UserError("An encoder's inputs end in EOS: set CONTEXT_EOS = True.")
+            raise UserError("An encoder's inputs end with EOS: set CONTEXT_EOS = True.")
 
     @property
     def are_free(self) -> bool:
@@ -93,6 +94,7 @@ class Harness:
         self._ids: TokenIds = definition.vocabulary
         self._likelihood = make_likelihood_step(mesh, definition, objective, num_draws=num_draws, seed=seed)
         self._decode = make_decode_step(mesh, definition, decoder, seed=seed)
+        self._slots = SlotDecoding(mesh, definition, decoder, seed)
         self._greedy = _make_greedy_step(mesh, definition, objective) if objective.autoregressive else None
 
     def log_likelihoods(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[float]:
@@ -121,20 +123,20 @@ class Harness:
     def write(self, requests: Sequence[tuple[Tokens, int]]) -> list[Tokens]:
         """Returns the decoder's output after each context, up to the end of the text, within the requested length.
 
-        A canvas is written whole and then cut.
+        A canvas is written whole and then truncated.
         """
         limit = self._rows.task_feature_lengths["targets"]
         if longer := sum(size > limit for _, size in requests):
             logger.warning(
-                "%d of %d texts may be longer than %d tokens; they are cut there", longer, len(requests), limit
+                "%d of %d texts may be longer than %d tokens; they are truncated", longer, len(requests), limit
             )
         return self._write([(context, min(size, limit)) for context, size in requests])
 
     def _write(self, requests: Sequence[tuple[Tokens, int]]) -> list[Tokens]:
         blanks = ([] if self._rows.canvas else [self._ids.pad_id] * size for _, size in requests)
         examples = [(context, blank) for (context, _), blank in zip(requests, blanks, strict=True)]
-        found = self._run("texts", lambda params, batch: self._decode(params, batch).tokens, examples)
-        ends = (self._ids.eos_id, self._ids.pad_id)
+        found = self._run("texts", lambda params, batch: self._decode(params, batch).tokens, examples, self._slots)
+        ends = (self._ids.eos_id, self._ids.pad_id, *self._ids.end_ids)
         texts = (itertools.takewhile(lambda token: token not in ends, row[mask].tolist()) for row, mask in found)
         return [list(text)[:size] for text, (_, size) in zip(texts, requests, strict=True)]
 
@@ -143,9 +145,20 @@ class Harness:
         return [(context, continuation + end) for context, continuation in pairs]
 
     def _run(
-        self, what: str, step: Callable[[Params, Batch], Any], examples: Sequence[tuple[Tokens, Tokens]]
+        self,
+        what: str,
+        step: Callable[[Params, Batch], Any],
+        examples: Sequence[tuple[Tokens, Tokens]],
+        slots: SlotDecoding | None = None,
     ) -> list[tuple[Any, np.ndarray]]:
-        """Returns each example's row of the step's output, and its target mask; `what` is for the progress bar."""
+        """Returns each example's row of the step's output, and its target mask.
+
+        Args:
+          what: for the progress bar.
+          step: reads batches.
+          examples: inputs and targets.
+          slots: returns decoded tokens in place of the step where that pays.
+        """
         rows = self._rows
         layout = RowLayout(rows.task_feature_lengths, rows.architecture, rows.canvas, self._ids.pad_id)
         sequences = [
@@ -160,18 +173,32 @@ class Harness:
             for shape in sorted(set(shapes), reverse=True):  # what needs most memory first
                 padded = dataclasses.replace(layout, task_feature_lengths=dict(shape))
                 members = ((padded.row(sequences[i]), i) for i, s in enumerate(shapes) if s == shape)
-                for batch, group in fill_batches(members, rows.batch_size, self._ids.pad_id):
-                    batch.example_ids[: len(group)] = example_ids[group]  # empty rows have any
-                    with jax.set_mesh(self._mesh):
-                        result = jax.device_get(step(self._params, partitioning.put_batch(self._mesh, batch)))
+                batches = fill_batches(members, rows.batch_size, self._ids.pad_id)
+                for batch, group, result in self._outputs(step, slots, _with_ids(batches, example_ids)):
                     for row, i in enumerate(group):
                         found[i] = jax.tree.map(lambda x: x[row], result), batch.target_mask[row]  # noqa: B023
                     done += len(group)
                     bar.update(done)
         return found
 
+    def _outputs(
+        self,
+        step: Callable[[Params, Batch], Any],
+        slots: SlotDecoding | None,
+        batches: Iterator[tuple[Batch, list[int]]],
+    ) -> Iterator[tuple[Batch, Sequence[int], Any]]:
+        """Yields batches of one shape, each with the step's output, numpy."""
+        pays, batches = (False, batches) if slots is None else slots.pays(batches)
+        if slots is not None and pays:
+            for batch, group, (decoded,) in slots.decode(self._params, batches):
+                yield batch, group, decoded.tokens
+            return
+        for batch, group in batches:
+            with jax.set_mesh(self._mesh):
+                yield batch, group, jax.device_get(step(self._params, partitioning.put_batch(self._mesh, batch)))
+
     def _fitted(self, examples: Sequence[tuple[Tokens, Tokens]]) -> Iterator[tuple[Tokens, Tokens]]:
-        """Yields the examples cut to the row lengths."""
+        """Yields the examples truncated to the row lengths."""
         rows, lengths, cut = self._rows, self._rows.task_feature_lengths, 0
         end = [self._ids.eos_id] if rows.context_eos else []
         # Where a model reads no start token by itself, it is an empty context, as in the harness's own models.
@@ -202,6 +229,13 @@ class Harness:
             return (("targets", shortest(self._rows.row_length, len(sequences["tokens"]))),)
         sizes = {"inputs": len(sequences["encoder_tokens"]), "targets": len(sequences["tokens"])}
         return tuple((name, shortest(lengths[name], size)) for name, size in sizes.items())
+
+
+def _with_ids(batches: Iterator[tuple[Batch, list[int]]], example_ids: np.ndarray) -> Iterator[tuple[Batch, list[int]]]:
+    """Yields the batches with the ids of their examples; empty rows have any."""
+    for batch, group in batches:
+        batch.example_ids[: len(group)] = example_ids[group]
+        yield batch, group
 
 
 def _example_ids(examples: Sequence[tuple[Tokens, Tokens]]) -> np.ndarray:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -13,7 +12,9 @@ from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch
 from diffusion_t5x.evaluation import traces
+from diffusion_t5x.evaluation.in_slots import SlotDecoding
 from diffusion_t5x.evaluation.teacher import Judge
+from diffusion_t5x.models.streams import sample_key
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.records import write_json_lines
 
@@ -26,14 +27,12 @@ def make_decode_step(
 ) -> jax.stages.Wrapped:
     """Returns the jitted `(params, batch, sample=0) -> Decoded`.
 
-    Examples draw from `(seed, example_ids)`, and each sample from a key of its own; a single sample is the 0th. `trace`
+    Examples draw from `(seed, example_ids)`, and each sample from its own key; a single sample is the 0th. `trace`
     is as in `Decoder.decode`.
     """
 
     def step(params: Params, batch: Batch, sample: jax.Array | int = 0) -> Decoded:
-        key = jax.random.key(seed)
-        # Rows fold in their ids, which are not negative: no sample's key is a row's.
-        key = jnp.where(sample == 0, key, jax.random.fold_in(key, -sample))
+        key = sample_key(jax.random.key(seed), sample)
         return decoder.decode(definition.bind(params), batch, key, trace)
 
     return jax.jit(step, out_shardings=partitioning.replicated(mesh))
@@ -49,6 +48,7 @@ def predict(
     judge: Judge | None = None,
     samples_per_example: int = 1,
     text_mask: Callable[[Batch], np.ndarray] | None = None,
+    slots: SlotDecoding | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yields one record for each example, in order.
 
@@ -63,6 +63,8 @@ def predict(
       samples_per_example: number of times that each example is decoded, each with its own random numbers.
       text_mask: returns the positions of a batch's texts, bool `[B, L]`, if only parts of them are written. None: the
         targets are the text.
+      slots: decodes in place of `decode_step` if it can and there is more than one batch. A text that ends makes room
+        for the next one then, in place of waiting for the longest of its batch.
 
     Yields:
       The example's own fields with "prediction" (text), "score" (see the decoder), "num_tokens" (written tokens, up to
@@ -71,21 +73,21 @@ def predict(
       `traces.compact`). With several samples these describe the first, and "predictions" has the texts of all. If only
       parts of a text were written, "holes" has these parts.
     """
-    for batch, examples in batches:
-        with jax.set_mesh(mesh):
-            placed = partitioning.put_batch(mesh, batch)
-            decoded = decode_step(params, placed, np.int32(0))
-            said = jax.device_get(judge(placed.replace(tokens=decoded.tokens))) if judge else {}
-            decoded = jax.device_get(decoded)
-            others = [
-                jax.device_get(decode_step(params, placed, np.int32(sample)).tokens)
-                for sample in range(1, samples_per_example)
-            ]
+    pays, batches = (False, batches) if slots is None else slots.pays(batches)
+    if slots is not None and pays:
+        outputs = slots.decode(params, batches, samples_per_example)
+    else:
+        outputs = decode_whole(decode_step, params, batches, mesh, samples_per_example)
+    for batch, examples, (decoded, *others) in outputs:
+        said = {}
+        if judge:
+            with jax.set_mesh(mesh):
+                said = jax.device_get(judge(partitioning.put_batch(mesh, batch.replace(tokens=decoded.tokens))))
         targets = np.asarray(batch.target_mask)
         masks = targets if text_mask is None else text_mask(batch)
         for row, example in enumerate(examples):
             text = np.flatnonzero(masks[row])
-            texts = [to_text(tokens[row, text].tolist()) for tokens in (decoded.tokens, *others)]
+            texts = [to_text(output.tokens[row, text].tolist()) for output in (decoded, *others)]
             record = {
                 **example,
                 "prediction": texts[0],
@@ -94,7 +96,7 @@ def predict(
                 "num_steps": int(decoded.row_steps[row]),
                 **{name: float(values[row]) for name, values in said.items()},
             }
-            if decoded.num_drafted is not None:
+            if decoded.num_drafted is not None and decoded.num_accepted is not None:
                 record["num_drafted"] = int(decoded.num_drafted[row])
                 record["num_accepted"] = int(decoded.num_accepted[row])
             if text_mask is not None:
@@ -105,6 +107,25 @@ def predict(
                 steps = jax.tree.map(lambda x: x[:, row, text], decoded.trace)  # noqa: B023
                 record["trace"] = traces.compact(steps, targets[row, text], record["num_steps"], cells)
             yield record
+
+
+def decode_whole(
+    decode_step: DecodeStep,
+    params: Params,
+    batches: Iterable[tuple[Batch, Sequence[Example]]],
+    mesh: Mesh,
+    samples: int,
+) -> Iterator[tuple[Batch, Sequence[Example], list[Decoded]]]:
+    """Yields each batch with its output for each sample, numpy; only the first one's has a trace."""
+    for batch, examples in batches:
+        with jax.set_mesh(mesh):
+            placed = partitioning.put_batch(mesh, batch)
+            first = jax.device_get(decode_step(params, placed, np.int32(0)))
+            others = [
+                jax.device_get(decode_step(params, placed, np.int32(sample)).replace(trace=None))
+                for sample in range(1, samples)
+            ]
+        yield batch, examples, [first, *others]
 
 
 def _holes(cells: Sequence[str], written: np.ndarray) -> list[str]:

@@ -72,7 +72,7 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Aggregates records of `likelihoods` into metrics.
 
     The metrics are "bits_per_token" and "bits_per_byte" (summed bits over summed tokens and bytes), and
-    "log_likelihood" (nats, the mean over examples). Each has a standard error "_se", from the objective's draws alone,
+    "log_likelihood" (nats, the mean over examples). Each has a standard error "_se", from only the objective's draws,
     which more draws make smaller; and a 95 % interval, "_low" to "_high", by a bootstrap over examples as for decoded
     texts, which covers the randomness of both draws and examples. There are also "num_texts", "num_tokens" and
     "num_bytes".

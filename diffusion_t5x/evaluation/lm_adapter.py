@@ -4,6 +4,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from diffusion_t5x.data import stop_strings
+from diffusion_t5x.data.chats import Chat
+from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.data.vocabulary import AnyVocabulary
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.harness import Harness, Rows, Tokens
@@ -18,8 +21,15 @@ _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_token
 _DEFAULT_LIMIT = 256  # the harness's own
 
 
-def adapt(harness: Harness, vocabulary: AnyVocabulary, rows: Rows) -> "lm_eval.api.model.LM":
-    """Returns the model as an object that `lm_eval.simple_evaluate` takes."""
+def adapt(harness: Harness, vocabulary: AnyVocabulary, rows: Rows, chat: Chat | None = None) -> "lm_eval.api.model.LM":
+    """Returns the model as an object that `lm_eval.simple_evaluate` takes.
+
+    Args:
+      harness: the model.
+      vocabulary: its vocabulary.
+      rows: as the harness's.
+      chat: contexts are conversations in this format; None for texts as they are.
+    """
     from lm_eval import utils
     from lm_eval.api.model import LM
 
@@ -29,7 +39,10 @@ def adapt(harness: Harness, vocabulary: AnyVocabulary, rows: Rows) -> "lm_eval.a
         """See `Harness`."""
 
         def loglikelihood(self, requests: Requests) -> list[tuple[float, bool]]:
-            pairs = [_encode_pair(vocabulary, *request.args, apart=rows.context_eos) for request in requests]
+            if chat:
+                pairs = [chat.encode_continued(*request.args) for request in requests]
+            else:
+                pairs = [_encode_pair(vocabulary, *request.args, apart=rows.context_eos) for request in requests]
             return list(zip(harness.log_likelihoods(pairs), harness.are_greedy(pairs), strict=True))
 
         def loglikelihood_rolling(self, requests: Requests) -> list[float]:
@@ -54,9 +67,29 @@ def adapt(harness: Harness, vocabulary: AnyVocabulary, rows: Rows) -> "lm_eval.a
         def generate_until(self, requests: Requests) -> list[str]:
             asked = [request.args for request in requests]
             _warn_of_sampling([settings for _, settings in asked])
-            written = harness.write([(vocabulary.encode(context), _limit(settings)) for context, settings in asked])
+            ids = [chat.encode_prompt(text)[0] if chat else vocabulary.encode(text) for text, _ in asked]
+            limits = [_limit(settings) for _, settings in asked]
+            written = harness.write(list(zip(ids, limits, strict=True)))
             texts = zip(map(vocabulary.decode, written), asked, strict=True)
-            return [_cut(text, settings.get("until") or []) for text, (_, settings) in texts]
+            return [stop_strings.trim(text, _until(settings)).text for text, (_, settings) in texts]
+
+        @property
+        def tokenizer_name(self) -> str:
+            """Tells the harness's caches of requests apart."""
+            return token_ids(vocabulary).fingerprint
+
+        def chat_template(self, chat_template: bool | str = False) -> str:
+            return chat.template.text if chat and chat_template else ""
+
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            assert chat is not None, "the harness was not asked for chats"
+            try:
+                if add_generation_prompt:
+                    return chat.template.render(chat_history, add_generation_prompt=True)
+                return chat.template.unfinished(chat_history)
+            except ValueError as error:
+                hint = " Leave out --system_instruction." if chat_history[0]["role"] == "system" else ""
+                raise UserError(f"A request cannot be written as a conversation: {error}{hint}") from error
 
     return Adapter()
 
@@ -84,12 +117,10 @@ def _limit(settings: Mapping[str, Any]) -> int:
     return int(next((settings[name] for name in _LIMITS if settings.get(name) is not None), _DEFAULT_LIMIT))
 
 
-def _cut(text: str, until: str | Sequence[str]) -> str:
-    """Returns the text up to the first stop string."""
-    for stop in [until] if isinstance(until, str) else until:
-        if stop:
-            text = text.partition(stop)[0]
-    return text
+def _until(settings: Mapping[str, Any]) -> list[str]:
+    """Returns the stop strings of a request; empty ones stop nothing."""
+    until = settings.get("until") or []
+    return [stop for stop in ([until] if isinstance(until, str) else until) if stop]
 
 
 def _warn_of_sampling(settings: Sequence[Mapping[str, Any]]) -> None:

@@ -40,7 +40,7 @@ def check_datasets(datasets: Iterable[Dataset], model: ModelConfig, mesh: Mesh) 
         dataset.check()
         if dataset.architecture != model.architecture:
             raise UserError(
-                f"{dataset.name} is laid out for a model that is {dataset.architecture}, but ModelConfig.architecture "
+                f"{dataset.name} is laid out for the architecture {dataset.architecture}, but ModelConfig.architecture "
                 f"is {model.architecture}: set both by including models/{model.architecture}.gin."
             )
         model.check_length(dataset.row_length, f"task_feature_lengths of {dataset.name}")
@@ -71,7 +71,7 @@ def load_model(
     restore_rules: Sequence[Rule] = (),
     use_ema: bool = True,
 ) -> tuple[ModelDefinition, Params]:
-    """Loads a checkpoint's model for inference; of LoRA, only what drafts alone read stays apart from its matrices.
+    """Loads a checkpoint's model for inference; LoRA is merged, except updates that only drafts read.
 
     Args:
       path: a checkpoint folder, a folder of them or a MODEL_DIR; or an open checkpoint.
@@ -134,7 +134,7 @@ def abstract_params(mesh: Mesh, definition: ModelDefinition) -> Params:
 
 
 def abstract_batch(mesh: Mesh, dataset: Dataset, batch_size: int, rollout: Rollout | None = None) -> Batch:
-    """Returns shapes, dtypes and shardings of a training batch, from lengths alone; with a rollout, of the longest."""
+    """Returns shapes, dtypes and shardings of a training batch, from lengths only; with a rollout, of the longest."""
     sharding = partitioning.batch_sharding(mesh)
     lengths = dict(dataset.task_feature_lengths)
     if rollout is not None:

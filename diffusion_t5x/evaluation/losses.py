@@ -24,7 +24,7 @@ def evaluate_loss(
 ) -> dict[str, float]:
     """Returns the loss and metrics of an objective over batches: sums over all of them, divided once.
 
-    With `num_batches`, at most the first so many are read.
+    With `num_batches`, at most this many are read.
     """
     total = None
     for batch in itertools.islice(batches, num_batches):

@@ -140,7 +140,7 @@ def warn_of_small_difference(first: float, second: float, num_examples: int) -> 
     worth, difference = 100 / num_examples, abs(first - second)
     if not 0 < difference < worth * (1 - 1e-9):
         return None
-    return f"{difference:.2g} points of difference are less than one of {num_examples} examples is worth ({worth:.2g})."
+    return f"A difference of {difference:.2g} points is less than one of {num_examples} examples counts ({worth:.2g})."
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:

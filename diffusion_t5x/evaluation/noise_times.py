@@ -63,8 +63,8 @@ def make_times_step(
     """
     if not isinstance(objective, Block) or objective.noise != "mask" or objective.weighting != "elbo":
         raise UserError(
-            'Times are searched for block diffusion with noise = "mask" and weighting = "elbo" (objectives/block.gin); '
-            f"got {objective}."
+            'The search for times needs block diffusion with noise = "mask" and weighting = "elbo" '
+            f"(objectives/block.gin); got {objective}."
         )
 
     def step(params, batch, times, draw):

@@ -70,5 +70,5 @@ def _parse(line: str, place: str) -> dict[str, Any]:
         raise UserError(f"{place}: no prediction; {_WHAT_A_LINE_HAS}.")
     texts = parsed.get("predictions", [parsed.get("prediction")])
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{place}: predictions are text; {_WHAT_A_LINE_HAS}.")
+        raise UserError(f"{place}: predictions must be text; {_WHAT_A_LINE_HAS}.")
     return parsed

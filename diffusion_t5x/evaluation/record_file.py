@@ -21,7 +21,7 @@ _EXAMPLE = ("inputs_pretokenized", "targets_pretokenized", "template")
 
 
 class RecordFile:
-    """A file of records, with a note beside it of the settings that made them.
+    """A file of records, with a file next to it that notes the settings that made them.
 
     Args:
       path: the file, which need not exist.
@@ -32,7 +32,7 @@ class RecordFile:
       done: number of records that an earlier run wrote.
 
     Raises:
-      UserError: the file was started with other settings, or has no note.
+      UserError: the file was started with different settings, or has no note.
     """
 
     def __init__(self, path: pathlib.Path, settings: Mapping[str, Any]):
@@ -43,7 +43,7 @@ class RecordFile:
             before = self._read_note()
             if changed := [name for name in settings if before.get(name) != settings[name]]:
                 raise UserError(
-                    f"{path} was started with other settings ({', '.join(changed)}; see {self._note}). "
+                    f"{path} was started with different settings ({', '.join(changed)}; see {self._note}). "
                     "Choose another INFER_OUTPUT_DIR, or remove that file."
                 )
             self.done = done
@@ -54,7 +54,7 @@ class RecordFile:
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise UserError(
-                f"{self.path} is there, but {self._note}, which says how it was begun, cannot be read ({reason}): "
+                f"{self.path} exists, but {self._note}, which records its settings, cannot be read ({reason}): "
                 "remove both, or choose another INFER_OUTPUT_DIR."
             ) from error
         return before if isinstance(before, dict) else {}
@@ -71,7 +71,7 @@ class RecordFile:
             if example is None:
                 self._refuse(f"has {self.done} records, but the data have {number} examples now")
             if _said(record) != _said(example):
-                self._refuse(f"was begun with other data: example {number} has changed")
+                self._refuse(f"was started with different data: example {number} has changed")
 
     def _refuse(self, reason: str) -> NoReturn:
         raise UserError(f"{self.path} {reason}. Remove that file, or choose another INFER_OUTPUT_DIR.")
@@ -95,7 +95,7 @@ class RecordFile:
             content = self.path.read_bytes()
             locked.truncate(content.rfind(b"\n") + 1)  # a line that was cut short
             if content.count(b"\n") != self.done:
-                self._refuse("was written to by another process since this one began")
+                self._refuse("was written to by another process since this one started")
             write_json(self._note, self._settings)
             with self.path.open("a", encoding="utf-8") as file, Progress(total, self.done, title, "example") as bar:
                 for record in records:
@@ -118,7 +118,7 @@ class RecordFile:
                     try:
                         yield json_lines.parse_object(line)
                     except ValueError as error:
-                        raise UserError(f"{self.path}:{number}: {error}. Remove that file to begin anew.") from error
+                        raise UserError(f"{self.path}:{number}: {error}. Remove that file to start over.") from error
 
 
 def _said(record: Mapping[str, Any]) -> dict[str, Any]:

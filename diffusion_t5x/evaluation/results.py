@@ -94,7 +94,7 @@ def is_done(folder: pathlib.Path, checkpoint: str | None, settings: Mapping[str,
     now = json.loads(json.dumps({"checkpoint": checkpoint, **settings}))
     if changed := list(differences(before, now, _NO_MATTER)):
         raise UserError(
-            f"{path} has results with other settings ({', '.join(changed[:5])}). Choose another "
+            f"{path} has results with different settings ({', '.join(changed[:5])}). Choose another "
             "EVAL_OUTPUT_DIR, or remove that file."
         )
     return True

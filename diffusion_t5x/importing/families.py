@@ -50,7 +50,7 @@ class Family:
       tokenizers: tokenizer files beside the usual ones.
       embedding, head: names of these tensors.
       tied: what `tie_word_embeddings` is where a config.json does not say.
-      copies: names of tensors that hold what another does, and of that one.
+      copies: names of tensors that duplicate another, and of that one.
       base: a prefix of names that files may lack.
       aliases: other names of keys of the config.json.
       vocab_size: rows of the embedding.
@@ -143,7 +143,7 @@ class Described:
       config: the model here; the embedding's rows are not set.
       vocab_size: rows of the embedding there.
       weights: how each is called and lies.
-      copies: names of tensors that hold what another does.
+      copies: names of tensors that duplicate another.
       published: how it was trained and is decoded.
       passed_over: a line on keys of its config.json that change nothing; empty if there are none.
       tokenizers: files that may serve as a vocabulary beside the usual ones.

@@ -1,4 +1,4 @@
-"""The formats that an export writes: what each can hold, its config.json, and its settings for generation."""
+"""The formats that an export writes: what each can represent, its config.json, and its settings for generation."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ class Format:
       architecture: of the published code, which also is the class's name.
       code: file and class prefix that `auto_map` names.
       body: the family of autoregressive models that it is one of.
-      modes: `(attention, blocks_from)` of the models that it holds.
+      modes: `(attention, blocks_from)` of the models that it can represent.
       shifted: a hidden state predicts the next slot's token.
     """
 
@@ -74,7 +74,7 @@ def chosen(asked: str, record: Record, kind: str, where: str) -> str:
     mode = next((mode for mode in record.modes if mode.noise), None)
     if asked != CAUSAL and record.lora and record.lora.get("drafts_only"):
         raise UserError(
-            f"{where} drafts by parameters that no format holds; without them it is the model that it was before: "
+            f"{where} has draft parameters, which no format can store; without them it is the original model: "
             "--as causal writes that."
         )
     if asked == CAUSAL or (asked == AUTO and mode is None):
@@ -94,7 +94,7 @@ def chosen(asked: str, record: Record, kind: str, where: str) -> str:
 
 
 def _why_not(name: str, record: Record, mode: Mode | None, kind: str) -> str:
-    """Why a format cannot hold a model; empty if it can."""
+    """Returns why a format cannot represent a model; empty if it can."""
     if name == DIFFUSION:
         return "the model is trained for no diffusion"
     form = FORMATS[name]

@@ -36,10 +36,10 @@ def from_hf(
     Args:
       path: a folder with config.json, safetensors and a tokenizer; a GGUF file; or a model of the hub, see
         `hub.local_folder`.
-      output_folder: a folder that is empty or not there.
+      output_folder: a folder that is empty or does not exist.
       ignore_keys: keys of config.json, or of a GGUF file's metadata, that are read as if they were not there.
       mask_id: the id of MASK, of a diffusion model whose files do not name it.
-      block_size: of a model of block diffusion, if config.json does not say it or says another one.
+      block_size: of a block diffusion model, if config.json does not give it or gives another.
       config_only: reads no weights and writes no checkpoint.
 
     Raises:
@@ -100,13 +100,13 @@ def _opened(
     Args:
       path, ignore_keys: see `from_hf`.
       said: keys that config.json lacks.
-      weights: False reads config.json and the tokenizer alone.
+      weights: False reads only config.json and the tokenizer.
     """
     folder = _source(path, ignore_keys, weights).with_keys(said)
     described = families.describe(folder)
     objective = described.published.objective
     if "block_size" in said and not isinstance(objective, Block):
-        raise UserError(f"--block_size: {folder.path} is not a model of block diffusion.")
+        raise UserError(f"--block_size: {folder.path} is not a block diffusion model.")
     tokenizer = folder.tokenizer(described.tokenizers)
     read = vocabulary(str(tokenizer), mask_id=said.get("mask_token_id"))
     ids = token_ids(read)

@@ -77,11 +77,11 @@ class Architecture:
 
     Attributes:
       model_type: in Hugging Face's format.
-      norms: names of a layer's norms beside those that all have.
-      keys: names of keys beside those that all have.
-      permuted: the rows of query and key matrices stand in another order.
+      norms: names of a layer's norms in addition to those that all have.
+      keys: names of keys in addition to those that all have.
+      permuted: the rows of query and key matrices have another order.
       norm_offset: the weights of norms are 1 more than in Hugging Face's format.
-      settings: of config.json, the same in all models.
+      settings: settings in config.json that are the same in all models.
       largest: number of layers of the one size whose attention scale is by `hidden_size / num_attention_heads`, not by
         `head_dim` (27B).
     """
@@ -150,7 +150,7 @@ class Layout:
 
 
 def drop_keys(values: dict[str, Any], ignored: Sequence[str], where: str) -> None:
-    """Takes metadata keys out of `values`. Raises a UserError if one is not there."""
+    """Removes metadata keys from `values`. Raises a UserError if one is missing."""
     for name in ignored:
         if name not in values:
             raise UserError(f"--ignore_keys: {where} has no key {name!r}.{did_you_mean(name, values)}")
@@ -236,7 +236,7 @@ def _llama3(factors: np.ndarray, head_dim: int, base: float, where: str) -> dict
     low, high, length = _LLAMA3.values()
     smooth = np.clip((length / wavelengths - low) / (high - low), 0, 1)
     if factors.shape != wavelengths.shape or not np.allclose(factors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-4):
-        raise UserError(f"{where}: {ROTARY_FACTORS} stretches rotary wavelengths otherwise than Llama 3 does.")
+        raise UserError(f"{where}: {ROTARY_FACTORS} stretches rotary wavelengths differently from Llama 3.")
     return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
 
 

@@ -12,6 +12,7 @@ from diffusion_t5x.data import tokenizer_files
 from diffusion_t5x.errors import UserError
 
 _ROLES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # the names here and in GGUF
+_ENDS = ("eos", "eot", "eom")  # of a text, a turn and a message
 # Where words are cut before byte pairs are merged, as in the tokenizer.json of Llama 3 and, with single digits, Qwen 2.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -30,7 +31,9 @@ class _Kind(enum.IntEnum):
 
 
 def files(values: Mapping[str, Any], where: str) -> dict[str, str]:
-    """The contents of tokenizer.json, tokenizer_config.json and, if there is one, chat_template.jinja.
+    """The contents of tokenizer.json and tokenizer_config.json.
+
+    Also of chat_template.jinja if there is a chat template, and of generation_config.json if more than EOS ends a text.
 
     Raises:
       UserError: no tokenizer, or of an unsupported kind.
@@ -62,10 +65,14 @@ def files(values: Mapping[str, Any], where: str) -> dict[str, str]:
         "add_bos_token": adds_bos,
         **{f"{role}_token": token for role, token in roles.items() if token is not None},
     }
+    ends = sorted(
+        {number for name in _ENDS if isinstance(number := values.get(f"tokenizer.ggml.{name}_token_id"), int)}
+    )
     said = {
         tokenizer_files.TOKENIZER: tokenizer.to_str(),
         tokenizer_files.CONFIG: json.dumps(config, indent=2, ensure_ascii=False),
         "chat_template.jinja": values.get("tokenizer.chat_template"),
+        "generation_config.json": json.dumps({"eos_token_id": ends}) if len(ends) > 1 else None,
     }
     return {name: text for name, text in said.items() if text is not None}
 

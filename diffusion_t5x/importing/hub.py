@@ -43,21 +43,21 @@ def _download(name: str, repo: str, revision: str | None, files: list[str]) -> p
         patterns = [glob.escape(file) for file in files]
         return pathlib.Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except errors.GatedRepoError as error:
-        raise UserError(f"{name} is gated: accept its terms on the hub, and set HF_TOKEN.") from error
+        raise UserError(f"{name} is gated: accept its terms on the Hub, and set HF_TOKEN.") from error
     except errors.RevisionNotFoundError as error:
-        raise UserError(f"{repo} has no revision {revision} on Hugging Face's hub.") from error
+        raise UserError(f"{repo} has no revision {revision} on the Hugging Face Hub.") from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(
-            f"There is no folder {name}, and Hugging Face's hub has no such model. If it is private, set HF_TOKEN."
+            f"There is no folder {name}, and the Hugging Face Hub has no such model. If it is private, set HF_TOKEN."
         ) from error
     except errors.LocalEntryNotFoundError as error:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _first_line(error)
         raise UserError(
-            f"There is no folder {name}, and Hugging Face's hub cannot be reached ({why}). Its cache, "
-            f"{constants.HF_HUB_CACHE}, lacks the model, too: connect, or give a local folder."
+            f"There is no folder {name}, and the Hugging Face Hub cannot be reached ({why}). Its cache, "
+            f"{constants.HF_HUB_CACHE}, does not have the model either: connect, or give a local folder."
         ) from error
     except (errors.HFValidationError, errors.HfHubHTTPError, OSError) as error:
-        raise UserError(f"{name} could not be downloaded from Hugging Face's hub: {_first_line(error)}") from error
+        raise UserError(f"{name} could not be downloaded from the Hugging Face Hub: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

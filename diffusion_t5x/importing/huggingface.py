@@ -65,7 +65,7 @@ class Folder:
 
     @classmethod
     def open(cls, path: str, weights: bool = True) -> Self:
-        """Reads config.json, the index and the files' headers; without weights, config.json alone.
+        """Reads config.json, the index and the files' headers; without weights, only config.json.
 
         Raises:
           UserError: a file is missing, broken or not in this format, or a tensor has another dtype.
@@ -96,7 +96,7 @@ class Folder:
         return dataclasses.replace(self, config=config, ignored=tuple(names))
 
     def with_keys(self, said: Mapping[str, Any]) -> Self:
-        """The same with these keys in config.json, in place of its own."""
+        """The same with these keys in config.json instead of its own."""
         return dataclasses.replace(self, config={**self.config, **said})
 
     def read(self, name: str, start: int = 0, stop: int | None = None, axis: int = 0) -> np.ndarray:
@@ -106,7 +106,7 @@ class Folder:
             return file.get_slice(name)[where].astype(np.float32, copy=False)
 
     def note_tensors(self, to: pathlib.Path) -> None:
-        """Writes the headers beside an imported model, so that an export gives files with the same contents."""
+        """Writes the headers next to an imported model, so that an export gives files with the same contents."""
         noted = {name: [tensor.dtype, tensor.shape] for name, tensor in self.tensors.items()}
         records.write_json(to / TENSORS, noted, indent=0)
         if self.ignored:
@@ -114,7 +114,7 @@ class Folder:
 
     @classmethod
     def noted(cls, path: pathlib.Path) -> Self:
-        """Returns the folder that an imported model was, without its weights, from the notes beside the model."""
+        """Returns the folder that an imported model was, without its weights, from the notes next to the model."""
         for name in (*CARRIED, TENSORS, IGNORED):
             _check_link(path / name)
         noted = {name: said for name, said in read_json(path / TENSORS).items() if not name.endswith(_BUFFERS)}
@@ -133,7 +133,7 @@ class Folder:
         """
         spiece, tokenizer = self.path / TOKENIZERS[0], self.path / TOKENIZERS[1]
         if spiece.exists() and tokenizer.exists() and not _same_pieces(spiece, tokenizer):
-            print(f"{spiece} is ignored, as in transformers: {tokenizer.name} has other pieces.")
+            print(f"{spiece} is ignored, as in transformers: {tokenizer.name} has different pieces.")
             return tokenizer
         for name in (*TOKENIZERS, *others):
             if (self.path / name).exists():

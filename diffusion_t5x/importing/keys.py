@@ -23,7 +23,7 @@ class Keys:
       values: values by name. None counts as absent, except for `nullable`.
       where: name of the config.json in messages.
       aliases: other names of keys, as in `transformers`.
-      most_layers: maximum number of layers that the files can hold.
+      most_layers: maximum number of layers that the files can contain.
 
     Raises:
       UserError: a key and its alias have different values.
@@ -47,7 +47,7 @@ class Keys:
                 if self._values.setdefault(name, value) != value:
                     raise UserError(
                         f"{where}: {alias} = {_show(value)} and {name} = {_show(self._values[name])} are two names of "
-                        "one size: take out the wrong one."
+                        "one size: remove the wrong one."
                     )
 
     def get(self, name: str, default: Any = REQUIRED) -> Any:
@@ -79,10 +79,10 @@ class Keys:
         return value
 
     def layers(self, name: str) -> int:
-        """Returns a number of layers, each of which has tensors of its own in the files.
+        """Returns a number of layers, each of which has its own tensors in the files.
 
         Raises:
-          UserError: more than the files can hold, or as `get`.
+          UserError: more than the files can contain, or as `get`.
         """
         count = self.get(name)
         if self._most_layers is not None and count > self._most_layers:

@@ -125,7 +125,7 @@ def read(path: str) -> Llama2cModel:
     if found != expected:
         raise UserError(
             f"{path} has {found:,} bytes, but a llama2.c checkpoint of {_in_words(header)} has {expected:,}: it is "
-            f"{'cut short' if found < expected else 'longer'}, or no such checkpoint."
+            f"{'truncated' if found < expected else 'too long'}, or not such a checkpoint."
         )
     values = np.memmap(file, "<f4", "r", offset=4 * len(_HEADER))
     parts = np.split(values, np.cumsum(list(sizes.values()))[:-1])

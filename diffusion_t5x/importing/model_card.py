@@ -1,4 +1,4 @@
-"""Files beside the weights of an exported diffusion model: generation settings, a model card, MASK in the tokenizer."""
+"""Other files of an exported diffusion model: generation settings, a model card, MASK in the tokenizer."""
 
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ _PUBLISHED_IN = {  # others are dllm's
 
 
 def write(to: pathlib.Path, name: str, checkpoint: OpenCheckpoint, config: Mapping[str, Any]) -> None:
-    """Writes generation_config.json and README.md where they are not there, and names MASK in the tokenizer's files.
+    """Writes generation_config.json and README.md if they are missing, and names MASK in the tokenizer's files.
 
     Args:
       to: the folder, which has the tokenizer's files already.
@@ -113,4 +113,4 @@ def _scores(folder: pathlib.Path) -> list[str]:
                 if None not in interval:
                     low, high = interval
                     lines.append(f"* {task}, {metric}: {value:.4g}, 95 % interval {low:.4g} to {high:.4g}")
-    return lines or ["No evaluation lies in the folder of the run."]
+    return lines or ["The run's folder has no evaluation."]

@@ -9,7 +9,8 @@ from diffusion_t5x.importing.huggingface import CONFIG, INDEX, SINGLE
 def push(folder: str, name: str, public: bool = False) -> None:
     """Uploads a folder that `to_hf` wrote as a model of the hub, in one commit.
 
-    The repository is made if there is none. The environment variables of `huggingface_hub` hold, such as `HF_TOKEN`.
+    The repository is created if it does not exist. The environment variables of `huggingface_hub` hold, such as
+    `HF_TOKEN`.
 
     Args:
       folder: with config.json and safetensors.
@@ -25,7 +26,7 @@ def push(folder: str, name: str, public: bool = False) -> None:
             f"{folder} has no {CONFIG} with safetensors beside it: give a folder that `convert to_hf` wrote."
         )
     if name.count("/") != 1:
-        raise UserError(f"{name!r} is no name of a model on the hub: give ORG/NAME.")
+        raise UserError(f"{name!r} is not a model name for the Hub: give ORG/NAME.")
     import huggingface_hub
     from huggingface_hub import errors
 

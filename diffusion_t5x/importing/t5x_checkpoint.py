@@ -139,7 +139,7 @@ def _open_zarr(folder: pathlib.Path, name: str, spec: dict[str, Any]) -> tensors
 
 
 def _check_room(folder: pathlib.Path, name: str, array: tensorstore.TensorStore, path: pathlib.Path, said: str) -> None:
-    """Raises a UserError if an array is larger than its files can hold, before its chunks are visited."""
+    """Raises a UserError if an array is larger than its files can contain, before its chunks are visited."""
     sizes = [file.stat().st_size for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
     chunk = cast("tuple[int, ...]", array.chunk_layout.read_chunk.shape)  # Zarr always says it
     chunks = math.prod(-(-size // max(1, part)) for size, part in zip(array.shape, chunk, strict=True))
@@ -148,7 +148,7 @@ def _check_room(folder: pathlib.Path, name: str, array: tensorstore.TensorStore,
     for shape, stored in ((array.shape, sum(sizes)), (chunk, max(sizes, default=0))):
         if (held := math.prod(shape) * array.dtype.numpy_dtype.itemsize) > max(_ALWAYS, _DENSEST * stored):
             raise UserError(
-                f"{folder}: {name} is said to have {held:,} bytes, which files of {stored:,} bytes cannot hold."
+                f"{folder}: {name} should have {held:,} bytes, which files of {stored:,} bytes cannot contain."
             )
 
 

@@ -36,7 +36,7 @@ def to_hf(
       output_folder: a folder that is empty or does not exist.
       like: the folder that `from_hf` wrote; not needed for its own checkpoint.
       form: "auto", "causal" (the autoregressive model, whatever was trained), or one of `formats.FORMATS`.
-      dtype: of all tensors, a key of `huggingface.DTYPES`; None keeps that which each came with.
+      dtype: of all tensors, a key of `huggingface.DTYPES`; None keeps the original dtypes.
 
     Raises:
       UserError: no checkpoint, no folder that `from_hf` wrote, they do not belong together, or the format does not

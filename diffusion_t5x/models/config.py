@@ -38,8 +38,8 @@ class ModelConfig:
         a vector for each of `max_length` positions to the embedded tokens.
       norm: "rms" scales by the root mean square, "layer" (arXiv 1607.06450) subtracts the mean first and adds a bias.
       activation: activation of the feed-forward layer.
-      gated: the activation gates a second product; False uses the activation alone.
-      experts: a mixture of experts in place of the feed-forward layer; None: there is none. For decoders alone.
+      gated: the activation gates a second product; False uses only the activation.
+      experts: a mixture of experts in place of the feed-forward layer; None: no experts. Only for decoder-only models.
       tie_embeddings: compute logits with the embedding; False adds an output matrix.
       query_key_norm: RMS-normalise queries and keys of each head.
       whole_query_key_norm: RMS-normalise queries, and keys, of all heads as one vector (OLMo 2).
@@ -158,7 +158,7 @@ class ModelConfig:
         if self.position == "learned" and not self.max_length:
             raise UserError(f"Learned positions need a ModelConfig.max_length of at least 1, not {self.max_length}.")
         if self.norm == "layer" and self.norm_offset:
-            raise UserError('ModelConfig.norm_offset belongs to norm = "rms" alone.')
+            raise UserError('ModelConfig.norm_offset needs norm = "rms".')
         if self.local_layers and (len(self.local_layers) != self.num_layers or not self.window):
             raise UserError(
                 f"ModelConfig.local_layers must say of each of {self.num_layers} layers if it is local, and not of "
@@ -170,7 +170,7 @@ class ModelConfig:
                 f"it has none, and not of {len(self.unrotated_layers)}."
             )
         if self.rotary_ramp is not None and self.rotary_stretched is not None:
-            raise UserError("ModelConfig.rotary_ramp and rotary_stretched are two ways to stretch: set one to None.")
+            raise UserError("ModelConfig.rotary_ramp and rotary_stretched exclude each other: set one to None.")
         shortest, longest = self.rotary_stretched or (1, 2)
         if self.rotary_factor <= 0 or not 0 < shortest < longest:
             raise UserError(

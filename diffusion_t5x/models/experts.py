@@ -59,5 +59,5 @@ class Experts:
             )
         if self.per_token > (open_to_one := self.number // self.groups * self.groups_per_token):
             raise UserError(
-                f"Experts.per_token = {self.per_token} is more than the {open_to_one} experts that are open to a token."
+                f"Experts.per_token = {self.per_token} is more than the {open_to_one} experts available to a token."
             )

@@ -13,7 +13,7 @@ from diffusion_t5x.models.low_rank import LowRank
 from diffusion_t5x.models.output import Auxiliaries
 from diffusion_t5x.models.products import matmul
 from diffusion_t5x.partitioning import pieces_of
-from diffusion_t5x.shapes import FloatBLD, IntScalar, KeyB, KeyScalar
+from diffusion_t5x.shapes import FloatBLD, IntB, IntScalar, KeyB, KeyScalar
 
 Initializer = Callable[..., jax.Array]
 ACTIVATE = {"gelu": jax.nn.gelu, "silu": jax.nn.silu}
@@ -65,12 +65,13 @@ def softcap(x: Float[jax.Array, "*shape"], cap: float | None) -> Float[jax.Array
 
 
 @overload
-def fold_in(keys: KeyB, number: IntScalar | int) -> KeyB: ...
+def fold_in(keys: KeyB, number: IntScalar | IntB | int) -> KeyB: ...
 @overload
-def fold_in(keys: None, number: IntScalar | int) -> None: ...
-def fold_in(keys: KeyB | None, number: IntScalar | int) -> KeyB | None:
-    """Returns each row's key for one of several uses; None stays None."""
-    return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+def fold_in(keys: None, number: IntScalar | IntB | int) -> None: ...
+def fold_in(keys: KeyB | None, number: IntScalar | IntB | int) -> KeyB | None:
+    """Returns each row's key for one of several uses, of one number or a number for each row; None stays None."""
+    axis = 0 if jnp.ndim(number) else None
+    return None if keys is None else jax.vmap(jax.random.fold_in, (0, axis))(keys, number)
 
 
 def dropout(
@@ -161,7 +162,7 @@ class MLP(nnx.Module):
         self.dropout_rate = dropout_rate
 
     def __call__(self, x: FloatBLD, dropout_keys: KeyB | None) -> tuple[FloatBLD, Auxiliaries]:
-        """Returns the update of the residual stream, and losses of the layer's own, as a mixture of experts has."""
+        """Returns the update of the residual stream, and the layer's own losses, such as a mixture's balance loss."""
         hidden = ACTIVATE[self.activation](add_bias(dense(x, self.wi_0.get_value()), self.wi_0_bias))
         if self.gated:
             hidden = hidden * add_bias(dense(x, self.wi_1.get_value()), self.wi_1_bias)

@@ -20,7 +20,7 @@ class LowRank(flax.struct.PyTreeNode):
       down: `[..., inputs, rank]`.
       up: `[..., rank, outputs]`.
       scale: factor on the product.
-      drafts_only: the update applies to drafts alone (gated LoRA, arXiv 2507.11851); all other slots read the base.
+      drafts_only: the update applies only to drafts (gated LoRA, arXiv 2507.11851); all other slots read the base.
       drafts: bool `[B, L]`, True in slots with a draft; None where there are none. Set by `at_drafts` for each pass.
     """
 

@@ -52,7 +52,7 @@ class Slots(flax.struct.PyTreeNode):
 
     @classmethod
     def of(cls, batch: Batch) -> Self:
-        """Returns the slots of a batch whose tokens stand in their own places (no shift)."""
+        """Returns the slots of a batch whose tokens are in their own slots (no shift)."""
         return cls(segment_ids=batch.segment_ids, positions=batch.positions, is_input=batch.input_mask)
 
     def take(self, start: IntB, length: int) -> Self:
@@ -97,7 +97,7 @@ class AttentionKind:
     def __post_init__(self) -> None:
         check_choices(self)
         if self.name.startswith("block") != (self.block_size is not None):
-            raise UserError(f"block_size belongs to attention in blocks, and only to it; got {self}.")
+            raise UserError(f"block_size is for block attention, and required there; got {self}.")
         if isinstance(self.block_size, int) and self.block_size < 1:
             raise UserError(f"block_size must be at least 1, not {self.block_size}.")
 

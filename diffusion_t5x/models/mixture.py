@@ -24,7 +24,7 @@ _TINY = 1e-20  # added to a sum of factors, which could be 0, as in DeepSeek-V3 
 
 
 class Mixture(nnx.Module):
-    """The sum of what a token's experts return, times their factors, and of what the shared experts return.
+    """The sum of the outputs of a token's experts, times their factors, and of the shared experts' output.
 
     Args:
       key: key of the initial values.
@@ -70,9 +70,9 @@ class Mixture(nnx.Module):
 def choose(
     experts: Experts, scores: FloatBLE, bias: Float[jax.Array, " experts"] | None = None
 ) -> tuple[IntBLC, FloatBLC]:
-    """Returns the experts of each token, the best first, and the factors on what they return.
+    """Returns the experts of each token, the best first, and the factors on their outputs.
 
-    Ties go to the expert of lower number. The choice has no gradient.
+    Ties go to the expert with the lower number. The choice has no gradient.
     """
     judged = jax.lax.stop_gradient(scores if bias is None else scores + bias)
     if experts.groups > 1:
@@ -123,8 +123,8 @@ def routed(
 ) -> FloatBLD:
     """Returns the sum over a token's experts of `factor * wo(activation(wi_0 x) * wi_1 x)`.
 
-    Each device sends its own tokens to the experts that it holds; what the experts of all devices return is summed.
-    Over an axis that spreads experts and tokens alike (`MeshConfig.rules`), tokens are gathered first.
+    Each device applies its own experts to the tokens; the outputs of all devices' experts are summed. Over an axis that
+    shards both experts and tokens (`MeshConfig.rules`), tokens are gathered first.
 
     Args:
       x: the tokens.

@@ -1,4 +1,4 @@
-"""The output of a model: hidden states, and losses of its own."""
+"""The output of a model: hidden states, and the model's own losses."""
 
 from collections.abc import Mapping
 from typing import Self

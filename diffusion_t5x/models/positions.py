@@ -37,8 +37,8 @@ def relative_position_bucket(
 class RelativePositionBias(nnx.Module):
     """A learned bias for each bucket and head, shared by all layers.
 
-    The weights depend on the buckets, not on the attention kind: a model trained with causal attention must mean the
-    same by them after it is adapted to bidirectional attention. So our causal models have bidirectional buckets, too;
+    The weights depend on the buckets, not on the attention kind: a model trained with causal attention must use them in
+    the same way after it is adapted to bidirectional attention. So our causal models have bidirectional buckets;
     published T5 decoders have `causal_buckets`.
     """
 
@@ -102,7 +102,7 @@ def rotate(
 ) -> Float[jax.Array, "batch length heads head_dim"]:
     """Rotary positions (arXiv 2104.09864): rotates the pair (i, i + R/2) of a head by position * frequency[i].
 
-    R is twice the number of frequencies. Dimensions after the first R of a head stay as they are.
+    R is twice the number of frequencies. Dimensions of a head after the first R are unchanged.
     """
     angle = positions[:, :, None, None].astype(jnp.float32) * frequency
     sin, cos = jnp.sin(angle), jnp.cos(angle)

@@ -1,4 +1,4 @@
-"""Products of activations and kernels, in the precision that JAX's setting asks for on a CPU, too."""
+"""Products of activations and kernels, in the precision that JAX's setting asks for, even on a CPU."""
 
 import jax
 import jax.numpy as jnp

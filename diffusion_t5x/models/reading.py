@@ -107,7 +107,7 @@ class Reading(flax.struct.PyTreeNode):
           vocabulary: defines the start token.
           shifted: see `ModelConfig`.
           packed: rows may hold several segments. If shifted, there is room for `1 + L / 16` of them, and for one more
-            per padding position; the last tokens of a row with more are cut off, see `fits`.
+            per padding position; the last tokens of a row with more are dropped, see `fits`.
         """
         if not (shifted and vocabulary.reads_start):
             return cls(batch, None, shifted)
@@ -133,7 +133,7 @@ class Reading(flax.struct.PyTreeNode):
         return cls(read, slot, shifted)
 
     def fits(self, batch: Batch) -> Batch:
-        """Returns the batch without the tokens that were cut off."""
+        """Returns the batch without the tokens that were dropped."""
         if self.slot is None:
             return batch
         has_place = self.slot < self.batch.tokens.shape[1]

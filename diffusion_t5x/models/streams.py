@@ -4,9 +4,10 @@ import zlib
 from typing import overload
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Int, Key
 
-from diffusion_t5x.shapes import Array, KeyB, KeyScalar
+from diffusion_t5x.shapes import Array, IntScalar, KeyB, KeyScalar
 
 
 @overload
@@ -25,6 +26,17 @@ def stream(keys: Key[jax.Array, "*rows"] | None, name: str) -> Key[jax.Array, "*
     return jax.random.fold_in(keys, number) if keys.ndim == 0 else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
-def row_keys(key: KeyScalar, example_ids: Int[Array, " batch"]) -> KeyB:
-    """Returns a key for each row that does not depend on batch, microbatch or device."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, example_ids)
+def row_keys(key: KeyScalar | KeyB, example_ids: Int[Array, " batch"]) -> KeyB:
+    """Returns a key for each row that does not depend on batch, microbatch or device.
+
+    Args:
+      key: the key of all rows, or one for each.
+      example_ids: folded in.
+    """
+    return jax.vmap(jax.random.fold_in, (None if key.ndim == 0 else 0, 0))(key, example_ids)
+
+
+def sample_key(key: KeyScalar, sample: IntScalar | int) -> KeyScalar:
+    """Returns the key of an example's sample of this number; the 0th has the key itself."""
+    # Rows fold in their ids, which are not negative: no sample's key is a row's.
+    return jnp.where(jnp.equal(sample, 0), key, jax.random.fold_in(key, -sample))

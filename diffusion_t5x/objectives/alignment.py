@@ -1,7 +1,7 @@
-"""Block diffusion whose hidden states are drawn to those of its autoregressive start (arXiv 2605.06885).
+"""Block diffusion with hidden states trained to match those of its autoregressive start (arXiv 2605.06885).
 
-The paper reports that conversion gets four times cheaper. Its choice of layers and slots is not known here; this takes
-the last hidden states, from which both models read out.
+The paper reports that this makes conversion four times cheaper. Its choice of layers and slots is not known; this uses
+the last hidden states, from which both models compute logits.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from diffusion_t5x.models.output import Ratio
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block
-from diffusion_t5x.objectives.objective import LossSums, Pass, normalized
+from diffusion_t5x.objectives.objective import LossSums, Pass, no_teacher, normalized
 from diffusion_t5x.shapes import FloatBL, FloatBLD, IntScalar, KeyScalar
 
 
@@ -32,15 +32,15 @@ def cosine_distance(x: FloatBLD, y: FloatBLD) -> FloatBL:
 class Aligned(Block):
     """The loss of `Block` + `alignment_weight` * the distance of hidden states from the teacher's.
 
-    The teacher, the frozen start, reads the clean text in one causal pass and computes no logits. Two kinds of states
-    are drawn to its own, by the cosine:
+    The teacher, the frozen start, reads the clean text in one causal pass and computes no logits. Two kinds of
+    states are trained to match its own, by cosine distance:
 
     * the one that predicts a masked target, to the one in which the teacher predicts the same token;
     * the one in the slot of a clean target, to the one in which the teacher has read the same token. A segment's last
       token is left out: the teacher does not read it.
 
-    Both hold for a shifted student and one that predicts in place. The distances are sums over targets and have the
-    denominator of the diffusion loss. Likelihoods are those of `Block`.
+    This is the same for a shifted student and one that predicts in place. The distances are summed over targets and
+    divided by the denominator of the diffusion loss. Likelihoods are those of `Block`.
 
     Attributes:
       alignment_weight: weight of both distances.
@@ -54,7 +54,7 @@ class Aligned(Block):
         super().__post_init__()
         if self.noise != "mask":
             raise UserError(
-                f'Aligned.noise must be "mask": masked targets are drawn to the teacher; got {self.noise!r}.'
+                f'Aligned.noise must be "mask": only masked targets can match the teacher; got {self.noise!r}.'
             )
         if self.alignment_weight < 0:
             raise UserError(f"Aligned.alignment_weight must not be negative; got {self.alignment_weight}.")
@@ -74,7 +74,7 @@ class Aligned(Block):
     ) -> LossSums:
         """Returns the loss of the student `model`."""
         if teacher is None:
-            raise UserError("Aligned needs a teacher. Set TEACHER_CHECKPOINT_PATH.")
+            raise no_teacher(self)
         if (there := teacher.config.embed_dim) != (here := model.config.embed_dim):
             raise UserError(
                 f"Aligned compares hidden states: the teacher's have {there} dimensions, the model's {here}. Set "

@@ -19,13 +19,13 @@ def annealed(
     """Returns the attention of a training step in transition from causal attention to `kind`.
 
     An edge of `kind` to a later slot is open with probability `min(1, (step + 1) / anneal_steps)`; edges to earlier
-    slots always are.
+    slots are always open.
 
     Args:
       kind: the attention at the end.
       anneal_steps: number of steps; None: all edges are open from the first step.
-      step: steps taken before this one; None is after the end.
-      key: key of the step: all rows, layers and heads have the same edges.
+      step: steps taken before this one; None means after the end.
+      key: key of the step; all rows, layers and heads have the same edges.
     """
     if anneal_steps is None or step is None:
         return kind

@@ -65,7 +65,7 @@ class Autoregressive(LeftToRight, Objective):
         step: IntScalar | None = None,
         teacher: Transformer | None = None,
     ) -> LossSums:
-        """The key is only for dropout; the objective itself draws nothing."""
+        """Returns the loss. The key is used only for dropout; the objective itself is deterministic."""
         dropout_keys = None
         if train and key is not None:
             dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids)
@@ -86,7 +86,7 @@ class Autoregressive(LeftToRight, Objective):
         )
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: KeyScalar | None, num_draws: int) -> Likelihood:
-        """Exact, by the chain rule: the text's tokens up to the one that ends it, which is all that a decoder writes.
+        """Exact, by the chain rule, over the text's tokens up to the one that ends it: all that a decoder writes.
 
         As in decoding, ids that no model may write (MASK, rows without an id) have no probability; the loss gives them
         some. So an imported model, which never learned to avoid them, has a slightly lower `nll` here.

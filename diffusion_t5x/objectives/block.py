@@ -51,9 +51,9 @@ def block_starts(batch: Batch, block_size: int | IntScalar, blocks_from: BlocksF
 def clean_and_noisy(
     batch: Batch, noisy: IntBL, kind: AttentionKind | Annealed
 ) -> tuple[Int[jax.Array, "batch 2*length"], Slots]:
-    """Rows twice as long: the clean tokens, then the targets once more with noise; and their slots.
+    """Returns rows twice as long (the clean tokens, then the targets again with noise), and their slots.
 
-    Inputs that share a block with targets come twice, too: what sees noise must not see what the noise hides.
+    Inputs that share a block with targets are repeated too: what sees noise must not see what the noise hides.
     """
     kind = kind.kind if isinstance(kind, Annealed) else kind
     clean, twice = Slots.of(batch), batch.target_mask
@@ -81,7 +81,7 @@ def noisy_output(
     encoded: Encoded | None,
     dropout_keys: KeyB | None = None,
 ) -> Output:
-    """Runs a pass whose hidden states predict noisy targets; these see all before their block clean.
+    """Runs a pass whose hidden states predict noisy targets; these see everything before their block clean.
 
     Args:
       model: reads the clean tokens, and the noisy ones in the same pass.
@@ -104,7 +104,7 @@ def read_twice(
     encoded: Encoded | None,
     dropout_keys: KeyB | None = None,
 ) -> tuple[Output, FloatBLD]:
-    """Returns `noisy_output`, and the hidden states of the clean tokens, each in the slot that holds it."""
+    """Returns `noisy_output`, and the hidden states of the clean tokens, each in its token's slot."""
     check_blocks(kind, model.config.shifted)
     tokens, slots = clean_and_noisy(reading.batch, reading.tokens(noisy, model.vocabulary), kind)
     output, width = model(tokens, slots, kind, encoded, dropout_keys), reading.batch.tokens.shape[1]
@@ -126,7 +126,7 @@ class Read(NamedTuple):
     Attributes:
       batch: without the tokens that had no room.
       output: hidden states that predict the noisy targets.
-      clean: hidden states of the clean tokens, each in the slot that holds it.
+      clean: hidden states of the clean tokens, each in its token's slot.
     """
 
     batch: Batch
@@ -166,7 +166,7 @@ class InBlocks(Objective):
 
     @abc.abstractmethod
     def noisy(self, vocabulary: TokenIds, batch: Batch, key: KeyScalar) -> IntBL:
-        """Returns the tokens with noise in place of some targets, as `loss` has them with this key."""
+        """Returns the tokens with noise in place of some targets, as `loss` uses them with this key."""
 
     def model_inputs(self, model: ModelDefinition, batch: Batch, key: KeyScalar) -> IntBL:
         """Returns the noisy targets among their clean inputs; the model reads the clean targets as well."""
@@ -201,8 +201,9 @@ class InBlocks(Objective):
     def log_likelihood(self, model: Transformer, batch: Batch, key: KeyScalar, num_draws: int) -> Likelihood:
         """Sums each block's lower bound given the clean blocks before it, up to the block in which the text ends.
 
-        A decoder stops there. The tokens of the last block that it drops count as they are in the batch, which is one
-        of the ways to write the text: still a lower bound. Masked blocks of one target need no draws and are exact.
+        A decoder stops there. The tokens of the last block that it drops count as they are in the batch. That is one of
+        the ways to write the text, so this is still a lower bound. Masked blocks of one target need no draws and are
+        exact.
         """
         starts, counted, hidden = self._bounded(model, batch)
 
@@ -233,15 +234,15 @@ class Block(InBlocks):
     A shifted model (`ModelConfig.shifted`) predicts the first token of a block in the clean slot before the block
     (Fast-dLLM v2, arXiv 2509.26328). At block size 1, with everything masked, its loss is the autoregressive one.
 
-    Training may draw times from a part of [0, 1] alone, in which the loss varies less (clipped schedules: BD3-LM,
-    section 5.2). The weights stay, so it is a weighted loss and no bound; evaluation draws from all of [0, 1], and
-    so do likelihoods. Blocks of one target are the exception: their loss has the same mean for any times.
+    Training may draw times from only a part of [0, 1], in which the loss varies less (clipped schedules: BD3-LM,
+    section 5.2). The weights stay the same, so it is a weighted loss and not a bound; evaluation and likelihoods
+    draw from all of [0, 1]. Blocks of one target are the exception: their loss has the same mean for any times.
 
     Attributes:
       block_size: number of targets per block. 1 is autoregressive (but reads MASK where an autoregressive model reads
         the previous token); a block as long as the targets is one diffusion over all of them.
       stages: `((0, size), (step, size), ...)`, block sizes from these training steps on; the last is `block_size`
-        (the warm-up phase of LLaDA2.0's schedule, arXiv 2512.15745). None trains with `block_size` alone.
+        (the warm-up phase of LLaDA2.0's schedule, arXiv 2512.15745). None trains only with `block_size`.
       noise: "mask" hides tokens, and the loss is that of hidden tokens. "uniform" replaces tokens, and the loss is that
         of all tokens, without weights: not a bound (SUNDAE's first term, inside blocks).
       schedule: see `Masked`.
@@ -251,7 +252,7 @@ class Block(InBlocks):
         masks everything, which suits blocks of one target.
       anneal_steps: training steps over which attention inside blocks becomes bidirectional, see `annealed`; None: no
         annealing.
-      normalize: what the summed loss is divided by.
+      normalize: denominator of the summed loss.
       blocks_from: where blocks are counted from, see `AttentionKind`.
       softmax: what the loss is over, see `Masked`.
     """
@@ -272,7 +273,7 @@ class Block(InBlocks):
             raise UserError(f"Block.epsilon must lie in [0, 1); got {self.epsilon}.")
         check_times(self.times)
         if self.noise == "uniform" and self.weighting != "uniform":
-            raise UserError('Block.weighting must be "uniform" with uniform noise: no bound is known here for it.')
+            raise UserError('Block.weighting must be "uniform" with uniform noise: no bound is implemented for it.')
         if self.stages is not None:
             self._check_stages(self.stages)
 

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a block-diffusion model as OPDLM compares with it (arXiv 2606.06712).
+"""Supervised fine-tuning of a block-diffusion model as in OPDLM's baseline (arXiv 2606.06712).
 
 The released code is github.com/divelab/OPDLM at 3bb8bf6, train/rl_sdar.py, `forward_process_nll`.
 """
@@ -26,14 +26,14 @@ from diffusion_t5x.shapes import IntBL, IntScalar, KeyScalar
 class BlockSft(InBlocks):
     """Cross-entropy of the masked tokens of a text, without weights: its mean over a text, then over texts.
 
-    Unlike `Block`, it is no bound on the likelihood: every masked token counts the same, however many are masked, and
-    neither padding nor, by default, the token that ends the text is learned.
+    Unlike `Block`, it is not a bound on the likelihood: every masked token counts the same, however many are masked,
+    and neither padding nor, by default, the token that ends the text is learned.
 
     Attributes:
       block_size: number of targets per block.
-      mask_probability: of each target, independently. The released code has 1/2: it compares a uniform number with
+      mask_probability: of each target, independently. 1/2 in the released code, which compares a uniform number with
         another from [0.1, 0.9], both drawn anew for each token. None: as in `texts.random_states`.
-      score_end: the token that ends a text counts too. The released code leaves it out.
+      score_end: include the token that ends a text. The released code leaves it out.
       normalize: "sequences" as in the released code; see `texts.over_texts`.
       blocks_from: where blocks are counted from, see `AttentionKind`.
       softmax: what the loss is over, see `Masked`.

@@ -1,7 +1,7 @@
 """Distillation of an autoregressive teacher into a block-diffusion student (OPDLM, arXiv 2606.06712).
 
-The student reads `[clean text | noisy targets]` in one pass, as in `objectives/block.py`; the teacher reads the clean
-text alone, causally. For tokens hidden from the student, the loss pulls the student's distribution towards the
+The student reads `[clean text | noisy targets]` in one pass, as in `objectives/block.py`; the teacher reads only
+the clean text, causally. For tokens hidden from the student, the loss pulls the student's distribution towards the
 teacher's given the tokens before. On-policy, the text is the student's own, and the noisy targets are states of its
 decoding (`training/rollout.py`).
 """
@@ -28,13 +28,13 @@ from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import InBlocks, block_starts, noisy_output
 from diffusion_t5x.objectives.divergences import Divergence, divergence
 from diffusion_t5x.objectives.estimators import Estimate, drawn_now, sampled_kl
-from diffusion_t5x.objectives.objective import LossSums, Normalize, Pass
+from diffusion_t5x.objectives.objective import LossSums, Normalize, Pass, no_teacher
 from diffusion_t5x.objectives.texts import over_texts, random_states, scored_tokens
 from diffusion_t5x.shapes import AnyBoolBL, IntBL, IntScalar, KeyScalar
 
 
 class Teacher(NamedTuple):
-    """A frozen model: its structure, and parameters that nobody else owns or updates."""
+    """A frozen model: its structure, and parameters that are not shared or updated."""
 
     definition: ModelDefinition
     params: Params
@@ -43,7 +43,7 @@ class Teacher(NamedTuple):
 def visited_states(
     batch: Batch, vocabulary: TokenIds, block_size: int, key: KeyScalar, blocks_from: BlocksFrom = "targets"
 ) -> IntBL:
-    """The tokens: for each block of targets one of the states in which its decoder saw it, the rest as it is.
+    """Returns the tokens, with each block of targets in one of the states in which its decoder saw it.
 
     A decoder that writes a block in n steps sees n states with masks; each is equally likely, and each block has its
     own draw.
@@ -76,23 +76,23 @@ class Distillation(InBlocks):
     Attributes:
       block_size: number of targets per block.
       divergence: "forward_kl", "reverse_kl", "mixed_kl" or "jsd", see `divergences.divergence`.
-      top_k: of the teacher's support, see `divergence`; None takes all of it. The released launchers of 4B and 8B have
-        16, those of smaller models None.
-      states: "visited": what the student saw when it wrote the text; a text that nobody wrote here, such as that of an
-        evaluation, has random ones. "random": masks drawn as `random_states` draws them.
-      score_end: the token that ends a text counts too. The released code leaves it out.
+      top_k: restriction to the teacher's k most likely tokens, see `divergence`; None takes all. The released
+        launchers use 16 for 4B and 8B, and None for smaller models.
+      states: "visited": what the student saw when it wrote the text; a text that the student did not write, such as
+        one of an evaluation, has random ones. "random": masks drawn as `random_states` draws them.
+      score_end: include the token that ends a text. The released code leaves it out.
       normalize: "sequences", as in the released code, averages over each text's masked targets first.
       blocks_from: where blocks are counted from, see `AttentionKind`.
       softmax: what the student's distribution is over, see `Masked`. The teacher's is over what may be written.
       mix: weight of the reverse KL in "mixed_kl", or of the teacher in "jsd".
-      teacher_sampling: the teacher's distribution is the one that this would draw from; renormalised, unlike `top_k`.
+      teacher_sampling: the teacher's distribution is the one that this would sample from; renormalised, unlike `top_k`.
       estimate: "exact": the divergence is summed over all tokens. "k1", "k3": the reverse KL is estimated from the
         tokens that the student drew in the state that it sees, each with its importance weight (see
         `estimators.sampled_kl`); those drawn in later states do not count. A batch without draws, as in an evaluation,
-        has the exact one.
-      max_weight: the weights of "k1" and "k3" are cut there; None: not at all.
+        uses the exact divergence.
+      max_weight: maximum of the importance weights of "k1" and "k3"; None does not clip them.
       teacher_fill: what the teacher reads for targets that the student sees masked: the text's own tokens ("clean"), or
-        the student's most likely ones ("argmax"), which takes a pass over `[clean text | filled targets]`.
+        the student's most likely ones ("argmax"), which needs a pass over `[clean text | filled targets]`.
     """
 
     needs_teacher: ClassVar[bool] = True
@@ -114,7 +114,7 @@ class Distillation(InBlocks):
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"Distillation.top_k must be at least 1, or None for all; got {self.top_k}.")
         if not 0 < self.mix < 1:
-            raise UserError(f"Distillation.mix must lie between 0 and 1, without them; got {self.mix}.")
+            raise UserError(f"Distillation.mix must lie strictly between 0 and 1; got {self.mix}.")
         if self.teacher_sampling.temperature == 0:
             raise UserError(
                 "Distillation.teacher_sampling must have a temperature above 0: at 0 the teacher has no distribution."
@@ -131,7 +131,7 @@ class Distillation(InBlocks):
         for name, value in needed.items():
             if getattr(self, name) != value:
                 raise UserError(
-                    f"Distillation.estimate = {self.estimate!r} is of draws from the student's own distribution and "
+                    f"Distillation.estimate = {self.estimate!r} assumes draws from the student's own distribution and "
                     f"needs {name} = {value!r}; got {getattr(self, name)!r}."
                 )
         if self.teacher_sampling != Sampling(self.teacher_sampling.temperature):
@@ -170,7 +170,7 @@ class Distillation(InBlocks):
     ) -> LossSums:
         """Returns the loss of the student `model`."""
         if teacher is None:
-            raise UserError("Distillation needs a teacher. Set TEACHER_CHECKPOINT_PATH.")
+            raise no_teacher(self)
         vocabulary = model.vocabulary
         dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids) if train else None
         noisy = self.noisy(vocabulary, batch, key)
@@ -228,7 +228,7 @@ class Distillation(InBlocks):
         return drawn_now(batch.target_mask & masked, batch.written_at, starts)
 
     def _taught(self, teacher: Transformer, batch: Batch, filled: IntBL, key: KeyScalar) -> tuple[Batch, Output]:
-        """Runs the teacher over `[clean text | filled targets]`; returns the batch without what had no room."""
+        """Runs the teacher over `[clean text | filled targets]`; returns the batch without tokens that did not fit."""
         reading = Reading.of(batch, teacher.vocabulary, True, packed=True)
         batch = reading.fits(batch)
         starts = block_starts(batch, self.block_size, self.blocks_from)

@@ -20,14 +20,14 @@ def divergence(
     """Returns the divergence of a student's distribution q from its teacher's p, in nats.
 
     Ids that the teacher excludes (a logit of -inf) add exactly nothing to the forward KL, and their limit to the JSD.
-    The reverse KL would be infinite there, so it is taken over the teacher's support alone.
+    The reverse KL would be infinite there, so it is taken only over the teacher's support.
 
     Args:
       teacher, student: logits.
       kind: "forward_kl": KL(p || q). "reverse_kl": KL(q || p). "mixed_kl": (1 - mix) KL(p || q) + mix KL(q || p).
         "jsd": mix KL(p || m) + (1 - mix) KL(q || m) with m = mix p + (1 - mix) q; for a mix of 1/2 the Jensen-Shannon
         divergence, at most log 2.
-      top_k: only the terms of the teacher's k most likely tokens, with probabilities as they are (not renormalised).
+      top_k: sum only the terms of the teacher's k most likely tokens, with their original probabilities.
         The sum may exceed the full one, and may be negative.
       mix: weight of the reverse KL, or of the teacher in a JSD.
     """

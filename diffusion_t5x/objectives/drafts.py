@@ -1,4 +1,4 @@
-"""Drafts: a model that stays as it is learns to guess the tokens after its next one, to be checked by itself."""
+"""Drafts: a frozen model learns to guess the tokens after its next one, which it then checks itself."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -26,18 +26,18 @@ from diffusion_t5x.shapes import AnyBoolBL, FloatBLD, IntBL, IntScalar, KeyScala
 
 @dataclasses.dataclass(frozen=True)
 class Drafts(Objective):
-    """KL divergence of a token's distribution drafted from MASK from the model's own, left to right.
+    """KL divergence of the distribution drafted from MASK from the model's own left-to-right distribution.
 
-    Targets are cut into blocks. The model predicts a block's first token from what is before it, and drafts the others
-    at the same time: each of them from the same beginning, in a slot that holds MASK. It learns its own distribution of
-    that token, which it knows once the text before is written: in one pass without gradients over the clean text, whose
+    Targets are divided into blocks. The model predicts a block's first token from the text before it, and drafts the
+    others at the same time, each from the same beginning, in a slot with MASK. The target is the model's own
+    distribution of that token given all text before it, from one pass without gradients over the clean text, whose
     keys and values the drafts read.
 
-    Only drafts are trained (`Lora.drafts_only`), so that token by token the model writes what it wrote before. All else
-    is TiDAR's layout (arXiv 2511.08923), fully masked; the gate on the updates is that of arXiv 2507.11851.
+    Only drafts are trained (`Lora.drafts_only`), so the model still writes the same text token by token. The layout
+    is TiDAR's (arXiv 2511.08923), fully masked; the gate on the updates is that of arXiv 2507.11851.
 
     Attributes:
-      block_size: tokens of a block: one that is certain and `block_size - 1` drafts.
+      block_size: tokens per block: one that is certain and `block_size - 1` drafts.
     """
 
     autoregressive: ClassVar[bool] = True
@@ -81,7 +81,7 @@ class Drafts(Objective):
         step: IntScalar | None = None,
         teacher: Transformer | None = None,
     ) -> LossSums:
-        """Draws nothing, and has no dropout: the drafts must read what the decoder will."""
+        """Deterministic and without dropout: the drafts must read what the decoder will read."""
         starts = block_starts(batch, self.block_size)
         text = text_of(batch, model.vocabulary)
         is_first = text & (starts == jnp.arange(batch.tokens.shape[1]))
@@ -131,5 +131,5 @@ class Drafts(Objective):
         return clean, drafts
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: KeyScalar, num_draws: int) -> Likelihood:
-        """Exact: drafts are checked, so the text is distributed as token by token."""
+        """Exact: drafts are checked, so texts have the distribution of token-by-token decoding."""
         return Autoregressive().log_likelihood(model, batch, key, num_draws)

@@ -5,7 +5,7 @@ k1 = -log r and k3 = r - 1 - log r. Both have the mean KL(q || p); k3 varies les
 
 Their derivatives are not estimates of its gradient: that of k1, the score of x, has the mean 0, and that of k3 the
 gradient of the *forward* KL as mean, for x is drawn from q as well. The gradient of the mean is the mean of
-k1 * score(x), and the same, draw by draw, follows from k3 if both of its dependencies on q count. So both estimators
+k1 * score(x), and k3 gives the same, draw by draw, if both of its dependencies on q count. So both estimators
 have this gradient here: that of a policy whose advantage is -k1.
 """
 
@@ -30,13 +30,13 @@ def sampled_kl(
     """Returns estimates of KL(student || teacher) from one token each, and the tokens' importance weights.
 
     Over tokens from the distribution that drew them, an estimate has the student's divergence as its mean, in nats, and
-    its gradient the divergence's gradient, if no weight is cut.
+    its gradient the divergence's gradient, if no weight is clipped.
 
     Args:
       student, teacher: log-probabilities of the tokens; gradients are the student's.
       drawn: log-probabilities of the tokens when they were drawn, by an earlier student.
       kind: what the value is; the gradient does not depend on it.
-      max_weight: weights, student over drawn, are cut there: less variance, with some bias. None: not at all.
+      max_weight: maximum of the weights (student over drawn): less variance, with some bias. None does not clip.
     """
     weight = jnp.exp(student - drawn)
     weight = jax.lax.stop_gradient(weight if max_weight is None else jnp.minimum(weight, max_weight))
@@ -46,7 +46,7 @@ def sampled_kl(
 
 
 def drawn_now(masked: AnyBoolBL, written_at: AnyIntBL, starts: IntBL) -> AnyBoolBL:
-    """Returns the masked tokens that were drawn in the very state that the masks make; others were drawn later.
+    """Returns the masked tokens that were drawn in exactly this state of masks; others were drawn later.
 
     Args:
       masked: masked targets, of states that a decoder went through (`visited_states`).

@@ -23,8 +23,8 @@ from diffusion_t5x.shapes import IntBL, IntScalar, KeyScalar
 class Joint(Objective):
     """`diffusion` + `ar_weight` * autoregressive: one loss, two passes over the same batch.
 
-    The autoregressive loss covers the text alone, up to the token that ends it, and has the diffusion loss's
-    denominator: a token counts `ar_weight` times as much in it. Its metrics begin with "ar_".
+    The autoregressive loss covers only the text, up to the token that ends it, and has the diffusion loss's
+    denominator, so each token has weight `ar_weight`. Its metrics begin with "ar_".
 
     Attributes:
       diffusion: the diffusion objective, which also defines attention and likelihood; the other pass is

@@ -1,4 +1,4 @@
-"""Log-likelihoods by drawing: an estimator for all bounds, and the bound of masked diffusion."""
+"""Monte Carlo log-likelihoods: an estimator for all bounds, and the bound of masked diffusion."""
 
 from collections.abc import Callable
 
@@ -26,10 +26,10 @@ def check_num_draws(num_draws: int) -> None:
 def estimate(draw: Draw, vocabulary: TokenIds, batch: Batch, key: KeyScalar, num_draws: int) -> Likelihood:
     """Returns the mean of a random log-likelihood over draws that cover [0, 1) evenly.
 
-    [0, 1) is cut into `num_draws / 2` equal parts with two independent draws each. The square of their difference is an
-    unbiased estimate of the variance in that part, and gives the standard error. (The spread of all draws would
-    overstate it: it includes differences between parts, which are not random.) Draws are made one after another, so
-    memory is that of one.
+    [0, 1) is divided into `num_draws / 2` equal parts with two independent draws each. The square of their difference
+    is an unbiased estimate of the variance in that part, and gives the standard error. (The spread of all draws would
+    overstate it: it includes differences between parts, which are not random.) Draws are computed one after another, so
+    they need the memory of one.
 
     Args:
       draw: from keys and numbers, independent and uniform in the draw's part of [0, 1), returns the log-likelihood;

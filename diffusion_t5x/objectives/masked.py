@@ -44,7 +44,7 @@ SCHEDULES = {"linear": linear, "cosine": cosine}
 
 
 def mask_targets(batch: Batch, vocabulary: TokenIds, probability: FloatBL, keys: KeyB) -> IntBL:
-    """Masks each target with its own probability. Inputs and padding stay.
+    """Masks each target with its own probability; inputs and padding are unchanged.
 
     Args:
       batch: clean tokens.
@@ -70,11 +70,11 @@ def check_times(times: Times) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Masked(Objective):
-    """Cross-entropy of masked targets given all others.
+    """Cross-entropy of masked targets given all other tokens.
 
     Each example, also each packed one, draws a time t in (epsilon, 1], stratified over the batch; t determines the
     probability with which each of its targets is masked. With the weights of the evidence bound, the expected loss
-    divided by the number of targets is an upper bound of a token's negative log-likelihood; the schedule only changes
+    divided by the number of targets is an upper bound on a token's negative log-likelihood; the schedule only changes
     its variance.
 
     Attributes:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import AttentionKind
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.output import Auxiliaries, Ratio, merged
@@ -67,7 +68,7 @@ class Pass:
 
     Attributes:
       slots: number of slots read per slot of the batch. Logits are computed for one of them at most.
-      encodes: an encoder-decoder's inputs pass through the encoder, too.
+      encodes: an encoder-decoder's inputs also pass through the encoder.
       reads_out: logits are computed from its hidden states.
       by_teacher: the pass is the teacher's, without gradients; the model's own, if it teaches itself.
     """
@@ -101,12 +102,12 @@ class Objective(Protocol):
       autoregressive: predicts each token from those before it, with causal or prefix attention, whatever
         `ModelConfig.shifted` says.
       needs_teacher: the loss needs an autoregressive teacher.
-      trains_drafts: trains nothing but drafts, by `Lora.drafts_only`.
-      takes_rollouts: learns from texts that the model wrote itself, in blocks of `attention.block_size`, and may read
-        `Batch.written_at`.
+      trains_drafts: trains only drafts, with `Lora.drafts_only`.
+      takes_rollouts: can learn from texts that the model itself wrote, in blocks of `attention.block_size`, and may
+        read `Batch.written_at`.
       needs_rollouts: learns only from such texts.
       needs_rewards: learns from their advantages, `Batch.advantage`.
-      needs_samples: takes their tokens for draws from the model, see `StepRule.samples_model`.
+      needs_samples: assumes that their tokens are samples from the model, see `StepRule.samples_model`.
       normalize: denominator of the summed loss, see `normalized`.
     """
 
@@ -137,7 +138,7 @@ class Objective(Protocol):
 
     @property
     def modes(self) -> tuple[Mode, ...]:
-        """The modes that it teaches a model; its likelihood is that of the first. () if it does not declare them."""
+        """The modes that it trains a model for; its likelihood is that of the first. () if not declared."""
         return ()
 
     @property
@@ -147,7 +148,7 @@ class Objective(Protocol):
     def model_inputs(self, model: ModelDefinition, batch: Batch, key: KeyScalar) -> IntBL:
         """Returns the model's first input in `loss` with this key: shifted, corrupted, or both.
 
-        Only the slots that predict the tokens.
+        Contains only the slots that predict tokens.
         """
 
     def loss(
@@ -166,7 +167,7 @@ class Objective(Protocol):
           batch: clean tokens.
           key: rows draw from it by their `example_ids`.
           train: switches dropout on.
-          step: training steps taken before, for anything that changes during training; None is after the end.
+          step: training steps taken before, for anything that changes during training; None means after the end.
           teacher: the teacher of objectives that need one; without dropout or gradients.
         """
 
@@ -183,14 +184,19 @@ class Objective(Protocol):
     def log_likelihood(self, model: Transformer, batch: Batch, key: KeyScalar, num_draws: int) -> Likelihood:
         """Returns log-likelihoods of rows with one example each, as in evaluation; a packed row counts as one example.
 
-        Rows draw from the key by their `example_ids`: a row's numbers are the same alone and in any batch.
+        Rows draw from the key by their `example_ids`: a row has the same random numbers alone and in any batch.
 
         Args:
           model: without dropout.
           batch: clean tokens.
           key: key of the draws.
-          num_draws: number of draws, an even number; exact objectives take one pass, whatever it is.
+          num_draws: number of draws, an even number; exact objectives ignore it and take one pass.
         """
+
+
+def no_teacher(objective: Objective) -> UserError:
+    """Returns the error of an objective that lacks the teacher it needs."""
+    return UserError(f"{type(objective).__name__} needs a teacher. Set TEACHER_CHECKPOINT_PATH.")
 
 
 def stratified(key: KeyScalar, rows: Int[Array, " batch"], columns: AnyIntBL) -> FloatBL:

@@ -31,7 +31,7 @@ def corrupt(batch: Batch, vocabulary: TokenIds, keys: KeyB) -> IntBL:
     """Replaces targets with uniform noise; each example has its own noise level.
 
     Each example, also each packed one, draws α ~ U[0, 1]; each of its targets is replaced with probability α by a token
-    drawn uniformly from the noise vocabulary, which may be the same token. Inputs and padding stay.
+    drawn uniformly from the noise vocabulary, which may be the same token. Inputs and padding are unchanged.
 
     Args:
       batch: clean tokens.
@@ -54,7 +54,7 @@ class Sundae(Objective):
 
     Attributes:
       num_unrolls: number of times the model reads its own output: the loss has `num_unrolls + 1` terms.
-      weights: weights of the terms; None is 1 for each.
+      weights: weights of the terms; None means 1 for each.
       temperature: sampling temperature of the model's output for the next term; 0 takes the most likely token (paper
         1), 1 is SUNDAE's.
       anneal_steps: training steps over which causal attention becomes bidirectional, see `annealed`; None: no

@@ -1,4 +1,4 @@
-"""States and means of objectives on whole texts, as in OPDLM's released code (github.com/divelab/OPDLM at 3bb8bf6)."""
+"""States and averages for objectives on whole texts, as in OPDLM's code (github.com/divelab/OPDLM at 3bb8bf6)."""
 
 import jax
 import jax.numpy as jnp

@@ -33,7 +33,7 @@ class DecodeTime:
       length: number of tokens in a text.
       batch_size: number of texts written at once.
       saturating: the batch size was searched: doubling it would hardly raise the tokens per second.
-      forwards: number of model passes, not counting one over the prompt alone.
+      forwards: number of model passes, not counting one that reads only the prompt.
       device: the device, and JAX's version.
       seconds: seconds of each run.
     """
@@ -100,7 +100,7 @@ class Measurements:
       machine: the machine, see `stopwatch.describe_machine`.
 
     Raises:
-      UserError: the file has measurements with other settings or of another machine, or is broken.
+      UserError: the file has measurements with different settings or of another machine, or is broken.
     """
 
     def __init__(self, folder: str, settings: Mapping[str, Any], machine: Mapping[str, Any]):
@@ -119,7 +119,7 @@ class Measurements:
             before = {}
         if changed := list(differences(before, self._head)):
             raise UserError(
-                f"{self.path} has measurements with other settings ({', '.join(changed[:5])}). Choose another "
+                f"{self.path} has measurements with different settings ({', '.join(changed[:5])}). Choose another "
                 "BENCHMARK_OUTPUT_DIR, or remove that file."
             )
 

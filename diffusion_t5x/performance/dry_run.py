@@ -132,5 +132,5 @@ def _compile(settings: dict[str, Any], chip: Chip, lower: Callable[[], jax.stage
 
 def _advice(best: Report | None) -> str:
     if best is None:
-        return "Nothing fits, one row a device neither: take a larger slice, num_microbatches, or another mesh."
+        return "Nothing fits, not even one row per device: use a larger slice, num_microbatches, or another mesh."
     return f"--fit: BATCH_SIZE = {best.settings['batch_size']}, ModelConfig.remat = {best.settings['remat']!r}"

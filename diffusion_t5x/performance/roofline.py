@@ -125,7 +125,7 @@ class Report:
         if "reduce-scatter" in kinds or "all-reduce" not in kinds:
             return None
         if "collective-permute" in kinds:
-            return "rings of collective-permute beside the products do most sums, all-reduce the rest"
+            return "rings of collective-permute that overlap with the products do most sums, all-reduce the rest"
         return "all-reduce sums what the devices hold in common"
 
     def __str__(self) -> str:
@@ -152,8 +152,8 @@ class Report:
             lines.append(f"  no reduce-scatter: {how}")
         if cost.unknown_loops:
             lines.append(
-                f"  {cost.unknown_loops} loops end where the data say: each is counted as one turn, so these are the "
-                "times of a turn"
+                f"  {cost.unknown_loops} loops end depending on the data: each counts as one iteration, so times are "
+                "for one iteration"
             )
         return "\n".join(lines)
 

@@ -99,7 +99,7 @@ class Stopwatch:
                 raise
         ends = decoded.tokens[batch.target_mask] == definition.vocabulary.eos_id
         if np.any(ends):
-            raise RuntimeError(f"{np.sum(ends)} of {np.size(ends)} targets were left out: this time is no measure.")
+            raise RuntimeError(f"{np.sum(ends)} of {np.size(ends)} targets were left out: this time is not meaningful.")
         self.forwards = int(decoded.steps)
 
     def seconds(self) -> float:
@@ -121,7 +121,7 @@ def saturating_batch(seconds_of: Callable[[int], float | None], start: int, most
     """Returns the batch size beyond which doubling raises the texts per second by less than a tenth.
 
     Args:
-      seconds_of: returns the time of a batch of this size; None if memory does not hold it.
+      seconds_of: returns the time of a batch of this size; None if it does not fit into memory.
       start: first batch size, then doubled; it must fit.
       most: maximum batch size.
     """

@@ -70,4 +70,4 @@ def find_slice(name: str) -> tuple[Chip, list[jax.Device]]:
     try:
         return CHIPS[kind], list(topologies.get_topology_desc(name, "tpu", **megacore).devices)
     except Exception as error:
-        raise UserError(f"--topology={name}: the TPU compiler knows no such slice ({error}).") from error
+        raise UserError(f"--topology={name}: the TPU compiler does not know this slice ({error}).") from error

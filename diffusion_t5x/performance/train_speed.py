@@ -63,10 +63,10 @@ class Case:
         """Raises a UserError if the case cannot be trained."""
         if self.objective.needs_teacher:
             name = type(self.objective).__name__
-            raise UserError(f"benchmark.train, {label}: {name} needs a teacher. Measure Block in its place.")
+            raise UserError(f"benchmark.train, {label}: {name} needs a teacher. Measure Block instead.")
         if self.num_microbatches < 1 or self.batch_size % self.num_microbatches:
             raise UserError(
-                f"benchmark.train, {label}: {self.batch_size} rows cannot be cut into {self.num_microbatches} "
+                f"benchmark.train, {label}: {self.batch_size} rows cannot be split into {self.num_microbatches} "
                 "num_microbatches."
             )
         row = length if self.model.architecture == "encoder_decoder" else input_length + length

@@ -80,7 +80,7 @@ class TrainingRun:
         )
 
     def lower(self, mesh: Mesh, batch_size: int | None = None) -> jax.stages.Lowered:
-        """The step for shapes alone, to be compiled.
+        """Returns the step for shapes, to be compiled.
 
         Args:
           mesh: of the devices.
@@ -112,7 +112,7 @@ class Trial:
     def seconds_per_step(self, num_steps: int = 2) -> float:
         """Seconds per step on real data with random parameters, the fastest of `num_steps` after a first one.
 
-        The time in which the model writes the texts of an on-policy step is counted, too.
+        The time in which the model writes the texts of an on-policy step is included.
         """
         run, mesh = self._run, self._mesh
         assert isinstance(run.dataset, SeqioDataset)

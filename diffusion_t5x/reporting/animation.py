@@ -1,6 +1,6 @@
 """Renders a trace as an animated SVG without scripts, for a README: the canvas at each step, in a loop.
 
-The animation is CSS. It follows the reader's light or dark mode and stands still, at the last step, for readers who
+The animation is CSS. It follows the reader's light or dark mode and shows only the last step to readers who
 prefer reduced motion.
 """
 

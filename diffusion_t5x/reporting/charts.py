@@ -183,7 +183,7 @@ def standalone(svg: str) -> str:
 
 
 def shorten(label: str) -> str:
-    """Shortens the label to one line that fits beside a chart, keeping both ends."""
+    """Shortens the label to one line that fits next to a chart, keeping both ends."""
     label = " ".join(label.split())
     half = _LONGEST_LABEL // 2
     return label if len(label) <= _LONGEST_LABEL else f"{label[: half - 1]}…{label[-half:]}"

@@ -1,4 +1,4 @@
-"""Published results, shown beside scores of the same setting."""
+"""Published results, shown next to scores of the same setting."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -126,7 +126,7 @@ def read_runs(folders: Iterable[str | pathlib.Path]) -> list[Run]:
         here = {path.resolve(): files for path, files in [(folder, own), *((p, _files(p)) for p in inner)] if files}
         if not here:
             raise UserError(
-                f"{folder} holds no output of train, eval, infer or benchmark, and neither do the folders in it."
+                f"{folder} has no output of train, eval, infer or benchmark, and neither do the folders in it."
             )
         found |= here
     return [_read_run(name, path, found[path]) for name, path in zip(_names(list(found)), found, strict=True)]

@@ -43,9 +43,9 @@ class Agreement:
     Attributes:
       path: the checkpoint's path, for messages.
       record: how it was trained. Unknown values are not compared.
-      setting: the setting that allows a mismatch: a gin setting such as "infer.infer.allow_mismatch", or an argument in
-        Python.
-      allowed: its value: mismatches are logged and not errors.
+      setting: the name of the setting that allows a mismatch: a gin setting such as "infer.infer.allow_mismatch", or an
+        argument in Python.
+      allowed: its value; if True, mismatches are logged instead of raised.
     """
 
     path: str
@@ -72,7 +72,7 @@ class Agreement:
         self._judge([fault for user in users if user is not None for fault in self._misuses(model, user)])
 
     def check_model(self, model: ModelConfig) -> None:
-        """Raises a UserError if the checkpoint's parameters would compute another function than the trained one."""
+        """Raises a UserError if the checkpoint's parameters would compute a different function from the trained one."""
         if other := other_settings(self.record.model, model):
             message = describe_other(other)
             if not self.allowed:
@@ -93,8 +93,8 @@ class Agreement:
         if trained and (class_name(trained) != class_name(now) or other_modes):
             faults.append(
                 f"{self.path} was trained by {class_name(trained)} ({_in_words(self.record.modes)}), but here "
-                f"train.objective is {class_name(now)} ({_in_words(modes_of(objective))}). Go on with the same one, or "
-                f"start another run from it: another MODEL_DIR and --gin.INITIAL_CHECKPOINT_PATH={self.path}."
+                f"train.objective is {class_name(now)} ({_in_words(modes_of(objective))}). Continue with the same one, "
+                f"or start another run from it: another MODEL_DIR and --gin.INITIAL_CHECKPOINT_PATH={self.path}."
             )
         else:
             faults += self._shifts(model, objective)
@@ -144,7 +144,7 @@ class Agreement:
 
     def _force(self) -> str:
         flag = f"--gin.{self.setting}" if "." in self.setting else self.setting
-        return f"(To do it all the same: {flag}=True.)"
+        return f"(To do it anyway: {flag}=True.)"
 
 
 def other_settings(trained: Mapping[str, Any], now: ModelConfig) -> dict[str, tuple[Any, Any]]:
@@ -213,4 +213,4 @@ def _remedy(user: object, mode: Mode, learned: Mode) -> str:
     file = _FILES.get((learned.attention, learned.noise))
     prefix = "--gin.AutoregressiveDecoder.prefix=True" if learned.attention == "prefix" and folder == "decoding" else ""
     flags = " ".join(filter(None, [f"--gin_file={folder}/{file}.gin", block, prefix]))
-    return f"Give {flags}." if file else f"Take what goes with {learned}."
+    return f"Give {flags}." if file else f"Use an objective or decoder for {learned}."

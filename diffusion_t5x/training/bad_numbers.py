@@ -31,7 +31,7 @@ class BadNumbers:
     Attributes:
       policy: "skip" continues with the next batch, "halt" stops at the first bad step.
       max_in_a_row: number of consecutive bad steps that ends the run under either policy.
-      spike_factor: a loss above this multiple of the median of the last `window` good losses is bad, too; None accepts
+      spike_factor: a loss above this multiple of the median of the last `window` good losses is bad too; None accepts
         any finite loss. Noise varies in difficulty: 3 is a small factor for a diffusion loss.
       window: number of losses to remember. They are saved in checkpoints.
     """
@@ -98,9 +98,10 @@ class Judge:
         path = self._keep(step, batch)
         row = f", the last of {self._in_a_row} in a row" if self._in_a_row > 1 else ""
         raise UserError(
-            f"Step {step} is bad{row}: {what}. None of them was applied. The batch is in {path}; the same command goes "
-            "on from the last checkpoint, to the same batch. A lower learning rate, a max_grad_norm for the optimizer "
-            "or another RANDOM_SEED may help; train.train.bad_numbers sets what is bad and how much is too much."
+            f"Step {step} is bad{row}: {what}. None of them was applied. The batch is in {path}; the same command "
+            "continues from the last checkpoint and meets the same batch again. A lower learning rate, a max_grad_norm "
+            "for the optimizer or another RANDOM_SEED may help; train.train.bad_numbers sets what counts as bad and "
+            "how many bad steps end the run."
         )
 
     def _keep(self, step: int, batch: Batch) -> str:

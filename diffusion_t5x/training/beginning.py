@@ -25,7 +25,7 @@ class Begun:
 
     Attributes:
       state: the state before the run's first step.
-      data_state: the position of the data; None at their beginning.
+      data_state: the position in the data; None at the beginning.
       evaluation_due: an earlier run did not finish the evaluation of this state.
       losses: the losses that the judge of bad steps remembers.
     """
@@ -58,7 +58,7 @@ class Start:
           folder: folder of the run's checkpoints.
           initial_path: a user's path, or None.
           rules: assignment rules for the initial checkpoint.
-          allow_older: if the latest is broken, take the newest whole one.
+          allow_older: if the latest is broken, take the newest intact one.
 
         Raises:
           UserError: there is no checkpoint at the initial path.
@@ -107,7 +107,7 @@ class Start:
     def begin(
         self, definition: ModelDefinition, optimizer: optax.GradientTransformation, abstract: TrainState, seed: int
     ) -> Begun:
-        """Reads or makes the state, with each array in its place on the mesh."""
+        """Reads or creates the state, with each array placed on the mesh."""
         if self.checkpoint is None:
             return Begun(init_state(abstract, definition, optimizer, seed))
         if self.resumes:

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 class HostBatches:
     """One process's rows of endless batches, and the position of the data as a whole.
 
-    Data are read in shards: as many as there were shares when the run began. Their number stays, so that a run that
+    Data are read in as many shards as there were shares when the run began. Their number does not change, so a run that
     continues on other processes takes the same examples at the same steps: each process reads the shards of its rows.
 
     Args:
@@ -52,7 +52,7 @@ class HostBatches:
         return jax.tree.map(lambda *x: np.concatenate(x)[self._rows], *parts)
 
     def next_batch(self, state: TrainState) -> Batch:
-        """Returns the next batch, whatever the state."""
+        """Returns the next batch, independent of the state."""
         return next(self)
 
     def state_dict(self) -> dict[str, np.ndarray]:
@@ -72,13 +72,13 @@ class HostBatches:
         """Restores the position that `state_dict` returned, for any share; {} stays at the beginning.
 
         Raises:
-          UserError: the position was taken in other data.
+          UserError: the position belongs to other data.
         """
         if not state:
-            logger.info("the checkpoint has no position in the training data: they begin anew, so examples may repeat")
+            logger.info("the checkpoint has no position in the training data: these start over, so examples may repeat")
             return
         if "num_shards" not in state:
-            raise UserError("The checkpoint's position in the data has a format not read any more: start a new run.")
+            raise UserError("The checkpoint's data position has a format that is no longer supported: start a new run.")
         if (num_shards := int(state["num_shards"])) != self._num_shards:
             self._open(num_shards)
         for number, shard in self._shards.items():

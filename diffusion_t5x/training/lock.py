@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def locked(directory: str) -> Iterator[Callable[[], None]]:
-    """Context that holds the lock of a folder, which is made if needed.
+    """Context that holds the lock of a folder, which is created if missing.
 
-    The kernel releases the lock when the process ends, however it ends; the file stays and says who had it last. In a
-    run of several processes the first holds it. If the file system has no locks, the log says so.
+    The kernel releases the lock when the process ends, for whatever reason; the file stays and says who had it last. In
+    a run of several processes, the first holds it. If the file system has no locks, the log says so.
 
     Yields:
       A check that raises a UserError if the folder has been removed or renamed since. Remote folders are not checked.
@@ -37,7 +37,7 @@ def locked(directory: str) -> Iterator[Callable[[], None]]:
         return
     if "://" in directory:
         ensure_writable(directory)
-        logger.warning("%s is remote and cannot be locked: see to it that no other run trains there", directory)
+        logger.warning("%s is remote and cannot be locked: make sure that no other run trains there", directory)
         yield lambda: None
         return
     path = pathlib.Path(directory, FILE)
@@ -57,7 +57,7 @@ def locked(directory: str) -> Iterator[Callable[[], None]]:
                 "another MODEL_DIR. Nothing was written."
             ) from None
         except OSError as error:
-            logger.warning("%s cannot be locked (%s): see to it that no other run trains there", directory, error)
+            logger.warning("%s cannot be locked (%s): make sure that no other run trains there", directory, error)
         else:
             file.truncate(0)
             since = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
@@ -75,5 +75,5 @@ def _check_there(directory: str) -> None:
     if not any(os.path.exists(os.path.join(directory, name)) for name in (FILE, "config.gin")):
         raise UserError(
             f"{directory} was removed or renamed while the run was writing to it. Training since its last checkpoint "
-            "is lost. Bring the folder back, and the same command continues from the newest checkpoint in it."
+            "is lost. Restore the folder, and the same command continues from the newest checkpoint in it."
         )

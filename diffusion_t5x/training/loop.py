@@ -180,7 +180,7 @@ class _Due(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Saving:
-    """The checkpoints of a run, and what they hold besides the state and the position of the data.
+    """The checkpoints of a run, and what they contain besides the state and the data position.
 
     Attributes:
       checkpoints: where to save.
@@ -203,7 +203,7 @@ class Reporting:
       goodput: counts the time.
       description: title of the progress bar.
       hang_timeout: seconds; a step after the first that takes longer, including its batch, ends the process with exit
-        code 1 and a stack trace of every thread on standard error. None waits for ever.
+        code 1 and a stack trace of every thread on standard error. None waits forever.
     """
 
     writer: Writer
@@ -325,7 +325,7 @@ class TrainLoop:
             with self.reporting.goodput.spent("evaluation"):
                 results = evaluated(state, step)
         except Exception:
-            logger.warning("the evaluation of step %d failed: the same command begins with it again", step)
+            logger.warning("the evaluation of step %d failed: the same command repeats it first", step)
             raise
         finally:
             if results is None and not due.saves:

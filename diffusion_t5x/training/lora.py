@@ -28,8 +28,8 @@ class Lora:
     """LoRA settings: which matrices get low-rank updates and which parameters are trained in full.
 
     A name in `targets` or `whole` is a regular expression for the end of a parameter's name: "query" means the query
-    matrices of every attention, "decoder/blocks/mlp/wo" those of one stack. Each layer has its own factors, and so has
-    each expert.
+    matrices of every attention, "decoder/blocks/mlp/wo" those of one stack. Each layer and each expert has its own
+    factors.
 
     Attributes:
       rank: rank of the updates.
@@ -38,8 +38,8 @@ class Lora:
       whole: parameters that are trained in full, such as "embedding", which contains the row of MASK.
       base_dtype: dtype of frozen matrices and embeddings; norms and biases stay float32. If `ModelConfig.dtype` is
         bfloat16, "bfloat16" does not change what a step computes.
-      drafts_only: updates apply to drafts alone (gated LoRA, arXiv 2507.11851), so that token by token the model writes
-        what it wrote before training. For the objective `Drafts`.
+      drafts_only: updates apply only to drafts (gated LoRA, arXiv 2507.11851), so that token by token the model writes
+        the same as before training. For the objective `Drafts`.
     """
 
     rank: int = 16
@@ -62,7 +62,7 @@ class Lora:
             raise UserError("Lora.targets must name at least one matrix.")
         if self.drafts_only and self.whole:
             raise UserError(
-                f"Lora.drafts_only leaves the model as it is, but Lora.whole trains {', '.join(self.whole)}: "
+                f"Lora.drafts_only does not change the model, but Lora.whole trains {', '.join(self.whole)}: "
                 "set --gin.LORA_WHOLE=()."
             )
 
@@ -86,7 +86,7 @@ def check_drafts(lora: Lora | None, objective: Objective) -> None:
     """Raises a UserError if drafts are to be trained and more than these would be, or the other way round."""
     if objective.trains_drafts and not (lora and lora.drafts_only):
         raise UserError(
-            f"{type(objective).__name__} trains drafts, and the model itself stays as it is: give runs/lora.gin, "
+            f"{type(objective).__name__} trains drafts without changing the model: give runs/lora.gin, "
             "--gin.LORA_DRAFTS_ONLY=True and --gin.LORA_WHOLE=()."
         )
     if lora and lora.drafts_only and not objective.trains_drafts:

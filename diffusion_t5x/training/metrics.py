@@ -3,7 +3,7 @@
 A writer belongs to a run and writes below its MODEL_DIR. Metrics have a folder, such as "train" or
 "training_eval/my_task", for JSON lines and TensorBoard's events.
 
-A run that was killed and resumed from step s shows each step once: a writer is made with `last_step=s` and removes
+A run that was killed and resumed from step s shows each step once: a writer is created with `last_step=s` and removes
 metrics of later steps, and of s itself if that is evaluated again. (W&B cannot remove metrics and shows those steps
 twice.)
 """
@@ -38,7 +38,7 @@ class JsonlWriter:
     """`metrics.jsonl` in each folder: one JSON object per line, `{"step": 10, "loss": 2.5, ...}`, on disk at once.
 
     Args:
-      model_dir: folders in it are made as needed.
+      model_dir: folders in it are created as needed.
       last_step: lines of later steps are dropped, and so is an incomplete last line.
     """
 
@@ -70,8 +70,8 @@ class TensorBoardWriter:
     """TensorBoard event files in each folder.
 
     Args:
-      model_dir: folders in it are made as needed.
-      last_step: TensorBoard hides what earlier files in a folder hold for later steps.
+      model_dir: folders in it are created as needed.
+      last_step: TensorBoard hides what earlier files in a folder have for later steps.
     """
 
     def __init__(self, model_dir: str, last_step: int = 0):
@@ -158,7 +158,7 @@ WRITERS = ("jsonl", "tensorboard", "wandb")
 def check_writers(names: Sequence[str]) -> None:
     """Raises a UserError if a name is not one of WRITERS, or its package is not installed."""
     if isinstance(names, str):
-        raise UserError(f"metric_writers is a list of names, such as ({names!r},), not {names!r}.")
+        raise UserError(f"metric_writers must be a list of names, such as ({names!r},), not {names!r}.")
     for name in names:
         if name not in WRITERS:
             known = ", ".join(WRITERS)

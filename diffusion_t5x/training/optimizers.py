@@ -27,7 +27,7 @@ def adamw(
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101).
 
     Weight decay leaves out norms and biases, including the relative position bias: every parameter with `norm`, `bias`
-    or `scale` in its path. Names decide, because layers are stacked and a vector per layer is a matrix, too.
+    or `scale` in its path. Names decide, because layers are stacked and a vector per layer is a matrix.
 
     Args:
       learning_rate: a number, or a schedule.
@@ -107,7 +107,7 @@ def _decay_mask(params: optax.Params) -> optax.Params:
 
 
 def _per_matrix(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Applies a transformation to each matrix alone, also where those of layers and of experts are stacked."""
+    """Applies a transformation to each matrix separately, even where layers and experts are stacked."""
 
     def init_one(param):
         return transform.init(_as_matrix(param))

@@ -17,7 +17,7 @@ class Ramp:
     Attributes:
       start: the number before the first rollout.
       end: the number from rollout `num_rollouts` on.
-      num_rollouts: 0 is at the end at once.
+      num_rollouts: number of rollouts; 0 starts at the end.
       shape: the share of the way after a share p of the rollouts. "cos": 1 - cos(p pi / 2), slow at first. "sin":
         sin(p pi / 2), fast at first. "linear": p.
     """

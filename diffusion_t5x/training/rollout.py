@@ -6,6 +6,7 @@ whole (`training.rewards`, `objectives.policy_gradient`).
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -27,9 +28,12 @@ from diffusion_t5x.models.transformer import ModelDefinition, Params, Transforme
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.shapes import AnyBoolBL, KeyScalar
 from diffusion_t5x.training.loop import BatchIterator
+from diffusion_t5x.training.metrics import Writer
 from diffusion_t5x.training.ramps import Ramp
 from diffusion_t5x.training.rewards import Grader, Rewards
 from diffusion_t5x.training.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 _STORED = "rollout_"  # texts in the data's state
 
@@ -45,9 +49,9 @@ class Rollout:
     Attributes:
       decoder: writes the texts, in the objective's blocks.
       num_batches: number of training batches decoded at once, with the same parameters.
-      passes: number of times that each of these batches is trained on. The states are drawn anew in each.
+      passes: number of times that each of these batches is trained on. The states are redrawn in each.
       lengths: maximum tokens of a text, in whole blocks.
-      data_share: probability that a text is the data's own targets, cut to that length, in place of the student's. Its
+      data_share: probability that the data's own targets, truncated to that length, replace a text of the student. Its
         states are random masks.
       num_buckets: number of row lengths: the longest text, half of it, a quarter and so on; each is compiled once.
       rewards: how the texts are judged, in groups for the same prompt. None: they are not.
@@ -125,7 +129,7 @@ def prompts(batch: Batch, num_inputs: int, length: int, bucket: int) -> Batch:
 def own_targets(
     batch: Batch, asked: Batch, rows: Bool[np.ndarray, " batch"]
 ) -> tuple[Batch, Bool[np.ndarray, "batch length"]]:
-    """Returns the prompts with the data's own targets in some rows, cut to the canvas, and where these are.
+    """Returns the prompts with the data's own targets in some rows, truncated to the canvas, and where these are.
 
     Args:
       batch: numpy, as in `prompts`.
@@ -148,7 +152,7 @@ def make_rollout_step(
     seed: int,
     prepare: Prepare = lambda model, batch, key: batch,
 ) -> Callable[..., Batch]:
-    """Returns the jitted `(params, prompts, step, given=None) -> texts`; texts know when each token was written.
+    """Returns the jitted `(params, prompts, step, given=None) -> texts`; texts record when each token was written.
 
     A text extends to the end of the block in which it ended, as its decoder did. The tokens after its end are those
     that the student saw as it wrote the block. Draws are keyed by `(seed, step, example_ids)`. A row with `given`
@@ -195,7 +199,7 @@ class OnPolicyBatches:
       seed: seed of the draws.
       prepare: see `Objective.prepare_rollout`.
       grader: gives texts their advantages, if the rollout has rewards.
-      report: is called with the step and the metrics of each rollout that is graded.
+      writer: gets the metrics of each rollout that is graded, in folder "rollout".
     """
 
     def __init__(
@@ -209,10 +213,10 @@ class OnPolicyBatches:
         seed: int,
         prepare: Prepare = lambda model, batch, key: batch,
         grader: Grader | None = None,
-        report: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None,
+        writer: Writer | None = None,
     ):
         self._mesh, self._rollout, self._prompts, self._num_inputs = mesh, rollout, prompts, num_inputs
-        self._batch_size, self._seed, self._grader, self._report = batch_size, seed, grader, report
+        self._batch_size, self._seed, self._grader, self._writer = batch_size, seed, grader, writer
         self._write = make_rollout_step(mesh, definition, rollout.decoder, seed=seed, prepare=prepare)
         self._texts: list[Batch] = []
 
@@ -239,7 +243,9 @@ class OnPolicyBatches:
         written = jax.tree.map(lambda x: x[order], written)
         if self._grader is not None:
             written, metrics = self._grader.grade(written, self._examples(self._grader, read))
-            self._report(step + 1, metrics)
+            logger.info("rollout: %s", ", ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
+            if self._writer is not None:
+                self._writer.write(step + 1, "rollout", metrics)
         texts = []
         for rows in np.arange(len(order)).reshape(number_of_batches, self._batch_size):
             text = jax.tree.map(lambda x: x[rows], written)  # noqa: B023  (called at once)
@@ -292,7 +298,7 @@ def check_rollout(objective: Objective, model: ModelConfig, rollout: Rollout | N
         if objective.needs_rollouts:
             raise UserError(
                 f"{name} needs texts that the model writes: set train.rollout. (Distillation with "
-                'states = "random" takes the data\'s own.)'
+                'states = "random" uses the data\'s texts.)'
             )
         return
     if not objective.takes_rollouts:
@@ -314,7 +320,7 @@ def check_rollout(objective: Objective, model: ModelConfig, rollout: Rollout | N
     if objective.needs_samples:
         _check_samples(name, rollout)
     if dataset.pack or "inputs" not in dataset.task_feature_lengths:
-        raise UserError(f"A rollout needs prompts, one a row: {dataset.name} with a feature 'inputs' and pack = False.")
+        raise UserError(f"A rollout needs one prompt per row: {dataset.name} with a feature 'inputs' and pack = False.")
     rows = dataset.task_feature_lengths["inputs"] + rollout.max_length
     model.check_length(rows, f"the inputs of {dataset.name} with Rollout.max_length")
 
@@ -337,7 +343,7 @@ def _check_rewards(objective: Objective, rollout: Rollout, dataset: Dataset) -> 
 
 
 def _check_samples(name: str, rollout: Rollout) -> None:
-    """Raises a UserError if tokens of the texts are no draws from the student's distributions."""
+    """Raises a UserError if the texts' tokens are not samples from the student's distributions."""
     if not rollout.decoder.inner.samples_model:
         raise UserError(
             f"{name} learns from tokens that the model drew, but the rollout's decoder draws "

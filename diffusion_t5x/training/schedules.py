@@ -82,7 +82,7 @@ def _warmup(total_steps: int, warmup_steps: int | float) -> int:
     if steps != int(steps) or not 0 <= steps < max(total_steps, 1):
         raise UserError(
             f"A schedule of {total_steps} steps cannot warm up for {warmup_steps}. Set WARMUP_STEPS to a whole number "
-            f"below {total_steps}, or to a share of the steps such as 0.05."
+            f"below {total_steps}, or to a fraction of the steps such as 0.05."
         )
     return int(steps)
 

@@ -34,16 +34,16 @@ def explained(state: Any, batch: str, folder: str) -> Iterator[None]:
         chain = list(_chain(error))
         if words := next(filter(None, map(_no_room, chain)), None):
             raise UserError(
-                f"{folder} cannot be written: {words}. Finished checkpoints are as they were. Make room there and run "
-                "the same command again: it goes on from the newest of them."
+                f"{folder} cannot be written: {words}. Finished checkpoints are not affected. Make room there and run "
+                "the same command again: it continues from the newest of them."
             ) from error
         of_memory = (str(x) for x in chain if isinstance(x, jax.errors.JaxRuntimeError) and _NO_MEMORY in str(x))
         if said := next(of_memory, None):
             line = said.partition(f"{_NO_MEMORY}: ")[2].partition("\n")[0][:200]
             raise UserError(
                 f"Out of memory: {line.rstrip('.')}. Parameters and optimizer take {bytes_a_device(state) / 2**30:.2f} "
-                f"GiB of each device; what a step over {batch} needs comes on top. Give a smaller BATCH_SIZE or more "
-                "train.train.num_microbatches, ModelConfig.remat = 'full', or cut the state over more devices with "
+                f"GiB of each device; a step over {batch} needs more in addition. Set a smaller BATCH_SIZE, more "
+                "train.train.num_microbatches or ModelConfig.remat = 'full', or shard the state over more devices with "
                 "MeshConfig.fsdp."
             ) from error
         raise

@@ -80,7 +80,7 @@ def test_once_it_has_begun_a_changed_command_is_refused(tmp_path):
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "mine").write_text("x")
-    with pytest.raises(UserError, match="is not empty, and no ar2diff has begun there"):
+    with pytest.raises(UserError, match="is not empty, and was not created by ar2diff"):
         Journal(tmp_path, {})
     (tmp_path / "ar2diff.json").write_text(json.dumps({"command": {}}))
     with pytest.raises(UserError, match="is damaged"):

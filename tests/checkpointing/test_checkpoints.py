@@ -146,7 +146,7 @@ def test_find_checkpoint_takes_what_users_give(saved):
 
 
 def test_find_checkpoint_says_what_is_there_instead(saved, tmp_path):
-    with pytest.raises(UserError, match=r"checkpoint_5: it does not exist. Beside it are the steps 3, 7"):
+    with pytest.raises(UserError, match=r"checkpoint_5: it does not exist. The folder has the steps 3, 7"):
         checkpoints.find_checkpoint(str(saved / "checkpoints" / "checkpoint_5"))
     with pytest.raises(UserError, match="nowhere: it does not exist"):
         checkpoints.find_checkpoint(str(tmp_path / "nowhere"))

@@ -98,7 +98,7 @@ def test_restoring_a_broken_checkpoint_names_the_file_and_the_newest_whole_one(r
     cut(run / "checkpoint_7" / "state" / "manifest.ocdbt")
     cut(run / "checkpoint_7" / "metadata" / "metadata")
     named = (
-        r"checkpoint_7 is broken: .*state/manifest.ocdbt has \d+ bytes, not \d+.*whole one beside it is .*checkpoint_3:"
+        r"checkpoint_7 is broken: .*state/manifest.ocdbt has \d+ bytes, not \d+.*newest intact one is .*checkpoint_3:"
     )
     for restore in (restoring.restore, restoring.restore_initial):
         with pytest.raises(stored.BrokenCheckpoint, match=named):
@@ -119,7 +119,7 @@ def test_restoring_a_broken_checkpoint_names_the_file_and_the_newest_whole_one(r
 def test_without_a_whole_one_nothing_is_promised(run):
     for step in (3, 5, 7):
         lose(run / f"checkpoint_{step}" / "state" / "_METADATA")
-    with pytest.raises(UserError, match=r"_METADATA is missing or cannot be read. No whole one is beside it"):
+    with pytest.raises(UserError, match=r"_METADATA is missing or cannot be read. There is no intact one"):
         restoring.restore(run, ABSTRACT)
     with pytest.raises(UserError, match=r"Every checkpoint in .* is broken: checkpoint_3, checkpoint_5, checkpoint_7"):
         stored.latest_whole(run)

@@ -27,7 +27,7 @@ from diffusion_t5x.training.lora import Lora
 UNIFORM = Block(4, noise="uniform", weighting="uniform")
 UNIFORM_DECODER = BlockDecoder(4, SundaeDecoder(num_steps=4, num_samples=1))
 SETTING = "infer.infer.allow_mismatch"
-FORCE = r"\(To do it all the same: --gin\.infer\.infer\.allow_mismatch=True\.\)$"
+FORCE = r"\(To do it anyway: --gin\.infer\.infer\.allow_mismatch=True\.\)$"
 
 
 def agreement(objective, model=tiny.RELATIVE, allowed=False, **more):

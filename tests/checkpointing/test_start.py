@@ -76,9 +76,9 @@ def test_what_becomes_of_each_array_is_told(tmp_path):
     rules = [("step|opt_state/.*", None), ("ema/(.*)", r"params/\1")]
     assert check_start(path, tiny.VOCABULARY, state, rules).splitlines() == [
         "  params/ (12 arrays) as in the checkpoint",
-        "  opt_state/ (3 arrays), step start anew, by the rule ('step|opt_state/.*', None)",
+        "  opt_state/ (3 arrays), step start fresh, by the rule ('step|opt_state/.*', None)",
         r"  ema/ (12 arrays) come from params/\1, by the rule ('ema/(.*)', 'params/\\1')",
-        "  opt_state/ (4 arrays), step of the checkpoint stay unread",
+        "  opt_state/ (4 arrays), step of the checkpoint are not read",
     ]
 
 
@@ -104,4 +104,4 @@ def test_other_settings_than_the_models_are_one_line(changed, said, tmp_path):
     with pytest.raises(UserError) as error:
         check_start(path, tiny.VOCABULARY, state, merge=False, resumes=True)
     (line,) = str(error.value).splitlines()
-    assert f"saved with other settings of {said}. Set the same, or start another run" in line
+    assert f"saved with different settings of {said}. Set the same, or start another run" in line

@@ -16,6 +16,8 @@ JSONL = """--gin_file=tasks/local_jsonl.gin --gin.VOCABULARY_FILE=None
  --gin.FILES={"train":"pairs.jsonl","validation":"pairs.jsonl"} --gin.TASK_FEATURE_LENGTHS={"inputs":8,"targets":8}"""
 SHORT = "--gin.TRAIN_STEPS=1 --gin.BATCH_SIZE=2 --gin.MODEL_DIR=made --dry_run"
 FINETUNE = f"{SUNDAE} --gin_file=runs/finetune.gin {JSONL} --gin.INITIAL_CHECKPOINT_PATH=None {SHORT}"
+DISTIL = f"""{MODEL} --gin_file=objectives/distillation.gin --gin_file=decoding/block.gin --gin_file=runs/distil.gin
+ {JSONL} --gin.INITIAL_CHECKPOINT_PATH=None {SHORT}"""
 OPEN = f"{SUNDAE} --gin_file=runs/finetune.gin --gin.INITIAL_CHECKPOINT_PATH=None {SHORT}"
 QUICKSTART = f"--gin_file=recipes/quickstart/pretrain_ar.gin {SHORT}"
 EVAL = f"{SUNDAE} --gin_file=runs/eval.gin {JSONL} --gin.EVAL_OUTPUT_DIR=scores --dry_run"
@@ -84,6 +86,8 @@ MISTAKES = [
     ("train", f"{QUICKSTART} --train_steps=5", ["--train_steps=5", "--gin.TRAIN_STEPS=5"]),
     ("train", f"{QUICKSTART} --gin.LORA_RANK=4", ["LORA_RANK", "runs/lora.gin"]),
     ("train", f"{FINETUNE} --gin.MIXTURE_OR_TASK_MODULE=my.tasks", ["MIXTURE_OR_TASK_MODULE", "--gin_allow=my"]),
+    ("train", f"{FINETUNE} --gin_file=adaptation/block_growth.gin", ["it would change nothing", "objective is Sundae"]),
+    ("train", f"{DISTIL} --gin_file=adaptation/annealed.gin", ["annealed.gin", "objective is Distillation"]),
     # What is forgotten.
     (
         "train",

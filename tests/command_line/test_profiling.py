@@ -45,7 +45,7 @@ def test_a_run_that_ends_before_is_not_traced_and_it_is_said(tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags,message",
     [
-        (["--profile_seconds=5:5"], "'5:5' is not FROM:TO, two numbers of seconds such as 60:70"),
+        (["--profile_seconds=5:5"], "'5:5' is not FROM:TO, two times in seconds such as 60:70"),
         (["--profile_seconds=soon"], "'soon' is not FROM:TO"),
         (["--profile_seconds=0:inf"], "'0:inf' is not FROM:TO"),
         (["--profile=gs://bucket/x"], "--profile=gs://bucket/x: the profiler writes to local folders only"),

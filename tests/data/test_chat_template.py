@@ -110,7 +110,7 @@ def test_a_turn_that_begins_otherwise_than_it_is_asked_for():
     template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %}?{% endif %}"
     )
-    with pytest.raises(ValueError, match=r"asks for message 2 with 'user: a\?', but writes it otherwise"):
+    with pytest.raises(ValueError, match=r"asks for message 2 with 'user: a\?', but writes it differently"):
         ChatTemplate(template, {}, []).turn([message("user", "a"), message("assistant", "b")], 1)
 
 

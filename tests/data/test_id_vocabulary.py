@@ -72,5 +72,5 @@ def test_qwen2s_two_files_make_a_tokenizer(tmp_path):
     assert b"".join(pieces).decode() == text == found.decode(found.encode(text))
     assert b"1" in pieces and b"2" in pieces  # digits stand alone
     (tmp_path / "vocab.json").unlink()
-    with pytest.raises(UserError, match="make no BPE tokenizer"):
+    with pytest.raises(UserError, match="are not a BPE tokenizer"):
         vocabulary(str(tmp_path / "merges.txt"))

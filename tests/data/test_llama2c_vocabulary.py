@@ -148,7 +148,7 @@ def test_files_that_are_no_tokenizer(tmp_path, test_data):
     (tmp_path / "text").write_text("pieces " * 1000)
     write_tokenizer(tmp_path / "no space", PIECES[1:])
     for name, message in {
-        "cut": "cut short.*piece 269",
+        "cut": "truncated.*piece 269",
         "text": "tokenizer file: ids 3 to 258",
         "no space": "no piece for a space",
         "nowhere": "Cannot read the tokenizer file",

@@ -103,7 +103,7 @@ def test_what_is_a_hole_and_what_is_text(template, text, holes, tmp_path):
         ("[]", "some.jsonl:2: no template."),
         ({"inputs": "x"}, "some.jsonl:2: no template."),
         ({"template": "<hole:1>", "input": "x"}, "some.jsonl:2: unknown field 'input'. Did you mean 'inputs'?"),
-        ({"template": 3}, "some.jsonl:2: template and inputs are text"),
+        ({"template": 3}, "some.jsonl:2: template and inputs must be text"),
         ({"template": "nothing"}, "some.jsonl:2: the template has no hole"),
         ({"template": "a<hole:0>"}, "some.jsonl:2: <hole:0> is not a hole"),
         ({"template": "a<hole:-1>"}, "some.jsonl:2: <hole:-1> is not a hole"),

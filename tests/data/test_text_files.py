@@ -70,7 +70,7 @@ def test_every_reader_names_a_folder_and_a_missing_file(read, tmp_path):
 @pytest.mark.parametrize("name", ["jsonl", "squad", "predictions", "humaneval", "value"])
 def test_every_json_reader_names_a_file_that_is_nested_without_end(name, tmp_path):
     (tmp_path / "a").write_text("[" * 100_000)
-    with pytest.raises(UserError, match=r"a(:1)?: JSON that is nested too deep"):
+    with pytest.raises(UserError, match=r"a(:1)?: JSON that is nested too deeply"):
         READERS[name](str(tmp_path / "a"))
 
 

@@ -55,7 +55,7 @@ def test_noise_is_uniform_over_the_noise_vocabulary():
 def test_unfit_vocabularies_are_refused():
     with pytest.raises(UserError, match="no EOS"):
         vocabularies.token_ids(seqio.PassThroughVocabulary(27))
-    with pytest.raises(UserError, match="FullCodepointVocabulary is not known"):
+    with pytest.raises(UserError, match="FullCodepointVocabulary is not supported"):
         vocabularies.token_ids(seqio.vocabularies.FullCodepointVocabulary())
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from variants import quick
 
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.canvas import Canvas
@@ -64,7 +65,8 @@ def read(definition, attention, params, canvas, batch):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def write(definition, inner, params, hidden, canvas, eligible, step, batch):
     keys = fold_in(stream(row_keys(jax.random.key(0), batch.example_ids), "steps"), step)
-    before = Canvas.start(canvas, eligible).replace(step=step)
+    before = Canvas.start(canvas, eligible)
+    before = before.replace(step=jnp.full_like(before.step, step))
     return inner.write(definition.bind(params), hidden, before, eligible, batch.positions, keys)
 
 
@@ -84,23 +86,32 @@ def uncached(name, decoder, batch=BATCH):
     return canvas, total / np.maximum(batch.target_mask.sum(1), 1)
 
 
-@pytest.mark.parametrize(
-    "name,size,origin,inner",
-    [  # each compiles for a second: every inner decoder with both models and both origins, every size
-        ("relative", 3, "targets", "static"),
-        ("relative", 3, "targets", "sampled"),
-        ("llama", 4, "targets", "one a step"),
-        ("llama", 4, "targets", "threshold"),
-        ("relative", 1, "targets", "threshold"),
-        ("relative", 1, "targets", "one a step"),
-        ("llama", 16, "targets", "static"),
-        ("llama", 16, "targets", "sampled"),
-        ("relative", 3, "row", "threshold"),
-        ("relative", 3, "row", "sampled"),
-        ("llama", 4, "row", "static"),
-        ("llama", 4, "row", "one a step"),
-    ],
-)
+# Each compiles for a second: every inner decoder with both models and both origins, every size.
+CASES = [
+    ("relative", 3, "targets", "static"),
+    ("relative", 3, "targets", "sampled"),
+    ("llama", 4, "targets", "one a step"),
+    ("llama", 4, "targets", "threshold"),
+    ("relative", 1, "targets", "threshold"),
+    ("relative", 1, "targets", "one a step"),
+    ("llama", 16, "targets", "static"),
+    ("llama", 16, "targets", "sampled"),
+    ("relative", 3, "row", "threshold"),
+    ("relative", 3, "row", "sampled"),
+    ("llama", 4, "row", "static"),
+    ("llama", 4, "row", "one a step"),
+]
+QUICK = [
+    ("relative", 3, "targets", "sampled"),
+    ("llama", 4, "targets", "threshold"),
+    ("relative", 1, "targets", "one a step"),
+    ("llama", 16, "targets", "static"),
+    ("relative", 3, "row", "threshold"),
+    ("llama", 4, "row", "one a step"),
+]
+
+
+@pytest.mark.parametrize(("name", "size", "origin", "inner"), quick(CASES, QUICK))
 def test_the_cache_changes_nothing(name, size, origin, inner):
     decoder = BlockDecoder(size, INNER[inner], origin)
     decoded = decode(name, decoder)

@@ -76,8 +76,9 @@ class Given:
 @functools.partial(jax.jit, static_argnums=0)
 def step_of(decoder, logits, tokens, step, proposals, draws):
     """The rows after a step of the decoder in which it draws these tokens and, for a random order, these numbers."""
-    canvas = Canvas.start(tokens, jnp.ones(tokens.shape, bool)).replace(step=step)
-    eligible = decoder.eligible(tokens, canvas.target_mask, tiny.VOCABULARY, step)
+    canvas = Canvas.start(tokens, jnp.ones(tokens.shape, bool))
+    canvas = canvas.replace(step=jnp.full_like(canvas.step, step))
+    eligible = decoder.eligible(tokens, canvas.target_mask, tiny.VOCABULARY, canvas.step)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     keys = row_keys(jax.random.key(0), jnp.arange(len(tokens)))
     with (

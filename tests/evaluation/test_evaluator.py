@@ -167,7 +167,7 @@ def test_fewer_than_one_sample_and_a_task_for_a_list_of_tasks_are_refused():
     with pytest.raises(UserError, match="samples_per_example must be at least 1"):
         DecodeEval(Dataset(), Dice(), samples_per_example=0)
     for tasks in ("pairs", []):
-        with pytest.raises(UserError, match="EVAL_TASKS is a list"):
+        with pytest.raises(UserError, match="EVAL_TASKS must be a list"):
             for_tasks(tasks, Dataset, DecodeEval)
 
 

@@ -138,7 +138,7 @@ def test_what_is_too_long(made, caplog):
         harness(made, Masked(), MaskedDecoder(), CANVAS, num_draws=2).log_likelihoods([([], [3] * 24)])
     with pytest.raises(UserError, match="must name inputs and targets"):
         Rows({"targets": 8}, context_eos=True, canvas=True)
-    with pytest.raises(UserError, match="An encoder's inputs end in EOS"):
+    with pytest.raises(UserError, match="An encoder's inputs end with EOS"):
         Rows(LENGTHS, context_eos=False, canvas=False, architecture="encoder_decoder")
 
 

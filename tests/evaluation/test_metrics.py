@@ -194,4 +194,4 @@ def test_a_difference_smaller_than_one_example_is_told(first, second, num_exampl
     told = metrics.warn_of_small_difference(first, second, num_examples)
     assert (told is not None) == warned
     if warned:
-        assert told == "0.4 points of difference are less than one of 90 examples is worth (1.1)."
+        assert told == "A difference of 0.4 points is less than one of 90 examples counts (1.1)."

@@ -46,7 +46,7 @@ def test_the_same_data_are_gone_on_with_behind_the_last_whole_line(path):
 @pytest.mark.parametrize(
     ("now", "message"),
     [
-        (examples(3, "other {}"), "begun with other data: example 0 has changed"),
+        (examples(3, "other {}"), "started with different data: example 0 has changed"),
         ([*examples(2), *examples(3, "new {}")[2:]], "example 2 has changed"),
         (examples(2), "has 3 records, but the data have 2 examples now"),
     ],
@@ -65,13 +65,13 @@ def test_a_note_that_cannot_be_read_is_told(path, note):
         settings.unlink()
     else:
         settings.write_bytes(note.encode("utf-8", "surrogatepass"))
-    with pytest.raises(UserError, match=r"settings\.json, which says how it was begun, cannot be read"):
+    with pytest.raises(UserError, match=r"settings\.json, which records its settings, cannot be read"):
         RecordFile(path, SETTINGS)
 
 
 def test_other_settings_are_refused_but_not_where_nothing_is_written(path):
     write(path, 1)
-    with pytest.raises(UserError, match=r"started with other settings \(random_seed"):
+    with pytest.raises(UserError, match=r"started with different settings \(random_seed"):
         RecordFile(path, SETTINGS | {"random_seed": 1})
     path.write_text("")
     assert RecordFile(path, SETTINGS | {"random_seed": 1}).done == 0

@@ -64,7 +64,7 @@ def test_results_of_other_settings_are_kept(tmp_path):
         with pytest.raises(UserError, match=named):
             results.is_done(tmp_path, checkpoint, changed)
     (tmp_path / "results.json").write_text('{"results": {}}')  # of an earlier version
-    with pytest.raises(UserError, match="has results with other settings"):
+    with pytest.raises(UserError, match="has results with different settings"):
         results.is_done(tmp_path, "/m/checkpoint_1", settings)
 
 

@@ -12,7 +12,7 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.sampling import Sampling, uniform
 from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.shapes import BoolBL, FloatBLD, IntBL, IntScalar, KeyB
+from diffusion_t5x.shapes import BoolBL, FloatBLD, IntB1, IntBL, KeyB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class RemaskingDecoder(StepRule):
     def blank(self, batch: Batch, vocabulary: TokenIds, keys: KeyB) -> IntBL:
         return jnp.where(batch.target_mask, vocabulary.mask_id, batch.tokens)
 
-    def eligible(self, tokens: IntBL, target_mask: BoolBL, vocabulary: TokenIds, step: IntScalar) -> BoolBL:
+    def eligible(self, tokens: IntBL, target_mask: BoolBL, vocabulary: TokenIds, step: IntB1) -> BoolBL:
         return target_mask & (step < self.num_steps)
 
     def most_steps(self, num_targets: int) -> int:

@@ -191,7 +191,7 @@ def test_by_lora_and_back(tmp_path, test_data, monkeypatch, capsys):
     )
     losses = run(**{"train.train.train_steps": 2, "loop.Periods.save": 2})
     said = capsys.readouterr().err
-    assert "params/ (" in said and "come from params/\\1" in said and "start anew" in said
+    assert "params/ (" in said and "come from params/\\1" in said and "start fresh" in said
     losses = run()
     assert "resuming from" in capsys.readouterr().err
     assert len(losses) == 4 and np.isfinite(losses).all()

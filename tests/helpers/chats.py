@@ -65,7 +65,7 @@ TURNS = r"""{{- bos_token -}}
 # As DeepSeek-R1: what asks for an answer opens a thought; thoughts are left out of what was said.
 REASONING = r"""{%- for m in messages -%}
     {{- '<|im_start|>' ~ m.role ~ '\n' -}}
-    {%- if m['content'] is none -%}
+    {%- if m['content'] is not defined or m['content'] is none -%}
         {%- for call in m['tool_calls'] -%}{{- '<call>' ~ call.function | tojson -}}{%- endfor -%}
     {%- elif '</think>' in m['content'] -%}
         {{- m['content'].split('</think>')[-1] -}}
@@ -75,6 +75,60 @@ REASONING = r"""{%- for m in messages -%}
     {{- '<|im_end|>' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n<think>\n' -}}{%- endif -%}"""
+
+# As Qwen3 with tools: descriptions, calls and results, and thoughts of their own.
+TOOLS = r"""
+{%- if tools -%}
+    {{- '<|im_start|>system\n' ~ (messages[0].content ~ '\n\n' if messages[0].role == 'system' else '') ~ '<tools>' -}}
+    {%- for tool in tools -%}{{- '\n' ~ (tool | tojson) -}}{%- endfor -%}
+    {{- '\n</tools><|im_end|>\n' -}}
+{%- endif -%}
+{%- for m in messages -%}
+    {%- if m.role == 'tool' -%}
+        {%- if loop.first or messages[loop.index0 - 1].role != 'tool' -%}{{- '<|im_start|>user' -}}{%- endif -%}
+        {{- '\n<tool_response>\n' ~ m.content ~ '\n</tool_response>' -}}
+        {%- if loop.last or messages[loop.index0 + 1].role != 'tool' -%}{{- '<|im_end|>\n' -}}{%- endif -%}
+    {%- elif not (tools and loop.first and m.role == 'system') -%}
+        {{- '<|im_start|>' ~ m.role ~ '\n' -}}
+        {%- if m.reasoning_content is defined and m.reasoning_content is not none -%}
+            {{- '<think>\n' ~ m.reasoning_content.strip('\n') ~ '\n</think>\n\n' -}}
+        {%- endif -%}
+        {{- m.content or '' -}}
+        {%- for call in m.tool_calls or [] -%}
+            {{- '\n<tool_call>\n{"name": "' ~ call.function.name ~ '", "arguments": ' -}}
+            {{- call.function.arguments if call.function.arguments is string else call.function.arguments | tojson -}}
+            {{- '}\n</tool_call>' -}}
+        {%- endfor -%}
+        {{- '<|im_end|>\n' -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
+
+# As Llama 3.2: a system turn with the date, whatever is said, and tools in the first question.
+DATED = r"""{{- bos_token }}
+{%- if not tools is defined %}{% set tools = none %}{% endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set rules = messages[0]['content'] | trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set rules = '' %}
+{%- endif %}
+{{- '<|start_header_id|>system<|end_header_id|>\n\nToday: ' + strftime_now('%d %b %Y') + '\n\n' }}
+{{- rules + '<|eot_id|>' }}
+{%- for m in messages %}
+    {%- if 'tool_calls' in m %}
+        {%- if not m.tool_calls | length == 1 %}{{ raise_exception('One call at a time.') }}{% endif %}
+        {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' ~ m.tool_calls[0].function | tojson ~ '<|eot_id|>' }}
+    {%- else %}
+        {{- '<|start_header_id|>' + ('ipython' if m.role == 'tool' else m.role) + '<|end_header_id|>\n\n' }}
+        {%- if tools is not none and loop.first %}
+            {%- for tool in tools %}{{ tool | tojson(indent=4) + '\n\n' }}{% endfor %}
+        {%- endif %}
+        {{- m.content | tojson if m.role == 'tool' else m.content | trim }}
+        {{- '<|eot_id|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
 
 # What else templates make use of.
 ODD = r"""{%- for m in messages -%}

@@ -366,7 +366,7 @@ def test_of_two_tokenizers_that_differ_the_one_of_transformers_counts(tmp_path, 
     source = write_source(tmp_path / "source")
     open_models.save_sentencepiece(source / "spiece.model", vocab_size=300, hard_vocab_limit=True)
     import_model(source, tmp_path / "out")
-    assert "spiece.model is ignored, as in transformers: tokenizer.json has other" in capsys.readouterr().out
+    assert "spiece.model is ignored, as in transformers: tokenizer.json has different" in capsys.readouterr().out
     assert "out/tokenizer.json'" in (tmp_path / "out" / "model.gin").read_text()
     model = sentencepiece.SentencePieceProcessor(model_file=str(source / "spiece.model"))
     pieces = [(model.IdToPiece(number), 0.0) for number in range(300)]

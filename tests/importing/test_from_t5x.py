@@ -335,8 +335,8 @@ def test_arrays_larger_than_their_files_are_refused_at_once(tmp_path, tokenizer)
     header = json.loads((source / "norm" / ".zarray").read_text())
     for size, chunk, message in (
         (2**40, 4, "are missing"),
-        (2**40, 2**40, "cannot hold"),
-        (2**40, 2**39, "cannot hold"),
+        (2**40, 2**40, "cannot contain"),
+        (2**40, 2**39, "cannot contain"),
     ):
         (source / "norm" / ".zarray").write_text(json.dumps(header | {"shape": [size], "chunks": [chunk]}))
         leaf = said | {"metadata": {"shape": [size]}}

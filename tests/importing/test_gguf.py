@@ -199,7 +199,7 @@ def test_sentencepiece_tokenizer_has_the_same_ids(prefix, trained):
         ("llama", {"split.count": 3}, "is piece 1 of 3, so its name has to end in -00001-of-00003.gguf"),
         ("llama", {"tokenizer.ggml.pre": "viking"}, "tokenizer.ggml.pre = 'viking' is not supported, only llama-bpe"),
         ("llama", {"tokenizer.ggml.model": "t5"}, "tokenizer.ggml.model = 't5' is not supported"),
-        ("llama3", {"llama.rope.freq_base": 1e4}, "stretches rotary wavelengths otherwise than Llama 3"),
+        ("llama3", {"llama.rope.freq_base": 1e4}, "stretches rotary wavelengths differently from Llama 3"),
     ],
 )
 def test_refusals(family, keys, message, tmp_path):

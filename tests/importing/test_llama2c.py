@@ -219,8 +219,8 @@ def test_the_commands_of_the_page(data, expected, tmp_path, monkeypatch, capsys)
     ("contents", "message"),
     [
         (lambda whole: whole[:20], "20 bytes are too few"),
-        (lambda whole: whole[:-4], "cut short"),
-        (lambda whole: whole + b"more", "longer"),
+        (lambda whole: whole[:-4], "truncated"),
+        (lambda whole: whole + b"more", "too long"),
         (lambda whole: b"{json: true}" * 100, "not a llama2.c checkpoint: its header would be dim 1869834875"),
         (lambda whole: np.array([0x616B3432, 2, *range(50)], "<i4").tobytes(), "export it with `--version 0`"),
     ],

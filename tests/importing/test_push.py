@@ -88,7 +88,7 @@ def test_all_files_arrive_in_a_repository_that_is_private_unless_told(flags, hub
 def test_mistakes(hub, folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"has no config\.json with safetensors"):
         convert(["push", str(tmp_path / "empty"), "org/name"])
-    with pytest.raises(UserError, match="is no name of a model"):
+    with pytest.raises(UserError, match="is not a model name"):
         convert(["push", folder, "name"])
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(UserError, match=r"could not be uploaded as org/name: .*HF_TOKEN"):

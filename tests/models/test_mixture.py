@@ -236,7 +236,7 @@ def test_the_router_stays_in_float32():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"per_token": 7}, "per_token = 7 is more than the 6 experts that are open to a token"),
+        ({"per_token": 7}, "per_token = 7 is more than the 6 experts available to a token"),
         ({"groups": 3, "per_token": 3}, "per_token = 3 is more than the 2 experts"),
         ({"groups": 4}, "number = 6 must be a multiple of groups = 4"),
         ({"groups": 2, "groups_per_token": 3}, "groups_per_token = 3 at most groups"),

@@ -316,7 +316,7 @@ def test_the_training_row_gives_the_logits_that_the_decoder_saw(config, origin, 
             in_block = texts.target_mask[row, positions[row]] & (positions[row] >= positions[row][0])
             here = positions[row][in_block]
             noisy = texts.tokens.copy()
-            later = texts.written_at[row, here] >= step
+            later = texts.written_at[row, here] >= step[row]
             noisy[row, here] = np.where(later, MASK, texts.tokens[row, here])
             np.testing.assert_array_equal(noisy[row, here], canvas[row, in_block])
             for found in passes(noisy):

@@ -84,7 +84,7 @@ def test_utilization_is_of_all_devices_peak():
     [
         ({}, {}, "must not be empty"),
         ({"a": Case(SMALL, Distillation(), 4)}, {}, "a: Distillation needs a teacher"),
-        ({"a": Case(SMALL, Autoregressive(), 4, 3)}, {}, "a: 4 rows cannot be cut into 3"),
+        ({"a": Case(SMALL, Autoregressive(), 4, 3)}, {}, "a: 4 rows cannot be split into 3"),
         ({"a": Case(SMALL, Autoregressive(), 4)}, {"target_length": 99}, "max_length is 16"),
         ({"a": Case(SMALL, Autoregressive(), 4)}, {"repeats": 0}, "repeats must be at least 1"),
     ],

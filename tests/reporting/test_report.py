@@ -283,7 +283,7 @@ def test_runs_of_one_name_are_told_apart_and_none_counts_twice(tmp_path):
 def test_mistakes_on_the_command_line_are_one_line(tmp_path, capsys):
     for flags, expected in (
         ([str(tmp_path / "nowhere")], "There is no folder"),
-        ([str(tmp_path)], "holds no output of train"),
+        ([str(tmp_path)], "has no output of train"),
         (["--ouput=x", str(tmp_path)], "'--output'"),
     ):
         with pytest.raises(SystemExit) as stopped:

@@ -191,7 +191,7 @@ def test_tools_and_calls_without_content(absent, as_text, tmp_path, caplog):
         del call["content"]
     line = {"messages": [TALK[0], call], "tools": json.dumps(tools) if as_text else tools, "id": 1}
     (tmp_path / "a.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(line | {"tools": None}))
-    template = TOOLS.replace("m['content'] is none", "not m['content']")
+    template = TOOLS.replace("m['content'] is not defined or m['content'] is none", "not m['content']")
     with caplog.at_level("INFO"):
         first, second = turns(dataset_of(chats.save(tmp_path, "chatml", template), str(tmp_path / "a.jsonl")))
     assert "get_weather" in first[2]["inputs_pretokenized"] and "tools" not in second[2]["inputs_pretokenized"]
@@ -231,7 +231,7 @@ def test_other_mistakes(tmp_path):
     silent = chats.write_lines(tmp_path / "a.jsonl", [TALK[:1]])
     with pytest.raises(UserError, match=r"No record of .* belongs to the split 'train'"):
         turns(dataset_of(chats.save(tmp_path, "chatml"), silent))
-    with pytest.raises(UserError, match=r"goes with a tokenizer\.json, and VOCABULARY_FILE is None"):
+    with pytest.raises(UserError, match=r"needs a tokenizer\.json, but VOCABULARY_FILE is None"):
         chat.task("talks", {"train": silent}, None)
     bare = open_models.save_tokenizer(tmp_path / "bare", open_models.byte_level(), eos_token="<|end|>")
     with pytest.raises(UserError, match="has no chat template"):

@@ -123,7 +123,7 @@ def test_shots_are_training_examples_the_same_for_all(write):
         local_files.task("mine", {"test": test}, readers.Tsv(("inputs", "targets")), None, num_shots=1)
 
 
-@pytest.mark.parametrize("objective", ["full_lm", "ul2"])
+@pytest.mark.parametrize("objective", ["full_lm", pytest.param("ul2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("architecture", ["decoder_only", "encoder_decoder"])
 def test_documents_are_packed_apart_for_both_architectures(write, objective, architecture):
     file = write("a.txt", "\n\n".join(character * 14 for character in "abcdefghij"))
@@ -150,7 +150,7 @@ def test_documents_are_packed_apart_for_both_architectures(write, objective, arc
         ('["a"]\n', r"a\.jsonl:1: not a JSON object"),
         ('{"inputs": "a", "target": "b"}', r"a\.jsonl:1: no field 'targets'\. Did you mean 'target'\?"),
         ('{"inputs": "a", "xyz": "b"}', r"a\.jsonl:1: no field 'targets'\. There are 'inputs', 'xyz'\."),
-        ('{"inputs": null, "targets": "b"}', r"a\.jsonl:1: the field 'inputs' holds null, not text"),
+        ('{"inputs": null, "targets": "b"}', r"a\.jsonl:1: the field 'inputs' is null, not text"),
         (b'{"inputs": "\xe9"}', r"a\.jsonl:1: not UTF-8"),
         ("\n \n", r"a\.jsonl is empty"),
         ("", r"a\.jsonl is empty"),
@@ -169,7 +169,7 @@ def test_other_mistakes(write, tmp_path, caplog):
         read({"train": write("a.tsv", "a\tb\nc\n")}, readers.Tsv(("inputs", "targets")))
     with pytest.raises(UserError, match=r"one has 2 lines, .*two has 1: they must be equal"):
         read({"train": (write("one", "a\nb\n"), write("two", "a\n"))}, readers.Parallel())
-    with pytest.raises(UserError, match="Parallel text is two files, not 1"):
+    with pytest.raises(UserError, match="Parallel text needs two files, not 1"):
         read({"train": write("one", "a\nb\n")}, readers.Parallel())
     with pytest.raises(UserError, match="must be one of line, paragraphs, file, not 'book'"):
         read({"train": write("one", "a\nb\n")}, readers.Text("book"))
@@ -257,7 +257,7 @@ def test_more_shots_than_records_are_refused(write):
     assert len(read(files, readers.Tsv(("inputs", "targets")), "test", num_shots=2)) == 1
     with pytest.raises(UserError, match="There are 2 training examples for 3 shots: lower NUM_SHOTS"):
         read(files, readers.Tsv(("inputs", "targets")), "test", num_shots=3)
-    with pytest.raises(UserError, match="NUM_SHOTS is a number of examples"):
+    with pytest.raises(UserError, match="NUM_SHOTS must be a number of examples"):
         read(files, readers.Tsv(("inputs", "targets")), "test", num_shots=-1)
 
 
@@ -320,3 +320,30 @@ def test_inputs_end_in_eos_unless_told_otherwise(write):
         vocabulary = task.output_features["targets"].vocabulary
         assert (x["inputs"][-1] == vocabulary.eos_id) == inputs_end and x["targets"][-1] == vocabulary.eos_id
         assert SeqioDataset("ends", {"inputs": 8, "targets": 8}).texts()["inputs_end"] == inputs_end
+
+
+def test_parquet_gives_the_records_of_json_lines(write, tmp_path, caplog):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    lines = '{"inputs": "one", "targets": "un", "n": null}\n{"inputs": "été ☃", "targets": "deux", "n": {"x": [1.5]}}'
+    first = [{"inputs": "one", "targets": "un", "n": None}, {"inputs": "été ☃", "targets": "deux", "n": {"x": [1.5]}}]
+    table = pa.Table.from_pylist([row | {"image": {"bytes": b"\xff"}} for row in first])
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1)
+    more = write("b.jsonl", '{"inputs": "3", "targets": "trois"}')
+    both = [str(tmp_path / "a.parquet"), more]
+    with caplog.at_level("INFO"):
+        records = readers.Structured().read(both)
+    assert list(records)[:2] == list(readers.Jsonl().read([write("a.jsonl", lines)])) == first
+    assert "a.parquet: columns of bytes are left out: image" in caplog.text
+    assert [records.where(0).rpartition("/")[2], records.where(2).rpartition("/")[2]] == [
+        "a.parquet: row 1",
+        "b.jsonl:1",
+    ]
+    assert read({"train": both}, readers.Structured()) == PAIRS
+    with pytest.raises(UserError, match=r"a\.parquet: row 1: the field 'n' holds"):
+        read({"train": str(tmp_path / "a.parquet")}, readers.Structured(), inputs="{inputs}{n}", targets="x")
+    with pytest.raises(UserError, match="is not a Parquet file that can be read"):
+        readers.Structured().read([write("c.parquet", "{}")])
+    with pytest.raises(UserError, match=r"Cannot read .*no\.parquet: No such file"):
+        readers.Structured().read([str(tmp_path / "no.parquet")])

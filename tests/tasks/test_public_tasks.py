@@ -153,7 +153,7 @@ def test_a_data_set_that_is_not_there(tfds_folder):
 
 @pytest.mark.parametrize("name", ["huggingface:squad", "kubric:x:1.0.0", "squad/data_dir=here", "/tmp/x", "", "a:b"])
 def test_a_data_set_s_name_leads_nowhere_else(name):
-    with pytest.raises(UserError, match=r"is no data set of TFDS: write its name as in 'squad/v1\.1:3\.0\.0'"):
+    with pytest.raises(UserError, match=r"is not a TFDS data set: write its name as in 'squad/v1\.1:3\.0\.0'"):
         sources.PreparedTfds(name, {"train": "train"})
 
 

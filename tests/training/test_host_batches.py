@@ -74,7 +74,7 @@ def test_other_processes_go_on_with_the_same_examples(before, after):
 def test_shares_that_do_not_divide_the_batch_are_refused():
     with pytest.raises(UserError, match="12 does not divide into 5 shards"):
         HostBatches(Shard, ROWS, (0, 5))
-    with pytest.raises(UserError, match="not read any more"):
+    with pytest.raises(UserError, match="no longer supported"):
         HostBatches(Shard, ROWS).load_state_dict({"source": np.zeros(2)})
 
 

@@ -192,9 +192,13 @@ def make_graded(**settings):
 
     grader = Grader(rollout.rewards, examples, lambda tokens: "x" * len(tokens), tiny.VOCABULARY)
     mesh = MeshConfig(data=1, fsdp=1, tensor=1).make()
-    batches = OnPolicyBatches(
-        mesh, definition, rollout, Pairs(), 5, 4, 7, grader=grader, report=lambda *report: seen.append(report)
-    )
+
+    class Seen:
+        def write(self, step, folder, metrics):
+            assert folder == "rollout"
+            seen.append((step, metrics))
+
+    batches = OnPolicyBatches(mesh, definition, rollout, Pairs(), 5, 4, 7, grader=grader, writer=Seen())
     return batches, state_of(params), seen
 
 

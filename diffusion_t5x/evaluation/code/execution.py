@@ -97,7 +97,7 @@ class Verdict:
     """Result of a program's tests.
 
     Attributes:
-      status: "pass": every test ran and held. "wrong": a test did not hold. "error": an exception, or the process
+      status: "pass": every test ran and passed. "wrong": a test failed. "error": an exception, or the process
         ended. "timeout" and "memory": a limit. "refused": not run at all.
       detail: the test, and what happened.
       output: the beginning of the program's output.
@@ -127,7 +127,7 @@ class Protections:
     def __str__(self) -> str:
         limits = "limits on time, memory, files, processes and system calls; all processes killed; clean environment"
         if self.isolation:
-            return f"{limits}; no files but an empty folder, no network, no sight of other processes, no privileges"
+            return f"{limits}; no files but an empty folder, no network, no view of other processes, no privileges"
         return f"{limits}; NO protection of files, network and other processes ({self.reason})"
 
 

@@ -95,7 +95,7 @@ def enter_job(disk: int) -> None:
     The caller's first child is number 1 of its namespace: when it ends, all its descendants are killed.
 
     Args:
-      disk: bytes that the folder can hold.
+      disk: capacity of the folder, in bytes.
     """
     _call("unshare", _NEWNS | _NEWPID | _NEWIPC)
     _mount_tmpfs(SCRATCH, f"size={disk},nr_inodes=1024,mode=700")

@@ -2,7 +2,7 @@
 
 It closes the gaps of namespaces and limits: the user's keyrings, kernel interfaces known for their holes, and memory
 that counts for no process. A refused call fails with an error number, as for a user without privileges, so Python
-raises OSError and the program goes on.
+raises OSError and the program continues.
 """
 
 import ctypes

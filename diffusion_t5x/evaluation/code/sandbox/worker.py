@@ -31,7 +31,7 @@ def main(isolated: bool, limits: Mapping[str, Any]) -> None:
     """Serves until the end of its input.
 
     Args:
-      isolated: run in namespaces of its own. Without them, programs see the machine's files, network and processes.
+      isolated: run in separate namespaces. Without them, programs see the machine's files, network and processes.
       limits: `Limits` of the library, by name.
     """
     sys.set_int_max_str_digits(0)  # long numbers are plain data
