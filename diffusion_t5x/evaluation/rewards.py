@@ -4,6 +4,7 @@ Any function `f(text, example) -> float` is a reward, too (see `training.rewards
 """
 
 import dataclasses
+import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -92,6 +93,17 @@ class Format:
 
     def __call__(self, text: str, example: Example) -> float:
         return float(re.fullmatch(self.pattern, text, re.DOTALL) is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Similarity:
+    """Partial credit for a start that hardly ever meets the target: `difflib`'s ratio of characters, 1 for the target.
+
+    Twice the number of characters in matching blocks, over the length of both texts.
+    """
+
+    def __call__(self, text: str, example: Example) -> float:
+        return difflib.SequenceMatcher(None, example["targets_pretokenized"], text, autojunk=False).ratio()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import metrics
-from diffusion_t5x.evaluation.rewards import Format, Metric, PassedTests, Sum
+from diffusion_t5x.evaluation.rewards import Format, Metric, PassedTests, Similarity, Sum
 from diffusion_t5x.training.rewards import judged
 
 seqio = pytest.importorskip("seqio")
@@ -78,6 +78,12 @@ def test_formats_match_whole_texts():
     assert [answer(text, {}) for text in ("2 + 2\n#### 4", "#### 4 or so", "4", "")] == [1, 0, 0, 0]
     with pytest.raises(UserError, match="no regular expression"):
         Format("(")
+
+
+def test_similarity_is_a_share_of_characters():
+    example = {"targets_pretokenized": "3 mars 2024"}
+    found = [Similarity()(text, example) for text in ("3 mars 2024", "3 mai 2024", "mars", "xyz", "")]
+    assert found == [1, 2 * 9 / 21, 2 * 4 / 15, 0, 0]
 
 
 def test_sums_are_weighted_and_check_their_parts():
