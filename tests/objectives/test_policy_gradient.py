@@ -52,7 +52,7 @@ def batch_of(written):
 
 
 def log_probabilities(definition, params, written):
-    """Of each trajectory, and of its tokens: each state in a row of its own, after what is written before its block."""
+    """Log-probabilities of trajectories, and of their tokens: each state in a row, after what is before its block."""
     states, places = {}, []
     for row, (tokens, steps) in enumerate(written):
         for place, step in enumerate(steps):
@@ -159,7 +159,7 @@ def test_ratios_are_one_to_the_model_that_wrote_the_texts(surrogate, shifted, bl
 
 
 def test_states_of_the_surrogates():
-    """What stays hidden in a state, and what is scored in it."""
+    """The surrogates hide all of a block, or complements."""
     at = {name: rollout(name)[2] for name in ("one_step", "coupled")}
     assert set(np.unique(at["one_step"].written_at)) == {-1, 0}
     assert set(np.unique(at["coupled"].written_at)) == {-1, 0, 1}

@@ -79,7 +79,7 @@ def test_rewards_are_judged_in_other_threads_too():
 
 
 def test_a_rollout_is_graded_up_to_the_ends_of_its_texts():
-    """What follows an end, and padding, is neither judged nor counted: filling the canvas earns nothing."""
+    """Tokens after an end, and padding, are neither judged nor counted: filling the canvas earns nothing."""
     eos, pad = tiny.VOCABULARY.eos_id, tiny.VOCABULARY.pad_id
     texts = [[5, 6, 7, 8], [5, 6, eos, 9], [pad, 5, 6, 7], [eos, pad, pad, pad]]
     batch = tiny.one_a_row([([3, 4], text) for text in texts], length=8)

@@ -236,7 +236,7 @@ def test_a_resumed_run_keeps_advantages_and_judges_nothing_again():
 
 
 class Data:
-    """What `check_rollout` asks of a data set."""
+    """The part of a data set that `check_rollout` reads."""
 
     name, pack, batch_size, task_feature_lengths = "data", False, 4, {"inputs": 5, "targets": 9}
 
