@@ -310,9 +310,10 @@ class Training:
         asked = (batches, data.task_feature_lengths["inputs"], self.train_dataset.batch_size, self.random_seed)
         grader = None
         if rollout.rewards is not None:
+            assert isinstance(data, SeqioDataset)  # see check_rollout
             grader = Grader(rollout.rewards, Examples(data).of, data.to_text, plan.definition.vocabulary)
-        settings = {"prepare": self.objective.prepare_rollout, "grader": grader, "writer": writer}
-        return OnPolicyBatches(plan.mesh, plan.definition, rollout, *asked, **settings)
+        prepare = self.objective.prepare_rollout
+        return OnPolicyBatches(plan.mesh, plan.definition, rollout, *asked, prepare, grader, writer)
 
 
 train = verb("train", Training)

@@ -127,21 +127,22 @@ class PolicyGradient(InBlocks):
         step: IntScalar | None = None,
         teacher: Transformer | None = None,
     ) -> LossSums:
-        if batch.advantage is None or batch.written_log_probability is None:
+        if batch.advantage is None:
             raise UserError(
                 "PolicyGradient has a loss only on texts that the model wrote and a reward judged: set "
                 "train.rollout and its rewards, and no loss_evals."
             )
+        assert batch.written_at is not None and batch.written_log_probability is not None
         number = jnp.tile(jnp.arange(self.draws), len(batch.tokens))
         batch = jax.tree.map(lambda x: jnp.repeat(x, self.draws, axis=0), batch)
         state, weight = self._drawn_states(batch, key, number)
         log_probability, scored, auxiliary = self._log_probabilities(model, batch, state)
         scored &= weight > 0
-        log_ratio = jnp.where(scored, log_probability - batch.written_log_probability, 0)
+        log_ratio = jnp.where(scored, log_probability - jnp.asarray(batch.written_log_probability), 0)
         ratio, advantage = jnp.exp(log_ratio), jnp.asarray(batch.advantage)[:, None]
         low, high = self.clip
         free, clipped = ratio * advantage, jnp.clip(ratio, 1 - low, 1 + high) * advantage
-        written = batch.replace(target_mask=batch.target_mask & (batch.written_at >= 0))
+        written = batch.replace(target_mask=batch.target_mask & (jnp.asarray(batch.written_at) >= 0))
         loss = jnp.where(scored, -weight * jnp.minimum(free, clipped), 0)
         count = jnp.sum(scored, dtype=jnp.float32)
         text = text_of(batch, model.vocabulary)
@@ -171,7 +172,7 @@ class PolicyGradient(InBlocks):
         """
         starts = jnp.maximum(block_starts(batch, self.block_size, self.blocks_from), 0)
         length = batch.tokens.shape[1]
-        at = jnp.where(batch.target_mask, batch.written_at, -1)
+        at = jnp.where(batch.target_mask, jnp.asarray(batch.written_at), -1)
         last = jax.vmap(lambda at, starts: jax.ops.segment_max(at, starts, length)[starts])(at, starts)
         states = jnp.maximum(last + 1, 1)
         keys = row_keys(stream(key, "states"), batch.example_ids)

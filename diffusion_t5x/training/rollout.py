@@ -18,7 +18,7 @@ from jaxtyping import Bool
 from diffusion_t5x import partitioning
 from diffusion_t5x.data import scoring
 from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.data.dataset import Dataset
+from diffusion_t5x.data.dataset import Dataset, OfTexts
 from diffusion_t5x.data.examples import Example
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.errors import UserError
@@ -271,7 +271,8 @@ class OnPolicyBatches:
 
     def _examples(self, grader: Grader, read: Sequence[Batch]) -> dict[int, Example]:
         """Returns the example of each row that this process read, by the row's id."""
-        size, found = self._rollout.group_size, {}
+        size = self._rollout.group_size
+        found: dict[int, Example] = {}
         for batch in read:
             once = grader.examples(jax.tree.map(lambda x: x[::size], batch))
             of_rows = [example for example in once for _ in range(size)]
@@ -339,6 +340,8 @@ def _check_rewards(objective: Objective, rollout: Rollout, dataset: Dataset) -> 
             f"A batch of {dataset.batch_size} texts does not divide into groups of {rollout.group_size}: change "
             "BATCH_SIZE or GROUP_SIZE."
         )
+    if not isinstance(dataset, OfTexts):
+        raise UserError(f"Rewards need the texts of a SeqIO task; the cached {dataset.name} has only tokens.")
     scoring.check_metrics([rollout.rewards.reward])
 
 

@@ -12,6 +12,7 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffusion_t5x.data.dataset import OfTexts
 from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
@@ -235,10 +236,48 @@ def test_a_resumed_run_keeps_advantages_and_judges_nothing_again():
     assert [step for step, _ in seen] == [1, 7] and [step for step, _ in seen_again] == [7]
 
 
-class Data:
+@pytest.mark.parametrize("surrogate", ["trajectory", "one_step", "coupled"])
+def test_a_model_learns_to_write_what_is_rewarded(surrogate):
+    """The reward is the share of even ids. Forty updates on twenty rollouts; the first and the last are compared."""
+    mesh = MeshConfig(data=1, fsdp=1, tensor=1).make()
+    definition, _ = tiny.make_model(dataclasses.replace(tiny.LLAMA, num_layers=1))
+    optimizer, rewards = optax.adam(2e-2), Rewards(lambda text, example: float(text), group_size=8)
+    abstract, state = tiny.fresh_state(mesh, definition, optimizer)
+    decoder = BlockDecoder(3, MaskedDecoder(num_steps=3, order="random", temperature=1.0))
+    rollout = Rollout(decoder, num_batches=2, lengths=Ramp(6, 6), num_buckets=1, rewards=rewards)
+    objective = PolicyGradient(3, surrogate, draws=1)
+    seen = []
+
+    class Seen:
+        def write(self, step, folder, metrics):
+            seen.append(metrics["reward"])
+
+    def even(tokens):
+        return str(np.mean(np.array(tokens) % 2 == 0))
+
+    grader = Grader(rewards, lambda batch: [{}] * len(batch.tokens), even, tiny.VOCABULARY)
+    settings = {"prepare": objective.prepare_rollout, "grader": grader, "writer": Seen()}
+    batches = OnPolicyBatches(mesh, definition, rollout, Prompts(), 5, 32, 0, **settings)
+    step = make_train_step(mesh, abstract, definition, objective, optimizer, seed=0)
+    for _ in range(40):
+        state, metrics = step(state, put_batch(mesh, batches.next_batch(state)))
+        assert not metrics["bad"]
+    assert len(seen) == 20 and np.mean(seen[-3:]) > np.mean(seen[:3]) + 0.2, seen
+
+
+class Data(OfTexts):
     """The part of a data set that `check_rollout` reads."""
 
     name, pack, batch_size, task_feature_lengths = "data", False, 4, {"inputs": 5, "targets": 9}
+
+    def vocabulary(self):
+        raise NotImplementedError
+
+
+class Tokens:
+    """Data without texts, as `cache_tasks` writes them."""
+
+    name, pack, batch_size, task_feature_lengths = Data.name, Data.pack, Data.batch_size, Data.task_feature_lengths
 
 
 @pytest.mark.parametrize(
@@ -254,6 +293,8 @@ def test_objective_and_rewards_must_agree(objective, rewards, message):
     with pytest.raises(UserError, match=message):
         check_rollout(objective, tiny.LLAMA, dataclasses.replace(ROLLOUT, rewards=rewards), Data())
     any_decoder = PolicyGradient(3, "one_step")
+    with pytest.raises(UserError, match="has only tokens"):
+        check_rollout(any_decoder, tiny.LLAMA, dataclasses.replace(ROLLOUT, rewards=Rewards(long_texts, 2)), Tokens())
     check_rollout(any_decoder, tiny.LLAMA, dataclasses.replace(ROLLOUT, rewards=Rewards(long_texts, 2)), Data())
 
 
