@@ -311,7 +311,12 @@ class Training:
         grader = None
         if rollout.rewards is not None:
             assert isinstance(data, SeqioDataset)  # see check_rollout
-            grader = Grader(rollout.rewards, Examples(data).of, data.to_text, plan.definition.vocabulary)
+            grader = Grader(
+                rollout.rewards,
+                Examples(dataclasses.replace(data, batch_size=1024)).of,
+                data.to_text,
+                plan.definition.vocabulary,
+            )
         prepare = self.objective.prepare_rollout
         return OnPolicyBatches(plan.mesh, plan.definition, rollout, *asked, prepare, grader, writer)
 
