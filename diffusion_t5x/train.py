@@ -28,7 +28,6 @@ from diffusion_t5x.command_line.runnable import verb
 from diffusion_t5x.command_line.slice_flags import slice_dry_run
 from diffusion_t5x.data.cached_source import CachedDataset
 from diffusion_t5x.data.dataset import Dataset
-from diffusion_t5x.data.examples import Examples
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval, check_decoders, prepared
@@ -50,7 +49,7 @@ from diffusion_t5x.training.host_batches import HostBatches
 from diffusion_t5x.training.lock import locked
 from diffusion_t5x.training.loop import Periods, Reporting, Saving, TrainLoop
 from diffusion_t5x.training.metrics import Writer, check_writers, make_writer
-from diffusion_t5x.training.rewards import Grader
+from diffusion_t5x.training.rewards import make_grader
 from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout, check_rollout
 from diffusion_t5x.training.run_config import write_config
 from diffusion_t5x.training.state import TrainState, abstract_state, split
@@ -311,12 +310,7 @@ class Training:
         grader = None
         if rollout.rewards is not None:
             assert isinstance(data, SeqioDataset)  # see check_rollout
-            grader = Grader(
-                rollout.rewards,
-                Examples(dataclasses.replace(data, batch_size=1024)).of,
-                data.to_text,
-                plan.definition.vocabulary,
-            )
+            grader = make_grader(rollout.rewards, data)
         prepare = self.objective.prepare_rollout
         return OnPolicyBatches(plan.mesh, plan.definition, rollout, *asked, prepare, grader, writer)
 

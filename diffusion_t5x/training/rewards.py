@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.ends import text_of
-from diffusion_t5x.data.examples import Example
+from diffusion_t5x.data.examples import Example, Examples
+from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 
@@ -177,3 +178,9 @@ class Grader:
             "reward_seconds": time.monotonic() - start,
         }
         return texts.replace(advantage=advantages(groups, self.settings.divide_by_std).ravel()), metrics
+
+
+def make_grader(settings: Rewards, dataset: SeqioDataset) -> Grader:
+    """Returns the grader of texts for the prompts of a data set, whose split it reads."""
+    examples = Examples(dataclasses.replace(dataset, batch_size=1024))
+    return Grader(settings, examples.of, dataset.to_text, dataset.token_ids())
