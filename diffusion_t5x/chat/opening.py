@@ -1,4 +1,4 @@
-"""What the verbs that answer prompts say of a checkpoint, and take from it: vocabulary, EOS or not."""
+"""Settings that verbs take from a checkpoint to answer prompts, and what they say of it."""
 
 import jax
 
