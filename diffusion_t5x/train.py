@@ -49,6 +49,7 @@ from diffusion_t5x.training.host_batches import HostBatches
 from diffusion_t5x.training.lock import locked
 from diffusion_t5x.training.loop import Periods, Reporting, Saving, TrainLoop
 from diffusion_t5x.training.metrics import Writer, check_writers, make_writer
+from diffusion_t5x.training.rewards import make_grader
 from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout, check_rollout
 from diffusion_t5x.training.run_config import write_config
 from diffusion_t5x.training.state import TrainState, abstract_state, split
@@ -273,14 +274,14 @@ class Training:
         if jax.process_index() == 0:
             write_config(os.path.join(self.model_dir, "config.gin"), config.operative_text(), step)
             records.write_text(os.path.join(self.model_dir, "model-info.txt"), plan.describe() + "\n")
-        batches = self._batches(plan)
+        writer = make_writer(self.model_dir, self.metric_writers, step, config.operative_values())
+        batches = self._batches(plan, writer)
         if begun.data_state is not None:
             batches.load_state_dict(begun.data_state)
         on_mesh = (plan.mesh, plan.abstract, plan.definition)
         train_step = make_train_step(*on_mesh, seed=self.random_seed, teacher=teacher, **self._of_step())
         evals = (plan.loss_evals, plan.decode_evals)
         evaluator = Evaluator(plan.mesh, plan.definition, self.objective, *evals, teacher)
-        writer = make_writer(self.model_dir, self.metric_writers, step, config.operative_values())
         judge = Judge(self.bad_numbers, self.model_dir, begun.losses)
         description = f"{type(self.objective).__name__} on {self.train_dataset.name}"
         loop = TrainLoop(
@@ -297,15 +298,21 @@ class Training:
         with goodput, explained(plan.abstract, rows, self.model_dir), closing(writer), closing(checkpoints):
             loop.run(begun.state, begun.evaluation_due)
 
-    def _batches(self, plan: "_Plan") -> HostBatches | OnPolicyBatches:
+    def _batches(self, plan: "_Plan", writer: Writer) -> HostBatches | OnPolicyBatches:
         """Returns this process's batches, from the data or written by the model."""
-        data = self.train_dataset
+        data, rollout = self.train_dataset, self.rollout
+        if rollout is not None:
+            data = dataclasses.replace(data, batch_size=data.batch_size // rollout.group_size)
         batches = HostBatches(data.train_iterator, data.batch_size, partitioning.share_of_rows(plan.mesh))
-        if self.rollout is None:
+        if rollout is None:
             return batches
-        num_inputs = data.task_feature_lengths["inputs"]
-        prompts = (self.rollout, batches, num_inputs, data.batch_size)
-        return OnPolicyBatches(plan.mesh, plan.definition, *prompts, self.random_seed)
+        asked = (batches, data.task_feature_lengths["inputs"], self.train_dataset.batch_size, self.random_seed)
+        grader = None
+        if rollout.rewards is not None:
+            assert isinstance(data, SeqioDataset)  # see check_rollout
+            grader = make_grader(rollout.rewards, data)
+        prepare = self.objective.prepare_rollout
+        return OnPolicyBatches(plan.mesh, plan.definition, rollout, *asked, prepare, grader, writer)
 
 
 train = verb("train", Training)

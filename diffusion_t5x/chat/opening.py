@@ -1,4 +1,4 @@
-"""Settings that verbs take from a checkpoint to answer prompts, and what they say of it."""
+"""Describes a checkpoint, and finds its vocabulary for prompts, without its task where it says enough."""
 
 import jax
 

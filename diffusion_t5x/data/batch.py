@@ -25,7 +25,9 @@ class Batch(flax.struct.PyTreeNode):
       encoder_tokens, encoder_segment_ids, encoder_positions: the inputs, for an encoder-decoder. Inputs and targets of
         one example have the same segment id. None for a decoder-only model.
       written_at: for a text that a decoder wrote: see `decoding.decoder.Decoded`. None for data.
+        An objective may put states of its own in their place (`Objective.prepare_rollout`).
       written_log_probability: likewise `Decoded.log_probability`. None for data.
+      advantage: for a text that a reward judged: how much better it is than others for the same inputs. None elsewhere.
     """
 
     tokens: AnyIntBL
@@ -38,6 +40,7 @@ class Batch(flax.struct.PyTreeNode):
     encoder_positions: Int[Array, "batch inputs"] | None = None
     written_at: AnyIntBL | None = None
     written_log_probability: Float[Array, "batch length"] | None = None
+    advantage: Float[Array, " batch"] | None = None
 
     @property
     def input_mask(self) -> AnyBoolBL:

@@ -16,24 +16,24 @@ def score(task: "seqio.Task", records: Sequence[Mapping[str, Any]]) -> dict[str,
       task: the task, with its postprocessor and metric functions.
       records: per example, its fields, "prediction" (text) and, with several samples, "predictions".
     """
-    targets = [task.postprocess_fn(r["targets_pretokenized"], example=r, is_target=True) for r in records]
-    samples = [
-        [
-            task.postprocess_fn(text, example=record, is_target=False)
-            for text in record.get("predictions", [record["prediction"]])
-        ]
-        for record in records
-    ]
+    pairs = [postprocessed(task, record, record.get("predictions", [record["prediction"]])) for record in records]
+    targets, samples = ([pair[i] for pair in pairs] for i in range(2))
     scores: dict[str, float] = {}
     for metric in task.predict_metric_fns:
         scores |= metric(targets, samples if takes_samples(metric) else [first for first, *_ in samples])
     return scores
 
 
-def check_metrics(metrics: Iterable[Callable[..., Mapping[str, float]]]) -> None:
-    """Checks that metric functions can run on this machine, before the long work begins.
+def postprocessed(task: "seqio.Task", example: Mapping[str, Any], texts: Sequence[str]) -> tuple[Any, list[Any]]:
+    """Returns an example's target and texts as the task's metrics take them."""
+    target = task.postprocess_fn(example["targets_pretokenized"], example=example, is_target=True)
+    return target, [task.postprocess_fn(text, example=example, is_target=False) for text in texts]
 
-    A metric that cannot run everywhere has an attribute `check_here`: a function that raises a UserError if it cannot
+
+def check_metrics(metrics: Iterable[Callable[..., Any]]) -> None:
+    """Checks that metric functions (or rewards) can run on this machine, before the long work begins.
+
+    One that cannot run everywhere has an attribute `check_here`: a function that raises a UserError if it cannot
     run here. It gets the keywords of a `functools.partial`.
     """
     for metric in metrics:

@@ -189,6 +189,15 @@ class SeqioDataset(OfTexts, LaidOut):
         """
         return scoring.score(self._task(), records)
 
+    def postprocessed(self, text: str, example: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Returns the target of an example (a dictionary of `eval_batches`) and a text as the task's metrics take them.
+
+        Raises:
+          UserError: this is a mixture: postprocessors belong to tasks.
+        """
+        target, (prediction,) = scoring.postprocessed(self._task(), example, [text])
+        return target, prediction
+
     def train_iterator(self, num_shards: int = 1, shard_index: int = 0) -> "TrainIterator":
         """Returns endless batches of `batch_size / num_shards` rows with examples of this shard only.
 

@@ -154,5 +154,6 @@ def abstract_batch(mesh: Mesh, dataset: Dataset, batch_size: int, rollout: Rollo
         example_ids=rows(np.int32),
         written_at=rows(np.int32, length) if rollout is not None else None,
         written_log_probability=rows(np.float32, length) if rollout is not None else None,
+        advantage=rows(np.float32) if rollout is not None and rollout.rewards is not None else None,
         **{name: rows(np.int32, lengths["inputs"]) for name in encoder},
     )

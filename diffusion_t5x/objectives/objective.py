@@ -106,6 +106,7 @@ class Objective(Protocol):
       takes_rollouts: can learn from texts that the model itself wrote, in blocks of `attention.block_size`, and may
         read `Batch.written_at`.
       needs_rollouts: learns only from such texts.
+      needs_rewards: learns from their advantages, `Batch.advantage`.
       needs_samples: assumes that their tokens are samples from the model, see `StepRule.samples_model`.
       normalize: denominator of the summed loss, see `normalized`.
     """
@@ -117,6 +118,10 @@ class Objective(Protocol):
 
     @property
     def needs_rollouts(self) -> bool:
+        return False
+
+    @property
+    def needs_rewards(self) -> bool:
         return False
 
     @property
@@ -165,6 +170,16 @@ class Objective(Protocol):
           step: training steps taken before, for anything that changes during training; None means after the end.
           teacher: the teacher of objectives that need one; without dropout or gradients.
         """
+
+    def prepare_rollout(self, model: Transformer, batch: Batch, key: KeyScalar) -> Batch:
+        """Returns texts that the model has just written with what `loss` will need of this model; here, as they are.
+
+        Args:
+          model: wrote the texts.
+          batch: the texts, with `written_at`.
+          key: rows draw from it by their `example_ids`.
+        """
+        return batch
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: KeyScalar, num_draws: int) -> Likelihood:
         """Returns log-likelihoods of rows with one example each, as in evaluation; a packed row counts as one example.

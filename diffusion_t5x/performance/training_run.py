@@ -134,7 +134,7 @@ class Trial:
     def _written(self, rollout: Rollout, prompts: HostBatches, state: TrainState) -> tuple[Batch, float]:
         """A batch of the longest texts that the model writes, and the seconds that writing one takes."""
         dataset, lengths = self._run.dataset, dataclasses.replace(rollout.lengths, num_rollouts=0)
-        longest = dataclasses.replace(rollout, lengths=lengths, passes=1)
+        longest = dataclasses.replace(rollout, lengths=lengths, passes=1, rewards=None)
         num_inputs = dataset.task_feature_lengths["inputs"]
         batches = OnPolicyBatches(
             self._mesh, self._run.definition(), longest, prompts, num_inputs, dataset.batch_size, seed=0
@@ -143,4 +143,7 @@ class Trial:
             batch = batches.next_batch(state)
         start = time.perf_counter()
         batch = batches.next_batch(state)
-        return batch, (time.perf_counter() - start) / (rollout.num_batches * rollout.passes)
+        seconds = (time.perf_counter() - start) / (rollout.num_batches * rollout.passes)
+        if rollout.rewards is not None:  # how long a reward takes is not the model's time
+            batch = batch.replace(advantage=np.zeros(len(batch.tokens), np.float32))
+        return batch, seconds

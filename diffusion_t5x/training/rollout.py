@@ -1,8 +1,13 @@
-"""Makes on-policy batches: the student itself writes the texts that it is trained on (OPDLM, arXiv 2606.06712)."""
+"""Makes on-policy batches: the model itself writes the texts that it is trained on.
+
+A teacher judges them token by token (OPDLM, arXiv 2606.06712; `objectives.distillation`), or a reward judges each as a
+whole (`training.rewards`, `objectives.policy_gradient`).
+"""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,25 +16,33 @@ from jax.sharding import Mesh
 from jaxtyping import Bool
 
 from diffusion_t5x import partitioning
+from diffusion_t5x.data import scoring
 from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.data.dataset import Dataset
+from diffusion_t5x.data.dataset import Dataset, OfTexts
+from diffusion_t5x.data.examples import Example
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.streams import stream
-from diffusion_t5x.models.transformer import ModelDefinition, Params
+from diffusion_t5x.models.transformer import ModelDefinition, Params, Transformer
 from diffusion_t5x.objectives.objective import Objective
-from diffusion_t5x.shapes import AnyBoolBL
+from diffusion_t5x.shapes import AnyBoolBL, KeyScalar
 from diffusion_t5x.training.loop import BatchIterator
+from diffusion_t5x.training.metrics import Writer
 from diffusion_t5x.training.ramps import Ramp
+from diffusion_t5x.training.rewards import Grader, Rewards
 from diffusion_t5x.training.state import TrainState
 
+logger = logging.getLogger(__name__)
+
 _STORED = "rollout_"  # texts in the data's state
+
+Prepare = Callable[[Transformer, Batch, KeyScalar], Batch]  # an objective's `prepare_rollout`
 
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """Settings for decoding the student's own texts, by default those of OPDLM's released code.
+    """Settings for decoding the model's own texts, by default those of OPDLM's released code.
 
     Prompts are the training data's inputs.
 
@@ -41,6 +54,7 @@ class Rollout:
       data_share: probability that the data's own targets, truncated to that length, replace a text of the student. Its
         states are random masks.
       num_buckets: number of row lengths: the longest text, half of it, a quarter and so on; each is compiled once.
+      rewards: how the texts are judged, in groups for the same prompt. None: they are not.
     """
 
     decoder: BlockDecoder
@@ -49,6 +63,7 @@ class Rollout:
     lengths: Ramp = Ramp(100, 4000)  # noqa: RUF009  (frozen)
     data_share: Ramp = Ramp(0, 0)  # noqa: RUF009  (frozen)
     num_buckets: int = 4
+    rewards: Rewards | None = None
 
     def __post_init__(self) -> None:
         if not self.decoder.inner.keeps_written:
@@ -62,6 +77,11 @@ class Rollout:
             )
         if not all(0 <= share <= 1 for share in (self.data_share.start, self.data_share.end)):
             raise UserError(f"Rollout.data_share must lie in [0, 1]; got {self.data_share}. Set DATA_SHARE.")
+
+    @property
+    def group_size(self) -> int:
+        """The number of texts for each prompt."""
+        return self.rewards.group_size if self.rewards else 1
 
     @property
     def max_length(self) -> int:
@@ -125,13 +145,18 @@ def own_targets(
 
 
 def make_rollout_step(
-    mesh: Mesh, definition: ModelDefinition, decoder: BlockDecoder, *, seed: int
+    mesh: Mesh,
+    definition: ModelDefinition,
+    decoder: BlockDecoder,
+    *,
+    seed: int,
+    prepare: Prepare = lambda model, batch, key: batch,
 ) -> Callable[..., Batch]:
     """Returns the jitted `(params, prompts, step, given=None) -> texts`; texts record when each token was written.
 
     A text extends to the end of the block in which it ended, as its decoder did. The tokens after its end are those
     that the student saw as it wrote the block. Draws are keyed by `(seed, step, example_ids)`. A row with `given`
-    targets, `[B, L]` bool, keeps these and is not written.
+    targets, `[B, L]` bool, keeps these and is not written. At last the objective prepares the texts.
     """
 
     def write(
@@ -141,11 +166,12 @@ def make_rollout_step(
         asked = batch
         if given is not None:
             asked = batch.replace(target_mask=batch.target_mask & ~jnp.any(given, axis=-1, keepdims=True))
-        decoded = decoder.decode(definition.bind(params), asked, key)
+        model = definition.bind(params)
+        decoded = decoder.decode(model, asked, key)
         there = batch.input_mask | (decoded.written_at >= 0)
         if given is not None:
             there |= given
-        return batch.replace(
+        written = batch.replace(
             tokens=jnp.where(there, decoded.canvas, definition.vocabulary.pad_id),
             target_mask=batch.target_mask & there,
             segment_ids=jnp.where(there, batch.segment_ids, 0),
@@ -153,6 +179,7 @@ def make_rollout_step(
             written_at=decoded.written_at,
             written_log_probability=decoded.log_probability,
         )
+        return prepare(model, written, stream(key, "prepare"))
 
     # The seed is an argument, as in a training step: another one needs no other program.
     jitted = jax.jit(write, out_shardings=partitioning.batch_sharding(mesh))
@@ -166,10 +193,13 @@ class OnPolicyBatches:
       mesh: the mesh for the rows.
       definition: the student.
       rollout: settings of the rollout.
-      prompts: this process's share of batches of prompts, one per row.
+      prompts: this process's share of batches of prompts, one per row: as many as a training batch has groups.
       num_inputs: number of tokens of the longest prompt.
       batch_size: number of rows in a training batch over all processes.
       seed: seed of the draws.
+      prepare: see `Objective.prepare_rollout`.
+      grader: gives texts their advantages, if the rollout has rewards.
+      writer: gets the metrics of each rollout that is graded, in folder "rollout".
     """
 
     def __init__(
@@ -181,10 +211,13 @@ class OnPolicyBatches:
         num_inputs: int,
         batch_size: int,
         seed: int,
+        prepare: Prepare = lambda model, batch, key: batch,
+        grader: Grader | None = None,
+        writer: Writer | None = None,
     ):
         self._mesh, self._rollout, self._prompts, self._num_inputs = mesh, rollout, prompts, num_inputs
-        self._batch_size, self._seed = batch_size, seed
-        self._write = make_rollout_step(mesh, definition, rollout.decoder, seed=seed)
+        self._batch_size, self._seed, self._grader, self._writer = batch_size, seed, grader, writer
+        self._write = make_rollout_step(mesh, definition, rollout.decoder, seed=seed, prepare=prepare)
         self._texts: list[Batch] = []
 
     def next_batch(self, state: TrainState) -> Batch:
@@ -197,31 +230,54 @@ class OnPolicyBatches:
 
     def _write_texts(self, state: TrainState) -> list[Batch]:
         """Returns the batches of one rollout, numpy, with the rows of all processes."""
-        step = int(state.step)
+        step, number_of_batches = int(state.step), self._rollout.num_batches
         number = self._rollout.number(step)
         length, share = self._rollout.length(number), self._rollout.data_share.at(number)
         # Keyed by the row, so that a process need not know the others' rows.
-        draws = np.random.default_rng([self._seed % 2**32, number]).random(self._rollout.num_batches * self._batch_size)
-        asked = [self._ask(index, length, draws < share) for index in range(self._rollout.num_batches)]
+        draws = np.random.default_rng([self._seed % 2**32, number]).random(number_of_batches * self._batch_size)
+        read = [self._read(index) for index in range(number_of_batches)]
+        asked = [self._ask(batch, length, draws < share) for batch in read]
         batch, given = partitioning.put_rows(self._mesh, jax.tree.map(lambda *x: np.concatenate(x), *asked))
         written = partitioning.whole(self._write(state.params, batch, step, given))
+        order = np.argsort(written.example_ids)
+        written = jax.tree.map(lambda x: x[order], written)
+        if self._grader is not None:
+            written, metrics = self._grader.grade(written, self._examples(self._grader, read))
+            logger.info("rollout: %s", ", ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
+            if self._writer is not None:
+                self._writer.write(step + 1, "rollout", metrics)
         texts = []
-        for rows in np.argsort(written.example_ids).reshape(len(asked), self._batch_size):
+        for rows in np.arange(len(order)).reshape(number_of_batches, self._batch_size):
             text = jax.tree.map(lambda x: x[rows], written)  # noqa: B023  (called at once)
             # In training a row's id is its index in the global batch again.
             texts.append(text.replace(example_ids=text.example_ids % self._batch_size))
         return texts
 
+    def _read(self, index: int) -> Batch:
+        """Returns the data of the rollout's next batch, each prompt as often as a group has texts."""
+        size = self._rollout.group_size
+        batch = jax.tree.map(lambda x: np.repeat(x, size, axis=0), next(self._prompts))
+        members = np.tile(np.arange(size, dtype=np.int32), len(batch.tokens) // size)
+        return batch.replace(example_ids=batch.example_ids * size + members + index * self._batch_size)
+
     def _ask(
-        self, index: int, length: int, from_data: Bool[np.ndarray, " rows"]
+        self, batch: Batch, length: int, from_data: Bool[np.ndarray, " rows"]
     ) -> tuple[Batch, Bool[np.ndarray, "batch length"] | None]:
-        """Returns the prompts of the rollout's next batch, and which targets are given; None: of no row ever."""
-        batch = next(self._prompts)
-        batch = batch.replace(example_ids=batch.example_ids + index * self._batch_size)
+        """Returns the prompts of a batch of data, and which targets are given; None: of no row ever."""
         asked = prompts(batch, self._num_inputs, length, self._rollout.bucket(length))
         if self._rollout.data_share.start == self._rollout.data_share.end == 0:
             return asked, None
         return own_targets(batch, asked, from_data[batch.example_ids])
+
+    def _examples(self, grader: Grader, read: Sequence[Batch]) -> dict[int, Example]:
+        """Returns the example of each row that this process read, by the row's id."""
+        size = self._rollout.group_size
+        found: dict[int, Example] = {}
+        for batch in read:
+            once = grader.examples(jax.tree.map(lambda x: x[::size], batch))
+            of_rows = [example for example in once for _ in range(size)]
+            found |= dict(zip(batch.example_ids.tolist(), of_rows, strict=True))
+        return found
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Returns the prompts' position, and the texts that are written and not used yet."""
@@ -247,7 +303,9 @@ def check_rollout(objective: Objective, model: ModelConfig, rollout: Rollout | N
             )
         return
     if not objective.takes_rollouts:
-        raise UserError(f"A rollout needs an objective that learns from it, such as Distillation, not {name}.")
+        raise UserError(
+            f"A rollout needs an objective that learns from it, such as Distillation or PolicyGradient, not {name}."
+        )
     if model.architecture != "decoder_only":
         raise UserError("A rollout is for decoder-only models: include models/decoder_only.gin.")
     size = objective.attention.block_size
@@ -259,6 +317,7 @@ def check_rollout(objective: Objective, model: ModelConfig, rollout: Rollout | N
         raise UserError(
             f'Rollout.decoder has blocks_from = "{here}", but {name} has "{there}": set both by --gin.BLOCKS_FROM.'
         )
+    _check_rewards(objective, rollout, dataset)
     if objective.needs_samples:
         _check_samples(name, rollout)
     if dataset.pack or "inputs" not in dataset.task_feature_lengths:
@@ -267,16 +326,33 @@ def check_rollout(objective: Objective, model: ModelConfig, rollout: Rollout | N
     model.check_length(rows, f"the inputs of {dataset.name} with Rollout.max_length")
 
 
+def _check_rewards(objective: Objective, rollout: Rollout, dataset: Dataset) -> None:
+    """Raises a UserError if the objective and the rollout disagree about rewards, or groups do not fill batches."""
+    name = type(objective).__name__
+    if rollout.rewards is None:
+        if objective.needs_rewards:
+            raise UserError(f"{name} learns from rewards: set Rollout.rewards (see runs/reinforce.gin).")
+        return
+    if not objective.needs_rewards:
+        raise UserError(f"{name} reads no rewards: set Rollout.rewards = None, or take the objective PolicyGradient.")
+    if dataset.batch_size % rollout.group_size:
+        raise UserError(
+            f"A batch of {dataset.batch_size} texts does not divide into groups of {rollout.group_size}: change "
+            "BATCH_SIZE or GROUP_SIZE."
+        )
+    if not isinstance(dataset, OfTexts):
+        raise UserError(f"Rewards need the texts of a SeqIO task; the cached {dataset.name} has only tokens.")
+    scoring.check_metrics([rollout.rewards.reward])
+
+
 def _check_samples(name: str, rollout: Rollout) -> None:
     """Raises a UserError if the texts' tokens are not samples from the student's distributions."""
     if not rollout.decoder.inner.samples_model:
         raise UserError(
-            f"{name} estimates its divergence from tokens that the student drew, but the rollout's decoder draws "
+            f"{name} learns from tokens that the model drew, but the rollout's decoder draws "
             "others or chooses positions by what it drew. Set temperature = 1.0, no top_k or top_p, and an order other "
             "than confidence, "
             """such as --gin.rollout/MaskedDecoder.order='"random"' --gin.rollout/MaskedDecoder.threshold=None."""
         )
     if rollout.data_share.start or rollout.data_share.end:
-        raise UserError(
-            f"{name} learns from tokens that the student drew: set DATA_SHARE = 0; got {rollout.data_share}."
-        )
+        raise UserError(f"{name} learns from tokens that the model drew: set DATA_SHARE = 0; got {rollout.data_share}.")

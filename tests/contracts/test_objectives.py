@@ -21,6 +21,7 @@ from diffusion_t5x.objectives.drafts import Drafts
 from diffusion_t5x.objectives.joint import Joint
 from diffusion_t5x.objectives.masked import Masked
 from diffusion_t5x.objectives.objective import Objective
+from diffusion_t5x.objectives.policy_gradient import PolicyGradient
 from diffusion_t5x.objectives.sundae import Sundae
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training.step import loss_of, make_train_step
@@ -40,6 +41,7 @@ OBJECTIVES = {
     "argmax distillation": Distillation(3, states="random", teacher_fill="argmax"),
     "block sft": BlockSft(3),
     "drafts": Drafts(3),
+    "policy gradient": PolicyGradient(3, normalize="sequences"),  # the default divides by the size of the batch
     "the example": MaskPredict(normalize="sequences"),
 }
 SMALL = dataclasses.replace(tiny.RELATIVE, num_layers=1)
@@ -59,7 +61,13 @@ SIZES = [(2, 5), (1, 6), (5, 3), (3, 4)]
 
 def make_batch(config):
     examples = [[example] for example in tiny.random_examples(0, SIZES)]
-    return tiny.pack_apart(examples, 6, 8) if config == "encoder_decoder" else tiny.pack(examples, 10)
+    batch = tiny.pack_apart(examples, 6, 8) if config == "encoder_decoder" else tiny.pack(examples, 10)
+    # As if a decoder had written every block in two steps, and a reward had judged the rows.
+    return batch.replace(
+        written_at=np.where(batch.target_mask, batch.positions % 2, -1).astype(np.int32),
+        written_log_probability=np.where(batch.target_mask, np.float32(-3), np.float32(0)),
+        advantage=np.linspace(-1, 1, len(batch.tokens), dtype=np.float32),
+    )
 
 
 def alone(batch, rows):

@@ -12,14 +12,18 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffusion_t5x.data.dataset import OfTexts
+from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.objectives.distillation import Distillation, Teacher
+from diffusion_t5x.objectives.policy_gradient import PolicyGradient
 from diffusion_t5x.partitioning import MeshConfig, put_batch
 from diffusion_t5x.training.ramps import Ramp
-from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout, make_rollout_step, prompts
+from diffusion_t5x.training.rewards import Grader, Rewards
+from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout, check_rollout, make_rollout_step, prompts
 from diffusion_t5x.training.state import TrainState
 from diffusion_t5x.training.step import make_train_step
 
@@ -168,6 +172,130 @@ def test_a_resumed_run_goes_on_with_the_texts_that_were_written():
         resumed.next_batch(state_of(other, 3)),
         batches.next_batch(state_of(other, 3)),
     )
+
+
+def long_texts(text, example):
+    return example["worth"] * len(text)
+
+
+def make_graded(**settings):
+    """Batches of two prompts with two texts each, judged by their length times a number of the prompt's."""
+    definition, params = tiny.make_model(tiny.LLAMA)
+    rollout = dataclasses.replace(ROLLOUT, rewards=Rewards(long_texts, group_size=2, divide_by_std=False), **settings)
+    seen = []
+
+    class Pairs(Prompts):
+        def __next__(self):
+            return tiny.rows_of(super().__next__(), [0, 1])
+
+    def examples(batch):
+        return [{"worth": float(row.sum())} for row in batch.tokens]
+
+    grader = Grader(rollout.rewards, examples, lambda tokens: "x" * len(tokens), tiny.VOCABULARY)
+    mesh = MeshConfig(data=1, fsdp=1, tensor=1).make()
+
+    class Seen:
+        def write(self, step, folder, metrics):
+            assert folder == "rollout"
+            seen.append((step, metrics))
+
+    batches = OnPolicyBatches(mesh, definition, rollout, Pairs(), 5, 4, 7, grader=grader, writer=Seen())
+    return batches, state_of(params), seen
+
+
+def test_groups_are_texts_of_the_same_prompt_with_draws_of_their_own():
+    batches, state, seen = make_graded()
+    taken = take(batches, state, 3)
+    source, rewards, differ = Prompts(), [], []
+    for batch in taken:
+        given = next(source)
+        worth = given.tokens[:2].sum(axis=1).repeat(2)  # the example is that of the prompt before it was written to
+        inputs = [row[mask].tolist() for row, mask in zip(batch.tokens, batch.input_mask, strict=True)]
+        asked = [row[mask].tolist() for row, mask in zip(given.tokens, given.input_mask, strict=True)]
+        assert inputs == [asked[0], asked[0], asked[1], asked[1]]
+        assert batch.example_ids.tolist() == [0, 1, 2, 3]
+        differ += [(batch.tokens[i] != batch.tokens[i + 1]).any() for i in (0, 2)]
+        earned = (worth * np.asarray(text_of(batch, tiny.VOCABULARY)).sum(axis=1)).reshape(2, 2)
+        np.testing.assert_allclose(batch.advantage, (earned - earned.mean(axis=1, keepdims=True)).ravel(), rtol=1e-6)
+        rewards.append(earned)
+    assert all(differ)
+    ((step, metrics),) = seen
+    assert step == 1 and metrics["reward"] == pytest.approx(np.mean(rewards))
+    assert metrics["best_reward"] == pytest.approx(np.max(rewards, axis=2).mean())
+
+
+def test_a_resumed_run_keeps_advantages_and_judges_nothing_again():
+    batches, state, seen = make_graded(passes=2)
+    take(batches, state, 4)
+    resumed, _, seen_again = make_graded(passes=2)
+    resumed.load_state_dict(batches.state_dict())
+    for step in (4, 5, 6):
+        found, expected = (x.next_batch(state.replace(step=jnp.int32(step))) for x in (resumed, batches))
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        assert found.advantage.shape == (4,)
+    assert [step for step, _ in seen] == [1, 7] and [step for step, _ in seen_again] == [7]
+
+
+@pytest.mark.parametrize("surrogate", ["trajectory", "one_step", "coupled"])
+def test_a_model_learns_to_write_what_is_rewarded(surrogate):
+    """The reward is the share of even ids. Forty updates on twenty rollouts; the first and the last are compared."""
+    mesh = MeshConfig(data=1, fsdp=1, tensor=1).make()
+    definition, _ = tiny.make_model(dataclasses.replace(tiny.LLAMA, num_layers=1))
+    optimizer, rewards = optax.adam(2e-2), Rewards(lambda text, example: float(text), group_size=8)
+    abstract, state = tiny.fresh_state(mesh, definition, optimizer)
+    decoder = BlockDecoder(3, MaskedDecoder(num_steps=3, order="random", temperature=1.0))
+    rollout = Rollout(decoder, num_batches=2, lengths=Ramp(6, 6), num_buckets=1, rewards=rewards)
+    objective = PolicyGradient(3, surrogate, draws=1)
+    seen = []
+
+    class Seen:
+        def write(self, step, folder, metrics):
+            seen.append(metrics["reward"])
+
+    def even(tokens):
+        return str(np.mean(np.array(tokens) % 2 == 0))
+
+    grader = Grader(rewards, lambda batch: [{}] * len(batch.tokens), even, tiny.VOCABULARY)
+    settings = {"prepare": objective.prepare_rollout, "grader": grader, "writer": Seen()}
+    batches = OnPolicyBatches(mesh, definition, rollout, Prompts(), 5, 32, 0, **settings)
+    step = make_train_step(mesh, abstract, definition, objective, optimizer, seed=0)
+    for _ in range(40):
+        state, metrics = step(state, put_batch(mesh, batches.next_batch(state)))
+        assert not metrics["bad"]
+    assert len(seen) == 20 and np.mean(seen[-3:]) > np.mean(seen[:3]) + 0.2, seen
+
+
+class Data(OfTexts):
+    """The part of a data set that `check_rollout` reads."""
+
+    name, pack, batch_size, task_feature_lengths = "data", False, 4, {"inputs": 5, "targets": 9}
+
+    def vocabulary(self):
+        raise NotImplementedError
+
+
+class Tokens:
+    """Data without texts, as `cache_tasks` writes them."""
+
+    name, pack, batch_size, task_feature_lengths = Data.name, Data.pack, Data.batch_size, Data.task_feature_lengths
+
+
+@pytest.mark.parametrize(
+    ("objective", "rewards", "message"),
+    [
+        (PolicyGradient(3), None, "learns from rewards: set Rollout.rewards"),
+        (Distillation(3), Rewards(long_texts, 2), "reads no rewards"),
+        (PolicyGradient(3), Rewards(long_texts, 3), "does not divide into groups of 3"),
+        (PolicyGradient(3), Rewards(long_texts, 2), "an order other than confidence"),
+    ],
+)
+def test_objective_and_rewards_must_agree(objective, rewards, message):
+    with pytest.raises(UserError, match=message):
+        check_rollout(objective, tiny.LLAMA, dataclasses.replace(ROLLOUT, rewards=rewards), Data())
+    any_decoder = PolicyGradient(3, "one_step")
+    with pytest.raises(UserError, match="has only tokens"):
+        check_rollout(any_decoder, tiny.LLAMA, dataclasses.replace(ROLLOUT, rewards=Rewards(long_texts, 2)), Tokens())
+    check_rollout(any_decoder, tiny.LLAMA, dataclasses.replace(ROLLOUT, rewards=Rewards(long_texts, 2)), Data())
 
 
 def test_the_teacher_stays_as_it_is_and_the_student_learns():

@@ -168,6 +168,7 @@ def check(
     limits: Limits = Limits(),
     workers: int | None = None,
     allow_unsafe: bool = False,
+    quiet: bool = False,
 ) -> list[Verdict]:
     """Runs each program on its tests.
 
@@ -177,6 +178,7 @@ def check(
       limits: limits of each program.
       workers: number of programs at a time; one per processor by default.
       allow_unsafe: run programs even if the machine allows no isolation: they can then read and write whatever you can.
+      quiet: show no progress.
 
     Returns:
       A verdict for each program.
@@ -187,14 +189,14 @@ def check(
     if len(programs) != len(tests):
         raise UserError(f"There are {len(programs)} programs for {len(tests)} sets of tests.")
     found = check_isolation(allow_unsafe)
-    logger.info("running %d programs: %s", len(programs), found)
+    logger.log(logging.DEBUG if quiet else logging.INFO, "running %d programs: %s", len(programs), found)
     workers = min(workers or os.cpu_count() or 1, max(len(programs), 1))
     verdicts = [Verdict("refused")] * len(programs)
     todo: queue.SimpleQueue[int] = queue.SimpleQueue()
     for index in range(len(programs)):
         todo.put(index)
 
-    with Progress(len(programs), description="run", unit="program") as progress:
+    with Progress(len(programs), description="run", unit="program", shown=not quiet) as progress:
         done = iter(range(1, len(programs) + 1))
 
         def work() -> None:

@@ -1,0 +1,186 @@
+"""Rewards of texts that the model wrote, and advantages within groups of texts for the same prompt."""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Bool, Float
+
+from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.ends import text_of
+from diffusion_t5x.data.examples import Example, Examples
+from diffusion_t5x.data.seqio_source import SeqioDataset
+from diffusion_t5x.data.vocabularies import TokenIds
+from diffusion_t5x.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class Reward(Protocol):
+    """A function of a text and its example, on the host: a plain function, or a frozen dataclass with settings.
+
+    A reward that cannot run everywhere has a method `check_here`, which raises a UserError before training begins.
+    """
+
+    def __call__(self, text: str, example: Example) -> float:
+        """Returns the reward of a text: finite, and higher is better.
+
+        Any exception but a UserError, which ends the run, counts as a failure.
+
+        Args:
+          text: what the model wrote, up to its end.
+          example: the example's fields, with "inputs_pretokenized" and "targets_pretokenized".
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewards:
+    """Settings for judging the texts of a rollout.
+
+    Attributes:
+      reward: judges a text.
+      group_size: number of texts for each prompt, which are compared with each other.
+      divide_by_std: an advantage is the reward minus the group's mean, over the group's standard deviation (GRPO, arXiv
+        2402.03300). False does not divide, which weighs prompts by how much their texts differ (Dr. GRPO, arXiv
+        2503.20783).
+      seconds: time limit of a reward. It interrupts Python code in the main thread; a reward that sets an alarm of its
+        own, as math-verify does, has only that one.
+    """
+
+    reward: Reward
+    group_size: int = 8
+    divide_by_std: bool = True
+    seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.group_size < 2:
+            raise UserError(f"Rewards.group_size must be at least 2: texts are compared; got {self.group_size}.")
+        if not self.seconds > 0:
+            raise UserError(f"Rewards.seconds must be above 0; got {self.seconds}.")
+
+
+def judged(
+    reward: Reward, texts: Sequence[str], examples: Sequence[Example], seconds: float
+) -> tuple[Float[np.ndarray, " texts"], Bool[np.ndarray, " texts"]]:
+    """Returns the reward of each text, and which rewards failed: these are 0. An empty text earns at most 0.
+
+    A reward fails if it raises an exception, takes too long or is not finite.
+
+    Args:
+      reward: judges a text.
+      texts: what the model wrote.
+      examples: the example of each text.
+      seconds: time limit of each reward.
+
+    Raises:
+      UserError: the reward raised it.
+    """
+    rewards, failed = np.zeros(len(texts), np.float32), np.zeros(len(texts), bool)
+    for number, (text, example) in enumerate(zip(texts, examples, strict=True)):
+        try:
+            with _at_most(seconds):
+                found = float(reward(text, example))
+            if not math.isfinite(found):
+                raise ValueError(f"the reward is {found}")
+        except UserError:
+            raise
+        except Exception as error:
+            if not failed.any():
+                logger.warning("the reward of %r failed: %s: %s", text[:80], type(error).__name__, error)
+            failed[number] = True
+            continue
+        rewards[number] = found if text.strip() else min(found, 0.0)
+    return rewards, failed
+
+
+@contextlib.contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Context that raises a TimeoutError after so many seconds; outside the main thread there is no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise TimeoutError(f"it took longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def advantages(rewards: Float[np.ndarray, "prompts group"], divide_by_std: bool) -> Float[np.ndarray, "prompts group"]:
+    """Returns each text's reward minus its group's mean, over the group's standard deviation if asked for.
+
+    Groups of equal rewards have exactly 0.
+    """
+    rewards = rewards.astype(np.float64)
+    spread = rewards.max(axis=1, keepdims=True) > rewards.min(axis=1, keepdims=True)
+    centred = np.where(spread, rewards - rewards.mean(axis=1, keepdims=True), 0)
+    scale = np.where(spread, rewards.std(axis=1, keepdims=True), 1) if divide_by_std else 1
+    return (centred / scale).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grader:
+    """Gives the texts of a rollout their advantages.
+
+    Attributes:
+      settings: the reward, and how advantages follow from it.
+      examples: returns the example behind each row of prompts.
+      to_text: returns the text of target tokens, up to its end.
+      vocabulary: where texts end.
+    """
+
+    settings: Rewards
+    examples: Callable[[Batch], Sequence[Example]]
+    to_text: Callable[[Sequence[int]], str]
+    vocabulary: TokenIds
+
+    def grade(self, texts: Batch, examples: Mapping[int, Example]) -> tuple[Batch, dict[str, float]]:
+        """Returns texts with advantages, and metrics of the rollout; all processes must call it at the same time.
+
+        "reward": the mean. "best_reward": the mean of the best of each group. "groups_without_spread": the share of
+        groups whose rewards are all equal, from which nothing is learned. "reward_failures": the share of rewards that
+        failed. "text_length": tokens, with the end. "reward_seconds": time for all rewards.
+
+        Args:
+          texts: numpy, of all processes, groups together.
+          examples: of the rows whose prompts this process read.
+        """
+        start = time.monotonic()
+        in_text = np.asarray(text_of(texts, self.vocabulary))
+        rows = sorted(examples)
+        written = [self.to_text(texts.tokens[row][in_text[row]].tolist()) for row in rows]
+        judgement = judged(self.settings.reward, written, [examples[row] for row in rows], self.settings.seconds)
+        found = np.full((2, len(texts.tokens)), -np.inf, np.float32)
+        found[:, rows] = judgement
+        # Processes that share rows may disagree about a time limit; they must not about an advantage.
+        rewards, failed = np.reshape(multihost_utils.process_allgather(found), (-1, *found.shape)).max(axis=0)
+        groups = rewards.reshape(-1, self.settings.group_size)
+        metrics = {
+            "reward": float(rewards.mean()),
+            "best_reward": float(groups.max(axis=1).mean()),
+            "groups_without_spread": float((groups.max(axis=1) == groups.min(axis=1)).mean()),
+            "reward_failures": float(failed.mean()),
+            "text_length": float(in_text.sum(axis=1).mean()),
+            "reward_seconds": time.monotonic() - start,
+        }
+        return texts.replace(advantage=advantages(groups, self.settings.divide_by_std).ravel()), metrics
+
+
+def make_grader(settings: Rewards, dataset: SeqioDataset) -> Grader:
+    """Returns the grader of texts for the prompts of a data set, whose split it reads."""
+    examples = Examples(dataclasses.replace(dataset, batch_size=1024))
+    return Grader(settings, examples.of, dataset.to_text, dataset.token_ids())
