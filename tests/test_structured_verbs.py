@@ -76,9 +76,16 @@ def test_a_turn_of_a_chat_is_a_whole_text(tmp_path, ask):
     """EOS is not what ends a turn here."""
     chats.save(tmp_path / "model", "turns")
     open_models.write_qwen2(tmp_path / "model")
-    convert(["from_hf", str(tmp_path / "model"), "--output", str(tmp_path / "imported")])
-    answers = ask(tmp_path / "imported", "--length", "12", "--regex", "(th|a){2,4}", lines=["a", "the a"])
-    assert len(answers) == 2 and all(re.fullmatch("(th|a){2,4}", answer) for answer in answers)
+    imported, form = str(tmp_path / "imported"), "(th|a){2,4}"
+    convert(["from_hf", str(tmp_path / "model"), "--output", imported])
+    answers = ask(imported, "--length", "12", "--regex", form, lines=["a", "the a"])
+    assert len(answers) == 2 and all(re.fullmatch(form, answer) for answer in answers)
+    file = chats.write_lines(tmp_path / "a.jsonl", [[chats.message("user", text)] for text in ("a", "the a")])
+    lengths = '--gin.TASK_FEATURE_LENGTHS={"inputs": 96, "targets": 12}'
+    flags = [lengths, f"--gin.REGEX={form!r}", f"--gin.INFER_OUTPUT_DIR={tmp_path}"]
+    infer.main(["--checkpoint", imported, "--messages", file, *flags])
+    lines = (tmp_path / "a-answers.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prediction"] for line in lines] == answers
 
 
 def test_holes_hold_texts_of_the_expression(model):
