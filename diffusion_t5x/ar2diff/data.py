@@ -76,7 +76,7 @@ def look(kind: DataKind, patterns: tuple[str, ...], vocabulary: "seqio.Vocabular
 def _fields(kind: DataKind, record: Mapping[str, Any]) -> list[Any]:
     """The values of a record that are trained on; raises a ValueError if one is missing."""
     if kind == "chat" and conversations.has_messages(record):
-        return [message.get("content") for message in conversations.read(record).messages]
+        return [[message["role"], message.get("content")] for message in conversations.read(record).messages]
     names = {"data": ["text"], "prompts": ["inputs", "targets"], "chat": ["messages"]}[kind]
     for name in names:
         if name not in record:

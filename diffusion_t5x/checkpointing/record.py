@@ -26,13 +26,19 @@ CLASS = "class"  # the key of an object's class among its fields
 def describe(value: Any, name: Callable[[type], str] | None = None) -> Any:
     """Returns settings as JSON-serialisable values: a dataclass becomes its fields and, under "class", its name.
 
+    Fields that its repr leaves out are left out here, too, where they have their default.
+
     Args:
       value: a dataclass, a container of them, or a plain value; anything else becomes its repr.
       name: returns a class's name; by default the one to import it by.
     """
     name = name or (lambda cls: f"{cls.__module__}.{cls.__qualname__}")
     if dataclasses.is_dataclass(value):
-        fields = {field.name: describe(getattr(value, field.name), name) for field in dataclasses.fields(value)}
+        fields = {
+            field.name: describe(getattr(value, field.name), name)
+            for field in dataclasses.fields(value)
+            if field.repr or getattr(value, field.name) != field.default
+        }
         return {CLASS: name(type(value))} | fields
     if isinstance(value, Mapping):
         return {str(key): describe(item, name) for key, item in value.items()}

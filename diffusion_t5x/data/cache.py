@@ -127,8 +127,9 @@ def read_info(where: pathlib.Path) -> Info | None:
             raise UserError(f"{path} is of format {version}, but this version reads {FORMAT}: run cache_tasks again.")
         if "rates" in values:
             return CachedMixture(**values)
-        ranges = tuple(map(tuple, values["vocabulary"].pop("noise_ranges")))
-        values["vocabulary"] = TokenIds(**values["vocabulary"], noise_ranges=ranges)
+        ids = values["vocabulary"]
+        ids |= {"noise_ranges": tuple(map(tuple, ids["noise_ranges"])), "end_ids": tuple(ids.get("end_ids", ()))}
+        values["vocabulary"] = TokenIds(**ids)
         values["shards"] = tuple(Shard(**shard) for shard in values["shards"])
         return CachedTask(**values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -68,7 +68,7 @@ class AutoregressiveDecoder(LeftToRight, RowDecoder):
     top_k: int | None = None
     top_p: float | None = None
     prefix: bool = False
-    language: Language | None = None
+    language: Language | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         Sampling(self.temperature, self.top_k, self.top_p)  # raises on bad values now, not in the middle of a run

@@ -64,7 +64,7 @@ class MaskedDecoder(AbsorbingRule):
     ends: Literal["free", "last", "never"] = "free"
     end_ids: tuple[int, ...] = ()
     guidance: float = 0.0
-    language: Language | None = None
+    language: Language | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

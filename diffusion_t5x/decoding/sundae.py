@@ -57,7 +57,7 @@ class SundaeDecoder(StepRule):
     method: Literal["sample", "argmax_unrolled"] = "sample"
     update_share: float = 1.0
     stop_when_unchanged: bool = False
-    language: Language | None = None
+    language: Language | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.num_steps < 1 or self.num_samples < 1:

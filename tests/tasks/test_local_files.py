@@ -341,7 +341,7 @@ def test_parquet_gives_the_records_of_json_lines(write, tmp_path, caplog):
         "b.jsonl:1",
     ]
     assert read({"train": both}, readers.Structured()) == PAIRS
-    with pytest.raises(UserError, match=r"a\.parquet: row 1: the field 'n' holds"):
+    with pytest.raises(UserError, match=r"a\.parquet: row 1: the field 'n' is null, not text"):
         read({"train": str(tmp_path / "a.parquet")}, readers.Structured(), inputs="{inputs}{n}", targets="x")
     with pytest.raises(UserError, match="is not a Parquet file that can be read"):
         readers.Structured().read([write("c.parquet", "{}")])
