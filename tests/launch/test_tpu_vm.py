@@ -92,7 +92,9 @@ esac
 
 
 def test_a_spot_request_is_queued_again_after_a_preemption_and_both_slices_are_set_up(cloud):
-    lost = f"echo SUSPENDED > $CLOUD/{QUEUE}.q; rm -rf $CLOUD/q-? $CLOUD/tpu-vm.q-?; exit 255"
+    # The slices are lost when all four hosts run: one that has not begun would fail in the next attempt.
+    lost = "until [ $(ls -d $CLOUD/*.once | wc -l) = 4 ]; do /bin/sleep 0.02; done; "
+    lost += f"echo SUSPENDED > $CLOUD/{QUEUE}.q; rm -rf $CLOUD/q-? $CLOUD/tpu-vm.q-?; exit 255"
     cloud.behave(ONCE.format('[ "$HOST" = q-1.1 ] && { ' + lost + "; }; exit 134"))
     cloud.meanwhile(GRANTED)
     request = ["--slices", "2", "--request", "--accelerator-type=v5e-16 --spot"]
