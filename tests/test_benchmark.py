@@ -271,6 +271,7 @@ def test_help(capsys):
     assert "diffusion-t5x benchmark decode --gin_file=FILE" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_verb_runs_without_tensorflow(tmp_path):
     program = f"""
 import sys

@@ -66,6 +66,7 @@ def test_eval_writes_scores_and_all_it_takes_to_repeat_them(finetuned, tmp_path,
     assert "different settings (evaluations[0].seed)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_eval_of_all_checkpoints_and_several_tasks_goes_on_where_it_stopped(pretrained, tmp_path, capsys):
     flags = [*MODELS, *TINY, "--gin_file=decoding/autoregressive.gin", "--gin_file=runs/eval.gin"]
     flags += [f"--gin.CHECKPOINT_PATH={pretrained}", "--gin.ALL_CHECKPOINTS=True", "--gin.NUM_DECODED_EXAMPLES=2"]

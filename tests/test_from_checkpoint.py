@@ -156,6 +156,7 @@ def test_generate(block, capsys):
     assert "BlockDecoder(block_size=3, " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_generate_with_experts(folder, capsys):
     (folder / "experts.gin").write_text(EXPERTS_GIN)
     files = ("objectives/block.gin", "decoding/block.gin", str(folder / "experts.gin"))

@@ -174,6 +174,7 @@ EIGHT = [
 
 
 @pytest.mark.parametrize("mesh,objective", EIGHT)
+@pytest.mark.slow
 def test_losses_and_outputs_are_those_of_one_device(on_meshes, mesh, objective):
     one, eight = (on_meshes[name][objective] for name in ("one", mesh))
     assert len(one["losses"]) == 4 and one["losses"][-1] < 0.95 * one["losses"][0]
@@ -182,6 +183,7 @@ def test_losses_and_outputs_are_those_of_one_device(on_meshes, mesh, objective):
     np.testing.assert_allclose(eight["scores"], one["scores"], rtol=1e-4)  # after four steps of Adam
 
 
+@pytest.mark.slow
 def test_students_write_and_learn_the_same_on_eight_devices(on_meshes):
     one, eight = (on_meshes[name]["Distillation"] for name in ("one", "data_fsdp"))
     assert eight["tokens"] == one["tokens"] and one["tokens"][0] != one["tokens"][1]
@@ -197,6 +199,7 @@ SHARDS = {  # what a device holds of embedding [32, 16], wi_0 [2, 16, 32], out [
 
 
 @pytest.mark.parametrize("mesh", SHARDS)
+@pytest.mark.slow
 def test_devices_hold_their_part_and_no_more(on_meshes, mesh):
     *parameters, activation = SHARDS[mesh]
     trees = dict(on_meshes[mesh]["shards"])
@@ -207,12 +210,14 @@ def test_devices_hold_their_part_and_no_more(on_meshes, mesh):
     assert batch == activation[0] and held_activation == activation
 
 
+@pytest.mark.slow
 def test_fresh_parameters_are_the_same_on_a_mesh_that_cuts_them(on_meshes):
     cut = on_meshes["fsdp_sequence_tensor"]
     assert "fresh parameters" in cut["shards"]
     np.testing.assert_allclose(cut["fresh"], on_meshes["one"]["fresh"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_fsdp_holds_an_eighth_and_gathers_nothing_but_parameters(on_meshes):
     found = on_meshes["fsdp"]
     assert found["device"] == pytest.approx(found["all"] / 8, rel=0.05)

@@ -36,6 +36,7 @@ def test_a_run_leaves_what_t5x_users_expect(pretrained, finetuned):
     )
 
 
+@pytest.mark.slow
 def test_the_resolved_config_repeats_the_run(pretrained, tmp_path):
     flags = [f"--gin_file={pretrained / 'config.gin'}", f"--gin.MODEL_DIR={tmp_path}", "--gin.TRAIN_STEPS=20"]
     config.run(train.train, flags)

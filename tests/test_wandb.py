@@ -76,6 +76,7 @@ def of_kind(start, kind):
     return [getattr(record, kind) for record in start if record.WhichOneof("record_type") == kind]
 
 
+@pytest.mark.slow
 def test_a_run_and_its_resumption_are_one_run_with_the_metrics_of_the_jsonl(tmp_path):
     config.run(train.train, [*FLAGS, f"--gin.MODEL_DIR={tmp_path}"])
     values = config.operative_values()

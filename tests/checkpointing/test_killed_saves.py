@@ -107,6 +107,7 @@ for score in itertools.count(1):
 """
 
 
+@pytest.mark.slow
 def test_killed_while_metrics_are_added_a_checkpoint_is_whole_evaluated_or_due(tmp_path):
     store = checkpoints.Checkpoints(tmp_path)
     store.save(1, {"x": jnp.arange(4)}, {}, {"step": 1, "metrics": {}, "evaluation_due": True})

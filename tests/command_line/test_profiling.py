@@ -29,7 +29,13 @@ def two_phases(*, seconds: float = 0.0) -> None:
         time.sleep(seconds)
 
 
-@pytest.mark.parametrize("flags,found", [([], [True, True]), (["--profile_seconds=0.3:9"], [False, True])])
+@pytest.mark.parametrize(
+    "flags,found",
+    [
+        ([], [True, True]),
+        pytest.param(["--profile_seconds=0.3:9"], [False, True], marks=pytest.mark.slow),
+    ],
+)
 def test_the_part_that_was_asked_for_is_traced(tmp_path, flags, found):
     config.run(two_phases, [f"--profile={tmp_path}", *flags, "--gin.two_phases.seconds=0.6"])
     text = traced(tmp_path)

@@ -219,6 +219,7 @@ def test_sentinels_of_a_tokenizer_json(tmp_path):
         vocabularies.sentinels(ascending)
 
 
+@pytest.mark.slow
 def test_sentinels_are_those_behind_the_sentencepiece_model(tmp_path, spiece):
     """Span corruption is the same, id for id, for a T5 that transformers saves as tokenizer.json alone."""
     behind = vocabulary_files.vocabulary(str(spiece / "spiece.model"))

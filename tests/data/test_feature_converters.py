@@ -121,6 +121,7 @@ def test_rows_of_an_encoder_decoder(examples):
 
 @settings(max_examples=10, deadline=None)
 @given(EXAMPLES)
+@pytest.mark.slow
 def test_packing_for_an_encoder_decoder_gives_inputs_and_targets_of_an_example_one_segment(examples):
     rows, free = [[]], (5, 6)
     for example in examples:

@@ -308,6 +308,7 @@ def test_more_shards_than_examples_are_one_message():
         next(three.train_iterator(4, 3))
 
 
+@pytest.mark.slow
 def test_reading_imports_none_of_what_keras_would_like():
     program = "from diffusion_t5x.data.libraries import libraries; libraries(); import sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True)

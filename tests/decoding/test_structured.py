@@ -10,6 +10,7 @@ import pytest
 import spelled
 import tiny
 from scipy import stats
+from variants import quick
 
 from diffusion_t5x.decoding.allowed_texts import Span
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
@@ -142,10 +143,7 @@ DECODERS = {
 }
 
 
-QUICK = ("masked", "blocks", "autoregressive, drawn")
-
-
-@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=slow) for name in DECODERS if name not in QUICK)])
+@pytest.mark.parametrize("name", quick(DECODERS, ("masked", "blocks", "autoregressive, drawn")))
 def test_all_decoders_write_only_texts_of_the_language(name):
     batch = make_batch(rows=12)
     decoder = DECODERS[name].within(language(PATTERNS[3]))
@@ -157,7 +155,7 @@ def test_all_decoders_write_only_texts_of_the_language(name):
     np.testing.assert_array_equal(alone.tokens[0], decoded.tokens[5])
 
 
-@pytest.mark.parametrize("name", ["blocks", *(pytest.param(name, marks=slow) for name in DECODERS if name != "blocks")])
+@pytest.mark.parametrize("name", quick(DECODERS, ["autoregressive, drawn"]))
 def test_rows_in_slots_write_what_each_does_alone(name):
     """Rows of different lengths, one of them with nothing to write; a row takes the slot of another."""
     sizes = [(2, 4), (0, 7), (1, 1), (3, 0), (0, 3), (2, 5), (1, 6)]

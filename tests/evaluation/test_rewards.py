@@ -44,6 +44,7 @@ def test_math_is_compared_by_value_not_by_text():
 
 
 @pytest.mark.usefixtures("isolation", "nothing_left")
+@pytest.mark.slow
 def test_a_program_earns_the_share_of_its_tests_that_pass(test_data):
     name = code_synthesis.mbpp(seqio.ByteVocabulary(), str(test_data / "mbpp" / "mbpp.jsonl.gz"))
     dataset = SeqioDataset(name, {"inputs": 2048, "targets": 512}, split="train", batch_size=2)

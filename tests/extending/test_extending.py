@@ -32,6 +32,7 @@ def test_a_command_of_the_page_resolves(command, capsys, monkeypatch):
     assert "RemaskingDecoder.num_steps = 32" in printed.out and not printed.err
 
 
+@pytest.mark.slow
 def test_every_verb_takes_them(tmp_path, monkeypatch, capsys):
     """One step of training with what the model writes in it; then evaluation, infilling and `generate`."""
     monkeypatch.chdir(HERE)

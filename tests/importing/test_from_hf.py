@@ -197,6 +197,7 @@ def test_the_way_back_needs_the_model_that_was_imported(tmp_path, monkeypatch):
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page(tmp_path, monkeypatch):
     """As they stand, with paths below a folder of the test's, and smaller numbers."""
     write_source(tmp_path / "Qwen3-0.6B")

@@ -168,7 +168,9 @@ T5 = tiny.ENCODER_DECODER
 
 
 @pytest.mark.parametrize(
-    "config,batch,used", [(LLAMA, LONG, {"splash"}), (T5, APART, {"flash", "splash"})], ids=["llama", "t5"]
+    "config,batch,used",
+    [(LLAMA, LONG, {"splash"}), pytest.param(T5, APART, {"flash", "splash"}, marks=pytest.mark.slow)],
+    ids=["llama", "t5"],
 )
 def test_models_learn_the_same_by_kernels(config, batch, used, monkeypatch):
     definition, params = tiny.make_model(config)

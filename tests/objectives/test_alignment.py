@@ -35,6 +35,7 @@ def distance(x, y):
     return 1 - x @ y / np.sqrt((x @ x) * (y @ y))
 
 
+@pytest.mark.slow
 def test_distances_are_those_of_the_same_prediction_and_of_the_same_token():
     """In place: a pass over `[clean | noisy]`, and one of the teacher over `[start, tokens]`, token by token."""
     definition, student = tiny.make_model(tiny.LLAMA)

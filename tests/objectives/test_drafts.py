@@ -128,6 +128,7 @@ def test_token_by_token_the_model_is_what_it_was_bit_for_bit(name):
     assert (np.abs(merged - before) > 0.01).all()
 
 
+@pytest.mark.slow
 def test_training_drafts_saves_passes_and_changes_no_text():
     """An overfitted draft of one text is accepted; the text is the start's own."""
     config = tiny.LLAMA

@@ -89,6 +89,7 @@ def written():
     return definition, older, texts
 
 
+@pytest.mark.slow
 def test_a_rollouts_log_probabilities_give_weights_of_one_to_the_student_that_wrote_it(written):
     definition, older, texts = written
     sums = Distillation(4, max_weight=None, **SAMPLED).loss(

@@ -134,6 +134,7 @@ def test_the_best_predictor_attains_the_floor_and_others_do_not(size):
         assert row_losses(other).mean() > best.mean() + 0.005
 
 
+@pytest.mark.slow
 def test_a_trained_model_comes_to_the_floor_and_not_below():
     """Whatever the model could see of the clean targets would take it below."""
     vocabulary = vocabulary_of(4)

@@ -88,6 +88,7 @@ def test_when_decoding_fails_every_request_ends_and_health_says_so(stories):
     assert failed
 
 
+@pytest.mark.slow
 def test_the_verb_serves_until_a_signal_and_answers_what_runs(stories_folder, stories):
     verb = Verb(stories_folder, "--slots", "2", "--context", "500", DIFFUSION_T5X_API_KEY="secret")
     try:

@@ -238,6 +238,7 @@ def test_other_mistakes(tmp_path):
         chat.task("talks", {"train": silent}, bare)
 
 
+@pytest.mark.slow
 def test_the_page_fine_tunes_an_imported_chat_model(tmp_path, monkeypatch):
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     write_gin_files(page, tmp_path)

@@ -131,6 +131,7 @@ def test_tfds_data_sets(tfds_folder):
     assert pairs == [("question: Who ? context: It ' s me . ", "me")] and records[0]["answers"] == ["me", "It ' s me"]
 
 
+@pytest.mark.slow
 def test_c4_and_mc4_mixed(tfds_folder):
     page = {"text": "some words of a page " * 4, "url": "u"}
     splits = {name: page for name in ("en", "fr", "en-validation", "fr-validation")}

@@ -62,6 +62,7 @@ def test_ul2_loses_nothing_and_fits(documents, seed, lengths):
     assert list(itertools.chain.from_iterable(restored)) == list(itertools.chain.from_iterable(documents))
 
 
+@pytest.mark.slow
 def test_denoisers_are_equally_likely_and_hide_the_published_shares():
     rng = np.random.default_rng(0)
     documents = [rng.integers(3, 259, 400).tolist() for _ in range(400)]

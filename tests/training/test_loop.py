@@ -207,6 +207,7 @@ def test_a_run_with_too_many_bad_steps_ends_and_keeps_its_checkpoints(tmp_path):
     assert checkpoints.steps(tmp_path)[0] == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_with_an_error_leaves_no_clock_behind(tmp_path):
     """The clock of a hanging step would end the process of the run, whatever that does by then."""
     code = f"""

@@ -11,6 +11,7 @@ import pytest
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from variants import quick
 
 from diffusion_t5x.data.dataset import OfTexts
 from diffusion_t5x.data.ends import text_of
@@ -128,6 +129,7 @@ def test_each_batch_of_a_rollout_is_taken_as_often_as_asked():
     assert taken[6].tokens.tobytes() != taken[0].tokens.tobytes()
 
 
+@pytest.mark.slow
 def test_texts_are_the_datas_own_with_the_share_that_is_asked_for():
     """Always, never, and from always to never: a row's draw is below a falling share less and less often."""
     own, state = make_batches(data_share=Ramp(1, 1))
@@ -224,6 +226,7 @@ def test_groups_are_texts_of_the_same_prompt_with_draws_of_their_own():
     assert metrics["best_reward"] == pytest.approx(np.max(rewards, axis=2).mean())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_advantages_and_judges_nothing_again():
     batches, state, seen = make_graded(passes=2)
     take(batches, state, 4)
@@ -236,7 +239,7 @@ def test_a_resumed_run_keeps_advantages_and_judges_nothing_again():
     assert [step for step, _ in seen] == [1, 7] and [step for step, _ in seen_again] == [7]
 
 
-@pytest.mark.parametrize("surrogate", ["trajectory", "one_step", "coupled"])
+@pytest.mark.parametrize("surrogate", quick(["trajectory", "one_step", "coupled"], ["trajectory"]))
 def test_a_model_learns_to_write_what_is_rewarded(surrogate):
     """The reward is the share of even ids. Forty updates on twenty rollouts; the first and the last are compared."""
     mesh = MeshConfig(data=1, fsdp=1, tensor=1).make()

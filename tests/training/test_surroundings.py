@@ -98,6 +98,7 @@ def finished(folder):
     return sorted(path.name for path in (folder / "checkpoints").iterdir() if path.name.startswith("checkpoint_"))
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_ends_the_process_and_says_where_it_stands(tmp_path):
     command = [sys.executable, str(script(tmp_path / "run.py", hang_at=5)), str(tmp_path / "run")]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
