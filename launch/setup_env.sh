@@ -115,6 +115,12 @@ explain_failure() {
 }
 
 refuse_of_another
+# Of two commands that start together, one installs; the other waits and finds the environment ready.
+if ! is_ready && command -v flock >/dev/null; then
+  exec 9<"$ROOT/setup.py"
+  flock --nonblock 9 || { say "waiting for another command that sets up an environment of $ROOT" && flock 9; }
+fi
+
 if is_ready; then
   say "$VENV is ready"
 else
@@ -124,3 +130,4 @@ else
   fi
   install
 fi
+exec 9<&- # what runs in the environment does not hold the lock

@@ -1,5 +1,6 @@
 """`launch/setup_env.sh` with a uv that notes what it is asked to install."""
 
+import concurrent.futures
 import shutil
 import sys
 
@@ -56,3 +57,14 @@ def test_it_is_installed_once(checkout):
     assert process.returncode == 0 and not installed and "is ready" in process.stderr
     (checkout / "requirements.lock").write_text("changed\n")
     assert set_up(checkout)[1]
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="flock is not installed")
+def test_of_two_commands_that_start_together_one_installs(checkout):
+    uv = f'[ "$1" = --version ] && exit; sleep 0.3; echo "$*" >> {checkout.parent}/installed\n'
+    program(checkout.parent / "bin/uv", uv)
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        both = [each.result()[0] for each in [threads.submit(set_up, checkout) for _ in range(2)]]
+    assert [process.returncode for process in both] == [0, 0]
+    assert len((checkout.parent / "installed").read_text().splitlines()) == 2  # the lock's packages, and the checkout
+    assert sorted("is ready" in process.stderr for process in both) == [False, True]
