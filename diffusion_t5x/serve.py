@@ -2,7 +2,7 @@ r"""Serve a model over HTTP: diffusion-t5x serve --checkpoint DIR
 
 DIR is a MODEL_DIR, a checkpoint or a folder that `convert` wrote. Model, vocabulary, lengths and decoder come from the
 checkpoint; gin files and --gin.NAME=VALUE change them. Clients of OpenAI's API can use the server: /v1/completions,
-/v1/chat/completions and /v1/models. /health and /metrics are for whoever runs it, and / is a page that shows the
+/v1/chat/completions and /v1/models. /health and /metrics are for its operator, and / is a page that shows the
 canvas as it is written.
 
   --host ADDRESS  where to listen: 127.0.0.1 unless given, which only this machine can reach

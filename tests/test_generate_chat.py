@@ -132,7 +132,7 @@ def test_turns_and_commands(talk, monkeypatch, capsys):
     assert written.out.split("\n")[:-1] == "\n".join(expected).split("\n")
     said = [line for line in written.err.splitlines() if " passes of the model" not in line]
     assert said[:3] == [
-        "A conversation, of which the model sees every turn. /help lists the commands.",
+        "A conversation: the model sees every turn. /help lists the commands.",
         "Taken back: no",
         "There is no command /what. /help lists them.",
     ]

@@ -48,7 +48,7 @@ class Talk(Terminal):
         if prompt is not None:
             super().run(prompt)
             return
-        say("A conversation, of which the model sees every turn. /help lists the commands.")
+        say("A conversation: the model sees every turn. /help lists the commands.")
         history = History(self.prompts.system)
         for number, line in enumerate(iter(ask, None)):
             try:

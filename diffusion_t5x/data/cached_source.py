@@ -22,7 +22,7 @@ from diffusion_t5x.errors import UserError
 with epy.lazy_imports():  # takes a while, and mistakes are answered without it
     import grain
 
-_OPEN_ROWS = 64  # that first-fit packing fills at the same time; at most so many are packed again after a resumption
+_OPEN_ROWS = 64  # rows that first-fit packing fills at the same time, and the most that are packed again on resuming
 
 
 @dataclasses.dataclass(frozen=True)

@@ -309,7 +309,7 @@ class CanvasInputs(flax.struct.PyTreeNode):
 
     @classmethod
     def of(cls, rule: StepRule, model: Transformer, batch: Batch, rows: Batch) -> Self:
-        """Returns the inputs of a batch, of which `rows` have each row `num_samples` times."""
+        """Returns the inputs of a batch; `rows` are its rows, each repeated `num_samples` times."""
 
         def encode(batch):
             encoded = model.encode(batch)

@@ -47,7 +47,7 @@ class Groups:
     def reduce(
         self, values: Float[jax.Array, "*shape places"], how: Callable[..., jax.Array]
     ) -> Float[jax.Array, "*shape groups"]:
-        """Reduces by `how`, a function such as `jnp.max` of an array and an axis, of which -inf changes nothing."""
+        """Reduces by `how`, a function of an array and an axis that -inf does not affect, such as `jnp.max`."""
         for level in self.levels:
             values = how(_take(values, level), axis=-1)
         return values

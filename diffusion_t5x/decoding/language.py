@@ -118,7 +118,7 @@ class Language:
                 raise UserError(f"No text of {self.pattern!r} is exactly {length} tokens long. {what}")
 
     def _has_text_of(self, length: int) -> bool:
-        """Returns True if a text has so many tokens, with none to end it."""
+        """Returns True if a text has exactly `length` tokens, not counting one that ends it."""
         in_text = self.target != self._end
         reached = np.arange(len(self.shortest)) == self.start
         for _ in range(length):

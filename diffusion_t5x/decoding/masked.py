@@ -36,7 +36,7 @@ class MaskedDecoder(AbsorbingRule):
         None.
       threshold_included: also every token whose probability is just that (Fast-dLLM, LMDeploy; not SDAR, SGLang,
         JetEngine).
-      window: so many targets are written before the next so many are, counted from the first target, while each sees
+      window: number of targets that are written before the next ones are, counted from the first target; each sees
         all others (LLaDA). None: all at once.
       order: which positions come first: see `commit.propose`. A threshold is one of confidence or of margin.
       softmax: of what certainty is the probability: see `commit.propose`.

@@ -78,12 +78,12 @@ class SlotEngine:
       params: its parameters.
       decoder: writes the texts.
       num_slots: number of rows that are written at once.
-      length: number of slots of a row, in tokens: at most so many inputs and targets.
+      length: number of slots of a row: the maximum number of tokens of inputs and targets together.
       encoder_length: maximum number of an encoder's inputs; None for a decoder-only model.
       seed: seed of all draws; rows draw from it by `example_ids`.
       piece: number of input tokens of a row that are read at once.
       stride: number of calls of `RowDecoder.advance` between two looks at which rows have finished; None takes the
-        decoder's. More save time on the host; a finished row waits for up to so many.
+        decoder's. A larger number saves time on the host, but a finished row may wait that long.
 
     Raises:
       UserError: the decoder cannot write rows that do not begin together, or a number is out of range.
@@ -162,7 +162,7 @@ class SlotEngine:
         self._waiting.append(_Request(ident, padded, width, self._seed if seed is None else seed, sample))
 
     def cancel(self, ident: Hashable) -> None:
-        """Forgets a row, and frees its slot if it has one. A row that is not there was finished before."""
+        """Drops a row and frees its slot, if it has one. Does nothing if the row has finished."""
         self._waiting = collections.deque(request for request in self._waiting if request.ident != ident)
         for slot, request in enumerate(self._slots):
             if request is not None and request.ident == ident:
@@ -261,7 +261,7 @@ def _key_data(seed: int) -> np.ndarray:
 
 
 def _padded(row: Batch, length: int, encoder_length: int | None) -> Batch:
-    """Returns a batch of one row with so many slots; raises a UserError if it has more."""
+    """Returns a batch of one row, padded to these lengths; raises a UserError if it is longer."""
 
     def pad(name, x):
         if x.ndim == 1:

@@ -132,7 +132,7 @@ def _yarn(said: Keys, base: float, factor: float, length: int, head_dim: int) ->
     def attention_factor(mscale: float) -> float:
         return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
 
-    def pair(rotations: float) -> float:  # that turns so many times in `length` tokens
+    def pair(rotations: float) -> float:  # the pair of dimensions that rotates this often in `length` tokens
         return head_dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
     first, last = pair(said.get("beta_fast", 32)), pair(said.get("beta_slow", 1))

@@ -54,7 +54,7 @@ class SlotBenchmark:
       inputs_field, targets_field: their names.
       bytes_per_token: length of a token, in UTF-8 bytes.
       num_texts: number of texts, drawn from the file.
-      input_length, target_length: longer inputs and targets are cut to so many tokens.
+      input_length, target_length: maximum numbers of tokens; longer inputs and targets are truncated.
       batch_size: number of rows in a batch, and of slots.
       repeats: number of turns.
       random_seed: seed of parameters, inputs, draws of texts and decoders.

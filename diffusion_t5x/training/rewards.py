@@ -103,7 +103,7 @@ def judged(
 
 @contextlib.contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Context that raises a TimeoutError after so many seconds; outside the main thread there is no limit."""
+    """Context that raises a TimeoutError after `seconds`; outside the main thread there is no limit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -67,25 +67,20 @@ def decode(name, decoder, batch):
 
 
 EVERY, BY_DRIFT = {"refresh_every": 1}, {"refresh_drift": 0.0, "cached": "prefix"}
-CASES = [
-    ("relative", "steps", False, EVERY),
+QUICK = [
     ("relative", "steps", False, BY_DRIFT),
     ("llama", "steps", False, EVERY),
-    ("shifted", "steps", False, BY_DRIFT),
     ("shifted without a start", "steps", False, EVERY),
-    ("encoder_decoder", "steps", False, BY_DRIFT),
     ("llama", "threshold", True, EVERY),
+]
+CASES = [
+    *QUICK,
+    ("relative", "steps", False, EVERY),
+    ("shifted", "steps", False, BY_DRIFT),
+    ("encoder_decoder", "steps", False, BY_DRIFT),
     ("llama", "threshold", True, BY_DRIFT),
     ("llama", "guided", False, BY_DRIFT),
     ("encoder_decoder", "guided", False, EVERY),
-]
-
-
-QUICK = [
-    ("llama", "steps", False, EVERY),
-    ("relative", "steps", False, BY_DRIFT),
-    ("shifted without a start", "steps", False, EVERY),
-    ("llama", "threshold", True, EVERY),
 ]
 
 

@@ -29,7 +29,13 @@ class Pieces(ReadVocabulary):
         return self._pieces[token - 3] if token >= 3 else [b"<pad>", b"</s>", b"<unk>"][token]
 
     def encode_part(self, text, begins):
-        raise NotImplementedError
+        """Returns the longest piece at each place."""
+        rest, ids = text.encode(), []
+        while rest:
+            piece = max(filter(rest.startswith, self._pieces), key=len)
+            ids.append(3 + self._pieces.index(piece))
+            rest = rest[len(piece) :]
+        return ids
 
     def _to_bytes(self, ids):
         return b"".join(self.piece(token) for token in ids if token >= 3)

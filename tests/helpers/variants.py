@@ -1,4 +1,4 @@
-"""Parametrised tests of which the quick suite runs a few cases and the slow one the others."""
+"""Splits the cases of a parametrised test: the quick suite runs a few of them, the slow suite the others."""
 
 from collections.abc import Container, Iterable
 from typing import Any

@@ -15,6 +15,7 @@ from variants import quick
 
 from diffusion_t5x.data.dataset import OfTexts
 from diffusion_t5x.data.ends import text_of
+from diffusion_t5x.data.plain_vocabularies import ByteVocabulary
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
@@ -274,7 +275,7 @@ class Data(OfTexts):
     name, pack, batch_size, task_feature_lengths = "data", False, 4, {"inputs": 5, "targets": 9}
 
     def vocabulary(self):
-        raise NotImplementedError
+        return ByteVocabulary()
 
 
 class Tokens:
