@@ -121,6 +121,10 @@ class Prompts:
         """Returns the text of a canvas, up to the token that ends it or before the first stop string."""
         return stop_strings.trim(to_text(self.vocabulary, tokens, self.end_ids), self.stops).text
 
+    def is_enough(self, tokens: Sequence[int]) -> bool:
+        """Returns True if a text that begins with these tokens has a stop string."""
+        return stop_strings.stopped(to_text(self.vocabulary, tokens, self.end_ids), self.stops)
+
     def cells(self, tokens: Sequence[int]) -> list[str]:
         """Returns the texts of a canvas's tokens, one each; see `vocabularies.cells`."""
         return cells(self.vocabulary, tokens, signs(self.vocabulary))

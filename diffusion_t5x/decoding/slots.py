@@ -113,7 +113,7 @@ class SlotEngine:
         if (definition.config.architecture == "encoder_decoder") != (encoder_length is not None):
             raise UserError("SlotEngine.encoder_length belongs to encoder-decoder models, and only to them.")
         partitioning.check_batch(mesh, num_slots, length)
-        self._mesh, self._params, self._key = mesh, params, _key_data(seed)
+        self._mesh, self._params, self._key = mesh, params, key_data(seed)
         self._pad_id = definition.vocabulary.pad_id
         self._length, self._encoder_length = length, encoder_length
         self._programs = SlotPrograms(mesh, definition, row_decoder, num_slots, piece, stride)
@@ -169,7 +169,7 @@ class SlotEngine:
             raise UserError(f"A row {ident!r} is already being decoded: give each row another name.")
         width = row.tokens.shape[1]
         padded = _padded(row, self._length, self._encoder_length)
-        self._waiting.append(_Request(ident, padded, width, self._key if seed is None else _key_data(seed), sample))
+        self._waiting.append(_Request(ident, padded, width, self._key if seed is None else key_data(seed), sample))
 
     def cancel(self, ident: Hashable) -> None:
         """Drops a row and frees its slot, if it has one. Does nothing if the row has finished."""
@@ -250,7 +250,7 @@ class SlotEngine:
         """Frees a slot; returns the output of its row, with padding for what an early one lacks."""
         self._slots[slot] = None
         found = _row_of(decoded, slot, request.width)
-        return _cut_short(found, request.row, self._pad_id) if early else found
+        return cut_short(found, request.row, self._pad_id) if early else found
 
     def _write_pieces(self) -> np.ndarray:
         """Reads waiting rows into free slots and writes the next piece of all rows; returns which are finished."""
@@ -298,7 +298,8 @@ def check_slots(decoder: Decoder) -> RowDecoder:
 
 
 @functools.lru_cache(maxsize=1024)
-def _key_data(seed: int) -> np.ndarray:
+def key_data(seed: int) -> np.ndarray:
+    """Returns the data of a seed's key."""
     return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
 
@@ -331,8 +332,8 @@ def _row_of(decoded: Decoded, row: int, width: int) -> Decoded:
     return decoded.replace(**fields, steps=np.asarray(decoded.row_steps[row]))
 
 
-def _cut_short(decoded: Decoded, row: Batch, pad_id: int) -> Decoded:
-    """Returns the output of a row that has left before its end: what is not written is padding."""
+def cut_short(decoded: Decoded, row: Batch, pad_id: int) -> Decoded:
+    """Returns the output of a row that has left before its end, numpy: what is not written is padding."""
     is_written = decoded.written_at >= 0
     is_blank = row.target_mask[:, : is_written.shape[1]] & ~is_written
     return decoded.replace(

@@ -149,6 +149,7 @@ class TextWriter:
         wanted = range(len(canvas)) if given is None else np.flatnonzero(~given.any(axis=-1)).tolist()
         rows = ((row, jax.tree.map(lambda x: x[row : row + 1], asked), 0) for row in wanted)  # noqa: B023
         for row, decoded in self._engine(canvas.shape[1]).with_params(params, key).decode(rows):
+            assert decoded.log_probability is not None  # a block decoder's
             canvas[row], written_at[row] = decoded.canvas[0], decoded.written_at[0]
             log_probability[row] = decoded.log_probability[0]
         key_data = np.asarray(jax.random.key_data(key))
