@@ -195,6 +195,7 @@ def offline(monkeypatch, published):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(published))
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub(offline, published, tmp_path):
     from diffusion_t5x.importing.from_hf import from_hf
 
