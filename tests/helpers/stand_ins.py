@@ -20,7 +20,7 @@ def environment(folder: pathlib.Path | None = None, **variables: str) -> dict[st
 
     Settings of the launchers and of a surrounding Slurm job are left out: DIFFUSION_T5X_VENV would run the real Python.
     """
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DIFFUSION_T5X_", "SLURM_"))}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DIFFUSION_T5X_", "SLURM_", "SRUN_"))}
     if folder is not None:
         kept["PATH"] = f"{folder}{os.pathsep}{kept['PATH']}"
     return kept | variables

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from stand_ins import LAUNCH, program, run
+from stand_ins import LAUNCH, environment, program, run
 
 # What every stand-in begins with: the free port that the launcher asks for, and a first line.
 BEGIN = '[ "$1" = -c ] && echo 1 && exit\necho "process $JAX_PROCESS_ID of $JAX_NUM_PROCESSES: $*"\n'
@@ -82,6 +82,14 @@ def test_told_to_stop_it_keeps_what_is_said_last(tmp_path, number, code, to_grou
     assert status == code
     assert sorted(out) == ["0: saved", "1: saved"]
     assert sorted(err) == ["0: said last", "1: said last"]
+
+
+def test_a_signal_before_the_first_process_is_started_is_not_lost(tmp_path):
+    script = launcher(tmp_path, "exec sleep 10\n")
+    once = f'mkdir {tmp_path}/once 2>/dev/null && kill -TERM $PPID\nexec {shutil.which("mkfifo")} "$@"\n'
+    program(tmp_path / "bin/mkfifo", once)
+    assert run(script, "2", "train", env=environment(tmp_path / "bin")).returncode == 143
+    assert (tmp_path / "once").exists()
 
 
 def test_it_does_not_wait_for_ever_for_what_a_process_leaves_behind(tmp_path):

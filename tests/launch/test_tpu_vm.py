@@ -26,6 +26,13 @@ def test_the_verb_runs_on_every_host_and_its_output_is_kept(cloud):
     assert {"a.0: step 1", "a.1: step 1"} <= set(log.read_text().splitlines())
 
 
+def test_it_says_that_only_what_is_committed_is_copied(cloud):
+    assert "not committed" not in cloud.run()[1]
+    cloud.state("uncommitted", " M launch/tpu_vm.sh")
+    code, errors = cloud.run()
+    assert code == 0 and "not committed" in errors
+
+
 def test_told_to_stop_it_runs_again_without_another_installation(cloud):
     cloud.behave(ONCE.format("exit 75"))
     code, errors = cloud.run()
