@@ -20,7 +20,7 @@ from diffusion_t5x.data.templates import Template, Templates
 from diffusion_t5x.data.text_rows import TextRows, room_for
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.data.vocabulary import AnyVocabulary
-from diffusion_t5x.decoding.decoder import Decoder
+from diffusion_t5x.decoding.decoder import Decoded, Decoder
 from diffusion_t5x.decoding.language import Language
 from diffusion_t5x.decoding.structured import checked, language_of
 from diffusion_t5x.errors import UserError
@@ -28,6 +28,7 @@ from diffusion_t5x.evaluation import traces
 from diffusion_t5x.evaluation.inference import make_decode_step, predict
 from diffusion_t5x.evaluation.likelihood import likelihoods, make_likelihood_step
 from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.streams import seed_number
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.objectives.likelihood import check_num_draws
 from diffusion_t5x.objectives.objective import Objective
@@ -130,7 +131,7 @@ class Model:
           length: maximum number of tokens to write; for diffusion, the size of the canvas. None takes the length of the
             training targets, or at most 256.
           samples: number of answers to each prompt.
-          seed: random seed. A new seed compiles again; more `samples` do not.
+          seed: random seed.
           regex: answers are texts of this regular expression, whole: see docs/structured.md.
           json_schema: answers are JSON of this schema, or of the one in this file.
 
@@ -258,7 +259,7 @@ class Model:
         objective = self._use(objective, self.objective, "objective")
         check_num_draws(num_draws)
         rows = self._rows(pairs)
-        step = self._likelihood_step(objective, num_draws=num_draws, seed=seed)
+        step = functools.partial(self._likelihood_program(objective, num_draws=num_draws), seed=seed_number(seed))
         batches: _Batches = [(rows.batch(given, text, number), [{}]) for number, (text, given) in enumerate(pairs)]
         found = [
             LogLikelihood(record["log_likelihood"], record["standard_error"], record["num_tokens"])
@@ -306,27 +307,32 @@ class Model:
     ) -> Iterator[dict[str, Any]]:
         """Decodes batches; returns one record per text, like `infer`."""
         decoder = self._use(decoder, self.decoder, "decoder")
-        step = self._decode_step(decoder, seed, trace, text_mask is not None)
+        program, number = self._decode_program(decoder, trace, text_mask is not None), seed_number(seed)
+
+        def step(params: Params, batch: Batch, sample: np.int32) -> Decoded:
+            return program(params, batch, sample, number)
+
         rows = self._rows([])
         to_text = (rows.to_text, rows.cells)
         yield from predict(step, self.params, batches, self.mesh, *to_text, None, samples, text_mask=text_mask)
 
     @functools.cached_property
-    def _decode_step(self) -> Callable[..., jax.stages.Wrapped]:
-        """Returns the decoding program for these settings, compiled once."""
+    def _decode_program(self) -> Callable[..., jax.stages.Wrapped]:
+        """Returns the decoding program for these settings, compiled once for all seeds."""
 
         @functools.cache
-        def make(decoder: Decoder, seed: int, trace: bool, in_holes: bool) -> jax.stages.Wrapped:
+        def make(decoder: Decoder, trace: bool, in_holes: bool) -> jax.stages.Wrapped:
             ids = token_ids(self.tokenizer).for_infilling() if in_holes else self.definition.vocabulary
             return make_decode_step(
-                self.mesh, dataclasses.replace(self.definition, vocabulary=ids), decoder, seed=seed, trace=trace
+                self.mesh, dataclasses.replace(self.definition, vocabulary=ids), decoder, seed=0, trace=trace
             )
 
         return make
 
     @functools.cached_property
-    def _likelihood_step(self) -> Callable[..., Any]:
-        return functools.cache(functools.partial(make_likelihood_step, self.mesh, self.definition))
+    def _likelihood_program(self) -> Callable[..., Any]:
+        """Returns the program that measures likelihoods with these settings, compiled once for all seeds."""
+        return functools.cache(functools.partial(make_likelihood_step, self.mesh, self.definition, seed=0))
 
     def _use(self, given: Any, own: Any, what: str) -> Any:
         """Returns the decoder or objective to use, checked against the training record."""
