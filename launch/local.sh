@@ -41,11 +41,12 @@ make_pipe() {
   exec {writer}>"$pipes/$1" {both}>&-
 }
 
-# Marks what process $1 says. A signal to the whole group does not end it before the process has said all.
+# Marks what process $1 says. A signal to the whole group does not end it before the process has said all. Once nobody
+# reads the marked lines, as when the terminal was closed, it reads on: the process could not save otherwise.
 mark() {
   trap '' TERM INT HUP USR1
   exec {writer}>&-
-  exec sed -u "s/^/$1: /"
+  sed -u "s/^/$1: /" || cat >/dev/null
 }
 
 # Passed on below, when all processes are there to get it.

@@ -84,6 +84,37 @@ def test_told_to_stop_it_keeps_what_is_said_last(tmp_path, number, code, to_grou
     assert sorted(err) == ["0: said last", "1: said last"]
 
 
+# Says something on its way out, again and again.
+CHATTY = f"""exec {sys.executable} -S -c '
+import signal, sys, time
+told = []
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, lambda *_: told.append(1))
+print("ready", flush=True)
+while not told:
+    time.sleep(0.02)
+for _ in range(4):
+    print("saving", flush=True)
+    print("saving", file=sys.stderr, flush=True)
+    time.sleep(0.05)
+open("FOLDER/saved", "w").close()
+sys.exit(75)'
+"""
+
+
+def test_processes_save_when_nobody_reads_their_output_any_more(tmp_path):
+    """As after the terminal was closed."""
+    chatty = CHATTY.replace("FOLDER", str(tmp_path))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen(["bash", launcher(tmp_path, chatty), "1", "train"], **pipes)
+    while process.stdout.readline() != "0: ready\n":
+        pass
+    process.stdout.close()
+    process.stderr.close()
+    os.killpg(process.pid, signal.SIGHUP)
+    assert process.wait(20) == 75 and (tmp_path / "saved").exists()
+
+
 def test_a_signal_before_the_first_process_is_started_is_not_lost(tmp_path):
     script = launcher(tmp_path, "exec sleep 10\n")
     once = f'mkdir {tmp_path}/once 2>/dev/null && kill -TERM $PPID\nexec {shutil.which("mkfifo")} "$@"\n'

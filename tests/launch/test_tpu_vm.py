@@ -13,8 +13,8 @@ def cloud(tmp_path):
 
 
 ONCE = 'if mkdir "$CLOUD/$HOST.once" 2>/dev/null; then {}; fi'
-# A process that a lost connection leaves behind: it saves when it is told to stop.
-STAYS = 'trap "echo $HOST >> $CLOUD/saved; exit 75" TERM; while :; do /bin/sleep 0.02; done'
+# A process that a lost connection leaves behind: it goes on printing, and saves when it is told to stop.
+STAYS = 'trap "echo $HOST >> $CLOUD/saved; exit 75" TERM; while :; do echo step; /bin/sleep 0.02; done'
 
 
 def test_the_verb_runs_on_every_host_and_its_output_is_kept(cloud):

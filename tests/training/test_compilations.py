@@ -14,6 +14,8 @@ LENGTHS = '{"inputs": 24, "targets": 16}'
 # Six examples for four rows: the last batch of an evaluation is not full.
 NUM_VALIDATION = 6
 PACKED = ["--gin.train/seqio_source.SeqioDataset.pack=True", "--gin.CANVAS=False"]
+ROLLOUTS = ["--gin_file=runs/reinforce.gin", "--gin.MAX_ROLLOUT_LENGTH=16", "--gin.GROUP_SIZE=2"]
+ROLLOUTS += ["--gin.STATES_PER_STEP=1", "--gin.rollout.Rollout.num_batches=2"]
 APART = "models/encoder_decoder.gin"
 RUNS = {
     "packed": ("models/decoder_only.gin", "autoregressive", "autoregressive", PACKED),
@@ -21,6 +23,7 @@ RUNS = {
     "apart": (APART, "masked", "masked", ["--gin.train.train.num_microbatches=2"]),
     "beams": (APART, "autoregressive", "beam_search", PACKED),
     "blocks": ("models/decoder_only.gin", "block", "block", ["--gin.train.train.ema_decay=0.9"]),
+    "rollouts": ("models/decoder_only.gin", "policy_gradient", "block", ROLLOUTS),
 }
 
 
@@ -45,7 +48,7 @@ def test_a_run_compiles_nothing_after_its_first_evaluation(name, files, tmp_path
     flags += [f"--gin_file=decoding/{decoder}.gin", "--gin_file=runs/finetune.gin", "--gin_file=tasks/local_jsonl.gin"]
     flags += [*TINY, "--gin.INITIAL_CHECKPOINT_PATH=None", "--gin.VOCABULARY_FILE=None", f"--gin.FILES={files}"]
     flags += [f"--gin.TASK_FEATURE_LENGTHS={LENGTHS}", "--gin.BATCH_SIZE=4", "--gin.TRAIN_STEPS=4"]
-    flags += ["--gin.EVAL_PERIOD=2", "--gin.EVAL_STEPS=None", f"--gin.NUM_DECODED_EXAMPLES={NUM_VALIDATION}"]
+    flags += ["--gin.EVAL_PERIOD=2", f"--gin.NUM_DECODED_EXAMPLES={NUM_VALIDATION}"]
     counts = []
     with compiled() as names:
         evaluate = train._evaluate
