@@ -42,7 +42,7 @@ make_pipe() {
 }
 
 # Marks what process $1 says. A signal to the whole group does not end it before the process has said all. Once nobody
-# reads the marked lines, as when the terminal was closed, it reads on: the process could not save otherwise.
+# reads the marked lines, as when the terminal was closed, it reads on: the process could fail before it has saved.
 mark() {
   trap '' TERM INT HUP USR1
   exec {writer}>&-
@@ -71,8 +71,10 @@ mkfifo "$pipes/never"
 exec {never}<>"$pipes/never"
 status=0
 while [ ${#pids[@]} -gt 0 ]; do
-  [ -z "$told" ] || kill -TERM "${pids[@]}" 2>/dev/null || true
-  told=''
+  if [ -n "$told" ]; then
+    told=''
+    kill -TERM "${pids[@]}" 2>/dev/null || true
+  fi
   left=()
   for pid in "${pids[@]}"; do
     if kill -0 "$pid" 2>/dev/null; then

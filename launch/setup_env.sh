@@ -10,6 +10,7 @@
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 VENV=${DIFFUSION_T5X_VENV:-$ROOT/.venv}
+VENV=${VENV%/}
 
 say() { echo "setup: $*" >&2; }
 die() { echo "error: $*" >&2; exit 2; }

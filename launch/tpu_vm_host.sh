@@ -62,7 +62,7 @@ run() {
   echo "$attempt" >attempt
   echo $$ >pid
   cd code
-  # Once the connection is lost, the output is read on: the process could not save otherwise.
+  # Once the connection is lost, the output is read on: the process could fail before it has saved.
   exec ../venv/bin/python -m "diffusion_t5x.$verb" "${@:3}" --distributed \
     > >(sed -u "s/^/$(hostname): /" || cat >/dev/null) 2>&1
 }

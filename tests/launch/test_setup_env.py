@@ -27,7 +27,7 @@ def checkout(tmp_path):
 
 def set_up(checkout):
     folder = checkout.parent
-    given = environment(folder / "bin", DIFFUSION_T5X_VENV=str(folder / "venv"), PYTHON="")
+    given = environment(folder / "bin", DIFFUSION_T5X_VENV=f"{folder}/venv/", PYTHON="")
     return run(checkout / "launch/any.sh", env=given), (folder / "installed").exists()
 
 

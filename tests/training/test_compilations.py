@@ -34,7 +34,7 @@ def files(tmp_path):
     paths = {}
     for split, number in (("train", 30), ("validation", NUM_VALIDATION)):
         paths[split] = tmp_path / f"{split}.jsonl"
-        texts = ({name: "ab " * rng.integers(1, 7) for name in ("inputs", "targets")} for _ in range(number))
+        texts = ({name: f"{n} " + "ab " * rng.integers(1, 7) for name in ("inputs", "targets")} for n in range(number))
         paths[split].write_text("".join(f"{json.dumps(text)}\n" for text in texts))
     return json.dumps({split: str(path) for split, path in paths.items()})
 
