@@ -15,6 +15,7 @@ import numpy as np
 import open_models
 import pytest
 import safetensors.numpy
+from compiled_programs import compiled
 
 import diffusion_t5x as dt
 from diffusion_t5x import api_decoding, generate, infer
@@ -158,6 +159,20 @@ def test_it_fills_and_scores_what_infer_does(masked, model, tmp_path, monkeypatc
         np.testing.assert_allclose(measured.nats, record["log_likelihood"], rtol=1e-6)
         np.testing.assert_allclose(measured.standard_error, record["standard_error"], rtol=1e-5)
     gin.clear_config()
+
+
+def test_other_seeds_compile_nothing(model):
+    decoder = dt.MaskedDecoder(num_steps=4, temperature=1.0)
+
+    def answer(seed):
+        return model.generate("one", decoder=decoder, seed=seed), model.log_likelihood("a", "b", num_draws=4, seed=seed)
+
+    first = answer(1)
+    with compiled() as names:
+        others = [answer(seed) for seed in (2, 3, -4)]
+        assert answer(1) == first
+    assert names == []
+    assert len({text for text, _ in [first, *others]}) == len({found.nats for _, found in [first, *others]}) == 4
 
 
 @pytest.mark.parametrize(
