@@ -12,6 +12,7 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from variants import quick
+from whole_rollouts import make_rollout_step
 
 from diffusion_t5x.data.dataset import OfTexts
 from diffusion_t5x.data.ends import text_of
@@ -25,7 +26,8 @@ from diffusion_t5x.objectives.policy_gradient import PolicyGradient
 from diffusion_t5x.partitioning import MeshConfig, put_batch
 from diffusion_t5x.training.ramps import Ramp
 from diffusion_t5x.training.rewards import Grader, Rewards
-from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout, check_rollout, make_rollout_step, prompts
+from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout, check_rollout
+from diffusion_t5x.training.rollout_texts import TextWriter, own_targets, prompts
 from diffusion_t5x.training.state import TrainState
 from diffusion_t5x.training.step import make_train_step
 
@@ -340,10 +342,38 @@ def test_mistakes(wrong, message):
         dataclasses.replace(ROLLOUT, **wrong)
 
 
+def make_writer(definition, prepare=lambda model, batch, key: batch, num_slots=4):
+    mesh = MeshConfig(data=1, fsdp=1, tensor=1).make()
+    return TextWriter(mesh, definition, DECODER, prepare, num_slots=num_slots, batch_size=4, seed=-5)
+
+
+def test_texts_in_slots_are_those_of_a_whole_batch():
+    """Twelve texts in four slots, some of which end early and some of which are given; two rollouts of the programs."""
+    definition, params = tiny.make_model(tiny.LLAMA)
+    definition = dataclasses.replace(definition, vocabulary=dataclasses.replace(tiny.VOCABULARY, eos_id=17))
+    prepare = PolicyGradient(3, "coupled", draws=2).prepare_rollout
+    data = tiny.one_a_row(tiny.random_examples(3, [(n % 6, 3) for n in range(12)]), length=8)
+    asked, given = own_targets(data, prompts(data, 5, 9, 12), np.arange(12) % 5 == 1)
+    writer = make_writer(definition, prepare)
+    whole = make_rollout_step(definition, DECODER, -5, prepare)
+    for step, given_here, params_here in ((3, given, params), (4, None, jax.tree.map(lambda x: 1.1 * x, params))):
+        found = writer.write(params_here, asked, step, given_here)
+        expected = jax.device_get(whole(params_here, asked, step, given_here))
+        for name in ("tokens", "target_mask", "segment_ids", "positions", "example_ids", "written_at"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), name)
+        np.testing.assert_allclose(
+            found.written_log_probability, expected.written_log_probability, rtol=1e-4, atol=1e-5
+        )
+        assert len(np.unique(found.target_mask.sum(axis=1))) > 1  # some end early
+    assert (found.written_log_probability < 0).any()
+    programs = writer._engines[17]._programs
+    assert programs.advance._cache_size() == programs.begin._cache_size() == 1  # none is compiled for a later rollout
+
+
 def test_the_draws_of_a_rollout_are_not_those_of_another_step():
     definition, params = tiny.make_model(tiny.LLAMA)
-    write = make_rollout_step(MeshConfig(data=1, fsdp=1, tensor=1).make(), definition, DECODER, seed=0)
+    writer = make_writer(definition)
     batch = prompts(next(Prompts()), 5, 6, 6)
-    first, again, other = (np.asarray(write(params, batch, step).tokens) for step in (3, 3, 4))
+    first, again, other = (writer.write(params, batch, step).tokens for step in (3, 3, 4))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
