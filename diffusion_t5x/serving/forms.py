@@ -12,7 +12,7 @@ _TEXT = {"type": "text"}
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What an answer may be.
+    """The form that a request asks for.
 
     Attributes:
       param: the field that asks for it.
