@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from diffusion_t5x.chat.prompts import Prompts
 from diffusion_t5x.data import stop_strings
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.text_rows import TextRows
@@ -54,7 +55,7 @@ class Decoding:
         params: Params,
         batches: Batches,
         decoder: Decoder,
-        rows: TextRows,
+        rows: TextRows | Prompts,
         seed: int,
         samples: int = 1,
         trace: bool = False,
