@@ -35,6 +35,7 @@ from diffusion_t5x.evaluation.inference import write_jsonl
 from diffusion_t5x.evaluation.loading import check_datasets, load_teacher
 from diffusion_t5x.evaluation.screen import evaluation_block, next_commands
 from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.quantized import FewBits
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.distillation import Teacher
 from diffusion_t5x.objectives.objective import Objective, no_teacher
@@ -93,6 +94,7 @@ class Training:
       optimizer: the optimizer, see `training.optimizers`.
       train_steps: total number of steps, including those before a resumption (or in the initial checkpoint).
       lora: train low-rank updates, with the model frozen; None trains the whole model.
+      frozen_dtype: quantize the layers' matrices of what is frozen, LoRA's base and the teacher: "int8", "nf4" or None.
       random_seed: seed of initialisation, noise and dropout. The data have their own seed.
       initial_checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
       restore_rules: `(target regex, source template or None)`, as in T5X; only for `initial_checkpoint_path`.
@@ -127,6 +129,7 @@ class Training:
     optimizer: optax.GradientTransformation
     train_steps: int
     lora: lora_training.Lora | None = None
+    frozen_dtype: FewBits | None = None
     random_seed: int = 0
     initial_checkpoint_path: str | None = None
     restore_rules: Sequence[Rule] = ()
@@ -148,6 +151,15 @@ class Training:
     metric_writers: Sequence[str] = ("jsonl", "tensorboard")
     dry_run: bool | StepReader = False
 
+    def __post_init__(self) -> None:
+        if self.frozen_dtype and not (self.lora or self.objective.needs_teacher or self.teacher_checkpoint_path):
+            raise UserError(
+                f"FROZEN_DTYPE = {self.frozen_dtype!r} quantizes what is frozen, and nothing is: there is neither LoRA "
+                "nor a teacher. Give runs/lora.gin after the other files, or --gin.FROZEN_DTYPE=None."
+            )
+        if self.frozen_dtype and self.lora:
+            object.__setattr__(self, "lora", dataclasses.replace(self.lora, base_dtype=self.frozen_dtype))
+
     def run(self) -> None:
         """Trains; a dry run prints the plan.
 
@@ -156,7 +168,10 @@ class Training:
           SystemExit: it was told to stop, and has saved; see `training.preemption` for the exit codes.
         """
         if not isinstance(self.dry_run, bool):
-            given = {name: getattr(self, name) for name in ("mesh", "model", "lora", "teacher_model", "rollout")}
+            given = {
+                name: getattr(self, name)
+                for name in ("mesh", "model", "lora", "frozen_dtype", "teacher_model", "rollout")
+            }
             self.dry_run.train(TrainingRun(dataset=self.train_dataset, **given, **self._of_step()))
             return
         self._check_settings()
@@ -254,7 +269,7 @@ class Training:
     def _load_teacher(self, plan: "_Plan") -> Teacher | None:
         if plan.teacher_path is None:
             return None
-        judged = (plan.definition.vocabulary, plan.mesh, _ALLOW_MISMATCH, self.allow_mismatch)
+        judged = (plan.definition.vocabulary, plan.mesh, _ALLOW_MISMATCH, self.allow_mismatch, self.frozen_dtype)
         return load_teacher(plan.teacher_path, self.teacher_model or self.model, *judged)
 
     def _of_step(self) -> dict[str, Any]:
