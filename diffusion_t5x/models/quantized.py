@@ -1,10 +1,11 @@
 """Matrices in few bits: int8, and the 4-bit NormalFloat of QLoRA (NF4, arXiv 2305.14314).
 
-Not by a library: AQT has no NF4, and qwix keeps it in uint4, which Orbax cannot store, and decodes it with a gather over
-the flattened matrix, which undoes its sharding.
+Not by a library: AQT has no NF4; qwix keeps it in uint4, which Orbax cannot store, and decodes the flattened matrix,
+which undoes its sharding.
 """
 
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable
@@ -78,8 +79,7 @@ class Quantized(flax.struct.PyTreeNode):
         axis = self._packed
         codes = _in_blocks(self.codes, axis, self.absmax.shape[axis])
         codes = jnp.concatenate([codes & 15, codes >> 4], axis=axis + 1)
-        values = _value(codes) * jnp.expand_dims(self.absmax, axis + 1)
-        return values.reshape(self.shape).astype(dtype)
+        return _scaled(codes, jnp.expand_dims(self.absmax, axis + 1)).reshape(self.shape).astype(dtype)
 
     def requantized(self, stacked: jax.Array) -> "Quantized":
         """Returns other stacked matrices quantized like these."""
@@ -147,13 +147,17 @@ def _or_one(absmax: jax.Array) -> jax.Array:
 
 def _nearest(x: jax.Array) -> jax.Array:
     """Returns the code, uint8, of NF4's nearest value; halfway between two, the lower one, as in bitsandbytes."""
-    middles = [(low + high) / 2 for low, high in zip(NF4, NF4[1:], strict=False)]
+    middles = [(low + high) / 2 for low, high in itertools.pairwise(NF4)]
     return functools.reduce(operator.add, ((x > middle).astype(jnp.uint8) for middle in middles))
 
 
-def _value(codes: jax.Array) -> jax.Array:
-    """Returns NF4's values of codes, chosen bit by bit: TPUs select faster than they look up."""
-    values = [jnp.float32(value) for value in NF4]
+def _scaled(codes: jax.Array, absmax: jax.Array) -> jax.Array:
+    """Returns NF4's values of codes times their blocks' largest ones.
+
+    They are selected bit by bit among the products: constants in the shape of the codes would be moved out of a scan
+    over layers, where all 16 of them would take memory.
+    """
+    values = [absmax * value for value in NF4]
     for bit in range(4):
         is_set = (codes >> bit & 1).astype(bool)
         values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
