@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning, records, terminal
 from diffusion_t5x.checkpointing import stored
-from diffusion_t5x.checkpointing.assignment import Rule, named_leaves
+from diffusion_t5x.checkpointing.assignment import Rule
 from diffusion_t5x.checkpointing.checkpoints import Checkpoints, ensure_writable, find_checkpoint
 from diffusion_t5x.checkpointing.record import Record, describe
 from diffusion_t5x.command_line import config
@@ -53,7 +53,7 @@ from diffusion_t5x.training.metrics import Writer, check_writers, make_writer
 from diffusion_t5x.training.rewards import make_grader
 from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout, check_rollout
 from diffusion_t5x.training.run_config import write_config
-from diffusion_t5x.training.state import TrainState, abstract_state, split
+from diffusion_t5x.training.state import TrainState, abstract_state, describe_model
 from diffusion_t5x.training.step import make_train_step
 from diffusion_t5x.training.surroundings import explained
 
@@ -152,13 +152,8 @@ class Training:
     dry_run: bool | StepReader = False
 
     def __post_init__(self) -> None:
-        if self.frozen_dtype and not (self.lora or self.objective.needs_teacher or self.teacher_checkpoint_path):
-            raise UserError(
-                f"FROZEN_DTYPE = {self.frozen_dtype!r} quantizes what is frozen, and nothing is: there is neither LoRA "
-                "nor a teacher. Give runs/lora.gin after the other files, or --gin.FROZEN_DTYPE=None."
-            )
-        if self.frozen_dtype and self.lora:
-            object.__setattr__(self, "lora", dataclasses.replace(self.lora, base_dtype=self.frozen_dtype))
+        taught = self.objective.needs_teacher or self.teacher_checkpoint_path is not None
+        object.__setattr__(self, "lora", lora_training.over(self.frozen_dtype, self.lora, taught))
 
     def run(self) -> None:
         """Trains; a dry run prints the plan.
@@ -259,7 +254,7 @@ class Training:
         """Prints the plan of a run, for a dry run."""
         batch = next(self.train_dataset.train_iterator())
         shapes = (f"  {name} {x.dtype}{list(x.shape)}" for name, x in vars(batch).items() if x is not None)
-        print(plan.describe(), "batch:", *shapes, sep="\n")
+        print(describe_model(plan.definition, plan.abstract), "batch:", *shapes, sep="\n")
         teacher = f", taught by {plan.teacher_path}" if plan.teacher_path else ""
         source = plan.start.checkpoint.named if plan.start.checkpoint else "scratch"
         print(f"Would train to step {self.train_steps} from {source}{teacher}. Nothing was written.")
@@ -288,7 +283,9 @@ class Training:
         step = int(begun.state.step)
         if jax.process_index() == 0:
             write_config(os.path.join(self.model_dir, "config.gin"), config.operative_text(), step)
-            records.write_text(os.path.join(self.model_dir, "model-info.txt"), plan.describe() + "\n")
+            records.write_text(
+                os.path.join(self.model_dir, "model-info.txt"), describe_model(plan.definition, plan.abstract) + "\n"
+            )
         writer = make_writer(self.model_dir, self.metric_writers, step, config.operative_values())
         batches = self._batches(plan, writer)
         if begun.data_state is not None:
@@ -357,18 +354,6 @@ class _Plan:
     start: Start
     assignment: str
     teacher_path: str | None
-
-    def describe(self) -> str:
-        """Describes the model: its size, and each parameter on a line with shape, logical axes and partition."""
-        names = jax.tree.leaves(self.definition.axes(), is_leaf=lambda x: isinstance(x, tuple))
-        rows = [
-            f"  {name} {list(leaf.shape)} ({', '.join(axes)}) {leaf.sharding.spec}"
-            for (name, leaf), axes in zip(named_leaves(self.abstract.params).items(), names, strict=True)
-        ]
-        trained, _ = split(self.definition, self.abstract.params)
-        size, whole = sum(leaf.size for leaf in jax.tree.leaves(trained)), self.definition.num_params()
-        of_which = "" if size == whole else f", {size:,} of them trained"
-        return "\n".join([f"model: {whole:,} parameters{of_which}", *rows])
 
 
 def _evaluate(evaluator: Evaluator, writer: Writer, model_dir: str, state: TrainState, step: int) -> dict[str, float]:

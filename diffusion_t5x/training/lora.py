@@ -18,7 +18,7 @@ from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.frozen import Axes, FrozenDtype, cut, freeze, frozen_axes
 from diffusion_t5x.models.layers import normal
 from diffusion_t5x.models.low_rank import LowRank
-from diffusion_t5x.models.quantized import Quantized
+from diffusion_t5x.models.quantized import FewBits, Quantized
 from diffusion_t5x.models.transformer import ModelDefinition, Params, is_matrix
 from diffusion_t5x.objectives.objective import Objective
 
@@ -76,6 +76,20 @@ class Lora:
 def define(config: ModelConfig, vocabulary: TokenIds, lora: Lora | None = None) -> ModelDefinition:
     """Returns the definition of the model to train, in full or with LoRA."""
     return ModelDefinition(config, vocabulary) if lora is None else LoraDefinition(config, vocabulary, lora)
+
+
+def over(frozen_dtype: FewBits | None, lora: Lora | None, has_teacher: bool) -> Lora | None:
+    """Returns the settings with a base of this dtype; None leaves them.
+
+    Raises:
+      UserError: there is neither LoRA nor a teacher, so nothing is frozen.
+    """
+    if frozen_dtype and not (lora or has_teacher):
+        raise UserError(
+            f"FROZEN_DTYPE = {frozen_dtype!r} quantizes what is frozen, and nothing is: there is neither LoRA nor a "
+            "teacher. Give runs/lora.gin after the other files, or --gin.FROZEN_DTYPE=None."
+        )
+    return dataclasses.replace(lora, base_dtype=frozen_dtype) if lora and frozen_dtype else lora
 
 
 def of_drafts(described: Mapping[str, Any] | None) -> Lora | None:
