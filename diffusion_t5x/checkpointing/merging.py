@@ -66,7 +66,7 @@ def _computed(checkpoint: epath.Path, target: Any, found: Mapping[str, Any], sca
     arrays = _whole(stored.read_arrays(checkpoint, wanted, {name: name for name in wanted}))
 
     def compute(base: Any, *factors: jax.Array) -> Any:
-        low_rank = LowRank(base, *factors, scale=scale) if factors else None
+        low_rank = LowRank(base, down=factors[0], up=factors[1], scale=scale) if factors else None
         matrix = low_rank.merged() if low_rank else base.dequantized() if is_quantized(base) else base
         return target.requantized(matrix) if is_quantized(target) else matrix.astype(target.dtype)
 

@@ -34,7 +34,7 @@ def freeze(array: jax.Array, axes: Axes, dtype: FrozenDtype, rest: str) -> jax.A
     """
     if not is_matrix(axes):
         return array
-    if dtype not in FEW_BITS:
+    if dtype == "float32" or dtype == "bfloat16":
         return array.astype(dtype)
     if "layers" not in axes:
         return array.astype(rest)
