@@ -94,12 +94,12 @@ def test_log_probabilities_of_an_answer(client, expected, talker):
     ("given", "message"),
     [
         ({"messages": []}, "at least one message"),
-        ({"messages": [{"content": "no role"}]}, 'object with a "role"'),
-        ({"messages": [{"role": "user", "content": None}]}, "must be a text"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "reads text"),
+        ({"messages": [{"content": "no role"}]}, "message 1 has the role null"),
+        ({"messages": [{"role": "user", "content": None}]}, "message 1 has the content null, not text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text is read"),
         ({"messages": [{"role": "user", "content": "a" * 3000}]}, "Nothing is truncated"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "knows no tools"),
+        ({"functions": [{"name": "f"}]}, "functions is not supported"),
         ({"top_logprobs": 2}, "needs logprobs"),
         ({"max_completion_tokens": 0}, "at least 1"),
     ],
@@ -117,6 +117,7 @@ def test_a_model_without_a_template_takes_no_chats(stories):
             client.chat.completions.create(model="stories", messages=TALK)
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_reads_prompts_apart(talker):
     config = dataclasses.replace(talker.definition.config, architecture="encoder_decoder", tie_embeddings=False)
     definition = ModelDefinition(config, talker.definition.vocabulary)
