@@ -27,6 +27,7 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import traces
 from diffusion_t5x.evaluation.likelihood import likelihoods, make_likelihood_step
 from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.streams import seed_number
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.objectives.likelihood import check_num_draws
 from diffusion_t5x.objectives.objective import Objective
@@ -133,7 +134,7 @@ class Model(Chatting):
           length: maximum number of tokens to write; for diffusion, the size of the canvas. None takes the length of the
             training targets, or at most 256.
           samples: number of answers to each prompt.
-          seed: random seed. A new seed compiles again; more `samples` do not.
+          seed: random seed.
           stop: strings before which an answer ends.
           regex: answers are texts of this regular expression, whole: see docs/structured.md.
           json_schema: answers are JSON of this schema, or of the one in this file.
@@ -265,7 +266,7 @@ class Model(Chatting):
         objective = self._use(objective, self.objective, "objective")
         check_num_draws(num_draws)
         rows = self._rows(pairs)
-        step = self._likelihood_step(objective, num_draws=num_draws, seed=seed)
+        step = functools.partial(self._likelihood_program(objective, num_draws=num_draws), seed=seed_number(seed))
         batches: Batches = [(rows.batch(given, text, number), [{}]) for number, (text, given) in enumerate(pairs)]
         found = [
             LogLikelihood(record["log_likelihood"], record["standard_error"], record["num_tokens"])
@@ -316,8 +317,9 @@ class Model(Chatting):
         return Decoding(self.mesh, self.definition, self.tokenizer)
 
     @functools.cached_property
-    def _likelihood_step(self) -> Callable[..., Any]:
-        return functools.cache(functools.partial(make_likelihood_step, self.mesh, self.definition))
+    def _likelihood_program(self) -> Callable[..., Any]:
+        """Returns the program that measures likelihoods with these settings, compiled once for all seeds."""
+        return functools.cache(functools.partial(make_likelihood_step, self.mesh, self.definition, seed=0))
 
     def _use(self, given: Any, own: Any, what: str) -> Any:
         """Returns the decoder or objective to use, checked against the training record."""

@@ -15,9 +15,10 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.text_rows import TextRows
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.data.vocabulary import AnyVocabulary
-from diffusion_t5x.decoding.decoder import Decoder
+from diffusion_t5x.decoding.decoder import Decoded, Decoder
 from diffusion_t5x.evaluation.in_slots import SlotDecoding
 from diffusion_t5x.evaluation.inference import make_decode_step, predict
+from diffusion_t5x.models.streams import seed_number
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 
 Batches = Sequence[tuple[Batch, list[dict[str, Any]]]]
@@ -74,8 +75,11 @@ class Decoding:
           text_mask: see `predict`; texts have holes.
           stops: strings before which a text ends.
         """
-        step, slots = self._programs(decoder, seed, trace, text_mask is not None)
+        program, slots = self._programs(decoder, trace, text_mask is not None)
         has_slots = bool(stops) or any(len(batch.tokens) > 1 for batch, _ in batches)
+
+        def step(params: Params, batch: Batch, sample: np.int32) -> Decoded:
+            return program(params, batch, sample, seed_number(seed))
 
         def to_text(tokens: Sequence[int]) -> str:
             return stop_strings.trim(rows.to_text(tokens), stops).text
@@ -92,17 +96,19 @@ class Decoding:
             rows.cells,
             samples_per_example=samples,
             text_mask=text_mask,
-            slots=slots if has_slots else None,
+            slots=slots.with_seed(seed) if has_slots else None,
             is_enough=is_enough if stops else None,
         )
 
     @functools.cached_property
     def _programs(self) -> Callable[..., tuple[jax.stages.Wrapped, SlotDecoding]]:
+        """Returns the programs for these settings, compiled once for all seeds."""
+
         @functools.cache
-        def make(decoder: Decoder, seed: int, trace: bool, in_holes: bool) -> tuple[jax.stages.Wrapped, SlotDecoding]:
+        def make(decoder: Decoder, trace: bool, in_holes: bool) -> tuple[jax.stages.Wrapped, SlotDecoding]:
             ids = token_ids(self.tokenizer).for_infilling() if in_holes else self.definition.vocabulary
             definition = dataclasses.replace(self.definition, vocabulary=ids)
-            step = make_decode_step(self.mesh, definition, decoder, seed=seed, trace=trace)
-            return step, SlotDecoding(self.mesh, definition, decoder, seed)
+            step = make_decode_step(self.mesh, definition, decoder, seed=0, trace=trace)
+            return step, SlotDecoding(self.mesh, definition, decoder, seed=0)
 
         return make

@@ -15,6 +15,7 @@ import numpy as np
 import open_models
 import pytest
 import safetensors.numpy
+from compiled_programs import compiled
 
 import diffusion_t5x as dt
 from diffusion_t5x import api_decoding, generate, infer
@@ -160,6 +161,20 @@ def test_it_fills_and_scores_what_infer_does(masked, model, tmp_path, monkeypatc
     gin.clear_config()
 
 
+def test_other_seeds_compile_nothing(model):
+    decoder = dt.MaskedDecoder(num_steps=4, temperature=1.0)
+
+    def answer(seed):
+        return model.generate("one", decoder=decoder, seed=seed), model.log_likelihood("a", "b", num_draws=4, seed=seed)
+
+    first = answer(1)
+    with compiled() as names:
+        others = [answer(seed) for seed in (2, 3, -4)]
+        assert answer(1) == first
+    assert names == []
+    assert len({text for text, _ in [first, *others]}) == len({found.nats for _, found in [first, *others]}) == 4
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
@@ -243,6 +258,7 @@ def offline(monkeypatch, published):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(published))
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub(offline, published, tmp_path):
     from diffusion_t5x.importing.from_hf import from_hf
 

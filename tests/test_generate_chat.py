@@ -154,7 +154,9 @@ def test_turns_and_commands(talk, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "decoder", [AutoregressiveDecoder(), MaskedDecoder(num_steps=4)], ids=["left to right", "masked"]
+    "decoder",
+    [pytest.param(AutoregressiveDecoder(), marks=pytest.mark.slow), MaskedDecoder(num_steps=4)],
+    ids=["left to right", "masked"],
 )
 def test_what_ends_a_turn_ends_the_text(decoder, tmp_path):
     """As Gemma's, which is not EOS. Whatever token it is, what follows it is dropped."""

@@ -44,7 +44,9 @@ DECODER_ONLY, ENCODER_DECODER = tiny.RELATIVE, tiny.ENCODER_DECODER
         pytest.param(DECODER_ONLY, Sundae(), [SundaeDecoder()], 800, marks=pytest.mark.slow),
         pytest.param(DECODER_ONLY, Masked(), MASKED, 800, marks=pytest.mark.slow),
         pytest.param(ENCODER_DECODER, Masked(), MASKED, 1600, marks=pytest.mark.slow),
-        (DECODER_ONLY, Block(3), [BlockDecoder(3, decoder) for decoder in MASKED], 800),
+        pytest.param(
+            DECODER_ONLY, Block(3), [BlockDecoder(3, decoder) for decoder in MASKED], 800, marks=pytest.mark.slow
+        ),
         pytest.param(
             *(DECODER_ONLY, Block(3, noise="uniform", weighting="uniform"), [BlockDecoder(3, SUNDAE)], 800),
             marks=pytest.mark.slow,

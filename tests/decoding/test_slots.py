@@ -133,7 +133,7 @@ def numbered(rows):
 
 
 # Every case is three programs or more to compile.
-QUICK = [("rotary", name) for name in ("ar, sampled", "block, sampled", "masked by threshold", "sundae")]
+QUICK = [("rotary", name) for name in ("ar, sampled", "block, sampled")]
 
 
 @pytest.mark.parametrize(
@@ -160,6 +160,7 @@ def run(engine):
     return events
 
 
+@pytest.mark.slow
 def test_progress_leads_to_the_text():
     engine, rows = make_engine("rotary", DECODERS["block"], stride=1), make_rows("decoder_only")
     for ident, row in rows.items():
@@ -238,6 +239,7 @@ def test_longer_strides_and_other_pieces_write_the_same():
         assert len(found) == len(SIZES) and check("rotary", "ar, sampled", found) <= 1
 
 
+@pytest.mark.slow
 def test_rows_have_seeds_and_samples_of_their_own():
     engine, row = make_engine("rotary", DECODERS["ar, sampled"]), make_rows("decoder_only")["row 2"]
     settings = [{}, {"seed": 7}, {"sample": 1}, {"sample": 2}, {"seed": 7, "sample": 1}]

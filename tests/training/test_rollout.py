@@ -1,7 +1,13 @@
 """Texts that the student writes for itself: prompts, lengths, positions in the data, and a teacher that stays."""
 
 import dataclasses
+import json
 import math
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -377,3 +383,34 @@ def test_the_draws_of_a_rollout_are_not_those_of_another_step():
     first, again, other = (writer.write(params, batch, step).tokens for step in (3, 3, 4))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
+
+
+def written_by(number):
+    """The texts of two rollouts that so many processes write on four devices, one list for each process."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={4 // number}"
+    script = pathlib.Path(tiny.__file__).with_name("rollout_in_processes.py")
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(number), str(index), address],
+            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(number)
+    ]
+    said = [process.communicate(timeout=600)[0] for process in running]
+    assert [process.returncode for process in running] == [0] * number
+    return [json.loads(text.splitlines()[-1]) for text in said]
+
+
+@pytest.mark.slow
+def test_processes_write_together_what_one_writes():
+    (alone,), shares = written_by(1), written_by(2)
+    for batch, *parts in zip(alone, *shares, strict=True):
+        for field, *pieces in zip(batch, *parts, strict=True):
+            assert field == [row for piece in pieces for row in piece]
+    written = [any(place >= 0 for place in row) for _, rows, _ in alone for row in rows]
+    assert any(written) and not all(written)  # some are the data's own
