@@ -63,8 +63,10 @@ class SlotDecoding:
         encoder_length = None if batch.encoder_tokens is None else batch.encoder_tokens.shape[1]
         shape = num_slots, length, encoder_length
         if shape not in self.engines:  # without parameters, which it would keep in memory
-            model, sizes = (self.mesh, self.definition, {}), {"length": length, "encoder_length": encoder_length}
-            self.engines[shape] = SlotEngine(*model, self.decoder, num_slots=num_slots, **sizes)
+            self.engines[shape] = SlotEngine(
+                self.mesh, self.definition, {}, self.decoder, num_slots=num_slots, length=length,
+                encoder_length=encoder_length,
+            )  # fmt: skip
         return self.engines[shape].with_params(params, jax.random.key(self.seed))
 
     def decode(
