@@ -1,4 +1,4 @@
-"""The Python API: `load` opens a model; its methods generate text, fill holes, score texts and show every step."""
+"""The Python API: `load` opens a model; its methods write texts, fill holes, chat, score texts and show every step."""
 
 import dataclasses
 import functools
@@ -9,6 +9,7 @@ from typing import Any, Literal, overload
 import jax
 from jax.sharding import Mesh
 
+from diffusion_t5x.api_chat import Chatting
 from diffusion_t5x.api_decoding import Batches, Decoding, batch_size
 from diffusion_t5x.api_opening import opened
 from diffusion_t5x.api_values import LogLikelihood, Steps, as_example, as_pairs, as_texts
@@ -35,7 +36,7 @@ from diffusion_t5x.training.agreement import Agreement
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Model:
+class Model(Chatting):
     """A model for inference on one device. Made by `load`.
 
     Attributes:
@@ -133,7 +134,7 @@ class Model:
           length: maximum number of tokens to write; for diffusion, the size of the canvas. None takes the length of the
             training targets, or at most 256.
           samples: number of answers to each prompt.
-          seed: random seed. A new seed compiles again; more `samples` do not.
+          seed: random seed.
           stop: strings before which an answer ends.
           regex: answers are texts of this regular expression, whole: see docs/structured.md.
           json_schema: answers are JSON of this schema, or of the one in this file.

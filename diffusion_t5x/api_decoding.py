@@ -9,12 +9,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from diffusion_t5x.chat.prompts import Prompts
 from diffusion_t5x.data import stop_strings
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.text_rows import TextRows
 from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.data.vocabulary import AnyVocabulary
-from diffusion_t5x.decoding.decoder import Decoder
+from diffusion_t5x.decoding.decoder import Decoded, Decoder
 from diffusion_t5x.evaluation.in_slots import SlotDecoding
 from diffusion_t5x.evaluation.inference import make_decode_step, predict
 from diffusion_t5x.models.streams import seed_number
@@ -54,7 +55,7 @@ class Decoding:
         params: Params,
         batches: Batches,
         decoder: Decoder,
-        rows: TextRows,
+        rows: TextRows | Prompts,
         seed: int,
         samples: int = 1,
         trace: bool = False,
@@ -77,6 +78,9 @@ class Decoding:
         program, slots = self._programs(decoder, trace, text_mask is not None)
         has_slots = bool(stops) or any(len(batch.tokens) > 1 for batch, _ in batches)
 
+        def step(params: Params, batch: Batch, sample: np.int32) -> Decoded:
+            return program(params, batch, sample, seed_number(seed))
+
         def to_text(tokens: Sequence[int]) -> str:
             return stop_strings.trim(rows.to_text(tokens), stops).text
 
@@ -84,7 +88,7 @@ class Decoding:
             return stop_strings.stopped(rows.to_text(tokens), stops)
 
         yield from predict(
-            functools.partial(program, seed=seed_number(seed)),
+            step,
             params,
             batches,
             self.mesh,
@@ -92,7 +96,7 @@ class Decoding:
             rows.cells,
             samples_per_example=samples,
             text_mask=text_mask,
-            slots=dataclasses.replace(slots, seed=seed) if has_slots else None,
+            slots=slots.with_seed(seed) if has_slots else None,
             is_enough=is_enough if stops else None,
         )
 
@@ -104,7 +108,7 @@ class Decoding:
         def make(decoder: Decoder, trace: bool, in_holes: bool) -> tuple[jax.stages.Wrapped, SlotDecoding]:
             ids = token_ids(self.tokenizer).for_infilling() if in_holes else self.definition.vocabulary
             definition = dataclasses.replace(self.definition, vocabulary=ids)
-            program = make_decode_step(self.mesh, definition, decoder, seed=0, trace=trace)
-            return program, SlotDecoding(self.mesh, definition, decoder, seed=0)
+            step = make_decode_step(self.mesh, definition, decoder, seed=0, trace=trace)
+            return step, SlotDecoding(self.mesh, definition, decoder, seed=0)
 
         return make

@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from diffusion_t5x.data import stop_strings
+from diffusion_t5x.data import conversations, stop_strings
 from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.chat_template import Message
 from diffusion_t5x.data.chats import Chat
@@ -92,17 +93,23 @@ class Prompts:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*system, {"role": "user", "content": prompt}]
 
-    def answering(self, messages: Sequence[Message], number: int) -> Batch:
+    def answering(self, messages: Sequence[Message], number: int, variables: Mapping[str, Any] | None = None) -> Batch:
         """Returns a batch of one row: a conversation that asks for an answer, and a canvas.
+
+        Args:
+          messages: see `conversations.checked`.
+          number: as in `batch`.
+          variables: more variables of the chat template, such as "tools".
 
         Raises:
           UserError: the conversation is too long or not text, or the chat template refuses it.
         """
         assert self.chat is not None, "conversations need a chat format"
-        for message in messages:
-            _check_text(message["content"])
         try:
-            tokens = self.chat.prompt_ids(messages)
+            messages = conversations.checked(messages)
+            for message in messages:
+                _check_text(message.get("content", ""))
+            tokens = self.chat.prompt_ids(messages, variables)
         except ValueError as error:
             raise UserError(f"The conversation is refused: {error}") from error
         if self.max_inputs is not None and len(tokens) > self.max_inputs:

@@ -2,9 +2,10 @@
 
 import collections
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import jax
 import numpy as np
@@ -31,16 +32,18 @@ class SlotDecoding:
       definition: the model.
       decoder: writes the texts.
       seed: as in `inference.make_decode_step`, whose texts these are.
-      engines: the engines so far, by the shape of their rows. A copy with another seed shares them.
     """
 
     mesh: Mesh
     definition: ModelDefinition
     decoder: Decoder
     seed: int
-    engines: dict[tuple[int, int, int | None], SlotEngine] = dataclasses.field(
-        default_factory=dict, repr=False, compare=False
-    )
+
+    def with_seed(self, seed: int) -> Self:
+        """Returns this with another seed and the same compiled programs."""
+        other = dataclasses.replace(self, seed=seed)
+        vars(other)["_engines"] = self._engines
+        return other
 
     def pays(self, batches: Iterable[Marked], stops: bool = False) -> tuple[bool, Iterator[Marked]]:
         """Returns whether to decode in slots, and the batches.
@@ -57,17 +60,21 @@ class SlotDecoding:
         pays = isinstance(decoder, RowDecoder) and (len(first) > 1 or (stops and decoder.in_order))
         return pays, itertools.chain(first, batches)
 
+    @functools.cached_property
+    def _engines(self) -> dict[tuple[int, int, int | None], SlotEngine]:
+        return {}
+
     def _engine(self, params: Params, batch: Batch) -> SlotEngine:
         """Returns an engine for the rows of batches like this one."""
         num_slots, length = batch.tokens.shape
         encoder_length = None if batch.encoder_tokens is None else batch.encoder_tokens.shape[1]
         shape = num_slots, length, encoder_length
-        if shape not in self.engines:  # without parameters, which it would keep in memory
-            self.engines[shape] = SlotEngine(
+        if shape not in self._engines:  # without parameters, which it would keep in memory, and for any seed
+            self._engines[shape] = SlotEngine(
                 self.mesh, self.definition, {}, self.decoder, num_slots=num_slots, length=length,
                 encoder_length=encoder_length,
             )  # fmt: skip
-        return self.engines[shape].with_params(params, jax.random.key(self.seed))
+        return self._engines[shape].with_params(params, jax.random.key(self.seed))
 
     def decode(
         self,
