@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from diffusion_t5x.api_chat import Chatting
-from diffusion_t5x.api_decoding import Batches, Decoding, batch_size
+from diffusion_t5x.api_decoding import Batches, Decoding, batch_size, together
 from diffusion_t5x.api_opening import opened
 from diffusion_t5x.api_values import LogLikelihood, Steps, as_example, as_pairs, as_texts
 from diffusion_t5x.chat.prompts import Prompts, prompt_lengths
@@ -296,9 +296,8 @@ class Model(Chatting):
         most, length = prompt_lengths(self._lengths, length, self.config)
         prompts = Prompts(self.tokenizer, self._inputs_end, most, length, self.config.architecture)
         # All at once, so that one that is too long is refused before the first is answered.
-        if (size := batch_size(len(texts), stops)) == 1:
-            return [(prompts.batch(text, number), [as_example(text)]) for number, text in enumerate(texts)]
-        return [(batch, list(map(as_example, group))) for batch, group in prompts.batches(texts, size)]
+        rows = [(prompts.batch(text, number), [as_example(text)]) for number, text in enumerate(texts)]
+        return together(rows, stops)
 
     def _within(self, decoder: Decoder | None, language: Language | None) -> Decoder | None:
         if language is None:

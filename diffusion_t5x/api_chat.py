@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 
 from jax.sharding import Mesh
 
-from diffusion_t5x.api_decoding import Batches, Decoding
+from diffusion_t5x.api_decoding import Batches, Decoding, together
 from diffusion_t5x.api_values import as_example
 from diffusion_t5x.chat.prompts import Prompts, prompt_lengths
 from diffusion_t5x.data import stop_strings
@@ -99,7 +99,7 @@ class Chatting:
         regex: str | None = None,
         json_schema: str | Mapping[str, Any] | None = None,
     ) -> Any:
-        """Answers conversations, one at a time. The same seed gives the same texts as `infer --messages`.
+        """Answers conversations. The same seed gives the same texts as `infer --messages`.
 
         Args:
           messages: a conversation, [{"role": "user", "content": "Hello."}], or several.
@@ -118,25 +118,25 @@ class Chatting:
         stops = stop_strings.check(stop, "stop")
         is_one = isinstance(messages[0], Mapping) if messages else True
         talks: Any = [messages] if is_one else messages
-        prompts = self._chat_prompts(length, stops)
+        prompts = self._chat_prompts(length)
         variables = {**(template_variables or {}), **({} if tools is None else {"tools": list(tools)})}
         language = language_of(regex, json_schema, self.tokenizer, end_ids=prompts.end_ids)
         if stops and language is not None:
             raise UserError("stop would cut the text that regex or json_schema asks for: leave it out.")
         rows = [(prompts.answering(talk, number, variables), [as_example("")]) for number, talk in enumerate(talks)]
-        batches: Batches = list(checked(language, rows))
+        batches: Batches = list(checked(language, together(rows, bool(stops))))
         decoder = self._use(decoder, self.decoder, "decoder")
         decoder = decoder if language is None else decoder.within(language)
-        records = self._chat_decoding.records(self.params, batches, decoder, prompts, seed, samples)
+        records = self._chat_decoding.records(self.params, batches, decoder, prompts, seed, samples, stops=stops)
         found = [record["predictions"] if samples > 1 else record["prediction"] for record in records]
         return found[0] if is_one else found
 
-    def _chat_prompts(self, length: int | None, stops: tuple[str, ...]) -> Prompts:
+    def _chat_prompts(self, length: int | None) -> Prompts:
         if length is not None and (not isinstance(length, int) or length < 1):
             raise UserError(f"length must be at least 1, not {length!r}.")
         config = self.definition.config
         most, length = prompt_lengths(self._lengths, length, config)
-        return Prompts(self.tokenizer, False, most, length, config.architecture, self._chat_format, stops=stops)
+        return Prompts(self.tokenizer, False, most, length, config.architecture, self._chat_format)
 
     @functools.cached_property
     def _chat_format(self) -> Chat:

@@ -36,6 +36,27 @@ def batch_size(num_texts: int, stops: bool = False) -> int:
     return min(num_texts, _SLOTS) if stops or num_texts > _SLOTS else 1
 
 
+def together(rows: Batches, stops: bool = False) -> Batches:
+    """Returns batches of one row in batches of `batch_size`; empty rows fill the last one."""
+    size = batch_size(len(rows), stops)
+    if size <= 1:
+        return rows
+    widths = jax.tree.map(lambda *x: max(one.shape[-1] for one in x), *(batch for batch, _ in rows))
+
+    def joined(*rows: np.ndarray, width: int) -> np.ndarray:
+        if rows[0].ndim == 1:
+            return np.concatenate([*rows, np.zeros(size - len(rows), rows[0].dtype)])
+        padded = [np.pad(row, ((0, 0), (0, width - row.shape[1]))) for row in rows]
+        return np.concatenate([*padded, np.zeros((size - len(rows), width), rows[0].dtype)])
+
+    found = []
+    for first in range(0, len(rows), size):
+        group = rows[first : first + size]
+        batch = jax.tree.map(lambda width, *x: joined(*x, width=width), widths, *(row for row, _ in group))
+        found.append((batch, [example for _, examples in group for example in examples]))
+    return found
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Decoding:
     """Decodes batches, with programs that are compiled once for each setting.
