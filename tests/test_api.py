@@ -91,7 +91,7 @@ MANY = [f"{n}" * (n % 4) for n in range(10)]
 @pytest.mark.parametrize(
     "write",
     [
-        lambda model: model.generate(MANY, samples=2),
+        lambda model: model.generate(MANY, samples=2, decoder=dt.MaskedDecoder(num_steps=4, temperature=1.0)),
         pytest.param(
             lambda model: model.fill([f"{n}<hole:{1 + n % 3}>c" for n in range(10)], "one", seed=2),
             marks=pytest.mark.slow,
