@@ -1,4 +1,4 @@
-"""How the Python API decodes: row by row, or many rows in slots."""
+"""Decodes for the Python API: row by row, or many rows in slots."""
 
 import dataclasses
 import functools

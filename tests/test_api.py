@@ -165,15 +165,18 @@ def test_it_fills_and_scores_what_infer_does(masked, model, tmp_path, monkeypatc
 def test_other_seeds_compile_nothing(model):
     decoder = dt.MaskedDecoder(num_steps=4, temperature=1.0)
 
-    def answer(seed):
-        return model.generate("one", decoder=decoder, seed=seed), model.log_likelihood("a", "b", num_draws=4, seed=seed)
+    def answers(seed):
+        """One by one, in slots, and a likelihood."""
+        one, *_ = in_slots = model.generate(PROMPTS * 3, decoder=decoder, seed=seed)
+        assert model.generate(PROMPTS[0], decoder=decoder, seed=seed) == one
+        return (*in_slots, model.log_likelihood("a", "b", num_draws=4, seed=seed).nats)
 
-    first = answer(1)
+    first = answers(1)
     with compiled() as names:
-        others = [answer(seed) for seed in (2, 3, -4)]
-        assert answer(1) == first
+        others = [answers(seed) for seed in (2, 3, -4)]
+        assert answers(1) == first
     assert names == []
-    assert len({text for text, _ in [first, *others]}) == len({found.nats for _, found in [first, *others]}) == 4
+    assert all(len(set(column)) == 4 for column in zip(first, *others, strict=True))
 
 
 @pytest.mark.parametrize(

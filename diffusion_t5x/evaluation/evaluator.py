@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_t5x.data.dataset import Dataset
+from diffusion_t5x.data.vocabulary import AnyVocabulary
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.decoding.language import Language
 from diffusion_t5x.decoding.structured import checked
@@ -33,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 class EvalDataset(Dataset, Protocol):
     """The data-set interface that evaluation needs; `data.seqio_source.SeqioDataset` implements it."""
+
+    def vocabulary(self) -> AnyVocabulary:
+        """Returns the vocabulary of the targets."""
 
     def to_text(self, tokens: Sequence[int]) -> str:
         """Returns the text of target tokens, up to EOS."""

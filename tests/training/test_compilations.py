@@ -39,9 +39,8 @@ def files(tmp_path):
     return json.dumps({split: str(path) for split, path in paths.items()})
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "packed" else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
 def test_a_run_compiles_nothing_after_its_first_evaluation(name, files, tmp_path, monkeypatch):
     model, objective, decoder, settings = RUNS[name]
     flags = [f"--gin_file={model}", "--gin_file=sizes/tiny.gin", f"--gin_file=objectives/{objective}.gin"]
