@@ -237,13 +237,17 @@ class PolicyGradient(InBlocks):
             nll, _ = cross_entropy(allowed, labels)
             kl = jnp.zeros_like(nll)
             if start is not None:
-                kl = divergence(jax.lax.stop_gradient(self._allowed(start.logits(of_start), start)), allowed, "reverse_kl")
+                kl = divergence(
+                    jax.lax.stop_gradient(self._allowed(start.logits(of_start), start)), allowed, "reverse_kl"
+                )
             return -nll, entropy(allowed), kl
 
         found = model.map_logits(read_out, output.hidden, labels, of_start)
         return _Scores(*(jnp.where(scored, x, 0) for x in found), scored, output.auxiliary)
 
-    def _allowed(self, logits: Float[jax.Array, "*shape vocab"], model: Transformer) -> Float[jax.Array, "*shape vocab"]:
+    def _allowed(
+        self, logits: Float[jax.Array, "*shape vocab"], model: Transformer
+    ) -> Float[jax.Array, "*shape vocab"]:
         """Returns the logits whose softmax the loss is about."""
         return forbid(logits, model.vocabulary) if self.softmax == "allowed" else logits
 
