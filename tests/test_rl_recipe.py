@@ -40,7 +40,13 @@ def reinforce(start, folder, steps, *flags):
     """Six updates a rollout, with a reward that a model without any training earns, too."""
     settings = {"INITIAL_CHECKPOINT_PATH": start, "NUM_DECODED_EXAMPLES": 4, "BATCH_SIZE": 8, "GROUP_SIZE": 4}
     given = [f"--gin.{name}={value}" for name, value in settings.items()]
-    given += ["--gin.KL_WEIGHT=0.1", "--gin.Rollout.num_batches=3", "--gin.PASSES=2", "--gin.Periods.log=1", "--gin.Periods.save=4"]
+    given += [
+        "--gin.KL_WEIGHT=0.1",
+        "--gin.Rollout.num_batches=3",
+        "--gin.PASSES=2",
+        "--gin.Periods.log=1",
+        "--gin.Periods.save=4",
+    ]
     given += ["--gin_allow=my_reward", "--gin_file=my_reward.gin", f"--gin.TRAIN_STEPS={steps}", *flags]
     return run("quickstart", folder, *given)
 
