@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from diffusion_t5x.data.sentencepiece_vocabulary import SentencePieceVocabulary
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import metrics
+from diffusion_t5x.evaluation.code import pass_at_k
 from diffusion_t5x.tasks import cldr_pairs, preprocessors, registration, sources, stdlib_corpus
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def _pairs(kinds: Collection[str] | None) -> dict[str, Any]:
         "source": sources.Columns(columns, ("train", "validation", "test")).in_seqio(),
         "preprocessors": [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
         "output_features": features(),
-        "metric_fns": [metrics.bleu, metrics.exact_match],
+        "metric_fns": [metrics.bleu, metrics.exact_match, pass_at_k.exact_match_at_k],
         "shuffle_buffer_size": 1,  # the source shuffles
     }
 

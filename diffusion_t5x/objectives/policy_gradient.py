@@ -130,10 +130,21 @@ class PolicyGradient(InBlocks):
             draws = jax.vmap(lambda key: jax.random.uniform(key, batch.tokens.shape[1:], jnp.float32))(keys)
             state = (draws < share).astype(jnp.int32)
         batch = batch.replace(written_at=jnp.where(jnp.asarray(batch.written_at) >= 0, state, -1))
+        num_states = 2 if self.surrogate == "coupled" else 1
+        return batch.replace(written_log_probability=self.log_probabilities(model, batch, num_states))
+
+    def log_probabilities(self, model: Transformer, batch: Batch, num_states: int) -> FloatBL:
+        """Returns the log-probability of each written token in the state in which it is scored, 0 elsewhere.
+
+        Args:
+          model: reads the states.
+          batch: texts with `written_at`, of the surrogate's states.
+          num_states: number of states of a block; each takes a pass.
+        """
         total = jnp.zeros(batch.tokens.shape, jnp.float32)
-        for number in range(2 if self.surrogate == "coupled" else 1):
+        for number in range(num_states):
             total += self._scores(model, batch, jnp.full_like(batch.tokens, number)).log_probability
-        return batch.replace(written_log_probability=total)
+        return total
 
     def noisy(self, vocabulary: TokenIds, batch: Batch, key: KeyScalar) -> IntBL:
         """The first of the states that `loss` reads."""
