@@ -94,7 +94,8 @@ class Training:
       train_steps: total number of steps, including those before a resumption (or in the initial checkpoint).
       lora: train low-rank updates, with the model frozen; None trains the whole model.
       random_seed: seed of initialisation, noise and dropout. The data have their own seed.
-      initial_checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
+      initial_checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR; also the model near which an
+        objective holds the trained one, if it does (`Objective.taught_by_start`).
       restore_rules: `(target regex, source template or None)`, as in T5X; only for `initial_checkpoint_path`.
       teacher_checkpoint_path: checkpoint of the autoregressive teacher for distillation, which also scores decoded
         texts ("teacher_nll", "teacher_agreement").

@@ -84,11 +84,10 @@ class PassedTests:
             single += [dataclasses.replace(tests, asserts=(each,)) for each in tests.asserts]
             of_text += [number] * len(tests.asserts)
         verdicts = execution.check(programs, single, limits=self.limits, allow_unsafe=self.allow_unsafe, quiet=True)
-        shares = np.full(len(texts), np.nan)
-        for number in set(of_text):
-            passed = [each.passed for each, text in zip(verdicts, of_text, strict=True) if text == number]
-            shares[number] = sum(passed) / len(passed)
-        return shares
+        passed: dict[int, list[bool]] = {}
+        for number, verdict in zip(of_text, verdicts, strict=True):
+            passed.setdefault(number, []).append(verdict.passed)
+        return np.array([np.mean(passed[number]) if number in passed else np.nan for number in range(len(texts))])
 
 
 @dataclasses.dataclass(frozen=True)

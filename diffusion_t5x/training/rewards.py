@@ -242,9 +242,8 @@ class Grader:
         found = np.full((3, len(texts.tokens)), -np.inf, np.float32)
         found[:, rows] = (*judgement, penalties)
         # Processes that share rows may disagree about a time limit; they must not about an advantage.
-        rewards, failed, penalties = np.reshape(multihost_utils.process_allgather(found), (-1, *found.shape)).max(
-            axis=0
-        )
+        everywhere = np.reshape(multihost_utils.process_allgather(found), (-1, *found.shape))
+        rewards, failed, penalties = everywhere.max(axis=0)
         groups = rewards.reshape(-1, self.settings.group_size)
         compared = groups - penalties.reshape(groups.shape)
         metrics = {
