@@ -3,29 +3,27 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
+from diffusion_t5x.api_decoding import Batches, Decoding, batch_size
 from diffusion_t5x.api_opening import opened
 from diffusion_t5x.api_values import LogLikelihood, Steps, as_example, as_pairs, as_texts
 from diffusion_t5x.chat.prompts import Prompts, prompt_lengths
 from diffusion_t5x.checkpointing.rebuilding import rebuild
 from diffusion_t5x.checkpointing.record import Record, is_plain
-from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data import stop_strings
 from diffusion_t5x.data.templates import Template, Templates
 from diffusion_t5x.data.text_rows import TextRows, room_for
-from diffusion_t5x.data.vocabularies import token_ids
 from diffusion_t5x.data.vocabulary import AnyVocabulary
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.decoding.language import Language
 from diffusion_t5x.decoding.structured import checked, language_of
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import traces
-from diffusion_t5x.evaluation.inference import make_decode_step, predict
 from diffusion_t5x.evaluation.likelihood import likelihoods, make_likelihood_step
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition, Params
@@ -33,8 +31,6 @@ from diffusion_t5x.objectives.likelihood import check_num_draws
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training.agreement import Agreement
-
-_Batches = Iterable[tuple[Batch, list[dict[str, Any]]]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -81,6 +77,7 @@ class Model:
         length: int | None = ...,
         samples: Literal[1] = ...,
         seed: int = ...,
+        stop: Sequence[str] = ...,
         regex: str | None = ...,
         json_schema: str | Mapping[str, Any] | None = ...,
     ) -> str: ...
@@ -94,6 +91,7 @@ class Model:
         length: int | None = ...,
         samples: Literal[1] = ...,
         seed: int = ...,
+        stop: Sequence[str] = ...,
         regex: str | None = ...,
         json_schema: str | Mapping[str, Any] | None = ...,
     ) -> list[str]: ...
@@ -107,6 +105,7 @@ class Model:
         length: int | None = ...,
         samples: int,
         seed: int = ...,
+        stop: Sequence[str] = ...,
         regex: str | None = ...,
         json_schema: str | Mapping[str, Any] | None = ...,
     ) -> Any: ...
@@ -119,10 +118,13 @@ class Model:
         length: int | None = None,
         samples: int = 1,
         seed: int = 0,
+        stop: Sequence[str] = (),
         regex: str | None = None,
         json_schema: str | Mapping[str, Any] | None = None,
     ) -> Any:
-        """Answers prompts, one at a time. The same seed gives the same texts as the verb `generate`.
+        """Answers prompts. The same seed gives the same texts as the verb `generate`.
+
+        More than 8 are answered in 8 slots, if the decoder can: see docs/inference.md.
 
         Args:
           prompts: one prompt, or several.
@@ -131,6 +133,7 @@ class Model:
             training targets, or at most 256.
           samples: number of answers to each prompt.
           seed: random seed. A new seed compiles again; more `samples` do not.
+          stop: strings before which an answer ends.
           regex: answers are texts of this regular expression, whole: see docs/structured.md.
           json_schema: answers are JSON of this schema, or of the one in this file.
 
@@ -145,9 +148,12 @@ class Model:
         texts = as_texts(prompts)
         if not isinstance(samples, int) or samples < 1:
             raise UserError(f"samples must be at least 1, not {samples!r}.")
+        stops = stop_strings.check(stop, "stop")
         language = language_of(regex, json_schema, self.tokenizer)
-        batches = list(checked(language, self._prompts(texts, length)))
-        records = self._decode(batches, self._within(decoder, language), seed, samples=samples)
+        if stops and language is not None:
+            raise UserError("stop would cut the text that regex or json_schema asks for: leave it out.")
+        batches = list(checked(language, self._prompts(texts, length, bool(stops))))
+        records = self._decode(batches, self._within(decoder, language), seed, samples=samples, stops=stops)
         found = [record["predictions"] if samples > 1 else record["prediction"] for record in records]
         return found[0] if isinstance(prompts, str) else found
 
@@ -201,7 +207,7 @@ class Model:
                 f"{type(decoder).__name__} cannot fill holes, whose ends are given. Use a model of masked or SUNDAE "
                 "diffusion with MaskedDecoder or SundaeDecoder."
             )
-        rows = self._rows(pairs)
+        rows = dataclasses.replace(self._rows(pairs), batch_size=batch_size(len(pairs)))
         templates = Templates(
             [Template.of(text, given or None, f"Text {n}") for n, (text, given) in enumerate(pairs)], rows
         )
@@ -259,7 +265,7 @@ class Model:
         check_num_draws(num_draws)
         rows = self._rows(pairs)
         step = self._likelihood_step(objective, num_draws=num_draws, seed=seed)
-        batches: _Batches = [(rows.batch(given, text, number), [{}]) for number, (text, given) in enumerate(pairs)]
+        batches: Batches = [(rows.batch(given, text, number), [{}]) for number, (text, given) in enumerate(pairs)]
         found = [
             LogLikelihood(record["log_likelihood"], record["standard_error"], record["num_tokens"])
             for record in likelihoods(step, self.params, batches, self.mesh, rows.to_text)
@@ -282,13 +288,15 @@ class Model:
         (record,) = self._decode(self._prompts(as_texts(prompt), length), decoder, seed, trace=True)
         return Steps(prompt, record["prediction"], traces.texts(record["trace"]), record, repr(decoder))
 
-    def _prompts(self, texts: Sequence[str], length: int | None) -> _Batches:
+    def _prompts(self, texts: Sequence[str], length: int | None, stops: bool = False) -> Batches:
         if length is not None and (not isinstance(length, int) or length < 1):
             raise UserError(f"length must be at least 1, not {length!r}.")
         most, length = prompt_lengths(self._lengths, length, self.config)
         prompts = Prompts(self.tokenizer, self._inputs_end, most, length, self.config.architecture)
         # All at once, so that one that is too long is refused before the first is answered.
-        return [(prompts.batch(text, number), [as_example(text)]) for number, text in enumerate(texts)]
+        if (size := batch_size(len(texts), stops)) == 1:
+            return [(prompts.batch(text, number), [as_example(text)]) for number, text in enumerate(texts)]
+        return [(batch, list(map(as_example, group))) for batch, group in prompts.batches(texts, size)]
 
     def _within(self, decoder: Decoder | None, language: Language | None) -> Decoder | None:
         if language is None:
@@ -296,33 +304,15 @@ class Model:
         return self._use(decoder, self.decoder, "decoder").within(language)
 
     def _decode(
-        self,
-        batches: _Batches,
-        decoder: Decoder | None,
-        seed: int,
-        samples: int = 1,
-        trace: bool = False,
-        text_mask: Callable[[Batch], np.ndarray] | None = None,
+        self, batches: Batches, decoder: Decoder | None, seed: int, **settings: Any
     ) -> Iterator[dict[str, Any]]:
-        """Decodes batches; returns one record per text, like `infer`."""
+        """Decodes batches; returns one record per text, like `infer`. See `Decoding.records` for the settings."""
         decoder = self._use(decoder, self.decoder, "decoder")
-        step = self._decode_step(decoder, seed, trace, text_mask is not None)
-        rows = self._rows([])
-        to_text = (rows.to_text, rows.cells)
-        yield from predict(step, self.params, batches, self.mesh, *to_text, None, samples, text_mask=text_mask)
+        return self._decoding.records(self.params, batches, decoder, self._rows([]), seed, **settings)
 
     @functools.cached_property
-    def _decode_step(self) -> Callable[..., jax.stages.Wrapped]:
-        """Returns the decoding program for these settings, compiled once."""
-
-        @functools.cache
-        def make(decoder: Decoder, seed: int, trace: bool, in_holes: bool) -> jax.stages.Wrapped:
-            ids = token_ids(self.tokenizer).for_infilling() if in_holes else self.definition.vocabulary
-            return make_decode_step(
-                self.mesh, dataclasses.replace(self.definition, vocabulary=ids), decoder, seed=seed, trace=trace
-            )
-
-        return make
+    def _decoding(self) -> Decoding:
+        return Decoding(self.mesh, self.definition, self.tokenizer)
 
     @functools.cached_property
     def _likelihood_step(self) -> Callable[..., Any]:

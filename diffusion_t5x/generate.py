@@ -129,7 +129,8 @@ def generate(
     canvas = None
     if sys.stdout.isatty() and (prompt is not None or sys.stdin.isatty()):
         canvas = LiveCanvas(Console(), prompts.cells, decoder.left_to_right)
-    answers = Answers(mesh, definition, params, decoder, random_seed, canvas)
+    is_enough = prompts.is_enough if stops else None
+    answers = Answers(mesh, definition, params, decoder, random_seed, canvas, is_enough)
     _answer(prompts, answers, samples, canvas, prompt)
 
 

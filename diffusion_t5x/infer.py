@@ -199,9 +199,14 @@ class Inference(CheckpointSettings):
             def to_text(tokens: Sequence[int]) -> str:
                 return stop_strings.trim(data.to_text(tokens), self.stop).text
 
+            def is_enough(example: Mapping[str, Any], tokens: Sequence[int]) -> bool:
+                return stop_strings.stopped(data.to_text(tokens), self.stop)
+
             slots = None if self.trace else SlotDecoding(mesh, definition, decoder, seed)
+            stops = is_enough if self.stop else None
             fitting = checked(language, batches, in_holes=isinstance(data, Templates))
-            records = predict(decode, params, fitting, mesh, to_text, data.cells, text_mask=text_mask, slots=slots)
+            to_texts = to_text, data.cells
+            records = predict(decode, params, fitting, mesh, *to_texts, None, 1, text_mask, slots, stops)
         output.write(records, total, f"infer {self.dataset.name}")
         logger.info("wrote %s", output.path)
 

@@ -17,11 +17,14 @@ import pytest
 import safetensors.numpy
 
 import diffusion_t5x as dt
-from diffusion_t5x import generate, infer
+from diffusion_t5x import api_decoding, generate, infer
 from diffusion_t5x.checkpointing.rebuilding import rebuild
 from diffusion_t5x.checkpointing.record import describe
 from diffusion_t5x.command_line import config
+from diffusion_t5x.data import stop_strings
+from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.evaluation.in_slots import SlotDecoding
 
 seqio = pytest.importorskip("seqio")
 from untrained import LENGTHS, SIZE, give_record, untrained  # noqa: E402
@@ -71,6 +74,51 @@ def test_it_writes_what_generate_writes(masked, model, monkeypatch, capsys):
     assert steps.text == written[0][0] and len(steps.canvases) > 2 and set(steps.canvases[0]) == {"▢"}
     assert steps.canvases[-1].startswith(steps.text)
     assert steps._repr_html_().startswith("<iframe srcdoc=") and "<script" not in steps._repr_html_()
+
+
+@pytest.fixture
+def in_slots(monkeypatch):
+    """A list that grows with each call that decodes in slots."""
+    calls, decode = [], SlotDecoding.decode
+    monkeypatch.setattr(SlotDecoding, "decode", lambda *given: (calls.append(given), decode(*given))[1])
+    return calls
+
+
+MANY = [f"{n}" * (n % 4) for n in range(10)]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda model: model.generate(MANY, samples=2),
+        pytest.param(
+            lambda model: model.fill([f"{n}<hole:{1 + n % 3}>c" for n in range(10)], "one", seed=2),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["generate", "fill"],
+)
+def test_many_texts_are_decoded_in_slots(write, model, in_slots, monkeypatch):
+    found = write(model)
+    assert len(in_slots) == 1 and len(set(map(str, found))) > 3
+    monkeypatch.setattr(api_decoding, "_SLOTS", 10)  # one by one
+    assert write(model) == found and len(in_slots) == 1
+
+
+@pytest.mark.slow
+def test_stop_strings_end_texts(masked, model, in_slots):
+    anyhow = dt.load(masked, allow_mismatch=True)
+    for decoder in (AutoregressiveDecoder(temperature=1.0), None):  # in order; a canvas, which is written whole
+        whole = anyhow.generate(MANY[1:4], decoder=decoder)
+        stops = [whole[0][2:4], whole[1][1:2]]
+        cut = anyhow.generate(MANY[1:4], decoder=decoder, stop=stops)
+        assert cut == [stop_strings.trim(text, stops).text for text in whole] and cut[0] != whole[0]
+        assert anyhow.generate(MANY[1], decoder=decoder, stop=stops) == cut[0]
+        assert len(in_slots) == 2  # by the first decoder
+    with pytest.raises(UserError, match="stop takes texts of at least one character"):
+        model.generate("one", stop="a")
+    with pytest.raises(UserError, match="stop would cut the text"):
+        model.generate("one", stop=["a"], regex="[ab]*")
 
 
 def test_it_fills_and_scores_what_infer_does(masked, model, tmp_path, monkeypatch):
@@ -195,6 +243,7 @@ def offline(monkeypatch, published):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(published))
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub(offline, published, tmp_path):
     from diffusion_t5x.importing.from_hf import from_hf
 

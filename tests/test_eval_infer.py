@@ -135,6 +135,7 @@ def test_infer_goes_on_where_it_stopped_and_refuses_other_settings(finetuned, tm
     assert len((cut / name).read_text().splitlines()) == 20
 
 
+@pytest.mark.slow
 def test_infer_fills_holes_and_refuses_what_writes_from_left_to_right(finetuned, tmp_path, capsys):
     templates = tmp_path / "texts.jsonl"
     lines = [
@@ -182,6 +183,7 @@ def test_generate_needs_nothing_but_a_quickstart_run_s_folder(finetuned, capsys)
     assert "24 tokens after at most 24 of a prompt" in shown
 
 
+@pytest.mark.slow
 def test_likelihoods_of_a_set_and_of_each_example_are_the_same(finetuned, tmp_path, capsys):
     flags = [*MODELS, "--gin_file=objectives/sundae.gin", *TASK, *TINY, f"--gin.CHECKPOINT_PATH={finetuned}"]
     flags += ["--gin.NUM_SCORED_EXAMPLES=10", "--gin.NUM_DRAWS=4"]

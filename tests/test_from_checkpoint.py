@@ -190,6 +190,7 @@ def test_report(block, tmp_path, capsys):
     assert "BlockDecoder(block_size=3, " in page
 
 
+@pytest.mark.slow
 def test_a_module_of_a_user(folder, tmp_path, monkeypatch, capsys, refused):
     """Objective and decoder of their own are in the record, with all fields, and trusted where they are allowed."""
     module = f"mine_{tmp_path.name.replace('-', '_')}"
@@ -235,6 +236,7 @@ def test_a_mismatch_may_be_allowed(block, tmp_path, capsys):
     assert "Set --gin.BLOCK_SIZE=3." in output.err and "BlockDecoder(block_size=8" in output.out
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_as_it_was_trained(block, folder, tmp_path, capsys, refused):
     run = shutil.copytree(block, tmp_path / "run")
     again = flags(folder, "objectives/block.gin", "decoding/block.gin", MODEL_DIR=str(run), BLOCK_SIZE=3, TRAIN_STEPS=2)

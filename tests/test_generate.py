@@ -14,6 +14,7 @@ import open_models
 import pytest
 import tiny
 from pages import by_module
+from variants import quick
 
 from diffusion_t5x import generate, infer, train
 from diffusion_t5x.chat.conversation import one_line
@@ -109,7 +110,7 @@ def test_a_moved_folder_and_a_lost_tokenizer(stories, test_data, tmp_path, ask, 
         os.rename(f"{lost}.away", lost)
 
 
-@pytest.mark.parametrize("form", ["old", "new"])
+@pytest.mark.parametrize("form", quick(["old", "new"], ["new"]))
 def test_an_imported_encoder_decoder_reads_eos_behind_its_prompt(form, tmp_path, ask):
     specials = {"eos_token": "<|end|>", "pad_token": "<|pad|>"}
     tokenizer = open_models.save_tokenizer(tmp_path, open_models.byte_level(), **specials)
@@ -215,11 +216,12 @@ def test_rows_have_room_for_prompts_of_many_lengths():
         Prompts(seqio.PassThroughVocabulary(8, 1), False, 8, 8, "decoder_only")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "objective"),
     [
         ("decoder_only", "sundae"),
-        pytest.param("encoder_decoder", "autoregressive", marks=pytest.mark.slow),
+        ("encoder_decoder", "autoregressive"),
     ],
 )
 def test_it_writes_what_infer_writes(architecture, objective, tmp_path, ask):

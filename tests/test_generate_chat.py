@@ -67,11 +67,18 @@ def test_the_template_is_used_unless_told_otherwise(imported, ask):
     assert ask("--prompt", "the a?").out == ask("--no-chat", "--prompt", rendered).out
 
 
-def test_stop_strings_end_answers(ask):
-    whole = ask("--prompt", "the a?").out.removesuffix("\n")
+def test_stop_strings_end_answers_and_their_decoding(ask):
+    """A decoder that writes in order stops with the piece that completes the string, here after every fourth token."""
+    said = ask("--prompt", "the a?")
+    whole = said.out.removesuffix("\n")
     assert len(whole) > 4
-    cut = ask("--prompt", "the a?", "--stop", whole[3:5], "--stop", "no such text").out.removesuffix("\n")
+    stopped = ask("--prompt", "the a?", "--stop", whole[3:5], "--stop", "no such text")
+    cut = stopped.out.removesuffix("\n")
     assert cut == whole[: whole.index(whole[3:5])] != whole
+    steps, fewer = (int(re.search(r"(\d+) pass(es)? of the model", x.err)[1]) for x in (said, stopped))
+    assert fewer < steps and fewer % 4 == 0
+    again = ask("--prompt", "the a?", "--stop", "no such text")
+    assert again.out.removesuffix("\n") == whole and f"{steps} passes of the model" in again.err
 
 
 @pytest.mark.parametrize(
@@ -147,7 +154,9 @@ def test_turns_and_commands(talk, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "decoder", [AutoregressiveDecoder(), MaskedDecoder(num_steps=4)], ids=["left to right", "masked"]
+    "decoder",
+    [pytest.param(AutoregressiveDecoder(), marks=pytest.mark.slow), MaskedDecoder(num_steps=4)],
+    ids=["left to right", "masked"],
 )
 def test_what_ends_a_turn_ends_the_text(decoder, tmp_path):
     """As Gemma's, which is not EOS. Whatever token it is, what follows it is dropped."""

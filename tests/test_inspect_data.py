@@ -106,9 +106,9 @@ ENCODER_DECODER = ["--gin_file=models/encoder_decoder.gin"]
     ("recipe", "flags"),
     [
         ("finetune_ar", PACKED),
-        ("finetune_ar", ENCODER_DECODER),
+        pytest.param("finetune_ar", ENCODER_DECODER, marks=pytest.mark.slow),
         ("finetune_diffusion", []),
-        ("finetune_diffusion", ENCODER_DECODER + PACKED),
+        pytest.param("finetune_diffusion", ENCODER_DECODER + PACKED, marks=pytest.mark.slow),
     ],
     ids=["packed AR", "encoder-decoder AR", "canvas SUNDAE", "packed encoder-decoder SUNDAE"],
 )
@@ -145,6 +145,7 @@ def test_the_table_is_the_batch_and_what_step_1_reads(recipe, flags, tmp_path, c
     assert POSITION.findall(shown) == expected
 
 
+@pytest.mark.slow
 def test_training_step_1_has_the_noise_that_is_shown(capsys):
     dataset, objective = DATASET, Sundae()
     inspect_data(dataset=dataset, model=TINIEST, objective=objective, random_seed=SEED, dry_run=True)

@@ -114,6 +114,7 @@ def test_a_run_told_to_stop_again_and_again_is_the_undisturbed_run_bit_for_bit(p
         np.testing.assert_array_equal(array, resumed[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_adaptation_starts_from_the_parameters_with_a_fresh_optimizer(pretrained, tmp_path, capsys):
     flags = ["--gin_file=recipes/quickstart/adapt.gin", *PRETRAIN[1:], f"--gin.MODEL_DIR={tmp_path}"]
     flags += [f"--gin.INITIAL_CHECKPOINT_PATH={pretrained}", "--gin.TRAIN_STEPS=4", "--gin.Periods.save=1"]

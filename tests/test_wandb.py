@@ -109,6 +109,7 @@ def test_a_run_and_its_resumption_are_one_run_with_the_metrics_of_the_jsonl(tmp_
         assert [end.exit_code for end in of_kind(start, "exit")] == [0]
 
 
+@pytest.mark.slow
 def test_steps_may_go_back_and_a_failure_is_marked(tmp_path):
     writer = metrics.WandbWriter(tmp_path, {})
     with pytest.raises(ZeroDivisionError):

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from diffusion_t5x.errors import UserError
 
+INCOMPLETE = "\ufffd"  # stands for a part of a character
+
 
 @dataclasses.dataclass(frozen=True)
 class Trimmed:
@@ -35,6 +37,16 @@ def trim(text: str, stops: Sequence[str], partial: bool = False) -> Trimmed:
         return Trimmed(text[: min(found)[1]], stopped=True)
     held = max((_overlap(text, stop) for stop in stops), default=0) if partial else 0
     return Trimmed(text[: len(text) - held], stopped=False)
+
+
+def stopped(text: str, stops: Sequence[str]) -> bool:
+    """Returns True if the beginning of a text has a stop string, whatever follows.
+
+    Args:
+      text: the beginning; it may end within a character.
+      stops: the stop strings.
+    """
+    return trim(text.rstrip(INCOMPLETE), stops).stopped
 
 
 def check(stops: Sequence[str], setting: str) -> tuple[str, ...]:

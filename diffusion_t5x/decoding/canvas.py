@@ -121,6 +121,7 @@ class StepRule(RowDecoder, Protocol):
     """
 
     fills_holes: ClassVar[bool] = True
+    in_order: ClassVar[bool] = False
     keeps_written: ClassVar[bool] = False
     num_samples: int = 1
     guidance: float = 0.0

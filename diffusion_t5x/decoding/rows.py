@@ -28,9 +28,11 @@ class RowDecoder(Decoder, Protocol):
 
     Attributes:
       stride: number of calls after which it pays to look which rows have finished.
+      in_order: targets are written from the first to the last, and no call changes those of an earlier one.
     """
 
     stride: ClassVar[int] = 1
+    in_order: ClassVar[bool] = True
 
     def start(
         self,

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.decoding.decoder import Decoded
+from diffusion_t5x.decoding.decoder import Decoded, Watch
 from diffusion_t5x.decoding.rows import Carry, RowDecoder
 from diffusion_t5x.models.streams import sample_key
 from diffusion_t5x.models.transformer import ModelDefinition, Params
@@ -28,12 +28,20 @@ class SlotPrograms:
       mesh: the mesh for the rows.
       definition: the model.
       decoder, num_slots, piece, stride: see `SlotEngine`.
+      watch: is shown every step.
     """
 
     def __init__(
-        self, mesh: Mesh, definition: ModelDefinition, decoder: RowDecoder, num_slots: int, piece: int, stride: int
+        self,
+        mesh: Mesh,
+        definition: ModelDefinition,
+        decoder: RowDecoder,
+        num_slots: int,
+        piece: int | None,
+        stride: int,
+        watch: Watch | None = None,
     ):
-        self.definition, self.decoder = definition, decoder
+        self.definition, self.decoder, self.watch = definition, decoder, watch
         self.num_slots, self.piece, self.stride = num_slots, piece, stride
         whole = partitioning.replicated(mesh)
         self.begin = jax.jit(self._begin)
@@ -44,7 +52,7 @@ class SlotPrograms:
     def _begin(self, params: Params, batch: Batch, keys: jax.Array, samples: IntB) -> Carry:
         """Returns the state of new rows."""
         row_keys = jax.vmap(sample_key)(jax.random.wrap_key_data(keys), samples)
-        return self.decoder.start(self.definition.bind(params), batch, row_keys, piece=self.piece)
+        return self.decoder.start(self.definition.bind(params), batch, row_keys, self.watch or False, self.piece)
 
     def _admit(self, params: Params, carry: Carry, batch: Batch, keys: jax.Array, samples: IntB, at: IntB) -> Carry:
         """Returns the state with new rows in the slots `at`."""

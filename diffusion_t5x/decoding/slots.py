@@ -5,7 +5,7 @@ import copy
 import dataclasses
 import functools
 import itertools
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, Self, TypeVar, cast
 
 import jax
@@ -20,8 +20,10 @@ from diffusion_t5x.decoding.rows import Carry, RowDecoder
 from diffusion_t5x.decoding.slot_programs import SlotPrograms
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.transformer import ModelDefinition, Params
+from diffusion_t5x.shapes import KeyScalar
 
 Ident = TypeVar("Ident", bound=Hashable)
+IsEnough = Callable[[Ident, list[int]], bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +56,12 @@ class Finished:
 
 @dataclasses.dataclass(frozen=True)
 class _Request:
-    """A row of `width` slots, padded to those of the engine, and what it draws from."""
+    """A row of `width` slots, padded to those of the engine, and the key data and the sample that it draws from."""
 
     ident: Hashable
     row: Batch
     width: int
-    seed: int
+    key: np.ndarray
     sample: int
 
 
@@ -111,15 +113,23 @@ class SlotEngine:
         if (definition.config.architecture == "encoder_decoder") != (encoder_length is not None):
             raise UserError("SlotEngine.encoder_length belongs to encoder-decoder models, and only to them.")
         partitioning.check_batch(mesh, num_slots, length)
-        self._mesh, self._params, self._seed = mesh, params, seed
+        self._mesh, self._params, self._key = mesh, params, key_data(seed)
+        self._pad_id = definition.vocabulary.pad_id
         self._length, self._encoder_length = length, encoder_length
         self._programs = SlotPrograms(mesh, definition, row_decoder, num_slots, piece, stride)
         self._forget()
 
-    def with_params(self, params: Params) -> Self:
-        """Returns an engine without rows that has other parameters and the same compiled programs."""
+    def with_params(self, params: Params, key: KeyScalar | None = None) -> Self:
+        """Returns an engine without rows that has other parameters and the same compiled programs.
+
+        Args:
+          params: its parameters.
+          key: the key of all draws; None: as before.
+        """
         engine = copy.copy(self)
         engine._params = params
+        if key is not None:
+            engine._key = np.asarray(jax.random.key_data(key))
         engine._forget()
         return engine
 
@@ -159,16 +169,15 @@ class SlotEngine:
             raise UserError(f"A row {ident!r} is already being decoded: give each row another name.")
         width = row.tokens.shape[1]
         padded = _padded(row, self._length, self._encoder_length)
-        self._waiting.append(_Request(ident, padded, width, self._seed if seed is None else seed, sample))
+        self._waiting.append(_Request(ident, padded, width, self._key if seed is None else key_data(seed), sample))
 
     def cancel(self, ident: Hashable) -> None:
         """Drops a row and frees its slot, if it has one. Does nothing if the row has finished."""
         self._waiting = collections.deque(request for request in self._waiting if request.ident != ident)
         for slot, request in enumerate(self._slots):
             if request is not None and request.ident == ident:
-                assert self._carry is not None
                 self._slots[slot] = None
-                self._carry["finished"] = self._carry["finished"].at[slot].set(True)  # takes no more steps
+                self._stop(slot)
 
     def advance(self) -> list[Progress | Finished]:
         """Reads waiting rows into free slots, writes the next piece of all rows, and returns what became of each."""
@@ -185,11 +194,16 @@ class SlotEngine:
             if request is not None
         ]
 
-    def decode(self, rows: Iterable[tuple[Ident, Batch, int]]) -> Iterator[tuple[Ident, Decoded]]:
+    def decode(
+        self, rows: Iterable[tuple[Ident, Batch, int]], is_enough: IsEnough[Ident] | None = None
+    ) -> Iterator[tuple[Ident, Decoded]]:
         """Yields the output of each row, numpy, as soon as it is finished; takes rows as slots become free.
 
         Args:
           rows: name, row and number of the sample of each; see `submit`.
+          is_enough: told, after each stride, the name of a row and those of its targets that are written and will not
+            change; True if no more is needed. The row leaves at once; its other targets are padding. Ignored by
+            decoders that do not write in order, which write all of a row.
         """
         rows = iter(rows)
         while True:
@@ -198,17 +212,45 @@ class SlotEngine:
             if not self.num_waiting + self.num_running:
                 return
             finished = self._write_pieces()
-            ended = [(slot, request) for slot, request in enumerate(self._slots) if request and finished[slot]]
+            early = set() if is_enough is None else self._stop_early(is_enough, finished)
+            ended = [
+                (slot, request)
+                for slot, request in enumerate(self._slots)
+                if request and (finished[slot] or slot in early)
+            ]
             if ended:
                 decoded = jax.device_get(self._programs.finish(self._carry))
                 yield from [
-                    (cast(Ident, request.ident), self._leave(slot, request, decoded)) for slot, request in ended
+                    (cast(Ident, request.ident), self._leave(slot, request, decoded, slot in early))
+                    for slot, request in ended
                 ]
 
-    def _leave(self, slot: int, request: _Request, decoded: Decoded) -> Decoded:
-        """Frees a slot; returns the output of its row."""
+    def _stop_early(self, is_enough: IsEnough[Ident], finished: np.ndarray) -> set[int]:
+        """Stops unfinished rows of which no more is needed; returns their slots."""
+        running = [(slot, request) for slot, request in enumerate(self._slots) if request and not finished[slot]]
+        if not running or not self._programs.decoder.in_order:
+            return set()
+        decoded = self._programs.finish(self._carry)
+        canvas, written_at = jax.device_get((decoded.canvas, decoded.written_at))
+        enough = {
+            slot
+            for slot, request in running
+            if is_enough(cast(Ident, request.ident), canvas[slot, written_at[slot] >= 0].tolist())
+        }
+        for slot in enough:
+            self._stop(slot)
+        return enough
+
+    def _stop(self, slot: int) -> None:
+        """Lets the row in a slot take no more steps."""
+        assert self._carry is not None
+        self._carry["finished"] = self._carry["finished"].at[slot].set(True)
+
+    def _leave(self, slot: int, request: _Request, decoded: Decoded, early: bool = False) -> Decoded:
+        """Frees a slot; returns the output of its row, with padding for what an early one lacks."""
         self._slots[slot] = None
-        return _row_of(decoded, slot, request.width)
+        found = _row_of(decoded, slot, request.width)
+        return cut_short(found, request.row, self._pad_id) if early else found
 
     def _write_pieces(self) -> np.ndarray:
         """Reads waiting rows into free slots and writes the next piece of all rows; returns which are finished."""
@@ -240,7 +282,7 @@ class SlotEngine:
     def _put(self, requests: list[_Request], put: Any) -> Any:
         """Puts rows, their keys and the numbers of their samples on the mesh."""
         batch = jax.tree.map(lambda *x: np.concatenate(x), *(request.row for request in requests))
-        keys = np.stack([_key_data(request.seed) for request in requests])
+        keys = np.stack([request.key for request in requests])
         samples = np.array([request.sample for request in requests], np.int32)
         return put(self._mesh, (batch, keys, samples))
 
@@ -256,7 +298,8 @@ def check_slots(decoder: Decoder) -> RowDecoder:
 
 
 @functools.lru_cache(maxsize=1024)
-def _key_data(seed: int) -> np.ndarray:
+def key_data(seed: int) -> np.ndarray:
+    """Returns the data of a seed's key."""
     return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
 
@@ -287,3 +330,12 @@ def _row_of(decoded: Decoded, row: int, width: int) -> Decoded:
         if x is not None and name != "steps"
     }
     return decoded.replace(**fields, steps=np.asarray(decoded.row_steps[row]))
+
+
+def cut_short(decoded: Decoded, row: Batch, pad_id: int) -> Decoded:
+    """Returns the output of a row that has left before its end, numpy: what is not written is padding."""
+    is_written = decoded.written_at >= 0
+    is_blank = row.target_mask[:, : is_written.shape[1]] & ~is_written
+    return decoded.replace(
+        tokens=np.where(is_blank, pad_id, decoded.tokens), num_tokens=np.sum(is_written, axis=-1, dtype=np.int32)
+    )

@@ -24,7 +24,7 @@ from diffusion_t5x.data.rows import LaidOut, Row, RowLayout, check_rows, fill_ba
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.evaluation.in_slots import SlotDecoding
+from diffusion_t5x.evaluation.in_slots import IsEnough, SlotDecoding
 from diffusion_t5x.evaluation.inference import make_decode_step
 from diffusion_t5x.evaluation.likelihood import make_likelihood_step
 from diffusion_t5x.models.masks import PREFIX
@@ -120,22 +120,30 @@ class Harness:
         written = dict(zip(once, self._write([(list(context), size) for context, size in once]), strict=True))
         return [written[key] == continuation for key, (_, continuation) in zip(asked, pairs, strict=True)]
 
-    def write(self, requests: Sequence[tuple[Tokens, int]]) -> list[Tokens]:
+    def write(self, requests: Sequence[tuple[Tokens, int]], is_enough: IsEnough | None = None) -> list[Tokens]:
         """Returns the decoder's output after each context, up to the end of the text, within the requested length.
 
         A canvas is written whole and then truncated.
+
+        Args:
+          requests: contexts, and the maximum number of tokens after each.
+          is_enough: lets texts stop early; a request goes by its index.
         """
         limit = self._rows.task_feature_lengths["targets"]
         if longer := sum(size > limit for _, size in requests):
             logger.warning(
                 "%d of %d texts may be longer than %d tokens; they are truncated", longer, len(requests), limit
             )
-        return self._write([(context, min(size, limit)) for context, size in requests])
+        return self._write([(context, min(size, limit)) for context, size in requests], is_enough)
 
-    def _write(self, requests: Sequence[tuple[Tokens, int]]) -> list[Tokens]:
+    def _write(self, requests: Sequence[tuple[Tokens, int]], is_enough: IsEnough | None = None) -> list[Tokens]:
         blanks = ([] if self._rows.canvas else [self._ids.pad_id] * size for _, size in requests)
         examples = [(context, blank) for (context, _), blank in zip(requests, blanks, strict=True)]
-        found = self._run("texts", lambda params, batch: self._decode(params, batch).tokens, examples, self._slots)
+
+        def step(params: Params, batch: Batch) -> jax.Array:
+            return self._decode(params, batch).tokens
+
+        found = self._run("texts", step, examples, self._slots, is_enough)
         ends = (self._ids.eos_id, self._ids.pad_id, *self._ids.end_ids)
         texts = (itertools.takewhile(lambda token: token not in ends, row[mask].tolist()) for row, mask in found)
         return [list(text)[:size] for text, (_, size) in zip(texts, requests, strict=True)]
@@ -150,6 +158,7 @@ class Harness:
         step: Callable[[Params, Batch], Any],
         examples: Sequence[tuple[Tokens, Tokens]],
         slots: SlotDecoding | None = None,
+        is_enough: IsEnough | None = None,
     ) -> list[tuple[Any, np.ndarray]]:
         """Returns each example's row of the step's output, and its target mask.
 
@@ -158,6 +167,7 @@ class Harness:
           step: reads batches.
           examples: inputs and targets.
           slots: returns decoded tokens in place of the step where that pays.
+          is_enough: lets texts in slots stop early; an example goes by its index.
         """
         rows = self._rows
         layout = RowLayout(rows.task_feature_lengths, rows.architecture, rows.canvas, self._ids.pad_id)
@@ -174,7 +184,7 @@ class Harness:
                 padded = dataclasses.replace(layout, task_feature_lengths=dict(shape))
                 members = ((padded.row(sequences[i]), i) for i, s in enumerate(shapes) if s == shape)
                 batches = fill_batches(members, rows.batch_size, self._ids.pad_id)
-                for batch, group, result in self._outputs(step, slots, _with_ids(batches, example_ids)):
+                for batch, group, result in self._outputs(step, slots, is_enough, _with_ids(batches, example_ids)):
                     for row, i in enumerate(group):
                         found[i] = jax.tree.map(lambda x: x[row], result), batch.target_mask[row]  # noqa: B023
                     done += len(group)
@@ -185,12 +195,13 @@ class Harness:
         self,
         step: Callable[[Params, Batch], Any],
         slots: SlotDecoding | None,
+        is_enough: IsEnough | None,
         batches: Iterator[tuple[Batch, list[int]]],
     ) -> Iterator[tuple[Batch, Sequence[int], Any]]:
         """Yields batches of one shape, each with the step's output, numpy."""
-        pays, batches = (False, batches) if slots is None else slots.pays(batches)
+        pays, batches = (False, batches) if slots is None else slots.pays(batches, stops=is_enough is not None)
         if slots is not None and pays:
-            for batch, group, (decoded,) in slots.decode(self._params, batches):
+            for batch, group, (decoded,) in slots.decode(self._params, batches, is_enough=is_enough):
                 yield batch, group, decoded.tokens
             return
         for batch, group in batches:

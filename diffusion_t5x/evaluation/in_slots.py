@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -19,6 +19,8 @@ from diffusion_t5x.models.transformer import ModelDefinition, Params
 
 Marked = TypeVar("Marked", bound=tuple[Batch, Sequence[Any]])
 Place = tuple[int, int]  # row of a batch, and number of its sample
+IsEnough = Callable[[Any, list[int]], bool]
+"""Is told an example and the tokens that are written for it so far; True if no more are needed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +39,20 @@ class SlotDecoding:
     decoder: Decoder
     seed: int
 
-    def pays(self, batches: Iterable[Marked]) -> tuple[bool, Iterator[Marked]]:
-        """Returns whether the decoder can decode these batches in slots and there are several, and the batches."""
+    def pays(self, batches: Iterable[Marked], stops: bool = False) -> tuple[bool, Iterator[Marked]]:
+        """Returns whether to decode in slots, and the batches.
+
+        That pays if the decoder can, and if there are several batches or a row may stop early.
+
+        Args:
+          batches: what is to be decoded.
+          stops: `decode` gets an `is_enough`.
+        """
         batches = iter(batches)
         first = list(itertools.islice(batches, 2))
-        return isinstance(self.decoder, RowDecoder) and len(first) > 1, itertools.chain(first, batches)
+        decoder = self.decoder
+        pays = isinstance(decoder, RowDecoder) and (len(first) > 1 or (stops and decoder.in_order))
+        return pays, itertools.chain(first, batches)
 
     @functools.cached_property
     def _engines(self) -> dict[tuple[int, int, int | None], SlotEngine]:
@@ -60,7 +71,11 @@ class SlotDecoding:
         return self._engines[shape].with_params(params)
 
     def decode(
-        self, params: Params, batches: Iterable[tuple[Batch, Sequence[Any]]], samples: int = 1
+        self,
+        params: Params,
+        batches: Iterable[tuple[Batch, Sequence[Any]]],
+        samples: int = 1,
+        is_enough: IsEnough | None = None,
     ) -> Iterator[tuple[Batch, Sequence[Any], list[Decoded]]]:
         """Yields each batch, in order, with its output for each sample, numpy.
 
@@ -68,6 +83,7 @@ class SlotDecoding:
           params: the model's parameters.
           batches: numpy batches of one shape, and the examples in their first rows.
           samples: number of times that each row is decoded.
+          is_enough: lets rows stop early; see `SlotEngine.decode`.
         """
         batches = iter(batches)
         first = next(batches, None)
@@ -81,7 +97,13 @@ class SlotDecoding:
                 for row, sample in itertools.product(range(len(batch.tokens)), range(samples)):
                     yield (number, (row, sample)), jax.tree.map(lambda x: x[row : row + 1], batch), sample  # noqa: B023
 
-        for (number, place), decoded in self._engine(params, first[0]).decode(rows()):
+        def row_has_enough(name: tuple[int, Place], tokens: list[int]) -> bool:
+            number, (row, _) = name
+            examples = begun[number - done][1]
+            return is_enough is not None and row < len(examples) and is_enough(examples[row], tokens)
+
+        engine, stops = self._engine(params, first[0]), row_has_enough if is_enough else None
+        for (number, place), decoded in engine.decode(rows(), stops):
             begun[number - done][2][place] = decoded
             while begun and len(begun[0][2]) == samples * len(begun[0][0].tokens):
                 batch, examples, found = begun.popleft()

@@ -12,7 +12,7 @@ from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.decoding.decoder import Decoded, Decoder, Watch
 from diffusion_t5x.evaluation import traces
-from diffusion_t5x.evaluation.in_slots import SlotDecoding
+from diffusion_t5x.evaluation.in_slots import IsEnough, SlotDecoding
 from diffusion_t5x.evaluation.teacher import Judge
 from diffusion_t5x.models.streams import sample_key
 from diffusion_t5x.models.transformer import ModelDefinition, Params
@@ -49,6 +49,7 @@ def predict(
     samples_per_example: int = 1,
     text_mask: Callable[[Batch], np.ndarray] | None = None,
     slots: SlotDecoding | None = None,
+    is_enough: IsEnough | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yields one record for each example, in order.
 
@@ -65,6 +66,7 @@ def predict(
         targets are the text.
       slots: decodes in place of `decode_step` if it can and there is more than one batch. A text that ends makes room
         for the next one then, in place of waiting for the longest of its batch.
+      is_enough: lets a text that is decoded in slots stop early. Its numbers are of what is written by then.
 
     Yields:
       The example's own fields with "prediction" (text), "score" (see the decoder), "num_tokens" (written tokens, up to
@@ -73,9 +75,9 @@ def predict(
       `traces.compact`). With several samples these describe the first, and "predictions" has the texts of all. If only
       parts of a text were written, "holes" has these parts.
     """
-    pays, batches = (False, batches) if slots is None else slots.pays(batches)
+    pays, batches = (False, batches) if slots is None else slots.pays(batches, stops=is_enough is not None)
     if slots is not None and pays:
-        outputs = slots.decode(params, batches, samples_per_example)
+        outputs = slots.decode(params, batches, samples_per_example, is_enough)
     else:
         outputs = decode_whole(decode_step, params, batches, mesh, samples_per_example)
     for batch, examples, (decoded, *others) in outputs:

@@ -69,9 +69,14 @@ def adapt(harness: Harness, vocabulary: AnyVocabulary, rows: Rows, chat: Chat | 
             _warn_of_sampling([settings for _, settings in asked])
             ids = [chat.encode_prompt(text)[0] if chat else vocabulary.encode(text) for text, _ in asked]
             limits = [_limit(settings) for _, settings in asked]
-            written = harness.write(list(zip(ids, limits, strict=True)))
-            texts = zip(map(vocabulary.decode, written), asked, strict=True)
-            return [stop_strings.trim(text, _until(settings)).text for text, (_, settings) in texts]
+            stops = [_until(settings) for _, settings in asked]
+
+            def is_enough(number: int, tokens: Tokens) -> bool:
+                return stop_strings.stopped(vocabulary.decode(tokens), stops[number])
+
+            written = harness.write(list(zip(ids, limits, strict=True)), is_enough if any(stops) else None)
+            texts = zip(map(vocabulary.decode, written), stops, strict=True)
+            return [stop_strings.trim(text, until).text for text, until in texts]
 
         @property
         def tokenizer_name(self) -> str:

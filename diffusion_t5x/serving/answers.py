@@ -13,7 +13,6 @@ from diffusion_t5x.serving.worker import Writing, Written
 
 FinishReason = Literal["stop", "length"]
 
-_INCOMPLETE = "\ufffd"  # stands for a part of a character
 _LEAST = -9999.0  # JSON has no infinity
 
 
@@ -100,7 +99,8 @@ class Answer:
     def _trimmed(self, tokens: Sequence[int], is_whole: bool) -> Trimmed:
         """Returns the text of tokens; of a text that goes on, without what may still change."""
         text = self._prompts.to_text(tokens)
-        return stop_strings.trim(text if is_whole else text.rstrip(_INCOMPLETE), self._stops, partial=not is_whole)
+        text = text if is_whole else text.rstrip(stop_strings.INCOMPLETE)
+        return stop_strings.trim(text, self._stops, partial=not is_whole)
 
     def _scores(self, written: Written, kept: Sequence[int], trimmed: Trimmed) -> list[Token]:
         """Returns the tokens of the text, without those that belong to a stop string alone."""

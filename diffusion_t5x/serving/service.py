@@ -16,8 +16,8 @@ import numpy as np
 from diffusion_t5x.chat.prompts import Prompts
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
-from diffusion_t5x.decoding.canvas import StepRule
 from diffusion_t5x.decoding.decoder import Decoder
+from diffusion_t5x.decoding.rows import RowDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.serving.answers import Answer, Piece
 from diffusion_t5x.serving.metrics import Metrics
@@ -116,8 +116,8 @@ class Service:
         if self._in_flight + len(texts) > room:
             message = f"{self._in_flight} texts are running or waiting, of at most {room}. Try again later."
             raise busy(message, self._seconds_to_wait())
-        left_to_right = StepRule not in type(self.decoder).__mro__
-        answers = [Answer(n, self.prompts, ask.stop, ask.alternatives, left_to_right) for n in range(len(texts))]
+        in_order = isinstance(self.decoder, RowDecoder) and self.decoder.in_order
+        answers = [Answer(n, self.prompts, ask.stop, ask.alternatives, in_order) for n in range(len(texts))]
         self._in_flight += len(texts)
         self._metrics.prompt_tokens.inc(prompt_tokens)
         return Reply(self, self._worker, texts, answers, prompt_tokens)

@@ -5,12 +5,10 @@ whole (`training.rewards`, `objectives.policy_gradient`).
 """
 
 import dataclasses
-import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool
@@ -23,21 +21,18 @@ from diffusion_t5x.data.examples import Example
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
-from diffusion_t5x.models.streams import stream
-from diffusion_t5x.models.transformer import ModelDefinition, Params, Transformer
+from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.objective import Objective
-from diffusion_t5x.shapes import AnyBoolBL, KeyScalar
 from diffusion_t5x.training.loop import BatchIterator
 from diffusion_t5x.training.metrics import Writer
 from diffusion_t5x.training.ramps import Ramp
 from diffusion_t5x.training.rewards import Grader, Rewards
+from diffusion_t5x.training.rollout_texts import Prepare, TextWriter, own_targets, prompts
 from diffusion_t5x.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 _STORED = "rollout_"  # texts in the data's state
-
-Prepare = Callable[[Transformer, Batch, KeyScalar], Batch]  # an objective's `prepare_rollout`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +43,9 @@ class Rollout:
 
     Attributes:
       decoder: writes the texts, in the objective's blocks.
-      num_batches: number of training batches decoded at once, with the same parameters.
+      num_batches: number of training batches written with the same parameters.
+      batches_at_once: number of these batches as many of whose rows as there are slots: a text that ends makes room for
+        the next one.
       passes: number of times that each of these batches is trained on. The states are redrawn in each.
       lengths: maximum tokens of a text, in whole blocks.
       data_share: probability that the data's own targets, truncated to that length, replace a text of the student. Its
@@ -59,6 +56,7 @@ class Rollout:
 
     decoder: BlockDecoder
     num_batches: int = 16
+    batches_at_once: int = 1
     passes: int = 1
     lengths: Ramp = Ramp(100, 4000)  # noqa: RUF009  (frozen)
     data_share: Ramp = Ramp(0, 0)  # noqa: RUF009  (frozen)
@@ -68,7 +66,8 @@ class Rollout:
     def __post_init__(self) -> None:
         if not self.decoder.inner.keeps_written:
             raise UserError(f"Rollout.decoder must write masked blocks: a step's state is what is masked; got {self}.")
-        if min(self.num_batches, self.passes, self.lengths.start, self.num_buckets) < 1:
+        numbers = self.num_batches, self.batches_at_once, self.passes, self.lengths.start, self.num_buckets
+        if min(numbers) < 1:
             raise UserError(f"Rollout needs numbers and lengths of at least 1; got {self}.")
         if self.lengths.start > self.lengths.end:
             raise UserError(
@@ -103,91 +102,8 @@ class Rollout:
         return min(size for size in sizes if size >= length)
 
 
-def prompts(batch: Batch, num_inputs: int, length: int, bucket: int) -> Batch:
-    """Returns the inputs of a batch, each followed by `length` empty targets; rows of `num_inputs + bucket` slots.
-
-    Args:
-      batch: numpy, one example per row, inputs of at most `num_inputs` tokens.
-      num_inputs: number of slots for the inputs.
-      length: number of targets.
-      bucket: number of slots for the targets.
-    """
-    slots = np.arange(num_inputs + bucket, dtype=np.int32)
-    given = np.sum(batch.input_mask, axis=-1, keepdims=True)
-    tokens = np.zeros((len(given), len(slots)), np.int32)
-    tokens[:, :num_inputs] = np.where(batch.input_mask, batch.tokens, 0)[:, :num_inputs]
-    there = slots < given + length
-    return Batch(
-        tokens=tokens,
-        target_mask=there & (slots >= given),
-        segment_ids=there.astype(np.int32),
-        positions=np.where(there, slots, 0),
-        example_ids=batch.example_ids,
-    )
-
-
-def own_targets(
-    batch: Batch, asked: Batch, rows: Bool[np.ndarray, " batch"]
-) -> tuple[Batch, Bool[np.ndarray, "batch length"]]:
-    """Returns the prompts with the data's own targets in some rows, truncated to the canvas, and where these are.
-
-    Args:
-      batch: numpy, as in `prompts`.
-      asked: the prompts made of it.
-      rows: True for rows that get their targets.
-    """
-    room = max(asked.tokens.shape[1] - batch.tokens.shape[1], 0)
-    tokens, mask = (
-        np.pad(x, ((0, 0), (0, room)))[:, : asked.tokens.shape[1]] for x in (batch.tokens, batch.target_mask)
-    )
-    given = mask & asked.target_mask & rows[:, None]
-    return asked.replace(tokens=np.where(given, tokens, asked.tokens)), given
-
-
-def make_rollout_step(
-    mesh: Mesh,
-    definition: ModelDefinition,
-    decoder: BlockDecoder,
-    *,
-    seed: int,
-    prepare: Prepare = lambda model, batch, key: batch,
-) -> Callable[..., Batch]:
-    """Returns the jitted `(params, prompts, step, given=None) -> texts`; texts record when each token was written.
-
-    A text extends to the end of the block in which it ended, as its decoder did. The tokens after its end are those
-    that the student saw as it wrote the block. Draws are keyed by `(seed, step, example_ids)`. A row with `given`
-    targets, `[B, L]` bool, keeps these and is not written. At last the objective prepares the texts.
-    """
-
-    def write(
-        seed: jax.Array, params: Params, batch: Batch, step: int | jax.Array, given: AnyBoolBL | None = None
-    ) -> Batch:
-        key = jax.random.fold_in(stream(jax.random.key(seed), "rollouts"), step)
-        asked = batch
-        if given is not None:
-            asked = batch.replace(target_mask=batch.target_mask & ~jnp.any(given, axis=-1, keepdims=True))
-        model = definition.bind(params)
-        decoded = decoder.decode(model, asked, key)
-        there = batch.input_mask | (decoded.written_at >= 0)
-        if given is not None:
-            there |= given
-        written = batch.replace(
-            tokens=jnp.where(there, decoded.canvas, definition.vocabulary.pad_id),
-            target_mask=batch.target_mask & there,
-            segment_ids=jnp.where(there, batch.segment_ids, 0),
-            positions=jnp.where(there, batch.positions, 0),
-            written_at=decoded.written_at,
-            written_log_probability=decoded.log_probability,
-        )
-        return prepare(model, written, stream(key, "prepare"))
-
-    # The seed is an argument, as in a training step: another one needs no other program.
-    jitted = jax.jit(write, out_shardings=partitioning.batch_sharding(mesh))
-    return functools.partial(jitted, partitioning.put_whole(mesh, np.uint32(seed % 2**32)))
-
-
 class OnPolicyBatches:
-    """Training batches that the student writes, `num_batches` at once; they have a position, like other data.
+    """Training batches that the student writes, `num_batches` at a time; they have a position, like other data.
 
     Args:
       mesh: the mesh for the rows.
@@ -217,7 +133,10 @@ class OnPolicyBatches:
     ):
         self._mesh, self._rollout, self._prompts, self._num_inputs = mesh, rollout, prompts, num_inputs
         self._batch_size, self._seed, self._grader, self._writer = batch_size, seed, grader, writer
-        self._write = make_rollout_step(mesh, definition, rollout.decoder, seed=seed, prepare=prepare)
+        num_slots = min(rollout.batches_at_once, rollout.num_batches) * batch_size
+        self._text_writer = TextWriter(
+            mesh, definition, rollout.decoder, prepare, num_slots=num_slots, batch_size=batch_size, seed=seed
+        )
         self._texts: list[Batch] = []
 
     def next_batch(self, state: TrainState) -> Batch:
@@ -237,10 +156,11 @@ class OnPolicyBatches:
         draws = np.random.default_rng([self._seed % 2**32, number]).random(number_of_batches * self._batch_size)
         read = [self._read(index) for index in range(number_of_batches)]
         asked = [self._ask(batch, length, draws < share) for batch in read]
-        batch, given = partitioning.put_rows(self._mesh, jax.tree.map(lambda *x: np.concatenate(x), *asked))
-        written = partitioning.whole(self._write(state.params, batch, step, given))
-        order = np.argsort(written.example_ids)
-        written = jax.tree.map(lambda x: x[order], written)
+        here = partitioning.put_rows(self._mesh, jax.tree.map(lambda *x: np.concatenate(x), *asked))
+        batch, given = partitioning.whole(here)
+        order = np.argsort(batch.example_ids)
+        batch, given = jax.tree.map(lambda x: x[order], (batch, given))
+        written = self._text_writer.write(state.params, batch, step, given)
         if self._grader is not None:
             written, metrics = self._grader.grade(written, self._examples(self._grader, read))
             logger.info("rollout: %s", ", ".join(f"{name} {value:.3g}" for name, value in metrics.items()))

@@ -221,6 +221,7 @@ def test_a_part_of_a_checkpoint_is_none_that_is_older_than_manifests(run, lost):
     assert stored.latest_whole(run) == str(run / "checkpoint_5")
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_of_the_manifest_is_always_found(run):
     path = run / "checkpoint_7" / manifest.FILE
     content = path.read_bytes()

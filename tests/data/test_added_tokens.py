@@ -74,6 +74,7 @@ def test_tokens_behind_a_sentencepiece_models_sentinels(files, spiece):
     assert ids.fingerprint != plain.fingerprint and vocabulary != plain
 
 
+@pytest.mark.slow
 def test_span_corruption_takes_the_sentinels_before_added_tokens(spiece):
     write(spiece, added_tokens=TOKENS)
     vocabulary = vocabulary_files.vocabulary(str(spiece / "spiece.model"))

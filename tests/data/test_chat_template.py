@@ -183,7 +183,11 @@ def test_tools_reach_the_template_and_have_one_of_their_own(tmp_path):
     ("template", "message_"),
     [
         ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 3 seconds"),
+        pytest.param(
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "more than 3 seconds",
+            marks=pytest.mark.slow,
+        ),
         (
             "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(90) }}",
             "more than 3 seconds",

@@ -62,6 +62,7 @@ def test_plain_rows(examples):
     assert_rows(convert(examples), [row([example]) for example in examples])
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(EXAMPLES, st.sampled_from([0, 7]))
 def test_canvas_is_as_long_as_the_targets_may_be(examples, pad_id):

@@ -63,7 +63,7 @@ def program(name, decoder):
     return jax.jit(lambda batch, key: decoder.decode(definition.bind(params), batch, key, trace=True))
 
 
-@pytest.mark.parametrize(("name", "size", "temperature", "top_k", "top_p"), quick(CASES, CASES[2:4]))
+@pytest.mark.parametrize(("name", "size", "temperature", "top_k", "top_p"), quick(CASES, CASES[2:3]))
 def test_the_text_is_that_of_decoding_token_by_token(name, size, temperature, top_k, top_p):
     plainly = AutoregressiveDecoder(temperature, top_k, top_p)
     drafting = DraftingDecoder(size, temperature, top_k, top_p)

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from whole_rollouts import make_rollout_step
 
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding.block import BlockDecoder
@@ -18,8 +19,6 @@ from diffusion_t5x.objectives.block import Block
 from diffusion_t5x.objectives.distillation import Distillation
 from diffusion_t5x.objectives.masked import Masked
 from diffusion_t5x.objectives.sundae import Sundae
-from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.training.rollout import make_rollout_step
 from diffusion_t5x.training.step import loss_and_gradients
 
 CANVAS = 7
@@ -45,7 +44,9 @@ DECODER_ONLY, ENCODER_DECODER = tiny.RELATIVE, tiny.ENCODER_DECODER
         pytest.param(DECODER_ONLY, Sundae(), [SundaeDecoder()], 800, marks=pytest.mark.slow),
         pytest.param(DECODER_ONLY, Masked(), MASKED, 800, marks=pytest.mark.slow),
         pytest.param(ENCODER_DECODER, Masked(), MASKED, 1600, marks=pytest.mark.slow),
-        (DECODER_ONLY, Block(3), [BlockDecoder(3, decoder) for decoder in MASKED], 800),
+        pytest.param(
+            DECODER_ONLY, Block(3), [BlockDecoder(3, decoder) for decoder in MASKED], 800, marks=pytest.mark.slow
+        ),
         pytest.param(
             *(DECODER_ONLY, Block(3, noise="uniform", weighting="uniform"), [BlockDecoder(3, SUNDAE)], 800),
             marks=pytest.mark.slow,
@@ -89,12 +90,7 @@ def test_a_teacher_that_knows_them_by_heart_hands_them_on():
     batch = tiny.pack([[example] for example in examples()], 5 + CANVAS)
     decoders = [BlockDecoder(3, decoder) for decoder in MASKED]
     empty = batch.replace(tokens=jnp.where(batch.target_mask, 5, batch.tokens))
-    write = make_rollout_step(
-        MeshConfig(data=1).make(jax.devices()[:1]),
-        definition,
-        BlockDecoder(3, MaskedDecoder(num_steps=3, temperature=1.0)),
-        seed=0,
-    )
+    write = make_rollout_step(definition, BlockDecoder(3, MaskedDecoder(num_steps=3, temperature=1.0)))
 
     def train(params, loss_of_step, steps):
         optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, steps))

@@ -155,6 +155,7 @@ def test_all_decoders_write_only_texts_of_the_language(name):
     np.testing.assert_array_equal(alone.tokens[0], decoded.tokens[5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", quick(DECODERS, ["autoregressive, drawn"]))
 def test_rows_in_slots_write_what_each_does_alone(name):
     """Rows of different lengths, one of them with nothing to write; a row takes the slot of another."""

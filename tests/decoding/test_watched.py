@@ -29,10 +29,10 @@ def compiled(decoder, batch, trace, config=tiny.RELATIVE):
 @pytest.mark.parametrize(
     "decoder,config",
     [
-        (AutoregressiveDecoder(temperature=1.0), tiny.RELATIVE),
+        pytest.param(AutoregressiveDecoder(temperature=1.0), tiny.RELATIVE, marks=pytest.mark.slow),
         pytest.param(AutoregressiveDecoder(), tiny.ENCODER_DECODER, marks=pytest.mark.slow),
         pytest.param(BeamSearchDecoder(num_beams=2), tiny.RELATIVE, marks=pytest.mark.slow),
-        (SundaeDecoder(num_steps=4, num_samples=3), tiny.RELATIVE),
+        pytest.param(SundaeDecoder(num_steps=4, num_samples=3), tiny.RELATIVE, marks=pytest.mark.slow),
         pytest.param(MaskedDecoder(num_steps=3), tiny.RELATIVE, marks=pytest.mark.slow),
         (BlockDecoder(4, MaskedDecoder(num_steps=2)), dataclasses.replace(tiny.RELATIVE, shifted=True)),
         pytest.param(BlockDecoder(4, SundaeDecoder(2, 1)), tiny.RELATIVE, marks=pytest.mark.slow),

@@ -170,7 +170,7 @@ class OneRow:
         pytest.param("relative", {"cached": "dual"}, marks=pytest.mark.slow),
         ("llama", {"cached": "dual", "refresh_every": 2}),
         pytest.param("llama", {"cached": "prefix"}, marks=pytest.mark.slow),
-        ("llama", {"cached": "prefix", "refresh_drift": 0.02}),
+        pytest.param("llama", {"cached": "prefix", "refresh_drift": 0.02}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -189,6 +189,7 @@ def test_a_batch_is_written_as_each_row_alone(name, settings):
         assert 7 < whole_passes < decoded.row_steps.sum()
 
 
+@pytest.mark.slow
 def test_a_stale_cache_is_not_exact():
     batch, inner = make_batch("llama"), MaskedDecoder(num_steps=3)
     exact = decode("llama", WindowDecoder(4, inner, refresh_every=1), batch)
@@ -204,6 +205,7 @@ def test_the_first_target_of_a_window_is_written_alone():
     assert decoded.written_at[0][batch.target_mask[0]].tolist() == [0, 1, 1, 1, 2, 3, 3, 3, 4]
 
 
+@pytest.mark.slow
 def test_in_bfloat16():
     definition, params = tiny.make_model(dataclasses.replace(tiny.LLAMA, dtype="bfloat16"))
     batch = make_batch("llama")

@@ -64,6 +64,7 @@ def test_an_autoregressive_model(made):
     assert texts and all(asked.are_greedy(texts)) and not any(asked.are_greedy(changed(texts)))
 
 
+@pytest.mark.slow
 def test_an_empty_context_is_the_start_token_of_a_model_that_reads_none():
     """As in the harness's own models, whose tokens all see it."""
     definition, params = tiny.make_model(dataclasses.replace(tiny.ROTARY, reads_start=False))
@@ -90,7 +91,8 @@ def changed(pairs):
     return [(context, [*text[:-1], 3 + text[-1] % 16]) for context, text in pairs]
 
 
-@pytest.mark.parametrize("rows", [FREE, pytest.param(CANVAS, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [FREE, CANVAS])
 def test_neighbours_and_padding_change_nothing(made, rows):
     objective, decoder = Masked(), MaskedDecoder(num_steps=4, temperature=1.0)
     asked = harness(made, objective, decoder, rows, num_draws=8)
@@ -110,6 +112,7 @@ def test_neighbours_and_padding_change_nothing(made, rows):
     assert fitting and all(greedy.are_greedy(fitting)) and not any(greedy.are_greedy(changed(fitting)))
 
 
+@pytest.mark.slow
 def test_a_canvas_counts_as_a_whole(made):
     """The bound of continuation, EOS and padding, after the context and its EOS; a canvas of one token is exact."""
     context, continuation = PAIRS[0]

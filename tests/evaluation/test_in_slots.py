@@ -57,3 +57,34 @@ def test_one_batch_and_what_cannot_run_in_slots_are_decoded_whole(decoder, monke
     size = 12 if isinstance(decoder, AutoregressiveDecoder) else 4
     found = list(predict(step, params, batches(size), MESH, str, cells, slots=slots))
     assert [record["example_id"] for record in found] == list(range(10))
+
+
+@pytest.mark.parametrize("size", [4, 12], ids=["three batches", "one batch"])
+def test_texts_stop_early_with_the_same_words(size):
+    """A stop string for each example, from its own whole text; where nothing stops a text, all of it is there."""
+    definition, params = tiny.make_model(tiny.LLAMA)
+    decoder = AutoregressiveDecoder(temperature=1.0)
+    step, slots = make_decode_step(MESH, definition, decoder, seed=3), SlotDecoding(MESH, definition, decoder, 3)
+    whole = list(predict(step, params, batches(), MESH, lambda tokens: " ".join(cells(tokens)), cells))
+    words = {record["example_id"]: record["prediction"].split(" ")[1::2][:1] for record in whole}
+    asked = set()
+
+    def is_enough(example, tokens):
+        asked.add(example["example_id"])
+        return set(words[example["example_id"]]) & set(cells(tokens)) != set()
+
+    refused = lambda *_: pytest.fail("a whole batch was decoded")  # noqa: E731
+    found = list(
+        predict(
+            refused, params, batches(size), MESH, lambda tokens: " ".join(cells(tokens)), cells, slots=slots,
+            is_enough=is_enough,
+        )
+    )  # fmt: skip
+    shorter = 0
+    for record, expected in zip(found, whole, strict=True):
+        (stop,) = words[record["example_id"]] or [None]
+        texts = [text.split(" ") for text in (record["prediction"], expected["prediction"])]
+        here, there = (text[: text.index(stop)] if stop in text else text for text in texts)
+        assert here == there and record["num_steps"] <= expected["num_steps"]
+        shorter += record["num_steps"] < expected["num_steps"]
+    assert shorter >= 3 and asked == {record["example_id"] for record in whole if record["num_steps"] > 4}

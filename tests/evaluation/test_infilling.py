@@ -13,6 +13,7 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from variants import quick
 
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.templates import Templates
@@ -128,7 +129,7 @@ def fillers(tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize("architecture", ["decoder_only", "encoder_decoder"])
+@pytest.mark.parametrize("architecture", quick(["decoder_only", "encoder_decoder"], ["decoder_only"]))
 @pytest.mark.parametrize("decoder", [SundaeDecoder, MaskedDecoder])
 @settings(max_examples=15, deadline=None)
 @given(parts=PARTS, data=st.data())

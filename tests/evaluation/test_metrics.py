@@ -152,6 +152,7 @@ def test_squad_is_the_official_script_s():
     assert all(type(value) is float for value in result.values())
 
 
+@pytest.mark.slow
 def test_squad_f1_interval_is_the_normal_one():
     rng = np.random.default_rng(0)
     answers = [["a1 b2 c3 d4"]] * 400

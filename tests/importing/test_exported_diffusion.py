@@ -107,7 +107,11 @@ STATIC = MaskedDecoder(num_steps=2, counts="index", softmax="all")
 
 @pytest.mark.parametrize(
     ("kind", "inner", "number"),
-    [("qwen3", DYNAMIC, 256), ("qwen3", STATIC, 256), ("qwen3_moe", DYNAMIC, 64)],
+    [
+        ("qwen3", DYNAMIC, 256),
+        pytest.param("qwen3", STATIC, 256, marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", DYNAMIC, 64, marks=pytest.mark.slow),
+    ],
     ids=["dynamic", "static", "experts"],
 )
 def test_the_published_loop_writes_our_texts_with_what_is_exported(kind, inner, number, imported, tmp_path):

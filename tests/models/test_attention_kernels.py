@@ -167,9 +167,10 @@ LLAMA = dataclasses.replace(tiny.LLAMA, attention_softcap=3.0, local_layers=(Tru
 T5 = tiny.ENCODER_DECODER
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config,batch,used",
-    [(LLAMA, LONG, {"splash"}), pytest.param(T5, APART, {"flash", "splash"}, marks=pytest.mark.slow)],
+    [(LLAMA, LONG, {"splash"}), (T5, APART, {"flash", "splash"})],
     ids=["llama", "t5"],
 )
 def test_models_learn_the_same_by_kernels(config, batch, used, monkeypatch):
@@ -218,6 +219,7 @@ print("the same")
 """
 
 
+@pytest.mark.slow
 def test_each_device_runs_a_kernel_on_its_rows_and_heads(eight_devices):
     command = [sys.executable, "-c", MESH, *FOLDERS]
     done = subprocess.run(command, env=eight_devices, capture_output=True, text=True, timeout=300)

@@ -80,6 +80,7 @@ def test_token_by_token_over_the_cache_equals_one_pass(name):
     np.testing.assert_allclose(step_by_step(params), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_reaches_the_encoder():
     config = dataclasses.replace(tiny.ENCODER_DECODER, dropout_rate=0.5)
     definition, params = tiny.make_model(config)

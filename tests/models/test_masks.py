@@ -59,6 +59,7 @@ def test_masks_are_what_their_definitions_say(rows, kind):
     np.testing.assert_array_equal(kind.mask(slots, slots), [sees(kind, examples) for examples in rows])
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(packed_rows())
 def test_block_causal_lies_between_causal_and_bidirectional(examples):

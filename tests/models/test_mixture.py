@@ -180,7 +180,9 @@ def test_the_balance_loss_is_that_of_its_paper_over_counted_slots(kind):
         assert float(loss.ratio.numerator) == pytest.approx(float(other[name].ratio.numerator), rel=1e-6)
 
 
-@pytest.mark.parametrize("objective", [Masked(), Block(4)], ids=["masked", "block"])
+@pytest.mark.parametrize(
+    "objective", [pytest.param(Masked(), marks=pytest.mark.slow), Block(4)], ids=["masked", "block"]
+)
 def test_targets_count_in_every_layer_with_experts(objective):
     """And block diffusion counts them in both halves."""
     definition, params = tiny.make_model(tiny.EXPERTS)

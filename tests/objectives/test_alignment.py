@@ -68,6 +68,7 @@ def test_distances_are_those_of_the_same_prediction_and_of_the_same_token():
     assert sums.metrics["diffusion_loss"].mean() == plain.loss.mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [dataclasses.replace(tiny.LLAMA, shifted=True), NO_START], ids=["start", "no start"])
 def test_a_shifted_student_like_its_teacher_has_no_distance_in_masked_blocks_of_one(config):
     """It is the autoregressive model then, in packed rows, too: states of equal meaning are the same states."""

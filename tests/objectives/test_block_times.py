@@ -75,6 +75,7 @@ def test_the_search_measures_the_variance_in_closed_form():
     assert (found["times_low"], found["times_high"]) == (0.9, 0.9) and len(found) == 2 * 5 + 2
 
 
+@pytest.mark.slow
 def test_masked_blocks_of_one_are_trained_as_the_autoregressive_model():
     """A shifted model with everything masked: loss and gradients are those of `Autoregressive`, to 1e-6 and 1e-5."""
     definition, params = tiny.make_model(dataclasses.replace(tiny.LLAMA, shifted=True))

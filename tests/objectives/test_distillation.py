@@ -10,6 +10,7 @@ import pytest
 import tiny
 from plain_decoding import start_ahead
 from plain_divergences import plain, softmax
+from whole_rollouts import make_rollout_step
 
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
@@ -22,12 +23,9 @@ from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.block import block_starts, noisy_output
 from diffusion_t5x.objectives.block_sft import BlockSft
 from diffusion_t5x.objectives.distillation import Distillation, visited_states
-from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.training.rollout import make_rollout_step
 
 VOCABULARY = tiny.VOCABULARY
 MASK, EOS = VOCABULARY.mask_id, VOCABULARY.eos_id
-MESH = MeshConfig(data=1, fsdp=1, tensor=1).make()
 SHIFTED = dataclasses.replace(tiny.LLAMA, shifted=True)
 
 
@@ -96,9 +94,9 @@ def student_logits(noisy, size, config, origin, softmax):
         ("forward_kl", None, False, "allowed", 3, tiny.LLAMA, "targets"),
         ("forward_kl", 3, True, "allowed", 3, tiny.LLAMA, "targets"),
         ("jsd", None, True, "allowed", 3, tiny.LLAMA, "targets"),
-        ("forward_kl", None, False, "all", 3, tiny.LLAMA, "targets"),
-        ("forward_kl", 3, True, "allowed", 2, tiny.LLAMA, "targets"),
-        ("jsd", None, True, "allowed", 3, SHIFTED, "targets"),
+        pytest.param("forward_kl", None, False, "all", 3, tiny.LLAMA, "targets", marks=pytest.mark.slow),
+        pytest.param("forward_kl", 3, True, "allowed", 2, tiny.LLAMA, "targets", marks=pytest.mark.slow),
+        pytest.param("jsd", None, True, "allowed", 3, SHIFTED, "targets", marks=pytest.mark.slow),
         ("forward_kl", None, True, "all", 3, SHIFTED, "targets"),
         ("forward_kl", 3, False, "allowed", 3, tiny.LLAMA, "row"),
     ],
@@ -278,9 +276,9 @@ THRESHOLD = {"num_steps": None, "threshold": 0.2}
 @pytest.mark.parametrize(
     "config,origin,inner",
     [
-        (tiny.LLAMA, "targets", {"num_steps": 3}),
+        pytest.param(tiny.LLAMA, "targets", {"num_steps": 3}, marks=pytest.mark.slow),
         (tiny.LLAMA, "targets", THRESHOLD),
-        (tiny.RELATIVE, "targets", {"num_steps": 2}),
+        pytest.param(tiny.RELATIVE, "targets", {"num_steps": 2}, marks=pytest.mark.slow),
         (SHIFTED, "targets", THRESHOLD),
         (tiny.LLAMA, "row", {"num_steps": 2}),
     ],
@@ -296,7 +294,7 @@ def test_the_training_row_gives_the_logits_that_the_decoder_saw(config, origin, 
     params = tiny.random_params(definition, 3)
     decoder = BlockDecoder(size, Recording(temperature=1.0, **inner), origin)
     prompts = tiny.one_a_row(tiny.random_examples(0, [(2, 8), (5, 8), (0, 8), (3, 7), (1, 8)]))
-    texts = jax.device_get(make_rollout_step(MESH, definition, decoder, seed=0)(params, prompts, 0))
+    texts = jax.device_get(make_rollout_step(definition, decoder)(params, prompts, 0))
     jax.effects_barrier()
     assert (texts.segment_ids != prompts.segment_ids).any()  # some end early
     assert not (texts.tokens[texts.target_mask] == MASK).any()

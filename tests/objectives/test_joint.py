@@ -25,7 +25,10 @@ CANVASES = tiny.one_a_row([([5, 6], [7, 8, EOS, 0, 0, 0]), ([9], [10, EOS, 0, 0]
 
 @pytest.mark.parametrize(
     "diffusion",
-    [Sundae(num_unrolls=0, normalize="sequences"), Block(2, normalize="all_tokens")],
+    [
+        pytest.param(Sundae(num_unrolls=0, normalize="sequences"), marks=pytest.mark.slow),
+        Block(2, normalize="all_tokens"),
+    ],
     ids=lambda objective: type(objective).__name__,
 )
 def test_it_is_the_sum_of_both_losses_over_one_denominator(diffusion):

@@ -80,7 +80,12 @@ def test_the_longest_of_three_is_the_bottleneck():
     assert not Report({}, CHIPS["v5e"], None, "Used 20G of 15.75G hbm", None, 1.0, 2.0).fits
 
 
-@pytest.mark.parametrize("config", [tiny.LLAMA, tiny.ENCODER_DECODER], ids=["decoder_only", "encoder_decoder"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config",
+    [tiny.LLAMA, pytest.param(tiny.ENCODER_DECODER, marks=pytest.mark.slow)],
+    ids=["decoder_only", "encoder_decoder"],
+)
 def test_a_program_does_not_grow_with_depth(config):
     """So neither does the time that it takes to compile."""
     mesh, optimizer = MeshConfig().make(), optimizers.adafactor(1e-2)

@@ -27,6 +27,7 @@ def slots(folder, **settings):
     benchmark.slots(benchmark_output_dir=str(folder), text_file=str(folder / "texts.jsonl.gz"), **settings)
 
 
+@pytest.mark.slow
 def test_texts_of_a_file_in_both_ways(tmp_path, capsys):
     slots(tmp_path)
     report = json.loads((tmp_path / "slot_speed.json").read_text())

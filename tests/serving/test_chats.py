@@ -117,6 +117,7 @@ def test_a_model_without_a_template_takes_no_chats(stories):
             client.chat.completions.create(model="stories", messages=TALK)
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_reads_prompts_apart(talker):
     config = dataclasses.replace(talker.definition.config, architecture="encoder_decoder", tie_embeddings=False)
     definition = ModelDefinition(config, talker.definition.vocabulary)

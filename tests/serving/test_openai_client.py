@@ -104,8 +104,8 @@ def test_log_probabilities_sum_to_the_likelihood(client, stories):
     "decoder",
     [
         BlockDecoder(4, MaskedDecoder(num_steps=2, temperature=1.0)),
-        SundaeDecoder(num_steps=3, num_samples=1),
-        BeamSearchDecoder(),
+        pytest.param(SundaeDecoder(num_steps=3, num_samples=1), marks=pytest.mark.slow),
+        pytest.param(BeamSearchDecoder(), marks=pytest.mark.slow),
     ],
     ids=lambda decoder: type(decoder).__name__,
 )

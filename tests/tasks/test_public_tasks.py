@@ -41,6 +41,7 @@ def first(name, split, lengths, **options):
     return records, pairs[: len(records)], dataset
 
 
+@pytest.mark.slow
 def test_tatoeba_and_ntrex(test_data, vocabulary):
     tatoeba = local_files.source(
         {"train": str(test_data / "tatoeba_enfr" / "fra.txt.gz")},

@@ -108,6 +108,7 @@ def test_prefix_lm_says_when_lengths_are_too_short():
         dataclasses.replace(PRETRAIN, task_feature_lengths={"inputs": 3, "targets": 64}).train_iterator()
 
 
+@pytest.mark.slow
 def test_mixture_holds_its_rates():
     mixture = seqio.MixtureRegistry.get("quickstart_pretrain")
     ds = mixture.get_dataset(PRETRAIN.task_feature_lengths, shuffle=True, seed=0, try_in_mem_cache=False)
@@ -123,9 +124,17 @@ def test_mixture_holds_its_rates():
     "architecture,mixture,lengths,least",
     [
         ("decoder_only", "quickstart_pretrain", {"inputs": 64, "targets": 64}, 0.8),
-        ("decoder_only", "quickstart_pretrain_span_corruption", {"inputs": 76, "targets": 20}, 0.8),
+        pytest.param(
+            "decoder_only",
+            "quickstart_pretrain_span_corruption",
+            {"inputs": 76, "targets": 20},
+            0.8,
+            marks=pytest.mark.slow,
+        ),
         # A chunk is cut anywhere, and inputs and targets must both find room: half of either row is what is to be had.
-        ("encoder_decoder", "quickstart_pretrain", {"inputs": 64, "targets": 64}, 0.5),
+        pytest.param(
+            "encoder_decoder", "quickstart_pretrain", {"inputs": 64, "targets": 64}, 0.5, marks=pytest.mark.slow
+        ),
         ("encoder_decoder", "quickstart_pretrain_span_corruption", {"inputs": 76, "targets": 20}, 0.8),
     ],
 )

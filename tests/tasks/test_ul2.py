@@ -51,6 +51,7 @@ def restore(example):
 DOCUMENTS = st.lists(st.lists(st.integers(3, 258), min_size=2, max_size=200), min_size=1, max_size=6)
 
 
+@pytest.mark.slow
 @settings(max_examples=4, deadline=None, derandomize=True, phases=[Phase.generate])  # shrinking takes minutes
 @given(DOCUMENTS, st.integers(0, 1000), st.sampled_from([(24, 24), (40, 17), (64, 64), (33, 90)]))
 def test_ul2_loses_nothing_and_fits(documents, seed, lengths):

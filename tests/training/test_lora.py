@@ -105,9 +105,9 @@ def loss_of(definition, objective, params, batch, **settings):
     [
         (tiny.LLAMA, Autoregressive(), BATCH),
         (tiny.LLAMA, Block(3), BATCH),
-        (tiny.ENCODER_DECODER, Sundae(), APART),
+        pytest.param(tiny.ENCODER_DECODER, Sundae(), APART, marks=pytest.mark.slow),
         (tiny.GPT2, Autoregressive(), BATCH),
-        (tiny.EXPERTS, Autoregressive(), BATCH),
+        pytest.param(tiny.EXPERTS, Autoregressive(), BATCH, marks=pytest.mark.slow),
     ],
     ids=["autoregressive", "block", "sundae encoder_decoder", "gpt2", "experts"],
 )
@@ -250,6 +250,7 @@ def test_a_restored_run_goes_on_bit_for_bit(run, tmp_path):
             trained.check_resumed(tiny.RELATIVE, Masked(), other)
 
 
+@pytest.mark.slow
 def test_every_other_reader_gets_the_merged_model(run, tmp_path):
     path = save(tmp_path, run)
     base, state = definition_of(tiny.LLAMA), run["states"][2]
@@ -317,6 +318,7 @@ def test_drafts_by_experts_are_refused():
     LoraDefinition(tiny.EXPERTS, tiny.VOCABULARY, Lora(drafts_only=True, targets=["query", "out"]))
 
 
+@pytest.mark.slow
 def test_eight_examples_are_learnt_by_factors_alone():
     batch = tiny.one_a_row(tiny.random_examples(0, [(2 + n % 4, 6) for n in range(8)]))
     # At T5's scale the logits of an embedding that is random and stays so could not become large.

@@ -86,6 +86,7 @@ def train(optimizer, gradients, params, steps=4):
     return params
 
 
+@pytest.mark.slow
 def test_adafactor_of_stacked_layers_is_optaxs_of_each_layers_matrices():
     params, *gradients = [random_tree(seed) for seed in range(5)]
     hyperparameters = {"min_dim_size_to_factor": 8, "decay_rate": 0.7, "clipping_threshold": 1.5}

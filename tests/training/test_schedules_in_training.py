@@ -51,6 +51,7 @@ class Counted(Block):
         return super().loss(*args, **kwargs)
 
 
+@pytest.mark.slow
 def test_a_training_steps_loss_is_that_of_its_step_and_all_are_one_program():
     mesh, optimizer = MeshConfig().make(), optax.sgd(0.0)  # parameters stay
     definition, _ = tiny.make_model()
