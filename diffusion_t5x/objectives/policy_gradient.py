@@ -254,7 +254,8 @@ class PolicyGradient(InBlocks):
             return -nll, entropy(allowed), kl
 
         found = model.map_logits(read_out, output.hidden, labels, of_start)
-        return _Scores(*(jnp.where(scored, x, 0) for x in found), scored, output.auxiliary)
+        log_probability, surprise, kl = (jnp.where(scored, x, 0) for x in found)
+        return _Scores(log_probability, surprise, kl, scored, output.auxiliary)
 
     def _allowed(
         self, logits: Float[jax.Array, "*shape vocab"], model: Transformer
