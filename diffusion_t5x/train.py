@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning, records, terminal
 from diffusion_t5x.checkpointing import stored
-from diffusion_t5x.checkpointing.assignment import Rule, named_leaves
+from diffusion_t5x.checkpointing.assignment import Rule
 from diffusion_t5x.checkpointing.checkpoints import Checkpoints, ensure_writable, find_checkpoint
 from diffusion_t5x.checkpointing.record import Record, describe
 from diffusion_t5x.command_line import config
@@ -35,6 +35,7 @@ from diffusion_t5x.evaluation.inference import write_jsonl
 from diffusion_t5x.evaluation.loading import check_datasets, load_model, load_teacher
 from diffusion_t5x.evaluation.screen import evaluation_block, next_commands
 from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.quantized import FewBits
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.distillation import Teacher
 from diffusion_t5x.objectives.objective import Objective, no_teacher
@@ -52,7 +53,7 @@ from diffusion_t5x.training.metrics import Writer, check_writers, make_writer
 from diffusion_t5x.training.rewards import make_grader
 from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout, check_rollout
 from diffusion_t5x.training.run_config import write_config
-from diffusion_t5x.training.state import TrainState, abstract_state, split
+from diffusion_t5x.training.state import TrainState, abstract_state, describe_model
 from diffusion_t5x.training.step import make_train_step
 from diffusion_t5x.training.surroundings import explained
 
@@ -93,6 +94,7 @@ class Training:
       optimizer: the optimizer, see `training.optimizers`.
       train_steps: total number of steps, including those before a resumption (or in the initial checkpoint).
       lora: train low-rank updates, with the model frozen; None trains the whole model.
+      frozen_dtype: quantize the layers' matrices of what is frozen, LoRA's base and the teacher: "int8", "nf4" or None.
       random_seed: seed of initialisation, noise and dropout. The data have their own seed.
       initial_checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR; also the model near which an
         objective holds the trained one, if it does (`Objective.taught_by_start`).
@@ -128,6 +130,7 @@ class Training:
     optimizer: optax.GradientTransformation
     train_steps: int
     lora: lora_training.Lora | None = None
+    frozen_dtype: FewBits | None = None
     random_seed: int = 0
     initial_checkpoint_path: str | None = None
     restore_rules: Sequence[Rule] = ()
@@ -149,6 +152,10 @@ class Training:
     metric_writers: Sequence[str] = ("jsonl", "tensorboard")
     dry_run: bool | StepReader = False
 
+    def __post_init__(self) -> None:
+        taught = self.objective.needs_teacher or self.teacher_checkpoint_path is not None
+        object.__setattr__(self, "lora", lora_training.over(self.frozen_dtype, self.lora, taught))
+
     def run(self) -> None:
         """Trains; a dry run prints the plan.
 
@@ -157,7 +164,10 @@ class Training:
           SystemExit: it was told to stop, and has saved; see `training.preemption` for the exit codes.
         """
         if not isinstance(self.dry_run, bool):
-            given = {name: getattr(self, name) for name in ("mesh", "model", "lora", "teacher_model", "rollout")}
+            given = {
+                name: getattr(self, name)
+                for name in ("mesh", "model", "lora", "frozen_dtype", "teacher_model", "rollout")
+            }
             self.dry_run.train(TrainingRun(dataset=self.train_dataset, **given, **self._of_step()))
             return
         self._check_settings()
@@ -257,7 +267,7 @@ class Training:
         """Prints the plan of a run, for a dry run."""
         batch = next(self.train_dataset.train_iterator())
         shapes = (f"  {name} {x.dtype}{list(x.shape)}" for name, x in vars(batch).items() if x is not None)
-        print(plan.describe(), "batch:", *shapes, sep="\n")
+        print(describe_model(plan.definition, plan.abstract), "batch:", *shapes, sep="\n")
         teacher = f", taught by {plan.teacher_path}" if plan.teacher_path else ""
         source = plan.start.checkpoint.named if plan.start.checkpoint else "scratch"
         print(f"Would train to step {self.train_steps} from {source}{teacher}. Nothing was written.")
@@ -268,10 +278,9 @@ class Training:
         if plan.teacher_path is None:
             return None
         if self.objective.taught_by_start:  # a student starts from the parameters, not from their moving average
-            return Teacher(
-                *load_model(plan.teacher_path, self.model, plan.definition.vocabulary, plan.mesh, use_ema=False)
-            )
-        judged = (plan.definition.vocabulary, plan.mesh, _ALLOW_MISMATCH, self.allow_mismatch)
+            given = (plan.teacher_path, self.model, plan.definition.vocabulary, plan.mesh)
+            return Teacher(*load_model(*given, use_ema=False, few_bits=self.frozen_dtype))
+        judged = (plan.definition.vocabulary, plan.mesh, _ALLOW_MISMATCH, self.allow_mismatch, self.frozen_dtype)
         return load_teacher(plan.teacher_path, self.teacher_model or self.model, *judged)
 
     def _of_step(self) -> dict[str, Any]:
@@ -290,7 +299,9 @@ class Training:
         step = int(begun.state.step)
         if jax.process_index() == 0:
             write_config(os.path.join(self.model_dir, "config.gin"), config.operative_text(), step)
-            records.write_text(os.path.join(self.model_dir, "model-info.txt"), plan.describe() + "\n")
+            records.write_text(
+                os.path.join(self.model_dir, "model-info.txt"), describe_model(plan.definition, plan.abstract) + "\n"
+            )
         writer = make_writer(self.model_dir, self.metric_writers, step, config.operative_values())
         batches = self._batches(plan, writer)
         if begun.data_state is not None:
@@ -360,18 +371,6 @@ class _Plan:
     start: Start
     assignment: str
     teacher_path: str | None
-
-    def describe(self) -> str:
-        """Describes the model: its size, and each parameter on a line with shape, logical axes and partition."""
-        names = jax.tree.leaves(self.definition.axes(), is_leaf=lambda x: isinstance(x, tuple))
-        rows = [
-            f"  {name} {list(leaf.shape)} ({', '.join(axes)}) {leaf.sharding.spec}"
-            for (name, leaf), axes in zip(named_leaves(self.abstract.params).items(), names, strict=True)
-        ]
-        trained, _ = split(self.definition, self.abstract.params)
-        size, whole = sum(leaf.size for leaf in jax.tree.leaves(trained)), self.definition.num_params()
-        of_which = "" if size == whole else f", {size:,} of them trained"
-        return "\n".join([f"model: {whole:,} parameters{of_which}", *rows])
 
 
 def _evaluate(evaluator: Evaluator, writer: Writer, model_dir: str, state: TrainState, step: int) -> dict[str, float]:

@@ -15,6 +15,7 @@ import numpy as np
 import open_models
 import pytest
 import safetensors.numpy
+from compiled_programs import compiled
 
 import diffusion_t5x as dt
 from diffusion_t5x import api_decoding, generate, infer
@@ -90,7 +91,7 @@ MANY = [f"{n}" * (n % 4) for n in range(10)]
 @pytest.mark.parametrize(
     "write",
     [
-        lambda model: model.generate(MANY, samples=2),
+        lambda model: model.generate(MANY, samples=2, decoder=dt.MaskedDecoder(num_steps=4, temperature=1.0)),
         pytest.param(
             lambda model: model.fill([f"{n}<hole:{1 + n % 3}>c" for n in range(10)], "one", seed=2),
             marks=pytest.mark.slow,
@@ -158,6 +159,23 @@ def test_it_fills_and_scores_what_infer_does(masked, model, tmp_path, monkeypatc
         np.testing.assert_allclose(measured.nats, record["log_likelihood"], rtol=1e-6)
         np.testing.assert_allclose(measured.standard_error, record["standard_error"], rtol=1e-5)
     gin.clear_config()
+
+
+def test_other_seeds_compile_nothing(model):
+    decoder = dt.MaskedDecoder(num_steps=4, temperature=1.0)
+
+    def answers(seed):
+        """One by one, in slots, and a likelihood."""
+        one, *_ = in_slots = model.generate(PROMPTS * 3, decoder=decoder, seed=seed)
+        assert model.generate(PROMPTS[0], decoder=decoder, seed=seed) == one
+        return (*in_slots, model.log_likelihood("a", "b", num_draws=4, seed=seed).nats)
+
+    first = answers(1)
+    with compiled() as names:
+        others = [answers(seed) for seed in (2, 3, -4)]
+        assert answers(1) == first
+    assert names == []
+    assert all(len(set(column)) == 4 for column in zip(first, *others, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,8 @@ def test_lengths_are_those_of_the_released_code_and_have_few_sizes():
     # A rollout is 16 training steps long, not one.
     assert [published.number(step) for step in (0, 15, 16, 79, 80)] == [0, 0, 1, 4, 5]
     assert dataclasses.replace(published, passes=2).number(80) == 2
+    slots = [dataclasses.replace(ROLLOUT, batches_at_once=number).num_slots(4) for number in (None, 1, 2, 9)]
+    assert slots == [8, 4, 8, 12]  # of three batches
 
 
 def make_batches(mesh=None, num_inputs=5, **settings):
@@ -339,6 +341,7 @@ def test_the_teacher_stays_as_it_is_and_the_student_learns():
         ({"lengths": Ramp(11, 10)}, "must not get shorter"),
         ({"lengths": Ramp(0, 10)}, "at least 1"),
         ({"passes": 0}, "at least 1"),
+        ({"batches_at_once": 0}, "at least 1"),
         ({"data_share": Ramp(0, 1.5)}, "data_share must lie in"),
         ({"num_buckets": 0}, "at least 1"),
     ],
