@@ -16,8 +16,9 @@ from diffusion_t5x.decoding.decoder import Decoded, Decoder
 from diffusion_t5x.decoding.rows import RowDecoder
 from diffusion_t5x.decoding.windows import WindowDecoder
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.evaluation import margins
 from diffusion_t5x.evaluation.in_slots import SlotDecoding
-from diffusion_t5x.evaluation.margins import Difference, Margin, Text, first_difference, largest_gap, margin
+from diffusion_t5x.evaluation.margins import Difference, Margin, Text
 from diffusion_t5x.evaluation.model_views import Nudge, Nudged, View, WholeRows
 from diffusion_t5x.models.streams import sample_key
 from diffusion_t5x.models.transformer import ModelDefinition, Params, Transformer
@@ -76,8 +77,8 @@ class Comparison:
     @property
     def largest_margin(self) -> float | None:
         """Largest margin of a text that differs, in nats; infinite if one is not known, None if no text differs."""
-        margins = [np.inf if text.margin is None else text.margin.nats for text in self.differing]
-        return max(margins, default=None)
+        sizes = [np.inf if text.margin is None else text.margin.nats for text in self.differing]
+        return max(sizes, default=None)
 
     @property
     def verdict(self) -> Verdict:
@@ -150,45 +151,46 @@ class Ways:
     @functools.cached_property
     def alone(self) -> list[Text]:
         """Each prompt's text, decoded alone."""
-        self.say(f"{self.dtype}: each prompt alone")
         return [self._texts(self._decode(row), row, 1)[0] for row in self.rows]
 
     def compare(self) -> Iterator[Comparison]:
         """Yields the comparison of each way with the texts alone."""
         ways: list[tuple[str, Callable[[], list[Text] | str]]] = [
-            (f"in a batch of {len(self.rows)}", self._in_a_batch),
-            (f"in reverse order, {MORE_PADDING} slots of padding more", self._with_padding),
-            ("in slots", self._in_slots),
-            ("on a mesh of all devices", self._on_another_mesh),
-            ("without a cache", self._without_cache),
+            (f"in a batch of {len(self.rows)}", self.in_a_batch),
+            (f"in reverse order, {MORE_PADDING} slots of padding more", self.with_padding),
+            ("in slots", self.in_slots),
+            ("on a mesh of all devices", self.on_another_mesh),
+            ("without a cache", self.without_cache),
         ]
+        self.say(f"{self.dtype}: {len(self.alone)} texts alone")
         for way, decode in ways:
             self.say(f"{self.dtype}: {way}")
             texts = decode()
             if isinstance(texts, str):
                 yield Comparison(self.dtype, way, "alone", reason=texts)
                 continue
-            is_stale = decode == self._without_cache and isinstance(self.decoder, WindowDecoder)
-            yield self._compared(way, "alone", texts, None if is_stale else self.bound)
+            is_stale = decode == self.without_cache and isinstance(self.decoder, WindowDecoder)
+            yield self.compared(way, "alone", texts, None if is_stale else self.bound)
 
     def beside(self, other: "Ways") -> Comparison:
         """Returns the comparison of the texts alone with those of another number type, which may differ."""
         way = f"alone in {self.dtype}"
-        return other._compared(way, f"alone in {other.dtype}", self.alone, None)
+        return other.compared(way, f"alone in {other.dtype}", self.alone, None)
 
-    def _compared(self, way: str, reference: str, texts: Sequence[Text], bound: float | None) -> Comparison:
+    def compared(self, way: str, reference: str, texts: Sequence[Text], bound: float | None) -> Comparison:
         """Returns the comparison of texts with those alone; margins are measured for those that differ."""
         differing = []
         for number, (alone, text) in enumerate(zip(self.alone, texts, strict=True)):
             if alone.tokens != text.tokens:
-                first = first_difference(alone, text)
-                found = None if first is None else self._margin(number, first)
+                first = margins.first_difference(alone, text)
+                found = None if first is None else self.margin(number, first)
                 differing.append(Differing(number, alone.tokens, text.tokens, first, found))
-        gaps = [largest_gap(alone, text) for alone, text in zip(self.alone, texts, strict=True)]
+        gaps = [margins.largest_gap(alone, text) for alone, text in zip(self.alone, texts, strict=True)]
         gap = max((gap for gap in gaps if gap is not None), default=None)
         return Comparison(self.dtype, way, reference, len(texts), tuple(differing), gap, bound)
 
-    def _margin(self, number: int, difference: Difference) -> Margin | None:
+    def margin(self, number: int, difference: Difference) -> Margin | None:
+        """Measures how narrowly the text of this number, alone, was decided; see `margins.margin`."""
         row = self.rows[number]
         self.say(f"{self.dtype}: the margin of a difference in text {number + 1}")
 
@@ -196,7 +198,7 @@ class Ways:
             return self._texts(self._decode(row, Nudged, nudge), row, 1)[0]
 
         positions = np.asarray(row.positions[0])
-        return margin(self.alone[number], difference, positions, self.decoder.left_to_right, decode)
+        return margins.margin(self.alone[number], difference, positions, self.decoder.left_to_right, decode)
 
     def _program(self, decoder: Decoder, view: Callable[..., View] | None) -> Any:
         """Returns the jitted `(params, batch, *arguments of the view) -> Decoded`."""
@@ -232,15 +234,18 @@ class Ways:
         """Returns the texts of the first rows of a batch."""
         return [Text.of(self.decoder, decoded, row, batch) for row in range(number)]
 
-    def _in_a_batch(self) -> list[Text]:
+    def in_a_batch(self) -> list[Text]:
+        """The texts of one batch of all rows."""
         batch = stack(self.rows)
         return self._texts(self._decode(batch), batch, len(self.rows))
 
-    def _with_padding(self) -> list[Text]:
+    def with_padding(self) -> list[Text]:
+        """The texts of a batch in reverse order, so with other neighbours, and with more padding."""
         batch = stack(self.rows[::-1], MORE_PADDING)
         return self._texts(self._decode(batch), batch, len(self.rows))[::-1]
 
-    def _in_slots(self) -> list[Text] | str:
+    def in_slots(self) -> list[Text] | str:
+        """The texts in about half as many slots as there are rows, or why there are none."""
         if not isinstance(self.decoder, RowDecoder):
             return f"{type(self.decoder).__name__} does not decode in slots: its rows must begin together"
         num_slots = max(2, len(self.rows) // 2)
@@ -255,21 +260,27 @@ class Ways:
         ]
         return texts[: len(self.rows)]
 
-    def _on_another_mesh(self) -> list[Text] | str:
+    def another_mesh(self) -> Mesh:
+        """Returns a mesh of all devices with rows and parameters spread, or rows alone where widths do not divide."""
+        number = len(jax.devices())
+        mesh = MeshConfig(fsdp=number).make()
+        try:
+            partitioning.param_shardings(mesh, self.params, self.definition.axes())
+        except UserError:
+            return MeshConfig(data=number).make()
+        return mesh
+
+    def on_another_mesh(self) -> list[Text] | str:
+        """The texts of a batch on `another_mesh`, or why there are none."""
         devices = jax.devices()
         if len(devices) == 1:
             return f"this machine has one device ({devices[0].device_kind})"
         number = -(-len(self.rows) // len(devices)) * len(devices)
-        batch = stack(list(itertools.islice(itertools.cycle(self.rows), number)))
-        mesh = MeshConfig(fsdp=len(devices)).make()
-        try:
-            partitioning.param_shardings(mesh, self.params, self.definition.axes())
-        except UserError:  # the model's width does not divide: then the rows alone are spread
-            mesh = MeshConfig(data=len(devices)).make()
-        return self._texts(self._decode(batch, mesh=mesh), batch, len(self.rows))
+        batch = stack(list(itertools.islice(itertools.cycle(self.rows), number)))  # some rows come twice
+        return self._texts(self._decode(batch, mesh=self.another_mesh()), batch, len(self.rows))
 
-    def _without_cache(self) -> list[Text] | str:
-        """The texts alone by passes over whole rows."""
+    def without_cache(self) -> list[Text] | str:
+        """The texts alone by passes over whole rows, or why there are none."""
         if isinstance(self.decoder, WindowDecoder):
             exact = dataclasses.replace(self.decoder, refresh_every=1)
             return [self._texts(self._decode(row, decoder=exact), row, 1)[0] for row in self.rows]
