@@ -157,21 +157,21 @@ class Page:
 
     def table(self) -> rich.table.Table:
         """Returns a table with a line for each comparison."""
-        found = rich.table.Table(box=rich.box.SIMPLE)
-        for column in ("numbers", "decoded", "beside texts"):
+        found = rich.table.Table(box=rich.box.SIMPLE, title="Texts beside those of each prompt alone")
+        for column in ("numbers", "decoded"):
             found.add_column(column)
         for column in ("differ", "largest margin", "log p apart", "bound"):
             found.add_column(column, justify="right")
         found.add_column("verdict")
         for each in self.comparisons:
             if each.reason is not None:
-                found.add_row(each.dtype, each.way, each.reference, "", "", "", "", each.verdict)
+                found.add_row(each.dtype, each.way, "", "", "", "", each.verdict)
                 continue
             largest = each.largest_margin
             margin = "" if largest is None else "unknown" if np.isinf(largest) else f"{largest:.2g}"
             gap, bound = ("" if x is None else f"{x:.2g}" for x in (each.gap, each.bound))
             differ = f"{len(each.differing)} of {each.num_texts}"
-            found.add_row(each.dtype, each.way, each.reference, differ, margin, gap, bound, each.verdict)
+            found.add_row(each.dtype, each.way, differ, margin, gap, bound, each.verdict)
         return found
 
     def lines(self) -> list[str]:
@@ -197,7 +197,6 @@ class Page:
                 {
                     "dtype": each.dtype,
                     "way": each.way,
-                    "reference": each.reference,
                     "verdict": each.verdict,
                     "reason": each.reason,
                     "num_texts": each.num_texts,
@@ -214,7 +213,9 @@ class Page:
         return {
             "text": text.text,
             "reference": self.layout.to_text(text.reference),
+            "reference_tokens": list(text.reference),
             "other": self.layout.to_text(text.other),
+            "other_tokens": list(text.other),
             "step": first and first.step,
             "position": first and self._place(text.text, first.slot),
             "token": first and self._token(first.token),

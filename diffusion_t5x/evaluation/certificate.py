@@ -54,9 +54,8 @@ class Comparison:
     """Texts decoded in one way, beside those of each prompt alone.
 
     Attributes:
-      dtype: number type of the model's activations.
+      dtype: number type of the activations for the texts alone, and for the others unless `way` names another.
       way: how they were decoded.
-      reference: what they are compared with.
       num_texts: number of texts; 0 if the way is not possible.
       differing: the texts that differ.
       gap: largest difference of the log probability of a token that both wrote before a difference, in nats; None if
@@ -67,7 +66,6 @@ class Comparison:
 
     dtype: str
     way: str
-    reference: str
     num_texts: int = 0
     differing: tuple[Differing, ...] = ()
     gap: float | None = None
@@ -157,9 +155,9 @@ class Ways:
         """Yields the comparison of each way with the texts alone."""
         ways: list[tuple[str, Callable[[], list[Text] | str]]] = [
             (f"in a batch of {len(self.rows)}", self.in_a_batch),
-            (f"in reverse order, {MORE_PADDING} slots of padding more", self.with_padding),
+            (f"reversed, {MORE_PADDING} slots wider", self.with_padding),
             ("in slots", self.in_slots),
-            ("on a mesh of all devices", self.on_another_mesh),
+            ("on all devices", self.on_another_mesh),
             ("without a cache", self.without_cache),
         ]
         self.say(f"{self.dtype}: {len(self.alone)} texts alone")
@@ -167,17 +165,16 @@ class Ways:
             self.say(f"{self.dtype}: {way}")
             texts = decode()
             if isinstance(texts, str):
-                yield Comparison(self.dtype, way, "alone", reason=texts)
+                yield Comparison(self.dtype, way, reason=texts)
                 continue
             is_stale = decode == self.without_cache and isinstance(self.decoder, WindowDecoder)
-            yield self.compared(way, "alone", texts, None if is_stale else self.bound)
+            yield self.compared(way, texts, None if is_stale else self.bound)
 
     def beside(self, other: "Ways") -> Comparison:
         """Returns the comparison of the texts alone with those of another number type, which may differ."""
-        way = f"alone in {self.dtype}"
-        return other.compared(way, f"alone in {other.dtype}", self.alone, None)
+        return other.compared(f"alone in {self.dtype}", self.alone, None)
 
-    def compared(self, way: str, reference: str, texts: Sequence[Text], bound: float | None) -> Comparison:
+    def compared(self, way: str, texts: Sequence[Text], bound: float | None) -> Comparison:
         """Returns the comparison of texts with those alone; margins are measured for those that differ."""
         differing = []
         for number, (alone, text) in enumerate(zip(self.alone, texts, strict=True)):
@@ -187,7 +184,7 @@ class Ways:
                 differing.append(Differing(number, alone.tokens, text.tokens, first, found))
         gaps = [margins.largest_gap(alone, text) for alone, text in zip(self.alone, texts, strict=True)]
         gap = max((gap for gap in gaps if gap is not None), default=None)
-        return Comparison(self.dtype, way, reference, len(texts), tuple(differing), gap, bound)
+        return Comparison(self.dtype, way, len(texts), tuple(differing), gap, bound)
 
     def margin(self, number: int, difference: Difference) -> Margin | None:
         """Measures how narrowly the text of this number, alone, was decided; see `margins.margin`."""

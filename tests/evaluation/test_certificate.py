@@ -62,23 +62,42 @@ def test_texts_of_all_ways_are_those_alone(name):
     found = list(ways(DECODERS[name]).compare())
     assert [comparison.way for comparison in found] == [
         "in a batch of 3",
-        "in reverse order, 32 slots of padding more",
+        "reversed, 32 slots wider",
         "in slots",
-        "on a mesh of all devices",
+        "on all devices",
         "without a cache",
     ]
-    mesh = of_way(found, "on a mesh of all devices")
+    mesh = of_way(found, "on all devices")
     assert mesh.verdict == "not possible" and mesh.reason == "this machine has one device (cpu)"
     assert ("begin together" in (of_way(found, "in slots").reason or "")) == (name in ("windows", "beams"))
     assert ("one way to read" in (of_way(found, "without a cache").reason or "")) == (name in ONE_WAY)
     done = [comparison for comparison in found if comparison.reason is None]
-    if name == "windows":  # its cache is stale: the texts may differ, and that is no fault
-        assert of_way(found, "without a cache").bound is None
+    if name == "windows":  # its cache is stale: the texts may differ from those of whole rows, and that is no fault
+        stale = done.pop()
+        assert stale.way == "without a cache" and stale.bound is None and stale.verdict in ("same", "expected")
     for comparison in done:
-        assert comparison.num_texts == 3
-        assert comparison.verdict == "same" or (name, comparison.way) == ("windows", "without a cache"), comparison
+        assert comparison.num_texts == 3 and comparison.verdict == "same", comparison
         assert comparison.gap is None if comparison.way == "in slots" else 0 <= comparison.gap < 1e-4
     assert done[0].gap > 0 or done[1].gap > 0  # the passes have other shapes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "decoder"),
+    [
+        (tiny.ENCODER_DECODER, AutoregressiveDecoder(temperature=1.0)),
+        (dataclasses.replace(tiny.RELATIVE, shifted=True), DECODERS["block"]),
+        (tiny.GPT2, BlockDecoder(3, MaskedDecoder(num_steps=2), blocks_from="row")),
+    ],
+    ids=["encoder-decoder", "shifted", "blocks from the row's beginning"],
+)
+def test_other_models(config, decoder):
+    rows = ROWS
+    if config is tiny.ENCODER_DECODER:
+        examples = tiny.random_examples(3, [(3, LENGTH), (1, LENGTH)])
+        rows = [tiny.pack_apart([[example]], 5, LENGTH, first_id=number) for number, example in enumerate(examples)]
+    found = [each for each in ways(decoder, config=config, rows=rows).compare() if each.reason is None]
+    assert len(found) == 4 and all(each.verdict == "same" and each.num_texts == len(rows) for each in found)
 
 
 @pytest.mark.slow
@@ -89,7 +108,7 @@ def test_texts_on_eight_devices(eight_devices):
     spread, rows_alone = json.loads(done.stdout)
     assert spread["mesh"] == {"fsdp": 8} and rows_alone["mesh"] == {"data": 8}
     for found in (spread, rows_alone):
-        assert found["verdict"] == "same" and found["num_texts"] == 3 and 0 < found["gap"] < 1e-4
+        assert found["verdict"] == "same" and found["num_texts"] == 3 and 0 <= found["gap"] < 1e-4
 
 
 def test_a_decoder_that_reads_its_neighbour_is_found():
@@ -144,19 +163,19 @@ def test_what_differs_between_number_types_is_reported_and_no_fault():
     first, second = ways(DECODERS["masked"]), ways(DECODERS["masked"], "bfloat16")
     found = second.beside(first)
     assert found.bound is None and found.verdict in ("same", "expected")
-    assert (found.dtype, found.way, found.reference) == ("float32", "alone in bfloat16", "alone in float32")
+    assert (found.dtype, found.way) == ("float32", "alone in bfloat16")
     assert 1e-3 < found.gap < 0.5
 
 
 def test_a_verdict_follows_from_the_margins():
     def verdict(*margins, gap=None, bound=1e-3):
         texts = tuple(Differing(n, (1,), (2,), None, size and Margin(size)) for n, size in enumerate(margins))
-        return Comparison("float32", "way", "alone", 3, texts, gap, bound).verdict
+        return Comparison("float32", "way", 3, texts, gap, bound).verdict
 
     assert verdict() == "same" and verdict(gap=1e-6) == "same" and verdict(gap=2e-3) == "fault"
     assert verdict(1e-6) == "rounding" and verdict(1e-6, 2e-3) == "fault" and verdict(None) == "fault"
     assert verdict(3.0, bound=None) == "expected" and verdict(bound=None) == "same"
-    assert Comparison("float32", "way", "alone", reason="no").verdict == "not possible"
+    assert Comparison("float32", "way", reason="no").verdict == "not possible"
 
 
 def test_a_difference_is_the_first_step_that_differs():

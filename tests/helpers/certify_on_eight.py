@@ -16,7 +16,7 @@ def compared(config: ModelConfig) -> dict:
     rows = [tiny.one_a_row([example], 10, first_id=number) for number, example in enumerate(examples)]
     ways = Ways(*tiny.make_model(config), AutoregressiveDecoder(), rows, "float32")
     mesh = ways.another_mesh()
-    found = ways.compared("on a mesh", "alone", ways.on_another_mesh(), 1e-3)
+    found = ways.compared("on a mesh", ways.on_another_mesh(), 1e-3)
     return {
         "mesh": {name: size for name, size in mesh.shape.items() if size > 1},
         "verdict": found.verdict,
