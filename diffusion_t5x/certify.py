@@ -228,7 +228,7 @@ class Page:
     def _told(self, text: Differing) -> str:
         """Returns where a text differs and by what margin, in words."""
         if text.first is None:
-            return "where it parts cannot be told, as the decoder may change what it has written"
+            return "where it parts is not known: the decoder may rewrite tokens"
         first, margin = text.first, text.margin
 
         def wrote(token: int | None, slot: int) -> str:

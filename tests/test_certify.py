@@ -7,8 +7,11 @@ import pytest
 from faulty_decoders import Neighbours
 
 from diffusion_t5x import certify
+from diffusion_t5x.chat.prompts import Prompts
 from diffusion_t5x.checkpointing import checkpoints
 from diffusion_t5x.data.vocabularies import cells, signs
+from diffusion_t5x.evaluation.certificate import Comparison, Differing
+from diffusion_t5x.evaluation.margins import Difference, Margin
 from diffusion_t5x.models.config import ModelConfig
 
 seqio = pytest.importorskip("seqio")
@@ -22,6 +25,59 @@ def masked(tmp_path_factory):
     return folder
 
 
+def test_what_a_reader_is_told():
+    """Every verdict, in the table, in words and in JSON."""
+    vocabulary = seqio.ByteVocabulary()
+    layout = Prompts(vocabulary, False, 8, 4, "decoder_only")
+    rows = [layout.batch(text, number) for number, text in enumerate(["one", "été"])]
+    a, b, c = (vocabulary.encode(letter)[0] for letter in "abc")
+    flip = Differing(1, (a, b), (a, c), Difference(1, 6, b, 6, c), Margin(2e-6))
+    place = Differing(0, (a, b), (c, b), Difference(0, 3, None, 4, c), Margin(64.0, is_exact=False))
+    lost = Differing(0, (a,), (b,), None, None)
+    comparisons = [
+        Comparison("float32", "in a batch of 2", 2, (flip,), 1e-6, 1e-3),
+        Comparison("float32", "reversed", 2, (place,), None, 1e-3),
+        Comparison("float32", "in slots", 2, (lost,), None, 1e-3),
+        Comparison("float32", "on all devices", reason="this machine has one device (cpu)"),
+        Comparison("float32", "alone in bfloat16", 2, (flip,), 0.1, None),
+    ]
+    page = certify.Page(["one", "été"], rows, layout, comparisons)
+    flipped = f"in step 1, 'b' ({b}) at 1 became 'c' ({c}) at 1; margin 2e-06 nats"
+    assert page.lines() == [
+        "Not possible: on all devices: this machine has one device (cpu).",
+        f"float32, in a batch of 2: text 2 ('été'): {flipped}",
+        f"float32, reversed: text 1 ('one'): in step 0, nothing became 'c' ({c}) at 1; margin more than 64 nats",
+        "float32, in slots: text 1 ('one'): where it parts is not known: the decoder may rewrite tokens",
+        f"float32, alone in bfloat16: text 2 ('été'): {flipped}",
+        "Not certified: 2 of 3 comparisons show a fault: reversed (float32), in slots (float32).",
+    ]
+    columns = [list(column.cells) for column in page.table().columns]
+    assert columns[3] == ["2e-06", "64", "unknown", "", "2e-06"]
+    assert columns[-1] == ["rounding", "fault", "fault", "not possible", "expected"]
+    record = json.loads(json.dumps(page.record()))
+    assert not record["certified"] and record["comparisons"][3]["differing"] == []
+    assert record["comparisons"][0]["differing"][0] == {
+        "text": 1,
+        "reference": "ab",
+        "reference_tokens": [a, b],
+        "other": "ac",
+        "other_tokens": [a, c],
+        "step": 1,
+        "position": 1,
+        "token": {"id": b, "text": "b"},
+        "other_position": 1,
+        "other_token": {"id": c, "text": "c"},
+        "margin": 2e-6,
+        "margin_is_exact": True,
+    }
+    unknown = record["comparisons"][2]["differing"][0]
+    assert {name for name, value in unknown.items() if value is None} == {
+        *("step", "position", "token", "other_position", "other_token", "margin", "margin_is_exact")
+    }
+    assert certify.Page(["one", "été"], rows, layout, comparisons[:1]).lines()[-1].startswith("Certified: 1 ")
+
+
+@pytest.mark.slow
 def test_a_certificate(masked, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("one\n\nété\n", encoding="utf-8")
     flags = ["--checkpoint", str(masked), "--prompts", str(tmp_path / "prompts.txt"), "--prompt", "a", "--length", "4"]

@@ -197,29 +197,28 @@ class Ways:
         positions = np.asarray(row.positions[0])
         return margins.margin(self.alone[number], difference, positions, self.decoder.left_to_right, decode)
 
-    def _program(self, decoder: Decoder, view: Callable[..., View] | None) -> Any:
+    def _program(self, view: Callable[..., View] | None) -> Any:
         """Returns the jitted `(params, batch, *arguments of the view) -> Decoded`."""
-        if (decoder, view) not in self._programs:
+        if view not in self._programs:
 
             def decode(params: Params, batch: Batch, *arguments: Any) -> Decoded:
                 model: Any = self.definition.bind(params)
                 model = model if view is None else view(model, *arguments)
-                return decoder.decode(model, batch, sample_key(jax.random.key(self.seed), 0), trace=True)
+                return self.decoder.decode(model, batch, sample_key(jax.random.key(self.seed), 0), trace=True)
 
-            self._programs[decoder, view] = jax.jit(decode)
-        return self._programs[decoder, view]
+            self._programs[view] = jax.jit(decode)
+        return self._programs[view]
 
     def _decode(
         self,
         batch: Batch,
         view: Callable[..., View] | None = None,
         *arguments: Any,
-        decoder: Decoder | None = None,
         mesh: Mesh | None = None,
     ) -> Decoded:
         """Returns a batch's output with its trace, numpy."""
         mesh, params = self.mesh if mesh is None else mesh, self.params
-        program = self._program(decoder or self.decoder, view)
+        program = self._program(view)
         with jax.set_mesh(mesh):
             if mesh != self.mesh:
                 shardings = partitioning.param_shardings(mesh, params, self.definition.axes())
@@ -278,9 +277,6 @@ class Ways:
 
     def without_cache(self) -> list[Text] | str:
         """The texts alone by passes over whole rows, or why there are none."""
-        if isinstance(self.decoder, WindowDecoder):
-            exact = dataclasses.replace(self.decoder, refresh_every=1)
-            return [self._texts(self._decode(row, decoder=exact), row, 1)[0] for row in self.rows]
         views: list[WholeRows] = []
 
         def whole_rows(model: Transformer) -> WholeRows:

@@ -107,7 +107,7 @@ def largest_gap(reference: Text, other: Text) -> float | None:
 
 def margin(
     reference: Text, difference: Difference, positions: np.ndarray, anywhere: bool, decode: Callable[[Nudge], Text]
-) -> Margin | None:
+) -> Margin:
     """Measures how narrowly the reference decided.
 
     The reference is decoded again with the logit of its token lowered and that of the other one's token raised, by
@@ -122,12 +122,7 @@ def margin(
       positions: `[L]`, of the reference's slots in their segments.
       anywhere: change logits at all positions: for decoders that do not hand positions to the model.
       decode: returns the reference's text with nudged logits.
-
-    Returns:
-      The margin; None if both wrote the same token in different places, and logits are changed at all of them.
     """
-    if anywhere and difference.token == difference.other_token:
-        return None
     both = difference.token is not None and difference.other_token is not None
     share = 0.5 if both else 1.0
 

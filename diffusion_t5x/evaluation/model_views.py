@@ -13,7 +13,7 @@ from diffusion_t5x.models.masks import AttentionKind
 from diffusion_t5x.models.slots import put_slots, take_slots
 from diffusion_t5x.models.stack import Encoded
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.shapes import FloatBLD, FloatBLV, FloatBQD, IntB, IntBQ, IntScalar
+from diffusion_t5x.shapes import FloatBLD, FloatBLV, FloatBQD, IntB, IntBL, IntBQ, IntScalar
 
 
 class View:
@@ -50,16 +50,32 @@ class WholeRows(View):
     ) -> tuple[FloatBQD, KVCache]:
         """As `Transformer.extend`, by a pass over the whole rows."""
         self.num_extended += 1
-        held = cache.keys[0, :, :, 0, 0].astype(jnp.float32)  # exact for ids below 2^24
-        new = tokens.astype(jnp.float32)
-        in_a_row = write_at.ndim == 1
-        held = write_rows(held, new, write_at) if in_a_row else put_slots(held, write_at, new)
-        hidden = self._model(held.astype(jnp.int32), cache.slots, kind, encoded).hidden
+        held, in_a_row = _held(cache), write_at.ndim == 1
+        held = write_rows(held, tokens, write_at) if in_a_row else put_slots(held, write_at, tokens)
+        hidden = self._model(held, cache.slots, kind, encoded).hidden
         if in_a_row:
             start = jnp.minimum(write_at, held.shape[1] - tokens.shape[1])  # where the row's end moves them to
             write_at = start[:, None] + jnp.arange(tokens.shape[1])
-        rows = held[None, :, :, None, None]
-        return take_slots(hidden, write_at), cache.replace(keys=rows, values=rows)
+        return take_slots(hidden, write_at), _hold(cache, held)
+
+
+def _held(cache: KVCache) -> IntBL:
+    """Returns the tokens that a cache holds."""
+    return sum(jnp.asarray(x[0, :, :, 0, place], jnp.int32) * size for x, place, size in _digits(cache))
+
+
+def _hold(cache: KVCache, tokens: IntBL) -> KVCache:
+    """Returns the cache with these tokens, in digits of base 256: exact in any number type, in a cache's own shape."""
+    kept = {"keys": cache.keys, "values": cache.values}
+    for name, (x, place, size) in zip(("keys", "values", "keys"), _digits(cache), strict=False):
+        kept[name] = kept[name].at[0, :, :, 0, place].set((tokens // size % 256).astype(x.dtype))
+    return cache.replace(**kept)
+
+
+def _digits(cache: KVCache) -> list[tuple[jax.Array, int, int]]:
+    """Returns where the digits of tokens are: in which array, in which dimension of a head, and their place value."""
+    first_two = [(cache.keys, 0, 1), (cache.values, 0, 256)]
+    return first_two if cache.keys.shape[-1] == 1 else [*first_two, (cache.keys, 1, 256**2)]
 
 
 class Nudge(flax.struct.PyTreeNode):

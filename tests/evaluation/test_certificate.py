@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -23,9 +24,11 @@ from diffusion_t5x.decoding.self_speculation import SelfSpeculationDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.decoding.windows import WindowDecoder
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.evaluation import certificate
+from diffusion_t5x.evaluation import certificate, model_views
 from diffusion_t5x.evaluation.certificate import Comparison, Differing, Ways
 from diffusion_t5x.evaluation.margins import Margin, Text, first_difference
+from diffusion_t5x.models.attention import KVCache
+from diffusion_t5x.models.masks import Slots
 from diffusion_t5x.models.streams import stream
 
 LENGTH = 6
@@ -216,3 +219,13 @@ def test_rows_of_an_encoder_decoder_are_padded_apart():
     batch = certificate.stack(rows, 3)
     assert batch.encoder_tokens.shape == (2, 8) and batch.tokens.shape == (2, 7)
     assert batch.encoder_segment_ids.sum(axis=1).tolist() == [2, 5] and batch.target_mask.sum() == 8
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_cache_of_tokens_holds_every_id(dtype):
+    """Also where a number type has no such numbers, and beside what the cache held before."""
+    config = dataclasses.replace(tiny.RELATIVE, dtype=dtype)
+    tokens = jnp.array([[0, 255, 256, 65_535, 65_536, 262_143, 1_000_003, 3, 1, 2]])
+    cache = KVCache.empty(config, Slots.of(ROWS[0]))
+    cache = model_views._hold(cache.replace(keys=cache.keys + 7), tokens)
+    assert model_views._held(cache).tolist() == tokens.tolist()
