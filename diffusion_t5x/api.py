@@ -1,4 +1,4 @@
-"""The Python API: `load` opens a model; its methods generate text, fill holes, score texts and show every step."""
+"""The Python API: `load` opens a model; its methods write texts, fill holes, chat, score texts and show every step."""
 
 import dataclasses
 import functools
@@ -9,7 +9,8 @@ from typing import Any, Literal, overload
 import jax
 from jax.sharding import Mesh
 
-from diffusion_t5x.api_decoding import Batches, Decoding, batch_size
+from diffusion_t5x.api_chat import Chatting
+from diffusion_t5x.api_decoding import Batches, Decoding, batch_size, together
 from diffusion_t5x.api_opening import opened
 from diffusion_t5x.api_values import LogLikelihood, Steps, as_example, as_pairs, as_texts
 from diffusion_t5x.chat.prompts import Prompts, prompt_lengths
@@ -26,6 +27,7 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import traces
 from diffusion_t5x.evaluation.likelihood import likelihoods, make_likelihood_step
 from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.streams import seed_number
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.objectives.likelihood import check_num_draws
 from diffusion_t5x.objectives.objective import Objective
@@ -34,7 +36,7 @@ from diffusion_t5x.training.agreement import Agreement
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Model:
+class Model(Chatting):
     """A model for inference on one device. Made by `load`.
 
     Attributes:
@@ -132,7 +134,7 @@ class Model:
           length: maximum number of tokens to write; for diffusion, the size of the canvas. None takes the length of the
             training targets, or at most 256.
           samples: number of answers to each prompt.
-          seed: random seed. A new seed compiles again; more `samples` do not.
+          seed: random seed.
           stop: strings before which an answer ends.
           regex: answers are texts of this regular expression, whole: see docs/structured.md.
           json_schema: answers are JSON of this schema, or of the one in this file.
@@ -264,7 +266,7 @@ class Model:
         objective = self._use(objective, self.objective, "objective")
         check_num_draws(num_draws)
         rows = self._rows(pairs)
-        step = self._likelihood_step(objective, num_draws=num_draws, seed=seed)
+        step = functools.partial(self._likelihood_program(objective, num_draws=num_draws), seed=seed_number(seed))
         batches: Batches = [(rows.batch(given, text, number), [{}]) for number, (text, given) in enumerate(pairs)]
         found = [
             LogLikelihood(record["log_likelihood"], record["standard_error"], record["num_tokens"])
@@ -294,9 +296,8 @@ class Model:
         most, length = prompt_lengths(self._lengths, length, self.config)
         prompts = Prompts(self.tokenizer, self._inputs_end, most, length, self.config.architecture)
         # All at once, so that one that is too long is refused before the first is answered.
-        if (size := batch_size(len(texts), stops)) == 1:
-            return [(prompts.batch(text, number), [as_example(text)]) for number, text in enumerate(texts)]
-        return [(batch, list(map(as_example, group))) for batch, group in prompts.batches(texts, size)]
+        rows = [(prompts.batch(text, number), [as_example(text)]) for number, text in enumerate(texts)]
+        return together(rows, stops)
 
     def _within(self, decoder: Decoder | None, language: Language | None) -> Decoder | None:
         if language is None:
@@ -315,8 +316,9 @@ class Model:
         return Decoding(self.mesh, self.definition, self.tokenizer)
 
     @functools.cached_property
-    def _likelihood_step(self) -> Callable[..., Any]:
-        return functools.cache(functools.partial(make_likelihood_step, self.mesh, self.definition))
+    def _likelihood_program(self) -> Callable[..., Any]:
+        """Returns the program that measures likelihoods with these settings, compiled once for all seeds."""
+        return functools.cache(functools.partial(make_likelihood_step, self.mesh, self.definition, seed=0))
 
     def _use(self, given: Any, own: Any, what: str) -> Any:
         """Returns the decoder or objective to use, checked against the training record."""

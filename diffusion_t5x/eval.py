@@ -25,6 +25,8 @@ from diffusion_t5x.command_line.recorded import checkpoint_texts
 from diffusion_t5x.command_line.runnable import verb
 from diffusion_t5x.command_line.verbs import own_flags
 from diffusion_t5x.data.seqio_source import SeqioDataset
+from diffusion_t5x.decoding.language import Language
+from diffusion_t5x.decoding.structured import language_of
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import results
 from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LikelihoodEval, LossEval, prepared
@@ -54,6 +56,7 @@ class Evaluation(CheckpointSettings):
         nothing is decoded), with a folder for each checkpoint.
       all_checkpoints: evaluate all checkpoints at the path; otherwise the newest.
       decode_evals: what to decode and score.
+      regex, json_schema: what a decoded text may be: see `decoding.structured.language_of`.
       objective: computes losses and likelihoods.
       loss_evals: losses to measure.
       likelihood_evals: likelihoods to measure; their metrics are listed beside those of decoding.
@@ -70,6 +73,8 @@ class Evaluation(CheckpointSettings):
     eval_output_dir: str | None = None
     all_checkpoints: bool = False
     decode_evals: Sequence[DecodeEval] = ()
+    regex: str | None = None
+    json_schema: str | None = None
     objective: Objective | None = None
     loss_evals: Sequence[LossEval] = ()
     likelihood_evals: Sequence[LikelihoodEval] = ()
@@ -98,7 +103,8 @@ class Evaluation(CheckpointSettings):
             prepared(self.times_evals),
         )
         self._check(evals, mesh)
-        settings = self._describe(evals)
+        language = self._language(evals)
+        settings = self._describe(evals, language)
         folders = self._folders(found, output)
         for checkpoint in folders:
             self.check_use(checkpoint, self.objective, *(ev.decoder for ev in evals.decode))
@@ -107,7 +113,7 @@ class Evaluation(CheckpointSettings):
         if self.dry_run and not todo:
             print(f"Would evaluate nothing: all results are in {output}.")
             return
-        self._evaluate(todo, evals, settings, mesh)
+        self._evaluate(todo, evals, settings, mesh, language)
 
     def _check(self, evals: "_Evals", mesh: Mesh) -> None:
         """Raises a UserError if there is nothing to evaluate, or data, objective and mesh do not fit together."""
@@ -124,10 +130,24 @@ class Evaluation(CheckpointSettings):
         for ev in evals.decode:
             ev.dataset.check_scoring()
 
-    def _describe(self, evals: "_Evals") -> dict[str, Any]:
+    def _language(self, evals: "_Evals") -> Language | None:
+        """Compiles what a decoded text may be, and checks that the decoders can keep to it."""
+        if self.regex is None and self.json_schema is None:
+            return None
+        if not evals.decode:
+            raise UserError("REGEX and JSON_SCHEMA are for decoded texts: leave them out, or set decode_evals.")
+        dataset = evals.decode[0].dataset
+        end_ids = dataset.token_ids().end_ids
+        language = language_of(self.regex, self.json_schema, dataset.vocabulary(), end_ids=end_ids)
+        if language is not None:
+            for ev in evals.decode:
+                ev.decoder.within(language)
+        return language
+
+    def _describe(self, evals: "_Evals", language: Language | None) -> dict[str, Any]:
         """Returns the settings that results depend on."""
         names = ("objective", "model", "restore_rules", "use_ema")
-        given = {name: getattr(self, name) for name in names}
+        given = {name: getattr(self, name) for name in names} | ({"form": repr(language)} if language else {})
         return results.describe({"evaluations": evals.all, **given, "teacher": self.teacher_checkpoint_path})
 
     def _folders(self, found: Sequence[OpenCheckpoint], output: pathlib.Path) -> dict[OpenCheckpoint, pathlib.Path]:
@@ -137,7 +157,12 @@ class Evaluation(CheckpointSettings):
         return {checkpoint: output / checkpoint.path.name if has_folder else output for checkpoint in chosen}
 
     def _evaluate(
-        self, todo: Mapping[OpenCheckpoint, pathlib.Path], evals: "_Evals", settings: Mapping[str, Any], mesh: Mesh
+        self,
+        todo: Mapping[OpenCheckpoint, pathlib.Path],
+        evals: "_Evals",
+        settings: Mapping[str, Any],
+        mesh: Mesh,
+        language: Language | None,
     ) -> None:
         vocabulary = evals.all[0].dataset.token_ids()
         teacher = None
@@ -152,8 +177,9 @@ class Evaluation(CheckpointSettings):
                 print(f"Would evaluate {' '.join(map(str, todo))} ({size}):", *evals.all, sep="\n  ")
                 return
             evaluator = evaluator or Evaluator(
-                mesh, definition, self.objective, evals.loss, evals.decode, teacher, evals.likelihood, evals.times
-            )
+                mesh, definition, self.objective, evals.loss, evals.decode, teacher, evals.likelihood, evals.times,
+                language,
+            )  # fmt: skip
             scores, fingerprints = _evaluate(evaluator, params, folder)
             del params  # before the next checkpoint's are there
             evaluations = [repr(ev) for ev in evals.all]

@@ -108,6 +108,9 @@ def serve(
     from diffusion_t5x.serving.service import Limits
 
     server = Server(host, port, grace)  # before the model is loaded: the address may be taken
+    api_key = api_key or os.environ.get(_API_KEY) or None
+    if api_key is None and not server.is_local:
+        say(f"Anyone who reaches {host} can use this server: set {_API_KEY}.")
     checkpoint = checkpoints.open_checkpoint(checkpoint_path)
     Agreement.of(checkpoint, "serve.serve.allow_mismatch", allow_mismatch).check(model, [decoder])
     context, most_inputs, length = _lengths(task_feature_lengths, context, length, model)
@@ -119,10 +122,7 @@ def serve(
     ids = dataclasses.replace(token_ids(vocabulary), end_ids=prompts.end_ids)
     mesh = MeshConfig().make(jax.devices()[:1])
     limits = Limits(context, most_inputs, slots, queue, most_bytes)
-    api_key = api_key or os.environ.get(_API_KEY) or None
-    if api_key is None and not server.is_local:
-        say(f"Anyone who reaches {host} can use this server: set {_API_KEY}.")
-    with ended_by_signals():
+    with server.loading(), ended_by_signals():
         definition, params = load_model(checkpoint, model, ids, mesh)
         loaded = Loaded(_name(checkpoint_path), mesh, definition, params, prompts, decoder)
         say(about(checkpoint, definition))

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning, records, terminal
 from diffusion_t5x.checkpointing import stored
-from diffusion_t5x.checkpointing.assignment import Rule, named_leaves
+from diffusion_t5x.checkpointing.assignment import Rule
 from diffusion_t5x.checkpointing.checkpoints import Checkpoints, ensure_writable, find_checkpoint
 from diffusion_t5x.checkpointing.record import Record, describe
 from diffusion_t5x.command_line import config
@@ -32,9 +32,10 @@ from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval, check_decoders, prepared
 from diffusion_t5x.evaluation.inference import write_jsonl
-from diffusion_t5x.evaluation.loading import check_datasets, load_teacher
+from diffusion_t5x.evaluation.loading import check_datasets, load_model, load_teacher
 from diffusion_t5x.evaluation.screen import evaluation_block, next_commands
 from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.quantized import FewBits
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.distillation import Teacher
 from diffusion_t5x.objectives.objective import Objective, no_teacher
@@ -52,7 +53,7 @@ from diffusion_t5x.training.metrics import Writer, check_writers, make_writer
 from diffusion_t5x.training.rewards import make_grader
 from diffusion_t5x.training.rollout import OnPolicyBatches, Rollout, check_rollout
 from diffusion_t5x.training.run_config import write_config
-from diffusion_t5x.training.state import TrainState, abstract_state, split
+from diffusion_t5x.training.state import TrainState, abstract_state, describe_model
 from diffusion_t5x.training.step import make_train_step
 from diffusion_t5x.training.surroundings import explained
 
@@ -93,8 +94,10 @@ class Training:
       optimizer: the optimizer, see `training.optimizers`.
       train_steps: total number of steps, including those before a resumption (or in the initial checkpoint).
       lora: train low-rank updates, with the model frozen; None trains the whole model.
+      frozen_dtype: quantize the layers' matrices of what is frozen, LoRA's base and the teacher: "int8", "nf4" or None.
       random_seed: seed of initialisation, noise and dropout. The data have their own seed.
-      initial_checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
+      initial_checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR; also the model near which an
+        objective holds the trained one, if it does (`Objective.taught_by_start`).
       restore_rules: `(target regex, source template or None)`, as in T5X; only for `initial_checkpoint_path`.
       teacher_checkpoint_path: checkpoint of the autoregressive teacher for distillation, which also scores decoded
         texts ("teacher_nll", "teacher_agreement").
@@ -127,6 +130,7 @@ class Training:
     optimizer: optax.GradientTransformation
     train_steps: int
     lora: lora_training.Lora | None = None
+    frozen_dtype: FewBits | None = None
     random_seed: int = 0
     initial_checkpoint_path: str | None = None
     restore_rules: Sequence[Rule] = ()
@@ -148,6 +152,10 @@ class Training:
     metric_writers: Sequence[str] = ("jsonl", "tensorboard")
     dry_run: bool | StepReader = False
 
+    def __post_init__(self) -> None:
+        taught = self.objective.needs_teacher or self.teacher_checkpoint_path is not None
+        object.__setattr__(self, "lora", lora_training.over(self.frozen_dtype, self.lora, taught))
+
     def run(self) -> None:
         """Trains; a dry run prints the plan.
 
@@ -156,7 +164,10 @@ class Training:
           SystemExit: it was told to stop, and has saved; see `training.preemption` for the exit codes.
         """
         if not isinstance(self.dry_run, bool):
-            given = {name: getattr(self, name) for name in ("mesh", "model", "lora", "teacher_model", "rollout")}
+            given = {
+                name: getattr(self, name)
+                for name in ("mesh", "model", "lora", "frozen_dtype", "teacher_model", "rollout")
+            }
             self.dry_run.train(TrainingRun(dataset=self.train_dataset, **given, **self._of_step()))
             return
         self._check_settings()
@@ -186,9 +197,10 @@ class Training:
         """Checks that all settings fit together, before data and parameters are read."""
         folder = os.path.join(self.model_dir, "checkpoints")
         start = Start.find(folder, self.initial_checkpoint_path, self.restore_rules, self.allow_older_checkpoint)
-        if self.objective.needs_teacher and not self.teacher_checkpoint_path and not self.dry_run:
+        path = self._teacher_path()
+        if self.objective.needs_teacher and not path and not self.dry_run:
             raise no_teacher(self.objective)
-        teacher_path = str(find_checkpoint(path)) if (path := self.teacher_checkpoint_path) else None
+        teacher_path = str(find_checkpoint(path)) if path else None
         self._check_data(mesh, [*(ev.dataset for ev in loss_evals), *(ev.dataset for ev in decode_evals)])
         for ev in decode_evals:
             ev.dataset.check_scoring()
@@ -204,6 +216,17 @@ class Training:
         assignment = start.check(*checked)
         evals = (loss_evals, decode_evals)
         return _Plan(mesh, definition, abstract, *evals, record, start, assignment, teacher_path)
+
+    def _teacher_path(self) -> str | None:
+        """Returns the path of the teacher's checkpoint, as the user gave it: of a teacher, or of the start."""
+        if not self.objective.taught_by_start:
+            return self.teacher_checkpoint_path
+        if self.teacher_checkpoint_path:
+            raise UserError(
+                f"{type(self.objective).__name__} is held near INITIAL_CHECKPOINT_PATH, and has no other teacher. Set "
+                "TEACHER_CHECKPOINT_PATH = None."
+            )
+        return self.initial_checkpoint_path
 
     def _check_settings(self) -> None:
         factor, ema, timeout = self.loss_normalizing_factor, self.ema_decay, self.hang_timeout
@@ -244,7 +267,7 @@ class Training:
         """Prints the plan of a run, for a dry run."""
         batch = next(self.train_dataset.train_iterator())
         shapes = (f"  {name} {x.dtype}{list(x.shape)}" for name, x in vars(batch).items() if x is not None)
-        print(plan.describe(), "batch:", *shapes, sep="\n")
+        print(describe_model(plan.definition, plan.abstract), "batch:", *shapes, sep="\n")
         teacher = f", taught by {plan.teacher_path}" if plan.teacher_path else ""
         source = plan.start.checkpoint.named if plan.start.checkpoint else "scratch"
         print(f"Would train to step {self.train_steps} from {source}{teacher}. Nothing was written.")
@@ -254,7 +277,10 @@ class Training:
     def _load_teacher(self, plan: "_Plan") -> Teacher | None:
         if plan.teacher_path is None:
             return None
-        judged = (plan.definition.vocabulary, plan.mesh, _ALLOW_MISMATCH, self.allow_mismatch)
+        if self.objective.taught_by_start:  # a student starts from the parameters, not from their moving average
+            given = (plan.teacher_path, self.model, plan.definition.vocabulary, plan.mesh)
+            return Teacher(*load_model(*given, use_ema=False, few_bits=self.frozen_dtype))
+        judged = (plan.definition.vocabulary, plan.mesh, _ALLOW_MISMATCH, self.allow_mismatch, self.frozen_dtype)
         return load_teacher(plan.teacher_path, self.teacher_model or self.model, *judged)
 
     def _of_step(self) -> dict[str, Any]:
@@ -273,7 +299,9 @@ class Training:
         step = int(begun.state.step)
         if jax.process_index() == 0:
             write_config(os.path.join(self.model_dir, "config.gin"), config.operative_text(), step)
-            records.write_text(os.path.join(self.model_dir, "model-info.txt"), plan.describe() + "\n")
+            records.write_text(
+                os.path.join(self.model_dir, "model-info.txt"), describe_model(plan.definition, plan.abstract) + "\n"
+            )
         writer = make_writer(self.model_dir, self.metric_writers, step, config.operative_values())
         batches = self._batches(plan, writer)
         if begun.data_state is not None:
@@ -281,7 +309,8 @@ class Training:
         on_mesh = (plan.mesh, plan.abstract, plan.definition)
         train_step = make_train_step(*on_mesh, seed=self.random_seed, teacher=teacher, **self._of_step())
         evals = (plan.loss_evals, plan.decode_evals)
-        evaluator = Evaluator(plan.mesh, plan.definition, self.objective, *evals, teacher)
+        judge_of_texts = None if self.objective.taught_by_start else teacher  # it reads token by token
+        evaluator = Evaluator(plan.mesh, plan.definition, self.objective, *evals, judge_of_texts)
         judge = Judge(self.bad_numbers, self.model_dir, begun.losses)
         description = f"{type(self.objective).__name__} on {self.train_dataset.name}"
         loop = TrainLoop(
@@ -342,18 +371,6 @@ class _Plan:
     start: Start
     assignment: str
     teacher_path: str | None
-
-    def describe(self) -> str:
-        """Describes the model: its size, and each parameter on a line with shape, logical axes and partition."""
-        names = jax.tree.leaves(self.definition.axes(), is_leaf=lambda x: isinstance(x, tuple))
-        rows = [
-            f"  {name} {list(leaf.shape)} ({', '.join(axes)}) {leaf.sharding.spec}"
-            for (name, leaf), axes in zip(named_leaves(self.abstract.params).items(), names, strict=True)
-        ]
-        trained, _ = split(self.definition, self.abstract.params)
-        size, whole = sum(leaf.size for leaf in jax.tree.leaves(trained)), self.definition.num_params()
-        of_which = "" if size == whole else f", {size:,} of them trained"
-        return "\n".join([f"model: {whole:,} parameters{of_which}", *rows])
 
 
 def _evaluate(evaluator: Evaluator, writer: Writer, model_dir: str, state: TrainState, step: int) -> dict[str, float]:

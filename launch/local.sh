@@ -29,7 +29,7 @@ command=("$VENV/bin/python" "${command[@]}")
 port=$("$VENV/bin/python" -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')
 export JAX_COORDINATOR_ADDRESS=localhost:$port JAX_NUM_PROCESSES=$number
 pipes=$(mktemp -d)
-pids=() filters=() interrupted=
+pids=() filters=() told='' interrupted=''
 trap 'rm -rf "$pipes"; [ ${#pids[@]} -eq 0 ] || kill "${pids[@]}" 2>/dev/null || true' EXIT
 
 # Makes a pipe with the ends `reader` and `writer`. Opened like this, neither waits for the other.
@@ -41,15 +41,17 @@ make_pipe() {
   exec {writer}>"$pipes/$1" {both}>&-
 }
 
-# Marks what process $1 says. A signal to the whole group does not end it before the process has said all.
+# Marks what process $1 says. A signal to the whole group does not end it before the process has said all. Once nobody
+# reads the marked lines, as when the terminal was closed, it reads on: the process could fail before it has saved.
 mark() {
   trap '' TERM INT HUP USR1
   exec {writer}>&-
-  exec sed -u "s/^/$1: /"
+  sed -u "s/^/$1: /" || cat >/dev/null
 }
 
-trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM HUP USR1
-trap 'interrupted=1; kill -TERM "${pids[@]}" 2>/dev/null || true' INT
+# Passed on below, when all processes are there to get it.
+trap 'told=1' TERM HUP USR1
+trap 'told=1 interrupted=1' INT
 for ((i = 0; i < number; i++)); do
   make_pipe "$i.out"
   out=$writer
@@ -69,6 +71,10 @@ mkfifo "$pipes/never"
 exec {never}<>"$pipes/never"
 status=0
 while [ ${#pids[@]} -gt 0 ]; do
+  if [ -n "$told" ]; then
+    told=''
+    kill -TERM "${pids[@]}" 2>/dev/null || true
+  fi
   left=()
   for pid in "${pids[@]}"; do
     if kill -0 "$pid" 2>/dev/null; then
@@ -82,7 +88,7 @@ while [ ${#pids[@]} -gt 0 ]; do
   done
   pids=("${left[@]}")
   [ "$status" -eq 0 ] || [ "$status" -eq 75 ] || kill -KILL "${pids[@]}" 2>/dev/null || true
-  read -rt 0.2 -u "$never" || true # a pause in which signals are handed on at once
+  read -rt 0.2 -u "$never" || true # a pause
 done
 # Their last lines. A process left behind may hold a pipe open: do not wait forever.
 for ((i = 0; i < 20; i++)); do

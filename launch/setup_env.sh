@@ -10,6 +10,7 @@
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 VENV=${DIFFUSION_T5X_VENV:-$ROOT/.venv}
+VENV=${VENV%/}
 
 say() { echo "setup: $*" >&2; }
 die() { echo "error: $*" >&2; exit 2; }
@@ -114,12 +115,14 @@ explain_failure() {
   die "the installation failed. Log: $1"
 }
 
-refuse_of_another
-# Of two commands that start together, one installs; the other waits and finds the environment ready.
+# Of two commands that start together, of this checkout or of two, one installs; the other waits and looks again.
 if ! is_ready && command -v flock >/dev/null; then
-  exec 9<"$ROOT/setup.py"
-  flock --nonblock 9 || { say "waiting for another command that sets up an environment of $ROOT" && flock 9; }
+  mkdir -p "$(dirname "$VENV")"
+  exec 9>>"$VENV.lock" # open for writing, as NFS requires
+  flock --nonblock 9 || { say "waiting for another command that sets up $VENV" && flock 9; } ||
+    say "cannot lock $VENV.lock: do not start another command until this one has set up $VENV"
 fi
+refuse_of_another
 
 if is_ready; then
   say "$VENV is ready"
@@ -130,4 +133,4 @@ else
   fi
   install
 fi
-exec 9<&- # what runs in the environment does not hold the lock
+exec 9>&- # what runs in the environment does not hold the lock

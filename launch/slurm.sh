@@ -2,7 +2,7 @@
 # Runs a verb on a Slurm cluster, a process for each GPU, as JAX expects it there. Usage, from this checkout, after
 # `bash launch/test.sh --help` or the like has made .venv on a file system that all nodes share:
 #
-#   sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=8 launch/slurm.sh VERB FLAGS...
+#   sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=8 --cpus-per-task=8 launch/slurm.sh VERB FLAGS...
 #   bash launch/slurm.sh --print VERB FLAGS...
 #
 # Two minutes before its time is up the run is told to stop; it saves, ends with code 75, and the job is queued again.
@@ -34,6 +34,8 @@ if [ -n "$print" ]; then
 fi
 [ -x "$python" ] || { echo "error: no $python: set up the environment first (bash launch/test.sh --help)." >&2; exit 2; }
 
+# sbatch's --cpus-per-task: since Slurm 22.05 srun takes it from this variable alone.
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 rm -f "$told"
 status=0
 "${command[@]}" || status=$?

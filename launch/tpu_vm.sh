@@ -160,6 +160,8 @@ trap 'stop 130' INT
 
 verb="${*@Q}"
 [ -n "$print" ] || slice_state "$name" >/dev/null || exit 2 # gcloud has said what is wrong
+[ -n "$print" ] || [ -z "$(git -C "$root" status --porcelain)" ] ||
+  say "changes that are not committed are not copied: see git -C $root status"
 do_it git -C "$root" archive --format=tar.gz --output="$archive" HEAD
 for ((attempt = 1; ; attempt++)); do
   await_slices

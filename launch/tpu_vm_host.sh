@@ -62,7 +62,9 @@ run() {
   echo "$attempt" >attempt
   echo $$ >pid
   cd code
-  exec ../venv/bin/python -m "diffusion_t5x.$verb" "${@:3}" --distributed > >(exec sed -u "s/^/$(hostname): /") 2>&1
+  # Once the connection is lost, the output is read on: the process could fail before it has saved.
+  exec ../venv/bin/python -m "diffusion_t5x.$verb" "${@:3}" --distributed \
+    > >(sed -u "s/^/$(hostname): /" || cat >/dev/null) 2>&1
 }
 
 "$@"

@@ -119,7 +119,7 @@ class ChatQuestions(OfTexts, LaidOut):
         """Returns the ids and the example of a record; raises a ValueError if it is invalid or too long."""
         talk = conversations.read(record)
         messages, answer = talk.question()
-        if not messages or messages[-1]["role"] not in ("user", "tool"):
+        if not messages or messages[-1]["role"] in ("system", "developer", "assistant"):
             raise ValueError("apart from the answer, its last turn is not the user's.")
         ids, text = chat.encode_prompt(chat.template.render(messages, True, talk.variables))
         if len(ids) > (most := self.task_feature_lengths["inputs"]):

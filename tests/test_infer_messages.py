@@ -1,5 +1,6 @@
 """`infer --messages`: the answers are those of `generate` and of the decoder, from JSON lines and from Parquet."""
 
+import dataclasses
 import json
 
 import chats
@@ -11,6 +12,7 @@ from diffusion_t5x import infer
 from diffusion_t5x.api import load
 from diffusion_t5x.convert import convert
 from diffusion_t5x.data.chats import Chat
+from diffusion_t5x.errors import UserError
 
 pytest.importorskip("seqio")
 pa = pytest.importorskip("pyarrow")
@@ -56,6 +58,26 @@ def test_answers_to_the_last_user_turn(imported, tmp_path):
     cut = run(imported, tmp_path / "b.parquet", tmp_path / "out", "--gin.BATCH_SIZE=2", f"--gin.STOP=({stop!r},)")
     assert [r["prediction"] for r in cut] == [r["prediction"].partition(stop)[0] for r in found]
     assert [r["inputs_pretokenized"] for r in cut] == [r["inputs_pretokenized"] for r in found]
+
+
+def test_chat_of_the_python_interface_writes_the_same(imported, tmp_path):
+    talks = [talk["messages"][: 3 - 2 * (number == 0)] for number, talk in enumerate(TALKS)]
+    parts = [message("user", [{"type": "text", "text": "the "}, {"type": "text", "text": "a?"}])]
+    lines = [{"messages": talk} for talk in (*talks, parts)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sampled = "--gin.AutoregressiveDecoder.temperature=1.0"
+    found = run(imported, tmp_path / "a.jsonl", tmp_path / "out", "--gin.BATCH_SIZE=2", sampled)
+    model = load(str(imported))
+    decoder = dataclasses.replace(model.decoder, temperature=1.0)
+    expected = [record["prediction"] for record in found]
+    assert model.chat([*talks, parts], decoder=decoder, length=12) == expected and len({*expected}) == 3
+    assert model.chat(talks[0], decoder=decoder, length=12) == expected[0]
+    stop = expected[0][2]
+    assert model.chat(talks[0], decoder=decoder, length=12, stop=[stop]) == expected[0].partition(stop)[0]
+    two = model.chat(talks[0], decoder=decoder, length=12, samples=2)
+    assert two[0] == expected[0] != two[1]
+    with pytest.raises(UserError, match="The conversation is refused: message 1 has the role null"):
+        model.chat([{"content": "a"}])
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,8 @@ FLOORS = [
     ("reporting", "serving"),
     ("command_line",),
     tuple(VERBS.split()),
-    ("api_values", "api_opening"),
+    ("api_values", "api_opening", "api_decoding"),
+    ("api_chat",),
     ("api",),
     ("ar2diff",),
 ]

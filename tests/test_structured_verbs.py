@@ -15,6 +15,7 @@ from diffusion_t5x import generate, infer
 from diffusion_t5x.command_line import config
 from diffusion_t5x.convert import convert
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.eval import evaluate
 
 jsonschema = pytest.importorskip("jsonschema")
 pytest.importorskip("outlines_core")
@@ -96,20 +97,25 @@ def test_holes_hold_texts_of_the_expression(model):
 
 @pytest.fixture
 def run_infer(masked, tmp_path):
-    """Runs `infer` on the prompts, in batches of two; returns its lines."""
+    """Runs `infer`, or `eval`, on the prompts, in batches of two; returns its predictions."""
 
-    def run(*flags, name="local-test"):
+    def run(*flags, name="local-test", verb=infer.infer):
         lines = [{"inputs": prompt, "targets": ""} for prompt in PROMPTS]
         holes = [{"inputs": prompt, "template": "a<hole:3>c"} for prompt in PROMPTS]
         for file, records in (("test", lines), ("holes", holes)):
             (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        which = "infer" if verb is infer.infer else "eval"
         files = ("models/decoder_only.gin", "sizes/tiny.gin", "objectives/masked.gin", "decoding/masked.gin")
         config.run(
-            infer.infer,
+            verb,
             [
-                *(f"--gin_file={file}" for file in (*files, "runs/infer.gin", "tasks/local_jsonl.gin")),
+                *(f"--gin_file={file}" for file in (*files, f"runs/{which}.gin", "tasks/local_jsonl.gin")),
                 *(f"--gin.ModelConfig.{name}={value}" for name, value in SIZE.items()),
-                *(f"--gin.CHECKPOINT_PATH={masked}", f"--gin.INFER_OUTPUT_DIR={tmp_path}", "--gin.BATCH_SIZE=2"),
+                *(
+                    f"--gin.CHECKPOINT_PATH={masked}",
+                    f"--gin.{which.upper()}_OUTPUT_DIR={tmp_path}",
+                    "--gin.BATCH_SIZE=2",
+                ),
                 *(f'--gin.FILES={{"test": "{tmp_path}/test.jsonl"}}', f"--gin.TASK_FEATURE_LENGTHS={LENGTHS}"),
                 *("--gin.RANDOM_SEED=3", "--gin.VOCABULARY_FILE=None", *flags),
             ],
@@ -126,6 +132,15 @@ def test_infer_predicts_what_generate_writes(model, run_infer, capsys):
     with pytest.raises(SystemExit):
         run_infer("--gin.REGEX='[0-9]+'")
     assert "language" in capsys.readouterr().err
+
+
+def test_eval_scores_what_generate_writes(model, run_infer, tmp_path, capsys):
+    found = run_infer(f"--gin.REGEX={CODE!r}", name="local_predictions", verb=evaluate)
+    assert found == model.generate(PROMPTS, regex=CODE, seed=3)
+    assert json.loads((tmp_path / "results.json").read_text())["settings"]["form"] == f"Language({CODE!r})"
+    with pytest.raises(SystemExit):
+        run_infer("--gin.JSON_SCHEMA='nowhere.json'", name="local_predictions", verb=evaluate)
+    assert "nowhere.json" in capsys.readouterr().err
 
 
 def test_infer_predicts_json(run_infer, schema):

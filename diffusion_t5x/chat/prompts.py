@@ -1,16 +1,17 @@
 """Lays out prompts as rows, like the examples of the model's task but without the task."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from diffusion_t5x.data import stop_strings
+from diffusion_t5x.data import conversations, stop_strings
 from diffusion_t5x.data.batch import Architecture, Batch
 from diffusion_t5x.data.chat_template import Message
 from diffusion_t5x.data.chats import Chat
 from diffusion_t5x.data.plain_vocabularies import TokenIdVocabulary
-from diffusion_t5x.data.rows import Row, RowLayout, fill_batches
+from diffusion_t5x.data.rows import RowLayout, fill_batches
 from diffusion_t5x.data.text_rows import room_for
 from diffusion_t5x.data.vocabularies import cells, signs, to_text
 from diffusion_t5x.data.vocabulary import AnyVocabulary, own
@@ -68,41 +69,31 @@ class Prompts:
         """
         if self.chat:
             return self.answering(self.opening(prompt), number)
-        return self.row(self._encoded(prompt), number)
-
-    def batches(self, prompts: Sequence[str], batch_size: int) -> Iterator[tuple[Batch, list[str]]]:
-        """Yields batches of prompts as they are, numbered from 0, and the prompts in their rows that are not empty.
-
-        Raises:
-          UserError: as `batch`.
-        """
-        rows = [self._encoded(prompt) for prompt in prompts]
-        for tokens in rows:
-            self._check(tokens)
-        longest = max(map(len, rows), default=0)
-        laid_out = [(self._laid_out(tokens, longest), prompt) for tokens, prompt in zip(rows, prompts, strict=True)]
-        return fill_batches(laid_out, batch_size, self.vocabulary.pad_id)
-
-    def _encoded(self, prompt: str) -> list[int]:
         _check_text(prompt)
-        return list(self.vocabulary.encode(prompt)) + [self.vocabulary.eos_id] * self.adds_eos
+        return self.row(list(self.vocabulary.encode(prompt)) + [self.vocabulary.eos_id] * self.adds_eos, number)
 
     def opening(self, prompt: str) -> list[Message]:
         """Returns the first messages of a conversation: the system prompt, if there is one, and the user's."""
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*system, {"role": "user", "content": prompt}]
 
-    def answering(self, messages: Sequence[Message], number: int) -> Batch:
+    def answering(self, messages: Sequence[Message], number: int, variables: Mapping[str, Any] | None = None) -> Batch:
         """Returns a batch of one row: a conversation that asks for an answer, and a canvas.
+
+        Args:
+          messages: see `conversations.checked`.
+          number: as in `batch`.
+          variables: more variables of the chat template, such as "tools".
 
         Raises:
           UserError: the conversation is too long or not text, or the chat template refuses it.
         """
         assert self.chat is not None, "conversations need a chat format"
-        for message in messages:
-            _check_text(message["content"])
         try:
-            tokens = self.chat.prompt_ids(messages)
+            messages = conversations.checked(messages)
+            for message in messages:
+                _check_text(message.get("content", ""))
+            tokens = self.chat.prompt_ids(messages, variables)
         except ValueError as error:
             raise UserError(f"The conversation is refused: {error}") from error
         if self.max_inputs is not None and len(tokens) > self.max_inputs:
@@ -119,13 +110,6 @@ class Prompts:
         Raises:
           UserError: as `batch`.
         """
-        self._check(tokens)
-        row = self._laid_out(tokens, len(tokens))
-        ((batch, _),) = fill_batches([(row, None)], 1, self.vocabulary.pad_id)
-        return batch.replace(example_ids=np.array([number], np.int32))
-
-    def _check(self, tokens: Sequence[int]) -> None:
-        """Raises a UserError if a prompt is too long, or leaves an encoder nothing to read."""
         if self.max_inputs is not None and len(tokens) > self.max_inputs:
             eos = " (the EOS behind it is one of them)" if self.adds_eos else ""
             raise UserError(
@@ -134,12 +118,11 @@ class Prompts:
             )
         if self.architecture == "encoder_decoder" and not tokens:
             raise UserError("The prompt is refused: it is empty, and the encoder would have nothing to read.")
-
-    def _laid_out(self, tokens: Sequence[int], longest: int) -> Row:
-        """Returns a prompt and a canvas as a row with room for the longest prompt."""
-        lengths = {"inputs": room_for(longest, self.max_inputs), "targets": self.length}
+        lengths = {"inputs": room_for(len(tokens), self.max_inputs), "targets": self.length}
         layout = RowLayout(lengths, self.architecture, canvas=True, pad_id=self.vocabulary.pad_id)
-        return layout.row(layout.sequences({"inputs": np.array(tokens, np.int32), "targets": np.zeros(0, np.int32)}))
+        row = layout.row(layout.sequences({"inputs": np.array(tokens, np.int32), "targets": np.zeros(0, np.int32)}))
+        ((batch, _),) = fill_batches([(row, None)], 1, self.vocabulary.pad_id)
+        return batch.replace(example_ids=np.array([number], np.int32))
 
     def to_text(self, tokens: Sequence[int]) -> str:
         """Returns the text of a canvas, up to the token that ends it or before the first stop string."""

@@ -115,17 +115,21 @@ def _restore(
     init: Callable[[], Tree] | None = None,
     reader: ModuleType = merging,
 ) -> Tree:
-    targets, sources = named_leaves(abstract_state), reader.leaves(checkpoint)
+    targets, sources = named_leaves(abstract_state, reader.is_leaf), reader.leaves(checkpoint)
     try:
         assignment = assign(targets, sources, rules)
     except UserError as error:
         raise UserError(f"{checkpoint}: {error}") from error
-    leaves = _initialise({t: targets[t] for t, source in assignment.items() if source is None}, init)
+    leaves = _initialise({t: targets[t] for t, source in assignment.items() if source is None}, init, reader.is_leaf)
     leaves |= reader.read_arrays(checkpoint, targets, {t: s for t, s in assignment.items() if s is not None})
-    return jax.tree.unflatten(jax.tree.structure(abstract_state), [leaves[name] for name in targets])
+    return jax.tree.unflatten(
+        jax.tree.structure(abstract_state, is_leaf=reader.is_leaf), [leaves[name] for name in targets]
+    )
 
 
-def _initialise(abstract: dict[str, Any], init: Callable[[], Any] | None) -> dict[str, jax.Array]:
+def _initialise(
+    abstract: dict[str, Any], init: Callable[[], Any] | None, is_leaf: Callable[[Any], bool] | None
+) -> dict[str, Any]:
     if not abstract:
         return {}
     if init is None:
@@ -133,7 +137,7 @@ def _initialise(abstract: dict[str, Any], init: Callable[[], Any] | None) -> dic
         raise UserError(f"No assignment rule may leave parameters fresh here, but these would be: {names}.")
 
     def fresh():
-        leaves = named_leaves(init())
+        leaves = named_leaves(init(), is_leaf)
         return {name: leaves[name] for name in abstract}
 
-    return jax.jit(fresh, out_shardings={name: leaf.sharding for name, leaf in abstract.items()})()
+    return jax.jit(fresh, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()

@@ -39,7 +39,7 @@ def check_start(
     checkpoint = open_checkpoint(path)
     checkpoint.verify("state/_METADATA")
     reader = merging if merge else stored
-    targets, sources = named_leaves(abstract_state), reader.leaves(checkpoint.path)
+    targets, sources = named_leaves(abstract_state, reader.is_leaf), reader.leaves(checkpoint.path)
     wrong, settings = [], {}
     try:
         vocabulary.check_same(checkpoint.metadata["vocabulary"], str(checkpoint))

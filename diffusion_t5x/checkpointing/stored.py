@@ -27,6 +27,7 @@ EVALUATION = "evaluation.json"  # metrics of an evaluation that was finished aft
 _METADATA = "metadata/metadata"
 _ALWAYS_THERE = ("state/_METADATA", _METADATA)
 _MAX_FAULTS = 5
+is_leaf = None  # what is one array here, beside arrays; see `merging`
 
 
 class BrokenCheckpoint(UserError):

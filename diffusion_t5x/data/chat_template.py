@@ -93,6 +93,10 @@ class ChatTemplate:
         tokens = {name: token for name in _TOKENS if (token := tokenizer_files.token_text(config, name, config_file))}
         return cls(text, tokens, special, variables, tool_use)
 
+    def has(self, text: str) -> bool:
+        """True if the template of conversations with tools has a text, such as a tag."""
+        return text in self._tool_use
+
     def render(
         self,
         messages: Sequence[Message],

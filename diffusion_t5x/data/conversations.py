@@ -34,7 +34,7 @@ class Conversation:
     """A conversation.
 
     Attributes:
-      messages: its messages, without null fields.
+      messages: its messages, see `checked`.
       variables: other variables of the chat template: "tools", "documents" and those of "chat_template_kwargs".
     """
 
@@ -73,7 +73,7 @@ def read(record: Mapping[str, Any]) -> Conversation:
     kwargs = record.get("chat_template_kwargs") or {}
     if not isinstance(kwargs, dict) or {"messages", "add_generation_prompt"} & kwargs.keys():
         raise ValueError(f'"chat_template_kwargs" is {json.dumps(kwargs)[:40]}, not an object of variables.')
-    return Conversation(_checked(_messages(record)), {**variables, **kwargs})
+    return Conversation(checked(_messages(record)), {**variables, **kwargs})
 
 
 def _messages(record: Mapping[str, Any]) -> list[Any]:
@@ -114,14 +114,35 @@ def _preferred(record: Mapping[str, Any]) -> list[Any]:
     return answer if is_whole else [*asked, *answer]
 
 
-def _checked(messages: Sequence[Any]) -> list[Message]:
-    """Returns messages without null fields; raises a ValueError if one is invalid."""
+def checked(messages: Sequence[Any]) -> list[Message]:
+    """Returns messages as chat templates read them: without null fields, and with parts of text joined.
+
+    Roles other than those in `ROLES` are left to the template, as in `transformers`, unless one is nearly spelled.
+
+    Raises:
+      ValueError: a message is invalid.
+    """
     for number, message in enumerate(messages, 1):
-        role, content = (message.get(key) if isinstance(message, dict) else None for key in ("role", "content"))
-        if role not in ROLES:
-            hint = did_you_mean(role, ROLES) if isinstance(role, str) else ""
-            raise ValueError(f"message {number} has the role {json.dumps(role)}, not {', '.join(ROLES)}.{hint}")
-        is_call = content is None and role == "assistant" and message.get("tool_calls")
-        if not isinstance(content, str) and not is_call:
-            raise ValueError(f"message {number} has the content {json.dumps(content)[:40]}, not text.")
-    return [{key: x for key, x in message.items() if x is not None} for message in messages]
+        role = message.get("role") if isinstance(message, dict) else None
+        hint = did_you_mean(role, ROLES) if isinstance(role, str) and role not in ROLES else ""
+        if not isinstance(role, str) or not role or hint:
+            raise ValueError(f"message {number} has the role {json.dumps(role)[:40]}, not {', '.join(ROLES)}.{hint}")
+    return [_one_text(message, number) for number, message in enumerate(messages, 1)]
+
+
+def _one_text(message: Mapping[str, Any], number: int) -> Message:
+    """Returns a message without null fields, whose content is one text."""
+    fields = {key: x for key, x in message.items() if x is not None}
+    content = fields.get("content")
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        kinds, texts = ([part.get(key) for part in content] for key in ("type", "text"))
+        if others := [kind for kind in kinds if isinstance(kind, str) and kind != "text"]:
+            raise ValueError(
+                f"message {number} has a part of the type {json.dumps(others[0])[:40]}: only text is read."
+            )
+        if set(kinds) == {"text"} and all(isinstance(text, str) for text in texts):
+            content = "".join(texts)
+    is_call = content is None and fields["role"] == "assistant" and fields.get("tool_calls")
+    if not isinstance(content, str) and not is_call:
+        raise ValueError(f"message {number} has the content {json.dumps(content)[:40]}, not text.")
+    return fields if is_call else {**fields, "content": content}

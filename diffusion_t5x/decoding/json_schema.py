@@ -26,6 +26,11 @@ _FORMATS = {
     "date-time": f"(?:{_DATE})T{_TIME}",
     "uuid": "[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}",
 }
+_STRING = r'"(?:[^"\\\x00-\x1F\x7F-\x9F]|\\["\\/bfnrt])*"'
+_SCALAR = rf"(?:{_STRING}|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|true|false|null)"
+_CHOICES = {"anyOf", "enum"}
+_NUMBERS = {"minItems", "maxItems", "minLength", "maxLength"}
+_FORM_OF: Mapping[str, type] = {"properties": Mapping, "required": list, "anyOf": list, "enum": list, "pattern": str}
 _TYPES: Mapping[str, Any] = {
     "object": dict,
     "array": list,
@@ -51,8 +56,23 @@ def pattern_of(schema: Any, name: str) -> str:
     """
     try:
         return library().json_schema.build_regex_from_schema(json.dumps(_checked(schema, f"{name}, at $")))
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise UserError(f"{name} is refused: {error}") from error
+
+
+def any_object(depth: int = 3) -> str:
+    """Returns a regular expression of JSON objects; at most one space is between two signs.
+
+    Args:
+      depth: number of objects and lists within each other, at most.
+    """
+    value, written = _SCALAR, ""
+    for _ in range(depth):
+        # What repeats comes first: the automaton has its states once.
+        pair = f"{_STRING} ?: ?{value}"
+        written = rf"\{{ ?(?:(?:{pair} ?, ?)*{pair} ?)?\}}"
+        value = rf"(?:{_SCALAR}|{written}|\[ ?(?:(?:{value} ?, ?)*{value} ?)?\])"
+    return written
 
 
 def _checked(schema: Any, where: str) -> dict[str, Any]:
@@ -69,6 +89,13 @@ def _checked(schema: Any, where: str) -> dict[str, Any]:
 
 
 def _kept(says: dict[str, Any], where: str) -> dict[str, Any]:
+    for name, value in says.items():
+        if name in _NUMBERS:
+            is_right = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        else:
+            is_right = isinstance(value, _FORM_OF.get(name, object)) and (name not in _CHOICES or bool(value))
+        if not is_right:
+            raise UserError(f"{where}: {name!r} cannot be {json.dumps(value)[:40]}.")
     kind = says.get("type", "object" if "properties" in says else None)
     for alone in ("$ref", "anyOf", "const", "enum"):
         if alone in says:
@@ -130,7 +157,7 @@ def _unescaped(pattern: str, where: str) -> str:
 def _refuse_others(says: Mapping[str, Any], known: set[str], where: str) -> None:
     if others := sorted(says.keys() - known):
         raise UserError(
-            f"{where}: {others[0]!r} cannot be kept exactly here. Leave it out, or write the text's form with --regex."
+            f"{where}: {others[0]!r} cannot be kept exactly here. Leave it out, or give a regular expression."
         )
 
 

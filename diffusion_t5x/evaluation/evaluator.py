@@ -11,7 +11,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_t5x.data.dataset import Dataset
+from diffusion_t5x.data.vocabulary import AnyVocabulary
 from diffusion_t5x.decoding.decoder import Decoder
+from diffusion_t5x.decoding.language import Language
+from diffusion_t5x.decoding.structured import checked
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.in_slots import SlotDecoding
 from diffusion_t5x.evaluation.inference import Example, make_decode_step, predict
@@ -31,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 class EvalDataset(Dataset, Protocol):
     """The data-set interface that evaluation needs; `data.seqio_source.SeqioDataset` implements it."""
+
+    def vocabulary(self) -> AnyVocabulary:
+        """Returns the vocabulary of the targets."""
 
     def to_text(self, tokens: Sequence[int]) -> str:
         """Returns the text of target tokens, up to EOS."""
@@ -163,6 +169,7 @@ class Evaluator:
       teacher: the objective's teacher; also judges decoded texts.
       likelihood_evals: likelihood evaluations to run.
       times_evals: searches to run.
+      language: decoded texts are of it; None: they are any texts.
 
     Raises:
       UserError: two evaluations of one kind on one data set, whose results could not be distinguished.
@@ -178,6 +185,7 @@ class Evaluator:
         teacher: Teacher | None = None,
         likelihood_evals: Sequence[LikelihoodEval] = (),
         times_evals: Sequence[TimesEval] = (),
+        language: Language | None = None,
     ):
         for evals in (loss_evals, decode_evals, likelihood_evals, times_evals):
             names = [ev.dataset.name for ev in evals]
@@ -185,13 +193,15 @@ class Evaluator:
                 raise UserError(f"Two evaluations of the same kind on {twice.pop()!r}: run them separately.")
         self._mesh = mesh
         self._judge = teacher and make_judge(mesh, teacher)
+        self._language = language
+        decoders = [ev.decoder if language is None else ev.decoder.within(language) for ev in decode_evals]
         self._decode_evals = [
             (
                 ev,
-                make_decode_step(mesh, definition, ev.decoder, seed=ev.seed),
-                SlotDecoding(mesh, definition, ev.decoder, ev.seed),
+                make_decode_step(mesh, definition, decoder, seed=ev.seed),
+                SlotDecoding(mesh, definition, decoder, ev.seed),
             )
-            for ev in decode_evals
+            for ev, decoder in zip(decode_evals, decoders, strict=True)
         ]
         self._times_evals = [(ev, make_times_step(mesh, definition, objective, seed=ev.seed)) for ev in times_evals]
         self._loss_evals, self._likelihood_evals = [], []
@@ -243,7 +253,7 @@ class Evaluator:
         for ev, step, slots in self._decode_evals:
             start = time.monotonic()
             dataset = ev.dataset
-            batches = dataset.eval_batches(ev.num_examples)
+            batches = checked(self._language, dataset.eval_batches(ev.num_examples))
             texts, samples = (dataset.to_text, dataset.cells), ev.samples_per_example
             records = list(predict(step, params, batches, self._mesh, *texts, self._judge, samples, slots=slots))
             seconds = time.monotonic() - start

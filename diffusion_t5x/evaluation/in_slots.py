@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import jax
 import numpy as np
@@ -39,6 +39,12 @@ class SlotDecoding:
     decoder: Decoder
     seed: int
 
+    def with_seed(self, seed: int) -> Self:
+        """Returns this with another seed and the same compiled programs."""
+        other = dataclasses.replace(self, seed=seed)
+        vars(other)["_engines"] = self._engines
+        return other
+
     def pays(self, batches: Iterable[Marked], stops: bool = False) -> tuple[bool, Iterator[Marked]]:
         """Returns whether to decode in slots, and the batches.
 
@@ -63,12 +69,12 @@ class SlotDecoding:
         num_slots, length = batch.tokens.shape
         encoder_length = None if batch.encoder_tokens is None else batch.encoder_tokens.shape[1]
         shape = num_slots, length, encoder_length
-        if shape not in self._engines:  # without parameters, which it would keep in memory
+        if shape not in self._engines:  # without parameters, which it would keep in memory, and for any seed
             self._engines[shape] = SlotEngine(
                 self.mesh, self.definition, {}, self.decoder, num_slots=num_slots, length=length,
-                encoder_length=encoder_length, seed=self.seed,
+                encoder_length=encoder_length,
             )  # fmt: skip
-        return self._engines[shape].with_params(params)
+        return self._engines[shape].with_params(params, jax.random.key(self.seed))
 
     def decode(
         self,

@@ -25,13 +25,15 @@ DecodeStep = Callable[[Params, Batch, np.int32], Decoded]
 def make_decode_step(
     mesh: Mesh, definition: ModelDefinition, decoder: Decoder, *, seed: int, trace: bool | Watch = False
 ) -> jax.stages.Wrapped:
-    """Returns the jitted `(params, batch, sample=0) -> Decoded`.
+    """Returns the jitted `(params, batch, sample=0, seed=seed) -> Decoded`.
 
-    Examples draw from `(seed, example_ids)`, and each sample from its own key; a single sample is the 0th. `trace`
-    is as in `Decoder.decode`.
+    Examples draw from `(seed, example_ids)`, and each sample from its own key; a single sample is the 0th. A seed that
+    is given to the program, as a `streams.seed_number`, needs no other program. `trace` is as in `Decoder.decode`.
     """
 
-    def step(params: Params, batch: Batch, sample: jax.Array | int = 0) -> Decoded:
+    def step(
+        params: Params, batch: Batch, sample: jax.Array | int = 0, seed: jax.Array | np.uint32 | int = seed
+    ) -> Decoded:
         key = sample_key(jax.random.key(seed), sample)
         return decoder.decode(definition.bind(params), batch, key, trace)
 

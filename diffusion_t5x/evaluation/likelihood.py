@@ -21,9 +21,12 @@ LikelihoodStep = Callable[[Params, Batch], Likelihood]
 def make_likelihood_step(
     mesh: Mesh, definition: ModelDefinition, objective: Objective, *, num_draws: int, seed: int
 ) -> LikelihoodStep:
-    """Returns the jitted `(params, batch) -> Likelihood`; examples draw from `(seed, example_ids)`."""
+    """Returns the jitted `(params, batch, seed=seed) -> Likelihood`; examples draw from `(seed, example_ids)`.
 
-    def step(params: Params, batch: Batch) -> Likelihood:
+    A seed that is given to the program, as a `streams.seed_number`, needs no other program.
+    """
+
+    def step(params: Params, batch: Batch, seed: jax.Array | np.uint32 | int = seed) -> Likelihood:
         return objective.log_likelihood(definition.bind(params), batch, jax.random.key(seed), num_draws)
 
     return jax.jit(step, out_shardings=partitioning.replicated(mesh))

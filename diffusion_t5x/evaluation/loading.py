@@ -20,6 +20,8 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.decoder import Decoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.frozen import FrozenDefinition
+from diffusion_t5x.models.quantized import FewBits
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.distillation import Teacher
@@ -48,7 +50,13 @@ def check_datasets(datasets: Iterable[Dataset], model: ModelConfig, mesh: Mesh) 
 
 
 def load_teacher(
-    path: AnyCheckpoint, config: ModelConfig, vocabulary: TokenIds, mesh: Mesh, setting: str, allow_mismatch: bool
+    path: AnyCheckpoint,
+    config: ModelConfig,
+    vocabulary: TokenIds,
+    mesh: Mesh,
+    setting: str,
+    allow_mismatch: bool,
+    few_bits: FewBits | None = None,
 ) -> Teacher:
     """Loads the autoregressive teacher like `load_model`; error messages name the teacher's checkpoint."""
     try:
@@ -57,7 +65,7 @@ def load_teacher(
         if modes and all(mode.noise for mode in modes) and not allow_mismatch:
             raise UserError(f"{checkpoint} is a diffusion model. Set TEACHER_CHECKPOINT_PATH to an autoregressive one.")
         Agreement.of(checkpoint, setting, allow_mismatch).check(config, [Autoregressive()])
-        return Teacher(*load_model(checkpoint, config, vocabulary, mesh))
+        return Teacher(*load_model(checkpoint, config, vocabulary, mesh, few_bits=few_bits))
     except UserError as error:
         raise UserError(f"The teacher's checkpoint: {error}") from error
 
@@ -70,6 +78,7 @@ def load_model(
     *,
     restore_rules: Sequence[Rule] = (),
     use_ema: bool = True,
+    few_bits: FewBits | None = None,
 ) -> tuple[ModelDefinition, Params]:
     """Loads a checkpoint's model for inference; LoRA is merged, except updates that only drafts read.
 
@@ -80,14 +89,18 @@ def load_model(
       mesh: the mesh for the parameters.
       restore_rules: as in training; names begin with `params/`.
       use_ema: take the moving average of the parameters if the checkpoint has one.
+      few_bits: quantize the merged matrices of the layers.
 
     Raises:
       UserError: no checkpoint, another vocabulary, or parameters that do not fit.
     """
     path = open_checkpoint(path)
     vocabulary.check_same(path.metadata["vocabulary"], str(path))
-    lora = lora_training.of_drafts(path.record.lora)
-    definition = lora_training.define(config, vocabulary, lora)
+    lora = None if few_bits else lora_training.of_drafts(path.record.lora)
+    if few_bits:
+        definition: ModelDefinition = FrozenDefinition(config, vocabulary, few_bits)
+    else:
+        definition = lora_training.define(config, vocabulary, lora)
     check_start(path, vocabulary, {"params": definition.abstract()}, restore_rules, merge=lora is None)
     abstract = abstract_params(mesh, definition)
     return definition, restoring.restore_params(path, abstract, restore_rules, use_ema, merge=lora is None)

@@ -150,7 +150,8 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     centre = share + z * z / (2 * trials)
     half_width = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    return max(0.0, (centre - half_width) / scale), min(1.0, (centre + half_width) / scale)
+    low, high = (centre - half_width) / scale, (centre + half_width) / scale
+    return 0.0 if successes == 0 else low, 1.0 if successes == trials else high  # exactly, where rounding is not
 
 
 def bootstrap_interval(

@@ -1,5 +1,6 @@
 """Layers: plain pytrees whose parameters declare shape, logical axes and initialiser once."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import overload
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from diffusion_t5x.models.low_rank import LowRank
 from diffusion_t5x.models.output import Auxiliaries
 from diffusion_t5x.models.products import matmul
+from diffusion_t5x.models.quantized import Quantized
 from diffusion_t5x.partitioning import pieces_of
 from diffusion_t5x.shapes import FloatBLD, IntB, IntScalar, KeyB, KeyScalar
 
@@ -30,7 +32,7 @@ def normal(variance: float) -> Initializer:
 
 
 def dense(
-    x: Float[jax.Array, "..."], kernel: Float[jax.Array, "..."] | LowRank, inputs: int = 1
+    x: Float[jax.Array, "..."], kernel: Float[jax.Array, "..."] | LowRank | Quantized, inputs: int = 1
 ) -> Float[jax.Array, "..."]:
     """Contracts the last `inputs` axes of x with the first ones of the kernel, in x's dtype.
 
@@ -46,12 +48,22 @@ def dense(
         if kernel.drafts is not None:
             update = jnp.where(jnp.expand_dims(kernel.drafts, tuple(range(2, update.ndim))), update, 0)
         return product + update
+    if isinstance(kernel, Quantized):
+        return dequantizing(functools.partial(dense, inputs=inputs))(x, kernel)
     if pieces_of("length") > 1:
         return jnp.tensordot(x, kernel.astype(x.dtype), axes=inputs)
     split = x.ndim - inputs
     rows, columns = math.prod(x.shape[:split]), math.prod(kernel.shape[inputs:])
     product = matmul(x.reshape(rows, -1), kernel.astype(x.dtype).reshape(-1, columns))
     return product.reshape(*x.shape[:split], *kernel.shape[inputs:])
+
+
+def dequantizing(product: Callable[..., jax.Array]) -> Callable[[jax.Array, Quantized], jax.Array]:
+    """Returns a product of x with a plain kernel as one with a quantized kernel, in x's dtype.
+
+    The backward pass dequantizes it again: all layers' plain kernels would not fit into memory.
+    """
+    return jax.checkpoint(lambda x, kernel: product(x, kernel.dequantized(x.dtype)))
 
 
 def add_bias(x: Float[jax.Array, "*shape"], bias: nnx.Param | None) -> Float[jax.Array, "*shape"]:

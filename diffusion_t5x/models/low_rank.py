@@ -5,6 +5,9 @@ from typing import TypeVar
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
+
+from diffusion_t5x.models.quantized import Quantized
 
 Tree = TypeVar("Tree")
 
@@ -24,7 +27,7 @@ class LowRank(flax.struct.PyTreeNode):
       drafts: bool `[B, L]`, True in slots with a draft; None where there are none. Set by `at_drafts` for each pass.
     """
 
-    base: jax.Array
+    base: Float[jax.Array, "..."] | Quantized
     down: jax.Array
     up: jax.Array
     scale: float = flax.struct.field(pytree_node=False)
@@ -34,7 +37,8 @@ class LowRank(flax.struct.PyTreeNode):
     def merged(self) -> jax.Array:
         """The sum as one array, float32, with the base's shape."""
         product = jnp.matmul(self.down, self.up, precision=jax.lax.Precision.HIGHEST)
-        return self.base.astype(jnp.float32) + self.scale * product.reshape(self.base.shape)
+        base = self.base.dequantized() if isinstance(self.base, Quantized) else self.base.astype(jnp.float32)
+        return base + self.scale * product.reshape(self.base.shape)
 
 
 def at_drafts(tree: Tree, drafts: jax.Array | None) -> Tree:

@@ -10,9 +10,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
 from diffusion_t5x.models.experts import Experts
-from diffusion_t5x.models.layers import ACTIVATE, MLP, normal, param
+from diffusion_t5x.models.layers import ACTIVATE, MLP, dequantizing, normal, param
 from diffusion_t5x.models.low_rank import LowRank
 from diffusion_t5x.models.output import Auxiliaries, Auxiliary, Ratio
+from diffusion_t5x.models.quantized import Quantized
 from diffusion_t5x.partitioning import cut_on, rules_of
 from diffusion_t5x.shapes import BoolBL, FloatBLD, KeyB, KeyScalar
 
@@ -115,7 +116,8 @@ def balance(experts: Experts, scores: FloatBLE, chosen: IntBLC, counted: BoolBL)
     }
 
 
-Kernels = tuple[jax.Array | LowRank, jax.Array | LowRank, jax.Array | LowRank]
+Kernel = jax.Array | LowRank | Quantized
+Kernels = tuple[Kernel, Kernel, Kernel]
 
 
 def routed(
@@ -167,10 +169,12 @@ def _on_device(x, chosen, factors, kernels, activation, first):
 
 
 def _grouped(
-    x: Float[jax.Array, "rows inputs"], kernel: jax.Array | LowRank, *, sizes: Int[jax.Array, " experts"]
+    x: Float[jax.Array, "rows inputs"], kernel: Kernel, *, sizes: Int[jax.Array, " experts"]
 ) -> Float[jax.Array, "rows outputs"]:
     """Returns the products of consecutive groups of rows with one matrix of the kernel each."""
     if isinstance(kernel, LowRank):
         update = _grouped(_grouped(x, kernel.down, sizes=sizes), kernel.up, sizes=sizes)
         return _grouped(x, kernel.base, sizes=sizes) + jnp.asarray(kernel.scale, x.dtype) * update
+    if isinstance(kernel, Quantized):
+        return dequantizing(functools.partial(_grouped, sizes=sizes))(x, kernel)
     return jax.lax.ragged_dot(x, kernel.astype(x.dtype), sizes)

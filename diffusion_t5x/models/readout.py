@@ -46,7 +46,7 @@ def cross_entropy(
 def score(
     model: Transformer, hidden: FloatBLD, labels: AnyIntBL, softmax: LossSoftmax = "allowed"
 ) -> tuple[FloatBL, BoolBL]:
-    """Returns cross-entropy in nats and argmax accuracy of labels.
+    """Returns cross-entropy of labels in nats, and True where no other id is more likely.
 
     Args:
       model: reads out.

@@ -1,10 +1,12 @@
 """Named random streams: draws for different purposes from one key are independent."""
 
+import operator
 import zlib
 from typing import overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Int, Key
 
 from diffusion_t5x.shapes import Array, IntScalar, KeyB, KeyScalar
@@ -40,3 +42,8 @@ def sample_key(key: KeyScalar, sample: IntScalar | int) -> KeyScalar:
     """Returns the key of an example's sample of this number; the 0th has the key itself."""
     # Rows fold in their ids, which are not negative: no sample's key is a row's.
     return jnp.where(jnp.equal(sample, 0), key, jax.random.fold_in(key, -sample))
+
+
+def seed_number(seed: int) -> np.uint32:
+    """Returns a seed as an argument of a program: `jax.random.key` takes any integer modulo 2**32."""
+    return np.uint32(operator.index(seed) % 2**32)

@@ -18,6 +18,7 @@ from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.layers import fold_in, normal, param, softcap
 from diffusion_t5x.models.masks import BIDIRECTIONAL, Annealed, AttentionKind, Slots
 from diffusion_t5x.models.output import Output, merged
+from diffusion_t5x.models.quantized import is_quantized
 from diffusion_t5x.models.stack import STACKED, Encoded, Stack
 from diffusion_t5x.partitioning import constrain, copies, pieces_of
 from diffusion_t5x.shapes import AnyIntBL, FloatBLD, FloatBQD, IntB, IntBQ, KeyB, KeyScalar
@@ -229,8 +230,11 @@ class ModelDefinition:
 
         Passes compute the same; in bfloat16 the parameters take half the memory. Training needs them in float32.
         """
-        small = jax.tree.map(is_matrix, self.axes(), is_leaf=lambda x: isinstance(x, tuple))
-        return jax.tree.map(lambda x, cast: x.astype(self.config.dtype) if cast else x, params, small)
+
+        def read(x, axes):
+            return x.astype(self.config.dtype) if not is_quantized(x) and is_matrix(axes) else x
+
+        return jax.tree.map(read, params, self.axes(), is_leaf=is_quantized)
 
     def trained(self) -> Params:
         """Returns a tree with True for each parameter that training changes."""
@@ -244,4 +248,4 @@ class ModelDefinition:
         return nnx.merge(graph, state)
 
     def num_params(self) -> int:
-        return sum(leaf.size for leaf in jax.tree.leaves(self.abstract()))
+        return sum(leaf.size for leaf in jax.tree.leaves(self.abstract(), is_leaf=is_quantized))

@@ -16,6 +16,8 @@ from diffusion_t5x.data.dataset import Dataset
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.evaluation.loading import abstract_batch, abstract_params
 from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.frozen import FrozenDefinition
+from diffusion_t5x.models.quantized import FewBits
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.distillation import Teacher
 from diffusion_t5x.objectives.objective import Objective
@@ -42,6 +44,7 @@ class TrainingRun:
     normalizing_factor: float | None = None
     ema_decay: float | None = None
     teacher_model: ModelConfig | None = None
+    frozen_dtype: FewBits | None = None
     rollout: Rollout | None = None
 
     def definition(self) -> ModelDefinition:
@@ -61,7 +64,8 @@ class TrainingRun:
         """The shape of the teacher, where the objective needs one."""
         if not self.objective.needs_teacher:
             return None
-        taught_by = ModelDefinition(self.teacher_model or self.model, self.dataset.token_ids())
+        settings = (self.teacher_model or self.model, self.dataset.token_ids())
+        taught_by = FrozenDefinition(*settings, self.frozen_dtype) if self.frozen_dtype else ModelDefinition(*settings)
         return Teacher(taught_by, abstract_params(mesh, taught_by))
 
     def step(self, mesh: Mesh, teacher: Teacher | None) -> TrainStep:

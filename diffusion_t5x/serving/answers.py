@@ -9,9 +9,11 @@ from diffusion_t5x.chat.prompts import Prompts
 from diffusion_t5x.data import stop_strings
 from diffusion_t5x.data.stop_strings import Trimmed
 from diffusion_t5x.data.vocabularies import piece
+from diffusion_t5x.serving import tools
+from diffusion_t5x.serving.tools import Call, Tools
 from diffusion_t5x.serving.worker import Writing, Written
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 _LEAST = -9999.0  # JSON has no infinity
 
@@ -41,6 +43,7 @@ class Piece:
       finish_reason: why the answer ends with this piece; None if it goes on.
       canvas: all tokens of the canvas as they are now.
       scores: the answer's tokens; only in its last piece, if asked for.
+      calls: functions that the model calls; only in the last piece.
     """
 
     index: int
@@ -48,6 +51,7 @@ class Piece:
     finish_reason: FinishReason | None
     canvas: list[int]
     scores: list[Token] | None = None
+    calls: Sequence[Call] = ()
 
 
 class Answer:
@@ -60,6 +64,7 @@ class Answer:
       alternatives: number of likely tokens to list for each token; None: no log-probabilities. They come with the whole
         text, in one piece.
       left_to_right: tokens are written in order, and stay.
+      offered: functions that the model may call; None: calls in its text are text.
 
     Attributes:
       num_tokens: number of tokens written, including the one that ends the text.
@@ -67,8 +72,15 @@ class Answer:
     """
 
     def __init__(
-        self, index: int, prompts: Prompts, stops: Sequence[str], alternatives: int | None, left_to_right: bool
+        self,
+        index: int,
+        prompts: Prompts,
+        stops: Sequence[str],
+        alternatives: int | None,
+        left_to_right: bool,
+        offered: Tools | None = None,
     ):
+        self._offered = offered
         self._index, self._prompts, self._stops, self._alternatives = index, prompts, stops, alternatives
         self._grows = left_to_right and alternatives is None
         self._end_ids = {*prompts.end_ids, prompts.vocabulary.eos_id, prompts.vocabulary.pad_id}
@@ -87,14 +99,23 @@ class Answer:
         trimmed = self._trimmed(kept, is_whole or has_end)
         self.is_finished = is_whole or has_end or trimmed.stopped
         self.num_tokens = len(kept) + has_end
+        text, calls = self._without_calls(trimmed.text)
         new = ""
-        if self.is_finished or trimmed.text.startswith(self._text):
-            new, self._text = trimmed.text[len(self._text) :], trimmed.text
+        if self.is_finished or text.startswith(self._text):
+            new, self._text = text[len(self._text) :], text
         reason: FinishReason | None = None
         if self.is_finished:
-            reason = "stop" if has_end or trimmed.stopped else "length"
+            reason = "tool_calls" if calls else "stop" if has_end or trimmed.stopped else "length"
         scores = self._scores(news, kept, trimmed) if isinstance(news, Written) and news.scores else None
-        return Piece(self._index, new, reason, news.tokens, scores)
+        return Piece(self._index, new, reason, news.tokens, scores, calls)
+
+    def _without_calls(self, text: str) -> tuple[str, Sequence[Call]]:
+        """Returns the text before the calls of functions, and if the answer is finished, the calls."""
+        if self._offered is None:
+            return text, ()
+        if self.is_finished:
+            return self._offered.split(text)
+        return stop_strings.trim(text, [tools.OPENS], partial=True).text, ()
 
     def _trimmed(self, tokens: Sequence[int], is_whole: bool) -> Trimmed:
         """Returns the text of tokens; of a text that goes on, without what may still change."""

@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusion_t5x.errors import did_you_mean
+from diffusion_t5x.serving import forms, tools
+from diffusion_t5x.serving.forms import Form
 from diffusion_t5x.serving.refusals import Refusal
+from diffusion_t5x.serving.tools import Tools
 
 Body = Mapping[str, Any]
 Prompt = str | list[int]
@@ -20,7 +23,7 @@ _MOST_SEED = 2**31 - 1
 # They change no text: they are for accounts, caches, billing, speed.
 _HARMLESS = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
-    *("parallel_tool_calls", "prediction"),
+    "prediction",
 }
 # Values with which these fields change nothing. All others are refused.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -31,9 +34,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "reasoning_effort": (),
@@ -43,11 +46,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 _COMMON = {
     *("model", "max_tokens", "n", "seed", "stop", "stream", "stream_options", "logprobs"),
+    *("response_format", "structured_outputs"),
     *SAMPLING,
 }
 _STREAM_OPTIONS = {"include_usage", "include_canvas", "include_obfuscation"}
 _COMPLETION = _COMMON | {"prompt", "best_of"}
-_CHAT = _COMMON | {"messages", "max_completion_tokens", "top_logprobs"}
+_CHAT = _COMMON | {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +66,8 @@ class Ask:
       seed: random seed.
       max_tokens: maximum number of tokens of an answer; for diffusion, the size of the canvas.
       stop: strings before which an answer ends.
+      form: what an answer may be; None: any text.
+      tools: functions that the model may call; None: it calls none.
       sampling: settings of the decoder, of those in `SAMPLING`.
       alternatives: number of likely tokens to list for each token, besides its own log-probability; None lists neither.
       stream: send pieces as they are written.
@@ -76,6 +82,8 @@ class Ask:
     seed: int | None
     max_tokens: int | None
     stop: tuple[str, ...]
+    form: Form | None
+    tools: Tools | None
     sampling: Mapping[str, float | int]
     alternatives: int | None
     stream: bool
@@ -122,6 +130,14 @@ def chat(body: Body) -> Ask:
     lengths = {name: _integer(body, name, 1) for name in ("max_completion_tokens", "max_tokens")}
     most = next((value for value in lengths.values() if value is not None), None)
     ask = _common(body, [], _messages(body.get("messages")), most)
+    offered = tools.read(body)
+    if offered and ask.form:
+        raise Refusal(
+            f'{ask.form.param} rules out calls of tools: leave it out, or set tool_choice to "none".', "tools"
+        )
+    if offered and offered.required and ask.stop:
+        raise Refusal("stop would cut the call that tool_choice asks for: leave it out.", "stop")
+    ask = dataclasses.replace(ask, tools=offered)
     alternatives = _integer(body, "top_logprobs", 0, MOST_ALTERNATIVES)
     if not _flag(body, "logprobs"):
         if alternatives is not None:
@@ -148,6 +164,9 @@ def _common(
     n = _integer(body, "n", 1) or 1
     if (texts := n * max(1, len(prompts))) > MOST_TEXTS:
         raise Refusal(f"The request asks for {texts} texts; {MOST_TEXTS} are allowed.", "n")
+    stop, form = _stop(body.get("stop", [])), forms.read(body)
+    if stop and form:
+        raise Refusal(f"stop would cut the text that {form.param} asks for: leave it out.", "stop")
     model = body.get("model")
     if model is not None and not isinstance(model, str):
         raise Refusal("model must be a string.", "model")
@@ -158,7 +177,9 @@ def _common(
         n=n,
         seed=_integer(body, "seed", 0, _MOST_SEED),
         max_tokens=max_tokens,
-        stop=_stop(body.get("stop", [])),
+        stop=stop,
+        form=form,
+        tools=None,
         sampling={name: value for name, value in sampling.items() if value is not None},
         alternatives=None,
         stream=_flag(body, "stream"),
@@ -194,20 +215,7 @@ def _are_ids(values: list[Any]) -> bool:
 def _messages(given: Any) -> list[Mapping[str, Any]]:
     if not isinstance(given, list) or not given:
         raise Refusal("messages must be a list of at least one message.", "messages")
-    return [_message(message, f"messages[{number}]") for number, message in enumerate(given)]
-
-
-def _message(given: Any, where: str) -> dict[str, Any]:
-    """Returns a message whose content is one text."""
-    if not isinstance(given, dict) or not isinstance(given.get("role"), str):
-        raise Refusal(f'{where} must be an object with a "role".', "messages")
-    content = given.get("content")
-    parts: list[Any] = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
-        raise Refusal(f'{where}.content has a part that is not {{"type": "text"}}: this server reads text.', "messages")
-    if not all(isinstance(part.get("text"), str) for part in parts) or given.get("tool_calls"):
-        raise Refusal(f"{where}.content must be a text, or a list of texts.", "messages")
-    return {**given, "content": "".join(part["text"] for part in parts)}
+    return [tools.with_arguments_parsed(message, f"messages[{number}]") for number, message in enumerate(given)]
 
 
 def _stop(given: Any) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffusion_t5x.serving.answers import Piece, Token
+from diffusion_t5x.serving.tools import Call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,19 +79,30 @@ class Chats(Completions):
         return {**self._head, "object": self.piece_object, "choices": choices}
 
     def _choice(self, piece: Piece) -> dict[str, Any]:
+        content = piece.text or None if piece.calls else piece.text
+        message = {"role": "assistant", "content": content, "refusal": None}
         return {
             "index": piece.index,
-            "message": {"role": "assistant", "content": piece.text, "refusal": None},
+            "message": {**message, "tool_calls": _calls(piece.calls)} if piece.calls else message,
             "logprobs": None if piece.scores is None else _chat_scores(piece.scores),
             "finish_reason": piece.finish_reason,
         }
 
     def _new_choice(self, piece: Piece) -> dict[str, Any]:
-        choice = _delta(piece.index, {"content": piece.text} if piece.text else {}, piece.finish_reason)
+        new: dict[str, Any] = {"content": piece.text} if piece.text else {}
+        if piece.calls:
+            new["tool_calls"] = [{"index": number, **call} for number, call in enumerate(_calls(piece.calls))]
+        choice = _delta(piece.index, new, piece.finish_reason)
         return choice if piece.scores is None else {**choice, "logprobs": _chat_scores(piece.scores)}
 
 
-def _delta(index: int, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+def _calls(calls: Sequence[Call]) -> list[dict[str, Any]]:
+    return [
+        {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": dataclasses.asdict(call)} for call in calls
+    ]
+
+
+def _delta(index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
 
 

@@ -15,10 +15,13 @@ import numpy as np
 
 from diffusion_t5x.chat.prompts import Prompts
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.chats import Chat
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding.decoder import Decoder
+from diffusion_t5x.decoding.language import Language
 from diffusion_t5x.decoding.rows import RowDecoder
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.serving import tools
 from diffusion_t5x.serving.answers import Answer, Piece
 from diffusion_t5x.serving.metrics import Metrics
 from diffusion_t5x.serving.refusals import Refusal, busy
@@ -27,6 +30,7 @@ from diffusion_t5x.serving.responses import Usage
 from diffusion_t5x.serving.worker import News, Text, Worker
 
 _MOST_SECONDS = 60  # that a client is told to wait
+_MOST_LANGUAGES = 32  # kept of those that requests have asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +82,9 @@ class Service:
         self._worker, self._metrics = worker, metrics
         self._in_flight = 0
         self._finished: collections.deque[float] = collections.deque(maxlen=32)
+        self._language = functools.lru_cache(_MOST_LANGUAGES)(
+            functools.partial(Language, vocabulary=prompts.vocabulary, end_ids=prompts.end_ids)
+        )
         metrics.watch(self._num_running, self._num_waiting)
 
     @property
@@ -95,11 +102,12 @@ class Service:
         if ask.model not in (None, self.name):
             message = f"There is no model {ask.model[:80]!a} here: this server has {self.name!a}."
             raise Refusal(message, "model", status=404, code="model_not_found")
-        decoder = self._decoder(ask)
+        decoder, length = self._decoder(ask), ask.max_tokens or self.prompts.length
         if ask.alternatives is not None and not isinstance(decoder, AutoregressiveDecoder):
             raise Refusal(f"{type(decoder).__name__} gives no exact log-probabilities: leave logprobs out.", "logprobs")
         seed = secrets.randbits(31) if ask.seed is None else ask.seed
-        rows = self._rows(ask, ask.max_tokens or self.prompts.length)
+        rows = self._rows(ask, length)
+        decoder = self._within(decoder, ask, length)
         scored = ask.alternatives is not None
         texts = [Text(row, decoder, seed, sample, scored) for row in rows for sample in range(ask.n)]
         return texts, sum(map(_num_inputs, rows))
@@ -117,7 +125,8 @@ class Service:
             message = f"{self._in_flight} texts are running or waiting, of at most {room}. Try again later."
             raise busy(message, self._seconds_to_wait())
         in_order = isinstance(self.decoder, RowDecoder) and self.decoder.in_order
-        answers = [Answer(n, self.prompts, ask.stop, ask.alternatives, in_order) for n in range(len(texts))]
+        how = ask.stop, ask.alternatives, in_order, ask.tools
+        answers = [Answer(number, self.prompts, *how) for number in range(len(texts))]
         self._in_flight += len(texts)
         self._metrics.prompt_tokens.inc(prompt_tokens)
         return Reply(self, self._worker, texts, answers, prompt_tokens)
@@ -160,6 +169,19 @@ class Service:
                 raise Refusal(f"{name}={value:g} is refused: {error}", name) from error
         return decoder
 
+    def _within(self, decoder: Decoder, ask: Ask, length: int) -> Decoder:
+        """Returns the decoder, writing only what an answer may be."""
+        param = "tools" if ask.tools else ask.form.param if ask.form else None
+        try:
+            form = ask.tools.form() if ask.tools else ask.form
+            if form is None:
+                return decoder
+            language = self._language(form.pattern())
+            language.check_fits([length], "Set a larger max_tokens.")
+            return decoder.within(language)
+        except UserError as error:
+            raise Refusal(str(error), param) from error
+
     def _rows(self, ask: Ask, length: int) -> list[Batch]:
         """Returns a row for each prompt."""
         self._check_length(0, length)  # before room is made for them
@@ -170,12 +192,26 @@ class Service:
             elif prompts.chat is None:
                 raise UserError(f"{self.name} has no chat template beside its tokenizer: use /v1/completions.")
             else:
-                rows = [prompts.answering(ask.messages, 0)]
+                rows = [prompts.answering(ask.messages, 0, self._variables(ask, prompts.chat))]
         except UserError as error:
             raise Refusal(str(error), "prompt" if ask.messages is None else "messages") from error
         for row in rows:
             self._check_length(_num_inputs(row), length)
         return [self.limits.fitted(row) for row in rows]
+
+    def _variables(self, ask: Ask, chat: Chat) -> dict[str, Any]:
+        """Returns the variables of the chat template that a request sets."""
+        if ask.tools is None:
+            return {}
+        if "tools" not in chat.template.names:
+            raise Refusal(f"The chat template of {self.name} knows no tools: leave them out.", "tools")
+        if ask.tools.required and not chat.template.has(tools.OPENS):
+            raise Refusal(
+                f"The chat template of {self.name} has calls in another form than {tools.OPENS}, so none can be "
+                'required: set tool_choice to "auto".',
+                "tool_choice",
+            )
+        return {"tools": ask.tools.tools}
 
     def _row(self, prompt: Prompt, number: int, prompts: Prompts) -> Batch:
         if isinstance(prompt, str):

@@ -92,8 +92,8 @@ class Engines:
                 idle = self._engines.keys() - set(self._texts.values())
                 if not idle:
                     raise busy(
-                        f"{_MOST_ENGINES} other settings of temperature, top_p and top_k are in use. Try again, or "
-                        "leave them out.",
+                        f"{_MOST_ENGINES} other settings of temperature, top_p, top_k and the form of an answer are "
+                        "in use. Try again, or leave them out.",
                         seconds=1,
                     )
                 del self._engines[next(decoder for decoder in self._engines if decoder in idle)]

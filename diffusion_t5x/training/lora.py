@@ -5,7 +5,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,12 @@ from diffusion_t5x.checkpointing.assignment import Rule, compile_pattern
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError, check_choices, did_you_mean
 from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.frozen import Axes, FrozenDtype, cut, freeze, frozen_axes
 from diffusion_t5x.models.layers import normal
 from diffusion_t5x.models.low_rank import LowRank
+from diffusion_t5x.models.quantized import FewBits, Quantized
 from diffusion_t5x.models.transformer import ModelDefinition, Params, is_matrix
 from diffusion_t5x.objectives.objective import Objective
-
-Axes = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Lora:
       targets: matrices of the layers that get low-rank updates.
       whole: parameters that are trained in full, such as "embedding", which contains the row of MASK.
       base_dtype: dtype of frozen matrices and embeddings; norms and biases stay float32. If `ModelConfig.dtype` is
-        bfloat16, "bfloat16" does not change what a step computes.
+        bfloat16, "bfloat16" does not change what a step computes. "int8" and "nf4" quantize the matrices of the layers
+        (see `models.quantized`); embeddings and the output matrix are then in `ModelConfig.dtype`.
       drafts_only: updates apply only to drafts (gated LoRA, arXiv 2507.11851), so that token by token the model writes
         the same as before training. For the objective `Drafts`.
     """
@@ -46,7 +47,7 @@ class Lora:
     alpha: float = 32.0
     targets: Sequence[str] = ("query", "key", "value", "out", "wi_[01]", "wo")
     whole: Sequence[str] = ()
-    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    base_dtype: FrozenDtype = "float32"
     drafts_only: bool = False
 
     def __post_init__(self) -> None:
@@ -75,6 +76,20 @@ class Lora:
 def define(config: ModelConfig, vocabulary: TokenIds, lora: Lora | None = None) -> ModelDefinition:
     """Returns the definition of the model to train, in full or with LoRA."""
     return ModelDefinition(config, vocabulary) if lora is None else LoraDefinition(config, vocabulary, lora)
+
+
+def over(frozen_dtype: FewBits | None, lora: Lora | None, has_teacher: bool) -> Lora | None:
+    """Returns the settings with a base of this dtype; None leaves them.
+
+    Raises:
+      UserError: there is neither LoRA nor a teacher, so nothing is frozen.
+    """
+    if frozen_dtype and not (lora or has_teacher):
+        raise UserError(
+            f"FROZEN_DTYPE = {frozen_dtype!r} quantizes what is frozen, and nothing is: there is neither LoRA nor a "
+            "teacher. Give runs/lora.gin after the other files, or --gin.FROZEN_DTYPE=None."
+        )
+    return dataclasses.replace(lora, base_dtype=frozen_dtype) if lora and frozen_dtype else lora
 
 
 def of_drafts(described: Mapping[str, Any] | None) -> Lora | None:
@@ -148,10 +163,14 @@ class LoraDefinition(ModelDefinition):
 
     def axes(self) -> Params:
         def of_factors(name: str, axes: Axes) -> LowRank:
-            stacked, inputs, outputs = _cut(axes, axes)  # heads are cut, never what is in them
-            return self._low_rank(axes, (*stacked, inputs[0], "rank"), (*stacked, "rank", outputs[0]))
+            stacked, inputs, outputs = cut(axes, axes)  # heads are cut, never what is in them
+            base = frozen_axes(axes, self.lora.base_dtype)
+            return self._low_rank(base, (*stacked, inputs[0], "rank"), (*stacked, "rank", outputs[0]))
 
-        return self._map(of_factors, lambda name, axes: axes, super().axes())
+        def of_other(name: str, axes: Axes) -> Axes | Quantized:
+            return axes if name in self._whole else frozen_axes(axes, self.lora.base_dtype)
+
+        return self._map(of_factors, of_other, super().axes())
 
     def trained(self) -> Params:
         return self._map(
@@ -160,20 +179,23 @@ class LoraDefinition(ModelDefinition):
 
     def adapt(self, params: Params, key: jax.Array) -> Params:
         """Returns parameters of the plain model with new factors."""
-        rank, dtype = self.lora.rank, self.lora.base_dtype
+        rank = self.lora.rank
         numbers = {name: number for number, name in enumerate(sorted(self._targets))}
 
         def with_factors(name: str, matrix: jax.Array) -> LowRank:
-            stacked, inputs, outputs = _cut(self._axes[name], matrix.shape)
+            stacked, inputs, outputs = cut(self._axes[name], matrix.shape)
             size = math.prod(inputs)
             down = normal(1 / size)(jax.random.fold_in(key, numbers[name]), (*stacked, size, rank), jnp.float32)
             up = jnp.zeros((*stacked, rank, math.prod(outputs)), jnp.float32)
-            return self._low_rank(matrix.astype(dtype), down, up)
+            return self._low_rank(self._freeze(name, matrix), down, up)
 
-        def without(name: str, array: jax.Array) -> jax.Array:
-            return array.astype(dtype) if is_matrix(self._axes[name]) and name not in self._whole else array
+        def without(name: str, array: jax.Array) -> jax.Array | Quantized:
+            return array if name in self._whole else self._freeze(name, array)
 
         return self._map(with_factors, without, params)
+
+    def _freeze(self, name: str, array: jax.Array) -> jax.Array | Quantized:
+        return freeze(array, self._axes[name], self.lora.base_dtype, self.config.dtype)
 
     def _low_rank(self, base: Any, down: Any, up: Any) -> LowRank:
         return LowRank(base, down, up, self.lora.alpha / self.lora.rank, self.lora.drafts_only)
@@ -198,16 +220,6 @@ class LoraDefinition(ModelDefinition):
     @functools.cached_property
     def _whole(self) -> frozenset[str]:
         return _matching("whole", self.lora.whole, self._axes)
-
-
-def _cut(axes: Axes, values: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
-    """Splits the values of a matrix's logical axes into those of stacked axes (layers, experts), inputs and outputs.
-
-    One of the last two is `embed`.
-    """
-    first = 1 + (axes[1] == "experts")
-    first_output = first + 1 if axes[first] == "embed" else len(axes) - 1
-    return values[:first], values[first:first_output], values[first_output:]
 
 
 def _matching(field: str, patterns: Iterable[str], names: Iterable[str]) -> frozenset[str]:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TextIO
 
 import jax
-import tensorboardX
 
 from diffusion_t5x import records
 from diffusion_t5x.errors import UserError, did_you_mean
@@ -76,9 +75,11 @@ class TensorBoardWriter:
 
     def __init__(self, model_dir: str, last_step: int = 0):
         self._model_dir, self._last_step = model_dir, last_step
-        self._writers: dict[str, tensorboardX.SummaryWriter] = {}
+        self._writers: dict[str, Any] = {}
 
     def write(self, step: int, folder: str, metrics: Mapping[str, float]) -> None:
+        import tensorboardX  # not above: most verbs write no events, and it takes a tenth of a second to import
+
         if folder not in self._writers:
             path = os.path.join(self._model_dir, folder)
             purged = min(self._last_step + 1, step)

@@ -44,8 +44,9 @@ class Rollout:
     Attributes:
       decoder: writes the texts, in the objective's blocks.
       num_batches: number of training batches written with the same parameters.
-      batches_at_once: number of these batches as many of whose rows as there are slots: a text that ends makes room for
-        the next one.
+      batches_at_once: number of these batches that have a slot for each row; a text that ends makes room for one of the
+        rest. None: half of them. Fewer write in less time where time grows with the rows (CPU), and need less memory;
+        more use an accelerator better.
       passes: number of times that each of these batches is trained on. The states are redrawn in each.
       lengths: maximum tokens of a text, in whole blocks.
       data_share: probability that the data's own targets, truncated to that length, replace a text of the student. Its
@@ -56,7 +57,7 @@ class Rollout:
 
     decoder: BlockDecoder
     num_batches: int = 16
-    batches_at_once: int = 1
+    batches_at_once: int | None = None
     passes: int = 1
     lengths: Ramp = Ramp(100, 4000)  # noqa: RUF009  (frozen)
     data_share: Ramp = Ramp(0, 0)  # noqa: RUF009  (frozen)
@@ -66,8 +67,8 @@ class Rollout:
     def __post_init__(self) -> None:
         if not self.decoder.inner.keeps_written:
             raise UserError(f"Rollout.decoder must write masked blocks: a step's state is what is masked; got {self}.")
-        numbers = self.num_batches, self.batches_at_once, self.passes, self.lengths.start, self.num_buckets
-        if min(numbers) < 1:
+        numbers = self.num_batches, self.passes, self.lengths.start, self.num_buckets
+        if min(numbers) < 1 or (self.batches_at_once is not None and self.batches_at_once < 1):
             raise UserError(f"Rollout needs numbers and lengths of at least 1; got {self}.")
         if self.lengths.start > self.lengths.end:
             raise UserError(
@@ -81,6 +82,11 @@ class Rollout:
     def group_size(self) -> int:
         """The number of texts for each prompt."""
         return self.rewards.group_size if self.rewards else 1
+
+    def num_slots(self, batch_size: int) -> int:
+        """Returns the number of texts that are written at once, of training batches of this size."""
+        half = -(-self.num_batches // 2)
+        return batch_size * min(self.batches_at_once or half, self.num_batches)
 
     @property
     def max_length(self) -> int:
@@ -133,10 +139,8 @@ class OnPolicyBatches:
     ):
         self._mesh, self._rollout, self._prompts, self._num_inputs = mesh, rollout, prompts, num_inputs
         self._batch_size, self._seed, self._grader, self._writer = batch_size, seed, grader, writer
-        num_slots = min(rollout.batches_at_once, rollout.num_batches) * batch_size
-        self._text_writer = TextWriter(
-            mesh, definition, rollout.decoder, prepare, num_slots=num_slots, batch_size=batch_size, seed=seed
-        )
+        sizes = {"num_slots": rollout.num_slots(batch_size), "batch_size": batch_size}
+        self._text_writer = TextWriter(mesh, definition, rollout.decoder, prepare, **sizes, seed=seed)
         self._texts: list[Batch] = []
 
     def next_batch(self, state: TrainState) -> Batch:

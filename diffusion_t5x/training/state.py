@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning
+from diffusion_t5x.checkpointing.assignment import named_leaves
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 
 
@@ -69,6 +70,19 @@ def abstract_state(
 
 def shardings_of(abstract: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, abstract)
+
+
+def describe_model(definition: ModelDefinition, abstract: TrainState) -> str:
+    """Describes a model: its size, and each parameter on a line with shape, logical axes and partition."""
+    names = jax.tree.leaves(definition.axes(), is_leaf=lambda x: isinstance(x, tuple))
+    rows = [
+        f"  {name} {list(leaf.shape)} ({', '.join(axes)}) {leaf.sharding.spec}"
+        for (name, leaf), axes in zip(named_leaves(abstract.params).items(), names, strict=True)
+    ]
+    trained, _ = split(definition, abstract.params)
+    size, whole = sum(leaf.size for leaf in jax.tree.leaves(trained)), definition.num_params()
+    of_which = "" if size == whole else f", {size:,} of them trained"
+    return "\n".join([f"model: {whole:,} parameters{of_which}", *rows])
 
 
 def init_state(

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.models.streams import stream
+from diffusion_t5x.models.streams import seed_number, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.objectives.distillation import Teacher
 from diffusion_t5x.objectives.objective import LossSums, Objective
@@ -116,9 +116,9 @@ class TrainStep:
 
     @functools.cached_property
     def _seed(self) -> jax.Array:
-        """The seed on the mesh, modulo 2**32, as `jax.random.key` takes it."""
+        """The seed on the mesh."""
         with jax.transfer_guard("allow"):  # once a run
-            return partitioning.put_whole(self.mesh, np.uint32(self.seed % 2**32))
+            return partitioning.put_whole(self.mesh, seed_number(self.seed))
 
     def __call__(
         self, state: TrainState, batch: Batch, loss_limit: jax.Array | float = np.inf

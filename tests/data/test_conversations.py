@@ -23,6 +23,8 @@ ASKED, SAID = message("user", "a?"), message("assistant", "b")
         ({"prompt": [ASKED], "chosen": [SAID], "rejected": [message("assistant", "c")]}, [ASKED, SAID]),
         ({"prompt": "a?", "chosen": [ASKED, SAID]}, [ASKED, SAID]),  # the answer repeats the prompt
         ({"chosen": [ASKED, SAID]}, [ASKED, SAID]),
+        ({"messages": [message("user", [{"type": "text", "text": "a"}, {"type": "text", "text": "?"}])]}, [ASKED]),
+        ({"messages": [message("ipython", "a")]}, [message("ipython", "a")]),  # for the template to judge
     ],
 )
 def test_fields_by_name(record, expected):
@@ -36,6 +38,9 @@ def test_fields_by_name(record, expected):
         ({"conversations": "a"}, 'no "conversations", a list'),
         ({"conversations": [{"from": "me", "value": "a"}]}, 'message 1 is from "me", not human, gpt'),
         ({"conversations": [{"from": "human", "text": "a"}]}, "message 1 has the content null"),
+        ({"messages": [message("user", [{"type": "image_url"}])]}, 'message 1 has a part of the type "image_url"'),
+        ({"messages": [message("asistant", "a")]}, "message 1 has the role .* Did you mean 'assistant'"),
+        ({"messages": [message("", "a")]}, "message 1 has the role"),
         ({"chosen": "b"}, '"chosen" is a text without a "prompt"'),
         ({"prompt": 1, "chosen": "b"}, '"prompt" and "chosen" are texts, or lists'),
         ({"prompt": "a", "chosen": []}, '"prompt" and "chosen" are texts, or lists'),

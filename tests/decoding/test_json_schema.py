@@ -1,6 +1,7 @@
 """JSON schemas as regular expressions, judged by jsonschema."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from diffusion_t5x.data.plain_vocabularies import ByteVocabulary
 from diffusion_t5x.data.vocabularies import to_text
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding.block import BlockDecoder
-from diffusion_t5x.decoding.json_schema import pattern_of
+from diffusion_t5x.decoding.json_schema import any_object, pattern_of
 from diffusion_t5x.decoding.language import Language
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
@@ -86,6 +87,15 @@ def test_all_texts_are_valid(schema):
     check(schema, [draw(language, rng, most=120) for _ in range(20)])
 
 
+def test_any_object():
+    language, rng = Language(any_object(depth=2), ByteVocabulary()), np.random.default_rng(0)
+    check({"type": "object"}, [draw(language, rng, most=120) for _ in range(50)])
+    assert len(language.shortest) < 200  # states of a vocabulary of 50,000 tokens take milliseconds each
+    for value in ({"a": [1, -2.5e-3, None], "b": {"é": "\\n"}}, {}, {"a": {}, "b": [], "c": True}):
+        assert re.fullmatch(any_object(depth=2), json.dumps(value, ensure_ascii=False))
+    assert not re.fullmatch(any_object(depth=2), '{"a": [[1]]}') and re.fullmatch(any_object(), '{"a": [[1]]}')
+
+
 WRITERS = [
     MaskedDecoder(6, temperature=1.0, order="random"),
     BlockDecoder(16, MaskedDecoder(2, temperature=1.0)),
@@ -126,6 +136,13 @@ def test_what_a_model_writes_is_valid(number, rows):
         ({"$defs": {"a": {"type": "array", "items": {"$ref": "#/$defs/a"}}}, "$ref": "#/$defs/a"}, "is refused"),
         ({"enum": [1], "type": "string"}, "no value is of the type"),
         ({"anyOf": [{"type": "null"}], "type": "null"}, "'type' cannot be kept"),
+        ({"anyOf": []}, r"'anyOf' cannot be \[\]"),
+        ({"enum": 5}, "'enum' cannot be 5"),
+        ({"enum": [float("inf")], "type": "integer"}, "is refused"),
+        ({"type": "object", "properties": 5}, "'properties' cannot be 5"),
+        ({"type": "string", "pattern": 5}, "'pattern' cannot be 5"),
+        ({"type": "string", "format": []}, "is refused"),
+        ({"type": "array", "items": {"type": "null"}, "minItems": -1}, "'minItems' cannot be -1"),
     ],
 )
 def test_what_cannot_be_kept_exactly_is_refused(schema, message):

@@ -71,6 +71,14 @@ def test_wilson_interval_has_the_published_values(successes, trials, low, high):
     assert mirrored == pytest.approx((1 - high, 1 - low), abs=5e-5)
 
 
+def test_wilson_interval_ends_at_0_and_1_exactly():
+    for trials in range(1, 100):
+        assert metrics.wilson_interval(0, trials)[0] == 0 and metrics.wilson_interval(trials, trials)[1] == 1
+        for successes in range(1, trials):
+            low, high = metrics.wilson_interval(successes, trials)
+            assert 0 < low < successes / trials < high < 1
+
+
 def test_exact_match_counts_equal_strings():
     result = metrics.exact_match(TARGETS, PREDICTIONS)
     low, high = metrics.wilson_interval(2, 6)

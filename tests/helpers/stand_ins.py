@@ -20,7 +20,8 @@ def environment(folder: pathlib.Path | None = None, **variables: str) -> dict[st
 
     Settings of the launchers and of a surrounding Slurm job are left out: DIFFUSION_T5X_VENV would run the real Python.
     """
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DIFFUSION_T5X_", "SLURM_"))}
+    left_out = ("DIFFUSION_T5X_", "SLURM_", "SRUN_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
     if folder is not None:
         kept["PATH"] = f"{folder}{os.pathsep}{kept['PATH']}"
     return kept | variables

@@ -31,7 +31,8 @@ case $kind.$action in
     node=$1 command=${all##*--command } status=0
     if [ -e "$CLOUD/lose" ] && [[ $command = *" run "* ]]; then # the connection, while the programs run
       for host in 0 1; do
-        (cd "$CLOUD/$node/$host" && HOST=$node.$host exec setsid bash -c "$command" >/dev/null 2>&1) &
+        # Nobody reads what they go on saying.
+        (cd "$CLOUD/$node/$host" && HOST=$node.$host setsid bash -c "$command" 2>&1 | true) >/dev/null 2>&1 &
       done
       until [ "$(ls -d "$CLOUD"/*.ready 2>/dev/null | wc -l)" = 2 ]; do sleep 1; done
       rm "$CLOUD/lose"
@@ -63,6 +64,13 @@ case "$1 $2" in
   '-m diffusion_t5x.'*) echo "$*" >> "$CLOUD/ran.$HOST"; source "$CLOUD/behaviour" ;;
 esac
 """
+# The checkout has changes that are not committed where the file `uncommitted` says so.
+GIT = f"""
+case $3 in
+  status) cat "$CLOUD/uncommitted" 2>/dev/null || true ;;
+  archive) tar -czf "${{5#--output=}}" -C {LAUNCH.parent} launch setup.py pyproject.toml ;;
+esac
+"""
 SLEEP = """
 [ "$1" != 60 ] || source "$CLOUD/meanwhile"
 exec /bin/sleep 0.02
@@ -77,7 +85,7 @@ class Cloud:
         self.folder = folder
         for name, script in {
             "gcloud": GCLOUD,
-            "git": f'tar -czf "${{5#--output=}}" -C {LAUNCH.parent} launch setup.py pyproject.toml\n',
+            "git": GIT,
             "hostname": 'echo "$HOST"\n',
             "sleep": SLEEP,
             **dict.fromkeys(("python3", "python3.11", "python3.12", "python3.13"), PYTHON),

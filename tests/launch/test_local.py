@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from stand_ins import LAUNCH, program, run
+from stand_ins import LAUNCH, environment, program, run
 
 # What every stand-in begins with: the free port that the launcher asks for, and a first line.
 BEGIN = '[ "$1" = -c ] && echo 1 && exit\necho "process $JAX_PROCESS_ID of $JAX_NUM_PROCESSES: $*"\n'
@@ -82,6 +82,45 @@ def test_told_to_stop_it_keeps_what_is_said_last(tmp_path, number, code, to_grou
     assert status == code
     assert sorted(out) == ["0: saved", "1: saved"]
     assert sorted(err) == ["0: said last", "1: said last"]
+
+
+# Says something on its way out, again and again.
+CHATTY = f"""exec {sys.executable} -S -c '
+import signal, sys, time
+told = []
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, lambda *_: told.append(1))
+print("ready", flush=True)
+while not told:
+    time.sleep(0.02)
+for _ in range(4):
+    print("saving", flush=True)
+    print("saving", file=sys.stderr, flush=True)
+    time.sleep(0.05)
+open("FOLDER/saved", "w").close()
+sys.exit(75)'
+"""
+
+
+def test_processes_save_when_nobody_reads_their_output_any_more(tmp_path):
+    """As after the terminal was closed."""
+    chatty = CHATTY.replace("FOLDER", str(tmp_path))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen(["bash", launcher(tmp_path, chatty), "1", "train"], **pipes)
+    while process.stdout.readline() != "0: ready\n":
+        pass
+    process.stdout.close()
+    process.stderr.close()
+    os.killpg(process.pid, signal.SIGHUP)
+    assert process.wait(20) == 75 and (tmp_path / "saved").exists()
+
+
+def test_a_signal_before_the_first_process_is_started_is_not_lost(tmp_path):
+    script = launcher(tmp_path, "exec sleep 10\n")
+    once = f'mkdir {tmp_path}/once 2>/dev/null && kill -TERM $PPID\nexec {shutil.which("mkfifo")} "$@"\n'
+    program(tmp_path / "bin/mkfifo", once)
+    assert run(script, "2", "train", env=environment(tmp_path / "bin")).returncode == 143
+    assert (tmp_path / "once").exists()
 
 
 def test_it_does_not_wait_for_ever_for_what_a_process_leaves_behind(tmp_path):

@@ -18,7 +18,7 @@ def checkout(tmp_path):
     for name in FILES:
         (folder / name).touch()
     shutil.copy(LAUNCH / "setup_env.sh", folder / "launch")
-    program(folder / "launch/any.sh", 'source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"\n')
+    program(folder / "launch/any.sh", 'set -euo pipefail\nsource "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"\n')
     program(tmp_path / "bin/uv", f'[ "$1" = --version ] || echo "$*" >> {tmp_path}/installed\n')
     (tmp_path / "venv/bin").mkdir(parents=True)
     (tmp_path / "venv/bin/python").symlink_to(sys.executable)
@@ -27,7 +27,7 @@ def checkout(tmp_path):
 
 def set_up(checkout):
     folder = checkout.parent
-    given = environment(folder / "bin", DIFFUSION_T5X_VENV=str(folder / "venv"), PYTHON="")
+    given = environment(folder / "bin", DIFFUSION_T5X_VENV=f"{folder}/venv/", PYTHON="")
     return run(checkout / "launch/any.sh", env=given), (folder / "installed").exists()
 
 
@@ -68,3 +68,21 @@ def test_of_two_commands_that_start_together_one_installs(checkout):
     assert [process.returncode for process in both] == [0, 0]
     assert len((checkout.parent / "installed").read_text().splitlines()) == 2  # the lock's packages, and the checkout
     assert sorted("is ready" in process.stderr for process in both) == [False, True]
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="flock is not installed")
+def test_of_two_checkouts_that_start_together_one_gets_the_environment(checkout):
+    other = shutil.copytree(checkout, checkout.parent / "other")
+    uv = f'[ "$1" = --version ] && exit; sleep 0.3; echo "$*" >> {checkout.parent}/installed\n'
+    program(checkout.parent / "bin/uv", uv)
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        both = [each.result()[0] for each in [threads.submit(set_up, folder) for folder in (checkout, other)]]
+    assert sorted(process.returncode for process in both) == [0, 2]
+    assert any("belongs to the checkout" in process.stderr for process in both)
+    assert len((checkout.parent / "installed").read_text().splitlines()) == 2
+
+
+def test_where_the_file_system_has_no_locks_it_installs_and_says_so(checkout):
+    program(checkout.parent / "bin/flock", "exit 1\n")
+    process, installed = set_up(checkout)
+    assert process.returncode == 0 and installed and "cannot lock" in process.stderr

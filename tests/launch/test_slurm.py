@@ -72,6 +72,12 @@ def test_an_earlier_stop_says_nothing_of_this_run(tmp_path):
     assert process.returncode == 0 and not requeued
 
 
+def test_ranks_get_the_cores_that_the_job_asked_for(tmp_path):
+    for given, found in (({}, "none"), ({"SLURM_CPUS_PER_TASK": "12"}, "12")):
+        submitted(tmp_path, 'echo "${SRUN_CPUS_PER_TASK:-none}" > "cores.$SLURM_PROCID"\n', **given)
+        assert [(tmp_path / f"cores.{rank}").read_text() for rank in range(4)] == [f"{found}\n"] * 4
+
+
 def test_without_an_environment_it_says_how_to_make_one(tmp_path):
     process = run(LAUNCH / "slurm.sh", "train", env=environment(tmp_path, SLURM_SUBMIT_DIR=str(tmp_path)))
     assert process.returncode == 2 and "bash launch/test.sh --help" in process.stderr

@@ -13,8 +13,8 @@ def cloud(tmp_path):
 
 
 ONCE = 'if mkdir "$CLOUD/$HOST.once" 2>/dev/null; then {}; fi'
-# A process that a lost connection leaves behind: it saves when it is told to stop.
-STAYS = 'trap "echo $HOST >> $CLOUD/saved; exit 75" TERM; while :; do /bin/sleep 0.02; done'
+# A process that a lost connection leaves behind: it goes on printing, and saves when it is told to stop.
+STAYS = 'trap "echo $HOST >> $CLOUD/saved; exit 75" TERM; while :; do echo step; /bin/sleep 0.02; done'
 
 
 def test_the_verb_runs_on_every_host_and_its_output_is_kept(cloud):
@@ -24,6 +24,13 @@ def test_the_verb_runs_on_every_host_and_its_output_is_kept(cloud):
     assert cloud.lines("ran.a.0") == cloud.lines("ran.a.1") == ["-m diffusion_t5x.train --a=b c --distributed"]
     (log,) = (cloud.folder / "tpu_logs/a").glob("*-1/a.log")
     assert {"a.0: step 1", "a.1: step 1"} <= set(log.read_text().splitlines())
+
+
+def test_it_says_that_only_what_is_committed_is_copied(cloud):
+    assert "not committed" not in cloud.run()[1]
+    cloud.state("uncommitted", " M launch/tpu_vm.sh")
+    code, errors = cloud.run()
+    assert code == 0 and "not committed" in errors
 
 
 def test_told_to_stop_it_runs_again_without_another_installation(cloud):

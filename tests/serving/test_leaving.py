@@ -20,6 +20,8 @@ import pytest
 from live_server import Verb, numbers, wait_for
 from pages import by_module
 from starlette.applications import Starlette
+from starlette.responses import Response
+from starlette.routing import Route
 
 from diffusion_t5x import serve
 from diffusion_t5x.errors import UserError
@@ -154,14 +156,32 @@ def test_a_context_may_be_shorter_than_the_rows_of_prompts(stories):
         assert done.usage.prompt_tokens == 4
 
 
-def test_a_server_that_has_begun_to_listen_meanwhile_is_named():
+def test_a_second_server_fails_at_once():
     first = Server("127.0.0.1", 0, grace=1)
     port = int(first.url.rpartition(":")[2])
-    second = Server("127.0.0.1", port, grace=1)  # possible as long as the first one does not listen
-    first._socket.listen()
     with pytest.raises(UserError, match=f"--port {port}: Address already in use. Choose another --port"):
-        second.run(Starlette(), print)
+        Server("127.0.0.1", port, grace=1)
     first._socket.close()
+
+
+def test_while_the_model_is_loaded_the_status_is_503():
+    server, found = Server("127.0.0.1", 0, grace=1), []
+    with server.loading():
+        for path, told in {"/health": "loading", "/v1/models": "The model is being loaded"}.items():
+            with pytest.raises(urllib.error.HTTPError, match="503") as refused:
+                urllib.request.urlopen(server.url + path, timeout=60)
+            assert told in refused.value.read().decode() and refused.value.headers["Retry-After"]
+
+    def ask():
+        found.append(urllib.request.urlopen(server.url, timeout=60).read())
+        server.fail()
+
+    asking = threading.Thread(target=ask)
+    asking.start()  # before the application listens
+    with pytest.raises(SystemExit) as ended:
+        server.run(Starlette(routes=[Route("/", lambda _: Response("Hello."))]), print)
+    asking.join()
+    assert found == [b"Hello."] and ended.value.code == 1
 
 
 def test_the_commands_of_the_page_resolve(stories_folder, capsys):
