@@ -58,7 +58,7 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Margin:
-    """How narrowly a difference was decided.
+    """The margin by which a difference was decided.
 
     Attributes:
       nats: by how much log probabilities would have to be off for the reference to write what the other one wrote.

@@ -48,7 +48,7 @@ class WholeRows(View):
         write_at: IntB | IntBQ,
         encoded: Encoded | None = None,
     ) -> tuple[FloatBQD, KVCache]:
-        """As `Transformer.extend`, by a pass over the whole rows."""
+        """Returns what `Transformer.extend` does, by a pass over the whole rows."""
         self.num_extended += 1
         held, in_a_row = _held(cache), write_at.ndim == 1
         held = write_rows(held, tokens, write_at) if in_a_row else put_slots(held, write_at, tokens)
@@ -61,7 +61,8 @@ class WholeRows(View):
 
 def _held(cache: KVCache) -> IntBL:
     """Returns the tokens that a cache holds."""
-    return sum(jnp.asarray(x[0, :, :, 0, place], jnp.int32) * size for x, place, size in _digits(cache))
+    digits = [x[0, :, :, 0, place].astype(jnp.int32) * size for x, place, size in _digits(cache)]
+    return jnp.sum(jnp.stack(digits), axis=0)
 
 
 def _hold(cache: KVCache, tokens: IntBL) -> KVCache:
