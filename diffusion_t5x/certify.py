@@ -91,6 +91,8 @@ def certify(
     Raises:
       UserError: settings that do not fit, or fewer than two prompts.
     """
+    if jax.process_count() > 1:
+        raise UserError("certify decodes on the devices of one process: start it on one host.")
     asked = [*prompt, *(_lines(prompts) if prompts else [])]
     certificate.check_prompts(len(asked))
     if length is not None and length < 1:

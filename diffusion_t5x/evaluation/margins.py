@@ -134,7 +134,7 @@ def margin(
         found = first_difference(reference, text)
         if found is None or found.step > difference.step:
             return "same", text
-        return ("there" if _makes(difference, reference, text, found) else "elsewhere"), text
+        return ("there" if _makes(difference, text, found) else "elsewhere"), text
 
     low, high = _LEAST - 1, _MOST + 1
     seen = {}
@@ -190,9 +190,9 @@ def _steps(decoder: Decoder, decoded: Decoded, row: int, slots: np.ndarray) -> l
     return [first, *filter(None, changes)]
 
 
-def _makes(difference: Difference, reference: Text, text: Text, found: Difference) -> bool:
-    """Returns True if a text has this difference from the reference as its first one."""
-    assert reference.steps is not None and text.steps is not None
+def _makes(difference: Difference, text: Text, found: Difference) -> bool:
+    """Returns True if a text whose first difference from the reference was found has this one."""
+    assert text.steps is not None
     if found.step != difference.step:
         return False
     step = text.steps[found.step] if found.step < len(text.steps) else {}

@@ -179,6 +179,8 @@ def test_a_verdict_follows_from_the_margins():
     assert verdict(1e-6) == "rounding" and verdict(1e-6, 2e-3) == "fault" and verdict(None) == "fault"
     assert verdict(3.0, bound=None) == "expected" and verdict(bound=None) == "same"
     assert Comparison("float32", "way", reason="no").verdict == "not possible"
+    more = Differing(0, (1,), (2,), None, Margin(1e-6, is_exact=False))
+    assert Comparison("float32", "way", 3, (more,), None, 1e-3).verdict == "fault"
 
 
 def test_a_difference_is_the_first_step_that_differs():
