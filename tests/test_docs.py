@@ -22,7 +22,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # its page's other commands in tests/importing), what reads a checkpoint first (see test_generate.py), and what another
 # command writes (see test_walkthrough.py).
 NOT_RUN_AS_IT_STANDS = re.compile(
-    r"my_\w+|…|FILE|diffusion_t5x\.(convert|generate|serve|ar2diff)|/tmp/walk/|/model\.gin"
+    r"my_\w+|…|FILE|diffusion_t5x\.(convert|generate|serve|certify|ar2diff)|/tmp/walk/|/model\.gin"
 )
 
 

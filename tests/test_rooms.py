@@ -11,7 +11,10 @@ import pytest
 import diffusion_t5x
 
 PACKAGE = pathlib.Path(diffusion_t5x.__file__).parent
-VERBS = "train eval infer generate serve lm_eval cache_tasks inspect_data benchmark report checkpoints convert __main__"
+VERBS = (
+    "train eval infer generate serve certify lm_eval cache_tasks inspect_data benchmark report checkpoints convert "
+    "__main__"
+)
 # Lowest first. Rooms on one floor do not import each other, but for the single files of the lowest.
 FLOORS = [
     (

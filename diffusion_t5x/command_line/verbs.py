@@ -176,6 +176,24 @@ VERBS: Mapping[str, Verb] = {
             },
         },
     ),
+    "certify": Verb(
+        "check that texts do not depend on batch, padding, slots, mesh or cache",
+        "certify --checkpoint /tmp/finetuned --prompt 'Saturday, May 23, 1981' --prompt '5.8K' --length 24",
+        "diffusion_t5x.certify",
+        flags={
+            **CHECKPOINT,
+            "--prompts": {"metavar": "FILE", "help": "prompts, one a line (empty lines are skipped)"},
+            "--prompt": {"action": "append", "metavar": "TEXT", "help": "a prompt; repeatable"},
+            "--length": {"type": int, "metavar": "TOKENS", "help": "maximum length of a text"},
+            "--seed": {"type": int, "metavar": "N", "help": "random seed"},
+            "--bound": {"type": float, "metavar": "NATS", "help": "margin above which a difference is a fault"},
+            "--output": {"metavar": "FILE", "help": "also write the certificate as JSON"},
+            "--tokenizer": {
+                "metavar": "FILE",
+                "help": "the vocabulary's file, if the checkpoint does not name it or it has moved",
+            },
+        },
+    ),
     "cache_tasks": Verb(
         "tokenize a task once; training then reads it without TensorFlow",
         "cache_tasks --gin_file=tasks/quickstart.gin --gin_file=runs/cache_tasks.gin --gin.CACHE_DIR=/tmp/cache "

@@ -59,7 +59,7 @@ def kind_of(decoder):
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _gumbel(key, numbers, size):
+def gumbel(key, numbers, size):
     """`[numbers, size]`: what is drawn at each number."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(numbers))
     return jax.vmap(lambda key: jax.random.gumbel(key, (size,)))(keys)
@@ -70,6 +70,7 @@ class PlainDecoding:
 
     Attributes:
       tokens: int `[L]`, ended where it ends.
+      read: maps a canvas `[1, L]` to the logits `[1, L, V]` of a whole pass.
       narrowest: the least gap between what was chosen and what came next, of all steps: of logits with their noise, as
         a share of the largest logit; of probabilities, where positions are chosen by them.
     """
@@ -77,7 +78,7 @@ class PlainDecoding:
     def __init__(self, definition, params, decoder, batch, seed):
         self.vocabulary, self.decoder, self.batch = definition.vocabulary, decoder, batch
         self.narrowest = np.inf
-        self._read = functools.partial(reader(definition, type(decoder), kind_of(decoder)), params, batch)
+        self.read = functools.partial(reader(definition, type(decoder), kind_of(decoder)), params, batch)
         self._targets = np.flatnonzero(batch.target_mask[0])
         key = jax.random.fold_in(jax.random.key(seed), batch.example_ids[0])
         if isinstance(decoder, AutoregressiveDecoder):
@@ -154,13 +155,13 @@ class PlainDecoding:
 
     def _choose(self, canvas, places, temperature, key, numbers):
         """A token for each place, and the probabilities of all."""
-        logits = np.asarray(self._read(canvas))[0, places]
+        logits = np.asarray(self.read(canvas))[0, places]
         largest = np.abs(logits).max()
         logits[:, self.vocabulary.mask_id] = -np.inf
         logits[:, self.vocabulary.size :] = -np.inf
         noisy = logits
         if temperature:
-            noise = np.asarray(_gumbel(key, self.batch.tokens.shape[1], logits.shape[1]))
+            noise = np.asarray(gumbel(key, self.batch.tokens.shape[1], logits.shape[1]))
             noisy = logits + temperature * noise[numbers]
         second, first = np.sort(noisy, axis=-1)[:, -2:].T
         self._decided((first - second).min() / largest)
