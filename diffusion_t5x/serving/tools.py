@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusion_t5x.decoding.json_schema import pattern_of
+from diffusion_t5x.errors import UserError
 from diffusion_t5x.serving.forms import Form
 from diffusion_t5x.serving.refusals import Refusal
 
@@ -58,6 +59,8 @@ class Tools:
         calls = []
         for name in self.required:
             schema = functions[name].get("parameters") or {"type": "object", "properties": {}}
+            if "properties" not in schema and schema.get("type") != "object":
+                raise UserError(f'The schema of {name}\'s parameters must have "type": "object".')
             arguments = pattern_of(schema, f"The schema of {name}'s parameters")
             calls.append(rf'\{{"name": "{name}", "arguments": (?:{arguments})\}}')
         return Form("tools", regex=f"{OPENS}\n(?:{'|'.join(calls)})\n{_CLOSES}") if calls else None
@@ -130,6 +133,8 @@ def _name(tool: Any, where: str) -> str:
             '"_" and "-".',
             "tools",
         )
+    if not isinstance(function.get("parameters"), dict | None):
+        raise Refusal(f"{where}.function.parameters must be a JSON schema, an object.", "tools")
     return name
 
 
