@@ -2,6 +2,7 @@
 
 import functools
 import multiprocessing
+import pickle
 import signal
 import threading
 from collections.abc import Collection
@@ -11,7 +12,9 @@ from multiprocessing.context import SpawnProcess
 from diffusion_t5x.data.vocabulary import AnyVocabulary
 from diffusion_t5x.decoding.language import Language
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.serving.forms import Form
 from diffusion_t5x.serving.refusals import busy
+from diffusion_t5x.serving.tools import Tools
 
 _MOST_LANGUAGES = 32  # kept of those that requests have asked for
 _SECONDS_TO_START = 120
@@ -19,13 +22,13 @@ _MEND = "Give it fewer repetitions: smaller numbers in {}, maxLength and maxItem
 
 
 class Languages:
-    """Compiles regular expressions, one at a time; keeps the last ones.
+    """Compiles forms, one at a time; keeps the last ones.
 
-    The process begins with the first expression, and ends with this one.
+    The process begins with the first form, and ends with this one.
 
     Args:
       vocabulary, end_ids: see `Language`.
-      seconds: time limit for an expression.
+      seconds: time limit for a form.
       most_bytes: memory limit of the process.
     """
 
@@ -37,26 +40,26 @@ class Languages:
         self._child: tuple[SpawnProcess, Connection] | None = None
         self._compiled = functools.lru_cache(_MOST_LANGUAGES)(self._compile)
 
-    def __call__(self, pattern: str) -> Language:
-        """Returns the texts of a regular expression. Any thread may call it.
+    def __call__(self, form: Form | Tools) -> Language:
+        """Returns the texts of a form. Any thread may call it.
 
         Raises:
-          UserError: it is invalid, has no text, or takes too much time or memory.
+          UserError: it cannot be kept, has no text, or takes too much time or memory.
           Refusal: others are being compiled all the time.
         """
         if not self._lock.acquire(timeout=self._seconds):
             raise busy("The forms of other requests are being compiled. Try again later.", seconds=5)
         try:
-            return self._compiled(pattern)
+            return self._compiled(pickle.dumps(form))
         finally:
             self._lock.release()
 
-    def _compile(self, pattern: str) -> Language:
+    def _compile(self, form: bytes) -> Language:
         if self._child is None or not self._child[0].is_alive():
             self._child = self._start()
         process, connection = self._child
         try:
-            connection.send(pattern)
+            connection.send_bytes(form)
             if not connection.poll(self._seconds):
                 process.kill()
                 process.join()
@@ -99,11 +102,11 @@ def _work(connection: Connection, vocabulary: AnyVocabulary, end_ids: Collection
     connection.send("ready")
     while True:
         try:
-            pattern = connection.recv()
+            form = connection.recv()
         except EOFError:
             return
         try:
-            connection.send(Language(pattern, vocabulary, end_ids=end_ids))
+            connection.send(Language(form.pattern(), vocabulary, end_ids=end_ids))
         except UserError as error:
             connection.send(error)
         except MemoryError:

@@ -168,16 +168,15 @@ class Service:
 
     def _within(self, decoder: Decoder, ask: Ask, length: int) -> Decoder:
         """Returns the decoder, writing only what an answer may be."""
-        param = "tools" if ask.tools else ask.form.param if ask.form else None
+        form = ask.tools if ask.tools and ask.tools.required else ask.form
+        if form is None:
+            return decoder
         try:
-            form = ask.tools.form() if ask.tools else ask.form
-            if form is None:
-                return decoder
-            language = self._languages(form.pattern())
+            language = self._languages(form)
             language.check_fits([length], "Set a larger max_tokens.")
             return decoder.within(language)
         except UserError as error:
-            raise Refusal(str(error), param) from error
+            raise Refusal(str(error), form.param) from error
 
     def _rows(self, ask: Ask, length: int) -> list[Batch]:
         """Returns a row for each prompt."""

@@ -9,11 +9,10 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusion_t5x.decoding.json_schema import pattern_of
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.serving.forms import Form
 from diffusion_t5x.serving.refusals import Refusal
 
 OPENS, _CLOSES = "<tool_call>", "</tool_call>"
@@ -40,17 +39,19 @@ class Tools:
     """The functions of a request.
 
     Attributes:
+      param: the field that offers them.
       tools: OpenAI's descriptions, which the chat template shows to the model.
       required: functions of which the model must call one, by name; none if it is free to answer.
       most: maximum number of calls in an answer; None sets no limit.
     """
 
+    param: ClassVar[str] = "tools"
     tools: Sequence[Mapping[str, Any]]
     required: tuple[str, ...] = ()
     most: int | None = None
 
-    def form(self) -> Form | None:
-        """Returns the form of a call that must be made; None if none must.
+    def pattern(self) -> str:
+        """Returns the regular expression of a call of a function that is required.
 
         Raises:
           UserError: the parameters' schema cannot be kept.
@@ -63,7 +64,7 @@ class Tools:
                 raise UserError(f'The schema of {name}\'s parameters must have "type": "object".')
             arguments = pattern_of(schema, f"The schema of {name}'s parameters")
             calls.append(rf'\{{"name": "{name}", "arguments": (?:{arguments})\}}')
-        return Form("tools", regex=f"{OPENS}\n(?:{'|'.join(calls)})\n{_CLOSES}") if calls else None
+        return f"{OPENS}\n(?:{'|'.join(calls)})\n{_CLOSES}"
 
     def split(self, text: str) -> tuple[str, list[Call]]:
         """Returns the text before the calls, and the calls; the whole text and none if they are not well-formed."""
