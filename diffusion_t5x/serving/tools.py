@@ -126,8 +126,9 @@ def _chosen(choice: Any, names: Sequence[str]) -> Sequence[str]:
 
 def _name(tool: Any, where: str) -> str:
     """Returns the name of a tool's function."""
-    function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
-    name = function.get("name") if isinstance(function, dict) else None
+    given = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
+    function = given if isinstance(given, dict) else {}
+    name = function.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise Refusal(
             f'{where} must be {{"type": "function", "function": {{"name": …}}}}; a name has up to 64 letters, digits, '
