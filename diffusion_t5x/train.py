@@ -32,7 +32,7 @@ from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval, check_decoders, prepared
 from diffusion_t5x.evaluation.inference import write_jsonl
-from diffusion_t5x.evaluation.loading import check_datasets, load_teacher
+from diffusion_t5x.evaluation.loading import check_datasets, load_model, load_teacher
 from diffusion_t5x.evaluation.screen import evaluation_block, next_commands
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.quantized import FewBits
@@ -96,7 +96,8 @@ class Training:
       lora: train low-rank updates, with the model frozen; None trains the whole model.
       frozen_dtype: quantize the layers' matrices of what is frozen, LoRA's base and the teacher: "int8", "nf4" or None.
       random_seed: seed of initialisation, noise and dropout. The data have their own seed.
-      initial_checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR.
+      initial_checkpoint_path: a checkpoint folder, a folder of them or a MODEL_DIR; also the model near which an
+        objective holds the trained one, if it does (`Objective.taught_by_start`).
       restore_rules: `(target regex, source template or None)`, as in T5X; only for `initial_checkpoint_path`.
       teacher_checkpoint_path: checkpoint of the autoregressive teacher for distillation, which also scores decoded
         texts ("teacher_nll", "teacher_agreement").
@@ -196,9 +197,10 @@ class Training:
         """Checks that all settings fit together, before data and parameters are read."""
         folder = os.path.join(self.model_dir, "checkpoints")
         start = Start.find(folder, self.initial_checkpoint_path, self.restore_rules, self.allow_older_checkpoint)
-        if self.objective.needs_teacher and not self.teacher_checkpoint_path and not self.dry_run:
+        path = self._teacher_path()
+        if self.objective.needs_teacher and not path and not self.dry_run:
             raise no_teacher(self.objective)
-        teacher_path = str(find_checkpoint(path)) if (path := self.teacher_checkpoint_path) else None
+        teacher_path = str(find_checkpoint(path)) if path else None
         self._check_data(mesh, [*(ev.dataset for ev in loss_evals), *(ev.dataset for ev in decode_evals)])
         for ev in decode_evals:
             ev.dataset.check_scoring()
@@ -214,6 +216,17 @@ class Training:
         assignment = start.check(*checked)
         evals = (loss_evals, decode_evals)
         return _Plan(mesh, definition, abstract, *evals, record, start, assignment, teacher_path)
+
+    def _teacher_path(self) -> str | None:
+        """Returns the path of the teacher's checkpoint, as the user gave it: of a teacher, or of the start."""
+        if not self.objective.taught_by_start:
+            return self.teacher_checkpoint_path
+        if self.teacher_checkpoint_path:
+            raise UserError(
+                f"{type(self.objective).__name__} is held near INITIAL_CHECKPOINT_PATH, and has no other teacher. Set "
+                "TEACHER_CHECKPOINT_PATH = None."
+            )
+        return self.initial_checkpoint_path
 
     def _check_settings(self) -> None:
         factor, ema, timeout = self.loss_normalizing_factor, self.ema_decay, self.hang_timeout
@@ -264,6 +277,9 @@ class Training:
     def _load_teacher(self, plan: "_Plan") -> Teacher | None:
         if plan.teacher_path is None:
             return None
+        if self.objective.taught_by_start:  # a student starts from the parameters, not from their moving average
+            given = (plan.teacher_path, self.model, plan.definition.vocabulary, plan.mesh)
+            return Teacher(*load_model(*given, use_ema=False, few_bits=self.frozen_dtype))
         judged = (plan.definition.vocabulary, plan.mesh, _ALLOW_MISMATCH, self.allow_mismatch, self.frozen_dtype)
         return load_teacher(plan.teacher_path, self.teacher_model or self.model, *judged)
 
@@ -293,7 +309,8 @@ class Training:
         on_mesh = (plan.mesh, plan.abstract, plan.definition)
         train_step = make_train_step(*on_mesh, seed=self.random_seed, teacher=teacher, **self._of_step())
         evals = (plan.loss_evals, plan.decode_evals)
-        evaluator = Evaluator(plan.mesh, plan.definition, self.objective, *evals, teacher)
+        judge_of_texts = None if self.objective.taught_by_start else teacher  # it reads token by token
+        evaluator = Evaluator(plan.mesh, plan.definition, self.objective, *evals, judge_of_texts)
         judge = Judge(self.bad_numbers, self.model_dir, begun.losses)
         description = f"{type(self.objective).__name__} on {self.train_dataset.name}"
         loop = TrainLoop(

@@ -2,6 +2,7 @@
 
 quickstart_corpus_prefix_lm          the Python standard library: the first part of a chunk is given, the rest predicted
 quickstart_corpus_span_corruption    the same: some spans of a chunk are hidden and predicted
+quickstart_dates_numbers             the part of quickstart_pairs that is learned first: dates and numbers
 quickstart_pairs                     the fine-tuning task: English to French dates, numbers, units, names ...
 quickstart_pretrain                  for pretraining: of 10 examples 8 are of the corpus (prefix LM) and 2 are pairs
 quickstart_pretrain_span_corruption  the same with span corruption
@@ -13,11 +14,13 @@ import io
 import os
 import pathlib
 import tempfile
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from diffusion_t5x.data.sentencepiece_vocabulary import SentencePieceVocabulary
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import metrics
+from diffusion_t5x.evaluation.code import pass_at_k
 from diffusion_t5x.tasks import cldr_pairs, preprocessors, registration, sources, stdlib_corpus
 
 if TYPE_CHECKING:
@@ -119,7 +122,8 @@ def features() -> "dict[str, seqio.Feature]":
 def _register() -> None:
     for objective in (preprocessors.prefix_lm, preprocessors.span_corruption):
         registration.add(f"quickstart_corpus_{objective.__name__}", functools.partial(_corpus, objective))
-    registration.add("quickstart_pairs", _pairs)
+    registration.add("quickstart_pairs", functools.partial(_pairs, None))
+    registration.add("quickstart_dates_numbers", functools.partial(_pairs, ("date", "number")))
     for mixture, corpus in (
         ("quickstart_pretrain", "quickstart_corpus_prefix_lm"),
         ("quickstart_pretrain_span_corruption", "quickstart_corpus_span_corruption"),
@@ -140,20 +144,22 @@ def _corpus(objective: registration.Preprocessor) -> dict[str, Any]:
     }
 
 
-def _pairs() -> dict[str, Any]:
+def _pairs(kinds: Collection[str] | None) -> dict[str, Any]:
+    """Returns the arguments of the task of these kinds of pairs; None: of all."""
     import seqio
 
+    columns = functools.partial(_pair_columns, kinds)
     return {
-        "source": sources.Columns(_pair_columns, ("train", "validation", "test")).in_seqio(),
+        "source": sources.Columns(columns, ("train", "validation", "test")).in_seqio(),
         "preprocessors": [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
         "output_features": features(),
-        "metric_fns": [metrics.bleu, metrics.exact_match],
+        "metric_fns": [metrics.bleu, metrics.exact_match, pass_at_k.exact_match_at_k],
         "shuffle_buffer_size": 1,  # the source shuffles
     }
 
 
-def _pair_columns(split: str) -> dict[str, list[str]]:
-    pairs = cldr_pairs.pairs(split)
+def _pair_columns(kinds: Collection[str] | None, split: str) -> dict[str, list[str]]:
+    pairs = [pair for pair in cldr_pairs.pairs(split) if kinds is None or pair.kind in kinds]
     return {
         "inputs": [pair.english for pair in pairs],
         "targets": [pair.french for pair in pairs],

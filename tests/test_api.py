@@ -85,15 +85,16 @@ def in_slots(monkeypatch):
     return calls
 
 
+SAMPLING = dt.MaskedDecoder(num_steps=4, temperature=1.0)
 MANY = [f"{n}" * (n % 4) for n in range(10)]
 
 
 @pytest.mark.parametrize(
     "write",
     [
-        lambda model: model.generate(MANY, samples=2, decoder=dt.MaskedDecoder(num_steps=4, temperature=1.0)),
+        lambda model: model.generate(MANY, decoder=SAMPLING, samples=2),
         pytest.param(
-            lambda model: model.fill([f"{n}<hole:{1 + n % 3}>c" for n in range(10)], "one", seed=2),
+            lambda model: model.fill([f"{n}<hole:{1 + n % 3}>c" for n in range(10)], "one", decoder=SAMPLING, seed=2),
             marks=pytest.mark.slow,
         ),
     ],
@@ -101,7 +102,7 @@ MANY = [f"{n}" * (n % 4) for n in range(10)]
 )
 def test_many_texts_are_decoded_in_slots(write, model, in_slots, monkeypatch):
     found = write(model)
-    assert len(in_slots) == 1 and len(set(map(str, found))) > 3
+    assert len(in_slots) == 1 and len(set(map(str, found))) > 8
     monkeypatch.setattr(api_decoding, "_SLOTS", 10)  # one by one
     assert write(model) == found and len(in_slots) == 1
 
@@ -164,18 +165,15 @@ def test_it_fills_and_scores_what_infer_does(masked, model, tmp_path, monkeypatc
 def test_other_seeds_compile_nothing(model):
     decoder = dt.MaskedDecoder(num_steps=4, temperature=1.0)
 
-    def answers(seed):
-        """One by one, in slots, and a likelihood."""
-        one, *_ = in_slots = model.generate(PROMPTS * 3, decoder=decoder, seed=seed)
-        assert model.generate(PROMPTS[0], decoder=decoder, seed=seed) == one
-        return (*in_slots, model.log_likelihood("a", "b", num_draws=4, seed=seed).nats)
+    def answer(seed):
+        return model.generate("one", decoder=decoder, seed=seed), model.log_likelihood("a", "b", num_draws=4, seed=seed)
 
-    first = answers(1)
+    first = answer(1)
     with compiled() as names:
-        others = [answers(seed) for seed in (2, 3, -4)]
-        assert answers(1) == first
+        others = [answer(seed) for seed in (2, 3, -4)]
+        assert answer(1) == first
     assert names == []
-    assert all(len(set(column)) == 4 for column in zip(first, *others, strict=True))
+    assert len({text for text, _ in [first, *others]}) == len({found.nats for _, found in [first, *others]}) == 4
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,13 @@ def reinforce(start, folder, steps, *flags):
     """Six updates a rollout, with a reward that a model without any training earns, too."""
     settings = {"INITIAL_CHECKPOINT_PATH": start, "NUM_DECODED_EXAMPLES": 4, "BATCH_SIZE": 8, "GROUP_SIZE": 4}
     given = [f"--gin.{name}={value}" for name, value in settings.items()]
-    given += ["--gin.Rollout.num_batches=3", "--gin.PASSES=2", "--gin.Periods.log=1", "--gin.Periods.save=4"]
+    given += [
+        "--gin.KL_WEIGHT=0.1",
+        "--gin.Rollout.num_batches=3",
+        "--gin.PASSES=2",
+        "--gin.Periods.log=1",
+        "--gin.Periods.save=4",
+    ]
     given += ["--gin_allow=my_reward", "--gin_file=my_reward.gin", f"--gin.TRAIN_STEPS={steps}", *flags]
     return run("quickstart", folder, *given)
 
@@ -61,13 +67,14 @@ def test_a_run_resumed_within_a_rollout_goes_on_the_same(start, tmp_path):
     whole = reinforce(start, tmp_path / "whole", 8)
     reinforce(start, tmp_path / "parts", 4)
     parts = reinforce(start, tmp_path / "parts", 8)
-    for name in ("loss", "ratio", "nll", "gradient_norm", "text_length", "parameter_norm"):
+    for name in ("loss", "ratio", "nll", "kl_from_start", "gradient_norm", "text_length", "parameter_norm"):
         np.testing.assert_array_equal([x[name] for x in parts["train"]], [x[name] for x in whole["train"]])
     assert [x["step"] for x in parts["rollout"]] == [x["step"] for x in whole["rollout"]] == [1, 7]
     for name in ("reward", "best_reward", "groups_without_spread", "text_length"):
         assert [x[name] for x in parts["rollout"]] == [x[name] for x in whole["rollout"]]
     assert 0 < whole["rollout"][0]["reward"] < 1 and whole["rollout"][0]["groups_without_spread"] < 1
     ratios = [x["ratio"] for x in whole["train"]]
+    assert abs(whole["train"][0]["kl_from_start"]) < 1e-6 < whole["train"][-1]["kl_from_start"]
     assert ratios[0] == pytest.approx(1, abs=1e-5) == pytest.approx(ratios[6], abs=1e-5)  # a rollout's first update
 
 
@@ -75,6 +82,8 @@ def test_a_run_resumed_within_a_rollout_goes_on_the_same(start, tmp_path):
     ("flags", "message"),
     [
         (["--gin.GROUP_SIZE=3"], "does not divide into groups of 3"),
+        (["--gin.INITIAL_CHECKPOINT_PATH=None"], "Set INITIAL_CHECKPOINT_PATH"),
+        (["--gin.train.train.teacher_checkpoint_path=/tmp"], "Set TEACHER_CHECKPOINT_PATH = None"),
         (["--gin.ROLLOUT=None"], "needs texts that the model writes"),
         (["--gin.Rollout.rewards=None"], "learns from rewards"),
         (["--gin.rollout/MaskedDecoder.order='confidence'"], "an order other than confidence"),

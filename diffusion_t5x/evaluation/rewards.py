@@ -9,13 +9,16 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
+
 from diffusion_t5x.data import scoring
 from diffusion_t5x.data.examples import Example
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.code import execution
 from diffusion_t5x.evaluation.code.execution import Limits, Tests
-from diffusion_t5x.training.rewards import Reward
+from diffusion_t5x.training.rewards import Reward, attempts, of_each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +68,26 @@ class PassedTests:
         execution.check_isolation(self.allow_unsafe)
 
     def __call__(self, text: str, example: Example) -> float:
-        tests, program = self.dataset.postprocessed(text, example)
-        if not isinstance(tests, Tests):
-            raise UserError(f"PassedTests needs a task whose targets are tests, unlike {self.dataset.name!r}.")
-        single = [dataclasses.replace(tests, asserts=(each,)) for each in tests.asserts]
-        verdicts = execution.check(
-            [program] * len(single), single, limits=self.limits, workers=1, allow_unsafe=self.allow_unsafe, quiet=True
-        )
-        return sum(verdict.passed for verdict in verdicts) / len(verdicts)
+        return float(self.of_all([text], [example], self.limits.wall_seconds)[0])
+
+    def of_all(self, texts: Sequence[str], examples: Sequence[Example], seconds: float) -> Float[np.ndarray, " texts"]:
+        """Returns the share of each text's tests that pass; programs run side by side, one per processor.
+
+        `seconds` are for reading a text; `limits` hold for the programs.
+        """
+        programs, single, of_text = [], [], []
+        read = attempts(self.dataset.postprocessed, texts, examples, seconds)
+        for number, (tests, program) in ((number, each) for number, each in enumerate(read) if each is not None):
+            if not isinstance(tests, Tests):
+                raise UserError(f"PassedTests needs a task whose targets are tests, unlike {self.dataset.name!r}.")
+            programs += [program] * len(tests.asserts)
+            single += [dataclasses.replace(tests, asserts=(each,)) for each in tests.asserts]
+            of_text += [number] * len(tests.asserts)
+        verdicts = execution.check(programs, single, limits=self.limits, allow_unsafe=self.allow_unsafe, quiet=True)
+        passed: dict[int, list[bool]] = {}
+        for number, verdict in zip(of_text, verdicts, strict=True):
+            passed.setdefault(number, []).append(verdict.passed)
+        return np.array([np.mean(passed[number]) if number in passed else np.nan for number in range(len(texts))])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,3 +142,8 @@ class Sum:
 
     def __call__(self, text: str, example: Example) -> float:
         return sum(weight * reward(text, example) for reward, weight in zip(self.rewards, self.weights, strict=True))
+
+    def of_all(self, texts: Sequence[str], examples: Sequence[Example], seconds: float) -> Float[np.ndarray, " texts"]:
+        """Returns the sum of each text's rewards; a text has failed if one of them did."""
+        found = np.stack([of_each(reward, texts, examples, seconds) for reward in self.rewards])
+        return np.asarray(self.weights) @ found

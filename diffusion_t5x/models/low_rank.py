@@ -5,6 +5,7 @@ from typing import TypeVar
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from diffusion_t5x.models.quantized import Quantized
 
@@ -26,7 +27,7 @@ class LowRank(flax.struct.PyTreeNode):
       drafts: bool `[B, L]`, True in slots with a draft; None where there are none. Set by `at_drafts` for each pass.
     """
 
-    base: jax.Array | Quantized
+    base: Float[jax.Array, "..."] | Quantized
     down: jax.Array
     up: jax.Array
     scale: float = flax.struct.field(pytree_node=False)

@@ -6,7 +6,6 @@ the last hidden states, from which both models compute logits.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +45,6 @@ class Aligned(Block):
       alignment_weight: weight of both distances.
     """
 
-    needs_teacher: ClassVar[bool] = True
-
     alignment_weight: float = dataclasses.field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -58,6 +55,10 @@ class Aligned(Block):
             )
         if self.alignment_weight < 0:
             raise UserError(f"Aligned.alignment_weight must not be negative; got {self.alignment_weight}.")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return True
 
     @property
     def passes(self) -> Sequence[Pass]:

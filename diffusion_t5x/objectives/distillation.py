@@ -95,7 +95,6 @@ class Distillation(InBlocks):
         the student's most likely ones ("argmax"), which needs a pass over `[clean text | filled targets]`.
     """
 
-    needs_teacher: ClassVar[bool] = True
     takes_rollouts: ClassVar[bool] = True
 
     divergence: Divergence = "forward_kl"
@@ -139,6 +138,10 @@ class Distillation(InBlocks):
                 f"Distillation.estimate = {self.estimate!r} needs a teacher that gives every token a probability: no "
                 f"top_k, top_p or min_p; got {self.teacher_sampling}."
             )
+
+    @property
+    def needs_teacher(self) -> bool:
+        return True
 
     @property
     def needs_samples(self) -> bool:

@@ -1,4 +1,4 @@
-"""Divergences of a student's distribution from its teacher's."""
+"""Divergences of a student's distribution from its teacher's, and the entropy of one."""
 
 import math
 from typing import Literal
@@ -52,3 +52,14 @@ def divergence(
         both = has_q & (log_p > -jnp.inf)
         terms += weight * jnp.where(both, q, 0) * (jnp.where(both, log_q, 0) - jnp.where(both, log_p, 0))
     return jnp.sum(terms, axis=-1)
+
+
+def entropy(logits: Float[jax.Array, "*shape vocab"]) -> Float[jax.Array, "*shape"]:
+    """Returns the entropy of a distribution, in nats; ids with a logit of -inf add exactly nothing.
+
+    Args:
+      logits: at least one of them finite.
+    """
+    log_p = jax.nn.log_softmax(logits)
+    p = jnp.exp(log_p)
+    return -jnp.sum(p * jnp.where(p > 0, log_p, 0), axis=-1)

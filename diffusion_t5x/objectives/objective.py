@@ -101,7 +101,8 @@ class Objective(Protocol):
     Attributes:
       autoregressive: predicts each token from those before it, with causal or prefix attention, whatever
         `ModelConfig.shifted` says.
-      needs_teacher: the loss needs an autoregressive teacher.
+      needs_teacher: the loss needs a teacher, an autoregressive one unless `taught_by_start`.
+      taught_by_start: the teacher is the run's initial checkpoint, read as the model itself is.
       trains_drafts: trains only drafts, with `Lora.drafts_only`.
       takes_rollouts: can learn from texts that the model itself wrote, in blocks of `attention.block_size`, and may
         read `Batch.written_at`.
@@ -112,9 +113,16 @@ class Objective(Protocol):
     """
 
     autoregressive: ClassVar[bool] = False
-    needs_teacher: ClassVar[bool] = False
     trains_drafts: ClassVar[bool] = False
     takes_rollouts: ClassVar[bool] = False
+
+    @property
+    def needs_teacher(self) -> bool:
+        return False
+
+    @property
+    def taught_by_start(self) -> bool:
+        return False
 
     @property
     def needs_rollouts(self) -> bool:
@@ -196,6 +204,8 @@ class Objective(Protocol):
 
 def no_teacher(objective: Objective) -> UserError:
     """Returns the error of an objective that lacks the teacher it needs."""
+    if objective.taught_by_start:
+        return UserError(f"{type(objective).__name__} is held near its start. Set INITIAL_CHECKPOINT_PATH.")
     return UserError(f"{type(objective).__name__} needs a teacher. Set TEACHER_CHECKPOINT_PATH.")
 
 

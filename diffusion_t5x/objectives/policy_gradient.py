@@ -13,21 +13,24 @@ Each is stored as a trajectory, `Batch.written_at`: the number of the state in w
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.output import Auxiliaries, Ratio
-from diffusion_t5x.models.readout import score
+from diffusion_t5x.models.readout import cross_entropy
+from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.objectives.block import InBlocks, block_starts
-from diffusion_t5x.objectives.objective import LossSums, Normalize, Pass, normalized, stratified
+from diffusion_t5x.objectives.divergences import divergence, entropy
+from diffusion_t5x.objectives.objective import LossSums, Normalize, Pass, no_teacher, normalized, stratified
 from diffusion_t5x.shapes import AnyBoolBL, FloatBL, IntBL, IntScalar, KeyScalar
 
 Surrogate = Literal["trajectory", "one_step", "coupled"]
@@ -53,6 +56,10 @@ class PolicyGradient(InBlocks):
       draws: number of states of each block that one training step reads, each in a row of its own: drawn without
         replacement, weighted so that the loss is that of all states on average. As many as a block has steps are exact.
       clip: (low, high); DAPO (arXiv 2503.14476) raises the latter.
+      kl_weight: weight of KL(model || start) of each scored token in its state, exact over the vocabulary; the start is
+        the run's initial checkpoint. Of a trajectory they add up to the divergence of the two ways to write; as in
+        GRPO, the gradient leaves out that other tokens lead to other states.
+      entropy_weight: weight of the entropy of each scored token in its state, which is raised.
       normalize: "all_tokens" divides by a constant, so that long texts are not favoured (Dr. GRPO, arXiv 2503.20783);
         "sequences" averages over each text first (GRPO); "target_tokens" over all tokens of the batch (DAPO).
     """
@@ -63,6 +70,8 @@ class PolicyGradient(InBlocks):
     draws: int = 1
     clip: tuple[float, float] = (0.2, 0.2)
     normalize: Normalize = "all_tokens"
+    kl_weight: float = 0.0
+    entropy_weight: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,6 +80,11 @@ class PolicyGradient(InBlocks):
         if len(self.clip) != 2 or not 0 < self.clip[0] <= 1 or not self.clip[1] > 0:
             raise UserError(
                 f"PolicyGradient.clip must be (low, high), low in (0, 1] and high above 0; got {self.clip}."
+            )
+        if min(self.kl_weight, self.entropy_weight) < 0:
+            raise UserError(
+                "PolicyGradient.kl_weight and entropy_weight must be at least 0; got "
+                f"{self.kl_weight} and {self.entropy_weight}."
             )
         if self.surrogate == "trajectory" and self.softmax != "allowed":
             raise UserError(
@@ -91,8 +105,17 @@ class PolicyGradient(InBlocks):
         return self.surrogate == "trajectory"
 
     @property
+    def needs_teacher(self) -> bool:
+        return self.kl_weight > 0
+
+    @property
+    def taught_by_start(self) -> bool:
+        return self.kl_weight > 0
+
+    @property
     def passes(self) -> Sequence[Pass]:
-        return (Pass(slots=2),) * self.draws
+        taught = (Pass(slots=2, by_teacher=True),) if self.needs_teacher else ()
+        return (Pass(slots=2), *taught) * self.draws
 
     def prepare_rollout(self, model: Transformer, batch: Batch, key: KeyScalar) -> Batch:
         """Returns texts with the states of the surrogate, and their tokens' log-probabilities in them."""
@@ -107,10 +130,21 @@ class PolicyGradient(InBlocks):
             draws = jax.vmap(lambda key: jax.random.uniform(key, batch.tokens.shape[1:], jnp.float32))(keys)
             state = (draws < share).astype(jnp.int32)
         batch = batch.replace(written_at=jnp.where(jnp.asarray(batch.written_at) >= 0, state, -1))
+        num_states = 2 if self.surrogate == "coupled" else 1
+        return batch.replace(written_log_probability=self.log_probabilities(model, batch, num_states))
+
+    def log_probabilities(self, model: Transformer, batch: Batch, num_states: int) -> FloatBL:
+        """Returns the log-probability of each written token in the state in which it is scored, 0 elsewhere.
+
+        Args:
+          model: reads the states.
+          batch: texts with `written_at`, of the surrogate's states.
+          num_states: number of states of a block; each takes a pass.
+        """
         total = jnp.zeros(batch.tokens.shape, jnp.float32)
-        for number in range(2 if self.surrogate == "coupled" else 1):
-            total += self._log_probabilities(model, batch, jnp.full_like(batch.tokens, number))[0]
-        return batch.replace(written_log_probability=total)
+        for number in range(num_states):
+            total += self._scores(model, batch, jnp.full_like(batch.tokens, number)).log_probability
+        return total
 
     def noisy(self, vocabulary: TokenIds, batch: Batch, key: KeyScalar) -> IntBL:
         """The first of the states that `loss` reads."""
@@ -133,17 +167,20 @@ class PolicyGradient(InBlocks):
                 "train.rollout and its rewards, and no loss_evals."
             )
         assert batch.written_at is not None and batch.written_log_probability is not None
+        if self.needs_teacher and teacher is None:
+            raise no_teacher(self)
         number = jnp.tile(jnp.arange(self.draws), len(batch.tokens))
         batch = jax.tree.map(lambda x: jnp.repeat(x, self.draws, axis=0), batch)
         state, weight = self._drawn_states(batch, key, number)
-        log_probability, scored, auxiliary = self._log_probabilities(model, batch, state)
-        scored &= weight > 0
-        log_ratio = jnp.where(scored, log_probability - jnp.asarray(batch.written_log_probability), 0)
+        scores = self._scores(model, batch, state, teacher if self.needs_teacher else None)
+        scored = scores.scored & (weight > 0)
+        log_ratio = jnp.where(scored, scores.log_probability - jnp.asarray(batch.written_log_probability), 0)
         ratio, advantage = jnp.exp(log_ratio), jnp.asarray(batch.advantage)[:, None]
         low, high = self.clip
         free, clipped = ratio * advantage, jnp.clip(ratio, 1 - low, 1 + high) * advantage
         written = batch.replace(target_mask=batch.target_mask & (jnp.asarray(batch.written_at) >= 0))
-        loss = jnp.where(scored, -weight * jnp.minimum(free, clipped), 0)
+        held = self.kl_weight * scores.kl_from_start - self.entropy_weight * scores.entropy
+        loss = jnp.where(scored, weight * (held - jnp.minimum(free, clipped)), 0)
         count = jnp.sum(scored, dtype=jnp.float32)
         text = text_of(batch, model.vocabulary)
 
@@ -153,13 +190,15 @@ class PolicyGradient(InBlocks):
         return LossSums(
             loss=normalized(written, loss, self.normalize),
             metrics={
-                "nll": over_tokens(-log_probability),
+                "nll": over_tokens(-scores.log_probability),
+                "entropy": over_tokens(scores.entropy),
                 "ratio": over_tokens(ratio),
                 "clip_fraction": over_tokens(clipped < free),
                 "kl_from_writer": over_tokens(jnp.expm1(log_ratio) - log_ratio),
                 "text_length": Ratio(*(jnp.sum(x, dtype=jnp.float32) for x in (text, jnp.any(text, axis=-1)))),
+                **({"kl_from_start": over_tokens(scores.kl_from_start)} if self.needs_teacher else {}),
             },
-            auxiliary=auxiliary,
+            auxiliary=scores.auxiliary,
         )
 
     def _drawn_states(self, batch: Batch, key: KeyScalar, number: jax.Array) -> tuple[IntBL, FloatBL]:
@@ -188,14 +227,56 @@ class PolicyGradient(InBlocks):
         masked = at == state if self.surrogate == "coupled" else at >= state
         return jnp.where(batch.target_mask & (at >= 0) & masked, vocabulary.mask_id, batch.tokens)
 
-    def _log_probabilities(
-        self, model: Transformer, batch: Batch, state: IntBL
-    ) -> tuple[FloatBL, AnyBoolBL, Auxiliaries]:
-        """Returns the log-probabilities of the tokens that are scored in a state of each block, 0 elsewhere."""
+    def _scores(self, model: Transformer, batch: Batch, state: IntBL, start: Transformer | None = None) -> "_Scores":
+        """Returns the scores of the tokens that are scored in a state of each block.
+
+        Args:
+          model: reads the state.
+          batch: texts with `written_at`.
+          state: number of the state that each slot's block is in.
+          start: another model, for `kl_from_start`.
+        """
         noisy = self._masked(model.vocabulary, batch, state)
         kept, output, _ = self.output(model, batch, noisy)
+        of_start = None if start is None else jax.lax.stop_gradient(self.output(start, batch, noisy).output.hidden)
         scored = kept.target_mask & (jnp.asarray(batch.written_at) == state)
         # What is not scored may be MASK, whose logarithm is infinite.
         labels = jnp.where(scored, batch.tokens, model.vocabulary.noise_ranges[0][0])
-        nll, _ = score(model, output.hidden, labels, self.softmax)
-        return jnp.where(scored, -nll, 0), scored, output.auxiliary
+
+        def read_out(logits, labels, of_start):
+            allowed = self._allowed(logits, model)
+            nll, _ = cross_entropy(allowed, labels)
+            kl = jnp.zeros_like(nll)
+            if start is not None:
+                kl = divergence(
+                    jax.lax.stop_gradient(self._allowed(start.logits(of_start), start)), allowed, "reverse_kl"
+                )
+            return -nll, entropy(allowed), kl
+
+        found = model.map_logits(read_out, output.hidden, labels, of_start)
+        log_probability, surprise, kl = (jnp.where(scored, x, 0) for x in found)
+        return _Scores(log_probability, surprise, kl, scored, output.auxiliary)
+
+    def _allowed(
+        self, logits: Float[jax.Array, "*shape vocab"], model: Transformer
+    ) -> Float[jax.Array, "*shape vocab"]:
+        """Returns the logits whose softmax the loss is about."""
+        return forbid(logits, model.vocabulary) if self.softmax == "allowed" else logits
+
+
+class _Scores(NamedTuple):
+    """What the loss reads of each token, 0 where none is scored.
+
+    Attributes:
+      log_probability: of the token, in nats.
+      entropy: of the model's distribution, in nats.
+      kl_from_start: divergence of the model's distribution from the start's, in nats; 0 without a start.
+      scored: which tokens are.
+      auxiliary: the model's own losses.
+    """
+
+    log_probability: FloatBL
+    entropy: FloatBL
+    kl_from_start: FloatBL
+    scored: AnyBoolBL
+    auxiliary: Auxiliaries

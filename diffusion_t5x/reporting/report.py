@@ -39,6 +39,7 @@ _SHOWN = {  # metrics of learning, as regular expressions, with what is on the a
     r"accuracy(_\d+)?": "share of target tokens",
     r"learning_rate": "learning rate",
     r"tokens_per_second": "tokens per second",
+    r"reward|best_reward": "mean over a rollout",
 }
 
 
@@ -235,10 +236,10 @@ def _count(number: int, noun: str) -> str:
 
 
 def _learning(runs: Sequence[Run]) -> Iterator[Chart]:
-    """Yields training curves with the losses on held-out data, then decoding scores, one chart per data set."""
+    """Yields charts of training with the losses on held-out data, of rewards, and of the scores of each data set."""
     runs = [run for run in runs if run.curves]
     metrics = sorted({name for run in runs for curve in run.curves for name in curve.points})
-    kinds = "train", "training_eval"
+    kinds = "train", "training_eval", "rollout"
     for pattern, unit in _SHOWN.items():
         for metric in metrics:
             if re.fullmatch(pattern, metric):

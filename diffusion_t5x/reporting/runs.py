@@ -19,7 +19,12 @@ from diffusion_t5x.reporting.published import Published, matching
 
 Record = Mapping[str, Any]
 _OUTPUTS = ("results.json", "*.settings.json")
-_CURVES = ("train/metrics.jsonl", "training_eval/*/metrics.jsonl", "inference_eval/*/metrics.jsonl")
+_OF_TRAINING = ("train", "rollout")
+_CURVES = (
+    *(f"{kind}/metrics.jsonl" for kind in _OF_TRAINING),
+    "training_eval/*/metrics.jsonl",
+    "inference_eval/*/metrics.jsonl",
+)
 
 
 class OfDataSet:
@@ -39,7 +44,7 @@ class Curve(OfDataSet):
     """Metrics over the steps of a training run.
 
     Attributes:
-      kind: "train", "training_eval" or "inference_eval".
+      kind: "train", "rollout" (of the texts that the model wrote in training), "training_eval" or "inference_eval".
       task: the evaluated task; "" for training itself.
       points: `(step, value)` by metric, by ascending step.
       split: the task's split; "" if it is not on record.
@@ -198,7 +203,8 @@ def _read_curve(path: pathlib.Path, config: pathlib.Path) -> Curve:
         for name, value in line.items():
             if name != "step" and isinstance(value, int | float):
                 points.setdefault(name, []).append((line["step"], value))
-    kind, task = ("train", "") if path.parent.name == "train" else (path.parent.parent.name, path.parent.name)
+    folder = path.parent
+    kind, task = (folder.name, "") if folder.name in _OF_TRAINING else (folder.parent.name, folder.name)
     scopes = {"training_eval": "loss_eval", "inference_eval": "decode_eval"}
     return Curve(kind, task, points, _split_of_config(config, scopes[kind]) if task else "")
 

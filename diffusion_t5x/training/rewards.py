@@ -8,11 +8,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.ends import text_of
@@ -23,11 +23,14 @@ from diffusion_t5x.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 
 class Reward(Protocol):
     """A function of a text and its example, on the host: a plain function, or a frozen dataclass with settings.
 
-    A reward that cannot run everywhere has a method `check_here`, which raises a UserError before training begins.
+    A reward that cannot run everywhere has a method `check_here`, which raises a UserError before training begins. One
+    that judges many texts faster together has a method `of_all`, see `OfAll`.
     """
 
     def __call__(self, text: str, example: Example) -> float:
@@ -41,6 +44,45 @@ class Reward(Protocol):
         """
 
 
+@runtime_checkable
+class OfAll(Protocol):
+    """A reward that judges many texts together, such as in several processes."""
+
+    def of_all(self, texts: Sequence[str], examples: Sequence[Example], seconds: float) -> Float[np.ndarray, " texts"]:
+        """Returns the reward of each text, NaN where it failed; it holds the time limit of each itself."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LengthPenalty:
+    """Subtracts from a reward what grows with a text's length (DAPO's soft overlong punishment, arXiv 2503.14476).
+
+    An empty text pays all of it: if writing nothing were free, it would beat an honest attempt.
+
+    Attributes:
+      start: tokens, the end included, up to which a text pays nothing.
+      end: tokens from which it pays all; in between the penalty grows linearly.
+      weight: the whole penalty.
+    """
+
+    start: int
+    end: int
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.end or not self.weight > 0:
+            raise UserError(f"LengthPenalty needs 0 <= start < end and a weight above 0; got {self}.")
+
+    def of(self, lengths: Int[np.ndarray, " texts"], empty: Bool[np.ndarray, " texts"]) -> Float[np.ndarray, " texts"]:
+        """Returns each text's penalty, at least 0.
+
+        Args:
+          lengths: tokens of each text.
+          empty: which texts are empty or white space.
+        """
+        share = np.clip((lengths - self.start) / (self.end - self.start), 0, 1)
+        return (self.weight * np.where(empty, 1, share)).astype(np.float32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Rewards:
     """Settings for judging the texts of a rollout.
@@ -51,6 +93,7 @@ class Rewards:
       divide_by_std: an advantage is the reward minus the group's mean, over the group's standard deviation (GRPO, arXiv
         2402.03300). False does not divide, which weighs prompts by how much their texts differ (Dr. GRPO, arXiv
         2503.20783).
+      length_penalty: subtracted from the reward of each text; None: nothing.
       seconds: time limit of a reward. It interrupts Python code in the main thread; a reward that sets an alarm of its
         own, as math-verify does, has only that one.
     """
@@ -58,6 +101,7 @@ class Rewards:
     reward: Reward
     group_size: int = 8
     divide_by_std: bool = True
+    length_penalty: LengthPenalty | None = None
     seconds: float = 10.0
 
     def __post_init__(self) -> None:
@@ -83,22 +127,48 @@ def judged(
     Raises:
       UserError: the reward raised it.
     """
-    rewards, failed = np.zeros(len(texts), np.float32), np.zeros(len(texts), bool)
-    for number, (text, example) in enumerate(zip(texts, examples, strict=True)):
+    found = of_each(reward, texts, examples, seconds)
+    failed = ~np.isfinite(found)
+    empty = np.array([not text.strip() for text in texts], bool)
+    return np.where(failed, 0, np.where(empty, np.minimum(found, 0), found)).astype(np.float32), failed
+
+
+def of_each(
+    reward: Reward, texts: Sequence[str], examples: Sequence[Example], seconds: float
+) -> Float[np.ndarray, " texts"]:
+    """Returns the reward of each text, and NaN where it failed; arguments as in `judged`."""
+    if isinstance(reward, OfAll):
+        return np.asarray(reward.of_all(texts, examples, seconds), np.float64)
+
+    def finite(text: str, example: Example) -> float:
+        found = float(reward(text, example))
+        if not math.isfinite(found):
+            raise ValueError(f"the reward is {found}")
+        return found
+
+    return np.array(attempts(finite, texts, examples, seconds), np.float64)  # None is NaN
+
+
+def attempts(
+    function: Callable[[str, Example], Result], texts: Sequence[str], examples: Sequence[Example], seconds: float
+) -> list[Result | None]:
+    """Returns the results of a function of each text, None where it raised an exception or took too long.
+
+    Raises:
+      UserError: the function raised it.
+    """
+    found: list[Result | None] = []
+    for text, example in zip(texts, examples, strict=True):
         try:
             with _at_most(seconds):
-                found = float(reward(text, example))
-            if not math.isfinite(found):
-                raise ValueError(f"the reward is {found}")
+                found.append(function(text, example))
         except UserError:
             raise
         except Exception as error:
-            if not failed.any():
+            if None not in found:
                 logger.warning("the reward of %r failed: %s: %s", text[:80], type(error).__name__, error)
-            failed[number] = True
-            continue
-        rewards[number] = found if text.strip() else min(found, 0.0)
-    return rewards, failed
+            found.append(None)
+    return found
 
 
 @contextlib.contextmanager
@@ -151,9 +221,10 @@ class Grader:
     def grade(self, texts: Batch, examples: Mapping[int, Example]) -> tuple[Batch, dict[str, float]]:
         """Returns texts with advantages, and metrics of the rollout; all processes must call it at the same time.
 
-        "reward": the mean. "best_reward": the mean of the best of each group. "groups_without_spread": the share of
-        groups whose rewards are all equal, from which nothing is learned. "reward_failures": the share of rewards that
-        failed. "text_length": tokens, with the end. "reward_seconds": time for all rewards.
+        "reward": the mean, without length penalties. "best_reward": the mean of the best of each group.
+        "groups_without_spread": the share of groups whose rewards, less their penalties, are all equal, from which
+        nothing is learned. "reward_failures": the share of rewards that failed. "length_penalty": the mean, if there is
+        one. "text_length": tokens, with the end. "reward_seconds": time for all rewards.
 
         Args:
           texts: numpy, of all processes, groups together.
@@ -164,20 +235,28 @@ class Grader:
         rows = sorted(examples)
         written = [self.to_text(texts.tokens[row][in_text[row]].tolist()) for row in rows]
         judgement = judged(self.settings.reward, written, [examples[row] for row in rows], self.settings.seconds)
-        found = np.full((2, len(texts.tokens)), -np.inf, np.float32)
-        found[:, rows] = judgement
+        penalty, lengths = self.settings.length_penalty, in_text.sum(axis=1)
+        penalties = np.zeros(len(rows), np.float32)
+        if penalty is not None:
+            penalties = penalty.of(lengths[rows], np.array([not text.strip() for text in written], bool))
+        found = np.full((3, len(texts.tokens)), -np.inf, np.float32)
+        found[:, rows] = (*judgement, penalties)
         # Processes that share rows may disagree about a time limit; they must not about an advantage.
-        rewards, failed = np.reshape(multihost_utils.process_allgather(found), (-1, *found.shape)).max(axis=0)
+        everywhere = np.reshape(multihost_utils.process_allgather(found), (-1, *found.shape))
+        rewards, failed, penalties = everywhere.max(axis=0)
         groups = rewards.reshape(-1, self.settings.group_size)
+        compared = groups - penalties.reshape(groups.shape)
         metrics = {
             "reward": float(rewards.mean()),
             "best_reward": float(groups.max(axis=1).mean()),
-            "groups_without_spread": float((groups.max(axis=1) == groups.min(axis=1)).mean()),
+            "groups_without_spread": float((compared.max(axis=1) == compared.min(axis=1)).mean()),
             "reward_failures": float(failed.mean()),
-            "text_length": float(in_text.sum(axis=1).mean()),
+            "text_length": float(lengths.mean()),
             "reward_seconds": time.monotonic() - start,
         }
-        return texts.replace(advantage=advantages(groups, self.settings.divide_by_std).ravel()), metrics
+        if penalty is not None:
+            metrics["length_penalty"] = float(penalties.mean())
+        return texts.replace(advantage=advantages(compared, self.settings.divide_by_std).ravel()), metrics
 
 
 def make_grader(settings: Rewards, dataset: SeqioDataset) -> Grader:

@@ -42,7 +42,8 @@ OBJECTIVES = {
     "argmax distillation": Distillation(3, states="random", teacher_fill="argmax"),
     "block sft": BlockSft(3),
     "drafts": Drafts(3),
-    "policy gradient": PolicyGradient(3, normalize="sequences"),  # the default divides by the size of the batch
+    # The default divides by the size of the batch.
+    "policy gradient": PolicyGradient(3, normalize="sequences", kl_weight=0.1, entropy_weight=0.01),
     "the example": MaskPredict(normalize="sequences"),
 }
 SMALL = dataclasses.replace(tiny.RELATIVE, num_layers=1)

@@ -10,7 +10,12 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import metrics
 from diffusion_t5x.evaluation.code import execution as code_execution
 from diffusion_t5x.evaluation.code.execution import Limits, Tests
-from diffusion_t5x.evaluation.code.pass_at_k import pass_at_k, pass_at_k_with_interval, passed_tests
+from diffusion_t5x.evaluation.code.pass_at_k import (
+    exact_match_at_k,
+    pass_at_k,
+    pass_at_k_with_interval,
+    passed_tests,
+)
 
 RIGHT, WRONG, BROKEN = "def f(x): return x", "def f(x): return 1", "def f(x:"
 TESTS = Tests(("assert f(1) == 1", "assert f(2) == 2"))
@@ -86,3 +91,14 @@ def test_mistakes():
         passed_tests([TESTS] * 2, [RIGHT])
     with pytest.raises(UserError, match="same number of samples"):
         passed_tests([TESTS] * 2, [[RIGHT, WRONG], [RIGHT]])
+
+
+def test_texts_are_right_if_they_equal_their_target():
+    """Of four samples, two, one and none are right: pass@2 is 1 - (2/4 * 1/3), 1 - (3/4 * 2/3) and 0."""
+    samples = [["a", "b", "a", "c"], ["d", "x", "y", "z"], ["a", "a", "a", "a"]]
+    scores = exact_match_at_k(["a", "d", "b"], samples)
+    assert [name for name in scores if not name.endswith(("_low", "_high"))] == ["pass@1", "pass@2", "pass@4"]
+    assert scores["pass@1"] == pytest.approx(100 * (0.5 + 0.25) / 3)
+    assert scores["pass@2"] == pytest.approx(100 * (5 / 6 + 0.5) / 3)
+    assert scores["pass@4"] == pytest.approx(100 * 2 / 3)
+    assert exact_match_at_k(["a"], [["a"]]) == {}

@@ -58,6 +58,7 @@ def test_a_program_earns_the_share_of_its_tests_that_pass(test_data):
     quick = dataclasses.replace(reward, limits=dataclasses.replace(reward.limits, wall_seconds=1.0, cpu_seconds=1))
     rewards, failed = judged(quick, texts, [example] * len(texts), seconds=60)
     assert rewards.tolist() == [1] + [0] * (len(texts) - 1) and not failed.any()
+    assert Sum([quick, Format("x")], [2.0, 1.0]).of_all(texts[:2], [example] * 2, 60).tolist() == [2, 0]
     half = dataclasses.replace(tests, asserts=(*tests.asserts, "assert 1 == 2"))
 
     class WithAWrongTest:
@@ -66,6 +67,15 @@ def test_a_program_earns_the_share_of_its_tests_that_pass(test_data):
 
     share = len(tests.asserts) / (len(tests.asserts) + 1)
     assert PassedTests(WithAWrongTest())(program, example) == pytest.approx(share)
+
+
+def test_a_task_that_cannot_read_a_text_fails_this_one():
+    class Fragile:
+        def postprocessed(self, text, example):
+            raise ValueError(text)
+
+    rewards, failed = judged(PassedTests(Fragile()), ["a", "b"], [{}, {}], seconds=10)
+    assert rewards.tolist() == [0, 0] and failed.all()
 
 
 def test_programs_need_tests():
@@ -87,9 +97,27 @@ def test_similarity_is_a_share_of_characters():
     assert found == [1, 2 * 9 / 21, 2 * 4 / 15, 0, 0]
 
 
+def test_tricks_earn_less_than_the_target():
+    """Nothing, white space, the target twice or many times, with filling, every answer at once, the prompt again."""
+    dataset = SeqioDataset("overfit_prefix_lm", {"inputs": 32, "targets": 32}, batch_size=4)
+    example = next(dataset.eval_batches(1))[1][0]
+    right, asked = example["targets_pretokenized"], example["inputs_pretokenized"]
+    tricks = (*EMPTY, right * 2, f"{right} " * 10, right + " " * 50, right + ".", f"{right} or {asked}", asked)
+    exact = Metric(dataset, metrics.exact_match, "exact_match")
+    both = Sum([exact, Similarity()], [1.0, 0.5])
+    for reward, best_trick in ((exact, 0), (Similarity(), 0.99), (both, 0.5)):
+        rewards, failed = judged(reward, [right, *tricks], [example] * (len(tricks) + 1), seconds=10)
+        assert rewards[0] == rewards.max() and rewards[1:].max() <= best_trick and not failed.any()
+        assert (rewards[1 : 1 + len(EMPTY)] == 0).all()
+
+
 def test_sums_are_weighted_and_check_their_parts():
     total = Sum([Format("a.*"), Format(".*b")], [1.0, 0.25])
     assert [total(text, {}) for text in ("ab", "a", "b", "c")] == [1.25, 1, 0.25, 0]
+    rewards, failed = judged(
+        Sum([Format("a"), lambda text, example: 1 / len(text)], [1.0, 1.0]), ["a", ""], [{}] * 2, 1
+    )
+    assert rewards.tolist() == [2, 0] and failed.tolist() == [False, True]
     with pytest.raises(UserError, match="2 rewards and 1 weights"):
         Sum([Format("a"), Format("b")], [1.0])
 

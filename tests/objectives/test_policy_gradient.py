@@ -127,6 +127,51 @@ def test_one_state_a_block_has_the_same_gradient_on_average():
     assert errors.min() > 0.02 * np.linalg.norm(flat(expected))  # each by itself is off
 
 
+def test_divergence_and_entropy_add_up_to_those_of_the_trajectories():
+    """The chain rule: each way to write counts with its probability, and its tokens with those of their states."""
+    definition, params, batch, _ = enumerated()
+    start, objective = tiny.random_params(definition, 4), PolicyGradient(SIZE, draws=2, kl_weight=1.0)
+
+    def metrics(row):
+        row = jax.tree.map(lambda x: x[None], row)
+        return objective.loss(definition.bind(params), row, KEY, teacher=definition.bind(start)).metrics
+
+    found = jax.jit(jax.vmap(metrics))(batch)
+    log_p, log_q = (log_probabilities(definition, x, trajectories())[0] for x in (params, start))
+    p = jnp.exp(log_p)
+    divergence = jnp.sum(p * (log_p - log_q))
+    assert divergence > 0.05
+    np.testing.assert_allclose(jnp.sum(p * found["kl_from_start"].numerator), divergence, rtol=1e-4)
+    entropy = -jnp.sum(p * log_p) - np.log(2)  # which place comes first is no choice of the model
+    np.testing.assert_allclose(jnp.sum(p * found["entropy"].numerator), entropy, rtol=1e-4)
+
+
+@pytest.mark.parametrize("surrogate", ["trajectory", "one_step"])
+def test_without_advantages_the_loss_is_the_divergence_minus_the_entropy(surrogate):
+    params, objective, texts = rollout(surrogate)
+    definition, _ = make_model()
+    objective = dataclasses.replace(objective, kl_weight=0.5, entropy_weight=0.25)
+    texts = texts.replace(advantage=np.zeros(16, np.float32))
+
+    @jax.jit
+    def run(params, start):
+        def loss(params):
+            sums = objective.loss(definition.bind(params), texts, KEY, teacher=definition.bind(start))
+            return sums.loss.numerator, sums
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    _, sums = run(params, tiny.random_params(definition, 4))
+    kl, entropy = sums.metrics["kl_from_start"].numerator, sums.metrics["entropy"].numerator
+    assert kl > 0.1 and entropy > 0.1
+    np.testing.assert_allclose(sums.loss.numerator, 2 * (0.5 * kl - 0.25 * entropy), rtol=1e-4)
+    objective = dataclasses.replace(objective, entropy_weight=0.0)
+    run.clear_cache()
+    gradient, sums = run(params, params)
+    np.testing.assert_allclose(sums.metrics["kl_from_start"].mean(), 0, atol=1e-6)
+    np.testing.assert_allclose(flat(gradient), 0, atol=1e-5)
+
+
 @functools.cache
 def rollout(surrogate, shifted=False, blocks_from="targets"):
     """Sixteen texts that a decoder wrote, by a model with and without a shift."""
@@ -217,7 +262,10 @@ def test_mistakes():
         ({"clip": (0.0, 0.2)}, "clip"),
         ({"softmax": "all"}, "softmax"),
         ({"surrogate": "bound"}, "surrogate"),
+        ({"kl_weight": -1.0}, "kl_weight"),
     ):
         with pytest.raises(UserError, match=message):
             PolicyGradient(SIZE, **wrong)
+    with pytest.raises(UserError, match="Set INITIAL_CHECKPOINT_PATH"):
+        PolicyGradient(SIZE, kl_weight=0.1).loss(definition.bind(params), texts, KEY)
     assert PolicyGradient().needs_samples and not PolicyGradient(surrogate="one_step", softmax="all").needs_samples

@@ -220,6 +220,19 @@ def test_evaluated_checkpoints_are_one_run_with_a_curve(tmp_path):
     assert page.tags.count("svg") == 1 and "66.7 [20.8, 93.9]" in page.text
 
 
+def test_rewards_of_rollouts_are_learning_curves(tmp_path):
+    folder = trained(tmp_path / "rl")
+    writer = JsonlWriter(folder)
+    for step, reward in ((1, 0.25), (5, 0.5), (9, 0.75)):
+        writer.write(step, "rollout", {"reward": reward, "best_reward": 1.0, "reward_seconds": 0.1})
+    (run,) = read_runs([folder])
+    (curve,) = (curve for curve in run.curves if curve.kind == "rollout")
+    assert curve.task == "" and curve.points["reward"] == [(1, 0.25), (5, 0.5), (9, 0.75)]
+    text = write_report([folder], tmp_path / "report.html").read_text()
+    assert all(f"<title>{name}" in text or f">{name}<" in text for name in ("reward", "best_reward"))
+    assert "reward_seconds" not in text and "trained to step 30" in text
+
+
 def test_predictions_made_elsewhere_have_no_step(tmp_path):
     evaluated(tmp_path / "scores", ["06:09"], step=None)
     file = tmp_path / "scores" / "results.json"

@@ -1,13 +1,17 @@
 """Calls of functions in a model's text, whole and as it is written."""
 
 import json
+import random
 
 import open_models
 import pytest
 
 from diffusion_t5x.chat.prompts import Prompts
 from diffusion_t5x.data import vocabulary_files
+from diffusion_t5x.errors import UserError
+from diffusion_t5x.serving import requests
 from diffusion_t5x.serving.answers import Answer
+from diffusion_t5x.serving.refusals import Refusal
 from diffusion_t5x.serving.tools import Call, Tools
 from diffusion_t5x.serving.worker import Writing, Written
 
@@ -52,3 +56,34 @@ def test_calls_are_told_from_text(name, size, tmp_path):
 
 def test_at_most_so_many_calls():
     assert Tools(TOOLS.tools, most=1).split(call({}) + call({"a": 1})) == ("", [Call("f", "{}")])
+
+
+def test_broken_tools_and_forms_are_refused_and_nothing_else():
+    pytest.importorskip("outlines_core")
+    rng = random.Random(0)
+    function = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
+    tool = {"type": "function", "function": function}
+    called = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": function["parameters"]}}
+    whole = {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [called]}],
+        "tools": [tool, {**tool, "function": {"name": "g"}}],
+        "tool_choice": {"type": "function", "function": {"name": "f"}},
+    }
+    refused = 0
+    for number in range(500):
+        body = json.loads(json.dumps(whole if number % 2 else {"messages": whole["messages"], "response_format": form}))
+        place = body
+        while isinstance(place, dict | list) and place:
+            key = rng.choice(list(place)) if isinstance(place, dict) else rng.randrange(len(place))
+            if rng.random() < 0.3 or not isinstance(place[key], dict | list) or not place[key]:
+                place[key] = rng.choice([None, 3, "", "{", [], {}, [None], {"type": "function"}, {"a": 1}])
+                break
+            place = place[key]
+        try:
+            asked = requests.chat(requests.parse(json.dumps(body).encode()))
+            form_asked = asked.tools.form() if asked.tools else asked.form
+            assert form_asked is None or form_asked.pattern()
+        except (Refusal, UserError):
+            refused += 1
+    assert 250 < refused < 500

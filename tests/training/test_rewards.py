@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.training.rewards import Grader, Rewards, advantages, judged
+from diffusion_t5x.training.rewards import Grader, LengthPenalty, Rewards, advantages, judged
 
 EXAMPLE = {"inputs_pretokenized": "2 + 2", "targets_pretokenized": "4"}
 
@@ -78,18 +78,25 @@ def test_rewards_are_judged_in_other_threads_too():
     assert found == [[4]]
 
 
-def test_a_rollout_is_graded_up_to_the_ends_of_its_texts():
-    """Tokens after an end, and padding, are neither judged nor counted: filling the canvas earns nothing."""
-    eos, pad = tiny.VOCABULARY.eos_id, tiny.VOCABULARY.pad_id
-    texts = [[5, 6, 7, 8], [5, 6, eos, 9], [pad, 5, 6, 7], [eos, pad, pad, pad]]
-    batch = tiny.one_a_row([([3, 4], text) for text in texts], length=8)
-    settings = Rewards(lambda text, example: len(text.split()), group_size=2, divide_by_std=False)
+EOS, PAD = tiny.VOCABULARY.eos_id, tiny.VOCABULARY.pad_id
+WRITTEN = [[5, 6, 7, 8], [5, 6, EOS, 9], [PAD, 5, 6, 7], [EOS, PAD, PAD, PAD]]
+
+
+def graded(**settings):
+    """Four texts in groups of two, whose reward is the number of their tokens, without the end."""
+    batch = tiny.one_a_row([([3, 4], text) for text in WRITTEN], length=8)
+    rewards = Rewards(lambda text, example: len(text.split()), group_size=2, divide_by_std=False, **settings)
 
     def to_text(tokens):
-        return " ".join(str(token) for token in tokens if token not in (eos, pad))
+        return " ".join(str(token) for token in tokens if token not in (EOS, PAD))
 
-    graded, metrics = Grader(settings, None, to_text, tiny.VOCABULARY).grade(batch, dict.fromkeys(range(4), EXAMPLE))
-    np.testing.assert_allclose(graded.advantage, [1, -1, 0, 0])
+    return Grader(rewards, None, to_text, tiny.VOCABULARY).grade(batch, dict.fromkeys(range(4), EXAMPLE))
+
+
+def test_a_rollout_is_graded_up_to_the_ends_of_its_texts():
+    """Tokens after an end, and padding, are neither judged nor counted: filling the canvas earns nothing."""
+    texts, metrics = graded()
+    np.testing.assert_allclose(texts.advantage, [1, -1, 0, 0])
     assert metrics.pop("reward_seconds") < 5
     assert metrics == {
         "reward": 1.5,
@@ -98,6 +105,21 @@ def test_a_rollout_is_graded_up_to_the_ends_of_its_texts():
         "reward_failures": 0,
         "text_length": (4 + 3 + 1 + 1) / 4,
     }
+
+
+def test_length_is_paid_for_and_emptiness_too():
+    """Of DAPO, equation 13: nothing up to `start`, all of it from `end` on, linear in between."""
+    penalty = LengthPenalty(2, 4, weight=3.0)
+    lengths = np.array([1, 2, 3, 4, 9, 1])
+    found = penalty.of(lengths, np.arange(6) == 5)
+    np.testing.assert_allclose(found, [0, 0, 1.5, 3, 3, 3])
+    texts, metrics = graded(length_penalty=penalty)
+    # 4 tokens of reward 4, 3 of reward 2; two empty texts.
+    np.testing.assert_allclose(texts.advantage, [(1 - 0.5) / 2, (0.5 - 1) / 2, 0, 0])
+    assert metrics["reward"] == 1.5 and metrics["length_penalty"] == (3 + 1.5 + 3 + 3) / 4
+    for wrong in ((-1, 3), (3, 3)):
+        with pytest.raises(UserError, match="start < end"):
+            LengthPenalty(*wrong)
 
 
 def test_mistakes():

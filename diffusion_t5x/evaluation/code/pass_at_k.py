@@ -1,4 +1,7 @@
-"""pass@k: the probability that at least one of k samples of a program passes its tests, with its 95 % interval."""
+"""pass@k: the probability that at least one of k samples is right, with its 95 % interval.
+
+A program is right if it passes its tests, a text if it equals its target.
+"""
 
 import collections
 import logging
@@ -92,14 +95,40 @@ def passed_tests(
     passed = [sum(verdict.passed for verdict in verdicts[i : i + n]) for i in range(0, size * n, n)]
     scores: dict[str, float] = {}
     for k in sorted({k for k in _KS if k <= n} | {n}):
-        share, low, high = pass_at_k_with_interval(n, passed, k)
-        scores |= {f"pass@{k}": 100 * share, f"pass@{k}_low": 100 * low, f"pass@{k}_high": 100 * high}
+        scores |= _percentages(n, passed, k)
     counts = collections.Counter(verdict.status for verdict in verdicts if not verdict.passed)
     return scores | {status: 100 * count / len(verdicts) for status, count in sorted(counts.items())}
+
+
+def _percentages(n: int, passed: Sequence[int], k: int) -> dict[str, float]:
+    """Returns pass@k and its interval in percent; arguments as in `pass_at_k_with_interval`."""
+    share, low, high = pass_at_k_with_interval(n, passed, k)
+    return {f"pass@{k}": 100 * share, f"pass@{k}_low": 100 * low, f"pass@{k}_high": 100 * high}
+
+
+def exact_match_at_k(targets: Sequence[str], predictions: Sequence[Sequence[str]]) -> dict[str, float]:
+    """SeqIO metric function: pass@k in percent for k = 1, 2, 4, ... up to n, of n samples that may equal their target.
+
+    Args:
+      targets: the texts to be written.
+      predictions: n samples for each of them.
+
+    Returns:
+      "pass@1", "pass@1_low", "pass@1_high", ...; {} for one sample each, whose pass@1 is `metrics.exact_match`.
+    """
+    n = len(predictions[0])
+    if n == 1:
+        return {}
+    passed = [sum(sample == target for sample in samples) for target, samples in zip(targets, predictions, strict=True)]
+    scores: dict[str, float] = {}
+    for k in (2**power for power in range(n.bit_length())):
+        scores |= _percentages(n, passed, k)
+    return scores
 
 
 def _check_sandbox(allow_unsafe: bool = False, **_: object) -> None:
     code_execution.check_isolation(allow_unsafe)
 
 
+vars(exact_match_at_k).update(takes_samples=True)
 vars(passed_tests).update(takes_samples=True, check_here=_check_sandbox)  # see data.scoring
