@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from diffusion_t5x.api_decoding import Batches, Decoding, together
 from diffusion_t5x.api_values import as_example
 from diffusion_t5x.chat.prompts import Prompts, prompt_lengths
-from diffusion_t5x.data import stop_strings
+from diffusion_t5x.data import conversations, stop_strings
 from diffusion_t5x.data.chat_template import Message
 from diffusion_t5x.data.chats import Chat
 from diffusion_t5x.data.vocabulary import AnyVocabulary
@@ -116,6 +116,10 @@ class Chatting:
         if not isinstance(samples, int) or samples < 1:
             raise UserError(f"samples must be at least 1, not {samples!r}.")
         stops = stop_strings.check(stop, "stop")
+        if isinstance(messages, str | Mapping):
+            raise UserError(f'messages must be a list, such as [{{"role": "user", "content": …}}], not {messages!r}.')
+        if own := conversations.OWN_VARIABLES & {*(template_variables or ())}:
+            raise UserError(f"template_variables cannot have {', '.join(sorted(own))}: Model.chat sets them itself.")
         is_one = isinstance(messages[0], Mapping) if messages else True
         talks: Any = [messages] if is_one else messages
         prompts = self._chat_prompts(length)

@@ -78,6 +78,11 @@ def test_chat_of_the_python_interface_writes_the_same(imported, tmp_path):
     assert two[0] == expected[0] != two[1]
     with pytest.raises(UserError, match="The conversation is refused: message 1 has the role null"):
         model.chat([{"content": "a"}])
+    for wrong, said in (([], "has no messages"), ([[]], "has no messages"), ({}, "must be a list"), ("a", "must be a")):
+        with pytest.raises(UserError, match=said):
+            model.chat(wrong)
+    with pytest.raises(UserError, match="cannot have messages"):
+        model.chat(talks[0], template_variables={"messages": []})
 
 
 @pytest.mark.parametrize(

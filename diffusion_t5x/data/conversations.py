@@ -27,6 +27,7 @@ _SHAREGPT = {
     "model": "assistant",
     "observation": "tool",
 } | {role: role for role in ROLES}
+OWN_VARIABLES = {"messages", "add_generation_prompt"}  # of chat templates, which are set for each conversation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ def read(record: Mapping[str, Any]) -> Conversation:
     if record.get("functions"):
         raise ValueError('"functions" is not read: name them as "tools", {"type": "function", "function": {…}}.')
     kwargs = record.get("chat_template_kwargs") or {}
-    if not isinstance(kwargs, dict) or {"messages", "add_generation_prompt"} & kwargs.keys():
+    if not isinstance(kwargs, dict) or OWN_VARIABLES & kwargs.keys():
         raise ValueError(f'"chat_template_kwargs" is {json.dumps(kwargs)[:40]}, not an object of variables.')
     return Conversation(checked(_messages(record)), {**variables, **kwargs})
 
@@ -115,13 +116,15 @@ def _preferred(record: Mapping[str, Any]) -> list[Any]:
 
 
 def checked(messages: Sequence[Any]) -> list[Message]:
-    """Returns messages as chat templates read them: without null fields, and with parts of text joined.
+    """Returns messages, at least one, as chat templates read them: no null fields, and parts of text joined.
 
     Roles other than those in `ROLES` are left to the template, as in `transformers`, unless one is nearly spelled.
 
     Raises:
-      ValueError: a message is invalid.
+      ValueError: a message is invalid, or there is none.
     """
+    if not messages:
+        raise ValueError("it has no messages.")
     for number, message in enumerate(messages, 1):
         role = message.get("role") if isinstance(message, dict) else None
         hint = did_you_mean(role, ROLES) if isinstance(role, str) and role not in ROLES else ""

@@ -1,8 +1,10 @@
 """JSON schemas as regular expressions, of the part of JSON Schema that a regular expression can hold exactly."""
 
+import dataclasses
 import json
+import urllib.parse
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from diffusion_t5x.data.plain_vocabularies import ByteVocabulary
 from diffusion_t5x.decoding.language import Language, library
@@ -55,7 +57,9 @@ def pattern_of(schema: Any, name: str) -> str:
       UserError: a keyword that cannot be kept exactly, or a schema that outlines-core refuses.
     """
     try:
-        return library().json_schema.build_regex_from_schema(json.dumps(_checked(schema, f"{name}, at $")))
+        return library().json_schema.build_regex_from_schema(
+            json.dumps(_checked(schema, _Place(f"{name}, at $", schema)))
+        )
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise UserError(f"{name} is refused: {error}") from error
 
@@ -75,23 +79,54 @@ def any_object(depth: int = 3) -> str:
     return written
 
 
-def _checked(schema: Any, where: str) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """A place in a schema.
+
+    Attributes:
+      name: what it is called in messages.
+      root: the whole schema.
+      refs: the references that led to it.
+    """
+
+    name: str
+    root: Any
+    refs: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.name
+
+    def inner(self, name: str) -> Self:
+        """Returns a place within this one."""
+        return dataclasses.replace(self, name=self.name + name)
+
+    def referred(self, ref: Any) -> tuple[Any, Self]:
+        """Returns the schema that a `$ref` names, and its place."""
+        if not isinstance(ref, str) or ref.partition("/")[0] != "#":
+            raise UserError(f"{self}: '$ref' must be a path in the schema, such as \"#/$defs/name\"; got {ref!r}.")
+        if ref in self.refs:
+            raise UserError(f"{self}: {ref!r} refers to itself, and a regular expression cannot hold that.")
+        found = self.root
+        for key in ref.split("/")[1:]:
+            key = urllib.parse.unquote(key).replace("~1", "/").replace("~0", "~")
+            if not isinstance(found, Mapping) or key not in found:
+                raise UserError(f"{self}: {ref!r} is not in the schema.")
+            found = found[key]
+        return found, dataclasses.replace(self, refs=(*self.refs, ref))
+
+
+def _checked(schema: Any, where: _Place) -> dict[str, Any]:
     """Returns a schema in the form that outlines-core keeps; raises a UserError for what it would ignore."""
     if not isinstance(schema, Mapping):
         raise UserError(f"{where}: a schema is an object, not {json.dumps(schema)}.")
     says = {name: value for name, value in schema.items() if name not in _SAYS_NOTHING}
-    definitions = {
-        name: {inner: _checked(value, f"{where}.{name}.{inner}") for inner, value in schema[name].items()}
-        for name in ("$defs", "definitions")
-        if isinstance(schema.get(name), Mapping)
-    }
-    return definitions | _kept(says, where)
+    return _kept(says, where)
 
 
-def _kept(says: dict[str, Any], where: str) -> dict[str, Any]:
+def _kept(says: dict[str, Any], where: _Place) -> dict[str, Any]:
     for name, value in says.items():
         if name in _NUMBERS:
-            is_right = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+            is_right = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
         else:
             is_right = isinstance(value, _FORM_OF.get(name, object)) and (name not in _CHOICES or bool(value))
         if not is_right:
@@ -101,16 +136,20 @@ def _kept(says: dict[str, Any], where: str) -> dict[str, Any]:
         if alone in says:
             _refuse_others(says, {alone, "type"} if alone in ("const", "enum") else {alone}, where)
     if "anyOf" in says:
-        return {"anyOf": [_checked(each, f"{where}.anyOf[{at}]") for at, each in enumerate(says["anyOf"])]}
+        return {"anyOf": [_checked(each, where.inner(f".anyOf[{at}]")) for at, each in enumerate(says["anyOf"])]}
     if "const" in says or "enum" in says:
         values = says["enum"] if "enum" in says else [says["const"]]
         found = [value for value in values if kind is None or _is_of(value, kind)]
         if not found:
             raise UserError(f"{where}: no value is of the type {json.dumps(kind)}.")
         return {"enum": found}
-    if "$ref" in says or not says:
-        return says
-    if isinstance(kind, list):
+    if "$ref" in says:  # outlines-core 0.2 leaves out what more than three of them lead to
+        return _checked(*where.referred(says["$ref"]))
+    if not says:
+        return {
+            "anyOf": [{}]
+        }  # in parentheses: alone, the alternatives of any value would break up what is around them
+    if isinstance(kind, list) and kind:
         parts = [{k: v for k, v in says.items() if k in _KEYWORDS.get(one, ())} | {"type": one} for one in kind]
         _refuse_others(says, {"type"}.union(*parts), where)
         return {"anyOf": [_kept(part, where) for part in parts]}
@@ -120,17 +159,17 @@ def _kept(says: dict[str, Any], where: str) -> dict[str, Any]:
     return _kept_of_type(says | {"type": kind}, where)
 
 
-def _kept_of_type(says: dict[str, Any], where: str) -> dict[str, Any]:
+def _kept_of_type(says: dict[str, Any], where: _Place) -> dict[str, Any]:
     properties = says.get("properties", {})
     if lacking := set(says.get("required", ())) - set(properties):
         raise UserError(f"{where}: {sorted(lacking)[0]!r} is required, but not among the properties.")
     if "properties" in says:
-        says["properties"] = {name: _checked(value, f"{where}.{name}") for name, value in properties.items()}
+        says["properties"] = {name: _checked(value, where.inner(f".{name}")) for name, value in properties.items()}
         says.pop("additionalProperties", None)
     elif isinstance(says.get("additionalProperties"), Mapping):
-        says["additionalProperties"] = _checked(says["additionalProperties"], f"{where}.*")
+        says["additionalProperties"] = _checked(says["additionalProperties"], where.inner(".*"))
     if "items" in says:
-        says["items"] = _checked(says["items"], f"{where}[]")
+        says["items"] = _checked(says["items"], where.inner("[]"))
     if "pattern" in says:
         _refuse_others(says, {"type", "pattern"}, where)
         says["pattern"] = f"^(?:{_unescaped(says['pattern'], where)})$"
@@ -142,7 +181,7 @@ def _kept_of_type(says: dict[str, Any], where: str) -> dict[str, Any]:
     return says
 
 
-def _unescaped(pattern: str, where: str) -> str:
+def _unescaped(pattern: str, where: _Place) -> str:
     """Returns a string's pattern without anchors, if its texts stand in JSON as they are."""
     language = Language(pattern, ByteVocabulary())
     used = [byte for byte in (*range(32), ord('"'), ord("\\")) if language.class_of[byte + 3] >= 0]
@@ -154,7 +193,7 @@ def _unescaped(pattern: str, where: str) -> str:
     return language.pattern
 
 
-def _refuse_others(says: Mapping[str, Any], known: set[str], where: str) -> None:
+def _refuse_others(says: Mapping[str, Any], known: set[str], where: _Place) -> None:
     if others := sorted(says.keys() - known):
         raise UserError(
             f"{where}: {others[0]!r} cannot be kept exactly here. Leave it out, or give a regular expression."

@@ -265,7 +265,7 @@ class PolicyGradient(InBlocks):
 
 
 class _Scores(NamedTuple):
-    """What the loss reads of each token, 0 where none is scored.
+    """Values that the loss reads of each token, 0 where none is scored.
 
     Attributes:
       log_probability: of the token, in nats.

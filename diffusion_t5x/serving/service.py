@@ -18,11 +18,11 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.chats import Chat
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding.decoder import Decoder
-from diffusion_t5x.decoding.language import Language
 from diffusion_t5x.decoding.rows import RowDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.serving import tools
 from diffusion_t5x.serving.answers import Answer, Piece
+from diffusion_t5x.serving.languages import Languages
 from diffusion_t5x.serving.metrics import Metrics
 from diffusion_t5x.serving.refusals import Refusal, busy
 from diffusion_t5x.serving.requests import SAMPLING, Ask, Prompt
@@ -30,7 +30,6 @@ from diffusion_t5x.serving.responses import Usage
 from diffusion_t5x.serving.worker import News, Text, Worker
 
 _MOST_SECONDS = 60  # that a client is told to wait
-_MOST_LANGUAGES = 32  # kept of those that requests have asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +81,7 @@ class Service:
         self._worker, self._metrics = worker, metrics
         self._in_flight = 0
         self._finished: collections.deque[float] = collections.deque(maxlen=32)
-        self._language = functools.lru_cache(_MOST_LANGUAGES)(
-            functools.partial(Language, vocabulary=prompts.vocabulary, end_ids=prompts.end_ids)
-        )
+        self._languages = Languages(prompts.vocabulary, prompts.end_ids)
         metrics.watch(self._num_running, self._num_waiting)
 
     @property
@@ -171,16 +168,15 @@ class Service:
 
     def _within(self, decoder: Decoder, ask: Ask, length: int) -> Decoder:
         """Returns the decoder, writing only what an answer may be."""
-        param = "tools" if ask.tools else ask.form.param if ask.form else None
+        form = ask.tools if ask.tools and ask.tools.required else ask.form
+        if form is None:
+            return decoder
         try:
-            form = ask.tools.form() if ask.tools else ask.form
-            if form is None:
-                return decoder
-            language = self._language(form.pattern())
+            language = self._languages(form)
             language.check_fits([length], "Set a larger max_tokens.")
             return decoder.within(language)
         except UserError as error:
-            raise Refusal(str(error), param) from error
+            raise Refusal(str(error), form.param) from error
 
     def _rows(self, ask: Ask, length: int) -> list[Batch]:
         """Returns a row for each prompt."""

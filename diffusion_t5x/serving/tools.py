@@ -9,10 +9,10 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusion_t5x.decoding.json_schema import pattern_of
-from diffusion_t5x.serving.forms import Form
+from diffusion_t5x.errors import UserError
 from diffusion_t5x.serving.refusals import Refusal
 
 OPENS, _CLOSES = "<tool_call>", "</tool_call>"
@@ -39,17 +39,19 @@ class Tools:
     """The functions of a request.
 
     Attributes:
+      param: the field that offers them.
       tools: OpenAI's descriptions, which the chat template shows to the model.
       required: functions of which the model must call one, by name; none if it is free to answer.
       most: maximum number of calls in an answer; None sets no limit.
     """
 
+    param: ClassVar[str] = "tools"
     tools: Sequence[Mapping[str, Any]]
     required: tuple[str, ...] = ()
     most: int | None = None
 
-    def form(self) -> Form | None:
-        """Returns the form of a call that must be made; None if none must.
+    def pattern(self) -> str:
+        """Returns the regular expression of a call of a function that is required.
 
         Raises:
           UserError: the parameters' schema cannot be kept.
@@ -58,9 +60,11 @@ class Tools:
         calls = []
         for name in self.required:
             schema = functions[name].get("parameters") or {"type": "object", "properties": {}}
+            if "properties" not in schema and schema.get("type") != "object":
+                raise UserError(f'The schema of {name}\'s parameters must have "type": "object".')
             arguments = pattern_of(schema, f"The schema of {name}'s parameters")
             calls.append(rf'\{{"name": "{name}", "arguments": (?:{arguments})\}}')
-        return Form("tools", regex=f"{OPENS}\n(?:{'|'.join(calls)})\n{_CLOSES}") if calls else None
+        return f"{OPENS}\n(?:{'|'.join(calls)})\n{_CLOSES}"
 
     def split(self, text: str) -> tuple[str, list[Call]]:
         """Returns the text before the calls, and the calls; the whole text and none if they are not well-formed."""
@@ -122,14 +126,17 @@ def _chosen(choice: Any, names: Sequence[str]) -> Sequence[str]:
 
 def _name(tool: Any, where: str) -> str:
     """Returns the name of a tool's function."""
-    function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
-    name = function.get("name") if isinstance(function, dict) else None
+    given = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
+    function = given if isinstance(given, dict) else {}
+    name = function.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise Refusal(
             f'{where} must be {{"type": "function", "function": {{"name": …}}}}; a name has up to 64 letters, digits, '
             '"_" and "-".',
             "tools",
         )
+    if not isinstance(function.get("parameters"), dict | None):
+        raise Refusal(f"{where}.function.parameters must be a JSON schema, an object.", "tools")
     return name
 
 

@@ -23,6 +23,21 @@ jsonschema = pytest.importorskip("jsonschema")
 pytest.importorskip("outlines_core")
 
 POINT = {"type": "object", "properties": {"x": {"type": "number"}, "y": {"type": "number"}}, "required": ["x", "y"]}
+# Five references, one within the other.
+CHAIN = {
+    "definitions": {
+        **{
+            f"{name}/~": {
+                "type": "object",
+                "properties": {"a": {"$ref": f"#/definitions/{name + 1}~1~0"}},
+                "required": ["a"],
+            }
+            for name in range(4)
+        },
+        "4/~": {"type": "boolean"},
+    },
+    "$ref": "#/definitions/0~1~0",
+}
 SCHEMAS = [
     {"type": "integer"},
     {"type": "number"},
@@ -52,6 +67,8 @@ SCHEMAS = [
         },
         "required": ["name", "tags"],
     },
+    CHAIN,
+    {"properties": {"a": {"title": "Any"}, "b": {"type": "integer"}}, "required": ["a", "b"]},
 ]
 
 
@@ -132,8 +149,12 @@ def test_what_a_model_writes_is_valid(number, rows):
         ({"type": "string", "format": "email"}, "must be one of date, time"),
         ({"properties": {"a": {}}, "required": ["b"]}, "'b' is required"),
         ({"type": "objekt"}, 'got "objekt"'),
-        ({"$ref": "#/$defs/nothing"}, "refused: Invalid reference path"),
-        ({"$defs": {"a": {"type": "array", "items": {"$ref": "#/$defs/a"}}}, "$ref": "#/$defs/a"}, "is refused"),
+        ({"$ref": "#/$defs/nothing"}, "'#/\\$defs/nothing' is not in the schema"),
+        ({"type": []}, "got \\[\\]"),
+        ({"type": "string", "minLength": 10**30}, "'minLength' cannot be 1000"),
+        ({"$ref": "http://x/y"}, "must be a path in the schema"),
+        ({"type": "object", "properties": {"a": {"$ref": "#"}}}, "'#' refers to itself"),
+        ({"$defs": {"a": {"type": "array", "items": {"$ref": "#/$defs/a"}}}, "$ref": "#/$defs/a"}, "refers to itself"),
         ({"enum": [1], "type": "string"}, "no value is of the type"),
         ({"anyOf": [{"type": "null"}], "type": "null"}, "'type' cannot be kept"),
         ({"anyOf": []}, r"'anyOf' cannot be \[\]"),

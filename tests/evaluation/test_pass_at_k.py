@@ -94,7 +94,7 @@ def test_mistakes():
 
 
 def test_texts_are_right_if_they_equal_their_target():
-    """Of four samples, two, one and none are right: pass@2 is 1 - (2/4 * 1/3), 1 - (3/4 * 2/3) and 0."""
+    """Two, one and none of four samples are right: pass@2 is 1 - (2/4 * 1/3), 1 - (3/4 * 2/3) and 0."""
     samples = [["a", "b", "a", "c"], ["d", "x", "y", "z"], ["a", "a", "a", "a"]]
     scores = exact_match_at_k(["a", "d", "b"], samples)
     assert [name for name in scores if not name.endswith(("_low", "_high"))] == ["pass@1", "pass@2", "pass@4"]

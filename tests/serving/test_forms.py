@@ -109,6 +109,14 @@ def test_each_answer_has_its_own_form(client, chat):
         ({"tools": [WEATHER, WEATHER]}, "two functions of one name"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, r"tools\[0\] must be"),
         ({"tools": [{"type": "custom", "custom": {"name": "a"}}]}, r"tools\[0\] must be"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]}, "parameters must be a JSON"),
+        (
+            {
+                "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}],
+                "tool_choice": "required",
+            },
+            'f\'s parameters must have "type": "object"',
+        ),
         ({"tools": [WEATHER], "tool_choice": "any"}, 'tool_choice must be "none", "auto", "required" or'),
         ({"tool_choice": "required"}, "needs tools"),
         (

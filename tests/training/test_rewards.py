@@ -108,7 +108,7 @@ def test_a_rollout_is_graded_up_to_the_ends_of_its_texts():
 
 
 def test_length_is_paid_for_and_emptiness_too():
-    """Of DAPO, equation 13: nothing up to `start`, all of it from `end` on, linear in between."""
+    """Equation 13 of DAPO: nothing up to `start`, all of it from `end` on, linear in between."""
     penalty = LengthPenalty(2, 4, weight=3.0)
     lengths = np.array([1, 2, 3, 4, 9, 1])
     found = penalty.of(lengths, np.arange(6) == 5)
