@@ -116,7 +116,6 @@ def certify(
     say(about(checkpoint, definition))
     say(f"{decoder}, {len(asked)} texts of {length} tokens, seed {random_seed}")
     found = certificate.certify(definition, params, decoder, rows, seed=random_seed, bound=bound, say=say)
-
     page = Page(asked, rows, layout, found)
     Console(width=None if sys.stdout.isatty() else _WIDTH).print(page.table())
     for line in page.lines():

@@ -31,9 +31,9 @@ from diffusion_t5x.data.dataset import Dataset
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval, check_decoders, prepared
-from diffusion_t5x.evaluation.inference import write_jsonl
 from diffusion_t5x.evaluation.loading import check_datasets, load_model, load_teacher
-from diffusion_t5x.evaluation.screen import evaluation_block, next_commands
+from diffusion_t5x.evaluation.of_run import evaluate_run
+from diffusion_t5x.evaluation.screen import next_commands
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.quantized import FewBits
 from diffusion_t5x.models.transformer import ModelDefinition
@@ -317,7 +317,7 @@ class Training:
             mesh=plan.mesh,
             train_step=train_step,
             batches=batches,
-            evaluate=functools.partial(_evaluate, evaluator, writer, self.model_dir),
+            evaluate=functools.partial(evaluate_run, evaluator, writer, self.model_dir),
             total_steps=self.train_steps,
             periods=self.periods,
             saving=Saving(checkpoints, {**plan.record.metadata(), "config": config.operative_text()}, check_folder),
@@ -371,29 +371,6 @@ class _Plan:
     start: Start
     assignment: str
     teacher_path: str | None
-
-
-def _evaluate(evaluator: Evaluator, writer: Writer, model_dir: str, state: TrainState, step: int) -> dict[str, float]:
-    """Returns metrics of a state by "<task>/<name>".
-
-    They are written once all are known: an interrupted evaluation is repeated."""
-    losses = evaluator.losses(state.eval_params)
-    results = [("training_eval", task, metrics) for task, metrics in losses.items()]
-
-    def keep(task: str, predictions: list[dict[str, Any]]) -> None:
-        write_jsonl(os.path.join(model_dir, "inference_eval", task, f"predictions_{step}.jsonl"), predictions)
-
-    samples = {}
-    for task, metrics, predictions in evaluator.decode(state.eval_params, keep):
-        results.append(("inference_eval", task, metrics))
-        samples[task] = predictions[:2]
-    for kind, task, metrics in results:
-        writer.write(step, f"{kind}/{task}", metrics)
-    found = {f"{task}/{name}": value for _, task, metrics in results for name, value in metrics.items()}
-    if found:
-        scores = [(task, metrics) for _, task, metrics in results]
-        logger.info("%s", evaluation_block(f"evaluation at step {step:,} [95 % interval]", scores, samples))
-    return found
 
 
 class _CallableModule(types.ModuleType):

@@ -50,7 +50,7 @@ def test_a_run_compiles_nothing_after_its_first_evaluation(name, files, tmp_path
     flags += ["--gin.EVAL_PERIOD=2", f"--gin.NUM_DECODED_EXAMPLES={NUM_VALIDATION}"]
     counts = []
     with compiled() as names:
-        evaluate = train._evaluate
+        evaluate = train.evaluate_run
 
         def counted(*arguments):
             counts.append(len(names))
@@ -58,7 +58,7 @@ def test_a_run_compiles_nothing_after_its_first_evaluation(name, files, tmp_path
             counts.append(len(names))
             return results
 
-        monkeypatch.setattr(train, "_evaluate", counted)
+        monkeypatch.setattr(train, "evaluate_run", counted)
         config.run(train.train, [*flags, *settings, f"--gin.MODEL_DIR={tmp_path / 'model'}"])
     first, after_first = counts[:2]
     assert len(counts) == 4 and names[:first].count("jit(step)") == 1
