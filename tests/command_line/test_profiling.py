@@ -29,11 +29,12 @@ def two_phases(*, seconds: float = 0.0) -> None:
         time.sleep(seconds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags,found",
     [
         ([], [True, True]),
-        pytest.param(["--profile_seconds=0.3:9"], [False, True], marks=pytest.mark.slow),
+        (["--profile_seconds=0.3:9"], [False, True]),
     ],
 )
 def test_the_part_that_was_asked_for_is_traced(tmp_path, flags, found):

@@ -188,9 +188,10 @@ def test_tools_reach_the_template_and_have_one_of_their_own(tmp_path):
             "more than 3 seconds",
             marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(90) }}",
             "more than 3 seconds",
+            marks=pytest.mark.slow,
         ),
         ("{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "1024 MiB"),
         ("{{ messages[0].content * 10**11 }}", "1024 MiB"),

@@ -164,6 +164,7 @@ class OneRow:
         return canvas[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings"),
     [

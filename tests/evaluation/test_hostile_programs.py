@@ -4,6 +4,7 @@ import time
 
 import pytest
 from programs import QUICK, RIGHT, TESTS, leaving_nothing, one
+from variants import quick
 
 from diffusion_t5x.evaluation.code import execution as code_execution
 from diffusion_t5x.evaluation.code.execution import Limits, Protections, Verdict, check
@@ -143,7 +144,9 @@ def test_memory_taken_in_parts_is_limited():
 
 
 @pytest.mark.usefixtures("nothing_left")
-@pytest.mark.parametrize("name", ["daemon", "sleep", "10 GB", "closes everything and stays", "flood"])
+@pytest.mark.parametrize(
+    "name", quick(["daemon", "sleep", "10 GB", "closes everything and stays", "flood"], ["daemon", "flood"])
+)
 def test_the_open_mode_cleans_up_too(monkeypatch, name):
     monkeypatch.setattr(code_execution, "protections", lambda: Protections(False, "because"))
     program, statuses = HOSTILE[name]

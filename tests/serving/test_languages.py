@@ -37,6 +37,7 @@ def nested(depth):
     return schema
 
 
+@pytest.mark.slow
 def test_a_form_that_takes_too_much_memory_is_refused(vocabulary):
     compiled = Languages(vocabulary, [], seconds=30, most_bytes=2**30)
     with pytest.raises(UserError, match="too much memory to compile"):

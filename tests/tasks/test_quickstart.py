@@ -120,6 +120,7 @@ def test_mixture_holds_its_rates():
     assert abs(drawn / 4000 - 0.2) < 0.02  # three standard errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "architecture,mixture,lengths,least",
     [

@@ -81,7 +81,7 @@ def assert_same(found, expected):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(expected))
 
 
-@pytest.mark.parametrize("dtype,config", [("int8", tiny.LLAMA), ("nf4", EXPERTS)])
+@pytest.mark.parametrize("dtype,config", [("int8", tiny.LLAMA), pytest.param("nf4", EXPERTS, marks=pytest.mark.slow)])
 def test_losses_and_gradients_are_those_over_the_dequantized_base(dtype, config):
     definition, params = make(dtype, config)
     quantized = [x for x in jax.tree.leaves(params, is_leaf=is_quantized) if is_quantized(x)]

@@ -59,6 +59,7 @@ def test_normalizing_factor_takes_the_place_of_the_denominator():
     assert_close(other_grads, jax.tree.map(lambda g: g * sums.loss.denominator / 50, grads))
 
 
+@pytest.mark.slow
 def test_a_batch_without_targets_is_no_error_and_no_gradient():
     sums, grads = gradients(SUNDAE, BATCH.replace(target_mask=np.zeros_like(BATCH.target_mask)))
     assert sums.loss.mean() == 0
