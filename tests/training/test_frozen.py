@@ -38,6 +38,7 @@ BATCH = tiny.one_a_row(tiny.random_examples(0, [(n % 4, 6) for n in range(8)]), 
 EXPERTS = dataclasses.replace(
     tiny.EXPERTS, experts=dataclasses.replace(tiny.EXPERTS.experts, mlp_dim=8, shared_mlp_dim=8)
 )
+WIDE = dataclasses.replace(tiny.LLAMA, embed_dim=128, mlp_dim=128)  # two blocks of 64 inputs
 PLAIN = ModelDefinition(tiny.LLAMA, tiny.VOCABULARY)
 TARGETS = ("query", "value", "wi_0", "wo")  # key, out and wi_1 are frozen without factors
 
@@ -113,17 +114,18 @@ class Run:
     losses: list
 
 
-def start(folder):
+def start(folder, config=tiny.LLAMA):
     """A checkpoint of the plain model."""
     store = checkpoints.Checkpoints(str(folder), asynchronous=False)
-    record = Record.of(tiny.LLAMA, tiny.VOCABULARY.describe(), Autoregressive())
-    store.save(0, TrainState(jnp.int32(0), tiny.random_params(PLAIN), ()), {}, record.metadata())
+    record = Record.of(config, tiny.VOCABULARY.describe(), Autoregressive())
+    params = tiny.random_params(ModelDefinition(config, tiny.VOCABULARY))
+    store.save(0, TrainState(jnp.int32(0), params, ()), {}, record.metadata())
     store.close()
     return str(folder)
 
 
-def steps(mesh, path):
-    definition, optimizer = define("nf4"), optimizers.adamw(1e-2, max_grad_norm=1.0)
+def steps(mesh, path, config=tiny.LLAMA):
+    definition, optimizer = define("nf4", config), optimizers.adamw(1e-2, max_grad_norm=1.0)
     rules = definition.restore_rules([("step|opt_state/.*", None)])
     with jax.set_mesh(mesh):
         abstract = abstract_state(mesh, definition, optimizer, keep_ema=True)
@@ -227,22 +229,24 @@ def test_nothing_frozen_is_refused():
 PROGRAM = """
 import json, sys, jax, test_frozen
 from diffusion_t5x.partitioning import MeshConfig
-found = test_frozen.steps(MeshConfig(data=1, fsdp=2, tensor=2).make(jax.devices()[:4]), sys.argv[1])
+mesh = MeshConfig(data=1, fsdp=2, tensor=2).make(jax.devices()[:4])
+found = test_frozen.steps(mesh, sys.argv[1], test_frozen.WIDE)
 base = found.abstract.params["decoder"]["blocks"]["mlp"]["wo"].base
 print(json.dumps({"losses": found.losses, "codes": base.codes.sharding.shard_shape(base.codes.shape)}))
 """
 
 
 @pytest.mark.slow
-def test_four_devices_that_shard_the_codes_compute_what_one_does(run, plain, eight_devices):
+def test_four_devices_that_shard_the_codes_compute_what_one_does(tmp_path, eight_devices):
+    path = start(tmp_path, WIDE)
     folder = pathlib.Path(__file__).parent
     environment = eight_devices | {
         "PYTHONPATH": ":".join([str(folder), str(folder.parent / "helpers"), *filter(None, sys.path)])
     }
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, plain], env=environment, capture_output=True, text=True, timeout=500
+        [sys.executable, "-c", PROGRAM, path], env=environment, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    np.testing.assert_allclose(found["losses"], run.losses, rtol=1e-5)
-    assert found["codes"] == [2, 8, 8]  # of [2, 16, 16]: layers, half of mlp, embed
+    np.testing.assert_allclose(found["losses"], steps(MeshConfig().make(), path, WIDE).losses, rtol=1e-5)
+    assert found["codes"] == [2, 32, 64]  # of [2, 64, 128]: layers, half of mlp, half of embed
