@@ -1,5 +1,6 @@
 """Conversations in the Python API: `Model.chat`."""
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.transformer import ModelDefinition, Params
 
 
-class Chatting:
+class Chatting(abc.ABC):
     """A model that answers conversations in the chat template beside its tokenizer. A part of `Model`."""
 
     name: str
@@ -31,11 +32,13 @@ class Chatting:
     mesh: Mesh
 
     @property
+    @abc.abstractmethod
     def _lengths(self) -> Mapping[str, int] | None:
-        raise NotImplementedError
+        """Maximum lengths of the features that it was trained on."""
 
+    @abc.abstractmethod
     def _use(self, given: Any, own: Any, what: str) -> Any:
-        raise NotImplementedError
+        """Returns the decoder or objective to use, checked against the training record."""
 
     @overload
     def chat(
