@@ -138,7 +138,7 @@ class Trial:
     def _written(self, rollout: Rollout, prompts: HostBatches, state: TrainState) -> tuple[Batch, float]:
         """A batch of the longest texts that the model writes, and the seconds that writing one takes."""
         dataset, lengths = self._run.dataset, dataclasses.replace(rollout.lengths, num_rollouts=0)
-        longest = dataclasses.replace(rollout, lengths=lengths, passes=1, rewards=None)
+        longest = dataclasses.replace(rollout, lengths=lengths, passes=1, rewards=None, ahead=False)
         num_inputs = dataset.task_feature_lengths["inputs"]
         batches = OnPolicyBatches(
             self._mesh, self._run.definition(), longest, prompts, num_inputs, dataset.batch_size, seed=0
