@@ -104,11 +104,11 @@ class Objective(Protocol):
       needs_teacher: the loss needs a teacher, an autoregressive one unless `taught_by_start`.
       taught_by_start: the teacher is the run's initial checkpoint, read as the model itself is.
       trains_drafts: trains only drafts, with `Lora.drafts_only`.
-      takes_rollouts: can learn from texts that the model itself wrote, in blocks of `attention.block_size`, and may
-        read `Batch.written_at`.
+      takes_rollouts: can learn from texts that the model itself wrote, in the first of `modes`, and may read
+        `Batch.written_at`.
       needs_rollouts: learns only from such texts.
       needs_rewards: learns from their advantages, `Batch.advantage`.
-      needs_samples: assumes that their tokens are samples from the model, see `StepRule.samples_model`.
+      needs_samples: assumes that their tokens are samples from the model, see `RowDecoder.samples_model`.
       normalize: denominator of the summed loss, see `normalized`.
     """
 

@@ -28,7 +28,7 @@ from diffusion_t5x.training.loop import BatchIterator
 from diffusion_t5x.training.metrics import Writer
 from diffusion_t5x.training.ramps import Ramp
 from diffusion_t5x.training.rewards import Grader, Rewards
-from diffusion_t5x.training.rollout_texts import Prepare, TextWriter, own_targets, prompts
+from diffusion_t5x.training.rollout_texts import Prepare, RolloutDecoder, TextWriter, own_targets, prompts
 from diffusion_t5x.training.state import TrainState
 
 _STORED, _AHEAD = "rollout_", "ahead_"  # texts in the data's state
@@ -41,7 +41,7 @@ class Rollout:
     Prompts are the training data's inputs.
 
     Attributes:
-      decoder: writes the texts, in the objective's blocks.
+      decoder: writes the texts, in the objective's mode.
       num_batches: number of training batches written with the same parameters.
       batches_at_once: number of these batches that have a slot for each row; a text that ends makes room for one of the
         rest. None: half of them. Fewer write in less time where time grows with the rows (CPU), and need less memory;
@@ -56,7 +56,7 @@ class Rollout:
         rollout older, and judged on the host during these updates.
     """
 
-    decoder: BlockDecoder
+    decoder: RolloutDecoder
     num_batches: int = 16
     batches_at_once: int | None = None
     passes: int = 1
@@ -67,7 +67,7 @@ class Rollout:
     ahead: bool = False
 
     def __post_init__(self) -> None:
-        if not self.decoder.inner.keeps_written:
+        if isinstance(self.decoder, BlockDecoder) and not self.decoder.inner.keeps_written:
             raise UserError(f"Rollout.decoder must write masked blocks: a step's state is what is masked; got {self}.")
         numbers = self.num_batches, self.passes, self.lengths.start, self.num_buckets
         if min(numbers) < 1 or (self.batches_at_once is not None and self.batches_at_once < 1):
@@ -108,7 +108,7 @@ class Rollout:
 
     def length(self, number: int) -> int:
         """Returns the maximum number of tokens of a text of this rollout: whole blocks, the last one may be shorter."""
-        size = self.decoder.block_size
+        size = self.decoder.block_size if isinstance(self.decoder, BlockDecoder) else 1
         return min(max(round(self.lengths.at(number) / size), 1) * size, self.max_length)
 
     def bucket(self, length: int) -> int:
@@ -273,24 +273,37 @@ def check_rollout(objective: Objective, model: ModelConfig, rollout: Rollout | N
         raise UserError(
             f"A rollout needs an objective that learns from it, such as Distillation or PolicyGradient, not {name}."
         )
-    if model.architecture != "decoder_only":
-        raise UserError("A rollout is for decoder-only models: include models/decoder_only.gin.")
-    size = objective.attention.block_size
-    if rollout.decoder.block_size != size:
-        raise UserError(
-            f"Rollout.decoder writes blocks of {rollout.decoder.block_size}, but {name} has blocks of {size}."
-        )
-    if (here := rollout.decoder.blocks_from) != (there := objective.attention.blocks_from):
-        raise UserError(
-            f'Rollout.decoder has blocks_from = "{here}", but {name} has "{there}": set both by --gin.BLOCKS_FROM.'
-        )
+    _check_mode(objective, rollout.decoder)
+    if model.architecture != "decoder_only" and objective.attention.block_size:
+        raise UserError("A rollout in blocks is for decoder-only models: include models/decoder_only.gin.")
     _check_rewards(objective, rollout, dataset)
     if objective.needs_samples:
         _check_samples(name, rollout)
     if dataset.pack or "inputs" not in dataset.task_feature_lengths:
         raise UserError(f"A rollout needs one prompt per row: {dataset.name} with a feature 'inputs' and pack = False.")
-    rows = dataset.task_feature_lengths["inputs"] + rollout.max_length
-    model.check_length(rows, f"the inputs of {dataset.name} with Rollout.max_length")
+    inputs = dataset.task_feature_lengths["inputs"] if model.architecture == "decoder_only" else 0
+    model.check_length(inputs + rollout.max_length, f"the inputs of {dataset.name} with Rollout.max_length")
+
+
+def _check_mode(objective: Objective, decoder: RolloutDecoder) -> None:
+    """Raises a UserError if the decoder writes otherwise than the objective reads."""
+    name, (learned, *_), (written, *_) = type(objective).__name__, objective.modes, decoder.modes
+    if written == learned:
+        return
+    if written.block_size and learned.block_size and written.block_size != learned.block_size:
+        raise UserError(
+            f"Rollout.decoder writes blocks of {written.block_size}, but {name} has blocks of {learned.block_size}."
+        )
+    if written.blocks_from != learned.blocks_from:
+        raise UserError(
+            f'Rollout.decoder has blocks_from = "{written.blocks_from}", but {name} has "{learned.blocks_from}": set '
+            "both by --gin.BLOCKS_FROM."
+        )
+    raise UserError(
+        f"Rollout.decoder writes {written}; {name} reads {learned}. An autoregressive model needs "
+        "objectives/autoregressive_policy_gradient.gin and runs/reinforce_autoregressive.gin; a model of masked blocks "
+        "objectives/policy_gradient.gin and runs/reinforce.gin."
+    )
 
 
 def _check_rewards(objective: Objective, rollout: Rollout, dataset: Dataset) -> None:
@@ -314,7 +327,7 @@ def _check_rewards(objective: Objective, rollout: Rollout, dataset: Dataset) -> 
 
 def _check_samples(name: str, rollout: Rollout) -> None:
     """Raises a UserError if the texts' tokens are not samples from the student's distributions."""
-    if not rollout.decoder.inner.samples_model:
+    if not rollout.decoder.samples_model:
         raise UserError(
             f"{name} learns from tokens that the model drew, but the rollout's decoder draws "
             "others or chooses positions by what it drew. Set temperature = 1.0, no top_k or top_p, and an order other "

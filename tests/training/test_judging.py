@@ -35,7 +35,7 @@ def test_the_devices_wait_for_rewards_once_they_have_nothing_to_do():
 
     texts = tiny.one_a_row([([3], [4, 5])] * 4, length=4)
     judging = Judging(Grader(Rewards(reward, group_size=2), None, str), Seen(), num_batches=1)
-    batches = [Written(texts, texts.target_mask, dict.fromkeys(range(4), {})) for _ in range(3)]
+    batches = [Written(texts, texts.target_mask, {row: {} for row in range(4)}) for _ in range(3)]
     judging.add(batches)
     running = long_update(running)
     judging.judge_next(6, running)
