@@ -14,7 +14,7 @@ from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.dataset import Dataset
 from diffusion_t5x.data.seqio_source import SeqioDataset
-from diffusion_t5x.evaluation.loading import abstract_batch, abstract_params
+from diffusion_t5x.evaluation.loading import abstract_batch, abstract_params, abstract_start
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.frozen import FrozenDefinition
 from diffusion_t5x.models.quantized import FewBits
@@ -64,6 +64,9 @@ class TrainingRun:
         """The shape of the teacher, where the objective needs one."""
         if not self.objective.needs_teacher:
             return None
+        definition = self.definition()
+        if self.objective.taught_by_start and isinstance(definition, lora_training.LoraDefinition):
+            return abstract_start(mesh, definition)
         settings = (self.teacher_model or self.model, self.dataset.token_ids())
         taught_by = FrozenDefinition(*settings, self.frozen_dtype) if self.frozen_dtype else ModelDefinition(*settings)
         return Teacher(taught_by, abstract_params(mesh, taught_by))
