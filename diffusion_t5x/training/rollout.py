@@ -1,7 +1,7 @@
 """Makes on-policy batches: the model itself writes the texts that it is trained on.
 
 A teacher judges them token by token (OPDLM, arXiv 2606.06712; `objectives.distillation`), or a reward judges each as a
-whole (`training.rewards`, `objectives.policy_gradient`).
+whole (`training.rewards`, `objectives.clipped`).
 """
 
 import dataclasses
