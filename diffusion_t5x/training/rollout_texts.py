@@ -198,6 +198,8 @@ class TextWriter:
         length = -(-asked.tokens.shape[1] // pieces) * pieces
         encoder_length = None if asked.encoder_tokens is None else asked.encoder_tokens.shape[1]
         if length not in self._engines:
-            sizes = {"num_slots": self._num_slots, "length": length, "encoder_length": encoder_length}
-            self._engines[length] = SlotEngine(self._mesh, self._definition, {}, self._decoder, **sizes)
+            settings = (self._mesh, self._definition, {}, self._decoder)
+            self._engines[length] = SlotEngine(
+                *settings, num_slots=self._num_slots, length=length, encoder_length=encoder_length
+            )
         return self._engines[length]
