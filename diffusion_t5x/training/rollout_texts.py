@@ -153,6 +153,7 @@ class TextWriter:
             return prepare(definition.bind(params), texts, key)
 
         def denoise(params, asked, key_data):
+            assert isinstance(decoder, SundaeDecoder)
             return denoised(decoder, definition.bind(params), asked, jax.random.wrap_key_data(key_data))
 
         self._denoise = jax.jit(denoise, out_shardings=partitioning.replicated(mesh))
@@ -198,8 +199,13 @@ class TextWriter:
         length = -(-asked.tokens.shape[1] // pieces) * pieces
         encoder_length = None if asked.encoder_tokens is None else asked.encoder_tokens.shape[1]
         if length not in self._engines:
-            settings = (self._mesh, self._definition, {}, self._decoder)
             self._engines[length] = SlotEngine(
-                *settings, num_slots=self._num_slots, length=length, encoder_length=encoder_length
+                self._mesh,
+                self._definition,
+                {},
+                self._decoder,
+                num_slots=self._num_slots,
+                length=length,
+                encoder_length=encoder_length,
             )
         return self._engines[length]
