@@ -59,7 +59,7 @@ class SundaePolicyGradient(ClippedSurrogate):
     def model_inputs(self, model: ModelDefinition, batch: Batch, key: KeyScalar) -> IntBL:
         """The first of the canvases that `loss` reads."""
         read = self._drawn(batch, key, jnp.zeros(len(batch.tokens), jnp.int32))[0]
-        return model_reads(read, batch.replace(canvases=None, canvas_log_probability=None), model)
+        return model_reads(read, batch, model)
 
     def loss(
         self,
@@ -74,7 +74,7 @@ class SundaePolicyGradient(ClippedSurrogate):
         number = jnp.tile(jnp.arange(self.draws), len(batch.tokens))
         batch = jax.tree.map(lambda x: jnp.repeat(x, self.draws, axis=0), batch)
         read, drawn, log_probability, weight = self._drawn(batch, key, number)
-        batch = batch.replace(written_log_probability=log_probability, canvases=None, canvas_log_probability=None)
+        batch = batch.replace(written_log_probability=log_probability)
 
         def output(reader: Transformer) -> Output:
             reading = Reading.of(batch, reader.vocabulary, reader.config.shifted)
