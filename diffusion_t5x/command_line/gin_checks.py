@@ -245,8 +245,8 @@ def check_files_used(verb: Callable[..., Any]) -> None:
     for file in unused.keys() - used if objectives else ():
         names, objective = ", ".join(name_of(*key) for key in unused[file]), " with ".join(dict.fromkeys(objectives))
         raise UserError(
-            f"--gin_file={file}: it would change nothing: it sets {names}, and this run's objective is {objective}. Leave "
-            "the file out, or choose an objective that it adapts."
+            f"--gin_file={file}: it would change nothing: it sets {names}, and this run's objective is {objective}. "
+            "Leave the file out, or choose an objective that it adapts."
         )
 
 
