@@ -22,7 +22,7 @@ def exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Growth:
-    """What was measured of one objective or decoder over one axis.
+    """The measurements of one objective or decoder over one axis.
 
     Attributes:
       name: its name.
@@ -78,7 +78,8 @@ def read(report: Mapping[str, Any]) -> list[Growth]:
     names = [field.name for field in dataclasses.fields(Growth)]
     found = []
     for record in report["growth"]:
-        values = {name: record[name] for name in names} | {"seconds": tuple(map(tuple, record["seconds"]))}
+        values: dict[str, Any] = {name: record[name] for name in names}
+        values["seconds"] = tuple(map(tuple, values["seconds"]))
         found.append(Growth(**{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}))
     return found
 
@@ -110,8 +111,8 @@ def cells(line: Growth) -> list[str]:
         f"{peaks[0] / 2**30:.2g}–{peaks[-1] / 2**30:.2g}",
         exponent_text(line),
         shown(line.at_the_end(medians)),
-        shown(flops and line.over_all(flops)),
-        shown(flops and line.at_the_end(flops)),
+        shown(line.over_all(flops) if flops else None),
+        shown(line.at_the_end(flops) if flops else None),
         shown(line.over_all(peaks)),
         shown(line.at_the_end(peaks)),
     ]
