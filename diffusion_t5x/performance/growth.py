@@ -79,8 +79,8 @@ def read(report: Mapping[str, Any]) -> list[Growth]:
     found = []
     for record in report["growth"]:
         values: dict[str, Any] = {name: record[name] for name in names}
-        values["seconds"] = tuple(map(tuple, values["seconds"]))
-        found.append(Growth(**{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}))
+        values |= {name: tuple(x) for name, x in values.items() if isinstance(x, list)}
+        found.append(Growth(**values | {"seconds": tuple(map(tuple, values["seconds"]))}))
     return found
 
 
