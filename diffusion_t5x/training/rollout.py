@@ -287,9 +287,9 @@ def check_rollout(objective: Objective, model: ModelConfig, rollout: Rollout | N
 
 def _check_mode(objective: Objective, decoder: RolloutDecoder) -> None:
     """Raises a UserError if the decoder writes otherwise than the objective reads."""
-    name, (learned, *_), (written, *_) = type(objective).__name__, objective.modes, decoder.modes
-    if written == learned:
+    if not objective.modes or decoder.modes[0] == objective.modes[0]:
         return
+    name, learned, written = type(objective).__name__, objective.modes[0], decoder.modes[0]
     if written.block_size and learned.block_size and written.block_size != learned.block_size:
         raise UserError(
             f"Rollout.decoder writes blocks of {written.block_size}, but {name} has blocks of {learned.block_size}."
