@@ -109,6 +109,7 @@ def test_the_gradient_is_that_of_the_expected_reward():
     )
 
 
+@pytest.mark.slow
 def test_ratios_are_one_to_the_model_that_wrote_the_texts():
     """By a cache, token by token, and here in one pass; what comes after the end of a text is no part of it."""
     definition, params = make_model()
