@@ -309,8 +309,7 @@ class Training:
         on_mesh = (plan.mesh, plan.abstract, plan.definition)
         train_step = make_train_step(*on_mesh, seed=self.random_seed, teacher=teacher, **self._of_step())
         evals = (plan.loss_evals, plan.decode_evals)
-        judge_of_texts = None if self.objective.taught_by_start else teacher  # it reads token by token
-        evaluator = Evaluator(plan.mesh, plan.definition, self.objective, *evals, judge_of_texts)
+        evaluator = Evaluator(plan.mesh, plan.definition, self.objective, *evals, teacher)
         judge = Judge(self.bad_numbers, self.model_dir, begun.losses)
         description = f"{type(self.objective).__name__} on {self.train_dataset.name}"
         loop = TrainLoop(

@@ -47,7 +47,8 @@ def estimate(draw: Draw, vocabulary: TokenIds, batch: Batch, key: KeyScalar, num
         offset = uniform(fold_in(stream(keys, "offsets"), number), batch.tokens.shape[1])
         return draw(fold_in(stream(keys, "draws"), number), (number // 2 + offset) / parts)
 
-    pairs = jax.lax.map(one, jnp.arange(num_draws)).reshape(parts, 2, -1)
+    _, found = jax.lax.scan(lambda _, number: (None, one(number)), None, jnp.arange(num_draws), unroll=num_draws <= 8)
+    pairs = found.reshape(parts, 2, -1)
     spread = jnp.sum(jnp.square(pairs[:, 0] - pairs[:, 1]), axis=0)
     return Likelihood(
         log_likelihood=jnp.mean(pairs, axis=(0, 1)),

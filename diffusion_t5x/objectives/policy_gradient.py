@@ -30,7 +30,7 @@ from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.objectives.block import InBlocks, block_starts
 from diffusion_t5x.objectives.divergences import divergence, entropy
-from diffusion_t5x.objectives.objective import LossSums, Normalize, Pass, no_teacher, normalized, stratified
+from diffusion_t5x.objectives.objective import LossSums, Normalize, Objective, Pass, no_teacher, normalized, stratified
 from diffusion_t5x.shapes import AnyBoolBL, FloatBL, IntBL, IntScalar, KeyScalar
 
 Surrogate = Literal["trajectory", "one_step", "coupled"]
@@ -77,10 +77,7 @@ class PolicyGradient(InBlocks):
         super().__post_init__()
         if self.draws < 1:
             raise UserError(f"PolicyGradient.draws must be at least 1; got {self.draws}.")
-        if len(self.clip) != 2 or not 0 < self.clip[0] <= 1 or not self.clip[1] > 0:
-            raise UserError(
-                f"PolicyGradient.clip must be (low, high), low in (0, 1] and high above 0; got {self.clip}."
-            )
+        check_clip("PolicyGradient", self.clip)
         if min(self.kl_weight, self.entropy_weight) < 0:
             raise UserError(
                 "PolicyGradient.kl_weight and entropy_weight must be at least 0; got "
@@ -162,10 +159,7 @@ class PolicyGradient(InBlocks):
         teacher: Transformer | None = None,
     ) -> LossSums:
         if batch.advantage is None:
-            raise UserError(
-                "PolicyGradient has a loss only on texts that the model wrote and a reward judged: set "
-                "train.rollout and its rewards, and no loss_evals."
-            )
+            raise no_advantage(self)
         assert batch.written_at is not None and batch.written_log_probability is not None
         if self.needs_teacher and teacher is None:
             raise no_teacher(self)
@@ -262,6 +256,20 @@ class PolicyGradient(InBlocks):
     ) -> Float[jax.Array, "*shape vocab"]:
         """Returns the logits whose softmax the loss is about."""
         return forbid(logits, model.vocabulary) if self.softmax == "allowed" else logits
+
+
+def check_clip(name: str, clip: tuple[float, float]) -> None:
+    """Raises a UserError if this is no pair of limits below and above a ratio of 1."""
+    if len(clip) != 2 or not 0 < clip[0] <= 1 or not clip[1] > 0:
+        raise UserError(f"{name}.clip must be (low, high), low in (0, 1] and high above 0; got {clip}.")
+
+
+def no_advantage(objective: Objective) -> UserError:
+    """Returns the error of an objective that learns from rewards and gets other texts."""
+    return UserError(
+        f"{type(objective).__name__} has a loss only on texts that the model wrote and a reward judged: set "
+        "train.rollout and its rewards, and no loss_evals."
+    )
 
 
 class _Scores(NamedTuple):
