@@ -23,6 +23,8 @@ from diffusion_t5x.objectives.joint import Joint
 from diffusion_t5x.objectives.masked import Masked
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.objectives.policy_gradient import PolicyGradient
+from diffusion_t5x.objectives.preferences import Preferences
+from diffusion_t5x.objectives.sandwiched import SandwichedPolicyGradient
 from diffusion_t5x.objectives.sundae import Sundae
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training.step import loss_of, make_train_step
@@ -44,6 +46,8 @@ OBJECTIVES = {
     "drafts": Drafts(3),
     # The default divides by the size of the batch.
     "policy gradient": PolicyGradient(3, normalize="sequences", kl_weight=0.1, entropy_weight=0.01),
+    "sandwiched policy gradient": SandwichedPolicyGradient(3, draws=2, normalize="sequences"),
+    "preferences": Preferences(Block(3), nll_weight=0.1),
     "the example": MaskPredict(normalize="sequences"),
 }
 SMALL = dataclasses.replace(tiny.RELATIVE, num_layers=1)
@@ -58,7 +62,9 @@ CASES += [
     for config in ("shifted", "encoder_decoder")
     for name in ("the example", "distillation", "argmax distillation", "drafts", "aligned")
 ]
-QUICK = [*CASES[: len(OBJECTIVES)], ("shifted", "distillation"), ("encoder_decoder", "the example")]
+LONGER = ("preferences", "sandwiched policy gradient")
+QUICK = [case for case in CASES[: len(OBJECTIVES)] if case[1] not in LONGER]
+QUICK += [("shifted", "distillation"), ("encoder_decoder", "the example")]
 SIZES = [(2, 5), (1, 6), (5, 3), (3, 4)]
 
 
@@ -129,7 +135,10 @@ def test_rows_add_up_and_padding_is_not_read(config, name):
 # Of other architectures a forward pass is taken above; how gradients are taken does not depend on them.
 @pytest.mark.parametrize(
     ("config", "name"),
-    [*(("decoder_only", name) for name in OBJECTIVES), ("shifted", "drafts"), ("encoder_decoder", "distillation")],
+    quick(
+        [*CASES[: len(OBJECTIVES)], ("shifted", "drafts"), ("encoder_decoder", "distillation")],
+        [*QUICK, ("shifted", "drafts"), ("encoder_decoder", "distillation")],
+    ),
 )
 def test_a_training_step_takes_it(config, name):
     mesh, optimizer = MeshConfig().make(jax.devices()[:1]), optax.sgd(0.1)
