@@ -13,7 +13,7 @@ from diffusion_t5x.objectives.preferences import texts_of_pairs
 
 pytest.importorskip("seqio")
 
-from diffusion_t5x.tasks import local_files, pairs, readers  # noqa: E402
+from diffusion_t5x.tasks import local_files, pairs, readers
 
 LENGTHS = {"inputs": 4, "targets": 6}
 RECORDS = [("ab", "yes", "no"), ("c", "good", "far too long"), ("def", "", "x")]
