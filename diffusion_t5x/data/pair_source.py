@@ -1,8 +1,10 @@
 """Preference pairs from SeqIO tasks: a chosen and a rejected text for the same inputs in each row."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from diffusion_t5x.data.dataset import Dataset
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.vocabularies import difference
 from diffusion_t5x.data.vocabulary import own
@@ -47,3 +49,14 @@ class PairDataset(SeqioDataset):
         from diffusion_t5x.data.feature_converters import PairConverter
 
         return PairConverter(canvas=self.canvas, pad_id=self.vocabulary().pad_id)
+
+
+def check_pairs(objective_name: str, reads_pairs: bool, datasets: Iterable[Dataset]) -> None:
+    """Raises a UserError if rows are pairs for an objective that reads texts, or the other way round."""
+    for dataset in datasets:
+        if isinstance(dataset, PairDataset) != reads_pairs:
+            wanted = "pairs, which a PairDataset" if reads_pairs else "single texts, which a SeqioDataset"
+            raise UserError(
+                f"{objective_name} reads {wanted} has, but {dataset.name} is read by a {type(dataset).__name__}. "
+                "runs/prefer.gin belongs together with objectives/preferences.gin."
+            )

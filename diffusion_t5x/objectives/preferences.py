@@ -6,6 +6,7 @@ half (`data.pair_source`). The reference is the run's initial checkpoint.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,8 @@ class Preferences(Objective):
       nll_weight: weight of the chosen text's negative log-likelihood per token, which is added to the loss (RPO, arXiv
         2404.19733). Without it, both texts may become less likely, the rejected one more so.
     """
+
+    reads_pairs: ClassVar[bool] = True
 
     likelihood: Objective
     beta: float = 0.1

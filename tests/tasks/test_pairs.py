@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from variants import quick
 
-from diffusion_t5x.data.pair_source import PairDataset
+from diffusion_t5x.data.pair_source import PairDataset, check_pairs
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.objectives.preferences import texts_of_pairs
@@ -69,3 +69,7 @@ def test_mistakes(task, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             dataset.check()
+    for dataset, reads_pairs in ((PairDataset(task, LENGTHS), False), (SeqioDataset(task, LENGTHS), True)):
+        check_pairs("Mine", not reads_pairs, [dataset])
+        with pytest.raises(UserError, match="Mine reads (pairs|single texts), which"):
+            check_pairs("Mine", reads_pairs, [dataset])
