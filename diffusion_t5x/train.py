@@ -32,7 +32,7 @@ from diffusion_t5x.data.pair_source import check_pairs
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval, check_decoders, prepared
-from diffusion_t5x.evaluation.loading import check_datasets, load_model, load_teacher
+from diffusion_t5x.evaluation.loading import check_datasets, load_start, load_teacher
 from diffusion_t5x.evaluation.of_run import evaluate_run
 from diffusion_t5x.evaluation.screen import next_commands
 from diffusion_t5x.models.config import ModelConfig
@@ -280,9 +280,8 @@ class Training:
     def _load_teacher(self, plan: "_Plan") -> Teacher | None:
         if plan.teacher_path is None:
             return None
-        if self.objective.taught_by_start:  # a student starts from the parameters, not from their moving average
-            given = (plan.teacher_path, self.model, plan.definition.vocabulary, plan.mesh)
-            return Teacher(*load_model(*given, use_ema=False, few_bits=self.frozen_dtype))
+        if self.objective.taught_by_start:
+            return load_start(plan.teacher_path, plan.definition, plan.mesh, self.frozen_dtype)
         judged = (plan.definition.vocabulary, plan.mesh, _ALLOW_MISMATCH, self.allow_mismatch, self.frozen_dtype)
         return load_teacher(plan.teacher_path, self.teacher_model or self.model, *judged)
 

@@ -105,11 +105,11 @@ class Objective(Protocol):
       taught_by_start: the teacher is the run's initial checkpoint, read as the model itself is.
       trains_drafts: trains only drafts, with `Lora.drafts_only`.
       reads_pairs: the rows of its loss are preference pairs, see `data.pair_source`.
-      takes_rollouts: can learn from texts that the model itself wrote, in blocks of `attention.block_size`, and may
-        read `Batch.written_at`.
+      takes_rollouts: can learn from texts that the model itself wrote, in the first of `modes`, and may read
+        `Batch.written_at`.
       needs_rollouts: learns only from such texts.
       needs_rewards: learns from their advantages, `Batch.advantage`.
-      needs_samples: assumes that their tokens are samples from the model, see `StepRule.samples_model`.
+      needs_samples: assumes that their tokens are samples from the model, see `RowDecoder.samples_model`.
       normalize: denominator of the summed loss, see `normalized`.
     """
 

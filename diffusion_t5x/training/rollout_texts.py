@@ -10,17 +10,21 @@ from jaxtyping import Bool
 
 from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.slots import SlotEngine
 from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import ModelDefinition, Params, Transformer
 from diffusion_t5x.shapes import AnyBoolBL, FloatBL, IntBL, KeyScalar
 
+RolloutDecoder = BlockDecoder | AutoregressiveDecoder
 Prepare = Callable[[Transformer, Batch, KeyScalar], Batch]  # an objective's `prepare_rollout`
 
 
 def prompts(batch: Batch, num_inputs: int, length: int, bucket: int) -> Batch:
     """Returns the inputs of a batch, each followed by `length` empty targets; rows of `num_inputs + bucket` slots.
+
+    An encoder's inputs stay where they are, and rows have `bucket` slots.
 
     Args:
       batch: numpy, one example per row, inputs of at most `num_inputs` tokens.
@@ -28,17 +32,17 @@ def prompts(batch: Batch, num_inputs: int, length: int, bucket: int) -> Batch:
       length: number of targets.
       bucket: number of slots for the targets.
     """
+    num_inputs = num_inputs if batch.encoder_tokens is None else 0
     slots = np.arange(num_inputs + bucket, dtype=np.int32)
     given = np.sum(batch.input_mask, axis=-1, keepdims=True)
     tokens = np.zeros((len(given), len(slots)), np.int32)
     tokens[:, :num_inputs] = np.where(batch.input_mask, batch.tokens, 0)[:, :num_inputs]
     there = slots < given + length
-    return Batch(
+    return batch.replace(
         tokens=tokens,
         target_mask=there & (slots >= given),
         segment_ids=there.astype(np.int32),
         positions=np.where(there, slots, 0),
-        example_ids=batch.example_ids,
     )
 
 
@@ -114,7 +118,7 @@ class TextWriter:
         self,
         mesh: Mesh,
         definition: ModelDefinition,
-        decoder: BlockDecoder,
+        decoder: RolloutDecoder,
         prepare: Prepare,
         *,
         num_slots: int,
@@ -148,8 +152,8 @@ class TextWriter:
         written_at, log_probability = np.full(canvas.shape, -1, np.int32), np.zeros(canvas.shape, np.float32)
         wanted = range(len(canvas)) if given is None else np.flatnonzero(~given.any(axis=-1)).tolist()
         rows = ((row, jax.tree.map(lambda x: x[row : row + 1], asked), 0) for row in wanted)  # noqa: B023
-        for row, decoded in self._engine(canvas.shape[1]).with_params(params, key).decode(rows):
-            assert decoded.log_probability is not None  # a block decoder's
+        for row, decoded in self._engine(asked).with_params(params, key).decode(rows):
+            assert decoded.log_probability is not None  # both decoders have it
             canvas[row], written_at[row] = decoded.canvas[0], decoded.written_at[0]
             log_probability[row] = decoded.log_probability[0]
         key_data = np.asarray(jax.random.key_data(key))
@@ -161,12 +165,12 @@ class TextWriter:
             done.append(jax.device_get(self._finish(params, *placed, partitioning.put_whole(self._mesh, key_data))))
         return jax.tree.map(lambda *x: np.concatenate(x), *done)
 
-    def _engine(self, width: int) -> SlotEngine:
-        """Returns an engine for rows of this width, without parameters."""
+    def _engine(self, asked: Batch) -> SlotEngine:
+        """Returns an engine for rows of these widths, without parameters."""
         pieces = partitioning.pieces_of("length", self._mesh)
-        length = -(-width // pieces) * pieces
+        length = -(-asked.tokens.shape[1] // pieces) * pieces
+        encoder_length = None if asked.encoder_tokens is None else asked.encoder_tokens.shape[1]
         if length not in self._engines:
-            self._engines[length] = SlotEngine(
-                self._mesh, self._definition, {}, self._decoder, num_slots=self._num_slots, length=length
-            )
+            sizes = {"num_slots": self._num_slots, "length": length, "encoder_length": encoder_length}
+            self._engines[length] = SlotEngine(self._mesh, self._definition, {}, self._decoder, **sizes)
         return self._engines[length]

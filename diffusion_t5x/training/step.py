@@ -24,12 +24,19 @@ Metrics = Mapping[str, jax.Array]
 Loss = Callable[..., LossSums]  # an objective's `loss`
 
 
-def loss_of(objective: Objective, teacher: Teacher | None, teacher_params: Params | None) -> Loss:
-    """Returns the objective's loss; if the objective needs a teacher, the loss takes the teacher's parameters."""
+def loss_of(objective: Objective, teacher: Teacher | None, teacher_params: Params | None, params: Params) -> Loss:
+    """Returns the objective's loss; if the objective needs a teacher, with the teacher of these parameters.
+
+    Args:
+      objective: the objective.
+      teacher: its teacher, if it has one.
+      teacher_params: the teacher's own parameters.
+      params: the student's.
+    """
     if teacher is None or not objective.needs_teacher:
         return objective.loss
     assert teacher_params is not None
-    return functools.partial(objective.loss, teacher=teacher.definition.bind(teacher_params))
+    return functools.partial(objective.loss, teacher=teacher.model(teacher_params, params))
 
 
 def loss_and_gradients(
@@ -164,7 +171,7 @@ def make_train_step(
     ) -> tuple[TrainState, Metrics]:
         sums, grads = loss_and_gradients(
             definition,
-            functools.partial(loss_of(objective, teacher, teacher_params), step=state.step),
+            functools.partial(loss_of(objective, teacher, teacher_params, state.params), step=state.step),
             state.params,
             batch,
             step_key(seed, state.step),
@@ -210,7 +217,7 @@ def make_loss_step(
     """Returns the jitted `(params, batch) -> sums` for evaluation: no dropout, the same noise at each evaluation."""
 
     def step(params: Params, batch: Batch, teacher_params: Params | None) -> LossSums:
-        loss = loss_of(objective, teacher, teacher_params)
+        loss = loss_of(objective, teacher, teacher_params, params)
         return loss(definition.bind(params), batch, jax.random.key(seed), train=False)
 
     jitted, teacher_params = jax.jit(step, out_shardings=partitioning.replicated(mesh)), teacher and teacher.params

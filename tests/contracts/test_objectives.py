@@ -101,7 +101,7 @@ def program(config, name):
     objective, teacher = OBJECTIVES[name], make_teacher(definition)
 
     def run(batch):
-        loss = loss_of(objective, teacher, teacher.params)
+        loss = loss_of(objective, teacher, teacher.params, params)
         key = jax.random.key(0)
         return loss(definition.bind(params), batch, key, train=False), objective.model_inputs(definition, batch, key)
 

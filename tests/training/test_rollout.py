@@ -196,7 +196,7 @@ def make_graded(**settings):
     def examples(batch):
         return [{"worth": float(row.sum())} for row in batch.tokens]
 
-    grader = Grader(rollout.rewards, examples, lambda tokens: "x" * len(tokens), tiny.VOCABULARY)
+    grader = Grader(rollout.rewards, examples, lambda tokens: "x" * len(tokens))
     mesh = MeshConfig(data=1, fsdp=1, tensor=1).make()
 
     class Seen:
@@ -224,22 +224,37 @@ def test_groups_are_texts_of_the_same_prompt_with_draws_of_their_own():
         np.testing.assert_allclose(batch.advantage, (earned - earned.mean(axis=1, keepdims=True)).ravel(), rtol=1e-6)
         rewards.append(earned)
     assert all(differ)
+    # A batch is judged when it is taken, while the update before it may still be running.
     ((step, metrics),) = seen
-    assert step == 1 and metrics["reward"] == pytest.approx(np.mean(rewards))
+    assert step == 3 and metrics["reward"] == pytest.approx(np.mean(rewards))
     assert metrics["best_reward"] == pytest.approx(np.max(rewards, axis=2).mean())
 
 
 @pytest.mark.slow
-def test_a_resumed_run_keeps_advantages_and_judges_nothing_again():
-    batches, state, seen = make_graded(passes=2)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_resumed_run_keeps_advantages_and_judges_nothing_again(ahead):
+    batches, state, seen = make_graded(passes=2, ahead=ahead)
     take(batches, state, 4)
-    resumed, _, seen_again = make_graded(passes=2)
+    resumed, _, seen_again = make_graded(passes=2, ahead=ahead)
     resumed.load_state_dict(batches.state_dict())
-    for step in (4, 5, 6):
+    for step in range(4, 10):
         found, expected = (x.next_batch(state.replace(step=jnp.int32(step))) for x in (resumed, batches))
         jax.tree.map(np.testing.assert_array_equal, found, expected)
         assert found.advantage.shape == (4,)
-    assert [step for step, _ in seen] == [1, 7] and [step for step, _ in seen_again] == [7]
+    # Those ahead are judged early, and because the run was saved.
+    assert [step for step, _ in seen] == ([3, 4, 10] if ahead else [3, 9])
+    assert [step for step, _ in seen_again] == [10 if ahead else 9]
+
+
+@pytest.mark.slow
+def test_texts_ahead_are_by_the_parameters_of_the_rollout_before():
+    """The first two rollouts are by the first parameters, the third by those of the second rollout's start."""
+    (ahead, state, _), (present, _, _) = make_graded(ahead=True), make_graded()
+    other = jax.tree.map(lambda x: 2 * x, state.params)
+    for step in range(9):
+        found = ahead.next_batch(state_of(state.params if step < 3 else other, step))
+        expected = present.next_batch(state_of(state.params if step < 6 else other, step))
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 @pytest.mark.slow
@@ -262,7 +277,7 @@ def test_a_model_learns_to_write_what_is_rewarded(surrogate):
     def even(tokens):
         return str(np.mean(np.array(tokens) % 2 == 0))
 
-    grader = Grader(rewards, lambda batch: [{}] * len(batch.tokens), even, tiny.VOCABULARY)
+    grader = Grader(rewards, lambda batch: [{}] * len(batch.tokens), even)
     settings = {"prepare": objective.prepare_rollout, "grader": grader, "writer": Seen()}
     batches = OnPolicyBatches(mesh, definition, rollout, Prompts(), 5, 32, 0, **settings)
     step = make_train_step(mesh, abstract, definition, objective, optimizer, seed=0)
