@@ -48,7 +48,7 @@ def run(objective, batch, key=KEY, table=TABLE, start=START):
 
 
 def log_softmax(table):
-    """Of the ids that may be written, in float64."""
+    """Log-probabilities of the ids that may be written, in float64."""
     allowed = np.arange(23)
     found = np.full(table.shape, -np.inf)
     logits = table[:, allowed].astype(np.float64)
@@ -57,7 +57,7 @@ def log_softmax(table):
 
 
 def log_likelihood(table, inputs, text):
-    """Of a bigram model, up to the token that ends the text."""
+    """The log-likelihood under a bigram model, up to the token that ends the text."""
     log_p, previous, total = log_softmax(table), inputs[-1], 0.0
     for token in text:
         total += log_p[previous, token]
@@ -126,7 +126,7 @@ def test_a_bound_has_the_mean_of_the_exact_margin():
 
 @pytest.mark.slow
 def test_shared_noise_varies_less():
-    """Of the difference of the two gains: with noise of its own for each of the four terms, or with shared noise."""
+    """The difference of the two gains, with shared noise and with noise of its own for each of the four terms."""
     model, start = (tiny.TableModel(jnp.asarray(x)) for x in (TABLE, 0.8 * TABLE))
     texts = texts_of_pairs(pairs_of([([5, 6], [7, 8, 9, 10, 1], [7, 8, 9, 12, 1])], length=7))
     apart = texts.replace(example_ids=np.array([0, 1]))

@@ -83,7 +83,7 @@ def test_the_bounds_hold_the_likelihood_between_them():
 
 @pytest.mark.parametrize("draws", [1, 2])
 def test_fewer_states_weigh_every_token_once_on_average(draws):
-    """And the masked tokens of nested states: each state is as likely as the others."""
+    """States are nested, and each number of masks is as likely as the others."""
     objective = SandwichedPolicyGradient(4, draws=draws)
     batch = tiny.one_a_row([(INPUTS, [7] * 6)] * 3000)
     batch = batch.replace(written_at=np.where(batch.target_mask, 0, -1).astype(np.int32))
