@@ -33,12 +33,11 @@ SURROGATES: dict[str, PolicyGradient | SandwichedPolicyGradient] = {
     "`one_step`": PolicyGradient(SIZE, "one_step", draws=1),
     "`coupled`, both masks": PolicyGradient(SIZE, "coupled", draws=2),
     "`coupled`, 1 of them": PolicyGradient(SIZE, "coupled", draws=1),
-    "lower bound, all states": SandwichedPolicyGradient(SIZE, draws=SIZE, upper_weight=0.0),
-    "lower bound, 1 of 3 states": SandwichedPolicyGradient(SIZE, draws=1, upper_weight=0.0),
-    "both bounds, all states": SandwichedPolicyGradient(SIZE, draws=SIZE, upper_weight=1.0),
-    "both bounds, 1 of 3 states": SandwichedPolicyGradient(SIZE, draws=1, upper_weight=1.0),
-    "both, the upper one half, all states": SandwichedPolicyGradient(SIZE, draws=SIZE),
-    "both, the upper one half, 1 of 3 states": SandwichedPolicyGradient(SIZE, draws=1),
+    **{
+        f"bounds, upper weight {weight}, {states}": SandwichedPolicyGradient(SIZE, draws=draws, upper_weight=weight)
+        for weight in (0.0, 0.5, 1.0)
+        for states, draws in (("all states", SIZE), ("1 of 3 states", 1))
+    },
 }
 
 
