@@ -19,6 +19,7 @@ from diffusion_t5x.data.dataset import Dataset
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.decoder import Decoder
+from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.frozen import FrozenDefinition
@@ -186,6 +187,9 @@ def abstract_batch(mesh: Mesh, dataset: Dataset, batch_size: int, rollout: Rollo
     sharding = partitioning.batch_sharding(mesh)
     lengths = dict(dataset.task_feature_lengths)
 
+    decoder = None if rollout is None else rollout.decoder
+    steps = decoder.num_steps if isinstance(decoder, SundaeDecoder) else None
+
     def rows(dtype: type, *shape: int) -> Any:  # it stands where an array will
         return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding)
 
@@ -202,6 +206,8 @@ def abstract_batch(mesh: Mesh, dataset: Dataset, batch_size: int, rollout: Rollo
         example_ids=rows(np.int32),
         written_at=rows(np.int32, length) if rollout is not None else None,
         written_log_probability=rows(np.float32, length) if rollout is not None else None,
+        canvases=rows(np.int32, steps, length) if steps is not None else None,
+        canvas_log_probability=rows(np.float32, steps, length) if steps is not None else None,
         advantage=rows(np.float32) if rollout is not None and rollout.rewards is not None else None,
         **{name: rows(np.int32, lengths["inputs"]) for name in encoder},
     )

@@ -53,7 +53,7 @@ class AutoregressivePolicyGradient(LeftToRight, ClippedSurrogate):
         """Returns the loss of texts that the model wrote; nothing is drawn."""
         self.check_judged(batch, teacher)
         start = teacher if self.needs_teacher else None
-        of_start = start and self._likelihood.output(start, batch).hidden
+        of_start = None if start is None else self._likelihood.output(start, batch).hidden
         scored = batch.target_mask & (jnp.asarray(batch.written_at) >= 0)
         output = self._likelihood.output(model, batch)
         return self.clipped_loss(model, batch, scores_of(model, output, batch.tokens, scored, start, of_start))

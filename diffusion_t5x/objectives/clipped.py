@@ -16,7 +16,7 @@ from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.objectives.divergences import divergence, entropy
 from diffusion_t5x.objectives.objective import LossSums, Normalize, Objective, no_teacher, normalized
-from diffusion_t5x.shapes import AnyBoolBL, FloatBL, FloatBLD, IntBL
+from diffusion_t5x.shapes import AnyBoolBL, AnyIntBL, FloatBL, FloatBLD
 
 Allowed = Callable[[jax.Array, Transformer], jax.Array]
 
@@ -47,7 +47,7 @@ def only_allowed(logits: jax.Array, model: Transformer) -> jax.Array:
 def scores_of(
     model: Transformer,
     output: Output,
-    tokens: IntBL,
+    tokens: AnyIntBL,
     scored: AnyBoolBL,
     start: Transformer | None = None,
     of_start: FloatBLD | None = None,
@@ -77,7 +77,8 @@ def scores_of(
 
     of_start = None if of_start is None else jax.lax.stop_gradient(of_start)
     found = model.map_logits(read_out, output.hidden, labels, of_start)
-    return Scores(*(jnp.where(scored, x, 0) for x in found), scored, output.auxiliary)
+    log_probability, surprise, kl = (jnp.where(scored, x, 0) for x in found)
+    return Scores(log_probability, surprise, kl, scored, output.auxiliary)
 
 
 def check_clip(name: str, clip: tuple[float, float]) -> None:

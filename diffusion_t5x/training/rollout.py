@@ -151,7 +151,7 @@ class OnPolicyBatches:
         self._vocabulary = definition.vocabulary
         sizes = {"num_slots": rollout.num_slots(batch_size), "batch_size": batch_size}
         self._text_writer = TextWriter(mesh, definition, rollout.decoder, prepare, **sizes, seed=seed)
-        self._judging = grader and Judging(grader, writer, rollout.num_batches)
+        self._judging = None if grader is None else Judging(grader, writer, rollout.num_batches)
         self._step: int | None = None  # number of updates before the batch that was taken last; None: not known yet
         self._texts: list[Written] = []  # in the order in which they are taken
         self._ahead: list[Written] = []  # those of the next rollout
@@ -205,7 +205,7 @@ class OnPolicyBatches:
             texts = jax.tree.map(lambda x: x[rows], written)  # noqa: B023  (called at once)
             # In training a row's id is its index in the global batch again.
             texts = texts.replace(example_ids=texts.example_ids % self._batch_size)
-            examples = self._grader and self._examples(self._grader, read[index])
+            examples = None if self._grader is None else self._examples(self._grader, read[index])
             found.append(Written(texts, in_text[rows], examples))
         if self._judging is not None:
             self._judging.add(found)
@@ -239,7 +239,7 @@ class OnPolicyBatches:
         while self._judging is not None and self._judging.num_waiting:
             assert self._step is not None
             self._judging.judge_next(self._step + 1, None)
-        stored = {}
+        stored: dict[str, np.ndarray] = {}
         for prefix, batches in ((_STORED, self._texts), (_AHEAD, self._ahead)):
             if batches:
                 texts = jax.tree.map(lambda *x: np.stack(x), *(batch.texts for batch in batches))
@@ -287,9 +287,9 @@ def check_rollout(objective: Objective, model: ModelConfig, rollout: Rollout | N
 
 def _check_mode(objective: Objective, decoder: RolloutDecoder) -> None:
     """Raises a UserError if the decoder writes otherwise than the objective reads."""
-    name, (learned, *_), (written, *_) = type(objective).__name__, objective.modes, decoder.modes
-    if written == learned:
+    if not objective.modes or decoder.modes[0] == objective.modes[0]:
         return
+    name, learned, written = type(objective).__name__, objective.modes[0], decoder.modes[0]
     if written.block_size and learned.block_size and written.block_size != learned.block_size:
         raise UserError(
             f"Rollout.decoder writes blocks of {written.block_size}, but {name} has blocks of {learned.block_size}."
@@ -301,7 +301,8 @@ def _check_mode(objective: Objective, decoder: RolloutDecoder) -> None:
         )
     raise UserError(
         f"Rollout.decoder writes {written}; {name} reads {learned}. An autoregressive model needs "
-        "objectives/autoregressive_policy_gradient.gin and runs/reinforce_autoregressive.gin; a model of masked blocks "
+        "objectives/autoregressive_policy_gradient.gin and runs/reinforce_autoregressive.gin; a SUNDAE model "
+        "objectives/sundae_policy_gradient.gin and runs/reinforce_sundae.gin; a model of masked blocks "
         "objectives/policy_gradient.gin and runs/reinforce.gin."
     )
 
@@ -330,8 +331,8 @@ def _check_samples(name: str, rollout: Rollout) -> None:
     if not rollout.decoder.samples_model:
         raise UserError(
             f"{name} learns from tokens that the model drew, but the rollout's decoder draws "
-            "others or chooses positions by what it drew. Set temperature = 1.0, no top_k or top_p, and an order other "
-            "than confidence, "
+            "others or chooses positions by what it drew. Set temperature = 1.0, no top_k or top_p, a SundaeDecoder's "
+            "num_samples = 1, update_share = 1 and stop_when_unchanged = False, and an order other than confidence, "
             """such as --gin.rollout/MaskedDecoder.order='"random"' --gin.rollout/MaskedDecoder.threshold=None."""
         )
     if rollout.data_share.start or rollout.data_share.end:

@@ -1,4 +1,4 @@
-"""What rewards cost the devices."""
+"""The time that rewards cost the devices."""
 
 import time
 

@@ -15,12 +15,15 @@ from hypothesis import strategies as st
 from diffusion_t5x.data.dataset import OfTexts
 from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.data.plain_vocabularies import ByteVocabulary
+from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.objectives.autoregressive_policy_gradient import AutoregressivePolicyGradient
 from diffusion_t5x.objectives.distillation import Distillation, Teacher
 from diffusion_t5x.objectives.policy_gradient import PolicyGradient
+from diffusion_t5x.objectives.sundae_policy_gradient import SundaePolicyGradient
 from diffusion_t5x.partitioning import MeshConfig, put_batch
 from diffusion_t5x.training.ramps import Ramp
 from diffusion_t5x.training.rewards import Grader, Rewards
@@ -257,17 +260,28 @@ def test_texts_ahead_are_by_the_parameters_of_the_rollout_before():
         jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+LEARNERS = {
+    surrogate: (
+        PolicyGradient(3, surrogate),
+        BlockDecoder(3, MaskedDecoder(num_steps=3, order="random", temperature=1.0)),
+    )
+    for surrogate in ("trajectory", "one_step", "coupled")
+} | {
+    "autoregressive": (AutoregressivePolicyGradient(), AutoregressiveDecoder(temperature=1.0)),
+    "sundae": (SundaePolicyGradient(), SundaeDecoder(num_steps=2, num_samples=1, temperature=1.0)),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("surrogate", ["trajectory", "one_step", "coupled"])
-def test_a_model_learns_to_write_what_is_rewarded(surrogate):
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_a_model_learns_to_write_what_is_rewarded(learner):
     """The reward is the share of even ids. Forty updates on twenty rollouts; the first and the last are compared."""
     mesh = MeshConfig(data=1, fsdp=1, tensor=1).make()
     definition, _ = tiny.make_model(dataclasses.replace(tiny.LLAMA, num_layers=1))
+    objective, decoder = LEARNERS[learner]
     optimizer, rewards = optax.adam(2e-2), Rewards(lambda text, example: float(text), group_size=8)
     abstract, state = tiny.fresh_state(mesh, definition, optimizer)
-    decoder = BlockDecoder(3, MaskedDecoder(num_steps=3, order="random", temperature=1.0))
     rollout = Rollout(decoder, num_batches=2, lengths=Ramp(6, 6), num_buckets=1, rewards=rewards)
-    objective = PolicyGradient(3, surrogate, draws=1)
     seen = []
 
     class Seen:
@@ -309,11 +323,20 @@ class Tokens:
         (Distillation(3), Rewards(long_texts, 2), "reads no rewards"),
         (PolicyGradient(3), Rewards(long_texts, 3), "does not divide into groups of 3"),
         (PolicyGradient(3), Rewards(long_texts, 2), "an order other than confidence"),
+        (PolicyGradient(2), Rewards(long_texts, 2), "writes blocks of 3, but PolicyGradient has blocks of 2"),
+        (PolicyGradient(3, blocks_from="row"), Rewards(long_texts, 2), 'has "row": set both'),
+        (SundaePolicyGradient(), Rewards(long_texts, 2), "a SUNDAE model objectives/sundae_policy_gradient.gin"),
     ],
 )
 def test_objective_and_rewards_must_agree(objective, rewards, message):
     with pytest.raises(UserError, match=message):
         check_rollout(objective, tiny.LLAMA, dataclasses.replace(ROLLOUT, rewards=rewards), Data())
+    of_canvases = dataclasses.replace(ROLLOUT, decoder=SundaeDecoder(num_samples=1), rewards=Rewards(long_texts, 2))
+    with pytest.raises(UserError, match="update_share = 1"):
+        check_rollout(SundaePolicyGradient(), tiny.LLAMA, of_canvases, Data())
+    apart = dataclasses.replace(tiny.LLAMA, architecture="encoder_decoder")
+    with pytest.raises(UserError, match="is for decoder-only models"):
+        check_rollout(PolicyGradient(3), apart, dataclasses.replace(ROLLOUT, rewards=Rewards(long_texts, 2)), Data())
     any_decoder = PolicyGradient(3, "one_step")
     with pytest.raises(UserError, match="has only tokens"):
         check_rollout(any_decoder, tiny.LLAMA, dataclasses.replace(ROLLOUT, rewards=Rewards(long_texts, 2)), Tokens())
@@ -353,6 +376,7 @@ def test_the_teacher_stays_as_it_is_and_the_student_learns():
         ({"batches_at_once": 0}, "at least 1"),
         ({"data_share": Ramp(0, 1.5)}, "data_share must lie in"),
         ({"num_buckets": 0}, "at least 1"),
+        ({"ahead": True}, "hides the time of rewards"),
     ],
 )
 def test_mistakes(wrong, message):
