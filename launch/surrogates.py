@@ -1,6 +1,6 @@
 """Bias and variance of the policy gradient's surrogates, on a model small enough to enumerate all it can write.
 
-python launch/surrogates.py   (docs/rl.md says what the figures mean; a minute on one core)
+python launch/surrogates.py   (docs/rl.md says what the figures mean; three minutes on one core)
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ SURROGATES: dict[str, PolicyGradient | SandwichedPolicyGradient] = {
     "`coupled`, both masks": PolicyGradient(SIZE, "coupled", draws=2),
     "`coupled`, 1 of them": PolicyGradient(SIZE, "coupled", draws=1),
     **{
-        f"bounds, upper weight {weight}, {states}": SandwichedPolicyGradient(SIZE, draws=draws, upper_weight=weight)
+        f"bounds, `UPPER_WEIGHT={weight}`, {states}": SandwichedPolicyGradient(SIZE, draws=draws, upper_weight=weight)
         for weight in (0.0, 0.5, 1.0)
         for states, draws in (("all states", SIZE), ("1 of 3 states", 1))
     },

@@ -49,7 +49,8 @@ class SandwichedPolicyGradient(InBlocks):
     Attributes:
       block_size: number of targets per block, as in decoding.
       draws: number of states of each block, with different k of one order, each read in a row of its own. They are
-        drawn when the text is written. As many as a block has tokens are all of them.
+        drawn when the text is written. As many as a block has tokens are all of them. From 1, both bounds have the same
+        gradient.
       upper_weight: share of the upper bound for negative advantages; the rest is the lower one's. 0 takes the lower
         bound for all texts, 1 the upper one alone.
       power: SPG's beta, at least 1, of the probabilities in the upper bound; None: the block size, which makes it one.
@@ -59,7 +60,7 @@ class SandwichedPolicyGradient(InBlocks):
 
     takes_rollouts: ClassVar[bool] = True
 
-    draws: int = 1
+    draws: int = 2
     upper_weight: float = 0.5
     power: float | None = None
     clip: tuple[float, float] = (0.2, 0.2)
