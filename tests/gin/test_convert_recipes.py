@@ -145,16 +145,15 @@ def commands(recipe):
 
     An OPDLM recipe starts from the import of the recipe that it continues.
     """
-    files = dict.fromkeys((recipe.removesuffix("_opdlm"), recipe))
-    return commands_in(*(f"convert/{file}" for file in files))
+    first = in_comments(f"convert/{recipe.removesuffix('_opdlm')}")[0]
+    return first, in_comments(f"convert/{recipe}")[-1]
 
 
-def commands_in(*recipes):
-    """The first and the last command in the comments of recipes, without the interpreter and its flags."""
-    lines = [line for file in recipes for line in (GIN / "recipes" / f"{file}.gin").read_text().splitlines()]
+def in_comments(recipe):
+    """The commands in a recipe's comment, without the interpreter and its flags."""
+    lines = (GIN / "recipes" / f"{recipe}.gin").read_text().splitlines()
     comment = by_module("\n".join(line.removeprefix("#").strip() for line in lines if line[:1] == "#"))
-    found = [shlex.split(command)[3:] for command in re.findall(r"python -m diffusion_t5x\.[^\n]+", comment)]
-    return found[0], found[-1]
+    return [shlex.split(command)[3:] for command in re.findall(r"python -m diffusion_t5x\.[^\n]+", comment)]
 
 
 def import_and_train(recipe, folder, test_data, *more):
@@ -236,33 +235,31 @@ def test_reinforcement_learning_continues_with_the_converted_model(recipe):
     assert recipes_model(f"../rl/{recipe}") == recipes_model("qwen3_0p6b")
 
 
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory, test_data):
-    """A folder with a Qwen3 that became a block-diffusion model by its recipe."""
-    folder = tmp_path_factory.mktemp("converted")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        import_and_train("qwen3_0p6b", folder, test_data)[-1]()
-    return folder
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("isolation")
 @pytest.mark.parametrize("recipe", ["gsm8k", "mbpp"])
-def test_reinforcement_learning_at_a_reduced_size(recipe, converted, test_data, monkeypatch, capsys):
-    """The command in the recipe's comment, from that model, for a rollout of two updates, and pass@k of the result."""
-    monkeypatch.chdir(converted)
-    (converted / "mbpp.jsonl").write_bytes(gzip.decompress((test_data / "mbpp" / "mbpp.jsonl.gz").read_bytes()))
+def test_reinforcement_learning_at_a_reduced_size(recipe, tmp_path, test_data, monkeypatch):
+    """The command in the recipe's comment, for a rollout of two updates, from the model before its conversion."""
+    monkeypatch.chdir(tmp_path)
+    importing = [flag.replace("/tmp/", f"{tmp_path}/") for flag in commands("qwen3_0p6b")[0]]
+    write_source(tmp_path / importing[1], "qwen3_0p6b", test_data)
+    convert(importing)
+    pathlib.Path("mbpp.jsonl").write_bytes(gzip.decompress((test_data / "mbpp" / "mbpp.jsonl.gz").read_bytes()))
     problems = [{"question": f"What is {n} and {n}?", "answer": f"{n}+{n}={2 * n}\n#### {2 * n}"} for n in range(8)]
     for split in ("train", "test"):
-        (converted / f"{split}.jsonl").write_text("\n".join(map(json.dumps, problems)))
-    flags = [flag.replace("/tmp/", f"{converted}/") for flag in commands_in(f"rl/{recipe}")[0]]
-    small = {"TRAIN_STEPS": 2, "BATCH_SIZE": 4, "GROUP_SIZE": 2, "Rollout.num_batches": 2, "NUM_DECODED_EXAMPLES": 4}
-    small |= {"MAX_ROLLOUT_LENGTH": 16, "TASK_FEATURE_LENGTHS": '{"inputs": 512, "targets": 16}', "STATES_PER_STEP": 1}
-    small |= {"ModelConfig.max_length": 1024, "Periods.log": 1, "ModelConfig.scan_unroll": 1, "ModelConfig.remat": '"none"'}
+        pathlib.Path(f"{split}.jsonl").write_text("\n".join(map(json.dumps, problems)))
+    (flags,) = in_comments(f"rl/{recipe}")
+    flags = [flag.replace("/tmp/", f"{tmp_path}/").replace("qwen3_diffusion", "qwen3") for flag in flags]
+    inputs = {"gsm8k": 64, "mbpp": 512}[
+        recipe
+    ]  # MBPP's tests belong to a prompt, and the model has few tokens but bytes
+    small = {"TRAIN_STEPS": 2, "BATCH_SIZE": 4, "GROUP_SIZE": 2, "Rollout.num_batches": 2, "NUM_DECODED_EXAMPLES": 2}
+    small |= {"MAX_ROLLOUT_LENGTH": 16, "TASK_FEATURE_LENGTHS": f'{{"inputs": {inputs}, "targets": 16}}'}
+    small |= {"STATES_PER_STEP": 1, "ModelConfig.max_length": 1024, "ModelConfig.remat": '"none"'}
     settings = [f"--gin.{name}={value}" for name, value in small.items()]
-    config.run(train, [*flags, f"--gin_file={converted}/qwen3/model.gin", "--gin_file=hardware/cpu.gin", *settings])
-    found = json.loads((converted / f"rl_{recipe}" / "rollout" / "metrics.jsonl").read_text())
+    config.run(train, [*flags, f"--gin_file={tmp_path}/qwen3/model.gin", "--gin_file=hardware/cpu.gin", *settings])
+    found = json.loads((tmp_path / f"rl_{recipe}" / "rollout" / "metrics.jsonl").read_text())
     assert found["reward_failures"] == 0 and 0 <= found["reward"] <= 1 and found["text_length"] > 1
-    scores = (converted / f"rl_{recipe}" / "inference_eval" / recipe / "metrics.jsonl").read_text()
-    assert {"gsm8k": "math_accuracy", "mbpp": "pass@1"}[recipe] in json.loads(scores)
+    scores = (tmp_path / f"rl_{recipe}" / "inference_eval" / recipe / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in scores] == [0, 2]
+    assert {"gsm8k": "math_accuracy", "mbpp": "pass@1"}[recipe] in json.loads(scores[-1])
