@@ -253,13 +253,14 @@ def test_reinforcement_learning_at_a_reduced_size(recipe, tmp_path, test_data, m
     inputs = {"gsm8k": 64, "mbpp": 512}[
         recipe
     ]  # MBPP's tests belong to a prompt, and the model has few tokens but bytes
-    small = {"TRAIN_STEPS": 2, "BATCH_SIZE": 4, "GROUP_SIZE": 2, "Rollout.num_batches": 2, "NUM_DECODED_EXAMPLES": 2}
+    small = {"TRAIN_STEPS": 2, "BATCH_SIZE": 4, "GROUP_SIZE": 2, "Rollout.num_batches": 2}
+    small |= {"NUM_DECODED_EXAMPLES": 2 if recipe == "mbpp" else 0}
     small |= {"MAX_ROLLOUT_LENGTH": 16, "TASK_FEATURE_LENGTHS": f'{{"inputs": {inputs}, "targets": 16}}'}
     small |= {"STATES_PER_STEP": 1, "ModelConfig.max_length": 1024, "ModelConfig.remat": '"none"'}
     settings = [f"--gin.{name}={value}" for name, value in small.items()]
     config.run(train, [*flags, f"--gin_file={tmp_path}/qwen3/model.gin", "--gin_file=hardware/cpu.gin", *settings])
     found = json.loads((tmp_path / f"rl_{recipe}" / "rollout" / "metrics.jsonl").read_text())
     assert found["reward_failures"] == 0 and 0 <= found["reward"] <= 1 and found["text_length"] > 1
-    scores = (tmp_path / f"rl_{recipe}" / "inference_eval" / recipe / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in scores] == [0, 2]
-    assert {"gsm8k": "math_accuracy", "mbpp": "pass@1"}[recipe] in json.loads(scores[-1])
+    if recipe == "mbpp":
+        lines = (tmp_path / "rl_mbpp" / "inference_eval" / "mbpp" / "metrics.jsonl").read_text().splitlines()
+        assert [(score["step"], "pass@1" in score) for score in map(json.loads, lines)] == [(0, True), (2, True)]
