@@ -99,7 +99,7 @@ def balance(experts: Experts, scores: FloatBLE, chosen: IntBLC, counted: BoolBL)
 
     Statistics: "busiest_expert", the load of the layer's busiest expert as a multiple of the mean load, and
     "idle_experts", the share of experts that read no counted slot. With `bias_rate` also `LOADS`, the load of each
-    expert as a multiple of the mean load, of whole numbers, whose sums are exact.
+    expert as a multiple of the mean load: a ratio of whole numbers, so that sums over microbatches are exact.
     """
     counted_f = counted.astype(jnp.float32)
     uses = jnp.sum(jax.nn.one_hot(chosen, experts.number, dtype=jnp.float32), axis=2) * counted_f[..., None]

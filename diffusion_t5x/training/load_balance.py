@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool
 
+from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.experts import Experts
 from diffusion_t5x.models.mixture import LOADS
 from diffusion_t5x.models.output import Auxiliaries
@@ -22,9 +23,14 @@ def balanced(params: Params, experts: Experts | None, auxiliary: Auxiliaries, is
       experts: the settings of the model's mixtures.
       auxiliary: the model's losses and statistics over the whole batch.
       is_good: False leaves all as they are.
+
+    Raises:
+      UserError: the objective drops the model's statistics.
     """
     if experts is None or not experts.bias_rate:
         return params
+    if LOADS not in auxiliary:
+        raise UserError("Experts.bias_rate needs an objective whose LossSums have the model's auxiliary losses.")
     loads = auxiliary[LOADS].ratio
     missing = jnp.sign(loads.denominator[:, None] - loads.numerator)  # [layers, experts]
     change = jnp.where(is_good, experts.bias_rate, 0) * missing
