@@ -15,12 +15,12 @@ pytest.importorskip("seqio")
 
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
 SHORT = [
-    "--gin.BATCH_SIZE=2", "--gin.TRAIN_STEPS=2", "--gin.EVAL_PERIOD=2", "--gin.EVAL_STEPS=0", "--gin.WARMUP_STEPS=0",
+    "--gin.BATCH_SIZE=2", "--gin.TRAIN_STEPS=2", "--gin.EVAL_PERIOD=2", "--gin.WARMUP_STEPS=0",
     "--gin.TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 8}", "--gin.ModelConfig.scan_unroll=1",
     "--gin.HELD_OUT={'validation': 10.0}", "--gin.Experts.balance_weight=0.01",
 ]  # fmt: skip
 ROUTES = {
-    "shifted": ["--gin.FROZEN_DTYPE='nf4'"],
+    "shifted": ["--gin.FROZEN_DTYPE='nf4'", "--gin.EVAL_STEPS=0"],
     "opdlm": [
         "--gin.LORA=None", "--gin.MIN_ROLLOUT_LENGTH=8", "--gin.MAX_ROLLOUT_LENGTH=8", "--gin.Rollout.num_batches=2",
     ],
@@ -51,7 +51,7 @@ def test_the_whole_way(tmp_path, monkeypatch):
         config.run(train.train, [*(f"--gin_file={file}" for file in files), *flags, *places])
         assert 1 <= busiest(model_dir) < 4  # 4 if two of the eight experts read everything
 
-    run(start, untrained, "recipes/conversion/mixture_start.gin")
+    run(start, untrained, "recipes/conversion/mixture_start.gin", "--gin.EVAL_STEPS=0")
     for route, more in ROUTES.items():
         files = (f"recipes/ar2diff/{route}.gin", "recipes/ar2diff/shared/texts.gin", "hardware/cpu.gin")
         run(tmp_path / route, start, *files, *more)
