@@ -245,6 +245,7 @@ def test_the_router_stays_in_float32():
         ({"scores": "linear"}, "scores"),
         ({"mlp_dim": 0}, "mlp_dim must be at least 1"),
         ({"balance_weight": -1.0}, "balance_weight must be at least 0"),
+        ({"bias_rate": 0.1}, "set Experts.selection_bias = True"),
     ],
 )
 def test_settings_that_fit_no_mixture_are_refused(changes, message):
@@ -279,5 +280,6 @@ def test_eight_devices_compute_what_one_does(eight_devices):
     for name, found in seen.items():
         assert found["held"][1] == 4, name  # of the experts
         assert found["gradients"] < 1e-4, name
+        assert found["biases"] == one["biases"], name
         for mine, theirs in zip(found["metrics"], one["metrics"], strict=True):
             assert mine == pytest.approx(theirs, rel=1e-4), name
