@@ -24,7 +24,7 @@ from diffusion_t5x.training.state import abstract_state
 
 
 def abstract_mesh(data, fsdp, tensor, sequence=1):
-    return AbstractMesh((1, data, fsdp, sequence, tensor), MESH_AXES)
+    return AbstractMesh((1, data, fsdp, 1, sequence, tensor), MESH_AXES)
 
 
 def test_the_data_axis_takes_what_is_left():
@@ -34,9 +34,9 @@ def test_the_data_axis_takes_what_is_left():
 @pytest.mark.parametrize(
     "config,message",
     [
-        (MeshConfig(fsdp=3), "1 × 2 × 3 × 1 × 1 does not match 8 devices"),
-        (MeshConfig(data=4), "1 × 4 × 1 × 1 × 1 does not match 8 devices"),
-        (MeshConfig(fsdp=16), "1 × 1 × 16 × 1 × 1 does not match 8 devices"),
+        (MeshConfig(fsdp=3), "1 × 2 × 3 × 1 × 1 × 1 does not match 8 devices"),
+        (MeshConfig(data=4), "1 × 4 × 1 × 1 × 1 × 1 does not match 8 devices"),
+        (MeshConfig(fsdp=16), "1 × 1 × 16 × 1 × 1 × 1 does not match 8 devices"),
         (MeshConfig(fsdp=0), "at least 1"),
         (MeshConfig(data=-8, fsdp=-1), "at least 1"),
         (MeshConfig(rules={"embeds": ("fsdp",)}), "no logical axis 'embeds'. Did you mean"),
@@ -137,7 +137,7 @@ def test_each_mesh_has_its_own_rules():
     plain, other = MeshConfig().make(), MeshConfig(rules={"batch": ("data",), "embed": ()}).make()
     assert partitioning.rules_of(plain) == partitioning.LOGICAL_AXIS_RULES and plain != other
     assert partitioning.rules_of(other) == partitioning.LOGICAL_AXIS_RULES | {"batch": ("data",), "embed": ()}
-    assert partitioning.batch_sharding(plain).spec == P(("replica", "data", "fsdp"))
+    assert partitioning.batch_sharding(plain).spec == P(("replica", "data", "fsdp", "expert"))
     assert partitioning.batch_sharding(other).spec == P(("data",))
     with jax.set_mesh(other):
         x = jax.jit(lambda: partitioning.constrain(jnp.zeros((2, 3)), ("batch", "embed")))()

@@ -16,6 +16,8 @@ MESHES = {
     "one": MeshConfig().make(jax.devices()[:1]),
     "data_fsdp_tensor": MeshConfig(data=2, fsdp=2, tensor=2).make(),
     "sequence_tensor": MeshConfig(data=2, sequence=2, tensor=2).make(),
+    "expert": MeshConfig(fsdp=2, expert=4).make(),
+    "expert_tensor": MeshConfig(data=2, expert=2, tensor=2).make(),
     "rows_and_experts_on_one_axis": MeshConfig(data=4, fsdp=2, rules={"embed": (), "experts": ("fsdp",)}).make(),
 }
 BATCH = tiny.one_a_row(tiny.random_examples(0, [(1 + n % 4, 8) for n in range(8)]), length=12)
