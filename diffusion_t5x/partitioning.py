@@ -89,7 +89,14 @@ class MeshConfig:
         axis_types = (AxisType.Auto,) * len(sizes)
         slices = len({getattr(device, "slice_index", 0) for device in devices})
         if slices == 1:
-            return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices)
+            try:
+                return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices)
+            except NotImplementedError as error:
+                raise UserError(
+                    f"This slice cannot be cut into {' × '.join(f'{n} {name}' for name, n in sizes.items() if n > 1)}: "
+                    "every axis of MeshConfig must be a product of some of the slice's own sizes, as 16 = 4 × 4 of "
+                    "4 × 4 × 4."
+                ) from error
         if self.replica != slices:
             raise UserError(f"The devices form {slices} slices: set MeshConfig.replica = {slices}, not {self.replica}.")
         within = [1, *list(sizes.values())[1:]]

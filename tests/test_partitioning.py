@@ -87,6 +87,22 @@ def test_slices_are_replicas():
         MeshConfig(fsdp=4).make(devices=chips)
 
 
+@dataclasses.dataclass(frozen=True)
+class TorusChip(Chip):
+    """One that says where it is in its slice."""
+
+    coords: tuple[int, ...] = ()
+    core_on_chip: int = 0
+
+
+def test_a_slice_that_cannot_be_cut_so_is_refused():
+    places = enumerate(np.ndindex(4, 4, 4))
+    chips = [TorusChip(n, 0, platform="tpu", device_kind="TPU v5", coords=place) for n, place in places]
+    assert MeshConfig(fsdp=4, expert=16).make(devices=chips).shape["expert"] == 16
+    with pytest.raises(UserError, match=r"cannot be cut into 8 fsdp × 8 expert: every axis of MeshConfig must be"):
+        MeshConfig(fsdp=8, expert=8).make(devices=chips)
+
+
 def specs(tree):
     return jax.tree.map(lambda x: x.sharding.spec, tree)
 

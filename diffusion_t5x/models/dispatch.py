@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
+from diffusion_t5x.models.grouped import grouped
 from diffusion_t5x.models.layers import dequantizing
 from diffusion_t5x.models.low_rank import LowRank
 from diffusion_t5x.models.quantized import Quantized
@@ -139,4 +140,4 @@ def _grouped(
         return _grouped(x, kernel.base, sizes=sizes) + jnp.asarray(kernel.scale, x.dtype) * update
     if isinstance(kernel, Quantized):
         return dequantizing(functools.partial(_grouped, sizes=sizes))(x, kernel)
-    return jax.lax.ragged_dot(x, kernel.astype(x.dtype), sizes)
+    return grouped(x, kernel.astype(x.dtype), sizes)
