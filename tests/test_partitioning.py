@@ -248,6 +248,7 @@ def test_fsdp_holds_an_eighth_and_gathers_nothing_but_parameters(on_meshes):
     [
         pytest.param("decoder_only", marks=pytest.mark.slow),
         pytest.param("encoder_decoder", marks=pytest.mark.slow),
+        pytest.param("experts", marks=pytest.mark.long),
         pytest.param("gpt2", marks=pytest.mark.long),
     ],
 )
