@@ -116,7 +116,7 @@ class DraftingDecoder(RowDecoder):
 
         of_last = size + num_agreed[:, None] * (size - 1) + jnp.arange(size - 1)
         ahead = jnp.take_along_axis(hidden, of_last[:, :, None], axis=1)
-        drafts = model.map_logits(lambda logits: likeliest(forbid(logits, vocabulary)), ahead)
+        drafts, _ = model.map_logits(write, ahead, (place + num_agreed[:, None] + 1)[:, :-1] - carry["first_target"][:, None])
 
         def put(name, values):
             return write_rows(carry[name], jnp.where(new, values, cut(carry[name], start, size)), start)
