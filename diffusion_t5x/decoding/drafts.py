@@ -18,7 +18,7 @@ from diffusion_t5x.models.attention import write_rows
 from diffusion_t5x.models.masks import CAUSAL, AttentionKind, Slots
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.readout import cross_entropy
-from diffusion_t5x.models.sampling import Sampling, forbid, likeliest, sample
+from diffusion_t5x.models.sampling import Sampling, forbid, sample
 from diffusion_t5x.models.streams import row_keys
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.shapes import FloatBL, FloatBLV, IntB, IntBL, KeyB, KeyScalar
@@ -34,13 +34,15 @@ class DraftingDecoder(RowDecoder):
     pass reads `block_size ** 2` slots and writes between one and `block_size` tokens.
 
     The text is that of `AutoregressiveDecoder` with the same settings and key, at any temperature, whatever the drafts:
-    the draw for a token depends only on its position, and a draft is kept if it equals the drawn token. So a draft d is
-    accepted with the probability p(d) that the model gives it. Ties are the exception: a pass over several tokens
-    rounds differently from a pass over one. The score is that decoder's score.
+    the draw for a token depends only on its position, and a draft is kept if it equals the drawn token. Drafts are drawn
+    with the noise of their positions, so that they agree more often than independent draws: with a distribution q, where
+    the model's is p, with probability at least (1 - d) / (1 + d) for their total variation distance d (Gumbel-max
+    coupling, arXiv 2408.07978). Ties are the exception: a pass over several tokens rounds differently from a pass over
+    one. The score is that decoder's score.
 
     Attributes:
       block_size: as in training.
-      temperature, top_k, top_p: see `AutoregressiveDecoder`. Drafts are always the most likely tokens.
+      temperature, top_k, top_p: see `AutoregressiveDecoder`.
     """
 
     autoregressive: ClassVar[bool] = True
@@ -106,9 +108,9 @@ class DraftingDecoder(RowDecoder):
         cache = carry["cache"].replace(slots=_with_drafts(slots, start, size))
         hidden, cache = model.extend(read, self.attention, cache, start, carry["encoded"])
 
-        place = start[:, None] + jnp.arange(size)
+        place, first = start[:, None] + jnp.arange(size), carry["first_target"][:, None]
         write = functools.partial(_write, vocabulary, self.sampling, carry["keys"])
-        tokens, log_probability = model.map_logits(write, hidden[:, :size], place - carry["first_target"][:, None])
+        tokens, log_probability = model.map_logits(write, hidden[:, :size], place - first)
         ends = vocabulary.is_end(tokens) | (place == carry["end"][:, None] - 1)
         _, num_agreed, new = accepted(carry["drafts"], tokens, carry["num_ahead"], ends)
         new &= ~carry["finished"][:, None]
@@ -116,7 +118,8 @@ class DraftingDecoder(RowDecoder):
 
         of_last = size + num_agreed[:, None] * (size - 1) + jnp.arange(size - 1)
         ahead = jnp.take_along_axis(hidden, of_last[:, :, None], axis=1)
-        drafts, _ = model.map_logits(write, ahead, (place + num_agreed[:, None] + 1)[:, :-1] - carry["first_target"][:, None])
+        of_drafts = place[:, :-1] + num_agreed[:, None] + 1
+        drafts, _ = model.map_logits(write, ahead, of_drafts - first)
 
         def put(name, values):
             return write_rows(carry[name], jnp.where(new, values, cut(carry[name], start, size)), start)

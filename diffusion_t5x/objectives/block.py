@@ -48,10 +48,12 @@ def block_starts(
     Args:
       batch: its targets are divided into blocks.
       block_size, blocks_from: as in `AttentionKind`.
-      ahead: number of tokens, of each row or all, by which the blocks begin before the place that they are counted from.
+      ahead: number of tokens, of each row or of all, by which blocks begin before the place they are counted from.
     """
     after_first = batch.positions - first_targets(batch)
-    in_block = ((after_first if blocks_from == "targets" else batch.positions) + jnp.asarray(ahead)[..., None]) % block_size
+    in_block = (
+        (after_first if blocks_from == "targets" else batch.positions) + jnp.asarray(ahead)[..., None]
+    ) % block_size
     return jnp.arange(batch.tokens.shape[1]) - jnp.minimum(in_block, jnp.maximum(after_first, 0))
 
 

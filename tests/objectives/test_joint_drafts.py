@@ -1,4 +1,4 @@
-"""Drafts trained with the rest of the model: the losses of two objectives in one pass, and fewer passes for one text."""
+"""Drafts trained with the rest of the model: two objectives' losses in one pass, and fewer passes for a text."""
 
 import jax
 import numpy as np
@@ -44,9 +44,7 @@ def test_it_is_two_losses_in_one_pass(name):
 
     joint, ar, drafts = losses(params)
     assert joint.loss.denominator == ar.loss.denominator == text.target_mask.sum() < batch.target_mask.sum()
-    np.testing.assert_allclose(
-        joint.loss.numerator, ar.loss.numerator + 0.5 * drafts.loss.numerator, rtol=1e-5
-    )
+    np.testing.assert_allclose(joint.loss.numerator, ar.loss.numerator + 0.5 * drafts.loss.numerator, rtol=1e-5)
     expected = {**ar.metrics, **drafts.metrics, "divergence": drafts.loss}
     assert joint.metrics.keys() == expected.keys()
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), joint.metrics, expected)
