@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +30,13 @@ from diffusion_t5x.shapes import IntBL, IntScalar, KeyScalar
 class JointDrafts(Objective):
     """Cross-entropy of each token given those before it, plus `draft_weight` * the divergence of drafts.
 
-    One pass reads the clean text from left to right, and behind it a MASK for each token (TiDAR, arXiv 2511.08923,
-    section 3, fully masked). Targets are divided into blocks; a MASK sees the clean text before its block and the MASKs
-    before it there. So it is trained in exactly the slots that `DraftingDecoder` drafts in. In training, each row's
-    blocks begin at a random place, for decoding drafts from any.
+    One pass reads the clean text from left to right and, after it, a MASK for each token (the layout of TiDAR, arXiv
+    2511.08923, fully masked). Targets are divided into blocks; a MASK sees what predicts the first token of its block,
+    and the MASKs before it in the block, as in `DraftingDecoder`. In training, each row's blocks begin at a random
+    place, because decoding drafts from any place.
 
-    Drafts learn the model's own distribution of the token given all text before it, without a gradient through it. It
-    is what they are checked against, and says more than the data's token.
+    The target of a draft is the model's own distribution of that token given all text before it, without gradients:
+    drafts are checked against it.
 
     Attributes:
       block_size: tokens per block: one that is certain and `block_size - 1` drafts.
@@ -47,7 +47,6 @@ class JointDrafts(Objective):
 
     block_size: int = 4
     draft_weight: float = 1.0
-    target: Literal["model", "data"] = "model"
 
     def __post_init__(self) -> None:
         if self.block_size < 2:
@@ -108,8 +107,7 @@ class JointDrafts(Objective):
             clean, drafts = model.logits(clean), forbid(drafts, vocabulary)
             known = jax.lax.stop_gradient(forbid(clean, vocabulary))
             agree = is_likeliest(drafts, likeliest(known))
-            distance = divergence(known, drafts) if self.target == "model" else cross_entropy(drafts, labels)[1]
-            return cross_entropy(clean, labels)[1], is_likeliest(clean, labels), distance, agree
+            return cross_entropy(clean, labels)[1], is_likeliest(clean, labels), divergence(known, drafts), agree
 
         clean, drafts = jnp.split(output.hidden, 2, axis=1)
         nll, correct, distance, agree = model.map_logits(read_out, drafts, clean, batch.tokens)

@@ -17,7 +17,6 @@ from diffusion_t5x.objectives.alignment import Aligned
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block
 from diffusion_t5x.objectives.block_sft import BlockSft
-from diffusion_t5x.objectives.certainty import Certainty
 from diffusion_t5x.objectives.distillation import Distillation, Teacher
 from diffusion_t5x.objectives.drafts import Drafts
 from diffusion_t5x.objectives.joint import Joint
@@ -43,7 +42,6 @@ OBJECTIVES = {
     "distillation": Distillation(3, states="random"),
     "argmax distillation": Distillation(3, states="random", teacher_fill="argmax"),
     "block sft": BlockSft(3),
-    "certainty": Certainty(3),
     "drafts": Drafts(3),
     "joint drafts": JointDrafts(3),
     # The default divides by the size of the batch.
