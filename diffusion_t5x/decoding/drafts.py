@@ -34,11 +34,10 @@ class DraftingDecoder(RowDecoder):
     pass reads `block_size ** 2` slots and writes between one and `block_size` tokens.
 
     The text is that of `AutoregressiveDecoder` with the same settings and key, at any temperature, whatever the drafts:
-    the draw for a token depends only on its position, and a draft is kept if it equals the drawn token. Drafts are drawn
-    with the noise of their positions, so that they agree more often than independent draws: with a distribution q, where
-    the model's is p, with probability at least (1 - d) / (1 + d) for their total variation distance d (Gumbel-max
-    coupling, arXiv 2408.07978). Ties are the exception: a pass over several tokens rounds differently from a pass over
-    one. The score is that decoder's score.
+    the draw for a token depends only on its position, and a draft is kept if it equals that token. Drafts are drawn
+    with the same noise: at a total variation distance d between a draft's distribution and the model's, they agree with
+    probability at least (1 - d) / (1 + d) (Gumbel-max coupling, arXiv 2408.07978). Ties are the exception: a pass over
+    several tokens rounds differently from a pass over one. The score is that decoder's score.
 
     Attributes:
       block_size: as in training.
