@@ -40,7 +40,7 @@ class DraftingDecoder(RowDecoder):
     several tokens rounds differently from a pass over one. The score is that decoder's score.
 
     Attributes:
-      block_size: as in training.
+      block_size: at most that of training.
       temperature, top_k, top_p: see `AutoregressiveDecoder`.
     """
 

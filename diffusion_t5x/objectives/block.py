@@ -51,9 +51,8 @@ def block_starts(
       ahead: number of tokens, of each row or of all, by which blocks begin before the place they are counted from.
     """
     after_first = batch.positions - first_targets(batch)
-    in_block = (
-        (after_first if blocks_from == "targets" else batch.positions) + jnp.asarray(ahead)[..., None]
-    ) % block_size
+    place = after_first if blocks_from == "targets" else batch.positions
+    in_block = (place + jnp.asarray(ahead)[..., None]) % block_size
     return jnp.arange(batch.tokens.shape[1]) - jnp.minimum(in_block, jnp.maximum(after_first, 0))
 
 
