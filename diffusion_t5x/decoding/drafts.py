@@ -18,7 +18,7 @@ from diffusion_t5x.models.attention import write_rows
 from diffusion_t5x.models.masks import CAUSAL, AttentionKind, Slots
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.readout import cross_entropy
-from diffusion_t5x.models.sampling import Sampling, forbid, sample
+from diffusion_t5x.models.sampling import Sampling, forbid, likeliest, sample
 from diffusion_t5x.models.streams import row_keys
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.shapes import FloatBL, FloatBLV, IntB, IntBL, KeyB, KeyScalar
@@ -26,7 +26,7 @@ from diffusion_t5x.shapes import FloatBL, FloatBLV, IntB, IntBL, KeyB, KeyScalar
 
 @dataclasses.dataclass(frozen=True)
 class DraftingDecoder(RowDecoder):
-    """Autoregressive decoding, several tokens per pass, for a model trained with `Drafts`.
+    """Autoregressive decoding, several tokens per pass, for a model trained with `Drafts` or `JointDrafts`.
 
     Each pass reads the last pass's drafts from left to right and predicts the token after each: it accepts the drafts
     that equal what the model writes there, and one more token. The same pass makes new drafts, `block_size - 1` tokens
@@ -34,14 +34,13 @@ class DraftingDecoder(RowDecoder):
     pass reads `block_size ** 2` slots and writes between one and `block_size` tokens.
 
     The text is that of `AutoregressiveDecoder` with the same settings and key, at any temperature, whatever the drafts:
-    the draw for a token depends only on its position, and a draft is kept if it equals that token. Drafts are drawn
-    with the same noise: at a total variation distance d between a draft's distribution and the model's, they agree with
-    probability at least (1 - d) / (1 + d) (Gumbel-max coupling, arXiv 2408.07978). Ties are the exception: a pass over
-    several tokens rounds differently from a pass over one. The score is that decoder's score.
+    the draw for a token depends only on its position, and a draft is kept if it equals the drawn token. So a draft d is
+    accepted with the probability p(d) that the model gives it. Ties are the exception: a pass over several tokens
+    rounds differently from a pass over one. The score is that decoder's score.
 
     Attributes:
       block_size: at most that of training.
-      temperature, top_k, top_p: see `AutoregressiveDecoder`.
+      temperature, top_k, top_p: see `AutoregressiveDecoder`. Drafts are always the most likely tokens.
     """
 
     autoregressive: ClassVar[bool] = True
@@ -107,9 +106,9 @@ class DraftingDecoder(RowDecoder):
         cache = carry["cache"].replace(slots=_with_drafts(slots, start, size))
         hidden, cache = model.extend(read, self.attention, cache, start, carry["encoded"])
 
-        place, first = start[:, None] + jnp.arange(size), carry["first_target"][:, None]
+        place = start[:, None] + jnp.arange(size)
         write = functools.partial(_write, vocabulary, self.sampling, carry["keys"])
-        tokens, log_probability = model.map_logits(write, hidden[:, :size], place - first)
+        tokens, log_probability = model.map_logits(write, hidden[:, :size], place - carry["first_target"][:, None])
         ends = vocabulary.is_end(tokens) | (place == carry["end"][:, None] - 1)
         _, num_agreed, new = accepted(carry["drafts"], tokens, carry["num_ahead"], ends)
         new &= ~carry["finished"][:, None]
@@ -117,8 +116,7 @@ class DraftingDecoder(RowDecoder):
 
         of_last = size + num_agreed[:, None] * (size - 1) + jnp.arange(size - 1)
         ahead = jnp.take_along_axis(hidden, of_last[:, :, None], axis=1)
-        of_drafts = place[:, :-1] + num_agreed[:, None] + 1
-        drafts, _ = model.map_logits(write, ahead, of_drafts - first)
+        drafts = model.map_logits(lambda logits: likeliest(forbid(logits, vocabulary)), ahead)
 
         def put(name, values):
             return write_rows(carry[name], jnp.where(new, values, cut(carry[name], start, size)), start)
