@@ -119,7 +119,7 @@ class Agreement:
     def _misuses(self, model: ModelConfig, user: object) -> Iterable[str]:
         learned = self.record.modes
         for mode in modes_of(user) if learned else ():
-            if mode not in learned:
+            if not any(trained.serves(mode) for trained in learned):
                 yield (
                     f"{self.path}: the model is trained for {_in_words(learned)}; {type(user).__name__} is for {mode}. "
                     f"{_remedy(user, mode, learned[0])}"

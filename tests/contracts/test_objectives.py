@@ -21,6 +21,7 @@ from diffusion_t5x.objectives.block_sft import BlockSft
 from diffusion_t5x.objectives.distillation import Distillation, Teacher
 from diffusion_t5x.objectives.drafts import Drafts
 from diffusion_t5x.objectives.joint import Joint
+from diffusion_t5x.objectives.joint_drafts import JointDrafts
 from diffusion_t5x.objectives.masked import Masked
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.objectives.policy_gradient import PolicyGradient
@@ -46,6 +47,7 @@ OBJECTIVES = {
     "argmax distillation": Distillation(3, states="random", teacher_fill="argmax"),
     "block sft": BlockSft(3),
     "drafts": Drafts(3),
+    "joint drafts": JointDrafts(3),
     # The default divides by the size of the batch.
     "policy gradient": PolicyGradient(3, normalize="sequences", kl_weight=0.1, entropy_weight=0.01),
     "sandwiched policy gradient": SandwichedPolicyGradient(3, draws=2, normalize="sequences"),
