@@ -81,7 +81,7 @@ class RemaskingDecoder(AbsorbingRule):
             written = np.interp(passed, [0, 1 - start, 1 - end, 1], [0, plateau, plateau, 1])
             in_loop = (passed[:-1] >= 1 - start - 1e-9) & (passed[:-1] < 1 - end - 1e-9)
         before, after = written[:-1], written[1:]
-        most = np.minimum(1, (1 - after) / np.where(before > 0, before, 1))
+        most = np.minimum(1, (1 - after) / np.maximum(before, 1e-12))
         sigma = in_loop * (np.minimum(self.eta, most) if self.schedule == "capped" else self.eta * most)
         return sigma, (1 - after - (0 if self.by_confidence else sigma) * before) / (1 - before)
 

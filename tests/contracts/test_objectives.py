@@ -19,6 +19,7 @@ from diffusion_t5x.objectives.block import Block
 from diffusion_t5x.objectives.block_sft import BlockSft
 from diffusion_t5x.objectives.distillation import Distillation, Teacher
 from diffusion_t5x.objectives.drafts import Drafts
+from diffusion_t5x.objectives.editing import Editing
 from diffusion_t5x.objectives.joint import Joint
 from diffusion_t5x.objectives.masked import Masked
 from diffusion_t5x.objectives.objective import Objective
@@ -32,6 +33,7 @@ OBJECTIVES = {
     "prefix": Autoregressive(prefix=True, normalize="sequences"),
     "sundae": Sundae(),
     "masked": Masked(),
+    "editing": Editing(random_share=0.3),
     "block": Block(3),
     "clipped block": Block(3, times=(0.3, 0.8)),
     "aligned": Aligned(3),
@@ -58,7 +60,8 @@ CASES += [
     for config in ("shifted", "encoder_decoder")
     for name in ("the example", "distillation", "argmax distillation", "drafts", "aligned")
 ]
-QUICK = [*CASES[: len(OBJECTIVES)], ("shifted", "distillation"), ("encoder_decoder", "the example")]
+SLOW = [("decoder_only", "editing")]  # masked, with a second pass
+QUICK = [*(case for case in CASES[: len(OBJECTIVES)] if case not in SLOW), ("shifted", "distillation"), ("encoder_decoder", "the example")]
 SIZES = [(2, 5), (1, 6), (5, 3), (3, 4)]
 
 
@@ -127,10 +130,10 @@ def test_rows_add_up_and_padding_is_not_read(config, name):
 
 
 # Of other architectures a forward pass is taken above; how gradients are taken does not depend on them.
-@pytest.mark.parametrize(
-    ("config", "name"),
-    [*(("decoder_only", name) for name in OBJECTIVES), ("shifted", "drafts"), ("encoder_decoder", "distillation")],
-)
+STEPS = [*(("decoder_only", name) for name in OBJECTIVES), ("shifted", "drafts"), ("encoder_decoder", "distillation")]
+
+
+@pytest.mark.parametrize(("config", "name"), quick(STEPS, [case for case in STEPS if case not in SLOW]))
 def test_a_training_step_takes_it(config, name):
     mesh, optimizer = MeshConfig().make(jax.devices()[:1]), optax.sgd(0.1)
     definition, _ = tiny.make_model(CONFIGS[config])
