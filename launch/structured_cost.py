@@ -150,9 +150,7 @@ def row(name: str, costs: Sequence[Cost]) -> str:
         for kind in ("free", "within")
     )
     valid, texts = sum(cost.valid for cost in costs), sum(cost.texts for cost in costs)
-    slower = statistics.median(
-        cost.within / cost.within_passes / (cost.free / cost.free_passes) - 1 for cost in costs
-    )
+    slower = statistics.median(cost.within / cost.within_passes / (cost.free / cost.free_passes) - 1 for cost in costs)
     return f"| {name} | {free:.2f} | {within:.2f} | {within / free - 1:+.1%} | {slower:+.1%} | {valid} of {texts} |"
 
 
@@ -170,7 +168,8 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--repeats", type=int, default=3)
     flags = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logger.setLevel(logging.INFO)
 
     masked = MaskedDecoder(flags.steps, temperature=flags.temperature)
     decoders = {

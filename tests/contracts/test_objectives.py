@@ -61,7 +61,11 @@ CASES += [
     for name in ("the example", "distillation", "argmax distillation", "drafts", "aligned")
 ]
 SLOW = [("decoder_only", "editing")]  # masked, with a second pass
-QUICK = [*(case for case in CASES[: len(OBJECTIVES)] if case not in SLOW), ("shifted", "distillation"), ("encoder_decoder", "the example")]
+QUICK = [
+    *(case for case in CASES[: len(OBJECTIVES)] if case not in SLOW),
+    ("shifted", "distillation"),
+    ("encoder_decoder", "the example"),
+]
 SIZES = [(2, 5), (1, 6), (5, 3), (3, 4)]
 
 
