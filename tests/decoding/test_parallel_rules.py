@@ -136,7 +136,7 @@ def test_no_credit_is_a_threshold():
         ("entropy_bounded", EntropyBoundedDecoder()),
         ("margin", MaskedDecoder(None, threshold=0.5, order="margin")),
         ("credit", CreditDecoder()),
-        ("editing", EditingDecoder(0.9, 0.5, min_tokens=6, extra_steps=6)),
+        ("editing", EditingDecoder(0.8, 0.3, num_steps=8, extra_steps=2)),
         ("remasking", RemaskingDecoder()),
         ("published/llada21", BlockDecoder(32, EditingDecoder(softmax="all"), "row")),
     ],
