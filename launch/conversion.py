@@ -8,6 +8,7 @@ judges the stories that the routes write. In both, the model is the start of all
     annealed       ar2diff_0, attention opens over the first half of the steps
     shifted        ar2diff_0, each token is predicted in the slot before its own
     block_growth   ar2diff_0, blocks of 1, then 2, then 4 tokens
+    aligned        ar2diff_0, hidden states are trained to match the model's own at the start
     off_policy     the teacher's distributions on the data, under random masks
     random_masks   the same on the student's own texts
     opdlm          the same in the states of the student's own decoding
@@ -44,6 +45,7 @@ from diffusion_t5x.checkpointing.start import model_settings
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.objectives.alignment import Aligned
 from diffusion_t5x.objectives.block import Block
 from diffusion_t5x.objectives.distillation import Distillation
 from diffusion_t5x.objectives.joint import Joint
@@ -86,6 +88,7 @@ ROUTES = {
     "annealed": [Stage([*DIFFUSION, "--gin_file=adaptation/annealed.gin", "--gin.ANNEAL_STEPS={1/2}"])],
     "shifted": [Stage([*DIFFUSION, *SHIFTED])],
     "block_growth": [Stage([*DIFFUSION, *GROWTH, "--gin.BLOCK_STAGES=((0, 1), ({1/4}, 2), ({1/2}, 4))"])],
+    "aligned": [Stage([*DIFFUSION, "--gin_file=adaptation/aligned.gin"], Aligned(BLOCK_SIZE))],
     "off_policy": [Stage(['--gin.STATES="random"', "--gin.ROLLOUT=None"], STUDENT)],
     "random_masks": [Stage(['--gin.STATES="random"'], STUDENT, writes=True)],
     "opdlm": [Stage([], STUDENT, writes=True)],
@@ -185,7 +188,7 @@ def stories(output: pathlib.Path, args: argparse.Namespace) -> Ground:
         start=teacher,
         task="stories_continuations",
         metrics=("teacher_nll", "teacher_agreement", "distinct_1", "distinct_2", "distinct_3", "tokens_per_step"),
-        routes=["ar2diff_0", "annealed", "shifted", "block_growth", "off_policy", "random_masks", "opdlm"],
+        routes=["ar2diff_0", "annealed", "shifted", "block_growth", "aligned", "off_policy", "random_masks", "opdlm"],
         batch_size=16,
         num_inputs=16,
         num_targets=48,

@@ -13,7 +13,9 @@ from diffusion_t5x.checkpointing import record
 from diffusion_t5x.checkpointing.checkpoints import open_checkpoint
 from diffusion_t5x.checkpointing.record import in_words
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.performance import growth
 from diffusion_t5x.performance.decode_times import DecodeTime, read_times
+from diffusion_t5x.performance.growth import Growth
 from diffusion_t5x.reporting import shown
 from diffusion_t5x.reporting.published import Published, matching
 
@@ -99,7 +101,7 @@ class Run:
       name: name of the folder, with enough of its parents to distinguish the runs.
       size: the model's size as text; "" if it is not on record.
       written: modification time of the newest file that was read (UTC).
-      curves, scores, predictions, decode_times: its contents of each kind; most runs have one or two kinds.
+      curves, scores, predictions, decode_times, growth: its contents of each kind; most runs have one or two kinds.
     """
 
     name: str
@@ -109,6 +111,7 @@ class Run:
     scores: Sequence[Scores]
     predictions: Sequence[Predictions]
     decode_times: Sequence[DecodeTime]
+    growth: Sequence[Growth] = ()
 
 
 def read_runs(folders: Iterable[str | pathlib.Path]) -> list[Run]:
@@ -153,14 +156,19 @@ def _natural(name: str) -> tuple[list[tuple[str, int]], str]:
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     """Returns the files that show that a verb wrote this folder, and which verb."""
-    patterns = (*_CURVES, "decode_time.json", *(at + name for at in ("", "checkpoint_*/") for name in _OUTPUTS))
+    patterns = (
+        *_CURVES,
+        "decode_time.json",
+        growth.FILE,
+        *(at + name for at in ("", "checkpoint_*/") for name in _OUTPUTS),
+    )
     files = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
     # The quickstart has a summary of the same name, in a form of its own.
     return [path for path in files if path.name != "results.json" or "results" in _read_json(path)]
 
 
 def _read_run(name: str, folder: pathlib.Path, files: Sequence[pathlib.Path]) -> Run:
-    curves, scores, predictions, decode_times, evaluated = [], [], [], [], []
+    curves, scores, predictions, decode_times, grown, evaluated = [], [], [], [], list[Growth](), []
     for path in files:
         with _whole(path):
             if path.name == "metrics.jsonl":
@@ -173,6 +181,8 @@ def _read_run(name: str, folder: pathlib.Path, files: Sequence[pathlib.Path]) ->
                 evaluated += [(found, path.parent) for found in _read_scores(path)]
             elif path.name == "decode_time.json":
                 decode_times += read_times(_read_json(path))
+            elif path.name == growth.FILE:
+                grown += growth.read(_read_json(path))
             elif (output := path.with_name(path.name.replace(".settings.json", ".jsonl"))).exists():
                 settings = _read_json(path)
                 if settings.get("mode") != "score":  # nothing was decoded
@@ -194,6 +204,7 @@ def _read_run(name: str, folder: pathlib.Path, files: Sequence[pathlib.Path]) ->
         scores=scores,
         predictions=predictions,
         decode_times=decode_times,
+        growth=grown,
     )
 
 
