@@ -20,6 +20,7 @@ from diffusion_t5x.objectives.block import Block
 from diffusion_t5x.objectives.block_sft import BlockSft
 from diffusion_t5x.objectives.distillation import Distillation, Teacher
 from diffusion_t5x.objectives.drafts import Drafts
+from diffusion_t5x.objectives.editing import Editing
 from diffusion_t5x.objectives.joint import Joint
 from diffusion_t5x.objectives.joint_drafts import JointDrafts
 from diffusion_t5x.objectives.masked import Masked
@@ -37,6 +38,7 @@ OBJECTIVES = {
     "prefix": Autoregressive(prefix=True, normalize="sequences"),
     "sundae": Sundae(),
     "masked": Masked(),
+    "editing": Editing(random_share=0.3),
     "block": Block(3),
     "clipped block": Block(3, times=(0.3, 0.8)),
     "aligned": Aligned(3),
@@ -68,12 +70,13 @@ CASES += [
     for config in ("shifted", "encoder_decoder")
     for name in ("the example", "distillation", "argmax distillation", "drafts", "aligned")
 ]
-# Of the objectives on texts that were judged, one is enough.
+# Of the objectives on texts that were judged, one is enough; editing is masked, with a second pass.
 RARE = (
     "autoregressive policy gradient",
     "sundae policy gradient",
     "sandwiched policy gradient",
     "preferences",
+    "editing",
 )
 QUICK = [
     *(case for case in CASES[: len(OBJECTIVES)] if case[1] not in RARE),
