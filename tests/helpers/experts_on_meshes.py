@@ -1,6 +1,6 @@
 """Trains a mixture of experts on several meshes of eight devices and prints what it saw; run by `test_mixture.py`.
 
-And what one layer does on a mesh whose devices send each other less than the router chooses.
+It also shows what one layer does on a mesh whose devices send each other less than the router chooses.
 """
 
 import dataclasses
@@ -57,9 +57,9 @@ def apart(gradients, expected):
 
 
 def bounded(mesh, capacity_factor):
-    """What a layer without shared experts adds to tokens, and what it says has been dropped: of all slots, of a few.
+    """The update by a layer without shared experts, and the choices that it says have been dropped: of all slots, of a few.
 
-    And the same sums with the factors of the choices that have no place set to 0, by numpy.
+    Beside them, the same sums with the factors of the choices that have no place set to 0, by numpy.
     """
     experts = dataclasses.replace(tiny.EXPERTS.experts, shared_mlp_dim=0, capacity_factor=capacity_factor)
     layer = Mixture(jax.random.key(0), 16, experts, activation="silu")
