@@ -57,7 +57,7 @@ def apart(gradients, expected):
 
 
 def bounded(mesh, capacity_factor):
-    """The update by a layer without shared experts, and the choices that it says have been dropped: of all slots, of a few.
+    """The update by a layer without shared experts, and what it says has been dropped: of all slots, of a few.
 
     Beside them, the same sums with the factors of the choices that have no place set to 0, by numpy.
     """
