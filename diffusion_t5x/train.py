@@ -28,6 +28,7 @@ from diffusion_t5x.command_line.runnable import verb
 from diffusion_t5x.command_line.slice_flags import slice_dry_run
 from diffusion_t5x.data.cached_source import CachedDataset
 from diffusion_t5x.data.dataset import Dataset
+from diffusion_t5x.data.pair_source import check_pairs
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval, check_decoders, prepared
@@ -201,6 +202,8 @@ class Training:
         if self.objective.needs_teacher and not path and not self.dry_run:
             raise no_teacher(self.objective)
         teacher_path = str(find_checkpoint(path)) if path else None
+        with_losses = [self.train_dataset, *(ev.dataset for ev in loss_evals)]
+        check_pairs(type(self.objective).__name__, self.objective.reads_pairs, with_losses)
         self._check_data(mesh, [*(ev.dataset for ev in loss_evals), *(ev.dataset for ev in decode_evals)])
         for ev in decode_evals:
             ev.dataset.check_scoring()
@@ -308,8 +311,7 @@ class Training:
         on_mesh = (plan.mesh, plan.abstract, plan.definition)
         train_step = make_train_step(*on_mesh, seed=self.random_seed, teacher=teacher, **self._of_step())
         evals = (plan.loss_evals, plan.decode_evals)
-        judge_of_texts = None if self.objective.taught_by_start else teacher  # it reads token by token
-        evaluator = Evaluator(plan.mesh, plan.definition, self.objective, *evals, judge_of_texts)
+        evaluator = Evaluator(plan.mesh, plan.definition, self.objective, *evals, teacher)
         judge = Judge(self.bad_numbers, self.model_dir, begun.losses)
         description = f"{type(self.objective).__name__} on {self.train_dataset.name}"
         loop = TrainLoop(

@@ -186,8 +186,6 @@ def abstract_batch(mesh: Mesh, dataset: Dataset, batch_size: int, rollout: Rollo
     """Returns shapes, dtypes and shardings of a training batch, from lengths only; with a rollout, of the longest."""
     sharding = partitioning.batch_sharding(mesh)
     lengths = dict(dataset.task_feature_lengths)
-    if rollout is not None:
-        lengths["targets"] = rollout.max_length
 
     decoder = None if rollout is None else rollout.decoder
     steps = decoder.num_steps if isinstance(decoder, SundaeDecoder) else None
@@ -196,7 +194,9 @@ def abstract_batch(mesh: Mesh, dataset: Dataset, batch_size: int, rollout: Rollo
         return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding)
 
     apart = dataset.architecture == "encoder_decoder"
-    length = lengths["targets"] if apart else sum(lengths.values())
+    length = lengths["targets"] if apart else dataset.row_length
+    if rollout is not None:  # of a decoder-only model
+        length += rollout.max_length - lengths["targets"]
     encoder = ("encoder_tokens", "encoder_segment_ids", "encoder_positions") if apart else ()
     return Batch(
         tokens=rows(np.int32, length),

@@ -81,6 +81,20 @@ def scores_of(
     return Scores(log_probability, surprise, kl, scored, output.auxiliary)
 
 
+def check_clip(name: str, clip: tuple[float, float]) -> None:
+    """Raises a UserError if these are no limits below and above a ratio of 1."""
+    if len(clip) != 2 or not 0 < clip[0] <= 1 or not clip[1] > 0:
+        raise UserError(f"{name}.clip must be (low, high), low in (0, 1] and high above 0; got {clip}.")
+
+
+def no_advantage(objective: Objective) -> UserError:
+    """Returns the error of an objective that learns from rewards and gets other texts."""
+    return UserError(
+        f"{type(objective).__name__} has a loss only on texts that the model wrote and a reward judged: set "
+        "train.rollout and its rewards, and no loss_evals."
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class ClippedSurrogate(Objective):
     """Minus the advantage of each token times its probability ratio, clipped as in PPO; without dropout.
@@ -108,8 +122,7 @@ class ClippedSurrogate(Objective):
     def check_settings(self) -> None:
         """Raises a UserError for settings out of range."""
         name = type(self).__name__
-        if len(self.clip) != 2 or not 0 < self.clip[0] <= 1 or not self.clip[1] > 0:
-            raise UserError(f"{name}.clip must be (low, high), low in (0, 1] and high above 0; got {self.clip}.")
+        check_clip(name, self.clip)
         if min(self.kl_weight, self.entropy_weight) < 0:
             raise UserError(
                 f"{name}.kl_weight and entropy_weight must be at least 0; got {self.kl_weight} and "
@@ -139,10 +152,7 @@ class ClippedSurrogate(Objective):
     def check_judged(self, batch: Batch, teacher: Transformer | None) -> None:
         """Raises a UserError if the loss of a batch lacks its advantages, or the model near which it is held."""
         if batch.advantage is None:
-            raise UserError(
-                f"{type(self).__name__} has a loss only on texts that the model wrote and a reward judged: set "
-                "train.rollout and its rewards, and no loss_evals."
-            )
+            raise no_advantage(self)
         assert batch.written_at is not None and batch.written_log_probability is not None
         if self.needs_teacher and teacher is None:
             raise no_teacher(self)

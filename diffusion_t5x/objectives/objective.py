@@ -104,6 +104,7 @@ class Objective(Protocol):
       needs_teacher: the loss needs a teacher, an autoregressive one unless `taught_by_start`.
       taught_by_start: the teacher is the run's initial checkpoint, read as the model itself is.
       trains_drafts: trains only drafts, with `Lora.drafts_only`.
+      reads_pairs: the rows of its loss are preference pairs, see `data.pair_source`.
       takes_rollouts: can learn from texts that the model itself wrote, in the first of `modes`, and may read
         `Batch.written_at`.
       needs_rollouts: learns only from such texts.
@@ -114,6 +115,7 @@ class Objective(Protocol):
 
     autoregressive: ClassVar[bool] = False
     trains_drafts: ClassVar[bool] = False
+    reads_pairs: ClassVar[bool] = False
     takes_rollouts: ClassVar[bool] = False
 
     @property

@@ -92,8 +92,8 @@ class Rewards:
         2402.03300). False does not divide, which weighs prompts by how much their texts differ (Dr. GRPO, arXiv
         2503.20783).
       length_penalty: subtracted from the reward of each text; None: nothing.
-      seconds: time limit of a reward. It interrupts Python code in the main thread; a reward that sets an alarm of its
-        own, as math-verify does, has only that one.
+      seconds: time limit of a reward. It interrupts Python code in the main thread, unless the reward sets an alarm of
+        its own.
     """
 
     reward: Reward
@@ -162,22 +162,27 @@ def attempts(
                 found.append(function(text, example))
         except UserError:
             raise
-        except Exception as error:
+        except (Exception, _OutOfTime) as error:
             if None not in found:
-                logger.warning("the reward of %r failed: %s: %s", text[:80], type(error).__name__, error)
+                what = str(error) if isinstance(error, _OutOfTime) else f"{type(error).__name__}: {error}"
+                logger.warning("the reward of %r failed: %s", text[:80], what)
             found.append(None)
     return found
 
 
+class _OutOfTime(BaseException):
+    """A reward took too long. Code that goes on after any Exception, as a parser may, does not go on after this."""
+
+
 @contextlib.contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Context that raises a TimeoutError after `seconds`; outside the main thread there is no limit."""
+    """Context that raises _OutOfTime after `seconds`; outside the main thread there is no limit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: Any) -> None:
-        raise TimeoutError(f"it took longer than {seconds:g} s")
+        raise _OutOfTime(f"it took longer than {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)

@@ -24,6 +24,8 @@ from diffusion_t5x.objectives.joint import Joint
 from diffusion_t5x.objectives.masked import Masked
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.objectives.policy_gradient import PolicyGradient
+from diffusion_t5x.objectives.preferences import Preferences
+from diffusion_t5x.objectives.sandwiched import SandwichedPolicyGradient
 from diffusion_t5x.objectives.sundae import Sundae
 from diffusion_t5x.objectives.sundae_policy_gradient import SundaePolicyGradient
 from diffusion_t5x.partitioning import MeshConfig
@@ -46,6 +48,8 @@ OBJECTIVES = {
     "drafts": Drafts(3),
     # The default divides by the size of the batch.
     "policy gradient": PolicyGradient(3, normalize="sequences", kl_weight=0.1, entropy_weight=0.01),
+    "sandwiched policy gradient": SandwichedPolicyGradient(3, draws=2, normalize="sequences"),
+    "preferences": Preferences(Block(3), nll_weight=0.1),
     "autoregressive policy gradient": AutoregressivePolicyGradient(normalize="sequences", kl_weight=0.1),
     "sundae policy gradient": SundaePolicyGradient(normalize="sequences", kl_weight=0.1),
     "the example": MaskPredict(normalize="sequences"),
@@ -62,8 +66,13 @@ CASES += [
     for config in ("shifted", "encoder_decoder")
     for name in ("the example", "distillation", "argmax distillation", "drafts", "aligned")
 ]
-# Of the clipped surrogates, one is enough.
-RARE = ("autoregressive policy gradient", "sundae policy gradient")
+# Of the objectives on texts that were judged, one is enough.
+RARE = (
+    "autoregressive policy gradient",
+    "sundae policy gradient",
+    "sandwiched policy gradient",
+    "preferences",
+)
 QUICK = [
     *(case for case in CASES[: len(OBJECTIVES)] if case[1] not in RARE),
     ("shifted", "distillation"),

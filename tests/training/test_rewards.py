@@ -43,9 +43,11 @@ def test_groups_of_equal_rewards_have_exactly_none():
 
 def test_a_reward_that_fails_is_data(caplog):
     def fragile(text, example):
-        if text == "slow":
-            while True:
+        while text == "slow":
+            try:
                 time.sleep(0.001)
+            except Exception:
+                return 1.0  # as a library may go on after whatever stops it
         return {"good": 1.0, "nan": math.nan, "text": "x"}[text]
 
     texts = ["good", "missing", "slow", "nan", "text", "good"]
