@@ -41,13 +41,17 @@ class LossSums(flax.struct.PyTreeNode):
         metrics = {name: ratio + other.metrics[name] for name, ratio in self.metrics.items()}
         return type(self)(self.loss + other.loss, metrics, merged(self.auxiliary, other.auxiliary))
 
+    @property
+    def _minimised(self) -> Auxiliaries:
+        return {name: aux for name, aux in self.auxiliary.items() if not aux.per_layer}
+
     def total(self) -> FloatScalar:
         """Returns the minimised loss: the objective's mean plus the weighted means of the auxiliary losses."""
-        return sum((aux.weight * aux.ratio.mean() for aux in self.auxiliary.values()), start=self.loss.mean())
+        return sum((aux.weight * aux.ratio.mean() for aux in self._minimised.values()), start=self.loss.mean())
 
     def denominators(self) -> dict[str, FloatScalar]:
         """Returns the denominators of the terms of `total`: "loss" for the objective, then the auxiliary losses."""
-        return {"loss": self.loss.denominator, **{name: aux.ratio.denominator for name, aux in self.auxiliary.items()}}
+        return {"loss": self.loss.denominator, **{name: aux.ratio.denominator for name, aux in self._minimised.items()}}
 
     def total_numerator(self, denominators: Mapping[str, FloatScalar]) -> FloatScalar:
         """Returns a microbatch's share of the batch's `total`, times the batch's denominator of the objective's loss.
@@ -57,7 +61,7 @@ class LossSums(flax.struct.PyTreeNode):
         """
         over = {name: jax.lax.stop_gradient(jnp.where(x == 0, 1, x)) for name, x in denominators.items()}
         shares = (
-            aux.weight * aux.ratio.numerator * (over["loss"] / over[name]) for name, aux in self.auxiliary.items()
+            aux.weight * aux.ratio.numerator * (over["loss"] / over[name]) for name, aux in self._minimised.items()
         )
         return sum(shares, start=self.loss.numerator)
 

@@ -146,6 +146,8 @@ class LoraDefinition(ModelDefinition):
                 f"Lora.drafts_only does not reach experts, but Lora.targets matches {', '.join(sorted(experts))}. Set "
                 '--gin.LORA_TARGETS=\'["query", "key", "value", "out"]\'.'
             )
+        if self.lora.drafts_only and self.config.experts and self.config.experts.bias_rate:
+            raise UserError("Lora.drafts_only does not change the model, but Experts.bias_rate does: set it to 0.")
         if both := self._targets & self._whole:
             raise UserError(f"Both Lora.targets and Lora.whole match {', '.join(sorted(both))}.")
 

@@ -18,6 +18,7 @@ from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.objectives.distillation import Teacher
 from diffusion_t5x.objectives.objective import LossSums, Objective
 from diffusion_t5x.training import optimizers
+from diffusion_t5x.training.load_balance import balanced
 from diffusion_t5x.training.state import TrainState, join, shardings_of, split
 
 Metrics = Mapping[str, jax.Array]
@@ -108,7 +109,7 @@ def step_key(seed: int | jax.Array, step: int | jax.Array) -> jax.Array:
 
 def means(sums: LossSums) -> Metrics:
     """Returns the minimised loss, the objective's metrics, and the model's auxiliary losses without their weights."""
-    auxiliary = {name: loss.ratio.mean() for name, loss in sums.auxiliary.items()}
+    auxiliary = {name: loss.ratio.mean() for name, loss in sums.auxiliary.items() if not loss.per_layer}
     return {"loss": sums.total(), **{name: ratio.mean() for name, ratio in sums.metrics.items()}, **auxiliary}
 
 
@@ -180,12 +181,15 @@ def make_train_step(
         )
         trained, frozen = split(definition, state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-        params = optax.apply_updates(trained, updates)
+        loss, gradient_norm = sums.total(), optax.tree.norm(grads)
+        is_good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & (loss <= loss_limit)
+        params, frozen = (
+            balanced(tree, definition.config.experts, sums.auxiliary, is_good)
+            for tree in (optax.apply_updates(trained, updates), frozen)
+        )
         ema = state.ema
         if ema_decay is not None:
             ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
-        loss, gradient_norm = sums.total(), optax.tree.norm(grads)
-        is_good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & (loss <= loss_limit)
         stepped = TrainState(step=state.step, params=params, opt_state=opt_state, ema=ema)
         before = state.replace(params=trained)
         kept = jax.tree.map(lambda new, old: jnp.where(is_good, new, old), stepped, before)

@@ -20,7 +20,9 @@ from diffusion_t5x.objectives.block import Block
 from diffusion_t5x.objectives.block_sft import BlockSft
 from diffusion_t5x.objectives.distillation import Distillation, Teacher
 from diffusion_t5x.objectives.drafts import Drafts
+from diffusion_t5x.objectives.editing import Editing
 from diffusion_t5x.objectives.joint import Joint
+from diffusion_t5x.objectives.joint_drafts import JointDrafts
 from diffusion_t5x.objectives.masked import Masked
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.objectives.policy_gradient import PolicyGradient
@@ -36,6 +38,7 @@ OBJECTIVES = {
     "prefix": Autoregressive(prefix=True, normalize="sequences"),
     "sundae": Sundae(),
     "masked": Masked(),
+    "editing": Editing(random_share=0.3),
     "block": Block(3),
     "clipped block": Block(3, times=(0.3, 0.8)),
     "aligned": Aligned(3),
@@ -46,6 +49,7 @@ OBJECTIVES = {
     "argmax distillation": Distillation(3, states="random", teacher_fill="argmax"),
     "block sft": BlockSft(3),
     "drafts": Drafts(3),
+    "joint drafts": JointDrafts(3),
     # The default divides by the size of the batch.
     "policy gradient": PolicyGradient(3, normalize="sequences", kl_weight=0.1, entropy_weight=0.01),
     "sandwiched policy gradient": SandwichedPolicyGradient(3, draws=2, normalize="sequences"),
@@ -66,12 +70,13 @@ CASES += [
     for config in ("shifted", "encoder_decoder")
     for name in ("the example", "distillation", "argmax distillation", "drafts", "aligned")
 ]
-# Of the objectives on texts that were judged, one is enough.
+# Of the objectives on texts that were judged, one is enough; editing is masked, with a second pass.
 RARE = (
     "autoregressive policy gradient",
     "sundae policy gradient",
     "sandwiched policy gradient",
     "preferences",
+    "editing",
 )
 QUICK = [
     *(case for case in CASES[: len(OBJECTIVES)] if case[1] not in RARE),
