@@ -22,7 +22,7 @@ from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.objectives.annealing import annealed
 from diffusion_t5x.objectives.masked import Masked
 from diffusion_t5x.objectives.objective import LossSums, Pass, normalized
-from diffusion_t5x.shapes import BoolBL, FloatBL, FloatBLD, IntBL, IntScalar, KeyB, KeyScalar
+from diffusion_t5x.shapes import AnyBoolBL, BoolBL, FloatBL, FloatBLD, IntBL, IntScalar, KeyB, KeyScalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Editing(Masked):
         return sums.replace(loss=Ratio(sums.loss.numerator + more.numerator, sums.loss.denominator), metrics=metrics)
 
 
-def _edits(batch: Batch, read: IntBL, visible: BoolBL, correct: BoolBL, name: str) -> dict[str, Ratio]:
+def _edits(batch: Batch, read: IntBL, visible: AnyBoolBL, correct: BoolBL, name: str) -> dict[str, Ratio]:
     """Returns metrics of visible targets: the shares of wrong ones mended, of right ones kept, and of wrong ones."""
     wrong = visible & (read != batch.tokens)
     right = visible & ~wrong

@@ -23,7 +23,7 @@ from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.annealing import annealed, check_anneal_steps
 from diffusion_t5x.objectives.likelihood import masked_bound
 from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass, normalized, stratified
-from diffusion_t5x.shapes import BoolBL, FloatBL, IntBL, IntScalar, KeyB, KeyScalar
+from diffusion_t5x.shapes import AnyBoolBL, BoolBL, FloatBL, IntBL, IntScalar, KeyB, KeyScalar
 
 Schedule = Literal["linear", "cosine"]
 Weighting = Literal["elbo", "uniform"]
@@ -146,7 +146,7 @@ class Masked(Objective):
         return self._sums(batch, masked, weights, nll, correct, output.auxiliary)
 
     def _sums(
-        self, batch: Batch, masked: BoolBL, weights: FloatBL, nll: FloatBL, correct: BoolBL, auxiliary: Auxiliaries
+        self, batch: Batch, masked: AnyBoolBL, weights: FloatBL, nll: FloatBL, correct: BoolBL, auxiliary: Auxiliaries
     ) -> LossSums:
         """Returns the loss and metrics of the masked targets."""
         nll = jnp.where(masked, nll, 0)
