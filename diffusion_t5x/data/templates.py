@@ -176,7 +176,7 @@ class Templates(OfTexts):
         rows = [self._row(template) for template in self._templates]
         if not self.have_unknown_lengths:
             return rows
-        num_spare = max(np.count_nonzero(row["holes"]) for row, _ in rows)
+        num_spare = max(int(np.count_nonzero(row["holes"])) for row, _ in rows)
         return [(self._with_spare_slots(row, num_spare), start) for row, start in rows]
 
     def _row(self, template: Template) -> tuple[Row, int]:
@@ -234,6 +234,11 @@ class Templates(OfTexts):
             raise UserError(f"{place}: {error}") from None
 
 
+def escape(text: str) -> str:
+    """Returns a part of a template that stands for this text, whatever holes it may seem to have."""
+    return _HOLE.sub(lambda match: match[1] * 2 + "\\" + match[0][len(match[1]) :], text)
+
+
 def _parse(line: str, place: str) -> Template:
     try:
         parsed = json_lines.parse(line, distinct=True)
@@ -272,7 +277,7 @@ def _split(text: str, place: str) -> tuple[list[str], list[Hole]]:
             holes.append(hole)
             parts.append("")
         elif hole.is_known and holes[-1].is_known:
-            holes[-1] = Hole(holes[-1].size + hole.size)
+            holes[-1] = Hole((holes[-1].size or 0) + (hole.size or 0))
         else:
             raise UserError(f"{place}: {written} follows another hole, and their lengths are not known: make them one.")
     parts[-1] += text[end:]

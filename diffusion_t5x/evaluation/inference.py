@@ -92,7 +92,7 @@ def predict(
         for row, example in enumerate(examples):
             text = np.flatnonzero(masks[row])
             texts = [to_text(output.tokens[row, text].tolist()) for output in (decoded, *others)]
-            targets = given if decoded.target_mask is None else decoded.target_mask
+            targets = given if decoded.target_mask is None else np.asarray(decoded.target_mask)
             record = {
                 **example,
                 "prediction": texts[0],

@@ -51,7 +51,7 @@ class Resizing(Masked):
         hole, borders, has_hole = self._holes(vocabulary, batch, keys)
         noisy = batch.replace(target_mask=jnp.where(has_hole, hole, batch.target_mask))
         _, tokens, weights = super()._corrupt(vocabulary, noisy, key)
-        masked = noisy.target_mask & (tokens == vocabulary.mask_id)
+        masked = jnp.asarray(noisy.target_mask) & (tokens == vocabulary.mask_id)
         sizes = self._sizes(masked, borders, has_hole & ~jnp.any(hole, axis=-1, keepdims=True), keys)
         batch, masked, source = resize(batch, masked, sizes, vocabulary)
         weights = jnp.take_along_axis(weights, source, axis=-1)
@@ -60,7 +60,7 @@ class Resizing(Masked):
     def _holes(self, vocabulary: TokenIds, batch: Batch, keys: KeyB) -> tuple[BoolBL, BoolBL, BoolBL]:
         """Returns each row's hole, the slots that a run of its masks may end before, and `[B, 1]` if it has one."""
         follows = jnp.pad(batch.segment_ids[:, 1:] > 0, ((0, 0), (0, 1)))
-        text = text_of(batch, vocabulary) & ~vocabulary.is_end(batch.tokens) & follows
+        text = jnp.asarray(text_of(batch, vocabulary)) & ~vocabulary.is_end(batch.tokens) & follows
         size = jnp.sum(text, axis=-1, keepdims=True)
         draws = jax.vmap(lambda key: jax.random.uniform(key, (3,), jnp.float32))(stream(keys, "span"))
         ends = jnp.sort(jnp.minimum((draws[:, 1:] * (size + 1)).astype(jnp.int32), size), axis=-1)

@@ -23,6 +23,7 @@ from diffusion_t5x.objectives.joint import Joint
 from diffusion_t5x.objectives.masked import Masked
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.objectives.policy_gradient import PolicyGradient
+from diffusion_t5x.objectives.resizing import Resizing
 from diffusion_t5x.objectives.sundae import Sundae
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.training.step import loss_of, make_train_step
@@ -32,6 +33,7 @@ OBJECTIVES = {
     "prefix": Autoregressive(prefix=True, normalize="sequences"),
     "sundae": Sundae(),
     "masked": Masked(),
+    "resizing": Resizing(hole_share=0.7),
     "block": Block(3),
     "clipped block": Block(3, times=(0.3, 0.8)),
     "aligned": Aligned(3),

@@ -157,9 +157,9 @@ def test_the_model_reads_a_row_without_the_slots_that_hold_nothing():
     order, read = without_gaps(batch, tokens, IDS)
     kept = [A, A, 10, MASK, B, EOS]
     assert np.take(np.asarray(tokens[0]), order[0])[:6].tolist() == kept
-    # The canvas has 14 slots, of which the hole has four; two of its slots are padding now.
-    assert read.segment_ids[0].tolist() == [1] * 14 + [0] * 4 and read.positions[0, :14].tolist() == list(range(14))
-    assert read.target_mask[0].tolist() == [False, False, True, True] + [False] * 14
+    # The row has 18 slots, of which the hole has four; spare ones take the place of two.
+    assert read.segment_ids[0].tolist() == [1] * 18 + [0] * 4 and read.positions[0, :18].tolist() == list(range(18))
+    assert read.target_mask[0].tolist() == [False, False, True, True] + [False] * 18
 
 
 def test_what_it_refuses():
