@@ -1,7 +1,7 @@
 """Code synthesis, scored by running the programs: MBPP, HumanEval and its infilling, from their authors' JSONL files.
 
-A gin file calls `mbpp`, `humaneval` or `humaneval_infilling`, which register a SeqIO task (see gin/tasks/mbpp.gin). An example has "tests" for
-its program; the metric runs them (`evaluation.code.execution`) and returns pass@k.
+A gin file calls `mbpp`, `humaneval` or `humaneval_infilling`, which register a SeqIO task (see gin/tasks/mbpp.gin). An
+example has "tests" for its program; the metric runs them (`evaluation.code.execution`) and returns pass@k.
 """
 
 import functools

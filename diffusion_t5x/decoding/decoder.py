@@ -135,8 +135,8 @@ class Decoded(flax.struct.PyTreeNode):
       num_drafted, num_accepted: numbers of tokens that a speculating decoder drafted and accepted; otherwise None.
       log_probability: of each written token in the step that wrote it, at temperature 1 over all ids that may be
         written; 0 where none was. Only from `BlockDecoder`; otherwise None.
-      target_mask: where the written targets are in `tokens`, if holes have found their length, see `Batch.holes`: the
-        rows are then without the slots that they did not need, with padding at the end. Otherwise None: where they were.
+      target_mask: where the written targets are in `tokens`, if holes have found their length (see `Batch.holes`): the
+        slots that they did not need are gone, with padding at the end. None: where the batch has its targets.
     """
 
     tokens: IntBL

@@ -16,6 +16,7 @@ from diffusion_t5x.decoding.decoder import Decoded, Watch
 from diffusion_t5x.decoding.rows import Carry
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.reading import Reading
+from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.slots import take_slots
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.shapes import Array, BoolBL, FloatBLD, IntB, IntBL, KeyB, KeyScalar
@@ -40,7 +41,8 @@ class ResizingDecoder(AbsorbingRule):
     """Fills holes of unknown length, with a model that was trained by `objectives.resizing`.
 
     A hole starts with some masks. Each step decides the most certain of them: it becomes a token, or at [expand] two
-    masks, or at [delete] goes away. A hole has at most the slots that `Batch.holes` gives it, and a row at most as many
+    masks, or at [delete] goes away. At temperature 0, these two are taken if they are more likely than not: the most
+    likely token may be less likely than [delete] only because there are many tokens. A hole has at most the slots that `Batch.holes` gives it, and a row at most as many
     expansions as its holes have slots; [expand] is not proposed beyond that. The model reads the row without the slots
     that hold no token, so a row is what it would be if the hole had always had that length. Holes of known length and
     whole targets are written one token per step, as by `MaskedDecoder` with num_steps = None.
@@ -144,8 +146,19 @@ class ResizingDecoder(AbsorbingRule):
         def read_out(logits, positions, may_expand, may_delete):
             ids = jnp.arange(logits.shape[-1])
             barred = ((ids == expand) & ~may_expand[..., None]) | ((ids == delete) & ~may_delete[..., None])
-            logits = jnp.where(barred, -jnp.inf, logits)
-            return propose(logits, keys, positions, vocabulary, self.sampling, "confidence")
+            allowed = forbid(jnp.where(barred, -jnp.inf, logits), vocabulary)
+            if not self.temperature:  # tokens share their probability: against a state, they count together
+                states = jax.nn.softmax(allowed)[..., jnp.array([expand, delete])]
+                unlikely = jnp.where(states > 0.5, 0, states)
+                barred = ((ids == expand) & (unlikely[..., :1] > 0)) | ((ids == delete) & (unlikely[..., 1:] > 0))
+                allowed = jnp.where(barred, -jnp.inf, allowed)
+                left = 1 - jnp.sum(unlikely, axis=-1)
+            else:
+                left = jnp.ones(positions.shape)
+            tokens, log_probability, certainty = propose(
+                allowed, keys, positions, vocabulary, self.sampling, "confidence"
+            )
+            return tokens, log_probability + jnp.log(left), certainty * left
 
         proposed, log_probability, certainty = model.map_logits(read_out, hidden, positions, may_expand, resizable)
         chosen = choose(certainty, eligible, jnp.ones(len(eligible)), self.threshold)
@@ -209,7 +222,7 @@ def in_hole(mask: BoolBL, holes: IntBL, before: bool = False) -> IntBL:
 
 
 def _rearranged(tokens: IntBL, expands: BoolBL, holes: IntBL, delete: int) -> IntBL:
-    """Returns the slot that each slot's content comes from: twice one that expands, L for nothing, last in each hole."""
+    """Returns the slot that each slot's content comes from: one that expands twice, and L, for nothing, last."""
     length = tokens.shape[1]
     resizable = holes > 0
     width = jnp.where(resizable & (tokens == delete), 0, 1 + expands)

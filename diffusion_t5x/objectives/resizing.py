@@ -1,6 +1,7 @@
 """Masked diffusion that also learns to resize holes: [expand] and [delete] (DreamOn, arXiv 2602.01326)."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +13,12 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.sampling import uniform
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.objectives.masked import Masked
-from diffusion_t5x.shapes import BoolBL, FloatBL, IntBL, KeyB, KeyScalar
-
-MOST_DELETED = 4  # masks too many in a run of fewer tokens; a longer run has at most as many as tokens
+from diffusion_t5x.shapes import BoolB1, BoolBL, FloatBL, IntBL, KeyB, KeyScalar
 
 
 @dataclasses.dataclass(frozen=True)
 class Resizing(Masked):
-    """As `Masked`; in some examples, only a hole in the text is noisy, and its number of masks may be wrong.
+    """As `Masked`; in some examples only a hole in the text is noisy, and its number of masks may be wrong.
 
     Each run of masks in a hole, between two tokens that are seen, stands for n >= 0 tokens with k masks. If k = n, the
     masks' targets are these tokens. If k > n, the last k - n targets are [delete]. If k < n, the last target is
@@ -33,18 +32,20 @@ class Resizing(Masked):
 
     Attributes:
       hole_share: share of examples with a hole, whose ends are drawn uniformly; the others are those of `Masked`.
-      resized_share: probability that a run's number of masks is wrong: as often too large as too small, if n > 1. For
-        n = 0 in a hole with tokens, it is multiplied by the share of masks.
+      most_masks: k is drawn from 1 to this, its logarithm uniformly, whatever n is: so k says nothing about n, as in a
+        hole of unknown length. Between two seen tokens of a hole (n = 0) it is drawn with the probability of a mask, and
+        otherwise 0.
     """
 
     hole_share: float = 0.5
-    resized_share: float = 0.5
+    most_masks: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("hole_share", "resized_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"Resizing.{name} must lie in [0, 1]; got {getattr(self, name)}.")
+        if not 0 <= self.hole_share <= 1:
+            raise UserError(f"Resizing.hole_share must lie in [0, 1]; got {self.hole_share}.")
+        if self.most_masks < 1:
+            raise UserError(f"Resizing.most_masks must be at least 1; got {self.most_masks}.")
 
     def _corrupt(self, vocabulary: TokenIds, batch: Batch, key: KeyScalar) -> tuple[Batch, IntBL, FloatBL]:
         keys = row_keys(stream(key, "holes"), batch.example_ids)
@@ -57,7 +58,7 @@ class Resizing(Masked):
         weights = jnp.take_along_axis(weights, source, axis=-1)
         return batch, jnp.where(masked, vocabulary.mask_id, batch.tokens), weights
 
-    def _holes(self, vocabulary: TokenIds, batch: Batch, keys: KeyB) -> tuple[BoolBL, BoolBL, BoolBL]:
+    def _holes(self, vocabulary: TokenIds, batch: Batch, keys: KeyB) -> tuple[BoolBL, BoolBL, BoolB1]:
         """Returns each row's hole, the slots that a run of its masks may end before, and `[B, 1]` if it has one."""
         follows = jnp.pad(batch.segment_ids[:, 1:] > 0, ((0, 0), (0, 1)))
         text = jnp.asarray(text_of(batch, vocabulary)) & ~vocabulary.is_end(batch.tokens) & follows
@@ -70,16 +71,15 @@ class Resizing(Masked):
         has_hole = (draws[:, :1] < self.hole_share) & (size > 0) & single
         return text & after_start & before_end, has_hole & after_start & (place <= ends[:, 1:]), has_hole
 
-    def _sizes(self, masked: BoolBL, borders: BoolBL, is_empty: BoolBL, keys: KeyB) -> IntBL:
+    def _sizes(self, masked: BoolBL, borders: BoolBL, is_empty: BoolB1, keys: KeyB) -> IntBL:
         """Returns the number of masks that each slot is to have before it; see `resize`."""
         n = run_lengths(masked)
         slots = jnp.broadcast_to(jnp.arange(masked.shape[1]), masked.shape)
-        which, more, size = (uniform(stream(keys, name), slots) for name in ("which", "more", "size"))
-        share = jnp.sum(masked, axis=-1, keepdims=True) / jnp.maximum(jnp.sum(borders, axis=-1, keepdims=True), 1)
-        odds = self.resized_share * jnp.where((n > 0) | is_empty, 1, jnp.minimum(share, 1))
-        fewer = 1 + (size * (n - 1)).astype(jnp.int32)
-        larger = n + 1 + (size * jnp.maximum(n, MOST_DELETED)).astype(jnp.int32)
-        return jnp.where(borders & (which < odds), jnp.where((n > 1) & (more < 0.5), fewer, larger), n)
+        which, size = (uniform(stream(keys, name), slots) for name in ("which", "size"))
+        num_masks = jnp.sum(masked, axis=-1, keepdims=True)
+        share = num_masks / jnp.maximum(num_masks + jnp.sum(borders, axis=-1, keepdims=True) - 1, 1)
+        drawn = jnp.exp(size * math.log(self.most_masks + 1)).astype(jnp.int32)
+        return jnp.where(borders & ((n > 0) | is_empty | (which < share)), jnp.minimum(drawn, self.most_masks), n)
 
 
 def run_lengths(masked: BoolBL) -> IntBL:
@@ -94,7 +94,7 @@ def resize(batch: Batch, masked: BoolBL, sizes: IntBL, vocabulary: TokenIds) -> 
 
     Args:
       batch: clean tokens, in rows of which those with a changed run hold one example.
-      masked: the masked slots, each with a slot that is not masked somewhere behind it.
+      masked: the masked slots. A run at the row's end stays as it is.
       sizes: for each slot that is not masked, the number of masks before it. Masks are added as far as padding or empty
         slots at the row's end make room.
       vocabulary: defines [expand], [delete] and padding.
@@ -107,10 +107,10 @@ def resize(batch: Batch, masked: BoolBL, sizes: IntBL, vocabulary: TokenIds) -> 
     slots = jnp.broadcast_to(jnp.arange(length), masked.shape)
     exists = batch.segment_ids > 0
     n = run_lengths(masked)
-    border = jnp.minimum(jax.lax.cummin(jnp.where(masked, length, slots), axis=1, reverse=True), length - 1)
-    k, whole = (jnp.take_along_axis(x, border, axis=1) for x in (sizes, n))
-    kept = ~masked | (n < k)
-    expands = masked & (n == k - 1) & (k < whole)
+    border = jax.lax.cummin(jnp.where(masked, length, slots), axis=1, reverse=True)
+    k, whole = (jnp.take_along_axis(x, jnp.minimum(border, length - 1), axis=1) for x in (sizes, n))
+    kept = ~masked | (n < k) | (border == length)
+    expands = masked & (n == k - 1) & (k < whole) & (border < length)
 
     text_end = jnp.max(jnp.where(exists & text_of(batch, vocabulary), slots + 1, 0), axis=-1, keepdims=True)
     old_end = jnp.sum(exists, axis=-1, keepdims=True)
@@ -135,5 +135,7 @@ def resize(batch: Batch, masked: BoolBL, sizes: IntBL, vocabulary: TokenIds) -> 
         target_mask=there & (deleted | ~is_old | moved(batch.target_mask)),
         segment_ids=jnp.where(there, jnp.maximum(moved(batch.segment_ids), 1), 0),
         positions=jnp.where(there, jnp.where(single, slots, moved(batch.positions)), 0),
+        written_at=None,  # they would have the places of the batch
+        written_log_probability=None,
     )
     return batch, there & is_old & (deleted | moved(masked)), source

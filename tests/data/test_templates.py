@@ -43,7 +43,7 @@ def ids(text):
 
 @pytest.mark.parametrize("architecture", ["decoder_only", "encoder_decoder"])
 def test_holes_of_unknown_length_have_slots_of_their_own(architecture, tmp_path):
-    dataset = dataclasses.replace(TASK, name="templates_with_sentinels", architecture=architecture)
+    dataset = dataclasses.replace(TASK, mixture_or_task_name="templates_with_sentinels", architecture=architecture)
     lines = {"template": "a<hole:?>b<hole:2?>c<hole:1>", "inputs": "xy"}, {"template": "<hole:3>d<hole:?>e<hole:?>"}
     found = templates(tmp_path, *lines, dataset=dataset)
     found.check()

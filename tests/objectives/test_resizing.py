@@ -52,7 +52,7 @@ def test_what_a_run_of_masks_stands_for(masked, sizes, targets):
     assert found.segment_ids.tolist() == [[1] * 10] and found.positions.tolist() == [list(range(10))]
 
 
-CANVAS = tiny.one_a_row([([3], [10, 11, 12, 13, 14, 1, *[0] * 10])] * 400)
+CANVAS = tiny.one_a_row([([3], [10, 11, 12, 13, 14, 1, *[0] * 20])] * 400)
 
 
 def states(objective):
@@ -63,7 +63,7 @@ def states(objective):
 def test_every_state_is_the_text_but_for_what_its_runs_say():
     targets, noisy, target_mask = states(Resizing(hole_share=1.0, epsilon=0.3))
     seen = noisy != MASK
-    assert (noisy[seen] == targets[seen]).all() and seen[:, 0].all() and seen[:, -1].all()
+    assert (noisy[seen] == targets[seen]).all() and seen[:, 0].all()
     assert not target_mask[:, 0].any() and target_mask[:, 1:].all()
     letters = {token: chr(token + 55) for token in range(10, 15)} | {1: "$", 0: ".", EXPAND: "+", DELETE: "-"}
     for row, visible in zip(targets[:, 1:].tolist(), seen[:, 1:], strict=True):
@@ -76,7 +76,7 @@ def test_every_state_is_the_text_but_for_what_its_runs_say():
         pattern = text.replace("-", "").replace("+", "[A-E]{2,}").replace("$", r"\$").rstrip(".")
         assert re.fullmatch(pattern, "ABCDE$"), text
     shares = [np.mean((targets == state).any(axis=1)) for state in (EXPAND, DELETE)]
-    assert 0.1 < shares[0] < 0.5 and 0.1 < shares[1] < 0.7
+    assert 0.1 < shares[0] < 0.5 and 0.3 < shares[1] < 0.9
 
 
 def test_without_holes_it_is_masked():
