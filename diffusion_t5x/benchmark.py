@@ -1,4 +1,4 @@
-"""Time decoders over text lengths (`decode`), training steps (`train`), or decoding in slots (`slots`).
+"""Time decoders over lengths (`decode`), training steps (`train`), decoding in slots (`slots`), or growth (`growth`).
 
 No task, no checkpoint and no TensorFlow is needed.
 
@@ -35,6 +35,7 @@ from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.partitioning import MeshConfig
 from diffusion_t5x.performance import stopwatch, train_speed
 from diffusion_t5x.performance.decode_times import DecodeTime, Measurements, show
+from diffusion_t5x.performance.growth_benchmark import GrowthBenchmark
 from diffusion_t5x.performance.slot_speed import SlotBenchmark
 from diffusion_t5x.performance.stopwatch import OutOfMemory, Stopwatch
 from diffusion_t5x.performance.train_speed import Case, StepWatch
@@ -215,10 +216,16 @@ def train(
         names = ", ".join(cases)
         print(terminal.safe(f"Would time training steps of {names} for {benchmark_output_dir} on {device}."))
         return
-    watches = {
-        label: StepWatch(device_mesh, case, optimizer, vocabulary_size, input_length, target_length, random_seed)
-        for label, case in cases.items()
-    }
+    watches = dict[str, StepWatch]()
+    for label, case in cases.items():
+        try:
+            sizes = vocabulary_size, input_length, target_length
+            watches[label] = StepWatch(device_mesh, case, optimizer, *sizes, random_seed)
+        except OutOfMemory:
+            raise UserError(
+                f"benchmark.train, {label}: a step does not fit into memory. Set a smaller BATCH_SIZE, or measure "
+                "fewer cases at once."
+            ) from None
     speeds = train_speed.take_turns(watches, num_steps, repeats)
     Console(width=None if sys.stdout.isatty() else 120).print(train_speed.table(speeds, device))
     settings = {"cases": cases, "vocabulary_size": vocabulary_size, **numbers, "random_seed": random_seed, "mesh": mesh}
@@ -228,7 +235,10 @@ def train(
 slots = verb("slots", SlotBenchmark)
 slots.__module__ = __name__  # which gin files name
 
-SUBCOMMANDS: dict[str, Callable[..., Any]] = {"decode": decode, "train": train, "slots": slots}
+growth = verb("growth", GrowthBenchmark)
+growth.__module__ = __name__
+
+SUBCOMMANDS: dict[str, Callable[..., Any]] = {"decode": decode, "train": train, "slots": slots, "growth": growth}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,7 +323,7 @@ class _Comparison:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs `decode`, `train` or `slots`, whichever the command line names first."""
+    """Runs the subcommand that the command line names first."""
     words = list(sys.argv[1:] if argv is None else argv)
     name = words[0] if words else ""
     with config.program():

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,16 +13,16 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from diffusion_t5x.errors import UserError, did_you_mean
 
-MESH_AXES = ("replica", "data", "fsdp", "sequence", "tensor")
+MESH_AXES = ("replica", "data", "fsdp", "expert", "sequence", "tensor")
 
 # Logical axis -> mesh axes. An axis not named here is never cut.
 LOGICAL_AXIS_RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("replica", "data", "fsdp"),
+    "batch": ("replica", "data", "fsdp", "expert"),
     "length": ("sequence",),
     "embed": ("fsdp",),
     "vocab": ("tensor",),
     "mlp": ("tensor",),
-    "experts": ("tensor",),
+    "experts": ("expert", "tensor"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
 }
@@ -45,6 +45,7 @@ class MeshConfig:
         between them.
       data: replicas of the parameters in a slice; -1 takes all devices that the other axes leave.
       fsdp: shards the batch, and parameters and optimizer state along `embed`.
+      expert: shards the batch, and the experts of a mixture; tokens travel to their experts (`mixture.routed`).
       sequence: shards activations along the length; every device gathers the keys and values of whole rows.
       tensor: shards heads, feed-forward layers, the experts of a mixture among devices, and vocabulary.
       rules: mesh axes of logical axes that override `LOGICAL_AXIS_RULES`, such as `{"embed": ("fsdp", "sequence")}`.
@@ -53,6 +54,7 @@ class MeshConfig:
     replica: int = 1
     data: int = -1
     fsdp: int = 1
+    expert: int = 1
     sequence: int = 1
     tensor: int = 1
     rules: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
@@ -87,7 +89,14 @@ class MeshConfig:
         axis_types = (AxisType.Auto,) * len(sizes)
         slices = len({getattr(device, "slice_index", 0) for device in devices})
         if slices == 1:
-            return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices)
+            try:
+                return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices)
+            except NotImplementedError as error:
+                raise UserError(
+                    f"This slice cannot be cut into {' × '.join(f'{n} {name}' for name, n in sizes.items() if n > 1)}: "
+                    "every axis of MeshConfig must be a product of some of the slice's own sizes, as 16 = 4 × 4 of "
+                    "4 × 4 × 4."
+                ) from error
         if self.replica != slices:
             raise UserError(f"The devices form {slices} slices: set MeshConfig.replica = {slices}, not {self.replica}.")
         within = [1, *list(sizes.values())[1:]]
@@ -127,13 +136,13 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
-def cut_on(mesh: AbstractMesh, axes: Sequence[str], shape: Sequence[int], taken: Collection[str] = ()) -> PartitionSpec:
-    """Returns the sharding of an activation with these logical axes, over no mesh axis that is `taken`.
+def cut_on(mesh: AbstractMesh, axes: Sequence[str], shape: Sequence[int]) -> PartitionSpec:
+    """Returns the sharding of an activation with these logical axes.
 
     Its `embed` axis stays whole, because the batch axis already uses the mesh axes that shard a parameter's. So does an
     axis that does not divide, such as the single token of a decoding step.
     """
-    rules, free, cuts = rules_of(mesh), set(MESH_AXES) - set(taken), []
+    rules, free, cuts = rules_of(mesh), set(MESH_AXES), []
     for axis, size in zip(axes, shape, strict=True):
         cut = tuple(name for name in rules.get(axis, ()) if name in free and axis != "embed")
         pieces = math.prod(mesh.shape[name] for name in cut)

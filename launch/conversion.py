@@ -8,10 +8,13 @@ judges the stories that the routes write. In both, the model is the start of all
     annealed       ar2diff_0, attention opens over the first half of the steps
     shifted        ar2diff_0, each token is predicted in the slot before its own
     block_growth   ar2diff_0, blocks of 1, then 2, then 4 tokens
+    aligned        ar2diff_0, hidden states are trained to match the model's own at the start
     off_policy     the teacher's distributions on the data, under random masks
     random_masks   the same on the student's own texts
     opdlm          the same in the states of the student's own decoding
     joint          ar2diff_0 plus the autoregressive loss: decodes either way, and by self-speculation (quickstart)
+    joint_drafts   the autoregressive loss plus drafts: decodes token by token, and several tokens in one pass
+                   (quickstart)
 
 chain: a small model learns a second-order Markov chain, which says what each symbol costs. Its routes are off_policy,
 opdlm and sft (mean cross-entropy of masked tokens), each in place and shifted, cold and warmed by a short off-policy
@@ -44,9 +47,11 @@ from diffusion_t5x.checkpointing.start import model_settings
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.objectives.alignment import Aligned
 from diffusion_t5x.objectives.block import Block
 from diffusion_t5x.objectives.distillation import Distillation
 from diffusion_t5x.objectives.joint import Joint
+from diffusion_t5x.objectives.joint_drafts import JointDrafts
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.performance.step_flops import rollout_flops, step_flops
 from diffusion_t5x.training.ramps import Ramp
@@ -56,6 +61,7 @@ BLOCK_SIZE = 4
 NUM_EVALUATIONS = 4  # on the way
 ADAPT_BATCH_SIZE, ADAPT_LENGTH = 16, 96  # rows of recipes/quickstart/pretraining.gin
 DIFFUSION = ["--gin_file=objectives/block.gin", "--gin.ROLLOUT=None"]
+DRAFTING = ["--gin_file=decoding/drafts.gin"]
 SHIFTED = ["--gin_file=adaptation/shifted.gin"]
 
 
@@ -86,10 +92,14 @@ ROUTES = {
     "annealed": [Stage([*DIFFUSION, "--gin_file=adaptation/annealed.gin", "--gin.ANNEAL_STEPS={1/2}"])],
     "shifted": [Stage([*DIFFUSION, *SHIFTED])],
     "block_growth": [Stage([*DIFFUSION, *GROWTH, "--gin.BLOCK_STAGES=((0, 1), ({1/4}, 2), ({1/2}, 4))"])],
+    "aligned": [Stage([*DIFFUSION, "--gin_file=adaptation/aligned.gin"], Aligned(BLOCK_SIZE))],
     "off_policy": [Stage(['--gin.STATES="random"', "--gin.ROLLOUT=None"], STUDENT)],
     "random_masks": [Stage(['--gin.STATES="random"'], STUDENT, writes=True)],
     "opdlm": [Stage([], STUDENT, writes=True)],
     "joint": [Stage([*DIFFUSION, "--gin_file=adaptation/joint.gin"], Joint(Block(BLOCK_SIZE)))],
+    "joint_drafts": [
+        Stage(["--gin_file=objectives/joint_drafts.gin", *DRAFTING, "--gin.ROLLOUT=None"], JointDrafts(BLOCK_SIZE))
+    ],
 }
 DECODERS = {
     "4 steps a block": [],
@@ -97,9 +107,8 @@ DECODERS = {
     "threshold 0.9": ["--gin.NUM_STEPS=None", "--gin.THRESHOLD=0.9"],
 }
 ONE_BY_ONE = ["--gin_file=decoding/autoregressive.gin"]
-AUTOREGRESSIVE_TOO = dict(
-    zip(conversion_report.AUTOREGRESSIVE, (ONE_BY_ONE, ["--gin_file=decoding/self_speculation.gin"]), strict=True)
-)
+AUTOREGRESSIVE_TOO = {"one by one": ONE_BY_ONE, "self-speculation": ["--gin_file=decoding/self_speculation.gin"]}
+AUTOREGRESSIVE_ONLY = {"one by one": ONE_BY_ONE, "drafts": DRAFTING}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +194,7 @@ def stories(output: pathlib.Path, args: argparse.Namespace) -> Ground:
         start=teacher,
         task="stories_continuations",
         metrics=("teacher_nll", "teacher_agreement", "distinct_1", "distinct_2", "distinct_3", "tokens_per_step"),
-        routes=["ar2diff_0", "annealed", "shifted", "block_growth", "off_policy", "random_masks", "opdlm"],
+        routes=["ar2diff_0", "annealed", "shifted", "block_growth", "aligned", "off_policy", "random_masks", "opdlm"],
         batch_size=16,
         num_inputs=16,
         num_targets=48,
@@ -235,6 +244,13 @@ def stage_flops(ground: Ground, stage: Stage, step: int) -> float:
     length = ground.num_inputs + ground.rollout.bucket(ground.rollout.length(written))
     learning = step_flops(ground.model, stage.objective, ground.batch_size, length)
     return learning + rollout_flops(ground.model, ground.rollout, ground.batch_size, ground.num_inputs, step)
+
+
+def decoders(route: str) -> dict[str, list[str]]:
+    """Returns the flags of each decoder that a route's students are scored with."""
+    if route == "joint_drafts":
+        return AUTOREGRESSIVE_ONLY
+    return DECODERS | (AUTOREGRESSIVE_TOO if route == "joint" else {})
 
 
 def keep_settings(output: pathlib.Path, **values: object) -> str:
@@ -306,7 +322,7 @@ def main() -> None:
         for route in routes:
             points += train_route(ground, route, seed, args.output / "students", args.steps, overrides)
             student = args.output / "students" / f"{route}_{seed}" / str(len(ROUTES[route]) - 1)
-            for decoder, flags in (DECODERS | (AUTOREGRESSIVE_TOO if route == "joint" else {})).items():
+            for decoder, flags in decoders(route).items():
                 shifted = SHIFTED if route == "shifted" else []
                 scores.append(evaluate(student, route, seed, decoder, [*flags, *shifted]))
         conversion_report.write(  # after each seed: what there is so far

@@ -90,6 +90,7 @@ def test_what_a_route_costs(conversion):
     # A student reads each row twice over, and reads out half of that; a teacher or a causal pass reads it once.
     assert 1 + 1 / 2 / 3 < cost["off_policy"] / cost["ar2diff_0"] < 1 + 1 / 3
     assert 1 + 1 / 2 < cost["joint"] / cost["ar2diff_0"] < 2
+    assert 1 + 1 / 8 < cost["aligned"] / cost["ar2diff_0"] <= 1 + 1 / 6  # its teacher reads, and computes no logits
     assert cost["opdlm"] > 1.4 * cost["off_policy"]
 
 

@@ -75,7 +75,9 @@ def test_a_command_of_the_pages_resolves(command, capsys, checkpoint, tmp_path, 
         sys.modules[module].main([*flags, "--print_config"])
         printed = capsys.readouterr()
         found = re.search(
-            r"^# Parameters for \w+\.(evaluate|score|infer|inspect_data|decode|train):$", printed.out, re.MULTILINE
+            r"^# Parameters for \w+\.(evaluate|score|infer|inspect_data|decode|growth|train):$",
+            printed.out,
+            re.MULTILINE,
         )
         assert found and not printed.err
         return

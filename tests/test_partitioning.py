@@ -24,7 +24,7 @@ from diffusion_t5x.training.state import abstract_state
 
 
 def abstract_mesh(data, fsdp, tensor, sequence=1):
-    return AbstractMesh((1, data, fsdp, sequence, tensor), MESH_AXES)
+    return AbstractMesh((1, data, fsdp, 1, sequence, tensor), MESH_AXES)
 
 
 def test_the_data_axis_takes_what_is_left():
@@ -34,9 +34,9 @@ def test_the_data_axis_takes_what_is_left():
 @pytest.mark.parametrize(
     "config,message",
     [
-        (MeshConfig(fsdp=3), "1 × 2 × 3 × 1 × 1 does not match 8 devices"),
-        (MeshConfig(data=4), "1 × 4 × 1 × 1 × 1 does not match 8 devices"),
-        (MeshConfig(fsdp=16), "1 × 1 × 16 × 1 × 1 does not match 8 devices"),
+        (MeshConfig(fsdp=3), "1 × 2 × 3 × 1 × 1 × 1 does not match 8 devices"),
+        (MeshConfig(data=4), "1 × 4 × 1 × 1 × 1 × 1 does not match 8 devices"),
+        (MeshConfig(fsdp=16), "1 × 1 × 16 × 1 × 1 × 1 does not match 8 devices"),
         (MeshConfig(fsdp=0), "at least 1"),
         (MeshConfig(data=-8, fsdp=-1), "at least 1"),
         (MeshConfig(rules={"embeds": ("fsdp",)}), "no logical axis 'embeds'. Did you mean"),
@@ -85,6 +85,22 @@ def test_slices_are_replicas():
     assert [{chip.slice_index for chip in chips} for chips in mesh.devices.reshape(2, 4)] == [{0}, {1}]
     with pytest.raises(UserError, match=r"2 slices: set MeshConfig\.replica = 2, not 1"):
         MeshConfig(fsdp=4).make(devices=chips)
+
+
+@dataclasses.dataclass(frozen=True)
+class TorusChip(Chip):
+    """One that says where it is in its slice."""
+
+    coords: tuple[int, ...] = ()
+    core_on_chip: int = 0
+
+
+def test_a_slice_that_cannot_be_cut_so_is_refused():
+    places = enumerate(np.ndindex(4, 4, 4))
+    chips = [TorusChip(n, 0, platform="tpu", device_kind="TPU v5", coords=place) for n, place in places]
+    assert MeshConfig(fsdp=4, expert=16).make(devices=chips).shape["expert"] == 16
+    with pytest.raises(UserError, match=r"cannot be cut into 8 fsdp × 8 expert: every axis of MeshConfig must be"):
+        MeshConfig(fsdp=8, expert=8).make(devices=chips)
 
 
 def specs(tree):
@@ -137,7 +153,7 @@ def test_each_mesh_has_its_own_rules():
     plain, other = MeshConfig().make(), MeshConfig(rules={"batch": ("data",), "embed": ()}).make()
     assert partitioning.rules_of(plain) == partitioning.LOGICAL_AXIS_RULES and plain != other
     assert partitioning.rules_of(other) == partitioning.LOGICAL_AXIS_RULES | {"batch": ("data",), "embed": ()}
-    assert partitioning.batch_sharding(plain).spec == P(("replica", "data", "fsdp"))
+    assert partitioning.batch_sharding(plain).spec == P(("replica", "data", "fsdp", "expert"))
     assert partitioning.batch_sharding(other).spec == P(("data",))
     with jax.set_mesh(other):
         x = jax.jit(lambda: partitioning.constrain(jnp.zeros((2, 3)), ("batch", "embed")))()
@@ -232,6 +248,7 @@ def test_fsdp_holds_an_eighth_and_gathers_nothing_but_parameters(on_meshes):
     [
         pytest.param("decoder_only", marks=pytest.mark.slow),
         pytest.param("encoder_decoder", marks=pytest.mark.slow),
+        pytest.param("experts", marks=pytest.mark.long),
         pytest.param("gpt2", marks=pytest.mark.long),
     ],
 )

@@ -99,8 +99,8 @@ class Prompts:
         if self.max_inputs is not None and len(tokens) > self.max_inputs:
             raise UserError(
                 f"The conversation is too long: with the chat template it has {len(tokens)} tokens, and the model "
-                f"takes {self.max_inputs} before an answer of {self.length}. Nothing is truncated: shorten it (/undo, "
-                "/reset), or set a smaller --length."
+                f"takes {self.max_inputs} before an answer of {self.length}. Nothing is truncated: shorten it (in a "
+                "chat, /undo or /reset), or ask for a shorter answer."
             )
         return self.row(tokens, number)
 

@@ -228,24 +228,44 @@ def check_files_used(verb: Callable[..., Any]) -> None:
     Other files may set what goes unused: commands name the decoder's file in training, and the objective's in decoding.
     """
     in_use = reached(verb)
-    used, unused = set(), dict[str, list[str]]()
-    for (scope, selector, parameter), found in gin_reading.set_by_files().items():
+    used, macros, unused = set(), dict[str, set[str]](), dict[str, list[gin_reading.Key]]()
+    for key, found in gin_reading.set_by_files().items():
+        scope, selector, _ = key
         if any(other == selector and _applies(scope, other_scope) for other, other_scope in in_use):
-            used.add(found.given)
+            if selector == _MACRO:
+                macros.setdefault(found.given, set()).add(scope)
+            else:
+                used.add(found.given)
         elif selector != _MACRO:
             used |= set() if _is_objective(selector) else {found.given}
-            unused.setdefault(found.given, []).append(name_of(scope, selector, parameter))
+            unused.setdefault(found.given, []).append(key)
+    # The block size of adaptation/block_growth.gin is part of its stages: that a run has one does not make it use them.
+    used |= {file for file, set_there in macros.items() if set_there - _needed(unused.get(file, []))}
     objectives = [selector.rpartition(".")[2] for selector, _ in in_use if _is_objective(selector)]
     for file in unused.keys() - used if objectives else ():
+        names, objective = ", ".join(name_of(*key) for key in unused[file]), " with ".join(dict.fromkeys(objectives))
         raise UserError(
-            f"--gin_file={file}: it would change nothing: it sets {', '.join(unused[file])}, and this run's objective "
-            f"is {' with '.join(dict.fromkeys(objectives))}. Leave the file out, or choose an objective that it adapts."
+            f"--gin_file={file}: it would change nothing: it sets {names}, and this run's objective is {objective}. "
+            "Leave the file out, or choose an objective that it adapts."
         )
 
 
 def _is_objective(selector: str) -> bool:
     module = sys.modules.get("diffusion_t5x.objectives.objective")  # whoever names an objective has imported it
     return module is not None and module.Objective in getattr(gin_config._REGISTRY[selector].wrapped, "__mro__", ())
+
+
+def _needed(keys: Collection[gin_reading.Key]) -> set[str]:
+    """Returns the macros that the values of bindings refer to, and those that these refer to."""
+    needed = set[str]()
+    values = [gin_config._CONFIG.get((scope, selector), {}).get(name) for scope, selector, name in keys]
+    while values:
+        for reference in gin_config.iterate_references({"value": values.pop()}):
+            macro = "/".join(reference.scopes)
+            if reference.configurable.wrapped is gin_config.macro and macro not in needed:
+                needed.add(macro)
+                values.append(gin_config._CONFIG.get((macro, _MACRO), {}).get("value"))
+    return needed
 
 
 def _users(macro: str) -> Iterator[gin_reading.Key]:

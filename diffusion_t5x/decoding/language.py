@@ -61,7 +61,7 @@ class Language:
         moves[_END] = ends
         shortest = _shortest(moves, {*accepting, _END})
         if start not in shortest:
-            raise UserError(f"No text of {pattern!r} can be spelled with the tokens of the vocabulary.")
+            raise UserError(f"No text of {_shown(pattern)} can be spelled with the tokens of the vocabulary.")
         self._index(start, moves, shortest, ids.size)
 
     def _index(
@@ -112,10 +112,10 @@ class Language:
         for length in sorted(set(lengths)):
             if fewest > length:
                 raise UserError(
-                    f"No text of {self.pattern!r} fits {length} tokens: the shortest takes {fewest}. {what}"
+                    f"No text of {_shown(self.pattern)} fits {length} tokens: the shortest takes {fewest}. {what}"
                 )
             if exactly and not self._has_text_of(length):
-                raise UserError(f"No text of {self.pattern!r} is exactly {length} tokens long. {what}")
+                raise UserError(f"No text of {_shown(self.pattern)} is exactly {length} tokens long. {what}")
 
     def _has_text_of(self, length: int) -> bool:
         """Returns True if a text has exactly `length` tokens, not counting one that ends it."""
@@ -169,7 +169,7 @@ def _compile(
         spelled = outlines_core.Vocabulary(unused, {**ids_of, **others, _MARK.encode(): [mark]})
         index = outlines_core.Index(whole, spelled)
     except (ValueError, TypeError) as error:
-        raise UserError(f"The regular expression {pattern!r} is refused: {error}. {_SYNTAX}") from error
+        raise UserError(f"The regular expression {_shown(pattern)} is refused: {error}. {_SYNTAX}") from error
     ends, start, moves = set(index.get_final_states()), index.get_initial_state(), index.get_transitions()
     accepting = {state for state, row in moves.items() if row.get(mark) in ends}
     reached: dict[int, dict[int, int]] = {}
@@ -179,6 +179,11 @@ def _compile(
             reached[state] = {token: end for token, end in moves.get(state, {}).items() if token < ids.size}
             queue += set(reached[state].values())
     return start, accepting & reached.keys(), reached
+
+
+def _shown(pattern: str) -> str:
+    """Returns a pattern for a message; one made from a JSON schema may be pages long."""
+    return repr(pattern if len(pattern) <= 200 else f"{pattern[:150]}...{pattern[-47:]}")
 
 
 def _without_anchors(pattern: str) -> str:

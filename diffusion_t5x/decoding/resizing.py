@@ -42,10 +42,12 @@ class ResizingDecoder(AbsorbingRule):
 
     A hole starts with some masks. Each step decides the most certain of them: it becomes a token, or at [expand] two
     masks, or at [delete] goes away. At temperature 0, these two are taken if they are more likely than not: the most
-    likely token may be less likely than [delete] only because there are many tokens. A hole has at most the slots that `Batch.holes` gives it, and a row at most as many
-    expansions as its holes have slots; [expand] is not proposed beyond that. The model reads the row without the slots
-    that hold no token, so a row is what it would be if the hole had always had that length. Holes of known length and
-    whole targets are written one token per step, as by `MaskedDecoder` with num_steps = None.
+    likely token may be less likely than [delete] only because there are many tokens.
+
+    A hole has at most the slots that `Batch.holes` gives it, and a row at most as many expansions as its holes have
+    slots; [expand] is not proposed beyond that. The model reads the row without the slots that hold no token, so a row
+    is what it would be if the hole had always had that length. Holes of known length and whole targets are written one
+    token per step, as by `MaskedDecoder` with num_steps = None.
 
     The score is the log-probability of each decision when it was taken, averaged over decisions. Higher is better.
 

@@ -1,26 +1,22 @@
 """A mixture of experts in place of a feed-forward layer: the router, the experts, and how evenly they are used."""
 
-import functools
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
+from diffusion_t5x.models.dispatch import routed
 from diffusion_t5x.models.experts import Experts
-from diffusion_t5x.models.layers import ACTIVATE, MLP, dequantizing, normal, param
-from diffusion_t5x.models.low_rank import LowRank
+from diffusion_t5x.models.layers import ACTIVATE, MLP, normal, param
 from diffusion_t5x.models.output import Auxiliaries, Auxiliary, Ratio
-from diffusion_t5x.models.quantized import Quantized
-from diffusion_t5x.partitioning import cut_on, rules_of
 from diffusion_t5x.shapes import BoolBL, FloatBLD, KeyB, KeyScalar
 
 FloatBLE = Float[jax.Array, "batch length experts"]
 IntBLC = Int[jax.Array, "batch length chosen"]
 FloatBLC = Float[jax.Array, "batch length chosen"]
+BoolBLC = Bool[jax.Array, "batch length chosen"]
 
+LOADS = "loads"
 _TINY = 1e-20  # added to a sum of factors, which could be 0, as in DeepSeek-V3 and LLaDA2
 
 
@@ -55,10 +51,13 @@ class Mixture(nnx.Module):
         bias = None if self.selection_bias is None else self.selection_bias.get_value()
         chosen, factors = choose(self.experts, scores, bias)
         kernels = tuple(kernel.get_value() for kernel in (self.wi_0, self.wi_1, self.wo))
-        update = routed(x, chosen, factors, kernels, ACTIVATE[self.activation])
+        update, kept = routed(x, chosen, factors, kernels, ACTIVATE[self.activation], self.experts.capacity_factor)
         if self.experts.shared_mlp_dim:
             update = update + self.shared(x, dropout_keys)[0]
-        return update, balance(self.experts, scores, chosen, counted)
+        statistics = balance(self.experts, scores, chosen, counted)
+        if self.experts.capacity_factor is not None:
+            statistics["dropped_choices"] = dropped(kept, counted)
+        return update, statistics
 
     def scores(self, x: FloatBLD) -> FloatBLE:
         """Returns the scores of all experts, float32: a rounded product could choose another expert."""
@@ -97,7 +96,8 @@ def balance(experts: Experts, scores: FloatBLE, chosen: IntBLC, counted: BoolBL)
     evenly. Rows count by their counted slots, so it adds up over microbatches.
 
     Statistics: "busiest_expert", the load of the layer's busiest expert as a multiple of the mean load, and
-    "idle_experts", the share of experts that read no counted slot.
+    "idle_experts", the share of experts that read no counted slot. With `bias_rate` also `LOADS`, the load of each
+    expert as a multiple of the mean load: a ratio of whole numbers, so that sums over microbatches are exact.
     """
     counted_f = counted.astype(jnp.float32)
     uses = jnp.sum(jax.nn.one_hot(chosen, experts.number, dtype=jnp.float32), axis=2) * counted_f[..., None]
@@ -109,72 +109,15 @@ def balance(experts: Experts, scores: FloatBLE, chosen: IntBLC, counted: BoolBL)
     loads, total = uses.sum(axis=(0, 1)), counted_f.sum()
     mean_load = jnp.maximum(total, 1) * experts.per_token / experts.number
     one = jnp.float32(1)
-    return {
+    ratio = Ratio(experts.number * loads, experts.per_token * total)
+    return ({LOADS: Auxiliary(ratio, per_layer=True)} if experts.bias_rate else {}) | {
         "balance": Auxiliary(Ratio(jnp.sum(per_row * counted_f.sum(axis=1)), total), experts.balance_weight),
         "busiest_expert": Auxiliary(Ratio(loads.max() / mean_load, one)),
         "idle_experts": Auxiliary(Ratio(jnp.mean(loads == 0, dtype=jnp.float32), one)),
     }
 
 
-Kernel = jax.Array | LowRank | Quantized
-Kernels = tuple[Kernel, Kernel, Kernel]
-
-
-def routed(
-    x: FloatBLD, chosen: IntBLC, factors: FloatBLC, kernels: Kernels, activation: Callable[[jax.Array], jax.Array]
-) -> FloatBLD:
-    """Returns the sum over a token's experts of `factor * wo(activation(wi_0 x) * wi_1 x)`.
-
-    Each device applies its own experts to the tokens; the outputs of all devices' experts are summed. Over an axis that
-    shards both experts and tokens (`MeshConfig.rules`), tokens are gathered first.
-
-    Args:
-      x: the tokens.
-      chosen, factors: see `choose`.
-      kernels: `wi_0` and `wi_1` `[E, D, inner]`, and `wo` `[E, inner, D]`.
-      activation: of the gate.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return _on_device(x, chosen, factors, kernels, activation, 0)
-    of_experts = tuple(axis for axis in rules_of(mesh)["experts"] if mesh.shape[axis] > 1)
-    of_tokens = cut_on(mesh, ("batch", "length", "embed"), x.shape, taken=of_experts)
-
-    def run(x, chosen, factors, kernels):
-        held = kernels[0].base.shape[0] if isinstance(kernels[0], LowRank) else kernels[0].shape[0]
-        first = jax.lax.axis_index(of_experts) * held if of_experts else 0
-        update = _on_device(x, chosen, factors, kernels, activation, first)
-        return jax.lax.psum(update, of_experts) if of_experts else update
-
-    specs = (of_tokens, of_tokens, of_tokens, PartitionSpec(of_experts))
-    return jax.shard_map(run, in_specs=specs, out_specs=of_tokens, check_vma=False)(x, chosen, factors, kernels)
-
-
-def _on_device(x, chosen, factors, kernels, activation, first):
-    """`routed` for the experts from number `first` on whose kernels are given; others return 0."""
-    wi_0, wi_1, wo = kernels
-    held = (wo.base if isinstance(wo, LowRank) else wo).shape[0]
-    per_token = chosen.shape[-1]
-    expert = chosen.reshape(-1) - first
-    expert = jnp.where((expert >= 0) & (expert < held), expert, held)  # those of other devices come last
-    order = jnp.argsort(expert, stable=True)
-    sizes = jnp.zeros(held, jnp.int32).at[expert].add(1, mode="drop")
-    tokens = x.reshape(-1, x.shape[-1])[order // per_token]
-    product = functools.partial(_grouped, sizes=sizes)
-    returned = product(activation(product(tokens, wi_0)) * product(tokens, wi_1), wo)
-    # Rows that belong to no group are undefined in the kernel's output.
-    returned = jnp.where((expert[order] < held)[:, None], returned, 0)[jnp.argsort(order)]
-    returned = returned.reshape(*chosen.shape, -1).astype(jnp.float32)
-    return jnp.sum(returned * factors[..., None], axis=2).astype(x.dtype)
-
-
-def _grouped(
-    x: Float[jax.Array, "rows inputs"], kernel: Kernel, *, sizes: Int[jax.Array, " experts"]
-) -> Float[jax.Array, "rows outputs"]:
-    """Returns the products of consecutive groups of rows with one matrix of the kernel each."""
-    if isinstance(kernel, LowRank):
-        update = _grouped(_grouped(x, kernel.down, sizes=sizes), kernel.up, sizes=sizes)
-        return _grouped(x, kernel.base, sizes=sizes) + jnp.asarray(kernel.scale, x.dtype) * update
-    if isinstance(kernel, Quantized):
-        return dequantizing(functools.partial(_grouped, sizes=sizes))(x, kernel)
-    return jax.lax.ragged_dot(x, kernel.astype(x.dtype), sizes)
+def dropped(kept: BoolBLC, counted: BoolBL) -> Auxiliary:
+    """Returns the share of the counted slots' choices whose experts have not read them."""
+    lost, counted = jnp.sum(~kept, axis=-1, dtype=jnp.float32), counted.astype(jnp.float32)
+    return Auxiliary(Ratio(jnp.sum(lost * counted), kept.shape[-1] * counted.sum()))

@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
@@ -77,9 +78,10 @@ class Quantized(flax.struct.PyTreeNode):
         if self.codes.dtype == jnp.int8:
             return (self.codes.astype(jnp.float32) * (self.absmax / _MOST)).astype(dtype)
         axis = self._packed
-        codes = _in_blocks(self.codes, axis, self.absmax.shape[axis])
-        codes = jnp.concatenate([codes & 15, codes >> 4], axis=axis + 1)
-        return _scaled(codes, jnp.expand_dims(self.absmax, axis + 1)).reshape(self.shape).astype(dtype)
+        codes = jnp.expand_dims(_in_blocks(self.codes, axis, self.absmax.shape[axis]), axis + 1).astype(jnp.int32)
+        low_and_high = jnp.arange(0, 8, 4).reshape(2, *[1] * (codes.ndim - axis - 2))
+        values = _value(codes >> low_and_high) * jnp.expand_dims(self.absmax, (axis + 1, axis + 2))
+        return values.astype(dtype).reshape(self.shape)
 
     def requantized(self, stacked: jax.Array) -> "Quantized":
         """Returns other stacked matrices quantized like these."""
@@ -151,14 +153,15 @@ def _nearest(x: jax.Array) -> jax.Array:
     return functools.reduce(operator.add, ((x > middle).astype(jnp.uint8) for middle in middles))
 
 
-def _scaled(codes: jax.Array, absmax: jax.Array) -> jax.Array:
-    """Returns NF4's values of codes times their blocks' largest ones.
+def _value(codes: jax.Array) -> jax.Array:
+    """Returns NF4's values of the codes in the lower four bits, float32.
 
-    They are selected bit by bit among the products: constants in the shape of the codes would be moved out of a scan
+    Selected bit by bit in integers. As a choice by masks, of which the TPU has few, this takes the compiler most of an
+    hour for a model of 8B. Written with `jnp.where`, constants in the shape of the codes would be moved out of a scan
     over layers, where all 16 of them would take memory.
     """
-    values = [absmax * value for value in NF4]
+    values = np.asarray(NF4, np.float32).view(np.int32).tolist()
     for bit in range(4):
-        is_set = (codes >> bit & 1).astype(bool)
-        values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
-    return values[0]
+        is_set = -(codes >> bit & 1)  # all bits or none
+        values = [low ^ (is_set & (low ^ high)) for low, high in zip(values[::2], values[1::2], strict=True)]
+    return jax.lax.bitcast_convert_type(values[0], jnp.float32)

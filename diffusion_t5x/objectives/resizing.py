@@ -33,8 +33,8 @@ class Resizing(Masked):
     Attributes:
       hole_share: share of examples with a hole, whose ends are drawn uniformly; the others are those of `Masked`.
       most_masks: k is drawn from 1 to this, its logarithm uniformly, whatever n is: so k says nothing about n, as in a
-        hole of unknown length. Between two seen tokens of a hole (n = 0) it is drawn with the probability of a mask, and
-        otherwise 0.
+        hole of unknown length. Between two seen tokens of a hole (n = 0) it is drawn as often as a token is masked, and
+        0 otherwise.
     """
 
     hole_share: float = 0.5

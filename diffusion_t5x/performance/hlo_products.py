@@ -1,4 +1,4 @@
-"""Floating-point operations of the matrix products, convolutions and attention kernels of a compiled program."""
+"""Floating-point operations of the matrix products, convolutions and kernels of a compiled program."""
 
 import functools
 import math
@@ -14,10 +14,12 @@ _KERNELS = (
     (re.compile(r"splash_m[hq]a_dq|flash_mha_bwd_dq"), 3),
     (re.compile(r"splash_m[hq]a_dkv|flash_mha_bwd_dkv"), 4),
 )
+# Kernels of products of rows with one matrix of several, and of the matrices' gradients.
+_GROUPED = re.compile(r"ragged-dot-none|tgmm")
 
 
 def product_flops(computation: Computation, instruction: Instruction) -> float:
-    """Returns the FLOPs of a matrix product, a convolution or an attention kernel on one device; otherwise 0."""
+    """Returns the FLOPs of a matrix product, a convolution or a kernel on one device; otherwise 0."""
     if instruction.opcode == "dot":
         left = computation.instructions[instruction.operands[0]].arrays[0]
         axes = find(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)[1]
@@ -28,13 +30,18 @@ def product_flops(computation: Computation, instruction: Instruction) -> float:
 
 
 def _kernel_flops(computation: Computation, instruction: Instruction) -> float:
-    """Returns the FLOPs for all pairs of queries and keys, although a kernel may skip masked blocks."""
-    products = next((count for name, count in _KERNELS if name.match(instruction.name)), 0)
-    if 'custom_call_target="tpu_custom_call"' not in instruction.attributes or not products:
+    """Returns the FLOPs for all pairs of queries and keys, although a kernel may skip masked blocks; or for all rows.
+
+    Rows of a mixture's buffers that are not in use cost nothing, but nobody knows their number.
+    """
+    if 'custom_call_target="tpu_custom_call"' not in instruction.attributes:
         return 0
     operands = [array for name in instruction.operands for array in computation.instructions[name].arrays[:1]]
-    queries, keys = [array for array in operands if "f" in array.dtype][:2]
-    return 2.0 * products * queries.size * keys.shape[-2]
+    floats = [array for array in operands if "f" in array.dtype]
+    if _GROUPED.match(instruction.name):
+        return 2.0 * floats[0].size * instruction.arrays[0].shape[-1]
+    products = next((count for name, count in _KERNELS if name.match(instruction.name)), 0)
+    return 2.0 * products * floats[0].size * floats[1].shape[-2] if products else 0
 
 
 def _convolution_flops(computation: Computation, instruction: Instruction) -> float:

@@ -1,10 +1,11 @@
 """Times decoders on whole texts: no task, no checkpoint, no TensorFlow."""
 
+import contextlib
 import os
 import pathlib
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax
@@ -76,6 +77,7 @@ class Stopwatch:
 
     Attributes:
       forwards: number of model passes in a run.
+      peak_bytes: memory of each device as planned by XLA.
 
     Raises:
       OutOfMemory: on the device or, if that is the CPU, in the machine.
@@ -86,17 +88,12 @@ class Stopwatch:
         self, mesh: Mesh, definition: ModelDefinition, params: Params, decoder: Decoder, batch: Batch, seed: int
     ):
         self._mesh = mesh
-        with jax.set_mesh(mesh):
-            try:
-                self._arguments = params, partitioning.put_batch(mesh, batch)
-                step = make_decode_step(mesh, definition, decoder, seed=seed)
-                self._step = step.lower(*self._arguments).compile()
-                _check_memory(self._step)
-                decoded = jax.device_get(self._step(*self._arguments))
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" in str(error):
-                    raise OutOfMemory from error
-                raise
+        with jax.set_mesh(mesh), noticing_memory():
+            self._arguments = params, partitioning.put_batch(mesh, batch)
+            step = make_decode_step(mesh, definition, decoder, seed=seed)
+            self._step = step.lower(*self._arguments).compile()
+            self.peak_bytes = peak_bytes(self._step)
+            decoded = jax.device_get(self._step(*self._arguments))
         ends = decoded.tokens[batch.target_mask] == definition.vocabulary.eos_id
         if np.any(ends):
             raise RuntimeError(f"{np.sum(ends)} of {np.size(ends)} targets were left out: this time is not meaningful.")
@@ -110,11 +107,28 @@ class Stopwatch:
             return time.perf_counter() - start
 
 
-def _check_memory(program: jax.stages.Compiled) -> None:
-    """Raises `OutOfMemory` if a program on the CPU needs more than there is: the system would kill the process."""
+@contextlib.contextmanager
+def noticing_memory() -> Iterator[None]:
+    """Raises `OutOfMemory` for a device's own error."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise OutOfMemory from error
+        raise
+
+
+def peak_bytes(program: jax.stages.Compiled) -> int:
+    """Returns the memory of each device as planned by XLA: arguments, results and intermediate values.
+
+    Raises:
+      OutOfMemory: on the CPU, if the machine has less: the system would kill the process.
+    """
+    peak = Memory.of(program).peak
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if jax.default_backend() == "cpu" and Memory.of(program).peak > there:
+    if jax.default_backend() == "cpu" and peak > there:
         raise OutOfMemory
+    return peak
 
 
 def saturating_batch(seconds_of: Callable[[int], float | None], start: int, most: int) -> int:

@@ -21,7 +21,6 @@ from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.performance import stopwatch
-from diffusion_t5x.performance.roofline import Memory
 from diffusion_t5x.performance.step_flops import step_flops
 from diffusion_t5x.performance.topology import CHIPS
 from diffusion_t5x.training.state import abstract_state, init_state
@@ -82,6 +81,9 @@ class StepWatch:
       peak_bytes: memory of each device as planned by XLA: state, batch and intermediate values.
       tokens: number of tokens in a step, over all devices.
       flops: FLOPs of a step, over all devices; see `performance.step_flops`.
+
+    Raises:
+      OutOfMemory: on the device or, if that is the CPU, in the machine.
     """
 
     def __init__(
@@ -103,13 +105,13 @@ class StepWatch:
         step = make_train_step(
             mesh, abstract, definition, case.objective, optimizer, seed=seed, microbatches=case.num_microbatches
         )
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), stopwatch.noticing_memory():
             self._batch = partitioning.put_batch(mesh, batch)
             start = time.monotonic()
             self._step = step.lower(abstract, self._batch).compile()
             self.compile_seconds = time.monotonic() - start
+            self.peak_bytes = stopwatch.peak_bytes(self._step)
             self._state = init_state(abstract, definition, optimizer, seed)
-        self.peak_bytes = Memory.of(self._step).peak
         is_encoder_decoder = case.model.architecture == "encoder_decoder"
         self.tokens = case.batch_size * (input_length + length)
         self.flops = step_flops(
@@ -119,9 +121,10 @@ class StepWatch:
             batch.tokens.shape[1],
             encoder_length=input_length if is_encoder_decoder else 0,
         )
-        self.seconds(1)
+        with stopwatch.noticing_memory():
+            self.seconds(1)
 
-    def seconds(self, num_steps: int) -> float:
+    def seconds(self, num_steps: int = 1) -> float:
         """Returns the seconds per step, averaged over `num_steps` consecutive steps."""
         with jax.set_mesh(self._mesh):
             start = time.perf_counter()

@@ -19,10 +19,12 @@ from diffusion_t5x import records, terminal
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.metrics import warn_of_small_difference
 from diffusion_t5x.evaluation.traces import texts
+from diffusion_t5x.performance import growth
 from diffusion_t5x.reporting import charts, shown
 from diffusion_t5x.reporting.animation import animate
 from diffusion_t5x.reporting.charts import Chart, Line
 from diffusion_t5x.reporting.decode_charts import decode_charts
+from diffusion_t5x.reporting.growth_charts import growth_charts
 from diffusion_t5x.reporting.runs import Curve, Record, Run, Scores, read_runs
 
 NUM_EXAMPLES = 20
@@ -99,6 +101,9 @@ def render(runs: Sequence[Run], kind: Literal["html", "md"] = "html") -> str:
             "traces": list(_traces(runs)),
             "decode_times": [(run.name, time) for run in runs for time in run.decode_times],
             "decode_charts": list(decode_charts([(run.name, run.decode_times) for run in runs]).values()),
+            "growth_columns": growth.COLUMNS,
+            "growth": [(run.name, line, growth.cells(line)) for run in runs for line in run.growth],
+            "growth_charts": list(growth_charts([(run.name, run.growth) for run in runs if run.growth]).values()),
             "palette": markupsafe.Markup(charts.PALETTE),
         }
     text = environment.get_template(f"report.{kind}").render(page)
@@ -198,7 +203,7 @@ def examples_table(runs: Sequence[Run], data_set: str) -> Mapping[str, Any]:
     wrong = [key for key, predictions in rows.items() if any(text != key[2] for text in predictions.values())]
     return {
         "data_set": data_set,
-        "columns": [(name, found.decoder) for name, found in columns],
+        "columns": [(f"{name}, at its start" if found.at_start else name, found.decoder) for name, found in columns],
         "total": len(rows),
         "first": table(list(rows)[:NUM_EXAMPLES]),
         "num_wrong": len(wrong),
@@ -229,6 +234,9 @@ def _contents(run: Run) -> Iterator[str]:
     if run.decode_times:
         lengths, labels = ({getattr(time, field) for time in run.decode_times} for field in ("length", "label"))
         yield f"decode times of {', '.join(sorted(labels))} at {_count(len(lengths), 'length')}"
+    if run.growth:
+        axes = ", ".join(dict.fromkeys(line.axis for line in run.growth))
+        yield f"growth of {', '.join(dict.fromkeys(line.name for line in run.growth))} with {axes}"
 
 
 def _count(number: int, noun: str) -> str:

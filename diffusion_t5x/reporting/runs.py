@@ -13,7 +13,9 @@ from diffusion_t5x.checkpointing import record
 from diffusion_t5x.checkpointing.checkpoints import open_checkpoint
 from diffusion_t5x.checkpointing.record import in_words
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.performance import growth
 from diffusion_t5x.performance.decode_times import DecodeTime, read_times
+from diffusion_t5x.performance.growth import Growth
 from diffusion_t5x.reporting import shown
 from diffusion_t5x.reporting.published import Published, matching
 
@@ -83,12 +85,21 @@ class Scores(OfDataSet):
 
 @dataclasses.dataclass(frozen=True)
 class Predictions(OfDataSet):
-    """Predictions for a task: records as `evaluation.inference.predict` yields them."""
+    """Predictions for a task.
+
+    Attributes:
+      task: the evaluated task.
+      decoder: as in `Scores`.
+      records: as `evaluation.inference.predict` yields them.
+      split: the task's split; "" if it is not on record.
+      at_start: they are of what a training run started from, which decoded this task again later.
+    """
 
     task: str
     decoder: str
     records: Sequence[Record]
     split: str = ""
+    at_start: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +110,7 @@ class Run:
       name: name of the folder, with enough of its parents to distinguish the runs.
       size: the model's size as text; "" if it is not on record.
       written: modification time of the newest file that was read (UTC).
-      curves, scores, predictions, decode_times: its contents of each kind; most runs have one or two kinds.
+      curves, scores, predictions, decode_times, growth: its contents of each kind; most runs have one or two kinds.
     """
 
     name: str
@@ -109,6 +120,7 @@ class Run:
     scores: Sequence[Scores]
     predictions: Sequence[Predictions]
     decode_times: Sequence[DecodeTime]
+    growth: Sequence[Growth] = ()
 
 
 def read_runs(folders: Iterable[str | pathlib.Path]) -> list[Run]:
@@ -153,26 +165,33 @@ def _natural(name: str) -> tuple[list[tuple[str, int]], str]:
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     """Returns the files that show that a verb wrote this folder, and which verb."""
-    patterns = (*_CURVES, "decode_time.json", *(at + name for at in ("", "checkpoint_*/") for name in _OUTPUTS))
+    patterns = (
+        *_CURVES,
+        "decode_time.json",
+        growth.FILE,
+        *(at + name for at in ("", "checkpoint_*/") for name in _OUTPUTS),
+    )
     files = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
     # The quickstart has a summary of the same name, in a form of its own.
     return [path for path in files if path.name != "results.json" or "results" in _read_json(path)]
 
 
 def _read_run(name: str, folder: pathlib.Path, files: Sequence[pathlib.Path]) -> Run:
-    curves, scores, predictions, decode_times, evaluated = [], [], [], [], []
+    curves, scores, predictions, decode_times, grown, evaluated = [], [], [], [], list[Growth](), []
     for path in files:
         with _whole(path):
             if path.name == "metrics.jsonl":
                 curves.append(_read_curve(path, folder / "config.gin"))
                 if curves[-1].kind == "inference_eval" and curves[-1].points:
-                    decoded = _inference_eval(folder, curves[-1])
-                    scores.append(decoded[0])
-                    predictions.append(decoded[1])
+                    for decoded in _inference_evals(folder, curves[-1]):
+                        scores.append(decoded[0])
+                        predictions.append(decoded[1])
             elif path.name == "results.json":
                 evaluated += [(found, path.parent) for found in _read_scores(path)]
             elif path.name == "decode_time.json":
                 decode_times += read_times(_read_json(path))
+            elif path.name == growth.FILE:
+                grown += growth.read(_read_json(path))
             elif (output := path.with_name(path.name.replace(".settings.json", ".jsonl"))).exists():
                 settings = _read_json(path)
                 if settings.get("mode") != "score":  # nothing was decoded
@@ -194,6 +213,7 @@ def _read_run(name: str, folder: pathlib.Path, files: Sequence[pathlib.Path]) ->
         scores=scores,
         predictions=predictions,
         decode_times=decode_times,
+        growth=grown,
     )
 
 
@@ -221,14 +241,16 @@ def _curves_of_scores(scores: Sequence[Scores]) -> Iterator[Curve]:
             yield Curve("inference_eval", task, points, split)
 
 
-def _inference_eval(folder: pathlib.Path, curve: Curve) -> tuple[Scores, Predictions]:
-    """Returns scores and predictions of a training run's last evaluation."""
-    step = max(step for points in curve.points.values() for step, _ in points)
-    metrics = {name: points[-1][1] for name, points in curve.points.items() if points[-1][0] == step}
-    records = _read_jsonl(folder / "inference_eval" / curve.task / f"predictions_{step}.jsonl")
+def _inference_evals(folder: pathlib.Path, curve: Curve) -> Iterator[tuple[Scores, Predictions]]:
+    """Yields scores and predictions of a training run's evaluations: of its start, if there is one, and the last."""
+    steps = {step for points in curve.points.values() for step, _ in points}
     decoder = shown.decoder(_decoder_of_run(folder))
-    scores = Scores(curve.task, folder.resolve().name, step, decoder, len(records), metrics, split=curve.split)
-    return scores, Predictions(curve.task, decoder, records, curve.split)
+    for step in sorted({max(steps)} | {0} & steps):
+        metrics = {name: value for name, points in curve.points.items() for at, value in points if at == step}
+        records = _read_jsonl(folder / "inference_eval" / curve.task / f"predictions_{step}.jsonl")
+        scores = Scores(curve.task, folder.resolve().name, step, decoder, len(records), metrics, split=curve.split)
+        at_start = step < max(steps)
+        yield scores, Predictions(curve.task, decoder, records, curve.split, at_start)
 
 
 def _read_scores(path: pathlib.Path) -> list[Scores]:

@@ -88,6 +88,7 @@ MISTAKES = [
     ("train", f"{FINETUNE} --gin.MIXTURE_OR_TASK_MODULE=my.tasks", ["MIXTURE_OR_TASK_MODULE", "--gin_allow=my"]),
     ("train", f"{FINETUNE} --gin_file=adaptation/block_growth.gin", ["it would change nothing", "objective is Sundae"]),
     ("train", f"{DISTIL} --gin_file=adaptation/annealed.gin", ["annealed.gin", "objective is Distillation"]),
+    ("train", f"{DISTIL} --gin_file=adaptation/block_growth.gin", ["block_growth.gin", "objective is Distillation"]),
     # What is forgotten.
     (
         "train",

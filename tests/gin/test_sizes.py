@@ -6,6 +6,7 @@ import pytest
 from diffusion_t5x.command_line import config
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.models.config import ModelConfig
+from diffusion_t5x.models.experts import Experts
 from diffusion_t5x.models.transformer import ModelDefinition
 
 # 256,000 rows with MASK: 2,000 times the 128 to which the embedding is rounded.
@@ -82,3 +83,25 @@ def test_number_of_parameters_of_qwen3(size):
     vocabulary = TokenIds(size=151_670, pad_id=0, eos_id=1, mask_id=151_669, start_id=0, noise_ranges=((2, 151_669),))
     found = ModelDefinition(ModelConfig(**gin.get_bindings(ModelConfig)), vocabulary).num_params()
     assert found == closed_form == published
+
+
+# Mixtures of experts: hidden, layers, heads, key-value heads, first layers without experts and their width, experts,
+# their width, that of the shared ones, vocabulary (huggingface.co/Qwen/Qwen3-30B-A3B, github.com/inclusionAI/dFactory).
+MIXTURES = {
+    "qwen3_30b_a3b": ("qwen3", (2048, 48, 32, 4, 0, 0, 128, 768, 0, 151_936), 30_532_122_624),
+    "llada2_mini": ("llada2", (2048, 20, 16, 4, 1, 5120, 256, 512, 512, 157_184), 16_255_643_392),
+}
+
+
+@pytest.mark.parametrize("size", MIXTURES)
+def test_number_of_parameters_of_mixtures(size):
+    model, (d, layers, heads, kv_heads, dense, d_ff, number, inner, shared, rows), published = MIXTURES[size]
+    attention = 2 * d * heads * 128 + 2 * d * kv_heads * 128 + 2 * 128
+    bias = number if model == "llada2" else 0
+    mixture = d * number + bias + 3 * d * (number * inner + shared)
+    stack = layers * (attention + 2 * d) + dense * 3 * d * d_ff + (layers - dense) * mixture + d
+    config.load([f"models/{model}.gin", f"sizes/{size}.gin"])
+    vocabulary = TokenIds(size=rows, pad_id=0, eos_id=1, mask_id=rows - 1, start_id=0, noise_ranges=((2, rows - 1),))
+    bindings = gin.get_bindings(ModelConfig) | {"experts": Experts(**gin.get_bindings(Experts))}
+    found = ModelDefinition(ModelConfig(**bindings), vocabulary).num_params()
+    assert found == 2 * rows * d + stack == published

@@ -1,4 +1,4 @@
-"""Three models, every objective, five meshes of eight devices: run by `test_partitioning.py`.
+"""Four models, every objective, five meshes of eight devices: run by `test_partitioning.py`.
 
 Usage: mesh_matrix.py MODEL. Prints as JSON, for each objective and mesh, the losses of 20 steps, how far the
 first step's gradients lie from one device's (relative norm), and the tokens that the objective's decoder writes.
@@ -34,6 +34,10 @@ MESHES = {
     "data_fsdp_tensor": MeshConfig(data=2, fsdp=2, tensor=2).make(),
     "sequence_tensor": MeshConfig(sequence=2, tensor=4).make(),
 }
+MESHES_OF_EXPERTS = {
+    "fsdp_expert": MeshConfig(fsdp=2, expert=4).make(),
+    "data_expert_tensor": MeshConfig(data=2, expert=2, tensor=2).make(),
+}
 PAIRS = {
     "Autoregressive": (Autoregressive(), AutoregressiveDecoder(temperature=0.7)),
     "Sundae": (Sundae(), SundaeDecoder(num_steps=2, num_samples=2)),
@@ -43,6 +47,7 @@ PAIRS = {
 EXAMPLES = tiny.random_examples(0, [(1 + n % 4, 8) for n in range(8)])
 MODELS = {
     "decoder_only": (tiny.RELATIVE, tiny.one_a_row(EXAMPLES, length=12)),
+    "experts": (tiny.EXPERTS, tiny.one_a_row(EXAMPLES, length=12)),
     "gpt2": (tiny.GPT2, tiny.one_a_row(EXAMPLES, length=12)),
     "encoder_decoder": (tiny.ENCODER_DECODER, tiny.pack_apart([[example] for example in EXAMPLES], 4, 8)),
 }
@@ -71,9 +76,11 @@ def norm(tree):
 
 
 def main(model):
-    seen = {}
+    seen, meshes = {}, MESHES
+    if model == "experts":
+        meshes = {name: MESHES[name] for name in ("one", "data_fsdp_tensor", "sequence_tensor")} | MESHES_OF_EXPERTS
     for name, pair in PAIRS.items():
-        runs = {mesh: see(MESHES[mesh], *MODELS[model], *pair) for mesh in MESHES}
+        runs = {mesh: see(meshes[mesh], *MODELS[model], *pair) for mesh in meshes}
         one = runs["one"][1]
         seen[name] = {
             mesh: {

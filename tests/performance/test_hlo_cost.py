@@ -198,6 +198,24 @@ def test_attention_kernels_count_by_their_shapes(name, products):
     assert found.flops == products * 2 * (2 * 4 * 256 * 64) * 128 + 2 * 8**3  # and what stands behind
 
 
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [("ragged-dot-none.2", ("512,64", "8,64,32", "512,32")), ("tgmm.3", ("64,512", "512,32", "8,64,32"))],
+)
+def test_kernels_of_groups_of_rows_count_each_row_once(name, shapes):
+    a, b, out = (f"bf16[{shape}]{{{'2,1,0' if shape.count(',') == 2 else '1,0'}}}" for shape in shapes)
+    text = f"""HloModule step
+
+ENTRY %main (s: s32[8], a: {a}, b: {b}) -> {out} {{
+  %s = s32[8]{{0}} parameter(0)
+  %a = {a} parameter(1)
+  %b = {b} parameter(2)
+  ROOT %{name} = {out} custom-call(%s, %a, %b), custom_call_target="tpu_custom_call"
+}}
+"""
+    assert ProgramCost(Program.parse(text)).total().flops == 2 * 512 * 64 * 32
+
+
 def test_a_reduce_scatter_of_several_arrays_is_one():
     text = """HloModule step, num_partitions=4
 

@@ -9,7 +9,6 @@ from diffusion_t5x import train
 from diffusion_t5x.command_line import config
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.evaluation.code import execution as code_execution
 from diffusion_t5x.evaluation.code.pass_at_k import passed_tests
 
 seqio = pytest.importorskip("seqio")
@@ -42,12 +41,6 @@ GAPS = {
     "MultiLineInfilling/HumanEval/1/L0_L1": "    x = 0\n    while square(x) < y:\n",
     "RandomSpanInfilling/HumanEval/1/1": "< y:\n        x +",
 }
-
-
-@pytest.fixture
-def isolation():
-    if not code_execution.protections().isolation:
-        pytest.skip(f"no isolation on this machine: {code_execution.protections().reason}")
 
 
 @pytest.fixture
