@@ -25,8 +25,8 @@ from diffusion_t5x.objectives.joint_drafts import JointDrafts
 from diffusion_t5x.objectives.masked import Masked
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.objectives.policy_gradient import PolicyGradient
-from diffusion_t5x.objectives.resizing import Resizing
 from diffusion_t5x.objectives.preferences import Preferences
+from diffusion_t5x.objectives.resizing import Resizing
 from diffusion_t5x.objectives.sandwiched import SandwichedPolicyGradient
 from diffusion_t5x.objectives.sundae import Sundae
 from diffusion_t5x.objectives.sundae_policy_gradient import SundaePolicyGradient
