@@ -59,10 +59,10 @@ class Editing(Masked):
     def passes(self) -> Sequence[Pass]:
         return (Pass(), Pass(encodes=False)) if self.draft_weight else (Pass(),)
 
-    def _corrupt(self, vocabulary: TokenIds, batch: Batch, key: KeyScalar) -> tuple[IntBL, FloatBL]:
-        tokens, weights = super()._corrupt(vocabulary, batch, key)
+    def _corrupt(self, vocabulary: TokenIds, batch: Batch, key: KeyScalar) -> tuple[Batch, IntBL, FloatBL]:
+        batch, tokens, weights = super()._corrupt(vocabulary, batch, key)
         if not self.random_share:
-            return tokens, weights
+            return batch, tokens, weights
 
         def row(key, tokens):
             replaced = jax.random.uniform(stream(key, "where"), tokens.shape, jnp.float32) < self.random_share
@@ -70,7 +70,7 @@ class Editing(Masked):
 
         replaced, noise = jax.vmap(row)(row_keys(stream(key, "errors"), batch.example_ids), tokens)
         visible = batch.target_mask & (tokens != vocabulary.mask_id)
-        return jnp.where(replaced & visible, noise, tokens), weights
+        return batch, jnp.where(replaced & visible, noise, tokens), weights
 
     def loss(
         self,
@@ -82,7 +82,7 @@ class Editing(Masked):
         teacher: Transformer | None = None,
     ) -> LossSums:
         dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids) if train else None
-        tokens, weights = self._corrupt(model.vocabulary, batch, key)
+        batch, tokens, weights = self._corrupt(model.vocabulary, batch, key)
         reading = Reading.of(batch, model.vocabulary, model.config.shifted, packed=True)
         batch = reading.fits(batch)
         encoded = model.encode(batch, dropout_keys)
