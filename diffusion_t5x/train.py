@@ -28,10 +28,11 @@ from diffusion_t5x.command_line.runnable import verb
 from diffusion_t5x.command_line.slice_flags import slice_dry_run
 from diffusion_t5x.data.cached_source import CachedDataset
 from diffusion_t5x.data.dataset import Dataset
+from diffusion_t5x.data.pair_source import check_pairs
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.evaluator import DecodeEval, Evaluator, LossEval, check_decoders, prepared
-from diffusion_t5x.evaluation.loading import check_datasets, load_model, load_teacher
+from diffusion_t5x.evaluation.loading import check_datasets, load_start, load_teacher
 from diffusion_t5x.evaluation.of_run import evaluate_run
 from diffusion_t5x.evaluation.screen import next_commands
 from diffusion_t5x.models.config import ModelConfig
@@ -201,6 +202,8 @@ class Training:
         if self.objective.needs_teacher and not path and not self.dry_run:
             raise no_teacher(self.objective)
         teacher_path = str(find_checkpoint(path)) if path else None
+        with_losses = [self.train_dataset, *(ev.dataset for ev in loss_evals)]
+        check_pairs(type(self.objective).__name__, self.objective.reads_pairs, with_losses)
         self._check_data(mesh, [*(ev.dataset for ev in loss_evals), *(ev.dataset for ev in decode_evals)])
         for ev in decode_evals:
             ev.dataset.check_scoring()
@@ -277,9 +280,8 @@ class Training:
     def _load_teacher(self, plan: "_Plan") -> Teacher | None:
         if plan.teacher_path is None:
             return None
-        if self.objective.taught_by_start:  # a student starts from the parameters, not from their moving average
-            given = (plan.teacher_path, self.model, plan.definition.vocabulary, plan.mesh)
-            return Teacher(*load_model(*given, use_ema=False, few_bits=self.frozen_dtype))
+        if self.objective.taught_by_start:
+            return load_start(plan.teacher_path, plan.definition, plan.mesh, self.frozen_dtype)
         judged = (plan.definition.vocabulary, plan.mesh, _ALLOW_MISMATCH, self.allow_mismatch, self.frozen_dtype)
         return load_teacher(plan.teacher_path, self.teacher_model or self.model, *judged)
 
@@ -309,8 +311,7 @@ class Training:
         on_mesh = (plan.mesh, plan.abstract, plan.definition)
         train_step = make_train_step(*on_mesh, seed=self.random_seed, teacher=teacher, **self._of_step())
         evals = (plan.loss_evals, plan.decode_evals)
-        judge_of_texts = None if self.objective.taught_by_start else teacher  # it reads token by token
-        evaluator = Evaluator(plan.mesh, plan.definition, self.objective, *evals, judge_of_texts)
+        evaluator = Evaluator(plan.mesh, plan.definition, self.objective, *evals, teacher)
         judge = Judge(self.bad_numbers, self.model_dir, begun.losses)
         description = f"{type(self.objective).__name__} on {self.train_dataset.name}"
         loop = TrainLoop(

@@ -13,6 +13,8 @@ judges the stories that the routes write. In both, the model is the start of all
     random_masks   the same on the student's own texts
     opdlm          the same in the states of the student's own decoding
     joint          ar2diff_0 plus the autoregressive loss: decodes either way, and by self-speculation (quickstart)
+    joint_drafts   the autoregressive loss plus drafts: decodes token by token, and several tokens in one pass
+                   (quickstart)
 
 chain: a small model learns a second-order Markov chain, which says what each symbol costs. Its routes are off_policy,
 opdlm and sft (mean cross-entropy of masked tokens), each in place and shifted, cold and warmed by a short off-policy
@@ -49,6 +51,7 @@ from diffusion_t5x.objectives.alignment import Aligned
 from diffusion_t5x.objectives.block import Block
 from diffusion_t5x.objectives.distillation import Distillation
 from diffusion_t5x.objectives.joint import Joint
+from diffusion_t5x.objectives.joint_drafts import JointDrafts
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.performance.step_flops import rollout_flops, step_flops
 from diffusion_t5x.training.ramps import Ramp
@@ -58,6 +61,7 @@ BLOCK_SIZE = 4
 NUM_EVALUATIONS = 4  # on the way
 ADAPT_BATCH_SIZE, ADAPT_LENGTH = 16, 96  # rows of recipes/quickstart/pretraining.gin
 DIFFUSION = ["--gin_file=objectives/block.gin", "--gin.ROLLOUT=None"]
+DRAFTING = ["--gin_file=decoding/drafts.gin"]
 SHIFTED = ["--gin_file=adaptation/shifted.gin"]
 
 
@@ -93,6 +97,9 @@ ROUTES = {
     "random_masks": [Stage(['--gin.STATES="random"'], STUDENT, writes=True)],
     "opdlm": [Stage([], STUDENT, writes=True)],
     "joint": [Stage([*DIFFUSION, "--gin_file=adaptation/joint.gin"], Joint(Block(BLOCK_SIZE)))],
+    "joint_drafts": [
+        Stage(["--gin_file=objectives/joint_drafts.gin", *DRAFTING, "--gin.ROLLOUT=None"], JointDrafts(BLOCK_SIZE))
+    ],
 }
 DECODERS = {
     "4 steps a block": [],
@@ -100,9 +107,8 @@ DECODERS = {
     "threshold 0.9": ["--gin.NUM_STEPS=None", "--gin.THRESHOLD=0.9"],
 }
 ONE_BY_ONE = ["--gin_file=decoding/autoregressive.gin"]
-AUTOREGRESSIVE_TOO = dict(
-    zip(conversion_report.AUTOREGRESSIVE, (ONE_BY_ONE, ["--gin_file=decoding/self_speculation.gin"]), strict=True)
-)
+AUTOREGRESSIVE_TOO = {"one by one": ONE_BY_ONE, "self-speculation": ["--gin_file=decoding/self_speculation.gin"]}
+AUTOREGRESSIVE_ONLY = {"one by one": ONE_BY_ONE, "drafts": DRAFTING}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,6 +246,13 @@ def stage_flops(ground: Ground, stage: Stage, step: int) -> float:
     return learning + rollout_flops(ground.model, ground.rollout, ground.batch_size, ground.num_inputs, step)
 
 
+def decoders(route: str) -> dict[str, list[str]]:
+    """Returns the flags of each decoder that a route's students are scored with."""
+    if route == "joint_drafts":
+        return AUTOREGRESSIVE_ONLY
+    return DECODERS | (AUTOREGRESSIVE_TOO if route == "joint" else {})
+
+
 def keep_settings(output: pathlib.Path, **values: object) -> str:
     """Records the settings that everything in a folder is made with. Returns an error if they differ, or "".
 
@@ -309,7 +322,7 @@ def main() -> None:
         for route in routes:
             points += train_route(ground, route, seed, args.output / "students", args.steps, overrides)
             student = args.output / "students" / f"{route}_{seed}" / str(len(ROUTES[route]) - 1)
-            for decoder, flags in (DECODERS | (AUTOREGRESSIVE_TOO if route == "joint" else {})).items():
+            for decoder, flags in decoders(route).items():
                 shifted = SHIFTED if route == "shifted" else []
                 scores.append(evaluate(student, route, seed, decoder, [*flags, *shifted]))
         conversion_report.write(  # after each seed: what there is so far

@@ -14,7 +14,7 @@ from route_advisor import Candidate
 from diffusion_t5x.reporting import charts
 from diffusion_t5x.reporting.charts import Line
 
-AUTOREGRESSIVE = ("one by one", "self-speculation")  # decoders that write what an autoregressive model does
+AUTOREGRESSIVE = ("one by one", "self-speculation", "drafts")  # decoders that write what an autoregressive model does
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +88,10 @@ def write(
     head = ["route", "decoding", *metrics, "million tokens", "TFLOP"]
     lines = [" | ".join(head), " | ".join(["---"] * 2 + ["---:"] * (len(head) - 2)), *map(" | ".join, rows)]
     text = "\n".join(f"| {line} |" for line in lines) + "\n"
-    if drafts := [score.metrics["acceptance"] for score in scores if "acceptance" in score.metrics]:
-        mean, low, _ = interval(drafts)
-        text += f"\nOf the tokens that self-speculation drafted, {mean:.1%} ± {mean - low:.1%} were accepted.\n"
+    drafting = [score for score in scores if "acceptance" in score.metrics]
+    for (route, decoder), found in _grouped(drafting, lambda score: (score.route, score.decoder)).items():
+        mean, low, _ = interval([score.metrics["acceptance"] for score in found])
+        text += f"\n{route}, {decoder}: {mean:.1%} ± {mean - low:.1%} of the drafted tokens were accepted.\n"
     if candidates := _candidates(metrics[0], scores, points):
         limits = {"budget": budget, "tokens_per_pass": tokens_per_pass}
         advice = route_advisor.table(candidates, lower_is_better=lower_is_better, **limits)

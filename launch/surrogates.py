@@ -1,6 +1,6 @@
 """Bias and variance of the policy gradient's surrogates, on a model small enough to enumerate all it can write.
 
-python launch/surrogates.py   (docs/rl.md says what the figures mean; a minute on one core)
+python launch/surrogates.py   (docs/rl.md says what the figures mean; three minutes on one core)
 """
 
 import dataclasses
@@ -19,19 +19,25 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.policy_gradient import PolicyGradient
+from diffusion_t5x.objectives.sandwiched import SandwichedPolicyGradient
 
 INPUTS, SIZE, WORDS = (5, 5, 3), 3, (2, 3, 4)  # one block, of words without an end
 MODEL = ModelDefinition(
     ModelConfig(embed_dim=16, num_layers=1, num_heads=2, head_dim=8, mlp_dim=16, vocab_size=8, tie_embeddings=False),
     TokenIds(size=7, pad_id=0, eos_id=1, mask_id=6, start_id=0, noise_ranges=((2, 5),), noise_only=True),
 )
-SURROGATES = {
+SURROGATES: dict[str, PolicyGradient | SandwichedPolicyGradient] = {
     "`trajectory`, all states": PolicyGradient(SIZE, draws=SIZE),
     "`trajectory`, 2 of 3 states": PolicyGradient(SIZE, draws=2),
     "`trajectory`, 1 of 3 states": PolicyGradient(SIZE, draws=1),
     "`one_step`": PolicyGradient(SIZE, "one_step", draws=1),
     "`coupled`, both masks": PolicyGradient(SIZE, "coupled", draws=2),
     "`coupled`, 1 of them": PolicyGradient(SIZE, "coupled", draws=1),
+    **{
+        f"bounds, `UPPER_WEIGHT={weight}`, {states}": SandwichedPolicyGradient(SIZE, draws=draws, upper_weight=weight)
+        for weight in (0.0, 0.5, 1.0)
+        for states, draws in (("all states", SIZE), ("1 of 3 states", 1))
+    },
 }
 
 
@@ -67,13 +73,13 @@ def ways() -> Batch:
 
 
 @functools.cache
-def program(objective: PolicyGradient) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def program(objective: PolicyGradient | SandwichedPolicyGradient) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """Returns the jitted `(params, texts, probability, key) -> (mean, mean square)` of the gradients over texts."""
 
     def moments(params: Any, texts: Batch, probability: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         def loss(params: Any, row: Batch) -> jax.Array:
             row = jax.tree.map(lambda x: x[None], row)
-            return -objective.loss(MODEL.bind(params), row, key).loss.numerator / objective.draws
+            return -row.tokens.shape[1] * objective.loss(MODEL.bind(params), row, key).loss.mean()
 
         prepared = objective.prepare_rollout(MODEL.bind(params), texts, key)
         rows = jax.tree.leaves(jax.vmap(jax.grad(loss), (None, 0))(params, prepared))
@@ -92,14 +98,14 @@ def measure(seed: int, num_draws: int) -> Iterator[Quality]:
     """
     rng, texts = np.random.default_rng(seed), ways()
     params = jax.tree.map(lambda x: jnp.asarray(0.5 * rng.standard_normal(x.shape), jnp.float32), MODEL.abstract())
-    all_states = SURROGATES["`trajectory`, all states"]
+    all_states = PolicyGradient(SIZE, draws=SIZE)
     each = jax.jit(lambda params: all_states.log_probabilities(MODEL.bind(params), texts, SIZE))(params)
     probability = jnp.exp(jnp.sum(each, axis=1)) / math.factorial(SIZE)
     assert abs(probability.sum() - 1) < 1e-4
     reward = np.repeat(rng.standard_normal(len(WORDS) ** SIZE), math.factorial(SIZE)).astype(np.float32)
     texts = texts.replace(written_log_probability=each, advantage=reward - probability @ reward)
 
-    def over_draws(objective: PolicyGradient) -> tuple[np.ndarray, float]:
+    def over_draws(objective: PolicyGradient | SandwichedPolicyGradient) -> tuple[np.ndarray, float]:
         keys = jax.random.split(jax.random.key(seed), num_draws)
         found = [program(objective)(params, texts, probability, key) for key in keys]
         return np.mean([mean for mean, _ in found], axis=0), float(np.mean([square for _, square in found]))

@@ -45,8 +45,8 @@ def _training_text() -> list[str]:
 
 
 @functools.cache
-def vocabulary_file() -> pathlib.Path:
-    """Returns the SentencePiece model, training it if the cache has none for this exact text (about 2 s, same bytes).
+def vocabulary_file() -> str:
+    """Returns the path of the SentencePiece model; trains it if the cache has none for this text (2 s, same bytes).
 
     Raises:
       UserError: the cache folder cannot be written.
@@ -78,7 +78,7 @@ def vocabulary_file() -> pathlib.Path:
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text), model_writer=model, **settings)
         _write_atomically(path, model.getvalue())
-    return path
+    return str(path)
 
 
 def _write_atomically(path: pathlib.Path, content: bytes) -> None:
@@ -100,7 +100,7 @@ class QuickstartVocabulary(SentencePieceVocabulary):
 
     @functools.cached_property
     def _model(self):
-        self.file = str(vocabulary_file())
+        self.file = vocabulary_file()
         return super()._model
 
     def source(self):

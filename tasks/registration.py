@@ -38,6 +38,7 @@ def task(
     postprocess_fn: Callable[..., Any] | None = None,
     shuffle_buffer: int = 1_000,
     inputs_end: bool = True,
+    has_rejected: bool = False,
 ) -> str:
     """Registers a task of texts and returns its name. Nothing is read yet.
 
@@ -55,6 +56,7 @@ def task(
       postprocess_fn: SeqIO's, for the metrics.
       shuffle_buffer: number of examples in the shuffle buffer; 1 for a source that shuffles by itself.
       inputs_end: inputs end in EOS. Targets do, unless the objective ends documents itself.
+      has_rejected: there are texts `rejected`, each a worse one than the targets for the same inputs.
 
     Raises:
       UserError: there is no vocabulary file; shots of a task without inputs or training examples; on first reading,
@@ -76,7 +78,7 @@ def task(
         if num_shots:
             found = Shots(found, num_shots, prepare, prepare, eval_on_fixed_exemplars=True)
             prepare = [functools.partial(seqio.experimental.fewshot_preprocessor, targets_prefix="\n")]
-        ends = {"inputs": inputs_end, "targets": True}
+        ends = {"inputs": inputs_end, "targets": True, "rejected": True}
         if getattr(objective, "ends_documents", False):
             ends = dict.fromkeys(ends, False)
         if objective is None:
@@ -86,6 +88,7 @@ def task(
             steps = [tokenize, objective, seqio.preprocessors.append_eos]
             buffer = max(shuffle_buffer, pretraining.SHUFFLE_BUFFER)
         names = [key for key in ("inputs", "targets") if has_inputs or objective or key == "targets"]
+        names += ["rejected"] if has_rejected else []
         return {
             "source": found,
             "preprocessors": [*prepare, *steps],

@@ -58,6 +58,15 @@ def test_data() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def isolation() -> None:
+    """Skips where the machine does not let programs run in isolation."""
+    from diffusion_t5x.evaluation.code import execution
+
+    if not execution.protections().isolation:
+        pytest.skip(f"no isolation on this machine: {execution.protections().reason}")
+
+
+@pytest.fixture(scope="session")
 def eight_devices() -> dict[str, str]:
     """The environment of a process that sees eight CPU devices: `subprocess.run(..., env=eight_devices)`."""
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"

@@ -44,6 +44,7 @@ def reinforce(start, folder, steps, *flags):
         "--gin.KL_WEIGHT=0.1",
         "--gin.Rollout.num_batches=3",
         "--gin.PASSES=2",
+        "--gin.linear.total_steps=8",
         "--gin.Periods.log=1",
         "--gin.Periods.save=4",
     ]

@@ -16,9 +16,10 @@ def surrogates(monkeypatch):
     return surrogates
 
 
-def test_trajectories_have_no_bias_and_the_others_do(surrogates):
-    found = dict(zip(surrogates.SURROGATES, surrogates.measure(seed=0, num_draws=50), strict=True))
-    every, two, one, all_masked, both, either = found.values()
+def test_trajectories_have_no_bias_and_the_others_do(surrogates, monkeypatch):
+    kept = [name for name in surrogates.SURROGATES if not name.startswith("bounds")]
+    monkeypatch.setattr(surrogates, "SURROGATES", {name: surrogates.SURROGATES[name] for name in kept})
+    every, two, one, all_masked, both, either = surrogates.measure(seed=0, num_draws=50)
     assert every.bias == 0 and two.bias < 0.3 and one.bias < 0.4
     assert every.deviation < two.deviation < one.deviation and both.deviation < either.deviation
     assert all_masked.bias > both.bias > 0.4 and all_masked.cosine < both.cosine < 0.99

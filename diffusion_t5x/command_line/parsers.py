@@ -66,6 +66,8 @@ def add_convert(parser: Parser) -> None:
             metavar="KEY,KEY",
             help=f"{keys} to read as if they were absent",
         )
+        bits = "quantize the matrices of layers: int8 or nf4 (default: float32)"
+        source.add_argument("--frozen_dtype", choices=("int8", "nf4"), metavar="DTYPE", help=bits)
     mask = "id of MASK, for a diffusion model whose files do not name it"
     from_hf.add_argument("--mask_id", type=int, metavar="ID", help=mask)
     blocks = "block size of a block diffusion model, if config.json does not give it"

@@ -53,9 +53,12 @@ class Examples:
 
 
 def _keys(batch: Batch) -> Sequence[tuple[bytes, bytes]]:
-    tokens = np.asarray(batch.tokens, np.int32)
-    masks = (np.asarray(batch.input_mask), np.asarray(batch.target_mask))
-    return [(row[given].tobytes(), row[asked].tobytes()) for row, given, asked in zip(tokens, *masks, strict=True)]
+    targets, asked = np.asarray(batch.tokens, np.int32), np.asarray(batch.target_mask)
+    inputs, given = targets, np.asarray(batch.input_mask)
+    if batch.encoder_tokens is not None:
+        inputs, given = np.asarray(batch.encoder_tokens, np.int32), np.asarray(batch.encoder_segment_ids) > 0
+    rows = zip(inputs, given, targets, asked, strict=True)
+    return [(read[is_read].tobytes(), row[is_asked].tobytes()) for read, is_read, row, is_asked in rows]
 
 
 def _fields(example: Example) -> dict[str, Any]:

@@ -113,6 +113,30 @@ class DecoderOnlyConverter(RowConverter):
         return ds.map(decode, num_parallel_calls=tf.data.AUTOTUNE)
 
 
+class PairConverter(DecoderOnlyConverter):
+    """Rows of two texts for the same inputs, `targets` and `rejected`, each as it would be in a row of its own.
+
+    The second one's segment is 2, and its positions begin at 0 again.
+    """
+
+    def __init__(self, canvas: bool = False, pad_id: int = 0):
+        super().__init__(canvas=canvas, pad_id=pad_id)
+        self.TASK_FEATURES["rejected"] = Spec(dtype=tf.int32)
+
+    def get_model_feature_lengths(self, task_feature_lengths: Mapping[str, int]) -> Mapping[str, int]:
+        return dict.fromkeys(self.MODEL_FEATURES, 2 * sum(self._of_text(task_feature_lengths).values()))
+
+    def convert_example(self, features: Features, task_feature_lengths: Mapping[str, int]) -> Features:
+        lengths = self._of_text(task_feature_lengths)
+        chosen = super().convert_example(features, lengths)
+        rejected = super().convert_example({**features, "targets": features["rejected"]}, lengths)
+        rejected = {**rejected, "segment_ids": 2 * rejected["segment_ids"]}
+        return {name: tf.concat([chosen[name], rejected[name]], 0) for name in chosen}
+
+    def _of_text(self, task_feature_lengths: Mapping[str, int]) -> Mapping[str, int]:
+        return {name: length for name, length in task_feature_lengths.items() if name != "rejected"}
+
+
 class EncoderDecoderConverter(RowConverter):
     """Rows for an encoder-decoder: `inputs` for the encoder, `targets` for the decoder, each of its own length."""
 

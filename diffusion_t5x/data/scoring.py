@@ -20,8 +20,28 @@ def score(task: "seqio.Task", records: Sequence[Mapping[str, Any]]) -> dict[str,
     targets, samples = ([pair[i] for pair in pairs] for i in range(2))
     scores: dict[str, float] = {}
     for metric in task.predict_metric_fns:
-        scores |= metric(targets, samples if takes_samples(metric) else [first for first, *_ in samples])
+        scores |= values(metric, targets, samples)
     return scores
+
+
+def values(
+    metric: Callable[..., Mapping[str, Any]], targets: Sequence[Any], samples: Sequence[Sequence[Any]]
+) -> dict[str, float]:
+    """Returns the values of a metric function by name, those in SeqIO's `Scalar` as numbers.
+
+    Args:
+      metric: the function; it gets the first sample of each example, or all if it `takes_samples`.
+      targets: each example's target.
+      samples: each example's postprocessed predictions, at least one.
+    """
+    found = metric(targets, samples if takes_samples(metric) else [first for first, *_ in samples])
+    return {name: getattr(value, "value", value) for name, value in found.items()}
+
+
+def name_of(metric: Callable[..., Any]) -> str:
+    """Returns the name of a metric function, or of that of a `functools.partial`."""
+    function = getattr(metric, "func", metric)
+    return getattr(function, "__name__", repr(function))
 
 
 def postprocessed(task: "seqio.Task", example: Mapping[str, Any], texts: Sequence[str]) -> tuple[Any, list[Any]]:

@@ -212,7 +212,7 @@ class SeqioDataset(OfTexts, LaidOut):
         from diffusion_t5x.data.train_iterator import TrainIterator
 
         ds = self._read(None, num_shards, shard_index, self.shuffle)
-        ds = self._converter(self.pack)(ds, self.task_feature_lengths)
+        ds = self._converter(self.pack)(ds, self._sequence_length())
         # Left alone, TensorFlow makes steps below the repeat run ahead. One that has seen the end of an epoch when the
         # position is saved forgets the state of that epoch's shuffling: the next epoch would come in another order.
         options = _without_autotuning()
@@ -258,7 +258,7 @@ class SeqioDataset(OfTexts, LaidOut):
         converter = self._converter(pack=False)
         examples = (
             self._eval_dataset(num_examples)
-            .map(lambda x: (converter.convert_example(x, self.task_feature_lengths), x), tf.data.AUTOTUNE)
+            .map(lambda x: (converter.convert_example(x, self._sequence_length()), x), tf.data.AUTOTUNE)
             .prefetch(self.batch_size)
             .with_options(_without_autotuning())
             .as_numpy_iterator()
@@ -313,7 +313,7 @@ class SeqioDataset(OfTexts, LaidOut):
         self, num_epochs: int | None = 1, num_shards: int = 1, shard_index: int = 0, shuffle: bool = False
     ) -> "tf.data.Dataset":
         return self._provider().get_dataset(
-            sequence_length=dict(self.task_feature_lengths),
+            sequence_length=self._sequence_length(),
             split=self.split,
             use_cached=self.use_cached,
             shuffle=shuffle,
@@ -322,6 +322,10 @@ class SeqioDataset(OfTexts, LaidOut):
             num_epochs=num_epochs,
             try_in_mem_cache=False,  # the cache would become part of every checkpoint
         )
+
+    def _sequence_length(self) -> dict[str, int]:
+        """Returns the number of tokens that features are cut to."""
+        return dict(self.task_feature_lengths)
 
     def _describe(self, example_id: int, example: dict[str, Any]) -> dict[str, Any]:
         described: dict[str, Any] = {"example_id": example_id}

@@ -77,6 +77,10 @@ class AutoregressiveDecoder(LeftToRight, RowDecoder):
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_k, self.top_p)
 
+    @property
+    def samples_model(self) -> bool:
+        return self.sampling == Sampling(1.0) and self.language is None
+
     def within(self, language: Language) -> Self:
         return dataclasses.replace(self, language=language)
 
@@ -95,6 +99,7 @@ class AutoregressiveDecoder(LeftToRight, RowDecoder):
             **start_row(batch, row_keys(key, batch.example_ids), encoded, canvas, history),
             "first_target": target_range(batch.target_mask)[0],
             "cache": cache,
+            "log_probability": jnp.zeros(canvas.shape, jnp.float32),
             "text": self.language and Span.whole(self.language, len(canvas)),
         }
 
@@ -112,6 +117,7 @@ class AutoregressiveDecoder(LeftToRight, RowDecoder):
         log_probability = jax.nn.log_softmax(logits)[rows, token]
         carry = show_rows(carry, slot, token[:, None], ~finished[:, None], log_probability[:, None])
         written_at = jnp.where(finished, carry["written_at"][rows, slot], step)
+        kept = jnp.where(finished, carry["log_probability"][rows, slot], log_probability)
         # A row is done after EOS (or pad), and where its canvas ends.
         is_last = ~jnp.pad(target_mask, ((0, 0), (0, 1)))[rows, slot + 1]
         return carry | {
@@ -119,10 +125,11 @@ class AutoregressiveDecoder(LeftToRight, RowDecoder):
             "cache": cache,
             "score": carry["score"] + jnp.where(finished, 0, log_probability),
             "written_at": write_rows(carry["written_at"], written_at[:, None], slot),
+            "log_probability": write_rows(carry["log_probability"], kept[:, None], slot),
             "row_steps": step + ~finished,
             "finished": finished | model.vocabulary.is_end(token) | is_last,
             "text": text and text.advance(self.language, token[:, None], ~finished[:, None]),
         }
 
     def finish(self, vocabulary: TokenIds, carry: Carry) -> Decoded:
-        return end_rows(carry, vocabulary)
+        return end_rows(carry, vocabulary).replace(log_probability=carry["log_probability"])

@@ -54,6 +54,10 @@ class BlockDecoder(RowDecoder):
         if self.inner.guidance:
             raise UserError(f"BlockDecoder.inner must have guidance = 0: its inputs are read once; got {self.inner}.")
 
+    @property
+    def samples_model(self) -> bool:
+        return self.inner.samples_model
+
     def within(self, language: Language) -> Self:
         return dataclasses.replace(self, inner=self.inner.within(language))
 

@@ -112,8 +112,6 @@ class StepRule(RowDecoder, Protocol):
 
     Attributes:
       keeps_written: a target is MASK until a step writes it, and keeps what that step wrote.
-      samples_model: a written token is a draw from the model's distribution, at temperature 1 over all that may be
-        written, and its position was chosen without a look at the draw.
       num_samples: canvases for each example, of which the one of best score is kept.
       guidance: g of classifier-free guidance (arXiv 2207.12598): each step reads the canvas once more with all inputs
         masked, and its logits are `u + (1 + g) (c - u)` of those without inputs, u, and with them, c. 0 reads once.
@@ -126,10 +124,6 @@ class StepRule(RowDecoder, Protocol):
     num_samples: int = 1
     guidance: float = 0.0
     language: Language | None = None
-
-    @property
-    def samples_model(self) -> bool:
-        return False
 
     def blank(self, batch: Batch, vocabulary: TokenIds, keys: KeyB) -> IntBL:
         """Returns the rows with the targets as they are before the first step."""

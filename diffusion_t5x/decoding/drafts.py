@@ -26,7 +26,7 @@ from diffusion_t5x.shapes import FloatBL, FloatBLV, IntB, IntBL, KeyB, KeyScalar
 
 @dataclasses.dataclass(frozen=True)
 class DraftingDecoder(RowDecoder):
-    """Autoregressive decoding, several tokens per pass, for a model trained with `Drafts`.
+    """Autoregressive decoding, several tokens per pass, for a model trained with `Drafts` or `JointDrafts`.
 
     Each pass reads the last pass's drafts from left to right and predicts the token after each: it accepts the drafts
     that equal what the model writes there, and one more token. The same pass makes new drafts, `block_size - 1` tokens
@@ -39,7 +39,7 @@ class DraftingDecoder(RowDecoder):
     rounds differently from a pass over one. The score is that decoder's score.
 
     Attributes:
-      block_size: as in training.
+      block_size: at most that of training.
       temperature, top_k, top_p: see `AutoregressiveDecoder`. Drafts are always the most likely tokens.
     """
 

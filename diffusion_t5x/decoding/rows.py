@@ -29,10 +29,16 @@ class RowDecoder(Decoder, Protocol):
     Attributes:
       stride: number of calls after which it pays to look which rows have finished.
       in_order: targets are written from the first to the last, and no call changes those of an earlier one.
+      samples_model: a written token is a draw from the model's distribution, at temperature 1 over all that may be
+        written, and its position was chosen without a look at the draw.
     """
 
     stride: ClassVar[int] = 1
     in_order: ClassVar[bool] = True
+
+    @property
+    def samples_model(self) -> bool:
+        return False
 
     def start(
         self,

@@ -76,6 +76,12 @@ class SundaeDecoder(StepRule):
     def modes(self) -> tuple[Mode, ...]:
         return (Mode.of(BIDIRECTIONAL, "uniform"),)
 
+    @property
+    def samples_model(self) -> bool:
+        """True if each step draws all targets of its one canvas, and every row takes all steps."""
+        free = self.temperature == 1 and self.language is None and not self.stop_when_unchanged
+        return free and self.update_share == 1 and self.num_samples == 1 and self.guidance == 0
+
     def within(self, language: Language) -> Self:
         if self.update_share != 1:
             raise UserError(

@@ -166,7 +166,7 @@ class Evaluator:
       definition: the model.
       objective: the objective of losses and likelihoods; None if there are none.
       loss_evals, decode_evals: the evaluations to run.
-      teacher: the objective's teacher; also judges decoded texts.
+      teacher: the objective's teacher; also judges decoded texts, unless the objective is taught by its start.
       likelihood_evals: likelihood evaluations to run.
       times_evals: searches to run.
       language: decoded texts are of it; None: they are any texts.
@@ -192,7 +192,8 @@ class Evaluator:
             if twice := {name for name in names if names.count(name) > 1}:
                 raise UserError(f"Two evaluations of the same kind on {twice.pop()!r}: run them separately.")
         self._mesh = mesh
-        self._judge = teacher and make_judge(mesh, teacher)
+        judges = teacher is not None and not (objective and objective.taught_by_start)  # it reads token by token
+        self._judge = make_judge(mesh, teacher) if teacher and judges else None
         self._language = language
         decoders = [ev.decoder if language is None else ev.decoder.within(language) for ev in decode_evals]
         self._decode_evals = [

@@ -1,6 +1,7 @@
 """Prepares a verb's work: checks that data and model fit, and loads a model's parameters."""
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ from jax.sharding import Mesh
 
 from diffusion_t5x import partitioning
 from diffusion_t5x.checkpointing import restoring
-from diffusion_t5x.checkpointing.assignment import Rule
+from diffusion_t5x.checkpointing.assignment import Rule, named_leaves
 from diffusion_t5x.checkpointing.checkpoints import AnyCheckpoint, OpenCheckpoint, open_checkpoint
 from diffusion_t5x.checkpointing.start import check_start
 from diffusion_t5x.data.batch import Batch
@@ -18,6 +19,7 @@ from diffusion_t5x.data.dataset import Dataset
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.decoding.decoder import Decoder
+from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.frozen import FrozenDefinition
@@ -68,6 +70,40 @@ def load_teacher(
         return Teacher(*load_model(checkpoint, config, vocabulary, mesh, few_bits=few_bits))
     except UserError as error:
         raise UserError(f"The teacher's checkpoint: {error}") from error
+
+
+def abstract_start(mesh: Mesh, definition: lora_training.LoraDefinition) -> Teacher:
+    """Returns the model from which a LoRA run starts as a teacher that shares the run's base.
+
+    Its own parameters, as shapes, are those that the run trains in full.
+    """
+    plain = ModelDefinition(definition.config, definition.vocabulary)
+    own = definition.only_whole(abstract_params(mesh, plain))
+    return Teacher(plain, own, lora_training.start_of)
+
+
+def load_start(
+    path: AnyCheckpoint, definition: ModelDefinition, mesh: Mesh, few_bits: FewBits | None = None
+) -> Teacher:
+    """Loads the model from which a run starts, not its moving average, as a teacher: see `abstract_start` for LoRA.
+
+    Args:
+      path: the run's initial checkpoint.
+      definition: the run's model.
+      mesh: the mesh for the parameters.
+      few_bits: quantize the layers' matrices, where they are not the run's base.
+    """
+    if not isinstance(definition, lora_training.LoraDefinition):
+        given = (path, definition.config, definition.vocabulary, mesh)
+        return Teacher(*load_model(*given, use_ema=False, few_bits=few_bits))
+    checkpoint = open_checkpoint(path)
+    definition.vocabulary.check_same(checkpoint.metadata["vocabulary"], str(checkpoint))
+    start = abstract_start(mesh, definition)
+    if not start.params:
+        return start
+    own = "|".join(map(re.escape, named_leaves(start.params)))
+    others = (rf"params/(?!({own})$).*", None)
+    return start._replace(params=restoring.restore_params(checkpoint, start.params, [others]))
 
 
 def load_model(
@@ -150,14 +186,17 @@ def abstract_batch(mesh: Mesh, dataset: Dataset, batch_size: int, rollout: Rollo
     """Returns shapes, dtypes and shardings of a training batch, from lengths only; with a rollout, of the longest."""
     sharding = partitioning.batch_sharding(mesh)
     lengths = dict(dataset.task_feature_lengths)
-    if rollout is not None:
-        lengths["targets"] = rollout.max_length
+
+    decoder = None if rollout is None else rollout.decoder
+    steps = decoder.num_steps if isinstance(decoder, SundaeDecoder) else None
 
     def rows(dtype: type, *shape: int) -> Any:  # it stands where an array will
         return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding)
 
     apart = dataset.architecture == "encoder_decoder"
-    length = lengths["targets"] if apart else sum(lengths.values())
+    length = lengths["targets"] if apart else dataset.row_length
+    if rollout is not None:  # of a decoder-only model
+        length += rollout.max_length - lengths["targets"]
     encoder = ("encoder_tokens", "encoder_segment_ids", "encoder_positions") if apart else ()
     return Batch(
         tokens=rows(np.int32, length),
@@ -167,6 +206,8 @@ def abstract_batch(mesh: Mesh, dataset: Dataset, batch_size: int, rollout: Rollo
         example_ids=rows(np.int32),
         written_at=rows(np.int32, length) if rollout is not None else None,
         written_log_probability=rows(np.float32, length) if rollout is not None else None,
+        canvases=rows(np.int32, steps, length) if steps is not None else None,
+        canvas_log_probability=rows(np.float32, steps, length) if steps is not None else None,
         advantage=rows(np.float32) if rollout is not None and rollout.rewards is not None else None,
         **{name: rows(np.int32, lengths["inputs"]) for name in encoder},
     )

@@ -5,9 +5,13 @@ Wilson's interval; a score that is not a mean over examples has a bootstrap over
 would vary between test sets of this size, not between training seeds.
 """
 
+import functools
+import logging
 import math
 import re
+import signal
 import statistics
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -94,12 +98,16 @@ def math_accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[st
 
     The answer of a text is the number right after the first "####" that has one, whatever follows: GSM8K's own rule.
     Otherwise it is what math-verify finds after the last "####" or in the whole text: the last \\boxed, formula or
-    number. A text without an answer is wrong.
+    number. A text without an answer is wrong, and so is one that math-verify reads or compares for more than five
+    seconds. That limit is an alarm: where the caller has set one, as rewards do, it is left to the caller, and outside
+    the main thread there is none.
 
     Raises:
       UserError: no examples, a different number of predictions, a target without an answer, or no math-verify.
     """
     parse, verify = _math_verify()
+    if threading.current_thread() is not threading.main_thread() or any(signal.getitimer(signal.ITIMER_REAL)):
+        parse, verify = functools.partial(parse, parsing_timeout=None), functools.partial(verify, timeout_seconds=None)
     _check(targets, predictions)
     answers = [[parse(_answer_of(text)) for text in texts] for texts in (targets, predictions)]
     for target, answer in zip(targets, answers[0], strict=True):
@@ -124,6 +132,8 @@ def _math_verify() -> tuple[Callable[..., Any], Callable[..., bool]]:
         from math_verify import parse, verify
     except ImportError as error:
         raise UserError("The metric math_accuracy needs math-verify: pip install diffusion_t5x[math]") from error
+    for name in ("parser", "grader"):  # they warn of the missing alarm, too
+        logging.getLogger(f"math_verify.{name}").setLevel(logging.ERROR)
     return parse, verify
 
 
@@ -165,8 +175,10 @@ def bootstrap_interval(
       num_resamples: number of test sets of the same size to draw, with replacement.
       seed: seed of the draws.
     """
-    rng = np.random.default_rng(seed)
     size = len(counts)
+    if size == 1:  # all resamples are equal
+        return (score(counts[0]),) * 2
+    rng = np.random.default_rng(seed)
     # How often each example is drawn, times what it adds.
     scores = [score(np.bincount(rng.integers(size, size=size), minlength=size) @ counts) for _ in range(num_resamples)]
     low, high = np.quantile(scores, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])

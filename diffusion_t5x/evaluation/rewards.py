@@ -5,6 +5,7 @@ Any function `f(text, example) -> float` is a reward, too (see `training.rewards
 
 import dataclasses
 import difflib
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -38,11 +39,17 @@ class Metric:
     scale: float = 100.0
 
     def check_here(self) -> None:
+        wanted = [name for name in ("scores", "aux_values") if name in inspect.signature(self.metric).parameters]
+        if wanted:  # by these names SeqIO knows them, too
+            raise UserError(
+                f"A reward judges texts, but the metric {scoring.name_of(self.metric)} takes {wanted[0]!r}: choose one "
+                "of targets and predictions."
+            )
         scoring.check_metrics([self.metric])
 
     def __call__(self, text: str, example: Example) -> float:
         target, prediction = self.dataset.postprocessed(text, example)
-        found = self.metric([target], [[prediction] if scoring.takes_samples(self.metric) else prediction])
+        found = scoring.values(self.metric, [target], [[prediction]])
         if self.name not in found:
             raise UserError(f"The metric of the reward has no value {self.name!r}, only {', '.join(found)}.")
         return found[self.name] / self.scale

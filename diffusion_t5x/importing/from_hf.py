@@ -16,6 +16,7 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.importing import families, hub, importing, output
 from diffusion_t5x.importing.families import Described
 from diffusion_t5x.importing.huggingface import CARRIED, CONFIG, Folder, read_json
+from diffusion_t5x.models.quantized import FewBits
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.block import Block
 
@@ -27,6 +28,7 @@ def from_hf(
     mask_id: int | None = None,
     block_size: int | None = None,
     config_only: bool = False,
+    frozen_dtype: FewBits | None = None,
 ) -> None:
     """Imports a model in Hugging Face format.
 
@@ -41,6 +43,7 @@ def from_hf(
       mask_id: the id of MASK, of a diffusion model whose files do not name it.
       block_size: of a block diffusion model, if config.json does not give it or gives another.
       config_only: reads no weights and writes no checkpoint.
+      frozen_dtype: quantizes the matrices of layers; embeddings, norms and routers stay float32.
 
     Raises:
       UserError: before anything is written: the folder's content is not supported or does not fit together, or the
@@ -60,7 +63,9 @@ def from_hf(
             records.write_json(to / CONFIG, read_json(to / CONFIG) | said)
         if not config_only:
             folder.note_tensors(to)
-        importing.write(to, final, folder, described, definition, tokenizer.name, folder.config["model_type"])
+        importing.write(
+            to, final, folder, described, definition, tokenizer.name, folder.config["model_type"], frozen_dtype
+        )
     checkpoint = "" if config_only else "checkpoints/checkpoint_0, "
     print(f"Wrote {final}: {checkpoint}{tokenizer.name}, model.gin")
 

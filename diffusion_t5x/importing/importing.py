@@ -12,7 +12,9 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.importing import output
 from diffusion_t5x.importing.families import Described, check_shapes, param_shapes
+from diffusion_t5x.importing.quantizing import quantized
 from diffusion_t5x.importing.weights import VOCABULARY_AXIS, Source, Weight
+from diffusion_t5x.models.quantized import FewBits
 from diffusion_t5x.models.transformer import ModelDefinition
 
 _FLOAT32 = np.dtype(np.float32)
@@ -45,6 +47,7 @@ def write(
     definition: ModelDefinition,
     tokenizer: str,
     kind: str,
+    frozen_dtype: FewBits | None = None,
 ) -> None:
     """Writes checkpoint_0, if there are weights, and model.gin; prints which tensor became which parameter.
 
@@ -54,6 +57,7 @@ def write(
       source, described, definition: the model.
       tokenizer: name of the tokenizer's file.
       kind: the kind of model, as text.
+      frozen_dtype: of the matrices of layers; None keeps float32.
     """
     shapes, rows, mask_id = param_shapes(definition), described.vocab_size, definition.vocabulary.mask_id
     config = definition.config
@@ -61,7 +65,8 @@ def write(
     gin = output.model_gin(title, config, "VOCABULARY_FILE", final / tokenizer, published.gin)
     if source.tensors:
         record = output.record_of(definition, final / tokenizer, published)
-        output.save(to, record, params(source, described, definition), gin)
+        arrays = params(source, described, definition)
+        output.save(to, record, quantized(arrays, definition, frozen_dtype) if frozen_dtype else arrays, gin)
     else:
         records.write_text(to / output.MODEL_GIN, gin)
 

@@ -26,7 +26,9 @@ class Experts:
         with the highest sum of their two best scores (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
       groups_per_token: see `groups`.
       selection_bias: each expert has a bias that is added to its scores when experts are chosen, and never to the
-        factors (arXiv 2408.15664). Training leaves it as it is: it has no gradient.
+        factors (arXiv 2408.15664). It has no gradient: `bias_rate` alone changes it.
+      bias_rate: after each training step, the bias of an expert with less than the mean load grows by this number,
+        and that of one with more shrinks by it: loss-free balancing. DeepSeek-V3 takes 0.001. 0 leaves the biases.
       balance_weight: factor of the balance loss, see `mixture.balance`, in the minimised loss. 0 only logs it.
       capacity_factor: where devices exchange tokens (`MeshConfig.expert`), the most that one sends to another, as a
         multiple of what it would send if all experts were used evenly. Choices beyond it, those with the smallest
@@ -44,6 +46,7 @@ class Experts:
     groups: int = 1
     groups_per_token: int = 1
     selection_bias: bool = False
+    bias_rate: float = 0.0
     balance_weight: float = 0.0
     capacity_factor: float | None = None
 
@@ -52,9 +55,11 @@ class Experts:
         for name in ("number", "per_token", "mlp_dim", "groups", "groups_per_token"):
             if getattr(self, name) < 1:
                 raise UserError(f"Experts.{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("shared_mlp_dim", "dense_layers", "balance_weight"):
+        for name in ("shared_mlp_dim", "dense_layers", "bias_rate", "balance_weight"):
             if getattr(self, name) < 0:
                 raise UserError(f"Experts.{name} must be at least 0, not {getattr(self, name)}.")
+        if self.bias_rate and not self.selection_bias:
+            raise UserError(f"Experts.bias_rate = {self.bias_rate} changes biases: set Experts.selection_bias = True.")
         if self.capacity_factor is not None and self.capacity_factor <= 0:
             raise UserError(
                 f"Experts.capacity_factor must be above 0, or None to drop no choice; not {self.capacity_factor}."

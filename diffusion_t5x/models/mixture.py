@@ -16,6 +16,7 @@ IntBLC = Int[jax.Array, "batch length chosen"]
 FloatBLC = Float[jax.Array, "batch length chosen"]
 BoolBLC = Bool[jax.Array, "batch length chosen"]
 
+LOADS = "loads"
 _TINY = 1e-20  # added to a sum of factors, which could be 0, as in DeepSeek-V3 and LLaDA2
 
 
@@ -95,7 +96,8 @@ def balance(experts: Experts, scores: FloatBLE, chosen: IntBLC, counted: BoolBL)
     evenly. Rows count by their counted slots, so it adds up over microbatches.
 
     Statistics: "busiest_expert", the load of the layer's busiest expert as a multiple of the mean load, and
-    "idle_experts", the share of experts that read no counted slot.
+    "idle_experts", the share of experts that read no counted slot. With `bias_rate` also `LOADS`, the load of each
+    expert as a multiple of the mean load: a ratio of whole numbers, so that sums over microbatches are exact.
     """
     counted_f = counted.astype(jnp.float32)
     uses = jnp.sum(jax.nn.one_hot(chosen, experts.number, dtype=jnp.float32), axis=2) * counted_f[..., None]
@@ -107,7 +109,8 @@ def balance(experts: Experts, scores: FloatBLE, chosen: IntBLC, counted: BoolBL)
     loads, total = uses.sum(axis=(0, 1)), counted_f.sum()
     mean_load = jnp.maximum(total, 1) * experts.per_token / experts.number
     one = jnp.float32(1)
-    return {
+    ratio = Ratio(experts.number * loads, experts.per_token * total)
+    return ({LOADS: Auxiliary(ratio, per_layer=True)} if experts.bias_rate else {}) | {
         "balance": Auxiliary(Ratio(jnp.sum(per_row * counted_f.sum(axis=1)), total), experts.balance_weight),
         "busiest_expert": Auxiliary(Ratio(loads.max() / mean_load, one)),
         "idle_experts": Auxiliary(Ratio(jnp.mean(loads == 0, dtype=jnp.float32), one)),

@@ -33,6 +33,12 @@ class Mode:
         assert not isinstance(size, jax.Array), "traced only inside a loss"
         return cls(kind.name, size, noise, kind.blocks_from)
 
+    def serves(self, use: Self) -> bool:
+        """Returns True if a model that learned this mode can be used in the other: the same one, or fewer drafts."""
+        # A draft does not see those after it, so the first ones are the same whatever their number.
+        fewer = self.attention == use.attention == "block_drafts" and (use.block_size or 0) <= (self.block_size or 0)
+        return use == (dataclasses.replace(self, block_size=use.block_size) if fewer else self)
+
     def __str__(self) -> str:
         blocks = f" in blocks of {self.block_size}" if self.block_size else ""
         if self.blocks_from == "row":

@@ -35,13 +35,19 @@ class Auxiliary(flax.struct.PyTreeNode):
     Attributes:
       ratio: usually a mean over tokens. The denominator must not depend on the parameters.
       weight: factor of the mean in the minimised loss.
+      per_layer: layers are kept apart, for the training step; neither minimised nor logged.
     """
 
     ratio: Ratio
     weight: float = flax.struct.field(pytree_node=False, default=0.0)
+    per_layer: bool = flax.struct.field(pytree_node=False, default=False)
 
     def __add__(self, other: Self) -> Self:
         return self.replace(ratio=self.ratio + other.ratio)
+
+    def over_layers(self) -> Self:
+        """Returns the mean over layers, whose axis is the first; itself if these are kept apart."""
+        return self if self.per_layer else jax.tree.map(lambda of_layers: of_layers.sum(axis=0), self)
 
 
 Auxiliaries = Mapping[str, Auxiliary]

@@ -129,6 +129,8 @@ class Reading(flax.struct.PyTreeNode):
             positions=place(batch.positions + 1, 0),
             written_at=None,  # they would have the places of the batch
             written_log_probability=None,
+            canvases=None,
+            canvas_log_probability=None,
         )
         return cls(read, slot, shifted)
 

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
+from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.models.sampling import forbid, is_likeliest
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.shapes import AnyIntBL, Array, BoolBL, FloatBL, FloatBLD
+from diffusion_t5x.shapes import AnyIntBL, Array, BoolBL, FloatBL, FloatBLD, FloatBLV
 
 LossSoftmax = Literal["allowed", "all"]
 
@@ -57,8 +58,15 @@ def score(
     """
 
     def read_out(logits, labels):
-        allowed = forbid(logits, model.vocabulary)
-        nll, _ = cross_entropy(allowed if softmax == "allowed" else logits, labels)
-        return nll, is_likeliest(allowed, labels)
+        return score_logits(logits, labels, model.vocabulary, softmax)
 
     return model.map_logits(read_out, hidden, labels)
+
+
+def score_logits(
+    logits: FloatBLV, labels: AnyIntBL, vocabulary: TokenIds, softmax: LossSoftmax = "allowed"
+) -> tuple[FloatBL, BoolBL]:
+    """`score` of logits."""
+    allowed = forbid(logits, vocabulary)
+    nll, _ = cross_entropy(allowed if softmax == "allowed" else logits, labels)
+    return nll, is_likeliest(allowed, labels)

@@ -286,7 +286,7 @@ class Stack(nnx.Module):
             layer = jax.checkpoint(layer, policy=policy)
         x, cached, auxiliary = self._scan(layer, x, (cached, inputs, jnp.arange(config.num_layers), kinds))
         hidden = dropout(self.final_norm(x), config.dropout_rate, keys[2])
-        return Output(hidden, jax.tree.map(lambda of_layers: of_layers.sum(axis=0), auxiliary)), cached
+        return Output(hidden, {name: loss.over_layers() for name, loss in auxiliary.items()}), cached
 
     def _scan(self, layer, x, of_layers):
         """Runs all layers; `of_layers` has an axis of layers. Returns x, and the layers' caches and own losses."""

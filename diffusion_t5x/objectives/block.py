@@ -26,7 +26,7 @@ from diffusion_t5x.objectives.likelihood import masked_bound
 from diffusion_t5x.objectives.masked import ALL_TIMES, SCHEDULES, Schedule, Times, Weighting, check_times, mask_targets
 from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass, normalized, stratified
 from diffusion_t5x.objectives.uniform_bound import uniform_bound
-from diffusion_t5x.shapes import AnyBoolBL, FloatBL, FloatBLD, FloatScalar, IntBL, IntScalar, KeyB, KeyScalar
+from diffusion_t5x.shapes import AnyBoolBL, FloatBL, FloatBLD, FloatScalar, IntB, IntBL, IntScalar, KeyB, KeyScalar
 
 
 def first_targets(batch: Batch) -> IntBL:
@@ -38,13 +38,21 @@ def first_targets(batch: Batch) -> IntBL:
     return jax.vmap(count_inputs)(batch.segment_ids, batch.input_mask)
 
 
-def block_starts(batch: Batch, block_size: int | IntScalar, blocks_from: BlocksFrom = "targets") -> IntBL:
+def block_starts(
+    batch: Batch, block_size: int | IntScalar, blocks_from: BlocksFrom = "targets", ahead: IntB | int = 0
+) -> IntBL:
     """The row index of the first target of the block that a target is in.
 
-    Undefined for inputs and padding. Arguments as in `AttentionKind`.
+    Undefined for inputs and padding.
+
+    Args:
+      batch: its targets are divided into blocks.
+      block_size, blocks_from: as in `AttentionKind`.
+      ahead: number of tokens, of each row or of all, by which blocks begin before the place they are counted from.
     """
     after_first = batch.positions - first_targets(batch)
-    in_block = (after_first if blocks_from == "targets" else batch.positions) % block_size
+    place = after_first if blocks_from == "targets" else batch.positions
+    in_block = (place + jnp.asarray(ahead)[..., None]) % block_size
     return jnp.arange(batch.tokens.shape[1]) - jnp.minimum(in_block, jnp.maximum(after_first, 0))
 
 

@@ -7,7 +7,7 @@ decoding (`training/rollout.py`).
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -34,10 +34,22 @@ from diffusion_t5x.shapes import AnyBoolBL, IntBL, IntScalar, KeyScalar
 
 
 class Teacher(NamedTuple):
-    """A frozen model: its structure, and parameters that are not shared or updated."""
+    """A frozen model.
+
+    Attributes:
+      definition: its structure.
+      params: its own parameters, which are not updated.
+      joined: `(own parameters, the student's) -> parameters`, for a teacher that shares what of the student is frozen.
+        None: all are its own.
+    """
 
     definition: ModelDefinition
     params: Params
+    joined: Callable[[Params, Params], Params] | None = None
+
+    def model(self, params: Params, student: Params) -> Transformer:
+        """Returns the model; inside a program its own parameters and the student's are arguments of that."""
+        return self.definition.bind(params if self.joined is None else self.joined(params, student))
 
 
 def visited_states(

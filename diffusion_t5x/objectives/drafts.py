@@ -11,7 +11,7 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.attention import KVCache
-from diffusion_t5x.models.masks import CAUSAL, AttentionKind
+from diffusion_t5x.models.masks import CAUSAL, AttentionKind, Slots
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.output import Ratio
 from diffusion_t5x.models.reading import shift_right, shifted_slots
@@ -21,7 +21,7 @@ from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import block_starts
 from diffusion_t5x.objectives.divergences import divergence
 from diffusion_t5x.objectives.objective import Likelihood, LossSums, Objective, Pass
-from diffusion_t5x.shapes import AnyBoolBL, FloatBLD, IntBL, IntScalar, KeyScalar
+from diffusion_t5x.shapes import AnyBoolBL, BoolBL, FloatBLD, IntBL, IntScalar, KeyScalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,18 +95,8 @@ class Drafts(Objective):
             return divergence(target, logits), agree
 
         distance, agree = model.map_logits(compare, drafts, clean)
-        # A draft is of use if all before it in its block are right.
-        wrong = jnp.cumsum(drafted & ~agree, axis=-1)
-        accepted = drafted & (wrong == jnp.take_along_axis(wrong, jnp.clip(starts, 0), axis=-1))
-        count, blocks = (jnp.sum(x, dtype=jnp.float32) for x in (drafted, is_first))
-        return LossSums(
-            loss=Ratio(jnp.sum(jnp.where(drafted, distance, 0)), count),
-            metrics={
-                "agreement": Ratio(jnp.sum(drafted & agree, dtype=jnp.float32), count),
-                # If each block of the given text were decoded by itself.
-                "tokens_per_pass": Ratio(blocks + jnp.sum(accepted, dtype=jnp.float32), blocks),
-            },
-        )
+        loss = Ratio(jnp.sum(jnp.where(drafted, distance, 0)), jnp.sum(drafted, dtype=jnp.float32))
+        return LossSums(loss=loss, metrics=worth(agree, drafted, is_first, starts))
 
     def _hidden(self, model: Transformer, batch: Batch, drafted: AnyBoolBL, starts: IntBL) -> tuple[FloatBLD, FloatBLD]:
         """Returns the hidden states that predict tokens left to right, and those that draft them."""
@@ -117,14 +107,7 @@ class Drafts(Objective):
         cache = KVCache.empty(model.config, slots)
         clean, cache = jax.lax.stop_gradient(model.extend(tokens, CAUSAL, cache, at, encoded))
 
-        ahead = jnp.arange(length) - starts  # of the certain token, which a draft cannot see either
-        of_drafts = slots.replace(
-            segment_ids=jnp.where(drafted, slots.segment_ids, 0),
-            is_input=jnp.zeros_like(drafted),
-            seen=jnp.asarray(slots.positions) - ahead + 1,
-        )
-        slots = slots.replace(seen=jnp.full_like(starts, -1))
-        both = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), slots, of_drafts)
+        both = with_drafts(slots, drafted, starts)
         keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, length), (0, 0), (0, 0))) for x in (cache.keys, cache.values))
         masks = jnp.full_like(tokens, vocabulary.mask_id)
         drafts, _ = model.extend(masks, self._of_drafts, KVCache(keys, values, both), at + length, encoded)
@@ -133,3 +116,41 @@ class Drafts(Objective):
     def log_likelihood(self, model: Transformer, batch: Batch, key: KeyScalar, num_draws: int) -> Likelihood:
         """Exact: drafts are checked, so texts have the distribution of token-by-token decoding."""
         return Autoregressive().log_likelihood(model, batch, key, num_draws)
+
+
+def with_drafts(slots: Slots, drafted: AnyBoolBL, starts: IntBL) -> Slots:
+    """Returns the slots of rows twice as long: the clean tokens, and behind them a draft of each token.
+
+    Args:
+      slots: of the clean tokens, read from left to right.
+      drafted: the tokens that have a draft; the slots of the others are empty.
+      starts: see `block_starts`. A draft sees what the first token of its block sees, and the drafts between.
+    """
+    ahead = jnp.arange(starts.shape[1]) - starts  # of the certain token, which a draft cannot see either
+    of_drafts = slots.replace(
+        segment_ids=jnp.where(drafted, slots.segment_ids, 0),
+        is_input=jnp.zeros_like(drafted),
+        seen=jnp.asarray(slots.positions) - ahead + 1,
+    )
+    slots = slots.replace(seen=jnp.full_like(starts, -1))
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), slots, of_drafts)
+
+
+def worth(agree: BoolBL, drafted: AnyBoolBL, is_first: AnyBoolBL, starts: IntBL) -> dict[str, Ratio]:
+    """Returns metrics of drafts: the share that agrees with the model, and the tokens that a pass would write.
+
+    Args:
+      agree: the drafts that are the model's most likely token.
+      drafted: the tokens that have a draft.
+      is_first: the first tokens of blocks.
+      starts: see `block_starts`.
+    """
+    # A draft is of use if all before it in its block are right.
+    wrong = jnp.cumsum(drafted & ~agree, axis=-1)
+    accepted = drafted & (wrong == jnp.take_along_axis(wrong, jnp.clip(starts, 0), axis=-1))
+    count, blocks = (jnp.sum(x, dtype=jnp.float32) for x in (drafted, is_first))
+    return {
+        "agreement": Ratio(jnp.sum(drafted & agree, dtype=jnp.float32), count),
+        # If each block of the given text were decoded by itself.
+        "tokens_per_pass": Ratio(blocks + jnp.sum(accepted, dtype=jnp.float32), blocks),
+    }

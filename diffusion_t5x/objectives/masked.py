@@ -15,7 +15,7 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError, check_choices
 from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind
 from diffusion_t5x.models.modes import Mode
-from diffusion_t5x.models.output import Ratio
+from diffusion_t5x.models.output import Auxiliaries, Ratio
 from diffusion_t5x.models.reading import Reading, model_reads
 from diffusion_t5x.models.readout import LossSoftmax, score
 from diffusion_t5x.models.streams import row_keys, stream
@@ -23,7 +23,7 @@ from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.annealing import annealed, check_anneal_steps
 from diffusion_t5x.objectives.likelihood import masked_bound
 from diffusion_t5x.objectives.objective import Likelihood, LossSums, Normalize, Objective, Pass, normalized, stratified
-from diffusion_t5x.shapes import FloatBL, IntBL, IntScalar, KeyB, KeyScalar
+from diffusion_t5x.shapes import AnyBoolBL, BoolBL, FloatBL, IntBL, IntScalar, KeyB, KeyScalar
 
 Schedule = Literal["linear", "cosine"]
 Weighting = Literal["elbo", "uniform"]
@@ -143,6 +143,12 @@ class Masked(Objective):
 
         nll, correct = score(model, output.hidden, batch.tokens, self.softmax)
         masked = batch.target_mask & (tokens == model.vocabulary.mask_id)
+        return self._sums(batch, masked, weights, nll, correct, output.auxiliary)
+
+    def _sums(
+        self, batch: Batch, masked: AnyBoolBL, weights: FloatBL, nll: FloatBL, correct: BoolBL, auxiliary: Auxiliaries
+    ) -> LossSums:
+        """Returns the loss and metrics of the masked targets."""
         nll = jnp.where(masked, nll, 0)
         loss = nll * weights if self.weighting == "elbo" else nll
         return LossSums(
@@ -152,7 +158,7 @@ class Masked(Objective):
                 "accuracy": Ratio(jnp.sum(masked & correct, dtype=jnp.float32), jnp.sum(masked, dtype=jnp.float32)),
                 "mask_fraction": normalized(batch, masked, "target_tokens"),
             },
-            auxiliary=output.auxiliary,
+            auxiliary=auxiliary,
         )
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: KeyScalar, num_draws: int) -> Likelihood:

@@ -41,13 +41,17 @@ class LossSums(flax.struct.PyTreeNode):
         metrics = {name: ratio + other.metrics[name] for name, ratio in self.metrics.items()}
         return type(self)(self.loss + other.loss, metrics, merged(self.auxiliary, other.auxiliary))
 
+    @property
+    def _minimised(self) -> Auxiliaries:
+        return {name: aux for name, aux in self.auxiliary.items() if not aux.per_layer}
+
     def total(self) -> FloatScalar:
         """Returns the minimised loss: the objective's mean plus the weighted means of the auxiliary losses."""
-        return sum((aux.weight * aux.ratio.mean() for aux in self.auxiliary.values()), start=self.loss.mean())
+        return sum((aux.weight * aux.ratio.mean() for aux in self._minimised.values()), start=self.loss.mean())
 
     def denominators(self) -> dict[str, FloatScalar]:
         """Returns the denominators of the terms of `total`: "loss" for the objective, then the auxiliary losses."""
-        return {"loss": self.loss.denominator, **{name: aux.ratio.denominator for name, aux in self.auxiliary.items()}}
+        return {"loss": self.loss.denominator, **{name: aux.ratio.denominator for name, aux in self._minimised.items()}}
 
     def total_numerator(self, denominators: Mapping[str, FloatScalar]) -> FloatScalar:
         """Returns a microbatch's share of the batch's `total`, times the batch's denominator of the objective's loss.
@@ -57,7 +61,7 @@ class LossSums(flax.struct.PyTreeNode):
         """
         over = {name: jax.lax.stop_gradient(jnp.where(x == 0, 1, x)) for name, x in denominators.items()}
         shares = (
-            aux.weight * aux.ratio.numerator * (over["loss"] / over[name]) for name, aux in self.auxiliary.items()
+            aux.weight * aux.ratio.numerator * (over["loss"] / over[name]) for name, aux in self._minimised.items()
         )
         return sum(shares, start=self.loss.numerator)
 
@@ -104,16 +108,18 @@ class Objective(Protocol):
       needs_teacher: the loss needs a teacher, an autoregressive one unless `taught_by_start`.
       taught_by_start: the teacher is the run's initial checkpoint, read as the model itself is.
       trains_drafts: trains only drafts, with `Lora.drafts_only`.
-      takes_rollouts: can learn from texts that the model itself wrote, in blocks of `attention.block_size`, and may
-        read `Batch.written_at`.
+      reads_pairs: the rows of its loss are preference pairs, see `data.pair_source`.
+      takes_rollouts: can learn from texts that the model itself wrote, in the first of `modes`, and may read
+        `Batch.written_at`.
       needs_rollouts: learns only from such texts.
       needs_rewards: learns from their advantages, `Batch.advantage`.
-      needs_samples: assumes that their tokens are samples from the model, see `StepRule.samples_model`.
+      needs_samples: assumes that their tokens are samples from the model, see `RowDecoder.samples_model`.
       normalize: denominator of the summed loss, see `normalized`.
     """
 
     autoregressive: ClassVar[bool] = False
     trains_drafts: ClassVar[bool] = False
+    reads_pairs: ClassVar[bool] = False
     takes_rollouts: ClassVar[bool] = False
 
     @property

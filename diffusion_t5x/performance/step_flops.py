@@ -1,5 +1,6 @@
 """FLOPs of training: the matrix products of a step (see `performance.model_flops`)."""
 
+from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.performance.model_flops import forward_flops
@@ -44,13 +45,14 @@ def rollout_flops(config: ModelConfig, rollout: Rollout, batch_size: int, num_in
 
     Args:
       config: the model's config, with `vocab_size` set.
-      rollout: settings of the rollout.
+      rollout: settings of a rollout in blocks.
       batch_size: number of texts.
       num_inputs: number of slots of a prompt.
       step: training steps taken before; texts grow with it.
     """
     length = rollout.length(rollout.number(step))
     row = num_inputs + rollout.bucket(length)
+    assert isinstance(rollout.decoder, BlockDecoder)
     size = rollout.decoder.block_size
     steps = rollout.decoder.inner.most_steps(size)
     block = steps * forward_flops(config, size, keys=row) + forward_flops(config, size, keys=row, predicted=0)

@@ -14,7 +14,7 @@ from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.dataset import Dataset
 from diffusion_t5x.data.seqio_source import SeqioDataset
-from diffusion_t5x.evaluation.loading import abstract_batch, abstract_params
+from diffusion_t5x.evaluation.loading import abstract_batch, abstract_params, abstract_start
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.frozen import FrozenDefinition
 from diffusion_t5x.models.quantized import FewBits
@@ -64,6 +64,9 @@ class TrainingRun:
         """The shape of the teacher, where the objective needs one."""
         if not self.objective.needs_teacher:
             return None
+        definition = self.definition()
+        if self.objective.taught_by_start and isinstance(definition, lora_training.LoraDefinition):
+            return abstract_start(mesh, definition)
         settings = (self.teacher_model or self.model, self.dataset.token_ids())
         taught_by = FrozenDefinition(*settings, self.frozen_dtype) if self.frozen_dtype else ModelDefinition(*settings)
         return Teacher(taught_by, abstract_params(mesh, taught_by))
@@ -138,7 +141,7 @@ class Trial:
     def _written(self, rollout: Rollout, prompts: HostBatches, state: TrainState) -> tuple[Batch, float]:
         """A batch of the longest texts that the model writes, and the seconds that writing one takes."""
         dataset, lengths = self._run.dataset, dataclasses.replace(rollout.lengths, num_rollouts=0)
-        longest = dataclasses.replace(rollout, lengths=lengths, passes=1, rewards=None)
+        longest = dataclasses.replace(rollout, lengths=lengths, passes=1, rewards=None, ahead=False)
         num_inputs = dataset.task_feature_lengths["inputs"]
         batches = OnPolicyBatches(
             self._mesh, self._run.definition(), longest, prompts, num_inputs, dataset.batch_size, seed=0

@@ -203,7 +203,7 @@ def examples_table(runs: Sequence[Run], data_set: str) -> Mapping[str, Any]:
     wrong = [key for key, predictions in rows.items() if any(text != key[2] for text in predictions.values())]
     return {
         "data_set": data_set,
-        "columns": [(name, found.decoder) for name, found in columns],
+        "columns": [(f"{name}, at its start" if found.at_start else name, found.decoder) for name, found in columns],
         "total": len(rows),
         "first": table(list(rows)[:NUM_EXAMPLES]),
         "num_wrong": len(wrong),

@@ -85,12 +85,21 @@ class Scores(OfDataSet):
 
 @dataclasses.dataclass(frozen=True)
 class Predictions(OfDataSet):
-    """Predictions for a task: records as `evaluation.inference.predict` yields them."""
+    """Predictions for a task.
+
+    Attributes:
+      task: the evaluated task.
+      decoder: as in `Scores`.
+      records: as `evaluation.inference.predict` yields them.
+      split: the task's split; "" if it is not on record.
+      at_start: they are of what a training run started from, which decoded this task again later.
+    """
 
     task: str
     decoder: str
     records: Sequence[Record]
     split: str = ""
+    at_start: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,9 +183,9 @@ def _read_run(name: str, folder: pathlib.Path, files: Sequence[pathlib.Path]) ->
             if path.name == "metrics.jsonl":
                 curves.append(_read_curve(path, folder / "config.gin"))
                 if curves[-1].kind == "inference_eval" and curves[-1].points:
-                    decoded = _inference_eval(folder, curves[-1])
-                    scores.append(decoded[0])
-                    predictions.append(decoded[1])
+                    for decoded in _inference_evals(folder, curves[-1]):
+                        scores.append(decoded[0])
+                        predictions.append(decoded[1])
             elif path.name == "results.json":
                 evaluated += [(found, path.parent) for found in _read_scores(path)]
             elif path.name == "decode_time.json":
@@ -232,14 +241,16 @@ def _curves_of_scores(scores: Sequence[Scores]) -> Iterator[Curve]:
             yield Curve("inference_eval", task, points, split)
 
 
-def _inference_eval(folder: pathlib.Path, curve: Curve) -> tuple[Scores, Predictions]:
-    """Returns scores and predictions of a training run's last evaluation."""
-    step = max(step for points in curve.points.values() for step, _ in points)
-    metrics = {name: points[-1][1] for name, points in curve.points.items() if points[-1][0] == step}
-    records = _read_jsonl(folder / "inference_eval" / curve.task / f"predictions_{step}.jsonl")
+def _inference_evals(folder: pathlib.Path, curve: Curve) -> Iterator[tuple[Scores, Predictions]]:
+    """Yields scores and predictions of a training run's evaluations: of its start, if there is one, and the last."""
+    steps = {step for points in curve.points.values() for step, _ in points}
     decoder = shown.decoder(_decoder_of_run(folder))
-    scores = Scores(curve.task, folder.resolve().name, step, decoder, len(records), metrics, split=curve.split)
-    return scores, Predictions(curve.task, decoder, records, curve.split)
+    for step in sorted({max(steps)} | {0} & steps):
+        metrics = {name: value for name, points in curve.points.items() for at, value in points if at == step}
+        records = _read_jsonl(folder / "inference_eval" / curve.task / f"predictions_{step}.jsonl")
+        scores = Scores(curve.task, folder.resolve().name, step, decoder, len(records), metrics, split=curve.split)
+        at_start = step < max(steps)
+        yield scores, Predictions(curve.task, decoder, records, curve.split, at_start)
 
 
 def _read_scores(path: pathlib.Path) -> list[Scores]:

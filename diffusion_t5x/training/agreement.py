@@ -119,7 +119,7 @@ class Agreement:
     def _misuses(self, model: ModelConfig, user: object) -> Iterable[str]:
         learned = self.record.modes
         for mode in modes_of(user) if learned else ():
-            if mode not in learned:
+            if not any(trained.serves(mode) for trained in learned):
                 yield (
                     f"{self.path}: the model is trained for {_in_words(learned)}; {type(user).__name__} is for {mode}. "
                     f"{_remedy(user, mode, learned[0])}"
@@ -179,7 +179,7 @@ def _function(config: ModelConfig) -> dict[str, Any]:
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
     values |= {"num_kv_heads": config.kv_heads, "logits_scale": config.readout_scale, "rotary_dim": config.rotated_dim}
     if config.experts:
-        values["experts"] = dataclasses.replace(config.experts, balance_weight=0)
+        values["experts"] = dataclasses.replace(config.experts, balance_weight=0, bias_rate=0)
         if config.experts.dense_layers == 0:
             del values["mlp_dim"]
     values["local_layers"] = tuple(config.local_layers or ())

@@ -58,11 +58,13 @@ class Periods:
       log: steps between writing metrics, averaged since the last time.
       eval: steps between evaluations; None never evaluates.
       save: steps between checkpoints.
+      eval_start: also evaluate what the run starts from, as step 0, to see what training made of it.
     """
 
     log: int = 10
     eval: int | None = 1000
     save: int = 1000
+    eval_start: bool = False
 
     def __post_init__(self) -> None:
         for name in ("log", "eval", "save"):
@@ -261,11 +263,13 @@ class TrainLoop:
                 with progress.paused("evaluating …"):
                     return stop.attempt(lambda: self.evaluate(state, step))
 
-            if evaluation_due and self.periods.eval is not None:
+            at_start = self.periods.eval_start and start == 0
+            if (evaluation_due or at_start) and self.periods.eval is not None:
                 results = evaluated(state, start)
                 if results is None:
                     sys.exit(stop.exit_code)
-                checkpoints.add_evaluation(start, results)
+                if evaluation_due:
+                    checkpoints.add_evaluation(start, results)
             log = _Log(watched.writer, progress, self.periods.log, watched.judge, watched.goodput)
             watched.goodput.started()
             for step in range(start + 1, self.total_steps + 1):

@@ -92,6 +92,19 @@ def over(frozen_dtype: FewBits | None, lora: Lora | None, has_teacher: bool) -> 
     return dataclasses.replace(lora, base_dtype=frozen_dtype) if lora and frozen_dtype else lora
 
 
+def start_of(own: Params, trained: Params) -> Params:
+    """Returns the parameters of the plain model from which a LoRA run started, without a copy of what is frozen.
+
+    Args:
+      own: those of its parameters that the run trains in full, as they were.
+      trained: the run's parameters; their updates are left out.
+    """
+    whole = traverse_util.flatten_dict(own, sep="/")
+    others = traverse_util.flatten_dict(trained, sep="/")
+    bases = {name: leaf.base if isinstance(leaf, LowRank) else leaf for name, leaf in others.items()}
+    return traverse_util.unflatten_dict(bases | whole, sep="/")
+
+
 def of_drafts(described: Mapping[str, Any] | None) -> Lora | None:
     """Returns the settings that `Lora.describe` described if they are of drafts only; else None."""
     return Lora(**described) if described and described.get("drafts_only") else None
@@ -133,6 +146,8 @@ class LoraDefinition(ModelDefinition):
                 f"Lora.drafts_only does not reach experts, but Lora.targets matches {', '.join(sorted(experts))}. Set "
                 '--gin.LORA_TARGETS=\'["query", "key", "value", "out"]\'.'
             )
+        if self.lora.drafts_only and self.config.experts and self.config.experts.bias_rate:
+            raise UserError("Lora.drafts_only does not change the model, but Experts.bias_rate does: set it to 0.")
         if both := self._targets & self._whole:
             raise UserError(f"Both Lora.targets and Lora.whole match {', '.join(sorted(both))}.")
 
@@ -176,6 +191,11 @@ class LoraDefinition(ModelDefinition):
         return self._map(
             lambda name, _: self._low_rank(False, True, True), lambda name, _: name in self._whole, super().trained()
         )
+
+    def only_whole(self, plain: Params) -> Params:
+        """Returns those of the plain model's parameters that are trained in full."""
+        leaves = traverse_util.flatten_dict(plain, sep="/")
+        return traverse_util.unflatten_dict({name: leaves[name] for name in sorted(self._whole)}, sep="/")
 
     def adapt(self, params: Params, key: jax.Array) -> Params:
         """Returns parameters of the plain model with new factors."""

@@ -15,10 +15,8 @@ from jax.experimental import multihost_utils
 from jaxtyping import Bool, Float, Int
 
 from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.data.examples import Example, Examples
 from diffusion_t5x.data.seqio_source import SeqioDataset
-from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -94,8 +92,8 @@ class Rewards:
         2402.03300). False does not divide, which weighs prompts by how much their texts differ (Dr. GRPO, arXiv
         2503.20783).
       length_penalty: subtracted from the reward of each text; None: nothing.
-      seconds: time limit of a reward. It interrupts Python code in the main thread; a reward that sets an alarm of its
-        own, as math-verify does, has only that one.
+      seconds: time limit of a reward. It interrupts Python code in the main thread, unless the reward sets an alarm of
+        its own.
     """
 
     reward: Reward
@@ -164,22 +162,27 @@ def attempts(
                 found.append(function(text, example))
         except UserError:
             raise
-        except Exception as error:
+        except (Exception, _OutOfTime) as error:
             if None not in found:
-                logger.warning("the reward of %r failed: %s: %s", text[:80], type(error).__name__, error)
+                what = str(error) if isinstance(error, _OutOfTime) else f"{type(error).__name__}: {error}"
+                logger.warning("the reward of %r failed: %s", text[:80], what)
             found.append(None)
     return found
 
 
+class _OutOfTime(BaseException):
+    """A reward took too long. Code that goes on after any Exception, as a parser may, does not go on after this."""
+
+
 @contextlib.contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Context that raises a TimeoutError after `seconds`; outside the main thread there is no limit."""
+    """Context that raises _OutOfTime after `seconds`; outside the main thread there is no limit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: Any) -> None:
-        raise TimeoutError(f"it took longer than {seconds:g} s")
+        raise _OutOfTime(f"it took longer than {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -210,16 +213,16 @@ class Grader:
       settings: the reward, and how advantages follow from it.
       examples: returns the example behind each row of prompts.
       to_text: returns the text of target tokens, up to its end.
-      vocabulary: where texts end.
     """
 
     settings: Rewards
     examples: Callable[[Batch], Sequence[Example]]
     to_text: Callable[[Sequence[int]], str]
-    vocabulary: TokenIds
 
-    def grade(self, texts: Batch, examples: Mapping[int, Example]) -> tuple[Batch, dict[str, float]]:
-        """Returns texts with advantages, and metrics of the rollout; all processes must call it at the same time.
+    def grade(
+        self, texts: Batch, in_text: Bool[np.ndarray, "batch length"], examples: Mapping[int, Example]
+    ) -> tuple[Batch, dict[str, float]]:
+        """Returns texts with advantages, and metrics of them; all processes must call it at the same time.
 
         "reward": the mean, without length penalties. "best_reward": the mean of the best of each group.
         "groups_without_spread": the share of groups whose rewards, less their penalties, are all equal, from which
@@ -228,10 +231,10 @@ class Grader:
 
         Args:
           texts: numpy, of all processes, groups together.
+          in_text: see `ends.text_of`. (With one process nothing here runs on a device, where an update may be running.)
           examples: of the rows whose prompts this process read.
         """
         start = time.monotonic()
-        in_text = np.asarray(text_of(texts, self.vocabulary))
         rows = sorted(examples)
         written = [self.to_text(texts.tokens[row][in_text[row]].tolist()) for row in rows]
         judgement = judged(self.settings.reward, written, [examples[row] for row in rows], self.settings.seconds)
@@ -262,4 +265,4 @@ class Grader:
 def make_grader(settings: Rewards, dataset: SeqioDataset) -> Grader:
     """Returns the grader of texts for the prompts of a data set, whose split it reads."""
     examples = Examples(dataclasses.replace(dataset, batch_size=1024))
-    return Grader(settings, examples.of, dataset.to_text, dataset.token_ids())
+    return Grader(settings, examples.of, dataset.to_text)

@@ -1,6 +1,7 @@
 """The texts of a rollout: prompts, and what the model writes to them in slots."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +11,22 @@ from jaxtyping import Bool
 
 from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.slots import SlotEngine
+from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import ModelDefinition, Params, Transformer
 from diffusion_t5x.shapes import AnyBoolBL, FloatBL, IntBL, KeyScalar
 
+RolloutDecoder = BlockDecoder | AutoregressiveDecoder | SundaeDecoder
 Prepare = Callable[[Transformer, Batch, KeyScalar], Batch]  # an objective's `prepare_rollout`
 
 
 def prompts(batch: Batch, num_inputs: int, length: int, bucket: int) -> Batch:
     """Returns the inputs of a batch, each followed by `length` empty targets; rows of `num_inputs + bucket` slots.
+
+    An encoder's inputs stay where they are, and rows have `bucket` slots.
 
     Args:
       batch: numpy, one example per row, inputs of at most `num_inputs` tokens.
@@ -28,17 +34,17 @@ def prompts(batch: Batch, num_inputs: int, length: int, bucket: int) -> Batch:
       length: number of targets.
       bucket: number of slots for the targets.
     """
+    num_inputs = num_inputs if batch.encoder_tokens is None else 0
     slots = np.arange(num_inputs + bucket, dtype=np.int32)
     given = np.sum(batch.input_mask, axis=-1, keepdims=True)
     tokens = np.zeros((len(given), len(slots)), np.int32)
     tokens[:, :num_inputs] = np.where(batch.input_mask, batch.tokens, 0)[:, :num_inputs]
     there = slots < given + length
-    return Batch(
+    return batch.replace(
         tokens=tokens,
         target_mask=there & (slots >= given),
         segment_ids=there.astype(np.int32),
         positions=np.where(there, slots, 0),
-        example_ids=batch.example_ids,
     )
 
 
@@ -97,8 +103,24 @@ def texts_of(
     )
 
 
+def denoised(decoder: SundaeDecoder, model: Transformer, asked: Batch, key: KeyScalar) -> Batch:
+    """Returns prompts with the texts that were written to them, and what each step read and drew."""
+    decoded = decoder.decode(model, asked, key, trace=True)
+    assert decoded.trace is not None
+    steps = jnp.swapaxes(decoded.trace.tokens, 0, 1)[:, :-1]
+    probability = jnp.swapaxes(decoded.trace.confidence, 0, 1)[:, 1:]
+    is_target = jnp.asarray(asked.target_mask)[:, None]
+    return asked.replace(
+        tokens=jnp.where(asked.target_mask, decoded.canvas, asked.tokens),
+        written_at=decoded.written_at,
+        written_log_probability=jnp.zeros(asked.tokens.shape, jnp.float32),
+        canvases=steps,
+        canvas_log_probability=jnp.where(is_target, jnp.log(jnp.where(is_target, probability, 1)), 0),
+    )
+
+
 class TextWriter:
-    """Writes the texts of rollouts in slots. Programs are compiled once for each length of rows.
+    """Writes the texts of rollouts in slots, or whole canvases in batches; compiled once for each length of rows.
 
     Args:
       mesh: the mesh for the rows.
@@ -114,7 +136,7 @@ class TextWriter:
         self,
         mesh: Mesh,
         definition: ModelDefinition,
-        decoder: BlockDecoder,
+        decoder: RolloutDecoder,
         prepare: Prepare,
         *,
         num_slots: int,
@@ -130,6 +152,11 @@ class TextWriter:
             key = stream(jax.random.wrap_key_data(key_data), "prepare")
             return prepare(definition.bind(params), texts, key)
 
+        def denoise(params, asked, key_data):
+            assert isinstance(decoder, SundaeDecoder)
+            return denoised(decoder, definition.bind(params), asked, jax.random.wrap_key_data(key_data))
+
+        self._denoise = jax.jit(denoise, out_shardings=partitioning.replicated(mesh))
         self._finish = jax.jit(finish, out_shardings=partitioning.replicated(mesh))
 
     def write(
@@ -144,29 +171,41 @@ class TextWriter:
           given: targets that are kept; a row that has some is not written.
         """
         key = rollout_key(self._seed, step)
+        if isinstance(self._decoder, SundaeDecoder):
+            return self._in_batches(self._denoise, params, asked, key)
         canvas = np.array(asked.tokens)
         written_at, log_probability = np.full(canvas.shape, -1, np.int32), np.zeros(canvas.shape, np.float32)
         wanted = range(len(canvas)) if given is None else np.flatnonzero(~given.any(axis=-1)).tolist()
         rows = ((row, jax.tree.map(lambda x: x[row : row + 1], asked), 0) for row in wanted)  # noqa: B023
-        for row, decoded in self._engine(canvas.shape[1]).with_params(params, key).decode(rows):
-            assert decoded.log_probability is not None  # a block decoder's
+        for row, decoded in self._engine(asked).with_params(params, key).decode(rows):
+            assert decoded.log_probability is not None  # both decoders have it
             canvas[row], written_at[row] = decoded.canvas[0], decoded.written_at[0]
             log_probability[row] = decoded.log_probability[0]
-        key_data = np.asarray(jax.random.key_data(key))
+        written = (asked, canvas, written_at, log_probability, given)
+        return self._in_batches(lambda params, rows, key: self._finish(params, *rows, key), params, written, key)
+
+    def _in_batches(self, function: Callable[..., Batch], params: Params, rows: Any, key: KeyScalar) -> Batch:
+        """Returns a jitted function's batches of some rows, put together, numpy."""
+        key_data = partitioning.put_whole(self._mesh, np.asarray(jax.random.key_data(key)))
         done = []
-        for first in range(0, len(canvas), self._batch_size):
-            some = slice(first, first + self._batch_size)
-            texts = jax.tree.map(lambda x: x[some], (asked, canvas, written_at, log_probability, given))  # noqa: B023
-            placed = partitioning.put_batch(self._mesh, texts)
-            done.append(jax.device_get(self._finish(params, *placed, partitioning.put_whole(self._mesh, key_data))))
+        for first in range(0, len(jax.tree.leaves(rows)[0]), self._batch_size):
+            some = jax.tree.map(lambda x: x[first : first + self._batch_size], rows)  # noqa: B023
+            done.append(jax.device_get(function(params, partitioning.put_batch(self._mesh, some), key_data)))
         return jax.tree.map(lambda *x: np.concatenate(x), *done)
 
-    def _engine(self, width: int) -> SlotEngine:
-        """Returns an engine for rows of this width, without parameters."""
+    def _engine(self, asked: Batch) -> SlotEngine:
+        """Returns an engine for rows of these widths, without parameters."""
         pieces = partitioning.pieces_of("length", self._mesh)
-        length = -(-width // pieces) * pieces
+        length = -(-asked.tokens.shape[1] // pieces) * pieces
+        encoder_length = None if asked.encoder_tokens is None else asked.encoder_tokens.shape[1]
         if length not in self._engines:
             self._engines[length] = SlotEngine(
-                self._mesh, self._definition, {}, self._decoder, num_slots=self._num_slots, length=length
+                self._mesh,
+                self._definition,
+                {},
+                self._decoder,
+                num_slots=self._num_slots,
+                length=length,
+                encoder_length=encoder_length,
             )
         return self._engines[length]

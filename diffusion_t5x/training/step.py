@@ -18,18 +18,26 @@ from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.objectives.distillation import Teacher
 from diffusion_t5x.objectives.objective import LossSums, Objective
 from diffusion_t5x.training import optimizers
+from diffusion_t5x.training.load_balance import balanced
 from diffusion_t5x.training.state import TrainState, join, shardings_of, split
 
 Metrics = Mapping[str, jax.Array]
 Loss = Callable[..., LossSums]  # an objective's `loss`
 
 
-def loss_of(objective: Objective, teacher: Teacher | None, teacher_params: Params | None) -> Loss:
-    """Returns the objective's loss; if the objective needs a teacher, the loss takes the teacher's parameters."""
+def loss_of(objective: Objective, teacher: Teacher | None, teacher_params: Params | None, params: Params) -> Loss:
+    """Returns the objective's loss; if the objective needs a teacher, with the teacher of these parameters.
+
+    Args:
+      objective: the objective.
+      teacher: its teacher, if it has one.
+      teacher_params: the teacher's own parameters.
+      params: the student's.
+    """
     if teacher is None or not objective.needs_teacher:
         return objective.loss
     assert teacher_params is not None
-    return functools.partial(objective.loss, teacher=teacher.definition.bind(teacher_params))
+    return functools.partial(objective.loss, teacher=teacher.model(teacher_params, params))
 
 
 def loss_and_gradients(
@@ -101,7 +109,7 @@ def step_key(seed: int | jax.Array, step: int | jax.Array) -> jax.Array:
 
 def means(sums: LossSums) -> Metrics:
     """Returns the minimised loss, the objective's metrics, and the model's auxiliary losses without their weights."""
-    auxiliary = {name: loss.ratio.mean() for name, loss in sums.auxiliary.items()}
+    auxiliary = {name: loss.ratio.mean() for name, loss in sums.auxiliary.items() if not loss.per_layer}
     return {"loss": sums.total(), **{name: ratio.mean() for name, ratio in sums.metrics.items()}, **auxiliary}
 
 
@@ -164,7 +172,7 @@ def make_train_step(
     ) -> tuple[TrainState, Metrics]:
         sums, grads = loss_and_gradients(
             definition,
-            functools.partial(loss_of(objective, teacher, teacher_params), step=state.step),
+            functools.partial(loss_of(objective, teacher, teacher_params, state.params), step=state.step),
             state.params,
             batch,
             step_key(seed, state.step),
@@ -173,12 +181,15 @@ def make_train_step(
         )
         trained, frozen = split(definition, state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-        params = optax.apply_updates(trained, updates)
+        loss, gradient_norm = sums.total(), optax.tree.norm(grads)
+        is_good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & (loss <= loss_limit)
+        params, frozen = (
+            balanced(tree, definition.config.experts, sums.auxiliary, is_good)
+            for tree in (optax.apply_updates(trained, updates), frozen)
+        )
         ema = state.ema
         if ema_decay is not None:
             ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
-        loss, gradient_norm = sums.total(), optax.tree.norm(grads)
-        is_good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & (loss <= loss_limit)
         stepped = TrainState(step=state.step, params=params, opt_state=opt_state, ema=ema)
         before = state.replace(params=trained)
         kept = jax.tree.map(lambda new, old: jnp.where(is_good, new, old), stepped, before)
@@ -210,7 +221,7 @@ def make_loss_step(
     """Returns the jitted `(params, batch) -> sums` for evaluation: no dropout, the same noise at each evaluation."""
 
     def step(params: Params, batch: Batch, teacher_params: Params | None) -> LossSums:
-        loss = loss_of(objective, teacher, teacher_params)
+        loss = loss_of(objective, teacher, teacher_params, params)
         return loss(definition.bind(params), batch, jax.random.key(seed), train=False)
 
     jitted, teacher_params = jax.jit(step, out_shardings=partitioning.replicated(mesh)), teacher and teacher.params

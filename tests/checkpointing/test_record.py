@@ -10,6 +10,7 @@ from diffusion_t5x.checkpointing.record import Record, describe, in_words
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding.beam_search import BeamSearchDecoder
 from diffusion_t5x.decoding.block import BlockDecoder
+from diffusion_t5x.decoding.drafts import DraftingDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.decoding.self_speculation import SelfSpeculationDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
@@ -19,6 +20,7 @@ from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block
 from diffusion_t5x.objectives.distillation import Distillation
 from diffusion_t5x.objectives.joint import Joint
+from diffusion_t5x.objectives.joint_drafts import JointDrafts
 from diffusion_t5x.objectives.masked import Masked
 from diffusion_t5x.objectives.sundae import Sundae
 from diffusion_t5x.training.agreement import Agreement
@@ -100,6 +102,9 @@ def test_the_decoder_is_the_evaluation_s_or_the_objective_s(objective, decoders,
         (Joint(Masked()), AutoregressiveDecoder()),
         (Joint(Block(4)), SelfSpeculationDecoder(BlockDecoder(4))),
         (Joint(Masked()), Autoregressive()),
+        (JointDrafts(8), DraftingDecoder(8)),
+        (JointDrafts(8), DraftingDecoder(4)),
+        (JointDrafts(8), AutoregressiveDecoder()),
         (Joint(Masked()), Masked(schedule="cosine")),
         (Mine(), MaskedDecoder()),
         (Masked(), Mine()),
@@ -123,6 +128,7 @@ def test_uses_that_a_model_was_trained_for(objective, user):
         (Autoregressive(prefix=True), MaskedDecoder(), r"gin --gin\.AutoregressiveDecoder\.prefix=True\."),
         (Autoregressive(prefix=True), AutoregressiveDecoder(), r"Set --gin\.AutoregressiveDecoder\.prefix=True\."),
         (Autoregressive(), BeamSearchDecoder(prefix=True), r"Set --gin\.BeamSearchDecoder\.prefix=False\."),
+        (JointDrafts(4), DraftingDecoder(8), r"Set --gin\.BLOCK_SIZE=4\."),
         (Block(4), BlockDecoder(8), r"Set --gin\.BLOCK_SIZE=4\."),
         (Block(8), BlockDecoder(4), r"Set --gin\.BLOCK_SIZE=8\."),
         (Block(4), UNIFORM_DECODER, r"Give --gin_file=decoding/block\.gin --gin\.BLOCK_SIZE=4\."),

@@ -21,6 +21,7 @@ from diffusion_t5x.decoding.drafts import DraftingDecoder
 from diffusion_t5x.decoding.editing import EditingDecoder
 from diffusion_t5x.decoding.entropy_bounded import EntropyBoundedDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
+from diffusion_t5x.decoding.remasking import RemaskingDecoder as Remasking
 from diffusion_t5x.decoding.self_speculation import SelfSpeculationDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.decoding.windows import WindowDecoder
@@ -38,6 +39,7 @@ RULES = {
     "sundae, a share": SundaeDecoder(num_steps=4, num_samples=1, update_share=0.5, stop_when_unchanged=True),
     "argmax unrolled": SundaeDecoder(4, 1, 0.0, "argmax_unrolled", 0.5),
     "remasking": RemaskingDecoder(num_steps=6, cap=0.3),
+    "remasking in a loop": Remasking(6, eta=0.5, loop=(0.7, 0.3, 0.6), by_confidence=True),
 }
 DECODERS = {
     **RULES,
@@ -113,7 +115,9 @@ def test_it_is_a_setting_that_says_what_it_can(name):
         setattr(decoder, dataclasses.fields(decoder)[0].name, None)
 
 
-QUICK = [*CASES[: len(DECODERS)], ("shifted", "blocks, remasking"), ("encoder_decoder", "masked")]
+SLOW = ("remasking in a loop", "blocks, remasking in a loop")  # almost as the example
+QUICK = [case for case in CASES[: len(DECODERS)] if case[1] not in SLOW]
+QUICK += [("shifted", "blocks, remasking"), ("encoder_decoder", "masked")]
 
 
 @pytest.mark.parametrize(("config", "name"), quick(CASES, QUICK))
@@ -180,7 +184,10 @@ def test_what_writes_from_left_to_right_writes_no_target_before_the_one_ahead_of
         assert (at[:count] >= 0).all() and (np.diff(at[:count]) >= 0).all()
 
 
-@pytest.mark.parametrize("name", [name for name, decoder in DECODERS.items() if decoder.fills_holes])
+FILLERS = [name for name, decoder in DECODERS.items() if decoder.fills_holes]
+
+
+@pytest.mark.parametrize("name", quick(FILLERS, [name for name in FILLERS if name not in SLOW]))
 def test_what_fills_holes_writes_targets_that_stand_apart(name):
     batch = make_batch("decoder_only")
     holes = np.random.default_rng(0).random(batch.tokens.shape) < 0.5

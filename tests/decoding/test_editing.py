@@ -1,6 +1,7 @@
 """Token editing, against the published loop in plain Python."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +45,11 @@ def written_by_hand(canvas, targets, decoder):
         found = probabilities(canvas)
         steps, tokens, sure = steps + 1, found.argmax(-1), found.max(-1)
         above = [place for place in masked if sure[place] > decoder.threshold]
-        if len(above) < decoder.min_tokens:
-            above = sorted(masked, key=lambda place: -sure[place])[: decoder.min_tokens]
+        least = decoder.min_tokens
+        if decoder.num_steps:
+            least = max(least, math.ceil(len(masked) / max(decoder.num_steps - (steps - 1), 1)))
+        if len(above) < least:
+            above = sorted(masked, key=lambda place: -sure[place])[:least]
         edits = [
             place
             for place in targets
@@ -65,6 +69,7 @@ def written_by_hand(canvas, targets, decoder):
         EditingDecoder(0.4, 0.3, extra_steps=4),
         EditingDecoder(0.6, 0.5, min_tokens=2, extra_steps=2),
         EditingDecoder(0.4, 0.0, extra_steps=1),
+        EditingDecoder(0.9, 0.3, num_steps=3, extra_steps=2),
     ],
     ids=str,
 )
@@ -76,7 +81,7 @@ def test_a_row_is_written_and_edited_as_by_the_published_loop(decoder):
         canvas = np.where(targets, MASK, BATCH.tokens[row])
         canvas, steps, num_edits = written_by_hand(canvas, np.flatnonzero(targets), decoder)
         np.testing.assert_array_equal(decoded.canvas[row], canvas)
-        assert decoded.row_steps[row] == steps
+        assert decoded.row_steps[row] == steps <= decoder.most_steps(len(targets))
         edited += num_edits
         log_probabilities = np.log(decoded.trace.confidence[-1][row][targets])
         np.testing.assert_allclose(decoded.scores[row], log_probabilities.sum() / max(targets.sum(), 1), rtol=1e-4)
@@ -113,6 +118,7 @@ def test_in_blocks_only_the_present_block_is_edited():
     [
         ({"threshold": 1.2}, r"EditingDecoder\.threshold must be a probability; got 1\.2"),
         ({"editing_threshold": -0.1}, r"editing_threshold must be a probability; got -0\.1"),
+        ({"num_steps": 0}, "num_steps must be at least 1; got 0"),
         ({"extra_steps": 0}, "extra_steps must be at least 1; got 0"),
         ({"min_tokens": 0}, "min_tokens must be at least 1; got 0"),
     ],

@@ -14,6 +14,7 @@ from diffusion_t5x.decoding.credit import CreditDecoder
 from diffusion_t5x.decoding.editing import EditingDecoder
 from diffusion_t5x.decoding.entropy_bounded import EntropyBoundedDecoder, within_bound
 from diffusion_t5x.decoding.masked import MaskedDecoder
+from diffusion_t5x.decoding.remasking import RemaskingDecoder
 from diffusion_t5x.errors import UserError
 
 MASK, NUM_IDS = tiny.VOCABULARY.mask_id, tiny.VOCABULARY.size
@@ -135,6 +136,8 @@ def test_no_credit_is_a_threshold():
         ("entropy_bounded", EntropyBoundedDecoder()),
         ("margin", MaskedDecoder(None, threshold=0.5, order="margin")),
         ("credit", CreditDecoder()),
+        ("editing", EditingDecoder(0.8, 0.3, num_steps=8, extra_steps=2)),
+        ("remasking", RemaskingDecoder()),
         ("published/llada21", BlockDecoder(32, EditingDecoder(softmax="all"), "row")),
     ],
 )

@@ -8,7 +8,6 @@ import pytest
 
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation import metrics
-from diffusion_t5x.evaluation.code import execution as code_execution
 from diffusion_t5x.evaluation.code.execution import Limits, Tests
 from diffusion_t5x.evaluation.code.pass_at_k import (
     exact_match_at_k,
@@ -58,12 +57,6 @@ def test_intervals():
     half_width = 1.96 * (passed / 10).std() / 20
     assert share == pytest.approx(passed.mean() / 10)
     assert (low, high) == pytest.approx((share - half_width, share + half_width), abs=half_width / 5)
-
-
-@pytest.fixture
-def isolation():
-    if not code_execution.protections().isolation:
-        pytest.skip(f"no isolation on this machine: {code_execution.protections().reason}")
 
 
 @pytest.mark.usefixtures("isolation")

@@ -1,6 +1,8 @@
 """Rewards by a task's metrics, a program's tests, formats and sums: on real tasks, programs in the real sandbox."""
 
 import dataclasses
+import threading
+import time
 
 import pytest
 
@@ -29,6 +31,38 @@ def test_a_metric_is_that_of_one_text():
         dataclasses.replace(exact, name="accuracy")(right, example)
 
 
+def test_metrics_of_others_are_rewards_too():
+    """t5's SQuAD, whose targets are lists; one that returns SeqIO's values; one of samples; not one of scores."""
+    t5_metrics = pytest.importorskip("t5.evaluation.metrics")
+
+    class Answers:
+        def postprocessed(self, text, example):
+            return example["answers"], text.strip()
+
+    example = {"answers": ["the Eiffel Tower", "Eiffel"]}
+
+    def reward(text, metric, name, scale=100.0):
+        found = Metric(Answers(), metric, name, scale)
+        found.check_here()
+        return found(text, example)
+
+    assert [reward(text, t5_metrics.squad, "em") for text in ("Eiffel tower.", "eiffel", "the tower")] == [1, 1, 0]
+    assert reward("the tower", t5_metrics.squad, "f1") == pytest.approx(2 / 3)
+
+    def words(targets, predictions):
+        return {"words": seqio.metrics.Scalar(len(predictions[0].split()) / len(targets))}
+
+    assert reward("three short words", words, "words", 1.0) == 3
+
+    def best(targets, predictions):
+        return {"best": float(max(sample in targets[0] for sample in predictions[0]))}
+
+    best.takes_samples = True
+    assert reward("Eiffel", best, "best", 1.0) == 1
+    with pytest.raises(UserError, match="rank_classification takes 'scores'"):
+        Metric(Answers(), t5_metrics.rank_classification, "accuracy").check_here()
+
+
 def test_math_is_compared_by_value_not_by_text():
     example = {"inputs_pretokenized": "", "targets_pretokenized": "2 * 21 = 42\n#### 42"}
 
@@ -41,6 +75,15 @@ def test_math_is_compared_by_value_not_by_text():
     texts = ["#### 42", "so it is\n#### 42.0", "#### 41", "####", *EMPTY]
     rewards, failed = judged(right, texts, [example] * len(texts), seconds=10)
     assert rewards.tolist() == [1, 1, 0, 0, 0, 0, 0] and not failed.any()
+    # A number too large to compute: the reward's own limit ends it, and it counts as a failure.
+    start = time.monotonic()
+    rewards, failed = judged(right, ["\\boxed{10^{10^{10}}}", "#### 42"], [example] * 2, seconds=0.3)
+    assert rewards.tolist() == [0, 1] and failed.tolist() == [True, False] and time.monotonic() - start < 4
+    found = []
+    thread = threading.Thread(target=lambda: found.append(right("#### 42.0", example)))
+    thread.start()
+    thread.join()
+    assert found == [1]
 
 
 @pytest.mark.usefixtures("isolation", "nothing_left")

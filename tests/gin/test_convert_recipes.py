@@ -1,6 +1,7 @@
 """Recipes for imported models: their shapes are the published ones, and at a reduced size their commands run."""
 
 import dataclasses
+import gzip
 import json
 import pathlib
 import re
@@ -144,11 +145,15 @@ def commands(recipe):
 
     An OPDLM recipe starts from the import of the recipe that it continues.
     """
-    files = dict.fromkeys((recipe.removesuffix("_opdlm"), recipe))
-    lines = [line for file in files for line in (GIN / "recipes" / "convert" / f"{file}.gin").read_text().splitlines()]
+    first = in_comments(f"convert/{recipe.removesuffix('_opdlm')}")[0]
+    return first, in_comments(f"convert/{recipe}")[-1]
+
+
+def in_comments(recipe):
+    """The commands in a recipe's comment, without the interpreter and its flags."""
+    lines = (GIN / "recipes" / f"{recipe}.gin").read_text().splitlines()
     comment = by_module("\n".join(line.removeprefix("#").strip() for line in lines if line[:1] == "#"))
-    found = [shlex.split(command)[3:] for command in re.findall(r"python -m diffusion_t5x\.[^\n]+", comment)]
-    return found[0], found[-1]
+    return [shlex.split(command)[3:] for command in re.findall(r"python -m diffusion_t5x\.[^\n]+", comment)]
 
 
 def import_and_train(recipe, folder, test_data, *more):
@@ -223,3 +228,39 @@ def test_the_commands_at_a_reduced_size(recipe, tmp_path, test_data, monkeypatch
     if recipe.endswith("opdlm"):
         found = next(pathlib.Path(model_dir, "inference_eval").glob("*/metrics.jsonl")).read_text()
         assert 0 < json.loads(found.splitlines()[-1])["teacher_nll"] < 20
+
+
+@pytest.mark.parametrize("recipe", ["gsm8k", "mbpp"])
+def test_reinforcement_learning_continues_with_the_converted_model(recipe):
+    assert recipes_model(f"../rl/{recipe}") == recipes_model("qwen3_0p6b")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("isolation")
+@pytest.mark.parametrize("recipe", ["gsm8k", "mbpp"])
+def test_reinforcement_learning_at_a_reduced_size(recipe, tmp_path, test_data, monkeypatch):
+    """The command in the recipe's comment, for a rollout of two updates, from the model before its conversion."""
+    monkeypatch.chdir(tmp_path)
+    importing = [flag.replace("/tmp/", f"{tmp_path}/") for flag in commands("qwen3_0p6b")[0]]
+    write_source(tmp_path / importing[1], "qwen3_0p6b", test_data)
+    convert(importing)
+    pathlib.Path("mbpp.jsonl").write_bytes(gzip.decompress((test_data / "mbpp" / "mbpp.jsonl.gz").read_bytes()))
+    problems = [{"question": f"What is {n} and {n}?", "answer": f"{n}+{n}={2 * n}\n#### {2 * n}"} for n in range(8)]
+    for split in ("train", "test"):
+        pathlib.Path(f"{split}.jsonl").write_text("\n".join(map(json.dumps, problems)))
+    (flags,) = in_comments(f"rl/{recipe}")
+    flags = [flag.replace("/tmp/", f"{tmp_path}/").replace("qwen3_diffusion", "qwen3") for flag in flags]
+    inputs = {"gsm8k": 64, "mbpp": 512}[
+        recipe
+    ]  # MBPP's tests belong to a prompt, and the model has few tokens but bytes
+    small = {"TRAIN_STEPS": 2, "BATCH_SIZE": 4, "GROUP_SIZE": 2, "Rollout.num_batches": 2}
+    small |= {"NUM_DECODED_EXAMPLES": 2 if recipe == "mbpp" else 0}
+    small |= {"MAX_ROLLOUT_LENGTH": 16, "TASK_FEATURE_LENGTHS": f'{{"inputs": {inputs}, "targets": 16}}'}
+    small |= {"STATES_PER_STEP": 1, "ModelConfig.max_length": 1024, "ModelConfig.remat": '"none"'}
+    settings = [f"--gin.{name}={value}" for name, value in small.items()]
+    config.run(train, [*flags, f"--gin_file={tmp_path}/qwen3/model.gin", "--gin_file=hardware/cpu.gin", *settings])
+    found = json.loads((tmp_path / f"rl_{recipe}" / "rollout" / "metrics.jsonl").read_text())
+    assert found["reward_failures"] == 0 and 0 <= found["reward"] <= 1 and found["text_length"] > 1
+    if recipe == "mbpp":
+        lines = (tmp_path / "rl_mbpp" / "inference_eval" / "mbpp" / "metrics.jsonl").read_text().splitlines()
+        assert [(score["step"], "pass@1" in score) for score in map(json.loads, lines)] == [(0, True), (2, True)]

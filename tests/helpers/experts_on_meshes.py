@@ -1,6 +1,6 @@
 """Trains a mixture of experts on several meshes of eight devices and prints what it saw; run by `test_mixture.py`.
 
-And what one layer does on a mesh whose devices send each other less than the router chooses.
+It also shows what one layer does on a mesh whose devices send each other less than the router chooses.
 """
 
 import dataclasses
@@ -27,12 +27,14 @@ MESHES = {
     "expert_tensor": MeshConfig(data=2, expert=2, tensor=2).make(),
     "rows_and_experts_on_one_axis": MeshConfig(data=4, fsdp=2, rules={"embed": (), "experts": ("fsdp",)}).make(),
 }
+EXPERTS = dataclasses.replace(tiny.EXPERTS.experts, bias_rate=0.1)
 BATCH = tiny.one_a_row(tiny.random_examples(0, [(1 + n % 4, 8) for n in range(8)]), length=12)
 
 
 def see(mesh):
-    """The metrics of three steps, the first step's gradients, and the shape of a device's experts."""
-    definition, optimizer = tiny.make_model(tiny.EXPERTS)[0], optax.adam(3e-3)
+    """The metrics of three steps, the first step's gradients, the last biases, and the shape of a device's experts."""
+    config = dataclasses.replace(tiny.EXPERTS, experts=EXPERTS)
+    definition, optimizer = tiny.make_model(config)[0], optax.adam(3e-3)
     rows = partitioning.put_batch(mesh, BATCH)
     with jax.set_mesh(mesh):
         abstract, state = tiny.fresh_state(mesh, definition, optimizer)
@@ -43,8 +45,9 @@ def see(mesh):
             metrics.append({name: float(value) for name, value in said.items()})
             if len(metrics) == 1:
                 gradients = jax.device_get(state.opt_state[0].mu)  # after one step, a tenth of them
-    held = state.params["decoder"]["blocks"]["mlp"]["wi_0"].addressable_shards[0].data.shape
-    return metrics, gradients, list(held)
+    mixture = state.params["decoder"]["blocks"]["mlp"]
+    held = mixture["wi_0"].addressable_shards[0].data.shape
+    return metrics, gradients, jax.device_get(mixture["selection_bias"]).tolist(), list(held)
 
 
 def apart(gradients, expected):
@@ -54,9 +57,9 @@ def apart(gradients, expected):
 
 
 def bounded(mesh, capacity_factor):
-    """What a layer without shared experts adds to tokens, and what it says has been dropped: of all slots, of a few.
+    """The update by a layer without shared experts, and what it says has been dropped: of all slots, of a few.
 
-    And the same sums with the factors of the choices that have no place set to 0, by numpy.
+    Beside them, the same sums with the factors of the choices that have no place set to 0, by numpy.
     """
     experts = dataclasses.replace(tiny.EXPERTS.experts, shared_mlp_dim=0, capacity_factor=capacity_factor)
     layer = Mixture(jax.random.key(0), 16, experts, activation="silu")
@@ -97,7 +100,7 @@ def with_a_place(chosen, factors, mesh, capacity_factor):
 
 runs = {name: see(mesh) for name, mesh in MESHES.items()}
 seen = {
-    name: {"metrics": metrics, "gradients": apart(gradients, runs["one"][1]), "held": held}
-    for name, (metrics, gradients, held) in runs.items()
+    name: {"metrics": metrics, "gradients": apart(gradients, runs["one"][1]), "biases": biases, "held": held}
+    for name, (metrics, gradients, biases, held) in runs.items()
 }
 print(json.dumps({"runs": seen, "bounded": bounded(MESHES["expert"], 0.4)}))

@@ -245,6 +245,7 @@ def test_the_router_stays_in_float32():
         ({"scores": "linear"}, "scores"),
         ({"mlp_dim": 0}, "mlp_dim must be at least 1"),
         ({"balance_weight": -1.0}, "balance_weight must be at least 0"),
+        ({"bias_rate": 0.1}, "set Experts.selection_bias = True"),
         ({"capacity_factor": 0.0}, "capacity_factor must be above 0, or None"),
     ],
 )
@@ -287,6 +288,7 @@ def test_eight_devices_compute_what_one_does(on_meshes):
         held = {"expert": 2, "expert_tensor": 2}.get(name, 4)
         assert found["held"][1] == held, name  # of the experts
         assert found["gradients"] < 1e-5, name
+        assert found["biases"] == one["biases"], name
         for mine, theirs in zip(found["metrics"], one["metrics"], strict=True):
             assert mine == pytest.approx(theirs, rel=1e-5), name
 

@@ -17,6 +17,7 @@ from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block
 from diffusion_t5x.objectives.distillation import Distillation
 from diffusion_t5x.objectives.joint import Joint
+from diffusion_t5x.objectives.joint_drafts import JointDrafts
 from diffusion_t5x.objectives.masked import Masked
 from diffusion_t5x.objectives.sundae import Sundae
 from diffusion_t5x.performance.model_flops import forward_flops
@@ -51,7 +52,8 @@ def cost(function, *args) -> int:
     return matrix_products(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-OBJECTIVES = [Autoregressive(), Sundae(), Sundae(num_unrolls=2), Masked(), Block(4), Joint(Block(4)), Joint(Sundae())]
+OBJECTIVES = [Autoregressive(), Sundae(), Sundae(num_unrolls=2), Masked(), Block(4)]
+OBJECTIVES += [Joint(Block(4)), Joint(Sundae()), JointDrafts(4)]
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,20 @@ def test_the_last_evaluation_of_training_counts_as_scores(tmp_path):
     assert "60.0 [55.0, 65.0]" in page.text and page.tags.count("svg") == 4
 
 
+def test_what_a_run_started_from_is_beside_what_it_made_of_it(tmp_path):
+    folder = trained(tmp_path / "rl")
+    writer = JsonlWriter(folder)
+    for step, right, text in ((0, 0.0, "6:09"), (10, 50.0, "6:9"), (20, 100.0, "06:09")):
+        interval = {"pass@8": right, "pass@8_low": right / 2, "pass@8_high": 100.0}
+        writer.write(step, "inference_eval/pairs", interval)
+        write_jsonl(str(folder / "inference_eval" / "pairs" / f"predictions_{step}.jsonl"), records([text]))
+    (run,) = read_runs([folder])
+    assert [(scores.step, scores.metrics["pass@8"]) for scores in run.scores] == [(0, 0), (20, 100)]
+    page = Page(write_report([folder], tmp_path / "report.html"))
+    assert "0.0 [0.0, 100.0]" in page.text and "100.0 [50.0, 100.0]" in page.text and "50.0 [" not in page.text
+    assert "rl, at its startrl\n6:09 AM06:09\n6:0906:09\n" in page.text
+
+
 def test_evaluated_checkpoints_are_one_run_with_a_curve(tmp_path):
     folder = tmp_path / "scores"
     for step, predictions in ((9, ["x", "3 t", "x"]), (30, ["06:09", "3 t", "x"]), (100, ["06:09", "3 t", "navajo"])):

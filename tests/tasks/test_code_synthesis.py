@@ -9,7 +9,6 @@ from diffusion_t5x import train
 from diffusion_t5x.command_line import config
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.evaluation.code import execution as code_execution
 
 seqio = pytest.importorskip("seqio")
 
@@ -34,12 +33,6 @@ HUMANEVAL = [
         "test": "def check(candidate):\n    for y in (0, 1, 4, 9):\n        assert square(candidate(y)) == y\n",
     },
 ]
-
-
-@pytest.fixture
-def isolation():
-    if not code_execution.protections().isolation:
-        pytest.skip(f"no isolation on this machine: {code_execution.protections().reason}")
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def test_two_processes_at_once_agree_on_vocabulary_and_batches(tmp_path):
     assert [process.returncode for process in processes] == [0, 0]
     ((path, digest),) = outputs
     assert [str(file) for file in tmp_path.iterdir()] == [path]
-    assert pathlib.Path(path).read_bytes() == quickstart.vocabulary_file().read_bytes()
+    assert pathlib.Path(path).read_bytes() == pathlib.Path(quickstart.vocabulary_file()).read_bytes()
     reader = PRETRAIN.train_iterator()
     assert digest == hashlib.sha256(b"".join(next(reader).tokens.tobytes() for _ in range(10))).hexdigest()
 

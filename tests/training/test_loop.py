@@ -101,6 +101,8 @@ def run(folder, *, total_steps, periods, start=0, train_step=count, state=None, 
         (Periods(log=4, eval=3, save=5), [4, 8, 10], [3, 6, 9, 10], [5, 10]),
         (Periods(log=1, eval=None, save=100), list(range(1, 11)), [], [10]),
         (Periods(log=5, eval=2, save=2), [5, 10], [2, 4, 6, 8, 10], [2, 4, 6, 8, 10]),
+        (Periods(log=5, eval=10, save=9, eval_start=True), [5, 10], [0, 10], [9, 10]),
+        (Periods(log=10, eval=None, save=10, eval_start=True), [10], [], [10]),
     ],
 )
 def test_everything_happens_at_its_steps(tmp_path, periods, logs, evals, saves):
@@ -144,6 +146,8 @@ def test_a_run_goes_on_from_its_step(tmp_path):
     final, recorder = run(tmp_path, total_steps=10, start=7, periods=Periods(log=2, eval=5, save=5))
     assert int(final.params["sum"]) == 8 + 9 + 10
     assert sorted(recorder.written) == [8, 10] and sorted(recorder.evaluated) == [10]
+    _, recorder = run(tmp_path / "b", total_steps=10, start=7, periods=Periods(eval=5, eval_start=True))
+    assert sorted(recorder.evaluated) == [10]
 
 
 def test_a_finished_run_does_nothing(tmp_path):

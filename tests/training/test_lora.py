@@ -20,15 +20,18 @@ from diffusion_t5x.checkpointing.assignment import named_leaves
 from diffusion_t5x.checkpointing.record import Record
 from diffusion_t5x.checkpointing.start import check_start
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.evaluation.loading import load_model, load_start
 from diffusion_t5x.models.layers import dense
 from diffusion_t5x.models.low_rank import LowRank
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.autoregressive import Autoregressive
+from diffusion_t5x.objectives.autoregressive_policy_gradient import AutoregressivePolicyGradient
 from diffusion_t5x.objectives.block import Block
+from diffusion_t5x.objectives.distillation import Teacher
 from diffusion_t5x.objectives.masked import Masked
 from diffusion_t5x.objectives.sundae import Sundae
 from diffusion_t5x.partitioning import MeshConfig
-from diffusion_t5x.training import optimizers
+from diffusion_t5x.training import optimizers, step
 from diffusion_t5x.training.agreement import Agreement
 from diffusion_t5x.training.lora import Lora, LoraDefinition
 from diffusion_t5x.training.state import TrainState, abstract_state, fresh_state, join, split
@@ -286,6 +289,37 @@ def test_another_run_starts_from_the_merged_model(run, tmp_path):
     assert_same(state.ema["decoder"]["blocks"]["mlp"]["wo"].down, found["mlp"]["wo"].down)
     deviation = np.std(found["mlp"]["wo"].down)
     assert deviation == pytest.approx(32**-0.5, rel=0.2)  # one over the root of its inputs
+
+
+@pytest.mark.slow
+def test_the_start_near_which_it_is_held_shares_its_base(run, tmp_path):
+    """The divergence and the gradient are those of a whole copy; kept is only what is trained in full."""
+    path, mesh = save(tmp_path, run), MeshConfig().make()
+    definition = LoraDefinition(tiny.LLAMA, tiny.VOCABULARY, SETTINGS)
+    copy = Teacher(*load_model(path, tiny.LLAMA, tiny.VOCABULARY, mesh, use_ema=False))
+    start = load_start(path, definition, mesh)
+    assert list(named_leaves(start.params)) == ["embedding"]
+    some, frozen = split(definition, definition.adapt(copy.params, jax.random.key(1)))
+    rng = np.random.default_rng(2)
+    params = join(jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), some), frozen)
+    batch = BATCH.replace(
+        written_at=np.where(BATCH.target_mask, 0, -1),
+        written_log_probability=np.zeros(BATCH.tokens.shape, np.float32),
+        advantage=np.zeros(len(BATCH.tokens), np.float32),
+    )
+
+    def held(teacher):
+        def run(own, params):
+            loss = step.loss_of(AutoregressivePolicyGradient(kl_weight=1.0), teacher, own, params)
+            return loss_and_gradients(definition, loss, params, batch, jax.random.key(0))
+
+        return jax.jit(run)(teacher.params, params)
+
+    (sums, found), (of_copy, expected) = held(start), held(copy)
+    divergence = of_copy.metrics["kl_from_start"].mean()
+    assert divergence > 0.01
+    np.testing.assert_allclose(sums.metrics["kl_from_start"].mean(), divergence, atol=1e-6)
+    assert_close(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(

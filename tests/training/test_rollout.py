@@ -15,12 +15,15 @@ from hypothesis import strategies as st
 from diffusion_t5x.data.dataset import OfTexts
 from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.data.plain_vocabularies import ByteVocabulary
+from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.objectives.autoregressive_policy_gradient import AutoregressivePolicyGradient
 from diffusion_t5x.objectives.distillation import Distillation, Teacher
 from diffusion_t5x.objectives.policy_gradient import PolicyGradient
+from diffusion_t5x.objectives.sundae_policy_gradient import SundaePolicyGradient
 from diffusion_t5x.partitioning import MeshConfig, put_batch
 from diffusion_t5x.training.ramps import Ramp
 from diffusion_t5x.training.rewards import Grader, Rewards
@@ -196,7 +199,7 @@ def make_graded(**settings):
     def examples(batch):
         return [{"worth": float(row.sum())} for row in batch.tokens]
 
-    grader = Grader(rollout.rewards, examples, lambda tokens: "x" * len(tokens), tiny.VOCABULARY)
+    grader = Grader(rollout.rewards, examples, lambda tokens: "x" * len(tokens))
     mesh = MeshConfig(data=1, fsdp=1, tensor=1).make()
 
     class Seen:
@@ -224,35 +227,61 @@ def test_groups_are_texts_of_the_same_prompt_with_draws_of_their_own():
         np.testing.assert_allclose(batch.advantage, (earned - earned.mean(axis=1, keepdims=True)).ravel(), rtol=1e-6)
         rewards.append(earned)
     assert all(differ)
+    # A batch is judged when it is taken, while the update before it may still be running.
     ((step, metrics),) = seen
-    assert step == 1 and metrics["reward"] == pytest.approx(np.mean(rewards))
+    assert step == 3 and metrics["reward"] == pytest.approx(np.mean(rewards))
     assert metrics["best_reward"] == pytest.approx(np.max(rewards, axis=2).mean())
 
 
 @pytest.mark.slow
-def test_a_resumed_run_keeps_advantages_and_judges_nothing_again():
-    batches, state, seen = make_graded(passes=2)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_resumed_run_keeps_advantages_and_judges_nothing_again(ahead):
+    batches, state, seen = make_graded(passes=2, ahead=ahead)
     take(batches, state, 4)
-    resumed, _, seen_again = make_graded(passes=2)
+    resumed, _, seen_again = make_graded(passes=2, ahead=ahead)
     resumed.load_state_dict(batches.state_dict())
-    for step in (4, 5, 6):
+    for step in range(4, 10):
         found, expected = (x.next_batch(state.replace(step=jnp.int32(step))) for x in (resumed, batches))
         jax.tree.map(np.testing.assert_array_equal, found, expected)
         assert found.advantage.shape == (4,)
-    assert [step for step, _ in seen] == [1, 7] and [step for step, _ in seen_again] == [7]
+    # Those ahead are judged early, and because the run was saved.
+    assert [step for step, _ in seen] == ([3, 4, 10] if ahead else [3, 9])
+    assert [step for step, _ in seen_again] == [10 if ahead else 9]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("surrogate", ["trajectory", "one_step", "coupled"])
-def test_a_model_learns_to_write_what_is_rewarded(surrogate):
+def test_texts_ahead_are_by_the_parameters_of_the_rollout_before():
+    """The first two rollouts are by the first parameters, the third by those of the second rollout's start."""
+    (ahead, state, _), (present, _, _) = make_graded(ahead=True), make_graded()
+    other = jax.tree.map(lambda x: 2 * x, state.params)
+    for step in range(9):
+        found = ahead.next_batch(state_of(state.params if step < 3 else other, step))
+        expected = present.next_batch(state_of(state.params if step < 6 else other, step))
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+LEARNERS = {
+    surrogate: (
+        PolicyGradient(3, surrogate),
+        BlockDecoder(3, MaskedDecoder(num_steps=3, order="random", temperature=1.0)),
+    )
+    for surrogate in ("trajectory", "one_step", "coupled")
+} | {
+    "autoregressive": (AutoregressivePolicyGradient(), AutoregressiveDecoder(temperature=1.0)),
+    "sundae": (SundaePolicyGradient(), SundaeDecoder(num_steps=2, num_samples=1, temperature=1.0)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_a_model_learns_to_write_what_is_rewarded(learner):
     """The reward is the share of even ids. Forty updates on twenty rollouts; the first and the last are compared."""
     mesh = MeshConfig(data=1, fsdp=1, tensor=1).make()
     definition, _ = tiny.make_model(dataclasses.replace(tiny.LLAMA, num_layers=1))
+    objective, decoder = LEARNERS[learner]
     optimizer, rewards = optax.adam(2e-2), Rewards(lambda text, example: float(text), group_size=8)
     abstract, state = tiny.fresh_state(mesh, definition, optimizer)
-    decoder = BlockDecoder(3, MaskedDecoder(num_steps=3, order="random", temperature=1.0))
     rollout = Rollout(decoder, num_batches=2, lengths=Ramp(6, 6), num_buckets=1, rewards=rewards)
-    objective = PolicyGradient(3, surrogate, draws=1)
     seen = []
 
     class Seen:
@@ -262,7 +291,7 @@ def test_a_model_learns_to_write_what_is_rewarded(surrogate):
     def even(tokens):
         return str(np.mean(np.array(tokens) % 2 == 0))
 
-    grader = Grader(rewards, lambda batch: [{}] * len(batch.tokens), even, tiny.VOCABULARY)
+    grader = Grader(rewards, lambda batch: [{}] * len(batch.tokens), even)
     settings = {"prepare": objective.prepare_rollout, "grader": grader, "writer": Seen()}
     batches = OnPolicyBatches(mesh, definition, rollout, Prompts(), 5, 32, 0, **settings)
     step = make_train_step(mesh, abstract, definition, objective, optimizer, seed=0)
@@ -294,11 +323,20 @@ class Tokens:
         (Distillation(3), Rewards(long_texts, 2), "reads no rewards"),
         (PolicyGradient(3), Rewards(long_texts, 3), "does not divide into groups of 3"),
         (PolicyGradient(3), Rewards(long_texts, 2), "an order other than confidence"),
+        (PolicyGradient(2), Rewards(long_texts, 2), "writes blocks of 3, but PolicyGradient has blocks of 2"),
+        (PolicyGradient(3, blocks_from="row"), Rewards(long_texts, 2), 'has "row": set both'),
+        (SundaePolicyGradient(), Rewards(long_texts, 2), "a SUNDAE model objectives/sundae_policy_gradient.gin"),
     ],
 )
 def test_objective_and_rewards_must_agree(objective, rewards, message):
     with pytest.raises(UserError, match=message):
         check_rollout(objective, tiny.LLAMA, dataclasses.replace(ROLLOUT, rewards=rewards), Data())
+    of_canvases = dataclasses.replace(ROLLOUT, decoder=SundaeDecoder(num_samples=1), rewards=Rewards(long_texts, 2))
+    with pytest.raises(UserError, match="update_share = 1"):
+        check_rollout(SundaePolicyGradient(), tiny.LLAMA, of_canvases, Data())
+    apart = dataclasses.replace(tiny.LLAMA, architecture="encoder_decoder")
+    with pytest.raises(UserError, match="is for decoder-only models"):
+        check_rollout(PolicyGradient(3), apart, dataclasses.replace(ROLLOUT, rewards=Rewards(long_texts, 2)), Data())
     any_decoder = PolicyGradient(3, "one_step")
     with pytest.raises(UserError, match="has only tokens"):
         check_rollout(any_decoder, tiny.LLAMA, dataclasses.replace(ROLLOUT, rewards=Rewards(long_texts, 2)), Tokens())
@@ -338,6 +376,7 @@ def test_the_teacher_stays_as_it_is_and_the_student_learns():
         ({"batches_at_once": 0}, "at least 1"),
         ({"data_share": Ramp(0, 1.5)}, "data_share must lie in"),
         ({"num_buckets": 0}, "at least 1"),
+        ({"ahead": True}, "hides the time of rewards"),
     ],
 )
 def test_mistakes(wrong, message):
