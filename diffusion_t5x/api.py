@@ -20,7 +20,7 @@ from diffusion_t5x.data import stop_strings
 from diffusion_t5x.data.templates import Template, Templates
 from diffusion_t5x.data.text_rows import TextRows, room_for
 from diffusion_t5x.data.vocabulary import AnyVocabulary
-from diffusion_t5x.decoding.decoder import Decoder
+from diffusion_t5x.decoding.decoder import Decoder, check_fills
 from diffusion_t5x.decoding.language import Language
 from diffusion_t5x.decoding.structured import checked, language_of
 from diffusion_t5x.errors import UserError
@@ -186,6 +186,8 @@ class Model(Chatting):
     ) -> str | list[str]:
         """Fills the holes of texts, such as "x =<hole:4> + 1": `<hole:N>` is a hole of N tokens.
 
+        `<hole:?>` and `<hole:N?>` are holes of unknown length, for models of `objectives.resizing`.
+
         The texts are those that `infer --templates` writes; see docs/infilling.md.
 
         Args:
@@ -204,15 +206,11 @@ class Model(Chatting):
         """
         pairs = as_pairs(texts, inputs)
         decoder = self._use(decoder, self.decoder, "decoder")
-        if not decoder.fills_holes:
-            raise UserError(
-                f"{type(decoder).__name__} cannot fill holes, whose ends are given. Use a model of masked or SUNDAE "
-                "diffusion with MaskedDecoder or SundaeDecoder."
-            )
         rows = dataclasses.replace(self._rows(pairs), batch_size=batch_size(len(pairs)))
         templates = Templates(
             [Template.of(text, given or None, f"Text {n}") for n, (text, given) in enumerate(pairs)], rows
         )
+        check_fills(decoder, templates.have_unknown_lengths)
         templates.check()
         language = language_of(regex, None, self.tokenizer, begins=False)
         batches = list(checked(language, templates.eval_batches(), in_holes=True))

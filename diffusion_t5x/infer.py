@@ -29,7 +29,7 @@ from diffusion_t5x.console import Console
 from diffusion_t5x.data import stop_strings
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.data.templates import Templates
-from diffusion_t5x.decoding.decoder import Decoder
+from diffusion_t5x.decoding.decoder import Decoder, check_fills
 from diffusion_t5x.decoding.language import Language
 from diffusion_t5x.decoding.structured import checked, language_of
 from diffusion_t5x.errors import UserError, check_choices
@@ -236,11 +236,7 @@ class Inference(CheckpointSettings):
             raise UserError("To predict, set infer.decoder: include a file of decoding/.")
         if not isinstance(data, Templates):
             return {"decoder": repr(self.decoder), "trace": self.trace, **({"stop": list(stops)} if stops else {})}
-        if not self.decoder.fills_holes:
-            raise UserError(
-                f"{type(self.decoder).__name__} writes from left to right and cannot fill holes, whose ends are given: "
-                "take a model of masked or SUNDAE diffusion with decoding/masked.gin or decoding/sundae.gin."
-            )
+        check_fills(self.decoder, data.have_unknown_lengths)
         return {"decoder": repr(self.decoder), "trace": self.trace, "templates": data.fingerprint}
 
 

@@ -21,6 +21,7 @@ FloatB = Float[jax.Array, "batch"]
 BoolB = Bool[jax.Array, "batch"]
 
 # A number for each row that meets all slots of the row.
+BoolB1 = Bool[jax.Array, "batch 1"]
 IntB1 = Int[jax.Array, "batch 1"]
 
 IntBL = Int[jax.Array, "batch length"]

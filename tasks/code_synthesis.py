@@ -1,7 +1,7 @@
-"""Code synthesis, scored by running the programs: MBPP and HumanEval, from their authors' JSONL files.
+"""Code synthesis, scored by running the programs: MBPP, HumanEval and its infilling, from their authors' JSONL files.
 
-A gin file calls `mbpp` or `humaneval`, which register a SeqIO task (see gin/tasks/mbpp.gin). An example has "tests" for
-its program; the metric runs them (`evaluation.code.execution`) and returns pass@k.
+A gin file calls `mbpp`, `humaneval` or `humaneval_infilling`, which register a SeqIO task (see gin/tasks/mbpp.gin). An
+example has "tests" for its program; the metric runs them (`evaluation.code.execution`) and returns pass@k.
 """
 
 import functools
@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from diffusion_t5x.data import text_files
+from diffusion_t5x.data import templates, text_files
 from diffusion_t5x.data.vocabulary import AnyVocabulary
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.evaluation.code.execution import Limits, Tests
@@ -20,12 +20,14 @@ from diffusion_t5x.tasks import readers, registration
 
 logger = logging.getLogger(__name__)
 
-MBPP, HUMANEVAL = "mbpp", "humaneval"
+MBPP, HUMANEVAL, INFILLING = "mbpp", "humaneval", "humaneval_infilling"
 # By task_id; the usual cut of the paper's 974 problems.
 MBPP_SPLITS = {"prompt": range(1, 11), "test": range(11, 511), "validation": range(511, 601), "train": range(601, 975)}
 SHOTS = (2, 3, 4)  # the task_ids of the paper's prompt
 _MBPP_FIELDS = {"task_id": int, "text": str, "code": str, "test_list": list, "test_setup_code": str}
 _HUMANEVAL_FIELDS = dict.fromkeys(("task_id", "prompt", "canonical_solution", "test", "entry_point"), str)
+_INFILLING_FIELDS = _HUMANEVAL_FIELDS | {"suffix": str}
+_GAP = "<hole>"  # in the inputs of the infilling task
 # Where another example of a few-shot prompt would begin.
 _MBPP_END = re.compile(r"\[DONE\]|\[BEGIN\]|^You are an expert", re.MULTILINE)
 # Where the function ends (Chen et al. 2021, section 2.3).
@@ -100,6 +102,47 @@ def humaneval(vocabulary: AnyVocabulary, path: str, limits: Limits = Limits(), a
     return _register(HUMANEVAL, vocabulary, {"test": examples}, humaneval_program, limits, allow_unsafe)
 
 
+def humaneval_infilling(
+    vocabulary: AnyVocabulary, path: str, limits: Limits = Limits(), allow_unsafe: bool = False
+) -> str:
+    """Registers the SeqIO task `humaneval_infilling`, replacing any earlier one, and returns its name.
+
+    HumanEval's programs with a gap (Bavarian et al. 2022, arXiv 2207.14255): a line, some lines or a random span. The
+    input is the program with `<hole>` in the gap, the target what belongs there. A model's output is run in the gap, as
+    it is. The only split is "test". `infilling_templates` has the same problems as texts with holes.
+
+    Args:
+      vocabulary: vocabulary of inputs and targets.
+      path: one of the files of openai/human-eval-infilling, such as HumanEval-SingleLineInfilling.jsonl.gz.
+      limits, allow_unsafe: as in `mbpp`.
+
+    Raises:
+      UserError: the file cannot be read or is not one of these.
+    """
+    examples = [
+        {
+            "task_id": row["task_id"],
+            "inputs": row["prompt"] + _GAP + row["suffix"],
+            "targets": row["canonical_solution"],
+            "tests": json.dumps(_infilling_tests(row)),
+        }
+        for row in _read_infilling(path)
+    ]
+    return _register(INFILLING, vocabulary, {"test": examples}, infilled_program, limits, allow_unsafe)
+
+
+def infilling_templates(path: str, hole: str = "<hole:?>") -> tuple[list[str], list[Tests]]:
+    """Returns the problems of `humaneval_infilling` as texts with a hole, and the tests of the whole programs.
+
+    Args:
+      path: as in `humaneval_infilling`.
+      hole: the hole, see `data.templates`.
+    """
+    rows = _read_infilling(path)
+    texts = [templates.escape(row["prompt"]) + hole + templates.escape(row["suffix"]) for row in rows]
+    return texts, [_tests(_infilling_tests(row)) for row in rows]
+
+
 def mbpp_program(text: str, prompt: str) -> str:
     """Returns the program in a model's output."""
     del prompt
@@ -109,6 +152,11 @@ def mbpp_program(text: str, prompt: str) -> str:
 def humaneval_program(text: str, prompt: str) -> str:
     """Returns the prompt's beginning of a program with the model's continuation."""
     return prompt + _HUMANEVAL_END.split(text, maxsplit=1)[0]
+
+
+def infilled_program(text: str, prompt: str) -> str:
+    """Returns the program with a model's output in its gap."""
+    return prompt.replace(_GAP, text)
 
 
 def _mbpp_prompt(row: Mapping[str, Any]) -> str:
@@ -130,9 +178,31 @@ def _mbpp_tests(row: Mapping[str, Any]) -> str:
 
 def _humaneval_tests(row: Mapping[str, Any]) -> str:
     """Returns the authors' `check` on the model's function, with the prompt's helpers, not the program's."""
+    return json.dumps(_checks(row, row["prompt"]))
+
+
+def _infilling_tests(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the same with the reference program's helpers, as the prompt may end anywhere."""
+    return _checks(row, row["prompt"] + row["canonical_solution"] + row["suffix"])
+
+
+def _checks(row: Mapping[str, Any], helpers: str) -> dict[str, Any]:
     name = row["entry_point"]
-    test = f"candidate_ = {name}\n{row['prompt']}\n{name} = candidate_\n{row['test']}\ncheck(candidate_)"
-    return json.dumps({"asserts": [test], "entry_points": [name]})
+    test = f"candidate_ = {name}\n{helpers}\n{name} = candidate_\n{row['test']}\ncheck(candidate_)"
+    return {"asserts": [test], "entry_points": [name]}
+
+
+def _tests(fields: Mapping[str, Any]) -> Tests:
+    """Returns the tests with these fields, of which JSON has lists."""
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    return Tests(**values)
+
+
+def _read_infilling(path: str) -> list[Mapping[str, Any]]:
+    rows = list(_read(path, _INFILLING_FIELDS).values())
+    if odd := [row["task_id"] for row in rows if _GAP in row["prompt"] + row["suffix"]]:
+        raise UserError(f"{path}: the program of {odd[0]} contains {_GAP}, which marks the gap: is it the right file?")
+    return rows
 
 
 def _read(path: str, fields: Mapping[str, type]) -> dict[Any, Mapping[str, Any]]:
@@ -168,9 +238,7 @@ def _register(
     def postprocess(text: str | Sequence[str], example: Mapping[str, Any], is_target: bool) -> Any:
         """Returns the tests for a target; for a prediction its program, or those of its samples."""
         if is_target:
-            fields: dict[str, Any] = json.loads(example["tests"])
-            fields |= {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
-            return Tests(**fields)
+            return _tests(json.loads(example["tests"]))
         texts = [text] if isinstance(text, str) else text
         programs = [program(text, example["inputs_pretokenized"]) for text in texts]
         return programs[0] if isinstance(text, str) else programs

@@ -51,7 +51,7 @@ def test_the_table_has_a_line_for_each_route_and_decoder(report, tmp_path):
     assert table[2] == "| a | static | 20.0 ± 24.8 | 0.500 ± 0.000 | 0.20 | 2.0 |"
     assert table[3] == "| a | threshold | 1.000 ± 0.000 | 0.500 ± 0.000 | 0.20 | 2.0 |"
     assert table[4] == "| b | static | 5.000 | 2.000 |  |  |"
-    assert "25.0% ± 0.0% were accepted" in table[6]
+    assert table[6] == "b, static: 25.0% ± 0.0% of the drafted tokens were accepted."
     # b has no cost, so no advice is on it.
     assert table[8] == "Which route to take, by exact_match:"
     assert table[12:] == ["| 0.5 | 2 | a | static | 20.000 ± 24.841 | none |"]
@@ -90,6 +90,8 @@ def test_what_a_route_costs(conversion):
     # A student reads each row twice over, and reads out half of that; a teacher or a causal pass reads it once.
     assert 1 + 1 / 2 / 3 < cost["off_policy"] / cost["ar2diff_0"] < 1 + 1 / 3
     assert 1 + 1 / 2 < cost["joint"] / cost["ar2diff_0"] < 2
+    # Drafts are read out, too; what is read from left to right is read in the same pass.
+    assert 1 < cost["joint_drafts"] / cost["ar2diff_0"] < cost["joint"] / cost["ar2diff_0"]
     assert 1 + 1 / 8 < cost["aligned"] / cost["ar2diff_0"] <= 1 + 1 / 6  # its teacher reads, and computes no logits
     assert cost["opdlm"] > 1.4 * cost["off_policy"]
 

@@ -22,6 +22,7 @@ REQUIRED = "%gin.REQUIRED"
 _MEANINGS = {
     "ANNEAL_STEPS": "training steps over which causal attention becomes bidirectional; None: no annealing.",
     "ARCHITECTURE": '"decoder_only" or "encoder_decoder".',
+    "AXES": 'sizes that grow, by axis: "length", "batch_size", "vocabulary_size" and "num_layers".',
     "BATCH_SIZE": "examples per step, over all devices.",
     "BENCHMARK_OUTPUT_DIR": "folder that gets the measured times; created if missing.",
     "BEST_METRIC": 'metric by which the best checkpoints are kept, such as "my_task/exact_match".',

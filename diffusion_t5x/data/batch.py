@@ -27,6 +27,9 @@ class Batch(flax.struct.PyTreeNode):
       written_at: for a text that a decoder wrote: see `decoding.decoder.Decoded`. None for data.
         An objective may put states of its own in their place (`Objective.prepare_rollout`).
       written_log_probability: likewise `Decoded.log_probability`. None for data.
+      holes: for a text with holes of unknown length: n in the slots of the n-th of them, counted from 1, as many as it
+        may have tokens; -1 in spare slots behind the row, of which as many are padding as the holes have slots without
+        a token; 0 elsewhere. None: there are no such holes. See `decoding.resizing`.
       canvases: for a text that a decoder denoised as a whole: the row before each of its steps. None elsewhere.
       canvas_log_probability: of the tokens that each of these steps drew. None elsewhere.
       advantage: for a text that a reward judged: how much better it is than others for the same inputs. None elsewhere.
@@ -42,6 +45,7 @@ class Batch(flax.struct.PyTreeNode):
     encoder_positions: Int[Array, "batch inputs"] | None = None
     written_at: AnyIntBL | None = None
     written_log_probability: Float[Array, "batch length"] | None = None
+    holes: AnyIntBL | None = None
     canvases: Int[Array, "batch steps length"] | None = None
     canvas_log_probability: Float[Array, "batch steps length"] | None = None
     advantage: Float[Array, " batch"] | None = None

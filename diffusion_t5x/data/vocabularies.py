@@ -41,6 +41,8 @@ class TokenIds:
       noise_only: a model may write what is in the noise vocabulary, and nothing else.
       reads_start: see `ModelConfig.reads_start`, which `ModelDefinition` copies here.
       end_ids: other ids that end a text, such as the end of a turn in a chat (see `chats.Chat.end_ids`).
+      resize_ids: ids of [expand] and [delete], with which a model changes the length of a hole (`objectives.resizing`):
+        the last two sentinels. None: the vocabulary has no two.
     """
 
     size: int
@@ -54,6 +56,7 @@ class TokenIds:
     noise_only: bool = False
     reads_start: bool = True
     end_ids: tuple[int, ...] = ()
+    resize_ids: tuple[int, int] | None = None
 
     def for_infilling(self) -> Self:
         """Returns the ids as they apply in the holes of a text: a hole takes pieces of text, and nothing ends it.
@@ -66,6 +69,26 @@ class TokenIds:
         return dataclasses.replace(
             self, pad_id=self.mask_id, eos_id=self.mask_id, noise_ranges=_ranges(in_holes), noise_only=True, end_ids=()
         )
+
+    def with_resizing(self) -> Self:
+        """Returns the ids for a decoder that resizes holes: [expand] and [delete] may be proposed.
+
+        Raises:
+          UserError: the vocabulary has no two sentinels.
+        """
+        may_write = np.zeros(self.size, bool)
+        may_write[self.noise_ids()] = True
+        may_write[list(self.resizing())] = True
+        return dataclasses.replace(self, noise_ranges=_ranges(may_write))
+
+    def resizing(self) -> tuple[int, int]:
+        """Returns `resize_ids`. Raises a UserError if the vocabulary has no two sentinels."""
+        if self.resize_ids is None:
+            raise UserError(
+                f"The vocabulary {self.name} has no sentinels for [expand] and [delete], which holes of unknown length "
+                "need: take one with at least two extra_ids."
+            )
+        return self.resize_ids
 
     def is_end(self, tokens: Int[Array, "*shape"]) -> Bool[jax.Array, "*shape"]:
         """Returns True for tokens that end a text: EOS, pad and `end_ids`."""
@@ -143,7 +166,8 @@ def token_ids(vocabulary: AnyVocabulary) -> TokenIds:
     """
     known = own(vocabulary)
     text = known.is_text()
-    text[list(known.sentinel_ids())] = False
+    sentinels = list(known.sentinel_ids())
+    text[sentinels] = False
     text[[known.pad_id, known.eos_id]] = True
     mask_id = mask_id_of(known)
     text[mask_id : mask_id + 1] = False
@@ -156,6 +180,7 @@ def token_ids(vocabulary: AnyVocabulary) -> TokenIds:
         noise_ranges=_ranges(text),
         name=type(vocabulary).__name__,
         fingerprint=hashlib.sha256(known.contents).hexdigest()[:16],
+        resize_ids=(sentinels[-2], sentinels[-1]) if len(sentinels) > 1 else None,
     )
 
 

@@ -21,6 +21,7 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.masks import BIDIRECTIONAL
 from diffusion_t5x.models.reading import Reading
+from diffusion_t5x.models.slots import take_slots
 from diffusion_t5x.models.stack import Encoded
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import Transformer
@@ -35,6 +36,7 @@ class Written(flax.struct.PyTreeNode):
       mask: the positions that it wrote, even if the token is the same.
       log_probability: of the written tokens, at temperature 1 over all ids that may be written.
       score: added to the row's score, a sum over targets: higher is better.
+      source: the slot that each slot's content was in before, L for none; None: all stay in place.
       finished: rows that need no more steps even if positions are eligible; None: no row.
       memory: what the rule keeps for its next step; see `StepRule.start_memory`.
     """
@@ -43,6 +45,7 @@ class Written(flax.struct.PyTreeNode):
     mask: BoolBL
     log_probability: FloatBL
     score: FloatB
+    source: IntBL | None = None
     finished: BoolB | None = None
     memory: Any = None
 
@@ -92,11 +95,15 @@ class Canvas(flax.struct.PyTreeNode):
 
     def after(self, written: Written, takes_part: BoolB) -> Self:
         """Returns the state after one more step, in which these rows took part."""
+        log_probability, written_at = self.log_probability, self.written_at
+        if written.source is not None:
+            log_probability = take_slots(log_probability, written.source)
+            written_at = take_slots(written_at + 1, written.source) - 1
         return self.replace(
             step=self.step + 1,
             tokens=written.tokens,
-            log_probability=jnp.where(written.mask, written.log_probability, self.log_probability),
-            written_at=jnp.where(written.mask, self.step, self.written_at),
+            log_probability=jnp.where(written.mask, written.log_probability, log_probability),
+            written_at=jnp.where(written.mask, self.step, written_at),
             score=self.score + written.score,
             row_steps=self.row_steps + takes_part,
             finished=self.finished if written.finished is None else self.finished | (written.finished & takes_part),
@@ -137,6 +144,10 @@ class StepRule(RowDecoder, Protocol):
     def start_memory(self, model: Transformer, tokens: IntBL) -> Any:
         """Returns what the rule keeps from step to step, before the first one: any arrays. None keeps nothing."""
         return None
+
+    def read(self, model: Transformer, inputs: "CanvasInputs", tokens: IntBL, rows: Batch) -> FloatBLD:
+        """Returns the hidden states that predict the tokens of whole rows."""
+        return inputs.read(self, model, tokens, rows)
 
     def write(
         self,
@@ -191,11 +202,13 @@ class StepRule(RowDecoder, Protocol):
         """Takes a step on each row's canvases."""
 
         def read(tokens, carry):
-            return carry["inputs"].read(self, model, tokens, carry["rows"]), carry
+            return self.read(model, carry["inputs"], tokens, carry["rows"]), carry
 
         def show(carry, written):
             history = carry["trace"]
-            history = history and history.record(carry["steps"], written.tokens, written.mask, written.log_probability)
+            history = history and history.record(
+                carry["steps"], written.tokens, written.mask, written.log_probability, written.source
+            )
             return carry | {"trace": history, "steps": carry["steps"] + 1}
 
         positions = jnp.asarray(carry["rows"].positions)

@@ -16,8 +16,9 @@ from diffusion_t5x.decoding.language import Language
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import AttentionKind
 from diffusion_t5x.models.modes import Mode
+from diffusion_t5x.models.slots import take_slots
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.shapes import AnyBoolBL, AnyIntBL, FloatB, FloatBL, IntB, IntBL, IntScalar, KeyScalar
+from diffusion_t5x.shapes import AnyBoolBL, AnyIntBL, BoolBL, FloatB, FloatBL, IntB, IntBL, IntScalar, KeyScalar
 
 Watch = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 """Is called while a decoder is at work: with a step's number, counted from 1 (0: before the first), and what a `Trace`
@@ -43,10 +44,17 @@ class Trace(flax.struct.PyTreeNode):
         return cls(tokens=tokens, confidence=jnp.zeros(tokens.shape, jnp.float32))
 
     def record(
-        self, step: IntScalar, tokens: IntBL, mask: AnyBoolBL, log_probability: Float[jax.Array, " batch #length"]
+        self,
+        step: IntScalar,
+        tokens: IntBL,
+        mask: AnyBoolBL,
+        log_probability: Float[jax.Array, " batch #length"],
+        source: IntBL | None = None,
     ) -> Self:
         """Returns the trace with one more step, counted from 0; arguments as in `canvas.Written`."""
-        confidence = jnp.where(mask, jnp.exp(log_probability), self.confidence[step])
+        before = self.confidence[step]
+        before = before if source is None else take_slots(before, source)
+        confidence = jnp.where(mask, jnp.exp(log_probability), before)
         return self.replace(
             tokens=self.tokens.at[step + 1].set(tokens), confidence=self.confidence.at[step + 1].set(confidence)
         )
@@ -72,9 +80,15 @@ class Watched(flax.struct.PyTreeNode):
     length: int = flax.struct.field(pytree_node=False)
 
     def record(
-        self, step: IntScalar, tokens: IntBL, mask: AnyBoolBL, log_probability: Float[jax.Array, " batch #length"]
+        self,
+        step: IntScalar,
+        tokens: IntBL,
+        mask: AnyBoolBL,
+        log_probability: Float[jax.Array, " batch #length"],
+        source: IntBL | None = None,
     ) -> Self:
-        after = self.replace(confidence=jnp.where(mask, jnp.exp(log_probability), self.confidence))
+        before = self.confidence if source is None else take_slots(self.confidence, source)
+        after = self.replace(confidence=jnp.where(mask, jnp.exp(log_probability), before))
         after.show(step + 1, tokens)
         return after
 
@@ -121,6 +135,8 @@ class Decoded(flax.struct.PyTreeNode):
       num_drafted, num_accepted: numbers of tokens that a speculating decoder drafted and accepted; otherwise None.
       log_probability: of each written token in the step that wrote it, at temperature 1 over all ids that may be
         written; 0 where none was. Only from `BlockDecoder` and `AutoregressiveDecoder`; otherwise None.
+      target_mask: where the written targets are in `tokens`, if holes have found their length (see `Batch.holes`): the
+        slots that they did not need are gone, with padding at the end. None: where the batch has its targets.
     """
 
     tokens: IntBL
@@ -134,6 +150,7 @@ class Decoded(flax.struct.PyTreeNode):
     num_drafted: IntB | None = None
     num_accepted: IntB | None = None
     log_probability: FloatBL | None = None
+    target_mask: BoolBL | None = None
 
     @classmethod
     def of(
@@ -175,11 +192,13 @@ class Decoder(Protocol):
       autoregressive: uses the model as an autoregressive one, whatever `ModelConfig.shifted` says.
       left_to_right: writes the targets in order; unwritten targets are pad.
       fills_holes: targets may be followed by inputs, and need not be contiguous.
+      resizes_holes: also fills holes of unknown length, see `Batch.holes`.
     """
 
     autoregressive: ClassVar[bool] = False
     left_to_right: ClassVar[bool] = False
     fills_holes: ClassVar[bool] = False
+    resizes_holes: ClassVar[bool] = False
 
     @property
     def modes(self) -> tuple[Mode, ...]:
@@ -206,6 +225,27 @@ class Decoder(Protocol):
           key: random key for all draws.
           trace: keep every step, or show it to a `Watch` during decoding.
         """
+
+
+def check_fills(decoder: Decoder, unknown_lengths: bool) -> None:
+    """Raises a UserError if a decoder cannot fill the holes of a text.
+
+    Args:
+      decoder: is to fill them.
+      unknown_lengths: the length of some is not known.
+    """
+    if not decoder.fills_holes:
+        raise UserError(
+            f"{type(decoder).__name__} writes from left to right and cannot fill holes, whose ends are given: take a "
+            "model of masked or SUNDAE diffusion with MaskedDecoder or SundaeDecoder (decoding/masked.gin, "
+            "decoding/sundae.gin)."
+        )
+    if unknown_lengths and not decoder.resizes_holes:
+        raise UserError(
+            f"{type(decoder).__name__} cannot fill <hole:?>, whose length is not known: take ResizingDecoder "
+            "(decoding/resizing.gin) with a model that was trained by objectives/resizing.gin, or give its length, "
+            "<hole:N>."
+        )
 
 
 def check_free(decoder: Decoder, language: Language | None) -> None:

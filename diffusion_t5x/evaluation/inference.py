@@ -87,11 +87,12 @@ def predict(
         if judge:
             with jax.set_mesh(mesh):
                 said = jax.device_get(judge(partitioning.put_batch(mesh, batch.replace(tokens=decoded.tokens))))
-        targets = np.asarray(batch.target_mask)
-        masks = targets if text_mask is None else text_mask(batch)
+        given = np.asarray(batch.target_mask)
+        masks = given if text_mask is None else text_mask(batch)
         for row, example in enumerate(examples):
             text = np.flatnonzero(masks[row])
             texts = [to_text(output.tokens[row, text].tolist()) for output in (decoded, *others)]
+            targets = given if decoded.target_mask is None else np.asarray(decoded.target_mask)
             record = {
                 **example,
                 "prediction": texts[0],

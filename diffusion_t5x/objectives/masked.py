@@ -114,15 +114,15 @@ class Masked(Objective):
         return (Pass(),)
 
     def model_inputs(self, model: ModelDefinition, batch: Batch, key: KeyScalar) -> IntBL:
-        tokens, _ = self._corrupt(model.vocabulary, batch, key)
+        batch, tokens, _ = self._corrupt(model.vocabulary, batch, key)
         return model_reads(tokens, batch, model)
 
-    def _corrupt(self, vocabulary: TokenIds, batch: Batch, key: KeyScalar) -> tuple[IntBL, FloatBL]:
-        """Returns for every position the token or MASK, and its weight in the bound if it is masked."""
+    def _corrupt(self, vocabulary: TokenIds, batch: Batch, key: KeyScalar) -> tuple[Batch, IntBL, FloatBL]:
+        """Returns the tokens to be predicted, for every position the token or MASK, and its weight if it is masked."""
         share = stratified(stream(key, "time"), batch.example_ids, batch.segment_ids)
         probability, weights = SCHEDULES[self.schedule](1 - (1 - self.epsilon) * share)
         keys = row_keys(stream(key, "where"), batch.example_ids)
-        return mask_targets(batch, vocabulary, probability, keys), weights
+        return batch, mask_targets(batch, vocabulary, probability, keys), weights
 
     def loss(
         self,
@@ -134,7 +134,7 @@ class Masked(Objective):
         teacher: Transformer | None = None,
     ) -> LossSums:
         dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids) if train else None
-        tokens, weights = self._corrupt(model.vocabulary, batch, key)
+        batch, tokens, weights = self._corrupt(model.vocabulary, batch, key)
         reading = Reading.of(batch, model.vocabulary, model.config.shifted, packed=True)
         batch = reading.fits(batch)
         encoded = model.encode(batch, dropout_keys)

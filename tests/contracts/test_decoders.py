@@ -22,6 +22,7 @@ from diffusion_t5x.decoding.editing import EditingDecoder
 from diffusion_t5x.decoding.entropy_bounded import EntropyBoundedDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.decoding.remasking import RemaskingDecoder as Remasking
+from diffusion_t5x.decoding.resizing import ResizingDecoder
 from diffusion_t5x.decoding.self_speculation import SelfSpeculationDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.decoding.windows import WindowDecoder
@@ -50,6 +51,7 @@ DECODERS = {
     "masked, guided": MaskedDecoder(num_steps=3, guidance=0.5, ends="never", counts="times", softmax="filtered"),
     "blocks of the row": BlockDecoder(3, MaskedDecoder(num_steps=2), "row"),
     "sundae, samples": SundaeDecoder(num_steps=3, num_samples=2),
+    "resizing": ResizingDecoder(threshold=0.5),
     "autoregressive": AutoregressiveDecoder(temperature=1.0),
     "beam search": BeamSearchDecoder(num_beams=2),
     "drafts": DraftingDecoder(3, temperature=1.0),

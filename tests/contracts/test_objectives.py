@@ -27,6 +27,7 @@ from diffusion_t5x.objectives.masked import Masked
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.objectives.policy_gradient import PolicyGradient
 from diffusion_t5x.objectives.preferences import Preferences
+from diffusion_t5x.objectives.resizing import Resizing
 from diffusion_t5x.objectives.sandwiched import SandwichedPolicyGradient
 from diffusion_t5x.objectives.sundae import Sundae
 from diffusion_t5x.objectives.sundae_policy_gradient import SundaePolicyGradient
@@ -39,6 +40,7 @@ OBJECTIVES = {
     "sundae": Sundae(),
     "masked": Masked(),
     "editing": Editing(random_share=0.3),
+    "resizing": Resizing(hole_share=0.7),
     "block": Block(3),
     "clipped block": Block(3, times=(0.3, 0.8)),
     "aligned": Aligned(3),

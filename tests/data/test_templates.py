@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from diffusion_t5x.data import vocabularies
 from diffusion_t5x.data.seqio_source import SeqioDataset
-from diffusion_t5x.data.templates import Templates
+from diffusion_t5x.data.templates import Hole, Templates, escape
 from diffusion_t5x.errors import UserError
 
 seqio = pytest.importorskip("seqio")
@@ -26,6 +26,7 @@ def register(name, vocabulary, features=("inputs", "targets"), add_eos=True):
 
 
 register("templates_of_bytes", seqio.ByteVocabulary())
+register("templates_with_sentinels", seqio.ByteVocabulary(extra_ids=2))
 register("templates_without_inputs", seqio.ByteVocabulary(), ("targets",), add_eos=False)
 TASK = SeqioDataset("templates_of_bytes", {"inputs": 4, "targets": 12}, split="none", batch_size=2)
 
@@ -38,6 +39,37 @@ def templates(tmp_path, *lines, dataset=TASK):
 
 def ids(text):
     return [byte + 3 for byte in text.encode()]
+
+
+@pytest.mark.parametrize("architecture", ["decoder_only", "encoder_decoder"])
+def test_holes_of_unknown_length_have_slots_of_their_own(architecture, tmp_path):
+    dataset = dataclasses.replace(TASK, mixture_or_task_name="templates_with_sentinels", architecture=architecture)
+    lines = {"template": "a<hole:?>b<hole:2?>c<hole:1>", "inputs": "xy"}, {"template": "<hole:3>d<hole:?>e<hole:?>"}
+    found = templates(tmp_path, *lines, dataset=dataset)
+    found.check()
+    ((batch, _),) = found.eval_batches()
+    # 12 slots hold a text of three, EOS, holes of two and one: five are left for the first hole. Of the second text's
+    # six beside a hole of three, two holes get three each.
+    first, second = [0, 1, 1, 1, 1, 1, 0, 2, 2, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 0, 2, 2, 2, 0]
+    spare = [-1] * 7
+    if architecture == "decoder_only":
+        assert batch.holes.tolist() == [[0] * 3 + first + [0] + spare, [0] + second + [0] * 3 + spare[:6] + [0]]
+    else:
+        assert batch.holes.tolist() == [first + spare, second + spare[:6] + [0]]
+    known = np.array([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0])
+    start = 3 * (architecture == "decoder_only")
+    assert batch.target_mask[0, start : start + 12].tolist() == ((np.array(first) > 0) | (known > 0)).tolist()
+    assert not batch.tokens[batch.target_mask].any() and not batch.segment_ids[:, -7:].any()
+    with pytest.raises(UserError, match="no sentinels"):
+        templates(tmp_path, *lines).check()
+    plain = templates(tmp_path, {"template": "<hole:3>"}, dataset=dataset)
+    assert next(plain.eval_batches())[0].holes is None
+
+
+def test_an_escaped_text_stands_for_itself(tmp_path):
+    text = r"a<hole:3>\<hole:?>\\<hole> <hole:x\>"
+    found = templates(tmp_path, {"template": escape(text) + "<hole:1>"})._templates[0]
+    assert found.parts == [text, ""] and found.holes == [Hole(1)]
 
 
 @pytest.mark.parametrize("architecture", ["decoder_only", "encoder_decoder"])
@@ -108,6 +140,8 @@ def test_what_is_a_hole_and_what_is_text(template, text, holes, tmp_path):
         ({"template": "a<hole:0>"}, "some.jsonl:2: <hole:0> is not a hole"),
         ({"template": "a<hole:-1>"}, "some.jsonl:2: <hole:-1> is not a hole"),
         ({"template": "a<hole>"}, "some.jsonl:2: <hole> is not a hole"),
+        ({"template": "a<hole:0?>"}, "some.jsonl:2: <hole:0?> is not a hole"),
+        ({"template": "<hole:2><hole:?>"}, "some.jsonl:2: <hole:?> follows another hole"),
         ({"template": "ab<hole:10>"}, "some.jsonl:2: template of 13 tokens (10 in holes, 1 for EOS), but"),
         ({"template": "a<hole:999999999>"}, "TASK_FEATURE_LENGTHS has room for 12 targets"),
         ({"template": "<hole:1>", "inputs": "abcd"}, "some.jsonl:2: inputs of 5 tokens (0 in holes, 1 for EOS)"),

@@ -18,7 +18,9 @@ from diffusion_t5x.models.transformer import ModelDefinition, Params
 from diffusion_t5x.training.state import TrainState, abstract_state
 
 # 0 pad, 1 EOS, 2 unknown, 3..19 pieces, 20..22 sentinels, 23 MASK; the embedding has rows up to 31 that mean nothing.
-VOCABULARY = TokenIds(size=24, pad_id=0, eos_id=1, mask_id=23, start_id=0, noise_ranges=((0, 2), (3, 20)))
+VOCABULARY = TokenIds(
+    size=24, pad_id=0, eos_id=1, mask_id=23, start_id=0, noise_ranges=((0, 2), (3, 20)), resize_ids=(21, 22)
+)
 PIECES = (3, 20)
 
 RELATIVE = ModelConfig(embed_dim=16, num_layers=2, num_heads=4, head_dim=4, mlp_dim=32, vocab_size=32)

@@ -57,7 +57,7 @@ def make_model(name, shifted=False):
 
 
 def noisy_tokens(batch):
-    return np.asarray(Masked(epsilon=0.3)._corrupt(VOCABULARY, batch, jax.random.key(0))[0])
+    return np.asarray(Masked(epsilon=0.3)._corrupt(VOCABULARY, batch, jax.random.key(0))[1])
 
 
 def with_start(batch, noisy):

@@ -9,6 +9,7 @@ from diffusion_t5x import train
 from diffusion_t5x.command_line import config
 from diffusion_t5x.data.seqio_source import SeqioDataset
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.evaluation.code.pass_at_k import passed_tests
 
 seqio = pytest.importorskip("seqio")
 
@@ -33,6 +34,13 @@ HUMANEVAL = [
         "test": "def check(candidate):\n    for y in (0, 1, 4, 9):\n        assert square(candidate(y)) == y\n",
     },
 ]
+# Three gaps in the second program, in the form of the infilling benchmark: a line, two lines, a span of characters.
+_PROGRAM = HUMANEVAL[1]["prompt"] + HUMANEVAL[1]["canonical_solution"]
+GAPS = {
+    "SingleLineInfilling/HumanEval/1/L2": "        x += 1\n",
+    "MultiLineInfilling/HumanEval/1/L0_L1": "    x = 0\n    while square(x) < y:\n",
+    "RandomSpanInfilling/HumanEval/1/1": "< y:\n        x +",
+}
 
 
 @pytest.fixture
@@ -44,6 +52,18 @@ def mbpp_file(test_data):
 def humaneval_file(tmp_path):
     path = tmp_path / "HumanEval.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in HUMANEVAL), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def infilling_file(tmp_path):
+    path = tmp_path / "HumanEval-Infilling.jsonl.gz"
+    cuts = [(task_id, gap, *_PROGRAM.split(gap)) for task_id, gap in GAPS.items()]
+    rows = [
+        HUMANEVAL[1] | {"task_id": task_id, "prompt": before, "suffix": after, "canonical_solution": gap}
+        for task_id, gap, before, after in cuts
+    ]
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
     return str(path)
 
 
@@ -114,6 +134,25 @@ def test_humaneval_runs_the_prompt_and_what_follows(humaneval_file):
     assert dataset.score(found)["pass@1"] == 0
 
 
+@pytest.mark.usefixtures("isolation")
+def test_infilling_runs_the_whole_program(infilling_file):
+    dataset, found = records(code_synthesis.humaneval_infilling(BYTES, infilling_file), "test")
+    assert [record["targets_pretokenized"] for record in found] == list(GAPS.values())
+    assert [record["inputs_pretokenized"] for record in found] == [
+        _PROGRAM.replace(gap, "<hole>") for gap in GAPS.values()
+    ]
+    for record, text in zip(
+        found, ["        x = x + 1\n", "    x = 1\n    while x < y:\n", "< y:\n   x +"], strict=True
+    ):
+        record["prediction"] = text  # right in another way; the root of 0 is not 1; not indented
+    scores = dataset.score(found)
+    assert (scores["pass@1"], scores["wrong"], scores["error"]) == pytest.approx((100 / 3, 100 / 3, 100 / 3))
+    # The same as texts with holes, which are filled as they stand.
+    texts, tests = code_synthesis.infilling_templates(infilling_file, "<hole:8?>")
+    filled = [text.replace("<hole:8?>", gap) for text, gap in zip(texts, GAPS.values(), strict=True)]
+    assert filled == [_PROGRAM] * 3 and passed_tests(tests, filled)["pass@1"] == 100
+
+
 def test_the_gin_files_register_the_task(mbpp_file, tmp_path, capsys):
     model = ["models/decoder_only.gin", "sizes/tiny.gin", "objectives/sundae.gin", "decoding/sundae.gin"]
     values = {"MODEL_DIR": str(tmp_path), "INITIAL_CHECKPOINT_PATH": None, "TRAIN_STEPS": 1, "BATCH_SIZE": 2}
@@ -137,6 +176,12 @@ def test_mistakes(tmp_path, humaneval_file):
     with pytest.raises(UserError, match=r"bad\.jsonl\.gz:1: not JSON"):
         code_synthesis.humaneval(BYTES, str(tmp_path / "bad.jsonl.gz"))
     row = {"task_id": 1, "text": "", "code": "", "test_list": [], "test_setup_code": ""}
+    marked = dict.fromkeys(("task_id", "prompt", "canonical_solution", "test", "entry_point"), "") | {
+        "suffix": "<hole>"
+    }
+    (tmp_path / "marked.jsonl").write_text(json.dumps(marked), encoding="utf-8")
+    with pytest.raises(UserError, match="contains <hole>"):
+        code_synthesis.humaneval_infilling(BYTES, str(tmp_path / "marked.jsonl"))
     (tmp_path / "short.jsonl").write_text(json.dumps(row), encoding="utf-8")
     with pytest.raises(UserError, match="lacks MBPP's task 2, and 972 others"):
         code_synthesis.mbpp(BYTES, str(tmp_path / "short.jsonl"))
