@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="a JSON file with every figure")
     parser.add_argument("--decoders", default="masked,block,sundae")
     parser.add_argument("--outputs", type=int, default=1000, help="texts of each decoder, over all schemas")
-    parser.add_argument("--schemas", type=int, default=len(SCHEMAS), help="the first so many, from the last one on")
+    parser.add_argument("--schemas", type=int, default=len(SCHEMAS), help="how many schemas: the last ones of the list")
     parser.add_argument("--length", type=int, default=64, help="targets of a text")
     parser.add_argument("--input_length", type=int, default=16, help="random inputs of a text")
     parser.add_argument("--steps", type=int, default=10, help="steps of a canvas, or of a block")
