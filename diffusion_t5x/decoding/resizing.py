@@ -23,7 +23,7 @@ from diffusion_t5x.shapes import Array, BoolBL, FloatBLD, IntB, IntBL, KeyB, Key
 
 
 class Resized(flax.struct.PyTreeNode):
-    """A decoder's memory of rows with holes of unknown length.
+    """State of rows with holes of unknown length, between two steps.
 
     Attributes:
       holes: see `Batch.holes`.

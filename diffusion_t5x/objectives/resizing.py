@@ -18,7 +18,7 @@ from diffusion_t5x.shapes import BoolB1, BoolBL, FloatBL, IntBL, KeyB, KeyScalar
 
 @dataclasses.dataclass(frozen=True)
 class Resizing(Masked):
-    """Like `Masked`, but in some examples only a hole in the text is noisy, and its number of masks may be wrong.
+    """Masked diffusion; in some examples only a hole is noisy, and its number of masks may be wrong.
 
     Each run of masks in a hole, between two tokens that are seen, stands for n >= 0 tokens with k masks. If k = n, the
     masks' targets are these tokens. If k > n, the last k - n targets are [delete]. If k < n, the last target is
