@@ -1,6 +1,6 @@
 """Distillation of an autoregressive teacher into a block-diffusion student (OPDLM, arXiv 2606.06712).
 
-The student reads `[clean text | noisy targets]` in one pass, as in `objectives/block.py`; the teacher reads only
+The student reads `[clean text | noisy targets]` in one pass, as in `objectives/blocks.py`; the teacher reads only
 the clean text, causally. For tokens hidden from the student, the loss pulls the student's distribution towards the
 teacher's given the tokens before. On-policy, the text is the student's own, and the noisy targets are states of its
 decoding (`training/rollout.py`).
@@ -25,7 +25,8 @@ from diffusion_t5x.models.sampling import Sampling, filter_logits, forbid, is_li
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Params, Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
-from diffusion_t5x.objectives.block import InBlocks, block_starts, noisy_output
+from diffusion_t5x.objectives.block import InBlocks
+from diffusion_t5x.objectives.blocks import block_starts, noisy_output
 from diffusion_t5x.objectives.divergences import Divergence, divergence
 from diffusion_t5x.objectives.estimators import Estimate, drawn_now, sampled_kl
 from diffusion_t5x.objectives.objective import LossSums, Normalize, Pass, no_teacher

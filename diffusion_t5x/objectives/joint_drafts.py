@@ -19,7 +19,7 @@ from diffusion_t5x.models.sampling import forbid, is_likeliest, likeliest
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
-from diffusion_t5x.objectives.block import block_starts
+from diffusion_t5x.objectives.blocks import block_starts
 from diffusion_t5x.objectives.divergences import divergence
 from diffusion_t5x.objectives.drafts import with_drafts, worth
 from diffusion_t5x.objectives.objective import Likelihood, LossSums, Objective, Pass

@@ -25,7 +25,8 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.objectives.block import InBlocks, block_starts
+from diffusion_t5x.objectives.block import InBlocks
+from diffusion_t5x.objectives.blocks import block_starts
 from diffusion_t5x.objectives.clipped import ClippedSurrogate, Scores, scores_of
 from diffusion_t5x.objectives.objective import LossSums, Pass, stratified
 from diffusion_t5x.shapes import FloatBL, IntBL, IntScalar, KeyScalar

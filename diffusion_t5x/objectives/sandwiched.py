@@ -21,7 +21,8 @@ from diffusion_t5x.models.output import Auxiliaries, Ratio
 from diffusion_t5x.models.readout import score
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.objectives.block import InBlocks, block_starts
+from diffusion_t5x.objectives.block import InBlocks
+from diffusion_t5x.objectives.blocks import block_starts
 from diffusion_t5x.objectives.clipped import check_clip, no_advantage
 from diffusion_t5x.objectives.likelihood import uniform
 from diffusion_t5x.objectives.objective import LossSums, Normalize, Pass, normalized

@@ -10,7 +10,7 @@ from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.models.masks import BlocksFrom
 from diffusion_t5x.models.output import Ratio
 from diffusion_t5x.models.streams import row_keys, stream
-from diffusion_t5x.objectives.block import block_starts
+from diffusion_t5x.objectives.blocks import block_starts
 from diffusion_t5x.objectives.objective import Normalize, normalized, stratified
 from diffusion_t5x.shapes import AnyBoolBL, Array, IntBL, KeyScalar
 

@@ -14,7 +14,7 @@ from diffusion_t5x.convert import convert
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.models.masks import AttentionKind, Slots
-from diffusion_t5x.objectives.block import clean_and_noisy
+from diffusion_t5x.objectives.blocks import clean_and_noisy
 
 pytest.importorskip("seqio")
 pytestmark = needs_data

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import BIDIRECTIONAL, CAUSAL, PREFIX, AttentionKind, Slots
-from diffusion_t5x.objectives.block import clean_and_noisy
+from diffusion_t5x.objectives.blocks import clean_and_noisy
 
 LENGTH = 14
 BLOCKS = [AttentionKind("block_causal", size, origin) for size in (1, 2, 3, 99) for origin in ("targets", "row")]

@@ -11,7 +11,8 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import CAUSAL, AttentionKind, Slots
 from diffusion_t5x.models.transformer import ModelDefinition
 from diffusion_t5x.objectives.alignment import Aligned
-from diffusion_t5x.objectives.block import Block, clean_and_noisy
+from diffusion_t5x.objectives.block import Block
+from diffusion_t5x.objectives.blocks import clean_and_noisy
 from diffusion_t5x.performance.model_flops import forward_flops
 from diffusion_t5x.performance.step_flops import step_flops
 

@@ -13,7 +13,8 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind, Slots
 from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.transformer import ModelDefinition
-from diffusion_t5x.objectives.block import Block, block_starts, clean_and_noisy
+from diffusion_t5x.objectives.block import Block
+from diffusion_t5x.objectives.blocks import block_starts, clean_and_noisy
 
 # Packed examples, one without inputs, and a row with padding.
 ROWS = [tiny.random_examples(0, [(3, 5), (0, 4), (1, 6)]), tiny.random_examples(1, [(2, 7)])]

@@ -20,8 +20,8 @@ from diffusion_t5x.models.reading import Reading, start_first
 from diffusion_t5x.models.sampling import Sampling
 from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import ModelDefinition
-from diffusion_t5x.objectives.block import block_starts, noisy_output
 from diffusion_t5x.objectives.block_sft import BlockSft
+from diffusion_t5x.objectives.blocks import block_starts, noisy_output
 from diffusion_t5x.objectives.distillation import Distillation, visited_states
 
 VOCABULARY = tiny.VOCABULARY

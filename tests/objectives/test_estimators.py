@@ -15,7 +15,7 @@ from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.sampling import Sampling
-from diffusion_t5x.objectives.block import block_starts
+from diffusion_t5x.objectives.blocks import block_starts
 from diffusion_t5x.objectives.distillation import Distillation
 from diffusion_t5x.objectives.divergences import divergence
 from diffusion_t5x.objectives.estimators import drawn_now, sampled_kl

@@ -11,7 +11,7 @@ from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.decoding.drafts import DraftingDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.objectives.autoregressive import Autoregressive
-from diffusion_t5x.objectives.block import block_starts
+from diffusion_t5x.objectives.blocks import block_starts
 from diffusion_t5x.objectives.drafts import Drafts
 from diffusion_t5x.objectives.joint_drafts import JointDrafts
 from diffusion_t5x.partitioning import MeshConfig

@@ -15,7 +15,8 @@ from diffusion_t5x.models.reading import Reading
 from diffusion_t5x.models.readout import score
 from diffusion_t5x.objectives.annealing import annealed
 from diffusion_t5x.objectives.autoregressive import Autoregressive
-from diffusion_t5x.objectives.block import Block, block_starts, clean_and_noisy, noisy_output
+from diffusion_t5x.objectives.block import Block
+from diffusion_t5x.objectives.blocks import block_starts, clean_and_noisy, noisy_output
 from diffusion_t5x.objectives.masked import Masked
 from diffusion_t5x.objectives.sundae import Sundae
 
