@@ -57,7 +57,7 @@ class RemaskingDecoder(AbsorbingRule):
         if self.num_steps < 1 or not 0 <= self.eta <= 1:
             raise UserError(f"RemaskingDecoder needs num_steps of at least 1 and eta in [0, 1]; got {self}.")
         if self.loop is not None:
-            start, end, written = self.loop
+            start, end, written = self.loop if len(self.loop) == 3 else (0, 0, 0)
             if not (0 < end <= start < 1 and 0 < written < 1):
                 raise UserError(
                     "RemaskingDecoder.loop must be (start, end, written) with 0 < end <= start < 1 and "

@@ -49,6 +49,11 @@ def from_hf(
       UserError: before anything is written: the folder's content is not supported or does not fit together, or the
         output folder is not empty.
     """
+    if config_only and frozen_dtype:
+        raise UserError(
+            "--config_only writes no weights, so --frozen_dtype has nothing to quantize: leave one of them out. A "
+            "dry run takes FROZEN_DTYPE."
+        )
     final = output.empty_folder(output_folder)
     said = {"mask_token_id": mask_id, "block_size": block_size}
     said = {name: value for name, value in said.items() if value is not None}

@@ -12,14 +12,11 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.output import Ratio, merged
-from diffusion_t5x.models.reading import Reading
 from diffusion_t5x.models.readout import score, score_logits
 from diffusion_t5x.models.sampling import Sampling, forbid, sample
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.objectives.annealing import annealed
 from diffusion_t5x.objectives.masked import Masked
 from diffusion_t5x.objectives.objective import LossSums, Pass, normalized
 from diffusion_t5x.shapes import AnyBoolBL, BoolBL, FloatBL, FloatBLD, IntBL, IntScalar, KeyB, KeyScalar
@@ -81,14 +78,8 @@ class Editing(Masked):
         step: IntScalar | None = None,
         teacher: Transformer | None = None,
     ) -> LossSums:
-        dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids) if train else None
-        batch, tokens, weights = self._corrupt(model.vocabulary, batch, key)
-        reading = Reading.of(batch, model.vocabulary, model.config.shifted, packed=True)
-        batch = reading.fits(batch)
-        encoded = model.encode(batch, dropout_keys)
-        kind = annealed(self.attention, self.anneal_steps, step, key)
-        output = reading.output(model, tokens, kind, encoded, dropout_keys)
-
+        batch, tokens, weights, read = self._noisy(model, batch, key, train, step)
+        output = read(tokens)
         draft_keys = row_keys(stream(key, "drafts"), batch.example_ids)
         nll, correct, drafts = self._read_out(model, output.hidden, batch, draft_keys)
         masked = batch.target_mask & (tokens == model.vocabulary.mask_id)
@@ -100,7 +91,7 @@ class Editing(Masked):
             sums.metrics.update(_edits(batch, tokens, visible, correct, "random"))
         if self.draft_weight:
             tokens = jnp.where(masked, drafts, tokens)
-            again = reading.output(model, tokens, kind, encoded, fold_in(dropout_keys, 1) if train else None)
+            again = read(tokens, 1)
             nll, correct = score(model, again.hidden, batch.tokens, self.softmax)
             sums = self._plus(sums, batch, self.draft_weight * nll, "draft")
             sums.metrics.update(_edits(batch, tokens, batch.target_mask, correct, "draft"))

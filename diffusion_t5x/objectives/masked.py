@@ -4,7 +4,7 @@ MDLM (arXiv 2406.07524, section 3) and LLaDA (arXiv 2502.09992, section 2).
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError, check_choices
+from diffusion_t5x.models.layers import fold_in
 from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind
 from diffusion_t5x.models.modes import Mode
-from diffusion_t5x.models.output import Auxiliaries, Ratio
+from diffusion_t5x.models.output import Auxiliaries, Output, Ratio
 from diffusion_t5x.models.reading import Reading, model_reads
 from diffusion_t5x.models.readout import LossSoftmax, score
 from diffusion_t5x.models.streams import row_keys, stream
@@ -133,17 +134,31 @@ class Masked(Objective):
         step: IntScalar | None = None,
         teacher: Transformer | None = None,
     ) -> LossSums:
+        batch, tokens, weights, read = self._noisy(model, batch, key, train, step)
+        output = read(tokens)
+        nll, correct = score(model, output.hidden, batch.tokens, self.softmax)
+        masked = batch.target_mask & (tokens == model.vocabulary.mask_id)
+        return self._sums(batch, masked, weights, nll, correct, output.auxiliary)
+
+    def _noisy(
+        self, model: Transformer, batch: Batch, key: KeyScalar, train: bool, step: IntScalar | None
+    ) -> tuple[Batch, IntBL, FloatBL, Callable[..., Output]]:
+        """Returns what `_corrupt` does, without the tokens that have no room, and `(tokens, number=0) -> output`.
+
+        The last runs a pass; passes of different numbers have different dropout.
+        """
         dropout_keys = row_keys(stream(key, "dropout"), batch.example_ids) if train else None
         batch, tokens, weights = self._corrupt(model.vocabulary, batch, key)
         reading = Reading.of(batch, model.vocabulary, model.config.shifted, packed=True)
         batch = reading.fits(batch)
         encoded = model.encode(batch, dropout_keys)
         kind = annealed(self.attention, self.anneal_steps, step, key)
-        output = reading.output(model, tokens, kind, encoded, dropout_keys)
 
-        nll, correct = score(model, output.hidden, batch.tokens, self.softmax)
-        masked = batch.target_mask & (tokens == model.vocabulary.mask_id)
-        return self._sums(batch, masked, weights, nll, correct, output.auxiliary)
+        def read(tokens: IntBL, number: int = 0) -> Output:
+            keys = fold_in(dropout_keys, number) if dropout_keys is not None and number else dropout_keys
+            return reading.output(model, tokens, kind, encoded, keys)
+
+        return batch, tokens, weights, read
 
     def _sums(
         self, batch: Batch, masked: AnyBoolBL, weights: FloatBL, nll: FloatBL, correct: BoolBL, auxiliary: Auxiliaries

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.sampling import uniform
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.objectives.masked import Masked
+from diffusion_t5x.objectives.objective import LossSums
 from diffusion_t5x.shapes import BoolB1, BoolBL, FloatBL, IntBL, KeyB, KeyScalar
 
 
@@ -57,6 +59,12 @@ class Resizing(Masked):
         batch, masked, source = resize(batch, masked, sizes, vocabulary)
         weights = jnp.take_along_axis(weights, source, axis=-1)
         return batch, jnp.where(masked, vocabulary.mask_id, batch.tokens), weights
+
+    def _sums(self, batch: Batch, *args: Any) -> LossSums:
+        sums = super()._sums(batch, *args)
+        if self.hole_share:
+            del sums.metrics["nll_bound"]  # no bound: some targets are [expand] or [delete]
+        return sums
 
     def _holes(self, vocabulary: TokenIds, batch: Batch, keys: KeyB) -> tuple[BoolBL, BoolBL, BoolB1]:
         """Returns each row's hole, the slots that a run of its masks may end before, and `[B, 1]` if it has one."""

@@ -118,6 +118,8 @@ class GrowthBenchmark:
             raise UserError("benchmark.growth measures decoder-only models: include models/decoder_only.gin.")
         if not self.objectives and not self.decoders:
             raise UserError("benchmark.growth has neither objectives nor decoders: set OBJECTIVES or DECODERS.")
+        if not self.axes:
+            raise UserError("benchmark.growth.axes is empty: set AXES, such as {'length': (128, 256)}.")
         if shared := self.objectives.keys() & self.decoders.keys():
             raise UserError(f"benchmark.growth has an objective and a decoder with one name: {', '.join(shared)}.")
         for name in ("input_length", "repeats", "length", "batch_size", "vocabulary_size"):
@@ -126,8 +128,11 @@ class GrowthBenchmark:
         for axis, sizes in self.axes.items():
             if axis not in get_args(Axis):
                 raise UserError(f"benchmark.growth.axes has {axis!r}. There are: {', '.join(get_args(Axis))}.")
-            if len(sizes) < 2 or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
-                raise UserError(f"benchmark.growth.axes[{axis!r}] must be two sizes or more, ascending; got {sizes}.")
+            whole = isinstance(sizes, tuple | list) and all(isinstance(size, int) for size in sizes)
+            if not whole or len(sizes) < 2 or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
+                raise UserError(
+                    f"benchmark.growth.axes[{axis!r}] must be two whole numbers or more, ascending; got {sizes}."
+                )
             for size in sizes:
                 self._at(axis, size).check(mesh)
 
@@ -192,6 +197,7 @@ class _Place:
 
     def check(self, mesh: Mesh) -> None:
         """Raises a UserError for sizes that do not fit the model or the mesh."""
+        self.definition  # noqa: B018  (raises on a bad size of the vocabulary)
         partitioning.check_batch(mesh, self.batch_size, self.row)
         self.model.check_length(self.row, "benchmark.growth.length")
         for label, objective in self.benchmark.objectives.items():

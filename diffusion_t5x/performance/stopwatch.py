@@ -34,7 +34,7 @@ class OutOfMemory(Exception):
 def endless_vocabulary(size: int) -> TokenIds:
     """Returns ids without an end of text: EOS and pad are MASK, which no decoder writes."""
     if size < 2:
-        raise UserError(f"benchmark.decode.vocabulary_size must be at least 2, not {size}: one id is MASK.")
+        raise UserError(f"A benchmark's vocabulary_size must be at least 2, not {size}: one id is MASK.")
     last = size - 1
     return TokenIds(size=size, pad_id=last, eos_id=last, mask_id=last, start_id=0, noise_ranges=((0, last),))
 

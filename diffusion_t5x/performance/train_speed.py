@@ -62,7 +62,7 @@ class Case:
         """Raises a UserError if the case cannot be trained."""
         if self.objective.needs_teacher:
             name = type(self.objective).__name__
-            raise UserError(f"benchmark.train, {label}: {name} needs a teacher. Measure Block instead.")
+            raise UserError(f"{label}: {name} needs a teacher. Measure Block instead.")
         if self.num_microbatches < 1 or self.batch_size % self.num_microbatches:
             raise UserError(
                 f"benchmark.train, {label}: {self.batch_size} rows cannot be split into {self.num_microbatches} "

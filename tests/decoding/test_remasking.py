@@ -101,6 +101,7 @@ def test_a_loop_keeps_its_share_written_and_writes_as_the_model_says():
         ({"eta": 1.5}, r"eta in \[0, 1\]"),
         ({"loop": (0.2, 0.5, 0.9)}, "0 < end <= start < 1"),
         ({"loop": (0.5, 0.2, 1.0)}, "0 < written < 1"),
+        ({"loop": (0.5, 0.2)}, "must be .start, end, written."),
         ({"schedule": "linear"}, "schedule"),
     ],
 )

@@ -233,6 +233,7 @@ def test_models_that_are_refused(tmp_path):
     refuses("neither config.json nor the tokenizer names MASK's id.*--mask_id=ID", DATA / "a2d-llama")
     refuses("MASK = 170, but the model has the ids 0 to 159", DATA / "a2d-llama", "--mask_id=170")
     refuses("--block_size: .* is not a block diffusion model", DATA / "llada", "--block_size=4")
+    refuses("--config_only writes no weights", DATA / "llada", "--config_only", "--frozen_dtype=nf4")
     refuses("DiffusionGemma is not supported: its layers differ in the width of their heads", DATA / "diffusion_gemma")
 
 

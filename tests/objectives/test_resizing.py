@@ -87,6 +87,13 @@ def test_without_holes_it_is_masked():
     np.testing.assert_array_equal(found.tokens, CANVAS.tokens)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_targets_that_are_no_text_have_no_bound(share):
+    nothing = jnp.zeros(CANVAS.tokens.shape)
+    sums = Resizing(hole_share=share)._sums(CANVAS, nothing > 0, nothing, nothing, nothing > 0, {})
+    assert ("nll_bound" in sums.metrics) == (share == 0)
+
+
 def test_what_it_refuses():
     with pytest.raises(UserError, match="hole_share must lie in"):
         Resizing(hole_share=2)

@@ -78,6 +78,10 @@ def test_a_file_is_read_as_it_was_written_and_shown(tmp_path):
     [
         ({"axes": {"width": (1, 2)}}, "'width'.* length, batch_size"),
         ({"axes": {"length": (8, 4)}}, "ascending"),
+        ({"axes": {"length": 8}}, "two whole numbers or more"),
+        ({"axes": {"length": (4, 5.5)}}, "two whole numbers or more"),
+        ({"axes": {}}, "AXES"),
+        ({"axes": {"length": (4, 8), "vocabulary_size": (1, 2)}}, "vocabulary_size must be at least 2"),
         ({"axes": {"length": (4, 64)}}, "max_length is 16"),
         ({"objectives": {}, "decoders": {}}, "OBJECTIVES or DECODERS"),
         ({"decoders": {"AR": AutoregressiveDecoder()}}, "one name: AR"),
