@@ -119,8 +119,8 @@ def check_drafts(lora: Lora | None, objective: Objective) -> None:
         )
     if lora and lora.drafts_only and not objective.trains_drafts:
         raise UserError(
-            f"Lora.drafts_only trains drafts, and {type(objective).__name__} has none: give objectives/drafts.gin, or "
-            "--gin.LORA_DRAFTS_ONLY=False."
+            f"Lora.drafts_only trains drafts alone, but {type(objective).__name__} trains the text: give "
+            "objectives/drafts.gin, or --gin.LORA_DRAFTS_ONLY=False."
         )
 
 

@@ -12,6 +12,7 @@ from diffusion_t5x.decoding.beam_search import BeamSearchDecoder
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.drafts import DraftingDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
+from diffusion_t5x.decoding.resizing import ResizingDecoder
 from diffusion_t5x.decoding.self_speculation import SelfSpeculationDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.errors import OtherModel, UserError
@@ -22,6 +23,7 @@ from diffusion_t5x.objectives.distillation import Distillation
 from diffusion_t5x.objectives.joint import Joint
 from diffusion_t5x.objectives.joint_drafts import JointDrafts
 from diffusion_t5x.objectives.masked import Masked
+from diffusion_t5x.objectives.resizing import Resizing
 from diffusion_t5x.objectives.sundae import Sundae
 from diffusion_t5x.training.agreement import Agreement
 from diffusion_t5x.training.lora import Lora
@@ -94,6 +96,8 @@ def test_the_decoder_is_the_evaluation_s_or_the_objective_s(objective, decoders,
         (Autoregressive(prefix=True), BeamSearchDecoder(prefix=True)),
         (Sundae(), SundaeDecoder()),
         (Masked(), MaskedDecoder()),
+        (Resizing(), MaskedDecoder()),
+        (Resizing(), ResizingDecoder()),
         (Block(8), BlockDecoder(8)),
         (Block(8, stages=((0, 2), (5, 8))), BlockDecoder(8)),
         (Distillation(block_size=8), BlockDecoder(8)),
@@ -122,6 +126,7 @@ def test_uses_that_a_model_was_trained_for(objective, user):
         (Sundae(), AutoregressiveDecoder(), r"Give --gin_file=decoding/sundae\.gin\."),
         (Sundae(), MaskedDecoder(), r"Give --gin_file=decoding/sundae\.gin\."),
         (Masked(), SundaeDecoder(), r"Give --gin_file=decoding/masked\.gin\."),
+        (Masked(), ResizingDecoder(), r"is for holes of unknown length.*Give --gin_file=decoding/masked\.gin\."),
         (Autoregressive(), MaskedDecoder(), r"Give --gin_file=decoding/autoregressive\.gin\."),
         (Autoregressive(), SundaeDecoder(), r"Give --gin_file=decoding/autoregressive\.gin\."),
         (Autoregressive(), BlockDecoder(4), r"Give --gin_file=decoding/autoregressive\.gin\."),
