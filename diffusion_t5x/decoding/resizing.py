@@ -75,7 +75,7 @@ class ResizingDecoder(AbsorbingRule):
 
     @property
     def modes(self) -> tuple[Mode, ...]:
-        return (Mode.of(BIDIRECTIONAL, "resizing"),)
+        return (Mode.of(BIDIRECTIONAL, "resize"),)
 
     def blank(self, batch: Batch, vocabulary: TokenIds, keys: KeyB) -> IntBL:
         """Returns the rows with MASK for targets; [delete] stands in slots of a hole that hold nothing."""

@@ -71,7 +71,7 @@ def chosen(asked: str, record: Record, kind: str, where: str) -> str:
     Raises:
       UserError: the format does not fit, or none does.
     """
-    mode = next((mode for mode in record.modes if mode.noise), None)
+    mode = _of_diffusion(record)
     if asked != CAUSAL and record.lora and record.lora.get("drafts_only"):
         raise UserError(
             f"{where} has draft parameters, which no format can store; without them it is the original model: "
@@ -185,10 +185,15 @@ def _settings(record: Record) -> dict[str, Any]:
     return {"shifted": bool(record.shifted), "reads_start": record.model.get("reads_start", True), **kept}
 
 
+def _of_diffusion(record: Record) -> Mode | None:
+    """Returns the mode in which other programs use the model for diffusion; they have no holes of unknown length."""
+    return next((mode for mode in record.modes if mode.noise not in (None, "resize")), None)
+
+
 def _blocks(record: Record) -> dict[str, Any]:
     """Keys on blocks and MASK."""
-    mode = next(mode for mode in record.modes if mode.noise)
-    blocks = {"block_size": mode.block_size} if mode.block_size else {}
+    mode = _of_diffusion(record)
+    blocks = {"block_size": mode.block_size} if mode and mode.block_size else {}
     return {"mask_token_id": int(record.vocabulary["mask_id"]), **blocks}
 
 

@@ -52,7 +52,7 @@ class Resizing(Masked):
 
     @property
     def modes(self) -> tuple[Mode, ...]:
-        return (*super().modes, Mode.of(self.attention, "resizing")) if self.hole_share else super().modes
+        return (Mode.of(self.attention, "resize"), *super().modes) if self.hole_share else super().modes
 
     def _corrupt(self, vocabulary: TokenIds, batch: Batch, key: KeyScalar) -> tuple[Batch, IntBL, FloatBL]:
         keys = row_keys(stream(key, "holes"), batch.example_ids)

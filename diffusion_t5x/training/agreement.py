@@ -30,6 +30,7 @@ _FILES = {
     ("prefix", None): "autoregressive",
     ("bidirectional", "mask"): "masked",
     ("bidirectional", "uniform"): "sundae",
+    ("bidirectional", "resize"): "resizing",
     ("block_causal", "mask"): "block",
     ("block_causal", "uniform"): "block_uniform",
     ("block_drafts", "mask"): "drafts",

@@ -126,6 +126,7 @@ def test_uses_that_a_model_was_trained_for(objective, user):
         (Sundae(), AutoregressiveDecoder(), r"Give --gin_file=decoding/sundae\.gin\."),
         (Sundae(), MaskedDecoder(), r"Give --gin_file=decoding/sundae\.gin\."),
         (Masked(), SundaeDecoder(), r"Give --gin_file=decoding/masked\.gin\."),
+        (Resizing(), AutoregressiveDecoder(), r"Give --gin_file=decoding/resizing\.gin\."),
         (Masked(), ResizingDecoder(), r"is for holes of unknown length.*Give --gin_file=decoding/masked\.gin\."),
         (Autoregressive(), MaskedDecoder(), r"Give --gin_file=decoding/autoregressive\.gin\."),
         (Autoregressive(), SundaeDecoder(), r"Give --gin_file=decoding/autoregressive\.gin\."),

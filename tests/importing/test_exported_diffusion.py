@@ -22,6 +22,7 @@ from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.block import Block
 from diffusion_t5x.objectives.drafts import Drafts
 from diffusion_t5x.objectives.masked import Masked
+from diffusion_t5x.objectives.resizing import Resizing
 from diffusion_t5x.training.lora import Lora
 
 pytest.importorskip("seqio")
@@ -240,3 +241,9 @@ def test_drafts_go_out_as_the_model_without_them_if_asked_for(form):
     with pytest.raises(UserError, match="--as causal"):
         formats.chosen(form, record, "llama", "run")
     assert formats.chosen("causal", record, "llama", "run") == formats.CAUSAL
+
+
+@pytest.mark.parametrize("objective", [Masked(), Resizing()])
+def test_a_model_that_also_resizes_holes_is_written_as_one_of_masks(objective):
+    record = Record.of(tiny.RELATIVE, {}, objective)
+    assert formats.chosen("auto", record, "llada", "run") == "llada"
