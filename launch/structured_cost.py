@@ -177,6 +177,8 @@ def main() -> None:
         "block": BlockDecoder(flags.block_size, masked),
         "sundae": SundaeDecoder(flags.steps, 1, flags.temperature),
     }
+    if unknown := set(flags.decoders.split(",")) - decoders.keys():
+        parser.error(f"--decoders: there is no {', '.join(sorted(unknown))}. There are: {', '.join(decoders)}.")
     model, schemas = dt.load(flags.checkpoint), SCHEMAS[-flags.schemas :]
     rows = math.ceil(flags.outputs / len(schemas))
     batch = stopwatch.random_batch(model.definition, rows, flags.input_length, flags.length, seed=0)
