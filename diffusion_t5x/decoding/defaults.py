@@ -12,7 +12,7 @@ from diffusion_t5x.models.modes import Mode
 
 def default_decoder(mode: Mode) -> Decoder | None:
     """Returns the decoder for a model of this mode; None if no shipped decoder suits it."""
-    candidates = [AutoregressiveDecoder(), AutoregressiveDecoder(prefix=True)]
+    candidates: list[Decoder] = [AutoregressiveDecoder(), AutoregressiveDecoder(prefix=True)]
     candidates += [MaskedDecoder(), SundaeDecoder(), ResizingDecoder()]
     if mode.block_size is not None:
         inner = (MaskedDecoder(num_steps=4), SundaeDecoder(num_steps=4, num_samples=1, temperature=0.2))
