@@ -16,9 +16,9 @@ pytestmark = pytest.mark.slow
 STEPS = 20
 DECODER_ONLY = ("models/decoder_only", "sizes/tiny", "hardware/cpu")
 ENCODER_DECODER = ("models/encoder_decoder", "sizes/tiny", "hardware/cpu")
-PROMPTS = {"MIXTURE_OR_TASK_NAME": "quickstart_pairs", "TASK_FEATURE_LENGTHS": '{"inputs": 24, "targets": 24}'}
-PAIRS = PROMPTS | {"EVAL_STEPS": 2}
-PACKED = PAIRS | {"MIXTURE_OR_TASK_NAME": "quickstart_pretrain"}
+LENGTHS = {"TASK_FEATURE_LENGTHS": '{"inputs": 24, "targets": 24}'}
+PACKED = LENGTHS | {"MIXTURE_OR_TASK_NAME": "quickstart_pretrain", "EVAL_STEPS": 2}
+PAIRS = PACKED | {"MIXTURE_OR_TASK_NAME": "quickstart_pairs"}
 MICROBATCHES = {"train.train.num_microbatches": 2, "DROPOUT_RATE": 0.1, "train.train.ema_decay": 0.9}
 
 CASES = {
@@ -51,11 +51,11 @@ CASES = {
         },
     ),
     "texts that rewards judge, those of the next rollout written already": (
-        (*DECODER_ONLY, "objectives/policy_gradient", "decoding/block", "tasks/quickstart", "runs/reinforce"),
-        PROMPTS
+        (*DECODER_ONLY, "objectives/policy_gradient", "decoding/block", "tasks/overfit", "runs/reinforce"),
+        LENGTHS
+        | {"MIXTURE_OR_TASK_NAME": "overfit_prefix_lm", "NUM_DECODED_EXAMPLES": 2, "LEARNING_RATE": 1e-3}
         | {"INITIAL_CHECKPOINT_PATH": None, "train.train.restore_rules": "()", "MAX_ROLLOUT_LENGTH": 8}
-        | {"REWARD": "@reward_functions.Similarity()", "ROLLOUT_AHEAD": True, "GROUP_SIZE": 2, "BLOCK_SIZE": 4}
-        | {"LEARNING_RATE": 1e-3, "NUM_DECODED_EXAMPLES": 2},
+        | {"REWARD": "@reward_functions.Similarity()", "ROLLOUT_AHEAD": True, "GROUP_SIZE": 2, "BLOCK_SIZE": 4},
     ),
 }
 
