@@ -15,6 +15,8 @@ from diffusion_t5x.decoding.commit import choose, propose
 from diffusion_t5x.decoding.decoder import Decoded, Watch
 from diffusion_t5x.decoding.rows import Carry
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.masks import BIDIRECTIONAL
+from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.reading import Reading
 from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.slots import take_slots
@@ -70,6 +72,10 @@ class ResizingDecoder(AbsorbingRule):
             raise UserError(f"ResizingDecoder.start_length must be at least 1; got {self.start_length}.")
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise UserError(f"ResizingDecoder.threshold must be a probability, or None; got {self.threshold}.")
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (Mode.of(BIDIRECTIONAL, "resize"),)
 
     def blank(self, batch: Batch, vocabulary: TokenIds, keys: KeyB) -> IntBL:
         """Returns the rows with MASK for targets; [delete] stands in slots of a hole that hold nothing."""

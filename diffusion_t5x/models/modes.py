@@ -7,7 +7,7 @@ import jax
 
 from diffusion_t5x.models.masks import CAUSAL, PREFIX, AttentionKind, BlocksFrom
 
-Noise = Literal["mask", "uniform"]
+Noise = Literal["mask", "uniform", "resize"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +17,8 @@ class Mode:
     Attributes:
       attention: name of an `AttentionKind`.
       block_size: number of tokens per block, if attention has blocks.
-      noise: the content of unwritten targets; None for left to right, which has none.
+      noise: the content of unwritten targets: MASK, random tokens, or any number of MASKs for a hole's tokens; None for
+        left to right, which has none.
       blocks_from: where blocks are counted from, see `AttentionKind`.
     """
 
@@ -43,7 +44,8 @@ class Mode:
         blocks = f" in blocks of {self.block_size}" if self.block_size else ""
         if self.blocks_from == "row":
             blocks += " counted from the row's beginning"
-        tokens = {"mask": "masked tokens", "uniform": "random tokens", None: "left to right"}[self.noise]
+        names = {"mask": "masked tokens", "uniform": "random tokens", "resize": "holes of unknown length"}
+        tokens = names[self.noise] if self.noise else "left to right"
         return f"{tokens}{blocks}, {self.attention.replace('_', '-')} attention"
 
 

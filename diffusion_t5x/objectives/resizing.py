@@ -10,6 +10,7 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
+from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.sampling import uniform
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.objectives.masked import Masked
@@ -46,6 +47,10 @@ class Resizing(Masked):
             raise UserError(f"Resizing.hole_share must lie in [0, 1]; got {self.hole_share}.")
         if self.most_masks < 1:
             raise UserError(f"Resizing.most_masks must be at least 1; got {self.most_masks}.")
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (Mode.of(self.attention, "resize"), *super().modes)
 
     def _corrupt(self, vocabulary: TokenIds, batch: Batch, key: KeyScalar) -> tuple[Batch, IntBL, FloatBL]:
         keys = row_keys(stream(key, "holes"), batch.example_ids)

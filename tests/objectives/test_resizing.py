@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import tiny
 
+from diffusion_t5x.decoding.defaults import default_decoder
+from diffusion_t5x.decoding.masked import MaskedDecoder
+from diffusion_t5x.decoding.resizing import ResizingDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.objectives.masked import Masked
 from diffusion_t5x.objectives.resizing import Resizing, resize
@@ -92,3 +95,11 @@ def test_what_it_refuses():
         Resizing(hole_share=2)
     with pytest.raises(UserError, match="no sentinels"):
         Resizing()._corrupt(dataclasses.replace(VOCABULARY, resize_ids=None), CANVAS, jax.random.key(0))
+
+
+def test_a_model_of_masked_diffusion_does_not_resize():
+    (use,) = ResizingDecoder().modes
+    assert any(mode.serves(use) for mode in Resizing().modes)
+    assert not any(mode.serves(use) for mode in Masked().modes)
+    assert any(mode.serves(use) for mode in Resizing().modes for use in MaskedDecoder().modes)
+    assert default_decoder(use) == ResizingDecoder()
