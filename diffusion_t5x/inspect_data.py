@@ -171,7 +171,7 @@ def _summary(dataset: SeqioDataset, objective: Objective, batch: Batch, changed:
         shown = ", ".join(f"{share.mean():.1%} {role}" for role, share in shares.items() if share.any())
         table.add_row(Text(name if len(segments) > 1 else "positions", "bold"), f"{ids.shape[1]} per row: {shown}")
     counter = dataset.count_cut(_COUNTED_EXAMPLES)
-    cut = (f"{count} {name} beyond {dataset.task_feature_lengths[name]} tokens" for name, count in counter.cut.items())
+    cut = (f"{count} {name} beyond {counter.lengths[name]} tokens" for name, count in counter.cut.items())
     table.add_row(Text("cut off", "bold"), f"{', '.join(cut)}, of {counter.examples} examples")
     how = "at each position the token before it" if shifted else "each token in its place"
     noisy = f"{noise:.1%} of the targets changed by noise" if noise else "no noise"

@@ -259,7 +259,10 @@ def _run(
     if flags.print_config:
         return
     with profiling.profiled(flags.profile, flags.profile_seconds):
-        gin.get_configurable(main)(**({"dry_run": dry_run or flags.dry_run} if takes_dry_run else {}))
+        asked = dry_run or (takes_dry_run and flags.dry_run)
+        bound = gin_config._CONFIG["", selector]  # a dry run that gin asks for is one without the flag, too
+        passes = takes_dry_run and (asked or "dry_run" not in bound)
+        gin.get_configurable(main)(**({"dry_run": asked} if passes else {}))
 
 
 def _files_of(model: Mapping[str, Any]) -> str:

@@ -303,7 +303,7 @@ class SeqioDataset(OfTexts, LaidOut):
         return counter
 
     def _cut_counter(self) -> CutCounter:
-        return CutCounter(self.task_feature_lengths, self._provider().output_features)
+        return CutCounter(self._sequence_length(), self._provider().output_features)
 
     def _eval_dataset(self, num_examples: int | None, shuffle: bool = False) -> "tf.data.Dataset":
         ds = self._read(shuffle=shuffle)

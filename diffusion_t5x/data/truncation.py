@@ -21,12 +21,13 @@ class CutCounter:
       features: SeqIO's features, by name.
 
     Attributes:
+      lengths: as given.
       examples: number of examples seen.
       cut: number of cut examples, by feature.
     """
 
     def __init__(self, lengths: Mapping[str, int], features: Mapping[str, "seqio.Feature"]):
-        self._lengths = lengths
+        self.lengths = lengths
         self._features = features
         self.examples = 0
         self.cut = dict.fromkeys(lengths, 0)
@@ -34,7 +35,7 @@ class CutCounter:
     def add(self, example: Mapping[str, Any]) -> None:
         """Adds one example as SeqIO yields it, in numpy."""
         self.examples += 1
-        for name, length in self._lengths.items():
+        for name, length in self.lengths.items():
             text = example.get(f"{name}_pretokenized")
             if text is not None and len(example[name]) == length:  # else nothing was cut, nor need be encoded again
                 feature = self._features[name]
@@ -49,7 +50,7 @@ class CutCounter:
             if count:
                 _warn_once(
                     f"{name}: the {feature} of {count} of {self.examples} examples are longer than "
-                    f"{self._lengths[feature]} tokens and end there (TASK_FEATURE_LENGTHS)"
+                    f"{self.lengths[feature]} tokens and end there (TASK_FEATURE_LENGTHS)"
                 )
 
 

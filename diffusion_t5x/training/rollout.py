@@ -19,6 +19,7 @@ from diffusion_t5x.data.dataset import Dataset, OfTexts
 from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.data.examples import Example
 from diffusion_t5x.decoding.block import BlockDecoder
+from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.models.config import ModelConfig
 from diffusion_t5x.models.transformer import ModelDefinition, Params
@@ -44,8 +45,8 @@ class Rollout:
       decoder: writes the texts, in the objective's mode.
       num_batches: number of training batches written with the same parameters.
       batches_at_once: number of these batches that have a slot for each row; a text that ends makes room for one of the
-        rest. None: half of them. Fewer write in less time where time grows with the rows (CPU), and need less memory;
-        more use an accelerator better.
+        rest. None: half of them; a SundaeDecoder has no slots. Fewer write in less time where time grows with the rows
+        (CPU), and need less memory; more use an accelerator better.
       passes: number of times that each of these batches is trained on. The states are redrawn in each.
       lengths: maximum tokens of a text, in whole blocks.
       data_share: probability that the data's own targets, truncated to that length, replace a text of the student. Its
@@ -79,8 +80,13 @@ class Rollout:
             )
         if not all(0 <= share <= 1 for share in (self.data_share.start, self.data_share.end)):
             raise UserError(f"Rollout.data_share must lie in [0, 1]; got {self.data_share}. Set DATA_SHARE.")
+        if isinstance(self.decoder, SundaeDecoder) and self.batches_at_once is not None:
+            raise UserError(
+                "Rollout.batches_at_once counts slots, but a SundaeDecoder writes a training batch at a time: set "
+                "Rollout.batches_at_once = None."
+            )
         if self.ahead and self.rewards is None:
-            raise UserError("Rollout.ahead hides the time of rewards, and there are none: set ROLLOUT_AHEAD = False.")
+            raise UserError("Rollout.ahead hides the time of rewards, and there are none: set Rollout.ahead = False.")
 
     @property
     def group_size(self) -> int:

@@ -28,7 +28,8 @@ def test_verb_runs_with_flags_and_macros(toy):
     assert "objective=Sundae(model=Model(width=8, depth=2, layers=[]), num_unrolls=1)" in result.stdout
     assert "train_steps=200 task='code' dry_run=False" in result.stdout
     assert result.stderr == ""
-    assert "dry_run=True" in verb(toy, "--gin_file=base.gin", *SET, "--dry_run").stdout
+    for flag in ("--dry_run", "--gin.train.train.dry_run=True"):
+        assert "dry_run=True" in verb(toy, "--gin_file=base.gin", *SET, flag).stdout
 
 
 def test_later_files_and_bindings_win(toy):

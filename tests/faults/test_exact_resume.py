@@ -16,7 +16,8 @@ pytestmark = pytest.mark.slow
 STEPS = 20
 DECODER_ONLY = ("models/decoder_only", "sizes/tiny", "hardware/cpu")
 ENCODER_DECODER = ("models/encoder_decoder", "sizes/tiny", "hardware/cpu")
-PACKED = {"MIXTURE_OR_TASK_NAME": "quickstart_pretrain", "TASK_FEATURE_LENGTHS": '{"inputs": 24, "targets": 24}'}
+LENGTHS = {"TASK_FEATURE_LENGTHS": '{"inputs": 24, "targets": 24}'}
+PACKED = LENGTHS | {"MIXTURE_OR_TASK_NAME": "quickstart_pretrain", "EVAL_STEPS": 2}
 PAIRS = PACKED | {"MIXTURE_OR_TASK_NAME": "quickstart_pairs"}
 MICROBATCHES = {"train.train.num_microbatches": 2, "DROPOUT_RATE": 0.1, "train.train.ema_decay": 0.9}
 
@@ -49,6 +50,13 @@ CASES = {
             "NUM_DECODED_EXAMPLES": 8,
         },
     ),
+    "texts that rewards judge, those of the next rollout written already": (
+        (*DECODER_ONLY, "objectives/policy_gradient", "decoding/block", "tasks/overfit", "runs/reinforce"),
+        LENGTHS
+        | {"MIXTURE_OR_TASK_NAME": "overfit_prefix_lm", "NUM_DECODED_EXAMPLES": 2, "LEARNING_RATE": 1e-3}
+        | {"INITIAL_CHECKPOINT_PATH": None, "train.train.restore_rules": "()", "MAX_ROLLOUT_LENGTH": 8}
+        | {"REWARD": "@reward_functions.Similarity()", "ROLLOUT_AHEAD": True, "GROUP_SIZE": 2, "BLOCK_SIZE": 4},
+    ),
 }
 
 
@@ -70,7 +78,6 @@ def train(model_dir: pathlib.Path, files, settings) -> list[str]:
         "MODEL_DIR": model_dir,
         "TRAIN_STEPS": STEPS,
         "BATCH_SIZE": 4,
-        "EVAL_STEPS": 2,
         "EVAL_PERIOD": 10,
         "Periods.log": 1,
     } | settings

@@ -23,7 +23,7 @@ _PATIENCE = 180  # seconds, for what comes soon on an idle machine
 
 
 TINY = ("num_layers=1", "embed_dim=16", "num_heads=2", "head_dim=8", "mlp_dim=16")
-OF_TIME = {"tokens_per_second", "seconds_per_step", "decode_seconds"}
+OF_TIME = {"tokens_per_second", "seconds_per_step", "decode_seconds", "reward_seconds", "reward_wait_seconds"}
 
 
 def command(verb: str, files: Sequence[str], settings: Mapping[str, object]) -> list[str]:

@@ -43,6 +43,10 @@ def test_each_half_is_the_row_of_its_text(task, tmp_path, canvas):
     np.testing.assert_array_equal(texts.example_ids, [0, 0, 1, 1, 2, 2, 3, 3])
 
 
+def test_rejected_texts_that_are_cut_are_counted(task):
+    assert PairDataset(task, LENGTHS, batch_size=4).count_cut(3).cut == {"inputs": 0, "targets": 0, "rejected": 1}
+
+
 def test_training_goes_on_where_it_was(task):
     dataset = PairDataset(task, LENGTHS, batch_size=2)
     batches = dataset.train_iterator()

@@ -23,6 +23,7 @@ from diffusion_t5x.errors import UserError
 from diffusion_t5x.objectives.autoregressive_policy_gradient import AutoregressivePolicyGradient
 from diffusion_t5x.objectives.distillation import Distillation, Teacher
 from diffusion_t5x.objectives.policy_gradient import PolicyGradient
+from diffusion_t5x.objectives.sandwiched import SandwichedPolicyGradient
 from diffusion_t5x.objectives.sundae_policy_gradient import SundaePolicyGradient
 from diffusion_t5x.partitioning import MeshConfig, put_batch
 from diffusion_t5x.training.ramps import Ramp
@@ -267,6 +268,7 @@ LEARNERS = {
     )
     for surrogate in ("trajectory", "one_step", "coupled")
 } | {
+    "bounds": (SandwichedPolicyGradient(3), BlockDecoder(3, MaskedDecoder(num_steps=3, temperature=1.0))),
     "autoregressive": (AutoregressivePolicyGradient(), AutoregressiveDecoder(temperature=1.0)),
     "sundae": (SundaePolicyGradient(), SundaeDecoder(num_steps=2, num_samples=1, temperature=1.0)),
 }
@@ -331,7 +333,7 @@ class Tokens:
 def test_objective_and_rewards_must_agree(objective, rewards, message):
     with pytest.raises(UserError, match=message):
         check_rollout(objective, tiny.LLAMA, dataclasses.replace(ROLLOUT, rewards=rewards), Data())
-    of_canvases = dataclasses.replace(ROLLOUT, decoder=SundaeDecoder(num_samples=1), rewards=Rewards(long_texts, 2))
+    of_canvases = Rollout(SundaeDecoder(num_samples=1), lengths=ROLLOUT.lengths, rewards=Rewards(long_texts, 2))
     with pytest.raises(UserError, match="update_share = 1"):
         check_rollout(SundaePolicyGradient(), tiny.LLAMA, of_canvases, Data())
     apart = dataclasses.replace(tiny.LLAMA, architecture="encoder_decoder")
@@ -377,6 +379,7 @@ def test_the_teacher_stays_as_it_is_and_the_student_learns():
         ({"data_share": Ramp(0, 1.5)}, "data_share must lie in"),
         ({"num_buckets": 0}, "at least 1"),
         ({"ahead": True}, "hides the time of rewards"),
+        ({"decoder": SundaeDecoder(num_samples=1)}, "counts slots"),
     ],
 )
 def test_mistakes(wrong, message):
