@@ -70,6 +70,7 @@ _MEANINGS = {
     "PRETRAINING": "pretraining task on documents: a function of `tasks.preprocessors`.",
     "PROMPTS_FILE": "JSON lines of token ids to train on.",
     "RANDOM_SEED": "seed of initialisation, data order, noise and decoding.",
+    "REPEATS": "number of times that each measurement is taken.",
     "SOURCE_LANGUAGE": "language code of the inputs.",
     "STATES": 'noisy states that distillation learns from: "visited" by the student as it wrote, or "random" masks.',
     "TARGETS": "template of the targets, with field names in braces.",
@@ -84,6 +85,7 @@ _MEANINGS = {
     "TEMPERATURE": "sampling temperature; 0 is greedy.",
     "PROMPTS_END": "prompts with answers end in EOS: T5 was trained with it, most decoder-only models were not.",
     "TEXT_PRETRAINING": "pretraining task on plain text: a function of `tasks.preprocessors`.",
+    "TEXT_FILE": "prompts: a line each in `tasks/stories.gin`, JSON lines in `runs/benchmark_slots.gin`.",
     "TEXT": "the natural-language part of a pretraining mixture.",
     "THRESHOLD": "probability above which a step writes a token at once; None writes a fixed number per step.",
     "TOKENIZER_FILE": "tokenizer of a model imported from llama2.c.",
@@ -245,6 +247,8 @@ def _docstring(module: str, name: str) -> str:
             return ast.get_docstring(node) or ""
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name and isinstance(node.value, ast.Call):
             return _docstring(module, ast.unparse(node.value.args[-1]))  # train = verb("train", Training)
+        if isinstance(node, ast.ImportFrom) and node.module and name in [imported.name for imported in node.names]:
+            return _docstring(node.module, name)
     return ""
 
 
