@@ -231,7 +231,7 @@ class StepRule(RowDecoder, Protocol):
             x = x.reshape(*x.shape[:-2], -1, samples, x.shape[-1])
             return x[..., jnp.arange(len(best)), best, :]
 
-        return Decoded.of(
+        decoded = Decoded.of(
             keep(canvas.tokens),
             batch,
             vocabulary,
@@ -241,6 +241,7 @@ class StepRule(RowDecoder, Protocol):
             written_at=keep(canvas.written_at),
             trace=jax.tree.map(keep, history and history.end(carry["steps"])),
         )
+        return decoded.replace(log_probability=keep(canvas.log_probability))
 
 
 def eligible_now(rule: StepRule, canvas: Canvas, vocabulary: TokenIds) -> BoolBL:

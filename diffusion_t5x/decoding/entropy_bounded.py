@@ -48,7 +48,7 @@ class EntropyBoundedDecoder(AbsorbingRule):
     @property
     def samples_model(self) -> bool:
         """False for the order of confidence, as in `MaskedDecoder`."""
-        return self.sampling == Sampling(1.0) and self.order != "confidence"
+        return self.sampling == Sampling(1.0) and self.order != "confidence" and not self.guidance
 
     def most_steps(self, num_targets: int) -> int:
         return num_targets

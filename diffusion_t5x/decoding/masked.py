@@ -84,9 +84,8 @@ class MaskedDecoder(AbsorbingRule):
     @property
     def samples_model(self) -> bool:
         """False for the order of confidence: that is the probability of the token drawn."""
-        return (
-            self.sampling == Sampling(1.0) and self.order != "confidence" and self.ends == "free" and not self.language
-        )
+        free = self.ends == "free" and not self.language and not self.guidance
+        return self.sampling == Sampling(1.0) and self.order != "confidence" and free
 
     def within(self, language: Language) -> Self:
         if self.ends != "free" or self.softmax != "allowed" or self.top_k is not None or self.top_p is not None:

@@ -18,6 +18,7 @@ from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.dataset import Dataset, OfTexts
 from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.data.examples import Example
+from diffusion_t5x.decoding.absorbing import AbsorbingRule
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.errors import UserError
@@ -68,8 +69,13 @@ class Rollout:
     ahead: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.decoder, BlockDecoder) and not self.decoder.inner.keeps_written:
-            raise UserError(f"Rollout.decoder must write masked blocks: a step's state is what is masked; got {self}.")
+        if isinstance(self.decoder, BlockDecoder | AbsorbingRule):
+            rule = self.decoder.inner if isinstance(self.decoder, BlockDecoder) else self.decoder
+            if not rule.keeps_written:
+                raise UserError(
+                    "Rollout.decoder must write masked blocks, or a masked canvas, and what it wrote must stay: a "
+                    f"step's state is what is masked; got {self}."
+                )
         numbers = self.num_batches, self.passes, self.lengths.start, self.num_buckets
         if min(numbers) < 1 or (self.batches_at_once is not None and self.batches_at_once < 1):
             raise UserError(f"Rollout needs numbers and lengths of at least 1; got {self}.")
@@ -308,7 +314,8 @@ def _check_mode(objective: Objective, decoder: RolloutDecoder) -> None:
     raise UserError(
         f"Rollout.decoder writes {written}; {name} reads {learned}. An autoregressive model needs "
         "objectives/autoregressive_policy_gradient.gin and runs/reinforce_autoregressive.gin; a SUNDAE model "
-        "objectives/sundae_policy_gradient.gin and runs/reinforce_sundae.gin; a model of masked blocks "
+        "objectives/sundae_policy_gradient.gin and runs/reinforce_sundae.gin; a masked model without blocks "
+        "objectives/masked_policy_gradient.gin and runs/reinforce_masked.gin; a model of masked blocks "
         "objectives/policy_gradient.gin and runs/reinforce.gin."
     )
 
@@ -338,8 +345,8 @@ def _check_samples(name: str, rollout: Rollout) -> None:
         raise UserError(
             f"{name} learns from tokens that the model drew, but the rollout's decoder draws "
             "others or chooses positions by what it drew. Set temperature = 1.0, no top_k or top_p, a SundaeDecoder's "
-            "num_samples = 1, update_share = 1 and stop_when_unchanged = False, and an order other than confidence, "
-            """such as --gin.rollout/MaskedDecoder.order='"random"' --gin.rollout/MaskedDecoder.threshold=None."""
+            "num_samples = 1, update_share = 1 and stop_when_unchanged = False, guidance = 0, and an order other than "
+            """confidence, such as --gin.rollout/MaskedDecoder.order='"random"' --gin.rollout/MaskedDecoder.threshold=None."""
         )
     if rollout.data_share.start or rollout.data_share.end:
         raise UserError(f"{name} learns from tokens that the model drew: set DATA_SHARE = 0; got {rollout.data_share}.")

@@ -11,6 +11,7 @@ from jaxtyping import Bool
 
 from diffusion_t5x import partitioning
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.decoding.absorbing import AbsorbingRule
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.slots import SlotEngine
@@ -19,7 +20,7 @@ from diffusion_t5x.models.streams import stream
 from diffusion_t5x.models.transformer import ModelDefinition, Params, Transformer
 from diffusion_t5x.shapes import AnyBoolBL, FloatBL, IntBL, KeyScalar
 
-RolloutDecoder = BlockDecoder | AutoregressiveDecoder | SundaeDecoder
+RolloutDecoder = BlockDecoder | AutoregressiveDecoder | SundaeDecoder | AbsorbingRule
 Prepare = Callable[[Transformer, Batch, KeyScalar], Batch]  # an objective's `prepare_rollout`
 
 
@@ -81,8 +82,8 @@ def texts_of(
 ) -> Batch:
     """Returns prompts with the texts that were written to them; texts record when each token was written.
 
-    A text extends to the end of the block in which it ended, as its decoder did. The tokens after its end are those
-    that the student saw as it wrote the block.
+    A text extends to the end of the block, or of the canvas, in which it ended, as its decoder did. The tokens after
+    its end are those that the student saw as it wrote.
 
     Args:
       asked: the prompts.
@@ -120,7 +121,7 @@ def denoised(decoder: SundaeDecoder, model: Transformer, asked: Batch, key: KeyS
 
 
 class TextWriter:
-    """Writes the texts of rollouts in slots, or whole canvases in batches; compiled once for each length of rows.
+    """Writes the texts of rollouts in slots, or chains of canvases in batches; compiled once for each length of rows.
 
     Args:
       mesh: the mesh for the rows.
@@ -178,7 +179,7 @@ class TextWriter:
         wanted = range(len(canvas)) if given is None else np.flatnonzero(~given.any(axis=-1)).tolist()
         rows = ((row, jax.tree.map(lambda x: x[row : row + 1], asked), 0) for row in wanted)  # noqa: B023
         for row, decoded in self._engine(asked).with_params(params, key).decode(rows):
-            assert decoded.log_probability is not None  # both decoders have it
+            assert decoded.log_probability is not None  # all of these decoders have it
             canvas[row], written_at[row] = decoded.canvas[0], decoded.written_at[0]
             log_probability[row] = decoded.log_probability[0]
         written = (asked, canvas, written_at, log_probability, given)

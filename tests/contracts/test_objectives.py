@@ -24,6 +24,7 @@ from diffusion_t5x.objectives.editing import Editing
 from diffusion_t5x.objectives.joint import Joint
 from diffusion_t5x.objectives.joint_drafts import JointDrafts
 from diffusion_t5x.objectives.masked import Masked
+from diffusion_t5x.objectives.masked_policy_gradient import MaskedPolicyGradient
 from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.objectives.policy_gradient import PolicyGradient
 from diffusion_t5x.objectives.preferences import Preferences
@@ -57,6 +58,7 @@ OBJECTIVES = {
     "sandwiched policy gradient": SandwichedPolicyGradient(3, draws=2, normalize="sequences"),
     "preferences": Preferences(Block(3), nll_weight=0.1),
     "autoregressive policy gradient": AutoregressivePolicyGradient(normalize="sequences", kl_weight=0.1),
+    "masked policy gradient": MaskedPolicyGradient(normalize="sequences", kl_weight=0.1),
     "sundae policy gradient": SundaePolicyGradient(normalize="sequences", kl_weight=0.1),
     "the example": MaskPredict(normalize="sequences"),
 }
@@ -75,6 +77,7 @@ CASES += [
 # Of the objectives on texts that were judged, one is enough; editing is masked, with a second pass.
 RARE = (
     "autoregressive policy gradient",
+    "masked policy gradient",
     "sundae policy gradient",
     "sandwiched policy gradient",
     "preferences",

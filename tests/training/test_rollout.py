@@ -18,10 +18,12 @@ from diffusion_t5x.data.plain_vocabularies import ByteVocabulary
 from diffusion_t5x.decoding.autoregressive import AutoregressiveDecoder
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
+from diffusion_t5x.decoding.remasking import RemaskingDecoder
 from diffusion_t5x.decoding.sundae import SundaeDecoder
 from diffusion_t5x.errors import UserError
 from diffusion_t5x.objectives.autoregressive_policy_gradient import AutoregressivePolicyGradient
 from diffusion_t5x.objectives.distillation import Distillation, Teacher
+from diffusion_t5x.objectives.masked_policy_gradient import MaskedPolicyGradient
 from diffusion_t5x.objectives.policy_gradient import PolicyGradient
 from diffusion_t5x.objectives.sandwiched import SandwichedPolicyGradient
 from diffusion_t5x.objectives.sundae_policy_gradient import SundaePolicyGradient
@@ -270,6 +272,7 @@ LEARNERS = {
 } | {
     "bounds": (SandwichedPolicyGradient(3), BlockDecoder(3, MaskedDecoder(num_steps=3, temperature=1.0))),
     "autoregressive": (AutoregressivePolicyGradient(), AutoregressiveDecoder(temperature=1.0)),
+    "masked": (MaskedPolicyGradient(), MaskedDecoder(num_steps=3, order="random", temperature=1.0)),
     "sundae": (SundaePolicyGradient(), SundaeDecoder(num_steps=2, num_samples=1, temperature=1.0)),
 }
 
@@ -327,12 +330,17 @@ class Tokens:
         (PolicyGradient(3), Rewards(long_texts, 2), "an order other than confidence"),
         (PolicyGradient(2), Rewards(long_texts, 2), "writes blocks of 3, but PolicyGradient has blocks of 2"),
         (PolicyGradient(3, blocks_from="row"), Rewards(long_texts, 2), 'has "row": set both'),
+        (MaskedPolicyGradient(), Rewards(long_texts, 2), "without blocks objectives/masked_policy_gradient.gin"),
         (SundaePolicyGradient(), Rewards(long_texts, 2), "a SUNDAE model objectives/sundae_policy_gradient.gin"),
     ],
 )
 def test_objective_and_rewards_must_agree(objective, rewards, message):
     with pytest.raises(UserError, match=message):
         check_rollout(objective, tiny.LLAMA, dataclasses.replace(ROLLOUT, rewards=rewards), Data())
+    whole = dataclasses.replace(ROLLOUT, decoder=MaskedDecoder(temperature=1.0), rewards=Rewards(long_texts, 2))
+    with pytest.raises(UserError, match="guidance = 0, and an order other than confidence"):
+        check_rollout(MaskedPolicyGradient(), tiny.LLAMA, whole, Data())
+    check_rollout(MaskedPolicyGradient("one_step"), tiny.ENCODER_DECODER, whole, Data())
     of_canvases = Rollout(SundaeDecoder(num_samples=1), lengths=ROLLOUT.lengths, rewards=Rewards(long_texts, 2))
     with pytest.raises(UserError, match="update_share = 1"):
         check_rollout(SundaePolicyGradient(), tiny.LLAMA, of_canvases, Data())
@@ -372,6 +380,7 @@ def test_the_teacher_stays_as_it_is_and_the_student_learns():
     "wrong,message",
     [
         ({"decoder": BlockDecoder(3, SundaeDecoder(num_samples=1))}, "masked blocks"),
+        ({"decoder": RemaskingDecoder()}, "a masked canvas, and what it wrote must stay"),
         ({"lengths": Ramp(11, 10)}, "must not get shorter"),
         ({"lengths": Ramp(0, 10)}, "at least 1"),
         ({"passes": 0}, "at least 1"),
