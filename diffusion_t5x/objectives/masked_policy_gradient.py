@@ -32,7 +32,10 @@ class MaskedPolicyGradient(MaskedSurrogate):
     All targets count, also those after the end of a text: they were seen as the text was written.
 
     Attributes:
-      surrogate, draws, softmax, clip, normalize, kl_weight, entropy_weight: see `MaskedSurrogate`, of whole canvases.
+      surrogate: the states in which tokens are scored, see `MaskedSurrogate`.
+      draws: number of states of each text that one training step reads, each in a row of its own; as many as the
+        decoder has steps are exact.
+      softmax, clip, normalize, kl_weight, entropy_weight: see `MaskedSurrogate`.
     """
 
     def __post_init__(self) -> None:

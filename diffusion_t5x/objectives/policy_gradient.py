@@ -30,7 +30,10 @@ class PolicyGradient(MaskedSurrogate, InBlocks):
 
     Attributes:
       block_size: number of targets per block, as in decoding.
-      surrogate, draws, clip, normalize, kl_weight, entropy_weight: see `MaskedSurrogate`, of blocks.
+      surrogate: the states in which tokens are scored, see `MaskedSurrogate`.
+      draws: number of states of each block that one training step reads, each in a row of its own; as many as a block
+        has steps are exact.
+      clip, normalize, kl_weight, entropy_weight: see `MaskedSurrogate`.
     """
 
     slots_read: ClassVar[int] = 2
