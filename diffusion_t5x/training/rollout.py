@@ -345,8 +345,8 @@ def _check_samples(name: str, rollout: Rollout) -> None:
         raise UserError(
             f"{name} learns from tokens that the model drew, but the rollout's decoder draws "
             "others or chooses positions by what it drew. Set temperature = 1.0, no top_k or top_p, guidance = 0, a "
-            "SundaeDecoder's num_samples = 1, update_share = 1 and stop_when_unchanged = False, and an order other than "
-            """confidence, such as --gin.rollout/MaskedDecoder.order='"random"' """
+            "SundaeDecoder's num_samples = 1, update_share = 1 and stop_when_unchanged = False, and an order other "
+            """than confidence, such as --gin.rollout/MaskedDecoder.order='"random"' """
             "--gin.rollout/MaskedDecoder.threshold=None."
         )
     if rollout.data_share.start or rollout.data_share.end:
