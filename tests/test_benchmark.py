@@ -237,7 +237,7 @@ def test_decoders_are_compared_by_the_text_and_with_autoregression():
         ({"lengths": (13,)}, "max_length is 16"),
         ({"batch_size": 0}, r"decode\.batch_size"),
         ({"max_batch_size": 1}, r"decode\.max_batch_size"),
-        ({"vocabulary_size": 1}, r"decode\.vocabulary_size"),
+        ({"vocabulary_size": 1}, "vocabulary_size must be at least 2"),
         ({"decoders": {}}, r"decode\.decoders"),
     ],
 )

@@ -147,7 +147,7 @@ def test_every_shipped_task_file_has_a_family():
         ("diffusion-t5x checkpoints v", ["verify"]),
         ("diffusion-t5x benchmark d", ["decode"]),
         ("diffusion-t5x infer --tr", ["--trace"]),
-        ("diffusion-t5x train --gin_file=sizes/l", ["sizes/large.gin", "sizes/llama3_8b.gin"]),
+        ("diffusion-t5x train --gin_file=sizes/l", ["sizes/large.gin", "sizes/llada2_mini.gin", "sizes/llama3_8b.gin"]),
         ("diffusion-t5x train --gin_file=a.gin --gin.TRAIN_S", ["--gin.TRAIN_STEPS="]),
     ],
 )

@@ -74,7 +74,7 @@ CASES += [
     for config in ("shifted", "encoder_decoder")
     for name in ("the example", "distillation", "argmax distillation", "drafts", "aligned")
 ]
-# Of the objectives on texts that were judged, one is enough; editing is masked, with a second pass.
+# Of the objectives on texts that were judged, one is enough, and of masked diffusion and distillation.
 RARE = (
     "autoregressive policy gradient",
     "masked policy gradient",
@@ -82,6 +82,8 @@ RARE = (
     "sandwiched policy gradient",
     "preferences",
     "editing",
+    "resizing",
+    "argmax distillation",
 )
 QUICK = [
     *(case for case in CASES[: len(OBJECTIVES)] if case[1] not in RARE),

@@ -37,6 +37,7 @@ class Dataset:
 
     name = "five"
     architecture, batch_size, task_feature_lengths = "decoder_only", 2, {"inputs": 3, "targets": 3}
+    row_length = 6
 
     def eval_batches(self, num_examples=None):
         examples = EXAMPLES[:num_examples]

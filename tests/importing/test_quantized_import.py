@@ -68,7 +68,8 @@ def codes_of(folder):
     return {name.removeprefix("params/decoder/blocks/").removesuffix("/codes"): x for name, x in arrays.items()}
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["int8", "nf4"])
 def test_matrices_of_layers_are_stored_as_codes(imported, dtype):
     """Readers get what quantizing the plain import gives, and all else bit for bit."""
     axes = named_leaves(PLAIN.axes(), lambda leaf: isinstance(leaf, tuple))

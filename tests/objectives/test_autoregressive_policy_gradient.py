@@ -64,6 +64,7 @@ def flat(tree):
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_expected_reward():
     """Each text counts with its probability; the divergence and the entropy are those of texts, by the chain rule."""
     definition, params = make_model()

@@ -63,6 +63,7 @@ def states(objective):
     return np.asarray(found.tokens), np.asarray(tokens), np.asarray(found.target_mask)
 
 
+@pytest.mark.slow
 def test_every_state_is_the_text_but_for_what_its_runs_say():
     targets, noisy, target_mask = states(Resizing(hole_share=1.0, epsilon=0.3))
     seen = noisy != MASK

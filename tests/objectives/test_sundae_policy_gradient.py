@@ -92,6 +92,7 @@ def enumerated():
     return params, batch, gradient
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_expected_reward():
     params, batch, expected = enumerated()
     found, sums = program(SundaePolicyGradient(draws=STEPS))(params, batch, KEY)

@@ -46,7 +46,8 @@ def bias_of(params):
     return np.asarray(params["decoder"]["blocks"]["mlp"]["selection_bias"])
 
 
-@pytest.mark.parametrize("microbatches", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("microbatches", [1, 2])
 def test_a_bias_moves_by_the_rate_towards_the_mean_load_of_the_whole_batch(microbatches):
     _, state = stepping(1)
     definition = ModelDefinition(CONFIG, tiny.VOCABULARY)

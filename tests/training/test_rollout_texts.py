@@ -28,6 +28,7 @@ def make_writer(definition, prepare=lambda model, batch, key: batch, num_slots=4
     return TextWriter(mesh, definition, DECODER, prepare, num_slots=num_slots, batch_size=4, seed=-5)
 
 
+@pytest.mark.slow
 def test_texts_in_slots_are_those_of_a_whole_batch():
     """Twelve texts in four slots, some of which end early and some of which are given; two rollouts of the programs."""
     definition, params = tiny.make_model(tiny.LLAMA)
