@@ -23,9 +23,9 @@ from diffusion_t5x.training.rollout_texts import TextWriter, own_targets, prompt
 DECODER = BlockDecoder(3, MaskedDecoder(num_steps=3, temperature=1.0))
 
 
-def make_writer(definition, prepare=lambda model, batch, key: batch, num_slots=4):
+def make_writer(definition, prepare=lambda model, batch, key: batch, num_slots=4, decoder=DECODER):
     mesh = MeshConfig(data=1, fsdp=1, tensor=1).make()
-    return TextWriter(mesh, definition, DECODER, prepare, num_slots=num_slots, batch_size=4, seed=-5)
+    return TextWriter(mesh, definition, decoder, prepare, num_slots=num_slots, batch_size=4, seed=-5)
 
 
 @pytest.mark.slow
@@ -50,6 +50,19 @@ def test_texts_in_slots_are_those_of_a_whole_batch():
     assert (found.written_log_probability < 0).any()
     programs = writer._engines[17]._programs
     assert programs.advance._cache_size() == programs.begin._cache_size() == 1  # none is compiled for a later rollout
+
+
+@pytest.mark.slow
+def test_whole_canvases_in_slots_are_those_of_a_whole_batch():
+    definition, params = tiny.make_model(tiny.LLAMA)
+    decoder = MaskedDecoder(num_steps=3, order="random", temperature=1.0)
+    asked = prompts(tiny.one_a_row(tiny.random_examples(3, [(n % 6, 3) for n in range(8)]), length=8), 5, 6, 6)
+    found = make_writer(definition, decoder=decoder).write(params, asked, 3)
+    expected = jax.device_get(make_rollout_step(definition, decoder, -5)(params, asked, 3))
+    assert (found.written_at[found.target_mask] >= 0).all() and found.target_mask.sum() == 8 * 6
+    for name in ("tokens", "target_mask", "segment_ids", "positions", "written_at"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), name)
+    np.testing.assert_allclose(found.written_log_probability, expected.written_log_probability, rtol=1e-4, atol=1e-5)
 
 
 def test_the_draws_of_a_rollout_are_not_those_of_another_step():
