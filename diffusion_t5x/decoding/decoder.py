@@ -134,7 +134,8 @@ class Decoded(flax.struct.PyTreeNode):
       trace: the rows before the first step and after each one; None unless asked for.
       num_drafted, num_accepted: numbers of tokens that a speculating decoder drafted and accepted; otherwise None.
       log_probability: of each written token in the step that wrote it, at temperature 1 over all ids that may be
-        written; 0 where none was. From a `StepRule`, `BlockDecoder` and `AutoregressiveDecoder`; otherwise None.
+        written; 0 where none was. From `BlockDecoder`, `AutoregressiveDecoder` and a `StepRule` that resizes no holes;
+        otherwise None.
       target_mask: where the written targets are in `tokens`, if holes have found their length (see `Batch.holes`): the
         slots that they did not need are gone, with padding at the end. None: where the batch has its targets.
     """
