@@ -91,6 +91,7 @@ _MEANINGS = {
     "TOKENIZER_FILE": "tokenizer of a model imported from llama2.c.",
     "TOP_K": "restricts the divergence to the teacher's k most likely tokens; None takes all.",
     "TRAIN_STEPS": "step to train up to, counting those before a resume and those of the initial checkpoint.",
+    "UPPER_WEIGHT": "share of the upper bound for negative advantages; 0 takes the lower bound for all texts.",
     "VALIDATION_FILE": "JSON lines of token ids to evaluate on.",
     "VOCABULARY": "the tokenizer, as a SeqIO vocabulary.",
     "VOCABULARY_FILE": "the tokenizer: a SentencePiece model, a tokenizer.json or llama2.c's .bin; None: bytes.",

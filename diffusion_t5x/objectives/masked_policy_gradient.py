@@ -5,24 +5,13 @@
 
 import dataclasses
 
-import jax.numpy as jnp
-
-from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.errors import check_choices
-from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind
-from diffusion_t5x.models.modes import Mode
-from diffusion_t5x.models.output import Output
-from diffusion_t5x.models.reading import Reading, model_reads
-from diffusion_t5x.models.transformer import ModelDefinition, Transformer
-from diffusion_t5x.objectives.blocks import block_starts
-from diffusion_t5x.objectives.masked import Masked
 from diffusion_t5x.objectives.masked_surrogate import MaskedSurrogate
-from diffusion_t5x.objectives.objective import Likelihood
-from diffusion_t5x.shapes import IntBL, KeyScalar
+from diffusion_t5x.objectives.regions import CanvasRegions
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedPolicyGradient(MaskedSurrogate):
+class MaskedPolicyGradient(MaskedSurrogate, CanvasRegions):
     """The clipped surrogate of all targets of a text, each in a state of the canvas in which it is masked.
 
     With "trajectory" and "all_tokens" the mean of its gradient over texts that the model has just written is
@@ -41,26 +30,3 @@ class MaskedPolicyGradient(MaskedSurrogate):
     def __post_init__(self) -> None:
         check_choices(self)
         self.check_settings()
-
-    @property
-    def attention(self) -> AttentionKind:
-        return BIDIRECTIONAL
-
-    @property
-    def modes(self) -> tuple[Mode, ...]:
-        return (Mode.of(self.attention, "mask"),)
-
-    def model_inputs(self, model: ModelDefinition, batch: Batch, key: KeyScalar) -> IntBL:
-        """The first of the states that `loss` reads."""
-        return model_reads(self.noisy(model.vocabulary, batch, key), batch, model)
-
-    def starts(self, batch: Batch) -> IntBL:
-        return jnp.maximum(block_starts(batch, batch.tokens.shape[1]), 0)  # one block has room for the whole row
-
-    def read(self, model: Transformer, batch: Batch, noisy: IntBL) -> tuple[Batch, Output]:
-        reading = Reading.of(batch, model.vocabulary, model.config.shifted, packed=True)
-        return reading.fits(batch), reading.output(model, noisy, self.attention, model.encode(batch))
-
-    def log_likelihood(self, model: Transformer, batch: Batch, key: KeyScalar, num_draws: int) -> Likelihood:
-        """A lower bound, see `Masked`."""
-        return Masked().log_likelihood(model, batch, key, num_draws)

@@ -12,10 +12,9 @@ Each is stored as a trajectory, `Batch.written_at`: the number of the state in w
 a decoder writes in steps of its own: a block of targets, or all targets of a text.
 """
 
-import abc
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,20 +23,20 @@ from jaxtyping import Float
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.models.output import Output
 from diffusion_t5x.models.readout import LossSoftmax
 from diffusion_t5x.models.sampling import forbid
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import Transformer
 from diffusion_t5x.objectives.clipped import ClippedSurrogate, Scores, scores_of
 from diffusion_t5x.objectives.objective import LossSums, Pass, stratified
+from diffusion_t5x.objectives.regions import InRegions
 from diffusion_t5x.shapes import FloatBL, IntBL, IntScalar, KeyScalar
 
 Surrogate = Literal["trajectory", "one_step", "coupled"]
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedSurrogate(ClippedSurrogate):
+class MaskedSurrogate(ClippedSurrogate, InRegions):
     """The clipped surrogate of the tokens of a text, each in a state in which it is masked.
 
     Attributes:
@@ -51,8 +50,6 @@ class MaskedSurrogate(ClippedSurrogate):
       kl_weight: likewise. Of a trajectory the divergences add up to that of the two ways to write; as in GRPO, the
         gradient leaves out that other tokens lead to other states.
     """
-
-    slots_read: ClassVar[int] = 1  # per slot of the batch, in one pass
 
     surrogate: Surrogate = "trajectory"
     draws: int = 1
@@ -68,23 +65,6 @@ class MaskedSurrogate(ClippedSurrogate):
                 f'{name}.softmax must be "allowed" for the surrogate "trajectory": decoders draw from nothing else. '
                 "Set LOSS_SOFTMAX."
             )
-
-    @abc.abstractmethod
-    def starts(self, batch: Batch) -> IntBL:
-        """Returns the row index of the first target of the region that a target is in; any index for other slots."""
-
-    @abc.abstractmethod
-    def read(self, model: Transformer, batch: Batch, noisy: IntBL) -> tuple[Batch, Output]:
-        """Runs a pass whose hidden states predict the noisy tokens.
-
-        Args:
-          model: reads them.
-          batch: the clean tokens.
-          noisy: the tokens, with MASK in place of some targets.
-
-        Returns:
-          The batch without the tokens that had no room, and the output.
-        """
 
     @property
     def needs_samples(self) -> bool:

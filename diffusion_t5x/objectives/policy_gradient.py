@@ -4,21 +4,13 @@
 """
 
 import dataclasses
-from typing import ClassVar
 
-import jax.numpy as jnp
-
-from diffusion_t5x.data.batch import Batch
-from diffusion_t5x.models.output import Output
-from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.objectives.block import InBlocks
-from diffusion_t5x.objectives.blocks import block_starts
 from diffusion_t5x.objectives.masked_surrogate import MaskedSurrogate
-from diffusion_t5x.shapes import IntBL
+from diffusion_t5x.objectives.regions import BlockRegions
 
 
 @dataclasses.dataclass(frozen=True)
-class PolicyGradient(MaskedSurrogate, InBlocks):
+class PolicyGradient(MaskedSurrogate, BlockRegions):
     """The clipped surrogate of the tokens of a text, each in a state of its block in which it is masked.
 
     With "trajectory" and "all_tokens" the mean of its gradient over texts that the model has just written is
@@ -36,15 +28,6 @@ class PolicyGradient(MaskedSurrogate, InBlocks):
       clip, normalize, kl_weight, entropy_weight: see `MaskedSurrogate`.
     """
 
-    slots_read: ClassVar[int] = 2
-
     def __post_init__(self) -> None:
-        InBlocks.__post_init__(self)
+        super().__post_init__()
         self.check_settings()
-
-    def starts(self, batch: Batch) -> IntBL:
-        return jnp.maximum(block_starts(batch, self.block_size, self.blocks_from), 0)
-
-    def read(self, model: Transformer, batch: Batch, noisy: IntBL) -> tuple[Batch, Output]:
-        found = self.output(model, batch, noisy)
-        return found.batch, found.output

@@ -29,7 +29,7 @@ from diffusion_t5x.objectives.objective import Objective
 from diffusion_t5x.objectives.policy_gradient import PolicyGradient
 from diffusion_t5x.objectives.preferences import Preferences
 from diffusion_t5x.objectives.resizing import Resizing
-from diffusion_t5x.objectives.sandwiched import SandwichedPolicyGradient
+from diffusion_t5x.objectives.sandwiched import MaskedSandwichedPolicyGradient, SandwichedPolicyGradient
 from diffusion_t5x.objectives.sundae import Sundae
 from diffusion_t5x.objectives.sundae_policy_gradient import SundaePolicyGradient
 from diffusion_t5x.partitioning import MeshConfig
@@ -55,6 +55,7 @@ OBJECTIVES = {
     "joint drafts": JointDrafts(3),
     # The default divides by the size of the batch.
     "policy gradient": PolicyGradient(3, normalize="sequences", kl_weight=0.1, entropy_weight=0.01),
+    "masked sandwiched policy gradient": MaskedSandwichedPolicyGradient(draws=2, normalize="sequences"),
     "sandwiched policy gradient": SandwichedPolicyGradient(3, draws=2, normalize="sequences"),
     "preferences": Preferences(Block(3), nll_weight=0.1),
     "autoregressive policy gradient": AutoregressivePolicyGradient(normalize="sequences", kl_weight=0.1),
@@ -80,6 +81,7 @@ RARE = (
     "masked policy gradient",
     "sundae policy gradient",
     "sandwiched policy gradient",
+    "masked sandwiched policy gradient",
     "preferences",
     "editing",
     "resizing",

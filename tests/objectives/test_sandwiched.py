@@ -14,9 +14,9 @@ from whole_rollouts import make_rollout_step
 from diffusion_t5x.decoding.block import BlockDecoder
 from diffusion_t5x.decoding.masked import MaskedDecoder
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.models.masks import AttentionKind, Slots
+from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind, Slots
 from diffusion_t5x.models.sampling import forbid
-from diffusion_t5x.objectives.sandwiched import SandwichedPolicyGradient, _masked_in
+from diffusion_t5x.objectives.sandwiched import MaskedSandwichedPolicyGradient, SandwichedPolicyGradient, _masked_in
 
 KEY = jax.random.key(1)
 MASK, INPUTS, SIZE = tiny.VOCABULARY.mask_id, (5, 9), 3
@@ -30,7 +30,7 @@ def make_model():
 
 
 @functools.cache
-def in_all_orders():
+def in_all_orders(kind):
     """Log-probabilities `[text, order, state, token]`, -inf where a token is not masked; state k hides all but k."""
     definition, params = make_model()
     orders = list(itertools.permutations(range(SIZE)))
@@ -44,7 +44,7 @@ def in_all_orders():
     @jax.jit
     def read(params):
         model = definition.bind(params)
-        hidden = model(batch.tokens, Slots.of(batch), AttentionKind("block_causal", SIZE)).hidden
+        hidden = model(batch.tokens, Slots.of(batch), kind).hidden
         return jax.nn.log_softmax(forbid(model.logits(hidden), tiny.VOCABULARY))[:, len(INPUTS) :]
 
     labels = np.repeat(TEXTS, len(orders) * SIZE, axis=0)
@@ -60,10 +60,17 @@ def texts_in_all_orders(orders):
     return batch.replace(written_at=at)
 
 
-def test_the_bounds_hold_the_likelihood_between_them():
-    orders, log_p = in_all_orders()
+@pytest.mark.parametrize(
+    ("objective", "kind"),
+    [
+        (SandwichedPolicyGradient(SIZE, draws=SIZE), AttentionKind("block_causal", SIZE)),
+        (MaskedSandwichedPolicyGradient(draws=SIZE), BIDIRECTIONAL),
+    ],
+    ids=["block", "canvas"],
+)
+def test_the_bounds_hold_the_likelihood_between_them(objective, kind):
+    orders, log_p = in_all_orders(kind)
     definition, params = make_model()
-    objective = SandwichedPolicyGradient(SIZE, draws=SIZE)
     batch = texts_in_all_orders(orders)
     found = jax.jit(lambda params: objective.bounds(definition.bind(params), batch))(params)
     lower, upper = (np.asarray(x)[:, len(INPUTS) :].reshape(len(TEXTS), len(orders), SIZE) for x in found[:2])
