@@ -7,6 +7,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from diffusion_t5x.data.batch import Batch
+from diffusion_t5x.data.vocabularies import TokenIds
 from diffusion_t5x.models.masks import BIDIRECTIONAL, AttentionKind
 from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.output import Output
@@ -27,6 +28,10 @@ class InRegions(Objective):
     """
 
     slots_read: ClassVar[int]
+
+    @abc.abstractmethod
+    def noisy(self, vocabulary: TokenIds, batch: Batch, key: KeyScalar) -> IntBL:
+        """Returns the tokens in a state that `loss` reads."""
 
     @abc.abstractmethod
     def starts(self, batch: Batch) -> IntBL:
