@@ -20,7 +20,6 @@ RUNS = [
 SLOW = {
     ("decoder_only", PREFIX_LM, ("sundae", 1200)),
     ("encoder_decoder", SPAN_CORRUPTION, ("autoregressive", 200)),
-    ("decoder_only", SPAN_CORRUPTION, ("block", 800)),
 }
 MARKED = [pytest.param(*run, marks=pytest.mark.slow if run in SLOW else pytest.mark.long) for run in RUNS]
 
