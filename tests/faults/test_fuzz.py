@@ -156,7 +156,8 @@ def test_templates_with_holes(tmp_path, content):
     found = told(lambda: templates.Templates.read(str(tmp_path / "x.jsonl"), None))
     if found is not None:
         for template in found._templates:
-            assert len(template.parts) == len(template.holes) + 1 and all(size > 0 for size in template.holes)
+            assert len(template.parts) == len(template.holes) + 1
+            assert all(hole.size > 0 if hole.is_known else hole.size != 0 for hole in template.holes)
 
 
 # Models of others.

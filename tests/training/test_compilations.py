@@ -60,6 +60,6 @@ def test_a_run_compiles_nothing_after_its_first_evaluation(name, files, tmp_path
 
         monkeypatch.setattr(train, "evaluate_run", counted)
         config.run(train.train, [*flags, *settings, f"--gin.MODEL_DIR={tmp_path / 'model'}"])
-    first, after_first = counts[:2]
-    assert len(counts) == 4 and names[:first].count("jit(step)") == 1
-    assert first < after_first and names[after_first:] == []
+    before, after = counts[-4:-2]  # of the first evaluation after a step; runs/reinforce.gin has one at the start
+    assert len(counts) in (4, 6) and names[:before].count("jit(step)") == 1
+    assert counts[0] < counts[1] and names[after:] == []
