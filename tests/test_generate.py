@@ -249,6 +249,7 @@ def test_it_writes_what_infer_writes(architecture, objective, tmp_path, ask):
     assert ask(checkpoint, "--seed", "5", decoder[objective], lines=PROMPTS).out.split("\n") == [*expected, ""]
 
 
+@pytest.mark.slow
 def test_samples_other_decoders_and_a_text_as_it_is(masked, ask):
     steps = ["--gin_file=decoding/masked.gin", "--gin.MaskedDecoder.num_steps=3", "--gin.MaskedDecoder.temperature=1.0"]
     samples = ask(masked, "--prompt", "a", "--samples", "3", "--length", "8", *steps)
@@ -336,6 +337,7 @@ MIXTURE_OR_TASK_NAME = @inference.write_jsonl()
     assert ask(masked, "--prompt", "a@train.com").out
 
 
+@pytest.mark.slow
 def test_what_a_training_leaves_is_enough(tmp_path, ask):
     (tmp_path / "train.jsonl").write_text('{"inputs": "a", "targets": "b"}\n' * 8)
     files = [

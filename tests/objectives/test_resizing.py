@@ -83,6 +83,7 @@ def test_every_state_is_the_text_but_for_what_its_runs_say():
     assert 0.1 < shares[0] < 0.5 and 0.3 < shares[1] < 0.9
 
 
+@pytest.mark.slow
 def test_without_holes_it_is_masked():
     found, tokens, weights = Resizing(hole_share=0.0)._corrupt(VOCABULARY, CANVAS, jax.random.key(0))
     _, others, other_weights = Masked()._corrupt(VOCABULARY, CANVAS, jax.random.key(0))

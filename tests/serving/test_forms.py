@@ -73,6 +73,7 @@ def alone(talker, sample, **form):
     return talker.prompts.to_text(answers.write(talker.prompts.answering(ASKED, 0), sample).tokens)
 
 
+@pytest.mark.slow
 def test_answers_of_a_schema_are_those_of_generate(chat, client, talker):
     done = chat(response_format=FORM, n=3)
     texts = [choice.message.content for choice in done.choices]

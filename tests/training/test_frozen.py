@@ -180,6 +180,7 @@ def test_a_restored_run_goes_on_bit_for_bit(run, saved):
     assert_same(state, run.states[3])
 
 
+@pytest.mark.slow
 def test_every_other_reader_gets_the_dequantized_and_merged_model(run, saved):
     raw, average = merged(run.states[2].params), merged(run.states[2].eval_params)
     definition, params = load_model(saved, tiny.LLAMA, tiny.VOCABULARY, MeshConfig().make())

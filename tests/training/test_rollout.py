@@ -167,6 +167,7 @@ def test_texts_are_the_datas_own_with_the_share_that_is_asked_for():
     assert by_rollout[0] > by_rollout[2]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_texts_that_were_written():
     batches, state = make_batches()
     take(batches, state, 1)
