@@ -95,8 +95,22 @@ def no_advantage(objective: Objective) -> UserError:
     )
 
 
+class Judged(Objective):
+    """An objective of texts that the model wrote and a reward judged."""
+
+    takes_rollouts: ClassVar[bool] = True
+
+    @property
+    def needs_rollouts(self) -> bool:
+        return True
+
+    @property
+    def needs_rewards(self) -> bool:
+        return True
+
+
 @dataclasses.dataclass(frozen=True)
-class ClippedSurrogate(Objective):
+class ClippedSurrogate(Judged):
     """Minus the advantage of each token times its probability ratio, clipped as in PPO; without dropout.
 
     With r = p(token) / p(token when the text was written) and the text's advantage A, a token's loss is
@@ -112,8 +126,6 @@ class ClippedSurrogate(Objective):
         "sequences" averages over each text first (GRPO); "target_tokens" over all tokens of the batch (DAPO).
     """
 
-    takes_rollouts: ClassVar[bool] = True
-
     clip: tuple[float, float] = dataclasses.field(default=(0.2, 0.2), kw_only=True)
     normalize: Normalize = dataclasses.field(default="all_tokens", kw_only=True)
     kl_weight: float = dataclasses.field(default=0.0, kw_only=True)
@@ -128,14 +140,6 @@ class ClippedSurrogate(Objective):
                 f"{name}.kl_weight and entropy_weight must be at least 0; got {self.kl_weight} and "
                 f"{self.entropy_weight}."
             )
-
-    @property
-    def needs_rollouts(self) -> bool:
-        return True
-
-    @property
-    def needs_rewards(self) -> bool:
-        return True
 
     @property
     def needs_samples(self) -> bool:

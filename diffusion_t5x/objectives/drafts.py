@@ -25,7 +25,41 @@ from diffusion_t5x.shapes import AnyBoolBL, BoolBL, FloatBLD, IntBL, IntScalar, 
 
 
 @dataclasses.dataclass(frozen=True)
-class Drafts(Objective):
+class InDrafts(Objective):
+    """An objective that also trains the tokens after the next one, each read from a MASK.
+
+    Attributes:
+      block_size: tokens per block: one that is certain and `block_size - 1` drafts.
+    """
+
+    autoregressive: ClassVar[bool] = True
+
+    block_size: int = 4
+
+    def __post_init__(self) -> None:
+        if self.block_size < 2:
+            raise UserError(
+                f"{type(self).__name__}.block_size must be at least 2: a certain token and a draft; got "
+                f"{self.block_size}."
+            )
+
+    @property
+    def attention(self) -> AttentionKind:
+        """The attention of the clean tokens; `modes` has the drafts'."""
+        return CAUSAL
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (Mode.of(self.of_drafts, "mask"), Mode.of(CAUSAL))
+
+    @property
+    def of_drafts(self) -> AttentionKind:
+        """The attention of drafts."""
+        return AttentionKind("block_drafts", self.block_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafts(InDrafts):
     """KL divergence of the distribution drafted from MASK from the model's own left-to-right distribution.
 
     Targets are divided into blocks. The model predicts a block's first token from the text before it, and drafts the
@@ -40,29 +74,7 @@ class Drafts(Objective):
       block_size: tokens per block: one that is certain and `block_size - 1` drafts.
     """
 
-    autoregressive: ClassVar[bool] = True
     trains_drafts: ClassVar[bool] = True
-
-    block_size: int = 4
-
-    def __post_init__(self) -> None:
-        if self.block_size < 2:
-            raise UserError(
-                f"Drafts.block_size must be at least 2: a certain token and a draft; got {self.block_size}."
-            )
-
-    @property
-    def attention(self) -> AttentionKind:
-        """The attention of the clean tokens; `modes` has the drafts'."""
-        return CAUSAL
-
-    @property
-    def modes(self) -> tuple[Mode, ...]:
-        return (Mode.of(self._of_drafts, "mask"), Mode.of(CAUSAL))
-
-    @property
-    def _of_drafts(self) -> AttentionKind:
-        return AttentionKind("block_drafts", self.block_size)
 
     @property
     def passes(self) -> Sequence[Pass]:
@@ -110,7 +122,7 @@ class Drafts(Objective):
         both = with_drafts(slots, drafted, starts)
         keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, length), (0, 0), (0, 0))) for x in (cache.keys, cache.values))
         masks = jnp.full_like(tokens, vocabulary.mask_id)
-        drafts, _ = model.extend(masks, self._of_drafts, KVCache(keys, values, both), at + length, encoded)
+        drafts, _ = model.extend(masks, self.of_drafts, KVCache(keys, values, both), at + length, encoded)
         return clean, drafts
 
     def log_likelihood(self, model: Transformer, batch: Batch, key: KeyScalar, num_draws: int) -> Likelihood:

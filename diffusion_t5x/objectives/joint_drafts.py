@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +9,6 @@ import jax.numpy as jnp
 from diffusion_t5x.data.batch import Batch
 from diffusion_t5x.data.ends import text_of
 from diffusion_t5x.errors import UserError
-from diffusion_t5x.models.masks import CAUSAL, AttentionKind
-from diffusion_t5x.models.modes import Mode
 from diffusion_t5x.models.output import Ratio
 from diffusion_t5x.models.reading import shift_right, shifted_slots
 from diffusion_t5x.models.readout import cross_entropy
@@ -21,13 +18,13 @@ from diffusion_t5x.models.transformer import ModelDefinition, Transformer
 from diffusion_t5x.objectives.autoregressive import Autoregressive
 from diffusion_t5x.objectives.blocks import block_starts
 from diffusion_t5x.objectives.divergences import divergence
-from diffusion_t5x.objectives.drafts import with_drafts, worth
-from diffusion_t5x.objectives.objective import Likelihood, LossSums, Objective, Pass
+from diffusion_t5x.objectives.drafts import InDrafts, with_drafts, worth
+from diffusion_t5x.objectives.objective import Likelihood, LossSums, Pass
 from diffusion_t5x.shapes import IntBL, IntScalar, KeyScalar
 
 
 @dataclasses.dataclass(frozen=True)
-class JointDrafts(Objective):
+class JointDrafts(InDrafts):
     """Cross-entropy of each token given those before it, plus `draft_weight` * the divergence of drafts.
 
     One pass reads the clean text from left to right and, after it, a MASK for each token (the layout of TiDAR, arXiv
@@ -43,31 +40,12 @@ class JointDrafts(Objective):
       draft_weight: weight of a draft's loss; a token's autoregressive loss has weight 1.
     """
 
-    autoregressive: ClassVar[bool] = True
-
-    block_size: int = 4
     draft_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.block_size < 2:
-            raise UserError(
-                f"JointDrafts.block_size must be at least 2: a certain token and a draft; got {self.block_size}."
-            )
+        super().__post_init__()
         if self.draft_weight < 0:
             raise UserError(f"JointDrafts.draft_weight must not be negative; got {self.draft_weight}.")
-
-    @property
-    def attention(self) -> AttentionKind:
-        """The attention of the clean tokens; `modes` has the drafts'."""
-        return CAUSAL
-
-    @property
-    def modes(self) -> tuple[Mode, ...]:
-        return (Mode.of(self._both, "mask"), Mode.of(CAUSAL))
-
-    @property
-    def _both(self) -> AttentionKind:
-        return AttentionKind("block_drafts", self.block_size)
 
     @property
     def passes(self) -> Sequence[Pass]:
@@ -101,7 +79,7 @@ class JointDrafts(Objective):
         both = jnp.concatenate([tokens, jnp.full_like(tokens, vocabulary.mask_id)], axis=1)
         slots = with_drafts(shifted_slots(batch, vocabulary), drafted, starts)
         slots = slots.replace(index=jnp.tile(jnp.arange(length), 2)[None])
-        output = model(both, slots, self._both, model.encode(batch, dropout_keys), dropout_keys)
+        output = model(both, slots, self.of_drafts, model.encode(batch, dropout_keys), dropout_keys)
 
         def read_out(drafts, clean, labels):
             clean, drafts = model.logits(clean), forbid(drafts, vocabulary)

@@ -8,7 +8,7 @@ before.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from diffusion_t5x.models.output import Auxiliaries, Ratio
 from diffusion_t5x.models.readout import LossSoftmax, score
 from diffusion_t5x.models.streams import row_keys, stream
 from diffusion_t5x.models.transformer import Transformer
-from diffusion_t5x.objectives.clipped import check_clip, no_advantage
+from diffusion_t5x.objectives.clipped import Judged, check_clip, no_advantage
 from diffusion_t5x.objectives.likelihood import uniform
 from diffusion_t5x.objectives.objective import LossSums, Normalize, Pass, normalized
 from diffusion_t5x.objectives.regions import BlockRegions, CanvasRegions, InRegions
@@ -30,7 +30,7 @@ from diffusion_t5x.shapes import AnyBoolBL, FloatBL, IntBL, IntScalar, KeyScalar
 
 
 @dataclasses.dataclass(frozen=True)
-class Sandwiched(InRegions):
+class Sandwiched(Judged, InRegions):
     """Minus a text's advantage times its probability ratio, clipped as in PPO; without dropout.
 
     The ratio is that of whole texts, per token: exp((bound - bound when the text was written) / number of tokens), of
@@ -60,8 +60,6 @@ class Sandwiched(InRegions):
       softmax: what the loss is over, see `Masked`.
     """
 
-    takes_rollouts: ClassVar[bool] = True
-
     draws: int = 2
     upper_weight: float = 0.5
     power: float | None = None
@@ -79,14 +77,6 @@ class Sandwiched(InRegions):
         if self.power is not None and self.power < 1:
             raise UserError(f"{name}.power must be at least 1, or None; got {self.power}.")
         check_clip(name, self.clip)
-
-    @property
-    def needs_rollouts(self) -> bool:
-        return True
-
-    @property
-    def needs_rewards(self) -> bool:
-        return True
 
     @property
     def passes(self) -> Sequence[Pass]:
